@@ -1,0 +1,96 @@
+"""What can go wrong for a user, said in three parts, and the exit code that a script can rely on.
+
+Every refusal answers the same three questions: what was asked, what was found, what to do.
+Nothing here imports anything, so that every room may raise these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command (the names follow sysexits.h where it has one)."""
+
+    DONE = 0
+    USAGE = 2
+    DATA = 65
+    INTERNAL = 70
+    DISK = 74
+    INTERRUPTED = 75
+    DIVERGED = 76
+    ENVIRONMENT = 78
+
+
+class FinetuneError(Exception):
+    """A refusal or failure with its reason and its remedy.
+
+    Args:
+        asked: what the user asked for, in the user's own words (``--data ./mydata``).
+        found: what was found instead (``the folder does not exist``).
+        fix: what to do about it, as an imperative sentence.
+    """
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+    def __init__(self, asked: str, found: str, fix: str) -> None:
+        super().__init__(asked, found, fix)
+        self.asked, self.found, self.fix = asked, found, fix
+
+    @property
+    def message(self) -> str:
+        """What was asked and what was found, in one line or a short list."""
+        return f"{self.asked}: {self.found}"
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.fix}"
+
+
+class UsageError(FinetuneError):
+    """A command line or recipe that cannot be meant as it stands (exit 2)."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(FinetuneError):
+    """Images, labels or splits that cannot give a trustworthy number (exit 65)."""
+
+    exit_code = ExitCode.DATA
+
+
+class InternalError(FinetuneError):
+    """A promise of ours that did not hold (exit 70)."""
+
+    exit_code = ExitCode.INTERNAL
+
+
+class DiskError(FinetuneError):
+    """Output that could not be written (exit 74)."""
+
+    exit_code = ExitCode.DISK
+
+
+class InterruptedRunError(FinetuneError):
+    """Stopped by the user or the system; the same command goes on from here (exit 75)."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class DivergedError(FinetuneError):
+    """A loss that is no longer a finite number (exit 76)."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class EnvironmentFaultError(FinetuneError):
+    """A machine that lacks what was asked for: a device, a network, a weights file (exit 78)."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'a' or 'b'?"`` for the nearest of ``known``, or ``""`` when none is near."""
+    close = get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
