@@ -1,0 +1,33 @@
+"""The command ``finetune``. Nothing here imports torch: ``finetune --help`` answers at once."""
+
+from __future__ import annotations
+
+import typer
+
+from finetune import __version__
+from finetune.cli import backbones, recipes, run
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune ImageNet backbones on a folder of pictures, and trust the number that comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run_command)
+app.add_typer(backbones.app, name="backbones")
+app.add_typer(recipes.app, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    """Fine-tune ImageNet backbones on a folder of pictures, and trust the number that comes out."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

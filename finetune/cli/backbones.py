@@ -1,0 +1,121 @@
+"""``finetune backbones``: every name that can be fine-tuned, and what one is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.refusals import refusals
+
+if TYPE_CHECKING:
+    from pretrained.catalog import Card
+
+app = typer.Typer(help="List backbones, and show one stage by stage.", invoke_without_command=True)
+COLUMNS = ("name", "parameters", "input_size", "license", "weights")
+
+
+@app.callback()
+def list_backbones(
+    context: typer.Context,
+    search: Annotated[str, typer.Option(help="Only names that hold this text.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array to stdout.")] = False,
+) -> None:
+    """List every name that can be fine-tuned: parameters, input size, licence, where its weights are."""
+    if context.invoked_subcommand is not None:
+        return
+    with refusals():
+        from pretrained.catalog import find_card, list_names
+
+        rows = [_facts(find_card(name)) for name in list_names(search)]
+        if as_json:
+            typer.echo(json.dumps(rows, indent=1))
+        elif rows:
+            _print_table(COLUMNS, ([_cell(row[column]) for column in COLUMNS] for row in rows))
+        else:
+            typer.echo(f"no backbone's name holds {search!r}", err=True)
+
+
+def _facts(card: Card) -> dict[str, Any]:
+    from pretrained.catalog import num_parameters
+    from pretrained.weights import find_cached
+
+    place = "none" if card.place == "none" else "here" if find_cached(card) else "download"
+    return {
+        "name": card.name,
+        "source": card.library,
+        "parameters": num_parameters(card),
+        "input_size": card.preprocessing.img_size,
+        "license": card.license,
+        "weights": place,
+    }
+
+
+@app.command("show")
+def show_backbone(
+    name: Annotated[str, typer.Argument(help="A backbone's name, or a finished run.")],
+    strategy: Annotated[str, typer.Option("--strategy", "-s", help="freeze, top, full or scratch.")] = "top",
+    top_stages: Annotated[int, typer.Option(help="Stages that count as the top.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object to stdout.")] = False,
+) -> None:
+    """Show a backbone's stages in order, and which of them a strategy would train, at which factor."""
+    with refusals(as_json):
+        facts = _describe(name, strategy, top_stages)
+        if as_json:
+            typer.echo(json.dumps(facts, indent=1))
+            return
+        for key in ("name", "parameters", "input_size", "license", "weights", "origin"):
+            typer.echo(f"{key:<11} {_cell(facts[key])}")
+        typer.echo()
+        columns = ("stage", "role", "parameters", "layers", "group", "factor")
+        _print_table(columns, ([_cell(row[column]) for column in columns] for row in facts["stages"]))
+
+
+def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:
+    from finetune.recipe import load_recipe
+    from finetune.strategy.matrix import assign_groups, factors_of
+    from pretrained.backbone import describe_stages
+    from pretrained.catalog import find_card
+
+    settings = load_recipe(None, {"strategy.name": strategy, "strategy.top_stages": top_stages}).strategy
+    card = find_card(name)
+    stages, sizes = describe_stages(card)
+    factors = factors_of(settings)
+    rows = [
+        {
+            "stage": stage.name,
+            "role": stage.role,
+            "parameters": sum(sizes[parameter] for parameter in stage.parameters),
+            "layers": _layers(stage.parameters),
+            "group": group,
+            "factor": factors[group] or "frozen",
+        }
+        for stage, group in zip(stages, assign_groups(stages, settings.top_stages), strict=True)
+    ]
+    return _facts(card) | {"parameters": sum(sizes.values()), "origin": card.origin, "stages": rows}
+
+
+def _layers(parameters: Iterable[str]) -> str:
+    """First and last layer of a stage, which say more than its hundred names."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in parameters))
+    return layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]}"
+
+
+def _cell(value: Any) -> str:
+    return (
+        "-"
+        if value in (None, "")
+        else f"{value:,}"
+        if isinstance(value, int) and value > 9999
+        else str(value)
+    )
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
+    """Plain columns on stdout, so that grep, sort and less work on them."""
+    table = [list(columns), *rows]
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    for row in table:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

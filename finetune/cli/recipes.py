@@ -1,0 +1,34 @@
+"""``finetune recipes``: the complete runs that come with the package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from finetune.cli.refusals import refusals
+
+app = typer.Typer(help="List and show the shipped recipes.", invoke_without_command=True)
+
+
+@app.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the shipped recipes, each with its first sentence."""
+    if context.invoked_subcommand is not None:
+        return
+    with refusals():
+        from finetune.recipe import shipped_recipes
+
+        recipes = shipped_recipes()
+        width = max(map(len, recipes))
+        for name, text in recipes.items():
+            typer.echo(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}")
+
+
+@app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")]) -> None:
+    """Print a recipe; save it to a file to make it yours."""
+    with refusals():
+        from finetune.recipe import find_recipe
+
+        typer.echo(find_recipe(name), nl=False)

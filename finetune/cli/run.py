@@ -1,0 +1,124 @@
+"""``finetune run``: from a folder of images to a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.cli.refusals import refusals
+
+_FLAGS = {
+    "backbone": "backbone.name",
+    "weights": "backbone.weights",
+    "offline": "backbone.offline",
+    "data": "data.path",
+    "val_fraction": "data.val_fraction",
+    "workers": "data.workers",
+    "img_size": "input.img_size",
+    "strategy": "strategy.name",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "lr": "training.lr",
+    "seed": "seed",
+    "device": "device",
+}
+"""Flags, and the keys of the recipe that they override."""
+
+
+def run_command(
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="A timm or torchvision name, or a finished run.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="A folder with train/ and val/, of class folders, or a CSV."),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", "-s", help="freeze, top, full or scratch.", show_default="top")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A .safetensors or .pth file to start from, or a folder with one.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A shipped recipe (`finetune recipes`) or a YAML file.", metavar="NAME|FILE"),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any other key of the recipe; may be repeated.", metavar="SECTION.KEY=VALUE"
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.", show_default="10")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="auto")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Base learning rate, which the head gets.", show_default="auto")
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels.", show_default="the weights' own")
+    ] = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of each class kept for validation if there is no val/.", show_default="0.2"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same bits.", show_default="0")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The run folder.", show_default="runs/<time>-<backbone>-<strategy>"
+        ),
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures to stdout as one JSON object.")
+    ] = False,
+) -> None:
+    """Fine-tune a backbone on a folder of images.
+
+    Progress goes to stderr. The run folder holds the model, the figures, every prediction and the recipe
+    that repeats the run. The same command goes on where an interrupted run stopped.
+    """
+    flags = {
+        "backbone": backbone,
+        "weights": weights,
+        "offline": offline or None,
+        "data": data,
+        "val_fraction": val_fraction,
+        "workers": workers,
+        "img_size": img_size,
+        "strategy": strategy,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "device": device,
+    }
+    with refusals(as_json):
+        metrics = _run(recipe, flags, assignments or [], output)
+        if as_json:
+            typer.echo(json.dumps(metrics, ensure_ascii=False))
+
+
+def _run(
+    recipe: str | None, flags: dict[str, Any], assignments: list[str], output: Path | None
+) -> dict[str, Any]:
+    from finetune.recipe import load_recipe, merge_override, parse_assignments
+
+    overrides = parse_assignments(assignments)
+    for flag, value in flags.items():
+        if value is not None:
+            merge_override(overrides, _FLAGS[flag], value)
+    checked = load_recipe(recipe, overrides)
+
+    from finetune.display import Display
+    from finetune.job import run  # torch: seconds; a wrong recipe is refused before
+
+    finished = run(checked, output, Display())
+    return {"run": str(finished.folder.path), **finished.metrics}

@@ -1,0 +1,135 @@
+"""Decode every image once before training, so that a broken file is a list at the start, not a crash later.
+
+Training may go on without a few unreadable images. Validation and test may not: a figure over fewer images
+than the user counted would look like any other figure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from finetune.data.decode import BadImageError, probe_image
+from finetune.data.sample import Dataset, Sample, Split
+from finetune.errors import DataError
+
+_SHOWN = 5
+_ALLOWED_PERCENT = 1  # of the training images
+_CHUNK = 4096  # tasks queued at a time: a million at once would cost gigabytes
+# Pillow decodes outside Python's lock, so threads do spread over cores.
+_THREADS = min(16, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be decoded, and why."""
+
+    path: str
+    split: Split
+    reason: str
+
+
+def check_images(
+    dataset: Dataset, on_progress: Callable[[int], None] | None = None, threads: int = _THREADS
+) -> tuple[BadImage, ...]:
+    """Decode every image once and return those that cannot be, in the order of the data set.
+
+    Args:
+        dataset: the images to check, all parts.
+        on_progress: called in this thread after each image with the number checked so far.
+        threads: images decoded at the same time, 1 or more.
+
+    An interrupt (or an error in ``on_progress``) drops what is queued and waits only for the images
+    being decoded at that moment.
+    """
+    bad: list[BadImage] = []
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
+    try:
+        for start in range(0, len(dataset.samples), _CHUNK):
+            chunk = dataset.samples[start : start + _CHUNK]
+            for done, found in enumerate(pool.map(lambda sample: _probe(dataset, sample), chunk), start + 1):
+                bad.extend(found)
+                if on_progress:
+                    on_progress(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return tuple(bad)
+
+
+def _probe(dataset: Dataset, sample: Sample) -> tuple[BadImage, ...]:
+    """Return nothing for a good image and its fault for a bad one."""
+    try:
+        probe_image(dataset.file(sample))
+    except BadImageError as error:
+        return (BadImage(sample.path, sample.split, error.reason),)
+    return ()
+
+
+def check_bad(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
+    """Return the data set without its unreadable images, with a warning that names them.
+
+    Raises:
+        DataError: a validation or test image is among them, they are 1 % of the training images or more,
+            or a class would be left without a training image.
+    """
+    if not bad:
+        return dataset
+    _refuse_outside_training(dataset, bad)
+    _refuse_many(dataset, bad)
+    kept = dataset.without({image.path for image in bad})
+    _refuse_emptied(dataset, kept, bad)
+    warning = f"{_count(bad, 'training image')} cannot be read and will not be trained on: {_one_line(bad)}."
+    return replace(kept, warnings=(*kept.warnings, warning))
+
+
+def _refuse_outside_training(dataset: Dataset, bad: Sequence[BadImage]) -> None:
+    judged = [image for image in bad if image.split != "train"]
+    if judged:
+        raise DataError(
+            f"data in {dataset.root}",
+            f"{_count(judged, 'validation or test image')} cannot be read:{_lines(judged)}",
+            "Replace these files, or remove them yourself: leaving them out here would change what the "
+            "reported numbers are measured on.",
+        )
+
+
+def _refuse_many(dataset: Dataset, bad: Sequence[BadImage]) -> None:
+    total = len(dataset.of("train"))
+    if 100 * len(bad) >= _ALLOWED_PERCENT * total:
+        raise DataError(
+            f"data in {dataset.root}",
+            f"{len(bad)} of {total} training images cannot be read:{_lines(bad)}",
+            f"Replace or remove these files; fewer than {_ALLOWED_PERCENT} % are left out with a warning.",
+        )
+
+
+def _refuse_emptied(before: Dataset, after: Dataset, bad: Sequence[BadImage]) -> None:
+    empty = [name for name, left in zip(after.classes, after.counts("train"), strict=True) if left == 0]
+    if empty:
+        labels = {sample.path: before.classes[sample.label] for sample in before.of("train")}
+        raise DataError(
+            f"data in {before.root}",
+            f"class {empty[0]!r} has no training image that can be read:"
+            f"{_lines([image for image in bad if labels[image.path] == empty[0]])}",
+            "Replace these files, or remove the class.",
+        )
+
+
+def _count(bad: Sequence[BadImage], what: str) -> str:
+    return f"{len(bad)} {what}{'' if len(bad) == 1 else 's'}"
+
+
+def _lines(bad: Sequence[BadImage]) -> str:
+    """Return the first few as an indented list with reasons, and how many more there are."""
+    shown = [f"{image.path} ({image.reason})" for image in bad[:_SHOWN]]
+    return "".join(f"\n  {line}" for line in [*shown, *_rest(bad)])
+
+
+def _one_line(bad: Sequence[BadImage]) -> str:
+    return ", ".join([*(f"{image.path} ({image.reason})" for image in bad[:_SHOWN]), *_rest(bad)])
+
+
+def _rest(bad: Sequence[BadImage]) -> list[str]:
+    return [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []

@@ -1,0 +1,207 @@
+"""Turn a file into RGB pixels, or say in a few words why that is impossible.
+
+Pillow only: a flipped byte in a PNG kills the process in torchvision's own decoder, and Pillow raises.
+An image is either decoded to its last row or refused; half a picture padded with grey is never returned.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
+
+# Only these parsers ever see the bytes: fewer parsers, fewer holes (EPS, for one, starts Ghostscript).
+# Phones' multi-picture JPEGs (MPO) come in through JPEG.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+EXTENSIONS: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+# Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
+# is a global that any library may have switched off, and because warning filters are not thread safe.
+MAX_PIXELS = 178_956_970
+
+# How the formats begin that no text begins like: such a file is a damaged image, not some other thing.
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
+
+_ORIENTATION = 0x0112  # EXIF tag; 1 (or none) is upright
+_UPRIGHT: dict[object, Transpose] = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+class BadImageError(Exception):
+    """An image that cannot be read; what that means for the run is the caller's decision.
+
+    Args:
+        reason: why, in one short line (``empty file``, ``truncated: ...``).
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(path: Path) -> Image.Image:
+    """Return the image as RGB, upright (EXIF rotation applied), first frame of an animation.
+
+    Transparent pixels are laid over white, since the colours under them are undefined. 16-bit greys are
+    divided by 257 (65535 becomes 255). Greys outside 0..65535 and floating-point greys have no agreed
+    white point, so their own minimum becomes 0 and their own maximum 255.
+
+    Raises:
+        BadImageError: the file is missing, no image, damaged, cut short, or over ``MAX_PIXELS``.
+    """
+    with _opened(path) as image:
+        return _finished(image)
+
+
+def probe_image(path: Path) -> None:
+    """Decode all the data as cheaply as possible; what this accepts, ``decode_image`` accepts.
+
+    A JPEG is entropy-decoded to its end but rebuilt at an eighth of its size and in grey, which finds a
+    cut file at a fraction of the cost. Other formats have no such short cut.
+
+    Raises:
+        BadImageError: as ``decode_image``.
+    """
+    with _opened(path) as image:
+        if image.format in {"JPEG", "MPO"}:
+            image.draft("L", (1, 1))
+            image.load()
+        else:
+            _finished(image)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Give the image with its header read, and turn every fault of opening or using it into BadImageError.
+
+    A MemoryError passes: it speaks of the machine, and dropping a good image for it would be wrong.
+    """
+    try:
+        # Before opening: reading a named pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            raise BadImageError("not a file")
+        with path.open("rb") as file:
+            yield _identified(file)
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadImageError(_reason(path, error)) from error
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """Return the image behind the header, refusing what is empty, unknown or enormous."""
+    head = file.read(16)
+    file.seek(0)
+    if not head:
+        raise BadImageError("empty file")
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImageError(_unidentified(head)) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
+    if image.format == "PNG":
+        _require_end(file)
+    return image
+
+
+def _require_end(file: BinaryIO) -> None:
+    """Refuse a PNG without its last chunk: Pillow lets the loss pass if the rows happen to be complete."""
+    here = file.tell()
+    file.seek(8)
+    while len(chunk := file.read(8)) == 8 and not chunk.endswith(b"IEND"):
+        file.seek(int.from_bytes(chunk[:4]) + 4, os.SEEK_CUR)
+    if not chunk.endswith(b"IEND"):
+        raise BadImageError("truncated: the end of the file is missing")
+    file.seek(here)
+
+
+def _unidentified(head: bytes) -> str:
+    """Say what stands in the file instead of an image: its first word, anything unprintable escaped."""
+    if head.startswith(_MAGIC):
+        return "damaged: starts like an image, but its header cannot be read"
+    word = (head.split() or [head])[0]
+    return f'not an image (starts with "{repr(word)[2:-1]}")'
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say in one short line what went wrong."""
+    if isinstance(error, FileNotFoundError):
+        return "link to a file that does not exist" if path.is_symlink() else "file not found"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    said = " ".join(str(error).split())[:120] or type(error).__name__
+    cut_short = isinstance(error, EOFError) or "truncated" in said.lower()
+    return f"{'truncated' if cut_short else 'damaged'}: {said}"
+
+
+def _finished(image: Image.Image) -> Image.Image:
+    """Decode the pixels, make them RGB and turn them upright."""
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    image = _rgb(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info = {}  # nobody downstream may find the orientation tag and rotate a second time
+    return image
+
+
+def _orientation(image: Image.Image) -> object:
+    """Return the EXIF orientation, or 1 where the metadata is broken: it says nothing of the pixels."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return decoded pixels of any mode as RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        return _over_white(image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Return RGBA pixels laid over white."""
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
+    return page
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Return greys of 16 bits, 32 bits or floating point as 8 bits (Pillow's ``convert`` would clip them)."""
+    grey = image.convert("F") if image.mode == "F" else image.convert("I").convert("F")
+    low, high = _range(grey)
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0
+    scale = 255.0 / (high - low) if high > low else 0.0
+    # The half rounds to the nearest: conversion to L cuts the fraction off.
+    return grey.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+
+
+def _range(grey: Image.Image) -> tuple[float, float]:
+    """Return the smallest and the largest grey; refuse NaN and infinity, which no scale can show."""
+    # Comparisons step over a NaN, so that the extremes alone would hide it; a mean does not.
+    mean = grey.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    low, high = grey.getextrema()
+    if not all(isinstance(value, float) and math.isfinite(value) for value in (mean, low, high)):
+        raise BadImageError("holds values that are not finite numbers")
+    return float(low), float(high)  # type: ignore[arg-type]

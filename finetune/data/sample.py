@@ -1,0 +1,62 @@
+"""What the rest of the house knows of a data set: which file, which class, which part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image: its path below ``Dataset.root`` (with ``/``), its class index and its part."""
+
+    path: str
+    label: int
+    split: Split
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A list of labelled images that nobody changes; every method gives a new value.
+
+    Attributes:
+        root: folder that every ``Sample.path`` is relative to.
+        classes: class names in index order, taken from the training part only.
+        samples: every image, ordered by part (train, val, test) and then by path.
+        warnings: what the user should know about the data, one sentence each.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes (K)."""
+        return len(self.classes)
+
+    def of(self, split: Split) -> tuple[Sample, ...]:
+        """Return the images of one part, in order."""
+        return tuple(sample for sample in self.samples if sample.split == split)
+
+    def file(self, sample: Sample) -> Path:
+        """Return where the image lies on disk."""
+        return self.root / sample.path
+
+    def counts(self, split: Split) -> list[int]:
+        """Return the number of images per class in one part, in index order, zeros included."""
+        counts = [0] * self.num_classes
+        for sample in self.of(split):
+            counts[sample.label] += 1
+        return counts
+
+    def without(self, paths: Collection[str]) -> Dataset:
+        """Return the same data set less these paths; classes and their indices stay as they are."""
+        gone = frozenset(paths)
+        return replace(self, samples=tuple(sample for sample in self.samples if sample.path not in gone))

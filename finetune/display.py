@@ -1,0 +1,94 @@
+"""Words and progress for people: to stderr, and the words to the run's log as well.
+
+On a terminal, work that takes time draws a bar; in a pipe or a log file there are plain lines only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+Advance = Callable[[int, str], None]
+"""Takes how many units are done more, and a few words that stand beside the bar."""
+
+
+class Display:
+    """What the user sees while something runs.
+
+    Args:
+        console: where it goes; stderr by default, since stdout belongs to results.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._log: Path | None = None
+
+    def log_to(self, path: Path) -> None:
+        """Append everything said from now on to a file, with the time of day."""
+        self._log = path
+
+    def say(self, text: str, style: str = "") -> None:
+        """Say one line."""
+        self.console.print(escape(text), style=style or None, soft_wrap=True)
+        self.note(text)
+
+    def warn(self, text: str) -> None:
+        """Say one line that should not be missed."""
+        self.say(f"warning: {text}", style="yellow")
+
+    def note(self, text: str) -> None:
+        """Write to the log only."""
+        if self._log is not None:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+            with self._log.open("a", encoding="utf-8") as file:
+                file.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
+    ) -> None:
+        """Show a table; columns named in ``numbers`` are aligned to the right."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self.console.print(table)
+        for row in [columns, *rows]:
+            self.note("  ".join(row))
+
+    @contextmanager
+    def track(self, description: str, total: int) -> Iterator[Advance]:
+        """Draw a bar over ``total`` units while the block runs; a pipe sees nothing of it."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"),
+        )
+        live = self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not live) as progress:
+            task = progress.add_task(description, total=total, words="")
+            yield lambda done, words: progress.update(task, advance=done, words=words)
+
+
+class SilentDisplay(Display):
+    """A display that shows nothing, for use as a library."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))

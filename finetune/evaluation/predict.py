@@ -1,0 +1,81 @@
+"""Predictions: logits of a network over a loader, in the loader's order.
+
+Shape legend: N images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.data.loader import Loader
+from finetune.runtime import DTYPES, Precision
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of some images.
+
+    Attributes:
+        logits: (N, K) float32, on the CPU.
+        labels: (N,) int64, the true classes.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits, (N, K)."""
+        return self.logits.softmax(dim=1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The likeliest class of each image, (N,)."""
+        return self.logits.argmax(dim=1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose likeliest class is right, in [0, 1]."""
+        return (self.predicted == self.labels).double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats, without smoothing and class weights."""
+        return F.cross_entropy(self.logits.double(), self.labels).item()
+
+
+def predict(
+    network: nn.Module, loader: Loader, precision: Precision, on_batch: Callable[[int], None] | None = None
+) -> Predictions:
+    """Run a network in eval mode over a loader, and leave every module in the mode it had.
+
+    Args:
+        network: (B, 3, H, W) -> (B, K).
+        loader: unshuffled.
+        precision: of the forward pass; logits come back in float32.
+        on_batch: told how many images each batch had.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    logits, labels = [], []
+    try:
+        with torch.inference_mode(), autocast(loader.placement.device, precision):
+            for batch in loader.batches():
+                logits.append(network(batch.images).float())
+                labels.append(batch.labels)
+                if on_batch is not None:
+                    on_batch(len(batch.labels))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu())
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the mixed-precision context of a forward pass; it does nothing for float32."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "float32")

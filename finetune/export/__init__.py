@@ -1,0 +1,1 @@
+"""Hand the trained model over in a form that other tools load."""

@@ -1,0 +1,202 @@
+"""The ``model/`` folder: ``config.json``, ``model.safetensors`` and a model card, in timm's format.
+
+A timm network's folder loads with plain ``timm.create_model("local-dir:PATH", pretrained=True)``. What
+timm cannot build (a torchvision network, or a timm network without its fully connected layers) says so
+in the root key ``finetune``, which timm ignores, and loads with :func:`pretrained.backbone.load_backbone`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import save_config_for_hf
+from torch import Tensor, nn
+
+from finetune import __version__
+from finetune.runs.files import disk_error, write_bytes, write_json, write_text
+from pretrained.backbone import Backbone
+from pretrained.catalog import Card, find_card
+from pretrained.network import build_network
+from pretrained.weights import read_weights
+
+
+def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the deployable folder whole: aside first, then under its name.
+
+    Args:
+        backbone: card and architecture.
+        network: the weights to hand over, on any device, in any layout.
+        folder: its final name; an older folder of that name is replaced.
+        metrics: for the model card.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        write_bytes(
+            part / "model.safetensors", safetensors.torch.save(portable_state(network), {"format": "pt"})
+        )
+        write_json(part / "config.json", build_config(backbone.card, network))
+        write_text(part / "README.md", build_readme(backbone.card, metrics))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def portable_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict of contiguous tensors on the CPU, each with memory of its own."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+
+
+def loads_in_timm(card: Card) -> bool:
+    """Return whether plain timm builds the same network from its architecture alone."""
+    return card.library == "timm" and card.head != "drop_fc"
+
+
+def build_config(card: Card, network: nn.Module) -> dict[str, Any]:
+    """Return ``config.json``: timm's for timm networks, the same shape for others."""
+    ours = {
+        "version": __version__,
+        "library": card.library,
+        "head": card.head,
+        "dropout": card.dropout,
+    }
+    config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
+    return config | {"finetune": ours}
+
+
+def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
+    from tempfile import TemporaryDirectory
+
+    labels = {"label_names": list(card.label_names)}
+    with TemporaryDirectory() as folder:  # timm writes its config to a file only
+        path = Path(folder) / "config.json"
+        save_config_for_hf(network, str(path), model_config=labels, data_config=card.preprocessing.to_timm())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _own_config(card: Card) -> dict[str, Any]:
+    values = card.preprocessing.to_timm() | {"num_classes": card.num_classes, "license": card.license}
+    return {
+        "architecture": card.architecture,
+        "num_classes": card.num_classes,
+        "label_names": list(card.label_names),
+        "pretrained_cfg": values | {"tag": card.tag, "origin_url": card.origin},
+    }
+
+
+def load_exported(folder: Path) -> nn.Module:
+    """Build the network of an exported folder again, in eval mode, from nothing but its files."""
+    card = find_card(str(folder))
+    network = build_network(card)
+    network.load_state_dict(read_weights(folder / "model.safetensors"))
+    return network.eval()
+
+
+def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> float:
+    """Return the largest difference between probabilities of a network and of its exported folder.
+
+    Args:
+        network: on the device of ``images``.
+        folder: written by :func:`export_model`.
+        images: (B, 3, H, W) float32, normalised.
+    """
+    reloaded = load_exported(folder).to(images.device)
+    training = network.training
+    network.eval()
+    with torch.inference_mode():
+        difference = network(images).softmax(1) - reloaded(images).softmax(1)
+    network.train(training)
+    return difference.abs().max().item()
+
+
+# --- the card for people -------------------------------------------------------------------------
+
+
+def build_readme(card: Card, metrics: Mapping[str, Any]) -> str:
+    """Return the model card: YAML front matter as the Hugging Face hub reads it, then prose."""
+    base = card.name.removeprefix("timm/") if card.library == "timm" else card.name
+    license_name = card.license or "unknown"
+    return f"""---
+tags: [image-classification, {card.library}, finetune]
+pipeline_tag: image-classification
+library_name: {card.library}
+license: {json.dumps(license_name)}
+base_model: {json.dumps(base)}
+metrics: [accuracy]
+---
+# Model card
+
+`{card.architecture}` fine-tuned with finetune {__version__} (strategy `{metrics["strategy"]}`) for
+{card.num_classes} classes: {_class_list(card)}.
+
+## Figures
+
+| figure | value |
+|---|---|
+| accuracy | {metrics["accuracy"]:.4f} |
+| balanced accuracy | {metrics["balanced_accuracy"]:.4f} |
+| macro F1 | {metrics["f1_macro"]:.4f} |
+| images | {metrics["num_samples"]} of the `{metrics["split"]}` part |
+
+{_split_sentence(metrics)}
+
+## Usage
+
+```python
+{_usage(card)}
+```
+
+Input: {_input_sentence(card)}
+
+## Source
+
+Weights started from `{card.name}` ({license_name}; {card.origin or "no paper recorded"}). Their licence
+applies to these weights as well.
+"""
+
+
+def _class_list(card: Card) -> str:
+    names = [f"`{name}`" for name in card.label_names]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more (config.json)" if len(names) > 20 else "")
+
+
+def _split_sentence(metrics: Mapping[str, Any]) -> str:
+    if metrics["split_chose_checkpoint"]:
+        return (
+            "The same images chose the best epoch, so these figures are a little kind; "
+            "a test part that chose nothing would say how kind."
+        )
+    return "These images chose nothing: neither weights nor the best epoch depend on them."
+
+
+def _usage(card: Card) -> str:
+    if not loads_in_timm(card):
+        return (
+            "from pretrained.backbone import load_backbone\n"
+            "from pretrained.catalog import find_card\n\n"
+            'card = find_card("PATH/OF/THIS/FOLDER")\n'
+            'network = load_backbone(card, classes=card.label_names, head="keep").network.eval()'
+        )
+    return 'import timm\n\nmodel = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'
+
+
+def _input_sentence(card: Card) -> str:
+    view = card.preprocessing
+    return (
+        f"RGB, {view.img_size} x {view.img_size} pixels (`crop_pct` {view.crop_pct:.4g}, {view.crop_mode}, "
+        f"{view.interpolation}), in [0, 1], mean {view.mean}, std {view.std}."
+    )

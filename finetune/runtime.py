@@ -1,0 +1,115 @@
+"""The machine: device, precision, threads, seeds, and a record of all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+import shutil
+import sys
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from finetune import __version__
+from finetune.errors import EnvironmentFaultError, UsageError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARED_MEMORY_PER_WORKER = 64 * 2**20
+"""Bytes of /dev/shm that a decoding process needs for its waiting batches (32 of 224 x 224 are 19 MB)."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, with its index.
+
+    Raises:
+        UsageError: another word.
+        EnvironmentFaultError: this machine has no such device.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
+        raise UsageError(f"--device {name}", "there is no such device", "Take auto, cpu, cuda or cuda:N.")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        found = f"this machine shows {count} CUDA devices to torch {torch.__version__}"
+        fix = "Take --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
+        raise EnvironmentFaultError(f"--device {name}", found, fix)
+    return torch.device("cuda", int(index or 0))
+
+
+def resolve_precision(device: torch.device) -> Precision:
+    """Return the number format that is fastest without harm: bfloat16 or float16 on a GPU, else float32.
+
+    Half precision on CPUs was measured to be slower than float32 wherever the processor lacks matrix
+    instructions for it, so a CPU gets it only when the recipe says so.
+    """
+    if device.type != "cuda":
+        return "float32"
+    with torch.cuda.device(device):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def available_cores() -> int:
+    """Return the processors this process may use (containers and batch systems give fewer than there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_workers(device: torch.device) -> int:
+    """Return how many processes should decode: all cores beside a GPU, half of them beside CPU training."""
+    cores = available_cores()
+    wanted = min(cores, 8) if device.type == "cuda" else max(1, cores // 2)
+    return min(wanted, _shared_memory_bytes() // SHARED_MEMORY_PER_WORKER)
+
+
+def _shared_memory_bytes() -> int:
+    """Containers often have 64 MB of it, and a worker that runs out dies of a bus error."""
+    try:
+        return shutil.disk_usage("/dev/shm").free  # noqa: S108 - the kernel's own place, not a temporary file
+    except OSError:
+        return sys.maxsize
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return 63 bits that depend on every part, so that no two uses of a seed draw the same numbers."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed torch, NumPy and Python from the parts: transforms draw from all three."""
+    seed = derive_seed(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return versions and hardware. No environment variables: they hold secrets."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "huggingface-hub")
+    return {
+        "finetune": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - not a file a path library helps with
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

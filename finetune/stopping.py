@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: at once where nothing is lost, after the step where training would be."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """Notes the signals that ask a process to stop.
+
+    Inside :meth:`gently` the first signal only sets :attr:`asked`, so that the step can be finished and
+    saved; the second, and any signal outside, raises KeyboardInterrupt at once. Handlers belong to the
+    main thread: elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._gentle = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module's shape
+        if self._gentle and not self.asked:
+            self.asked = True
+        else:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def gently(self) -> Iterator[None]:
+        """Let the block end in its own time."""
+        self._gentle = True
+        try:
+            yield
+        finally:
+            self._gentle = False

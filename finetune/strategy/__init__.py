@@ -1,0 +1,1 @@
+"""What learns, and how fast: the lectures' matrix, laid over the stages of any backbone."""

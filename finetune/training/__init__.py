@@ -1,0 +1,1 @@
+"""The loop, and what makes it stop, go on and be fast."""

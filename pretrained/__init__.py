@@ -1,0 +1,1 @@
+"""What can be fine-tuned: names, weights, networks cut into stages. Knows nothing of data folders or training."""

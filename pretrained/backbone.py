@@ -1,0 +1,120 @@
+"""Backbone: a network with its card, its ordered stages and the record of how its weights fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import UsageError
+from pretrained.catalog import Card, Preprocessing
+from pretrained.network import HeadChoice, build_network, change_head, head_parameters
+from pretrained.stages import Stage, find_stages
+from pretrained.weights import Match, find_weights, load_weights
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Everything a strategy needs to know of a network.
+
+    Attributes:
+        network: float32, on the CPU, in train mode; (B, 3, H, W) -> (B, K).
+        card: its passport, with the preprocessing and number of classes it now has.
+        stages: from stem to head, every parameter in exactly one.
+        match: how its weights fitted.
+    """
+
+    network: nn.Module
+    card: Card
+    stages: tuple[Stage, ...]
+    match: Match
+
+
+def load_backbone(
+    card: Card,
+    *,
+    classes: Sequence[str],
+    head: HeadChoice = "replace",
+    dropout: float = 0.0,
+    weights: str | None = None,
+    offline: bool = False,
+    pretrained: bool = True,
+) -> Backbone:
+    """Build a network for these classes and fill it with its weights.
+
+    Args:
+        card: which network, with the preprocessing it will be used at.
+        classes: names in index order.
+        head: ``replace``, ``keep`` (same labels) or ``drop_fc`` (VGG, AlexNet).
+        dropout: rate before a new classifier.
+        weights: file or folder instead of the card's own.
+        offline: never ask the network.
+        pretrained: False leaves every weight random (``scratch``).
+
+    Raises:
+        UsageError: the head cannot be made or kept, or the weights belong to another network.
+        EnvironmentFaultError: the weights are not here and cannot be had.
+    """
+    if head == "keep":
+        check_same_labels(card, classes)
+    path = find_weights(card, weights, offline) if pretrained else None
+    network = build_network(card, dropout)
+    old_head = head_parameters(network)
+    if path is not None:
+        match = load_weights(network, card, path, old_head, load_head=head == "keep")
+    else:
+        match = Match("", 0, len(network.state_dict()))
+    change_head(network, len(classes), head, dropout)
+    new_card = replace(
+        card,
+        num_classes=len(classes),
+        label_names=tuple(classes),
+        head=card.head if head == "keep" else head,
+        dropout=card.dropout if head == "keep" else dropout,
+    )
+    return Backbone(network, new_card, _stages_of(network, card.preprocessing), match)
+
+
+def describe_stages(card: Card) -> tuple[tuple[Stage, ...], dict[str, int]]:
+    """Return a network's stages with its own classifier, and the size of each parameter, without any weights."""
+    try:
+        with torch.device("meta"):
+            network = build_network(card)
+    except (RuntimeError, NotImplementedError):  # RegNet of torchvision computes with its tensors in building
+        network = build_network(card)
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    return _stages_of(network, card.preprocessing), sizes
+
+
+def _stages_of(network: nn.Module, preprocessing: Preprocessing) -> tuple[Stage, ...]:
+    return find_stages(network, preprocessing.input_size, head=head_parameters(network))
+
+
+def check_same_labels(card: Card, classes: Sequence[str]) -> None:
+    """Refuse to keep a classifier whose outputs do not mean these classes.
+
+    Raises:
+        UsageError: the numbers differ, or the network's labels are known from an earlier run and differ.
+    """
+    if card.num_classes != len(classes):
+        found = f"the network's classifier has {card.num_classes} outputs, the data {len(classes)} classes"
+        raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")
+    if card.place == "folder" and card.label_names and tuple(classes) != card.label_names:
+        other = [name for name in classes if name not in card.label_names] or list(classes)
+        found = f"the network was trained for other labels or another order (here: {', '.join(other[:3])})"
+        raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")
+
+
+def summarize_card(card: Card) -> dict[str, Any]:
+    """Return the card's plain facts, for tables and JSON."""
+    return {
+        "name": card.name,
+        "library": card.library,
+        "input_size": card.preprocessing.img_size,
+        "num_classes": card.num_classes,
+        "license": card.license,
+        "origin": card.origin,
+    }

@@ -1,0 +1,332 @@
+"""Every name that can be fine-tuned, where it comes from, and its card.
+
+A name resolves in this order, and the first that fits wins:
+
+1. a folder on this machine: a finished run, or its ``model`` folder (with ``local-dir:`` or without);
+2. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
+3. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm;
+4. a bare name known to torchvision.
+
+So ``resnet50`` is timm's and ``squeezenet1_0`` is torchvision's, which alone has it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torchvision.models as tv
+from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
+
+from finetune.errors import UsageError, suggest
+
+Library = Literal["timm", "torchvision"]
+Place = Literal["hub", "url", "folder", "none"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a tensor. One object for training, evaluation and export.
+
+    Attributes:
+        img_size: height and width in pixels of the square the network sees.
+        crop_pct: share of the resized short side that the centre crop keeps, in (0, 1].
+        crop_mode: ``center``, ``squash`` or ``border``, as timm means them.
+        interpolation: Pillow filter name in lower case.
+        mean: subtracted from each channel of an RGB image in [0, 1].
+        std: each channel is divided by it.
+    """
+
+    img_size: int = 224
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height, width of one input tensor."""
+        return (3, self.img_size, self.img_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values under the recipe's own names (section ``input``)."""
+        return asdict(self)
+
+    def to_timm(self) -> dict[str, Any]:
+        """Return the values under timm's names (``data_config``)."""
+        values = self.to_dict() | {"input_size": self.input_size}
+        del values["img_size"]
+        return values
+
+
+@dataclass(frozen=True)
+class Card:
+    """A network's passport: what builds it, where its weights are, how its input is made.
+
+    Attributes:
+        name: the full name, which resolves to this card again.
+        architecture: what the library calls the network.
+        tag: which of its weights, ``""`` for none.
+        location: hub id, URL or folder of the weights, after ``place``.
+        num_classes: outputs of its own classifier.
+        label_names: of its own classifier in index order, where they are known.
+        head: how the classifier differs from the library's, for networks that we exported.
+    """
+
+    name: str
+    library: Library
+    architecture: str
+    tag: str
+    place: Place
+    location: str
+    preprocessing: Preprocessing
+    num_classes: int
+    license: str = ""
+    origin: str = ""
+    label_names: tuple[str, ...] = ()
+    head: str = ""
+    dropout: float = 0.0
+    model_args: tuple[tuple[str, Any], ...] = ()
+
+    def with_input(self, preprocessing: Preprocessing) -> Card:
+        """Return the card with other preprocessing."""
+        return replace(self, preprocessing=preprocessing)
+
+
+# --- resolving a name ----------------------------------------------------------------------------
+
+
+def find_card(name: str) -> Card:
+    """Return the card of a backbone by name (the order is in the module's docstring).
+
+    Raises:
+        UsageError: no such name; the message lists the nearest ones.
+    """
+    prefix, _, rest = name.partition(":")
+    if prefix == "local-dir" or Path(name).is_dir():
+        return _card_from_folder(name, Path(rest if prefix == "local-dir" else name))
+    if prefix == "hf-hub":
+        return _card_from_hub(name, rest)
+    library, slash, bare = name.partition("/")
+    if slash and library not in ("timm", "torchvision"):
+        raise UsageError(f"--backbone {name}", _no_such_folder(name), "See `finetune backbones`.")
+    bare = bare if slash else name
+    if library != "torchvision" and is_model(bare):
+        return _card_from_timm(bare)
+    if library != "timm" and bare.partition(".")[0] in torchvision_names():
+        return _card_from_torchvision(bare)
+    raise UsageError(
+        f"--backbone {name}", f"there is no network of that name{_nearest(bare)}", "See `finetune backbones`."
+    )
+
+
+def _no_such_folder(name: str) -> str:
+    return f"it is no folder, and names with a slash start with timm/ or torchvision/{_nearest(name)}"
+
+
+def _nearest(name: str) -> str:
+    return suggest(name.partition(".")[0], [*timm.list_models(), *torchvision_names()])
+
+
+@cache
+def torchvision_names() -> tuple[str, ...]:
+    """Return torchvision's image classifiers, without the quantised copies."""
+    return tuple(tv.list_models(module=tv))
+
+
+def _card_from_timm(name: str) -> Card:
+    architecture, tag = split_model_name_tag(name)
+    config = _timm_config(name, architecture, tag)
+    tag = config.tag or "" if config.has_weights else ""
+    hub = config.hf_hub_id or ""
+    place: Place = "hub" if hub and config.has_weights else "url" if config.url else "none"
+    return Card(
+        name=f"timm/{architecture}{'.' + tag if tag else ''}",
+        library="timm",
+        architecture=architecture,
+        tag=tag,
+        place=place,
+        location=(hub if place == "hub" else config.url) or "",
+        preprocessing=_timm_preprocessing(config.to_dict()),
+        num_classes=config.num_classes,
+        license=config.license or "",
+        origin=_text(config.paper_ids or config.origin_url),
+    )
+
+
+def _timm_config(name: str, architecture: str, tag: str) -> Any:
+    try:
+        config = get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:
+        known = timm.list_pretrained(f"{architecture}.*")
+        found = f"{architecture} has no weights with the tag {tag!r}{suggest(name, known)}"
+        fix = f"Its weights: {', '.join(known) or 'none'}."
+        raise UsageError(f"--backbone {name}", found, fix) from None
+    return config
+
+
+def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
+    default = Preprocessing()
+    return Preprocessing(
+        img_size=(config.get("input_size") or default.input_size)[-1],
+        crop_pct=config.get("crop_pct") or default.crop_pct,
+        crop_mode=config.get("crop_mode") or default.crop_mode,
+        interpolation=_interpolation(config.get("interpolation") or default.interpolation),
+        mean=_three(config.get("mean") or default.mean),
+        std=_three(config.get("std") or default.std),
+    )
+
+
+def _interpolation(name: str) -> str:
+    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    """One value per channel; cards of single-channel networks give one for all."""
+    first, second, third = values if len(values) == 3 else (values[0],) * 3
+    return (float(first), float(second), float(third))
+
+
+def _card_from_torchvision(name: str) -> Card:
+    architecture, _, tag = name.partition(".")
+    known = tv.get_model_weights(architecture)
+    weights = known.DEFAULT if not tag else _torchvision_tag(name, tag, known)
+    return Card(
+        name=f"torchvision/{architecture}.{weights.name.lower()}",
+        library="torchvision",
+        architecture=architecture,
+        tag=weights.name.lower(),
+        place="url",
+        location=weights.url,
+        preprocessing=_torchvision_preprocessing(weights),
+        num_classes=len(weights.meta["categories"]),
+        license="cc-by-nc-4.0" if "SWAG" in weights.name else "bsd-3-clause",
+        origin=weights.meta.get("recipe", ""),
+        label_names=tuple(weights.meta["categories"]),
+    )
+
+
+def _torchvision_tag(name: str, tag: str, known: Any) -> Any:
+    by_name = {weights.name.lower(): weights for weights in known}
+    if tag.lower() not in by_name:
+        found = f"torchvision has no weights with the tag {tag!r}{suggest(tag.lower(), by_name)}"
+        raise UsageError(f"--backbone {name}", found, f"Its weights: {', '.join(by_name)}.")
+    return by_name[tag.lower()]
+
+
+def _torchvision_preprocessing(weights: Any) -> Preprocessing:
+    view = weights.transforms()
+    crop, resize = view.crop_size[0], view.resize_size[0]
+    crop_pct = crop / resize
+    if math.floor(crop / crop_pct) != resize:  # the resize is computed back from this share by flooring
+        crop_pct = math.nextafter(crop_pct, 0)
+    return Preprocessing(
+        img_size=crop,
+        crop_pct=min(crop_pct, 1.0),
+        interpolation=view.interpolation.value,
+        mean=_three(view.mean),
+        std=_three(view.std),
+    )
+
+
+def _card_from_folder(name: str, folder: Path) -> Card:
+    model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    path = model / "config.json"
+    if not path.is_file():
+        found = "there is no config.json in it" if folder.is_dir() else "there is no such folder"
+        fix = "Name a finished run, or a folder with config.json and model.safetensors."
+        raise UsageError(f"--backbone {name}", found, fix)
+    config = _read_config(name, path)
+    return _card_from_config(f"local-dir:{folder}", config, place="folder", location=str(model))
+
+
+def _read_config(name: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--backbone {name}", f"{path} cannot be read: {error}", "Export it again."
+        ) from None
+    if not isinstance(config, dict) or "architecture" not in config:
+        fix = "Name a folder in timm's format or of a finished run."
+        raise UsageError(f"--backbone {name}", f"{path} names no architecture", fix)
+    return config
+
+
+def _card_from_config(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
+    ours = config.get("finetune", {})
+    library: Library = "torchvision" if ours.get("library") == "torchvision" else "timm"
+    architecture, tag = split_model_name_tag(config["architecture"])
+    known = torchvision_names() if library == "torchvision" else timm.list_models()
+    if architecture not in known:
+        found = f"{library} does not know its architecture {architecture!r}{suggest(architecture, known)}"
+        raise UsageError(f"--backbone {name}", found, f"Upgrade {library}, or take another backbone.")
+    inner = config.get("pretrained_cfg", config)
+    labels = config.get("label_names") or inner.get("label_names") or ()
+    return Card(
+        name=name,
+        library=library,
+        architecture=architecture,
+        tag=tag or inner.get("tag") or "",
+        place=place,
+        location=location,
+        preprocessing=_timm_preprocessing(inner),
+        num_classes=config.get("num_classes", inner.get("num_classes", 1000)),
+        license=inner.get("license") or "",
+        origin=_text(inner.get("paper_ids") or inner.get("origin_url")),
+        label_names=tuple(labels.values() if isinstance(labels, dict) else labels),
+        head=ours.get("head", ""),
+        dropout=ours.get("dropout", 0.0),
+        model_args=tuple((config.get("model_args") or {}).items()),
+    )
+
+
+def _card_from_hub(name: str, hub_id: str) -> Card:
+    from pretrained.weights import (
+        find_hub_file,
+    )  # weights knows cards; only this name needs a file to become one
+
+    path = find_hub_file(name, hub_id, ("config.json",))
+    return _card_from_config(name, _read_config(name, path), place="hub", location=hub_id)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, (list, tuple)) else str(value or "")
+
+
+# --- listing -------------------------------------------------------------------------------------
+
+
+def list_names(search: str = "") -> Iterator[str]:
+    """Yield every full name that holds ``search`` (case does not matter): timm's, then torchvision's."""
+    tagged = timm.list_pretrained()
+    bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged}
+    timm_names = (f"timm/{name}" for name in sorted([*tagged, *bare]))
+    for name in [*timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
+        if search.lower() in name.lower():
+            yield name
+
+
+@cache
+def _sizes() -> dict[tuple[str, str], int]:
+    text = resources.files("pretrained").joinpath("sizes.csv").read_text(encoding="utf-8")
+    rows = csv.DictReader(text.splitlines())
+    return {(row["library"], row["architecture"]): int(row["num_parameters"]) for row in rows}
+
+
+def num_parameters(card: Card) -> int | None:
+    """Return the number of parameters with the network's own classifier, None where it is not tabulated.
+
+    Counted once for every architecture by ``python -m pretrained.sizes``, since building 1,400
+    networks to print a list takes minutes.
+    """
+    return _sizes().get((card.library, card.architecture))

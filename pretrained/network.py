@@ -1,0 +1,234 @@
+"""Build a network from its card, with random weights and its own classifier, and change that classifier.
+
+A new head is what the lectures call the linear classifier: pooled features, optional dropout, one
+linear layer, whatever the network's own head looked like. It starts with small weights and no bias,
+so that the first loss is ln(num_classes) and every gradient is alive. (SqueezeNet's own head ends in
+a ReLU: swapping only its last convolution, as tutorials do, leaves it half dead at birth.)
+
+Shape legend: B batch, C channels, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import timm
+import torchvision.models as tv
+from torch import nn
+
+from finetune.errors import UsageError
+from pretrained.catalog import Card
+
+HeadChoice = Literal["replace", "keep", "drop_fc"]
+HEAD_STD = 0.01
+"""Standard deviation of a new classifier's weights, as VGG's and torchvision's own (arXiv:1409.1556)."""
+
+_TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
+
+
+class PooledHead(nn.Sequential):
+    """Global average pooling, dropout, one linear layer: (B, C, H, W) -> (B, K)."""
+
+    def __init__(self, num_features: int, num_classes: int, dropout: float) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(dropout), nn.Linear(num_features, num_classes)
+        )
+
+
+class DropoutLinear(nn.Sequential):
+    """Dropout, then one linear layer: (B, C) -> (B, K). Stands where a network has a bare linear classifier."""
+
+    def __init__(self, num_features: int, num_classes: int, dropout: float) -> None:
+        super().__init__(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
+
+    @property
+    def in_features(self) -> int:
+        """Features that enter, C."""
+        layer = self[1]
+        assert isinstance(layer, nn.Linear)
+        return layer.in_features
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def build_network(card: Card, dropout: float = 0.0) -> nn.Module:
+    """Return the card's network with random weights, in float32, with ``card.num_classes`` outputs.
+
+    Args:
+        card: which network; a card of an exported run also says how its head was changed.
+        dropout: rate before the classifier, for libraries that build it in.
+
+    Raises:
+        UsageError: the network cannot take ``card.preprocessing.img_size``.
+    """
+    network = _build_timm(card, dropout) if card.library == "timm" else _build_torchvision(card)
+    if card.head in ("replace", "drop_fc"):
+        change_head(network, card.num_classes, card.head, card.dropout)
+    return network
+
+
+def _build_timm(card: Card, dropout: float) -> nn.Module:
+    config = timm.get_pretrained_cfg(card.architecture, allow_unregistered=True)
+    kwargs: dict[str, Any] = dict(card.model_args) | {"num_classes": card.num_classes}
+    if config is not None and config.fixed_input_size and card.preprocessing.input_size != config.input_size:
+        kwargs["img_size"] = card.preprocessing.img_size
+    if dropout or card.dropout:
+        kwargs["drop_rate"] = dropout or card.dropout
+    name = card.architecture if card.place == "folder" or not card.tag else f"{card.architecture}.{card.tag}"
+    try:
+        return _create_timm(name, kwargs)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"backbone {card.name} at {card.preprocessing.img_size} pixels",
+            f"timm cannot build it: {' '.join(str(error).split())}",
+            "Leave --img-size out, or take a multiple of the network's patch size.",
+        ) from None
+
+
+def _create_timm(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """MetaFormers may have a two-layer head; a linear one is asked for where the network knows the word."""
+    try:
+        network: nn.Module = timm.create_model(name, use_mlp_head=False, **kwargs)
+    except TypeError:
+        network = timm.create_model(name, **kwargs)
+    return network
+
+
+def _build_torchvision(card: Card) -> nn.Module:
+    kwargs: dict[str, Any] = {"num_classes": 1000 if card.head else card.num_classes}
+    if card.architecture in ("googlenet", "inception_v3"):
+        # The auxiliary heads serve training from scratch only; init_weights takes a minute of SciPy.
+        kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
+    network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
+    return network
+
+
+# --- the head ------------------------------------------------------------------------------------
+
+
+def head_parameters(network: nn.Module) -> frozenset[str]:
+    """Return the names of the classifier's parameters, by identity and not by spelling."""
+    classifier = {id(parameter) for layer in _classifiers(network) for parameter in layer.parameters()}
+    return frozenset(name for name, parameter in network.named_parameters() if id(parameter) in classifier)
+
+
+def _classifiers(network: nn.Module) -> list[nn.Module]:
+    if hasattr(network, "get_classifier"):
+        found = network.get_classifier()
+        layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+        return [layer for layer in layers if isinstance(layer, nn.Module)]
+    return [_last_layer(getattr(network, _torchvision_head(network)))]
+
+
+def _torchvision_head(network: nn.Module) -> str:
+    return next(name for name in _TORCHVISION_HEADS if isinstance(getattr(network, name, None), nn.Module))
+
+
+def _last_layer(head: nn.Module) -> nn.Module:
+    return [layer for layer in head.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+
+
+def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropout: float = 0.0) -> None:
+    """Give a network a classifier for ``num_classes``, in place.
+
+    Args:
+        network: a network of :func:`build_network`.
+        num_classes: outputs of the new classifier.
+        choice: ``replace`` or ``drop_fc``; ``keep`` leaves the network alone.
+        dropout: rate before the new linear layer.
+
+    Raises:
+        UsageError: ``drop_fc`` on a network without fully connected layers under its classifier.
+    """
+    if choice == "keep":
+        return
+    if hasattr(network, "reset_classifier"):
+        _change_timm_head(network, num_classes, choice, dropout)
+    else:
+        _change_torchvision_head(network, num_classes, choice, dropout)
+    for layer in _classifiers(network):
+        for parameter_layer in _linear_layers(layer):
+            init_classifier(parameter_layer)
+
+
+def init_classifier(layer: nn.Linear | nn.Conv2d) -> None:
+    """Start a linear classifier small and unbiased."""
+    nn.init.trunc_normal_(layer.weight, std=HEAD_STD)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _linear_layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
+    return (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+
+
+def _change_timm_head(network: Any, num_classes: int, choice: HeadChoice, dropout: float) -> None:
+    if choice == "drop_fc":
+        if not isinstance(getattr(network, "pre_logits", None), timm.models.vgg.ConvMlp):
+            raise _nothing_to_drop(type(network).__name__)
+        network.pre_logits = nn.Identity()
+        network.head_hidden_size = network.num_features
+        network.head = timm.layers.ClassifierHead(network.num_features, 1, "avg", drop_rate=dropout)
+    network.reset_classifier(num_classes)
+
+
+def _change_torchvision_head(
+    network: nn.Module, num_classes: int, choice: HeadChoice, dropout: float
+) -> None:
+    name = _torchvision_head(network)
+    head = getattr(network, name)
+    layers = list(head) if type(head) is nn.Sequential else [head]
+    if choice == "drop_fc":
+        setattr(network, name, _dropped(network, layers, num_classes, dropout))
+    elif isinstance(layers[-1], (nn.Linear, DropoutLinear)):
+        new = _linear(layers[-1].in_features, num_classes, dropout, after=layers[:-1])
+        if type(head) is nn.Sequential:
+            head[-1] = new
+        else:
+            setattr(network, name, new)
+    else:  # SqueezeNet: convolution, ReLU, pooling
+        setattr(network, name, PooledHead(_last_in_features(head), num_classes, dropout))
+
+
+def _linear(num_features: int, num_classes: int, dropout: float, after: list[nn.Module]) -> nn.Module:
+    """A linear layer whose dropout is either the network's own layer before it, or a new one."""
+    if after and isinstance(after[-1], nn.Dropout):
+        after[-1].p = dropout
+    elif dropout:
+        return DropoutLinear(num_features, num_classes, dropout)
+    return nn.Linear(num_features, num_classes)
+
+
+def _last_in_features(head: nn.Module) -> int:
+    layer = _last_layer(head)
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _dropped(network: nn.Module, layers: list[nn.Module], num_classes: int, dropout: float) -> nn.Module:
+    """The head without any of its fully connected layers: what stood before them, dropout, linear."""
+    linear = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    if len(linear) < 2:
+        raise _nothing_to_drop(type(network).__name__)
+    first = layers[linear[0]]
+    assert isinstance(first, nn.Linear)
+    kept = [layer for layer in layers[: linear[0]] if not isinstance(layer, nn.Dropout)]
+    num_features = first.in_features // _flattened_positions(network)
+    return nn.Sequential(*kept, nn.Dropout(dropout), nn.Linear(num_features, num_classes))
+
+
+def _flattened_positions(network: nn.Module) -> int:
+    """VGG and AlexNet flatten a grid of features for fc6; pool it to one position, and say how many it was."""
+    pool = getattr(network, "avgpool", None)
+    if not isinstance(pool, nn.AdaptiveAvgPool2d):
+        return 1
+    size: Any = pool.output_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    return int(height * width)
+
+
+def _nothing_to_drop(name: str) -> UsageError:
+    found = f"{name} has no fully connected layers under its classifier"
+    return UsageError("strategy.head=drop_fc", found, "Take head=replace; drop_fc is for VGG and AlexNet.")

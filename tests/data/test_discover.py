@@ -1,0 +1,584 @@
+"""Whatever layout comes in, the labels are right or the refusal says what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.data.discover import discover
+from finetune.data.sample import Dataset, Sample, Split
+from finetune.errors import DataError, ExitCode
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Make files (empty: discovery looks at names alone) and, for paths ending in ``/``, folders."""
+    for path in paths:
+        place = root / path
+        if path.endswith("/"):
+            place.mkdir(parents=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+    return root
+
+
+def ants_and_bees(root: Path, part: str, number: int = 4) -> Path:
+    return tree(root, *(f"{part}{name}/{n}.jpg" for name in ("ant", "bee") for n in range(number)))
+
+
+def table(root: Path, text: str, *images: str) -> Path:
+    tree(root, *images)
+    (root / "labels.csv").write_text(text, encoding="utf-8")
+    return root / "labels.csv"
+
+
+def found(data: Path, fraction: float = 0.25, seed: int = 0) -> Dataset:
+    return discover(data, fraction, seed)
+
+
+def refused(data: Path) -> DataError:
+    with pytest.raises(DataError) as error:
+        found(data)
+    assert error.value.exit_code == ExitCode.DATA
+    assert error.value.asked.startswith("--data ")
+    assert error.value.fix.endswith((".", "?"))
+    str(error.value).encode()  # any terminal can print it
+    return error.value
+
+
+def paths(dataset: Dataset, split: Split = "train") -> list[str]:
+    return [sample.path for sample in dataset.of(split)]
+
+
+# Layouts
+
+
+def test_folder_with_all_three_parts(tmp_path: Path) -> None:
+    for part in ("train/", "val/", "test/"):
+        ants_and_bees(tmp_path, part, 2)
+    dataset = found(tmp_path)
+    assert dataset.classes == ("ant", "bee")
+    assert dataset.root == tmp_path
+    assert [(s.split, s.path, s.label) for s in dataset.samples] == [
+        (split, f"{split}/{name}/{n}.jpg", label)
+        for split in ("train", "val", "test")
+        for label, name in enumerate(("ant", "bee"))
+        for n in range(2)
+    ]
+    assert dataset.warnings == ()
+    assert dataset.file(dataset.samples[0]) == tmp_path / "train/ant/0.jpg"
+
+
+@pytest.mark.parametrize("alias", ["val", "valid", "validation", "Val", "VALID"])
+def test_names_of_the_validation_part(tmp_path: Path, alias: str) -> None:
+    ants_and_bees(tmp_path, "train/")
+    ants_and_bees(tmp_path, f"{alias}/", 2)
+    assert paths(found(tmp_path), "val") == [
+        f"{alias}/{name}/{n}.jpg" for name in ("ant", "bee") for n in range(2)
+    ]
+
+
+def test_train_alone_is_split_by_class(tmp_path: Path) -> None:
+    dataset = found(ants_and_bees(tmp_path, "train/", 8))
+    assert dataset.counts("train") == [6, 6] and dataset.counts("val") == [2, 2]
+    assert dataset.counts("test") == [0, 0]
+
+
+def test_flat_folder_is_split_by_class(tmp_path: Path) -> None:
+    dataset = found(ants_and_bees(tmp_path, "", 8))
+    assert dataset.counts("train") == [6, 6] and dataset.counts("val") == [2, 2]
+    assert not set(paths(dataset)) & set(paths(dataset, "val"))
+
+
+def test_test_part_stays_out_of_the_split(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/", 8)
+    ants_and_bees(tmp_path, "test/", 3)
+    dataset = found(tmp_path)
+    assert dataset.counts("test") == [3, 3]
+    assert all(path.startswith("train/") for path in paths(dataset, "val"))
+
+
+def test_seed_and_fraction_reach_the_split(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 40)
+    assert found(tmp_path, 0.5).counts("val") == [20, 20]
+    assert paths(found(tmp_path, seed=0), "val") != paths(found(tmp_path, seed=1), "val")
+
+
+def test_listing_order_of_the_file_system_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ants_and_bees(tmp_path, "", 12)
+    before, scandir = found(tmp_path), os.scandir
+
+    class Reversed:
+        def __init__(self, path: Path) -> None:
+            with scandir(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    assert found(tmp_path) == before
+
+
+def test_nothing_is_written(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 4)
+
+    def state() -> list[tuple[str, int]]:
+        return [(str(path), path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
+
+    before = state()
+    found(tmp_path)
+    assert state() == before
+
+
+def test_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ants_and_bees(tmp_path / "pics", "")
+    monkeypatch.chdir(tmp_path)
+    dataset = found(Path("pics"))
+    assert dataset.root == tmp_path / "pics"
+    monkeypatch.chdir("/")
+    assert all(dataset.file(sample).is_file() for sample in dataset.samples)
+
+
+# Which files
+
+
+def test_every_extension_in_any_letter_case(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.JPG", "c.jpeg", "d.webp", "e.PNG", "f.bmp", "g.tif", "h.TIFF", "i.Gif"]
+    tree(tmp_path, *(f"train/{c}/{n}" for c in ("ant", "bee") for n in names))
+    ants_and_bees(tmp_path, "val/")
+    assert found(tmp_path).counts("train") == [9, 9]
+
+
+def test_hidden_things_and_junk_are_not_images(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/", 3)
+    ants_and_bees(tmp_path, "val/", 3)
+    before = found(tmp_path)
+    tree(
+        tmp_path,
+        "train/ant/.hidden.jpg",
+        "train/ant/.ipynb_checkpoints/0-checkpoint.jpg",
+        "train/.ipynb_checkpoints/0.jpg",
+        "train/__MACOSX/ant/._0.jpg",
+        "__MACOSX/train/ant/0.jpg",
+        "train/ant/__MACOSX/0.jpg",
+        "train/ant/Thumbs.db",
+        "val/.DS_Store",
+        ".git/0.jpg",
+    )
+    assert found(tmp_path) == before
+
+
+def test_images_in_sub_folders_belong_to_the_top_folder(tmp_path: Path) -> None:
+    tree(tmp_path, "red/car/0.jpg", "red/bus/deep/0.jpg", "blue/car/0.jpg", "blue/1.jpg")
+    dataset = found(tmp_path)
+    assert dataset.classes == ("blue", "red")
+    assert sorted(sample.path for sample in dataset.samples if sample.label == 1) == [
+        "red/bus/deep/0.jpg",
+        "red/car/0.jpg",
+    ]
+
+
+def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    tree(tmp_path, "ant/x.jpg/inside.png")
+    every = [sample.path for sample in found(tmp_path).samples]
+    assert "ant/x.jpg/inside.png" in every and "ant/x.jpg" not in every
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path / "store", "", 3)
+    (tmp_path / "data").mkdir()
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
+    dataset = found(tmp_path / "data")
+    assert len(dataset.samples) == 6
+    assert {path.split("/")[0] for path in paths(dataset)} == {"ant", "bee"}
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "deep"])
+def test_linked_folders_do_not_loop_or_borrow_from_other_classes(tmp_path: Path, target: str) -> None:
+    ants_and_bees(tmp_path, "train/", 3)
+    tree(tmp_path, "train/ant/deep/9.jpg")
+    (tmp_path / "train/ant/deep/loop").symlink_to(Path("..") / target, target_is_directory=True)
+    assert sum(sample.label == 0 for sample in found(tmp_path).samples) == 4
+    assert sum(sample.label == 1 for sample in found(tmp_path).samples) == 3
+
+
+def test_a_dead_link_is_kept_for_the_check_to_name(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    (tmp_path / "ant/dead.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "ant/self.jpg").symlink_to(tmp_path / "ant/self.jpg")
+    every = {sample.path for sample in found(tmp_path).samples}
+    assert {"ant/dead.jpg", "ant/self.jpg"} <= every
+
+
+def test_a_named_pipe_is_no_image(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    os.mkfifo(tmp_path / "ant/pipe.jpg")
+    assert len(found(tmp_path).samples) == 6
+
+
+@pytest.mark.parametrize("name", [b"ant/\xff.jpg", b"\xfc/0.jpg", b"ant/\xe9/0.jpg"])
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path, name: bytes) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    tree(tmp_path, os.fsdecode(name))
+    assert "\\udc" in refused(tmp_path).found
+
+
+def test_other_files_need_no_utf8(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    tree(tmp_path, os.fsdecode(b"ant/\xff.txt"), os.fsdecode(b"ant/x.\xff"))
+    dataset = found(tmp_path)
+    assert len(dataset.samples) == 6
+    str(dataset.warnings).encode()
+
+
+def test_ignored_files_are_counted_in_a_warning(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    tree(tmp_path, "ant/a.heic", "bee/b.HEIC", "bee/README", "0.jpg", "notes.txt")
+    assert found(tmp_path).warnings == (
+        "1 image directly in the data folder, outside the class folders, ignored.",
+        "Files in the data folder that are no images are ignored: .heic (2), no extension (1).",
+    )
+
+
+# Classes
+
+
+def test_classes_in_code_point_order_as_imagefolder(tmp_path: Path) -> None:
+    names = ["b", "B", "10", "9", "é", "a b"]
+    tree(tmp_path, *(f"{name}/{n}.jpg" for name in names for n in range(2)))
+    assert found(tmp_path).classes == ("10", "9", "B", "a b", "b", "é")
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_a_part_lacks_shifts_no_index(tmp_path: Path, part: Split) -> None:
+    tree(tmp_path, *(f"train/{name}/{n}.jpg" for name in ("ant", "bee", "cat") for n in range(4)))
+    tree(tmp_path, *(f"{part}/{name}/{n}.jpg" for name in ("bee", "cat") for n in range(2)))
+    dataset = found(tmp_path)
+    assert dataset.classes == ("ant", "bee", "cat")
+    assert {(s.path.split("/")[1], s.label) for s in dataset.of(part)} == {("bee", 1), ("cat", 2)}
+    assert len(dataset.warnings) == 1
+    assert "'ant'" in dataset.warnings[0] and part in dataset.warnings[0]
+
+
+def test_an_empty_class_folder_in_val_is_a_missing_class(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/")
+    tree(tmp_path, "val/ant/0.jpg", "val/bee/", "val/wasp/")
+    dataset = found(tmp_path)
+    assert dataset.counts("val") == [1, 0]
+    assert any("'bee'" in warning for warning in dataset.warnings)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_training_does_not_know(tmp_path: Path, part: str) -> None:
+    ants_and_bees(tmp_path, "train/")
+    ants_and_bees(tmp_path, f"{part}/")
+    tree(tmp_path, f"{part}/ants/0.jpg")
+    error = refused(tmp_path)
+    assert "'ants'" in error.found and "did you mean 'ant'" in error.found and part in error.found
+
+
+def test_one_class(tmp_path: Path) -> None:
+    assert "only one class, 'ant'" in refused(tree(tmp_path, "ant/0.jpg", "ant/1.jpg")).found
+
+
+def test_one_level_too_high(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "unpacked/train/")
+    assert refused(tmp_path).fix == f"Did you mean --data {tmp_path / 'unpacked'}?"
+
+
+def test_an_empty_class_folder_in_training(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/")
+    assert "'train/wasp' holds no images" in refused(tree(tmp_path, "train/wasp/")).found
+
+
+def test_a_class_folder_of_other_files_names_their_extensions(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "")
+    tree(tmp_path, "wasp/0.heic", "wasp/1.heic", "wasp/deep/x.txt")
+    assert "'wasp' holds no images, only .heic (2), .txt (1)" in refused(tmp_path).found
+
+
+def test_a_single_image_cannot_be_split(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "")
+    error = refused(tree(tmp_path, "wasp/0.jpg"))
+    assert "'wasp'" in error.found and "both trained on and judged" in error.found
+    assert "val/" in error.fix
+
+
+def test_a_single_training_image_is_a_warning_when_val_is_given(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/")
+    ants_and_bees(tmp_path, "val/")
+    tree(tmp_path, "train/wasp/0.jpg", "val/wasp/0.jpg")
+    assert found(tmp_path).warnings == ("1 class has a single training image: 'wasp'.",)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x07", "a\u2028b", "a\\b", " "])
+def test_class_names_that_cannot_be(tmp_path: Path, name: str) -> None:
+    ants_and_bees(tmp_path, "")
+    assert repr(name) in refused(tree(tmp_path, f"{name}/0.jpg", f"{name}/1.jpg")).found
+
+
+def test_class_names_that_only_look_dangerous(tmp_path: Path) -> None:
+    names = ["=cmd()", "<script>", "NA", "007", "ant, red", "日本", "a.jpg"]
+    tree(tmp_path, *(f"{name}/{n}.jpg" for name in names for n in range(2)))
+    assert found(tmp_path).classes == tuple(sorted(names))
+
+
+@pytest.mark.parametrize("twins", [("Ant", "ant"), ("caf\u00e9", "cafe\u0301")])
+def test_classes_that_look_alike_are_a_warning(tmp_path: Path, twins: tuple[str, str]) -> None:
+    tree(tmp_path, *(f"{name}/{n}.jpg" for name in (*twins, "bee") for n in range(2)))
+    dataset = found(tmp_path)
+    assert dataset.num_classes == 3
+    assert len(dataset.warnings) == 1 and repr(twins[0]) in dataset.warnings[0]
+
+
+# Folders that have no one meaning
+
+
+def test_class_folders_beside_train_are_ignored_with_a_warning(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/")
+    ants_and_bees(tmp_path, "val/")
+    tree(tmp_path, "wasp/0.jpg", "docs/")
+    dataset = found(tmp_path)
+    assert dataset.classes == ("ant", "bee")
+    assert dataset.warnings == ("Beside 'train', these folders are ignored: 'docs', 'wasp'.",)
+
+
+@pytest.mark.parametrize("part", ["val", "valid", "test"])
+def test_a_part_without_train(tmp_path: Path, part: str) -> None:
+    ants_and_bees(tmp_path, f"{part}/")
+    ants_and_bees(tmp_path, "")
+    assert f"has '{part}' but no train folder" in refused(tmp_path).found
+
+
+@pytest.mark.parametrize("second", ["valid", "VAL"])
+def test_two_validation_parts(tmp_path: Path, second: str) -> None:
+    for part in ("train", "val", second):
+        ants_and_bees(tmp_path, f"{part}/")
+    error = refused(tmp_path)
+    assert "more than one val part" in error.found and repr(second) in error.found
+
+
+def test_val_linked_to_train(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/")
+    (tmp_path / "val").symlink_to("train")
+    assert "'train' and 'val' are the same folder" in refused(tmp_path).found
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("content", ["", "ant/"])
+def test_an_empty_part(tmp_path: Path, part: str, content: str) -> None:
+    ants_and_bees(tmp_path, "train/")
+    assert f"'{part}" in refused(tree(tmp_path, f"{part}/{content}")).found
+
+
+def test_images_without_class_folders(tmp_path: Path) -> None:
+    assert "images but no class folders" in refused(tree(tmp_path, "0.jpg", "1.jpg")).found
+
+
+def test_images_directly_in_train(tmp_path: Path) -> None:
+    error = refused(tree(tmp_path, "train/0.jpg", "val/ant/0.jpg"))
+    assert "'train' holds images but no class folders" in error.found
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "no class folders and no images" in refused(tmp_path).found
+
+
+def test_a_folder_of_other_files(tmp_path: Path) -> None:
+    assert "only .txt (1)" in refused(tree(tmp_path, "a.txt")).found
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    tree(tmp_path, "flowers/")
+    error = refused(tmp_path / "flower")
+    assert "does not exist" in error.found and "did you mean 'flowers'" in error.found
+    assert error.asked == f"--data {tmp_path / 'flower'}"
+    refused(tmp_path / "no" / "such")
+    refused(tmp_path / os.fsdecode(b"\xff"))
+
+
+@pytest.mark.parametrize("name", ["data.zip", "x.jpg", "labels.txt"])
+def test_a_file_that_is_no_csv(tmp_path: Path, name: str) -> None:
+    assert "neither a folder nor a CSV" in refused(tree(tmp_path, name) / name).found
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ants_and_bees(tmp_path, "")
+    scandir = os.scandir
+
+    def closed(path: Path) -> object:
+        if Path(path).name == "bee":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # chmod means nothing to root
+    assert "'bee' cannot be read (Permission denied)" in refused(tmp_path).found
+
+
+# CSV
+
+FOUR = ("a.jpg", "b.jpg", "sub/c.jpg", "sub/d.jpg")
+
+
+def test_csv_without_split(tmp_path: Path) -> None:
+    dataset = found(table(tmp_path, "path,label\na.jpg,x\nb.jpg,x\nsub/c.jpg,y\nsub/d.jpg,y\n", *FOUR))
+    assert dataset.root == tmp_path
+    assert dataset.classes == ("x", "y")
+    assert dataset.counts("train") == [1, 1] and dataset.counts("val") == [1, 1]
+    assert all(dataset.file(sample).is_file() for sample in dataset.samples)
+
+
+def test_csv_with_split_and_other_columns(tmp_path: Path) -> None:
+    text = (
+        "note,split,label,path\n1,train,y,a.jpg\n,TRAIN ,x,b.jpg\n"
+        ',validation,x,sub/c.jpg\n"q,""r""",test,y,sub/d.jpg\n'
+    )
+    dataset = found(table(tmp_path, text, *FOUR))
+    assert dataset.samples == (
+        Sample("a.jpg", 1, "train"),
+        Sample("b.jpg", 0, "train"),
+        Sample("sub/c.jpg", 0, "val"),
+        Sample("sub/d.jpg", 1, "test"),
+    )
+    assert len([warning for warning in dataset.warnings if "has no images of 1 class" in warning]) == 2
+
+
+def test_csv_split_without_val_rows_is_split_off_from_train(tmp_path: Path) -> None:
+    images = [f"{n}.jpg" for n in range(10)]
+    rows = [f"{name},{'xy'[n % 2]},{'test' if n > 7 else 'train'}" for n, name in enumerate(images)]
+    dataset = found(table(tmp_path, "\n".join(["path,label,split", *rows]), *images))
+    assert [dataset.counts(split) for split in ("train", "val", "test")] == [[3, 3], [1, 1], [1, 1]]
+
+
+def test_csv_and_folder_give_the_same_data_set(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 12)
+    by_folder = found(tmp_path)
+    rows = [f"{sample.path},{by_folder.classes[sample.label]}" for sample in reversed(by_folder.samples)]
+    assert found(table(tmp_path, "\n".join(["path,label", *rows]))) == by_folder
+
+
+def test_csv_labels_are_text(tmp_path: Path) -> None:
+    names = ("NA", "007", "1.0", "null", "nan", "True")
+    images = [f"{n}.jpg" for n in range(2 * len(names))]
+    rows = [f"{image},{name}" for image, name in zip(images, names * 2, strict=True)]
+    assert found(table(tmp_path, "\n".join(["path,label", *rows]), *images)).classes == tuple(sorted(names))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffpath,label\na.jpg,x\nb.jpg,x\nsub/c.jpg,y\nsub/d.jpg,y\n",
+        "path,label\r\na.jpg,x\r\nb.jpg,x\r\nsub/c.jpg,y\r\nsub/d.jpg,y",
+        'path, label\na.jpg, x\n\nb.jpg,"x "\n./sub/c.jpg,y\nsub//d.jpg,y\n\n',
+        "label, path\nx, a.jpg\nx, b.jpg\ny, sub/c.jpg\ny, sub/d.jpg\n",
+    ],
+    ids=["byte order mark", "windows line ends", "spaces and blank lines", "spaces before paths"],
+)
+def test_csv_spellings(tmp_path: Path, text: str) -> None:
+    dataset = found(table(tmp_path, text, *FOUR))
+    assert dataset.classes == ("x", "y")
+    assert sorted(sample.path for sample in dataset.samples) == sorted(FOUR)
+
+
+def test_csv_absolute_paths_below_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    tree(tmp_path / "real", *FOUR)
+    places = [tmp_path / "link" / FOUR[0], *(tmp_path / "real" / name for name in FOUR[1:])]
+    rows = [f"{place},{label}" for place, label in zip(places, "xxyy", strict=True)]
+    text = "\n".join(["path,label", *rows])
+    (tmp_path / "real/labels.csv").write_text(text)
+    assert sorted(sample.path for sample in found(tmp_path / "link/labels.csv").samples) == sorted(FOUR)
+
+
+def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
+    text = (
+        'path,label,split,note\na.jpg,x,train,"two\nlines"\n'
+        "gone.jpg,x,train,\n\nb.jpg,,train,\nb.jpg,../x,train,\nb.jpg,x,trian,\n,x,train,\n"
+        "../b.jpg,x,train,\n/etc/passwd,x,train,\na.jpg,x,train,\nsub,x,train,\n"
+    )
+    error = refused(table(tmp_path, text, *FOUR))
+    assert error.found == (
+        "9 rows cannot be used:\n"
+        "  line 4: 'gone.jpg' does not exist or is not a file\n"
+        "  line 6: the label '' is empty\n"
+        "  line 7: the label '../x' is a path, not a name\n"
+        "  line 8: split 'trian' is none of train, val, test; did you mean 'train'?\n"
+        "  line 9: the path is empty\n"
+        "  and 4 more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("../out.jpg,x,train", "'../out.jpg' lies outside the folder of the CSV file"),
+        ("/etc/passwd,x,train", "'/etc/passwd' lies outside the folder of the CSV file"),
+        ("a.jpg,x,train", "'a.jpg' is listed twice"),
+        ("./sub/../a.jpg,x,val", "'./sub/../a.jpg' is in train and again in val"),
+        ("b.jpg,x,", "split '' is none of train, val, test"),
+        ("b.jpg", "the label '' is empty"),
+        ("sub,x,train", "'sub' does not exist or is not a file"),
+        ("b.jpg,a/b,train", "the label 'a/b' is a path, not a name"),
+        ("b.jpg,..,train", "the label '..' is a path, not a name"),
+        ("b.jpg,a\x07,train", "the label 'a\\x07' holds a control character or a line break"),
+        ("a\x00.jpg,x,train", "'a\\x00.jpg' does not exist or is not a file"),
+    ],
+)
+def test_csv_each_fault_alone(tmp_path: Path, row: str, fault: str) -> None:
+    (tmp_path.parent / "out.jpg").touch()
+    error = refused(table(tmp_path, f"path,label,split\na.jpg,x,train\n{row}\n", *FOUR))
+    assert error.found == f"1 row cannot be used:\n  line 3: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has an empty first line"),
+        ("path,label\n", "has no training rows"),
+        ("path,label,split\na.jpg,x,val\n", "has no training rows"),
+        ("pth,Label\na.jpg,x\n", "for 'path' did you mean 'pth'?; for 'label' did you mean 'Label'?"),
+        ("a.jpg,x\nb.jpg,y\n", "has no column 'path' and no column 'label'"),
+        ("path\na.jpg\n", "has no column 'label'"),
+        ("path;label\na.jpg;x\n", "columns: 'path;label'"),
+        ("path,label,label\na.jpg,x,y\n", "more than one column 'label'"),
+        ("path,label\na.jpg,x,\nb.jpg,y\n", "Expected 2 fields in line 2, saw 3"),
+        ('path,label\na.jpg,"x\n', "is not a table"),
+        ("path,label\na.jpg,x\nb.jpg,x\n", "only one class, 'x'"),
+        (
+            "path,label\na.jpg,x\nb.jpg,x\nsub/c.jpg,y\n",
+            "'y'; one image cannot be both trained on and judged",
+        ),
+        (
+            "path,label,split\na.jpg,x,train\nb.jpg,y,train\nsub/c.jpg,z,val\n",
+            "val has 1 class that training",
+        ),
+    ],
+)
+def test_csv_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refused(table(tmp_path, text, *FOUR)).found
+
+
+def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(b"path,label\n\xfc.jpg,x\n")
+    assert "is not UTF-8 (invalid start byte at byte 11)" in refused(tmp_path / "labels.csv").found
+
+
+# The list itself
+
+
+def test_without_keeps_classes_and_the_rest(tmp_path: Path) -> None:
+    dataset = found(ants_and_bees(tmp_path, "", 4))
+    every = {sample.path for sample in dataset.samples if sample.label == 1}
+    smaller = dataset.without(every)
+    assert smaller.classes == ("ant", "bee")
+    assert smaller.counts("train") == [3, 0]
+    assert len(dataset.samples) == 8
