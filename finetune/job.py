@@ -36,7 +36,7 @@ from finetune.errors import (
 from finetune.evaluation.metrics import compute_confusion, compute_metrics
 from finetune.evaluation.predict import Predictions, predict
 from finetune.export.folder import export_model, measure_round_trip
-from finetune.recipe import Facts, Recipe, resolve_recipe
+from finetune.recipe import Facts, Recipe, StrategySettings, resolve_recipe
 from finetune.runs.files import disk_error, write_csv, write_json, write_text
 from finetune.runs.folder import RunFolder, claim_folder, outcome_of
 from finetune.runtime import (
@@ -247,13 +247,13 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the saved recipe mean the same from any folder."""
     name, weights, data = recipe.backbone.name, recipe.backbone.weights, recipe.data.path
     backbone = {
-        "name": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
-        "weights": str(Path(weights).absolute()) if weights else None,
+        "name": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        "weights": str(Path(weights).resolve()) if weights else None,
     }
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
-            "data": recipe.data.model_copy(update={"path": str(Path(data or "").absolute())}),
+            "data": recipe.data.model_copy(update={"path": str(Path(data or "").resolve())}),
         }
     )
 
@@ -272,6 +272,8 @@ def _carry_out(ready: _Ready, folder: RunFolder, display: Display, clock: _Clock
     trainer = _build_trainer(ready, dataset, network, plan, loaders, folder, display, stop)
     digests = digest_frozen(network, plan)
     with clock.phase("train"), stop.gently():
+        if learns_new_head(ready.recipe.strategy):
+            trainer.standardize_head()
         progress = trainer.fit()
     check_frozen(trainer.judged, plan, digests)
     with clock.phase("evaluate"):
@@ -286,12 +288,17 @@ def _carry_out(ready: _Ready, folder: RunFolder, display: Display, clock: _Clock
     return Run(folder, metrics)
 
 
+def learns_new_head(strategy: StrategySettings) -> bool:
+    """Return whether a new classifier learns on features that are worth something from the start."""
+    return strategy.head != "keep" and strategy.name != "scratch"
+
+
 def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Dataset:
     """Decode every image once, refuse what cannot be stood behind, and record the split."""
     for warning in dataset.warnings:
         display.warn(warning)
     with display.track("checking images", len(dataset.samples)) as advance:
-        bad = check_images(dataset, on_progress=lambda done: advance(done, ""))
+        bad = check_images(dataset, on_progress=lambda _: advance(1, ""))
     if bad:
         rows = [(image.path, image.split, image.reason) for image in bad]
         write_csv(folder.bad_images, rows, ("path", "split", "reason"))

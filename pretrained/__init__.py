@@ -1,1 +1,1 @@
-"""What can be fine-tuned: names, weights, networks cut into stages. Knows nothing of data folders or training."""
+"""What can be fine-tuned: names, weights, networks cut into stages; nothing of data folders or training."""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from finetune.errors import UsageError
-from pretrained.catalog import Card, Preprocessing
-from pretrained.network import HeadChoice, build_network, change_head, head_parameters
+from pretrained.catalog import Card, HeadChoice, Preprocessing
+from pretrained.network import build_network, change_head, head_parameters
 from pretrained.stages import Stage, find_stages
 from pretrained.weights import Match, find_weights, load_weights
 
@@ -79,7 +79,7 @@ def load_backbone(
 
 
 def describe_stages(card: Card) -> tuple[tuple[Stage, ...], dict[str, int]]:
-    """Return a network's stages with its own classifier, and the size of each parameter, without any weights."""
+    """Return a network's stages with its own classifier, and the size of each parameter."""
     try:
         with torch.device("meta"):
             network = build_network(card)
@@ -90,7 +90,9 @@ def describe_stages(card: Card) -> tuple[tuple[Stage, ...], dict[str, int]]:
 
 
 def _stages_of(network: nn.Module, preprocessing: Preprocessing) -> tuple[Stage, ...]:
-    return find_stages(network, preprocessing.input_size, head=head_parameters(network))
+    """timm networks know their classifier, and what else runs after it (VOLO has a second one)."""
+    head = None if hasattr(network, "get_classifier") else head_parameters(network)
+    return find_stages(network, preprocessing.input_size, head=head)
 
 
 def check_same_labels(card: Card, classes: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from finetune.errors import UsageError, suggest
 
 Library = Literal["timm", "torchvision"]
 Place = Literal["hub", "url", "folder", "none"]
+HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Card:
     license: str = ""
     origin: str = ""
     label_names: tuple[str, ...] = ()
-    head: str = ""
+    head: HeadChoice = "keep"
     dropout: float = 0.0
     model_args: tuple[tuple[str, Any], ...] = ()
 
@@ -284,7 +285,7 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
         license=inner.get("license") or "",
         origin=_text(inner.get("paper_ids") or inner.get("origin_url")),
         label_names=tuple(labels.values() if isinstance(labels, dict) else labels),
-        head=ours.get("head", ""),
+        head=ours.get("head", "keep"),
         dropout=ours.get("dropout", 0.0),
         model_args=tuple((config.get("model_args") or {}).items()),
     )

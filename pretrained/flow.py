@@ -62,8 +62,12 @@ def trace_flow(network: nn.Module, input_size: tuple[int, int, int]) -> Flow:
     """
     asked = f"the stages of {type(network).__name__} at input size {'x'.join(map(str, input_size))}"
     try:
-        twin = meta_twin(network)
-        source, sinks, calls = _forward(twin, input_size)
+        with ExitStack() as modes:
+            # The caller's modes must not matter, and what a forward makes on the way must be on meta as well.
+            for mode in (torch.inference_mode(False), torch.enable_grad(), torch.device("meta")):
+                modes.enter_context(mode)
+            twin = meta_twin(network)
+            source, sinks, calls = _forward(twin, input_size)
     except Exception as error:  # whatever a stranger's forward raises
         raise UsageError(asked, _reason(error), _FIX) from error
     graph = _graph([node for node, _ in sinks])
@@ -151,14 +155,10 @@ def _forward(
     for module in names:
         module.register_forward_pre_hook(note)
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-    with ExitStack() as modes:
-        # Tensors that a forward makes on the way must be on meta as well, whatever the caller's modes.
-        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.device("meta")):
-            modes.enter_context(mode)
-        leaf = torch.empty(BATCH, *input_size, dtype=dtype, requires_grad=True)
-        picture = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
-        [source] = _values([picture])
-        sinks = _values(_tensors(twin(picture)))
+    leaf = torch.empty(BATCH, *input_size, dtype=dtype, device="meta", requires_grad=True)
+    picture = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
+    [source] = _values([picture])
+    sinks = _values(_tensors(twin(picture)))
     return source, sinks, calls
 
 

@@ -11,18 +11,17 @@ Shape legend: B batch, C channels, H W pixels, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torchvision.models as tv
 from torch import nn
 
 from finetune.errors import UsageError
-from pretrained.catalog import Card
+from pretrained.catalog import Card, HeadChoice
 
-HeadChoice = Literal["replace", "keep", "drop_fc"]
 HEAD_STD = 0.01
-"""Standard deviation of a new classifier's weights, as VGG's and torchvision's own (arXiv:1409.1556)."""
+"""Standard deviation of a new classifier's weights, as in VGG (arXiv:1409.1556)."""
 
 _TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 
@@ -64,7 +63,7 @@ def build_network(card: Card, dropout: float = 0.0) -> nn.Module:
         UsageError: the network cannot take ``card.preprocessing.img_size``.
     """
     network = _build_timm(card, dropout) if card.library == "timm" else _build_torchvision(card)
-    if card.head in ("replace", "drop_fc"):
+    if card.head != "keep":
         change_head(network, card.num_classes, card.head, card.dropout)
     return network
 
@@ -97,7 +96,7 @@ def _create_timm(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _build_torchvision(card: Card) -> nn.Module:
-    kwargs: dict[str, Any] = {"num_classes": 1000 if card.head else card.num_classes}
+    kwargs: dict[str, Any] = {"num_classes": card.num_classes if card.head == "keep" else 1000}
     if card.architecture in ("googlenet", "inception_v3"):
         # The auxiliary heads serve training from scratch only; init_weights takes a minute of SciPy.
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
@@ -116,7 +115,7 @@ def head_parameters(network: nn.Module) -> frozenset[str]:
 
 def _classifiers(network: nn.Module) -> list[nn.Module]:
     if hasattr(network, "get_classifier"):
-        found = network.get_classifier()
+        found = network.get_classifier()  # type: ignore[operator]  # nn.Module types every attribute as a tensor
         layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
         return [layer for layer in layers if isinstance(layer, nn.Module)]
     return [_last_layer(getattr(network, _torchvision_head(network)))]
@@ -148,9 +147,17 @@ def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropou
         _change_timm_head(network, num_classes, choice, dropout)
     else:
         _change_torchvision_head(network, num_classes, choice, dropout)
-    for layer in _classifiers(network):
-        for parameter_layer in _linear_layers(layer):
-            init_classifier(parameter_layer)
+    for layer in classifier_layers(network):
+        init_classifier(layer)
+
+
+def classifier_layers(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """Return the layers that give the logits: one, or several in networks with parallel heads.
+
+    A convolution among them has a 1 x 1 kernel and sees pooled features.
+    """
+    candidates = [list(_linear_layers(classifier)) for classifier in _classifiers(network)]
+    return [layers[-1] for layers in candidates if layers]
 
 
 def init_classifier(layer: nn.Linear | nn.Conv2d) -> None:
@@ -219,7 +226,7 @@ def _dropped(network: nn.Module, layers: list[nn.Module], num_classes: int, drop
 
 
 def _flattened_positions(network: nn.Module) -> int:
-    """VGG and AlexNet flatten a grid of features for fc6; pool it to one position, and say how many it was."""
+    """VGG and AlexNet flatten a grid of features for fc6: pool it to one position; return how many it had."""
     pool = getattr(network, "avgpool", None)
     if not isinstance(pool, nn.AdaptiveAvgPool2d):
         return 1

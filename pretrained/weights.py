@@ -67,8 +67,9 @@ class Match:
         head = "replaced" if self.head_replaced else "kept"
         missing = f", {len(self.missing)} missing ({_some(self.missing)})" if self.missing else ", 0 missing"
         unused = f", {len(self.unused)} unused in the file ({_some(self.unused)})" if self.unused else ""
-        tensors = f"{self.matched} of {self.total} tensors matched"
-        return f"{tensors}, {len(self.head)} {head} (the head: {_some(self.head)}){missing}{unused}; from {self.source}"
+        backbone = f"{self.matched} of {self.total} tensors matched"
+        classifier = f"{len(self.head)} {head} (the head: {_some(self.head)})"
+        return f"{backbone}, {classifier}{missing}{unused}; from {self.source}"
 
 
 def _some(names: Collection[str]) -> str:
@@ -361,7 +362,7 @@ def _compare(
 
 
 def _head_state(own: Mapping[str, Tensor], head: Collection[str]) -> list[str]:
-    """The classifier's tensors: its parameters, and buffers of the same layers (LeViT normalises in its head)."""
+    """The classifier's parameters, and buffers of the same layers (LeViT normalises in its head)."""
     layers = {name.rpartition(".")[0] for name in head}
     return [key for key in own if key in head or key.rpartition(".")[0] in layers]
 

@@ -141,7 +141,7 @@ class Loader:
         self._batches = _Batches()
         self._loader: DataLoader[Any] = DataLoader(
             _Pictures(dataset, self.samples, transform, seed),
-            batch_sampler=self._batches,  # type: ignore[arg-type]  # any sized iterable of keys serves
+            batch_sampler=self._batches,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=placement.device.type == "cuda",
@@ -157,13 +157,13 @@ class Loader:
         """Return the indices of each batch of an epoch."""
         return plan_epoch(len(self.samples), self.batch_size, self.seed if self.shuffle else None, epoch)
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch on the device, from number ``start`` on.
+    def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``.
 
         Raises:
             DataError: a picture cannot be read (it could when the run began).
         """
-        self._batches.keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:]]
+        self._batches.keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:stop]]
         self.wait_seconds = 0.0
         iterator = iter(self._loader)
         while True:

@@ -27,7 +27,8 @@ _CROP_AND_FLIP: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "light": _CROP_AND_FLIP,
-    # TrivialAugment needs no tuning (arXiv:2103.10158); timm's spelling of one random operation of random strength.
+    # One random operation of random strength, which needs no tuning: TrivialAugment (arXiv:2103.10158)
+    # in timm's spelling.
     "medium": _CROP_AND_FLIP | {"auto_augment": "rand-n1-m5-mstd100-inc1"},
     # The usual ImageNet set: RandAugment (arXiv:1909.13719) and random erasing (arXiv:1708.04896).
     "heavy": {

@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models import save_config_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from finetune import __version__
@@ -120,7 +120,7 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
     with torch.inference_mode():
         difference = network(images).softmax(1) - reloaded(images).softmax(1)
     network.train(training)
-    return difference.abs().max().item()
+    return float(difference.abs().max())
 
 
 # --- the card for people -------------------------------------------------------------------------

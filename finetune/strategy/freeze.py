@@ -90,8 +90,7 @@ def frozen_tensors(network: nn.Module, plan: Plan) -> list[str]:
     """Return the names of the parameters and buffers that lie in frozen stages."""
     parameters = {name for row in plan.frozen for name in row.stage.parameters}
     modules = {name for row in plan.frozen for name in row.stage.modules}
-    own = [name for name in network.state_dict() if name in parameters or name.rpartition(".")[0] in modules]
-    return own
+    return [n for n in network.state_dict() if n in parameters or n.rpartition(".")[0] in modules]
 
 
 def _digest(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ class FiniteCheck:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._answer = torch.ones((), dtype=torch.bool, pin_memory=self._on_gpu)
-        self._event = torch.cuda.Event() if self._on_gpu else None
+        self._event = torch.cuda.Event() if self._on_gpu else None  # type: ignore[no-untyped-call]
 
     def start(self, loss: Tensor) -> None:
         """Ask of a loss; call before the backward pass."""

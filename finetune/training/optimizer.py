@@ -45,4 +45,5 @@ def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | Non
     mixers = [kind(alpha=alpha, num_classes=num_classes) for alpha, kind in kinds if alpha > 0]
     if not mixers:
         return None
-    return mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
+    mixer: nn.Module = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
+    return mixer

@@ -55,6 +55,7 @@ from finetune.training.checkpoint import (
 from finetune.training.finite import FiniteCheck
 from finetune.training.optimizer import build_mixer, build_optimizer
 from finetune.training.schedule import Plateau, Schedule
+from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -128,7 +129,26 @@ class Trainer:
         )
         self.finite = FiniteCheck(self.device)
         self.progress = Progress()
+        self._moments: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def standardize_head(self) -> None:
+        """Let a new classifier learn on standardised features (:mod:`finetune.training.standardize`).
+
+        They are measured now, unless a checkpoint holds them already.
+        """
+        if self.folder.last_checkpoint.exists():
+            tensors, _ = load_checkpoint(self.folder.last_checkpoint)
+            moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
+            self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
+        else:
+            loader = self.task.train
+            total = min(NUM_MEASURED, len(loader.samples))
+            with self.display.track("measuring features", total) as advance:
+                self._moments = measure_features(self.task.network, loader, self.precision, advance)
+        attach(self.task.network, self._moments)
+        if self.ema is not None:
+            attach(self.ema.module, self._moments)
 
     @property
     def judged(self) -> nn.Module:
@@ -150,6 +170,7 @@ class Trainer:
             self._train_epoch()
             self._finish_epoch()
         restore_network(self.judged, load_checkpoint(self.folder.best_checkpoint)[0], "model.")
+        fold(self.judged)
         return self.progress
 
     def _train_epoch(self) -> None:
@@ -176,7 +197,7 @@ class Trainer:
         loss = self._forward(batch)
         self.finite.start(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if not self.finite.wait():
             raise self._diverged(loss)
         self._update()
@@ -313,9 +334,16 @@ class Trainer:
         tensors = network_tensors(self.task.network, "model.") | optimizer_tensors(
             self.task.network, self.optimizer
         )
+        tensors |= {f"moments.{name}": tensor for name, tensor in self._moments.items()}
         if self.ema is not None:
             tensors |= network_tensors(self.ema.module, "ema.")
         save_checkpoint(self.folder.last_checkpoint, tensors, self.progress)
+
+    def _save_best(self) -> None:
+        moments = {f"moments.{name}": tensor for name, tensor in self._moments.items()}
+        save_checkpoint(
+            self.folder.best_checkpoint, network_tensors(self.judged, "model.") | moments, self.progress
+        )
 
     def _restore(self) -> None:
         tensors, self.progress = load_checkpoint(self.folder.last_checkpoint)
@@ -343,6 +371,6 @@ class Trainer:
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         return DivergedError(
             "training",
-            f"the loss became {loss.item()} at {where}, with a rate of {rate:g}; the weights were not updated",
-            "Lower --lr, add --set training.warmup_epochs=1 or --set training.clip_grad=1, and use a new --output.",
+            f"the loss became {loss.item()} at {where}, with a rate of {rate:g}; the weights stayed as they were",
+            "Lower --lr, or add --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output.",
         )

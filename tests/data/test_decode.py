@@ -137,6 +137,18 @@ def test_broken_exif_leaves_the_picture_as_it_is(tmp_path: Path, exif: bytes) ->
     assert decode_image(path).size == (64, 48)
 
 
+def test_exif_that_pillow_gives_up_on_is_no_fault_of_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "x.png", noise())
+
+    def broken(image: Image.Image) -> None:
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    assert decode_image(path).size == (64, 48)
+
+
 def test_the_probe_of_a_jpeg_rebuilds_an_eighth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
     load = JpegImageFile.load

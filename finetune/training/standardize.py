@@ -1,0 +1,119 @@
+"""A new head sees standardised features, so that a base rate means the same on every backbone.
+
+The pooled features of SqueezeNet have a norm of 360, those of some ResNets of 1. A rate of 0.01 makes
+the loss of the one jump to 50, and leaves the other where it was. So the mean and deviation of each
+feature are measured once, on training images, before training (data-dependent initialisation, in the
+spirit of arXiv:1511.06856); the classifier learns on ``(x - mean) / std``; and at the end both are
+folded into its weights. The network that is judged and exported is a plain linear layer on plain
+features, and computes the same function.
+
+Shape legend: B batch, C features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.loader import Loader
+from finetune.display import Advance
+from finetune.evaluation.predict import autocast
+from finetune.runtime import Precision
+from pretrained.network import classifier_layers
+
+NUM_MEASURED = 1_000
+"""Images that are enough for means and deviations."""
+SMALLEST_STD = 0.1
+"""Floor of a feature's deviation, as a share of the mean one: silent features must not be amplified."""
+
+
+class Standardize:
+    """A forward pre-hook: (x - mean) / std over the features of a classifier's input.
+
+    Attributes:
+        mean: (C,) float32.
+        std: (C,) float32, positive.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """Standardise (B, C) or (B, C, 1, 1)."""
+        features = inputs[0]
+        shape = (1, -1, *[1] * (features.ndim - 2))
+        return ((features - self.mean.view(shape).to(features)) / self.std.view(shape).to(features),)
+
+
+def measure_features(
+    network: nn.Module, loader: Loader, precision: Precision, advance: Advance
+) -> dict[str, Tensor]:
+    """Return mean and std of the input of each classifier layer, over at most 1,000 training images.
+
+    Returns:
+        ``{"<layer>.mean": (C,), "<layer>.std": (C,)}``, on the network's device.
+    """
+    names = {layer: name for name, layer in network.named_modules()}
+    layers = {names[layer]: layer for layer in classifier_layers(network)}
+    with (
+        _recorded_inputs(layers) as inputs,
+        torch.inference_mode(),
+        autocast(loader.placement.device, precision),
+    ):
+        network.eval()
+        for batch in loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size)):
+            network(batch.images)
+            advance(len(batch.labels), "")
+    moments = {}
+    for name, features in inputs.items():
+        stacked = torch.cat(features)
+        std = stacked.std(dim=0, correction=0)
+        moments[f"{name}.mean"] = stacked.mean(dim=0).clone()
+        moments[f"{name}.std"] = std.clamp_min(max(SMALLEST_STD * std.mean().item(), 1e-12)).clone()
+    return moments
+
+
+@contextmanager
+def _recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def record(name: str) -> object:
+        return lambda _, args: inputs[name].append(args[0].detach().float().flatten(1))
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]  # type: ignore[arg-type]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attach(network: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    """Let the classifier layers see standardised features from now on."""
+    for name in {key.rpartition(".")[0] for key in moments}:
+        hook = Standardize(moments[f"{name}.mean"], moments[f"{name}.std"])
+        network.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def fold(network: nn.Module) -> None:
+    """Move standardisation into the weights: the network computes the same function without it."""
+    for layer in network.modules():
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, Standardize):
+                del layer._forward_pre_hooks[key]
+                _fold_into(layer, hook)
+
+
+@torch.no_grad()
+def _fold_into(layer: nn.Module, hook: Standardize) -> None:
+    """W(x - mean)/std + b = (W/std)x + (b - (W/std)mean), computed in float64."""
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    weight = layer.weight.double().flatten(1) / hook.std.double()
+    shift = weight @ hook.mean.double()
+    layer.weight.copy_(weight.view_as(layer.weight))
+    assert layer.bias is not None
+    layer.bias.copy_(layer.bias.double() - shift)
