@@ -281,7 +281,7 @@ class Trainer:
         progress = self.progress
         seconds = max(progress.epoch_seconds, 1e-9)
         row = {
-            "epoch": progress.epoch,
+            "epoch": progress.epoch + 1,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "train_loss": self._mean_loss(),
             "eval_loss": figures["loss"],

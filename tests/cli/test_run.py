@@ -1,0 +1,151 @@
+"""The main job from the command line, on pictures that a tiny network can tell apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import Cli, draw_folder
+
+QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
+
+
+@pytest.mark.parametrize("strategy", ["freeze", "top", "full", "scratch"])
+def test_every_strategy_ends_in_a_complete_folder(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, strategy: str
+) -> None:
+    output = tmp_path / "run"
+    result = cli("run", "-b", tiny, "-d", pictures, "-s", strategy, "--epochs", 2, "-o", output, "--json", *QUICK)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)
+    assert metrics["run"] == str(output)
+    assert metrics["strategy"] == strategy
+    assert {key: value for key, value in metrics.items() if key != "run"} == json.loads(
+        (output / "metrics.json").read_text()
+    )
+    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert names == {
+        "recipe.yaml",
+        "environment.json",
+        "classes.txt",
+        "split.csv",
+        "plan.csv",
+        "history.csv",
+        "metrics.json",
+        "predictions.csv",
+        "confusion_matrix.csv",
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/README.md",
+        "run.log",
+        "outcome.json",
+    }
+    assert json.loads((output / "outcome.json").read_text())["state"] == "done"
+
+
+def test_colours_are_learnt_and_the_files_agree(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = cli("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 5, "-o", output, "--json", *QUICK)
+    metrics = json.loads(result.stdout)
+    assert metrics["accuracy"] >= 0.9
+    assert metrics["split"] == "val"
+    assert metrics["split_chose_checkpoint"] is True
+    assert metrics["num_samples"] == 18
+    assert "top5_accuracy" not in metrics  # three classes
+
+    predictions = pd.read_csv(output / "predictions.csv")
+    assert (predictions.label == predictions.predicted).mean() == pytest.approx(metrics["accuracy"])
+    probabilities = predictions[["prob_blue", "prob_green", "prob_red"]]
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1)
+    assert predictions.confidence.to_numpy() == pytest.approx(probabilities.max(axis=1).to_numpy())
+    confusion = pd.read_csv(output / "confusion_matrix.csv", index_col="label")
+    assert confusion.to_numpy().sum() == 18
+    assert confusion.to_numpy().trace() / 18 == pytest.approx(metrics["accuracy"])
+    history = pd.read_csv(output / "history.csv")
+    assert list(history.columns[:5]) == ["epoch", "lr", "train_loss", "eval_loss", "eval_accuracy"]
+    assert list(history.epoch) == [1, 2, 3, 4, 5]
+    assert history.eval_accuracy[metrics["best_epoch"] - 1] == pytest.approx(metrics["val_accuracy"])
+    assert (output / "classes.txt").read_text().split() == ["blue", "green", "red"]
+
+
+def test_a_test_part_is_what_the_figures_come_from(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    for part, count in (("train", 6), ("val", 3), ("test", 2)):
+        draw_folder(tmp_path / "data" / part, {"blue": count, "red": count})
+    result = cli("run", "-b", tiny, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
+    metrics = json.loads(result.stdout)
+    assert (metrics["split"], metrics["split_chose_checkpoint"], metrics["num_samples"]) == ("test", False, 4)
+    assert set(pd.read_csv(tmp_path / "run" / "predictions.csv").path) == {
+        f"test/{name}/{number:03}.jpg" for name in ("blue", "red") for number in range(2)
+    }
+
+
+def test_six_classes_have_a_top5_accuracy(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "data", {f"class{number}": 4 for number in range(6)})
+    result = cli("run", "-b", tiny, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
+    metrics = json.loads(result.stdout)
+    assert metrics["accuracy"] <= metrics["top5_accuracy"] <= 1
+    split = pd.read_csv(tmp_path / "run" / "split.csv")
+    assert split.groupby("label").split.value_counts().unstack().val.tolist() == [1] * 6
+
+
+def test_the_saved_recipe_repeats_the_run(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ("--set", "training.mixup=0.2", "--set", "strategy.dropout=0.3", "--set", "input.augmentation=medium")
+    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 2, "-o", first, "--workers", 0, *words).exit_code == 0
+    assert cli("run", "--recipe", first / "recipe.yaml", "-o", second).exit_code == 0
+    assert (first / "recipe.yaml").read_text() == (second / "recipe.yaml").read_text()
+    assert (first / "predictions.csv").read_bytes() == (second / "predictions.csv").read_bytes()
+    one, two = (load_file(run / "model" / "model.safetensors") for run in (first, second))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_workers_do_not_change_a_bit(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    runs = []
+    for workers in (0, 2):
+        runs.append(tmp_path / str(workers))
+        result = cli(
+            *("run", "-b", tiny, "-d", pictures, "-s", "full", "--epochs", 2, "-o", runs[-1], "--workers", workers),
+            *("--batch-size", 8, "--set", "input.augmentation=heavy"),
+        )
+        assert result.exit_code == 0, result.output
+    one, two = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_a_finished_run_is_left_alone(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
+    first = cli(*words)
+    before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    second = cli(*words)
+    assert second.exit_code == 0
+    assert json.loads(second.stdout) == json.loads(first.stdout)
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_is_the_backbone_of_the_next(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    draw_folder(tmp_path / "data", {"light": 6, "dark": 6})
+    result = cli("run", "-b", tmp_path / "a", "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "b", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "0 missing" in result.stderr
+
+
+def test_keep_goes_on_with_the_same_labels(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    keep = ("--set", "strategy.head=keep", "--lr", 1e-9)
+    result = cli("run", "-b", tmp_path / "a", "-d", pictures, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK)
+    assert result.exit_code == 0, result.output
+    one, two = (pd.read_csv(tmp_path / run / "predictions.csv") for run in "ab")
+    assert two.confidence.to_numpy() == pytest.approx(one.confidence.to_numpy(), abs=1e-4)
+
+
+def test_nothing_is_written_into_the_data_folder(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*")}
+    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", *QUICK).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*")} == before

@@ -1,0 +1,114 @@
+"""Shared parts of the tests: pictures that a tiny network can tell apart, and a tiny network on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a network is a bug
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests run side by side; more threads than cores make all of them slow."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def modest_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.job.available_cores", lambda: 1)
+
+
+def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 36)) -> None:
+    """A noisy picture whose colour tells the class."""
+    noise = np.random.default_rng(seed).normal(0, 40, (size[1], size[0], 3))
+    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def draw_folder(root: Path, counts: Mapping[str, int]) -> Path:
+    """Class folders with ``counts`` pictures each; names outside COLOURS get grey ones."""
+    for position, (name, count) in enumerate(counts.items()):
+        colour = COLOURS.get(name.rpartition("/")[2], (120, 120, 120))
+        for number in range(count):
+            draw(root / name / f"{number:03}.jpg", colour, seed=1000 * position + number)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train`` and ``val`` of three colours, 12 and 6 pictures each. Read only."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw_folder(root / "train", dict.fromkeys(COLOURS, 12))
+    draw_folder(root / "val", dict.fromkeys(COLOURS, 6))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in timm's format: a small ResNet with seeded random weights for ten classes, 32 pixels."""
+    import timm
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=10)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {
+        "architecture": "test_resnet",
+        "num_classes": 10,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "crop_pct": 0.9,
+            "interpolation": "bilinear",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "classifier": "fc",
+            "first_conv": "conv1.0",
+            "license": "apache-2.0",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli() -> Iterator[Cli]:
+    """Call the command line in this process: ``cli("run", "--epochs", 1)``."""
+    from finetune.cli.app import app
+
+    runner = CliRunner()
+    yield lambda *words: runner.invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def hymenoptera() -> Path:
+    """The real photographs, where the folder is beside the project."""
+    folder = SHARED / "hymenoptera"
+    if not folder.is_dir():
+        pytest.skip("the photographs (../shared/data/hymenoptera) are not beside the project")
+    return folder
+
+
+@pytest.fixture
+def squeezenet_weights() -> Path:
+    """Real ImageNet weights, where they are beside the project."""
+    file = SHARED / "squeezenet1_0-imagenet.safetensors"
+    if not file.is_file():
+        pytest.skip("the weights (../shared/data) are not beside the project")
+    return file
