@@ -28,6 +28,7 @@ class Progress:
         epoch: being trained, from 0.
         batch: next one of that epoch.
         step: optimiser updates so far.
+        lr: the head's rate in the last step.
         loss_sum: of the epoch so far, over images.
         num_seen: images of the epoch so far.
         epoch_seconds: training time of the epoch so far.
@@ -44,6 +45,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    lr: float = 0.0
     loss_sum: float = 0.0
     num_seen: int = 0
     epoch_seconds: float = 0.0

@@ -227,6 +227,7 @@ class Trainer:
         factor = self.schedule.factor(self.progress.step, steps_per_epoch) * self.progress.plateau_factor
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        self.progress.lr = max(group["lr"] for group in self.optimizer.param_groups)
 
     # --- the end of an epoch ---------------------------------------------------------------------
 
@@ -282,7 +283,7 @@ class Trainer:
         seconds = max(progress.epoch_seconds, 1e-9)
         row = {
             "epoch": progress.epoch + 1,
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "lr": progress.lr,
             "train_loss": self._mean_loss(),
             "eval_loss": figures["loss"],
             "eval_accuracy": figures["accuracy"],
@@ -368,9 +369,8 @@ class Trainer:
         where = (
             f"step {self.progress.step} (epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1})"
         )
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
         return DivergedError(
             "training",
-            f"the loss became {loss.item()} at {where}, with a rate of {rate:g}; the weights stayed as they were",
+            f"the loss became {loss.item()} at {where}, with a rate of {self.progress.lr:g}; the weights stayed as they were",
             "Lower --lr, or add --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output.",
         )

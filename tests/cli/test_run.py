@@ -19,7 +19,9 @@ def test_every_strategy_ends_in_a_complete_folder(
     cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, strategy: str
 ) -> None:
     output = tmp_path / "run"
-    result = cli("run", "-b", tiny, "-d", pictures, "-s", strategy, "--epochs", 2, "-o", output, "--json", *QUICK)
+    result = cli(
+        "run", "-b", tiny, "-d", pictures, "-s", strategy, "--epochs", 2, "-o", output, "--json", *QUICK
+    )
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
     assert metrics["run"] == str(output)
@@ -51,7 +53,9 @@ def test_every_strategy_ends_in_a_complete_folder(
 
 def test_colours_are_learnt_and_the_files_agree(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    result = cli("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 5, "-o", output, "--json", *QUICK)
+    result = cli(
+        "run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 5, "-o", output, "--json", *QUICK
+    )
     metrics = json.loads(result.stdout)
     assert metrics["accuracy"] >= 0.9
     assert metrics["split"] == "val"
@@ -77,7 +81,9 @@ def test_colours_are_learnt_and_the_files_agree(cli: Cli, pictures: Path, tiny: 
 def test_a_test_part_is_what_the_figures_come_from(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     for part, count in (("train", 6), ("val", 3), ("test", 2)):
         draw_folder(tmp_path / "data" / part, {"blue": count, "red": count})
-    result = cli("run", "-b", tiny, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
+    result = cli(
+        "run", "-b", tiny, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK
+    )
     metrics = json.loads(result.stdout)
     assert (metrics["split"], metrics["split_chose_checkpoint"], metrics["num_samples"]) == ("test", False, 4)
     assert set(pd.read_csv(tmp_path / "run" / "predictions.csv").path) == {
@@ -87,7 +93,9 @@ def test_a_test_part_is_what_the_figures_come_from(cli: Cli, tiny: Path, tmp_pat
 
 def test_six_classes_have_a_top5_accuracy(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     draw_folder(tmp_path / "data", {f"class{number}": 4 for number in range(6)})
-    result = cli("run", "-b", tiny, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
+    result = cli(
+        "run", "-b", tiny, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK
+    )
     metrics = json.loads(result.stdout)
     assert metrics["accuracy"] <= metrics["top5_accuracy"] <= 1
     split = pd.read_csv(tmp_path / "run" / "split.csv")
@@ -96,8 +104,18 @@ def test_six_classes_have_a_top5_accuracy(cli: Cli, tiny: Path, tmp_path: Path) 
 
 def test_the_saved_recipe_repeats_the_run(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    words = ("--set", "training.mixup=0.2", "--set", "strategy.dropout=0.3", "--set", "input.augmentation=medium")
-    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 2, "-o", first, "--workers", 0, *words).exit_code == 0
+    words = (
+        "--set",
+        "training.mixup=0.2",
+        "--set",
+        "strategy.dropout=0.3",
+        "--set",
+        "input.augmentation=medium",
+    )
+    assert (
+        cli("run", "-b", tiny, "-d", pictures, "--epochs", 2, "-o", first, "--workers", 0, *words).exit_code
+        == 0
+    )
     assert cli("run", "--recipe", first / "recipe.yaml", "-o", second).exit_code == 0
     assert (first / "recipe.yaml").read_text() == (second / "recipe.yaml").read_text()
     assert (first / "predictions.csv").read_bytes() == (second / "predictions.csv").read_bytes()
@@ -110,7 +128,21 @@ def test_workers_do_not_change_a_bit(cli: Cli, pictures: Path, tiny: Path, tmp_p
     for workers in (0, 2):
         runs.append(tmp_path / str(workers))
         result = cli(
-            *("run", "-b", tiny, "-d", pictures, "-s", "full", "--epochs", 2, "-o", runs[-1], "--workers", workers),
+            *(
+                "run",
+                "-b",
+                tiny,
+                "-d",
+                pictures,
+                "-s",
+                "full",
+                "--epochs",
+                2,
+                "-o",
+                runs[-1],
+                "--workers",
+                workers,
+            ),
             *("--batch-size", 8, "--set", "input.augmentation=heavy"),
         )
         assert result.exit_code == 0, result.output
@@ -131,21 +163,29 @@ def test_a_finished_run_is_left_alone(cli: Cli, pictures: Path, tiny: Path, tmp_
 def test_a_run_is_the_backbone_of_the_next(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
     assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "a", *QUICK).exit_code == 0
     draw_folder(tmp_path / "data", {"light": 6, "dark": 6})
-    result = cli("run", "-b", tmp_path / "a", "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "b", *QUICK)
+    result = cli(
+        "run", "-b", tmp_path / "a", "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "b", *QUICK
+    )
     assert result.exit_code == 0, result.output
     assert "0 missing" in result.stderr
 
 
 def test_keep_goes_on_with_the_same_labels(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
     assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
-    keep = ("--set", "strategy.head=keep", "--lr", 1e-9)
-    result = cli("run", "-b", tmp_path / "a", "-d", pictures, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK)
+    keep = ("--set", "strategy.head=keep", "--lr", 1e-9, "-s", "freeze")
+    result = cli(
+        "run", "-b", tmp_path / "a", "-d", pictures, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK
+    )
     assert result.exit_code == 0, result.output
     one, two = (pd.read_csv(tmp_path / run / "predictions.csv") for run in "ab")
     assert two.confidence.to_numpy() == pytest.approx(one.confidence.to_numpy(), abs=1e-4)
 
 
-def test_nothing_is_written_into_the_data_folder(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_into_the_data_folder(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*")}
-    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", *QUICK).exit_code == 0
+    assert (
+        cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", *QUICK).exit_code == 0
+    )
     assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*")} == before

@@ -1,0 +1,212 @@
+"""The loop: resume equals no interruption, frozen means frozen, and a loss that is no number stops it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import DataError, DivergedError, ExitCode, InternalError, InterruptedRunError
+from finetune.strategy.freeze import check_frozen, digest_frozen
+from finetune.training.trainer import Trainer
+from tests.training.helpers import SmallNet, build_trainer
+
+EVERYTHING_ON: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 7,
+    "lr": 0.05,
+    "augmentation": "heavy",
+    "dropout": 0.2,
+    "mixup": 0.3,
+    "cutmix": 1.0,
+    "ema_decay": 0.9,
+    "warmup_epochs": 0.5,
+    "label_smoothing": 0.1,
+    "class_weights": "balanced",
+    "clip_grad": 1.0,
+}
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    trainer.stop_asked = lambda: trainer.progress.step >= steps
+
+
+def figures(trainer: Trainer) -> list[dict[str, float]]:
+    timed = ("seconds", "images_per_second", "data_wait_fraction")
+    return [
+        {key: value for key, value in row.items() if key not in timed} for row in trainer.progress.history
+    ]
+
+
+def assert_same_state(one: nn.Module, two: nn.Module) -> None:
+    left, right = one.state_dict(), two.state_dict()
+    different = [name for name in left if not left[name].equal(right[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("steps", [1, 5, 13, 18])  # 5 steps an epoch: inside the first, at its end, later
+def test_an_interrupted_run_ends_in_the_same_bits(
+    pictures: Path, tmp_path: Path, steps: int, optimizer: str
+) -> None:
+    settings = EVERYTHING_ON | {"optimizer": optimizer}
+    whole = build_trainer(pictures, tmp_path / "whole", **settings)
+    whole.standardize_head()
+    whole.fit()
+
+    first = build_trainer(pictures, tmp_path / "parts", **settings)
+    first.standardize_head()
+    stop_after(first, steps)
+    with pytest.raises(InterruptedRunError) as stopped:
+        first.fit()
+    assert stopped.value.exit_code == ExitCode.INTERRUPTED
+    second = build_trainer(pictures, tmp_path / "parts", **settings)
+    second.standardize_head()
+    second.fit()
+
+    assert second.progress.step == whole.progress.step == 20
+    assert_same_state(whole.task.network, second.task.network)
+    assert_same_state(whole.judged, second.judged)
+    assert figures(whole) == figures(second)
+
+
+def test_plateau_and_patience_survive_an_interruption(pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "epochs": 12,
+        "batch_size": 12,
+        "lr": 1e-6,  # nothing improves, so the plateau falls and patience ends
+        "schedule": "plateau",
+        "decay_epochs": 2,
+        "patience": 5,
+        "monitor": "accuracy",
+    }
+    whole = build_trainer(pictures, tmp_path / "whole", **settings)
+    whole.fit()
+    assert whole.progress.epoch < 12
+    assert whole.progress.plateau_factor < 1
+    parts = build_trainer(pictures, tmp_path / "parts", **settings)
+    stop_after(parts, 10)
+    with pytest.raises(InterruptedRunError):
+        parts.fit()
+    parts = build_trainer(pictures, tmp_path / "parts", **settings)
+    parts.fit()
+    assert figures(parts) == figures(whole)
+
+
+@pytest.mark.parametrize("strategy", ["freeze", "top"])
+def test_frozen_stages_keep_every_bit(pictures: Path, tmp_path: Path, strategy: str) -> None:
+    trainer = build_trainer(
+        pictures, tmp_path, strategy=strategy, epochs=2, batch_size=8, lr=0.5, weight_decay=0.1, ema_decay=0.5
+    )
+    network, plan = trainer.task.network, trainer.task.plan
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    digests = digest_frozen(network, plan)
+    trainer.fit()
+    check_frozen(trainer.judged, plan, digests)
+    check_frozen(network, plan, digests)
+    frozen = {"freeze": ("stage1", "stage2"), "top": ("stage1",)}[strategy]
+    for name, tensor in network.state_dict().items():
+        assert tensor.equal(before[name]) == name.startswith(frozen), name
+    assert any(name.endswith("running_mean") for name in digests)
+
+
+def test_a_frozen_tensor_that_moved_is_found(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(pictures, tmp_path, strategy="freeze", epochs=1)
+    network, plan = trainer.task.network, trainer.task.plan
+    digests = digest_frozen(network, plan)
+    network.get_buffer("stage1.1.running_var")[0] += 1e-6
+    with pytest.raises(InternalError, match=r"stage1\.1\.running_var"):
+        check_frozen(network, plan, digests)
+
+
+class Poisoned(SmallNet):
+    """Its loss is NaN on the third batch in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += self.training
+        return super().forward(images) * (float("nan") if self.calls == 3 else 1.0)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trainer = build_trainer(pictures, tmp_path, network=Poisoned(), epochs=1, batch_size=8)
+    with pytest.raises(DivergedError, match=r"became nan at step 2 \(epoch 1, batch 3\)") as error:
+        trainer.fit()
+    assert error.value.exit_code == ExitCode.DIVERGED
+    assert trainer.progress.step == 2
+    assert all(parameter.isfinite().all() for parameter in trainer.task.network.parameters())
+    assert not trainer.folder.last_checkpoint.exists()
+
+
+def test_the_best_epoch_is_what_is_judged(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(
+        pictures, tmp_path, epochs=4, batch_size=8, lr=0.3, schedule="constant", monitor="loss"
+    )
+    progress = trainer.fit()
+    losses = [row["eval_loss"] for row in progress.history]
+    assert progress.best_epoch == losses.index(min(losses))
+    assert trainer._judge()["loss"] == pytest.approx(min(losses), abs=1e-9)
+
+
+def test_patience_stops_early(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(pictures, tmp_path, epochs=50, batch_size=36, lr=1e-9, patience=3)
+    progress = trainer.fit()
+    assert progress.epoch - progress.best_epoch - 1 == 3
+
+
+def test_norm_eval_keeps_statistics_and_trains_the_rest(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(pictures, tmp_path, strategy="full", norm="eval", epochs=1, batch_size=8, lr=0.5)
+    before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
+    trainer.fit()
+    for name, tensor in trainer.task.network.state_dict().items():
+        assert tensor.equal(before[name]) == ("running" in name or "num_batches" in name), name
+
+
+def test_a_damaged_checkpoint_is_refused(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(pictures, tmp_path, epochs=2, batch_size=8)
+    stop_after(trainer, 2)
+    with pytest.raises(InterruptedRunError):
+        trainer.fit()
+    path = trainer.folder.last_checkpoint
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="damaged"):
+        build_trainer(pictures, tmp_path, epochs=2, batch_size=8).fit()
+
+
+def test_the_checkpoint_header_is_plain_json(pictures: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
+    trainer.fit()
+    with safe_open(trainer.folder.last_checkpoint, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    assert progress["epoch"] == 1
+    assert progress["step"] == 5
+
+
+def test_cpu_half_precision_trains(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
+    trainer.precision = "bfloat16"
+    assert trainer.fit().history[0]["train_loss"] > 0
+
+
+def test_a_shared_tensor_survives_the_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    class Tied(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alias = self.stage2[0]
+
+    torch.manual_seed(3)
+    trainer = build_trainer(pictures, tmp_path, network=Tied(), epochs=1, batch_size=8, lr=0.1)
+    trainer.fit()
+    other = build_trainer(pictures, tmp_path, network=Tied(), epochs=1, batch_size=8, lr=0.1)
+    other.fit()
+    assert_same_state(trainer.judged, other.judged)
