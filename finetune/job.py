@@ -162,10 +162,16 @@ def _recorded_outcome(folder: RunFolder, display: Display) -> Iterator[None]:
     except Exception as error:
         display.note(traceback.format_exc())
         fix = f"This is our fault: please report it with {folder.log}."
-        internal = InternalError("the run", f"{type(error).__name__}: {error}", fix)
+        internal = InternalError("the run", _last_line(error), fix)
         _write_failure(folder, internal)
         raise internal from error
     folder.write_outcome("done", "finished")
+
+
+def _last_line(error: Exception) -> str:
+    """An error from a decoding process carries its whole traceback; its last line says what it was."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
 def _write_failure(folder: RunFolder, error: FinetuneError) -> None:

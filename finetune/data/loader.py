@@ -9,6 +9,7 @@ Shape legend: B batch, H W pixels.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -93,8 +94,11 @@ class _Batches:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C goes to the whole process group; stopping is the trainer's business, workers just work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Stopping is the trainer's business: workers leave its process group, to which terminals and batch
+    systems send their signals. They end when the loader says so, or when their parent is gone.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -369,8 +369,6 @@ class Trainer:
         where = (
             f"step {self.progress.step} (epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1})"
         )
-        return DivergedError(
-            "training",
-            f"the loss became {loss.item()} at {where}, with a rate of {self.progress.lr:g}; the weights stayed as they were",
-            "Lower --lr, or add --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output.",
-        )
+        found = f"the loss became {loss.item()} at {where}, with a rate of {self.progress.lr:g}"
+        fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
+        return DivergedError("training", f"{found}; the weights stayed as they were", fix)

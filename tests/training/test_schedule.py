@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def test_warmup_grows_from_above_zero_to_one_and_hands_over() -> None:
     factors = [ours.factor(step, 5) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == 1.0
-    assert all(later < earlier for earlier, later in zip(factors[5:], factors[6:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[5:]))
     assert 0 < factors[-1] < 0.05
 
 

@@ -1,0 +1,146 @@
+"""What only a process of its own shows: start-up, signals, pipes, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import draw_folder
+
+
+def start(*words: object, **keys: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "finetune", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keys)  # type: ignore[call-overload]
+
+
+def finish(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "finetune", *map(str, words)], capture_output=True, text=True
+    )
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys\ntry:\n  from finetune.cli.app import main\n  main()\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'pydantic', 'pandas', 'timm', 'PIL', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False
+    )
+    assert "run" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_version_and_module_agree() -> None:
+    from finetune import __version__
+
+    assert finish("--version").stdout.strip() == __version__
+
+
+@pytest.fixture(scope="module")
+def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_folder(tmp_path_factory.mktemp("long"), {"red": 60, "blue": 60})
+
+
+def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
+    settings = (
+        "--workers",
+        1,
+        "--batch-size",
+        4,
+        "--epochs",
+        6,
+        "-s",
+        "full",
+        "--set",
+        "input.augmentation=medium",
+    )
+    return ["run", "-b", tiny, "-d", data, "-o", output, *settings]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], text: str = "", seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not come: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, long_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    result = finish(*words_of(tiny, long_data, output))
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def assert_same_result(one: Path, two: Path) -> None:
+    left, right = (load_file(run / "model" / "model.safetensors") for run in (one, two))
+    assert [name for name in left if not left[name].equal(right[name])] == []
+    assert (one / "predictions.csv").read_bytes() == (two / "predictions.csv").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "run"
+    process = start(*words_of(tiny, long_data, output), start_new_session=True)
+    wait_for(output / "history.csv", process)
+    os.killpg(process.pid, number)  # as a terminal does: to the decoding workers as well
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+    assert "same command again" in said
+    outcome = json.loads((output / "outcome.json").read_text())
+    assert (outcome["state"], outcome["exit_code"]) == ("interrupted", 75)
+    again = finish(*words_of(tiny, long_data, output))
+    assert again.returncode == 0, again.stderr
+    assert "going on at epoch" in again.stderr
+    assert_same_result(uninterrupted, output)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(
+    uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    process = start(*words_of(tiny, long_data, output), start_new_session=True)
+    wait_for(output / "history.csv", process, text="\n2,")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert json.loads((output / "outcome.json").read_text())["state"] == "running"
+    assert finish(*words_of(tiny, long_data, output)).returncode == 0
+    assert_same_result(uninterrupted, output)
+
+
+def test_a_pipe_gets_plain_lines_and_one_object(tiny: Path, long_data: Path, tmp_path: Path) -> None:
+    words = [
+        "run",
+        "-b",
+        tiny,
+        "-d",
+        long_data,
+        "-o",
+        tmp_path / "run",
+        "-s",
+        "freeze",
+        "--epochs",
+        2,
+        "--workers",
+        0,
+    ]
+    result = finish(*words, "--json")
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stderr
+    assert "\r" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    assert json.loads(result.stdout)["run"] == str(tmp_path / "run")
+    assert len(result.stdout.splitlines()) == 1

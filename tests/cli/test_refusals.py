@@ -1,0 +1,238 @@
+"""Everything a user can get wrong: one clear message, the documented exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from finetune.errors import ExitCode
+from tests.conftest import Cli, draw, draw_folder
+
+QUICK = ("--workers", 0, "--epochs", 1, "--batch-size", 8)
+
+
+def refused(cli: Cli, code: ExitCode, *words: object) -> str:
+    """Run a command that must be refused, and return what it said."""
+    result = cli(*words)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def run_words(pictures: Path, tiny: Path, tmp_path: Path) -> list[object]:
+    return ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *QUICK]
+
+
+# --- usage: 2 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strategy", "frieze"], "did you mean 'freeze'?"),
+        (["--epochs", "0"], "`training.epochs` is 0; it must be a whole number of at least 1"),
+        (["--epochs", "-3"], "`training.epochs` is -3"),
+        (["--lr", "-1"], "`training.lr` is -1.0; it must be a number above 0"),
+        (["--batch-size", "0"], "`training.batch_size` is 0"),
+        (["--val-fraction", "1.5"], "`data.val_fraction` is 1.5"),
+        (["--seed", "-1"], "`seed` is -1"),
+        (["--set", "training.learning_rate=1"], "did you mean `training.lr`?"),
+        (["--set", "trainig.lr=1"], "there is no `trainig`"),
+        (["--set", "training.lr"], "there is no `=`"),
+        (["--lr", "0.1", "--set", "training.lr=0.2"], "Give it once"),
+        (["--recipe", "topp"], "did you mean 'top'"),
+        (["--recipe", "/nowhere/x.yaml"], "no such file"),
+        (["--device", "tpu"], "there is no such device"),
+        (["--weights", "/nowhere/w.safetensors"], "there is no such file or folder"),
+        (["--set", "strategy.head=drop_fc"], "no fully connected layers"),
+        (["--set", "strategy.head=keep"], "10 outputs, the data 3 classes"),
+        (["--set", "strategy.top_stages=99"], "stages under its head"),
+    ],
+)
+def test_wrong_usage(cli: Cli, run_words: list[object], tmp_path: Path, words: list[str], said: str) -> None:
+    plain = [word for word in run_words if "--epochs" not in words or word not in ("--epochs", 1)]
+    assert said in refused(cli, ExitCode.USAGE, *plain, *words)
+
+
+def test_unknown_words_of_the_command_line(cli: Cli, run_words: list[object]) -> None:
+    assert cli(*run_words, "--epoch", "3").exit_code == ExitCode.USAGE
+    assert cli("rum").exit_code == ExitCode.USAGE
+    assert cli(*run_words, "--batch-size", "many").exit_code == ExitCode.USAGE
+
+
+def test_unknown_backbone_names_the_nearest(cli: Cli, pictures: Path) -> None:
+    said = refused(cli, ExitCode.USAGE, "run", "-b", "resnet5", "-d", pictures)
+    assert "did you mean 'resnet50'" in said
+
+
+def test_backbone_and_data_are_needed(cli: Cli, pictures: Path) -> None:
+    assert "Add --backbone" in refused(cli, ExitCode.USAGE, "run", "-d", pictures)
+    assert "Add --data" in refused(cli, ExitCode.USAGE, "run", "-b", "resnet18")
+
+
+def test_weights_of_another_network(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+    import timm
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    said = refused(cli, ExitCode.USAGE, *run_words, "--weights", tmp_path / "vit.safetensors")
+    assert "under 90 %" in said
+    assert "another network" in said
+
+
+def test_an_output_folder_with_another_run(cli: Cli, run_words: list[object]) -> None:
+    assert cli(*run_words).exit_code == 0
+    said = refused(cli, ExitCode.USAGE, *run_words, "--lr", "0.5")
+    assert "it holds another run" in said
+    assert "training.lr: 0.01 -> 0.5" in said
+
+
+def test_an_output_folder_with_other_files(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    assert "thesis.tex" in refused(cli, ExitCode.USAGE, *run_words)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+
+
+# --- data: 65 ------------------------------------------------------------------------------------
+
+
+def refused_data(cli: Cli, tiny: Path, data: Path, output: Path) -> str:
+    return refused(cli, ExitCode.DATA, "run", "-b", tiny, "-d", data, "-o", output, *QUICK)
+
+
+def test_a_path_that_is_not_there(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert "nowhere" in refused_data(cli, tiny, tmp_path / "nowhere", tmp_path / "run")
+
+
+def test_an_empty_folder(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    refused_data(cli, tiny, tmp_path / "data", tmp_path / "run")
+
+
+def test_one_class(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert "class" in refused_data(cli, tiny, draw_folder(tmp_path / "data", {"red": 5}), tmp_path / "run")
+
+
+def test_a_class_with_one_image(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 5, "blue": 1})
+    assert "blue" in refused_data(cli, tiny, data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", ["truncated", "empty", "html", "noise"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_unreadable_images(cli: Cli, tiny: Path, tmp_path: Path, fault: str, part: str) -> None:
+    for name in ("train", "val"):
+        draw_folder(tmp_path / "data" / name, {"red": 5, "blue": 5})
+    path = tmp_path / "data" / part / "red" / "003.jpg"
+    whole = path.read_bytes()
+    content = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "html": b"<!DOCTYPE html>",
+        "noise": os.urandom(200),
+    }
+    path.write_bytes(content[fault])
+    said = refused_data(cli, tiny, tmp_path / "data", tmp_path / "run")
+    assert f"{part}/red/003.jpg" in said
+    listed = (tmp_path / "run" / "bad_images.csv").read_text()
+    assert f"{part}/red/003.jpg,{part}," in listed
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["state"], outcome["exit_code"]) == ("failed", 65)
+    assert outcome["hint"]
+
+
+def test_one_bad_image_in_many_is_listed_and_left_out(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "data" / "train", {"red": 60, "blue": 60})
+    draw_folder(tmp_path / "data" / "val", {"red": 2, "blue": 2})
+    (tmp_path / "data" / "train" / "red" / "007.jpg").write_bytes(b"")
+    result = cli("run", "-b", tiny, "-d", tmp_path / "data", "-o", tmp_path / "run", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "train/red/007.jpg" in result.stderr
+    assert "train/red/007.jpg" not in (tmp_path / "run" / "split.csv").read_text()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["num_train"] == 119
+
+
+def test_a_label_that_leaves_its_folder(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "a.jpg", (1, 2, 3), 0)
+    (tmp_path / "data.csv").write_text("path,label\na.jpg,../x\na.jpg,y\n")
+    assert "../x" in refused_data(cli, tiny, tmp_path / "data.csv", tmp_path / "run")
+
+
+def test_a_class_that_looks_like_a_formula_is_only_text(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"=cmd()": 4, "red": 4})
+    result = cli("run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK)
+    assert result.exit_code == 0, result.output
+    for table in (tmp_path / "run").glob("*.csv"):
+        cells = [cell for line in table.read_text().splitlines() for cell in line.split(",")]
+        assert not any(cell.startswith("=") for cell in cells), table.name
+    assert "=cmd()" in (tmp_path / "run" / "classes.txt").read_text().splitlines()
+
+
+# --- environment: 78, disk: 74 -------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device(cli: Cli, run_words: list[object]) -> None:
+    assert "--device cpu" in refused(cli, ExitCode.ENVIRONMENT, *run_words, "--device", "cuda")
+
+
+def test_weights_that_are_not_here_offline(
+    cli: Cli, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    said = refused(cli, ExitCode.ENVIRONMENT, "run", "-b", "squeezenet1_1", "-d", pictures, "--offline")
+    assert "squeezenet1_1-b8a52dc0.pth" in said
+    assert str(tmp_path / "cache") in said
+    assert "FINETUNE_MIRROR" in said
+    said = refused(cli, ExitCode.ENVIRONMENT, "run", "-b", "resnet18", "-d", pictures, "--offline")
+    assert "model.safetensors" in said
+    assert "HF_ENDPOINT" in said
+
+
+def test_an_output_that_cannot_be_written(cli: Cli, run_words: list[object]) -> None:
+    assert "/proc" in refused(cli, ExitCode.DISK, *run_words, "-o", "/proc/nowhere/run")
+
+
+# --- json, internal errors -----------------------------------------------------------------------
+
+
+def test_json_carries_one_object_even_when_refused(cli: Cli, run_words: list[object]) -> None:
+    result = cli(*run_words, "--lr", "-1", "--json")
+    assert result.exit_code == ExitCode.USAGE
+    outcome = json.loads(result.stdout)
+    assert (outcome["state"], outcome["exit_code"]) == ("failed", 2)
+
+
+def test_our_own_fault_is_said_and_logged(
+    cli: Cli, run_words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: object) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr("finetune.job.build_loss", break_down)
+    said = refused(cli, ExitCode.INTERNAL, *run_words)
+    assert "ZeroDivisionError: on purpose" in said
+    assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["exit_code"] == 70
+
+
+def test_a_huge_rate_diverges_with_its_own_code(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
+    said = refused(cli, ExitCode.DIVERGED, *words, "--batch-size", 4, "--epochs", 5, "--lr", 1e30)
+    assert "the weights stayed as they were" in said
+
+
+def test_cmyk_and_16_bit_pictures_train(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 4, "blue": 4})
+    Image.new("CMYK", (40, 40), (0, 200, 200, 0)).save(data / "red" / "cmyk.jpg")
+    Image.new("I;16", (40, 40), 30000).save(data / "blue" / "deep.png")
+    result = cli("run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK)
+    assert result.exit_code == 0, result.output
