@@ -40,10 +40,10 @@ from finetune.recipe import Facts, Recipe, StrategySettings, resolve_recipe
 from finetune.runs.files import disk_error, write_csv, write_json, write_text
 from finetune.runs.folder import RunFolder, claim_folder, outcome_of
 from finetune.runtime import (
-    available_cores,
     describe_environment,
     resolve_device,
     resolve_precision,
+    resolve_threads,
     resolve_workers,
     seed_everything,
 )
@@ -192,7 +192,7 @@ def _read_metrics(folder: RunFolder) -> dict[str, Any]:
 def _prepare(recipe: Recipe, display: Display) -> _Ready:
     name, data = _required(recipe)
     device = resolve_device(recipe.device)
-    torch.set_num_threads(available_cores())
+    torch.set_num_threads(resolve_threads())
     dataset = discover(Path(data), recipe.data.val_fraction, recipe.seed)
     card = find_card(name)
     card = card.with_input(_preprocessing(recipe, card))

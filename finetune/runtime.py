@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +22,7 @@ from finetune.errors import EnvironmentFaultError, UsageError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 SHARED_MEMORY_PER_WORKER = 64 * 2**20
 """Bytes of /dev/shm that a decoding process needs for its waiting batches (32 of 224 x 224 are 19 MB)."""
 
@@ -30,14 +34,15 @@ def resolve_device(name: str) -> torch.device:
         UsageError: another word.
         EnvironmentFaultError: this machine has no such device.
     """
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
         raise UsageError(f"--device {name}", "there is no such device", "Take auto, cpu, cuda or cuda:N.")
+    kind, _, index = name.partition(":")
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
-        found = f"this machine shows {count} CUDA devices to torch {torch.__version__}"
+        devices = "1 CUDA device" if count == 1 else f"{count} CUDA devices"
+        found = f"this machine shows {devices} to torch {torch.__version__}"
         fix = "Take --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
         raise EnvironmentFaultError(f"--device {name}", found, fix)
     return torch.device("cuda", int(index or 0))
@@ -57,7 +62,23 @@ def resolve_precision(device: torch.device) -> Precision:
 
 def available_cores() -> int:
     """Return the processors this process may use (containers and batch systems give fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota_cores()))
+
+
+def _quota_cores() -> int:
+    """``docker --cpus 2`` and a Kubernetes limit leave every processor in sight, and share out their time."""
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # no cgroups of version 2, or "max": no limit
+        return sys.maxsize
+
+
+def resolve_threads() -> int:
+    """Return the threads to compute with: what OMP_NUM_THREADS says, else all available cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else available_cores()
 
 
 def resolve_workers(device: torch.device) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a network is a bug
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and more threads than cores make all slow
 
 import numpy as np
 import pytest
@@ -21,13 +22,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tests run side by side; more threads than cores make all of them slow."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def modest_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.job.available_cores", lambda: 1)
 
 
 def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 36)) -> None:

@@ -54,17 +54,21 @@ def measure_features(
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 1,000 training images.
 
+    The network runs in the modes it has, which should be those of training: a BatchNorm in train mode
+    gives other features than one in eval mode. Its buffers are left as they were.
+
     Returns:
         ``{"<layer>.mean": (C,), "<layer>.std": (C,)}``, on the network's device.
     """
     names = {layer: name for name, layer in network.named_modules()}
     layers = {names[layer]: layer for layer in classifier_layers(network)}
+    device = loader.placement.device
     with (
+        _kept_buffers(network),
         _recorded_inputs(layers) as inputs,
-        torch.inference_mode(),
-        autocast(loader.placement.device, precision),
+        torch.no_grad(),
+        autocast(device, precision),
     ):
-        network.eval()
         for batch in loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size)):
             network(batch.images)
             advance(len(batch.labels), "")
@@ -72,9 +76,20 @@ def measure_features(
     for name, features in inputs.items():
         stacked = torch.cat(features)
         std = stacked.std(dim=0, correction=0)
-        moments[f"{name}.mean"] = stacked.mean(dim=0).clone()
-        moments[f"{name}.std"] = std.clamp_min(max(SMALLEST_STD * std.mean().item(), 1e-12)).clone()
+        moments[f"{name}.mean"] = stacked.mean(dim=0)
+        moments[f"{name}.std"] = std.clamp_min(max(SMALLEST_STD * std.mean().item(), 1e-12))
     return moments
+
+
+@contextmanager
+def _kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Give every buffer back the content it had before the block."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
 
 
 @contextmanager

@@ -144,6 +144,8 @@ class Trainer:
         else:
             loader = self.task.train
             total = min(NUM_MEASURED, len(loader.samples))
+            set_train_mode(self.task.network, self.task.plan)
+            seed_everything(self.seed, "measure")
             with self.display.track("measuring features", total) as advance:
                 self._moments = measure_features(self.task.network, loader, self.precision, advance)
         attach(self.task.network, self._moments)

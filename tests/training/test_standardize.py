@@ -45,15 +45,16 @@ def test_folding_works_on_convolutions_and_copies() -> None:
 
 def test_measured_moments_are_those_of_the_features(pictures: Path, tmp_path: Path) -> None:
     trainer = build_trainer(pictures, tmp_path, batch_size=10)
-    network = trainer.task.network
+    network = trainer.task.network.eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     found = measure_features(network, trainer.task.train, "float32", lambda *_: None)
     features = []
     handle = network.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    network.eval()
     with torch.no_grad():
         for batch in trainer.task.train.batches():
             network(batch.images)
     handle.remove()
+    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
     stacked = torch.cat(features)
     torch.testing.assert_close(found["head.mean"], stacked.mean(0))
     floor = 0.1 * stacked.std(0, correction=0).mean()
@@ -89,3 +90,11 @@ def test_the_judged_network_is_plain(pictures: Path, tmp_path: Path) -> None:
     best = trainer.fit().best
     assert all(not layer._forward_pre_hooks for layer in trainer.judged.modules())
     assert trainer._judge()["loss"] == pytest.approx(best["loss"], abs=1e-5)
+
+
+def test_measuring_in_train_mode_leaves_the_statistics(pictures: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(pictures, tmp_path, strategy="full", batch_size=9)
+    before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
+    trainer.standardize_head()
+    assert trainer.task.network.stage2[1].training
+    assert all(tensor.equal(before[name]) for name, tensor in trainer.task.network.state_dict().items())
