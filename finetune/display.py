@@ -34,7 +34,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, emoji=False)
         self._log: Path | None = None
 
     def log_to(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class Display:
 
     def say(self, text: str, style: str = "") -> None:
         """Say one line."""
-        self.console.print(escape(text), style=style or None, soft_wrap=True)
+        self.console.print(text, style=style or None, soft_wrap=True, markup=False)
         self.note(text)
 
     def warn(self, text: str) -> None:
@@ -54,7 +54,7 @@ class Display:
         """Write to the log only."""
         if self._log is not None:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-            with self._log.open("a", encoding="utf-8") as file:
+            with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{stamp} {line}\n" for line in text.splitlines())
 
     def table(
@@ -69,6 +69,15 @@ class Display:
         self.console.print(table)
         for row in [columns, *rows]:
             self.note("  ".join(row))
+
+    @contextmanager
+    def busy(self, description: str) -> Iterator[None]:
+        """Turn a wheel while the block runs, where nobody can say how long it takes; a terminal only."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with self.console.status(description):
+            yield
 
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:

@@ -118,7 +118,10 @@ def _run(
     checked = load_recipe(recipe, overrides)
 
     from finetune.display import Display
-    from finetune.job import run  # torch: seconds; a wrong recipe is refused before
 
-    finished = run(checked, output, Display())
+    display = Display()
+    with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
+        from finetune.job import run
+
+    finished = run(checked, output, display)
     return {"run": str(finished.folder.path), **finished.metrics}

@@ -130,6 +130,7 @@ class Trainer:
         self.finite = FiniteCheck(self.device)
         self.progress = Progress()
         self._moments: dict[str, Tensor] = {}
+        self._pace = (0.0, 0.0)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def standardize_head(self) -> None:
@@ -168,6 +169,7 @@ class Trainer:
         """
         if self.folder.last_checkpoint.exists():
             self._restore()
+        self._pace = (time.perf_counter(), self._done())
         while self.progress.epoch < self.settings.epochs and not self._out_of_patience():
             self._train_epoch()
             self._finish_epoch()
@@ -318,7 +320,20 @@ class Trainer:
     def _words(self) -> str:
         seconds = max(self.progress.epoch_seconds, 1e-9)
         speed = self.progress.num_seen / seconds
-        return f"{speed:.0f} images/s, waiting {self.progress.wait_seconds / seconds:.0%}"
+        waiting = self.progress.wait_seconds / seconds
+        return f"{speed:.0f} images/s, waiting {waiting:.0%}, run ends in {self._time_left()}"
+
+    def _done(self) -> float:
+        """Share of the run's training that is done, in [0, 1]."""
+        epochs = self.progress.epoch + self.progress.num_seen / len(self.task.train.samples)
+        return min(epochs / self.settings.epochs, 1.0)
+
+    def _time_left(self) -> str:
+        """Minutes and seconds at the pace since this process began to train."""
+        began, done_before = self._pace
+        done = self._done() - done_before
+        seconds = (time.perf_counter() - began) * (1 - self._done()) / max(done, 1e-9)
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
     def _say_epoch(self, row: dict[str, float]) -> None:
         star = " *" if self.progress.best_epoch == self.progress.epoch else ""

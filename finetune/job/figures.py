@@ -1,0 +1,76 @@
+"""The figures of a finished run, and the files that hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.data.loader import Loader
+from finetune.data.sample import Dataset, Split
+from finetune.display import Display
+from finetune.evaluation.metrics import compute_confusion, compute_metrics
+from finetune.evaluation.predict import Predictions, predict
+from finetune.job.prepare import Ready
+from finetune.runs.files import write_csv
+from finetune.runs.folder import RunFolder
+from finetune.training.checkpoint import Progress
+from finetune.training.trainer import Trainer
+
+
+def evaluate(trainer: Trainer, loaders: dict[Split, Loader], display: Display) -> Predictions:
+    """Predict the test part where there is one, else the validation part, with the judged network."""
+    loader = loaders.get("test", loaders["val"])
+    with display.track("evaluating", len(loader.samples)) as advance:
+        return predict(trainer.judged, loader, trainer.precision, lambda done: advance(done, ""))
+
+
+def collect_metrics(
+    ready: Ready, dataset: Dataset, predictions: Predictions, progress: Progress
+) -> dict[str, Any]:
+    """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
+    split: Split = "test" if dataset.of("test") else "val"
+    images = sum(row["seconds"] * row["images_per_second"] for row in progress.history)
+    seconds = sum(row["seconds"] for row in progress.history)
+    return compute_metrics(predictions, dataset.classes) | {
+        "split": split,
+        "split_chose_checkpoint": split == "val",
+        "val_accuracy": progress.best["accuracy"],
+        "val_loss": progress.best["loss"],
+        "best_epoch": progress.best_epoch + 1,
+        "epochs": progress.epoch,
+        "images_per_second": round(images / seconds, 2),
+        "backbone": ready.backbone.card.name,
+        "strategy": ready.recipe.strategy.name,
+        "num_classes": dataset.num_classes,
+        "num_train": len(dataset.of("train")),
+    }
+
+
+def write_figures(
+    folder: RunFolder, dataset: Dataset, predictions: Predictions, metrics: dict[str, Any]
+) -> None:
+    """Write one row an image, and the confusion matrix."""
+    samples, classes = dataset.of(metrics["split"]), dataset.classes
+    confidence, predicted = predictions.probabilities.max(dim=1)
+    rows = [
+        (sample.path, classes[sample.label], classes[guess], sure, *probabilities)
+        for sample, guess, sure, probabilities in zip(
+            samples, predicted.tolist(), confidence.tolist(), predictions.probabilities.tolist(), strict=True
+        )
+    ]
+    columns = ("path", "label", "predicted", "confidence", *(f"prob_{name}" for name in classes))
+    write_csv(folder.predictions, rows, columns)
+    confusion = compute_confusion(predictions).tolist()
+    table = [(name, *counts) for name, counts in zip(classes, confusion, strict=True)]
+    write_csv(folder.confusion_matrix, table, ("label", *classes))
+
+
+def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
+    """Say the figures, what they are worth, and where everything is."""
+    chosen = " (which also chose the epoch)" if metrics["split_chose_checkpoint"] else ""
+    display.say(
+        f"accuracy {metrics['accuracy']:.4f}, balanced {metrics['balanced_accuracy']:.4f}, macro F1 "
+        f"{metrics['f1_macro']:.4f} on {metrics['num_samples']} {metrics['split']} images{chosen}; "
+        f"best epoch {metrics['best_epoch']} of {metrics['epochs']}, {metrics['seconds']['total']:.0f} s",
+        style="bold",
+    )
+    display.say(f"run {folder.path}  model {folder.model}")

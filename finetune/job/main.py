@@ -1,0 +1,264 @@
+"""The main job: from a recipe to a finished run.
+
+::
+
+    recipe -> dataset -> backbone -> plan -> training -> figures -> exported model
+              checked     loaded     shown   drawn       written    proved by loading it again
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.data.check import check_bad, check_images
+from finetune.data.loader import Loader, Placement
+from finetune.data.sample import Dataset, Split
+from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
+from finetune.display import Display, SilentDisplay
+from finetune.errors import InternalError
+from finetune.export.folder import export_model, measure_round_trip
+from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
+from finetune.job.outcome import recorded_outcome, translated_errors
+from finetune.job.prepare import Ready, prepare
+from finetune.recipe import Recipe, StrategySettings
+from finetune.runs.files import write_csv, write_json, write_text
+from finetune.runs.folder import RunFolder, claim_folder
+from finetune.runtime import describe_environment
+from finetune.stopping import StopSignal
+from finetune.strategy.freeze import check_frozen, digest_frozen
+from finetune.strategy.matrix import PLAN_COLUMNS, Plan, build_plan
+from finetune.training.optimizer import build_loss
+from finetune.training.trainer import Task, Trainer
+
+ROUND_TRIP_TOLERANCE = 1e-3
+"""Largest difference in a probability between the trained network and its exported copy (layouts differ)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the content of its ``metrics.json``."""
+
+    folder: RunFolder
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, from a clock that never jumps."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the block under a name."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - began, 3)
+
+
+def run(recipe: Recipe, output: Path | None = None, display: Display | None = None) -> Run:
+    """Fine-tune as a recipe says, and leave everything in a folder.
+
+    Args:
+        recipe: its "auto" values are decided here, and saved.
+        output: the run folder; by default ``runs/<time>-<backbone>-<strategy>``. A folder that holds this
+            very run goes on where it stopped.
+        display: what the user sees; nothing by default.
+
+    Returns:
+        The run, finished.
+
+    Raises:
+        FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
+    """
+    display = display or SilentDisplay()
+    clock = Clock()
+    with StopSignal() as stop, translated_errors():
+        with clock.phase("load"):
+            ready = prepare(recipe, display)
+        path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
+        folder, finished = claim_folder(path, ready.recipe)
+        if finished:
+            display.say(f"{folder.path} holds this run already, finished: nothing to do")
+            return Run(folder, _read_metrics(folder))
+        display.log_to(folder.log)
+        with recorded_outcome(folder, display):
+            return _carry_out(ready, folder, display, clock, stop)
+
+
+def default_output(architecture: str, strategy: str) -> Path:
+    """Return ``runs/<time>-<backbone>-<strategy>``."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{architecture}-{strategy}"
+
+
+def _read_metrics(folder: RunFolder) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    return metrics
+
+
+def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, stop: StopSignal) -> Run:
+    display.note(f"finetune: {ready.recipe.to_dict()}")
+    with clock.phase("check"):
+        dataset = _check_data(ready.dataset, folder, display)
+    network = _place(ready.backbone.network, ready.placement)
+    plan = _show_plan(ready, folder, display)
+    write_json(folder.environment, describe_environment(ready.placement.device))
+    loaders = _build_loaders(ready, dataset)
+    trainer = _build_trainer(ready, dataset, network, plan, loaders, folder, display, stop)
+    digests = digest_frozen(network, plan)
+    with clock.phase("measure"):
+        if learns_new_head(ready.recipe.strategy):
+            trainer.standardize_head()
+    with clock.phase("train"), stop.gently():
+        progress = trainer.fit()
+    check_frozen(trainer.judged, plan, digests)
+    with clock.phase("evaluate"):
+        predictions = evaluate(trainer, loaders, display)
+    metrics = collect_metrics(ready, dataset, predictions, progress)
+    write_figures(folder, dataset, predictions, metrics)
+    with clock.phase("export"):
+        _export(ready, trainer.judged, folder, metrics, loaders["val"])
+    metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
+    write_json(folder.metrics, metrics)
+    say_result(display, folder, metrics)
+    return Run(folder, metrics)
+
+
+def learns_new_head(strategy: StrategySettings) -> bool:
+    """Return whether a new classifier learns on features that are worth something from the start."""
+    return strategy.head != "keep" and strategy.name != "scratch"
+
+
+def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Dataset:
+    """Decode every image once, refuse what cannot be stood behind, and record the split."""
+    for warning in dataset.warnings:
+        display.warn(warning)
+    with display.track("checking images", len(dataset.samples)) as advance:
+        bad = check_images(dataset, on_progress=lambda _: advance(1, ""))
+    if bad:
+        rows = [(image.path, image.split, image.reason) for image in bad]
+        write_csv(folder.bad_images, rows, ("path", "split", "reason"))
+        for image in bad[:10]:
+            display.warn(f"{image.path} cannot be read: {image.reason}")
+    dataset = check_bad(dataset, bad)
+    write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
+    split = [(sample.path, dataset.classes[sample.label], sample.split) for sample in dataset.samples]
+    write_csv(folder.split, split, ("path", "label", "split"))
+    display.say(_data_sentence(dataset))
+    return dataset
+
+
+def _data_sentence(dataset: Dataset) -> str:
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
+    counts = dataset.counts("train")
+    return (
+        f"data {dataset.root}: {dataset.num_classes} classes, {parts}; {min(counts)} to {max(counts)} a class"
+    )
+
+
+def _place(network: nn.Module, placement: Placement) -> nn.Module:
+    layout = torch.channels_last if placement.channels_last else torch.preserve_format
+    return network.to(placement.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+
+def _show_plan(ready: Ready, folder: RunFolder, display: Display) -> Plan:
+    rate = ready.recipe.training.lr
+    assert not isinstance(rate, str)
+    plan = build_plan(ready.backbone.network, ready.backbone.stages, ready.recipe.strategy, rate)
+    write_csv(folder.plan, [row.cells() for row in plan.rows], PLAN_COLUMNS)
+    display.table(PLAN_COLUMNS, plan_cells(plan), numbers=("parameters", "rate"))
+    return plan
+
+
+def plan_cells(plan: Plan) -> list[list[str]]:
+    """Return a plan as a table of text for people."""
+    return [
+        [
+            row.group,
+            row.stage.name,
+            f"{row.num_parameters:,}",
+            "yes" if row.trained else "-",
+            f"{row.rate:g}",
+            row.norm,
+        ]
+        for row in plan.rows
+    ]
+
+
+def _build_loaders(ready: Ready, dataset: Dataset) -> dict[Split, Loader]:
+    preprocessing = ready.backbone.card.preprocessing
+    view = build_eval_transform(preprocessing)
+    random_view = build_train_transform(preprocessing, ready.recipe.input.augmentation)
+    loaders: dict[Split, Loader] = {
+        "train": _loader(ready, dataset, "train", random_view),
+        "val": _loader(ready, dataset, "val", view),
+    }
+    if dataset.of("test"):
+        loaders["test"] = _loader(ready, dataset, "test", view)
+    return loaders
+
+
+def _loader(ready: Ready, dataset: Dataset, split: Split, transform: Transform) -> Loader:
+    recipe = ready.recipe
+    batch_size, workers = recipe.training.batch_size, recipe.data.workers
+    assert not isinstance(batch_size, str) and not isinstance(workers, str)
+    return Loader(
+        dataset,
+        dataset.of(split),
+        transform,
+        batch_size=batch_size,
+        placement=ready.placement,
+        workers=workers,
+        seed=recipe.seed,
+        shuffle=split == "train",
+    )
+
+
+def _build_trainer(
+    ready: Ready,
+    dataset: Dataset,
+    network: nn.Module,
+    plan: Plan,
+    loaders: dict[Split, Loader],
+    folder: RunFolder,
+    display: Display,
+    stop: StopSignal,
+) -> Trainer:
+    settings = ready.recipe.training
+    precision = settings.precision
+    assert precision != "auto"
+    loss = build_loss(settings, dataset.counts("train")).to(ready.placement.device)
+    task = Task(network, plan, loss, loaders["train"], loaders["val"], dataset.num_classes)
+    return Trainer(
+        task,
+        settings,
+        precision=precision,
+        seed=ready.recipe.seed,
+        folder=folder,
+        display=display,
+        stop_asked=lambda: stop.asked,
+    )
+
+
+def _export(
+    ready: Ready, network: nn.Module, folder: RunFolder, metrics: dict[str, Any], val: Loader
+) -> None:
+    export_model(ready.backbone, network, folder.model, metrics)
+    images = next(val.batches()).images
+    difference = measure_round_trip(network, folder.model, images)
+    if difference > ROUND_TRIP_TOLERANCE:
+        found = f"loaded again, its probabilities differ by up to {difference:.2g}"
+        fix = "Do not use it; please report this with the backbone's name."
+        raise InternalError(f"exporting {folder.model}", found, fix)

@@ -1,0 +1,111 @@
+"""Everything that is decided before the output folder is taken: most refusals leave nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune.data.discover import discover
+from finetune.data.loader import Placement
+from finetune.data.sample import Dataset
+from finetune.display import Display
+from finetune.errors import UsageError
+from finetune.recipe import Facts, Recipe, resolve_recipe
+from finetune.runtime import (
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+    resolve_workers,
+    seed_everything,
+)
+from pretrained.backbone import Backbone, load_backbone
+from pretrained.catalog import Card, Preprocessing, find_card
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that is decided before the output folder is taken."""
+
+    recipe: Recipe
+    dataset: Dataset
+    backbone: Backbone
+    placement: Placement
+
+
+def prepare(recipe: Recipe, display: Display) -> Ready:
+    """Find data and backbone, load the weights, and decide every "auto"."""
+    name, data = _required(recipe)
+    device = resolve_device(recipe.device)
+    torch.set_num_threads(resolve_threads())
+    dataset = discover(Path(data), recipe.data.val_fraction, recipe.seed)
+    with display.busy(f"loading {name}"):
+        card = find_card(name, recipe.backbone.offline)
+        card = card.with_input(_preprocessing(recipe, card))
+        backbone = _load_backbone(recipe, card, dataset)
+    display.say(f"backbone {backbone.card.name}: {backbone.match}")
+    facts = Facts(
+        device=str(device),
+        precision=resolve_precision(device),
+        channels_last=is_convolutional(backbone.network),
+        workers=resolve_workers(device),
+        num_train=len(dataset.of("train")),
+        preprocessing=card.preprocessing.to_dict(),
+    )
+    resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
+    return Ready(resolved, dataset, backbone, Placement(device, bool(resolved.training.channels_last)))
+
+
+def _required(recipe: Recipe) -> tuple[str, str]:
+    name, data = recipe.backbone.name, recipe.data.path
+    if not name:
+        raise UsageError(
+            "finetune run", "no backbone was named", "Add --backbone NAME (see `finetune backbones`)."
+        )
+    if not data:
+        raise UsageError("finetune run", "no data was named", "Add --data FOLDER.")
+    return name, data
+
+
+def _preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
+    """The card's own, except where the recipe says otherwise."""
+    own = card.preprocessing.to_dict()
+    asked = {key: value for key, value in dict(recipe.input).items() if key in own and value != "auto"}
+    return Preprocessing(**own | asked)
+
+
+def _load_backbone(recipe: Recipe, card: Card, dataset: Dataset) -> Backbone:
+    seed_everything(recipe.seed, "head")
+    return load_backbone(
+        card,
+        classes=dataset.classes,
+        head=recipe.strategy.head,
+        dropout=recipe.strategy.dropout,
+        weights=recipe.backbone.weights,
+        offline=recipe.backbone.offline,
+        pretrained=recipe.strategy.name != "scratch",
+    )
+
+
+def is_convolutional(network: nn.Module) -> bool:
+    """Return whether convolutions hold most of a network's weights: those gain from channels-last memory."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    return 2 * sum(layer.weight.numel() for layer in layers) > total
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Make the saved recipe mean the same from any folder."""
+    name, weights, data = recipe.backbone.name, recipe.backbone.weights, recipe.data.path
+    backbone = {
+        "name": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        "weights": str(Path(weights).resolve()) if weights else None,
+    }
+    return recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update=backbone),
+            "data": recipe.data.model_copy(update={"path": str(Path(data or "").resolve())}),
+        }
+    )
