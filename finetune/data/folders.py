@@ -1,0 +1,214 @@
+"""Read class folders: below ``train/``, ``val/`` and ``test/``, or side by side."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from finetune.data.decode import EXTENSIONS
+from finetune.data.finding import SHOWN, SPLIT_NAMES, Finding, count, name_fault, printable, some
+from finetune.data.sample import SPLITS, Split
+
+_JUNK = frozenset({"__MACOSX", "Thumbs.db"})
+
+
+def read_folder(finding: Finding) -> None:
+    """Read ``train/`` with ``val/`` and ``test/``, or a flat folder of class folders."""
+    folders, files = _listing(finding, "")
+    splits = _split_folders(finding, folders)
+    if not splits:
+        _refuse_no_classes(finding, "", folders, files)
+        finding.parts["train"] = _read_classes(finding, "", folders, files, "train")
+        return
+    others = [name for name in folders if name not in splits.values()]
+    if others:
+        finding.warnings.append(f"Beside {splits['train']!r}, these folders are ignored: {some(others)}.")
+    for split, name in splits.items():
+        inside, loose = _listing(finding, name)
+        _refuse_no_classes(finding, name, inside, loose)
+        finding.parts[split] = _read_classes(finding, name, inside, loose, split)
+
+
+def _split_folders(finding: Finding, folders: Sequence[str]) -> dict[Split, str]:
+    """Return which folder is which part: ``{}`` for a flat layout."""
+    named: defaultdict[Split, list[str]] = defaultdict(list)
+    for name in folders:
+        # In any letter case: Train/ and Val/ taken for two classes would train, and mean nothing.
+        if name.lower() in SPLIT_NAMES:
+            named[SPLIT_NAMES[name.lower()]].append(name)
+    for split, names in named.items():
+        if len(names) > 1:
+            raise finding.refuse(
+                f"has more than one {split} part: {some(names)}", "Keep one of these folders."
+            )
+    if named and "train" not in named:
+        raise finding.refuse(
+            f"has {some(names[0] for names in named.values())} but no train folder",
+            "Add train/ with a folder for each class; a class that has such a name needs another.",
+        )
+    splits = {split: named[split][0] for split in SPLITS if split in named}
+    _refuse_same_folder(finding, splits)
+    return splits
+
+
+def _refuse_same_folder(finding: Finding, splits: dict[Split, str]) -> None:
+    """Refuse two parts that are links to one folder: training images would be judged on."""
+    seen: dict[tuple[int, int], str] = {}
+    for name in splits.values():
+        twin = seen.setdefault(_identity(finding, name), name)
+        if twin != name:
+            raise finding.refuse(
+                f"{twin!r} and {name!r} are the same folder", "Give each part its own images."
+            )
+
+
+def _refuse_no_classes(finding: Finding, part: str, folders: Sequence[str], files: Sequence[str]) -> None:
+    if folders:
+        return
+    where = f"{part!r} holds" if part else "holds"
+    if any(_is_image(name) for name in files):
+        found = f"{where} images but no class folders, so that no image has a label"
+    else:
+        found = f"{where} no class folders and no images{_extensions(_extension_counts(files), ', only ')}"
+    raise finding.refuse(found, "Put the images of each class into a folder with the name of the class.")
+
+
+def _read_classes(
+    finding: Finding, part: str, folders: Sequence[str], files: Sequence[str], split: Split
+) -> dict[str, list[str]]:
+    """Return the image paths of each class folder in one part; a class without images is left out."""
+    classes: dict[str, list[str]] = {}
+    empty: list[str] = []
+    ignored: Counter[str] = Counter()
+    for name in folders:
+        top = f"{part}/{name}" if part else name
+        images, others = _images_below(finding, top)
+        if images:
+            _refuse_bad_name(finding, name)
+            classes[name] = images
+            ignored += others
+        else:
+            empty.append(f"{top!r} holds no images{_extensions(others, ', only ')}")
+    if empty and (split == "train" or not classes):
+        more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
+        raise finding.refuse(
+            f"class folder {'; '.join(empty[:SHOWN])}{more}",
+            f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
+        )
+    _warn_ignored(finding, part, files, ignored)
+    return classes
+
+
+def _refuse_bad_name(finding: Finding, name: str) -> None:
+    if fault := name_fault(name):
+        raise finding.refuse(f"class folder {name!r}: the name {fault}", "Rename the folder.")
+
+
+def _warn_ignored(finding: Finding, part: str, files: Sequence[str], others: Counter[str]) -> None:
+    """Say what a user may believe to be trained on and is not."""
+    loose = sum(_is_image(name) for name in files)
+    where = repr(part) if part else "the data folder"
+    if loose:
+        finding.warnings.append(
+            f"{count(loose, 'image', 'images')} directly in {where}, outside the class folders, ignored."
+        )
+    if others:
+        finding.warnings.append(
+            f"Files in {where} that are no images are ignored{_extensions(others, ': ')}."
+        )
+
+
+def _extension_counts(files: Iterable[str]) -> Counter[str]:
+    return Counter(os.path.splitext(name)[1].lower() or "no extension" for name in files)  # noqa: PTH122
+
+
+def _extensions(others: Counter[str], before: str) -> str:
+    """Return ``before`` and the extensions seen with their numbers, or nothing if there were none."""
+    seen = ", ".join(f"{printable(name)} ({number})" for name, number in others.most_common(SHOWN))
+    return before + seen if seen else ""
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+
+
+def _images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
+    """Return the images in a class folder and its sub-folders, and how many other files of each extension.
+
+    Linked folders are followed, but not back into a folder that the walk is already inside of.
+    """
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    outside = frozenset(_identity(finding, above) for above in _above(top))
+    stack = [(top, outside)]
+    while stack:
+        folder, inside = stack.pop()
+        identity = _identity(finding, folder)
+        if identity in inside:
+            continue
+        folders, files = _listing(finding, folder)
+        images.extend(f"{folder}/{name}" for name in files if _is_image(name))
+        others += _extension_counts(name for name in files if not _is_image(name))
+        stack.extend((f"{folder}/{name}", inside | {identity}) for name in folders)
+    return sorted(images), others
+
+
+def _above(folder: str) -> Iterator[str]:
+    """Give the folders above this one, up to and with the root (``""``)."""
+    while folder:
+        folder = folder.rpartition("/")[0]
+        yield folder
+
+
+def _identity(finding: Finding, folder: str) -> tuple[int, int]:
+    """Return device and inode: the same for a folder and every link to it."""
+    status = (finding.root / folder).stat()
+    return status.st_dev, status.st_ino
+
+
+def _listing(finding: Finding, folder: str) -> tuple[list[str], list[str]]:
+    """Return the folders and the files in a folder, each sorted, without hidden ones and junk."""
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(finding.root / folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in _JUNK:
+                    continue
+                if _is_folder(entry):
+                    _refuse_not_utf8(finding, folder, entry.name)
+                    folders.append(entry.name)
+                elif _counts_as_file(entry):
+                    files.append(entry.name)
+    except OSError as error:
+        raise finding.refuse(
+            f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})",
+            "Make it readable for this user.",
+        ) from error
+    for name in files:
+        if _is_image(name):
+            _refuse_not_utf8(finding, folder, name)
+    return sorted(folders), sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell folders; a link that leads to itself is none (``is_dir`` would raise)."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
+
+
+def _counts_as_file(entry: os.DirEntry[str]) -> bool:
+    """Tell files from pipes and sockets; a dead link counts, for the check to name it."""
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)  # noqa: PTH110, PTH113
+    return entry.is_file()
+
+
+def _refuse_not_utf8(finding: Finding, folder: str, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise finding.refuse(
+            f"the name of {f'{folder}/{name}'.lstrip('/')!r} is not UTF-8",
+            "Rename it; names go into reports and tables, which are UTF-8.",
+        ) from None
