@@ -153,6 +153,10 @@ class Loader:
             worker_init_fn=_start_worker,
         )
 
+    def close(self) -> None:
+        """End the decoding processes, rather than leave them to the end of the program."""
+        del self._loader
+
     def num_batches(self, epoch: int = 0) -> int:
         """Return how many batches a pass has."""
         return len(self.plan(epoch))

@@ -114,21 +114,21 @@ def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, 
     network = _place(ready.backbone.network, ready.placement)
     plan = _show_plan(ready, folder, display)
     write_json(folder.environment, describe_environment(ready.placement.device))
-    loaders = _build_loaders(ready, dataset)
-    trainer = _build_trainer(ready, dataset, network, plan, loaders, folder, display, stop)
     digests = digest_frozen(network, plan)
-    with clock.phase("measure"):
-        if learns_new_head(ready.recipe.strategy):
-            trainer.standardize_head()
-    with clock.phase("train"), stop.gently():
-        progress = trainer.fit()
-    check_frozen(trainer.judged, plan, digests)
-    with clock.phase("evaluate"):
-        predictions = evaluate(trainer, loaders, display)
-    metrics = collect_metrics(ready, dataset, predictions, progress)
-    write_figures(folder, dataset, predictions, metrics)
-    with clock.phase("export"):
-        _export(ready, trainer.judged, folder, metrics, loaders["val"])
+    with _open_loaders(ready, dataset) as loaders:
+        trainer = _build_trainer(ready, dataset, network, plan, loaders, folder, display, stop)
+        with clock.phase("measure"):
+            if learns_new_head(ready.recipe.strategy):
+                trainer.standardize_head()
+        with clock.phase("train"), stop.gently():
+            progress = trainer.fit()
+        check_frozen(trainer.judged, plan, digests)
+        with clock.phase("evaluate"):
+            predictions = evaluate(trainer, loaders, display)
+        metrics = collect_metrics(ready, dataset, predictions, progress)
+        write_figures(folder, dataset, predictions, metrics)
+        with clock.phase("export"):
+            _export(ready, trainer.judged, folder, metrics, loaders["val"])
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)
@@ -197,7 +197,8 @@ def plan_cells(plan: Plan) -> list[list[str]]:
     ]
 
 
-def _build_loaders(ready: Ready, dataset: Dataset) -> dict[Split, Loader]:
+@contextmanager
+def _open_loaders(ready: Ready, dataset: Dataset) -> Iterator[dict[Split, Loader]]:
     preprocessing = ready.backbone.card.preprocessing
     view = build_eval_transform(preprocessing)
     random_view = build_train_transform(preprocessing, ready.recipe.input.augmentation)
@@ -207,7 +208,11 @@ def _build_loaders(ready: Ready, dataset: Dataset) -> dict[Split, Loader]:
     }
     if dataset.of("test"):
         loaders["test"] = _loader(ready, dataset, "test", view)
-    return loaders
+    try:
+        yield loaders
+    finally:
+        for loader in loaders.values():
+            loader.close()
 
 
 def _loader(ready: Ready, dataset: Dataset, split: Split, transform: Transform) -> Loader:
