@@ -90,7 +90,12 @@ class EnvironmentFaultError(FinetuneError):
     exit_code = ExitCode.ENVIRONMENT
 
 
+def find_nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return up to three of ``known`` that are spelt like ``word``, the nearest first."""
+    return get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'a' or 'b'?"`` for the nearest of ``known``, or ``""`` when none is near."""
-    close = get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    close = find_nearest(word, known)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

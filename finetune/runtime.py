@@ -63,7 +63,7 @@ def resolve_precision(device: torch.device) -> Precision:
 def available_cores() -> int:
     """Return the processors this process may use (containers and batch systems give fewer than there are)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota_cores()))
+    return min(cores, _quota_cores())
 
 
 def _quota_cores() -> int:

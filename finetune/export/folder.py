@@ -8,9 +8,11 @@ in the root key ``finetune``, which timm ignores, and loads with :func:`pretrain
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -19,10 +21,10 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from finetune import __version__
-from finetune.runs.files import disk_error, write_bytes, write_json, write_text
+from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json, write_text
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
-from pretrained.network import build_network
+from pretrained.network import HEAD_PARTS, build_network
 from pretrained.weights import read_weights
 
 
@@ -47,12 +49,27 @@ def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: 
         )
         write_json(part / "config.json", build_config(backbone.card, network))
         write_text(part / "README.md", build_readme(backbone.card, metrics))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        _put_in_place(part, folder)
     except OSError as error:
         raise disk_error(folder, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    """Exchange a folder: the old one goes only when the new one stands in its place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        part.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def portable_state(network: nn.Module) -> dict[str, Tensor]:
@@ -78,24 +95,38 @@ def build_config(card: Card, network: nn.Module) -> dict[str, Any]:
 
 
 def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
-    from tempfile import TemporaryDirectory
-
     labels = {"label_names": list(card.label_names)}
+    # timm does not notice that these were left out after the network was built.
+    arguments = {part: False for part in HEAD_PARTS if getattr(network, part, None) is False}
     with TemporaryDirectory() as folder:  # timm writes its config to a file only
         path = Path(folder) / "config.json"
-        save_config_for_hf(network, str(path), model_config=labels, data_config=card.preprocessing.to_timm())
+        save_config_for_hf(
+            network,
+            str(path),
+            model_config=labels,
+            model_args=arguments,
+            data_config=card.preprocessing.to_timm(),
+        )
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    inner = config["pretrained_cfg"]
+    for stale in ("label_names", "label_descriptions", "license", "origin_url", "paper_ids", "paper_name"):
+        inner.pop(stale, None)  # of the architecture's default weights, perhaps not of these
+    inner |= _passport(card)
     return config
 
 
 def _own_config(card: Card) -> dict[str, Any]:
-    values = card.preprocessing.to_timm() | {"num_classes": card.num_classes, "license": card.license}
     return {
         "architecture": card.architecture,
         "num_classes": card.num_classes,
         "label_names": list(card.label_names),
-        "pretrained_cfg": values | {"tag": card.tag, "origin_url": card.origin},
+        "pretrained_cfg": card.preprocessing.to_timm() | {"num_classes": card.num_classes} | _passport(card),
     }
+
+
+def _passport(card: Card) -> dict[str, str]:
+    origin = "paper_ids" if card.origin.lower().startswith("arxiv") else "origin_url"
+    return {"tag": card.tag, "license": card.license, origin: card.origin}
 
 
 def load_exported(folder: Path) -> nn.Module:
@@ -115,11 +146,14 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
         images: (B, 3, H, W) float32, normalised.
     """
     reloaded = load_exported(folder).to(images.device)
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
-    with torch.inference_mode():
-        difference = network(images).softmax(1) - reloaded(images).softmax(1)
-    network.train(training)
+    try:
+        with torch.inference_mode():
+            difference = network(images).softmax(1) - reloaded(images).softmax(1)
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return float(difference.abs().max())
 
 
@@ -128,14 +162,13 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
 
 def build_readme(card: Card, metrics: Mapping[str, Any]) -> str:
     """Return the model card: YAML front matter as the Hugging Face hub reads it, then prose."""
-    base = card.name.removeprefix("timm/") if card.library == "timm" else card.name
+    base = f"\nbase_model: {json.dumps(card.location.partition('@')[0])}" if card.place == "hub" else ""
     license_name = card.license or "unknown"
     return f"""---
 tags: [image-classification, {card.library}, finetune]
 pipeline_tag: image-classification
 library_name: {card.library}
-license: {json.dumps(license_name)}
-base_model: {json.dumps(base)}
+license: {json.dumps(license_name)}{base}
 metrics: [accuracy]
 ---
 # Model card
@@ -170,8 +203,15 @@ applies to these weights as well.
 
 
 def _class_list(card: Card) -> str:
-    names = [f"`{name}`" for name in card.label_names]
+    names = [_code(name) for name in card.label_names]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more (config.json)" if len(names) > 20 else "")
+
+
+def _code(text: str) -> str:
+    """Text as Markdown code on one line, in which nothing is markup: HTML and backticks stay as they are."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 
 def _split_sentence(metrics: Mapping[str, Any]) -> str:

@@ -1,0 +1,63 @@
+"""The recipe: everything a run depends on, in one strict, described, YAML-shaped object.
+
+A recipe comes from a file (or the defaults), is overridden by dotted keys from the command line, and is
+validated as a whole: unknown keys are refused with the nearest right one, and all mistakes are told at
+once. Values may be ``"auto"``; :func:`resolve_recipe` returns a *new* recipe in which none is, and that
+one is saved with the run.
+
+::
+
+    text -> plain values -> overrides laid over -> Recipe -> resolved Recipe
+            plain_yaml      reading                schema    resolve          (mistakes: why not)
+"""
+
+from finetune.recipe.reading import (
+    find_recipe,
+    load_recipe,
+    merge_override,
+    parse_assignments,
+    read_recipe,
+    shipped_recipes,
+)
+from finetune.recipe.resolve import BASE_RATES, Facts, compute_batch_size, resolve_recipe
+from finetune.recipe.schema import (
+    Augmentation,
+    Auto,
+    BackboneSettings,
+    DataSettings,
+    HeadChoice,
+    InputSettings,
+    Precision,
+    Recipe,
+    StrategyName,
+    StrategySettings,
+    TrainingSettings,
+    changed_keys,
+    flatten,
+)
+
+__all__ = [
+    "BASE_RATES",
+    "Augmentation",
+    "Auto",
+    "BackboneSettings",
+    "DataSettings",
+    "Facts",
+    "HeadChoice",
+    "InputSettings",
+    "Precision",
+    "Recipe",
+    "StrategyName",
+    "StrategySettings",
+    "TrainingSettings",
+    "changed_keys",
+    "compute_batch_size",
+    "find_recipe",
+    "flatten",
+    "load_recipe",
+    "merge_override",
+    "parse_assignments",
+    "read_recipe",
+    "resolve_recipe",
+    "shipped_recipes",
+]

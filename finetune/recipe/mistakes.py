@@ -1,0 +1,133 @@
+"""Explain every mistake of a recipe at once: the key, what it is, what it must be, the nearest right one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from reprlib import Repr
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune.errors import UsageError, find_nearest, suggest
+from finetune.recipe.schema import SECTIONS
+from finetune.recipe.wording import describe_values, join_or, list_choices, list_fields
+
+MOST = 50
+"""Mistakes that are explained; a file with more is no recipe."""
+
+_SYNONYMS = {
+    "backbone.name": ("model", "model name", "arch", "architecture", "network", "net"),
+    "backbone.weights": ("pretrained", "checkpoint", "ckpt", "resume", "pretrained path"),
+    "data.path": ("dataset", "data dir", "root", "train dir", "folder"),
+    "data.val_fraction": ("val split", "validation split", "test size"),
+    "data.workers": ("num workers", "jobs"),
+    "input.img_size": ("resolution", "input size", "size", "crop size"),
+    "input.augmentation": ("transforms", "aa", "auto augment"),
+    "strategy.name": ("freeze", "finetune", "mode"),
+    "strategy.dropout": ("drop", "drop rate"),
+    "training.epochs": ("max epochs", "num train epochs"),
+    "training.batch_size": ("batch", "bs"),
+    "training.optimizer": ("opt", "solver"),
+    "training.lr": ("learning rate", "base lr", "base rate", "rate"),
+    "training.weight_decay": ("wd", "l2"),
+    "training.warmup_epochs": ("warmup", "warmup steps"),
+    "training.schedule": ("sched", "scheduler", "lr scheduler", "lr schedule"),
+    "training.decay_epochs": ("step size",),
+    "training.decay_rate": ("gamma",),
+    "training.label_smoothing": ("smoothing",),
+    "training.clip_grad": ("grad clip", "max grad norm", "gradient clip val"),
+    "training.ema_decay": ("ema", "model ema", "model ema decay"),
+    "training.patience": ("early stopping", "early stopping patience"),
+    "training.precision": ("amp", "dtype", "fp16", "bf16", "mixed precision"),
+    "seed": ("random state", "random seed", "manual seed"),
+    "device": ("gpu", "gpus", "accelerator", "cuda"),
+}
+"""Other tools' names for our keys, which no spelling distance finds."""
+
+
+def explain(error: ValidationError, values: Mapping[str, Any], source: str | None) -> UsageError:
+    """Return the refusal of a recipe with every mistake in it.
+
+    Args:
+        error: what pydantic found.
+        values: what the recipe holds, overrides included.
+        source: where it came from, None for the defaults.
+    """
+    items = error.errors()
+    lines = [_explain_one([str(part) for part in item["loc"]], item["type"], values) for item in items[:MOST]]
+    unique = list(dict.fromkeys(lines))  # a union reports once a branch
+    number = f"{len(unique)} mistakes" if len(items) <= MOST else f"more than {len(unique)} mistakes"
+    found = unique[0] if len(unique) == 1 else "\n".join([number, *(f"  - {line}" for line in unique)])
+    asked = "recipe" if source is None else f"recipe {source}"
+    return UsageError(asked, found, "Correct it; docs/recipe.md describes every key.")
+
+
+def _explain_one(location: list[str], kind: str, values: Mapping[str, Any]) -> str:
+    if kind == "extra_forbidden":
+        return f"there is no `{_printable('.'.join(location))}`{_nearest_key(location)}"
+    fields = dict(list_fields())
+    key = next((key for size in (1, 2) if (key := ".".join(location[:size])) in fields), None)
+    if key is None:
+        return f"`{location[0]}` is a section, not a value"
+    value: Any = values
+    for part in key.split("."):
+        value = value[part]
+    choices = list_choices(fields[key])
+    near = suggest(value, choices) if isinstance(value, str) else ""
+    return f"`{key}` is {_shown(value)}; it must be {describe_values(fields[key])}{near}"
+
+
+# --- showing -------------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
+
+
+def _printable(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 80 else _shown(key)
+
+
+# --- the nearest right key -----------------------------------------------------------------------
+
+
+def _nearest_key(location: list[str]) -> str:
+    dotted = ".".join(location)
+    known = {key: key.rpartition(".")[2] for key, _ in list_fields()}
+    if dotted in known:  # `training.lr: 0.1` as one key of a file
+        section, _, name = dotted.partition(".")
+        return f"; write `{name}` inside `{section}`"
+    keys = _find_synonym(location[-1]) or _find_same_name(location[-1], known) or _find_near(location, known)
+    return f"; did you mean {join_or([f'`{key}`' for key in keys])}?" if keys else ""
+
+
+def _plain(word: str) -> str:
+    """``learningRate``, ``learning-rate`` and ``learning_rate`` are one word."""
+    return re.sub(r"[^a-z0-9]", "", word.lower())
+
+
+def _find_synonym(word: str) -> list[str]:
+    return [key for key, names in _SYNONYMS.items() if _plain(word) in map(_plain, names)]
+
+
+def _find_same_name(word: str, known: Mapping[str, str]) -> list[str]:
+    return [key for key, name in known.items() if _plain(name) == _plain(word)]
+
+
+def _find_near(location: list[str], known: Mapping[str, str]) -> list[str]:
+    """Spelling distance, own section first; a lone word may be a section's name too."""
+    section = location[0] if len(location) > 1 else ""
+    ordered = sorted(known, key=lambda key: key.rpartition(".")[0] != section)
+    names = [*(SECTIONS if not section else ()), *(known[key] for key in ordered)]
+    near = find_nearest(location[-1].lower(), names)
+    return [name if name in SECTIONS and not section else _first(ordered, known, name) for name in near]
+
+
+def _first(keys: list[str], known: Mapping[str, str], name: str) -> str:
+    return next(key for key in keys if known[key] == name)

@@ -1,0 +1,76 @@
+"""Make ``docs/recipe.md`` from the schema: ``python -m finetune.recipe.page docs/recipe.md``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from finetune.recipe.schema import SECTIONS, Recipe, flatten
+from finetune.recipe.wording import describe_values, list_fields
+
+COMMAND = "python -m finetune.recipe.page docs/recipe.md"
+
+_OPENING = f"""\
+<!-- Made from finetune/recipe/schema.py by `{COMMAND}`; do not edit. -->
+
+# The recipe
+
+A recipe is a YAML file that says everything a run depends on. Every key has a default, so a recipe holds
+only what differs:
+
+```yaml
+# finetune run --recipe mine.yaml --data ./photos
+backbone:
+  name: resnet50
+strategy:
+  name: full
+training:
+  lr: 0.003
+```
+
+- `finetune recipes` lists the shipped recipes; `finetune recipes show top > mine.yaml` is a good start.
+- On the command line `--set training.lr=0.003` sets any key and beats the file; the usual keys have flags
+  of their own (`--lr 0.003`). The same key twice with two values is refused.
+- `auto` is decided when the run starts, from the data, the backbone and the machine. The run folder's
+  `recipe.yaml` holds the decisions: `finetune run --recipe runs/ants/recipe.yaml` repeats the run.
+- A misspelt key, a wrong type and a value out of bounds are refused before anything else happens, all of
+  them in one message.
+- Values are those of YAML 1.2: `true` and `false` (`no` is text), numbers such as `1e-3`, `null`, text.
+  Tags, anchors and aliases are refused. A section without keys counts as left out.
+"""
+
+
+def build_page() -> str:
+    """Return the page: an opening, the keys without a section, and one table a section."""
+    defaults = dict(flatten(Recipe().to_dict()))
+    rows = {key: _row(key, info, defaults[key]) for key, info in list_fields()}
+    lone = [row for key, row in rows.items() if "." not in key]
+    parts = [_OPENING, _table("Without a section", "Written at the margin, beside the sections.", lone)]
+    for name, section in SECTIONS.items():
+        inside = [row for key, row in rows.items() if key.startswith(f"{name}.")]
+        parts.append(_table(f"`{name}`", (section.__doc__ or "").strip(), inside))
+    return "\n".join(parts)
+
+
+def _table(title: str, sentence: str, rows: list[str]) -> str:
+    head = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([f"## {title}", "", sentence, "", *head, *rows, ""])
+
+
+def _row(key: str, info: FieldInfo, default: Any) -> str:
+    name = key.rpartition(".")[2]
+    cells = [f"`{name}`", describe_values(info), f"`{_yaml(default)}`", info.description or ""]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(build_page(), encoding="utf-8")

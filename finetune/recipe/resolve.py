@@ -1,0 +1,51 @@
+"""Auto, then certainty: fill in what the machine, the backbone and the data decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.recipe.reading import set_dotted, validate
+from finetune.recipe.schema import Precision, Recipe
+
+BASE_RATES = {"sgd": 0.01, "adamw": 0.001}
+"""Rate of a new head when ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
+0.001 for the top, 0.0001 below). AdamW normalises its steps, and a tenth of that is its usual base
+(Loshchilov and Hutter, arXiv:1711.05101)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the machine, the backbone and the data decide where the recipe says ``"auto"``."""
+
+    device: str
+    precision: Precision
+    channels_last: bool
+    workers: int
+    num_train: int
+    preprocessing: Mapping[str, Any]
+
+
+def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
+    """Return a new recipe without any ``"auto"``."""
+    decided = {
+        "data.workers": facts.workers,
+        "training.batch_size": compute_batch_size(facts.num_train),
+        "training.lr": BASE_RATES[recipe.training.optimizer],
+        "training.precision": facts.precision,
+        "training.channels_last": facts.channels_last,
+        **{f"input.{key}": value for key, value in facts.preprocessing.items()},
+        "device": facts.device,
+    }
+    values = recipe.to_dict()
+    for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0": nothing is left to guess
+        set_dotted(values, key, decided[key])
+    return validate(values)
+
+
+def compute_batch_size(num_train: int) -> int:
+    """Return images per step: small sets need small batches, or an epoch is a handful of steps."""
+    if num_train < 1_000:
+        return 16
+    return 32 if num_train < 10_000 else 64

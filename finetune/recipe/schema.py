@@ -1,0 +1,226 @@
+"""What a recipe may hold: every key with its type, bounds, default and meaning.
+
+``docs/recipe.md``, the explanations of mistakes and a sweep of the tests are all made from these
+declarations, so a new key needs nothing but its line here.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
+
+Auto = Literal["auto"]
+StrategyName = Literal["freeze", "top", "full", "scratch"]
+HeadChoice = Literal["replace", "keep", "drop_fc"]
+Augmentation = Literal["none", "light", "medium", "heavy"]
+Precision = Literal["float32", "bfloat16", "float16"]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _Representer(SafeRepresenter):  # type: ignore[misc]
+    """Writes text with characters that a reader might take for line ends in quotes, escaped."""
+
+    def represent_str(self, data: str) -> Any:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BackboneSettings(_Section):
+    """Which network, and where its weights come from."""
+
+    name: str | None = Field(
+        None,
+        description="a timm or torchvision name, `timm/NAME`, `torchvision/NAME`, `hf-hub:ORG/NAME`, "
+        "`local-dir:PATH`, or the folder of a finished run",
+    )
+    weights: str | None = Field(
+        None,
+        description="a .safetensors or .pth file, or a folder that holds one; null takes the weights "
+        "that belong to the name, from the cache or by download",
+    )
+    offline: bool = Field(False, description="never ask the network; weights must be on this machine")
+
+
+class DataSettings(_Section):
+    """Where the pictures are, and how the validation part is made when the folder has none."""
+
+    path: str | None = Field(
+        None,
+        description="a folder with train/ and val/ (and test/), a folder of class folders, or a CSV "
+        "with the columns path,label[,split]",
+    )
+    val_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="share of each class kept for validation when the data has no validation part",
+    )
+    workers: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="processes that decode images; 0 decodes in the training process"
+    )
+
+
+class InputSettings(_Section):
+    """How a picture becomes a tensor: the same for training, evaluation and the exported model."""
+
+    img_size: Annotated[int, Field(ge=16, le=4096)] | Auto = Field(
+        "auto", description="height and width in pixels; auto: what the weights were trained at"
+    )
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | Auto = Field(
+        "auto", description="share of the resized short side that the centre crop keeps"
+    )
+    crop_mode: Literal["center", "squash", "border"] | Auto = Field(
+        "auto", description="center crops, squash changes the aspect ratio, border pads"
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | Auto = Field(
+        "auto", description="resampling filter"
+    )
+    mean: tuple[float, float, float] | Auto = Field(
+        "auto", description="subtracted from each channel of an RGB image in [0, 1]"
+    )
+    std: tuple[_Positive, _Positive, _Positive] | Auto = Field(
+        "auto", description="each channel is divided by it"
+    )
+    augmentation: Augmentation = Field(
+        "light",
+        description="of training images; none: the evaluation view, light: crop and flip, "
+        "medium: and colour and TrivialAugment, heavy: RandAugment, small crops and random erasing",
+    )
+
+
+class StrategySettings(_Section):
+    """What learns, and how fast relative to the base rate."""
+
+    name: StrategyName = Field(
+        "top",
+        description="what learns; freeze: the head, top: and the last stages, full: everything, "
+        "scratch: everything from random weights",
+    )
+    head: HeadChoice = Field(
+        "replace",
+        description="replace: a new linear classifier; keep: the network's own, for the same labels; "
+        "drop_fc: also drop the fully connected layers under it (VGG, AlexNet)",
+    )
+    top_stages: int = Field(1, ge=1, description="stages under the head that count as the top")
+    head_factor: float = Field(1.0, gt=0, description="rate of the head, as a multiple of training.lr")
+    top_factor: float = Field(0.1, gt=0, description="rate of the top stages")
+    body_factor: float = Field(0.01, gt=0, description="rate of everything below the top (full)")
+    norm: Literal["train", "eval"] = Field(
+        "train",
+        description="mode of normalisation layers in trained stages; eval keeps their statistics "
+        "(advised under 16 images a batch). In frozen stages it is always eval",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="before a new classifier")
+
+
+class TrainingSettings(_Section):
+    """The loop."""
+
+    epochs: int = Field(10, ge=1, description="passes over the training images")
+    batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="images per step; auto: 16 below 1,000 images, 32 below 10,000, else 64"
+    )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw suits transformers")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="base rate, which the new head gets; auto: 0.01 for sgd, 0.001 for adamw"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(1e-4, ge=0, description="of weights; biases and norm parameters get none")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up to the full rate")
+    schedule: Literal["constant", "cosine", "step", "plateau"] = Field(
+        "cosine",
+        description="cosine: to zero at the last step; step: times decay_rate every decay_epochs; "
+        "plateau: times decay_rate after decay_epochs without improvement",
+    )
+    decay_epochs: int = Field(3, ge=1, description="of the step and plateau schedules")
+    decay_rate: float = Field(0.1, gt=0, lt=1, description="of the step and plateau schedules")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="arXiv:1512.00567; 0.1 is usual")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup (arXiv:1710.09412); 0 is off, 0.2 usual")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix (arXiv:1905.04899); 0 is off, 1.0 usual")
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest norm of the whole gradient; null: off"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an average of the weights, which is then judged; null: off"
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after this many epochs without improvement; null: never"
+    )
+    monitor: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="validation figure that chooses the best epoch (accuracy ties go to the loss)"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced weighs the loss by inverse class frequency, mean 1"
+    )
+    precision: Precision | Auto = Field(
+        "auto", description="auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU"
+    )
+    channels_last: bool | Auto = Field(
+        "auto", description="memory layout; auto: on for convolutional networks (twice as fast on a CPU)"
+    )
+
+
+class Recipe(_Section):
+    """A complete description of one run."""
+
+    backbone: BackboneSettings = Field(default_factory=BackboneSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    input: InputSettings = Field(default_factory=InputSettings)
+    strategy: StrategySettings = Field(default_factory=StrategySettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    seed: int = Field(0, ge=0, lt=2**63, description="of the split, the order, the views and the new head")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested dicts, as YAML and JSON take them."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that ``load_recipe`` reads back to an equal recipe."""
+        buffer = io.StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Representer = _Representer
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False
+        yaml.dump(self.to_dict(), buffer)
+        return buffer.getvalue()
+
+    def auto_keys(self) -> tuple[str, ...]:
+        """Return the dotted keys that are still ``"auto"`` (a folder of that name is not meant)."""
+        values = dict(flatten(self.to_dict()))
+        return tuple(key for key, value in flatten(Recipe().to_dict()) if value == values[key] == "auto")
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    name: info.annotation
+    for name, info in Recipe.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+}
+"""Name and schema of each section, in the order of the documentation."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted key, value)`` of nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changed_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Return one line per dotted key whose values differ."""
+    left, right = dict(flatten(one.to_dict())), dict(flatten(other.to_dict()))
+    return [f"{key}: {left[key]!r} -> {right[key]!r}" for key in left if left[key] != right[key]]

@@ -1,0 +1,1 @@
+"""The folder a run leaves: names, formats, and how they are written."""

@@ -1,0 +1,104 @@
+"""Write files whole or not at all, and tables that a spreadsheet may open."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DiskError
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""What a spreadsheet may run (the last four are full-width), after any apostrophes that were there."""
+_NUMBER = re.compile(r"'*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+FLOAT_FORMAT = "%.9g"
+"""Nine significant digits read back to the same float32."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file aside, flush it to the disk and rename it: a reader sees the old one or the new one.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    finally:
+        with suppress(OSError):  # after a success there is none
+            part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power cut, where the file system can promise that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(path: Path, error: OSError) -> DiskError:
+    """Return the refusal that belongs to an error of the operating system."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "Free some space" if full else "Choose a folder you may write to with --output"
+    found = error.strerror or str(error)
+    return DiskError(f"writing {path}", found, f"{fix}, and start the same command again.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as :func:`write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with an indent of two; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
+    """Write a table with a header, ``\\n`` line ends, and text that no spreadsheet takes for a formula."""
+    lines = (_csv_line([_cell(value) for value in row]) for row in (columns, *rows))
+    write_text(path, "".join(lines))
+
+
+def _csv_line(cells: list[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # with "\n" a "\r" in a cell is not quoted
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Real):
+        return str(value) if isinstance(value, Integral) else FLOAT_FORMAT % value
+    return escape_formula(str(value))
+
+
+def escape_formula(text: str) -> str:
+    """Put an apostrophe before text that a spreadsheet would run (``=cmd()``); numbers stay as they are."""
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def unescape_formula(text: str) -> str:
+    """Undo :func:`escape_formula`."""
+    return text[1:] if text.startswith("'") and escape_formula(text[1:]) == text else text

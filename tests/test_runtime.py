@@ -1,0 +1,270 @@
+"""The machine: devices, seeds, workers, and a record that holds no secrets."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from finetune import runtime
+from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
+from finetune.runtime import (
+    SHARED_MEMORY_PER_WORKER,
+    available_cores,
+    derive_seed,
+    describe_environment,
+    resolve_device,
+    resolve_precision,
+    resolve_threads,
+    resolve_workers,
+    seed_everything,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def show_gpus(monkeypatch: pytest.MonkeyPatch, count: int, bfloat16: bool = True) -> None:
+    """Let torch see this many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+
+
+def give_shared_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "count", "device"),
+    [
+        ("cpu", 0, "cpu"),
+        ("cpu", 2, "cpu"),
+        ("auto", 0, "cpu"),
+        ("auto", 2, "cuda:0"),
+        ("cuda", 1, "cuda:0"),
+        ("cuda:0", 1, "cuda:0"),
+        ("cuda:1", 2, "cuda:1"),
+    ],
+)
+def test_devices(monkeypatch: pytest.MonkeyPatch, word: str, count: int, device: str) -> None:
+    show_gpus(monkeypatch, count)
+    assert str(resolve_device(word)) == device
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "",
+        "gpu",
+        "CUDA",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:1.0",
+        "cuda: 0",
+        "cuda:٣",
+        "cuda:0\n",
+        "cuda:" + "9" * 5000,
+        "cpu:0",
+        "auto:0",
+        "cpu ",
+        "mps",
+        "cuda:0:1",
+    ],
+)
+def test_words_that_are_no_device(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    show_gpus(monkeypatch, 4)
+    with pytest.raises(UsageError) as refusal:
+        resolve_device(word)
+    assert str(refusal.value) == (
+        f"--device {word}: there is no such device\nTake auto, cpu, cuda or cuda:N."
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "count", "shown"),
+    [
+        ("cuda", 0, "0 CUDA devices"),
+        ("cuda:0", 0, "0 CUDA devices"),
+        ("cuda:1", 1, "1 CUDA device"),
+        ("cuda:2", 2, "2 CUDA devices"),
+    ],
+)
+def test_devices_that_are_not_here(
+    monkeypatch: pytest.MonkeyPatch, word: str, count: int, shown: str
+) -> None:
+    show_gpus(monkeypatch, count)
+    with pytest.raises(EnvironmentFaultError) as fault:
+        resolve_device(word)
+    assert fault.value.exit_code == ExitCode.ENVIRONMENT
+    assert fault.value.message == f"--device {word}: this machine shows {shown} to torch {torch.__version__}"
+    assert fault.value.fix == "Take --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_precision(CPU) == "float32"
+    show_gpus(monkeypatch, 1, bfloat16=True)
+    assert resolve_precision(CUDA) == "bfloat16"
+    show_gpus(monkeypatch, 1, bfloat16=False)
+    assert resolve_precision(CUDA) == "float16"
+
+
+# --- cores, threads, workers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [
+        ("max 100000\n", 16),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("10000 100000\n", 1),
+        ("9900000 100000\n", 16),
+        ("", 16),
+        (None, 16),
+    ],
+)
+def test_a_container_limits_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, cores: int
+) -> None:
+    quota = tmp_path / "cpu.max"
+    if content is not None:
+        quota.write_text(content)
+    monkeypatch.setattr(runtime, "CPU_QUOTA", quota)
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(16)))
+    assert available_cores() == cores
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("3", 3), ("", 7), ("0", 7), ("many", 7), ("-1", 7)])
+def test_threads(monkeypatch: pytest.MonkeyPatch, asked: str, threads: int) -> None:
+    monkeypatch.setattr(runtime, "available_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert resolve_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "free", "workers"),
+    [
+        (CPU, 1, 2**40, 1),
+        (CPU, 2, 2**40, 1),
+        (CPU, 9, 2**40, 4),
+        (CUDA, 2, 2**40, 2),
+        (CUDA, 64, 2**40, 8),
+        (CUDA, 64, 3 * SHARED_MEMORY_PER_WORKER, 3),
+        (CUDA, 64, SHARED_MEMORY_PER_WORKER - 1, 0),  # docker's default of 64 MB, less what is in use
+        (CPU, 4, 0, 0),
+    ],
+)
+def test_workers(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, cores: int, free: int, workers: int
+) -> None:
+    monkeypatch.setattr(runtime, "available_cores", lambda: cores)
+    give_shared_memory(monkeypatch, free)
+    assert resolve_workers(device) == workers
+
+
+def test_workers_where_there_is_no_shared_memory_to_ask_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(runtime, "available_cores", lambda: 4)
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert resolve_workers(CUDA) == 4
+
+
+# --- seeds ---------------------------------------------------------------------------------------
+
+
+def test_a_seed_is_the_same_on_every_machine() -> None:
+    assert derive_seed(0, "view", 3, 17) == 3337200839219710123
+    assert 0 <= derive_seed("x") < 2**63
+
+
+def test_a_seed_depends_on_every_part_and_its_place() -> None:
+    parts = [
+        *(
+            (),
+            (0,),
+            (1,),
+            (0, "view"),
+            (0, "order"),
+            (1, "view"),
+            ("view", 0),
+            (0, "view", 0),
+            (0, "view", 1),
+        ),
+        *(
+            (0, "view", 1, 0),
+            (0, "view", 0, 1),
+            (0, "view", 11),
+            (0, "view", 1, 1),
+            (0, "step", 1),
+            (10, "view"),
+        ),
+    ]
+    assert len({derive_seed(*part) for part in parts}) == len(parts)
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+
+def test_everything_repeats() -> None:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        seed_everything(1, "a")
+        first = draw()
+        second = draw()
+        seed_everything(1, "a")
+        assert draw() == first
+        seed_everything(1, "b")
+        third = draw()
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert all(one != other for one, other in zip(first, third, strict=True))
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+def test_the_record_holds_no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "HOME",
+        "USER",
+        "HF_ENDPOINT",
+        "CUDA_VISIBLE_DEVICES",
+        "X",
+    ):
+        monkeypatch.setenv(name, f"canary-{name}")
+    text = json.dumps(describe_environment(CPU))
+    assert "canary" not in text
+
+
+def test_the_record() -> None:
+    record = describe_environment(CPU)
+    assert record["torch"] == torch.__version__.partition("+")[0] or record["torch"] == torch.__version__
+    assert record["device"] == "cpu" and record["gpu"] is None and record["cuda"] is None
+    assert record["processor"]
+    assert record["cores"] == available_cores() and record["threads"] == torch.get_num_threads()
+    assert {"finetune", "python", "torchvision", "timm", "numpy", "pillow", "platform"} <= set(record)
+
+
+def test_the_record_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert describe_environment(torch.device("cuda", 1))["gpu"] == "GPU 1"
