@@ -24,7 +24,7 @@ from finetune import __version__
 from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json, write_text
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
-from pretrained.network import HEAD_PARTS, build_network
+from pretrained.network import build_network
 from pretrained.weights import read_weights
 
 
@@ -96,8 +96,7 @@ def build_config(card: Card, network: nn.Module) -> dict[str, Any]:
 
 def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
     labels = {"label_names": list(card.label_names)}
-    # timm does not notice that these were left out after the network was built.
-    arguments = {part: False for part in HEAD_PARTS if getattr(network, part, None) is False}
+    arguments = dict.fromkeys(getattr(network, "left_out", ()), False)
     with TemporaryDirectory() as folder:  # timm writes its config to a file only
         path = Path(folder) / "config.json"
         save_config_for_hf(

@@ -19,23 +19,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import __version__
 from finetune.data.check import check_bad, check_images
 from finetune.data.loader import Loader, Placement
 from finetune.data.sample import Dataset, Split
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display, SilentDisplay
-from finetune.errors import InternalError
+from finetune.errors import DataError, InternalError
 from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
 from finetune.recipe import Recipe, StrategySettings
+from finetune.runs.claim import check_same_images, claim_folder, locked, read_bad_images
 from finetune.runs.files import write_csv, write_json, write_text
-from finetune.runs.folder import RunFolder, claim_folder
+from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
 from finetune.stopping import StopSignal
 from finetune.strategy.freeze import check_frozen, digest_frozen
-from finetune.strategy.matrix import PLAN_COLUMNS, Plan, build_plan
+from finetune.strategy.matrix import PLAN_COLUMNS, Plan
 from finetune.training.optimizer import build_loss
 from finetune.training.trainer import Task, Trainer
 
@@ -89,12 +91,12 @@ def run(recipe: Recipe, output: Path | None = None, display: Display | None = No
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
         folder, finished = claim_folder(path, ready.recipe)
-        if finished:
-            display.say(f"{folder.path} holds this run already, finished: nothing to do")
-            return Run(folder, _read_metrics(folder))
-        display.log_to(folder.log)
-        with recorded_outcome(folder, display):
-            return _carry_out(ready, folder, display, clock, stop)
+        with locked(folder.path):
+            if finished:
+                return _read_run(folder, ready.dataset, display)
+            display.log_to(folder.log)
+            with recorded_outcome(folder, display):
+                return _carry_out(ready, folder, display, clock, stop)
 
 
 def default_output(architecture: str, strategy: str) -> Path:
@@ -102,17 +104,30 @@ def default_output(architecture: str, strategy: str) -> Path:
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{architecture}-{strategy}"
 
 
-def _read_metrics(folder: RunFolder) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    return metrics
+def _read_run(folder: RunFolder, dataset: Dataset, display: Display) -> Run:
+    """Return a finished run, unless its images have changed since."""
+    check_same_images(folder, _images(dataset.without(read_bad_images(folder))))
+    try:
+        metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fix = "Start it again with another --output."
+        raise DataError(f"--output {folder.path}", "its metrics.json is gone or damaged", fix) from None
+    display.say(f"{folder.path} holds this run already, finished: nothing to do")
+    return Run(folder, metrics)
+
+
+def _images(dataset: Dataset) -> dict[str, tuple[str, str]]:
+    """Label and part of every image, by path."""
+    return {sample.path: (dataset.classes[sample.label], sample.split) for sample in dataset.samples}
 
 
 def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, stop: StopSignal) -> Run:
-    display.note(f"finetune: {ready.recipe.to_dict()}")
+    display.note(f"finetune {__version__}: {ready.recipe.to_dict()}")
+    display.note(f"backbone {ready.backbone.card.name}: {ready.backbone.match}")
     with clock.phase("check"):
         dataset = _check_data(ready.dataset, folder, display)
-    network = _place(ready.backbone.network, ready.placement)
-    plan = _show_plan(ready, folder, display)
+    plan, network = ready.plan, _place(ready.backbone.network, ready.placement)
+    _show_plan(ready.plan, folder, display)
     write_json(folder.environment, describe_environment(ready.placement.device))
     digests = digest_frozen(network, plan)
     with _open_loaders(ready, dataset) as loaders:
@@ -151,7 +166,10 @@ def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Datase
         write_csv(folder.bad_images, rows, ("path", "split", "reason"))
         for image in bad[:10]:
             display.warn(f"{image.path} cannot be read: {image.reason}")
+    else:
+        folder.bad_images.unlink(missing_ok=True)  # of an attempt before they were mended
     dataset = check_bad(dataset, bad)
+    check_same_images(folder, _images(dataset))
     write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
     split = [(sample.path, dataset.classes[sample.label], sample.split) for sample in dataset.samples]
     write_csv(folder.split, split, ("path", "label", "split"))
@@ -173,13 +191,9 @@ def _place(network: nn.Module, placement: Placement) -> nn.Module:
     return network.to(placement.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
-def _show_plan(ready: Ready, folder: RunFolder, display: Display) -> Plan:
-    rate = ready.recipe.training.lr
-    assert not isinstance(rate, str)
-    plan = build_plan(ready.backbone.network, ready.backbone.stages, ready.recipe.strategy, rate)
+def _show_plan(plan: Plan, folder: RunFolder, display: Display) -> None:
     write_csv(folder.plan, [row.cells() for row in plan.rows], PLAN_COLUMNS)
     display.table(PLAN_COLUMNS, plan_cells(plan), numbers=("parameters", "rate"))
-    return plan
 
 
 def plan_cells(plan: Plan) -> list[list[str]]:

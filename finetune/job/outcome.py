@@ -22,8 +22,8 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        found = "it was interrupted before or after training"
-        raise InterruptedRunError("the run", found, "Give the same command again.") from None
+        found = "it was stopped at once; what the last checkpoint holds is kept"
+        raise InterruptedRunError("the run", found, "Give the same command again to go on.") from None
     except torch.OutOfMemoryError as error:
         found = " ".join(str(error).split())[:200]
         fix = "Halve --batch-size, or lower --img-size."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from finetune.runtime import (
     resolve_workers,
     seed_everything,
 )
+from finetune.strategy.matrix import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, Preprocessing, find_card
 
@@ -33,6 +35,7 @@ class Ready:
     dataset: Dataset
     backbone: Backbone
     placement: Placement
+    plan: Plan
 
 
 def prepare(recipe: Recipe, display: Display) -> Ready:
@@ -55,7 +58,14 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
         preprocessing=card.preprocessing.to_dict(),
     )
     resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
-    return Ready(resolved, dataset, backbone, Placement(device, bool(resolved.training.channels_last)))
+    placement = Placement(device, bool(resolved.training.channels_last))
+    return Ready(resolved, dataset, backbone, placement, _plan(resolved, backbone))
+
+
+def _plan(recipe: Recipe, backbone: Backbone) -> Plan:
+    rate = recipe.training.lr
+    assert not isinstance(rate, str)
+    return build_plan(backbone.network, backbone.stages, recipe.strategy, rate)
 
 
 def _required(recipe: Recipe) -> tuple[str, str]:
@@ -100,12 +110,23 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the saved recipe mean the same from any folder."""
     name, weights, data = recipe.backbone.name, recipe.backbone.weights, recipe.data.path
     backbone = {
-        "name": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
-        "weights": str(Path(weights).resolve()) if weights else None,
+        "name": _absolute_name(name),
+        "weights": _absolute(weights) if weights else None,
     }
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
-            "data": recipe.data.model_copy(update={"path": str(Path(data or "").resolve())}),
+            "data": recipe.data.model_copy(update={"path": _absolute(data or "")}),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    """Without ``..``, and with links as the user knows them."""
+    return os.path.abspath(path)  # noqa: PTH100 - Path.resolve follows links
+
+
+def _absolute_name(name: str | None) -> str | None:
+    if name and name.startswith("local-dir:"):
+        return f"local-dir:{_absolute(name.removeprefix('local-dir:'))}"
+    return _absolute(name) if name and Path(name).is_dir() else name

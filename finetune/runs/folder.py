@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.errors import DataError, FinetuneError, UsageError
-from finetune.recipe import Recipe, changed_keys, load_recipe
-from finetune.runs.files import disk_error, write_json, write_text
+from finetune.errors import DataError, FinetuneError
+from finetune.runs.files import write_json
 
 State = Literal["running", "done", "interrupted", "failed"]
 
@@ -113,56 +112,6 @@ def outcome_of(error: FinetuneError) -> tuple[State, str, str, int]:
     """Return what :meth:`RunFolder.write_outcome` takes for an error."""
     state: State = "interrupted" if error.exit_code == 75 else "failed"
     return state, error.message, error.fix, int(error.exit_code)
-
-
-def claim_folder(path: Path, recipe: Recipe) -> tuple[RunFolder, bool]:
-    """Take a folder for a run: a new or empty one, or one that holds this very run.
-
-    Args:
-        path: the output folder; it and its parents are created.
-        recipe: resolved.
-
-    Returns:
-        The folder, and whether it holds a finished run of this recipe.
-
-    Raises:
-        UsageError: it holds another run, or other files.
-        DiskError: it cannot be created.
-    """
-    folder = RunFolder(path)
-    if path.is_file():
-        raise UsageError(f"--output {path}", "it is a file", "Name a folder.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if folder.recipe.exists():
-            _check_same_run(folder, recipe)
-        else:
-            _check_empty(folder)
-            write_text(folder.recipe, recipe.to_yaml())  # first: with it the folder is ours, whatever comes
-        folder.last_checkpoint.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise disk_error(path, error) from None
-    return folder, folder.read_outcome().get("state") == "done"
-
-
-def _check_empty(folder: RunFolder) -> None:
-    path, unfinished = folder.path, f".{folder.recipe.name}.part"  # a claim that was killed leaves this
-    others = sorted(item.name for item in path.iterdir() if item.name != unfinished)
-    if others:
-        found = f"the folder holds other files ({', '.join(others[:3])}) and no run"
-        raise UsageError(f"--output {path}", found, "Name a new folder.")
-
-
-def _check_same_run(folder: RunFolder, recipe: Recipe) -> None:
-    try:
-        different = changed_keys(load_recipe(str(folder.recipe)), recipe)
-    except UsageError as error:
-        found = f"it holds a run whose recipe.yaml is damaged ({error.found})"
-        raise UsageError(f"--output {folder.path}", found, "Name a new folder with --output.") from None
-    if different:
-        shown = "; ".join(different[:5]) + ("; ..." if len(different) > 5 else "")
-        fix = "Name a new folder with --output, or give the same command again to go on with that run."
-        raise UsageError(f"--output {folder.path}", f"it holds another run ({shown})", fix)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

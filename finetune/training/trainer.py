@@ -383,9 +383,8 @@ class Trainer:
         return InterruptedRunError("training", found, "Give the same command again to go on from there.")
 
     def _diverged(self, loss: Tensor) -> DivergedError:
-        where = (
-            f"step {self.progress.step} (epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1})"
-        )
-        found = f"the loss became {loss.item()} at {where}, with a rate of {self.progress.lr:g}"
+        progress = self.progress
+        where = f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
+        found = f"the loss became {loss.item()} at {where}, with a rate of {progress.lr:g}"
         fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
-        return DivergedError("training", f"{found}; the weights stayed as they were", fix)
+        return DivergedError("training", f"{found}; it did not reach the weights", fix)

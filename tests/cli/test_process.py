@@ -22,9 +22,8 @@ def start(*words: object, **keys: object) -> subprocess.Popen[str]:
 
 
 def finish(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "finetune", *map(str, words)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "finetune", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_help_imports_no_torch() -> None:

@@ -227,7 +227,7 @@ def test_our_own_fault_is_said_and_logged(
 def test_a_huge_rate_diverges_with_its_own_code(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
     said = refused(cli, ExitCode.DIVERGED, *words, "--batch-size", 4, "--epochs", 5, "--lr", 1e30)
-    assert "the weights stayed as they were" in said
+    assert "it did not reach the weights" in said
 
 
 def test_cmyk_and_16_bit_pictures_train(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -236,3 +236,71 @@ def test_cmyk_and_16_bit_pictures_train(cli: Cli, tiny: Path, tmp_path: Path) ->
     Image.new("I;16", (40, 40), 30000).save(data / "blue" / "deep.png")
     result = cli("run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK)
     assert result.exit_code == 0, result.output
+
+
+# --- the folder of a run that has begun ----------------------------------------------------------
+
+
+def test_a_second_process_is_kept_out(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+    from finetune.runs.claim import locked
+
+    assert cli(*run_words).exit_code == 0
+    with locked(tmp_path / "run"):
+        assert "another process is at work in it" in refused(cli, ExitCode.USAGE, *run_words)
+    assert cli(*run_words).exit_code == 0
+
+
+def start_and_fail(cli: Cli, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a run that has begun and not ended."""
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.training.trainer.Trainer.fit", lambda _: 1 / 0)
+        assert cli(*words).exit_code == ExitCode.INTERNAL
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_images_that_changed_are_noticed(
+    cli: Cli, tiny: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
+    words = ["run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK]
+    if finished:
+        assert cli(*words).exit_code == 0
+    else:
+        start_and_fail(cli, words, monkeypatch)
+    draw(data / "red" / "new.jpg", (200, 0, 0), seed=99)
+    said = refused(cli, ExitCode.DATA, *words)
+    assert "1 new, red/new.jpg for one" in said
+    (data / "red" / "new.jpg").rename(data / "red" / "000.jpg")  # replaced in place: the same list
+    assert cli(*words).exit_code == 0
+    (data / "red" / "001.jpg").rename(data / "blue" / "001x.jpg")
+    assert "1 gone, red/001.jpg for one" in refused(cli, ExitCode.DATA, *words)
+
+
+def test_a_mended_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
+    whole = (data / "red" / "002.jpg").read_bytes()
+    (data / "red" / "002.jpg").write_bytes(b"")
+    refused_data(cli, tiny, data, tmp_path / "run")
+    assert (tmp_path / "run" / "bad_images.csv").exists()
+    (data / "red" / "002.jpg").write_bytes(whole)
+    assert cli("run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK).exit_code == 0
+    assert not (tmp_path / "run" / "bad_images.csv").exists()
+
+
+def test_other_workers_are_no_other_run(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "--epochs", 1, "--batch-size", 8]
+    start_and_fail(cli, [*words, "--workers", 1], monkeypatch)
+    assert cli(*words, "--workers", 0).exit_code == 0
+
+
+def test_what_is_refused_early_leaves_no_folder(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+    refused(cli, ExitCode.USAGE, *run_words, "--set", "strategy.top_stages=99")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_without_figures_is_refused(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+    assert cli(*run_words).exit_code == 0
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert "metrics.json" in refused(cli, ExitCode.DATA, *run_words)

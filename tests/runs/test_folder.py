@@ -9,8 +9,9 @@ import pytest
 
 from finetune.errors import DataError, DiskError, DivergedError, ExitCode, InterruptedRunError, UsageError
 from finetune.recipe import Facts, Recipe, load_recipe, resolve_recipe
-from finetune.runs import folder as folder_module
-from finetune.runs.folder import RunFolder, State, claim_folder, outcome_of, read_classes
+from finetune.runs import claim as claim_module
+from finetune.runs.claim import claim_folder
+from finetune.runs.folder import RunFolder, State, outcome_of, read_classes
 
 
 def recipe(**overrides: Any) -> Recipe:
@@ -176,7 +177,7 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path: Path, monkeypatch:
 
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "write_text", fail)
+        patch.setattr(claim_module, "write_text", fail)
         with pytest.raises(DiskError):
             claim_folder(path, recipe())
     assert claim_folder(path, recipe()) == (RunFolder(path), False)

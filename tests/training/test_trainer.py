@@ -138,7 +138,7 @@ class Poisoned(SmallNet):
 def test_a_loss_that_is_no_number_stops_before_the_update(pictures: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     trainer = build_trainer(pictures, tmp_path, network=Poisoned(), epochs=1, batch_size=8)
-    with pytest.raises(DivergedError, match=r"became nan at step 2 \(epoch 1, batch 3\)") as error:
+    with pytest.raises(DivergedError, match=r"became nan at step 3 \(epoch 1, batch 3\)") as error:
         trainer.fit()
     assert error.value.exit_code == ExitCode.DIVERGED
     assert trainer.progress.step == 2
