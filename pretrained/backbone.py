@@ -11,7 +11,7 @@ from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice, Preprocessing
-from pretrained.network import build_network, change_head, head_parameters
+from pretrained.network import build_network, change_head, classifier_layers, head_parameters
 from pretrained.stages import Stage, find_stages
 from pretrained.weights import Match, find_weights, load_weights
 
@@ -60,8 +60,15 @@ def load_backbone(
     """
     if head == "keep":
         check_same_labels(card, classes)
+    elif card.head == "drop_fc":
+        head = "replace"  # its fully connected layers are gone already, and stay so
+    if not card.num_classes:  # published without a classifier: built with the new one, if it can have one
+        card = replace(card, num_classes=len(classes))
+    network = build_network(card, None if head == "keep" else dropout)
+    if not classifier_layers(network):
+        found = "it is an encoder that gives features only, and cannot hold a classifier"
+        raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
     path = find_weights(card, weights, offline) if pretrained else None
-    network = build_network(card, dropout)
     old_head = head_parameters(network)
     if path is not None:
         match = load_weights(network, card, path, old_head, load_head=head == "keep")
@@ -72,7 +79,7 @@ def load_backbone(
         card,
         num_classes=len(classes),
         label_names=tuple(classes),
-        head=card.head if head == "keep" else head,
+        head=card.head if head == "keep" or card.head == "drop_fc" else head,
         dropout=card.dropout if head == "keep" else dropout,
     )
     return Backbone(network, new_card, _stages_of(network, card.preprocessing), match)

@@ -4,7 +4,7 @@ A name resolves in this order, and the first that fits wins:
 
 1. a folder on this machine: a finished run, or its ``model`` folder (with ``local-dir:`` or without);
 2. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
-3. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm;
+3. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm (names of its past releases too);
 4. a bare name known to torchvision.
 
 So ``resnet50`` is timm's and ``squeezenet1_0`` is torchvision's, which alone has it.
@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torchvision.models as tv
 from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
+from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
 
@@ -106,32 +107,36 @@ class Card:
 # --- resolving a name ----------------------------------------------------------------------------
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str, offline: bool = False) -> Card:
     """Return the card of a backbone by name (the order is in the module's docstring).
+
+    Args:
+        name: what the user gave.
+        offline: never ask the network; only ``hf-hub:`` names ever do, for their ``config.json``.
 
     Raises:
         UsageError: no such name; the message lists the nearest ones.
+        EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name is not here and cannot be had.
     """
-    prefix, _, rest = name.partition(":")
-    if prefix == "local-dir" or Path(name).is_dir():
-        return _card_from_folder(name, Path(rest if prefix == "local-dir" else name))
-    if prefix == "hf-hub":
-        return _card_from_hub(name, rest)
+    prefix, colon, rest = name.partition(":")
+    if name and Path(name).is_dir():
+        return _card_from_folder(name, Path(name))
+    if colon and prefix == "local-dir":
+        return _card_from_folder(name, Path(rest))
+    if colon and prefix == "hf-hub":
+        return _card_from_hub(name, rest, offline)
     library, slash, bare = name.partition("/")
-    if slash and library not in ("timm", "torchvision"):
-        raise UsageError(f"--backbone {name}", _no_such_folder(name), "See `finetune backbones`.")
-    bare = bare if slash else name
+    if not slash:
+        library, bare = "", name
+    if library not in ("", "timm", "torchvision"):
+        found = "it is no folder, and names with a slash start with timm/ or torchvision/"
+        raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), "See `finetune backbones`.")
     if library != "torchvision" and is_model(bare):
-        return _card_from_timm(bare)
+        return _card_from_timm(timm_old_names.get(bare) or bare)
     if library != "timm" and bare.partition(".")[0] in torchvision_names():
         return _card_from_torchvision(bare)
-    raise UsageError(
-        f"--backbone {name}", f"there is no network of that name{_nearest(bare)}", "See `finetune backbones`."
-    )
-
-
-def _no_such_folder(name: str) -> str:
-    return f"it is no folder, and names with a slash start with timm/ or torchvision/{_nearest(name)}"
+    found = f"there is no network of that name{_nearest(bare)}"
+    raise UsageError(f"--backbone {name}", found, "See `finetune backbones`.")
 
 
 def _nearest(name: str) -> str:
@@ -201,6 +206,7 @@ def _card_from_torchvision(name: str) -> Card:
     architecture, _, tag = name.partition(".")
     known = tv.get_model_weights(architecture)
     weights = known.DEFAULT if not tag else _torchvision_tag(name, tag, known)
+    labels = tuple(weights.meta.get("categories") or ())
     return Card(
         name=f"torchvision/{architecture}.{weights.name.lower()}",
         library="torchvision",
@@ -209,10 +215,10 @@ def _card_from_torchvision(name: str) -> Card:
         place="url",
         location=weights.url,
         preprocessing=_torchvision_preprocessing(weights),
-        num_classes=len(weights.meta["categories"]),
+        num_classes=len(labels) or 1000,
         license="cc-by-nc-4.0" if "SWAG" in weights.name else "bsd-3-clause",
         origin=weights.meta.get("recipe", ""),
-        label_names=tuple(weights.meta["categories"]),
+        label_names=labels,
     )
 
 
@@ -242,7 +248,7 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 def _card_from_folder(name: str, folder: Path) -> Card:
     model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     path = model / "config.json"
-    if not path.is_file():
+    if not path.is_file() or name == "local-dir:":
         found = "there is no config.json in it" if folder.is_dir() else "there is no such folder"
         fix = "Name a finished run, or a folder with config.json and model.safetensors."
         raise UsageError(f"--backbone {name}", found, fix)
@@ -253,17 +259,24 @@ def _card_from_folder(name: str, folder: Path) -> Card:
 def _read_config(name: str, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--backbone {name}", f"{path} cannot be read: {error}", "Export it again."
-        ) from None
-    if not isinstance(config, dict) or "architecture" not in config:
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"{path} cannot be read: {error}"
+        raise UsageError(f"--backbone {name}", found, "Export it again.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         fix = "Name a folder in timm's format or of a finished run."
         raise UsageError(f"--backbone {name}", f"{path} names no architecture", fix)
     return config
 
 
 def _card_from_config(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
+    try:
+        return _card_from_values(name, config, place, location)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        found = f"its config.json holds a value of the wrong kind ({type(error).__name__}: {error})"
+        raise UsageError(f"--backbone {name}", found, "Export it again.") from None
+
+
+def _card_from_values(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     ours = config.get("finetune", {})
     library: Library = "torchvision" if ours.get("library") == "torchvision" else "timm"
     architecture, tag = split_model_name_tag(config["architecture"])
@@ -271,8 +284,10 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
     if architecture not in known:
         found = f"{library} does not know its architecture {architecture!r}{suggest(architecture, known)}"
         raise UsageError(f"--backbone {name}", found, f"Upgrade {library}, or take another backbone.")
-    inner = config.get("pretrained_cfg", config)
-    labels = config.get("label_names") or inner.get("label_names") or ()
+    inner = config.get("pretrained_cfg") or config
+    head = ours.get("head", "keep")
+    if head not in get_args(HeadChoice):
+        raise ValueError(f"head {head!r}")
     return Card(
         name=name,
         library=library,
@@ -281,22 +296,26 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
         place=place,
         location=location,
         preprocessing=_timm_preprocessing(inner),
-        num_classes=config.get("num_classes", inner.get("num_classes", 1000)),
+        num_classes=int(config.get("num_classes", inner.get("num_classes", 1000))),
         license=inner.get("license") or "",
         origin=_text(inner.get("paper_ids") or inner.get("origin_url")),
-        label_names=tuple(labels.values() if isinstance(labels, dict) else labels),
-        head=ours.get("head", "keep"),
-        dropout=ours.get("dropout", 0.0),
+        label_names=_label_names(config) or _label_names(inner),
+        head=head,
+        dropout=float(ours.get("dropout", 0.0)),
         model_args=tuple((config.get("model_args") or {}).items()),
     )
 
 
-def _card_from_hub(name: str, hub_id: str) -> Card:
-    from pretrained.weights import (
-        find_hub_file,
-    )  # weights knows cards; only this name needs a file to become one
+def _label_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """A list, or ``{index: name}``; ``labels`` is timm's former word."""
+    names = config.get("label_names") or config.get("labels") or ()
+    return tuple(names[key] for key in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)
 
-    path = find_hub_file(name, hub_id, ("config.json",))
+
+def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
+    from pretrained.weights import find_hub_file  # weights knows cards; only here a file becomes one
+
+    path = find_hub_file(f"--backbone {name}", hub_id, ("config.json",), offline)
     return _card_from_config(name, _read_config(name, path), place="hub", location=hub_id)
 
 
@@ -318,16 +337,19 @@ def list_names(search: str = "") -> Iterator[str]:
 
 
 @cache
-def _sizes() -> dict[tuple[str, str], int]:
+def _sizes() -> dict[tuple[str, str, int], int]:
     text = resources.files("pretrained").joinpath("sizes.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
-    return {(row["library"], row["architecture"]): int(row["num_parameters"]) for row in rows}
+    return {
+        (row["library"], row["architecture"], int(row["num_classes"])): int(row["num_parameters"])
+        for row in rows
+    }
 
 
 def num_parameters(card: Card) -> int | None:
     """Return the number of parameters with the network's own classifier, None where it is not tabulated.
 
-    Counted once for every architecture by ``python -m pretrained.sizes``, since building 1,400
-    networks to print a list takes minutes.
+    Counted once for every architecture and number of classes by ``python -m pretrained.sizes``, since
+    building 1,400 networks to print a list takes minutes.
     """
-    return _sizes().get((card.library, card.architecture))
+    return _sizes().get((card.library, card.architecture, card.num_classes))

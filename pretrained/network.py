@@ -23,6 +23,10 @@ from pretrained.catalog import Card, HeadChoice
 HEAD_STD = 0.01
 """Standard deviation of a new classifier's weights, as in VGG (arXiv:1409.1556)."""
 
+HEAD_PARTS = ("use_mlp_head", "use_aux_head")
+"""Arguments of timm networks whose own head is more than a linear layer: MetaFormers have two layers, VOLO
+classifies every patch as well (and returns a tuple while it trains). A new head has none of it."""
+
 _TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 
 
@@ -36,7 +40,7 @@ class PooledHead(nn.Sequential):
 
 
 class DropoutLinear(nn.Sequential):
-    """Dropout, then one linear layer: (B, C) -> (B, K). Stands where a network has a bare linear classifier."""
+    """Dropout, then one linear layer: (B, C) -> (B, K). Stands where a bare linear classifier was."""
 
     def __init__(self, num_features: int, num_classes: int, dropout: float) -> None:
         super().__init__(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
@@ -52,46 +56,57 @@ class DropoutLinear(nn.Sequential):
 # --- building ------------------------------------------------------------------------------------
 
 
-def build_network(card: Card, dropout: float = 0.0) -> nn.Module:
+def build_network(card: Card, dropout: float | None = None) -> nn.Module:
     """Return the card's network with random weights, in float32, with ``card.num_classes`` outputs.
 
     Args:
         card: which network; a card of an exported run also says how its head was changed.
-        dropout: rate before the classifier, for libraries that build it in.
+        dropout: rate before the classifier for libraries that build it in, instead of the card's own.
 
     Raises:
         UsageError: the network cannot take ``card.preprocessing.img_size``.
     """
-    network = _build_timm(card, dropout) if card.library == "timm" else _build_torchvision(card)
+    if card.library == "torchvision":
+        network, dropout = _build_torchvision(card), card.dropout
+    else:
+        if dropout is None and card.head != "keep":
+            dropout = card.dropout
+        network = _build_timm(card, dropout)
     if card.head != "keep":
-        change_head(network, card.num_classes, card.head, card.dropout)
+        change_head(network, card.num_classes, card.head, dropout or 0.0)
     return network
 
 
-def _build_timm(card: Card, dropout: float) -> nn.Module:
-    config = timm.get_pretrained_cfg(card.architecture, allow_unregistered=True)
+def timm_name(card: Card) -> str:
+    """Return the name that timm knows: tags of folders and of other people's hub pages are not timm's."""
+    return card.name.removeprefix("timm/") if card.name.startswith("timm/") else card.architecture
+
+
+def timm_arguments(card: Card) -> dict[str, Any]:
+    """Return what ``timm.create_model`` must be told beside the name."""
     kwargs: dict[str, Any] = dict(card.model_args) | {"num_classes": card.num_classes}
-    if config is not None and config.fixed_input_size and card.preprocessing.input_size != config.input_size:
+    config = timm.get_pretrained_cfg(timm_name(card))
+    other_size = config.fixed_input_size and card.preprocessing.input_size != config.input_size
+    if other_size or "img_size" in kwargs:
         kwargs["img_size"] = card.preprocessing.img_size
-    if dropout or card.dropout:
-        kwargs["drop_rate"] = dropout or card.dropout
-    name = card.architecture if card.place == "folder" or not card.tag else f"{card.architecture}.{card.tag}"
+    return kwargs
+
+
+def _build_timm(card: Card, dropout: float | None) -> nn.Module:
+    kwargs = timm_arguments(card) | ({} if dropout is None else {"drop_rate": dropout})
     try:
-        return _create_timm(name, kwargs)
+        network: nn.Module = timm.create_model(timm_name(card), **kwargs)
+    except TypeError as error:  # encoders know no drop_rate
+        found = f"timm cannot build it with a classifier: {error}"
+        raise UsageError(
+            f"backbone {card.name}", found, "Take another one (see `finetune backbones`)."
+        ) from None
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(
             f"backbone {card.name} at {card.preprocessing.img_size} pixels",
             f"timm cannot build it: {' '.join(str(error).split())}",
             "Leave --img-size out, or take a multiple of the network's patch size.",
         ) from None
-
-
-def _create_timm(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """MetaFormers may have a two-layer head; a linear one is asked for where the network knows the word."""
-    try:
-        network: nn.Module = timm.create_model(name, use_mlp_head=False, **kwargs)
-    except TypeError:
-        network = timm.create_model(name, **kwargs)
     return network
 
 
@@ -100,7 +115,14 @@ def _build_torchvision(card: Card) -> nn.Module:
     if card.architecture in ("googlenet", "inception_v3"):
         # The auxiliary heads serve training from scratch only; init_weights takes a minute of SciPy.
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
-    network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
+    if card.architecture.startswith("vit_"):
+        kwargs["image_size"] = card.preprocessing.img_size
+    try:
+        network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
+    except AssertionError as error:
+        asked = f"backbone {card.name} at {card.preprocessing.img_size} pixels"
+        fix = "Leave --img-size out, or take a multiple of the network's patch size."
+        raise UsageError(asked, f"torchvision cannot build it: {error}", fix) from None
     return network
 
 
@@ -117,12 +139,20 @@ def _classifiers(network: nn.Module) -> list[nn.Module]:
     if hasattr(network, "get_classifier"):
         found = network.get_classifier()  # type: ignore[operator]  # nn.Module types every attribute as a tensor
         layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-        return [layer for layer in layers if isinstance(layer, nn.Module)]
-    return [_last_layer(getattr(network, _torchvision_head(network)))]
+        return [_with_norm(network, layer) for layer in layers if isinstance(layer, nn.Module)]
+    head = _torchvision_head(network)
+    return [_last_layer(getattr(network, head))] if head else []
 
 
-def _torchvision_head(network: nn.Module) -> str:
-    return next(name for name in _TORCHVISION_HEADS if isinstance(getattr(network, name, None), nn.Module))
+def _with_norm(network: nn.Module, layer: nn.Module) -> nn.Module:
+    """The normalisation that timm makes anew with a linear layer (EfficientViT, SHViT) belongs to it."""
+    around = (module for module in network.modules() if type(module).__name__ == "NormLinear")
+    return next((module for module in around if layer in module.children()), layer)
+
+
+def _torchvision_head(network: nn.Module) -> str | None:
+    names = (name for name in _TORCHVISION_HEADS if isinstance(getattr(network, name, None), nn.Module))
+    return next(names, None)
 
 
 def _last_layer(head: nn.Module) -> nn.Module:
@@ -139,15 +169,22 @@ def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropou
         dropout: rate before the new linear layer.
 
     Raises:
-        UsageError: ``drop_fc`` on a network without fully connected layers under its classifier.
+        UsageError: ``drop_fc`` on a network without fully connected layers under its classifier, or a
+            network that gives features only.
     """
     if choice == "keep":
         return
     if hasattr(network, "reset_classifier"):
         _change_timm_head(network, num_classes, choice, dropout)
-    else:
+    elif _torchvision_head(network):
         _change_torchvision_head(network, num_classes, choice, dropout)
-    for layer in classifier_layers(network):
+    layers = classifier_layers(network)
+    if not layers:
+        found = f"{type(network).__name__} gives features only and cannot hold a classifier"
+        raise UsageError(
+            f"strategy.head={choice}", found, "Take another backbone (see `finetune backbones`)."
+        )
+    for layer in layers:
         init_classifier(layer)
 
 
@@ -178,6 +215,10 @@ def _change_timm_head(network: Any, num_classes: int, choice: HeadChoice, dropou
         network.pre_logits = nn.Identity()
         network.head_hidden_size = network.num_features
         network.head = timm.layers.ClassifierHead(network.num_features, 1, "avg", drop_rate=dropout)
+    parts = [part for part in HEAD_PARTS if getattr(network, part, False)]
+    for part in parts:
+        setattr(network, part, False)
+    network.left_out = [*getattr(network, "left_out", ()), *parts]  # for the export: timm does not notice
     network.reset_classifier(num_classes)
 
 
@@ -185,6 +226,7 @@ def _change_torchvision_head(
     network: nn.Module, num_classes: int, choice: HeadChoice, dropout: float
 ) -> None:
     name = _torchvision_head(network)
+    assert name is not None
     head = getattr(network, name)
     layers = list(head) if type(head) is nn.Sequential else [head]
     if choice == "drop_fc":

@@ -1,4 +1,4 @@
-"""Write ``sizes.csv``: parameters of every architecture, counted on the meta device.
+"""Write ``sizes.csv``: parameters of every architecture at each of its numbers of classes.
 
 Run ``python -m pretrained.sizes`` after raising the version of timm or torchvision (about ten minutes).
 """
@@ -9,10 +9,9 @@ import csv
 import sys
 from pathlib import Path
 
-import timm
 import torch
 
-from pretrained.catalog import Card, find_card, torchvision_names
+from pretrained.catalog import Card, find_card, list_names
 from pretrained.network import build_network
 
 
@@ -21,28 +20,23 @@ def count_parameters(card: Card) -> int:
     try:
         with torch.device("meta"):
             network = build_network(card)
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # torchvision's RegNet computes with its tensors while it is built
+    except (RuntimeError, NotImplementedError):  # torchvision's RegNet computes while it is built
         network = build_network(card)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def main() -> None:
     """Count them all and replace the table beside this file."""
-    names = [
-        *(f"timm/{name}" for name in timm.list_models()),
-        *(f"torchvision/{n}" for n in torchvision_names()),
-    ]
+    cards = {
+        (card.library, card.architecture, card.num_classes): card for card in map(find_card, list_names())
+    }
     rows = []
-    for position, name in enumerate(names, start=1):
-        card = find_card(name)
-        rows.append((card.library, card.architecture, count_parameters(card)))
-        sys.stderr.write(f"\r{position}/{len(names)} {name:<60}")
+    for position, (key, card) in enumerate(sorted(cards.items()), start=1):
+        rows.append((*key, count_parameters(card)))
+        sys.stderr.write(f"\r{position}/{len(cards)} {card.name:<60}")
     with (Path(__file__).parent / "sizes.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("library", "architecture", "num_parameters"), *rows])
+        writer.writerows([("library", "architecture", "num_classes", "num_parameters"), *rows])
 
 
 if __name__ == "__main__":

@@ -10,23 +10,34 @@ Weights by name are taken from the libraries' own caches, else downloaded into t
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import socket
-from collections.abc import Collection, Iterator, Mapping
+import ssl
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models import _builder as timm_builder
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from finetune.errors import EnvironmentFaultError, UsageError
 from pretrained.catalog import Card
+from pretrained.network import timm_arguments, timm_name
 
 MIRROR_VARIABLE = "FINETUNE_MIRROR"
 NETWORK_TIMEOUT_SECONDS = 10.0
@@ -35,8 +46,15 @@ SMALLEST_MATCH = 0.9
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
+_COUNTER = "num_batches_tracked"
+"""A buffer of BatchNorm that says nothing of what was learned; files of before 2018 have none."""
+_DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
+"""First digits of a file's SHA-256, where its name tells them."""
+_FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
+"""What a pickle would import, in the words of PyTorch's refusal."""
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Match:
     Attributes:
         source: file or name the weights came from; ``""`` for random weights.
         matched: backbone tensors that were filled.
-        total: backbone tensors there are (parameters and buffers, without the classifier's).
+        total: backbone tensors there are (parameters and buffers, without the classifier's and counters).
         missing: backbone tensors that kept their random values.
         head: classifier tensors, all of them replaced by a new head or all kept.
         head_replaced: whether a new head took their place.
@@ -103,8 +121,12 @@ def find_weights(card: Card, weights: str | None = None, offline: bool = False) 
     cached = find_cached(card)
     if cached is not None:
         return cached
+    if card.place == "hub":
+        return find_hub_file(
+            f"--backbone {card.name}", card.location, _HUB_FILES, offline, "give --weights FILE"
+        )
     if offline or _offline_by_environment():
-        raise _not_here(card, "offline mode is on")
+        raise _no_url_file(card, "offline mode is on")
     return _download(card)
 
 
@@ -113,10 +135,10 @@ def find_cached(card: Card) -> Path | None:
     if card.place == "folder":
         return next((path for path in _weight_files(Path(card.location))), None)
     if card.place == "url":
-        path = _torch_cache() / Path(urlsplit(card.location).path).name
+        path = _torch_file(card)
         return path if path.is_file() else None
     if card.place == "hub":
-        return _cached_on_hub(card.location, _hub_files(card))
+        return _cached_on_hub(card.location, _HUB_FILES)
     return None
 
 
@@ -125,7 +147,7 @@ def _file_of(asked: str, path: Path) -> Path:
         return path
     if not path.exists():
         raise UsageError(asked, "there is no such file or folder", "Check the path.")
-    files = _weight_files(path)
+    files = _weight_files(path / "model" if (path / "model" / "config.json").is_file() else path)
     if not files:
         raise UsageError(asked, f"the folder holds no {', '.join(_SUFFIXES)} file", "Name the file itself.")
     if len(files) > 1 and files[0].name != _HUB_FILES[0]:
@@ -139,14 +161,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.name != _HUB_FILES[0])
 
 
-def _torch_cache() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def _hub_files(card: Card) -> tuple[str, ...]:
-    config = timm.get_pretrained_cfg(f"{card.architecture}.{card.tag}") if card.tag else None
-    named = config.hf_hub_filename if config is not None and config.hf_hub_id == card.location else None
-    return (named,) if named else _HUB_FILES
+def _torch_file(card: Card) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(card.location).path).name
 
 
 def _cached_on_hub(hub_id: str, names: Collection[str]) -> Path | None:
@@ -168,24 +184,22 @@ def _offline_by_environment() -> bool:
 
 
 def _download(card: Card) -> Path:
-    if card.place == "hub":
-        return find_hub_file(f"--backbone {card.name}", card.location, _hub_files(card), card)
-    try:
-        return _download_url(card.location)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash in the file's name does not fit
-        raise _not_here(card, " ".join(str(error).split())) from None
-
-
-def _download_url(url: str) -> Path:
     """Fetch into torch.hub's cache; a part file is renamed only when its hash fits its name."""
-    target = _torch_cache() / Path(urlsplit(url).path).name
-    mirror = os.environ.get(MIRROR_VARIABLE)
-    source = f"{mirror.rstrip('/')}/{target.name}" if mirror else url
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest = target.stem.rpartition("-")[2] if "-" in target.stem else None
-    with _network_timeout():
-        torch.hub.download_url_to_file(source, str(target), hash_prefix=digest)
+    target = _torch_file(card)
+    digest = _DIGEST.search(target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _network_timeout():
+            torch.hub.download_url_to_file(_url_of(card), str(target), digest[1] if digest else None)
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        # RuntimeError: the hash does not fit; ValueError: the mirror is no URL
+        raise _no_url_file(card, " ".join(str(error).split()) or type(error).__name__) from None
     return target
+
+
+def _url_of(card: Card) -> str:
+    mirror = os.environ.get(MIRROR_VARIABLE)
+    return f"{mirror.rstrip('/')}/{_torch_file(card).name}" if mirror else card.location
 
 
 @contextmanager
@@ -199,24 +213,45 @@ def _network_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def find_hub_file(asked: str, hub_id: str, names: Collection[str], card: Card | None = None) -> Path:
+def find_hub_file(
+    asked: str, hub_id: str, names: Collection[str], offline: bool = False, fix: str = "name a local folder"
+) -> Path:
     """Return the first of ``names`` that a hub repository holds, from the cache or by download.
 
+    Args:
+        asked: what the user asked for, for the message.
+        hub_id: ``ORG/NAME``, with ``@REVISION`` or without.
+        names: in order of preference.
+        offline: never ask the network.
+        fix: what to do with a file fetched elsewhere, for the message.
+
     Raises:
+        UsageError: ``hub_id`` is no name of a repository.
         EnvironmentFaultError: none can be had.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
-    cached = _cached_on_hub(hub_id, names)
+    try:
+        cached = _cached_on_hub(hub_id, names)
+    except HFValidationError:
+        found = f"{hub_id!r} is no name of a hub repository"
+        raise UsageError(asked, found, "Write hf-hub:ORG/NAME.") from None
     if cached is not None:
         return cached
+    if offline or _offline_by_environment():
+        raise _no_hub_file(asked, hub_id, names, "offline mode is on", fix)
     repo, _, revision = hub_id.partition("@")
+    problem = _unreachable(hf_hub_url(repo, next(iter(names)), revision=revision or None))
+    if problem:
+        raise _no_hub_file(asked, hub_id, names, problem, fix)
     problem = "the repository holds none of these files"
     for name in names:
         try:
-            options: dict[str, Any] = {"revision": revision or None, "etag_timeout": NETWORK_TIMEOUT_SECONDS}
-            return Path(hf_hub_download(repo, name, **options))
+            path = hf_hub_download(
+                repo, name, revision=revision or None, etag_timeout=NETWORK_TIMEOUT_SECONDS
+            )
+            return Path(path)
         except (
             LocalEntryNotFoundError
         ) as error:  # the library's word for "no network"; a kind of the next one
@@ -227,7 +262,21 @@ def find_hub_file(asked: str, hub_id: str, names: Collection[str], card: Card | 
         except Exception as error:  # the client's error classes change with every release
             problem = _root_cause(error)
             break
-    raise _no_hub_file(asked, hub_id, names, problem, card)
+    raise _no_hub_file(asked, hub_id, names, problem, fix)
+
+
+def _unreachable(url: str) -> str:
+    """Say why a server gives no answer, ``""`` when it does: the hub's client would try again for minutes."""
+    try:
+        request = Request(url, method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
+        with urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):  # noqa: S310
+            return ""
+    except HTTPError:
+        return ""  # an answer; the client says what it means
+    except (OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        # The client brings certificates of its own, and may trust what the system does not.
+        return "" if isinstance(reason, ssl.SSLError) else f"{type(error).__name__}: {reason}"
 
 
 def _root_cause(error: BaseException) -> str:
@@ -237,29 +286,26 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
-def _not_here(card: Card, problem: str) -> EnvironmentFaultError:
-    if card.place == "hub":
-        return _no_hub_file(f"--backbone {card.name}", card.location, _hub_files(card), problem, card)
-    target = _torch_cache() / Path(urlsplit(card.location).path).name
+def _no_url_file(card: Card, problem: str) -> EnvironmentFaultError:
+    target = _torch_file(card)
     return EnvironmentFaultError(
         f"--backbone {card.name}",
-        f"its weights file {target.name} is not on this machine, and {card.location} gave none ({problem})",
+        f"its weights file {target.name} is not on this machine, and {_url_of(card)} gave none ({problem})",
         f"Put the file at {target}, or give --weights FILE, or name a mirror in {MIRROR_VARIABLE}.",
     )
 
 
 def _no_hub_file(
-    asked: str, hub_id: str, names: Collection[str], problem: str, card: Card | None
+    asked: str, hub_id: str, names: Collection[str], problem: str, fix: str
 ) -> EnvironmentFaultError:
     from huggingface_hub import constants
 
     file = " or ".join(names)
     where = f"{constants.ENDPOINT}/{hub_id.partition('@')[0]}"
-    alternative = "give --weights FILE" if card else "name a local folder"
     return EnvironmentFaultError(
-        asked if asked.startswith("--") else f"--backbone {asked}",
+        asked,
         f"its file {file} is not in the cache ({constants.HF_HUB_CACHE}), and {where} gave none ({problem})",
-        f"Fetch it where there is a network and {alternative}, copy that machine's cache here, "
+        f"Fetch it where there is a network and {fix}, copy that machine's cache here, "
         "or name a mirror in HF_ENDPOINT.",
     )
 
@@ -276,14 +322,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     asked = f"weights {path}"
     try:
         content = _read(path)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        fix = "Fetch the file again."
-        raise UsageError(
-            asked, f"the file cannot be read: {' '.join(str(error).split())[:300]}", fix
-        ) from None
-    except Exception as error:  # the unpickler's refusals have no common class
-        found = f"it holds more than tensors, and nothing else is ever loaded ({_root_cause(error)[:200]})"
-        raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
+    except Exception as error:  # torch.load lets errors of six kinds through
+        if isinstance(error, UnpicklingError) and (more := _more_than_tensors(error, path)):
+            found = f"it holds more than tensors ({more}), and nothing else is ever loaded or run"
+            raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
+        found = f"the file cannot be read: {_reason(error, path)}"
+        raise UsageError(asked, found, "Fetch or save the file again.") from None
     tensors = {_clean(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UsageError(asked, "it holds no tensors", "Name a file with a state dict.")
@@ -293,7 +337,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of odd files, which the errors below name better
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _more_than_tensors(error: UnpicklingError, path: Path) -> str:
+    forbidden = _FORBIDDEN.search(str(error))
+    if forbidden:
+        return forbidden[1]
+    with path.open("rb") as file:
+        return "a plain pickle" if file.read(1) == b"\x80" else ""
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What is wrong with a file, without PyTorch's advice to read it unsafely."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if isinstance(error, SafetensorError):
+        return f"it is no whole safetensors file ({error})"
+    if "TorchScript" in str(error):
+        return "it is a TorchScript program, not a state dict"
+    return "it is damaged, cut off, or no PyTorch file at all"
 
 
 def _unwrap(content: Any) -> Mapping[str, Any]:
@@ -304,9 +370,10 @@ def _unwrap(content: Any) -> Mapping[str, Any]:
 
 
 def _clean(key: str) -> str:
-    while key.startswith(_PREFIXES):
+    """Take away what wrappers put before a name, and ``torch.compile`` before any part of it."""
+    while str(key).startswith(_PREFIXES):
         key = key.partition(".")[2]
-    return key
+    return str(key).replace("._orig_mod.", ".")
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -325,13 +392,8 @@ def load_weights(network: nn.Module, card: Card, path: Path, head: Collection[st
     Raises:
         UsageError: under 90 % of the backbone's tensors match, or the kept classifier does not.
     """
-    state = read_weights(path)
+    state = _converted(network, card, read_weights(path))
     match = _compare(network, state, head, str(path), load_head)
-    if match.missing and card.library == "timm":
-        converted = _convert_by_timm(card, state)
-        if converted is not None:
-            state = converted
-            match = _compare(network, state, head, str(path), load_head)
     _check_match(match, card, network, state)
     fitting = {key: value for key, value in _fitting(network, state).items() if load_head or key not in head}
     network.load_state_dict(fitting, strict=False)
@@ -347,15 +409,15 @@ def _compare(
     network: nn.Module, state: Mapping[str, Tensor], head: Collection[str], source: str, load_head: bool
 ) -> Match:
     own = network.state_dict()
-    in_head = _head_state(own, head)
-    backbone = [key for key in own if key not in in_head]
+    in_head = set(_head_state(own, head))
+    backbone = [key for key in own if key not in in_head and not key.endswith(_COUNTER)]
     fitting = _fitting(network, state)
     return Match(
         source=source,
         matched=sum(key in fitting for key in backbone),
         total=len(backbone),
         missing=tuple(key for key in backbone if key not in fitting),
-        head=tuple(in_head),
+        head=tuple(key for key in own if key in in_head and not key.endswith(_COUNTER)),
         head_replaced=not load_head,
         unused=tuple(key for key in state if key not in own),
     )
@@ -367,35 +429,73 @@ def _head_state(own: Mapping[str, Tensor], head: Collection[str]) -> list[str]:
     return [key for key in own if key in head or key.rpartition(".")[0] in layers]
 
 
-def _convert_by_timm(card: Card, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Let timm rename original releases' tensors and resize position embeddings; None when it cannot."""
-    overlay = {"state_dict": dict(state), "source": "", "num_classes": card.num_classes, "custom_load": False}
-    kwargs: dict[str, Any] = dict(card.model_args)
-    if card.preprocessing.img_size != timm.get_pretrained_cfg(card.architecture).input_size[-1]:
-        kwargs["img_size"] = card.preprocessing.img_size
+def _converted(network: nn.Module, card: Card, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Rename what older or original releases call otherwise, and resize position embeddings.
+
+    A file that the converter cannot make sense of comes back as it is, and is judged by its names.
+    """
     try:
-        network = timm.create_model(
-            card.architecture,
-            pretrained=True,
-            pretrained_cfg_overlay=overlay,
-            num_classes=card.num_classes,
-            **kwargs,
-        )
+        convert = _find_timm_filter(card) if card.library == "timm" else _convert_for_torchvision
+        return convert(dict(state), network)
     except Exception:  # converters index into what they expect: a foreign file fails in any way it likes
-        return None
-    converted: dict[str, Tensor] = network.state_dict()
-    return converted
+        return state
+
+
+_Convert = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]]
+
+
+def _find_timm_filter(card: Card) -> _Convert:
+    """Return what timm does to a state dict before loading it; each architecture brings its own.
+
+    timm hands the filter to its loader and tells it to nobody else, so a stand-in for the loader takes it
+    while the network is built a second time, on the meta device.
+    """
+    filters: list[_Convert] = []
+    overlay = {"state_dict": {"": None}, "source": "", "custom_load": False}
+    with _replaced_timm_loader(filters), torch.device("meta"):
+        timm.create_model(
+            timm_name(card), pretrained=True, pretrained_cfg_overlay=overlay, **timm_arguments(card)
+        )
+    return filters[0] if filters else lambda state, _: state
+
+
+@contextmanager
+def _replaced_timm_loader(filters: list[_Convert]) -> Iterator[None]:
+    def take_filter(*_: object, filter_fn: _Convert | None = None, **__: object) -> None:
+        if filter_fn is not None:
+            filters.append(filter_fn)
+
+    original = timm_builder.load_pretrained
+    timm_builder.load_pretrained = take_filter
+    try:
+        yield
+    finally:
+        timm_builder.load_pretrained = original
+
+
+def _convert_for_torchvision(state: dict[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    if isinstance(network, VisionTransformer):
+        resized: dict[str, Tensor] = interpolate_embeddings(network.image_size, network.patch_size, state)
+        return resized
+    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
 def _check_match(match: Match, card: Card, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     share = match.matched / max(match.total, 1)
     if share < SMALLEST_MATCH:
         found = (
-            f"only {match.matched} of the backbone's {match.total} tensors match ({share:.0%}, under 90 %)"
+            f"only {match.matched} of the backbone's {match.total} tensors match "
+            f"({math.floor(100 * share)} %, under 90 %)"
         )
         fix = "They belong to another network: name that one with --backbone, or give its own weights."
         raise UsageError(f"weights {match.source} for {card.name}", found, fix)
     fitting = _fitting(network, state)
+    broken = [
+        key for key, _ in network.named_parameters() if key in fitting and not fitting[key].isfinite().all()
+    ]
+    if broken:
+        found = f"{len(broken)} of its tensors hold NaN or infinity ({_some(broken)})"
+        raise UsageError(f"weights {match.source} for {card.name}", found, "Take other weights.")
     absent = [key for key in match.head if key not in fitting]
     if absent and not match.head_replaced:
         found = f"the classifier does not fit: {_some(absent)}"

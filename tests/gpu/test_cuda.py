@@ -39,7 +39,19 @@ def test_a_run_on_the_gpu_is_complete(
 def test_float32_on_the_gpu_agrees_with_the_cpu(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
     losses = []
     for device in ("cpu", "cuda"):
-        words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / device, "--device", device)
+        words = (
+            "run",
+            "-b",
+            tiny,
+            "-d",
+            pictures,
+            "-s",
+            "freeze",
+            "-o",
+            tmp_path / device,
+            "--device",
+            device,
+        )
         result = cli(*words, "--json", "--set", "training.precision=float32", *QUICK)
         losses.append(json.loads(result.stdout)["val_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

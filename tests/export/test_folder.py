@@ -1,0 +1,225 @@
+"""The exported folder: plain timm loads it, gives the same numbers, and finds labels and preprocessing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from ruamel.yaml import YAML
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from finetune.errors import DiskError
+from finetune.export import folder as module
+from finetune.export.folder import export_model, load_exported, measure_round_trip
+from pretrained.backbone import Backbone, load_backbone
+from pretrained.catalog import HeadChoice, find_card
+
+METRICS = {
+    "strategy": "top",
+    "accuracy": 0.9,
+    "balanced_accuracy": 0.8,
+    "f1_macro": 0.7,
+    "num_samples": 10,
+    "split": "val",
+    "split_chose_checkpoint": True,
+}
+NASTY = (
+    "a`b",
+    "``",
+    "<script>x</script>",
+    "- x: [y",
+    "ümläut 蜂 🐝",
+    "a|b",
+    "'\"",
+    "two\nlines",
+    "---",
+    "# h",
+)
+FILES = {"README.md", "config.json", "model.safetensors"}
+
+
+def build(name: str, img_size: int | None = None, head: HeadChoice = "replace", **kwargs: Any) -> Backbone:
+    torch.manual_seed(0)
+    card = find_card(name)
+    if img_size:
+        card = card.with_input(replace(card.preprocessing, img_size=img_size, mean=(0.1, 0.2, 0.3)))
+    labels = kwargs.pop("classes", ("ant", "bee", "蜂"))
+    backbone = load_backbone(card, classes=labels, head=head, pretrained=False, **kwargs)
+    with torch.no_grad():
+        for value in backbone.network.state_dict().values():
+            if value.is_floating_point():
+                value.add_(0.01 * torch.rand(value.shape))
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "dropout"),
+    [
+        ("test_resnet", None, 0.0),
+        ("test_resnet", 64, 0.5),
+        ("test_efficientnet", 64, 0.2),
+        ("test_convnext", 64, 0.0),
+        ("test_vit", None, 0.3),
+        ("test_vit", 96, 0.0),
+        ("ghostnet_050", 64, 0.1),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_plain_timm_gives_the_same_numbers(
+    tmp_path: Path, name: str, img_size: int | None, dropout: float, channels_last: bool
+) -> None:
+    backbone = build(name, img_size, dropout=dropout)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = backbone.network.to(memory_format=layout).eval()  # type: ignore[call-overload]
+    export_model(backbone, network, tmp_path / "model", METRICS)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
+    reloaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    reloaded = reloaded.to(memory_format=layout)
+    size = backbone.card.preprocessing.img_size
+    images = torch.randn(2, 3, size, size).to(memory_format=layout)
+    with torch.inference_mode():
+        assert network(images).equal(reloaded(images))
+        ours = load_exported(tmp_path / "model").to(memory_format=layout)  # type: ignore[call-overload]
+        assert network(images).equal(ours(images))
+    view = resolve_model_data_config(reloaded)
+    assert {
+        key: tuple(v) if isinstance(v, list) else v for key, v in view.items()
+    } == backbone.card.preprocessing.to_timm()
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["label_names"] == ["ant", "bee", "蜂"]
+    assert reloaded.pretrained_cfg["label_names"] == ["ant", "bee", "蜂"]
+    assert measure_round_trip(network, tmp_path / "model", images) < 1e-6
+    card = find_card(str(tmp_path / "model"))
+    assert card.preprocessing == backbone.card.preprocessing
+    assert (card.label_names, card.dropout, card.head) == (("ant", "bee", "蜂"), dropout, "replace")
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("torchvision/squeezenet1_1", "replace"),
+        ("torchvision/alexnet", "drop_fc"),
+        ("timm/vgg11", "drop_fc"),
+        ("timm/poolformerv2_s12", "replace"),
+    ],
+)
+def test_every_folder_loads_with_its_head_kept(tmp_path: Path, name: str, head: HeadChoice) -> None:
+    backbone = build(name, head=head, img_size=64, dropout=0.2)
+    export_model(backbone, backbone.network, tmp_path / "model", METRICS)
+    card = find_card(str(tmp_path / "model"))
+    again = load_backbone(card, classes=card.label_names, head="keep")
+    assert (again.card.head, again.card.dropout, again.card.license) == (head, 0.2, backbone.card.license)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert backbone.network.eval()(images).equal(again.network.eval()(images))
+    third = load_backbone(card, classes=["x", "y"], head="replace")
+    export_model(third, third.network, tmp_path / "third", METRICS)
+    with torch.inference_mode():
+        assert third.network.eval()(images).equal(load_exported(tmp_path / "third")(images))
+    text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert ("timm.create_model" in text) == (name == "timm/poolformerv2_s12")
+
+
+@pytest.mark.parametrize("name", ["volo_d1_224", "caformer_s18"])
+def test_heads_of_more_than_one_layer_export_as_linear(name: str) -> None:
+    with torch.device("meta"):
+        backbone = load_backbone(find_card(name), classes=["a", "b"], pretrained=False)
+    config = module.build_config(backbone.card, backbone.network)
+    with torch.device("meta"):
+        plain = timm.create_model(config["architecture"], **config["model_args"])
+    assert plain.state_dict().keys() == backbone.network.state_dict().keys()
+
+
+def test_the_licence_and_tag_are_of_these_weights(tmp_path: Path) -> None:
+    """Not of the architecture's default ones, also in a second generation."""
+    card = find_card("convnextv2_atto.fcmae")
+    assert card.license == "cc-by-nc-4.0"
+    with torch.device("meta"):
+        network = timm.create_model("test_resnet", num_classes=1)
+    mine = replace(
+        find_card("test_resnet"), license="cc-by-nc-4.0", tag="mine", origin="arXiv:1", place="folder"
+    )
+    config = module.build_config(replace(mine, num_classes=1, label_names=("a",)), network)
+    assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["paper_ids"]) == ("mine", "arXiv:1")
+    assert "origin_url" not in config["pretrained_cfg"]
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1"])
+def test_class_names_do_not_break_the_card(tmp_path: Path, name: str) -> None:
+    backbone = build(name, 64, classes=NASTY)
+    backbone = replace(backbone, card=replace(backbone.card, license="other: [mine] #1"))
+    export_model(backbone, backbone.network, tmp_path / "model", METRICS)
+    text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    empty, front, prose = text.split("---\n", 2)
+    assert empty == ""
+    values = YAML(typ="safe").load(front)
+    assert values["license"] == backbone.card.license
+    assert values["library_name"] == backbone.card.library
+    assert values.get("base_model") == ("timm/test_resnet.r160_in1k" if "timm" in name else None)
+    assert "`<script>x</script>`" in prose
+    assert "`` a`b ``" in prose
+    assert "``` `` ```" in prose
+    assert "`two lines`" in prose
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert tuple(config["label_names"]) == NASTY
+    assert find_card(str(tmp_path / "model")).label_names == NASTY
+
+
+def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "pytorch_model.bin").write_text("old")
+    backbone = build("test_resnet", 64)
+    export_model(backbone, backbone.network, target, METRICS)
+    assert {path.name for path in target.iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "write_json", "write_text", "rename"])
+def test_a_failing_write_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    backbone = build("test_resnet", 64)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step == "rename":
+        rename = Path.rename
+
+        def fail_for_the_part(self: Path, to: Path) -> Path:
+            if self.name.endswith(".part"):
+                fail()
+            return rename(self, to)
+
+        monkeypatch.setattr(Path, "rename", fail_for_the_part)
+    else:
+        monkeypatch.setattr(module, step, fail)
+    with pytest.raises(DiskError, match="Free some space"):
+        export_model(backbone, backbone.network, target, METRICS)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "config.json").read_text() == "old"
+
+
+def test_a_round_trip_restores_the_mode_of_each_layer(tmp_path: Path) -> None:
+    backbone = build("test_resnet", 64)
+    export_model(backbone, backbone.network, tmp_path / "model", METRICS)
+    network = backbone.network.train()
+    frozen = next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)).eval()
+    assert measure_round_trip(network, tmp_path / "model", torch.randn(1, 3, 64, 64)) < 1e-6
+    assert network.training
+    assert not frozen.training
+    with torch.no_grad():
+        next(network.parameters()).add_(1)
+    assert measure_round_trip(network, tmp_path / "model", torch.randn(1, 3, 64, 64)) > 1e-6

@@ -1,0 +1,318 @@
+"""Weights by name come over a real connection into the libraries' caches, or are refused at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save, save_file
+
+from finetune.errors import EnvironmentFaultError
+from pretrained import weights as module
+from pretrained.catalog import Card, find_card
+from pretrained.weights import find_cached, find_weights
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Server:
+    """Files by path, and what was asked for."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+    stop: Callable[[], None] = lambda: None
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            state.asked.append(f"{self.command} {self.path}")
+            content = state.files.get(self.path)
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    real = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=real.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        real.shutdown()
+        real.server_close()
+
+    state.url, state.stop = f"http://127.0.0.1:{real.server_port}", stop
+    yield state
+    stop()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that accepts and never answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+
+
+# --- torchvision, through a mirror ---------------------------------------------------------------
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Torch's cache, empty, in a process that may use the network."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("FINETUNE_MIRROR", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    torch.manual_seed(0)
+    return save(timm.create_model("test_resnet").state_dict())
+
+
+def card_of(content: bytes, name: str = "tiny") -> Card:
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    card = find_card("torchvision/squeezenet1_1")
+    return replace(card, location=f"https://download.invalid/models/{name}-{digest}.pth")
+
+
+def test_a_mirror_then_the_cache(
+    server: Server, online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = card_of(content)
+    name = card.location.rpartition("/")[2]
+    server.files[f"/mirror/{name}"] = content
+    monkeypatch.setenv("FINETUNE_MIRROR", f"{server.url}/mirror/")
+    assert find_cached(card) is None
+    path = find_weights(card)
+    assert path == online / name == find_cached(card)
+    assert path.read_bytes() == content
+    server.stop()
+    assert find_weights(card) == find_weights(card, offline=True) == path
+    assert server.asked == [f"GET /mirror/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "problem"), [(b"another file", "invalid hash value"), (b"", "invalid hash value"), (None, "404")]
+)
+def test_what_is_not_the_file_leaves_nothing(
+    server: Server,
+    online: Path,
+    content: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: bytes | None,
+    problem: str,
+) -> None:
+    card = card_of(content)
+    name = card.location.rpartition("/")[2]
+    server.files |= {} if sent is None else {f"/{name}": sent}
+    monkeypatch.setenv("FINETUNE_MIRROR", server.url)
+    with pytest.raises(EnvironmentFaultError) as caught:
+        find_weights(card)
+    message = str(caught.value)
+    assert problem in message
+    for part in (name, f"{server.url}/{name}", str(online / name), "FINETUNE_MIRROR", "--weights FILE"):
+        assert part in message
+    assert caught.value.exit_code == 78
+    assert list(online.iterdir()) == []
+
+
+def test_a_silent_mirror_ends_at_the_timeout(
+    silent: str, online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_MIRROR", silent)
+    monkeypatch.setattr(module, "NETWORK_TIMEOUT_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(EnvironmentFaultError, match="timed out"):
+        find_weights(card_of(content))
+    assert time.monotonic() - began < 3
+    assert socket.getdefaulttimeout() is None
+    assert list(online.iterdir()) == []
+
+
+@pytest.mark.parametrize("mirror", ["no url at all", "http://127.0.0.1:9", "http://[", "ftp:"])
+def test_a_useless_mirror(online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, mirror: str) -> None:
+    monkeypatch.setenv("FINETUNE_MIRROR", mirror)
+    with pytest.raises(EnvironmentFaultError, match="FINETUNE_MIRROR"):
+        find_weights(card_of(content))
+
+
+def test_a_server_that_speaks_no_http(online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-server\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setenv("FINETUNE_MIRROR", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(EnvironmentFaultError, match="gave none"):
+            find_weights(card_of(content))
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_offline_asks_nobody(
+    server: Server, online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    card = card_of(content)
+    server.files[f"/{card.location.rpartition('/')[2]}"] = content
+    monkeypatch.setenv("FINETUNE_MIRROR", server.url)
+    if by == "environment":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EnvironmentFaultError, match="offline mode is on"):
+        find_weights(card, offline=by == "flag")
+    assert server.asked == []
+
+
+def test_only_a_hash_in_a_name_is_a_hash(
+    server: Server, online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I-JEPA's files end in ``-600e.pth.tar``."""
+    card = replace(card_of(content), location="https://download.invalid/IN22K-vit.g.16-600e.pth.tar")
+    server.files["/IN22K-vit.g.16-600e.pth.tar"] = content
+    monkeypatch.setenv("FINETUNE_MIRROR", server.url)
+    assert find_weights(card).read_bytes() == content
+
+
+# --- the hub, in a process of its own: its client reads the environment once ----------------------
+
+SCRIPT = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from finetune.errors import FinetuneError
+from pretrained import weights
+from pretrained.backbone import load_backbone
+from pretrained.catalog import find_card
+
+weights.NETWORK_TIMEOUT_SECONDS = 0.5
+for name, offline in json.loads(sys.argv[1]):
+    began = time.monotonic()
+    try:
+        card = find_card(name, offline)
+        backbone = load_backbone(card, classes=["a", "b"], offline=offline)
+        answer = {"match": str(backbone.match), "architecture": card.architecture}
+    except FinetuneError as error:
+        answer = {"error": str(error), "exit_code": int(error.exit_code)}
+    print(json.dumps(answer | {"seconds": time.monotonic() - began}), flush=True)
+"""
+
+
+def ask(home: Path, endpoint: str, *requests: tuple[str, bool], **environment: str) -> list[dict[str, Any]]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(requests)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_hub_then_its_cache_then_offline(server: Server, tmp_path: Path, content: bytes) -> None:
+    config = {"architecture": "test_resnet.mine", "num_classes": 1000, "pretrained_cfg": {"tag": "mine"}}
+    mine = "/org/name/resolve/main"
+    server.files = {
+        "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors": content,
+        f"{mine}/config.json": json.dumps(config).encode(),
+        f"{mine}/model.safetensors": content,
+    }
+    # The first answers come from the server, the others from the cache or from nowhere.
+    first, mine_first, absent, cached, mine_cached, refused = ask(
+        tmp_path,
+        server.url,
+        ("test_resnet", False),
+        ("hf-hub:org/name", False),
+        ("hf-hub:org/other", False),
+        ("test_resnet", True),
+        ("hf-hub:org/name", True),
+        ("hf-hub:org/third", True),
+    )
+    assert "2 replaced" in first["match"]
+    assert str(tmp_path) in first["match"]
+    assert mine_first["architecture"] == "test_resnet"
+    assert mine_first["match"].partition(";")[0] == first["match"].partition(";")[0]
+    assert "config.json" in absent["error"]
+    assert absent["exit_code"] == 78
+    assert (cached["match"], mine_cached["match"]) == (first["match"], mine_first["match"])
+    assert "offline mode is on" in refused["error"]
+    assert not any("third" in asked for asked in server.asked)
+    gets = [
+        asked for asked in server.asked if asked.endswith((".json", ".safetensors")) and asked[:3] == "GET"
+    ]
+    assert sorted(gets) == [f"GET {path}" for path in sorted(server.files)]
+    server.stop()
+    again, unknown = ask(
+        tmp_path, server.url, ("test_resnet", False), ("test_vit", False), HF_HUB_OFFLINE="1"
+    )
+    assert again["match"] == first["match"]
+    assert "offline mode is on" in unknown["error"]
+
+
+@pytest.mark.parametrize("kind", ["nobody there", "silent"])
+def test_no_network_is_said_at_once(silent: str, tmp_path: Path, kind: str) -> None:
+    endpoint = silent if kind == "silent" else "http://127.0.0.1:9"
+    by_name, by_id = ask(tmp_path, endpoint, ("test_resnet", False), ("hf-hub:org/name", False))
+    for answer, file in ((by_name, "model.safetensors"), (by_id, "config.json")):
+        assert answer["exit_code"] == 78
+        assert answer["seconds"] < 8
+        for part in (file, endpoint, str(tmp_path / "hub"), "HF_ENDPOINT"):
+            assert part in answer["error"]
+    assert "timm/test_resnet.r160_in1k" in by_name["error"]
+    assert "--weights FILE" in by_name["error"]
+    assert "--backbone hf-hub:org/name" in by_id["error"]
+
+
+def test_a_file_put_where_the_message_says_is_found(online: Path, content: bytes) -> None:
+    card = card_of(content)
+    with pytest.raises(EnvironmentFaultError) as caught:
+        find_weights(card, offline=True)
+    place = Path(caught.value.fix.removeprefix("Put the file at ").partition(", or give")[0])
+    place.parent.mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, place)
+    assert find_weights(card, offline=True) == place
