@@ -28,6 +28,7 @@ from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
+from pretrained.hub import find_hub_file
 
 Library = Literal["timm", "torchvision"]
 Place = Literal["hub", "url", "folder", "none"]
@@ -313,8 +314,6 @@ def _label_names(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
-    from pretrained.weights import find_hub_file  # weights knows cards; only here a file becomes one
-
     path = find_hub_file(f"--backbone {name}", hub_id, ("config.json",), offline)
     return _card_from_config(name, _read_config(name, path), place="hub", location=hub_id)
 

@@ -14,46 +14,36 @@ import math
 import os
 import re
 import socket
-import ssl
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import _builder as timm_builder
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from finetune.errors import EnvironmentFaultError, UsageError
+from pretrained import hub
 from pretrained.catalog import Card
+from pretrained.hub import cached_on_hub, find_hub_file, offline_by_environment
 from pretrained.network import timm_arguments, timm_name
+from pretrained.state_dict import read_weights
 
 MIRROR_VARIABLE = "FINETUNE_MIRROR"
-NETWORK_TIMEOUT_SECONDS = 10.0
 SMALLEST_MATCH = 0.9
 """Share of a backbone's tensors that weights must fill; below it they belong to another network."""
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-_PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"
 """A buffer of BatchNorm that says nothing of what was learned; files of before 2018 have none."""
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
 """First digits of a file's SHA-256, where its name tells them."""
-_FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
-"""What a pickle would import, in the words of PyTorch's refusal."""
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
@@ -125,8 +115,8 @@ def find_weights(card: Card, weights: str | None = None, offline: bool = False) 
         return find_hub_file(
             f"--backbone {card.name}", card.location, _HUB_FILES, offline, "give --weights FILE"
         )
-    if offline or _offline_by_environment():
-        raise _no_url_file(card, "offline mode is on")
+    if offline or offline_by_environment():
+        raise _no_url_file(card, hub.OFFLINE)
     return _download(card)
 
 
@@ -138,7 +128,7 @@ def find_cached(card: Card) -> Path | None:
         path = _torch_file(card)
         return path if path.is_file() else None
     if card.place == "hub":
-        return _cached_on_hub(card.location, _HUB_FILES)
+        return cached_on_hub(card.location, _HUB_FILES)
     return None
 
 
@@ -163,21 +153,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _torch_file(card: Card) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(card.location).path).name
-
-
-def _cached_on_hub(hub_id: str, names: Collection[str]) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    repo, _, revision = hub_id.partition("@")
-    for name in names:
-        found = try_to_load_from_cache(repo, name, revision=revision or None)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def _offline_by_environment() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 # --- downloading ---------------------------------------------------------------------------------
@@ -206,174 +181,20 @@ def _url_of(card: Card) -> str:
 def _network_timeout() -> Iterator[None]:
     """urllib waits for ever by default."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT_SECONDS)
+    socket.setdefaulttimeout(hub.NETWORK_TIMEOUT_SECONDS)
     try:
         yield
     finally:
         socket.setdefaulttimeout(before)
 
 
-def find_hub_file(
-    asked: str, hub_id: str, names: Collection[str], offline: bool = False, fix: str = "name a local folder"
-) -> Path:
-    """Return the first of ``names`` that a hub repository holds, from the cache or by download.
-
-    Args:
-        asked: what the user asked for, for the message.
-        hub_id: ``ORG/NAME``, with ``@REVISION`` or without.
-        names: in order of preference.
-        offline: never ask the network.
-        fix: what to do with a file fetched elsewhere, for the message.
-
-    Raises:
-        UsageError: ``hub_id`` is no name of a repository.
-        EnvironmentFaultError: none can be had.
-    """
-    from huggingface_hub import hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        cached = _cached_on_hub(hub_id, names)
-    except HFValidationError:
-        found = f"{hub_id!r} is no name of a hub repository"
-        raise UsageError(asked, found, "Write hf-hub:ORG/NAME.") from None
-    if cached is not None:
-        return cached
-    if offline or _offline_by_environment():
-        raise _no_hub_file(asked, hub_id, names, "offline mode is on", fix)
-    repo, _, revision = hub_id.partition("@")
-    problem = _unreachable(hf_hub_url(repo, next(iter(names)), revision=revision or None))
-    if problem:
-        raise _no_hub_file(asked, hub_id, names, problem, fix)
-    problem = "the repository holds none of these files"
-    for name in names:
-        try:
-            path = hf_hub_download(
-                repo, name, revision=revision or None, etag_timeout=NETWORK_TIMEOUT_SECONDS
-            )
-            return Path(path)
-        except (
-            LocalEntryNotFoundError
-        ) as error:  # the library's word for "no network"; a kind of the next one
-            problem = _root_cause(error)
-            break
-        except EntryNotFoundError:
-            continue
-        except Exception as error:  # the client's error classes change with every release
-            problem = _root_cause(error)
-            break
-    raise _no_hub_file(asked, hub_id, names, problem, fix)
-
-
-def _unreachable(url: str) -> str:
-    """Say why a server gives no answer, ``""`` when it does: the hub's client would try again for minutes."""
-    try:
-        request = Request(url, method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
-        with urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):  # noqa: S310
-            return ""
-    except HTTPError:
-        return ""  # an answer; the client says what it means
-    except (OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        # The client brings certificates of its own, and may trust what the system does not.
-        return "" if isinstance(reason, ssl.SSLError) else f"{type(error).__name__}: {reason}"
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-
-
 def _no_url_file(card: Card, problem: str) -> EnvironmentFaultError:
     target = _torch_file(card)
     return EnvironmentFaultError(
         f"--backbone {card.name}",
-        f"its weights file {target.name} is not on this machine, and {_url_of(card)} gave none ({problem})",
+        f"its weights file {target.name} is not on this machine, and {hub.no_answer(_url_of(card), problem)}",
         f"Put the file at {target}, or give --weights FILE, or name a mirror in {MIRROR_VARIABLE}.",
     )
-
-
-def _no_hub_file(
-    asked: str, hub_id: str, names: Collection[str], problem: str, fix: str
-) -> EnvironmentFaultError:
-    from huggingface_hub import constants
-
-    file = " or ".join(names)
-    where = f"{constants.ENDPOINT}/{hub_id.partition('@')[0]}"
-    return EnvironmentFaultError(
-        asked,
-        f"its file {file} is not in the cache ({constants.HF_HUB_CACHE}), and {where} gave none ({problem})",
-        f"Fetch it where there is a network and {fix}, copy that machine's cache here, "
-        "or name a mirror in HF_ENDPOINT.",
-    )
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, unwrapping what training scripts and ``torch.compile`` put around it.
-
-    Raises:
-        UsageError: the file is damaged, holds more than tensors, or holds none.
-    """
-    asked = f"weights {path}"
-    try:
-        content = _read(path)
-    except Exception as error:  # torch.load lets errors of six kinds through
-        if isinstance(error, UnpicklingError) and (more := _more_than_tensors(error, path)):
-            found = f"it holds more than tensors ({more}), and nothing else is ever loaded or run"
-            raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
-        found = f"the file cannot be read: {_reason(error, path)}"
-        raise UsageError(asked, found, "Fetch or save the file again.") from None
-    tensors = {_clean(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UsageError(asked, "it holds no tensors", "Name a file with a state dict.")
-    return tensors
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    with warnings.catch_warnings(action="ignore"):  # of odd files, which the errors below name better
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _more_than_tensors(error: UnpicklingError, path: Path) -> str:
-    forbidden = _FORBIDDEN.search(str(error))
-    if forbidden:
-        return forbidden[1]
-    with path.open("rb") as file:
-        return "a plain pickle" if file.read(1) == b"\x80" else ""
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """What is wrong with a file, without PyTorch's advice to read it unsafely."""
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    if path.stat().st_size == 0:
-        return "it is empty"
-    if isinstance(error, SafetensorError):
-        return f"it is no whole safetensors file ({error})"
-    if "TorchScript" in str(error):
-        return "it is a TorchScript program, not a state dict"
-    return "it is damaged, cut off, or no PyTorch file at all"
-
-
-def _unwrap(content: Any) -> Mapping[str, Any]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return _unwrap(content[key])
-    return content if isinstance(content, Mapping) else {}
-
-
-def _clean(key: str) -> str:
-    """Take away what wrappers put before a name, and ``torch.compile`` before any part of it."""
-    while str(key).startswith(_PREFIXES):
-        key = key.partition(".")[2]
-    return str(key).replace("._orig_mod.", ".")
 
 
 # --- loading -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
 from pretrained.network import build_network
-from pretrained.weights import read_weights
+from pretrained.state_dict import read_weights
 
 
 def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from finetune.errors import EnvironmentFaultError
-from pretrained import weights as module
+from pretrained import hub as module
 from pretrained.catalog import Card, find_card
 from pretrained.weights import find_cached, find_weights
 
@@ -221,11 +221,11 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 from finetune.errors import FinetuneError
-from pretrained import weights
+from pretrained import hub
 from pretrained.backbone import load_backbone
 from pretrained.catalog import find_card
 
-weights.NETWORK_TIMEOUT_SECONDS = 0.5
+hub.NETWORK_TIMEOUT_SECONDS = 0.5
 for name, offline in json.loads(sys.argv[1]):
     began = time.monotonic()
     try:
@@ -282,6 +282,7 @@ def test_the_hub_then_its_cache_then_offline(server: Server, tmp_path: Path, con
     assert (cached["match"], mine_cached["match"]) == (first["match"], mine_first["match"])
     assert "offline mode is on" in refused["error"]
     assert not any("third" in asked for asked in server.asked)
+    assert not any("/api/" in asked for asked in server.asked)  # nothing but the files: no telemetry
     gets = [
         asked for asked in server.asked if asked.endswith((".json", ".safetensors")) and asked[:3] == "GET"
     ]

@@ -22,7 +22,8 @@ from finetune.errors import UsageError
 from pretrained.backbone import load_backbone
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.network import build_network, head_parameters
-from pretrained.weights import Match, find_weights, load_weights, read_weights
+from pretrained.state_dict import read_weights
+from pretrained.weights import Match, find_weights, load_weights
 
 State = dict[str, Tensor]
 

@@ -1,0 +1,126 @@
+"""Files of the Hugging Face hub: from the cache, else by download, else a refusal that says what to do."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Collection
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from finetune.errors import EnvironmentFaultError, UsageError
+
+NETWORK_TIMEOUT_SECONDS = 10.0
+OFFLINE = "offline mode is on"
+
+
+def no_answer(where: str, problem: str) -> str:
+    """Say that a server has not given a file, and whether it was asked at all."""
+    return f"{where} {'was not asked' if problem == OFFLINE else 'gave none'} ({problem})"
+
+
+def find_hub_file(
+    asked: str, hub_id: str, names: Collection[str], offline: bool = False, fix: str = "name a local folder"
+) -> Path:
+    """Return the first of ``names`` that a hub repository holds, from the cache or by download.
+
+    Args:
+        asked: what the user asked for, for the message.
+        hub_id: ``ORG/NAME``, with ``@REVISION`` or without.
+        names: in order of preference.
+        offline: never ask the network.
+        fix: what to do with a file fetched elsewhere, for the message.
+
+    Raises:
+        UsageError: ``hub_id`` is no name of a repository.
+        EnvironmentFaultError: none can be had.
+    """
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = cached_on_hub(hub_id, names)
+    except HFValidationError:
+        found = f"{hub_id!r} is no name of a hub repository"
+        raise UsageError(asked, found, "Write hf-hub:ORG/NAME.") from None
+    if cached is not None:
+        return cached
+    if offline or offline_by_environment():
+        raise _no_hub_file(asked, hub_id, names, OFFLINE, fix)
+    repo, _, revision = hub_id.partition("@")
+    problem = _unreachable(hf_hub_url(repo, next(iter(names)), revision=revision or None))
+    if problem:
+        raise _no_hub_file(asked, hub_id, names, problem, fix)
+    problem = "the repository holds none of these files"
+    for name in names:
+        try:
+            path = hf_hub_download(
+                repo, name, revision=revision or None, etag_timeout=NETWORK_TIMEOUT_SECONDS
+            )
+            return Path(path)
+        except (
+            LocalEntryNotFoundError
+        ) as error:  # the library's word for "no network"; a kind of the next one
+            problem = _root_cause(error)
+            break
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the client's error classes change with every release
+            problem = _root_cause(error)
+            break
+    raise _no_hub_file(asked, hub_id, names, problem, fix)
+
+
+def _unreachable(url: str) -> str:
+    """Say why a server gives no answer, ``""`` when it does: the hub's client would try again for minutes."""
+    try:
+        request = Request(url, method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
+        with urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):  # noqa: S310
+            return ""
+    except HTTPError:
+        return ""  # an answer; the client says what it means
+    except (OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        # The client brings certificates of its own, and may trust what the system does not.
+        return "" if isinstance(reason, ssl.SSLError) else f"{type(error).__name__}: {reason}"
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+def cached_on_hub(hub_id: str, names: Collection[str]) -> Path | None:
+    """Return the first of ``names`` that the cache holds of a repository, else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = hub_id.partition("@")
+    for name in names:
+        found = try_to_load_from_cache(repo, name, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def offline_by_environment() -> bool:
+    """Return whether HF_HUB_OFFLINE is set, as the hub's own client reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _no_hub_file(
+    asked: str, hub_id: str, names: Collection[str], problem: str, fix: str
+) -> EnvironmentFaultError:
+    from huggingface_hub import constants
+
+    file = " or ".join(names)
+    where = f"{constants.ENDPOINT}/{hub_id.partition('@')[0]}"
+    return EnvironmentFaultError(
+        asked,
+        f"its file {file} is not in the cache ({constants.HF_HUB_CACHE}), and {no_answer(where, problem)}",
+        f"Fetch it where there is a network and {fix}, copy that machine's cache here, "
+        "or name a mirror in HF_ENDPOINT.",
+    )

@@ -1,0 +1,85 @@
+"""Read a state dict from a file, and nothing but tensors: safetensors, or PyTorch files with weights_only."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from finetune.errors import UsageError
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.")
+_FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
+"""What a pickle would import, in the words of PyTorch's refusal."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, unwrapping what training scripts and ``torch.compile`` put around it.
+
+    Raises:
+        UsageError: the file is damaged, holds more than tensors, or holds none.
+    """
+    asked = f"weights {path}"
+    try:
+        content = _read(path)
+    except Exception as error:  # torch.load lets errors of six kinds through
+        if isinstance(error, UnpicklingError) and (more := _more_than_tensors(error, path)):
+            found = f"it holds more than tensors ({more}), and nothing else is ever loaded or run"
+            raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
+        found = f"the file cannot be read: {_reason(error, path)}"
+        raise UsageError(asked, found, "Fetch or save the file again.") from None
+    tensors = {_clean(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UsageError(asked, "it holds no tensors", "Name a file with a state dict.")
+    return tensors
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    with warnings.catch_warnings(action="ignore"):  # of odd files, which the errors below name better
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _more_than_tensors(error: UnpicklingError, path: Path) -> str:
+    forbidden = _FORBIDDEN.search(str(error))
+    if forbidden:
+        return forbidden[1]
+    with path.open("rb") as file:
+        return "a plain pickle" if file.read(1) == b"\x80" else ""
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What is wrong with a file, without PyTorch's advice to read it unsafely."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if isinstance(error, SafetensorError):
+        return f"it is no whole safetensors file ({error})"
+    if "TorchScript" in str(error):
+        return "it is a TorchScript program, not a state dict"
+    return "it is damaged, cut off, or no PyTorch file at all"
+
+
+def _unwrap(content: Any) -> Mapping[str, Any]:
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return _unwrap(content[key])
+    return content if isinstance(content, Mapping) else {}
+
+
+def _clean(key: str) -> str:
+    """Take away what wrappers put before a name, and ``torch.compile`` before any part of it."""
+    while str(key).startswith(_PREFIXES):
+        key = key.partition(".")[2]
+    return str(key).replace("._orig_mod.", ".")
