@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice, Preprocessing
-from pretrained.network import build_network, change_head, classifier_layers, head_parameters
+from pretrained.network import build_network, build_outline, change_head, classifier_layers, head_parameters
 from pretrained.stages import Stage, find_stages
 from pretrained.weights import Match, find_weights, load_weights
 
@@ -87,11 +85,7 @@ def load_backbone(
 
 def describe_stages(card: Card) -> tuple[tuple[Stage, ...], dict[str, int]]:
     """Return a network's stages with its own classifier, and the size of each parameter."""
-    try:
-        with torch.device("meta"):
-            network = build_network(card)
-    except (RuntimeError, NotImplementedError):  # RegNet of torchvision computes with its tensors in building
-        network = build_network(card)
+    network = build_outline(card)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     return _stages_of(network, card.preprocessing), sizes
 
@@ -115,15 +109,3 @@ def check_same_labels(card: Card, classes: Sequence[str]) -> None:
         other = [name for name in classes if name not in card.label_names] or list(classes)
         found = f"the network was trained for other labels or another order (here: {', '.join(other[:3])})"
         raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")
-
-
-def summarize_card(card: Card) -> dict[str, Any]:
-    """Return the card's plain facts, for tables and JSON."""
-    return {
-        "name": card.name,
-        "library": card.library,
-        "input_size": card.preprocessing.img_size,
-        "num_classes": card.num_classes,
-        "license": card.license,
-        "origin": card.origin,
-    }

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import timm
+import torch
 import torchvision.models as tv
 from torch import nn
 
@@ -75,6 +76,15 @@ def build_network(card: Card, dropout: float | None = None) -> nn.Module:
     if card.head != "keep":
         change_head(network, card.num_classes, card.head, dropout or 0.0)
     return network
+
+
+def build_outline(card: Card) -> nn.Module:
+    """Return the card's network on the meta device, without memory for its weights, where that can be."""
+    try:
+        with torch.device("meta"):
+            return build_network(card)
+    except (RuntimeError, NotImplementedError):  # torchvision's RegNet computes with its tensors in building
+        return build_network(card)
 
 
 def timm_name(card: Card) -> str:

@@ -9,20 +9,13 @@ import csv
 import sys
 from pathlib import Path
 
-import torch
-
 from pretrained.catalog import Card, find_card, list_names
-from pretrained.network import build_network
+from pretrained.network import build_outline
 
 
 def count_parameters(card: Card) -> int:
     """Return the number of parameters of the card's network, built without memory where it can be."""
-    try:
-        with torch.device("meta"):
-            network = build_network(card)
-    except (RuntimeError, NotImplementedError):  # torchvision's RegNet computes while it is built
-        network = build_network(card)
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in build_outline(card).parameters())
 
 
 def main() -> None:
