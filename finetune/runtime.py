@@ -23,8 +23,8 @@ from finetune.errors import EnvironmentFaultError, UsageError
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-SHARED_MEMORY_PER_WORKER = 64 * 2**20
-"""Bytes of /dev/shm that a decoding process needs for its waiting batches (32 of 224 x 224 are 19 MB)."""
+BATCHES_PER_WORKER = 3
+"""Batches of one decoding process that lie in /dev/shm at a time: two that wait, one that is being made."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -81,11 +81,16 @@ def resolve_threads() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else available_cores()
 
 
-def resolve_workers(device: torch.device) -> int:
-    """Return how many processes should decode: all cores beside a GPU, half of them beside CPU training."""
+def resolve_workers(device: torch.device, batch_bytes: int) -> int:
+    """Return how many processes should decode: all cores beside a GPU, half of them beside CPU training.
+
+    Args:
+        device: that trains.
+        batch_bytes: of one batch of images; where /dev/shm is too small for all, there are fewer.
+    """
     cores = available_cores()
     wanted = min(cores, 8) if device.type == "cuda" else max(1, cores // 2)
-    return min(wanted, _shared_memory_bytes() // SHARED_MEMORY_PER_WORKER)
+    return min(wanted, _shared_memory_bytes() // (BATCHES_PER_WORKER * batch_bytes))
 
 
 def _shared_memory_bytes() -> int:

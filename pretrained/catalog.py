@@ -120,7 +120,7 @@ def find_card(name: str, offline: bool = False) -> Card:
         EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name is not here and cannot be had.
     """
     prefix, colon, rest = name.partition(":")
-    if name and Path(name).is_dir():
+    if name and Path(name).is_dir() and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
     if colon and prefix == "local-dir":
         return _card_from_folder(name, Path(rest))
@@ -138,6 +138,15 @@ def find_card(name: str, offline: bool = False) -> Card:
         return _card_from_torchvision(bare)
     found = f"there is no network of that name{_nearest(bare)}"
     raise UsageError(f"--backbone {name}", found, "See `finetune backbones`.")
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((path / "config.json").is_file() for path in (folder, folder / "model"))
+
+
+def _is_known(name: str) -> bool:
+    """A folder that happens to be called as a network does not hide it."""
+    return is_model(name) or name.partition(".")[0] in torchvision_names()
 
 
 def _nearest(name: str) -> str:

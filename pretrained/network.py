@@ -28,6 +28,9 @@ HEAD_PARTS = ("use_mlp_head", "use_aux_head")
 """Arguments of timm networks whose own head is more than a linear layer: MetaFormers have two layers, VOLO
 classifies every patch as well (and returns a tuple while it trains). A new head has none of it."""
 
+_NOT_FOR_CONFIGS = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of timm's factory that fetch or read weights: a stranger's config.json must not ask for that."""
+
 _TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 
 
@@ -94,7 +97,8 @@ def timm_name(card: Card) -> str:
 
 def timm_arguments(card: Card) -> dict[str, Any]:
     """Return what ``timm.create_model`` must be told beside the name."""
-    kwargs: dict[str, Any] = dict(card.model_args) | {"num_classes": card.num_classes}
+    given = {key: value for key, value in card.model_args if key not in _NOT_FOR_CONFIGS}
+    kwargs: dict[str, Any] = given | {"num_classes": card.num_classes}
     config = timm.get_pretrained_cfg(timm_name(card))
     other_size = config.fixed_input_size and card.preprocessing.input_size != config.input_size
     if other_size or "img_size" in kwargs:

@@ -770,3 +770,13 @@ def test_the_example_command_of_a_shipped_recipe_names_flags_that_exist(name: st
     parameters = set(inspect.signature(run_command).parameters)
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", line)}
     assert flags <= parameters | {"set", "json"}, flags - parameters
+
+
+def test_words_declared_twice_are_the_same() -> None:
+    """Low rooms cannot import the schema's types, nor the schema theirs without torch."""
+    from finetune import runtime
+    from finetune.recipe import HeadChoice, Precision
+    from pretrained import catalog
+
+    assert Precision == runtime.Precision
+    assert HeadChoice == catalog.HeadChoice

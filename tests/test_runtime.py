@@ -16,7 +16,7 @@ import torch
 from finetune import runtime
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
 from finetune.runtime import (
-    SHARED_MEMORY_PER_WORKER,
+    BATCHES_PER_WORKER,
     available_cores,
     derive_seed,
     describe_environment,
@@ -27,6 +27,7 @@ from finetune.runtime import (
     seed_everything,
 )
 
+BATCH = 4 * 64 * 3 * 224 * 224
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -161,8 +162,8 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, asked: str, threads: int) -> N
         (CPU, 9, 2**40, 4),
         (CUDA, 2, 2**40, 2),
         (CUDA, 64, 2**40, 8),
-        (CUDA, 64, 3 * SHARED_MEMORY_PER_WORKER, 3),
-        (CUDA, 64, SHARED_MEMORY_PER_WORKER - 1, 0),  # docker's default of 64 MB, less what is in use
+        (CUDA, 64, 3 * BATCHES_PER_WORKER * BATCH, 3),
+        (CUDA, 64, BATCHES_PER_WORKER * BATCH - 1, 0),  # docker's 64 MB, and batches of 64
         (CPU, 4, 0, 0),
     ],
 )
@@ -171,7 +172,7 @@ def test_workers(
 ) -> None:
     monkeypatch.setattr(runtime, "available_cores", lambda: cores)
     give_shared_memory(monkeypatch, free)
-    assert resolve_workers(device) == workers
+    assert resolve_workers(device, BATCH) == workers
 
 
 def test_workers_where_there_is_no_shared_memory_to_ask_about(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +181,7 @@ def test_workers_where_there_is_no_shared_memory_to_ask_about(monkeypatch: pytes
 
     monkeypatch.setattr(runtime, "available_cores", lambda: 4)
     monkeypatch.setattr(shutil, "disk_usage", refuse)
-    assert resolve_workers(CUDA) == 4
+    assert resolve_workers(CUDA, BATCH) == 4
 
 
 # --- seeds ---------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def run_command(
         typer.Option(help="Share of each class kept for validation if there is no val/.", show_default="0.2"),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same bits.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same bits (on a CPU).", show_default="0")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
     ] = None,
@@ -83,7 +85,7 @@ def run_command(
     """Fine-tune a backbone on a folder of images.
 
     Progress goes to stderr. The run folder holds the model, the figures, every prediction and the recipe
-    that repeats the run. The same command goes on where an interrupted run stopped.
+    that repeats the run. The same command with the same --output goes on where an interrupted run stopped.
     """
     flags = {
         "backbone": backbone,
@@ -103,7 +105,7 @@ def run_command(
     with refusals(as_json):
         metrics = _run(recipe, flags, assignments or [], output)
         if as_json:
-            typer.echo(json.dumps(metrics, ensure_ascii=False))
+            typer.echo(json.dumps(metrics))
 
 
 def _run(

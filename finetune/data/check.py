@@ -6,7 +6,6 @@ than the user counted would look like any other figure.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,12 +13,13 @@ from dataclasses import dataclass, replace
 from finetune.data.decode import BadImageError, probe_image
 from finetune.data.sample import Dataset, Sample, Split
 from finetune.errors import DataError
+from finetune.runtime import available_cores
 
 _SHOWN = 5
 _ALLOWED_PERCENT = 1  # of the training images
 _CHUNK = 4096  # tasks queued at a time: a million at once would cost gigabytes
 # Pillow decodes outside Python's lock, so threads do spread over cores.
-_THREADS = min(16, os.cpu_count() or 1)
+_THREADS = min(16, available_cores())
 
 
 @dataclass(frozen=True)

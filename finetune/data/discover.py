@@ -11,6 +11,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.finding import Finding, count, names_in, printable, some
@@ -49,7 +50,7 @@ def discover(data: Path, val_fraction: float, seed: int) -> Dataset:
             "is neither a folder nor a CSV file",
             "Give a folder of class folders (unpack an archive first) or a CSV file with path,label[,split].",
         )
-    return _dataset(finding, val_fraction, seed)
+    return replace(_dataset(finding, val_fraction, seed), is_folder=data.is_dir())
 
 
 def _dataset(finding: Finding, val_fraction: float, seed: int) -> Dataset:

@@ -163,7 +163,11 @@ def _above(folder: str) -> Iterator[str]:
 
 def _identity(finding: Finding, folder: str) -> tuple[int, int]:
     """Return device and inode: the same for a folder and every link to it."""
-    status = (finding.root / folder).stat()
+    try:
+        status = (finding.root / folder).stat()
+    except OSError as error:
+        fix = "Restore the folder, or make it readable."
+        raise finding.refuse(f"the folder {folder!r} cannot be read: {error.strerror}", fix) from None
     return status.st_dev, status.st_ino
 
 

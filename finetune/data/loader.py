@@ -149,7 +149,8 @@ class Loader:
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=placement.device.type == "cuda",
-            persistent_workers=workers > 0,
+            # Evaluation's processes end with each pass: those of two loaders would share cores and /dev/shm.
+            persistent_workers=shuffle and workers > 0,
             worker_init_fn=_start_worker,
         )
 

@@ -29,12 +29,14 @@ class Dataset:
         classes: class names in index order, taken from the training part only.
         samples: every image, ordered by part (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
+        is_folder: the user named the root itself, and not a CSV file in it.
     """
 
     root: Path
     classes: tuple[str, ...]
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...] = ()
+    is_folder: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -55,6 +57,11 @@ class Dataset:
         for sample in self.of(split):
             counts[sample.label] += 1
         return counts
+
+    @property
+    def judged_split(self) -> Split:
+        """The part that final figures come from: test where there is one, else val."""
+        return "test" if self.of("test") else "val"
 
     def without(self, paths: Collection[str]) -> Dataset:
         """Return the same data set less these paths; classes and their indices stay as they are."""

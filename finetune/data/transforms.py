@@ -8,7 +8,7 @@ its highest magnitude, which Pillow refuses.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,9 +16,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from finetune.recipe import Augmentation
 from pretrained.catalog import Preprocessing
 
-Augmentation = Literal["none", "light", "medium", "heavy"]
 Transform = Callable[[Image.Image], Tensor]
 
 _SMALLEST_CROP = {"light": 0.5, "medium": 0.5, "heavy": 0.2}

@@ -144,7 +144,9 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
         folder: written by :func:`export_model`.
         images: (B, 3, H, W) float32, normalised.
     """
-    reloaded = load_exported(folder).to(images.device)
+    in_channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if in_channels_last else torch.contiguous_format
+    reloaded = load_exported(folder).to(images.device, memory_format=layout)  # type: ignore[call-overload]
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

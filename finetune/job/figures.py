@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.data.loader import Loader
-from finetune.data.sample import Dataset, Split
+from finetune.data.sample import Dataset
 from finetune.display import Display
 from finetune.evaluation.metrics import compute_confusion, compute_metrics
 from finetune.evaluation.predict import Predictions, predict
@@ -16,9 +16,8 @@ from finetune.training.checkpoint import Progress
 from finetune.training.trainer import Trainer
 
 
-def evaluate(trainer: Trainer, loaders: dict[Split, Loader], display: Display) -> Predictions:
-    """Predict the test part where there is one, else the validation part, with the judged network."""
-    loader = loaders.get("test", loaders["val"])
+def evaluate(trainer: Trainer, loader: Loader, display: Display) -> Predictions:
+    """Predict the judged part with the judged network."""
     with display.track("evaluating", len(loader.samples)) as advance:
         return predict(trainer.judged, loader, trainer.precision, lambda done: advance(done, ""))
 
@@ -27,21 +26,20 @@ def collect_metrics(
     ready: Ready, dataset: Dataset, predictions: Predictions, progress: Progress
 ) -> dict[str, Any]:
     """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
-    split: Split = "test" if dataset.of("test") else "val"
-    images = sum(row["seconds"] * row["images_per_second"] for row in progress.history)
+    num_train = len(dataset.of("train"))
     seconds = sum(row["seconds"] for row in progress.history)
     return compute_metrics(predictions, dataset.classes) | {
-        "split": split,
-        "split_chose_checkpoint": split == "val",
+        "split": dataset.judged_split,
+        "split_chose_checkpoint": dataset.judged_split == "val",
         "val_accuracy": progress.best["accuracy"],
         "val_loss": progress.best["loss"],
         "best_epoch": progress.best_epoch + 1,
         "epochs": progress.epoch,
-        "images_per_second": round(images / seconds, 2),
+        "images_per_second": round(num_train * progress.epoch / max(seconds, 1e-9), 2),
         "backbone": ready.backbone.card.name,
         "strategy": ready.recipe.strategy.name,
         "num_classes": dataset.num_classes,
-        "num_train": len(dataset.of("train")),
+        "num_train": num_train,
     }
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +26,13 @@ from finetune.data.loader import Loader, Placement
 from finetune.data.sample import Dataset, Split
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display, SilentDisplay
-from finetune.errors import DataError, InternalError
+from finetune.errors import DataError, InternalError, UsageError
 from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
 from finetune.recipe import Recipe, StrategySettings
-from finetune.runs.claim import check_same_images, claim_folder, locked, read_bad_images
+from finetune.runs.claim import check_same_images, claim_folder, create_folder, locked, read_bad_images
 from finetune.runs.files import write_csv, write_json, write_text
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
@@ -90,8 +91,10 @@ def run(recipe: Recipe, output: Path | None = None, display: Display | None = No
         with clock.phase("load"):
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
-        folder, finished = claim_folder(path, ready.recipe)
-        with locked(folder.path):
+        check_outside(path, ready.dataset)
+        create_folder(path)
+        with locked(path):
+            folder, finished = claim_folder(path, ready.recipe)
             if finished:
                 return _read_run(folder, ready.dataset, display)
             display.log_to(folder.log)
@@ -102,6 +105,20 @@ def run(recipe: Recipe, output: Path | None = None, display: Display | None = No
 def default_output(architecture: str, strategy: str) -> Path:
     """Return ``runs/<time>-<backbone>-<strategy>``."""
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{architecture}-{strategy}"
+
+
+def check_outside(output: Path, dataset: Dataset) -> None:
+    """Refuse to write among the images: nothing is ever written into the user's data.
+
+    Raises:
+        UsageError: the output is the data folder, or lies in it (in a folder with images, for a CSV file).
+    """
+    holders = {Path(sample.path).parts[0] for sample in dataset.samples if "/" in sample.path}
+    inside = Path(os.path.realpath(output))
+    tops = [dataset.root] if dataset.is_folder else [dataset.root / name for name in holders]
+    if any(inside.is_relative_to(os.path.realpath(top)) for top in tops):
+        fix = "Name an --output outside of it."
+        raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
 
 
 def _read_run(folder: RunFolder, dataset: Dataset, display: Display) -> Run:
@@ -139,7 +156,7 @@ def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, 
             progress = trainer.fit()
         check_frozen(trainer.judged, plan, digests)
         with clock.phase("evaluate"):
-            predictions = evaluate(trainer, loaders, display)
+            predictions = evaluate(trainer, loaders[dataset.judged_split], display)
         metrics = collect_metrics(ready, dataset, predictions, progress)
         write_figures(folder, dataset, predictions, metrics)
         with clock.phase("export"):
@@ -277,7 +294,7 @@ def _export(
     export_model(ready.backbone, network, folder.model, metrics)
     images = next(val.batches()).images
     difference = measure_round_trip(network, folder.model, images)
-    if difference > ROUND_TRIP_TOLERANCE:
+    if not difference <= ROUND_TRIP_TOLERANCE:  # so that NaN is refused as well
         found = f"loaded again, its probabilities differ by up to {difference:.2g}"
         fix = "Do not use it; please report this with the backbone's name."
         raise InternalError(f"exporting {folder.model}", found, fix)

@@ -17,13 +17,14 @@ from finetune.runs.folder import RunFolder, outcome_of
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
+def translated_errors(output: str = "") -> Iterator[None]:
     """Everything that can end a run becomes a FinetuneError with a reason and a remedy."""
     try:
         yield
     except KeyboardInterrupt:
         found = "it was stopped at once; what the last checkpoint holds is kept"
-        raise InterruptedRunError("the run", found, "Give the same command again to go on.") from None
+        fix = f"Give the same command again{f', with --output {output},' if output else ''} to go on."
+        raise InterruptedRunError("the run", found, fix) from None
     except torch.OutOfMemoryError as error:
         found = " ".join(str(error).split())[:200]
         fix = "Halve --batch-size, or lower --img-size."
@@ -39,7 +40,7 @@ def recorded_outcome(folder: RunFolder, display: Display) -> Iterator[None]:
     """Write ``outcome.json`` for every end, and the traceback of an unforeseen one to the log."""
     folder.write_outcome("running", "the run is going on, or was killed")
     try:
-        with translated_errors():
+        with translated_errors(str(folder.path)):
             yield
     except FinetuneError as error:
         _write_failure(folder, error)

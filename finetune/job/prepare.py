@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
 from finetune.display import Display
 from finetune.errors import UsageError
-from finetune.recipe import Facts, Recipe, resolve_recipe
+from finetune.recipe import Facts, Recipe, compute_batch_size, resolve_recipe
 from finetune.runtime import (
     resolve_device,
     resolve_precision,
@@ -43,23 +44,35 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     name, data = _required(recipe)
     device = resolve_device(recipe.device)
     torch.set_num_threads(resolve_threads())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
     dataset = discover(Path(data), recipe.data.val_fraction, recipe.seed)
     with display.busy(f"loading {name}"):
         card = find_card(name, recipe.backbone.offline)
         card = card.with_input(_preprocessing(recipe, card))
         backbone = _load_backbone(recipe, card, dataset)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
+    if backbone.match.missing:
+        display.warn(f"{len(backbone.match.missing)} tensors of the backbone stay random")
+    num_train = len(dataset.of("train"))
     facts = Facts(
         device=str(device),
         precision=resolve_precision(device),
         channels_last=is_convolutional(backbone.network),
-        workers=resolve_workers(device),
-        num_train=len(dataset.of("train")),
+        workers=resolve_workers(device, _batch_bytes(recipe, num_train, card)),
+        num_train=num_train,
         preprocessing=card.preprocessing.to_dict(),
     )
     resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
     placement = Placement(device, bool(resolved.training.channels_last))
     return Ready(resolved, dataset, backbone, placement, _plan(resolved, backbone))
+
+
+def _batch_bytes(recipe: Recipe, num_train: int, card: Card) -> int:
+    """Bytes of one batch of images in float32."""
+    asked = recipe.training.batch_size
+    batch_size = compute_batch_size(num_train) if asked == "auto" else asked
+    return 4 * batch_size * math.prod(card.preprocessing.input_size)
 
 
 def _plan(recipe: Recipe, backbone: Backbone) -> Plan:

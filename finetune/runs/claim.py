@@ -78,6 +78,21 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return [{key: unescape_formula(value) for key, value in row.items()} for row in rows]
 
 
+def create_folder(path: Path) -> None:
+    """Create a folder and those above it, where they are not there yet.
+
+    Raises:
+        UsageError: it is a file.
+        DiskError: it cannot be created.
+    """
+    if path.is_file():
+        raise UsageError(f"--output {path}", "it is a file", "Name a folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
 def claim_folder(path: Path, recipe: Recipe) -> tuple[RunFolder, bool]:
     """Take a folder for a run: a new or empty one, or one that holds this very run.
 
@@ -93,10 +108,8 @@ def claim_folder(path: Path, recipe: Recipe) -> tuple[RunFolder, bool]:
         DiskError: it cannot be created.
     """
     folder = RunFolder(path)
-    if path.is_file():
-        raise UsageError(f"--output {path}", "it is a file", "Name a folder.")
+    create_folder(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         if folder.recipe.exists():
             _check_same_run(folder, recipe)
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.errors import DataError, FinetuneError
+from finetune.errors import FinetuneError
 from finetune.runs.files import write_json
 
 State = Literal["running", "done", "interrupted", "failed"]
@@ -112,16 +112,3 @@ def outcome_of(error: FinetuneError) -> tuple[State, str, str, int]:
     """Return what :meth:`RunFolder.write_outcome` takes for an error."""
     state: State = "interrupted" if error.exit_code == 75 else "failed"
     return state, error.message, error.fix, int(error.exit_code)
-
-
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Return the class names of ``classes.txt`` in index order.
-
-    Raises:
-        DataError: the file is not there, or is not UTF-8 text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise DataError(str(path), "there is no class list", "Name a finished run.") from None
-    return tuple(text.removesuffix("\n").split("\n")) if text else ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def set_train_mode(network: nn.Module, plan: Plan) -> None:
 def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> list[dict[str, Any]]:
     """Third act: parameter groups of the trained stages only, two a stage: with weight decay and without.
 
-    Biases, norm parameters (one dimension or none) and what the network itself exempts (position
-    embeddings, class tokens) take no weight decay.
+    Biases, norm parameters, scales, tokens, position embeddings and what the network itself exempts take
+    no weight decay (:func:`takes_decay`).
 
     Returns:
         Groups with ``name``, ``params``, ``lr``, ``base_lr`` and ``weight_decay``.
@@ -48,7 +49,7 @@ def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> l
         InternalError: the groups do not hold exactly the parameters that have a gradient.
     """
     parameters = dict(network.named_parameters())
-    exempt = set(network.no_weight_decay()) if hasattr(network, "no_weight_decay") else set()  # type: ignore[operator]
+    exempt = _exempt(network)
     groups = []
     for row in plan.trained:
         for decay in (True, False):
@@ -67,9 +68,27 @@ def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> l
     return groups
 
 
-def takes_decay(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:
-    """Return whether weight decay applies to a parameter."""
-    return parameter.ndim > 1 and name not in exempt and not name.endswith(".bias")
+def takes_decay(name: str, parameter: Tensor, exempt: Collection[str] = ()) -> bool:
+    """Return whether weight decay applies to a parameter: to matrices and kernels, and nothing else.
+
+    Args:
+        name: as in ``named_parameters()``.
+        parameter: what has fewer than two axes longer than 1 is a bias, a norm or a scale (of any shape).
+        exempt: patterns of names that the network exempts, as timm's ``no_weight_decay`` gives them.
+    """
+    last = name.rpartition(".")[2]
+    is_matrix = sum(size > 1 for size in parameter.shape) > 1
+    named_otherwise = any(fnmatch(last, pattern) for pattern in _NOT_WEIGHTS)
+    return is_matrix and not named_otherwise and not any(fnmatch(name, pattern) for pattern in exempt)
+
+
+_NOT_WEIGHTS = ("*bias*", "*pos_emb*", "*_token", "*_tokens", "*layer_scale*")
+"""Last parts of names of what has the shape of a matrix and is none (torchvision exempts nothing)."""
+
+
+def _exempt(network: nn.Module) -> Collection[str]:
+    declared = getattr(network, "no_weight_decay", None)
+    return set(declared()) if callable(declared) else set()
 
 
 def _check_groups(network: nn.Module, groups: list[dict[str, Any]]) -> None:

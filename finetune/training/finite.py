@@ -22,7 +22,7 @@ class FiniteCheck:
         """Ask of a loss; call before the backward pass."""
         self._answer.copy_(torch.isfinite(loss.detach()).all(), non_blocking=self._on_gpu)
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(loss.device))
 
     def wait(self) -> bool:
         """Return whether it is finite; call before the update."""

@@ -24,6 +24,7 @@ image): where a run was interrupted leaves no trace in its result.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,7 +174,10 @@ class Trainer:
         while self.progress.epoch < self.settings.epochs and not self._out_of_patience():
             self._train_epoch()
             self._finish_epoch()
-        restore_network(self.judged, load_checkpoint(self.folder.best_checkpoint)[0], "model.")
+        tensors, best = load_checkpoint(self.folder.best_checkpoint)
+        restore_network(self.judged, tensors, "model.")
+        # Both files are whole, but a kill may have come between them: figures go with the weights.
+        self.progress.best, self.progress.best_epoch = best.best, best.best_epoch
         fold(self.judged)
         return self.progress
 
@@ -203,7 +207,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if not self.finite.wait():
-            raise self._diverged(loss)
+            at = self.progress
+            where = f"step {at.step + 1} (epoch {at.epoch + 1}, batch {at.batch + 1})"
+            raise self._diverged(f"loss became {loss.item()} at {where}; it did not reach the weights")
         self._update()
         self._loss_sum += loss.detach().double() * len(batch.labels)
         self.progress.num_seen += len(batch.labels)
@@ -231,7 +237,7 @@ class Trainer:
         factor = self.schedule.factor(self.progress.step, steps_per_epoch) * self.progress.plateau_factor
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.progress.lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.progress.lr = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
 
     # --- the end of an epoch ---------------------------------------------------------------------
 
@@ -241,9 +247,7 @@ class Trainer:
         self._observe(figures, improved)
         self._record(figures)
         if improved:
-            save_checkpoint(
-                self.folder.best_checkpoint, network_tensors(self.judged, "model."), self.progress
-            )
+            self._save_best()
         self._begin_next_epoch()
         self._save()
         if self.stop_asked() and self.progress.epoch < self.settings.epochs:
@@ -252,6 +256,10 @@ class Trainer:
     def _judge(self) -> dict[str, float]:
         with self._bar("validating", len(self.task.val.samples), 0) as advance:
             predictions = predict(self.judged, self.task.val, self.precision, lambda done: advance(done, ""))
+        if not math.isfinite(predictions.loss):
+            raise self._diverged(
+                f"validation loss became {predictions.loss} after epoch {self.progress.epoch + 1}"
+            )
         return {"accuracy": predictions.accuracy, "loss": predictions.loss}
 
     def _is_better(self, figures: dict[str, float]) -> bool:
@@ -333,7 +341,8 @@ class Trainer:
         began, done_before = self._pace
         done = self._done() - done_before
         seconds = (time.perf_counter() - began) * (1 - self._done()) / max(done, 1e-9)
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02}"
 
     def _say_epoch(self, row: dict[str, float]) -> None:
         star = " *" if self.progress.best_epoch == self.progress.epoch else ""
@@ -380,11 +389,9 @@ class Trainer:
 
     def _interrupted(self) -> InterruptedRunError:
         found = f"it was interrupted after step {self.progress.step}, in epoch {self.progress.epoch + 1}"
-        return InterruptedRunError("training", found, "Give the same command again to go on from there.")
+        fix = f"Give the same command again, with --output {self.folder.path}, to go on from there."
+        return InterruptedRunError("training", found, fix)
 
-    def _diverged(self, loss: Tensor) -> DivergedError:
-        progress = self.progress
-        where = f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
-        found = f"the loss became {loss.item()} at {where}, with a rate of {progress.lr:g}"
+    def _diverged(self, what: str) -> DivergedError:
         fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
-        return DivergedError("training", f"{found}; it did not reach the weights", fix)
+        return DivergedError("training", f"the {what}, with a rate of {self.progress.lr:g}", fix)

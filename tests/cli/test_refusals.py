@@ -304,3 +304,35 @@ def test_a_finished_run_without_figures_is_refused(cli: Cli, run_words: list[obj
     assert cli(*run_words).exit_code == 0
     (tmp_path / "run" / "metrics.json").unlink()
     assert "metrics.json" in refused(cli, ExitCode.DATA, *run_words)
+
+
+@pytest.mark.parametrize("inside", ["", "runs/a", "train/red"])
+def test_nothing_is_ever_written_among_the_images(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    data = draw_folder(tmp_path / "data", {"train/red": 3, "train/blue": 3, "val/red": 1, "val/blue": 1})
+    before = sorted(data.rglob("*"))
+    assert "it lies in the data" in refused(
+        cli, ExitCode.USAGE, "run", "-b", tiny, "-d", data, "-o", data / inside, *QUICK
+    )
+    monkeypatch.chdir(data)  # the default output is relative
+    assert "it lies in the data" in refused(cli, ExitCode.USAGE, "run", "-b", tiny, "-d", ".", *QUICK)
+    assert sorted(data.rglob("*")) == before
+
+
+def test_a_run_may_lie_beside_a_csv_but_not_among_its_images(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    rows = [f"img/{name}/{number:03}.jpg,{name}" for name in ("red", "blue") for number in range(4)]
+    draw_folder(tmp_path / "img", {"red": 4, "blue": 4})
+    (tmp_path / "data.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    words = ["run", "-b", tiny, "-d", tmp_path / "data.csv", *QUICK]
+    assert "it lies in the data" in refused(cli, ExitCode.USAGE, *words, "-o", tmp_path / "img" / "run")
+    assert cli(*words, "-o", tmp_path / "run").exit_code == 0
+
+
+def test_a_folder_called_as_the_backbone_does_not_hide_it(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "squeezenet1_1").mkdir()
+    result = cli("backbones", "show", "squeezenet1_1", "--json")
+    assert json.loads(result.stdout)["name"].startswith("torchvision/")

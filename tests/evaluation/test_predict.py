@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from finetune.evaluation.predict import predict
@@ -32,8 +33,6 @@ def test_modes_are_restored_after_an_error(pictures: Path, tmp_path: Path) -> No
 
     network = Failing().train()
     loader = build_trainer(pictures, tmp_path, network=network, batch_size=4).task.val
-    try:
+    with pytest.raises(RuntimeError, match="on purpose"):
         predict(network, loader, "float32")
-    except RuntimeError as error:
-        assert str(error) == "on purpose"
     assert all(module.training for module in network.modules())

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import DataError, DiskError, DivergedError, ExitCode, InterruptedRunError, UsageError
+from finetune.errors import DiskError, DivergedError, ExitCode, InterruptedRunError, UsageError
 from finetune.recipe import Facts, Recipe, load_recipe, resolve_recipe
 from finetune.runs import claim as claim_module
 from finetune.runs.claim import claim_folder
-from finetune.runs.folder import RunFolder, State, outcome_of, read_classes
+from finetune.runs.folder import RunFolder, State, outcome_of
 
 
 def recipe(**overrides: Any) -> Recipe:
@@ -232,17 +232,3 @@ def test_every_path_is_in_the_folder_and_has_a_name_of_its_own() -> None:
     assert len(set(paths)) == len(paths) > 10
     assert all(path.is_relative_to(folder.path) for path in paths)
     assert not folder.path.exists()
-
-
-def test_classes_come_back(tmp_path: Path) -> None:
-    names = ("ant", "a b", "é", "x\u00a0y", "\x1c", "a\u2028b", " ")
-    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    assert read_classes(tmp_path / "classes.txt") == names
-
-
-@pytest.mark.parametrize("content", [None, b"\xff"])
-def test_a_class_list_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "classes.txt").write_bytes(content)
-    with pytest.raises(DataError, match="there is no class list\nName a finished run"):
-        read_classes(tmp_path / "classes.txt")

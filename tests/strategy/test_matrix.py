@@ -113,7 +113,6 @@ def test_biases_norms_and_tokens_take_no_decay() -> None:
                 or name.endswith(".bias")
             )
             assert group["weight_decay"] == (0.0 if free else 0.1), name
-    assert not takes_decay("x.bias", torch.zeros(2, 2), set())
 
 
 def test_frozen_modules_stay_in_eval_under_train() -> None:
@@ -126,3 +125,25 @@ def test_frozen_modules_stay_in_eval_under_train() -> None:
     assert any("bn" in name for name in frozen)
     assert all(modes[name] for row in plan.trained for name in row.stage.modules)
     assert modes[""]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "decays"),
+    [
+        ("conv.weight", (8, 3, 3, 3), True),
+        ("fc.weight", (2, 8), True),
+        ("conv1x1.weight", (8, 4, 1, 1), True),
+        ("fc.bias", (2,), False),
+        ("norm.weight", (8,), False),
+        ("affine.alpha", (1, 1, 8), False),  # ResMLP
+        ("layer_scale", (8, 1, 1), False),  # torchvision's ConvNeXt
+        ("cls_token", (1, 1, 8), False),
+        ("class_token", (1, 2, 8), False),
+        ("encoder.pos_embedding", (1, 50, 8), False),  # torchvision's ViT
+        ("attn.relative_position_bias_table", (169, 3), False),  # Swin
+        ("logit_scale", (), False),
+        ("pos_embed.token_projection.weight", (8, 16, 1, 1), False),  # XCiT exempts pos_embed.*
+    ],
+)
+def test_only_matrices_and_kernels_decay(name: str, shape: tuple[int, ...], decays: bool) -> None:
+    assert takes_decay(name, torch.zeros(shape), {"pos_embed.*"}) is decays

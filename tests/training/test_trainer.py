@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune.errors import DataError, DivergedError, ExitCode, InternalError, InterruptedRunError
 from finetune.strategy.freeze import check_frozen, digest_frozen
+from finetune.training.checkpoint import load_checkpoint, save_checkpoint
 from finetune.training.trainer import Trainer
 from tests.training.helpers import SmallNet, build_trainer
 
@@ -210,3 +211,50 @@ def test_a_shared_tensor_survives_the_checkpoint(pictures: Path, tmp_path: Path)
     other = build_trainer(pictures, tmp_path, network=Tied(), epochs=1, batch_size=8, lr=0.1)
     other.fit()
     assert_same_state(trainer.judged, other.judged)
+
+
+class Brittle(SmallNet):
+    """Sound while it trains; in eval mode its outputs are NaN from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += not self.training
+        return super().forward(images) * (float("nan") if self.passes > 3 and not self.training else 1.0)
+
+
+@pytest.mark.parametrize("monitor", ["accuracy", "loss"])
+def test_a_validation_loss_that_is_no_number_stops_the_run(
+    pictures: Path, tmp_path: Path, monitor: str
+) -> None:
+    """18 validation pictures in batches of 8 are 3 passes, so the second epoch is judged NaN."""
+    trainer = build_trainer(pictures, tmp_path, network=Brittle(), epochs=5, batch_size=8, monitor=monitor)
+    with pytest.raises(DivergedError, match="validation loss became nan after epoch 2"):
+        trainer.fit()
+    tensors, progress = load_checkpoint(trainer.folder.best_checkpoint)
+    assert progress.best_epoch == 0
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_figures_go_with_the_weights_when_a_kill_came_between_the_files(
+    pictures: Path, tmp_path: Path
+) -> None:
+    trainer = build_trainer(pictures, tmp_path, epochs=2, batch_size=8, lr=0.05)
+    trainer.fit()
+    tensors, progress = load_checkpoint(trainer.folder.best_checkpoint)
+    progress.best, progress.best_epoch = {"accuracy": 0.5, "loss": 0.25}, 7  # of an attempt that was lost
+    save_checkpoint(trainer.folder.best_checkpoint, tensors, progress)
+    again = build_trainer(pictures, tmp_path, epochs=2, batch_size=8, lr=0.05).fit()
+    assert (again.best, again.best_epoch) == ({"accuracy": 0.5, "loss": 0.25}, 7)
+
+
+def test_the_best_file_can_be_used_alone(pictures: Path, tmp_path: Path) -> None:
+    """Its classifier learnt on standardised features, so their moments are in it."""
+    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
+    trainer.standardize_head()
+    trainer.fit()
+    assert {"moments.head.mean", "moments.head.std"} <= load_checkpoint(trainer.folder.best_checkpoint)[
+        0
+    ].keys()
