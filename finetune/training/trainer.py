@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from finetune.data.loader import Batch, Loader
-from finetune.display import Advance, Display
+from finetune.display import Display
 from finetune.errors import DivergedError, InterruptedRunError
 from finetune.evaluation.predict import autocast, predict
 from finetune.recipe import TrainingSettings
@@ -54,6 +53,7 @@ from finetune.training.checkpoint import (
     save_checkpoint,
 )
 from finetune.training.finite import FiniteCheck
+from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
 from finetune.training.schedule import Plateau, Schedule
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
@@ -131,7 +131,7 @@ class Trainer:
         self.finite = FiniteCheck(self.device)
         self.progress = Progress()
         self._moments: dict[str, Tensor] = {}
-        self._pace = (0.0, 0.0)
+        self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def standardize_head(self) -> None:
@@ -170,7 +170,7 @@ class Trainer:
         """
         if self.folder.last_checkpoint.exists():
             self._restore()
-        self._pace = (time.perf_counter(), self._done())
+        self.narrator.begin(self.progress)
         while self.progress.epoch < self.settings.epochs and not self._out_of_patience():
             self._train_epoch()
             self._finish_epoch()
@@ -190,12 +190,12 @@ class Trainer:
             progress.epoch_seconds,
             progress.wait_seconds,
         )
-        with self._bar("training", len(loader.samples), progress.num_seen) as advance:
+        with self.narrator.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
             for batch in loader.batches(progress.epoch, start=progress.batch):
                 self._train_step(batch, steps_per_epoch)
                 progress.epoch_seconds = seconds_before + time.perf_counter() - began
                 progress.wait_seconds = waited_before + loader.wait_seconds
-                advance(len(batch.labels), self._words())
+                advance(len(batch.labels), self.narrator.words(progress))
                 if self.stop_asked():
                     self._stop()
 
@@ -254,7 +254,7 @@ class Trainer:
             raise self._interrupted()
 
     def _judge(self) -> dict[str, float]:
-        with self._bar("validating", len(self.task.val.samples), 0) as advance:
+        with self.narrator.bar(self.progress, "validating", len(self.task.val.samples)) as advance:
             predictions = predict(self.judged, self.task.val, self.precision, lambda done: advance(done, ""))
         if not math.isfinite(predictions.loss):
             raise self._diverged(
@@ -296,7 +296,7 @@ class Trainer:
         row = {
             "epoch": progress.epoch + 1,
             "lr": progress.lr,
-            "train_loss": self._mean_loss(),
+            "train_loss": self._loss_sum.item() / max(progress.num_seen, 1),
             "eval_loss": figures["loss"],
             "eval_accuracy": figures["accuracy"],
             "seconds": round(seconds, 3),
@@ -305,53 +305,13 @@ class Trainer:
         }
         progress.history.append(row)
         write_csv(self.folder.history, [tuple(row.values()) for row in progress.history], HISTORY_COLUMNS)
-        self._say_epoch(row)
+        self.narrator.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
 
     def _begin_next_epoch(self) -> None:
         progress = self.progress
         progress.epoch, progress.batch, progress.num_seen = progress.epoch + 1, 0, 0
         progress.epoch_seconds = progress.wait_seconds = 0.0
         self._loss_sum.zero_()
-
-    # --- words -----------------------------------------------------------------------------------
-
-    def _mean_loss(self) -> float:
-        return self._loss_sum.item() / max(self.progress.num_seen, 1)
-
-    @contextmanager
-    def _bar(self, what: str, total: int, done: int) -> Iterator[Advance]:
-        name = f"epoch {self.progress.epoch + 1}/{self.settings.epochs} {what}"
-        with self.display.track(name, total) as advance:
-            advance(done, "")
-            yield advance
-
-    def _words(self) -> str:
-        seconds = max(self.progress.epoch_seconds, 1e-9)
-        speed = self.progress.num_seen / seconds
-        waiting = self.progress.wait_seconds / seconds
-        return f"{speed:.0f} images/s, waiting {waiting:.0%}, run ends in {self._time_left()}"
-
-    def _done(self) -> float:
-        """Share of the run's training that is done, in [0, 1]."""
-        epochs = self.progress.epoch + self.progress.num_seen / len(self.task.train.samples)
-        return min(epochs / self.settings.epochs, 1.0)
-
-    def _time_left(self) -> str:
-        """Minutes and seconds at the pace since this process began to train."""
-        began, done_before = self._pace
-        done = self._done() - done_before
-        seconds = (time.perf_counter() - began) * (1 - self._done()) / max(done, 1e-9)
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes}:{rest:02}"
-
-    def _say_epoch(self, row: dict[str, float]) -> None:
-        star = " *" if self.progress.best_epoch == self.progress.epoch else ""
-        self.display.say(
-            f"epoch {self.progress.epoch + 1:>3}/{self.settings.epochs}  lr {row['lr']:.2e}  "
-            f"train loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
-            f"val accuracy {row['eval_accuracy']:.4f}  {row['images_per_second']:.0f} images/s  "
-            f"waiting {row['data_wait_fraction']:.0%}  {row['seconds']:.1f} s{star}"
-        )
 
     # --- stopping and going on -------------------------------------------------------------------
 
@@ -381,7 +341,6 @@ class Trainer:
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
         self._loss_sum.fill_(self.progress.loss_sum)
-        self.display.say(f"going on at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
     def _stop(self) -> None:
         self._save()
