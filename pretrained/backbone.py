@@ -72,6 +72,7 @@ def load_backbone(
         match = load_weights(network, card, path, old_head, load_head=head == "keep")
     else:
         match = Match("", 0, len(network.state_dict()))
+        card = _without_weights(card)
     change_head(network, len(classes), head, dropout)
     new_card = replace(
         card,
@@ -81,6 +82,12 @@ def load_backbone(
         dropout=card.dropout if head == "keep" else dropout,
     )
     return Backbone(network, new_card, _stages_of(network, card.preprocessing), match)
+
+
+def _without_weights(card: Card) -> Card:
+    """The card of an architecture alone: nothing is owed to weights that were not used."""
+    name = f"{card.library}/{card.architecture}"
+    return replace(card, name=name, tag="", place="none", location="", license="", origin="")
 
 
 def describe_stages(card: Card) -> tuple[tuple[Stage, ...], dict[str, int]]:

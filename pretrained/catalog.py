@@ -131,7 +131,8 @@ def find_card(name: str, offline: bool = False) -> Card:
         library, bare = "", name
     if library not in ("", "timm", "torchvision"):
         found = "it is no folder, and names with a slash start with timm/ or torchvision/"
-        raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), "See `finetune backbones`.")
+        fix = "Check the path, or see `finetune backbones`."
+        raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), fix)
     if library != "torchvision" and is_model(bare):
         return _card_from_timm(timm_old_names.get(bare) or bare)
     if library != "timm" and bare.partition(".")[0] in torchvision_names():

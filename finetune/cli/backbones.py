@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,15 +28,22 @@ def list_backbones(
     if context.invoked_subcommand is not None:
         return
     with refusals():
-        from pretrained.catalog import find_card, list_names
+        with _busy():
+            from pretrained.catalog import find_card, list_names
 
-        rows = [_facts(find_card(name)) for name in list_names(search)]
+            rows = [_facts(find_card(name)) for name in list_names(search)]
         if as_json:
             typer.echo(json.dumps(rows, indent=1))
         elif rows:
             _print_table(COLUMNS, ([_cell(row[column]) for column in COLUMNS] for row in rows))
         else:
             typer.echo(f"no backbone's name holds {search!r}", err=True)
+
+
+def _busy() -> AbstractContextManager[None]:
+    from finetune.display import Display
+
+    return Display().busy("loading timm and torchvision")
 
 
 def _facts(card: Card) -> dict[str, Any]:
@@ -62,7 +70,8 @@ def show_backbone(
 ) -> None:
     """Show a backbone's stages in order, and which of them a strategy would train, at which factor."""
     with refusals(as_json):
-        facts = _describe(name, strategy, top_stages)
+        with _busy():
+            facts = _describe(name, strategy, top_stages)
         if as_json:
             typer.echo(json.dumps(facts, indent=1))
             return
@@ -104,13 +113,7 @@ def _layers(parameters: Iterable[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return (
-        "-"
-        if value in (None, "")
-        else f"{value:,}"
-        if isinstance(value, int) and value > 9999
-        else str(value)
-    )
+    return "-" if value in (None, "") else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:

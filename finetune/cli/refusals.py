@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def refusals(as_json: bool = False) -> Iterator[None]:
 
 
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
+    if code == ExitCode.INTERRUPTED:  # everything is saved and said: more of the same adds nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     typer.secho(f"error: {message}", err=True, fg="red")
     typer.echo(fix, err=True)
     if as_json:

@@ -81,7 +81,8 @@ def _require_two(finding: Finding, classes: Sequence[str]) -> None:
         return
     # An archive unpacked into a folder of its own name is the usual reason.
     inside = finding.root / classes[0]
-    nested = any(name.lower() == "train" for name in names_in(inside))
+    folders = [name for name in names_in(inside) if (inside / name).is_dir() and not name.startswith(".")]
+    nested = len(folders) >= 2 or any(name.lower() == "train" for name in folders)
     fix = (
         f"Did you mean --data {printable(inside)}?"
         if nested

@@ -48,7 +48,7 @@ def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: 
             part / "model.safetensors", safetensors.torch.save(portable_state(network), {"format": "pt"})
         )
         write_json(part / "config.json", build_config(backbone.card, network))
-        write_text(part / "README.md", build_readme(backbone.card, metrics))
+        write_text(part / "README.md", build_readme(backbone.card, metrics, backbone.match.source))
         _put_in_place(part, folder)
     except OSError as error:
         raise disk_error(folder, error) from None
@@ -161,8 +161,14 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
 # --- the card for people -------------------------------------------------------------------------
 
 
-def build_readme(card: Card, metrics: Mapping[str, Any]) -> str:
-    """Return the model card: YAML front matter as the Hugging Face hub reads it, then prose."""
+def build_readme(card: Card, metrics: Mapping[str, Any], source: str) -> str:
+    """Return the model card: YAML front matter as the Hugging Face hub reads it, then prose.
+
+    Args:
+        card: of the trained network.
+        metrics: content of ``metrics.json``.
+        source: where its weights came from; ``""`` when they started at random.
+    """
     base = f"\nbase_model: {json.dumps(card.location.partition('@')[0])}" if card.place == "hub" else ""
     license_name = card.license or "unknown"
     return f"""---
@@ -198,9 +204,14 @@ Input: {_input_sentence(card)}
 
 ## Source
 
-Weights started from `{card.name}` ({license_name}; {card.origin or "no paper recorded"}). Their licence
-applies to these weights as well.
+{_source_sentence(card) if source else "Everything started from random weights."}
 """
+
+
+def _source_sentence(card: Card) -> str:
+    name = "another run or folder" if card.place == "folder" else f"`{card.name}`"
+    terms = f"{card.license or 'unknown licence'}; {card.origin or 'no paper recorded'}"
+    return f"Weights started from {name} ({terms}). Their licence applies to these weights as well."
 
 
 def _class_list(card: Card) -> str:

@@ -31,7 +31,7 @@ from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
-from finetune.recipe import Recipe, StrategySettings
+from finetune.recipe import Recipe
 from finetune.runs.claim import check_same_images, claim_folder, create_folder, locked, read_bad_images
 from finetune.runs.files import write_csv, write_json, write_text
 from finetune.runs.folder import RunFolder
@@ -129,7 +129,8 @@ def _read_run(folder: RunFolder, dataset: Dataset, display: Display) -> Run:
     except (OSError, ValueError):
         fix = "Start it again with another --output."
         raise DataError(f"--output {folder.path}", "its metrics.json is gone or damaged", fix) from None
-    display.say(f"{folder.path} holds this run already, finished: nothing to do")
+    said = f"{folder.path} holds this run already, finished, with an accuracy of {metrics['accuracy']:.4f}"
+    display.say(f"{said}; name another --output to train again")
     return Run(folder, metrics)
 
 
@@ -143,6 +144,7 @@ def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, 
     display.note(f"backbone {ready.backbone.card.name}: {ready.backbone.match}")
     with clock.phase("check"):
         dataset = _check_data(ready.dataset, folder, display)
+    display.say(f"data {ready.recipe.data.path}: {_data_sentence(dataset)}")
     plan, network = ready.plan, _place(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display)
     write_json(folder.environment, describe_environment(ready.placement.device))
@@ -150,8 +152,8 @@ def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, 
     with _open_loaders(ready, dataset) as loaders:
         trainer = _build_trainer(ready, dataset, network, plan, loaders, folder, display, stop)
         with clock.phase("measure"):
-            if learns_new_head(ready.recipe.strategy):
-                trainer.standardize_head()
+            if ready.recipe.strategy.name != "scratch":  # random features are not worth measuring
+                trainer.standardize_head(keep=ready.recipe.strategy.head == "keep")
         with clock.phase("train"), stop.gently():
             progress = trainer.fit()
         check_frozen(trainer.judged, plan, digests)
@@ -165,11 +167,6 @@ def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, 
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)
     return Run(folder, metrics)
-
-
-def learns_new_head(strategy: StrategySettings) -> bool:
-    """Return whether a new classifier learns on features that are worth something from the start."""
-    return strategy.head != "keep" and strategy.name != "scratch"
 
 
 def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Dataset:
@@ -190,7 +187,6 @@ def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Datase
     write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
     split = [(sample.path, dataset.classes[sample.label], sample.split) for sample in dataset.samples]
     write_csv(folder.split, split, ("path", "label", "split"))
-    display.say(_data_sentence(dataset))
     return dataset
 
 

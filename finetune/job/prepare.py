@@ -89,6 +89,9 @@ def _required(recipe: Recipe) -> tuple[str, str]:
         )
     if not data:
         raise UsageError("finetune run", "no data was named", "Add --data FOLDER.")
+    if recipe.backbone.weights and recipe.strategy.name == "scratch":
+        found = "--strategy scratch starts from random weights"
+        raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
     return name, data
 
 

@@ -1,4 +1,4 @@
-"""A new head sees standardised features, so that a base rate means the same on every backbone.
+"""A head sees standardised features, so that a base rate means the same on every backbone.
 
 The pooled features of SqueezeNet have a norm of 360, those of some ResNets of 1. A rate of 0.01 makes
 the loss of the one jump to 50, and leaves the other where it was. So the mean and deviation of each
@@ -62,7 +62,8 @@ def measure_features(
         ``{"<layer>.mean": (C,), "<layer>.std": (C,)}``, on the network's device.
     """
     names = {layer: name for name, layer in network.named_modules()}
-    layers = {names[layer]: layer for layer in classifier_layers(network)}
+    # Without a bias there is nothing to fold a mean into (torchvision's own MaxViT classifier).
+    layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
     device = loader.placement.device
     with (
         _kept_buffers(network),
@@ -108,11 +109,30 @@ def _recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list
             handle.remove()
 
 
-def attach(network: nn.Module, moments: Mapping[str, Tensor]) -> None:
-    """Let the classifier layers see standardised features from now on."""
+def attach(network: nn.Module, moments: Mapping[str, Tensor], keep: bool = False) -> None:
+    """Let the classifier layers see standardised features from now on.
+
+    Args:
+        network: owner of the layers.
+        moments: of :func:`measure_features`.
+        keep: the classifier goes on computing what it did. A new one starts small on what it sees.
+    """
     for name in {key.rpartition(".")[0] for key in moments}:
+        layer = network.get_submodule(name)
         hook = Standardize(moments[f"{name}.mean"], moments[f"{name}.std"])
-        network.get_submodule(name).register_forward_pre_hook(hook)
+        if keep:
+            _unfold_from(layer, hook)
+        layer.register_forward_pre_hook(hook)
+
+
+@torch.no_grad()
+def _unfold_from(layer: nn.Module, hook: Standardize) -> None:
+    """Wx + b = (W std)((x - mean)/std) + (b + W mean): the way back from :func:`_fold_into`."""
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    assert layer.bias is not None
+    weight = layer.weight.double().flatten(1)
+    layer.bias.copy_(layer.bias.double() + weight @ hook.mean.double())
+    layer.weight.copy_((weight * hook.std.double()).view_as(layer.weight))
 
 
 def fold(network: nn.Module) -> None:

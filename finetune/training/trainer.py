@@ -134,10 +134,13 @@ class Trainer:
         self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def standardize_head(self) -> None:
-        """Let a new classifier learn on standardised features (:mod:`finetune.training.standardize`).
+    def standardize_head(self, keep: bool = False) -> None:
+        """Let the classifier learn on standardised features (:mod:`finetune.training.standardize`).
 
         They are measured now, unless a checkpoint holds them already.
+
+        Args:
+            keep: the classifier is the network's own, and goes on computing what it did.
         """
         if self.folder.last_checkpoint.exists():
             tensors, _ = load_checkpoint(self.folder.last_checkpoint)
@@ -150,9 +153,9 @@ class Trainer:
             seed_everything(self.seed, "measure")
             with self.display.track("measuring features", total) as advance:
                 self._moments = measure_features(self.task.network, loader, self.precision, advance)
-        attach(self.task.network, self._moments)
+        attach(self.task.network, self._moments, keep)
         if self.ema is not None:
-            attach(self.ema.module, self._moments)
+            attach(self.ema.module, self._moments, keep)
 
     @property
     def judged(self) -> nn.Module:

@@ -189,3 +189,13 @@ def test_nothing_is_written_into_the_data_folder(
         cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", *QUICK).exit_code == 0
     )
     assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*")} == before
+
+
+def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
+    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    words = ("--set", "strategy.head=keep", "-s", "freeze", "--epochs", 1, *QUICK)
+    assert cli("run", "-b", tmp_path / "a", "-d", pictures, "-o", tmp_path / "b", *words).exit_code == 0
+    one, two = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in "ab")
+    assert two["accuracy"] >= one["accuracy"] - 0.06

@@ -584,3 +584,9 @@ def test_without_keeps_classes_and_the_rest(tmp_path: Path) -> None:
     assert smaller.classes == ("ant", "bee")
     assert smaller.counts("train") == [3, 0]
     assert len(dataset.samples) == 8
+
+
+def test_the_folder_of_an_archive_is_named(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path / "download" / "photos", "", 3)
+    with pytest.raises(DataError, match=r"Did you mean --data .*download/photos\?"):
+        found(tmp_path / "download")

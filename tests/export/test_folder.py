@@ -155,7 +155,8 @@ def test_the_licence_and_tag_are_of_these_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1"])
 def test_class_names_do_not_break_the_card(tmp_path: Path, name: str) -> None:
     backbone = build(name, 64, classes=NASTY)
-    backbone = replace(backbone, card=replace(backbone.card, license="other: [mine] #1"))
+    place = {"place": "hub", "location": "timm/test_resnet.r160_in1k"} if "timm" in name else {}
+    backbone = replace(backbone, card=replace(backbone.card, license="other: [mine] #1", **place))
     export_model(backbone, backbone.network, tmp_path / "model", METRICS)
     text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     empty, front, prose = text.split("---\n", 2)
@@ -223,3 +224,18 @@ def test_a_round_trip_restores_the_mode_of_each_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         next(network.parameters()).add_(1)
     assert measure_round_trip(network, tmp_path / "model", torch.randn(1, 3, 64, 64)) > 1e-6
+
+
+def test_the_card_owes_nothing_to_weights_that_were_not_used(tmp_path: Path) -> None:
+    backbone = build("test_resnet", 64)  # random
+    export_model(backbone, backbone.network, tmp_path / "model", METRICS)
+    text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert "Everything started from random weights." in text
+    assert "base_model" not in text
+    assert "apache" not in text
+    assert not config["pretrained_cfg"].get("tag")
+    assert not config["pretrained_cfg"].get("license")
+    loaded = replace(backbone, match=replace(backbone.match, source="weights.pth"))
+    export_model(loaded, loaded.network, tmp_path / "loaded", METRICS)
+    assert "Weights started from `timm/test_resnet`" in (tmp_path / "loaded" / "README.md").read_text()

@@ -98,3 +98,13 @@ def test_measuring_in_train_mode_leaves_the_statistics(pictures: Path, tmp_path:
     trainer.standardize_head()
     assert trainer.task.network.stage2[1].training
     assert all(tensor.equal(before[name]) for name, tensor in trainer.task.network.state_dict().items())
+
+
+def test_a_kept_classifier_computes_what_it_did() -> None:
+    network = SmallNet().eval()
+    images = torch.rand(4, 3, 16, 16)
+    before = network(images)
+    attach(network, moments(), keep=True)
+    torch.testing.assert_close(network(images), before, atol=1e-4, rtol=1e-4)
+    fold(network)
+    torch.testing.assert_close(network(images), before, atol=1e-4, rtol=1e-4)
