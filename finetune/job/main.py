@@ -193,10 +193,9 @@ def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Datase
 def _data_sentence(dataset: Dataset) -> str:
     splits: tuple[Split, ...] = ("train", "val", "test")
     parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
-    counts = dataset.counts("train")
-    return (
-        f"data {dataset.root}: {dataset.num_classes} classes, {parts}; {min(counts)} to {max(counts)} a class"
-    )
+    fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
+    spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{dataset.num_classes} classes, {parts}; {spread} training images a class"
 
 
 def _place(network: nn.Module, placement: Placement) -> nn.Module:

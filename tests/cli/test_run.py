@@ -199,3 +199,14 @@ def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
     assert cli("run", "-b", tmp_path / "a", "-d", pictures, "-o", tmp_path / "b", *words).exit_code == 0
     one, two = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in "ab")
     assert two["accuracy"] >= one["accuracy"] - 0.06
+
+
+def test_the_data_are_named_as_they_were_given(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 5, "blue": 5})
+    rows = [f"data/{path.parent.name}/{path.name},{path.parent.name}" for path in data.rglob("*.jpg")]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    result = cli(
+        "run", "-b", tiny, "-d", tmp_path / "table.csv", "--epochs", 1, "-o", tmp_path / "run", *QUICK
+    )
+    said = f"data {tmp_path / 'table.csv'}: 2 classes, 8 train, 2 val; 4 training images a class"
+    assert said in result.stderr.splitlines()
