@@ -127,7 +127,7 @@ def _build_timm(card: Card, dropout: float | None) -> nn.Module:
 def _build_torchvision(card: Card) -> nn.Module:
     kwargs: dict[str, Any] = {"num_classes": card.num_classes if card.head == "keep" else 1000}
     if card.architecture in ("googlenet", "inception_v3"):
-        # The auxiliary heads serve training from scratch only; init_weights is slow, and is overwritten by weights.
+        # The auxiliary heads serve training from scratch only; init_weights draws with slow SciPy.
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     if card.architecture.startswith("vit_"):
         kwargs["image_size"] = card.preprocessing.img_size

@@ -1,11 +1,11 @@
 """A head sees standardised features, so that a base rate means the same on every backbone.
 
 The pooled features of SqueezeNet have a norm of 360 on photographs, and a rate of 0.01 made the training
-loss jump to 49. The tests show one rate serving features of 0.01, 1 and 300 times a scale. So the mean and deviation of each
-feature are measured once, on training images, before training (data-dependent initialisation, in the
-spirit of arXiv:1511.06856); the classifier learns on ``(x - mean) / std``; and at the end both are
-folded into its weights. The network that is judged and exported is a plain linear layer on plain
-features, and computes the same function.
+loss jump to 49. The tests show one rate serving features of 0.01, 1 and 300 times a scale. So the mean and
+deviation of each feature are measured once, on training images, before training (data-dependent
+initialisation, in the spirit of arXiv:1511.06856); the classifier learns on ``(x - mean) / std``; and at
+the end both are folded into its weights. The network that is judged and exported is a plain linear layer
+on plain features, and computes the same function.
 
 Shape legend: B batch, C features.
 """
