@@ -70,6 +70,9 @@ class DataSettings(_Section):
     workers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="processes that decode images; 0 decodes in the training process"
     )
+    follow_links: bool = Field(
+        False, description="read images through links that lead out of the data folder"
+    )
 
 
 class InputSettings(_Section):
@@ -182,6 +185,9 @@ class Recipe(_Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     seed: int = Field(0, ge=0, lt=2**63, description="of the split, the order, the views and the new head")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    deterministic: bool = Field(
+        False, description="the same bits on a GPU too, from slower kernels; a CPU gives them anyway"
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dicts, as YAML and JSON take them."""
