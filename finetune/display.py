@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from finetune.pulse import Pulse
+
 Advance = Callable[[int, str], None]
 """Takes how many units are done more, and a few words that stand beside the bar."""
 
@@ -31,10 +33,12 @@ class Display:
 
     Args:
         console: where it goes; stderr by default, since stdout belongs to results.
+        pulse: told that the work goes on, with every unit of every bar.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, pulse: Pulse | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, emoji=False)
+        self.pulse = pulse or Pulse()
         self._log: Path | None = None
 
     def log_to(self, path: Path) -> None:
@@ -93,7 +97,13 @@ class Display:
         live = self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=not live) as progress:
             task = progress.add_task(description, total=total, words="")
-            yield lambda done, words: progress.update(task, advance=done, words=words)
+            self.pulse.beat()
+
+            def advance(done: int, words: str) -> None:
+                self.pulse.beat()
+                progress.update(task, advance=done, words=words)
+
+            yield advance
 
 
 class SilentDisplay(Display):

@@ -54,6 +54,10 @@ class UsageError(FinetuneError):
     exit_code = ExitCode.USAGE
 
 
+class TakenOverError(UsageError):
+    """Another process works on the run by now: this one must not write a byte more (exit 2)."""
+
+
 class DataError(FinetuneError):
     """Images, labels or splits that cannot give a trustworthy number (exit 65)."""
 
@@ -79,7 +83,7 @@ class InterruptedRunError(FinetuneError):
 
 
 class DivergedError(FinetuneError):
-    """A loss that is no longer a finite number (exit 76)."""
+    """Losses or gradients that are no finite numbers, and stay so (exit 76)."""
 
     exit_code = ExitCode.DIVERGED
 

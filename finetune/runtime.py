@@ -115,6 +115,14 @@ def seed_everything(*parts: int | str) -> None:
     random.seed(seed)
 
 
+def set_deterministic(on: bool) -> None:
+    """Let torch take only kernels that give the same bits every time; call it before the GPU is used."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Return versions and hardware. No environment variables: they hold secrets."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "huggingface-hub")

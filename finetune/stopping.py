@@ -1,11 +1,17 @@
-"""Ctrl-C and SIGTERM: at once where nothing is lost, after the step where training would be."""
+"""Ctrl-C and SIGTERM: at once where nothing is lost, after the step where training would be.
+
+And no process outlives the one that it works for.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -47,3 +53,22 @@ class StopSignal:
             yield
         finally:
             self._gentle = False
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process as soon as its parent is gone, however that ended (Linux only).
+
+    A decoding process that is left over would hold memory, and a training process the run's lock.
+
+    Args:
+        parent: the parent's process number; it may have ended already.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

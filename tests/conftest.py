@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a network is a bug
+os.environ["FINETUNE_STALL_TIMEOUT"] = "0"  # no process over each run; tests/faults has its own
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and more threads than cores make all slow
 
 import numpy as np

@@ -19,9 +19,11 @@ PACKAGES = ("finetune", "pretrained")
 FLOORS = (
     ("finetune", "finetune.errors"),
     ("pretrained",),
-    ("finetune.runtime", "finetune.display", "finetune.stopping"),
+    ("finetune.pulse", "finetune.memory", "finetune.stopping"),
+    ("finetune.runtime", "finetune.display"),
     ("finetune.recipe",),
     ("finetune.runs",),
+    ("finetune.supervisor",),
     ("finetune.data",),
     ("finetune.strategy",),
     ("finetune.evaluation",),
@@ -117,14 +119,14 @@ def graph_of(**sources: str) -> list[Import]:
 def test_an_upward_import_is_seen() -> None:
     wrong = graph_of(
         finetune__data__loader="def load():\n    from finetune.training.trainer import Trainer",
-        finetune__runtime="import finetune.stopping",
+        finetune__runtime="import finetune.display",
         pretrained__zoo="from finetune.recipe import Recipe",
         finetune__cli="import finetune.job",
         finetune__recipe__reading="from finetune import __version__",
     )
     assert upward(wrong) == [
         "finetune.data.loader:2 imports finetune.training.trainer",
-        "finetune.runtime:1 imports finetune.stopping",
+        "finetune.runtime:1 imports finetune.display",
         "pretrained.zoo:1 imports finetune.recipe",
     ]
 

@@ -25,6 +25,8 @@ def refusals(as_json: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except typer.Exit:
+        raise
     except FinetuneError as error:
         _fail(error.message, error.fix, error.exit_code, as_json)
     except KeyboardInterrupt:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from finetune.cli.refusals import refusals
+from finetune.pulse import Pulse, find_parent
+from finetune.stopping import end_with_parent
+from finetune.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
 
 _FLAGS = {
     "backbone": "backbone.name",
@@ -78,6 +85,18 @@ def run_command(
         ),
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    allow_changed: Annotated[
+        bool,
+        typer.Option("--allow-changed", help="Go on with a run of another recipe, other images or weights."),
+    ] = False,
+    stall_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            envvar="FINETUNE_STALL_TIMEOUT",
+            help="Seconds without progress after which the run is started again; 0 does not watch over it.",
+        ),
+    ] = 600.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures to stdout as one JSON object.")
     ] = False,
@@ -103,27 +122,41 @@ def run_command(
         "device": device,
     }
     with refusals(as_json):
-        metrics = _run(recipe, flags, assignments or [], output)
+        parent = find_parent()
+        if parent is None and stall_timeout > 0:
+            _watch_over(stall_timeout)
+        if parent is not None:
+            end_with_parent(parent[1])
+        pulse = Pulse(parent[0] if parent is not None else None)
+        metrics = _run(_read(recipe, flags, assignments or []), output, pulse, allow_changed)
         if as_json:
             typer.echo(json.dumps(metrics))
 
 
-def _run(
-    recipe: str | None, flags: dict[str, Any], assignments: list[str], output: Path | None
-) -> dict[str, Any]:
+def _watch_over(stall_timeout: float) -> NoReturn:
+    """Do the work in a child process, and leave with its exit code."""
+    supervisor = Supervisor(sys.argv[1:], stall_timeout, lambda line: typer.echo(line, err=True))
+    code, output = supervisor.run()
+    typer.echo(output, nl=False)
+    raise typer.Exit(code)
+
+
+def _read(recipe: str | None, flags: dict[str, Any], assignments: list[str]) -> Recipe:
     from finetune.recipe import load_recipe, merge_override, parse_assignments
 
     overrides = parse_assignments(assignments)
     for flag, value in flags.items():
         if value is not None:
             merge_override(overrides, _FLAGS[flag], value)
-    checked = load_recipe(recipe, overrides)
+    return load_recipe(recipe, overrides)
 
+
+def _run(recipe: Recipe, output: Path | None, pulse: Pulse, allow_changed: bool) -> dict[str, Any]:
     from finetune.display import Display
 
-    display = Display()
+    display = Display(pulse=pulse)
     with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
         from finetune.job import run
 
-    finished = run(checked, output, display)
+    finished = run(recipe, output, display, allow_changed)
     return {"run": str(finished.folder.path), **finished.metrics}

@@ -6,9 +6,11 @@ than the user counted would look like any other figure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from finetune.data.decode import BadImageError, probe_image
 from finetune.data.sample import Dataset, Sample, Split
@@ -31,13 +33,30 @@ class BadImage:
     reason: str
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a look at every image gave.
+
+    Attributes:
+        bad: images that cannot be decoded, in the order of the data set.
+        digests: sha256 of every file that could be read, by path.
+    """
+
+    bad: tuple[BadImage, ...]
+    digests: dict[str, str]
+
+
 def check_images(
-    dataset: Dataset, on_progress: Callable[[int], None] | None = None, threads: int = _THREADS
-) -> tuple[BadImage, ...]:
-    """Decode every image once and return those that cannot be, in the order of the data set.
+    dataset: Dataset,
+    on_progress: Callable[[int], None] | None = None,
+    threads: int = _THREADS,
+    decode: bool = True,
+) -> Checked:
+    """Read and decode every image once.
 
     Args:
         dataset: the images to check, all parts.
+        decode: false only reads the files, for their digests.
         on_progress: called in this thread after each image with the number checked so far.
         threads: images decoded at the same time, 1 or more.
 
@@ -45,26 +64,36 @@ def check_images(
     being decoded at that moment.
     """
     bad: list[BadImage] = []
+    digests: dict[str, str] = {}
+    look = partial(_look, dataset, decode)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
     try:
         for start in range(0, len(dataset.samples), _CHUNK):
             chunk = dataset.samples[start : start + _CHUNK]
-            for done, found in enumerate(pool.map(lambda sample: _probe(dataset, sample), chunk), start + 1):
-                bad.extend(found)
+            for done, (sample, found) in enumerate(zip(chunk, pool.map(look, chunk), strict=True), start + 1):
+                if isinstance(found, BadImage):
+                    bad.append(found)
+                else:
+                    digests[sample.path] = found
                 if on_progress:
                     on_progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    return tuple(bad)
+    return Checked(tuple(bad), digests)
 
 
-def _probe(dataset: Dataset, sample: Sample) -> tuple[BadImage, ...]:
-    """Return nothing for a good image and its fault for a bad one."""
+def _look(dataset: Dataset, decode: bool, sample: Sample) -> BadImage | str:
+    """Return the digest of a good image and the fault of a bad one."""
+    path = dataset.file(sample)
     try:
-        probe_image(dataset.file(sample))
+        if decode:
+            probe_image(path)  # first: it knows what to say of a pipe or a folder
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except BadImageError as error:
-        return (BadImage(sample.path, sample.split, error.reason),)
-    return ()
+        return BadImage(sample.path, sample.split, error.reason)
+    except OSError as error:
+        return BadImage(sample.path, sample.split, (error.strerror or str(error)).lower())
 
 
 def check_bad(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
@@ -102,6 +131,26 @@ def _refuse_many(dataset: Dataset, bad: Sequence[BadImage]) -> None:
             f"data in {dataset.root}",
             f"{len(bad)} of {total} training images cannot be read:{_lines(bad)}",
             f"Replace or remove these files; fewer than {_ALLOWED_PERCENT} % are left out with a warning.",
+        )
+
+
+def refuse_many_lost(lost: Mapping[str, str], num_train: int) -> None:
+    """Refuse to train on without images that vanished, where they are too many.
+
+    Args:
+        lost: reasons by path.
+        num_train: images that training began with.
+
+    Raises:
+        DataError: they are 1 % of the training images or more.
+    """
+    if 100 * len(lost) >= _ALLOWED_PERCENT * num_train:
+        bad = [BadImage(path, "train", reason) for path, reason in lost.items()]
+        raise DataError(
+            "training",
+            f"{len(bad)} of {num_train} training images cannot be read any more:{_lines(bad)}",
+            f"Restore these files and start the same command again; fewer than {_ALLOWED_PERCENT} % are "
+            "left out with a warning.",
         )
 
 

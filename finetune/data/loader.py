@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,19 +25,31 @@ from torch.utils.data import Dataset as TorchDataset
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.sample import Dataset, Sample
 from finetune.data.transforms import Transform
-from finetune.errors import DataError
+from finetune.errors import DataError, EnvironmentFaultError
 from finetune.runtime import derive_seed, seed_everything
+from finetune.stopping import end_with_parent
 
+MOST_DEATHS = 3
+"""Of decoding processes, in a row, before the run is given up."""
+_NO_SHARED_MEMORY = ("Bus error", "No space left on device", "shared memory")
 Key = tuple[int, int]
 """(epoch, index into the samples). The epoch travels with the index, so that workers hold no state."""
 
 
 class Batch(NamedTuple):
-    """Some pictures: images (B, 3, H, W) float32, labels (B,) int64, indices (B,) into the samples."""
+    """Some pictures, less those that could not be read: B may be smaller than was asked for, or 0.
+
+    Attributes:
+        images: (B, 3, H, W) float32.
+        labels: (B,) int64.
+        indices: (B,) into the samples.
+        lost: why, for the path of each picture that could not be read (it could when the run began).
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    lost: dict[str, str]
 
 
 def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) -> list[list[int]]:
@@ -55,29 +68,41 @@ def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) 
     return batches
 
 
+class _Lost(NamedTuple):
+    """A picture that could not be read, in the place of its pixels."""
+
+    path: str
+    reason: str
+
+
+_Item = tuple[Tensor, int, int] | _Lost
+
+
 class _Pictures(TorchDataset[Any]):
     """Decodes and transforms one picture; a picture that fails becomes a sentence, not an exception."""
 
     def __init__(self, dataset: Dataset, samples: Sequence[Sample], transform: Transform, seed: int) -> None:
         self.dataset, self.samples, self.transform, self.seed = dataset, samples, transform, seed
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int] | str:
+    def __getitem__(self, key: Key) -> _Item:
         epoch, index = key
         sample = self.samples[index]
         try:
             image = decode_image(self.dataset.file(sample))
         except BadImageError as error:
-            return f"{sample.path} ({error.reason})"
+            return _Lost(sample.path, error.reason)
         seed_everything(self.seed, "view", epoch, index)
         return self.transform(image), sample.label, index
 
 
-def _collate(items: list[tuple[Tensor, int, int] | str]) -> Batch | list[str]:
-    failures = [item for item in items if isinstance(item, str)]
-    if failures:
-        return failures
-    images, labels, indices = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+def _collate(items: list[_Item]) -> Batch:
+    lost = {item.path: item.reason for item in items if isinstance(item, _Lost)}
+    pictures = [item for item in items if not isinstance(item, _Lost)]
+    if not pictures:
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Batch(torch.empty(0, 3, 1, 1), nothing, nothing, lost)
+    images, labels, indices = zip(*pictures, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), lost)
 
 
 class _Batches:
@@ -95,8 +120,9 @@ class _Batches:
 
 def _start_worker(_: int) -> None:
     """Stopping is the trainer's business: workers leave its process group, to which terminals and batch
-    systems send their signals. They end when the loader says so, or when their parent is gone.
+    systems send their signals. They end when the loader says so, and the kernel ends them with their parent.
     """
+    end_with_parent(os.getppid())
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -142,15 +168,20 @@ class Loader:
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
         self.seed, self.shuffle = seed, shuffle
         self.wait_seconds = 0.0
+        self._workers = workers
+        self._pictures = _Pictures(dataset, self.samples, transform, seed)
         self._batches = _Batches()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Pictures(dataset, self.samples, transform, seed),
+        self._loader = self._build()
+
+    def _build(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._pictures,
             batch_sampler=self._batches,
-            num_workers=workers,
+            num_workers=self._workers,
             collate_fn=_collate,
-            pin_memory=placement.device.type == "cuda",
+            pin_memory=self.placement.device.type == "cuda",
             # Evaluation's processes end with each pass: those of two loaders would share cores and /dev/shm.
-            persistent_workers=shuffle and workers > 0,
+            persistent_workers=self.shuffle and self._workers > 0,
             worker_init_fn=_start_worker,
         )
 
@@ -169,29 +200,85 @@ class Loader:
     def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``.
 
+        A decoding process that dies is replaced, and its batch made again: content does not depend on
+        processes. Batches of a shuffled loader may lack pictures, which they name.
+
         Raises:
-            DataError: a picture cannot be read (it could when the run began).
+            DataError: a picture cannot be read (it could when the run began), and the loader is not
+                shuffled: figures over fewer pictures than the user counted would look like any others.
+            EnvironmentFaultError: decoding processes die again and again.
         """
-        self._batches.keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:stop]]
+        keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:stop]]
         self.wait_seconds = 0.0
-        iterator = iter(self._loader)
+        done = deaths = 0
+        while done < len(keys):
+            try:
+                for batch in self._pass(keys[done:]):
+                    done, deaths = done + 1, 0
+                    yield batch
+            except _WorkerDiedError as error:
+                deaths += 1
+                self._replace_workers(deaths, str(error))
+
+    def _pass(self, keys: list[list[Key]]) -> Iterator[Batch]:
+        self._batches.keys = keys
+        iterator = _iterate(self._loader)
         while True:
             began = time.perf_counter()
-            batch = next(iterator, None)
+            batch = _next(iterator)
             self.wait_seconds += time.perf_counter() - began
             if batch is None:
                 return
-            yield self._place(_check(batch))
+            if batch.lost and not self.shuffle:
+                raise _lost_error(batch.lost)
+            yield self._place(batch)
+
+    def _replace_workers(self, deaths: int, found: str) -> None:
+        """Start new processes; none at all where /dev/shm is what they die of."""
+        if any(word in found for word in _NO_SHARED_MEMORY):
+            self._workers = 0
+        elif deaths > MOST_DEATHS:
+            fix = "Lower --workers; where memory is short they are the first to be killed."
+            raise EnvironmentFaultError(f"decoding with {self._workers} processes", found, fix)
+        self._loader = self._build()
 
     def _place(self, batch: Batch) -> Batch:
         device = self.placement.device
         layout = torch.channels_last if self.placement.channels_last else torch.contiguous_format
         images = batch.images.to(device, non_blocking=True, memory_format=layout)
-        return Batch(images, batch.labels.to(device, non_blocking=True), batch.indices)
+        return Batch(images, batch.labels.to(device, non_blocking=True), batch.indices, batch.lost)
 
 
-def _check(batch: Batch | list[str]) -> Batch:
-    if isinstance(batch, Batch):
-        return batch
+class _WorkerDiedError(Exception):
+    """A decoding process ended in the middle of its work."""
+
+
+def _iterate(loader: DataLoader[Any]) -> Any:
+    """Start a pass, without torch's handler for the end of a child.
+
+    That one raises wherever this process happens to be, in the middle of an optimiser step as well. A death
+    is seen without it, a few seconds later, where a batch is waited for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _next(iterator: Any) -> Batch | None:
+    try:
+        batch: Batch | None = next(iterator, None)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in (*_NO_SHARED_MEMORY, "DataLoader worker")):
+            raise
+        raise _WorkerDiedError(str(error).strip().splitlines()[-1]) from None
+    return batch
+
+
+def _lost_error(lost: dict[str, str]) -> DataError:
+    found = "; ".join(f"{path} ({reason})" for path, reason in lost.items())
     fix = "Restore or remove the file, and start again."
-    raise DataError("reading an image that was readable before", "; ".join(batch), fix)
+    return DataError("reading an image that was readable before", found, fix)

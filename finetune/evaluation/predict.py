@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.data.loader import Loader
+from finetune.memory import is_out_of_memory, release_memory
 from finetune.runtime import DTYPES, Precision
 
 
@@ -66,7 +67,7 @@ def predict(
     try:
         with torch.inference_mode(), autocast(loader.placement.device, precision):
             for batch in loader.batches():
-                logits.append(network(batch.images).float())
+                logits.append(forward_in_parts(network, batch.images).float())
                 labels.append(batch.labels)
                 if on_batch is not None:
                     on_batch(len(batch.labels))
@@ -74,6 +75,23 @@ def predict(
         for module, mode in modes.items():
             module.training = mode
     return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu())
+
+
+def forward_in_parts(network: nn.Module, images: Tensor) -> Tensor:
+    """Run a network in eval mode, where parts change nothing, in two parts while memory is short.
+
+    Args:
+        network: (B, 3, H, W) -> (B, K).
+        images: (B, 3, H, W); one image alone that is too much raises what the network raised.
+    """
+    try:
+        logits: Tensor = network(images)
+        return logits
+    except Exception as error:
+        if len(images) == 1 or not is_out_of_memory(error):
+            raise
+    release_memory()
+    return torch.cat([forward_in_parts(network, part) for part in images.tensor_split(2)])
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -12,7 +12,7 @@ from finetune.evaluation.predict import Predictions, predict
 from finetune.job.prepare import Ready
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
-from finetune.training.checkpoint import Progress
+from finetune.training.progress import Progress
 from finetune.training.trainer import Trainer
 
 
@@ -40,6 +40,10 @@ def collect_metrics(
         "strategy": ready.recipe.strategy.name,
         "num_classes": dataset.num_classes,
         "num_train": num_train,
+        "lost_images": len(progress.lost),
+        "skipped_steps": progress.skipped,
+        "rollbacks": progress.rollbacks,
+        "microbatch": progress.microbatch or None,
     }
 
 

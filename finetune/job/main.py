@@ -21,26 +21,30 @@ import torch
 from torch import nn
 
 from finetune import __version__
-from finetune.data.check import check_bad, check_images
 from finetune.data.loader import Loader, Placement
 from finetune.data.sample import Dataset, Split
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError, UsageError
 from finetune.export.folder import export_model, measure_round_trip
+from finetune.job.data import add_lost_images, check_data, describe_data, read_digests, record_split
 from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
+from finetune.job.same import WEIGHTS, accept, find_changes, warn_of_versions
 from finetune.recipe import Recipe
-from finetune.runs.claim import check_same_images, claim_folder, create_folder, locked, read_bad_images
-from finetune.runs.files import write_csv, write_json, write_text
+from finetune.runs.claim import Claim, claim_folder, create_folder, locked
+from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
 from finetune.stopping import StopSignal
-from finetune.strategy.freeze import check_frozen, digest_frozen
+from finetune.strategy.freeze import check_frozen, digest_frozen, digest_weights
 from finetune.strategy.matrix import PLAN_COLUMNS, Plan
+from finetune.training.checkpoint import CheckpointStore
 from finetune.training.optimizer import build_loss
-from finetune.training.trainer import Task, Trainer
+from finetune.training.recovery import restart_epoch
+from finetune.training.task import Task
+from finetune.training.trainer import Trainer
 
 ROUND_TRIP_TOLERANCE = 1e-3
 """Largest difference in a probability between the trained network and its exported copy (layouts differ)."""
@@ -70,7 +74,9 @@ class Clock:
             self.seconds[name] = round(time.perf_counter() - began, 3)
 
 
-def run(recipe: Recipe, output: Path | None = None, display: Display | None = None) -> Run:
+def run(
+    recipe: Recipe, output: Path | None = None, display: Display | None = None, allow_changed: bool = False
+) -> Run:
     """Fine-tune as a recipe says, and leave everything in a folder.
 
     Args:
@@ -78,6 +84,7 @@ def run(recipe: Recipe, output: Path | None = None, display: Display | None = No
         output: the run folder; by default ``runs/<time>-<backbone>-<strategy>``. A folder that holds this
             very run goes on where it stopped.
         display: what the user sees; nothing by default.
+        allow_changed: go on with a run that began with another recipe, other images or other weights.
 
     Returns:
         The run, finished.
@@ -94,12 +101,38 @@ def run(recipe: Recipe, output: Path | None = None, display: Display | None = No
         check_outside(path, ready.dataset)
         create_folder(path)
         with locked(path):
-            folder, finished = claim_folder(path, ready.recipe)
-            if finished:
-                return _read_run(folder, ready.dataset, display)
-            display.log_to(folder.log)
-            with recorded_outcome(folder, display):
-                return _carry_out(ready, folder, display, clock, stop)
+            claim = claim_folder(path, ready.recipe, allow_changed)
+            display.pulse.tell({"folder": str(path.absolute())})
+            job = Job(ready, claim, allow_changed, display, clock, stop, _describe_environment(ready))
+            if claim.finished and (finished := _read_run(job)):
+                return finished
+            display.log_to(claim.folder.log)
+            with recorded_outcome(claim, display):
+                return _carry_out(job)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one attempt at a run works with."""
+
+    ready: Ready
+    claim: Claim
+    allow_changed: bool
+    display: Display
+    clock: Clock
+    stop: StopSignal
+    environment: dict[str, Any]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's."""
+        return self.claim.folder
+
+
+def _describe_environment(ready: Ready) -> dict[str, Any]:
+    random = ready.recipe.strategy.name == "scratch"
+    weights = None if random else digest_weights(ready.backbone.network, ready.plan)
+    return describe_environment(ready.placement.device) | {WEIGHTS: weights}
 
 
 def default_output(architecture: str, strategy: str) -> Path:
@@ -121,41 +154,41 @@ def check_outside(output: Path, dataset: Dataset) -> None:
         raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
 
 
-def _read_run(folder: RunFolder, dataset: Dataset, display: Display) -> Run:
-    """Return a finished run, unless its images have changed since."""
-    check_same_images(folder, _images(dataset.without(read_bad_images(folder))))
+def _read_run(job: Job) -> Run | None:
+    """Return a finished run; nothing where it has changed since, and going on with that is allowed."""
+    folder, dataset = job.folder, job.ready.dataset
+    changes = find_changes(job.claim, dataset, read_digests(dataset, job.display), job.environment)
+    accept(changes, job.claim, job.allow_changed, job.display)
+    if changes:
+        return None
     try:
         metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         fix = "Start it again with another --output."
         raise DataError(f"--output {folder.path}", "its metrics.json is gone or damaged", fix) from None
     said = f"{folder.path} holds this run already, finished, with an accuracy of {metrics['accuracy']:.4f}"
-    display.say(f"{said}; name another --output to train again")
+    job.display.say(f"{said}; name another --output, or more --epochs, to train again")
     return Run(folder, metrics)
 
 
-def _images(dataset: Dataset) -> dict[str, tuple[str, str]]:
-    """Label and part of every image, by path."""
-    return {sample.path: (dataset.classes[sample.label], sample.split) for sample in dataset.samples}
-
-
-def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, stop: StopSignal) -> Run:
+def _carry_out(job: Job) -> Run:
+    ready, folder, display, clock = job.ready, job.folder, job.display, job.clock
     display.note(f"finetune {__version__}: {ready.recipe.to_dict()}")
     display.note(f"backbone {ready.backbone.card.name}: {ready.backbone.match}")
     with clock.phase("check"):
-        dataset = _check_data(ready.dataset, folder, display)
-    display.say(f"data {ready.recipe.data.path}: {_data_sentence(dataset)}")
+        dataset, changed = _take_data(job)
     plan, network = ready.plan, _place(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display)
-    write_json(folder.environment, describe_environment(ready.placement.device))
     digests = digest_frozen(network, plan)
     with _open_loaders(ready, dataset) as loaders:
-        trainer = _build_trainer(ready, dataset, network, plan, loaders, folder, display, stop)
+        trainer = _build_trainer(job, dataset, loaders, changed)
         with clock.phase("measure"):
             if ready.recipe.strategy.name != "scratch":  # random features are not worth measuring
                 trainer.standardize_head(keep=ready.recipe.strategy.head == "keep")
-        with clock.phase("train"), stop.gently():
+        with clock.phase("train"), job.stop.gently():
             progress = trainer.fit()
+        if progress.lost:
+            add_lost_images(folder, progress.lost)
         check_frozen(trainer.judged, plan, digests)
         with clock.phase("evaluate"):
             predictions = evaluate(trainer, loaders[dataset.judged_split], display)
@@ -169,33 +202,21 @@ def _carry_out(ready: Ready, folder: RunFolder, display: Display, clock: Clock, 
     return Run(folder, metrics)
 
 
-def _check_data(dataset: Dataset, folder: RunFolder, display: Display) -> Dataset:
-    """Decode every image once, refuse what cannot be stood behind, and record the split."""
-    for warning in dataset.warnings:
-        display.warn(warning)
-    with display.track("checking images", len(dataset.samples)) as advance:
-        bad = check_images(dataset, on_progress=lambda _: advance(1, ""))
-    if bad:
-        rows = [(image.path, image.split, image.reason) for image in bad]
-        write_csv(folder.bad_images, rows, ("path", "split", "reason"))
-        for image in bad[:10]:
-            display.warn(f"{image.path} cannot be read: {image.reason}")
-    else:
-        folder.bad_images.unlink(missing_ok=True)  # of an attempt before they were mended
-    dataset = check_bad(dataset, bad)
-    check_same_images(folder, _images(dataset))
-    write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
-    split = [(sample.path, dataset.classes[sample.label], sample.split) for sample in dataset.samples]
-    write_csv(folder.split, split, ("path", "label", "split"))
-    return dataset
+def _take_data(job: Job) -> tuple[Dataset, bool]:
+    """Check the images, compare everything with an earlier attempt, and record what this one works with.
 
-
-def _data_sentence(dataset: Dataset) -> str:
-    splits: tuple[Split, ...] = ("train", "val", "test")
-    parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
-    fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
-    spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return f"{dataset.num_classes} classes, {parts}; {spread} training images a class"
+    Returns:
+        The usable images, and whether something is otherwise than it was, and allowed to be.
+    """
+    folder, display = job.folder, job.display
+    dataset, digests = check_data(job.ready.dataset, folder, display)
+    changes = find_changes(job.claim, dataset, digests, job.environment)
+    accept(changes, job.claim, job.allow_changed, display)
+    warn_of_versions(job.claim, job.environment, display)
+    record_split(dataset, digests, folder)
+    write_json(folder.environment, job.environment)
+    display.say(f"data {job.ready.recipe.data.path}: {describe_data(dataset)}")
+    return dataset, bool(changes)
 
 
 def _place(network: nn.Module, placement: Placement) -> nn.Module:
@@ -257,29 +278,29 @@ def _loader(ready: Ready, dataset: Dataset, split: Split, transform: Transform) 
     )
 
 
-def _build_trainer(
-    ready: Ready,
-    dataset: Dataset,
-    network: nn.Module,
-    plan: Plan,
-    loaders: dict[Split, Loader],
-    folder: RunFolder,
-    display: Display,
-    stop: StopSignal,
-) -> Trainer:
-    settings = ready.recipe.training
+def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], changed: bool) -> Trainer:
+    ready, settings = job.ready, job.ready.recipe.training
     precision = settings.precision
     assert precision != "auto"
     loss = build_loss(settings, dataset.counts("train")).to(ready.placement.device)
-    task = Task(network, plan, loss, loaders["train"], loaders["val"], dataset.num_classes)
+    train = loaders["train"]
+    task = Task(ready.backbone.network, ready.plan, loss, train, loaders["val"], dataset.num_classes)
+    store = CheckpointStore(job.folder.checkpoints, job.claim.attempt, job.claim.check_owner)
+    start = store.load(job.display.warn)
+    if start is None and job.claim.attempt > 1:
+        job.display.say("no checkpoint was written before: training begins anew")
+    if start is not None and changed:
+        start = restart_epoch(start, train.num_batches())
     return Trainer(
         task,
         settings,
         precision=precision,
         seed=ready.recipe.seed,
-        folder=folder,
-        display=display,
-        stop_asked=lambda: stop.asked,
+        folder=job.folder,
+        store=store,
+        start=start,
+        display=job.display,
+        stop_asked=lambda: job.stop.asked,
     )
 
 

@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from finetune.display import Display
-from finetune.errors import EnvironmentFaultError, FinetuneError, InternalError, InterruptedRunError
+from finetune.errors import (
+    EnvironmentFaultError,
+    FinetuneError,
+    InternalError,
+    InterruptedRunError,
+    TakenOverError,
+)
+from finetune.memory import is_out_of_memory
+from finetune.runs.claim import RUNNING, Claim
 from finetune.runs.files import disk_error
-from finetune.runs.folder import RunFolder, outcome_of
+from finetune.runs.folder import Outcome
 
 
 @contextmanager
@@ -25,33 +31,48 @@ def translated_errors(output: str = "") -> Iterator[None]:
         found = "it was stopped at once; what the last checkpoint holds is kept"
         fix = f"Give the same command again{f', with --output {output},' if output else ''} to go on."
         raise InterruptedRunError("the run", found, fix) from None
-    except torch.OutOfMemoryError as error:
-        found = " ".join(str(error).split())[:200]
-        fix = "Halve --batch-size, or lower --img-size."
-        raise EnvironmentFaultError("training on the GPU", found, fix) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise disk_error(Path(error.filename or "."), error) from None
+    except (RuntimeError, MemoryError) as error:
+        known = _known_fault(error)
+        if known is None:
+            raise
+        raise known from None
+
+
+def _known_fault(error: BaseException) -> FinetuneError | None:
+    """Return the refusal for what torch says in words of its own."""
+    said = " ".join(str(error).split())[:200] or "there is no memory left"
+    if is_out_of_memory(error):
+        return EnvironmentFaultError("the run", said, "Lower --batch-size, --img-size or --workers.")
+    if "deterministic implementation" in said:
+        fix = "Take another backbone, or --set deterministic=false."
+        return EnvironmentFaultError("deterministic: true", said, fix)
+    return None
 
 
 @contextmanager
-def recorded_outcome(folder: RunFolder, display: Display) -> Iterator[None]:
+def recorded_outcome(claim: Claim, display: Display) -> Iterator[None]:
     """Write ``outcome.json`` for every end, and the traceback of an unforeseen one to the log."""
-    folder.write_outcome("running", "the run is going on, or was killed")
+    folder = claim.folder
+    folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
     try:
         with translated_errors(str(folder.path)):
             yield
+    except TakenOverError:
+        raise  # the folder belongs to another process, and so does its outcome
     except FinetuneError as error:
-        _write_failure(folder, error)
+        _write_failure(claim, error, display.pulse.step)
         raise
     except Exception as error:
         display.note(traceback.format_exc())
         fix = f"This is our fault: please report it with {folder.log}."
         internal = InternalError("the run", _last_line(error), fix)
-        _write_failure(folder, internal)
+        _write_failure(claim, internal, display.pulse.step)
         raise internal from error
-    folder.write_outcome("done", "finished")
+    folder.write_outcome(Outcome("done", "finished", step=display.pulse.step, attempt=claim.attempt))
 
 
 def _last_line(error: Exception) -> str:
@@ -60,6 +81,7 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
-def _write_failure(folder: RunFolder, error: FinetuneError) -> None:
+def _write_failure(claim: Claim, error: FinetuneError, step: int) -> None:
     with suppress(FinetuneError):  # the disk may be what failed
-        folder.write_outcome(*outcome_of(error))
+        claim.check_owner()
+        claim.folder.write_outcome(Outcome.of(error, step, claim.attempt))

@@ -22,6 +22,7 @@ from finetune.runtime import (
     resolve_threads,
     resolve_workers,
     seed_everything,
+    set_deterministic,
 )
 from finetune.strategy.matrix import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
@@ -42,11 +43,12 @@ class Ready:
 def prepare(recipe: Recipe, display: Display) -> Ready:
     """Find data and backbone, load the weights, and decide every "auto"."""
     name, data = _required(recipe)
+    set_deterministic(recipe.deterministic)
     device = resolve_device(recipe.device)
     torch.set_num_threads(resolve_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
-    dataset = discover(Path(data), recipe.data.val_fraction, recipe.seed)
+    dataset = discover(Path(data), recipe.data.val_fraction, recipe.seed, recipe.data.follow_links)
     with display.busy(f"loading {name}"):
         card = find_card(name, recipe.backbone.offline)
         card = card.with_input(_preprocessing(recipe, card))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
@@ -226,7 +226,25 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def changed_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Return one line per dotted key whose values differ."""
+class Change(NamedTuple):
+    """A key whose value is another one in another recipe."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def line(self) -> str:
+        """``key: before -> after``."""
+        return f"{self.key}: {self.before!r} -> {self.after!r}"
+
+    @property
+    def is_extension(self) -> bool:
+        """It makes the same run longer."""
+        return self.key == "training.epochs" and self.after > self.before
+
+
+def changed_keys(one: Recipe, other: Recipe) -> list[Change]:
+    """Return every dotted key whose values differ."""
     left, right = dict(flatten(one.to_dict())), dict(flatten(other.to_dict()))
-    return [f"{key}: {left[key]!r} -> {right[key]!r}" for key in left if left[key] != right[key]]
+    return [Change(key, left[key], right[key]) for key in left if left[key] != right[key]]

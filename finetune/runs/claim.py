@@ -4,18 +4,56 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from finetune.errors import DataError, UsageError
-from finetune.recipe import Recipe, changed_keys, load_recipe
+from finetune.errors import TakenOverError, UsageError
+from finetune.recipe import Change, Recipe, changed_keys, load_recipe
 from finetune.runs.files import disk_error, unescape_formula, write_text
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import Outcome, RunFolder
+
+RUNNING = "the run is going on, or was killed"
 
 NO_EFFECT = ("data.workers", "backbone.offline")
 """Keys on which no result depends: another machine may decide them otherwise and go on all the same."""
+
+
+LOCK_WAIT = 6.0
+"""Seconds to wait for a process that is just ending."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run folder that this process may write into.
+
+    Attributes:
+        folder: the run's.
+        attempt: how many processes have claimed it, this one included.
+        finished: it holds the finished run already.
+        changes: what of the recipe is another than the run began with, and was allowed.
+    """
+
+    folder: RunFolder
+    attempt: int = 1
+    finished: bool = False
+    changes: tuple[str, ...] = ()
+
+    def check_owner(self) -> None:
+        """Make sure that no later process has claimed the folder (locks do not reach over every network).
+
+        Raises:
+            TakenOverError: one has.
+        """
+        latest = self.folder.read_attempt()
+        if latest > self.attempt:
+            found = f"another process has taken it over (attempt {latest}, and this is {self.attempt})"
+            raise TakenOverError(f"--output {self.folder.path}", found, "Leave the run to that process.")
 
 
 @contextmanager
@@ -27,45 +65,74 @@ def locked(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        fix = "Wait for it, or name a new folder."
-        raise UsageError(f"--output {path}", "another process is at work in it", fix) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+        if not _try_lock(descriptor, LOCK_WAIT):
+            fix = "Wait for it, or name a new folder."
+            raise UsageError(f"--output {path}", "another process is at work in it", fix)
         yield
     finally:
         with suppress(OSError):
             os.close(descriptor)
 
 
-def check_same_images(folder: RunFolder, images: Mapping[str, tuple[str, str]]) -> None:
-    """Refuse to go on, or to call a run finished, on other images than it began with.
+def _try_lock(descriptor: int, seconds: float) -> bool:
+    """Lock a folder, waiting a little; true as well where the file system knows no locks.
+
+    A process that was killed a moment ago may still hold it: its decoding processes share the lock, and
+    end a moment after it.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        except OSError:
+            return True
+        else:
+            return True
+
+
+def find_changed_images(
+    folder: RunFolder, images: Mapping[str, tuple[str, str, str]], known_bad: Collection[str] = ()
+) -> str:
+    """Say how the images differ from those the run began with; nothing where they do not.
 
     Args:
         folder: of a run that has begun; nothing is compared before its split is written.
-        images: label and part of every usable image there is now, by path.
-
-    Raises:
-        DataError: images came, went, or changed their class or part.
+        images: label, part and sha256 of every usable image there is now, by path.
+        known_bad: images that may be gone.
     """
     if not folder.split.exists():
-        return
-    before = {row["path"]: (row["label"], row["split"]) for row in _read_rows(folder.split)}
+        return ""
+    rows = [row for row in _read_rows(folder.split) if row["path"] not in known_bad]
+    before = {row["path"]: (row["label"], row["split"], row["sha256"]) for row in rows}
     came, went = sorted(images.keys() - before.keys()), sorted(before.keys() - images.keys())
-    moved = sorted(path for path in images.keys() & before.keys() if images[path] != before[path])
-    parts = [_some(came, "new"), _some(went, "gone"), _some(moved, "in another class or part")]
-    if came or went or moved:
-        found = f"the images are others than those the run began with ({', '.join(filter(None, parts))})"
-        fix = "Put them back as they were, or start a new run with another --output."
-        raise DataError(f"going on with {folder.path}", found, fix)
+    both = sorted(images.keys() & before.keys())
+    moved = [path for path in both if images[path][:2] != before[path][:2]]
+    edited = [path for path in both if images[path][2] != before[path][2]]
+    parts = (
+        _some(came, "new"),
+        _some(went, "gone"),
+        _some(moved, "in another class or part"),
+        _some(edited, "with another content"),
+    )
+    return ", ".join(filter(None, parts))
 
 
-def read_bad_images(folder: RunFolder) -> set[str]:
-    """Return the paths that a run found unreadable."""
-    return {row["path"] for row in _read_rows(folder.bad_images)} if folder.bad_images.exists() else set()
+def find_changed_environment(folder: RunFolder, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what of weights, versions and hardware is another than when the run was last worked on."""
+    try:
+        before = json.loads(folder.environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+
+
+def read_bad_images(folder: RunFolder) -> list[dict[str, str]]:
+    """Return the images that a run could not read: path, part and reason of each."""
+    return _read_rows(folder.bad_images) if folder.bad_images.exists() else []
 
 
 def _some(paths: list[str], what: str) -> str:
@@ -93,50 +160,68 @@ def create_folder(path: Path) -> None:
         raise disk_error(path, error) from None
 
 
-def claim_folder(path: Path, recipe: Recipe) -> tuple[RunFolder, bool]:
+def claim_folder(
+    path: Path,
+    recipe: Recipe,
+    allow_changed: bool = False,
+) -> Claim:
     """Take a folder for a run: a new or empty one, or one that holds this very run.
 
-    Args:
-        path: the output folder; it and its parents are created.
-        recipe: resolved.
+    The same recipe with more epochs is the same run, which then goes on for longer.
 
-    Returns:
-        The folder, and whether it holds a finished run of this recipe.
+    Args:
+        path: the output folder, locked; it and its parents are created.
+        recipe: resolved.
+        allow_changed: go on with a run of another recipe.
 
     Raises:
         UsageError: it holds another run, or other files.
-        DiskError: it cannot be created.
+        DiskError: it cannot be written.
     """
     folder = RunFolder(path)
     create_folder(path)
+    attempt = folder.read_attempt() + 1
     try:
-        if folder.recipe.exists():
-            _check_same_run(folder, recipe)
-        else:
-            _check_empty(folder)
+        changes = _changes(folder, recipe) if folder.recipe.exists() else _check_empty(folder)
+        others = [change for change in changes if not change.is_extension]
+        if others and not allow_changed:
+            raise _another_run(path, [change.line for change in others])
+        finished = not changes and folder.read_outcome().get("state") == "done"
+        if not folder.recipe.exists():
             write_text(folder.recipe, recipe.to_yaml())  # first: with it the folder is ours, whatever comes
-        folder.last_checkpoint.parent.mkdir(exist_ok=True)
+        if not finished:
+            folder.write_outcome(Outcome("running", RUNNING, attempt=attempt))
+        if changes:  # last: a kill in between must not make a longer run look finished
+            write_text(folder.recipe, recipe.to_yaml())
+        folder.checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise disk_error(path, error) from None
-    return folder, folder.read_outcome().get("state") == "done"
+    return Claim(folder, attempt, finished, tuple(change.line for change in others))
 
 
-def _check_empty(folder: RunFolder) -> None:
+def _check_empty(folder: RunFolder) -> list[Change]:
     path, unfinished = folder.path, f".{folder.recipe.name}.part"  # a claim that was killed leaves this
     others = sorted(item.name for item in path.iterdir() if item.name != unfinished)
     if others:
         found = f"the folder holds other files ({', '.join(others[:3])}) and no run"
         raise UsageError(f"--output {path}", found, "Name a new folder.")
+    return []
 
 
-def _check_same_run(folder: RunFolder, recipe: Recipe) -> None:
+def _changes(folder: RunFolder, recipe: Recipe) -> list[Change]:
+    """Return what the run's recipe and this one differ in, but for keys on which no result depends."""
     try:
         before = load_recipe(str(folder.recipe))
-        different = [line for line in changed_keys(before, recipe) if line.partition(":")[0] not in NO_EFFECT]
     except UsageError as error:
         found = f"it holds a run whose recipe.yaml is damaged ({error.found})"
         raise UsageError(f"--output {folder.path}", found, "Name a new folder with --output.") from None
-    if different:
-        shown = "; ".join(different[:5]) + ("; ..." if len(different) > 5 else "")
-        fix = "Name a new folder with --output, or give the same command again to go on with that run."
-        raise UsageError(f"--output {folder.path}", f"it holds another run ({shown})", fix)
+    return [change for change in changed_keys(before, recipe) if change.key not in NO_EFFECT]
+
+
+def _another_run(path: Path, lines: list[str]) -> UsageError:
+    shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
+    fix = (
+        "Name a new folder with --output, or give the same command again to go on with that run "
+        "(--allow-changed goes on with this one)."
+    )
+    return UsageError(f"--output {path}", f"it holds another run ({shown})", fix)

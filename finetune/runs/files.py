@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
@@ -61,7 +62,18 @@ def disk_error(path: Path, error: OSError) -> DiskError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "Free some space" if full else "Choose a folder you may write to with --output"
     found = error.strerror or str(error)
+    if error.errno == errno.ENOSPC and (free := free_bytes(path)) is not None:
+        found += f" ({free / 1e6:,.0f} MB free)"
     return DiskError(f"writing {path}", found, f"{fix}, and start the same command again.")
+
+
+def free_bytes(path: Path) -> int | None:
+    """Return the space left where a file is or would be; None where the system does not say."""
+    place = next((above for above in (path, *path.absolute().parents) if above.exists()), None)
+    try:
+        return None if place is None else shutil.disk_usage(place).free
+    except OSError:
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,10 +8,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.errors import FinetuneError
+from finetune.errors import ExitCode, FinetuneError
 from finetune.runs.files import write_json
 
 State = Literal["running", "done", "interrupted", "failed"]
+RETRYABLE = (ExitCode.INTERNAL, ExitCode.DISK, ExitCode.INTERRUPTED)
+"""Ends after which the same command may well succeed: by luck once, when there is space, at any time."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stands or ended, for people and for what starts it again.
+
+    Attributes:
+        state: running, done, interrupted or failed.
+        message: what happened.
+        hint: what to do about it.
+        exit_code: of the process.
+        fault: name of the kind of end; empty while the run is going on and when it is done.
+        retryable: the same command may well succeed.
+        step: of training that was reached.
+        attempt: how many processes have worked on the run, this one included.
+    """
+
+    state: State
+    message: str
+    hint: str = ""
+    exit_code: int = 0
+    fault: str = ""
+    retryable: bool = False
+    step: int = 0
+    attempt: int = 1
+
+    @classmethod
+    def of(cls, error: FinetuneError, step: int, attempt: int) -> Outcome:
+        """Return the outcome that an error is."""
+        code = error.exit_code
+        return cls(
+            "interrupted" if code == ExitCode.INTERRUPTED else "failed",
+            error.message,
+            error.fix,
+            int(code),
+            code.name.lower(),
+            code in RETRYABLE,
+            step,
+            attempt,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``outcome.json`` holds; ``class`` is the fault, null where there is none."""
+        return {
+            "state": self.state,
+            "class": self.fault or None,
+            "retryable": self.retryable,
+            "message": self.message,
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+            "step": self.step,
+            "attempt": self.attempt,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,14 +126,14 @@ class RunFolder:
         return self.path / "confusion_matrix.csv"
 
     @property
-    def last_checkpoint(self) -> Path:
-        """Everything needed to go on."""
-        return self.path / "checkpoints" / "last.safetensors"
+    def checkpoints(self) -> Path:
+        """Everything needed to go on, in folders (:mod:`finetune.training.checkpoint`)."""
+        return self.path / "checkpoints"
 
     @property
-    def best_checkpoint(self) -> Path:
-        """Weights of the best epoch so far."""
-        return self.path / "checkpoints" / "best.safetensors"
+    def diverged(self) -> Path:
+        """The batch that ended a training, and the weights it met."""
+        return self.path / "diverged.safetensors"
 
     @property
     def model(self) -> Path:
@@ -95,6 +150,11 @@ class RunFolder:
         """How it ended."""
         return self.path / "outcome.json"
 
+    def read_attempt(self) -> int:
+        """Return the number of the last process that claimed the run; 0 where there was none."""
+        attempt = self.read_outcome().get("attempt")
+        return attempt if isinstance(attempt, int) else 0
+
     def read_outcome(self) -> Mapping[str, Any]:
         """Return the outcome, empty when there is none that can be read."""
         try:
@@ -103,12 +163,6 @@ class RunFolder:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def write_outcome(self, state: State, message: str, hint: str = "", exit_code: int = 0) -> None:
+    def write_outcome(self, outcome: Outcome) -> None:
         """Record how the run stands or ended."""
-        write_json(self.outcome, {"state": state, "message": message, "hint": hint, "exit_code": exit_code})
-
-
-def outcome_of(error: FinetuneError) -> tuple[State, str, str, int]:
-    """Return what :meth:`RunFolder.write_outcome` takes for an error."""
-    state: State = "interrupted" if error.exit_code == 75 else "failed"
-    return state, error.message, error.fix, int(error.exit_code)
+        write_json(self.outcome, outcome.to_dict())

@@ -105,6 +105,17 @@ def digest_frozen(network: nn.Module, plan: Plan) -> dict[str, str]:
     return {name: _digest(state[name]) for name in frozen_tensors(network, plan)}
 
 
+def digest_weights(network: nn.Module, plan: Plan) -> str:
+    """Return one sha256 of everything below the head: it tells other weights under the same name."""
+    parts = plan.rows[-1].stage
+    head = {*parts.parameters, *(f"{module}." for module in parts.modules)}
+    whole = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if name not in head and f"{name.rpartition('.')[0]}." not in head:
+            whole.update(f"{name} {_digest(tensor)}\n".encode())
+    return whole.hexdigest()
+
+
 def frozen_tensors(network: nn.Module, plan: Plan) -> list[str]:
     """Return the names of the parameters and buffers that lie in frozen stages."""
     parameters = {name for row in plan.frozen for name in row.stage.parameters}

@@ -1,135 +1,242 @@
-"""Training state in one safetensors file: tensors, and everything else as JSON in its header.
+"""Checkpoints on disk: at least one that verifies, whatever happens and whenever it does.
 
-One file means one rename, so there is never half a checkpoint. No pickle is written or read.
+::
+
+    checkpoints/
+      checkpoint-000007/        the one before
+      checkpoint-000008/        the newest
+        state.safetensors       the state; everything but tensors is JSON in its header
+        epoch.safetensors       where its epoch began, when the state is inside an epoch
+        best.safetensors        the best epoch's weights (a second name of the same file while unchanged)
+        manifest.json           length and sha256 of each
+
+A folder is written aside, flushed and renamed, and only then is the oldest one removed. Neither
+``torch.load`` nor safetensors notices a flipped bit in a weight; the sha256 does. No pickle is written
+or read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
-from finetune.errors import DataError
-from finetune.runs.files import write_bytes
+from finetune import __version__
+from finetune.errors import DataError, DiskError
+from finetune.runs.files import disk_error, free_bytes, sync_folder, write_bytes, write_json
+from finetune.training.progress import Checkpoint, Progress, Snapshot
+
+KEPT = 2
+_NAME = re.compile(r"checkpoint-([0-9]{6,})")
+_STATE, _EPOCH, _BEST = "state.safetensors", "epoch.safetensors", "best.safetensors"
+_DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError)
 
 
-@dataclass
-class Progress:
-    """Where training stands. Everything in it is plain JSON.
+class CheckpointStore:
+    """The checkpoints of a run.
+
+    Args:
+        folder: that holds them and nothing else.
+        attempt: number of the process that writes, for the manifest.
+        check_owner: called before a write; raises when another process has taken the run over.
 
     Attributes:
-        epoch: being trained, from 0.
-        batch: next one of that epoch.
-        step: optimiser updates so far.
-        lr: the head's rate in the last step.
-        loss_sum: of the epoch so far, over images.
-        num_seen: images of the epoch so far.
-        epoch_seconds: training time of the epoch so far.
-        wait_seconds: of it spent waiting for data.
-        best: validation figures of the best epoch.
-        best_epoch: from 0; -1 before the first.
-        bad_epochs: since the best one, for early stopping.
-        plateau_factor: of the plateau schedule.
-        plateau_bad_epochs: of the plateau schedule.
-        history: one row an epoch.
-        scaler: state of float16's loss scaler.
+        seconds: that the last write took.
     """
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    lr: float = 0.0
-    loss_sum: float = 0.0
-    num_seen: int = 0
-    epoch_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    best: dict[str, float] = field(default_factory=dict)
-    best_epoch: int = -1
-    bad_epochs: int = 0
-    plateau_factor: float = 1.0
-    plateau_bad_epochs: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    scaler: dict[str, Any] = field(default_factory=dict)
+    def __init__(
+        self, folder: Path, attempt: int = 1, check_owner: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self.attempt, self.check_owner = folder, attempt, check_owner
+        self.seconds = 0.0
+        self._best: tuple[Snapshot, Path, dict[str, Any]] | None = None
+
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse to begin where not even one checkpoint more would fit.
+
+        Raises:
+            DiskError: there is less space than that.
+        """
+        free = free_bytes(self.folder)
+        if free is not None and free < num_bytes:
+            found = f"a checkpoint needs {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+            fix = "Free some space, or choose another disk with --output."
+            raise DiskError(f"training in {self.folder.parent}", found, fix)
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and keep the one before it.
+
+        Raises:
+            DiskError: it cannot be written; those that were there are still there.
+        """
+        began = time.perf_counter()
+        self.check_owner()
+        try:
+            self._save(checkpoint)
+        except DiskError:
+            if len(self.names()) < KEPT:
+                raise
+            self._keep(KEPT - 1)  # a full disk may have room for the newest instead of the oldest
+            self._save(checkpoint)
+        self._keep(KEPT)
+        self.seconds = time.perf_counter() - began
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        number = max((_number(name) for name in self.names()), default=0) + 1
+        final = self.folder / f"checkpoint-{number:06}"
+        part = self.folder / f".{final.name}.part"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            files = dict(self._write_files(part, checkpoint))
+            write_json(part / "manifest.json", self._manifest(checkpoint.now.progress, files))
+            part.rename(final)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise disk_error(final, error) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # after a success there is none
+        self._remember_best(checkpoint.best, final, files)
+
+    def _write_files(self, part: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield _STATE, _write(part / _STATE, checkpoint.now)
+        if checkpoint.epoch_start is not checkpoint.now:
+            yield _EPOCH, _write(part / _EPOCH, checkpoint.epoch_start)
+        if checkpoint.best is not None:
+            linked = self._link_best(part / _BEST, checkpoint.best)
+            yield _BEST, linked or _write(part / _BEST, checkpoint.best)
+
+    def _link_best(self, path: Path, best: Snapshot) -> dict[str, Any] | None:
+        """Give an unchanged file another name instead of writing it again, where the disk can do that."""
+        if self._best is None or self._best[0] is not best:
+            return None
+        try:
+            os.link(self._best[1], path)
+        except OSError:
+            return None
+        return self._best[2]
+
+    def _remember_best(self, best: Snapshot | None, path: Path, files: dict[str, Any]) -> None:
+        self._best = None if best is None else (best, path / _BEST, files[_BEST])
+
+    def _manifest(self, progress: Progress, files: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "batch": progress.batch,
+            "attempt": self.attempt,
+            "finetune": __version__,
+            "torch": torch.__version__,
+            "files": files,
+        }
+
+    def _keep(self, number: int) -> None:
+        """Remove all but the newest; a name goes before its content does."""
+        for name in self.names()[:-number]:
+            trash = self.folder / f".{name}.trash"
+            with suppress(OSError):
+                (self.folder / name).rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Return the names of the checkpoints, the newest last."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((n for n in os.listdir(self.folder) if _NAME.fullmatch(n)), key=_number)  # noqa: PTH208
+
+    def load(self, warn: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+        """Return the newest checkpoint that verifies; None where there is none at all.
+
+        Args:
+            warn: told of every damaged one that was passed over.
+
+        Raises:
+            DataError: there are checkpoints, and none verifies. Starting over in silence would be worse.
+        """
+        self._clean()
+        faults = []
+        for name in reversed(self.names()):
+            try:
+                checkpoint = self._read(self.folder / name)
+            except _DAMAGE as error:
+                faults.append(f"{name}: {error or type(error).__name__}")
+                continue
+            for fault in faults:
+                warn(f"a damaged checkpoint is passed over: {fault}")
+            return checkpoint
+        if faults:
+            found = f"none of its checkpoints can be used ({'; '.join(faults)})"
+            fix = "Bring them back from a copy, or start again with a new --output."
+            raise DataError(f"going on with {self.folder.parent}", found, fix)
+        return None
+
+    def _read(self, path: Path) -> Checkpoint:
+        files = _read_manifest(path)
+        now = _read_snapshot(path / _STATE, files[_STATE])
+        start = _read_snapshot(path / _EPOCH, files[_EPOCH]) if _EPOCH in files else now
+        best = _read_snapshot(path / _BEST, files[_BEST]) if _BEST in files else None
+        self._remember_best(best, path, files)
+        return Checkpoint(now, start, best)
+
+    def _clean(self) -> None:
+        """Remove what a killed process left behind: no final name is ever touched."""
+        if self.folder.is_dir():
+            for leftover in [*self.folder.glob(".*.part"), *self.folder.glob(".*.trash")]:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write a checkpoint in one piece (see :func:`finetune.runs.files.write_bytes`)."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(plain, metadata={"progress": json.dumps(asdict(progress))})
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+def _write(path: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Write a snapshot and return its line of the manifest."""
+    metadata = {"progress": snapshot.progress.to_json()}
+    content = safetensors.torch.save(dict(snapshot.tensors), metadata)
     write_bytes(path, content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress]:
-    """Read a checkpoint.
-
-    Raises:
-        DataError: it is damaged.
-    """
+def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
-            return {name: file.get_tensor(name) for name in file.keys()}, progress  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        fix = "Start again with a new --output."
-        raise DataError(f"going on from {path}", f"the checkpoint is damaged ({error})", fix) from None
+        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files: dict[str, Any] = content["files"]
+        for name in files:
+            files[name]["bytes"], files[name]["sha256"]
+    except FileNotFoundError:
+        raise ValueError("its manifest.json is gone") from None
+    except _DAMAGE:
+        raise ValueError("its manifest.json is damaged") from None
+    if _STATE not in files:
+        raise ValueError("its manifest.json is damaged")
+    return files
 
 
-# --- what is saved -------------------------------------------------------------------------------
-
-
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's tensors under the names of their parameters."""
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    return {
-        f"optimizer.{names[id(parameter)]}:{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Give the optimiser back what :func:`optimizer_tensors` returned."""
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    state = optimizer.state_dict()
-    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    for index, name in enumerate(ordered):
-        prefix = f"optimizer.{name}:"
-        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        if own:
-            state["state"][index] = own
-    optimizer.load_state_dict(state)
-
-
-def network_tensors(network: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return a network's state under a prefix, without second names of shared tensors."""
-    state = network.state_dict()
-    seen: set[tuple[int, torch.Size]] = set()
-    unique = {}
-    for name, tensor in state.items():
-        identity = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and identity in seen:
-            continue
-        seen.add(identity)
-        unique[f"{prefix}{name}"] = tensor
-    return unique
-
-
-def restore_network(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Fill a network from tensors under a prefix; shared tensors are filled under one of their names."""
-    own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    expected = {name[len(prefix) :] for name in network_tensors(network, prefix)}
-    missing = expected - own.keys()
-    if missing:
-        found = f"{len(missing)} tensors are missing, {sorted(missing)[0]} among them"
-        raise DataError("going on from a checkpoint", found, "Start again with a new --output.")
-    network.load_state_dict(own, strict=False)
+def _read_snapshot(path: Path, expected: dict[str, Any]) -> Snapshot:
+    """Read a file, unless it is another one than the manifest tells of."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is gone")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ValueError(f"{path.name} has {size} bytes instead of {expected['bytes']}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise ValueError(f"{path.name} has changed since it was written (sha256)")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    progress = Progress.from_json(header["__metadata__"]["progress"])
+    return Snapshot(safetensors.torch.load(content), progress)

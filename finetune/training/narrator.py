@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from finetune.display import Advance, Display
-from finetune.training.checkpoint import Progress
+from finetune.training.progress import Progress
 
 
 class Narrator:

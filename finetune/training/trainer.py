@@ -7,14 +7,15 @@
       |  for each batch ------------------------------------------------.
       |  |  rates  = base rates x schedule(step)                        |
       |  |  images = mixup or cutmix                     (if asked for) |
-      |  |  loss   = cross entropy(network(images))                     |
-      |  |  loss finite?  no: stop, before anything is changed          |
-      |  |  backward, clip, optimiser step, average      (if asked for) |
+      |  |  loss   = cross entropy(network(images)), and its gradient   |
+      |  |           in smaller parts when memory runs out              |
+      |  |  finite?  no: skip, go back to the epoch's start, or stop    |
+      |  |  clip, optimiser step, average                (if asked for) |
       |  |  stop asked for?  save, and leave                            |
       |  '--------------------------------------------------------------'
       |  judge on the validation part
       |  best so far?  keep these weights
-      |  write the history and the checkpoint
+      |  write the history, and a checkpoint when one is due
       |  patience over?  leave
       '
 
@@ -26,69 +27,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from finetune.data.loader import Batch, Loader
+from finetune.data.check import refuse_many_lost
+from finetune.data.loader import Batch
 from finetune.display import Display
-from finetune.errors import DivergedError, InterruptedRunError
-from finetune.evaluation.predict import autocast, predict
+from finetune.errors import DivergedError, EnvironmentFaultError, InterruptedRunError
+from finetune.evaluation.predict import predict
+from finetune.memory import is_out_of_memory, release_memory
 from finetune.recipe import TrainingSettings
-from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.runtime import Precision, seed_everything
-from finetune.strategy.freeze import build_param_groups, freeze, set_train_mode
-from finetune.strategy.matrix import Plan
-from finetune.training.checkpoint import (
-    Progress,
-    load_checkpoint,
-    network_tensors,
-    optimizer_tensors,
-    restore_network,
-    restore_optimizer,
-    save_checkpoint,
-)
-from finetune.training.finite import FiniteCheck
+from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
+from finetune.training.checkpoint import CheckpointStore
+from finetune.training.finite import compute_norm, is_finite
+from finetune.training.gradient import Gradient, KeptBuffers, learns_batch_statistics
+from finetune.training.history import add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
-from finetune.training.schedule import Plateau, Schedule
+from finetune.training.pace import Pace
+from finetune.training.progress import Checkpoint, Progress, Snapshot
+from finetune.training.recovery import Way, capture_batch, choose_way, choose_way_back, go_back
+from finetune.training.schedule import Schedule
+from finetune.training.selection import is_over, observe
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
-
-HISTORY_COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "eval_loss",
-    "eval_accuracy",
-    "seconds",
-    "images_per_second",
-    "data_wait_fraction",
-)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on what.
-
-    Attributes:
-        network: on its device, (B, 3, H, W) -> (B, K).
-        plan: what learns, and how fast.
-        loss: of (logits, labels or soft labels).
-        train: shuffled training batches.
-        val: validation batches, in order.
-        num_classes: K.
-    """
-
-    network: nn.Module
-    plan: Plan
-    loss: nn.Module
-    train: Loader
-    val: Loader
-    num_classes: int
+from finetune.training.state import State
+from finetune.training.task import Task
 
 
 class Trainer:
@@ -99,7 +67,9 @@ class Trainer:
         settings: the recipe's section.
         precision: of the forward pass.
         seed: of everything random.
-        folder: where checkpoints and history go.
+        folder: where the history goes.
+        store: where checkpoints go.
+        start: to go on from; None begins.
         display: where progress is shown.
         stop_asked: read after every step; true means save and leave.
     """
@@ -112,26 +82,33 @@ class Trainer:
         precision: Precision,
         seed: int,
         folder: RunFolder,
+        store: CheckpointStore,
+        start: Checkpoint | None = None,
         display: Display,
         stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.task, self.settings, self.precision, self.seed = task, settings, precision, seed
-        self.folder, self.display, self.stop_asked = folder, display, stop_asked
+        self.folder, self.store, self.display, self.stop_asked = folder, store, display, stop_asked
         self.device = task.train.placement.device
         freeze(task.network, task.plan)
         self.optimizer = build_optimizer(
             build_param_groups(task.network, task.plan, settings.weight_decay), settings
         )
         self.schedule = Schedule.from_settings(settings)
-        self.mixer = build_mixer(settings, task.num_classes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        mixer = build_mixer(settings, task.num_classes)
+        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision)
         self.ema = (
             ModelEmaV3(task.network, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
         )
-        self.finite = FiniteCheck(self.device)
+        average = self.ema.module if self.ema is not None else None
+        frozen = frozen_tensors(task.network, task.plan)
+        self.state = State(task.network, self.optimizer, average, frozen)
         self.progress = Progress()
-        self._moments: dict[str, Tensor] = {}
         self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
+        self._start, self._best = start, start.best if start else None
+        self._saved: Snapshot | None = None
+        self._moments: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def standardize_head(self, keep: bool = False) -> None:
@@ -142,9 +119,8 @@ class Trainer:
         Args:
             keep: the classifier is the network's own, and goes on computing what it did.
         """
-        if self.folder.last_checkpoint.exists():
-            tensors, _ = load_checkpoint(self.folder.last_checkpoint)
-            moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
+        if self._start is not None:
+            moments = _with_prefix(self._start.now.tensors, "moments.")
             self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
         else:
             loader = self.task.train
@@ -160,7 +136,7 @@ class Trainer:
     @property
     def judged(self) -> nn.Module:
         """The network whose figures count: the average of the weights where one is kept."""
-        return self.ema.module if self.ema is not None else self.task.network
+        return self.state.judged
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -168,25 +144,40 @@ class Trainer:
         """Train to the end, from the last checkpoint when there is one; the judged network ends at its best.
 
         Raises:
-            DivergedError: the loss is not finite; weights and checkpoint are those before it.
+            DivergedError: losses or gradients are not finite, and stay so; they did not reach the weights.
             InterruptedRunError: a stop was asked for; the checkpoint is of the last whole step.
+            EnvironmentFaultError: one image at a time is too much for the memory.
+            DiskError: a checkpoint cannot be written; the one before is kept.
         """
-        if self.folder.last_checkpoint.exists():
-            self._restore()
-        self.narrator.begin(self.progress)
-        while self.progress.epoch < self.settings.epochs and not self._out_of_patience():
-            self._train_epoch()
-            self._finish_epoch()
-        tensors, best = load_checkpoint(self.folder.best_checkpoint)
-        restore_network(self.judged, tensors, "model.")
-        # Both files are whole, but a kill may have come between them: figures go with the weights.
-        self.progress.best, self.progress.best_epoch = best.best, best.best_epoch
+        self._begin()
+        while not is_over(self.progress, self.settings):
+            if self._train_epoch():
+                self._finish_epoch()
+        if self._saved is not self._epoch_start:
+            self._save()  # what follows, figures and export, may be killed too
+        assert self._best is not None
+        self.state.give_back_judged(self._best.tensors)
         fold(self.judged)
         return self.progress
 
-    def _train_epoch(self) -> None:
+    def _begin(self) -> None:
+        if self._start is not None:
+            self._go_to(self._start.now)
+            self._epoch_start, self._saved = self._start.epoch_start, self._start.now
+            write_history(self.folder.history, self.progress)  # a killed process may have been further
+        else:
+            self._epoch_start = self._take()
+        self._start = None
+        num_bytes = 2 * sum(tensor.nbytes for tensor in self._epoch_start.tensors.values())
+        self.store.check_space(num_bytes)
+        self.pace = Pace(num_bytes)
+        self.narrator.begin(self.progress)
+
+    def _train_epoch(self) -> bool:
+        """Train the rest of an epoch; false when it was left to begin again."""
         progress, loader = self.progress, self.task.train
         set_train_mode(self.task.network, self.task.plan)
+        self._buffers = KeptBuffers(self.task.network)
         steps_per_epoch = loader.num_batches(progress.epoch)
         began, seconds_before, waited_before = (
             time.perf_counter(),
@@ -195,119 +186,165 @@ class Trainer:
         )
         with self.narrator.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
             for batch in loader.batches(progress.epoch, start=progress.batch):
-                self._train_step(batch, steps_per_epoch)
+                if not self._train_step(batch, steps_per_epoch):
+                    return False
                 progress.epoch_seconds = seconds_before + time.perf_counter() - began
                 progress.wait_seconds = waited_before + loader.wait_seconds
+                self.display.pulse.step = progress.step
                 advance(len(batch.labels), self.narrator.words(progress))
-                if self.stop_asked():
-                    self._stop()
+                self._save_or_stop()
+        return True
 
-    def _train_step(self, batch: Batch, steps_per_epoch: int) -> None:
-        self._set_rates(steps_per_epoch)
-        seed_everything(self.seed, "step", self.progress.step)
-        loss = self._forward(batch)
-        self.finite.start(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if not self.finite.wait():
-            at = self.progress
-            where = f"step {at.step + 1} (epoch {at.epoch + 1}, batch {at.batch + 1})"
-            raise self._diverged(f"loss became {loss.item()} at {where}; it did not reach the weights")
-        self._update()
-        self._loss_sum += loss.detach().double() * len(batch.labels)
-        self.progress.num_seen += len(batch.labels)
+    def _train_step(self, batch: Batch, steps_per_epoch: int) -> bool:
+        """Learn from one batch; false when training went back to the start of the epoch."""
+        if batch.lost:
+            self._note_lost(batch.lost)
+        if len(batch.labels):
+            self._set_rates(steps_per_epoch)
+            self._buffers.keep()
+            loss = self._compute_gradient(batch)
+            if self._is_usable(loss):
+                self._update()
+                self._loss_sum += loss.double() * len(batch.labels)
+                self.progress.num_seen += len(batch.labels)
+                self.progress.skipped_in_row = 0
+            elif not self._recover(batch, loss):
+                return False
         self.progress.batch += 1
         self.progress.step += 1
+        return True
 
-    def _forward(self, batch: Batch) -> Tensor:
-        images, labels = batch.images, batch.labels
-        if self.mixer is not None:
-            images, labels = self.mixer(images, labels)
-        with autocast(self.device, self.precision):
-            loss: Tensor = self.task.loss(self.task.network(images).float(), labels)
-        return loss
+    def _set_rates(self, steps_per_epoch: int) -> None:
+        progress = self.progress
+        factor = self.schedule.factor(progress.step, steps_per_epoch)
+        factor *= progress.plateau_factor * progress.rate_factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        progress.lr = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
+
+    def _compute_gradient(self, batch: Batch) -> Tensor:
+        """Return the loss, with the gradient in place; smaller parts at a time while memory runs out."""
+        while True:
+            seed_everything(self.seed, "step", self.progress.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self.gradient.compute(batch, self.progress.microbatch)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                found = " ".join(str(error).split())[:200]
+            # Outside of the except block: its traceback would keep every activation alive.
+            self._buffers.give_back()
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory()
+            self._halve_microbatch(len(batch.labels), found)
+
+    def _is_usable(self, loss: Tensor) -> bool:
+        if self.scaler.is_enabled():
+            # An infinite gradient is how float16 finds its scale: the scaler itself skips the step.
+            self.scaler.unscale_(self.optimizer)
+            return bool(torch.isfinite(loss)) and self.scaler.get_scale() >= 1.0
+        self._norm = compute_norm(self.task.network.parameters())
+        return is_finite(loss, self._norm)
 
     def _update(self) -> None:
         if self.settings.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.task.network.parameters(), self.settings.clip_grad)
+            parameters = list(self.task.network.parameters())
+            if self.scaler.is_enabled():
+                self._norm = compute_norm(parameters)
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, self._norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.task.network, step=self.progress.step)
 
-    def _set_rates(self, steps_per_epoch: int) -> None:
-        factor = self.schedule.factor(self.progress.step, steps_per_epoch) * self.progress.plateau_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.progress.lr = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
+    # --- when a step goes wrong ------------------------------------------------------------------
+
+    def _halve_microbatch(self, batch_size: int, found: str) -> None:
+        now = min(self.progress.microbatch or batch_size, batch_size)
+        if now == 1:
+            fix = "Lower --img-size, take a smaller backbone, or --strategy top or freeze."
+            raise EnvironmentFaultError("training with one image at a time", found, fix)
+        self.progress.microbatch = -(-now // 2)
+        inexact = learns_batch_statistics(self.task.network)
+        but = "; BatchNorm sees these smaller parts, so the result is not that of whole batches"
+        self.display.warn(
+            f"memory ran out at step {self.progress.step + 1}; batches of {batch_size} now go through in "
+            f"parts of {self.progress.microbatch}{but if inexact else ''}"
+        )
+
+    def _note_lost(self, lost: Mapping[str, str]) -> None:
+        """Go on without training images that vanished, as long as they are few."""
+        for path in lost.keys() - self.progress.lost.keys():
+            self.display.warn(f"{path} cannot be read any more ({lost[path]}); it is left out from here on")
+        self.progress.lost |= lost
+        refuse_many_lost(self.progress.lost, len(self.task.train.samples))
+
+    def _recover(self, batch: Batch, loss: Tensor) -> bool:
+        """Leave out a step that cannot be made; false when training went back to the start of the epoch."""
+        self._buffers.give_back()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        way, found = choose_way(self.progress), self._describe(loss)
+        if way is Way.SKIP:
+            self.progress.skipped += 1
+            self.progress.skipped_in_row += 1
+            self.display.warn(f"the {found}; this step is skipped")
+            return True
+        if way is Way.STOP:
+            capture_batch(self.folder, batch, self.state.take(), self.progress)
+        self._go_back(way, found)
+        return False
+
+    def _describe(self, loss: Tensor) -> str:
+        at = self.progress
+        what = "gradient became infinite or nan" if loss.isfinite() else f"loss became {loss.item()}"
+        return f"{what} at step {at.step + 1} (epoch {at.epoch + 1}, batch {at.batch + 1})"
+
+    def _go_back(self, way: Way, found: str) -> None:
+        if way is Way.STOP:
+            raise self._diverged(found)
+        progress = go_back(self.progress, self._epoch_start.progress)
+        self._epoch_start = Snapshot(self._epoch_start.tensors, progress)
+        self._go_to(self._epoch_start)
+        self.display.warn(
+            f"the {found}; back to the start of epoch {progress.epoch + 1}, with {progress.rate_factor:g} "
+            "of the rate"
+        )
 
     # --- the end of an epoch ---------------------------------------------------------------------
 
     def _finish_epoch(self) -> None:
         figures = self._judge()
-        improved = self._is_better(figures)
-        self._observe(figures, improved)
+        if not math.isfinite(figures["loss"]):
+            found = f"validation loss became {figures['loss']} after epoch {self.progress.epoch + 1}"
+            self._go_back(choose_way_back(self.progress), found)
+            return
+        improved = observe(self.progress, figures, self.settings)
         self._record(figures)
         if improved:
-            self._save_best()
+            self._best = Snapshot(self.state.take_judged(), self.progress.copy())
         self._begin_next_epoch()
-        self._save()
-        if self.stop_asked() and self.progress.epoch < self.settings.epochs:
-            raise self._interrupted()
+        self._epoch_start = self._take()
+        if not is_over(self.progress, self.settings):
+            self._save_or_stop()
 
     def _judge(self) -> dict[str, float]:
         with self.narrator.bar(self.progress, "validating", len(self.task.val.samples)) as advance:
-            predictions = predict(self.judged, self.task.val, self.precision, lambda done: advance(done, ""))
-        if not math.isfinite(predictions.loss):
-            raise self._diverged(
-                f"validation loss became {predictions.loss} after epoch {self.progress.epoch + 1}"
-            )
+
+            def on_batch(done: int) -> None:
+                advance(done, "")
+                if self.stop_asked():  # a long validation must not outlast the grace time
+                    self._save_or_stop()
+
+            predictions = predict(self.judged, self.task.val, self.precision, on_batch)
         return {"accuracy": predictions.accuracy, "loss": predictions.loss}
-
-    def _is_better(self, figures: dict[str, float]) -> bool:
-        """Higher accuracy, a lower loss among equals; or the lower loss alone."""
-        best = self.progress.best
-        if not best:
-            return True
-        if self.settings.monitor == "loss":
-            return figures["loss"] < best["loss"]
-        return (figures["accuracy"], -figures["loss"]) > (best["accuracy"], -best["loss"])
-
-    def _observe(self, figures: dict[str, float], improved: bool) -> None:
-        progress = self.progress
-        progress.bad_epochs = 0 if improved else progress.bad_epochs + 1
-        if improved:
-            progress.best, progress.best_epoch = figures, progress.epoch
-        if self.settings.schedule == "plateau":
-            plateau = Plateau(
-                self.settings.decay_epochs,
-                self.settings.decay_rate,
-                progress.plateau_factor,
-                progress.plateau_bad_epochs,
-            )
-            plateau.observe(improved)
-            progress.plateau_factor, progress.plateau_bad_epochs = plateau.factor, plateau.bad_epochs
-
-    def _out_of_patience(self) -> bool:
-        patience = self.settings.patience
-        return patience is not None and self.progress.bad_epochs >= patience
 
     def _record(self, figures: dict[str, float]) -> None:
         progress = self.progress
-        seconds = max(progress.epoch_seconds, 1e-9)
-        row = {
-            "epoch": progress.epoch + 1,
-            "lr": progress.lr,
-            "train_loss": self._loss_sum.item() / max(progress.num_seen, 1),
-            "eval_loss": figures["loss"],
-            "eval_accuracy": figures["accuracy"],
-            "seconds": round(seconds, 3),
-            "images_per_second": round(progress.num_seen / seconds, 2),
-            "data_wait_fraction": round(progress.wait_seconds / seconds, 4),
-        }
-        progress.history.append(row)
-        write_csv(self.folder.history, [tuple(row.values()) for row in progress.history], HISTORY_COLUMNS)
+        row = add_row(progress, figures, self._loss_sum.item())
+        write_history(self.folder.history, progress)
         self.narrator.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
 
     def _begin_next_epoch(self) -> None:
@@ -318,36 +355,33 @@ class Trainer:
 
     # --- stopping and going on -------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _take(self) -> Snapshot:
+        """Return a copy of everything that learning changes."""
         self.progress.loss_sum = self._loss_sum.item()
         self.progress.scaler = self.scaler.state_dict()
-        tensors = network_tensors(self.task.network, "model.") | optimizer_tensors(
-            self.task.network, self.optimizer
-        )
-        tensors |= {f"moments.{name}": tensor for name, tensor in self._moments.items()}
-        if self.ema is not None:
-            tensors |= network_tensors(self.ema.module, "ema.")
-        save_checkpoint(self.folder.last_checkpoint, tensors, self.progress)
+        moments = {f"moments.{name}": tensor.cpu() for name, tensor in self._moments.items()}
+        return Snapshot(self.state.take() | moments, self.progress.copy())
 
-    def _save_best(self) -> None:
-        moments = {f"moments.{name}": tensor for name, tensor in self._moments.items()}
-        save_checkpoint(
-            self.folder.best_checkpoint, network_tensors(self.judged, "model.") | moments, self.progress
-        )
-
-    def _restore(self) -> None:
-        tensors, self.progress = load_checkpoint(self.folder.last_checkpoint)
-        restore_network(self.task.network, tensors, "model.")
-        restore_optimizer(self.task.network, self.optimizer, tensors)
-        if self.ema is not None:
-            restore_network(self.ema.module, tensors, "ema.")
+    def _go_to(self, snapshot: Snapshot) -> None:
+        self.progress = snapshot.progress.copy()
+        self.state.give_back(snapshot.tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
         self._loss_sum.fill_(self.progress.loss_sum)
 
-    def _stop(self) -> None:
-        self._save()
-        raise self._interrupted()
+    def _save_or_stop(self) -> None:
+        """Write a checkpoint when one is due; when a stop was asked for, write one and leave."""
+        stop = self.stop_asked()
+        if stop or self.pace.is_due(inside_epoch=self.progress.batch > 0):
+            self._save()
+        if stop:
+            raise self._interrupted()
+
+    def _save(self) -> None:
+        now = self._take() if self.progress.batch else self._epoch_start
+        self.store.save(Checkpoint(now, self._epoch_start, self._best))
+        self.pace.wrote(self.store.seconds)
+        self._saved = now
 
     def _interrupted(self) -> InterruptedRunError:
         found = f"it was interrupted after step {self.progress.step}, in epoch {self.progress.epoch + 1}"
@@ -357,3 +391,7 @@ class Trainer:
     def _diverged(self, what: str) -> DivergedError:
         fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
         return DivergedError("training", f"the {what}, with a rate of {self.progress.lr:g}", fix)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}

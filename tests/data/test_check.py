@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -45,19 +46,30 @@ def test_finds_the_bad_ones_in_the_order_of_the_data_set(tmp_path: Path, threads
     dataset = discover(tmp_path, 0.2, 0)
     (tmp_path / "val/bee/1.png").unlink()  # lost between discovery and check
     found = check_images(dataset, threads=threads)
-    assert found == (
+    assert found.bad == (
         BadImage("train/ant/3.png", "train", "empty file"),
         BadImage("train/bee/0.png", "train", 'not an image (starts with "<!DOCTYPE")'),
         BadImage("val/ant/8.png", "val", "truncated: the end of the file is missing"),
         BadImage("val/bee/1.png", "val", "file not found"),
     )
+    assert found.digests.keys() == {s.path for s in dataset.samples} - {image.path for image in found.bad}
+
+
+def test_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        images(tmp_path / name, ["0.png", "1.png"])
+    (tmp_path / "bee/1.png").write_bytes(b"no image")
+    dataset = discover(tmp_path, 0.5, 0)
+    expected = {s.path: hashlib.sha256(dataset.file(s).read_bytes()).hexdigest() for s in dataset.samples}
+    assert check_images(dataset, decode=False).digests == expected
+    assert "bee/1.png" not in check_images(dataset).digests
 
 
 def test_progress_counts_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_CHUNK", 4)
     monkeypatch.setattr(check, "probe_image", lambda path: None)
     seen: list[int] = []
-    assert check_images(listed(9), on_progress=seen.append, threads=3) == ()
+    check_images(listed(9), on_progress=seen.append, threads=3)
     assert seen == list(range(1, 12))
 
 
@@ -68,7 +80,7 @@ def test_chunks_keep_order_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(check, "_CHUNK", 4)
     monkeypatch.setattr(check, "probe_image", probe)
     dataset = listed(10)
-    assert [image.path for image in check_images(dataset, threads=4)] == [s.path for s in dataset.samples]
+    assert [image.path for image in check_images(dataset, threads=4).bad] == [s.path for s in dataset.samples]
 
 
 def test_interrupt_drops_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:

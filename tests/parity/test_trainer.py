@@ -37,7 +37,7 @@ def plain_loop(network: nn.Module, loader: Loader, decay: float) -> list[float]:
     total, step, losses = EPOCHS * loader.num_batches(), 0, []
     for epoch in range(EPOCHS):
         network.train()
-        for images, labels, _ in loader.batches(epoch):
+        for images, labels, *_ in loader.batches(epoch):
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * (1 + math.cos(math.pi * step / total)) / 2
             loss = F.cross_entropy(network(images), labels)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import DiskError, DivergedError, ExitCode, InterruptedRunError, UsageError
+from finetune.errors import DiskError, DivergedError, ExitCode, FinetuneError, TakenOverError, UsageError
 from finetune.recipe import Facts, Recipe, load_recipe, resolve_recipe
 from finetune.runs import claim as claim_module
-from finetune.runs.claim import claim_folder
-from finetune.runs.folder import RunFolder, State, outcome_of
+from finetune.runs.claim import Claim, claim_folder
+from finetune.runs.folder import Outcome, RunFolder, State
 
 
 def recipe(**overrides: Any) -> Recipe:
@@ -53,14 +53,15 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("place", ["run", "a/b/c"])
 def test_a_new_folder(tmp_path: Path, place: str) -> None:
-    folder, finished = claim_folder(tmp_path / place, recipe())
-    assert folder == RunFolder(tmp_path / place) and not finished
+    claim = claim_folder(tmp_path / place, recipe())
+    folder = claim.folder
+    assert claim == Claim(RunFolder(tmp_path / place))
     assert load_recipe(str(folder.recipe)) == recipe()
-    assert names_in(folder.path) == ["checkpoints", "recipe.yaml"]
+    assert names_in(folder.path) == ["checkpoints", "outcome.json", "recipe.yaml"]
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    assert claim_folder(tmp_path, recipe()) == (RunFolder(tmp_path), False)
+    assert claim_folder(tmp_path, recipe()) == Claim(RunFolder(tmp_path))
     assert (tmp_path / "recipe.yaml").is_file()
 
 
@@ -73,20 +74,63 @@ def test_a_link_to_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["running", "interrupted", "failed", None])
 def test_the_same_run_goes_on(tmp_path: Path, state: State | None) -> None:
-    folder, _ = claim_folder(tmp_path, recipe())
-    folder.last_checkpoint.write_bytes(b"progress")
+    folder = claim_folder(tmp_path, recipe()).folder
+    checkpoint = folder.checkpoints / "checkpoint-000001"
+    checkpoint.mkdir()
     if state:
-        folder.write_outcome(state, "x")
+        folder.write_outcome(Outcome(state, "x"))
     text = folder.recipe.read_bytes()
-    assert claim_folder(tmp_path, recipe()) == (folder, False)
-    assert folder.last_checkpoint.read_bytes() == b"progress"
+    assert claim_folder(tmp_path, recipe()) == Claim(folder, attempt=2)
+    assert checkpoint.is_dir()
     assert folder.recipe.read_bytes() == text
 
 
 def test_a_finished_run_is_known_as_finished(tmp_path: Path) -> None:
-    folder, _ = claim_folder(tmp_path, recipe())
-    folder.write_outcome("done", "finished")
-    assert claim_folder(tmp_path, recipe()) == (folder, True)
+    folder = claim_folder(tmp_path, recipe()).folder
+    folder.write_outcome(Outcome("done", "finished"))
+    assert claim_folder(tmp_path, recipe()) == Claim(folder, attempt=2, finished=True)
+    assert folder.read_outcome()["state"] == "done"
+
+
+def test_more_epochs_are_the_same_run(tmp_path: Path) -> None:
+    folder = claim_folder(tmp_path, recipe(training__epochs=3)).folder
+    folder.write_outcome(Outcome("done", "finished"))
+    assert claim_folder(tmp_path, recipe(training__epochs=5)) == Claim(folder, attempt=2)
+    assert load_recipe(str(folder.recipe)).training.epochs == 5
+    assert folder.read_outcome()["state"] == "running"
+    assert "training.epochs: 5 -> 4" in refusal(tmp_path, recipe(training__epochs=4)).found
+
+
+def test_another_recipe_may_be_allowed(tmp_path: Path) -> None:
+    claim_folder(tmp_path, recipe())
+    claim = claim_folder(tmp_path, recipe(seed=3), allow_changed=True)
+    assert claim.changes == ("seed: 0 -> 3",)
+    assert load_recipe(str(claim.folder.recipe)).seed == 3
+
+
+def test_a_later_claim_ends_an_earlier_one(tmp_path: Path) -> None:
+    earlier = claim_folder(tmp_path, recipe())
+    earlier.check_owner()
+    later = claim_folder(tmp_path, recipe())
+    later.check_owner()
+    with pytest.raises(TakenOverError, match="attempt 2, and this is 1"):
+        earlier.check_owner()
+
+
+def test_a_kill_while_a_run_is_made_longer_does_not_make_it_look_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = claim_folder(tmp_path, recipe(training__epochs=3)).folder
+    folder.write_outcome(Outcome("done", "finished"))
+
+    def die(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claim_module, "write_text", die)
+        with pytest.raises(KeyboardInterrupt):
+            claim_folder(tmp_path, recipe(training__epochs=5))
+    assert not claim_folder(tmp_path, recipe(training__epochs=3)).finished
 
 
 def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -94,12 +138,13 @@ def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     refused = refusal(tmp_path, recipe(training__lr=0.5, seed=3))
     assert refused.found == "it holds another run (training.lr: 0.01 -> 0.5; seed: 0 -> 3)"
     assert refused.fix == (
-        "Name a new folder with --output, or give the same command again to go on with that run."
+        "Name a new folder with --output, or give the same command again to go on with that run "
+        "(--allow-changed goes on with this one)."
     )
 
 
 def test_another_recipe_is_refused_even_when_that_run_is_finished(tmp_path: Path) -> None:
-    claim_folder(tmp_path, recipe())[0].write_outcome("done", "finished")
+    claim_folder(tmp_path, recipe()).folder.write_outcome(Outcome("done", "finished"))
     assert "it holds another run" in refusal(tmp_path, recipe(seed=1)).found
 
 
@@ -141,7 +186,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_recipe_in_the_folder(tmp_path: Path, content: bytes, found: str) -> None:
-    folder, _ = claim_folder(tmp_path, recipe())
+    folder = claim_folder(tmp_path, recipe()).folder
     folder.recipe.write_bytes(content)
     refused = refusal(tmp_path, recipe())
     assert found in refused.found
@@ -164,7 +209,7 @@ def test_a_place_that_cannot_be_written(path: str) -> None:
 
 
 def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
-    folder, _ = claim_folder(tmp_path, recipe())
+    folder = claim_folder(tmp_path, recipe()).folder
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(DiskError):
@@ -180,13 +225,13 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path: Path, monkeypatch:
         patch.setattr(claim_module, "write_text", fail)
         with pytest.raises(DiskError):
             claim_folder(path, recipe())
-    assert claim_folder(path, recipe()) == (RunFolder(path), False)
+    assert claim_folder(path, recipe()) == Claim(RunFolder(path))
 
 
 def test_after_a_kill_in_the_middle_of_a_claim_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / ".recipe.yaml.part").write_bytes(b"backbo")
-    assert claim_folder(tmp_path, recipe()) == (RunFolder(tmp_path), False)
-    assert names_in(tmp_path) == ["checkpoints", "recipe.yaml"]
+    assert claim_folder(tmp_path, recipe()) == Claim(RunFolder(tmp_path))
+    assert names_in(tmp_path) == ["checkpoints", "outcome.json", "recipe.yaml"]
     (tmp_path / "checkpoints").rmdir()
     claim_folder(tmp_path, recipe())
     assert (tmp_path / "checkpoints").is_dir()
@@ -197,12 +242,16 @@ def test_after_a_kill_in_the_middle_of_a_claim_the_same_command_goes_on(tmp_path
 
 def test_an_outcome_comes_back(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.write_outcome("failed", "it broke", "mend it", 76)
+    folder.write_outcome(Outcome.of(DivergedError("it", "broke", "mend it"), step=7, attempt=3))
     assert folder.read_outcome() == {
         "state": "failed",
-        "message": "it broke",
+        "class": "diverged",
+        "retryable": False,
+        "message": "it: broke",
         "hint": "mend it",
         "exit_code": 76,
+        "step": 7,
+        "attempt": 3,
     }
 
 
@@ -210,16 +259,21 @@ def test_an_outcome_comes_back(tmp_path: Path) -> None:
     "content", [None, b"", b"{", b"[1]", b"null", b'"done"', b"\xff", b"\0", b"[" * 100_000]
 )
 def test_a_damaged_outcome_counts_as_none(tmp_path: Path, content: bytes | None) -> None:
-    folder, _ = claim_folder(tmp_path, recipe())
+    folder = claim_folder(tmp_path, recipe()).folder
+    folder.outcome.unlink()
     if content is not None:
         folder.outcome.write_bytes(content)
     assert folder.read_outcome() == {}
-    assert claim_folder(tmp_path, recipe()) == (folder, False)
+    assert claim_folder(tmp_path, recipe()) == Claim(folder)
 
 
-def test_errors_become_outcomes() -> None:
-    assert outcome_of(InterruptedRunError("a", "b", "c")) == ("interrupted", "a: b", "c", 75)
-    assert outcome_of(DivergedError("a", "b", "c")) == ("failed", "a: b", "c", 76)
+@pytest.mark.parametrize("kind", FinetuneError.__subclasses__())
+def test_every_error_becomes_an_outcome(kind: type[FinetuneError]) -> None:
+    outcome = Outcome.of(kind("a", "b", "c"), 1, 1)
+    assert outcome.state == ("interrupted" if outcome.exit_code == 75 else "failed")
+    assert (outcome.message, outcome.hint) == ("a: b", "c")
+    assert ExitCode[outcome.fault.upper()] == outcome.exit_code
+    assert outcome.retryable == (outcome.exit_code in (70, 74, 75))
 
 
 # --- names ---------------------------------------------------------------------------------------

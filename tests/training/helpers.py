@@ -15,8 +15,10 @@ from finetune.display import SilentDisplay
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.strategy.matrix import build_plan
+from finetune.training.checkpoint import CheckpointStore
 from finetune.training.optimizer import build_loss
-from finetune.training.trainer import Task, Trainer
+from finetune.training.task import Task
+from finetune.training.trainer import Trainer
 from pretrained.catalog import Preprocessing
 from pretrained.stages import find_stages
 
@@ -69,19 +71,19 @@ def build_trainer(
     if network is None:
         torch.manual_seed(1)
         network = SmallNet(dropout)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder)
+    store = CheckpointStore(run.checkpoints)
     return trainer_type(
         _task(recipe, pictures, network, augmentation, workers),
         recipe.training,
         precision="float32",
         seed=recipe.seed,
-        folder=_folder(folder),
+        folder=run,
+        store=store,
+        start=store.load(),
         display=SilentDisplay(),
     )
-
-
-def _folder(path: Path) -> RunFolder:
-    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return RunFolder(path)
 
 
 def _task(

@@ -1,0 +1,74 @@
+"""Is it still the same run? Images, weights and versions, compared with those it began with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.data.sample import Dataset
+from finetune.display import Display
+from finetune.errors import DataError
+from finetune.runs.claim import Claim, find_changed_environment, find_changed_images, read_bad_images
+
+WEIGHTS = "weights_sha256"
+_NO_EFFECT = ("platform", "cores", "device")
+"""Of the environment: other values leave every bit as it is (a device is a key of the recipe)."""
+
+
+def describe_images(dataset: Dataset, digests: dict[str, str]) -> dict[str, tuple[str, str, str]]:
+    """Return label, part and sha256 of every image, by path."""
+    return {
+        sample.path: (dataset.classes[sample.label], sample.split, digests.get(sample.path, "unreadable"))
+        for sample in dataset.samples
+    }
+
+
+def find_changes(
+    claim: Claim, dataset: Dataset, digests: dict[str, str], environment: dict[str, Any]
+) -> list[str]:
+    """Say what an earlier attempt at this run had otherwise: recipe, images, weights.
+
+    Args:
+        claim: of the run's folder.
+        dataset: the images there are now.
+        digests: sha256 of each, by path.
+        environment: versions, hardware and the digest of the weights.
+    """
+    # Images that were bad, or that vanished while the run went on, are no surprise.
+    known = {row["path"] for row in read_bad_images(claim.folder)}
+    images = describe_images(dataset.without(known), digests)
+    changes = [f"recipe: {line}" for line in claim.changes]
+    if images_changed := find_changed_images(claim.folder, images, known):
+        changes.append(f"images: {images_changed}")
+    if WEIGHTS in find_changed_environment(claim.folder, environment):
+        changes.append("weights: the file has another content")
+    return changes
+
+
+def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Display) -> None:
+    """Refuse to go on with another run than the folder's, unless that was allowed.
+
+    Raises:
+        DataError: something changed.
+    """
+    if not changes:
+        return
+    found = f"it is not the run that was begun there ({'; '.join(changes)})"
+    if not allow_changed:
+        fix = (
+            "Put everything back as it was, start a new run with another --output, "
+            "or add --allow-changed to go on all the same."
+        )
+        raise DataError(f"going on with {claim.folder.path}", found, fix)
+    display.warn(f"{found}; going on all the same, as --allow-changed says")
+
+
+def warn_of_versions(claim: Claim, environment: dict[str, Any], display: Display) -> None:
+    """Say under what the last bits of the result may differ: they are promised for one machine only."""
+    changed = find_changed_environment(claim.folder, environment)
+    lines = [
+        f"{key} {before} -> {now}"
+        for key, (before, now) in changed.items()
+        if key != WEIGHTS and key not in _NO_EFFECT
+    ]
+    if lines:
+        display.warn(f"going on under other versions or hardware ({'; '.join(lines)}): last bits may differ")

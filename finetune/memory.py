@@ -1,0 +1,33 @@
+"""Know when memory ran out, on a GPU or on a CPU, and give back what can be given back."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+_WORDS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+"""Of errors that are plain RuntimeErrors: libraries of the GPU, and torch's own allocator on a CPU."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def release_memory() -> None:
+    """Give cached blocks back to the device.
+
+    Call it outside of the ``except`` block: inside, the traceback still holds every activation.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

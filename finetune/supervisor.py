@@ -1,0 +1,282 @@
+"""A light process that watches over the one that works: no hang goes unnoticed, no crash is the end.
+
+::
+
+    finetune run ...           this process: no torch, a few megabytes
+      '- finetune run ...      the work, in a session of its own
+         '- decoding processes
+
+The parent hears signs of life (:mod:`finetune.pulse`), passes signals on, ends what has stopped giving any,
+and starts again what may succeed the second time. The child goes on from its last checkpoint, so that a new
+start costs minutes at most and changes nothing in the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from finetune.errors import ExitCode, FinetuneError
+from finetune.pulse import VARIABLE
+from finetune.runs.folder import Outcome, RunFolder
+
+GRACE = 25.0
+"""Seconds that a child has to save and leave after the first signal."""
+GRACE_AT_ONCE = 5.0
+"""The same, after the second one."""
+WAITS = (1.0, 5.0, 15.0)
+"""Seconds before each new start; when they are used up without a step of progress, the run has failed."""
+_TICK = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass
+class Attempt:
+    """What the parent knows of one child.
+
+    Attributes:
+        folder: of the run, as soon as the child has claimed it.
+        step: of training that was reached.
+        code: exit code; negative for the signal that ended it.
+        stalled: it gave no sign of life for too long.
+        output: what it wrote to stdout.
+    """
+
+    folder: RunFolder | None = None
+    step: int = 0
+    code: int = 0
+    stalled: bool = False
+    output: bytes = b""
+
+
+@dataclass
+class Supervisor:
+    """Runs a command in a child process until it ends for good.
+
+    Args:
+        arguments: of the command, as they stand after ``finetune``.
+        stall_timeout: seconds without a sign of life after which the child is ended.
+        say: shows one line to the user.
+    """
+
+    arguments: Sequence[str]
+    stall_timeout: float
+    say: Callable[[str], None]
+    _signals: list[int] = field(default_factory=list)
+    _child: subprocess.Popen[bytes] | None = None
+    _deadline: float = 0.0
+
+    def run(self) -> tuple[int, bytes]:
+        """Return the exit code, and what the last child wrote to stdout."""
+        starts, best_step, internal = 0, 0, 0
+        with self._handled_signals():
+            while True:
+                attempt = self._attempt()
+                internal += attempt.code == ExitCode.INTERNAL
+                if attempt.step > best_step:
+                    starts, best_step = 0, attempt.step
+                if self._is_final(attempt, internal) or starts == len(WAITS):
+                    break
+                self.say(f"warning: {self._describe(attempt)}; starting again in {WAITS[starts]:g} s")
+                self._continue_in(attempt)
+                self._sleep(WAITS[starts])
+                if self._signals:
+                    break
+                starts += 1
+            return self._conclude(attempt), attempt.output
+
+    def _is_final(self, attempt: Attempt, internal: int) -> bool:
+        """Ends that the child chose are final, but for an unforeseen one, which is tried once more."""
+        if self._signals or attempt.folder is None:
+            return True
+        if attempt.stalled or attempt.code < 0:
+            return False
+        return attempt.code != ExitCode.INTERNAL or internal > 1
+
+    def _continue_in(self, attempt: Attempt) -> None:
+        """Name the folder that the child chose by the time of day."""
+        words = [word.partition("=")[0] for word in self.arguments]
+        short = any(word.startswith("-o") for word in words)
+        if "--output" not in words and not short and attempt.folder is not None:
+            self.arguments = [*self.arguments, "--output", str(attempt.folder.path)]
+
+    # --- one child -------------------------------------------------------------------------------
+
+    def _attempt(self) -> Attempt:
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        command = [sys.executable, "-P", "-m", "finetune", *self.arguments]
+        environment = os.environ | {VARIABLE: f"{writing}:{os.getpid()}"}
+        attempt = Attempt()
+        try:
+            with tempfile.TemporaryFile() as stdout:
+                with subprocess.Popen(  # noqa: S603 - our own program, and the user's own words
+                    command, env=environment, pass_fds=[writing], start_new_session=True, stdout=stdout
+                ) as child:
+                    os.close(writing)
+                    self._child = child
+                    self._watch(child, reading, attempt)
+                    self._child = None
+                _end_session(child.pid)
+                stdout.seek(0)
+                attempt.output = stdout.read()
+        finally:
+            os.close(reading)
+        return attempt
+
+    def _watch(self, child: subprocess.Popen[bytes], pipe: int, attempt: Attempt) -> None:
+        """Wait for the child's end, and bring it about where that is due."""
+        signs = _Signs(pipe)
+        if self._signals:  # one came in while the child was being started
+            self._forward()
+        while child.poll() is None:
+            for facts in signs.wait(_TICK):
+                _note(facts, attempt)
+            if attempt.folder is not None and signs.silence() > self.stall_timeout:
+                attempt.stalled = True
+                _end_session(child.pid)
+            if self._overdue():
+                _end_session(child.pid)
+        for facts in signs.wait(0):
+            _note(facts, attempt)
+        attempt.code = child.returncode
+
+    # --- signals ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _handled_signals(self) -> Iterator[None]:
+        ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]  # nohup
+        before = {n: signal.signal(n, self._handle) for n in _SIGNALS if n not in ignored}
+        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module's shape
+        self._signals.append(number)
+        self._deadline = time.monotonic() + (GRACE if len(self._signals) == 1 else GRACE_AT_ONCE)
+        self._forward()
+
+    def _forward(self) -> None:
+        """Ask the child to stop; SIGTERM, since Python answers an early SIGINT with a traceback."""
+        if self._child is not None:
+            with suppress(ProcessLookupError):
+                self._child.send_signal(signal.SIGTERM)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Ctrl-Z stops both, and `fg` wakes both."""
+        if self._child is not None:
+            self._child.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if self._child is not None:
+            self._child.send_signal(signal.SIGCONT)
+
+    def _overdue(self) -> bool:
+        return bool(self._signals) and time.monotonic() > self._deadline
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._signals:
+            time.sleep(_TICK)
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _describe(self, attempt: Attempt) -> str:
+        if attempt.stalled:
+            return f"the run gave no sign of life for {self.stall_timeout:g} s, and was ended"
+        if attempt.code < 0:
+            return f"the run was ended by {_signal_name(-attempt.code)}"
+        return "the run ended with an unforeseen error"
+
+    def _conclude(self, attempt: Attempt) -> int:
+        """Return the exit code, and write the outcome that a killed child could not."""
+        if not attempt.stalled and attempt.code >= 0:
+            return attempt.code
+        outcome = self._outcome(attempt)
+        self.say(f"error: {outcome.message}")
+        self.say(outcome.hint)
+        attempt.output = json.dumps(outcome.to_dict()).encode() + b"\n" if "--json" in self.arguments else b""
+        if attempt.folder is not None:
+            with suppress(FinetuneError):
+                attempt.folder.write_outcome(outcome)
+        return outcome.exit_code
+
+    def _outcome(self, attempt: Attempt) -> Outcome:
+        number = attempt.folder.read_attempt() if attempt.folder is not None else 1
+        message, place = self._describe(attempt), {"step": attempt.step, "attempt": number}
+        again = "Give the same command again to go on from the last checkpoint."
+        if self._signals:
+            message = "the run was asked to stop, and ended before it had saved"
+            return Outcome(
+                "interrupted", message, again, int(ExitCode.INTERRUPTED), "interrupted", True, **place
+            )
+        if attempt.stalled:
+            hint = f"Look for a disk or network that does not answer, or raise --stall-timeout. {again}"
+            return Outcome("failed", message, hint, int(ExitCode.ENVIRONMENT), "stalled", True, **place)
+        if attempt.code == -signal.SIGKILL:
+            hint = f"Memory that ran out is the usual reason: lower --workers or --batch-size. {again}"
+            return Outcome("failed", message, hint, 128 + signal.SIGKILL, "killed", True, **place)
+        return Outcome("failed", message, again, int(ExitCode.INTERNAL), "crashed", True, **place)
+
+
+class _Signs:
+    """Signs of life, read from a pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe, self._rest = pipe, b""
+        self._last = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(pipe, selectors.EVENT_READ)
+
+    def wait(self, seconds: float) -> list[dict[str, Any]]:
+        """Return the facts that came in, after waiting for them that long at most."""
+        began = time.monotonic()
+        ready = self._selector.select(seconds)
+        if time.monotonic() - began > seconds + 5:  # this process itself was stopped: nobody could be heard
+            self._last = time.monotonic()
+        content = b""
+        if ready:
+            with suppress(BlockingIOError):
+                content = os.read(self._pipe, 1 << 16)
+        if not content:
+            time.sleep(0 if not ready else seconds)  # a closed pipe is ready all the time
+            return []
+        self._last = time.monotonic()
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def silence(self) -> float:
+        """Return the seconds since the last sign."""
+        return time.monotonic() - self._last
+
+
+def _note(facts: dict[str, Any], attempt: Attempt) -> None:
+    if "folder" in facts:
+        attempt.folder = RunFolder(Path(facts["folder"]))
+    attempt.step = facts.get("step", attempt.step)
+
+
+def _end_session(pid: int) -> None:
+    """Kill a process and its group; its decoding processes follow it, stopped ones too."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _signal_name(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"

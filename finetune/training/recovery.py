@@ -1,0 +1,80 @@
+"""What happens when a loss or a gradient is no finite number: skip, go back, stop.
+
+::
+
+    not finite -> skip the step                   up to 3 in a row, 10 in all
+               -> back to the start of the epoch  with half the rate, up to 2 times
+               -> stop as diverged                with the batch kept for a replay
+
+The start of an epoch is a function of the seed, as every state is. A checkpoint falls where the clock says,
+and going back to one would make the result depend on the clock.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import safetensors.torch
+from torch import Tensor
+
+from finetune.data.loader import Batch
+from finetune.runs.files import write_bytes
+from finetune.runs.folder import RunFolder
+from finetune.training.progress import Checkpoint, Progress, Snapshot
+
+SKIPS_IN_A_ROW = 3
+SKIPS_IN_ALL = 10
+ROLLBACKS = 2
+RATE_FACTOR = 0.5
+
+
+class Way(Enum):
+    """How training goes on."""
+
+    SKIP = auto()
+    GO_BACK = auto()
+    STOP = auto()
+
+
+def choose_way(progress: Progress) -> Way:
+    """Return how to go on after one more step that cannot be made; the progress counts the earlier ones."""
+    if progress.skipped_in_row < SKIPS_IN_A_ROW and progress.skipped < SKIPS_IN_ALL:
+        return Way.SKIP
+    return choose_way_back(progress)
+
+
+def choose_way_back(progress: Progress) -> Way:
+    """Return how to go on where skipping is no way."""
+    return Way.GO_BACK if progress.rollbacks < ROLLBACKS else Way.STOP
+
+
+def go_back(now: Progress, start: Progress) -> Progress:
+    """Return the progress of the epoch's start, which knows that it was returned to."""
+    back = start.copy()
+    back.rollbacks, back.rate_factor = now.rollbacks + 1, now.rate_factor * RATE_FACTOR
+    back.microbatch, back.lost = now.microbatch, dict(now.lost)
+    return back
+
+
+def restart_epoch(checkpoint: Checkpoint, steps_per_epoch: int) -> Checkpoint:
+    """Return a checkpoint at the start of its epoch, counted in steps of another length.
+
+    For a run that goes on with other images or another batch size, where a place inside an epoch means
+    nothing.
+    """
+    progress = checkpoint.epoch_start.progress.copy()
+    progress.step = progress.epoch * steps_per_epoch
+    start = Snapshot(checkpoint.epoch_start.tensors, progress)
+    return Checkpoint(start, start, checkpoint.best)
+
+
+def capture_batch(folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Write the batch that ended a training, and the weights it met, as ``diverged.safetensors``.
+
+    ``images`` (B, 3, H, W) as the network gets them (before mixup), ``labels`` and ``indices`` (B,), the
+    trained tensors under ``model.``; the place is in the header.
+    """
+    content = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    content |= {"images": batch.images, "labels": batch.labels, "indices": batch.indices}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+    write_bytes(folder.diverged, safetensors.torch.save(plain, {"progress": progress.to_json()}))
