@@ -32,12 +32,8 @@ from finetune.errors import ExitCode, FinetuneError
 from finetune.pulse import VARIABLE
 from finetune.runs.folder import Outcome, RunFolder
 
-GRACE = 25.0
-"""Seconds that a child has to save and leave after the first signal."""
-GRACE_AT_ONCE = 5.0
-"""The same, after the second one."""
-WAITS = (1.0, 5.0, 15.0)
-"""Seconds before each new start; when they are used up without a step of progress, the run has failed."""
+_GRACE_AT_ONCE = 5.0
+"""Seconds that a child has to leave after the second signal."""
 _TICK = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -69,11 +65,18 @@ class Supervisor:
         arguments: of the command, as they stand after ``finetune``.
         stall_timeout: seconds without a sign of life after which the child is ended.
         say: shows one line to the user.
+        command: that starts ``finetune``.
+        waits: seconds before each new start; when they are used up without a step of progress, the run
+            has failed.
+        grace: seconds that a child has to save and leave after the first signal.
     """
 
     arguments: Sequence[str]
     stall_timeout: float
     say: Callable[[str], None]
+    command: Sequence[str] = (sys.executable, "-P", "-m", "finetune")
+    waits: Sequence[float] = (1.0, 5.0, 15.0)
+    grace: float = 25.0
     _signals: list[int] = field(default_factory=list)
     _child: subprocess.Popen[bytes] | None = None
     _deadline: float = 0.0
@@ -87,11 +90,11 @@ class Supervisor:
                 internal += attempt.code == ExitCode.INTERNAL
                 if attempt.step > best_step:
                     starts, best_step = 0, attempt.step
-                if self._is_final(attempt, internal) or starts == len(WAITS):
+                if self._is_final(attempt, internal) or starts == len(self.waits):
                     break
-                self.say(f"warning: {self._describe(attempt)}; starting again in {WAITS[starts]:g} s")
+                self.say(f"warning: {self._describe(attempt)}; starting again in {self.waits[starts]:g} s")
                 self._continue_in(attempt)
-                self._sleep(WAITS[starts])
+                self._sleep(self.waits[starts])
                 if self._signals:
                     break
                 starts += 1
@@ -117,7 +120,7 @@ class Supervisor:
     def _attempt(self) -> Attempt:
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
-        command = [sys.executable, "-P", "-m", "finetune", *self.arguments]
+        command = [*self.command, *self.arguments]
         environment = os.environ | {VARIABLE: f"{writing}:{os.getpid()}"}
         attempt = Attempt()
         try:
@@ -168,7 +171,7 @@ class Supervisor:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module's shape
         self._signals.append(number)
-        self._deadline = time.monotonic() + (GRACE if len(self._signals) == 1 else GRACE_AT_ONCE)
+        self._deadline = time.monotonic() + (self.grace if len(self._signals) == 1 else _GRACE_AT_ONCE)
         self._forward()
 
     def _forward(self) -> None:
@@ -238,16 +241,17 @@ class _Signs:
 
     def __init__(self, pipe: int) -> None:
         self._pipe, self._rest = pipe, b""
-        self._last = time.monotonic()
+        self._last = self._heard = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(pipe, selectors.EVENT_READ)
 
     def wait(self, seconds: float) -> list[dict[str, Any]]:
         """Return the facts that came in, after waiting for them that long at most."""
-        began = time.monotonic()
         ready = self._selector.select(seconds)
-        if time.monotonic() - began > seconds + 5:  # this process itself was stopped: nobody could be heard
-            self._last = time.monotonic()
+        now = time.monotonic()
+        if now - self._heard > seconds + 1:  # this process itself was stopped, or starved
+            self._last = now
+        self._heard = now
         content = b""
         if ready:
             with suppress(BlockingIOError):

@@ -39,10 +39,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         part.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        _remove(part)
         raise disk_error(path, error) from None
-    finally:
-        with suppress(OSError):  # after a success there is none
-            part.unlink(missing_ok=True)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
