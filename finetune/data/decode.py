@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ EXTENSIONS: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"
 # Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
 # is a global that any library may have switched off, and because warning filters are not thread safe.
 MAX_PIXELS = 178_956_970
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of pictures under that limit
+MAX_BYTES = 512 * 2**20
+"""As many as an uncompressed picture of ``MAX_PIXELS`` has. A parser of a larger file may hold all of it."""
 
 # How the formats begin that no text begins like: such a file is a damaged image, not some other thing.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
@@ -61,7 +65,8 @@ def decode_image(path: Path) -> Image.Image:
     white point, so their own minimum becomes 0 and their own maximum 255.
 
     Raises:
-        BadImageError: the file is missing, no image, damaged, cut short, or over ``MAX_PIXELS``.
+        BadImageError: the file is missing, no image, damaged, cut short, or over ``MAX_PIXELS`` or
+            ``MAX_BYTES``.
     """
     with _opened(path) as image:
         return _finished(image)
@@ -91,15 +96,22 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     A MemoryError passes: it speaks of the machine, and dropping a good image for it would be wrong.
     """
     try:
-        # Before opening: reading a named pipe would wait for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
-            raise BadImageError("not a file")
+        _check_file(path)
         with path.open("rb") as file:
             yield _identified(file)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
         raise BadImageError(_reason(path, error)) from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse before opening: reading a named pipe would wait for ever, reading a huge file nearly so."""
+    status = os.stat(path)  # noqa: PTH116
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImageError("not a file")
+    if status.st_size > MAX_BYTES:
+        raise BadImageError(f"file of {-(-status.st_size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB")
 
 
 def _identified(file: BinaryIO) -> Image.Image:
@@ -112,6 +124,8 @@ def _identified(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise BadImageError(_unidentified(head)) from None
+    except Image.DecompressionBombError:  # by Pillow's own limit, the same number; nothing is damaged
+        raise BadImageError(f"more than {MAX_PIXELS} pixels") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
     if image.format == "PNG":
@@ -125,7 +139,7 @@ def _require_end(file: BinaryIO) -> None:
     file.seek(8)
     while len(chunk := file.read(8)) == 8 and not chunk.endswith(b"IEND"):
         file.seek(int.from_bytes(chunk[:4]) + 4, os.SEEK_CUR)
-    if not chunk.endswith(b"IEND"):
+    if not chunk.endswith(b"IEND") or len(file.read(4)) < 4:
         raise BadImageError("truncated: the end of the file is missing")
     file.seek(here)
 

@@ -1,8 +1,9 @@
 """Find images and labels in a folder or a CSV file, and refuse whatever would give a wrong number.
 
 Three layouts, one list: ``train/<class>/`` (with or without ``val/`` and ``test/``), ``<class>/`` alone, and
-a CSV file ``path,label[,split]``. The class list comes from the training part alone, so that a class that
-validation lacks shifts no index. Nothing is ever written into the user's folder.
+a CSV file ``path,label[,split]``; the folders may come in a zip archive. The class list comes from the
+training part alone, so that a class that validation lacks shifts no index. Nothing is ever written into the
+user's folder.
 """
 
 from __future__ import annotations
@@ -14,43 +15,67 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.data.archive import KINDS, Progress, open_archive
 from finetune.data.finding import Finding, count, names_in, printable, some
 from finetune.data.folders import read_folder
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
 from finetune.data.split import split_off
 from finetune.data.table import read_csv
-from finetune.errors import suggest
+from finetune.errors import DataError, suggest
 
 
-def discover(data: Path, val_fraction: float, seed: int) -> Dataset:
-    """Return every image below ``data`` (a folder, or a CSV file) with its class and part.
+def discover(
+    data: Path,
+    val_fraction: float,
+    seed: int,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+) -> Dataset:
+    """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and part.
 
     Args:
-        data: folder with ``train/``, flat folder of class folders, or CSV file with ``path,label[,split]``.
+        data: folder with ``train/``, flat folder of class folders, a zip archive of either, or CSV file with
+            ``path,label[,split]``.
         val_fraction: share of each class's training images to validate on, where ``data`` gives no
             validation part.
         seed: chooses which ones.
+        follow_links: read images through links that lead out of the folder.
+        on_progress: called with the entries done and their number while an archive is unpacked.
 
     Raises:
         DataError: there is nothing to train on, or what is there has more than one reading.
+        DiskError: an archive cannot be unpacked for lack of space or permission.
     """
-    finding = Finding(f"--data {printable(data)}", data.absolute())
+    finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
     if not os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
         siblings = names_in(finding.root.parent)
         raise finding.refuse(
             f"does not exist{suggest(data.name, siblings)}", "Give a folder of images or a CSV file."
         )
+    suffix = data.suffix.lower() if data.is_file() else ""
     if data.is_dir():
         read_folder(finding)
-    elif data.suffix.lower() == ".csv" and data.is_file():
+    elif suffix == ".csv":
         finding.root = finding.root.parent
         read_csv(finding, data)
+    elif suffix == ".zip":
+        finding.root, finding.from_archive = open_archive(finding, data, on_progress), True
+        read_folder(finding)
     else:
-        raise finding.refuse(
-            "is neither a folder nor a CSV file",
-            "Give a folder of class folders (unpack an archive first) or a CSV file with path,label[,split].",
+        raise _refuse_kind(finding, suffix)
+    return replace(_dataset(finding, val_fraction, seed), is_folder=suffix != ".csv")
+
+
+def _refuse_kind(finding: Finding, suffix: str) -> DataError:
+    if suffix in KINDS:
+        return finding.refuse(
+            f"is a {KINDS[suffix]} archive, and only zip is read",
+            "Unpack it first, and give the folder.",
         )
-    return replace(_dataset(finding, val_fraction, seed), is_folder=data.is_dir())
+    return finding.refuse(
+        "is neither a folder, a zip archive nor a CSV file",
+        "Give a folder of class folders, a zip archive of it, or a CSV file with path,label[,split].",
+    )
 
 
 def _dataset(finding: Finding, val_fraction: float, seed: int) -> Dataset:
@@ -83,11 +108,11 @@ def _require_two(finding: Finding, classes: Sequence[str]) -> None:
     inside = finding.root / classes[0]
     folders = [name for name in names_in(inside) if (inside / name).is_dir() and not name.startswith(".")]
     nested = len(folders) >= 2 or any(name.lower() == "train" for name in folders)
-    fix = (
-        f"Did you mean --data {printable(inside)}?"
-        if nested
-        else "Add the images of at least one more class."
-    )
+    fix = "Add the images of at least one more class."
+    if nested:
+        fix = f"Did you mean --data {printable(inside)}?"
+    if nested and finding.from_archive:  # a path into the cache is none that the user has seen
+        fix = "Pack it so that the class folders, or train/, lie at the top."
     raise finding.refuse(f"has only one class, {classes[0]!r}, which leaves nothing to tell apart", fix)
 
 

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from finetune.data.decode import EXTENSIONS
-from finetune.data.finding import SHOWN, SPLIT_NAMES, Finding, count, name_fault, printable, some
+from finetune.data.finding import (
+    SHOWN,
+    SPLIT_NAMES,
+    Finding,
+    count,
+    extension_counts,
+    extensions,
+    is_junk,
+    name_fault,
+    printable,
+    some,
+)
 from finetune.data.sample import SPLITS, Split
-
-_JUNK = frozenset({"__MACOSX", "Thumbs.db"})
 
 
 def read_folder(finding: Finding) -> None:
     """Read ``train/`` with ``val/`` and ``test/``, or a flat folder of class folders."""
     folders, files = _listing(finding, "")
     splits = _split_folders(finding, folders)
-    if not splits:
+    if splits:
+        _read_parts(finding, folders, splits)
+    else:
         _refuse_no_classes(finding, "", folders, files)
         finding.parts["train"] = _read_classes(finding, "", folders, files, "train")
-        return
+    finding.check_links()
+
+
+def _read_parts(finding: Finding, folders: Sequence[str], splits: dict[Split, str]) -> None:
+    """Read the class folders of each part."""
     others = [name for name in folders if name not in splits.values()]
     if others:
         finding.warnings.append(f"Beside {splits['train']!r}, these folders are ignored: {some(others)}.")
     for split, name in splits.items():
+        if _leads_out(finding, name):
+            continue
         inside, loose = _listing(finding, name)
         _refuse_no_classes(finding, name, inside, loose)
         finding.parts[split] = _read_classes(finding, name, inside, loose, split)
@@ -70,7 +87,7 @@ def _refuse_no_classes(finding: Finding, part: str, folders: Sequence[str], file
     if any(_is_image(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
-        found = f"{where} no class folders and no images{_extensions(_extension_counts(files), ', only ')}"
+        found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
     raise finding.refuse(found, "Put the images of each class into a folder with the name of the class.")
 
 
@@ -89,8 +106,9 @@ def _read_classes(
             classes[name] = images
             ignored += others
         else:
-            empty.append(f"{top!r} holds no images{_extensions(others, ', only ')}")
-    if empty and (split == "train" or not classes):
+            empty.append(f"{top!r} holds no images{extensions(others, ', only ')}")
+    # Behind a link that leads out nobody has looked: that link is refused, not the lack of images.
+    if empty and not finding.links_out and (split == "train" or not classes):
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
         raise finding.refuse(
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
@@ -114,19 +132,7 @@ def _warn_ignored(finding: Finding, part: str, files: Sequence[str], others: Cou
             f"{count(loose, 'image', 'images')} directly in {where}, outside the class folders, ignored."
         )
     if others:
-        finding.warnings.append(
-            f"Files in {where} that are no images are ignored{_extensions(others, ': ')}."
-        )
-
-
-def _extension_counts(files: Iterable[str]) -> Counter[str]:
-    return Counter(os.path.splitext(name)[1].lower() or "no extension" for name in files)  # noqa: PTH122
-
-
-def _extensions(others: Counter[str], before: str) -> str:
-    """Return ``before`` and the extensions seen with their numbers, or nothing if there were none."""
-    seen = ", ".join(f"{printable(name)} ({number})" for name, number in others.most_common(SHOWN))
-    return before + seen if seen else ""
+        finding.warnings.append(f"Files in {where} that are no images are ignored{extensions(others, ': ')}.")
 
 
 def _is_image(name: str) -> bool:
@@ -136,7 +142,8 @@ def _is_image(name: str) -> bool:
 def _images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
     """Return the images in a class folder and its sub-folders, and how many other files of each extension.
 
-    Linked folders are followed, but not back into a folder that the walk is already inside of.
+    Linked folders are followed, but not back into a folder that the walk is already inside of, and not out
+    of the root.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
@@ -144,12 +151,14 @@ def _images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
     stack = [(top, outside)]
     while stack:
         folder, inside = stack.pop()
+        if _leads_out(finding, folder):
+            continue
         identity = _identity(finding, folder)
         if identity in inside:
             continue
         folders, files = _listing(finding, folder)
         images.extend(f"{folder}/{name}" for name in files if _is_image(name))
-        others += _extension_counts(name for name in files if not _is_image(name))
+        others += extension_counts(name for name in files if not _is_image(name))
         stack.extend((f"{folder}/{name}", inside | {identity}) for name in folders)
     return sorted(images), others
 
@@ -159,6 +168,11 @@ def _above(folder: str) -> Iterator[str]:
     while folder:
         folder = folder.rpartition("/")[0]
         yield folder
+
+
+def _leads_out(finding: Finding, folder: str) -> bool:
+    """Tell a folder that is a link out of the root; where it leads, nothing is looked at."""
+    return os.path.islink(finding.root / folder) and finding.leads_out(folder)  # noqa: PTH114
 
 
 def _identity(finding: Finding, folder: str) -> tuple[int, int]:
@@ -178,13 +192,15 @@ def _listing(finding: Finding, folder: str) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(finding.root / folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name in _JUNK:
+                if is_junk(entry.name):
                     continue
                 if _is_folder(entry):
                     _refuse_not_utf8(finding, folder, entry.name)
                     folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
+                    if entry.is_symlink() and _is_image(entry.name):
+                        finding.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
         raise finding.refuse(
             f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})",

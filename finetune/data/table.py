@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.finding import SHOWN, SPLIT_NAMES, Finding, count, name_fault, some
+from finetune.data.finding import SHOWN, SPLIT_NAMES, Finding, count, name_fault, quoted, some
 from finetune.errors import suggest
+
+MAX_BYTES = 2**30
+"""The whole table is held in memory, several times its size on disk. A million rows take 100 MB or less."""
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,9 +34,12 @@ def read_csv(finding: Finding, file: Path) -> None:
     table = _table(finding, file)
     faults: list[tuple[int, str]] = []
     first: dict[str, _Row] = {}
+    closed: dict[str, bool] = {}
     for row in _rows(finding, table):
         path = _below_root(finding.root, row.path)
-        fault = _row_fault(finding.root, row, path, first)
+        fault = _row_fault(row, path, first)
+        if fault is None and path is not None and not _lies_outside(finding, path, closed):
+            fault = _file_fault(finding, path, row)
         if fault:
             faults.append((row.place, fault))
         elif path is not None:
@@ -47,6 +54,7 @@ def read_csv(finding: Finding, file: Path) -> None:
             + "".join(f"\n  {s}" for s in shown + more),
             "Correct these lines.",
         )
+    finding.check_links()
     if "train" not in finding.parts:
         raise finding.refuse(
             "has no training rows", "Add rows (with split=train, if there is a split column)."
@@ -58,6 +66,7 @@ def _table(finding: Finding, file: Path) -> DataFrame:
     from pandas import read_csv
     from pandas.errors import EmptyDataError, ParserError
 
+    _refuse_huge(finding, file)
     try:
         # Without a header of its own pandas holds every row to the width of the first: a stray comma
         # is an error instead of a silent shift of all columns by one.
@@ -77,6 +86,15 @@ def _table(finding: Finding, file: Path) -> DataFrame:
     except OSError as error:
         raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from error
     return table[(table != "").any(axis=1)]
+
+
+def _refuse_huge(finding: Finding, file: Path) -> None:
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise finding.refuse(
+            f"has {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB",
+            "Leave out columns other than path,label,split, or give a folder of class folders.",
+        )
 
 
 def _rows(finding: Finding, table: DataFrame) -> Iterator[_Row]:
@@ -111,7 +129,7 @@ def _require_columns(finding: Finding, header: Sequence[str]) -> None:
 
 def _below_root(root: Path, path: str) -> str | None:
     """Return the path relative to the CSV's folder in plain form, or None if it lies outside."""
-    if not path:
+    if not path or "\0" in path:
         return None
     full = os.path.normpath(root / path)
     for plain in (os.path.normpath, os.path.realpath):  # the second for absolute paths through a link
@@ -121,26 +139,64 @@ def _below_root(root: Path, path: str) -> str | None:
     return None
 
 
-def _row_fault(root: Path, row: _Row, path: str | None, first: dict[str, _Row]) -> str | None:
-    """Say what is wrong with a row, or return None."""
+def _row_fault(row: _Row, path: str | None, first: dict[str, _Row]) -> str | None:
+    """Say what is wrong with the text of a row, or return None."""
     if not row.path:
         return "the path is empty"
+    if "\0" in row.path:
+        return f"{quoted(row.path)} does not exist or is not a file"
     if fault := name_fault(row.label):
-        return f"the label {row.label!r} {fault}"
+        return f"the label {quoted(row.label)} {fault}"
     if row.split not in SPLIT_NAMES:
-        return f"split {row.split!r} is none of train, val, test{suggest(row.split, SPLIT_NAMES)}"
+        return f"split {quoted(row.split)} is none of train, val, test{suggest(row.split, SPLIT_NAMES)}"
     if path is None:
-        return f"{row.path!r} lies outside the folder of the CSV file"
-    if path in first:
-        return _repeated(row, first[path])
-    return None if (root / path).is_file() else f"{row.path!r} does not exist or is not a file"
+        return f"{quoted(row.path)} lies outside the folder of the CSV file"
+    return _repeated(row, first[path]) if path in first else None
+
+
+def _lies_outside(finding: Finding, path: str, closed: dict[str, bool]) -> bool:
+    """Tell whether a folder above the file is a link out of the root, and note it.
+
+    Args:
+        finding: takes the note.
+        path: of the image.
+        closed: the answers so far, one a folder: to look anew for each row would be slow.
+    """
+    folder = path.rpartition("/")[0]
+    if folder not in closed:
+        closed[folder] = bool(folder) and finding.outside(folder) is not None
+        if closed[folder]:
+            any(map(finding.leads_out, _way_down(folder)))  # notes the first that leads out: the link itself
+    return closed[folder]
+
+
+def _way_down(folder: str) -> Iterator[str]:
+    """Give the folders on the way to this one, from the top, and itself."""
+    yield from (folder[:place] for place, mark in enumerate(folder) if mark == "/")
+    yield folder
+
+
+def _file_fault(finding: Finding, path: str, row: _Row) -> str | None:
+    """Say what is wrong with the file that a row names, or return None; note a link out of the root."""
+    full = finding.root / path
+    try:
+        mode = os.lstat(full).st_mode
+        if stat.S_ISLNK(mode):
+            if finding.leads_out(path):
+                return None
+            mode = os.stat(full).st_mode  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        return f"{quoted(row.path)} cannot be read ({error.strerror})"
+    return None if stat.S_ISREG(mode) else f"{quoted(row.path)} does not exist or is not a file"
 
 
 def _repeated(row: _Row, before: _Row) -> str:
     """Say how a path came up before: in the other part is the grave one."""
     if SPLIT_NAMES[row.split] != SPLIT_NAMES[before.split]:
-        return f"{row.path!r} is in {before.split} and again in {row.split}"
-    return f"{row.path!r} is listed twice"
+        return f"{quoted(row.path)} is in {before.split} and again in {row.split}"
+    return f"{quoted(row.path)} is listed twice"
 
 
 def _line(table: DataFrame, place: int) -> int:

@@ -193,14 +193,106 @@ def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
     assert "ant/x.jpg/inside.png" in every and "ant/x.jpg" not in every
 
 
-def test_linked_folders_are_followed(tmp_path: Path) -> None:
-    ants_and_bees(tmp_path / "store", "", 3)
-    (tmp_path / "data").mkdir()
+def linked(root: Path) -> Path:
+    """A data folder whose class folders are links to a store beside it."""
+    ants_and_bees(root / "store", "", 3)
+    (root / "data").mkdir()
     for name in ("ant", "bee"):
-        (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
-    dataset = found(tmp_path / "data")
+        (root / "data" / name).symlink_to(root / "store" / name)
+    return root / "data"
+
+
+def test_linked_folders_are_followed_where_that_is_allowed(tmp_path: Path) -> None:
+    dataset = discover(linked(tmp_path), 0.25, 0, follow_links=True)
     assert len(dataset.samples) == 6
     assert {path.split("/")[0] for path in paths(dataset)} == {"ant", "bee"}
+
+
+def test_linked_folders_out_of_the_data_are_named(tmp_path: Path) -> None:
+    error = refused(linked(tmp_path))
+    assert error.found == (
+        f"2 links lead out of the folder: 'ant' -> '{tmp_path}/store/ant', 'bee' -> '{tmp_path}/store/bee'"
+    )
+    assert error.fix == "Copy the files there, or add --set data.follow_links=true."
+
+
+@pytest.mark.parametrize(
+    "place", ["train", "val", "train/ant", "val/bee", "train/ant/deep", "train/ant/0.jpg"]
+)
+def test_a_link_out_of_the_data_is_refused_wherever_it_stands(tmp_path: Path, place: str) -> None:
+    for part in ("train/", "val/"):
+        ants_and_bees(tmp_path / "data", part, 3)
+    link = tmp_path / "data" / place
+    if link.exists():
+        link.rename(tmp_path / "moved")
+    elif not link.suffix:
+        tree(tmp_path / "moved", "9.jpg")
+    link.symlink_to(tmp_path / "moved")
+    error = refused(tmp_path / "data")
+    assert error.found == f"1 link leads out of the folder: {place!r} -> '{tmp_path}/moved'"
+    assert discover(tmp_path / "data", 0.25, 0, follow_links=True).num_classes == 2
+
+
+def test_many_links_out_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    for number in range(8):
+        (tmp_path / f"ant/x{number}.jpg").symlink_to("/etc/passwd")
+    error = refused(tmp_path)
+    assert error.found.startswith("8 links lead out of the folder: 'ant/x0.jpg' -> '/etc/passwd', ")
+    assert error.found.count("passwd") == 5 and error.found.endswith(" and 3 more")
+
+
+def test_behind_a_link_out_nothing_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, scandir, seen = linked(tmp_path), os.scandir, []
+
+    def recorded(path: Path) -> object:
+        seen.append(Path(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", recorded)
+    refused(data)
+    assert seen == [data]
+
+
+def test_a_link_by_way_of_another_link_and_a_dead_link_out(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path / "data", "", 3)
+    (tmp_path / "data/hop").symlink_to("..")  # a class folder, refused itself
+    (tmp_path / "data/ant/x.jpg").symlink_to("../hop/elsewhere/x.jpg")
+    assert refused(tmp_path / "data").found == (
+        f"2 links lead out of the folder: 'ant/x.jpg' -> '{tmp_path}/elsewhere/x.jpg', 'hop' -> '{tmp_path}'"
+    )
+
+
+def test_a_folder_whose_name_begins_like_the_data_is_not_the_data(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path / "data", "", 3)
+    tree(tmp_path / "data-secret", "0.jpg")
+    (tmp_path / "data/ant/x.jpg").symlink_to(tmp_path / "data-secret/0.jpg")
+    assert "data-secret" in refused(tmp_path / "data").found
+
+
+def test_links_that_stay_inside_are_fine(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path / "real", "train/", 3)
+    (tmp_path / "real/train/ant/again.jpg").symlink_to("../bee/0.jpg")
+    (tmp_path / "real/train/cat").symlink_to(tmp_path / "real/train/bee")
+    (tmp_path / "data").symlink_to("real")  # the data folder itself may be a link
+    dataset = found(tmp_path / "data")
+    assert dataset.classes == ("ant", "bee", "cat") and len(dataset.samples) == 10
+    assert dataset.root == tmp_path / "data"
+
+
+def test_links_that_are_not_read_are_no_matter(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "train/", 3)
+    (tmp_path / "train/ant/README").symlink_to("/etc/passwd")
+    for name in ("train/ant/.hidden.jpg", "train/.cache", "notes"):
+        (tmp_path / name).symlink_to("/etc")
+    assert len(found(tmp_path).samples) == 6
+
+
+def test_plain_files_are_not_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resolving costs tens of microseconds a file: a million images would wait half a minute."""
+    ants_and_bees(tmp_path, "", 3)
+    monkeypatch.setattr(os.path, "realpath", None)
+    assert len(found(tmp_path).samples) == 6
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "deep"])
@@ -407,9 +499,19 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path / os.fsdecode(b"\xff"))
 
 
-@pytest.mark.parametrize("name", ["data.zip", "x.jpg", "labels.txt"])
+@pytest.mark.parametrize("name", ["x.jpg", "labels.txt"])
 def test_a_file_that_is_no_csv(tmp_path: Path, name: str) -> None:
-    assert "neither a folder nor a CSV" in refused(tree(tmp_path, name) / name).found
+    assert "neither a folder, a zip archive nor a CSV" in refused(tree(tmp_path, name) / name).found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("x.tar", "tar"), ("x.TGZ", "tar"), ("x.tar.gz", "gzip"), ("x.7z", "7-Zip"), ("x.rar", "RAR")],
+)
+def test_an_archive_that_is_no_zip(tmp_path: Path, name: str, kind: str) -> None:
+    error = refused(tree(tmp_path, name) / name)
+    assert error.found == f"is a {kind} archive, and only zip is read"
+    assert error.fix.startswith("Unpack it first")
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,6 +641,71 @@ def test_csv_each_fault_alone(tmp_path: Path, row: str, fault: str) -> None:
     (tmp_path.parent / "out.jpg").touch()
     error = refused(table(tmp_path, f"path,label,split\na.jpg,x,train\n{row}\n", *FOUR))
     assert error.found == f"1 row cannot be used:\n  line 3: {fault}"
+
+
+def test_csv_links_out_are_named_once_a_folder(tmp_path: Path) -> None:
+    tree(tmp_path / "store", "deep/0.jpg", "deep/1.jpg", "2.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/img").symlink_to(tmp_path / "store")
+    text = "path,label\nimg/deep/0.jpg,x\nimg/deep/1.jpg,y\nimg/2.jpg,x\na.jpg,x\nb.jpg,y\nsub/c.jpg,y\n"
+    file = table(tmp_path / "data", text, *FOUR)
+    (tmp_path / "data/b.jpg").unlink()
+    (tmp_path / "data/b.jpg").symlink_to("/etc/passwd")
+    error = refused(file)
+    assert error.found == (
+        f"2 links lead out of the folder: 'b.jpg' -> '/etc/passwd', 'img' -> '{tmp_path}/store'"
+    )
+    assert error.fix == "Copy the files there, or add --set data.follow_links=true."
+    assert len(discover(file, 0.25, 0, follow_links=True).samples) == 6
+
+
+def test_csv_links_inside_and_a_linked_data_folder(tmp_path: Path) -> None:
+    text = "path,label\na.jpg,x\nlink/c.jpg,x\nd.jpg,y\nb.jpg,y\n"
+    table(tmp_path / "real", text, *FOUR)
+    (tmp_path / "real/link").symlink_to("sub")
+    (tmp_path / "real/d.jpg").symlink_to("sub/d.jpg")
+    (tmp_path / "data").symlink_to("real")
+    assert len(found(tmp_path / "data/labels.csv").samples) == 4
+
+
+def test_csv_folders_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [f"{'xy'[n % 2]}/{n}.jpg" for n in range(50)]
+    file = table(tmp_path, "\n".join(["path,label", *(f"{image},{image[0]}" for image in images)]), *images)
+    realpath, calls = os.path.realpath, []
+
+    def recorded(path: Path) -> str:
+        calls.append(path)
+        return realpath(path)
+
+    monkeypatch.setattr(os.path, "realpath", recorded)
+    assert len(found(file).samples) == 50
+    assert len(calls) == 3  # the root and two folders
+
+
+def test_csv_dead_link_and_endless_link(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,label\nx.jpg,x\ny.jpg,y\n")
+    (tmp_path / "x.jpg").symlink_to("nowhere")
+    (tmp_path / "y.jpg").symlink_to("y.jpg")
+    assert refused(file).found == (
+        "2 rows cannot be used:\n  line 2: 'x.jpg' does not exist or is not a file\n"
+        "  line 3: 'y.jpg' cannot be read (Too many levels of symbolic links)"
+    )
+
+
+def test_csv_a_path_longer_than_any_file_name(tmp_path: Path) -> None:
+    error = refused(table(tmp_path, f"path,label\n{'a' * 9000}.jpg,x\n", *FOUR))
+    assert "cannot be read (File name too long)" in error.found and len(error.found) < 400
+
+
+def test_csv_a_label_longer_than_any_folder_name(tmp_path: Path) -> None:
+    error = refused(table(tmp_path, f"path,label\na.jpg,{'a' * 9000}\nb.jpg,{'b' * 255}\n", *FOUR))
+    assert "1 row cannot be used" in error.found and len(error.found) < 400
+
+
+def test_csv_over_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "labels.csv").open("wb") as file:
+        file.truncate(2**30 + 1)  # takes no room on the disk
+    assert refused(tmp_path / "labels.csv").found == "has 1025 MB, more than 1024 MB"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,365 @@
+"""Unpack a zip archive into the user's cache, once, and believe nothing that it says of itself.
+
+An archive may come from anywhere, and its names and sizes are whatever its maker wrote. So names are judged
+before a byte is written, bytes are counted as they come out, and only images and tables come out at all.
+The folder gets its final name when it is complete: under that name there is never half an archive.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+from finetune.data.decode import EXTENSIONS
+from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
+from finetune.data.finding import (
+    NAME_BYTES,
+    SHOWN,
+    SPLIT_NAMES,
+    Finding,
+    count,
+    extension_counts,
+    extensions,
+    is_junk,
+    printable,
+    quoted,
+)
+from finetune.errors import DataError, DiskError
+from finetune.runs.files import disk_error, sync_folder, write_json
+
+Progress = Callable[[int, int], None]
+
+MAX_ENTRIES = 1_000_000
+MAX_BYTES = 256 * 2**30
+MAX_CONTENTS_BYTES = 2**30  # of the table of contents, which is held in memory
+MAX_RATIO = 100  # unpacked to packed; photographs are near 1
+FREE_BYTES = 100 * 2**20  # up to here no ratio is too high: a few flat pictures do pack that well
+MAX_PATH_BYTES = 1024
+MAX_DEPTH = 32
+
+KINDS = {
+    ".tar": "tar", ".tgz": "tar", ".tbz2": "tar", ".txz": "tar", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz",
+    ".zst": "zstd", ".7z": "7-Zip", ".rar": "RAR",
+}  # fmt: skip
+"""Archives that are not read: Pythons that are in use unpack a hostile tar where they should not."""
+
+_CHUNK = 2**20
+_DRIVE = re.compile("[A-Za-z]:")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LEFT_OUT = ".left-out.json"
+_ENCRYPTED = 0x1 | 0x40  # flag bits: by password, and strongly
+_UTF8 = 0x800  # flag bit: zipfile has decoded the name as UTF-8, and not as code page 437
+_REPACK = (
+    "If you know where it comes from, pack the folder again as an ordinary zip "
+    "(UTF-8 names, no links, no password)."
+)
+_UNPACK = "If you know where it comes from, unpack it yourself, and give the folder."
+
+
+def open_archive(finding: Finding, file: Path, on_progress: Progress | None = None) -> Path:
+    """Return the folder that holds the archive's images, unpacked now or by an earlier call.
+
+    Raises:
+        DataError: the archive is damaged, hostile, encrypted or over a limit.
+        DiskError: there is no room for it, or the cache cannot be written.
+    """
+    try:
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+    cache = _cache()
+    folder = cache / digest
+    with _disk_faults(cache):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_leftovers(cache)
+    if not folder.is_dir():
+        with _disk_faults(cache), _locked(cache / f"{digest}.lock"):
+            if not folder.is_dir():  # another process may have unpacked it while this one waited
+                _unpack(finding, file, folder, on_progress)
+    _warn_left_out(finding, folder)
+    return _entered(folder)
+
+
+def _cache() -> Path:
+    """Return where archives are unpacked (a relative XDG_CACHE_HOME counts as none, says its standard)."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111, PTH117
+    return base.absolute() / "finetune" / "archives"
+
+
+@contextmanager
+def _disk_faults(cache: Path) -> Iterator[None]:
+    """Turn what the operating system says of the cache into a refusal."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_error(cache, error) from None
+        fix = "Set XDG_CACHE_HOME to a folder you may write to, and start the same command again."
+        raise DiskError(f"writing {cache}", error.strerror or str(error), fix) from None
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Keep other processes from the same archive; give whether the lock was had. It ends with its process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        had = False
+        with suppress(OSError):  # held by another, or a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            had = True
+        yield had
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what killed processes left behind. A lock tells the dead: containers share process numbers."""
+    for part in cache.glob("*.part-*"):
+        with _locked(cache / f"{part.name.partition('.')[0]}.lock", wait=False) as had:
+            if had:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _unpack(finding: Finding, file: Path, folder: Path, on_progress: Progress | None) -> None:
+    """Unpack aside and rename."""
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(mode=0o700)
+        with _opened(finding, file) as archive:
+            plan = _plan(finding, archive)
+            _check_sizes(finding, file, plan, folder.parent)
+            _extract(finding, archive, plan, part, on_progress)
+        write_json(part / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
+        os.sync()  # else a power cut could keep the new name and lose what is in it
+        _rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _rename(part: Path, folder: Path) -> None:
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # where there are no locks, another process may have been faster
+            raise
+    sync_folder(folder.parent)
+
+
+class _Guarded(io.FileIO):
+    """A file that gives no overlong table of contents: zipfile reads it at once, and makes objects of it."""
+
+    def __init__(self, finding: Finding, file: Path) -> None:
+        super().__init__(file)
+        self.finding = finding
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read, where that is not too much."""
+        data = b"" if (size or 0) > MAX_CONTENTS_BYTES else super().read(size) or b""
+        if (size or 0) > MAX_CONTENTS_BYTES or data.count(b"PK\1\2") > MAX_ENTRIES:
+            raise self.finding.refuse(f"holds more than {MAX_ENTRIES} files", _UNPACK)
+        return data
+
+
+@contextmanager
+def _opened(finding: Finding, file: Path) -> Iterator[ZipFile]:
+    """Give the archive with its table of contents read."""
+    with ExitStack() as stack:
+        with _zip_faults(finding):
+            archive = ZipFile(stack.enter_context(_Guarded(finding, file)))
+        yield archive
+
+
+@contextmanager
+def _zip_faults(finding: Finding) -> Iterator[None]:
+    """Turn every fault of reading into a refusal: zipfile lets a dozen kinds of error through."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except UnicodeDecodeError as error:
+        raise finding.refuse(f"holds the name {error.object!r}, which is not UTF-8", _REPACK) from None
+    except OSError as error:
+        raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+    except Exception as error:
+        said = printable(" ".join(str(error).split())[:120] or type(error).__name__)
+        found = f"is cut short, damaged or no zip archive ({said})"
+        raise finding.refuse(found, "Get it or make it again.") from None
+
+
+@dataclass
+class _Plan:
+    """What comes out of an archive, and what does not.
+
+    Attributes:
+        files: what to unpack, by its path.
+        folders: every folder, also one without images: a class without images is refused, not forgotten.
+        left_out: files that are no images; neither read nor written.
+    """
+
+    files: dict[str, ZipInfo] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
+
+    def add(self, entry: ZipInfo) -> str | None:
+        """Add an entry, or say why it cannot be trusted."""
+        name = _decoded(entry)
+        if name is None:
+            return "is not UTF-8"
+        if fault := _path_fault(name):
+            return fault
+        parts = [part for part in name.split("/") if part not in {"", "."}]
+        if any(map(is_junk, parts)):
+            return None
+        self.folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        if name.endswith("/"):
+            self.folders.add("/".join(parts))
+            return None
+        return self._add_file(entry, "/".join(parts))
+
+    def _add_file(self, entry: ZipInfo, path: str) -> str | None:
+        if stat.S_IFMT(entry.external_attr >> 16) not in {0, stat.S_IFREG}:
+            return "is a link, or another thing that is no file"
+        if path in self.files or path in self.left_out:
+            return "is in there twice"
+        if os.path.splitext(path)[1].lower() not in EXTENSIONS | {".csv"}:  # noqa: PTH122
+            self.left_out.add(path)
+            return None
+        if entry.flag_bits & _ENCRYPTED:
+            return "is encrypted"
+        if entry.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
+            # zipfile undoes other methods without a limit: a kilobyte of bzip2 may fill the memory.
+            return f"is packed by method {entry.compress_type}; only stored and deflated files are read"
+        self.files[path] = entry
+        return None
+
+
+def _plan(finding: Finding, archive: ZipFile) -> _Plan:
+    """Judge every entry before anything is written; the faulty ones are refused together, by name."""
+    plan = _Plan()
+    faults = [(entry.orig_filename, fault) for entry in archive.infolist() if (fault := plan.add(entry))]
+    both = sorted(plan.folders & (plan.files.keys() | plan.left_out))
+    faults += [(name, "is both a file and a folder") for name in both]
+    if not faults:
+        return plan
+    shown = [f"{quoted(name)} {fault}" for name, fault in faults[:SHOWN]]
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    raise finding.refuse(
+        f"{count(len(faults), 'entry is', 'entries are')} not what a plain archive of images holds:"
+        + "".join(f"\n  {line}" for line in shown + more),
+        _REPACK,
+    )
+
+
+def _decoded(entry: ZipInfo) -> str | None:
+    """Return the name as UTF-8, or None. Many packers write UTF-8 and do not say so."""
+    if entry.flag_bits & _UTF8:
+        return entry.orig_filename
+    try:
+        return entry.orig_filename.encode("cp437").decode()
+    except UnicodeError:
+        return None
+
+
+def _path_fault(name: str) -> str | None:
+    """Say why a name can be no path below the folder that is unpacked into, or return None."""
+    parts = name.split("/")
+    faults = {
+        "is an absolute path": name.startswith("/") or _DRIVE.match(name),
+        "leads upwards": ".." in parts,
+        "holds a backslash": "\\" in name,
+        "holds a control character or a line break": _CONTROL.search(name),
+        "is too long": len(parts) > MAX_DEPTH or len(name.encode()) > MAX_PATH_BYTES,
+        "has a part that is too long": max(len(part.encode()) for part in parts) > NAME_BYTES,
+        "is no name": parts[-1] == "." or not name,
+    }
+    return next((said for said, found in faults.items() if found), None)
+
+
+def _check_sizes(finding: Finding, file: Path, plan: _Plan, cache: Path) -> None:
+    """Refuse what says of itself that it is too large, before anything is written."""
+    sizes = [entry.file_size for entry in plan.files.values()]
+    if fault := _size_fault(max(sizes, default=0), sum(sizes), file.stat().st_size):
+        raise finding.refuse(fault, _UNPACK)
+    if sum(sizes) > shutil.disk_usage(cache).free:
+        raise OSError(errno.ENOSPC, f"the archive needs {_megabytes(sum(sizes))}")
+
+
+def _size_fault(of_file: int, in_all: int, packed: int) -> str | None:
+    """Say which limit the bytes of one file, or of all so far, are over, or return None."""
+    if of_file > MAX_FILE_BYTES:
+        return f"holds a file of more than {_megabytes(MAX_FILE_BYTES)}"
+    if in_all > MAX_BYTES:
+        return f"holds more than {_megabytes(MAX_BYTES)}"
+    if in_all > FREE_BYTES and in_all > MAX_RATIO * packed:
+        return f"grows to more than {MAX_RATIO} times its size, as an archive made to fill a disk does"
+    return None
+
+
+def _megabytes(size: int) -> str:
+    return f"{-(-size // 2**20)} MB"
+
+
+def _extract(
+    finding: Finding, archive: ZipFile, plan: _Plan, part: Path, on_progress: Progress | None
+) -> None:
+    """Write the planned files, counting what really comes out."""
+    assert archive.fp is not None
+    packed = os.fstat(archive.fp.fileno()).st_size
+    in_all = 0
+    for folder in plan.folders:
+        (part / folder).mkdir(parents=True, exist_ok=True)
+    for done, (path, entry) in enumerate(plan.files.items(), 1):
+        size = 0
+        with (part / path).open("xb") as target:
+            for chunk in _chunks(finding, archive, entry):
+                size, in_all = size + len(chunk), in_all + len(chunk)
+                if fault := _size_fault(size, in_all, packed):
+                    raise finding.refuse(fault, _UNPACK)
+                target.write(chunk)
+        if size != entry.file_size:
+            found = f"is damaged: {quoted(path)} has {size} bytes, and should have {entry.file_size}"
+            raise finding.refuse(found, "Get it or make it again.")
+        if on_progress:
+            on_progress(done, len(plan.files))
+
+
+def _chunks(finding: Finding, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
+    """Give the content of a file piece by piece; zipfile compares its checksum at the end."""
+    with _zip_faults(finding), archive.open(entry) as source:
+        while chunk := source.read(_CHUNK):
+            yield chunk
+
+
+def _warn_left_out(finding: Finding, folder: Path) -> None:
+    """Say what a user may believe to be trained on and is not, also when it was unpacked long ago."""
+    with suppress(OSError, ValueError):
+        others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))
+        if others:
+            finding.warnings.append(
+                f"Files in the archive that are no images are left out{extensions(others, ': ')}."
+            )
+
+
+def _entered(folder: Path) -> Path:
+    """Return the one folder that an archive often holds, named like itself, or the folder as it is."""
+    inside = [entry for entry in os.scandir(folder) if not is_junk(entry.name)]
+    if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in SPLIT_NAMES:
+        return folder
+    # A folder with files is a class.
+    return Path(inside[0].path) if all(entry.is_dir() for entry in os.scandir(inside[0])) else folder
