@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from finetune.errors import sanitize
 from finetune.pulse import Pulse
 
 Advance = Callable[[int, str], None]
@@ -47,6 +48,7 @@ class Display:
 
     def say(self, text: str, style: str = "") -> None:
         """Say one line."""
+        text = sanitize(text)
         self.console.print(text, style=style or None, soft_wrap=True, markup=False)
         self.note(text)
 
@@ -59,7 +61,7 @@ class Display:
         if self._log is not None:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
             with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+                file.writelines(f"{stamp} {line}\n" for line in sanitize(text).splitlines())
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
@@ -86,16 +88,7 @@ class Display:
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:
         """Draw a bar over ``total`` units while the block runs; a pipe sees nothing of it."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
-        )
-        live = self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not live) as progress:
+        with self._bar() as progress:
             task = progress.add_task(description, total=total, words="")
             self.pulse.beat()
 
@@ -104,6 +97,24 @@ class Display:
                 progress.update(task, advance=done, words=words)
 
             yield advance
+
+    @contextmanager
+    def count(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """Draw a bar while the block runs, which learns on the way how far it is of how much."""
+        with self._bar() as progress:
+            task = progress.add_task(description, total=None, words="")
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def _bar(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"),
+        )
+        return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
 
 class SilentDisplay(Display):

@@ -1,14 +1,30 @@
 """What can go wrong for a user, said in three parts, and the exit code that a script can rely on.
 
 Every refusal answers the same three questions: what was asked, what was found, what to do.
-Nothing here imports anything, so that every room may raise these.
+Whatever is said passes :func:`sanitize`, so that no secret and no control character gets out.
+Nothing here imports anything of ours, so that every room may raise these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from enum import IntEnum
+
+_SHORTEST_SECRET = 8
+"""Characters; to hide ``KEY=1`` would spoil every number."""
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|_KEY|_PAT|_PASS)$")
+_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{0,15}://|https?:/)[^\s/?#]*@", re.IGNORECASE)
+"""User and password of a URL; a path library leaves one slash of the two."""
+_PASSWORD = re.compile(r"://[^\s/:@]*:([^\s/]+)@")
+_SIGNATURE = re.compile(
+    r"([?&](?:X-Amz-[\w-]+|[\w-]*(?:signature|token|policy|sig))=)[^&\s'\"]+", re.IGNORECASE
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[\w.~+/=-]{20,}", re.IGNORECASE)
+_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, colours a terminal, turns its direction, or cannot be written at all."""
 
 
 class ExitCode(IntEnum):
@@ -36,8 +52,8 @@ class FinetuneError(Exception):
     exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, asked: str, found: str, fix: str) -> None:
-        super().__init__(asked, found, fix)
-        self.asked, self.found, self.fix = asked, found, fix
+        self.asked, self.found, self.fix = sanitize(asked), sanitize(found), sanitize(fix)
+        super().__init__(self.asked, self.found, self.fix)
 
     @property
     def message(self) -> str:
@@ -92,6 +108,25 @@ class EnvironmentFaultError(FinetuneError):
     """A machine that lacks what was asked for: a device, a network, a weights file (exit 78)."""
 
     exit_code = ExitCode.ENVIRONMENT
+
+
+def sanitize(text: str) -> str:
+    """Return text as it may be shown and kept: without secrets, and with control characters escaped.
+
+    User and password of an address, its signature, tokens, and the values of environment variables that
+    are called like secrets become ``***``. Doing it twice changes nothing.
+    """
+    for secret in sorted(_secrets(), key=len, reverse=True):  # one may hold another
+        text = text.replace(secret, "***")
+    text = _TOKEN.sub("***", _SIGNATURE.sub(r"\1***", _ADDRESS.sub(r"\1***@", text)))
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _secrets() -> Iterator[str]:
+    """Libraries quote what they were given in words of their own, so the values are looked for as well."""
+    for name, value in os.environ.items():
+        words = [value] if _SECRET_NAME.search(name.upper()) else _PASSWORD.findall(value)
+        yield from (word for word in words if len(word) >= _SHORTEST_SECRET)
 
 
 def find_nearest(word: str, known: Iterable[str]) -> list[str]:

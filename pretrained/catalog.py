@@ -13,8 +13,8 @@ So ``resnet50`` is timm's and ``squeezenet1_0`` is torchvision's, which alone ha
 from __future__ import annotations
 
 import csv
-import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -28,6 +28,16 @@ from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
+from pretrained.config import (
+    check_view,
+    describe_fault,
+    read_arguments,
+    read_config,
+    read_label_names,
+    read_num_classes,
+    read_number,
+    read_text,
+)
 from pretrained.hub import find_hub_file
 
 Library = Literal["timm", "torchvision"]
@@ -120,7 +130,7 @@ def find_card(name: str, offline: bool = False) -> Card:
         EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name is not here and cannot be had.
     """
     prefix, colon, rest = name.partition(":")
-    if name and Path(name).is_dir() and (_holds_model(Path(name)) or not _is_known(name)):
+    if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
     if colon and prefix == "local-dir":
         return _card_from_folder(name, Path(rest))
@@ -142,7 +152,15 @@ def find_card(name: str, offline: bool = False) -> Card:
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((path / "config.json").is_file() for path in (folder, folder / "model"))
+    return any(_is_file(path / "config.json") for path in (folder, folder / "model"))
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises on a name that is too long
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 - as above
 
 
 def _is_known(name: str) -> bool:
@@ -176,7 +194,7 @@ def _card_from_timm(name: str) -> Card:
         preprocessing=_timm_preprocessing(config.to_dict()),
         num_classes=config.num_classes,
         license=config.license or "",
-        origin=_text(config.paper_ids or config.origin_url),
+        origin=read_text(config.paper_ids or config.origin_url),
     )
 
 
@@ -257,34 +275,21 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 
 
 def _card_from_folder(name: str, folder: Path) -> Card:
-    model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    model = folder / "model" if _is_file(folder / "model" / "config.json") else folder
     path = model / "config.json"
-    if not path.is_file() or name == "local-dir:":
-        found = "there is no config.json in it" if folder.is_dir() else "there is no such folder"
+    if not _is_file(path) or name == "local-dir:":
+        found = "there is no config.json in it" if _is_folder(folder) else "there is no such folder"
         fix = "Name a finished run, or a folder with config.json and model.safetensors."
         raise UsageError(f"--backbone {name}", found, fix)
-    config = _read_config(name, path)
+    config = read_config(f"--backbone {name}", path)
     return _card_from_config(f"local-dir:{folder}", config, place="folder", location=str(model))
-
-
-def _read_config(name: str, path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        found = f"{path} cannot be read: {error}"
-        raise UsageError(f"--backbone {name}", found, "Export it again.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        fix = "Name a folder in timm's format or of a finished run."
-        raise UsageError(f"--backbone {name}", f"{path} names no architecture", fix)
-    return config
 
 
 def _card_from_config(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     try:
         return _card_from_values(name, config, place, location)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        found = f"its config.json holds a value of the wrong kind ({type(error).__name__}: {error})"
-        raise UsageError(f"--backbone {name}", found, "Export it again.") from None
+    except (AttributeError, LookupError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
+        raise UsageError(f"--backbone {name}", describe_fault(error), "Export it again.") from None
 
 
 def _card_from_values(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
@@ -293,43 +298,37 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
     architecture, tag = split_model_name_tag(config["architecture"])
     known = torchvision_names() if library == "torchvision" else timm.list_models()
     if architecture not in known:
+        architecture = architecture[:100]
         found = f"{library} does not know its architecture {architecture!r}{suggest(architecture, known)}"
         raise UsageError(f"--backbone {name}", found, f"Upgrade {library}, or take another backbone.")
     inner = config.get("pretrained_cfg") or config
     head = ours.get("head", "keep")
     if head not in get_args(HeadChoice):
         raise ValueError(f"head {head!r}")
+    preprocessing = _timm_preprocessing(inner)
+    check_view(preprocessing.to_dict())
     return Card(
         name=name,
         library=library,
         architecture=architecture,
-        tag=tag or inner.get("tag") or "",
+        tag=read_text(tag or inner.get("tag")),
         place=place,
         location=location,
-        preprocessing=_timm_preprocessing(inner),
-        num_classes=int(config.get("num_classes", inner.get("num_classes", 1000))),
-        license=inner.get("license") or "",
-        origin=_text(inner.get("paper_ids") or inner.get("origin_url")),
-        label_names=_label_names(config) or _label_names(inner),
+        preprocessing=preprocessing,
+        num_classes=read_num_classes(config, inner),
+        license=read_text(inner.get("license")),
+        origin=read_text(inner.get("paper_ids") or inner.get("origin_url")),
+        label_names=read_label_names(config) or read_label_names(inner),
         head=head,
-        dropout=float(ours.get("dropout", 0.0)),
-        model_args=tuple((config.get("model_args") or {}).items()),
+        dropout=read_number("dropout", ours.get("dropout", 0.0), 0, 0.999),
+        model_args=read_arguments(config),
     )
 
 
-def _label_names(config: dict[str, Any]) -> tuple[str, ...]:
-    """A list, or ``{index: name}``; ``labels`` is timm's former word."""
-    names = config.get("label_names") or config.get("labels") or ()
-    return tuple(names[key] for key in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)
-
-
 def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
-    path = find_hub_file(f"--backbone {name}", hub_id, ("config.json",), offline)
-    return _card_from_config(name, _read_config(name, path), place="hub", location=hub_id)
-
-
-def _text(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, (list, tuple)) else str(value or "")
+    asked = f"--backbone {name}"
+    path = find_hub_file(asked, hub_id, ("config.json",), offline)
+    return _card_from_config(name, read_config(asked, path), place="hub", location=hub_id)
 
 
 # --- listing -------------------------------------------------------------------------------------

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from finetune.errors import EnvironmentFaultError, UsageError
 
 NETWORK_TIMEOUT_SECONDS = 10.0
 OFFLINE = "offline mode is on"
+_REVISION = re.compile(r"(?!.*\.\.)[\w./-]{0,200}", re.ASCII)
+"""A branch, tag or commit, which becomes a path in the cache."""
 
 
 def no_answer(where: str, problem: str) -> str:
@@ -37,14 +42,12 @@ def find_hub_file(
         UsageError: ``hub_id`` is no name of a repository.
         EnvironmentFaultError: none can be had.
     """
-    from huggingface_hub import hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_url
 
-    try:
-        cached = cached_on_hub(hub_id, names)
-    except HFValidationError:
-        found = f"{hub_id!r} is no name of a hub repository"
-        raise UsageError(asked, found, "Write hf-hub:ORG/NAME.") from None
+    if not _is_hub_id(hub_id):
+        found = f"{hub_id[:100]!r} is no name of a hub repository"
+        raise UsageError(asked, found, "Write hf-hub:ORG/NAME.")
+    cached = cached_on_hub(hub_id, names)
     if cached is not None:
         return cached
     if offline or offline_by_environment():
@@ -53,30 +56,59 @@ def find_hub_file(
     problem = _unreachable(hf_hub_url(repo, next(iter(names)), revision=revision or None))
     if problem:
         raise _no_hub_file(asked, hub_id, names, problem, fix)
-    problem = "the repository holds none of these files"
+    with _silent_client():
+        fetched = _fetch(repo, revision or None, names)
+    if isinstance(fetched, str):
+        raise _no_hub_file(asked, hub_id, names, fetched, fix)
+    return fetched
+
+
+def _is_hub_id(hub_id: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repo, _, revision = hub_id.partition("@")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return _REVISION.fullmatch(revision) is not None
+
+
+def _fetch(repo: str, revision: str | None, names: Collection[str]) -> Path | str:
+    """Download the first of ``names`` that is there, or return the problem."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     for name in names:
         try:
-            path = hf_hub_download(
-                repo, name, revision=revision or None, etag_timeout=NETWORK_TIMEOUT_SECONDS
-            )
-            return Path(path)
-        except (
-            LocalEntryNotFoundError
-        ) as error:  # the library's word for "no network"; a kind of the next one
-            problem = _root_cause(error)
-            break
+            return Path(hf_hub_download(repo, name, revision=revision, etag_timeout=NETWORK_TIMEOUT_SECONDS))
+        except LocalEntryNotFoundError as error:  # the library's "no network"; a kind of the next one
+            return _root_cause(error)
         except EntryNotFoundError:
             continue
         except Exception as error:  # the client's error classes change with every release
-            problem = _root_cause(error)
-            break
-    raise _no_hub_file(asked, hub_id, names, problem, fix)
+            return _root_cause(error)
+    return "the repository holds none of these files"
+
+
+@contextmanager
+def _silent_client() -> Iterator[None]:
+    """The client writes addresses to stderr with their passwords; its errors say what went wrong as well."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _unreachable(url: str) -> str:
     """Say why a server gives no answer, ``""`` when it does: the hub's client would try again for minutes."""
     try:
-        request = Request(url, method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
+        request = Request(without_user(url), method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
         with urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):  # noqa: S310
             return ""
     except HTTPError:
@@ -85,6 +117,12 @@ def _unreachable(url: str) -> str:
         reason = getattr(error, "reason", error)
         # The client brings certificates of its own, and may trust what the system does not.
         return "" if isinstance(reason, ssl.SSLError) else f"{type(error).__name__}: {reason}"
+
+
+def without_user(url: str) -> str:
+    """Return an address without ``user:password@``, which urllib takes for a part of the host's name."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _root_cause(error: BaseException) -> str:

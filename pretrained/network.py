@@ -115,13 +115,20 @@ def _build_timm(card: Card, dropout: float | None) -> nn.Module:
         raise UsageError(
             f"backbone {card.name}", found, "Take another one (see `finetune backbones`)."
         ) from None
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(
-            f"backbone {card.name} at {card.preprocessing.img_size} pixels",
-            f"timm cannot build it: {' '.join(str(error).split())}",
-            "Leave --img-size out, or take a multiple of the network's patch size.",
-        ) from None
+    except Exception as error:  # arguments of a stranger's config.json fail in any way they like
+        raise _cannot_build(card, error) from None
     return network
+
+
+def _cannot_build(card: Card, error: Exception) -> UsageError:
+    found = " ".join(str(error).split())[:200]
+    if not found or isinstance(error, LookupError | ArithmeticError | AttributeError):
+        found = f"{type(error).__name__} {found}".strip()
+    return UsageError(
+        f"backbone {card.name} at {card.preprocessing.img_size} pixels",
+        f"{card.library} cannot build it: {found}",
+        "Leave --img-size out, or take a multiple of the network's patch size.",
+    )
 
 
 def _build_torchvision(card: Card) -> nn.Module:
@@ -133,10 +140,8 @@ def _build_torchvision(card: Card) -> nn.Module:
         kwargs["image_size"] = card.preprocessing.img_size
     try:
         network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
-    except AssertionError as error:
-        asked = f"backbone {card.name} at {card.preprocessing.img_size} pixels"
-        fix = "Leave --img-size out, or take a multiple of the network's patch size."
-        raise UsageError(asked, f"torchvision cannot build it: {error}", fix) from None
+    except (AssertionError, ValueError, ArithmeticError) as error:  # RuntimeError is for build_outline
+        raise _cannot_build(card, error) from None
     return network
 
 

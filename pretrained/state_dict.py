@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import safetensors.torch
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from finetune.errors import UsageError
 
+LARGEST_FILE = 2**36
+"""Bytes, 64 GiB: four times the largest image classifier there is. Looked at before a file is opened."""
+LARGEST_RATIO = 10
+"""Of unpacked to packed bytes. PyTorch does not pack at all; zeros packed by others may fill any memory."""
+DEEPEST_WRAPPER = 8
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 _FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
@@ -26,11 +32,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict, unwrapping what training scripts and ``torch.compile`` put around it.
 
     Raises:
-        UsageError: the file is damaged, holds more than tensors, or holds none.
+        UsageError: the file is too large, damaged, holds more than tensors, or holds none.
     """
     asked = f"weights {path}"
     try:
+        _check_size(asked, path)
         content = _read(path)
+    except UsageError:
+        raise
     except Exception as error:  # torch.load lets errors of six kinds through
         if isinstance(error, UnpicklingError) and (more := _more_than_tensors(error, path)):
             found = f"it holds more than tensors ({more}), and nothing else is ever loaded or run"
@@ -40,7 +49,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors = {_clean(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UsageError(asked, "it holds no tensors", "Name a file with a state dict.")
+    odd = next((key for key, value in tensors.items() if not _is_plain(value)), None)
+    if odd is not None:
+        found = f"its tensor {odd[:100]!r} is sparse, quantised or without content"
+        raise UsageError(asked, found, "Save its state_dict with plain tensors.")
     return tensors
+
+
+def _check_size(asked: str, path: Path) -> None:
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        found = f"it has {size:,} bytes, more than {LARGEST_FILE:,}"
+        raise UsageError(asked, found, "Name the weights of an image classifier.")
+    if path.suffix == ".safetensors" or not is_zipfile(path):
+        return
+    try:
+        with ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except BadZipFile:  # of some other kind, which the reader judges
+        return
+    if unpacked > LARGEST_RATIO * size:
+        found = f"its {size:,} bytes unpack to {unpacked:,}, more than {LARGEST_RATIO} times as many"
+        raise UsageError(asked, found, "Save its state_dict as safetensors.")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
 
 
 def _read(path: Path) -> Any:
@@ -65,16 +99,17 @@ def _reason(error: Exception, path: Path) -> str:
     if path.stat().st_size == 0:
         return "it is empty"
     if isinstance(error, SafetensorError):
-        return f"it is no whole safetensors file ({error})"
+        return f"it is no whole safetensors file ({str(error)[:200]})"
     if "TorchScript" in str(error):
         return "it is a TorchScript program, not a state dict"
     return "it is damaged, cut off, or no PyTorch file at all"
 
 
 def _unwrap(content: Any) -> Mapping[str, Any]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return _unwrap(content[key])
+    """Take off the wrappers, so many and no more: a pickle may hold itself."""
+    for _ in range(DEEPEST_WRAPPER):
+        inner = (content.get(key) for key in _WRAPPERS) if isinstance(content, Mapping) else ()
+        content = next((value for value in inner if isinstance(value, Mapping)), content)
     return content if isinstance(content, Mapping) else {}
 
 

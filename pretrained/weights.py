@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib import request
+from urllib.parse import unquote, urlsplit
 
 import timm
 import torch
@@ -81,7 +82,7 @@ class Match:
 
 
 def _some(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:3])
+    shown = ", ".join(name[:100] for name in list(names)[:3])
     return f"{shown}, ..." if len(names) > 3 else shown or "none"
 
 
@@ -133,9 +134,9 @@ def find_cached(card: Card) -> Path | None:
 
 
 def _file_of(asked: str, path: Path) -> Path:
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises on a name that is too long
         return path
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110
         raise UsageError(asked, "there is no such file or folder", "Check the path.")
     files = _weight_files(path / "model" if (path / "model" / "config.json").is_file() else path)
     if not files:
@@ -164,8 +165,8 @@ def _download(card: Card) -> Path:
     digest = _DIGEST.search(target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _network_timeout():
-            torch.hub.download_url_to_file(_url_of(card), str(target), digest[1] if digest else None)
+        with _network_timeout(), _signed_in(_url_of(card)) as url:
+            torch.hub.download_url_to_file(url, str(target), digest[1] if digest else None)
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         # RuntimeError: the hash does not fit; ValueError: the mirror is no URL
         raise _no_url_file(card, " ".join(str(error).split()) or type(error).__name__) from None
@@ -186,6 +187,24 @@ def _network_timeout() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _signed_in(url: str) -> Iterator[str]:
+    """Yield an address without its ``user:password@``, which urllib, unable to read them there, is told."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        yield url
+        return
+    bare = hub.without_user(url)
+    users = request.HTTPPasswordMgrWithPriorAuth()
+    users.add_password(None, bare, unquote(parts.username), unquote(parts.password or ""), True)
+    before = getattr(request, "_opener", None)
+    request.install_opener(request.build_opener(request.HTTPBasicAuthHandler(users)))
+    try:
+        yield bare
+    finally:
+        request.install_opener(before)
 
 
 def _no_url_file(card: Card, problem: str) -> EnvironmentFaultError:

@@ -94,6 +94,12 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ("1: 2", "there is no `1`"),
         ("null: 2", "there is no `null`"),
         ('"a\\e[31m": 2', r"there is no `'a\x1b[31m'`"),
+        ('"\\uD83D\\uDE00": 2', r"there is no `'\ud83d\ude00'`"),
+        (
+            'seed: {"\\ud83d": 1}',
+            "`seed` is {'\\ud83d': 1}; it must be a whole number of at least 0 and below 9223372036854775808",
+        ),
+        ('training: {"\\udcff": 2}', r"there is no `'training.\udcff'`"),
         # a section that is none
         ("strategy: freeze", "`strategy` is a section, not a value"),
         ("strategy: [freeze]", "`strategy` is a section, not a value"),
@@ -180,6 +186,16 @@ def test_all_mistakes_are_told_at_once(mistake: Callable[..., str]) -> None:
 
 def test_a_long_value_is_shortened(mistake: Callable[..., str]) -> None:
     assert len(mistake(f"seed: {'9' * 5000}\n{'k' * 5000}: 1")) < 500
+
+
+def test_a_number_that_python_does_not_print() -> None:
+    with pytest.raises(UsageError, match="`seed` is a number of thousands of digits; it must be a whole"):
+        load_recipe(None, {"seed": 10**5000})
+
+
+def test_a_byte_on_the_command_line_that_is_no_text() -> None:
+    with pytest.raises(UsageError, match=r"there is no `'\\udcff'`"):
+        load_recipe(None, {"\udcff": 1})
 
 
 def test_a_mistake_without_a_file_and_the_way_out() -> None:
@@ -272,7 +288,7 @@ def test_overrides_beat_the_file_and_leave_the_rest(load: Load) -> None:
     recipe = load(
         "training: {lr: 0.1, epochs: 3}\nseed: 1", {"training.lr": 0.2, "data.path": "x", "seed": 2}
     )
-    assert changed_keys(Recipe(), recipe) == [
+    assert [change.line for change in changed_keys(Recipe(), recipe)] == [
         "data.path: None -> 'x'",
         "training.epochs: 10 -> 3",
         "training.lr: 'auto' -> 0.2",
@@ -724,7 +740,7 @@ def test_changed_keys() -> None:
     one = load_recipe(None, {"input.mean": [0, 0, 0]})
     other = load_recipe(None, {"input.mean": [0, 0, 1], "seed": 3, "training.patience": 2})
     assert changed_keys(one, one) == []
-    assert changed_keys(one, other) == [
+    assert [change.line for change in changed_keys(one, other)] == [
         "input.mean: [0.0, 0.0, 0.0] -> [0.0, 0.0, 1.0]",
         "training.patience: None -> 2",
         "seed: 0 -> 3",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import typer
 
-from finetune.errors import ExitCode, FinetuneError
+from finetune.errors import ExitCode, FinetuneError, sanitize
 
 DEBUG_VARIABLE = "FINETUNE_DEBUG"
 
@@ -38,7 +38,7 @@ def refusals(as_json: bool = False) -> Iterator[None]:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         fix = f"This is our fault: please report it with what {DEBUG_VARIABLE}=1 prints."
-        _fail(f"{type(error).__name__}: {error}", fix, ExitCode.INTERNAL, as_json)
+        _fail(sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL, as_json)
 
 
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:

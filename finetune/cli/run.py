@@ -41,7 +41,7 @@ def run_command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", help="A folder with train/ and val/, of class folders, or a CSV."),
+        typer.Option("--data", "-d", help="A folder with train/ and val/, of class folders, a .zip, a CSV."),
     ] = None,
     strategy: Annotated[
         str | None, typer.Option("--strategy", "-s", help="freeze, top, full or scratch.", show_default="top")

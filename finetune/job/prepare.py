@@ -48,7 +48,9 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     torch.set_num_threads(resolve_threads())
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
-    dataset = discover(Path(data), recipe.data.val_fraction, recipe.seed, recipe.data.follow_links)
+    with display.count(f"reading {data}") as tell:
+        settings = recipe.data
+        dataset = discover(Path(data), settings.val_fraction, recipe.seed, settings.follow_links, tell)
     with display.busy(f"loading {name}"):
         card = find_card(name, recipe.backbone.offline)
         card = card.with_input(_preprocessing(recipe, card))

@@ -16,6 +16,8 @@ from finetune.recipe.wording import describe_values, join_or, list_choices, list
 MOST = 50
 """Mistakes that are explained; a file with more is no recipe."""
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
 _SYNONYMS = {
     "backbone.name": ("model", "model name", "arch", "architecture", "network", "net"),
     "backbone.weights": ("pretrained", "checkpoint", "ckpt", "resume", "pretrained path"),
@@ -64,10 +66,12 @@ def explain(error: ValidationError, values: Mapping[str, Any], source: str | Non
 
 
 def _explain_one(location: list[str], kind: str, values: Mapping[str, Any]) -> str:
-    if kind == "extra_forbidden":
-        return f"there is no `{_printable('.'.join(location))}`{_nearest_key(location)}"
     fields = dict(list_fields())
     key = next((key for size in (1, 2) if (key := ".".join(location[:size])) in fields), None)
+    if key is None and kind == "string_unicode":
+        location, kind = [*location, _find_undecoded(values, location)], "extra_forbidden"
+    if kind == "extra_forbidden":
+        return f"there is no `{_printable('.'.join(location))}`{_nearest_key(location)}"
     if key is None:
         return f"`{location[0]}` is a section, not a value"
     value: Any = values
@@ -76,6 +80,16 @@ def _explain_one(location: list[str], kind: str, values: Mapping[str, Any]) -> s
     choices = list_choices(fields[key])
     near = suggest(value, choices) if isinstance(value, str) else ""
     return f"`{key}` is {_shown(value)}; it must be {describe_values(fields[key])}{near}"
+
+
+def _find_undecoded(values: Any, location: list[str]) -> str:
+    """Return the key that is no Unicode: pydantic gives up on it, and names its section alone.
+
+    A byte of a command line that is no UTF-8 comes as half a surrogate pair; ``"\\ud83d"`` of a file is one.
+    """
+    for part in location:
+        values = values[part]
+    return next(str(key) for key in values if _SURROGATE.search(key))
 
 
 # --- showing -------------------------------------------------------------------------------------
@@ -87,7 +101,10 @@ def _shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     short = Repr()
     short.maxstring = short.maxother = short.maxlong = 80
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _printable(key: str) -> str:

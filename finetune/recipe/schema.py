@@ -58,8 +58,8 @@ class DataSettings(_Section):
 
     path: str | None = Field(
         None,
-        description="a folder with train/ and val/ (and test/), a folder of class folders, or a CSV "
-        "with the columns path,label[,split]",
+        description="a folder with train/ and val/ (and test/), a folder of class folders, a .zip of "
+        "either, or a CSV with the columns path,label[,split]",
     )
     val_fraction: float = Field(
         0.2,
