@@ -52,13 +52,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_tiny(folder: Path) -> Path:
     """A folder in timm's format: a small ResNet with seeded random weights for ten classes, 32 pixels."""
     import timm
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("tiny")
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=10)
     save_file(network.state_dict(), folder / "model.safetensors")
@@ -78,6 +77,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """:func:`make_tiny`, once a session."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 Cli = Callable[..., Result]

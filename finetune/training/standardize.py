@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from finetune.data.loader import Loader
 from finetune.display import Advance
-from finetune.evaluation.predict import autocast
-from finetune.runtime import Precision
+from finetune.evaluation.predict import autocast, forward_in_parts
+from finetune.runtime import Precision, seed_everything
 from pretrained.network import classifier_layers
 
 NUM_MEASURED = 1_000
@@ -51,7 +51,7 @@ class Standardize:
 
 
 def measure_features(
-    network: nn.Module, loader: Loader, precision: Precision, advance: Advance
+    network: nn.Module, loader: Loader, precision: Precision, seed: int, advance: Advance
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 1,000 training images.
 
@@ -71,8 +71,11 @@ def measure_features(
         torch.no_grad(),
         autocast(device, precision),
     ):
-        for batch in loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size)):
-            network(batch.images)
+        batches = loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size))
+        for number, batch in enumerate(batches):
+            # For dropout, before each pass: where this process decodes, views are drawn in between.
+            seed_everything(seed, "measure", number)
+            forward_in_parts(network, batch.images)
             advance(len(batch.labels), "")
     moments = {}
     for name, features in inputs.items():

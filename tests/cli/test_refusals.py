@@ -228,7 +228,8 @@ def test_our_own_fault_is_said_and_logged(
 def test_a_huge_rate_diverges_with_its_own_code(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
     said = refused(cli, ExitCode.DIVERGED, *words, "--batch-size", 4, "--epochs", 5, "--lr", 1e30)
-    assert "it did not reach the weights" in said
+    assert "with a rate of" in said
+    assert (tmp_path / "run" / "diverged.safetensors").is_file()
 
 
 def test_cmyk_and_16_bit_pictures_train(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -271,7 +272,10 @@ def test_images_that_changed_are_noticed(
     draw(data / "red" / "new.jpg", (200, 0, 0), seed=99)
     said = refused(cli, ExitCode.DATA, *words)
     assert "1 new, red/new.jpg for one" in said
+    (data / "red" / "000.jpg").rename(tmp_path / "kept.jpg")
     (data / "red" / "new.jpg").rename(data / "red" / "000.jpg")  # replaced in place: the same list
+    assert "1 with another content, red/000.jpg for one" in refused(cli, ExitCode.DATA, *words)
+    (tmp_path / "kept.jpg").rename(data / "red" / "000.jpg")
     assert cli(*words).exit_code == 0
     (data / "red" / "001.jpg").rename(data / "blue" / "001x.jpg")
     assert "1 gone, red/001.jpg for one" in refused(cli, ExitCode.DATA, *words)

@@ -47,7 +47,7 @@ def test_measured_moments_are_those_of_the_features(pictures: Path, tmp_path: Pa
     trainer = build_trainer(pictures, tmp_path, batch_size=10)
     network = trainer.task.network.eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    found = measure_features(network, trainer.task.train, "float32", lambda *_: None)
+    found = measure_features(network, trainer.task.train, "float32", 0, lambda *_: None)
     features = []
     handle = network.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with torch.no_grad():
