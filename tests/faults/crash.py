@@ -30,11 +30,13 @@ class Order:
         words: of the command line, after ``finetune``.
         kill: number of the call at which the fork is killed, from 0; -1 lets it live.
         when: before the call, after it, or before it with only half of the file on the disk.
+        signal: that is sent; others than SIGKILL let the fork go on.
     """
 
     words: list[str]
     kill: int = -1
     when: When = "before"
+    signal: int = int(signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Crasher:
             cwd=Path(__file__).parents[2],
         )
 
-    def run(self, *words: object, kill: int = -1, when: When = "before") -> End:
+    def run(self, *words: object, kill: int = -1, when: When = "before", number: int = signal.SIGKILL) -> End:
         """Run ``finetune`` with these words."""
         assert self._process.stdin and self._process.stdout
-        order = Order([str(word) for word in words], kill, when)
+        order = Order([str(word) for word in words], kill, when, int(number))
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
         return End(**json.loads(self._process.stdout.readline()))
@@ -82,25 +84,23 @@ def open_crasher() -> Iterator[Crasher]:
 # --- in the fork -----------------------------------------------------------------------------------
 
 
-def patch_calls(kill: int, when: When, calls: list[str]) -> None:
-    """Count the calls that change the disk, and die at one of them."""
+def patch_calls(order: Order, calls: list[str]) -> None:
+    """Count the calls that change the disk, and send a signal to this process at one of them."""
     for name in CALLS:
-        setattr(os, name, _counted(name, getattr(os, name), kill, when, calls))
+        setattr(os, name, _counted(name, getattr(os, name), order, calls))
 
 
-def _counted(
-    name: str, call: Callable[..., Any], kill: int, when: When, calls: list[str]
-) -> Callable[..., Any]:
+def _counted(name: str, call: Callable[..., Any], order: Order, calls: list[str]) -> Callable[..., Any]:
     def counted(*arguments: Any, **keys: Any) -> Any:
         number = len(calls)
         calls.append(f"{name} {_target(name, arguments)}")
-        if number == kill and when != "after":
-            if when == "torn" and name == "fsync":
+        if number == order.kill and order.when != "after":
+            if order.when == "torn" and name == "fsync":
                 _tear(arguments[0])
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), order.signal)
         result = call(*arguments, **keys)
-        if number == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if number == order.kill and order.when == "after":
+            os.kill(os.getpid(), order.signal)
         return result
 
     return counted
@@ -128,7 +128,7 @@ def run_fork(order: Order, report: Path) -> None:
 
     pace.SHARE = 1e9  # a checkpoint after every epoch, however short
     calls: list[str] = []
-    patch_calls(order.kill, order.when, calls)
+    patch_calls(order, calls)
     sys.argv = ["finetune", *order.words]
     code = 0
     try:
