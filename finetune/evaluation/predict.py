@@ -63,11 +63,12 @@ def predict(
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
+    forward = InParts(network)
     logits, labels = [], []
     try:
         with torch.inference_mode(), autocast(loader.placement.device, precision):
             for batch in loader.batches():
-                logits.append(forward_in_parts(network, batch.images).float())
+                logits.append(forward(batch.images).float())
                 labels.append(batch.labels)
                 if on_batch is not None:
                     on_batch(len(batch.labels))
@@ -77,21 +78,36 @@ def predict(
     return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu())
 
 
-def forward_in_parts(network: nn.Module, images: Tensor) -> Tensor:
-    """Run a network in eval mode, where parts change nothing, in two parts while memory is short.
+class InParts:
+    """Runs a network without gradients, in smaller parts from where memory ran out.
+
+    In eval mode parts change nothing.
 
     Args:
         network: (B, 3, H, W) -> (B, K).
-        images: (B, 3, H, W); one image alone that is too much raises what the network raised.
     """
-    try:
-        logits: Tensor = network(images)
-        return logits
-    except Exception as error:
-        if len(images) == 1 or not is_out_of_memory(error):
-            raise
-    release_memory()
-    return torch.cat([forward_in_parts(network, part) for part in images.tensor_split(2)])
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._most = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits of a batch; one image alone that is too much raises what the network raised."""
+        logits: list[Tensor] = []
+        done = 0
+        while done < len(images):
+            part = images[done : done + (self._most or len(images))]
+            try:
+                logits.append(self.network(part))
+            except Exception as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                done += len(part)
+                continue
+            self._most = -(-len(part) // 2)
+            release_memory()
+        return torch.cat(logits)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

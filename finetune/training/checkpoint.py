@@ -7,7 +7,7 @@
       checkpoint-000008/        the newest
         state.safetensors       the state; everything but tensors is JSON in its header
         epoch.safetensors       where its epoch began, when the state is inside an epoch
-        best.safetensors        the best epoch's weights (a second name of the same file while unchanged)
+        best.safetensors        the best epoch's weights
         manifest.json           length and sha256 of each
 
 A folder is written aside, flushed and renamed, and only then is the oldest one removed. Neither
@@ -40,7 +40,7 @@ from finetune.training.progress import Checkpoint, Progress, Snapshot
 KEPT = 2
 _NAME = re.compile(r"checkpoint-([0-9]{6,})")
 _STATE, _EPOCH, _BEST = "state.safetensors", "epoch.safetensors", "best.safetensors"
-_DAMAGE = (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError)
+_DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
 class CheckpointStore:
@@ -60,7 +60,7 @@ class CheckpointStore:
     ) -> None:
         self.folder, self.attempt, self.check_owner = folder, attempt, check_owner
         self.seconds = 0.0
-        self._best: tuple[Snapshot, Path, dict[str, Any]] | None = None
+        self._damaged: set[str] = set()
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to begin where not even one checkpoint more would fit.
@@ -84,14 +84,15 @@ class CheckpointStore:
         """
         began = time.perf_counter()
         self.check_owner()
+        before = self.names()
         try:
             self._save(checkpoint)
         except DiskError:
-            if len(self.names()) < KEPT:
+            if len(before) < KEPT:
                 raise
-            self._keep(KEPT - 1)  # a full disk may have room for the newest instead of the oldest
+            self._keep(before, KEPT - 1)  # a full disk may have room for the newest instead of the oldest
             self._save(checkpoint)
-        self._keep(KEPT)
+        self._keep(self.names(), KEPT)
         self.seconds = time.perf_counter() - began
 
     def _save(self, checkpoint: Checkpoint) -> None:
@@ -109,28 +110,14 @@ class CheckpointStore:
             raise disk_error(final, error) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)  # after a success there is none
-        self._remember_best(checkpoint.best, final, files)
 
     def _write_files(self, part: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _STATE, _write(part / _STATE, checkpoint.now)
         if checkpoint.epoch_start is not checkpoint.now:
             yield _EPOCH, _write(part / _EPOCH, checkpoint.epoch_start)
         if checkpoint.best is not None:
-            linked = self._link_best(part / _BEST, checkpoint.best)
-            yield _BEST, linked or _write(part / _BEST, checkpoint.best)
-
-    def _link_best(self, path: Path, best: Snapshot) -> dict[str, Any] | None:
-        """Give an unchanged file another name instead of writing it again, where the disk can do that."""
-        if self._best is None or self._best[0] is not best:
-            return None
-        try:
-            os.link(self._best[1], path)
-        except OSError:
-            return None
-        return self._best[2]
-
-    def _remember_best(self, best: Snapshot | None, path: Path, files: dict[str, Any]) -> None:
-        self._best = None if best is None else (best, path / _BEST, files[_BEST])
+            # Its bytes again, not another name of the same: one bad sector must not spoil both checkpoints.
+            yield _BEST, _write(part / _BEST, checkpoint.best)
 
     def _manifest(self, progress: Progress, files: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -143,9 +130,9 @@ class CheckpointStore:
             "files": files,
         }
 
-    def _keep(self, number: int) -> None:
-        """Remove all but the newest; a name goes before its content does."""
-        for name in self.names()[:-number]:
+    def _keep(self, names: list[str], number: int) -> None:
+        """Remove all but the newest, those that were found damaged first; a name goes before its content."""
+        for name in sorted(names, key=lambda name: (name not in self._damaged, _number(name)))[:-number]:
             trash = self.folder / f".{name}.trash"
             with suppress(OSError):
                 (self.folder / name).rename(trash)
@@ -174,8 +161,9 @@ class CheckpointStore:
             try:
                 checkpoint = self._read(self.folder / name)
             except _DAMAGE as error:
-                faults.append(f"{name}: {error or type(error).__name__}")
+                faults.append(f"{name}: {str(error) or type(error).__name__}")
                 continue
+            self._damaged = {fault.partition(":")[0] for fault in faults}
             for fault in faults:
                 warn(f"a damaged checkpoint is passed over: {fault}")
             return checkpoint
@@ -190,7 +178,6 @@ class CheckpointStore:
         now = _read_snapshot(path / _STATE, files[_STATE])
         start = _read_snapshot(path / _EPOCH, files[_EPOCH]) if _EPOCH in files else now
         best = _read_snapshot(path / _BEST, files[_BEST]) if _BEST in files else None
-        self._remember_best(best, path, files)
         return Checkpoint(now, start, best)
 
     def _clean(self) -> None:
@@ -222,7 +209,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError("its manifest.json is gone") from None
     except _DAMAGE:
         raise ValueError("its manifest.json is damaged") from None
-    if _STATE not in files:
+    if _STATE not in files or files.keys() - {_STATE, _EPOCH, _BEST}:
         raise ValueError("its manifest.json is damaged")
     return files
 
@@ -238,5 +225,8 @@ def _read_snapshot(path: Path, expected: dict[str, Any]) -> Snapshot:
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise ValueError(f"{path.name} has changed since it was written (sha256)")
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    progress = Progress.from_json(header["__metadata__"]["progress"])
+    try:
+        progress = Progress.from_json(header["__metadata__"]["progress"])
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be understood: {error}") from None
     return Snapshot(safetensors.torch.load(content), progress)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,11 @@ def compute_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
-def is_finite(loss: Tensor, norm: Tensor) -> bool:
-    """Return whether both are finite: one word from the device, when the backward pass has ended."""
-    return bool(torch.isfinite(loss.detach()) & torch.isfinite(norm))
+def is_finite(*numbers: Tensor) -> bool:
+    """Return whether all of some single numbers are finite: one word from their device."""
+    return bool(reduce(and_, (torch.isfinite(number.detach()) for number in numbers)))
+
+
+def add_up(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of tensors: infinite or nan where one of their values is, and cheaper than a maximum."""
+    return torch.stack([tensor.detach().sum() for tensor in tensors]).sum()

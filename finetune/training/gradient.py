@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune.data.loader import Batch
 from finetune.evaluation.predict import autocast
 from finetune.runtime import Precision
+from finetune.training.finite import add_up
 
 
 class Gradient:
@@ -51,6 +52,7 @@ class Gradient:
         if self.mixer is not None:
             images, labels = self.mixer(images, labels)
         number = -(-len(images) // microbatch) if microbatch else 1
+        number = max(1, min(number, len(images) // least_part(self.network)))
         total = torch.zeros((), device=images.device)
         for part, part_labels in zip(images.tensor_split(number), labels.tensor_split(number), strict=True):
             with autocast(images.device, self.precision):
@@ -74,10 +76,26 @@ def learns_batch_statistics(network: nn.Module) -> bool:
     return any(isinstance(layer, _BatchNorm) and layer.training for layer in network.modules())
 
 
+def least_part(network: nn.Module) -> int:
+    """Return how few images may go through a network at a time: BatchNorm cannot train on a single value."""
+    return 2 if learns_batch_statistics(network) else 1
+
+
+def halve(network: nn.Module, microbatch: int) -> int:
+    """Return half of a microbatch, but no less than the network needs, and no more than it was."""
+    return max(-(-microbatch // 2), min(microbatch, least_part(network)))
+
+
+def is_learnable(network: nn.Module, batch: Batch) -> bool:
+    """Return whether a batch has images enough; those that were lost may leave too few."""
+    return len(batch.labels) >= (least_part(network) if batch.lost else 1)
+
+
 class KeptBuffers:
     """Running statistics before a step, to be given back when the step is not made.
 
-    A batch that is no number reaches them in the forward pass, long before any gradient is looked at.
+    A batch that is no number reaches them in the forward pass, long before any gradient is looked at; and
+    a variance that overflows there makes outputs of 0, so that neither loss nor gradient tells of it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -85,6 +103,12 @@ class KeptBuffers:
             buffer for layer in network.modules() if layer.training for buffer in layer.buffers(recurse=False)
         ]
         self._copies = [buffer.clone() for buffer in self._owned]
+        floats = [buffer for buffer in self._owned if buffer.is_floating_point() and buffer.numel()]
+        self._finite = [buffer for buffer in floats if buffer.isfinite().all()]  # no masks of -inf
+
+    def add_up(self) -> list[Tensor]:
+        """Return the sum of all their values, in a list; an empty one where there are none."""
+        return [add_up(self._finite)] if self._finite else []
 
     @torch.no_grad()
     def keep(self) -> None:

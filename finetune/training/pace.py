@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-SHARE = 0.02
+SHARE = 0.01
 """Most of the training time that writing checkpoints may take."""
 LEAST_SECONDS = 60.0
 """Between two checkpoints inside an epoch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -74,10 +74,13 @@ class Progress:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: it is no JSON.
-            TypeError: it has other keys, as another version of the program writes.
+            ValueError: it is no JSON, or has other keys, as another version of the program writes.
         """
-        return cls(**json.loads(text))
+        content = json.loads(text)
+        unknown = sorted(content.keys() - {key.name for key in fields(cls)})
+        if unknown:
+            raise ValueError(f"it holds {', '.join(unknown)}, as another version of finetune writes")
+        return cls(**content)
 
 
 @dataclass(frozen=True)

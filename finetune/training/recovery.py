@@ -12,12 +12,14 @@ and going back to one would make the result depend on the clock.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import Enum, auto
 
 import safetensors.torch
 from torch import Tensor
 
 from finetune.data.loader import Batch
+from finetune.errors import DiskError, DivergedError
 from finetune.runs.files import write_bytes
 from finetune.runs.folder import RunFolder
 from finetune.training.progress import Checkpoint, Progress, Snapshot
@@ -68,7 +70,20 @@ def restart_epoch(checkpoint: Checkpoint, steps_per_epoch: int) -> Checkpoint:
     return Checkpoint(start, start, checkpoint.best)
 
 
-def capture_batch(folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress) -> None:
+def describe(progress: Progress, loss: Tensor) -> str:
+    """Say what is no finite number in the step that cannot be made."""
+    nan = "gradient, or a running statistic of the features, became infinite or nan"
+    what = nan if loss.isfinite() else f"loss became {loss.item()}"
+    return f"{what} at step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
+
+
+def diverged(progress: Progress, found: str) -> DivergedError:
+    """Return the end of a training that no way back has helped."""
+    fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
+    return DivergedError("training", f"the {found}, with a rate of {progress.lr:g}", fix)
+
+
+def capture(folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress) -> None:
     """Write the batch that ended a training, and the weights it met, as ``diverged.safetensors``.
 
     ``images`` (B, 3, H, W) as the network gets them (before mixup), ``labels`` and ``indices`` (B,), the
@@ -77,4 +92,5 @@ def capture_batch(folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], p
     content = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     content |= {"images": batch.images, "labels": batch.labels, "indices": batch.indices}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
-    write_bytes(folder.diverged, safetensors.torch.save(plain, {"progress": progress.to_json()}))
+    with suppress(DiskError):  # a full disk must not hide why training ended
+        write_bytes(folder.diverged, safetensors.torch.save(plain, {"progress": progress.to_json()}))

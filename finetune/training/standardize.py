@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from finetune.data.loader import Loader
 from finetune.display import Advance
-from finetune.evaluation.predict import autocast, forward_in_parts
+from finetune.evaluation.predict import InParts, autocast
 from finetune.runtime import Precision, seed_everything
 from pretrained.network import classifier_layers
 
@@ -64,7 +64,7 @@ def measure_features(
     names = {layer: name for name, layer in network.named_modules()}
     # Without a bias there is nothing to fold a mean into (torchvision's own MaxViT classifier).
     layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
-    device = loader.placement.device
+    device, forward = loader.placement.device, InParts(network)
     with (
         _kept_buffers(network),
         _recorded_inputs(layers) as inputs,
@@ -75,7 +75,7 @@ def measure_features(
         for number, batch in enumerate(batches):
             # For dropout, before each pass: where this process decodes, views are drawn in between.
             seed_everything(seed, "measure", number)
-            forward_in_parts(network, batch.images)
+            forward(batch.images)
             advance(len(batch.labels), "")
     moments = {}
     for name, features in inputs.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import DataError
+from finetune.training.finite import add_up, is_finite
 
 
 class State:
@@ -38,6 +39,12 @@ class State:
     def judged(self) -> nn.Module:
         """The network whose figures count: the average where one is kept."""
         return self.network if self.average is None else self.average
+
+    def is_finite(self) -> bool:
+        """Return whether every weight is a finite number: an update may overflow, with a finite gradient."""
+        networks = [self.network] if self.average is None else [self.network, self.average]
+        weights = [weight.detach() for network in networks for weight in network.parameters()]
+        return is_finite(add_up([weight for weight in weights if weight.numel()]))
 
     def take(self) -> dict[str, Tensor]:
         """Return copies of all of them, on the CPU."""
@@ -120,7 +127,8 @@ def restore_optimizer(
     state = optimizer.state_dict() | {"state": {}}
     for index, name in enumerate(ordered):
         prefix = f"optimizer.{name}:"
-        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        # Copies: the optimiser would take tensors of its own type and device as they are, and move them.
+        own = {key[len(prefix) :]: value.clone() for key, value in tensors.items() if key.startswith(prefix)}
         if own:
             state["state"][index] = own
     optimizer.load_state_dict(state)

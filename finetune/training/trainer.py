@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from finetune.data.check import refuse_many_lost
 from finetune.data.loader import Batch
 from finetune.display import Display
-from finetune.errors import DivergedError, EnvironmentFaultError, InterruptedRunError
+from finetune.errors import EnvironmentFaultError, InterruptedRunError
 from finetune.evaluation.predict import predict
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.recipe import TrainingSettings
@@ -45,13 +45,13 @@ from finetune.runtime import Precision, seed_everything
 from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.finite import compute_norm, is_finite
-from finetune.training.gradient import Gradient, KeptBuffers, learns_batch_statistics
+from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnable, learns_batch_statistics
 from finetune.training.history import add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
 from finetune.training.pace import Pace
 from finetune.training.progress import Checkpoint, Progress, Snapshot
-from finetune.training.recovery import Way, capture_batch, choose_way, choose_way_back, go_back
+from finetune.training.recovery import Way, capture, choose_way, choose_way_back, describe, diverged, go_back
 from finetune.training.schedule import Schedule
 from finetune.training.selection import is_over, observe
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
@@ -126,9 +126,10 @@ class Trainer:
             loader = self.task.train
             total = min(NUM_MEASURED, len(loader.samples))
             set_train_mode(self.task.network, self.task.plan)
-            seed_everything(self.seed, "measure")
             with self.display.track("measuring features", total) as advance:
-                self._moments = measure_features(self.task.network, loader, self.precision, advance)
+                self._moments = measure_features(
+                    self.task.network, loader, self.precision, self.seed, advance
+                )
         attach(self.task.network, self._moments, keep)
         if self.ema is not None:
             attach(self.ema.module, self._moments, keep)
@@ -199,7 +200,7 @@ class Trainer:
         """Learn from one batch; false when training went back to the start of the epoch."""
         if batch.lost:
             self._note_lost(batch.lost)
-        if len(batch.labels):
+        if is_learnable(self.task.network, batch):
             self._set_rates(steps_per_epoch)
             self._buffers.keep()
             loss = self._compute_gradient(batch)
@@ -243,9 +244,9 @@ class Trainer:
         if self.scaler.is_enabled():
             # An infinite gradient is how float16 finds its scale: the scaler itself skips the step.
             self.scaler.unscale_(self.optimizer)
-            return bool(torch.isfinite(loss)) and self.scaler.get_scale() >= 1.0
+            return is_finite(loss, *self._buffers.add_up()) and self.scaler.get_scale() >= 1.0
         self._norm = compute_norm(self.task.network.parameters())
-        return is_finite(loss, self._norm)
+        return is_finite(loss, self._norm, *self._buffers.add_up())
 
     def _update(self) -> None:
         if self.settings.clip_grad is not None:
@@ -262,10 +263,11 @@ class Trainer:
 
     def _halve_microbatch(self, batch_size: int, found: str) -> None:
         now = min(self.progress.microbatch or batch_size, batch_size)
-        if now == 1:
+        self.progress.microbatch = halve(self.task.network, now)
+        if self.progress.microbatch == now:
             fix = "Lower --img-size, take a smaller backbone, or --strategy top or freeze."
-            raise EnvironmentFaultError("training with one image at a time", found, fix)
-        self.progress.microbatch = -(-now // 2)
+            asked = f"training with {now} image{'s' if now > 1 else ''} at a time"
+            raise EnvironmentFaultError(asked, found, fix)
         inexact = learns_batch_statistics(self.task.network)
         but = "; BatchNorm sees these smaller parts, so the result is not that of whole batches"
         self.display.warn(
@@ -286,25 +288,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.update()
-        way, found = choose_way(self.progress), self._describe(loss)
+        way, found = choose_way(self.progress), describe(self.progress, loss)
         if way is Way.SKIP:
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
             self.display.warn(f"the {found}; this step is skipped")
             return True
         if way is Way.STOP:
-            capture_batch(self.folder, batch, self.state.take(), self.progress)
+            capture(self.folder, batch, self.state.take(), self.progress)
         self._go_back(way, found)
         return False
 
-    def _describe(self, loss: Tensor) -> str:
-        at = self.progress
-        what = "gradient became infinite or nan" if loss.isfinite() else f"loss became {loss.item()}"
-        return f"{what} at step {at.step + 1} (epoch {at.epoch + 1}, batch {at.batch + 1})"
-
     def _go_back(self, way: Way, found: str) -> None:
         if way is Way.STOP:
-            raise self._diverged(found)
+            self.state.give_back(self._epoch_start.tensors)
+            raise diverged(self.progress, found)
         progress = go_back(self.progress, self._epoch_start.progress)
         self._epoch_start = Snapshot(self._epoch_start.tensors, progress)
         self._go_to(self._epoch_start)
@@ -317,9 +315,8 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         figures = self._judge()
-        if not math.isfinite(figures["loss"]):
-            found = f"validation loss became {figures['loss']} after epoch {self.progress.epoch + 1}"
-            self._go_back(choose_way_back(self.progress), found)
+        if fault := self._find_fault(figures["loss"]):
+            self._go_back(choose_way_back(self.progress), f"{fault} after epoch {self.progress.epoch + 1}")
             return
         improved = observe(self.progress, figures, self.settings)
         self._record(figures)
@@ -340,6 +337,11 @@ class Trainer:
 
             predictions = predict(self.judged, self.task.val, self.precision, on_batch)
         return {"accuracy": predictions.accuracy, "loss": predictions.loss}
+
+    def _find_fault(self, loss: float) -> str:
+        if not math.isfinite(loss):
+            return f"validation loss became {loss}"
+        return "" if self.state.is_finite() else "weights became infinite"
 
     def _record(self, figures: dict[str, float]) -> None:
         progress = self.progress
@@ -364,6 +366,7 @@ class Trainer:
 
     def _go_to(self, snapshot: Snapshot) -> None:
         self.progress = snapshot.progress.copy()
+        self.display.pulse.step = self.progress.step
         self.state.give_back(snapshot.tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
@@ -378,7 +381,8 @@ class Trainer:
             raise self._interrupted()
 
     def _save(self) -> None:
-        now = self._take() if self.progress.batch else self._epoch_start
+        """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
+        now = self._take() if self.progress.batch and self.state.is_finite() else self._epoch_start
         self.store.save(Checkpoint(now, self._epoch_start, self._best))
         self.pace.wrote(self.store.seconds)
         self._saved = now
@@ -387,10 +391,6 @@ class Trainer:
         found = f"it was interrupted after step {self.progress.step}, in epoch {self.progress.epoch + 1}"
         fix = f"Give the same command again, with --output {self.folder.path}, to go on from there."
         return InterruptedRunError("training", found, fix)
-
-    def _diverged(self, what: str) -> DivergedError:
-        fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
-        return DivergedError("training", f"the {what}, with a rate of {self.progress.lr:g}", fix)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def points(whole: Path) -> list[tuple[int, When]]:
     """Every call, and every flush of a file once more with half of it lost."""
     calls: list[str] = json.loads((whole.parent / "calls.json").read_text())
     assert len(calls) > 70
-    assert {call.split()[0] for call in calls} >= {"fsync", "replace", "rename", "link", "mkdir", "unlink"}
+    assert {call.split()[0] for call in calls} >= {"fsync", "replace", "rename", "mkdir", "unlink", "rmdir"}
     torn = [number for number, call in enumerate(calls) if call.startswith("fsync .")]
     return [*((number, "before") for number in range(len(calls))), *((number, "torn") for number in torn)]
 

@@ -1,22 +1,28 @@
-"""A network small enough to reason about, and a trainer around it."""
+"""A network small enough to reason about, a trainer around it, trouble for it, and how two compare."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from finetune.data.discover import discover
-from finetune.data.loader import Loader, Placement
+from finetune.data.loader import Batch, Loader, Placement
 from finetune.data.transforms import Augmentation, build_eval_transform, build_train_transform
 from finetune.display import SilentDisplay
+from finetune.errors import InterruptedRunError
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.folder import RunFolder
+from finetune.runtime import Precision
 from finetune.strategy.matrix import build_plan
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.optimizer import build_loss
+from finetune.training.progress import Checkpoint, Progress
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from pretrained.catalog import Preprocessing
@@ -44,6 +50,25 @@ class SmallNet(nn.Module):
         return self.head
 
 
+class NormFree(SmallNet):
+    """SmallNet whose images do not see each other: parts of a batch give the gradient of the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage1[1], self.stage2[1] = nn.GroupNorm(2, 6), nn.GroupNorm(2, 8)
+
+
+class Listener(SilentDisplay):
+    """A display that shows nothing and remembers every warning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def place() -> Placement:
     return Placement(torch.device("cpu"), channels_last=False)
 
@@ -60,6 +85,7 @@ def build_trainer(
     trainer_type: type[Trainer] = Trainer,
     norm: str = "train",
     top_stages: int = 1,
+    precision: Precision = "float32",
     **training: Any,
 ) -> Trainer:
     """A trainer of SmallNet on pictures, 16 pixels; ``training`` are keys of that section of the recipe."""
@@ -73,16 +99,16 @@ def build_trainer(
         network = SmallNet(dropout)
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
-    store = CheckpointStore(run.checkpoints)
+    store, listener = CheckpointStore(run.checkpoints), Listener()
     return trainer_type(
         _task(recipe, pictures, network, augmentation, workers),
         recipe.training,
-        precision="float32",
+        precision=precision,
         seed=recipe.seed,
         folder=run,
         store=store,
-        start=store.load(),
-        display=SilentDisplay(),
+        start=store.load(listener.warn),
+        display=listener,
     )
 
 
@@ -113,3 +139,71 @@ def _task(
     plan = build_plan(network, stages, recipe.strategy, rate)
     loss = build_loss(recipe.training, dataset.counts("train"))
     return Task(network, plan, loss, loaders["train"], loaders["val"], dataset.num_classes)
+
+
+# --- trouble -------------------------------------------------------------------------------------
+
+
+def corrupt(when: Callable[[Progress], bool], factor: float = float("nan")) -> type[Trainer]:
+    """A trainer whose images are multiplied by a factor in some steps: by NaN, unless told otherwise."""
+
+    class Corrupted(Trainer):
+        def _train_step(self, batch: Batch, steps_per_epoch: int) -> bool:
+            if when(self.progress):
+                batch = batch._replace(images=batch.images * factor)
+            return super()._train_step(batch, steps_per_epoch)
+
+    return Corrupted
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    trainer.stop_asked = lambda: trainer.progress.step >= steps
+
+
+def fit_until(trainer: Trainer, when: Callable[[Progress], bool]) -> None:
+    """Train, and be interrupted at a place."""
+    trainer.stop_asked = lambda: when(trainer.progress)
+    with pytest.raises(InterruptedRunError):
+        trainer.fit()
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
+_CLOCKS = ("epoch_seconds", "wait_seconds", "history")
+
+
+def warnings(trainer: Trainer) -> list[str]:
+    assert isinstance(trainer.display, Listener)
+    return trainer.display.warnings
+
+
+def saved(folder: Path) -> Checkpoint:
+    """The newest checkpoint of a run folder."""
+    checkpoint = CheckpointStore(folder / "checkpoints").load()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def figures(progress: Progress) -> list[dict[str, float]]:
+    """The history, without what a clock has measured."""
+    timed = ("seconds", "images_per_second", "data_wait_fraction")
+    return [{key: value for key, value in row.items() if key not in timed} for row in progress.history]
+
+
+def assert_same_tensors(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [name for name, tensor in one.items() if not tensor.equal(two[name])] == []
+
+
+def assert_same_end(one: Path, two: Path, but_for: Collection[str] = ()) -> None:
+    """Two finished runs are the same in every bit: weights, averages, optimiser, best epoch, counters."""
+    left, right = saved(one), saved(two)
+    assert_same_tensors(left.now.tensors, right.now.tensors)
+    assert left.best is not None and right.best is not None
+    assert_same_tensors(left.best.tensors, right.best.tensors)
+    assert figures(left.now.progress) == figures(right.now.progress)
+    leave_out = {*_CLOCKS, *but_for}
+    counters, others = asdict(left.now.progress), asdict(right.now.progress)
+    assert {k: v for k, v in counters.items() if k not in leave_out} == {
+        k: v for k, v in others.items() if k not in leave_out
+    }

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from finetune.errors import DivergedError, ExitCode, InternalError, InterruptedRunError
 from finetune.strategy.freeze import check_frozen, digest_frozen
-from finetune.training.checkpoint import CheckpointStore
-from finetune.training.progress import Checkpoint
 from finetune.training.trainer import Trainer
-from tests.training.helpers import SmallNet, build_trainer
+from tests.training.helpers import SmallNet, assert_same_end, build_trainer, figures, saved, stop_after
 
 EVERYTHING_ON: dict[str, Any] = {
     "epochs": 4,
@@ -30,23 +28,6 @@ EVERYTHING_ON: dict[str, Any] = {
     "class_weights": "balanced",
     "clip_grad": 1.0,
 }
-
-
-def saved(folder: Path) -> Checkpoint:
-    checkpoint = CheckpointStore(folder / "checkpoints").load()
-    assert checkpoint is not None
-    return checkpoint
-
-
-def stop_after(trainer: Trainer, steps: int) -> None:
-    trainer.stop_asked = lambda: trainer.progress.step >= steps
-
-
-def figures(trainer: Trainer) -> list[dict[str, float]]:
-    timed = ("seconds", "images_per_second", "data_wait_fraction")
-    return [
-        {key: value for key, value in row.items() if key not in timed} for row in trainer.progress.history
-    ]
 
 
 def assert_same_state(one: nn.Module, two: nn.Module) -> None:
@@ -78,7 +59,34 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     assert second.progress.step == whole.progress.step == 20
     assert_same_state(whole.task.network, second.task.network)
     assert_same_state(whole.judged, second.judged)
-    assert figures(whole) == figures(second)
+    assert figures(whole.progress) == figures(second.progress)
+
+
+class StopsWhileJudging(Trainer):
+    """Is asked to stop in the middle of the second validation."""
+
+    def _judge(self) -> dict[str, float]:
+        if self.progress.epoch == 1:
+            self.stop_asked = lambda: True
+        return super()._judge()
+
+
+def test_an_interruption_in_the_middle_of_a_validation(pictures: Path, tmp_path: Path) -> None:
+    build_trainer(pictures, tmp_path / "whole", **EVERYTHING_ON).fit()
+    first = build_trainer(pictures, tmp_path / "parts", trainer_type=StopsWhileJudging, **EVERYTHING_ON)
+    with pytest.raises(InterruptedRunError):
+        first.fit()
+    at = saved(tmp_path / "parts").now.progress
+    assert (at.epoch, at.batch, at.step) == (1, 5, 10)
+    build_trainer(pictures, tmp_path / "parts", **EVERYTHING_ON).fit()
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_outcome_of_a_run_that_only_went_on_knows_its_step(pictures: Path, tmp_path: Path) -> None:
+    build_trainer(pictures, tmp_path, epochs=2, batch_size=8).fit()
+    again = build_trainer(pictures, tmp_path, epochs=2, batch_size=8)
+    again.fit()
+    assert again.display.pulse.step == 10
 
 
 def test_plateau_and_patience_survive_an_interruption(pictures: Path, tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_plateau_and_patience_survive_an_interruption(pictures: Path, tmp_path: 
         parts.fit()
     parts = build_trainer(pictures, tmp_path / "parts", **settings)
     parts.fit()
-    assert figures(parts) == figures(whole)
+    assert figures(parts.progress) == figures(whole.progress)
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "top"])

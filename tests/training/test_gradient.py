@@ -1,0 +1,103 @@
+"""One step: how few images it takes, what is given back of it, and what is not meant to be finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.data.loader import Batch
+from finetune.training import trainer as trainer_module
+from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnable
+from tests.training.helpers import NormFree, SmallNet, build_trainer
+
+
+def batch_of(number: int, lost: int = 0) -> Batch:
+    """A batch of so many pictures, out of more that are gone."""
+    labels = torch.arange(number) % 3
+    return Batch(torch.randn(number, 3, 16, 16), labels, labels, {f"{n}.jpg": "gone" for n in range(lost)})
+
+
+@pytest.mark.parametrize(
+    ("network", "number", "lost", "learnable"),
+    [
+        (SmallNet, 2, 6, True),
+        (SmallNet, 1, 7, False),  # BatchNorm cannot train on a single value
+        (SmallNet, 1, 0, True),  # the user asked for batches of one
+        (NormFree, 1, 7, True),
+        (NormFree, 0, 8, False),
+    ],
+)
+def test_a_batch_of_which_too_much_was_lost_is_left_out(
+    network: type[SmallNet], number: int, lost: int, learnable: bool
+) -> None:
+    assert is_learnable(network().train(), batch_of(number, lost)) == learnable
+
+
+def test_a_step_without_images_counts_and_learns_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "refuse_many_lost", lambda *_: None)
+    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
+    before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
+    assert trainer._train_step(batch_of(1, lost=7), 5)
+    after = trainer.task.network.state_dict()
+    assert [name for name in before if not before[name].equal(after[name])] == []
+    assert (trainer.progress.batch, trainer.progress.step, trainer.progress.num_seen) == (1, 1, 0)
+    assert len(trainer.progress.lost) == 7
+
+
+@pytest.mark.parametrize(("network", "sizes"), [(SmallNet, [9, 5, 3, 2, 2]), (NormFree, [9, 5, 3, 2, 1, 1])])
+def test_halves_end_at_what_a_network_needs(network: type[SmallNet], sizes: list[int]) -> None:
+    found = [9]
+    while len(found) < len(sizes):
+        found.append(halve(network().train(), found[-1]))
+    assert found == sizes
+
+
+@pytest.mark.parametrize(("number", "microbatch"), [(5, 2), (3, 2), (7, 3), (9, 4), (8, 8), (1, 1)])
+def test_no_part_is_a_single_image_where_batchnorm_learns(number: int, microbatch: int) -> None:
+    network, sizes = SmallNet().train(), []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    Gradient(network, nn.CrossEntropyLoss(), None, scaler, "float32").compute(batch_of(number), microbatch)
+    assert sum(sizes) == number
+    assert min(sizes) >= min(2, number)
+    assert max(sizes) <= microbatch + 1
+
+
+def test_buffers_are_given_back_and_only_those_that_may_change() -> None:
+    network = SmallNet().train()
+    network.stage1.eval()
+    kept = KeptBuffers(network)
+    kept.keep()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    for _, buffer in network.named_buffers():
+        buffer.add_(1)
+    kept.give_back()
+    same = {name: buffer.equal(before[name]) for name, buffer in network.named_buffers()}
+    assert same == {name: name.startswith("stage2") for name in same}
+    assert sum(same.values()) == 3
+
+
+def test_a_mask_of_infinities_is_no_running_statistic() -> None:
+    class Masked(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((2, 2), -float("inf")))
+
+    network = Masked().train()
+    sums = KeptBuffers(network).add_up()
+    assert [value.item() for value in sums] == [14.0]  # 6 + 8 variances of 1
+    network.get_buffer("stage1.1.running_var")[0] = float("nan")
+    assert KeptBuffers(network.eval()).add_up() == []
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_running_statistic_that_is_no_number_is_found(value: float) -> None:
+    network = SmallNet().train()
+    kept = KeptBuffers(network)
+    network.get_buffer("stage2.1.running_mean")[3] = value
+    assert not kept.add_up()[0].isfinite()
