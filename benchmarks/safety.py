@@ -51,6 +51,8 @@ class Stopwatch:
         self._running = False
 
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the call, with its seconds added to a name."""
+
         def timed(*arguments: Any, **keys: Any) -> Any:
             if self._running:
                 return call(*arguments, **keys)
@@ -66,6 +68,7 @@ class Stopwatch:
 
 @contextmanager
 def timed_parts() -> Iterator[Stopwatch]:
+    """Time every part while the block runs."""
     watch = Stopwatch()
     with ExitStack() as stack:
         for name, methods in PARTS.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -29,8 +29,16 @@ Advance = Callable[[int, str], None]
 """Takes how many units are done more, and a few words that stand beside the bar."""
 
 
+class _Console(Console):
+    """A console whose reader may leave: that is no reason to end a run."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence."""
+        self.quiet = True
+
+
 class Display:
-    """What the user sees while something runs.
+    """What the user sees while something runs. Words that cannot be written are lost, and nothing else is.
 
     Args:
         console: where it goes; stderr by default, since stdout belongs to results.
@@ -38,7 +46,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, pulse: Pulse | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, emoji=False)
+        self.console = console or _Console(stderr=True, highlight=False, emoji=False)
         self.pulse = pulse or Pulse()
         self._log: Path | None = None
 
@@ -49,7 +57,8 @@ class Display:
     def say(self, text: str, style: str = "") -> None:
         """Say one line."""
         text = sanitize(text)
-        self.console.print(text, style=style or None, soft_wrap=True, markup=False)
+        with suppress(OSError):
+            self.console.print(text, style=style or None, soft_wrap=True, markup=False)
         self.note(text)
 
     def warn(self, text: str) -> None:
@@ -58,10 +67,15 @@ class Display:
 
     def note(self, text: str) -> None:
         """Write to the log only."""
-        if self._log is not None:
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+        if self._log is None:
+            return
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+        try:
             with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{stamp} {line}\n" for line in sanitize(text).splitlines())
+        except OSError as error:
+            path, self._log = self._log, None
+            self.warn(f"{path} cannot be written ({error.strerror}); nothing more goes into it")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
@@ -72,7 +86,8 @@ class Display:
             table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        self.console.print(table)
+        with suppress(OSError):
+            self.console.print(table)
         for row in [columns, *rows]:
             self.note("  ".join(row))
 

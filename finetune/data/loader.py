@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from finetune.data.decode import BadImageError, decode_image
@@ -31,7 +34,17 @@ from finetune.stopping import end_with_parent
 
 MOST_DEATHS = 3
 """Of decoding processes, in a row, before the run is given up."""
-_NO_SHARED_MEMORY = ("Bus error", "No space left on device", "shared memory")
+_NO_ROOM = (
+    "No space left on device",  # of /dev/shm
+    "shared memory",
+    "Too many open files",
+    "ancdata",  # the same, on the receiving side
+    "Resource temporarily unavailable",  # too many processes
+    "Cannot allocate memory",
+)
+"""What the system says where decoding processes cannot be started, or cannot hand over their batches."""
+_DEATH = ("exited unexpectedly", "killed by signal")
+"""What torch says of a process that ended, and of its own thread that met one."""
 Key = tuple[int, int]
 """(epoch, index into the samples). The epoch travels with the index, so that workers hold no state."""
 
@@ -102,7 +115,19 @@ def _collate(items: list[_Item]) -> Batch:
         nothing = torch.empty(0, dtype=torch.int64)
         return Batch(torch.empty(0, 3, 1, 1), nothing, nothing, lost)
     images, labels, indices = zip(*pictures, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), lost)
+    return _share(Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), lost))
+
+
+def _share(batch: Batch) -> Batch:
+    """Put a batch into shared memory now, in a decoding process.
+
+    Its queue would do so in a thread of its own, where no space left is a line on stderr and a batch that
+    never comes.
+    """
+    if get_worker_info() is not None:
+        for tensor in batch[:3]:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return batch
 
 
 class _Batches:
@@ -118,11 +143,11 @@ class _Batches:
         return len(self.keys)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(parent: int, _: int) -> None:
     """Stopping is the trainer's business: workers leave its process group, to which terminals and batch
     systems send their signals. They end when the loader says so, and the kernel ends them with their parent.
     """
-    end_with_parent(os.getppid())
+    end_with_parent(parent)
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -148,6 +173,7 @@ class Loader:
         workers: decoding processes; 0 decodes here.
         seed: of the views.
         shuffle: a new order every epoch; otherwise the order of ``samples``.
+        warn: told of decoding processes that ended or could not work.
 
     Attributes:
         wait_seconds: time the last pass spent waiting for data.
@@ -164,9 +190,10 @@ class Loader:
         workers: int,
         seed: int,
         shuffle: bool,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.warn = seed, shuffle, warn
         self.wait_seconds = 0.0
         self._workers = workers
         self._pictures = _Pictures(dataset, self.samples, transform, seed)
@@ -182,7 +209,9 @@ class Loader:
             pin_memory=self.placement.device.type == "cuda",
             # Evaluation's processes end with each pass: those of two loaders would share cores and /dev/shm.
             persistent_workers=self.shuffle and self._workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
+            # Forked, a worker is this process's own child, and ends with it.
+            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
         )
 
     def close(self) -> None:
@@ -201,7 +230,8 @@ class Loader:
         """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``.
 
         A decoding process that dies is replaced, and its batch made again: content does not depend on
-        processes. Batches of a shuffled loader may lack pictures, which they name.
+        processes. Where batches cannot be handed over between processes, this one decodes. Batches of a
+        shuffled loader may lack pictures, which they name.
 
         Raises:
             DataError: a picture cannot be read (it could when the run began), and the loader is not
@@ -216,6 +246,8 @@ class Loader:
                 for batch in self._pass(keys[done:]):
                     done, deaths = done + 1, 0
                     yield batch
+            except _NoRoomError as error:
+                self._decode_here(str(error))
             except _WorkerDiedError as error:
                 deaths += 1
                 self._replace_workers(deaths, str(error))
@@ -225,7 +257,7 @@ class Loader:
         iterator = _iterate(self._loader)
         while True:
             began = time.perf_counter()
-            batch = _next(iterator)
+            batch = _next(self._loader, iterator)
             self.wait_seconds += time.perf_counter() - began
             if batch is None:
                 return
@@ -234,12 +266,18 @@ class Loader:
             yield self._place(batch)
 
     def _replace_workers(self, deaths: int, found: str) -> None:
-        """Start new processes; none at all where /dev/shm is what they die of."""
-        if any(word in found for word in _NO_SHARED_MEMORY):
-            self._workers = 0
-        elif deaths > MOST_DEATHS:
-            fix = "Lower --workers; where memory is short they are the first to be killed."
-            raise EnvironmentFaultError(f"decoding with {self._workers} processes", found, fix)
+        if deaths > MOST_DEATHS:
+            fix = "Lower --workers (0 needs none); where memory is short, they are the first to be killed."
+            raise EnvironmentFaultError(f"decoding with {_count(self._workers)}", found, fix)
+        self.warn(f"a decoding process ended ({found}); it is replaced")
+        self._loader = self._build()
+
+    def _decode_here(self, found: str) -> None:
+        self.warn(
+            f"decoding processes cannot hand over their batches ({found}); the training process decodes from "
+            "here on, which is slower (more shared memory helps: docker run --shm-size 8g)"
+        )
+        self._workers = 0
         self._loader = self._build()
 
     def _place(self, batch: Batch) -> Batch:
@@ -249,8 +287,16 @@ class Loader:
         return Batch(images, batch.labels.to(device, non_blocking=True), batch.indices, batch.lost)
 
 
+def _count(workers: int) -> str:
+    return f"{workers} process{'' if workers == 1 else 'es'}"
+
+
 class _WorkerDiedError(Exception):
     """A decoding process ended in the middle of its work."""
+
+
+class _NoRoomError(Exception):
+    """Decoding processes cannot be started, or cannot hand over what they made."""
 
 
 def _iterate(loader: DataLoader[Any]) -> Any:
@@ -259,23 +305,39 @@ def _iterate(loader: DataLoader[Any]) -> Any:
     That one raises wherever this process happens to be, in the middle of an optimiser step as well. A death
     is seen without it, a few seconds later, where a batch is waited for.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    with _named_faults(loader):
+        if threading.current_thread() is not threading.main_thread():
+            return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(loader)
+        finally:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def _next(iterator: Any) -> Batch | None:
-    try:
+def _next(loader: DataLoader[Any], iterator: Any) -> Batch | None:
+    with _named_faults(loader):
         batch: Batch | None = next(iterator, None)
-    except RuntimeError as error:
-        if not any(word in str(error) for word in (*_NO_SHARED_MEMORY, "DataLoader worker")):
-            raise
-        raise _WorkerDiedError(str(error).strip().splitlines()[-1]) from None
     return batch
+
+
+@contextmanager
+def _named_faults(loader: DataLoader[Any]) -> Iterator[None]:
+    """Tell faults of decoding processes from errors of what they carry out, which pass as they are."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        if loader.num_workers == 0:
+            raise
+        for word in _NO_ROOM:
+            if word in str(error):
+                raise _NoRoomError(word) from None
+        forwarded = said[0].startswith("Caught ")
+        # Between its end and the notice of it, a process leaves sockets that nobody answers.
+        if not forwarded and (not isinstance(error, RuntimeError) or any(word in said[0] for word in _DEATH)):
+            raise _WorkerDiedError(said[-1]) from None
+        raise
 
 
 def _lost_error(lost: dict[str, str]) -> DataError:

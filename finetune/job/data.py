@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from finetune.data.check import BadImage, check_bad, check_images
-from finetune.data.sample import Dataset, Split
+from finetune.data.check import BadImage, Checked, check_bad
+from finetune.data.sample import SPLITS, Dataset, Sample, Split
 from finetune.display import Display
 from finetune.job.same import describe_images
-from finetune.runs.claim import read_bad_images
+from finetune.runs.bad_images import read_bad_images, write_bad_images
+from finetune.runs.claim import read_split
 from finetune.runs.files import write_csv, write_text
 from finetune.runs.folder import RunFolder
 
-BAD_IMAGE_COLUMNS = ("path", "split", "reason")
 
+def check_data(dataset: Dataset, checked: Checked, folder: RunFolder, display: Display) -> Dataset:
+    """Return the images that can be used: all but a few, or a refusal of what cannot be stood behind.
 
-def read_digests(dataset: Dataset, display: Display) -> dict[str, str]:
-    """Return the sha256 of every file, by path."""
-    with display.track("comparing images", len(dataset.samples)) as advance:
-        return check_images(dataset, on_progress=lambda _: advance(1, ""), decode=False).digests
-
-
-def check_data(dataset: Dataset, folder: RunFolder, display: Display) -> tuple[Dataset, dict[str, str]]:
-    """Decode every image once, and refuse what cannot be stood behind.
-
-    Returns:
-        The data set without unreadable images, and the sha256 of each file.
+    Images that an earlier attempt lost on its way keep their places: they stay lost, and every epoch keeps
+    its order.
     """
-    for warning in dataset.warnings:
-        display.warn(warning)
-    with display.track("checking images", len(dataset.samples)) as advance:
-        checked = check_images(dataset, on_progress=lambda _: advance(1, ""))
     for image in checked.bad[:10]:
         display.warn(f"{image.path} cannot be read: {image.reason}")
-    _write_bad_images(folder, checked.bad)
-    return check_bad(dataset, checked.bad), checked.digests
+    lost = _lost_before(dataset, checked, folder)
+    bad = [image for image in checked.bad if image.path not in lost]
+    listed = [*bad, *(image for image, _ in lost.values())]
+    write_bad_images(folder, [(image.path, image.split, image.reason) for image in listed])
+    usable = check_bad(dataset.without(lost), bad)
+    samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=_place)
+    return replace(usable, samples=tuple(samples))
 
 
-def _write_bad_images(folder: RunFolder, bad: Sequence[BadImage]) -> None:
-    rows = [(image.path, image.split, image.reason) for image in bad]
-    if rows:
-        write_csv(folder.bad_images, rows, BAD_IMAGE_COLUMNS)
-    else:
-        folder.bad_images.unlink(missing_ok=True)  # of an attempt before they were mended
+def _lost_before(dataset: Dataset, checked: Checked, folder: RunFolder) -> dict[str, tuple[BadImage, Sample]]:
+    """Return the training images that an earlier attempt began with and lost, and that are still lost."""
+    began = {row["path"]: row["label"] for row in read_split(folder)}
+    return {
+        row["path"]: (
+            BadImage(row["path"], "train", row["reason"]),
+            Sample(row["path"], dataset.classes.index(began[row["path"]]), "train"),
+        )
+        for row in read_bad_images(folder)
+        if began.get(row["path"]) in dataset.classes and row["path"] not in checked.digests
+    }
 
 
-def add_lost_images(folder: RunFolder, lost: Mapping[str, str]) -> None:
-    """List training images that vanished while training went on, after those that were bad before."""
-    rows = [tuple(row.values()) for row in read_bad_images(folder) if row["path"] not in lost]
-    rows += [(path, "train", reason) for path, reason in lost.items()]
-    write_csv(folder.bad_images, rows, BAD_IMAGE_COLUMNS)
+def _place(sample: Sample) -> tuple[int, str]:
+    return SPLITS.index(sample.split), sample.path
 
 
 def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -> None:

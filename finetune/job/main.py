@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from finetune.data.transforms import Transform, build_eval_transform, build_trai
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError, UsageError
 from finetune.export.folder import export_model, measure_round_trip
-from finetune.job.data import add_lost_images, check_data, describe_data, read_digests, record_split
+from finetune.job.data import check_data, describe_data, record_split
 from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
-from finetune.job.same import WEIGHTS, accept, find_changes, warn_of_versions
+from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
 from finetune.recipe import Recipe
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
 from finetune.runs.files import write_csv, write_json
@@ -71,7 +72,7 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = round(time.perf_counter() - began, 3)
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)
 
 
 def run(
@@ -101,9 +102,17 @@ def run(
         check_outside(path, ready.dataset)
         create_folder(path)
         with locked(path):
-            claim = claim_folder(path, ready.recipe, allow_changed)
             display.pulse.tell({"folder": str(path.absolute())})
-            job = Job(ready, claim, allow_changed, display, clock, stop, _describe_environment(ready))
+            comparison = Comparison(ready.dataset, _describe_environment(ready), display)
+
+            def check(claim: Claim) -> None:
+                changes = comparison.find_changes(claim)
+                if not allow_changed:
+                    accept(changes, claim, False, display)
+
+            with clock.phase("check"):
+                claim = claim_folder(path, ready.recipe, allow_changed, check)
+            job = Job(ready, claim, comparison, allow_changed, display, clock, stop)
             if claim.finished and (finished := _read_run(job)):
                 return finished
             display.log_to(claim.folder.log)
@@ -117,11 +126,11 @@ class Job:
 
     ready: Ready
     claim: Claim
+    comparison: Comparison
     allow_changed: bool
     display: Display
     clock: Clock
     stop: StopSignal
-    environment: dict[str, Any]
 
     @property
     def folder(self) -> RunFolder:
@@ -156,10 +165,8 @@ def check_outside(output: Path, dataset: Dataset) -> None:
 
 def _read_run(job: Job) -> Run | None:
     """Return a finished run; nothing where it has changed since, and going on with that is allowed."""
-    folder, dataset = job.folder, job.ready.dataset
-    changes = find_changes(job.claim, dataset, read_digests(dataset, job.display), job.environment)
-    accept(changes, job.claim, job.allow_changed, job.display)
-    if changes:
+    folder = job.folder
+    if job.comparison.find_changes(job.claim):
         return None
     try:
         metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
@@ -180,15 +187,13 @@ def _carry_out(job: Job) -> Run:
     plan, network = ready.plan, _place(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display)
     digests = digest_frozen(network, plan)
-    with _open_loaders(ready, dataset) as loaders:
+    with _open_loaders(ready, dataset, display.warn) as loaders:
         trainer = _build_trainer(job, dataset, loaders, changed)
         with clock.phase("measure"):
             if ready.recipe.strategy.name != "scratch":  # random features are not worth measuring
                 trainer.standardize_head(keep=ready.recipe.strategy.head == "keep")
         with clock.phase("train"), job.stop.gently():
             progress = trainer.fit()
-        if progress.lost:
-            add_lost_images(folder, progress.lost)
         check_frozen(trainer.judged, plan, digests)
         with clock.phase("evaluate"):
             predictions = evaluate(trainer, loaders[dataset.judged_split], display)
@@ -208,13 +213,18 @@ def _take_data(job: Job) -> tuple[Dataset, bool]:
     Returns:
         The usable images, and whether something is otherwise than it was, and allowed to be.
     """
-    folder, display = job.folder, job.display
-    dataset, digests = check_data(job.ready.dataset, folder, display)
-    changes = find_changes(job.claim, dataset, digests, job.environment)
+    folder, display, comparison = job.folder, job.display, job.comparison
+    for warning in job.ready.dataset.warnings:
+        display.warn(warning)
+    changes = comparison.find_changes(job.claim)
     accept(changes, job.claim, job.allow_changed, display)
-    warn_of_versions(job.claim, job.environment, display)
-    record_split(dataset, digests, folder)
-    write_json(folder.environment, job.environment)
+    if changes:
+        folder.split.unlink(missing_ok=True)
+    dataset = check_data(job.ready.dataset, comparison.checked, folder, display)
+    warn_of_versions(job.claim, comparison.environment, display)
+    if not folder.split.exists():
+        record_split(dataset, comparison.checked.digests, folder)
+    write_json(folder.environment, comparison.environment)
     display.say(f"data {job.ready.recipe.data.path}: {describe_data(dataset)}")
     return dataset, bool(changes)
 
@@ -245,16 +255,16 @@ def plan_cells(plan: Plan) -> list[list[str]]:
 
 
 @contextmanager
-def _open_loaders(ready: Ready, dataset: Dataset) -> Iterator[dict[Split, Loader]]:
+def _open_loaders(
+    ready: Ready, dataset: Dataset, warn: Callable[[str], None]
+) -> Iterator[dict[Split, Loader]]:
     preprocessing = ready.backbone.card.preprocessing
     view = build_eval_transform(preprocessing)
     random_view = build_train_transform(preprocessing, ready.recipe.input.augmentation)
-    loaders: dict[Split, Loader] = {
-        "train": _loader(ready, dataset, "train", random_view),
-        "val": _loader(ready, dataset, "val", view),
-    }
+    build = partial(_loader, ready, dataset, cache(warn))  # the same thing is said once
+    loaders: dict[Split, Loader] = {"train": build("train", random_view), "val": build("val", view)}
     if dataset.of("test"):
-        loaders["test"] = _loader(ready, dataset, "test", view)
+        loaders["test"] = build("test", view)
     try:
         yield loaders
     finally:
@@ -262,7 +272,9 @@ def _open_loaders(ready: Ready, dataset: Dataset) -> Iterator[dict[Split, Loader
             loader.close()
 
 
-def _loader(ready: Ready, dataset: Dataset, split: Split, transform: Transform) -> Loader:
+def _loader(
+    ready: Ready, dataset: Dataset, warn: Callable[[str], None], split: Split, transform: Transform
+) -> Loader:
     recipe = ready.recipe
     batch_size, workers = recipe.training.batch_size, recipe.data.workers
     assert not isinstance(batch_size, str) and not isinstance(workers, str)
@@ -275,6 +287,7 @@ def _loader(ready: Ready, dataset: Dataset, split: Split, transform: Transform) 
         workers=workers,
         seed=recipe.seed,
         shuffle=split == "train",
+        warn=warn,
     )
 
 
@@ -291,6 +304,7 @@ def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], cha
         job.display.say("no checkpoint was written before: training begins anew")
     if start is not None and changed:
         start = restart_epoch(start, train.num_batches())
+        store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
     return Trainer(
         task,
         settings,

@@ -61,6 +61,7 @@ def recorded_outcome(claim: Claim, display: Display) -> Iterator[None]:
     try:
         with translated_errors(str(folder.path)):
             yield
+            claim.check_owner()
     except TakenOverError:
         raise  # the folder belongs to another process, and so does its outcome
     except FinetuneError as error:

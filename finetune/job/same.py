@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
+from finetune.data.check import Checked, check_images
 from finetune.data.sample import Dataset
 from finetune.display import Display
 from finetune.errors import DataError
-from finetune.runs.claim import Claim, find_changed_environment, find_changed_images, read_bad_images
+from finetune.runs.bad_images import read_bad_images
+from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
 
 WEIGHTS = "weights_sha256"
 _NO_EFFECT = ("platform", "cores", "device")
@@ -22,26 +25,48 @@ def describe_images(dataset: Dataset, digests: dict[str, str]) -> dict[str, tupl
     }
 
 
-def find_changes(
-    claim: Claim, dataset: Dataset, digests: dict[str, str], environment: dict[str, Any]
-) -> list[str]:
-    """Say what an earlier attempt at this run had otherwise: recipe, images, weights.
+class Comparison:
+    """Says how a run differs from what an earlier attempt at it began with.
 
     Args:
-        claim: of the run's folder.
         dataset: the images there are now.
-        digests: sha256 of each, by path.
         environment: versions, hardware and the digest of the weights.
+        display: shows how far the look at the images is.
     """
-    # Images that were bad, or that vanished while the run went on, are no surprise.
-    known = {row["path"] for row in read_bad_images(claim.folder)}
-    images = describe_images(dataset.without(known), digests)
-    changes = [f"recipe: {line}" for line in claim.changes]
-    if images_changed := find_changed_images(claim.folder, images, known):
-        changes.append(f"images: {images_changed}")
-    if WEIGHTS in find_changed_environment(claim.folder, environment):
-        changes.append("weights: the file has another content")
-    return changes
+
+    def __init__(self, dataset: Dataset, environment: dict[str, Any], display: Display) -> None:
+        self.dataset, self.environment, self._display = dataset, environment, display
+
+    @cached_property
+    def checked(self) -> Checked:
+        """Every image, decoded once."""
+        return self._look("checking images", decode=True)
+
+    @cached_property
+    def read(self) -> Checked:
+        """Every image, only read: enough where nothing will be trained."""
+        return self._look("comparing images", decode=False)
+
+    def _look(self, what: str, decode: bool) -> Checked:
+        with self._display.track(what, len(self.dataset.samples)) as advance:
+            return check_images(self.dataset, on_progress=lambda _: advance(1, ""), decode=decode)
+
+    def find_changes(self, claim: Claim) -> list[str]:
+        """Say what an earlier attempt had otherwise: recipe, images, weights."""
+        # Images that were bad, or vanished while the run went on, are no surprise; mended ones are.
+        excused = {row["path"] for row in read_bad_images(claim.folder)}
+        if claim.finished:
+            digests = self.read.digests
+        else:
+            digests = self.checked.digests
+            excused -= digests.keys()
+        images = describe_images(self.dataset.without(excused), digests)
+        changes = [f"recipe: {line}" for line in claim.changes]
+        if images_changed := find_changed_images(claim.folder, images, excused):
+            changes.append(f"images: {images_changed}")
+        if WEIGHTS in find_changed_environment(claim.folder, self.environment):
+            changes.append("weights: the file has another content")
+        return changes
 
 
 def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Display) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from finetune.errors import TakenOverError, UsageError
 from finetune.recipe import Change, Recipe, changed_keys, load_recipe
-from finetune.runs.files import disk_error, unescape_formula, write_text
+from finetune.runs.files import disk_error, read_rows, write_text
 from finetune.runs.folder import Outcome, RunFolder
 
 RUNNING = "the run is going on, or was killed"
@@ -63,7 +62,10 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         UsageError: another process is at work in it.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise disk_error(path, error) from None
     try:
         if not _try_lock(descriptor, LOCK_WAIT):
             fix = "Wait for it, or name a new folder."
@@ -106,7 +108,7 @@ def find_changed_images(
     """
     if not folder.split.exists():
         return ""
-    rows = [row for row in _read_rows(folder.split) if row["path"] not in known_bad]
+    rows = [row for row in read_split(folder) if row["path"] not in known_bad]
     before = {row["path"]: (row["label"], row["split"], row["sha256"]) for row in rows}
     came, went = sorted(images.keys() - before.keys()), sorted(before.keys() - images.keys())
     both = sorted(images.keys() & before.keys())
@@ -130,19 +132,13 @@ def find_changed_environment(folder: RunFolder, now: Mapping[str, Any]) -> dict[
     return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
 
-def read_bad_images(folder: RunFolder) -> list[dict[str, str]]:
-    """Return the images that a run could not read: path, part and reason of each."""
-    return _read_rows(folder.bad_images) if folder.bad_images.exists() else []
+def read_split(folder: RunFolder) -> list[dict[str, str]]:
+    """Return the images that a run began with: path, label, part and sha256 of each."""
+    return read_rows(folder.split) if folder.split.exists() else []
 
 
 def _some(paths: list[str], what: str) -> str:
     return f"{len(paths)} {what}, {paths[0]} for one" if paths else ""
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: unescape_formula(value) for key, value in row.items()} for row in rows]
 
 
 def create_folder(path: Path) -> None:
@@ -164,6 +160,7 @@ def claim_folder(
     path: Path,
     recipe: Recipe,
     allow_changed: bool = False,
+    check: Callable[[Claim], None] = lambda _: None,
 ) -> Claim:
     """Take a folder for a run: a new or empty one, or one that holds this very run.
 
@@ -173,6 +170,7 @@ def claim_folder(
         path: the output folder, locked; it and its parents are created.
         recipe: resolved.
         allow_changed: go on with a run of another recipe.
+        check: given a run that was begun before, ahead of the first byte that is written; may refuse it.
 
     Raises:
         UsageError: it holds another run, or other files.
@@ -180,23 +178,31 @@ def claim_folder(
     """
     folder = RunFolder(path)
     create_folder(path)
-    attempt = folder.read_attempt() + 1
     try:
-        changes = _changes(folder, recipe) if folder.recipe.exists() else _check_empty(folder)
-        others = [change for change in changes if not change.is_extension]
+        begun = folder.recipe.exists()
+        changes = _changes(folder, recipe) if begun else _check_empty(folder)
+        others = [change.line for change in changes if not change.is_extension]
         if others and not allow_changed:
-            raise _another_run(path, [change.line for change in others])
+            raise _another_run(path, others)
         finished = not changes and folder.read_outcome().get("state") == "done"
-        if not folder.recipe.exists():
-            write_text(folder.recipe, recipe.to_yaml())  # first: with it the folder is ours, whatever comes
+        claim = Claim(folder, folder.read_attempt() + 1, finished, tuple(others))
+        if begun:
+            check(claim)
         if not finished:
-            folder.write_outcome(Outcome("running", RUNNING, attempt=attempt))
-        if changes:  # last: a kill in between must not make a longer run look finished
-            write_text(folder.recipe, recipe.to_yaml())
-        folder.checkpoints.mkdir(exist_ok=True)
+            _begin_attempt(claim, recipe, begun, bool(changes))
     except OSError as error:
         raise disk_error(path, error) from None
-    return Claim(folder, attempt, finished, tuple(change.line for change in others))
+    return claim
+
+
+def _begin_attempt(claim: Claim, recipe: Recipe, begun: bool, changed: bool) -> None:
+    folder = claim.folder
+    if not begun:
+        write_text(folder.recipe, recipe.to_yaml())  # first: with it the folder is ours, whatever comes
+    folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
+    if changed:  # last: a kill in between must not make a longer run look finished
+        write_text(folder.recipe, recipe.to_yaml())
+    folder.checkpoints.mkdir(exist_ok=True)
 
 
 def _check_empty(folder: RunFolder) -> list[Change]:

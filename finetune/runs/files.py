@@ -98,6 +98,13 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str])
     write_text(path, "".join(lines))
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a table of :func:`write_csv` back: text by column, one row each."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: unescape_formula(value) for key, value in row.items()} for row in rows]
+
+
 def _csv_line(cells: list[str]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # with "\n" a "\r" in a cell is not quoted

@@ -70,7 +70,7 @@ class CheckpointStore:
         """
         free = free_bytes(self.folder)
         if free is not None and free < num_bytes:
-            found = f"a checkpoint needs {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+            found = f"a checkpoint may need {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
             fix = "Free some space, or choose another disk with --output."
             raise DiskError(f"training in {self.folder.parent}", found, fix)
 

@@ -23,6 +23,7 @@ from finetune.data.loader import Loader
 from finetune.display import Advance
 from finetune.evaluation.predict import InParts, autocast
 from finetune.runtime import Precision, seed_everything
+from finetune.training.gradient import is_learnable
 from pretrained.network import classifier_layers
 
 NUM_MEASURED = 1_000
@@ -75,7 +76,8 @@ def measure_features(
         for number, batch in enumerate(batches):
             # For dropout, before each pass: where this process decodes, views are drawn in between.
             seed_everything(seed, "measure", number)
-            forward(batch.images)
+            if is_learnable(network, batch):
+                forward(batch.images)
             advance(len(batch.labels), "")
     moments = {}
     for name, features in inputs.items():

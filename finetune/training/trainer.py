@@ -40,6 +40,7 @@ from finetune.errors import EnvironmentFaultError, InterruptedRunError
 from finetune.evaluation.predict import predict
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.recipe import TrainingSettings
+from finetune.runs.bad_images import add_lost_images
 from finetune.runs.folder import RunFolder
 from finetune.runtime import Precision, seed_everything
 from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
@@ -169,7 +170,8 @@ class Trainer:
         else:
             self._epoch_start = self._take()
         self._start = None
-        num_bytes = 2 * sum(tensor.nbytes for tensor in self._epoch_start.tensors.values())
+        # The optimiser is still empty; AdamW's state is twice the weights, and the best epoch's come on top.
+        num_bytes = 4 * sum(tensor.nbytes for tensor in self._epoch_start.tensors.values())
         self.store.check_space(num_bytes)
         self.pace = Pace(num_bytes)
         self.narrator.begin(self.progress)
@@ -280,6 +282,7 @@ class Trainer:
         for path in lost.keys() - self.progress.lost.keys():
             self.display.warn(f"{path} cannot be read any more ({lost[path]}); it is left out from here on")
         self.progress.lost |= lost
+        add_lost_images(self.folder, self.progress.lost)
         refuse_many_lost(self.progress.lost, len(self.task.train.samples))
 
     def _recover(self, batch: Batch, loss: Tensor) -> bool:

@@ -158,7 +158,8 @@ def run_trials(folder: Path, kills: int, seed: int = 0) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.stdout.write(summarise(run_trials(options.output, options.kills)) + "\n")
+    sys.stdout.write(summarise(run_trials(options.output, options.kills, options.seed)) + "\n")
