@@ -5,10 +5,12 @@ On a terminal, work that takes time draws a bar; in a pipe or a log file there a
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,12 +31,25 @@ Advance = Callable[[int, str], None]
 """Takes how many units are done more, and a few words that stand beside the bar."""
 
 
-class _Console(Console):
-    """A console whose reader may leave: that is no reason to end a run."""
+class _Steady:
+    """stderr, where words that cannot be written are lost: a full disk, a terminal or a reader that is gone.
 
-    def on_broken_pipe(self) -> None:
-        """Go on in silence."""
-        self.quiet = True
+    None of these is a reason to end a run.
+    """
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 class Display:
@@ -46,7 +61,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, pulse: Pulse | None = None) -> None:
-        self.console = console or _Console(stderr=True, highlight=False, emoji=False)
+        self.console = console or Console(file=cast(TextIO, _Steady()), highlight=False, emoji=False)
         self.pulse = pulse or Pulse()
         self._log: Path | None = None
 
@@ -57,8 +72,7 @@ class Display:
     def say(self, text: str, style: str = "") -> None:
         """Say one line."""
         text = sanitize(text)
-        with suppress(OSError):
-            self.console.print(text, style=style or None, soft_wrap=True, markup=False)
+        self.console.print(text, style=style or None, soft_wrap=True, markup=False)
         self.note(text)
 
     def warn(self, text: str) -> None:
@@ -86,8 +100,7 @@ class Display:
             table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        with suppress(OSError):
-            self.console.print(table)
+        self.console.print(table)
         for row in [columns, *rows]:
             self.note("  ".join(row))
 
@@ -118,7 +131,12 @@ class Display:
         """Draw a bar while the block runs, which learns on the way how far it is of how much."""
         with self._bar() as progress:
             task = progress.add_task(description, total=None, words="")
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+            def tell(done: int, total: int) -> None:
+                self.pulse.beat()
+                progress.update(task, completed=done, total=total)
+
+            yield tell
 
     def _bar(self) -> Progress:
         columns = (

@@ -87,9 +87,14 @@ class InternalError(FinetuneError):
 
 
 class DiskError(FinetuneError):
-    """Output that could not be written (exit 74)."""
+    """Output that could not be written (exit 74).
+
+    Attributes:
+        is_full: for want of space, and nothing else.
+    """
 
     exit_code = ExitCode.DISK
+    is_full = False
 
 
 class InterruptedRunError(FinetuneError):

@@ -117,10 +117,10 @@ def seed_everything(*parts: int | str) -> None:
 
 def set_deterministic(on: bool) -> None:
     """Let torch take only kernels that give the same bits every time; call it before the GPU is used."""
-    if on:
+    if on:  # what the program around us has chosen stays otherwise
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
-    torch.backends.cudnn.deterministic = on
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -6,33 +6,42 @@ And no process outlives the one that it works for.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO = 0.5
+"""Seconds in which a signal that comes again is the same one."""
 
 
 class StopSignal:
     """Notes the signals that ask a process to stop.
 
     Inside :meth:`gently` the first signal only sets :attr:`asked`, so that the step can be finished and
-    saved; the second, and any signal outside, raises KeyboardInterrupt at once. Handlers belong to the
-    main thread: elsewhere this does nothing.
+    saved; the second, and any signal outside, raises KeyboardInterrupt at once. Batch systems send the same
+    signal to every process of a job, and the parent passes its own on: two within half a second are one.
+    Handlers belong to the main thread: elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self._gentle = False
+        self._last = -math.inf
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -40,9 +49,11 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module's shape
-        if self._gentle and not self.asked:
+        again = time.monotonic() - self._last < ECHO
+        self._last = time.monotonic()
+        if self._gentle and (again or not self.asked):
             self.asked = True
-        else:
+        elif not again:
             raise KeyboardInterrupt
 
     @contextmanager

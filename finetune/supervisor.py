@@ -31,11 +31,11 @@ from typing import Any
 from finetune.errors import ExitCode, FinetuneError
 from finetune.pulse import VARIABLE
 from finetune.runs.folder import Outcome, RunFolder
+from finetune.stopping import ECHO, SIGNALS
 
 _GRACE_AT_ONCE = 5.0
-"""Seconds that a child has to leave after the second signal."""
+"""Seconds that a child has to leave after the second signal, or after it has saved."""
 _TICK = 0.2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -43,7 +43,9 @@ class Attempt:
     """What the parent knows of one child.
 
     Attributes:
-        folder: of the run, as soon as the child has claimed it.
+        folder: of the run, as soon as the child has found it.
+        number: of the attempt, as soon as the child has claimed the folder.
+        saving: it is writing a checkpoint, and must not be ended for taking its time.
         step: of training that was reached.
         code: exit code; negative for the signal that ended it.
         stalled: it gave no sign of life for too long.
@@ -51,6 +53,8 @@ class Attempt:
     """
 
     folder: RunFolder | None = None
+    number: int = 0
+    saving: bool = False
     step: int = 0
     code: int = 0
     stalled: bool = False
@@ -65,7 +69,7 @@ class Supervisor:
         arguments: of the command, as they stand after ``finetune``.
         stall_timeout: seconds without a sign of life after which the child is ended.
         say: shows one line to the user.
-        command: that starts ``finetune``.
+        command: that starts ``finetune``; by default as this process was started.
         waits: seconds before each new start; when they are used up without a step of progress, the run
             has failed.
         grace: seconds that a child has to save and leave after the first signal.
@@ -74,12 +78,13 @@ class Supervisor:
     arguments: Sequence[str]
     stall_timeout: float
     say: Callable[[str], None]
-    command: Sequence[str] = (sys.executable, "-P", "-m", "finetune")
+    command: Sequence[str] = ()
     waits: Sequence[float] = (1.0, 5.0, 15.0)
     grace: float = 25.0
     _signals: list[int] = field(default_factory=list)
     _child: subprocess.Popen[bytes] | None = None
     _deadline: float = 0.0
+    _last_signal: float = 0.0
 
     def run(self) -> tuple[int, bytes]:
         """Return the exit code, and what the last child wrote to stdout."""
@@ -89,7 +94,7 @@ class Supervisor:
                 attempt = self._attempt()
                 internal += attempt.code == ExitCode.INTERNAL
                 if attempt.step > best_step:
-                    starts, best_step = 0, attempt.step
+                    starts, best_step, internal = 0, attempt.step, int(attempt.code == ExitCode.INTERNAL)
                 if self._is_final(attempt, internal) or starts == len(self.waits):
                     break
                 self.say(f"warning: {self._describe(attempt)}; starting again in {self.waits[starts]:g} s")
@@ -120,7 +125,7 @@ class Supervisor:
     def _attempt(self) -> Attempt:
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
-        command = [*self.command, *self.arguments]
+        command = [*(self.command or own_command()), *self.arguments]
         environment = os.environ | {VARIABLE: f"{writing}:{os.getpid()}"}
         attempt = Attempt()
         try:
@@ -132,7 +137,7 @@ class Supervisor:
                     self._child = child
                     self._watch(child, reading, attempt)
                     self._child = None
-                _end_session(child.pid)
+                _kill_group(child.pid)
                 stdout.seek(0)
                 attempt.output = stdout.read()
         finally:
@@ -149,9 +154,9 @@ class Supervisor:
                 _note(facts, attempt)
             if attempt.folder is not None and signs.silence() > self.stall_timeout:
                 attempt.stalled = True
-                _end_session(child.pid)
-            if self._overdue():
-                _end_session(child.pid)
+                _kill_group(child.pid)
+            if self._overdue(attempt):
+                _kill_group(child.pid)
         for facts in signs.wait(0):
             _note(facts, attempt)
         attempt.code = child.returncode
@@ -160,9 +165,9 @@ class Supervisor:
 
     @contextmanager
     def _handled_signals(self) -> Iterator[None]:
-        ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]  # nohup
-        before = {n: signal.signal(n, self._handle) for n in _SIGNALS if n not in ignored}
-        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+        handlers = dict.fromkeys(SIGNALS, self._handle) | {signal.SIGTSTP: self._suspend}
+        ignored = [number for number in handlers if signal.getsignal(number) is signal.SIG_IGN]  # by nohup
+        before = {n: signal.signal(n, handler) for n, handler in handlers.items() if n not in ignored}
         try:
             yield
         finally:
@@ -170,8 +175,13 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module's shape
+        now = time.monotonic()
+        if self._signals and now - self._last_signal < ECHO:
+            return
         self._signals.append(number)
-        self._deadline = time.monotonic() + (self.grace if len(self._signals) == 1 else _GRACE_AT_ONCE)
+        self._last_signal = now
+        first = len(self._signals) == 1
+        self._deadline = now + self.grace if first else min(self._deadline, now + _GRACE_AT_ONCE)
         self._forward()
 
     def _forward(self) -> None:
@@ -188,8 +198,11 @@ class Supervisor:
         if self._child is not None:
             self._child.send_signal(signal.SIGCONT)
 
-    def _overdue(self) -> bool:
-        return bool(self._signals) and time.monotonic() > self._deadline
+    def _overdue(self, attempt: Attempt) -> bool:
+        now = time.monotonic()
+        if attempt.saving and len(self._signals) == 1:
+            self._deadline = max(self._deadline, now + _GRACE_AT_ONCE)  # to leave, when it has saved
+        return bool(self._signals) and now > self._deadline
 
     def _sleep(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -210,17 +223,14 @@ class Supervisor:
         if not attempt.stalled and attempt.code >= 0:
             return attempt.code
         outcome = self._outcome(attempt)
+        _write_outcome(outcome, attempt)
         self.say(f"error: {outcome.message}")
         self.say(outcome.hint)
         attempt.output = json.dumps(outcome.to_dict()).encode() + b"\n" if "--json" in self.arguments else b""
-        if attempt.folder is not None:
-            with suppress(FinetuneError):
-                attempt.folder.write_outcome(outcome)
         return outcome.exit_code
 
     def _outcome(self, attempt: Attempt) -> Outcome:
-        number = attempt.folder.read_attempt() if attempt.folder is not None else 1
-        message, place = self._describe(attempt), {"step": attempt.step, "attempt": number}
+        message, place = self._describe(attempt), {"step": attempt.step, "attempt": max(attempt.number, 1)}
         again = "Give the same command again to go on from the last checkpoint."
         if self._signals:
             message = "the run was asked to stop, and ended before it had saved"
@@ -229,11 +239,22 @@ class Supervisor:
             )
         if attempt.stalled:
             hint = f"Look for a disk or network that does not answer, or raise --stall-timeout. {again}"
-            return Outcome("failed", message, hint, int(ExitCode.ENVIRONMENT), "stalled", True, **place)
+            return Outcome("failed", message, hint, int(ExitCode.ENVIRONMENT), "stalled", False, **place)
         if attempt.code == -signal.SIGKILL:
             hint = f"Memory that ran out is the usual reason: lower --workers or --batch-size. {again}"
             return Outcome("failed", message, hint, 128 + signal.SIGKILL, "killed", True, **place)
         return Outcome("failed", message, again, int(ExitCode.INTERNAL), "crashed", True, **place)
+
+
+def own_command() -> list[str]:
+    """Return the command that runs this very installation.
+
+    Without ``-P`` Python would look into the working folder first, where a user may well keep a folder
+    called ``pretrained``; with it, it would not find a checkout that is run from its own folder.
+    """
+    root = Path(__file__).parents[1]
+    from_checkout = not sys.flags.safe_path and Path(sys.path[0] or ".").absolute() == root
+    return [sys.executable, *([] if from_checkout else ["-P"]), "-m", "finetune"]
 
 
 class _Signs:
@@ -271,10 +292,22 @@ class _Signs:
 def _note(facts: dict[str, Any], attempt: Attempt) -> None:
     if "folder" in facts:
         attempt.folder = RunFolder(Path(facts["folder"]))
+    attempt.number = facts.get("attempt", attempt.number)
+    attempt.saving = facts.get("saving", attempt.saving)
     attempt.step = facts.get("step", attempt.step)
 
 
-def _end_session(pid: int) -> None:
+def _write_outcome(outcome: Outcome, attempt: Attempt) -> None:
+    """Write the outcome that a killed child could not; what it, or another process, has written stays."""
+    if attempt.folder is None:
+        return
+    written = attempt.folder.read_outcome()
+    if (written.get("state"), written.get("attempt")) == ("running", attempt.number):
+        with suppress(FinetuneError):
+            attempt.folder.write_outcome(outcome)
+
+
+def _kill_group(pid: int) -> None:
     """Kill a process and its group; its decoding processes follow it, stopped ones too."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)

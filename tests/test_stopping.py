@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from finetune.stopping import StopSignal
+from finetune.stopping import ECHO, StopSignal
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -46,9 +47,30 @@ def test_the_second_signal_stops_at_once(number: int) -> None:
     with StopSignal() as stop, pytest.raises(KeyboardInterrupt), stop.gently():
         signal.raise_signal(signal.SIGINT)
         reached.append("first")
+        time.sleep(2 * ECHO)
         signal.raise_signal(number)
         reached.append("second")
     assert reached == ["first"] and stop.asked
+
+
+@BOTH
+def test_a_signal_that_comes_twice_is_one(number: int) -> None:
+    """A batch system sends it to every process of a job, and the parent passes its own on."""
+    with StopSignal() as stop, stop.gently():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert stop.asked
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    """As nohup leaves it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop, stop.gently():
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @BOTH
@@ -131,7 +153,7 @@ def test_off_the_main_thread_it_does_nothing() -> None:
 
 SCRIPT = """
 import sys, time
-from finetune.stopping import StopSignal
+from finetune.stopping import ECHO, StopSignal
 
 with StopSignal() as stop:
     try:
@@ -156,6 +178,7 @@ def test_signals_from_another_process(number: int) -> None:
             assert process.stdout.readline() == "ready\n"
             os.kill(process.pid, number)
             assert process.stdout.readline() == "asked\n"
+            time.sleep(2 * ECHO)
             os.kill(process.pid, number)
             assert process.stdout.readline() == "at once\n"
             assert process.wait(20) == 75

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 import typer
 
@@ -32,7 +33,7 @@ def refusals(as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted", "Give the same command again.", ExitCode.INTERRUPTED, as_json)
     except BrokenPipeError:  # the reader of stdout has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         raise typer.Exit(ExitCode.DONE) from None
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
@@ -44,9 +45,33 @@ def refusals(as_json: bool = False) -> Iterator[None]:
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
     if code == ExitCode.INTERRUPTED:  # everything is saved and said: more of the same adds nothing
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    typer.secho(f"error: {message}", err=True, fg="red")
-    typer.echo(fix, err=True)
+    say(typer.style(f"error: {message}", fg="red"))
+    say(fix)
     if as_json:
         state = "interrupted" if code == ExitCode.INTERRUPTED else "failed"
-        typer.echo(json.dumps({"state": state, "message": message, "hint": fix, "exit_code": int(code)}))
+        hand_over(
+            json.dumps({"state": state, "message": message, "hint": fix, "exit_code": int(code)}) + "\n"
+        )
     raise typer.Exit(int(code))
+
+
+def say(line: str) -> None:
+    """Write to stderr; where nobody can read it, the exit code still says what happened."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def hand_over(text: str | bytes) -> None:
+    """Write to stdout; an exit code must not depend on whether anybody reads it."""
+    try:
+        typer.echo(text, nl=False)
+    except OSError:
+        _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let whatever is left to be written go nowhere, instead of into an error while Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

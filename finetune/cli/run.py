@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from finetune.cli.refusals import refusals
+from finetune.cli.refusals import hand_over, refusals, say
 from finetune.pulse import Pulse, find_parent
 from finetune.stopping import end_with_parent
 from finetune.supervisor import Supervisor
@@ -130,14 +130,13 @@ def run_command(
         pulse = Pulse(parent[0] if parent is not None else None)
         metrics = _run(_read(recipe, flags, assignments or []), output, pulse, allow_changed)
         if as_json:
-            typer.echo(json.dumps(metrics))
+            hand_over(json.dumps(metrics) + "\n")
 
 
 def _watch_over(stall_timeout: float) -> NoReturn:
     """Do the work in a child process, and leave with its exit code."""
-    supervisor = Supervisor(sys.argv[1:], stall_timeout, lambda line: typer.echo(line, err=True))
-    code, output = supervisor.run()
-    typer.echo(output, nl=False)
+    code, output = Supervisor(sys.argv[1:], stall_timeout, say).run()
+    hand_over(output)
     raise typer.Exit(code)
 
 

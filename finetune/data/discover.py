@@ -63,7 +63,9 @@ def discover(
         read_folder(finding)
     else:
         raise _refuse_kind(finding, suffix)
-    return replace(_dataset(finding, val_fraction, seed), is_folder=suffix != ".csv")
+    drawn = "val" not in finding.parts
+    dataset = _dataset(finding, val_fraction, seed)
+    return replace(dataset, is_folder=suffix != ".csv", val_was_drawn=drawn)
 
 
 def _refuse_kind(finding: Finding, suffix: str) -> DataError:

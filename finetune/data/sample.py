@@ -30,6 +30,7 @@ class Dataset:
         samples: every image, ordered by part (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
         is_folder: the user named the root itself, and not a CSV file in it.
+        val_was_drawn: the validation part was taken from the training images, by chance.
     """
 
     root: Path
@@ -37,6 +38,7 @@ class Dataset:
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...] = ()
     is_folder: bool = True
+    val_was_drawn: bool = False
 
     @property
     def num_classes(self) -> int:

@@ -48,6 +48,20 @@ def _place(sample: Sample) -> tuple[int, str]:
     return SPLITS.index(sample.split), sample.path
 
 
+def keep_split(dataset: Dataset, folder: RunFolder) -> Dataset:
+    """Return the data set with the parts that an earlier attempt drew.
+
+    Where the data name no validation part, it is drawn from what is there; an image that has vanished since
+    would change the draw.
+    """
+    if not dataset.val_was_drawn or not folder.recipe.exists():
+        return dataset
+    rows = [(row.get("path"), row.get("split")) for row in read_split(folder)]
+    drawn = {path: split for path, part in rows for split in SPLITS if split == part}
+    samples = [replace(sample, split=drawn.get(sample.path, sample.split)) for sample in dataset.samples]
+    return replace(dataset, samples=tuple(sorted(samples, key=_place)))
+
+
 def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -> None:
     """Write which image is in which class and part, and what it held."""
     write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from finetune.data.transforms import Transform, build_eval_transform, build_trai
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError, UsageError
 from finetune.export.folder import export_model, measure_round_trip
-from finetune.job.data import check_data, describe_data, record_split
+from finetune.job.data import check_data, describe_data, keep_split, record_split
 from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
@@ -99,6 +99,7 @@ def run(
         with clock.phase("load"):
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
+        ready = replace(ready, dataset=keep_split(ready.dataset, RunFolder(path)))
         check_outside(path, ready.dataset)
         create_folder(path)
         with locked(path):
@@ -112,6 +113,8 @@ def run(
 
             with clock.phase("check"):
                 claim = claim_folder(path, ready.recipe, allow_changed, check)
+                if not claim.finished:
+                    display.pulse.tell({"attempt": claim.attempt})
             job = Job(ready, claim, comparison, allow_changed, display, clock, stop)
             if claim.finished and (finished := _read_run(job)):
                 return finished
@@ -194,6 +197,7 @@ def _carry_out(job: Job) -> Run:
                 trainer.standardize_head(keep=ready.recipe.strategy.head == "keep")
         with clock.phase("train"), job.stop.gently():
             progress = trainer.fit()
+        job.claim.check_owner()
         check_frozen(trainer.judged, plan, digests)
         with clock.phase("evaluate"):
             predictions = evaluate(trainer, loaders[dataset.judged_split], display)
@@ -301,9 +305,11 @@ def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], cha
     store = CheckpointStore(job.folder.checkpoints, job.claim.attempt, job.claim.check_owner)
     start = store.load(job.display.warn)
     if start is None and job.claim.attempt > 1:
-        job.display.say("no checkpoint was written before: training begins anew")
-    if start is not None and changed:
-        start = restart_epoch(start, train.num_batches())
+        _begin_anew(job)
+    steps = train.num_batches()
+    # Steps as well: after a kill in between, the next attempt finds nothing changed.
+    if start is not None and (changed or start.now.progress.steps_per_epoch != steps):
+        start = restart_epoch(start, steps)
         store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
     return Trainer(
         task,
@@ -316,6 +322,14 @@ def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], cha
         display=job.display,
         stop_asked=lambda: job.stop.asked,
     )
+
+
+def _begin_anew(job: Job) -> None:
+    if job.claim.was_finished:
+        found = "the checkpoints of the finished run are gone, and with them the way to make it longer"
+        fix = "Bring them back, or train again with another --output."
+        raise DataError(f"going on with {job.folder.path}", found, fix)
+    job.display.say("no checkpoint was written before: training begins anew")
 
 
 def _export(

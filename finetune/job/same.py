@@ -13,7 +13,7 @@ from finetune.runs.bad_images import read_bad_images
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
 
 WEIGHTS = "weights_sha256"
-_NO_EFFECT = ("platform", "cores", "device")
+_HARMLESS = ("platform", "cores", "device")
 """Of the environment: other values leave every bit as it is (a device is a key of the recipe)."""
 
 
@@ -93,7 +93,7 @@ def warn_of_versions(claim: Claim, environment: dict[str, Any], display: Display
     lines = [
         f"{key} {before} -> {now}"
         for key, (before, now) in changed.items()
-        if key != WEIGHTS and key not in _NO_EFFECT
+        if key != WEIGHTS and key not in _HARMLESS
     ]
     if lines:
         display.warn(f"going on under other versions or hardware ({'; '.join(lines)}): last bits may differ")

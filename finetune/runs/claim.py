@@ -35,12 +35,14 @@ class Claim:
         folder: the run's.
         attempt: how many processes have claimed it, this one included.
         finished: it holds the finished run already.
+        was_finished: it held a finished run, which this process makes longer.
         changes: what of the recipe is another than the run began with, and was allowed.
     """
 
     folder: RunFolder
     attempt: int = 1
     finished: bool = False
+    was_finished: bool = False
     changes: tuple[str, ...] = ()
 
     def check_owner(self) -> None:
@@ -184,8 +186,9 @@ def claim_folder(
         others = [change.line for change in changes if not change.is_extension]
         if others and not allow_changed:
             raise _another_run(path, others)
-        finished = not changes and folder.read_outcome().get("state") == "done"
-        claim = Claim(folder, folder.read_attempt() + 1, finished, tuple(others))
+        done = folder.read_outcome().get("state") == "done"
+        finished, longer = done and not changes, done and bool(changes)
+        claim = Claim(folder, folder.read_attempt() + 1, finished, longer, tuple(others))
         if begun:
             check(claim)
         if not finished:

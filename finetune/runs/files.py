@@ -70,7 +70,9 @@ def disk_error(path: Path, error: OSError) -> DiskError:
     found = error.strerror or str(error)
     if error.errno == errno.ENOSPC and (free := free_bytes(path)) is not None:
         found += f" ({free / 1e6:,.0f} MB free)"
-    return DiskError(f"writing {path}", found, f"{fix}, and start the same command again.")
+    refusal = DiskError(f"writing {path}", found, f"{fix}, and start the same command again.")
+    refusal.is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return refusal
 
 
 def free_bytes(path: Path) -> int | None:

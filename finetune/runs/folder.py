@@ -92,7 +92,7 @@ class RunFolder:
 
     @property
     def split(self) -> Path:
-        """Which image was trained on and which was judged: ``path,label,split``."""
+        """Which image was trained on and which was judged: ``path,label,split,sha256``."""
         return self.path / "split.csv"
 
     @property

@@ -87,8 +87,8 @@ class CheckpointStore:
         before = self.names()
         try:
             self._save(checkpoint)
-        except DiskError:
-            if len(before) < KEPT:
+        except DiskError as error:
+            if len(before) < KEPT or not error.is_full:
                 raise
             self._keep(before, KEPT - 1)  # a full disk may have room for the newest instead of the oldest
             self._save(checkpoint)
@@ -108,6 +108,9 @@ class CheckpointStore:
             sync_folder(self.folder)
         except OSError as error:
             raise disk_error(final, error) from None
+        except DiskError as error:
+            error.asked = f"writing {final}"  # the name that the user knows
+            raise
         finally:
             shutil.rmtree(part, ignore_errors=True)  # after a success there is none
 

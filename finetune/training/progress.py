@@ -18,6 +18,7 @@ class Progress:
     Attributes:
         epoch: being trained, from 0.
         batch: next one of that epoch.
+        steps_per_epoch: batches of an epoch, by which a place is known to mean what it meant.
         step: batches so far; the schedule and the random numbers of a step depend on it.
         lr: the head's rate in the last step.
         loss_sum: of the epoch so far, over images.
@@ -42,6 +43,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    steps_per_epoch: int = 0
     lr: float = 0.0
     loss_sum: float = 0.0
     num_seen: int = 0
@@ -89,6 +91,10 @@ class Snapshot:
 
     tensors: Mapping[str, Tensor]
     progress: Progress
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin so, without that beginning."""
+        return {k.removeprefix(prefix): tensor for k, tensor in self.tensors.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True)

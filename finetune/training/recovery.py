@@ -65,7 +65,7 @@ def restart_epoch(checkpoint: Checkpoint, steps_per_epoch: int) -> Checkpoint:
     nothing.
     """
     progress = checkpoint.epoch_start.progress.copy()
-    progress.step = progress.epoch * steps_per_epoch
+    progress.step, progress.steps_per_epoch = progress.epoch * steps_per_epoch, steps_per_epoch
     start = Snapshot(checkpoint.epoch_start.tensors, progress)
     return Checkpoint(start, start, checkpoint.best)
 

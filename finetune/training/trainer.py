@@ -50,7 +50,7 @@ from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnabl
 from finetune.training.history import add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
-from finetune.training.pace import Pace
+from finetune.training.pace import Pace, estimate_bytes
 from finetune.training.progress import Checkpoint, Progress, Snapshot
 from finetune.training.recovery import Way, capture, choose_way, choose_way_back, describe, diverged, go_back
 from finetune.training.schedule import Schedule
@@ -121,7 +121,7 @@ class Trainer:
             keep: the classifier is the network's own, and goes on computing what it did.
         """
         if self._start is not None:
-            moments = _with_prefix(self._start.now.tensors, "moments.")
+            moments = self._start.now.under("moments.")
             self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
         else:
             loader = self.task.train
@@ -157,6 +157,8 @@ class Trainer:
                 self._finish_epoch()
         if self._saved is not self._epoch_start:
             self._save()  # what follows, figures and export, may be killed too
+        if self.stop_asked():
+            raise self._interrupted()
         assert self._best is not None
         self.state.give_back_judged(self._best.tensors)
         fold(self.judged)
@@ -168,10 +170,10 @@ class Trainer:
             self._epoch_start, self._saved = self._start.epoch_start, self._start.now
             write_history(self.folder.history, self.progress)  # a killed process may have been further
         else:
+            self.progress.steps_per_epoch = self.task.train.num_batches()
             self._epoch_start = self._take()
         self._start = None
-        # The optimiser is still empty; AdamW's state is twice the weights, and the best epoch's come on top.
-        num_bytes = 4 * sum(tensor.nbytes for tensor in self._epoch_start.tensors.values())
+        num_bytes = estimate_bytes(self._epoch_start, self.settings)
         self.store.check_space(num_bytes)
         self.pace = Pace(num_bytes)
         self.narrator.begin(self.progress)
@@ -181,7 +183,6 @@ class Trainer:
         progress, loader = self.progress, self.task.train
         set_train_mode(self.task.network, self.task.plan)
         self._buffers = KeptBuffers(self.task.network)
-        steps_per_epoch = loader.num_batches(progress.epoch)
         began, seconds_before, waited_before = (
             time.perf_counter(),
             progress.epoch_seconds,
@@ -189,7 +190,7 @@ class Trainer:
         )
         with self.narrator.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
             for batch in loader.batches(progress.epoch, start=progress.batch):
-                if not self._train_step(batch, steps_per_epoch):
+                if not self._train_step(batch):
                     return False
                 progress.epoch_seconds = seconds_before + time.perf_counter() - began
                 progress.wait_seconds = waited_before + loader.wait_seconds
@@ -198,12 +199,12 @@ class Trainer:
                 self._save_or_stop()
         return True
 
-    def _train_step(self, batch: Batch, steps_per_epoch: int) -> bool:
+    def _train_step(self, batch: Batch) -> bool:
         """Learn from one batch; false when training went back to the start of the epoch."""
         if batch.lost:
             self._note_lost(batch.lost)
         if is_learnable(self.task.network, batch):
-            self._set_rates(steps_per_epoch)
+            self._set_rates()
             self._buffers.keep()
             loss = self._compute_gradient(batch)
             if self._is_usable(loss):
@@ -217,9 +218,9 @@ class Trainer:
         self.progress.step += 1
         return True
 
-    def _set_rates(self, steps_per_epoch: int) -> None:
+    def _set_rates(self) -> None:
         progress = self.progress
-        factor = self.schedule.factor(progress.step, steps_per_epoch)
+        factor = self.schedule.factor(progress.step, progress.steps_per_epoch)
         factor *= progress.plateau_factor * progress.rate_factor
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -280,7 +281,7 @@ class Trainer:
     def _note_lost(self, lost: Mapping[str, str]) -> None:
         """Go on without training images that vanished, as long as they are few."""
         for path in lost.keys() - self.progress.lost.keys():
-            self.display.warn(f"{path} cannot be read any more ({lost[path]}); it is left out from here on")
+            self.display.warn(f"{path} cannot be read any more ({lost[path]}); training goes on without it")
         self.progress.lost |= lost
         add_lost_images(self.folder, self.progress.lost)
         refuse_many_lost(self.progress.lost, len(self.task.train.samples))
@@ -386,7 +387,9 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
         now = self._take() if self.progress.batch and self.state.is_finite() else self._epoch_start
+        self.display.pulse.tell({"saving": True})
         self.store.save(Checkpoint(now, self._epoch_start, self._best))
+        self.display.pulse.tell({"saving": False})
         self.pace.wrote(self.store.seconds)
         self._saved = now
 
@@ -394,7 +397,3 @@ class Trainer:
         found = f"it was interrupted after step {self.progress.step}, in epoch {self.progress.epoch + 1}"
         fix = f"Give the same command again, with --output {self.folder.path}, to go on from there."
         return InterruptedRunError("training", found, fix)
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}

@@ -97,7 +97,9 @@ class Trials:
         """Wait for a random moment and send the signal; false when the run was done before."""
         if self.random.random() < 0.85:  # otherwise the moment may come while Python is still starting
             wait_until_begun(process, output)
-        deadline = time.monotonic() + self.random.uniform(0, self.seconds[recipe])
+        # Mostly soon, so that a run is hit several times; what is left of it becomes less and less.
+        longest = self.seconds[recipe] * self.random.choice((0.2, 0.4, 1.0))
+        deadline = time.monotonic() + self.random.uniform(0, longest)
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 return False

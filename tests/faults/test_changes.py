@@ -136,6 +136,19 @@ def test_more_epochs_of_a_cosine_go_on(cli: Cli, words: Words, tmp_path: Path) -
     assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 3
 
 
+def test_a_finished_run_without_checkpoints_is_not_made_longer(
+    cli: Cli, words: Words, tmp_path: Path
+) -> None:
+    """To train again from the start and replace the model is nothing that was asked for."""
+    assert cli(*words()).exit_code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    result = cli(*words(epochs=3))
+    assert result.exit_code == ExitCode.DATA
+    assert "the checkpoints of the finished run are gone" in result.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -246,15 +259,15 @@ def test_other_images_may_be_allowed_and_are_told_of(
     assert cli(*words()).exit_code == 0  # these are its images from now on
 
 
-@pytest.mark.parametrize("died", [False, True])
+@pytest.mark.parametrize("died", [None, "trainer.Trainer.fit", "checkpoint.CheckpointStore.save"])
 def test_another_batch_size_begins_the_epoch_again_and_counts_its_steps(
-    cli: Cli, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: bool
+    cli: Cli, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: str | None
 ) -> None:
     """Also where the process that was allowed to is killed before it has written a checkpoint of its own."""
     interrupt(cli, monkeypatch, words())  # in epoch 2, after 5 + 1 steps of 8 images
     if died:
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "fit", lambda self: (_ for _ in ()).throw(ZeroDivisionError))
+            patch.setattr(f"finetune.training.{died}", lambda *_: (_ for _ in ()).throw(ZeroDivisionError))
             assert cli(*words(batch_size=4), "--allow-changed").exit_code == ExitCode.INTERNAL
     result = cli(*words(batch_size=4), *([] if died else ["--allow-changed"]))
     assert result.exit_code == 0, result.output
@@ -295,7 +308,7 @@ def test_few_lost_images_are_left_out_and_told_of(
     act_in_epoch(monkeypatch, 1, lose(many, "train/red/039.jpg"))
     result = cli(*words(epochs=4))
     assert result.exit_code == 0, result.output
-    said = "warning: train/red/039.jpg cannot be read any more (file not found); it is left out from here on"
+    said = "warning: train/red/039.jpg cannot be read any more (file not found); training goes on without it"
     assert result.stderr.count(said) == 1
     listed = (tmp_path / "run" / "bad_images.csv").read_text()
     assert listed == "path,split,reason\ntrain/red/039.jpg,train,file not found\n"
@@ -321,6 +334,28 @@ def test_a_run_that_lost_an_image_may_be_interrupted_and_made_longer(
     assert_same_result(tmp_path / "straight", tmp_path / "parts")
     one, two = ((tmp_path / name / "bad_images.csv").read_text() for name in ("straight", "parts"))
     assert one == two
+
+
+def test_a_lost_image_does_not_change_which_images_were_drawn_for_validation(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of 103 images is 21, and a fifth of 102 would be 20."""
+    flat = draw_folder(tmp_path / "flat", {"red": 103, "blue": 60})
+    words = ["run", "-b", tiny, "-d", flat, "-o", tmp_path / "run", "-s", "freeze", "--epochs", 2]
+    words += ["--workers", 0, "--batch-size", 32, "--set", "input.augmentation=none"]
+    with monkeypatch.context() as patch:
+        split = tmp_path / "run" / "split.csv"
+
+        def lose_one() -> None:
+            rows = pd.read_csv(split)
+            (flat / rows[(rows.label == "red") & (rows["split"] == "train")].path.iloc[0]).unlink()
+
+        act_in_epoch(patch, 1, lose_one)
+        interrupt(cli, monkeypatch, words)
+    drawn = split.read_text()
+    result = cli(*words)
+    assert result.exit_code == 0, result.output
+    assert split.read_text() == drawn
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

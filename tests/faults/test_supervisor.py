@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from finetune.runs.folder import Outcome, RunFolder
+from finetune.runs.folder import RunFolder
 from finetune.supervisor import Supervisor
 
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from finetune.pulse import Pulse, find_parent
+from finetune.runs.folder import Outcome, RunFolder
 from finetune.stopping import end_with_parent
 
 descriptor, parent = find_parent()
@@ -31,8 +33,10 @@ number = len(starts.read_text().splitlines()) if starts.exists() else 0
 with starts.open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 
-def claim():
+def claim(attempt=1):
     pulse.tell({{"folder": str(folder)}})
+    RunFolder(folder).write_outcome(Outcome("running", "x", attempt=attempt))
+    pulse.tell({{"attempt": attempt}})
 
 def step(number):
     pulse.step = number
@@ -91,7 +95,7 @@ def test_an_end_that_the_child_chose_is_final(trial: Start, code: int) -> None:
     assert one.run() == code
     assert one.starts == ["run --epochs 3"]
     assert one.output == b"figures\n"
-    assert one.outcome == {}  # the child writes its own
+    assert one.outcome["state"] == "running"  # the child writes its own
 
 
 def test_an_unforeseen_error_is_tried_once_more(trial: Start) -> None:
@@ -146,7 +150,7 @@ def test_a_hang_for_ever_is_given_up(trial: Start) -> None:
     one = trial("claim(); time.sleep(60)", stall_timeout=0.5)
     assert one.run() == 78
     assert len(one.starts) == 4
-    assert (one.outcome["class"], one.outcome["attempt"]) == ("stalled", 0)
+    assert (one.outcome["class"], one.outcome["attempt"]) == ("stalled", 1)
 
 
 def test_signs_of_life_are_heard(trial: Start) -> None:
@@ -162,10 +166,31 @@ def test_a_silence_before_the_run_has_begun_is_no_hang(trial: Start) -> None:
 
 
 def test_the_attempt_in_the_outcome_is_the_childs(trial: Start) -> None:
-    one = trial("claim(); step(7); kill(9)")
-    one.folder.write_outcome(Outcome("running", "x", attempt=5))
+    one = trial("claim(5); step(7); kill(9)")
     one.run()
     assert (one.outcome["attempt"], one.outcome["step"]) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "written", ['Outcome("done", "finished", attempt=1)', 'Outcome("running", "x", attempt=2)']
+)
+def test_an_outcome_that_is_not_the_childs_own_stays(trial: Start, written: str) -> None:
+    """A finished run that is only looked at again, and one that another process has taken over."""
+    one = trial(f"claim(); RunFolder(folder).write_outcome({written}); kill(9)")
+    assert one.run() == 137
+    assert one.outcome["state"] in {"done", "running"}
+
+
+def test_words_that_nobody_reads_change_no_exit_code() -> None:
+    """As in ``finetune run ... 2>&1 | head``: the reader has left before the end."""
+    code = (
+        "from finetune.cli.refusals import say, hand_over; say('x' * 9); hand_over('y'); raise SystemExit(7)"
+    )
+    script = f"import os, sys\nos.close(0)\n{code}"
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=writing, check=False)
+    assert process.returncode == 7
 
 
 # --- signals: the supervisor is a process of its own ------------------------------------------------
@@ -185,6 +210,16 @@ def leave(*_):
     print("saved", flush=True)
     sys.exit(75)
 signal.signal(signal.SIGTERM, leave)
+claim()
+while True: time.sleep(0.05); pulse.beat()
+"""
+SLOW = """
+def save(*_):
+    pulse.tell({"saving": True})
+    time.sleep(3)
+    pulse.tell({"saving": False})
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
 claim()
 while True: time.sleep(0.05); pulse.beat()
 """
@@ -244,10 +279,18 @@ def test_a_child_that_does_not_leave_is_ended_after_the_grace_time(tmp_path: Pat
     assert (outcome["state"], outcome["class"], outcome["exit_code"]) == ("interrupted", "interrupted", 75)
 
 
+def test_a_save_may_take_longer_than_the_grace_time(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", SLOW, grace=1.0)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert RunFolder(tmp_path / "run").read_outcome()["state"] == "running"  # the child left by itself
+
+
 def test_a_second_signal_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:
     process = start(tmp_path / "run", DEAF, grace=600)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1)  # within half a second it would be the same signal, as a batch system sends it to all
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75

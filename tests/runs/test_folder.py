@@ -95,7 +95,7 @@ def test_a_finished_run_is_known_as_finished(tmp_path: Path) -> None:
 def test_more_epochs_are_the_same_run(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, recipe(training__epochs=3)).folder
     folder.write_outcome(Outcome("done", "finished"))
-    assert claim_folder(tmp_path, recipe(training__epochs=5)) == Claim(folder, attempt=2)
+    assert claim_folder(tmp_path, recipe(training__epochs=5)) == Claim(folder, 2, was_finished=True)
     assert load_recipe(str(folder.recipe)).training.epochs == 5
     assert folder.read_outcome()["state"] == "running"
     assert "training.epochs: 5 -> 4" in refusal(tmp_path, recipe(training__epochs=4)).found

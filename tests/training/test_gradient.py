@@ -42,7 +42,7 @@ def test_a_step_without_images_counts_and_learns_nothing(
     monkeypatch.setattr(trainer_module, "refuse_many_lost", lambda *_: None)
     trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
     before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
-    assert trainer._train_step(batch_of(1, lost=7), 5)
+    assert trainer._train_step(batch_of(1, lost=7))
     after = trainer.task.network.state_dict()
     assert [name for name in before if not before[name].equal(after[name])] == []
     assert (trainer.progress.batch, trainer.progress.step, trainer.progress.num_seen) == (1, 1, 0)
