@@ -95,6 +95,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             build_param_groups(task.network, task.plan, settings.weight_decay), settings
         )
+        self._learning = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self.schedule = Schedule.from_settings(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
@@ -248,15 +249,14 @@ class Trainer:
             # An infinite gradient is how float16 finds its scale: the scaler itself skips the step.
             self.scaler.unscale_(self.optimizer)
             return is_finite(loss, *self._buffers.add_up()) and self.scaler.get_scale() >= 1.0
-        self._norm = compute_norm(self.task.network.parameters())
+        self._norm = compute_norm(self._learning)
         return is_finite(loss, self._norm, *self._buffers.add_up())
 
     def _update(self) -> None:
         if self.settings.clip_grad is not None:
-            parameters = list(self.task.network.parameters())
             if self.scaler.is_enabled():
-                self._norm = compute_norm(parameters)
-            nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, self._norm)
+                self._norm = compute_norm(self._learning)
+            nn.utils.clip_grads_with_norm_(self._learning, self.settings.clip_grad, self._norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:

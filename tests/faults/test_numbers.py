@@ -56,10 +56,10 @@ def leave_out(when: When) -> type[Trainer]:
     """A trainer that does not make some steps: what a step that was skipped must be equal to."""
 
     class LeavesOut(Trainer):
-        def _train_step(self, batch: Batch, steps_per_epoch: int) -> bool:
+        def _train_step(self, batch: Batch) -> bool:
             if not when(self.progress):
-                return super()._train_step(batch, steps_per_epoch)
-            self._set_rates(steps_per_epoch)  # the history tells of the last one
+                return super()._train_step(batch)
+            self._set_rates()  # the history tells of the last one
             self.progress.batch += 1
             self.progress.step += 1
             return True
@@ -147,8 +147,8 @@ def test_images_of_a_skipped_step_do_not_count(pictures: Path, tmp_path: Path) -
 class HalvedInTheSecond(Trainer):
     """Learns with half of all rates from the second epoch on."""
 
-    def _set_rates(self, steps_per_epoch: int) -> None:
-        super()._set_rates(steps_per_epoch)
+    def _set_rates(self) -> None:
+        super()._set_rates()
         if self.progress.epoch:
             self.progress.lr /= 2
             for group in self.optimizer.param_groups:

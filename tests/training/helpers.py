@@ -148,10 +148,10 @@ def corrupt(when: Callable[[Progress], bool], factor: float = float("nan")) -> t
     """A trainer whose images are multiplied by a factor in some steps: by NaN, unless told otherwise."""
 
     class Corrupted(Trainer):
-        def _train_step(self, batch: Batch, steps_per_epoch: int) -> bool:
+        def _train_step(self, batch: Batch) -> bool:
             if when(self.progress):
                 batch = batch._replace(images=batch.images * factor)
-            return super()._train_step(batch, steps_per_epoch)
+            return super()._train_step(batch)
 
     return Corrupted
 
