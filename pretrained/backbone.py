@@ -11,6 +11,7 @@ from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice, Preprocessing
 from pretrained.network import build_network, build_outline, change_head, classifier_layers, head_parameters
 from pretrained.stages import Stage, find_stages
+from pretrained.state_dict import check_digest
 from pretrained.weights import Match, find_weights, load_weights
 
 
@@ -67,6 +68,8 @@ def load_backbone(
         found = "it is an encoder that gives features only, and cannot hold a classifier"
         raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
     path = find_weights(card, weights, offline) if pretrained else None
+    if path is not None and weights is None:
+        check_digest(path, card.sha256)
     old_head = head_parameters(network)
     if path is not None:
         match = load_weights(network, card, path, old_head, load_head=head == "keep")

@@ -93,6 +93,7 @@ class Card:
         num_classes: outputs of its own classifier.
         label_names: of its own classifier in index order, where they are known.
         head: how the classifier differs from the library's, for networks that we exported.
+        sha256: of the weights file, for networks that we exported.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Card:
     head: HeadChoice = "keep"
     dropout: float = 0.0
     model_args: tuple[tuple[str, Any], ...] = ()
+    sha256: str = ""
 
     def with_input(self, preprocessing: Preprocessing) -> Card:
         """Return the card with other preprocessing."""
@@ -322,6 +324,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
         head=head,
         dropout=read_number("dropout", ours.get("dropout", 0.0), 0, 0.999),
         model_args=read_arguments(config),
+        sha256=read_text(ours.get("sha256")),
     )
 
 

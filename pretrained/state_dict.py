@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -71,6 +72,25 @@ def _check_size(asked: str, path: Path) -> None:
     if unpacked > LARGEST_RATIO * size:
         found = f"its {size:,} bytes unpack to {unpacked:,}, more than {LARGEST_RATIO} times as many"
         raise UsageError(asked, found, "Save its state_dict as safetensors.")
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """Refuse a file that is not the one it was: no reader notices a bit that has flipped in a weight.
+
+    Args:
+        path: of the weights.
+        sha256: that was noted when they were written; ``""`` where nothing was.
+
+    Raises:
+        UsageError: it has another one.
+    """
+    with path.open("rb") as file:
+        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            found = "it has changed since it was written (sha256)"
+            fix = (
+                "Bring it back from a copy; or take `sha256` out of config.json, if you changed it yourself."
+            )
+            raise UsageError(f"weights {path}", found, fix)
 
 
 def _is_plain(tensor: Tensor) -> bool:

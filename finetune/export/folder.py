@@ -7,6 +7,7 @@ in the root key ``finetune``, which timm ignores, and loads with :func:`pretrain
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
 from pretrained.network import build_network
-from pretrained.state_dict import read_weights
+from pretrained.state_dict import check_digest, read_weights
 
 
 def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -44,10 +45,10 @@ def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: 
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        write_bytes(
-            part / "model.safetensors", safetensors.torch.save(portable_state(network), {"format": "pt"})
-        )
-        write_json(part / "config.json", build_config(backbone.card, network))
+        content = safetensors.torch.save(portable_state(network), {"format": "pt"})
+        write_bytes(part / "model.safetensors", content)
+        digest = hashlib.sha256(content).hexdigest()
+        write_json(part / "config.json", build_config(backbone.card, network, digest))
         write_text(part / "README.md", build_readme(backbone.card, metrics, backbone.match.source))
         _put_in_place(part, folder)
     except OSError as error:
@@ -82,13 +83,14 @@ def loads_in_timm(card: Card) -> bool:
     return card.library == "timm" and card.head != "drop_fc"
 
 
-def build_config(card: Card, network: nn.Module) -> dict[str, Any]:
+def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, Any]:
     """Return ``config.json``: timm's for timm networks, the same shape for others."""
     ours = {
         "version": __version__,
         "library": card.library,
         "head": card.head,
         "dropout": card.dropout,
+        "sha256": sha256,
     }
     config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
     return config | {"finetune": ours}
@@ -131,6 +133,7 @@ def _passport(card: Card) -> dict[str, str]:
 def load_exported(folder: Path) -> nn.Module:
     """Build the network of an exported folder again, in eval mode, from nothing but its files."""
     card = find_card(str(folder))
+    check_digest(folder / "model.safetensors", card.sha256)
     network = build_network(card)
     network.load_state_dict(read_weights(folder / "model.safetensors"))
     return network.eval()
