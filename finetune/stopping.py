@@ -17,9 +17,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO = 0.5
 """Seconds in which a signal that comes again is the same one."""
+
+
+def signals_to_stop() -> list[signal.Signals]:
+    """Return the signals that ask a process to stop; SIGHUP is none of them under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 class StopSignal:
@@ -39,9 +44,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                    self._before[number] = signal.signal(number, self._handle)
+            for number in signals_to_stop():
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 from finetune.errors import ExitCode, FinetuneError
 from finetune.pulse import VARIABLE
 from finetune.runs.folder import Outcome, RunFolder
-from finetune.stopping import ECHO, SIGNALS
+from finetune.stopping import ECHO, signals_to_stop
 
 _GRACE_AT_ONCE = 5.0
 """Seconds that a child has to leave after the second signal, or after it has saved."""
@@ -165,9 +165,10 @@ class Supervisor:
 
     @contextmanager
     def _handled_signals(self) -> Iterator[None]:
-        handlers = dict.fromkeys(SIGNALS, self._handle) | {signal.SIGTSTP: self._suspend}
-        ignored = [number for number in handlers if signal.getsignal(number) is signal.SIG_IGN]  # by nohup
-        before = {n: signal.signal(n, handler) for n, handler in handlers.items() if n not in ignored}
+        handlers: dict[signal.Signals, Any] = dict.fromkeys(signals_to_stop(), self._handle)
+        if signal.getsignal(signal.SIGTSTP) is not signal.SIG_IGN:
+            handlers[signal.SIGTSTP] = self._suspend
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:

@@ -62,6 +62,17 @@ def test_a_signal_that_comes_twice_is_one(number: int) -> None:
         assert stop.asked
 
 
+def test_a_job_in_the_background_can_be_interrupted() -> None:
+    """A shell lets it ignore SIGINT, which a user who sends one does not mean."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop, stop.gently():
+            signal.raise_signal(signal.SIGINT)
+            assert stop.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_ignored_hangup_stays_ignored() -> None:
     """As nohup leaves it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -196,7 +196,8 @@ def test_words_that_nobody_reads_change_no_exit_code() -> None:
 # --- signals: the supervisor is a process of its own ------------------------------------------------
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 from pathlib import Path
 from tests.faults.test_supervisor import Trial
 trial = Trial(Path(sys.argv[1]), sys.argv[2], grace=float(sys.argv[3]), stall_timeout=float(sys.argv[4]))
