@@ -107,6 +107,7 @@ def run(
             comparison = Comparison(ready.dataset, _describe_environment(ready), display)
 
             def check(claim: Claim) -> None:
+                _refuse_without_checkpoints(claim)
                 changes = comparison.find_changes(claim)
                 if not allow_changed:
                     accept(changes, claim, False, display)
@@ -121,6 +122,14 @@ def run(
             display.log_to(claim.folder.log)
             with recorded_outcome(claim, display):
                 return _carry_out(job)
+
+
+def _refuse_without_checkpoints(claim: Claim) -> None:
+    """Refuse to make a finished run longer by training it all again."""
+    if claim.was_finished and not CheckpointStore(claim.folder.checkpoints).names():
+        found = "the checkpoints of the finished run are gone, and with them the way to make it longer"
+        fix = "Bring them back, or train again with another --output."
+        raise DataError(f"going on with {claim.folder.path}", found, fix)
 
 
 @dataclass(frozen=True)
@@ -305,7 +314,7 @@ def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], cha
     store = CheckpointStore(job.folder.checkpoints, job.claim.attempt, job.claim.check_owner)
     start = store.load(job.display.warn)
     if start is None and job.claim.attempt > 1:
-        _begin_anew(job)
+        job.display.say("no checkpoint was written before: training begins anew")
     steps = train.num_batches()
     # Steps as well: after a kill in between, the next attempt finds nothing changed.
     if start is not None and (changed or start.now.progress.steps_per_epoch != steps):
@@ -322,14 +331,6 @@ def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], cha
         display=job.display,
         stop_asked=lambda: job.stop.asked,
     )
-
-
-def _begin_anew(job: Job) -> None:
-    if job.claim.was_finished:
-        found = "the checkpoints of the finished run are gone, and with them the way to make it longer"
-        fix = "Bring them back, or train again with another --output."
-        raise DataError(f"going on with {job.folder.path}", found, fix)
-    job.display.say("no checkpoint was written before: training begins anew")
 
 
 def _export(
