@@ -23,6 +23,7 @@ FLOORS = (
     ("finetune.runtime", "finetune.display"),
     ("finetune.recipe",),
     ("finetune.runs",),
+    ("finetune.cache",),
     ("finetune.supervisor",),
     ("finetune.data",),
     ("finetune.strategy",),

@@ -708,6 +708,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "training.lr": 0.5,
         "training.precision": "float16",
         "training.channels_last": False,
+        "cache.views": 3,
         "device": "cuda:1",
     }
     recipe = load_recipe(None, own)

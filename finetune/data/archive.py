@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
+from finetune.cache.shelf import cache_folder
 from finetune.data.decode import EXTENSIONS
 from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
 from finetune.data.finding import (
@@ -81,7 +82,7 @@ def open_archive(finding: Finding, file: Path, on_progress: Progress | None = No
             digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     except OSError as error:
         raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
-    cache = _cache()
+    cache = cache_folder("archives")
     folder = cache / digest
     with _disk_faults(cache):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -92,13 +93,6 @@ def open_archive(finding: Finding, file: Path, on_progress: Progress | None = No
                 _unpack(finding, file, folder, on_progress)
     _warn_left_out(finding, folder)
     return _entered(folder)
-
-
-def _cache() -> Path:
-    """Return where archives are unpacked (a relative XDG_CACHE_HOME counts as none, says its standard)."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111, PTH117
-    return base.absolute() / "finetune" / "archives"
 
 
 @contextmanager

@@ -39,6 +39,8 @@ def load_recipe(source: str | None = None, overrides: Mapping[str, Any] | None =
 
 def validate(values: dict[str, Any]) -> Recipe:
     """Return the recipe that plain values make. YAML knows lists only; mean and std are tuples of three."""
+    if values.get("cache") == "off":
+        values = values | {"cache": {"trunk": False, "pictures": False}}
     return Recipe.model_validate(_tuples(values))
 
 

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.recipe.reading import set_dotted, validate
-from finetune.recipe.schema import Precision, Recipe
+from finetune.recipe.schema import Augmentation, Precision, Recipe
 
 BASE_RATES = {"sgd": 0.01, "adamw": 0.001}
 """Rate of a new head when ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
 0.001 for the top, 0.0001 below). AdamW normalises its steps, and a tenth of that is its usual base
 (Loshchilov and Hutter, arXiv:1711.05101)."""
+
+
+VIEWS = 4
+"""Views of a training image that a frozen trunk sees, unless the recipe says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
         "training.lr": BASE_RATES[recipe.training.optimizer],
         "training.precision": facts.precision,
         "training.channels_last": facts.channels_last,
+        "cache.views": compute_views(recipe.input.augmentation),
         **{f"input.{key}": value for key, value in facts.preprocessing.items()},
         "device": facts.device,
     }
@@ -42,6 +47,11 @@ def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
     for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0": nothing is left to guess
         set_dotted(values, key, decided[key])
     return validate(values)
+
+
+def compute_views(augmentation: Augmentation) -> int:
+    """Return how many views of a training image are worth keeping."""
+    return 1 if augmentation == "none" else VIEWS
 
 
 def compute_batch_size(num_train: int) -> int:

@@ -175,6 +175,28 @@ class TrainingSettings(_Section):
     )
 
 
+class CacheSettings(_Section):
+    """What is kept so that nothing is computed twice. `cache: off` keeps nothing."""
+
+    trunk: bool = Field(
+        True,
+        description="keep what comes out of the frozen trunk, where that pays and fits (freeze and top): "
+        "it runs once for each image and view",
+    )
+    pictures: bool = Field(True, description="keep decoded pictures, where they fit: each is decoded once")
+    views: Annotated[int, Field(ge=1, le=1000)] | Auto = Field(
+        "auto",
+        description="random views of each training image that the trunk sees, cycled through the epochs; "
+        "auto: 4, and 1 without augmentation",
+    )
+    dtype: Precision = Field(
+        "float32", description="of what the trunk gave; the halves take half of the space, and are not exact"
+    )
+    max_gb: float = Field(
+        20.0, gt=0, description="most that everything kept may take; the longest unused goes first"
+    )
+
+
 class Recipe(_Section):
     """A complete description of one run."""
 
@@ -183,6 +205,7 @@ class Recipe(_Section):
     input: InputSettings = Field(default_factory=InputSettings)
     strategy: StrategySettings = Field(default_factory=StrategySettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
     seed: int = Field(0, ge=0, lt=2**63, description="of the split, the order, the views and the new head")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     deterministic: bool = Field(

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.cache.blocks import BlockFile, is_in_use, journal_of, read_facts
+
+FACTS = {"kind": "test", "cut": "layer3"}
+CONTENT = [b"one", b"", b"three" * 1000]
+
+
+def fill(path: Path, content: list[bytes] = CONTENT, facts: dict[str, Any] = FACTS) -> None:
+    file = BlockFile(path, facts, len(CONTENT))
+    for number, block in enumerate(content[len(file.blocks) :], len(file.blocks)):
+        file.append(block, {"number": number})
+    file.close()
+
+
+def read(path: Path, **keys: Any) -> list[bytes]:
+    file = BlockFile(path, FACTS, len(CONTENT), **keys)
+    array = file.map()
+    found = [array[block.offset : block.offset + block.num_bytes].tobytes() for block in file.blocks]
+    file.close()
+    return found
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "test.bin"
+    fill(path)
+    assert read(path) == CONTENT
+    assert read_facts(path) == FACTS
+    file = BlockFile(path, FACTS, len(CONTENT))
+    assert [block.note for block in file.blocks] == [{"number": 0}, {"number": 1}, {"number": 2}]
+    assert file.is_complete
+
+
+def test_a_file_goes_on_after_its_last_whole_block(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path, CONTENT[:1])
+    with path.open("ab") as file, journal_of(path).open("ab") as journal:
+        file.write(b"half of a bl")
+        journal.write(b'{"bytes": 5000, "sha2')
+    again = BlockFile(path, FACTS, len(CONTENT))
+    assert [block.num_bytes for block in again.blocks] == [3]
+    assert not again.was_damaged
+    again.append(CONTENT[1])
+    again.append(CONTENT[2])
+    again.close()
+    assert read(path) == CONTENT
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 5002])
+def test_a_flipped_bit_is_noticed_and_everything_made_again(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    file = BlockFile(path, FACTS, len(CONTENT))
+    assert file.was_damaged
+    assert not file.blocks
+    file.close()
+    fill(path)
+    assert read(path) == CONTENT
+
+
+@pytest.mark.parametrize("journal", [b"", b"{", b"[]\n", b"{}\n", b'{"kind": "test", "cut": "layer3"}\n7\n'])
+def test_a_damaged_journal_is_noticed(tmp_path: Path, journal: bytes) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    journal_of(path).write_bytes(journal)
+    assert read(path) == []
+    fill(path)
+    assert read(path) == CONTENT
+
+
+def test_a_cut_or_missing_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    os.truncate(path, 100)
+    assert read(path) == []
+    fill(path)
+    path.unlink()
+    assert read(path) == []
+
+
+def test_other_facts_are_another_content(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path, facts={"kind": "test", "cut": "layer2"})
+    assert read(path) == []
+
+
+def test_what_was_mapped_outlives_the_file_and_never_changes_it(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    file = BlockFile(path, FACTS, len(CONTENT))
+    array = file.map()
+    array[0] = 0
+    assert path.read_bytes()[:3] == b"one"
+    file.close()
+    path.unlink()
+    assert array[1:3].tobytes() == b"ne"
+    assert array.dtype == np.uint8
+
+
+def test_readers_share_and_keep_it_from_being_removed(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    assert not is_in_use(path)
+    one, other = BlockFile(path, FACTS, 3), BlockFile(path, FACTS, 3)
+    assert one.is_complete and other.is_complete
+    assert is_in_use(path)
+    one.close()
+    other.close()
+    assert not is_in_use(path)
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    writer = BlockFile(path, FACTS, len(CONTENT))
+    waited = threading.Event()
+    found: list[list[bytes]] = []
+    reader = threading.Thread(target=lambda: found.append(read(path, waiting=waited.set)))
+    reader.start()
+    assert waited.wait(10)
+    for block in CONTENT:
+        writer.append(block)
+    reader.join(10)
+    assert found == [CONTENT]
+    writer.close()
+
+
+def test_waiting_can_be_ended(tmp_path: Path) -> None:
+    writer = BlockFile(tmp_path / "test.bin", FACTS, 1)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        BlockFile(tmp_path / "test.bin", FACTS, 1, waiting=stop)
+    writer.close()
+
+
+def test_a_damaged_file_that_others_read_is_begun_anew_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    reader = BlockFile(path, FACTS, 3)
+    array = reader.map()
+    with path.open("r+b") as file:
+        file.write(b"X")
+    other = BlockFile(path, FACTS, 3)
+    assert other.was_damaged
+    for block in CONTENT:
+        other.append(block)
+    assert other.map()[:3].tobytes() == b"one"
+    assert array[1:3].tobytes() == b"ne"
+
+
+def test_a_killed_writer_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    code = (
+        "import os, signal, sys, pathlib; from finetune.cache.blocks import BlockFile\n"
+        f"file = BlockFile(pathlib.Path(sys.argv[1]), {FACTS!r}, 3)\n"
+        "file.append(b'one'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert read(path) == [b"one"]
+    fill(path)
+    assert read(path) == CONTENT
