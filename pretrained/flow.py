@@ -30,10 +30,8 @@ from finetune.errors import UsageError
 BATCH = 2
 """Two pictures: enough to tell where tokens or windows are folded into the batch axis."""
 
-_Value: TypeAlias = tuple[Node, int]  # one tensor of the graph: what made it, and which of its outputs it is
-_Graph: TypeAlias = dict[
-    Node, tuple[_Value, ...]
-]  # every node with the values it reads, inputs before outputs
+Value: TypeAlias = tuple[Node, int]  # one tensor of the graph: what made it, and which of its outputs it is
+Graph: TypeAlias = dict[Node, tuple[Value, ...]]  # every node with the values it reads, inputs before outputs
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ def trace_flow(network: nn.Module, input_size: tuple[int, int, int]) -> Flow:
             source, sinks, calls = _forward(twin, input_size)
     except Exception as error:  # whatever a stranger's forward raises
         raise UsageError(asked, _reason(error), _FIX) from error
-    graph = _graph([node for node, _ in sinks])
+    graph = graph_of([node for node, _ in sinks])
     if source[0] not in graph:
         raise UsageError(asked, "none of its outputs depends on the picture", _FIX)
-    cuts = _cuts(graph, source, sinks)
+    cuts = cut_values(graph, source, sinks)
     # What follows the last cut (nothing, where the output is itself a cut) ends at the outputs.
     ends = [*cuts, sinks[0]]
     return Flow(
@@ -105,7 +103,7 @@ def meta_twin(network: nn.Module) -> nn.Module:
     """
     memo: dict[int, object] = {}
     for module in network.modules():
-        memo |= {id(value): _meta(value) for value in _tensors(list(_state(module).values()))}
+        memo |= {id(value): _meta(value) for value in tensors_in(list(_state(module).values()))}
         memo |= {id(hooks): _torch_hooks(hooks) for hooks in _hook_tables(module)}
     twin = copy.deepcopy(network, memo).eval()
     disable_checkpointing = getattr(twin, "set_grad_checkpointing", None)
@@ -142,9 +140,7 @@ def _torch_hooks(table: dict[int, object]) -> dict[int, object]:
 # ------------------------------------------------------------------------------------------- the forward
 
 
-def _forward(
-    twin: nn.Module, input_size: tuple[int, int, int]
-) -> tuple[_Value, list[_Value], dict[str, int]]:
+def _forward(twin: nn.Module, input_size: tuple[int, int, int]) -> tuple[Value, list[Value], dict[str, int]]:
     """Run the twin once; return the picture, the outputs that depend on anything, and the order of calls."""
     calls: dict[str, int] = {}
     names = {module: name for name, module in twin.named_modules()}
@@ -157,35 +153,36 @@ def _forward(
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     leaf = torch.empty(BATCH, *input_size, dtype=dtype, device="meta", requires_grad=True)
     picture = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
-    [source] = _values([picture])
-    sinks = _values(_tensors(twin(picture)))
+    [source] = values_of([picture])
+    sinks = values_of(tensors_in(twin(picture)))
     return source, sinks, calls
 
 
-def _values(tensors: Iterable[Tensor]) -> list[_Value]:
+def values_of(tensors: Iterable[Tensor]) -> list[Value]:
+    """Return what the graph calls these tensors; those that depend on nothing are left out."""
     return [(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None]
 
 
-def _tensors(item: object) -> list[Tensor]:
+def tensors_in(item: object) -> list[Tensor]:
     """Every tensor in nested tuples, lists, dicts and dataclasses."""
     if isinstance(item, Tensor):
         return [item]
     if isinstance(item, Mapping):
-        return _tensors(list(item.values()))
+        return tensors_in(list(item.values()))
     if is_dataclass(item):
-        return _tensors([getattr(item, field.name) for field in fields(item)])
+        return tensors_in([getattr(item, field.name) for field in fields(item)])
     if isinstance(item, (list, tuple)):
-        return [tensor for part in item for tensor in _tensors(part)]
+        return [tensor for part in item for tensor in tensors_in(part)]
     return []
 
 
 # --------------------------------------------------------------------------------------------- the graph
 
 
-def _graph(sinks: Iterable[Node]) -> _Graph:
+def graph_of(sinks: Iterable[Node]) -> Graph:
     """All nodes behind ``sinks``, each after the nodes it reads (depth first, without recursion)."""
-    graph: _Graph = {}
-    inputs: _Graph = {}
+    graph: Graph = {}
+    inputs: Graph = {}
     stack = list(sinks)
     while stack:
         node = stack[-1]
@@ -197,13 +194,13 @@ def _graph(sinks: Iterable[Node]) -> _Graph:
     return graph
 
 
-def _cuts(graph: _Graph, source: _Value, sinks: list[_Value]) -> list[_Value]:
+def cut_values(graph: Graph, source: Value, sinks: list[Value]) -> list[Value]:
     """The values that every path from ``source`` to a sink goes through, in the order of the flow.
 
     Walk the nodes in any order that respects the flow: a node is on every path exactly if no edge jumps over
     it. That is as exact as counting paths, and linear, where the counts themselves grow exponentially.
     """
-    rank = _downstream(graph, source[0])
+    rank = downstream(graph, source[0])
     furthest = dict.fromkeys(rank, 0)  # the last node that reads this one
     outputs: dict[Node, set[int]] = {node: set() for node in rank}  # and which of its outputs are read
     for node, place in rank.items():
@@ -215,7 +212,7 @@ def _cuts(graph: _Graph, source: _Value, sinks: list[_Value]) -> list[_Value]:
         if node in rank:
             furthest[node] = len(rank)
             outputs[node].add(number)
-    cuts: list[_Value] = []
+    cuts: list[Value] = []
     horizon = 0
     for node, place in rank.items():
         if horizon <= place and len(outputs[node]) == 1:
@@ -224,7 +221,7 @@ def _cuts(graph: _Graph, source: _Value, sinks: list[_Value]) -> list[_Value]:
     return cuts
 
 
-def _downstream(graph: _Graph, source: Node) -> dict[Node, int]:
+def downstream(graph: Graph, source: Node) -> dict[Node, int]:
     """The nodes whose value depends on ``source``, ranked in the order of the flow."""
     rank = {source: 0}
     for node, inputs in graph.items():
@@ -233,7 +230,7 @@ def _downstream(graph: _Graph, source: Node) -> dict[Node, int]:
     return rank
 
 
-def _segments_of_parameters(twin: nn.Module, graph: _Graph, cuts: list[Node]) -> dict[str, int]:
+def _segments_of_parameters(twin: nn.Module, graph: Graph, cuts: list[Node]) -> dict[str, int]:
     """The first segment that reads each parameter, by one walk from the outputs back."""
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     own = {node: index for index, node in enumerate(cuts)}
@@ -252,7 +249,7 @@ def _segments_of_parameters(twin: nn.Module, graph: _Graph, cuts: list[Node]) ->
 # -------------------------------------------------------------------------------------------- the shapes
 
 
-def _shape(value: _Value) -> tuple[int, ...]:
+def _shape(value: Value) -> tuple[int, ...]:
     """The shape of a tensor of the graph; ``()`` where a custom function does not tell."""
     node, number = value
     described = getattr(node, "_input_metadata", ())  # the gradient that comes in = the tensor that went out

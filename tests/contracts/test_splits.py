@@ -1,0 +1,117 @@
+"""Every family is cut in two, and the parts do what the whole does: logits bit for bit, gradients equal.
+
+Real networks with random weights, on the CPU. The quick ones are chosen for what is special in them: parallel
+branches, several tensors at the cut, patches in the batch axis, dropout, drop path, functional pooling. All
+families take some minutes (``-m slow``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.recipe import StrategySettings
+from finetune.strategy.freeze import freeze, set_train_mode
+from finetune.strategy.matrix import Plan, build_plan
+from pretrained.catalog import Card, find_card
+from pretrained.cuts import Cut, Trace, find_cuts, trace_calls
+from pretrained.network import build_network, change_head
+from pretrained.split import Split, split_at
+from pretrained.stages import find_stages
+from tests.contracts.families import ENCODERS, SMALLEST, TORCHVISION
+
+QUICK = (
+    "test_resnet",
+    "test_vit",
+    "test_nfnet",
+    "mobilenetv3_small_050",
+    "efficientvim_m1",  # two tensors at the cut
+    "crossvit_tiny_240",  # parallel branches to the end
+    "levit_128s",
+    "test_coatnet",
+    "torchvision/squeezenet1_0",
+    "torchvision/mobilenet_v2",  # pooling in the forward itself
+    "torchvision/alexnet",  # dropout between fully connected layers
+)
+TOO_LARGE = ("mobilenetv5", "nasnet", "pnasnet", "beit", "naflexvit", "sequencer")
+"""Families whose smallest model takes a minute each here; they are tried at no other place."""
+UNCUT = {"coat"}
+"""Families without a cut above their last stage."""
+SLOW = [
+    *(f"timm/{name}" for family, name in SMALLEST.items() if family not in {*ENCODERS, *TOO_LARGE}),
+    *(f"torchvision/{name}" for name in TORCHVISION if name.endswith(("0", "1", "2", "3", "8", "t", "6", "net"))),
+]
+
+
+def build(card: Card, strategy: str) -> tuple[nn.Module, Plan]:
+    torch.manual_seed(0)
+    network = build_network(replace(card, num_classes=card.num_classes or 10), 0.2)
+    change_head(network, 5, "replace", 0.2)
+    stages = find_stages(network, card.preprocessing.input_size)
+    plan = build_plan(network, stages, StrategySettings(name=strategy), 0.01)  # type: ignore[arg-type]
+    freeze(network, plan)
+    return network, plan
+
+
+def cut(network: nn.Module, plan: Plan, images: Tensor) -> tuple[list[Cut], Trace, Split | None]:
+    trace = trace_calls(network, tuple(images.shape[1:]))  # type: ignore[arg-type]
+    cuts = find_cuts(trace, {name for row in plan.trained for name in row.stage.parameters})
+    for place in cuts:
+        split = split_at(network, trace, place, images, lambda: set_train_mode(network, plan))
+        if split is not None:
+            return cuts, trace, split
+    return cuts, trace, None
+
+
+def gradients(network: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    for parameter in network.parameters():
+        parameter.grad = None
+    logits.float().logsumexp(1).sum().backward()  # type: ignore[no-untyped-call]
+    named = network.named_parameters()
+    return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+
+def check(name: str, strategy: str) -> Split:
+    card = find_card(name)
+    network, plan = build(card, strategy)
+    images = torch.randn(3, *card.preprocessing.input_size, generator=torch.Generator().manual_seed(1))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    _, _, split = cut(network, plan, images[:2])
+    assert split is not None
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    network.eval()
+    rest = split.rest(network)
+    with torch.no_grad():
+        rows = split.trunk(images)  # another number of pictures than the one it was tried on
+        assert torch.equal(rest(rows), network(images))
+    set_train_mode(network, plan)
+    torch.manual_seed(2)
+    whole = gradients(network, network(images))
+    restore(network, before)
+    torch.manual_seed(2)
+    parts = gradients(network, rest(split.trunk(images)))
+    assert whole.keys() == parts.keys() == {n for row in plan.trained for n in row.stage.parameters} & whole.keys()
+    assert whole
+    for key, gradient in whole.items():
+        torch.testing.assert_close(parts[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    return split
+
+
+def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
+    network.load_state_dict(state)
+
+
+@pytest.mark.parametrize("strategy", ["freeze", "top"])
+@pytest.mark.parametrize("name", QUICK)
+def test_the_parts_do_what_the_whole_does(name: str, strategy: str) -> None:
+    check(name, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["freeze", "top"])
+@pytest.mark.parametrize("name", SLOW)
+def test_every_family(name: str, strategy: str) -> None:
+    check(name, strategy)
