@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from finetune import __version__
-from finetune.cli import backbones, recipes, run
+from finetune.cli import backbones, cache, recipes, run
 
 app = typer.Typer(
     name="finetune",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("run")(run.run_command)
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(cache.app, name="cache")
 
 
 @app.callback(invoke_without_command=True)

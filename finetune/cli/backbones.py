@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.refusals import refusals
+from finetune.cli.tables import print_table
 
 if TYPE_CHECKING:
     from pretrained.catalog import Card
@@ -35,7 +36,7 @@ def list_backbones(
         if as_json:
             typer.echo(json.dumps(rows, indent=1))
         elif rows:
-            _print_table(COLUMNS, ([_cell(row[column]) for column in COLUMNS] for row in rows))
+            print_table(COLUMNS, ([_cell(row[column]) for column in COLUMNS] for row in rows))
         else:
             typer.echo(f"no backbone's name holds {search!r}", err=True)
 
@@ -79,7 +80,7 @@ def show_backbone(
             typer.echo(f"{key:<11} {_cell(facts[key])}")
         typer.echo()
         columns = ("stage", "role", "parameters", "layers", "group", "factor")
-        _print_table(columns, ([_cell(row[column]) for column in columns] for row in facts["stages"]))
+        print_table(columns, ([_cell(row[column]) for column in columns] for row in facts["stages"]))
 
 
 def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:
@@ -114,11 +115,3 @@ def _layers(parameters: Iterable[str]) -> str:
 
 def _cell(value: Any) -> str:
     return "-" if value in (None, "") else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
-    """Plain columns on stdout, so that grep, sort and less work on them."""
-    table = [list(columns), *rows]
-    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""Predictions: logits of a network over a loader, in the loader's order.
+"""Predictions: logits of a network over a feed, in the feed's order.
 
 Shape legend: N images, K classes.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.data.loader import Loader
+from finetune.data.feed import Feed
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.runtime import DTYPES, Precision
 
@@ -51,24 +51,29 @@ class Predictions:
 
 
 def predict(
-    network: nn.Module, loader: Loader, precision: Precision, on_batch: Callable[[int], None] | None = None
+    network: nn.Module,
+    feed: Feed,
+    precision: Precision,
+    on_batch: Callable[[int], None] | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Predictions:
-    """Run a network in eval mode over a loader, and leave every module in the mode it had.
+    """Run a network in eval mode over a feed, and leave every module in the mode it had.
 
     Args:
         network: (B, 3, H, W) -> (B, K).
-        loader: unshuffled.
+        feed: unshuffled.
         precision: of the forward pass; logits come back in float32.
         on_batch: told how many images each batch had.
+        forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    forward = InParts(network)
+    in_parts = InParts(forward or network)
     logits, labels = [], []
     try:
-        with torch.inference_mode(), autocast(loader.placement.device, precision):
-            for batch in loader.batches():
-                logits.append(forward(batch.images).float())
+        with torch.inference_mode(), autocast(feed.placement.device, precision):
+            for batch in feed.batches():
+                logits.append(in_parts(batch.images).float())
                 labels.append(batch.labels)
                 if on_batch is not None:
                     on_batch(len(batch.labels))
@@ -79,26 +84,26 @@ def predict(
 
 
 class InParts:
-    """Runs a network without gradients, in smaller parts from where memory ran out.
+    """Runs a forward without gradients, in smaller parts from where memory ran out.
 
     In eval mode parts change nothing.
 
     Args:
-        network: (B, 3, H, W) -> (B, K).
+        forward: (B, ...) -> (B, ...).
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
         self._most = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch; one image alone that is too much raises what the network raised."""
+        """Return what the forward makes of a batch; one image too many raises its error."""
         logits: list[Tensor] = []
         done = 0
         while done < len(images):
             part = images[done : done + (self._most or len(images))]
             try:
-                logits.append(self.network(part))
+                logits.append(self.forward(part))
             except Exception as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise

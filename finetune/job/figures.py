@@ -4,22 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.loader import Loader
+import torch
+from torch import Tensor
+
+from finetune.data.feed import Feed
 from finetune.data.sample import Dataset
 from finetune.display import Display
+from finetune.errors import InternalError
 from finetune.evaluation.metrics import compute_confusion, compute_metrics
-from finetune.evaluation.predict import Predictions, predict
+from finetune.evaluation.predict import Predictions, autocast, predict
 from finetune.job.prepare import Ready
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
+from finetune.runtime import Precision
 from finetune.training.progress import Progress
 from finetune.training.trainer import Trainer
 
+FIGURES_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+"""Largest difference in a probability between kept features and the whole network."""
 
-def evaluate(trainer: Trainer, loader: Loader, display: Display) -> Predictions:
+
+def evaluate(trainer: Trainer, feed: Feed, display: Display) -> Predictions:
     """Predict the judged part with the judged network."""
-    with display.track("evaluating", len(loader.samples)) as advance:
-        return predict(trainer.judged, loader, trainer.precision, lambda done: advance(done, ""))
+    forward = trainer.task.forward(trainer.judged)
+    with display.track("evaluating", len(feed.samples)) as advance:
+        return predict(trainer.judged, feed, trainer.precision, lambda done: advance(done, ""), forward)
+
+
+def check_figures(trainer: Trainer, predictions: Predictions, images: Tensor, dtype: Precision) -> None:
+    """Predict the first pictures with the whole network, and compare: kept features must not tell tales.
+
+    Args:
+        trainer: whose judged network made the predictions.
+        predictions: from kept features.
+        images: (B, 3, H, W) the first pictures of the same part.
+        dtype: of the kept features.
+
+    Raises:
+        InternalError: the whole network says something else.
+    """
+    with torch.inference_mode(), autocast(images.device, trainer.precision):
+        whole = trainer.judged.eval()(images).float().softmax(dim=1).cpu()
+    difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
+    if not difference <= max(
+        FIGURES_TOLERANCE[trainer.precision], FIGURES_TOLERANCE[dtype]
+    ):  # so that NaN is refused as well
+        found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"
+        fix = "Run `finetune cache clear`, or set cache.trunk to false; and please report this."
+        raise InternalError("judging with kept features", found, fix)
 
 
 def collect_metrics(

@@ -11,25 +11,24 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune import __version__
-from finetune.data.loader import Loader, Placement
-from finetune.data.sample import Dataset, Split
-from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
+from finetune.data.loader import Placement
+from finetune.data.sample import Dataset
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError, UsageError
 from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.data import check_data, describe_data, keep_split, record_split
-from finetune.job.figures import collect_metrics, evaluate, say_result, write_figures
+from finetune.job.feeds import Feeds, Source, open_feeds
+from finetune.job.figures import check_figures, collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, prepare
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
@@ -199,8 +198,11 @@ def _carry_out(job: Job) -> Run:
     plan, network = ready.plan, _place(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display)
     digests = digest_frozen(network, plan)
-    with _open_loaders(ready, dataset, display.warn) as loaders:
-        trainer = _build_trainer(job, dataset, loaders, changed)
+    source = Source(ready, dataset, job.comparison.checked.digests, digests)
+    with ExitStack() as stack:
+        with clock.phase("trunk"):
+            feeds = stack.enter_context(open_feeds(source, folder, display))
+        trainer = _build_trainer(job, dataset, feeds, changed)
         with clock.phase("measure"):
             if ready.recipe.strategy.name != "scratch":  # random features are not worth measuring
                 trainer.standardize_head(keep=ready.recipe.strategy.head == "keep")
@@ -209,11 +211,14 @@ def _carry_out(job: Job) -> Run:
         job.claim.check_owner()
         check_frozen(trainer.judged, plan, digests)
         with clock.phase("evaluate"):
-            predictions = evaluate(trainer, loaders[dataset.judged_split], display)
+            predictions = evaluate(trainer, feeds.feeds[dataset.judged_split], display)
+            images = next(feeds.pictures[dataset.judged_split].batches()).images
+            if feeds.split is not None:
+                check_figures(trainer, predictions, images, ready.recipe.cache.dtype)
         metrics = collect_metrics(ready, dataset, predictions, progress)
         write_figures(folder, dataset, predictions, metrics)
         with clock.phase("export"):
-            _export(ready, trainer.judged, folder, metrics, loaders["val"])
+            _export(ready, trainer.judged, folder, metrics, images)
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)
@@ -267,50 +272,13 @@ def plan_cells(plan: Plan) -> list[list[str]]:
     ]
 
 
-@contextmanager
-def _open_loaders(
-    ready: Ready, dataset: Dataset, warn: Callable[[str], None]
-) -> Iterator[dict[Split, Loader]]:
-    preprocessing = ready.backbone.card.preprocessing
-    view = build_eval_transform(preprocessing)
-    random_view = build_train_transform(preprocessing, ready.recipe.input.augmentation)
-    build = partial(_loader, ready, dataset, cache(warn))  # the same thing is said once
-    loaders: dict[Split, Loader] = {"train": build("train", random_view), "val": build("val", view)}
-    if dataset.of("test"):
-        loaders["test"] = build("test", view)
-    try:
-        yield loaders
-    finally:
-        for loader in loaders.values():
-            loader.close()
-
-
-def _loader(
-    ready: Ready, dataset: Dataset, warn: Callable[[str], None], split: Split, transform: Transform
-) -> Loader:
-    recipe = ready.recipe
-    batch_size, workers = recipe.training.batch_size, recipe.data.workers
-    assert not isinstance(batch_size, str) and not isinstance(workers, str)
-    return Loader(
-        dataset,
-        dataset.of(split),
-        transform,
-        batch_size=batch_size,
-        placement=ready.placement,
-        workers=workers,
-        seed=recipe.seed,
-        shuffle=split == "train",
-        warn=warn,
-    )
-
-
-def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], changed: bool) -> Trainer:
+def _build_trainer(job: Job, dataset: Dataset, feeds: Feeds, changed: bool) -> Trainer:
     ready, settings = job.ready, job.ready.recipe.training
     precision = settings.precision
     assert precision != "auto"
     loss = build_loss(settings, dataset.counts("train")).to(ready.placement.device)
-    train = loaders["train"]
-    task = Task(ready.backbone.network, ready.plan, loss, train, loaders["val"], dataset.num_classes)
+    train, val = feeds.feeds["train"], feeds.feeds["val"]
+    task = Task(ready.backbone.network, ready.plan, loss, train, val, dataset.num_classes, feeds.split)
     store = CheckpointStore(job.folder.checkpoints, job.claim.attempt, job.claim.check_owner)
     start = store.load(job.display.warn)
     if start is None and job.claim.attempt > 1:
@@ -334,10 +302,9 @@ def _build_trainer(job: Job, dataset: Dataset, loaders: dict[Split, Loader], cha
 
 
 def _export(
-    ready: Ready, network: nn.Module, folder: RunFolder, metrics: dict[str, Any], val: Loader
+    ready: Ready, network: nn.Module, folder: RunFolder, metrics: dict[str, Any], images: Tensor
 ) -> None:
     export_model(ready.backbone, network, folder.model, metrics)
-    images = next(val.batches()).images
     difference = measure_round_trip(network, folder.model, images)
     if not difference <= ROUND_TRIP_TOLERANCE:  # so that NaN is refused as well
         found = f"loaded again, its probabilities differ by up to {difference:.2g}"

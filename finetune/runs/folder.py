@@ -106,6 +106,11 @@ class RunFolder:
         return self.path / "plan.csv"
 
     @property
+    def trunk(self) -> Path:
+        """Where the network is cut, so that its frozen part runs once."""
+        return self.path / "trunk.json"
+
+    @property
     def history(self) -> Path:
         """One row an epoch."""
         return self.path / "history.csv"
@@ -157,12 +162,24 @@ class RunFolder:
 
     def read_outcome(self) -> Mapping[str, Any]:
         """Return the outcome, empty when there is none that can be read."""
-        try:
-            content = json.loads(self.outcome.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return _read_json(self.outcome)
+
+    def read_trunk(self) -> Mapping[str, Any]:
+        """Return how an earlier attempt cut the network, empty when there is nothing that can be read."""
+        return _read_json(self.trunk)
+
+    def write_trunk(self, content: Mapping[str, Any]) -> None:
+        """Record how the network is cut: ``cut`` (null: not at all) and ``reason``."""
+        write_json(self.trunk, content)
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Record how the run stands or ended."""
         write_json(self.outcome, outcome.to_dict())
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -9,6 +9,8 @@ Shape legend: B batch, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +30,7 @@ class Gradient:
         mixer: of whole batches, before they are split.
         scaler: of the loss, for float16.
         precision: of the forward pass.
+        forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Gradient:
         mixer: nn.Module | None,
         scaler: torch.amp.GradScaler,
         precision: Precision,
+        forward: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.network, self.loss, self.mixer = network, loss, mixer
+        self.forward = forward or network
         self.scaler, self.precision = scaler, precision
 
     def compute(self, batch: Batch, microbatch: int = 0) -> Tensor:
@@ -56,7 +61,7 @@ class Gradient:
         total = torch.zeros((), device=images.device)
         for part, part_labels in zip(images.tensor_split(number), labels.tensor_split(number), strict=True):
             with autocast(images.device, self.precision):
-                loss: Tensor = self.loss(self.network(part).float(), part_labels)
+                loss: Tensor = self.loss(self.forward(part).float(), part_labels)
             loss = loss * self._share(part_labels, labels) if number > 1 else loss
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()

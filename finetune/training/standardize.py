@@ -13,13 +13,13 @@ Shape legend: B batch, C features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from finetune.data.loader import Loader
+from finetune.data.feed import Feed
 from finetune.display import Advance
 from finetune.evaluation.predict import InParts, autocast
 from finetune.runtime import Precision, seed_everything
@@ -52,7 +52,12 @@ class Standardize:
 
 
 def measure_features(
-    network: nn.Module, loader: Loader, precision: Precision, seed: int, advance: Advance
+    network: nn.Module,
+    feed: Feed,
+    precision: Precision,
+    seed: int,
+    advance: Advance,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 1,000 training images.
 
@@ -65,19 +70,19 @@ def measure_features(
     names = {layer: name for name, layer in network.named_modules()}
     # Without a bias there is nothing to fold a mean into (torchvision's own MaxViT classifier).
     layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
-    device, forward = loader.placement.device, InParts(network)
+    device, in_parts = feed.placement.device, InParts(forward or network)
     with (
         _kept_buffers(network),
         _recorded_inputs(layers) as inputs,
         torch.no_grad(),
         autocast(device, precision),
     ):
-        batches = loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size))
+        batches = feed.batches(stop=math.ceil(NUM_MEASURED / feed.batch_size))
         for number, batch in enumerate(batches):
             # For dropout, before each pass: where this process decodes, views are drawn in between.
             seed_everything(seed, "measure", number)
             if is_learnable(network, batch):
-                forward(batch.images)
+                in_parts(batch.images)
             advance(len(batch.labels), "")
     moments = {}
     for name, features in inputs.items():

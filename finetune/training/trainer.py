@@ -99,7 +99,8 @@ class Trainer:
         self.schedule = Schedule.from_settings(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
-        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision)
+        self._forward = task.forward(task.network)
+        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, self._forward)
         self.ema = (
             ModelEmaV3(task.network, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
         )
@@ -130,7 +131,7 @@ class Trainer:
             set_train_mode(self.task.network, self.task.plan)
             with self.display.track("measuring features", total) as advance:
                 self._moments = measure_features(
-                    self.task.network, loader, self.precision, self.seed, advance
+                    self.task.network, loader, self.precision, self.seed, advance, self._forward
                 )
         attach(self.task.network, self._moments, keep)
         if self.ema is not None:
@@ -339,7 +340,8 @@ class Trainer:
                 if self.stop_asked():  # a long validation must not outlast the grace time
                     self._save_or_stop()
 
-            predictions = predict(self.judged, self.task.val, self.precision, on_batch)
+            forward = self.task.forward(self.judged)
+            predictions = predict(self.judged, self.task.val, self.precision, on_batch, forward)
         return {"accuracy": predictions.accuracy, "loss": predictions.loss}
 
     def _find_fault(self, loss: float) -> str:

@@ -58,7 +58,9 @@ class Trials:
                 [sys.executable, "-m", "finetune", *words],
                 stderr=said,
                 stdout=said,
-                env=os.environ | {"FINETUNE_STALL_TIMEOUT": "120", "OMP_NUM_THREADS": "1"},
+                env=os.environ
+                | {"FINETUNE_STALL_TIMEOUT": "120", "OMP_NUM_THREADS": "1"}
+                | {"XDG_CACHE_HOME": str(output.with_suffix(".cache"))},  # kept features are killed as well
             )
 
     def reference(self, recipe: str) -> Path:
@@ -91,6 +93,7 @@ class Trials:
         assert_same_run(whole, output)
         attempt = json.loads((output / "outcome.json").read_text())["attempt"]
         shutil.rmtree(output)
+        shutil.rmtree(output.with_suffix(".cache"))
         return {"recipe": recipe, "trial": number, **hits, "attempts": attempt, "same": True}
 
     def disturb(self, process: subprocess.Popen[bytes], output: Path, how: str, recipe: str) -> bool:

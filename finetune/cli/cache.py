@@ -1,0 +1,66 @@
+"""``finetune cache``: what is kept between runs so that nothing is computed twice, and how to drop it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.refusals import refusals
+from finetune.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from finetune.cache.shelf import Kept
+
+app = typer.Typer(help="List or remove what is kept between runs.", no_args_is_help=True)
+COLUMNS = ("kind", "of", "images", "size", "last used")
+
+
+@app.command("list")
+def list_kept(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array to stdout.")] = False,
+) -> None:
+    """List kept features and decoded pictures, the longest unused first."""
+    from finetune.cache.shelf import Shelf
+
+    with refusals():
+        shelf = Shelf()
+        kept = shelf.list()
+        if as_json:
+            typer.echo(json.dumps([_facts(one) for one in kept], indent=1))
+            return
+        if kept:
+            print_table(COLUMNS, [_cells(one) for one in kept])
+        total = sum(one.num_bytes for one in kept)
+        typer.echo(f"{len(kept)} files, {_size(total)}, in {shelf.folder}", err=True)
+
+
+@app.command("clear")
+def clear() -> None:
+    """Remove everything that no run is using; the next run makes anew what it needs."""
+    from finetune.cache.shelf import Shelf
+
+    with refusals():
+        shelf = Shelf()
+        number, num_bytes = shelf.clear()
+        left = len(shelf.list())
+        in_use = f"; {left} in use by a run, left alone" if left else ""
+        typer.echo(f"{number} files removed from {shelf.folder}, {_size(num_bytes)} freed{in_use}", err=True)
+
+
+def _facts(kept: Kept) -> dict[str, Any]:
+    return {"path": str(kept.path), "bytes": kept.num_bytes, "last_used": kept.used, **kept.facts}
+
+
+def _cells(kept: Kept) -> list[str]:
+    facts = kept.facts
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
+    what = " ".join(str(facts[key]) for key in ("backbone", "cut", "augmentation", "view") if key in facts)
+    number = str(facts.get("num_images", "?"))
+    return [str(facts.get("kind", "?")), what, number, _size(kept.num_bytes), used]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,33 @@
+"""Where batches come from: decoded pictures, or what a frozen trunk made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from finetune.data.loader import Batch, Placement
+from finetune.data.sample import Sample
+
+
+class Feed(Protocol):
+    """Batches of some samples, on a device.
+
+    Attributes:
+        samples: in the order that a batch's indices count.
+        batch_size: samples a batch.
+        placement: where batches go.
+        wait_seconds: time the last pass spent waiting for data.
+    """
+
+    samples: tuple[Sample, ...]
+    batch_size: int
+    placement: Placement
+    wait_seconds: float
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Return how many batches a pass has."""
+        ...
+
+    def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of an epoch, from number ``start`` up to ``stop``."""
+        ...

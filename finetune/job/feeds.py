@@ -1,0 +1,284 @@
+"""The batches of a run: decoded pictures, or what the frozen trunk makes of them, computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.cache.shelf import Shelf
+from finetune.data.feed import Feed
+from finetune.data.loader import Loader
+from finetune.data.sample import Dataset
+from finetune.data.sample import Split as Part
+from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
+from finetune.display import Display
+from finetune.errors import DataError
+from finetune.job.prepare import Ready
+from finetune.recipe import Precision
+from finetune.runs.folder import RunFolder
+from finetune.runtime import describe_environment
+from finetune.training.kept import BATCH, KeptRows, RowLoader
+from finetune.training.trunk import Choice, choose_split, find_reason_against, row_bytes
+from pretrained.cuts import Cut
+from pretrained.split import Split
+
+_VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda", "processor")
+"""Of the environment: under other values the last bits of a feature may differ."""
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """Batches of each part of a data set.
+
+    Attributes:
+        feeds: what training and figures take.
+        pictures: the same samples as pictures.
+        split: the network in two parts, where the feeds hold what the trunk gave.
+    """
+
+    feeds: Mapping[Part, Feed]
+    pictures: Mapping[Part, Loader]
+    split: Split | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What batches are made from.
+
+    Attributes:
+        ready: recipe, backbone and plan; the network is on its device.
+        dataset: the usable images.
+        digests: sha256 of each image, by path.
+        frozen: sha256 of each frozen tensor.
+    """
+
+    ready: Ready
+    dataset: Dataset
+    digests: Mapping[str, str]
+    frozen: Mapping[str, str]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that have images."""
+        every: tuple[Part, ...] = ("train", "val", "test")
+        return [part for part in every if self.dataset.of(part)]
+
+    @property
+    def num_views(self) -> int:
+        """Views of each training image that a trunk would see."""
+        views, epochs = self.ready.recipe.cache.views, self.ready.recipe.training.epochs
+        assert views != "auto"
+        return min(views, epochs)
+
+    def passes(self) -> Iterator[tuple[Part, int]]:
+        """Yield every part and view that a trunk would see."""
+        for part in self.parts:
+            for view in range(self.num_views if part == "train" else 1):
+                yield part, view
+
+    def facts(self) -> dict[str, Any]:
+        """Return what all features depend on, but for the cut."""
+        recipe, card = self.ready.recipe, self.ready.backbone.card
+        environment = describe_environment(self.ready.placement.device)
+        return {
+            "backbone": card.name,
+            "architecture": card.architecture,
+            "model_args": [[key, repr(value)] for key, value in card.model_args],
+            "head": card.head,
+            "weights": _digest(self.frozen),
+            "input": card.preprocessing.to_dict(),
+            "precision": recipe.training.precision,
+            "channels_last": self.ready.placement.channels_last,
+            "environment": {key: environment[key] for key in _VERSIONS},
+        }
+
+    def view_facts(self, part: Part, view: int) -> dict[str, Any]:
+        """Return what the features of one view depend on beside."""
+        augmentation = self.ready.recipe.input.augmentation if part == "train" else "none"
+        return {"augmentation": augmentation, "view": view}
+
+    def digests_of(self, part: Part) -> list[str]:
+        """Return the sha256 of each image of a part, in order."""
+        return [self.digests[sample.path] for sample in self.dataset.of(part)]
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def open_feeds(source: Source, folder: RunFolder, display: Display) -> Iterator[Feeds]:
+    """Give the batches of a run while the block runs."""
+    warn = cache(display.warn)  # the same thing is said once
+    pictures = {part: _loader(source, part, _transform(source, part), warn) for part in source.parts}
+    shelf = Shelf(source.ready.recipe.cache.max_gb * 1e9)
+    kept, feeds = None, None
+    try:
+        choice = _choose(source, shelf, folder)
+        if choice.words:
+            display.say(f"trunk: {choice.words}")
+        if choice.split is not None:
+            kept = _build_rows(source, choice.split, shelf, display)
+            feeds = _keep(source, kept, warn)
+        split = choice.split if feeds is not None else None
+        if choice.words:
+            folder.write_trunk({"cut": split.cut.name if split else None, "reason": choice.words})
+        yield Feeds(feeds or pictures, pictures, split)
+    finally:
+        for loader in pictures.values():
+            loader.close()
+        if kept is not None:
+            kept.close()
+
+
+def _transform(source: Source, part: Part) -> Transform:
+    preprocessing = source.ready.backbone.card.preprocessing
+    if part == "train":
+        return build_train_transform(preprocessing, source.ready.recipe.input.augmentation)
+    return build_eval_transform(preprocessing)
+
+
+def _loader(source: Source, part: Part, transform: Transform, warn: Callable[[str], None]) -> Loader:
+    recipe = source.ready.recipe
+    batch_size, workers = recipe.training.batch_size, recipe.data.workers
+    assert not isinstance(batch_size, str) and not isinstance(workers, str)
+    return Loader(
+        source.dataset,
+        source.dataset.of(part),
+        transform,
+        batch_size=batch_size,
+        placement=source.ready.placement,
+        workers=workers,
+        seed=recipe.seed,
+        shuffle=part == "train",
+        warn=warn,
+    )
+
+
+# --- the trunk -----------------------------------------------------------------------------------
+
+
+def _choose(source: Source, shelf: Shelf, folder: RunFolder) -> Choice:
+    """Cut the network, at the place that an earlier attempt took where there was one."""
+    ready = source.ready
+    reason = find_reason_against(ready.recipe, ready.plan)
+    if reason is None and any(sample.path not in source.digests for sample in source.dataset.samples):
+        reason = "every epoch runs the whole network: some images are lost"
+    if reason is not None:
+        return Choice(None, reason)
+    before = folder.read_trunk()
+    if before and before.get("cut") is None:
+        return Choice(None, str(before.get("reason", "")))
+    precision = ready.recipe.training.precision
+    assert precision != "auto"
+    return choose_split(
+        ready.backbone.network,
+        ready.plan,
+        ready.backbone.card.preprocessing.input_size,
+        ready.placement,
+        precision,
+        partial(_find_obstacle, source, shelf, before.get("cut")),
+    )
+
+
+def _find_obstacle(source: Source, shelf: Shelf, before: str | None, cut: Cut) -> str:
+    """Say why a cut's features cannot be kept; nothing where they can, or are there already."""
+    if before is not None and cut.name != before:
+        return f"another place than {before}, where this run was cut before"
+    dtype = source.ready.recipe.cache.dtype
+    each = row_bytes(cut.numel, dtype)
+    total = sum(len(source.dataset.of(part)) for part, _ in source.passes()) * each
+    obstacle = shelf.find_obstacle(total)
+    return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
+
+
+def _build_rows(source: Source, split: Split, shelf: Shelf, display: Display) -> KeptRows:
+    recipe = source.ready.recipe
+    precision: Precision = recipe.training.precision  # type: ignore[assignment]  # decided by now
+    return KeptRows(
+        split, source.facts(), shelf, precision=precision, dtype=recipe.cache.dtype, display=display
+    )
+
+
+def _keep(source: Source, kept: KeptRows, warn: Callable[[str], None]) -> dict[Part, Feed] | None:
+    """Run the trunk over what is not kept yet; None where that cannot be done."""
+    network = source.ready.backbone.network.eval()
+    try:
+        views = {part: _rows_of(source, kept, part, warn) for part in source.parts}
+    except (DataError, OSError) as error:
+        found = error.found if isinstance(error, DataError) else error.strerror or str(error)
+        warn(f"features cannot be kept ({found}); every epoch runs the whole network")
+        return None
+    finally:
+        _release(network)
+    _say_kept(source, kept)
+    recipe = source.ready.recipe
+    batch_size = recipe.training.batch_size
+    assert batch_size != "auto"
+    return {
+        part: RowLoader(
+            rows,
+            source.dataset.of(part),
+            batch_size=batch_size,
+            placement=source.ready.placement,
+            seed=recipe.seed,
+            shuffle=part == "train",
+        )
+        for part, rows in views.items()
+    }
+
+
+def _release(network: nn.Module) -> None:
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _rows_of(source: Source, kept: KeptRows, part: Part, warn: Callable[[str], None]) -> list[torch.Tensor]:
+    """Return the rows of each view of a part."""
+    workers = source.ready.recipe.data.workers
+    assert workers != "auto"
+    # The views have a seed of their own, so that a run with another one finds them.
+    loader = Loader(
+        source.dataset,
+        source.dataset.of(part),
+        _transform(source, part),
+        batch_size=BATCH,
+        placement=source.ready.placement,
+        workers=workers,
+        seed=0,
+        shuffle=False,
+        warn=warn,
+    )
+    views = [view for other, view in source.passes() if other == part]
+    try:
+        return [_rows(source, kept, loader, part, view, len(views)) for view in views]
+    finally:
+        loader.close()
+
+
+def _rows(
+    source: Source, kept: KeptRows, loader: Loader, part: Part, view: int, num_views: int
+) -> torch.Tensor:
+    facts = kept.facts_of(source.view_facts(part, view), source.digests_of(part))
+    which = f"{part}, view {view + 1} of {num_views}" if num_views > 1 else part
+    return kept.rows(loader, facts, view, f"running the trunk ({which})")
+
+
+def _say_kept(source: Source, kept: KeptRows) -> None:
+    each = row_bytes(kept.split.packing.numel, kept.dtype)
+    total = kept.num_computed + kept.num_found
+    views = f"{source.num_views} views of each training image, " if source.num_views > 1 else ""
+    found = f", {kept.num_found:,} of them found from before" if kept.num_found else ""
+    kept.display.say(
+        f"features kept: {views}{total:,} in all, {each / 1e3:,.0f} KB each, {total * each / 1e6:,.0f} MB"
+        f"{found}"
+    )

@@ -1,0 +1,255 @@
+"""What the frozen trunk makes of each picture and view: computed once, kept, and fed to what learns.
+
+Kept on disk, for this run when it goes on and for the next one on the same pictures, whatever its head,
+rate, seed or number of epochs. What the rows depend on is in the file's name: weights, cut, views, pictures
+and their order, versions and hardware.
+
+Shape legend: N pictures, B batch, D numbers that the cut carries for one picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.cache.blocks import BlockFile
+from finetune.cache.shelf import Shelf
+from finetune.data.loader import Batch, Loader, Placement, plan_epoch
+from finetune.data.sample import Sample
+from finetune.display import Display
+from finetune.evaluation.predict import InParts, autocast
+from finetune.runtime import DTYPES, Precision
+from finetune.training.trunk import row_bytes
+from pretrained.split import Split
+
+FORMAT = 1
+BATCH = 32
+"""Pictures that go through the trunk at a time, whatever the recipe says: last bits depend on it."""
+MEMORY_BYTES = 2**28
+"""Rows of one view that are held in memory; more stay in their file and are read as they are needed."""
+
+
+class KeptRows:
+    """Rows of pictures, from files or through the trunk.
+
+    Args:
+        split: the network cut in two.
+        facts: what all rows depend on.
+        shelf: where files lie.
+        precision: of the trunk's forward pass.
+        dtype: of the rows.
+        display: shows progress.
+
+    Attributes:
+        num_computed: pictures that went through the trunk.
+        num_found: pictures whose rows were there.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        facts: Mapping[str, Any],
+        shelf: Shelf,
+        *,
+        precision: Precision,
+        dtype: Precision,
+        display: Display,
+    ) -> None:
+        self.split, self.shelf, self.display = split, shelf, display
+        self.precision, self.dtype = precision, dtype
+        self.num_computed = self.num_found = 0
+        self._facts = {
+            "kind": "trunk",
+            "format": FORMAT,
+            "cut": split.cut.name,
+            "numel": split.packing.numel,
+            "dtype": dtype,
+            **facts,
+        }
+        self._files: list[BlockFile] = []
+        self._disk_works = True
+
+    def facts_of(self, view: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
+        """Return everything that the rows of these pictures (their sha256, in order) in a view depend on."""
+        pictures = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        return self._facts | dict(view) | {"num_images": len(digests), "images": pictures}
+
+    def rows(self, loader: Loader, facts: Mapping[str, Any], epoch: int, words: str) -> Tensor:
+        """Return rows (N, D) of a loader's pictures: those that are kept, and the others through the trunk.
+
+        Args:
+            loader: unshuffled, with batches of :data:`BATCH`.
+            facts: of :meth:`facts_of`.
+            epoch: of the loader's views.
+            words: for the progress bar.
+
+        Raises:
+            DataError: a picture cannot be read any more.
+            OSError: the file cannot be written, and the rows are too many for the memory.
+        """
+        num_bytes = len(loader.samples) * row_bytes(self.split.packing.numel, self.dtype)
+        in_memory = self._empty(len(loader.samples)) if num_bytes <= MEMORY_BYTES else None
+        file = self._open(loader, facts, num_bytes, in_memory is not None)
+        done = len(file.blocks) if file is not None else 0
+        if file is not None and done:
+            self._read(file, in_memory)
+        if done < loader.num_batches():
+            self._compute(loader, file, done, epoch, in_memory, words)
+        if in_memory is not None:
+            return in_memory
+        assert file is not None
+        return self._as_rows(torch.from_numpy(file.map()))
+
+    def close(self) -> None:
+        """Let others remove the files."""
+        for file in self._files:
+            file.close()
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def _empty(self, num_images: int) -> Tensor:
+        return torch.empty(num_images, self.split.packing.numel, dtype=DTYPES[self.dtype])
+
+    def _as_rows(self, content: Tensor) -> Tensor:
+        return content.view(DTYPES[self.dtype]).view(-1, self.split.packing.numel)
+
+    def _open(
+        self, loader: Loader, facts: Mapping[str, Any], num_bytes: int, fits_memory: bool
+    ) -> BlockFile | None:
+        path = self.shelf.place(facts)
+        if not self._disk_works:
+            return None
+        try:
+            with self.display.track("comparing kept features", num_bytes) as advance:
+                file = BlockFile(
+                    path,
+                    facts,
+                    loader.num_batches(),
+                    waiting=self.display.pulse.beat,
+                    verified=lambda done: advance(done, ""),
+                )
+            self._files.append(file)
+            if file.was_damaged:
+                self.display.warn(f"{path} had changed since it was written; it is made again")
+            if not file.is_complete:
+                self.shelf.make_room(num_bytes - file.num_bytes)
+        except OSError as error:
+            self._give_up_disk(error, fits_memory)
+            return None
+        return file
+
+    def _give_up_disk(self, error: OSError, fits_memory: bool) -> None:
+        if not fits_memory:
+            raise error
+        self._disk_works = False
+        self.display.warn(f"features cannot be kept for the next run ({error.strerror or error})")
+
+    def _read(self, file: BlockFile, in_memory: Tensor | None) -> None:
+        num_bytes = file.num_bytes
+        if in_memory is not None:
+            found = self._as_rows(torch.from_numpy(file.map()[:num_bytes]))
+            in_memory[: len(found)] = found
+        self.num_found += num_bytes // row_bytes(self.split.packing.numel, self.dtype)
+
+    # --- computing -------------------------------------------------------------------------------
+
+    def _compute(
+        self,
+        loader: Loader,
+        file: BlockFile | None,
+        done: int,
+        epoch: int,
+        in_memory: Tensor | None,
+        words: str,
+    ) -> None:
+        """Run the trunk over the batches that are missing."""
+        trunk = InParts(self.split.trunk)
+        device = loader.placement.device
+        place = done * BATCH
+        with (
+            self.display.track(words, len(loader.samples)) as advance,
+            torch.inference_mode(),
+            autocast(device, self.precision),
+        ):
+            advance(place, "")
+            for batch in loader.batches(epoch, start=done):
+                rows = trunk(batch.images).to("cpu", DTYPES[self.dtype]).contiguous()
+                if in_memory is not None:
+                    in_memory[place : place + len(rows)] = rows
+                if file is not None:
+                    file = self._append(file, rows, in_memory is not None)
+                place += len(rows)
+                self.num_computed += len(rows)
+                advance(len(rows), "")
+
+    def _append(self, file: BlockFile, rows: Tensor, fits_memory: bool) -> BlockFile | None:
+        try:
+            file.append(rows.view(torch.uint8).numpy().tobytes())
+        except OSError as error:
+            self._give_up_disk(error, fits_memory)
+            return None
+        return file
+
+
+class RowLoader:
+    """Batches of kept rows: a :class:`finetune.data.feed.Feed` whose images are rows (B, D).
+
+    Args:
+        views: rows (N, D) of each view; epoch by epoch the next one is taken.
+        samples: their pictures.
+        batch_size: rows a batch.
+        placement: device of the batches.
+        seed: of the order.
+        shuffle: a new order every epoch; otherwise that of ``samples``.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Tensor],
+        samples: Sequence[Sample],
+        *,
+        batch_size: int,
+        placement: Placement,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        self.views, self.samples = tuple(views), tuple(samples)
+        self.batch_size, self.placement = batch_size, placement
+        self.seed, self.shuffle = seed, shuffle
+        self.wait_seconds = 0.0
+        self._labels = torch.tensor([sample.label for sample in self.samples])
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Return how many batches a pass has."""
+        return len(self._plan(epoch))
+
+    def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``."""
+        rows = self.views[epoch % len(self.views)]
+        self.wait_seconds = 0.0
+        for batch in self._plan(epoch)[start:stop]:
+            began = time.perf_counter()
+            indices = torch.tensor(batch)
+            images, labels = self._place(rows[indices]), self._place(self._labels[indices])
+            self.wait_seconds += time.perf_counter() - began
+            yield Batch(images, labels, indices, {})
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        return plan_epoch(len(self.samples), self.batch_size, self.seed if self.shuffle else None, epoch)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        device = self.placement.device
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def count_batches(num_images: int) -> int:
+    """Return the blocks of a file of rows."""
+    return math.ceil(num_images / BATCH)
