@@ -68,6 +68,7 @@ def collect_metrics(
         "best_epoch": progress.best_epoch + 1,
         "epochs": progress.epoch,
         "images_per_second": round(num_train * progress.epoch / max(seconds, 1e-9), 2),
+        "data_wait_fraction": round(_mean_wait(progress), 4),
         "backbone": ready.backbone.card.name,
         "strategy": ready.recipe.strategy.name,
         "num_classes": dataset.num_classes,
@@ -77,6 +78,13 @@ def collect_metrics(
         "rollbacks": progress.rollbacks,
         "microbatch": progress.microbatch or None,
     }
+
+
+def _mean_wait(progress: Progress) -> float:
+    """The share of the training time that was spent waiting for data."""
+    rows = progress.history
+    waited = sum(row["seconds"] * row["data_wait_fraction"] for row in rows)
+    return waited / max(sum(row["seconds"] for row in rows), 1e-9)
 
 
 def write_figures(

@@ -17,11 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finetune import __version__
-from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError, UsageError
@@ -30,7 +28,7 @@ from finetune.job.data import check_data, describe_data, keep_split, record_spli
 from finetune.job.feeds import Feeds, Source, open_feeds
 from finetune.job.figures import check_figures, collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
-from finetune.job.prepare import Ready, prepare
+from finetune.job.prepare import Ready, place_network, prepare
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
 from finetune.recipe import Recipe
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
@@ -195,7 +193,7 @@ def _carry_out(job: Job) -> Run:
     display.note(f"backbone {ready.backbone.card.name}: {ready.backbone.match}")
     with clock.phase("check"):
         dataset, changed = _take_data(job)
-    plan, network = ready.plan, _place(ready.backbone.network, ready.placement)
+    plan, network = ready.plan, place_network(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display)
     digests = digest_frozen(network, plan)
     source = Source(ready, dataset, job.comparison.checked.digests, digests)
@@ -245,11 +243,6 @@ def _take_data(job: Job) -> tuple[Dataset, bool]:
     write_json(folder.environment, comparison.environment)
     display.say(f"data {job.ready.recipe.data.path}: {describe_data(dataset)}")
     return dataset, bool(changes)
-
-
-def _place(network: nn.Module, placement: Placement) -> nn.Module:
-    layout = torch.channels_last if placement.channels_last else torch.preserve_format
-    return network.to(placement.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def _show_plan(plan: Plan, folder: RunFolder, display: Display) -> None:

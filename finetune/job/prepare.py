@@ -25,6 +25,7 @@ from finetune.runtime import (
     set_deterministic,
 )
 from finetune.strategy.matrix import Plan, build_plan
+from finetune.training.batch_size import fit_batch_size
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, Preprocessing, find_card
 
@@ -69,7 +70,27 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     )
     resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
     placement = Placement(device, bool(resolved.training.channels_last))
-    return Ready(resolved, dataset, backbone, placement, _plan(resolved, backbone))
+    plan = _plan(resolved, backbone)
+    if device.type == "cuda" and recipe.training.batch_size == "auto":
+        resolved = _with_fitting_batches(resolved, backbone, plan, placement)
+    return Ready(resolved, dataset, backbone, placement, plan)
+
+
+def _with_fitting_batches(recipe: Recipe, backbone: Backbone, plan: Plan, placement: Placement) -> Recipe:
+    """Halve the batch size until a step fits on the device."""
+    wanted = recipe.training.batch_size
+    assert wanted != "auto"
+    input_size = backbone.card.preprocessing.input_size
+    network = place_network(backbone.network, placement)
+    size = fit_batch_size(network, plan, input_size, placement, wanted)
+    training = recipe.training.model_copy(update={"batch_size": size})
+    return recipe.model_copy(update={"training": training})
+
+
+def place_network(network: nn.Module, placement: Placement) -> nn.Module:
+    """Move a network to its device and layout, in place."""
+    layout = torch.channels_last if placement.channels_last else torch.preserve_format
+    return network.to(placement.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def _batch_bytes(recipe: Recipe, num_train: int, card: Card) -> int:

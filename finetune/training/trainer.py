@@ -45,6 +45,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runtime import Precision, seed_everything
 from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
 from finetune.training.checkpoint import CheckpointStore
+from finetune.training.compiled import build_forward
 from finetune.training.finite import compute_norm, is_finite
 from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnable, learns_batch_statistics
 from finetune.training.history import add_row, write_history
@@ -99,15 +100,14 @@ class Trainer:
         self.schedule = Schedule.from_settings(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
-        self._forward = task.forward(task.network)
+        self._forward = build_forward(task, settings.compile, display)
         self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, self._forward)
         self.ema = (
             ModelEmaV3(task.network, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
         )
         average = self.ema.module if self.ema is not None else None
-        frozen = frozen_tensors(task.network, task.plan)
-        self.state = State(task.network, self.optimizer, average, frozen)
-        self.progress = Progress()
+        self.state = State(task.network, self.optimizer, average, frozen_tensors(task.network, task.plan))
+        self.progress = Progress(microbatch=settings.microbatch or 0)
         self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
         self._start, self._best = start, start.best if start else None
         self._saved: Snapshot | None = None
@@ -185,11 +185,8 @@ class Trainer:
         progress, loader = self.progress, self.task.train
         set_train_mode(self.task.network, self.task.plan)
         self._buffers = KeptBuffers(self.task.network)
-        began, seconds_before, waited_before = (
-            time.perf_counter(),
-            progress.epoch_seconds,
-            progress.wait_seconds,
-        )
+        began = time.perf_counter()
+        seconds_before, waited_before = progress.epoch_seconds, progress.wait_seconds
         with self.narrator.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
             for batch in loader.batches(progress.epoch, start=progress.batch):
                 if not self._train_step(batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,19 @@ def test_a_running_statistic_that_is_no_number_is_found(value: float) -> None:
     kept = KeptBuffers(network)
     network.get_buffer("stage2.1.running_mean")[3] = value
     assert not kept.add_up()[0].isfinite()
+
+
+def test_a_recipe_can_ask_for_parts(pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, sizes = NormFree(), list[int]()
+    one = copy.deepcopy(network)
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    whole = build_trainer(pictures, tmp_path / "whole", network=one, epochs=1, batch_size=12)
+    parts = build_trainer(
+        pictures, tmp_path / "parts", network=network, epochs=1, batch_size=12, microbatch=4
+    )
+    assert parts.fit().microbatch == 4
+    assert sizes[:9] == [4] * 9
+    whole.fit()
+    for left, right in zip(whole.judged.parameters(), parts.judged.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
