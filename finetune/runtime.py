@@ -108,9 +108,15 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed torch, NumPy and Python from the parts: transforms draw from all three."""
+    """Seed torch, NumPy and Python from the parts: transforms draw from all three.
+
+    ``torch.manual_seed`` would also note the call, with its stack, for every kind of device that is not in
+    use: a third of a millisecond, and some memory, for each step and each view.
+    """
     seed = derive_seed(*parts)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

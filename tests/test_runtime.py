@@ -269,3 +269,13 @@ def test_the_record() -> None:
 def test_the_record_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert describe_environment(torch.device("cuda", 1))["gpu"] == "GPU 1"
+
+
+def test_seeding_gives_torchs_own_numbers_and_leaves_nothing_behind() -> None:
+    queued = len(torch.cuda._queued_calls)
+    for step in range(3):
+        seed_everything(5, "step", step)
+        mine = torch.rand(4)
+        torch.default_generator.manual_seed(derive_seed(5, "step", step))
+        assert torch.rand(4).equal(mine)
+    assert len(torch.cuda._queued_calls) == queued
