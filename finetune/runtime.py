@@ -90,7 +90,12 @@ def resolve_workers(device: torch.device, batch_bytes: int) -> int:
     """
     cores = available_cores()
     wanted = min(cores, 8) if device.type == "cuda" else max(1, cores // 2)
-    return min(wanted, _shared_memory_bytes() // (BATCHES_PER_WORKER * batch_bytes))
+    return min(wanted, resolve_most_workers(batch_bytes))
+
+
+def resolve_most_workers(batch_bytes: int) -> int:
+    """Return how many processes may decode where training waits for data: all cores, if /dev/shm has room."""
+    return min(available_cores(), _shared_memory_bytes() // (BATCHES_PER_WORKER * batch_bytes))
 
 
 def _shared_memory_bytes() -> int:

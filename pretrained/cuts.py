@@ -165,6 +165,7 @@ def _trace(twin: nn.Module, input_size: tuple[int, int, int]) -> Trace:
 
 def _trace_shapes(twin: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     trace = Trace()
+    twin.requires_grad_(False)  # the counter stumbles over parameters that are handed from module to module
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, _noted(twin, trace, counter.get_total_flops):
         twin(torch.empty(BATCHES[1], *input_size, dtype=_dtype(twin)))

@@ -57,19 +57,46 @@ class BadImageError(Exception):
         self.reason = reason
 
 
-def decode_image(path: Path) -> Image.Image:
+def decode_image(path: Path, short_side: int | None = None) -> Image.Image:
     """Return the image as RGB, upright (EXIF rotation applied), first frame of an animation.
 
     Transparent pixels are laid over white, since the colours under them are undefined. 16-bit greys are
     divided by 257 (65535 becomes 255). Greys outside 0..65535 and floating-point greys have no agreed
     white point, so their own minimum becomes 0 and their own maximum 255.
 
+    Args:
+        path: of the file.
+        short_side: pixels that are enough for the shorter side. The picture comes at the smallest of 1/1,
+            1/2, 1/4 ... of its size that has them, which a JPEG's decoder gives for less than the whole
+            (``Image.draft``). For None it comes whole.
+
     Raises:
         BadImageError: the file is missing, no image, damaged, cut short, or over ``MAX_PIXELS`` or
             ``MAX_BYTES``.
     """
     with _opened(path) as image:
-        return _finished(image)
+        if short_side is None:
+            return _finished(image)
+        factor, shorter = compute_factor(image.size, short_side), min(image.size)
+        image.draft("RGB", (short_side, short_side))  # up to 1/8; formats that cannot do nothing
+        picture = _finished(image)
+        rest = factor // max(1, round(shorter / min(picture.size)))
+        return picture.reduce(rest) if rest > 1 else picture
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Return width and height as the header has them, before any EXIF rotation.
+
+    Raises:
+        BadImageError: as ``decode_image``, for what a header shows.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+def compute_factor(size: tuple[int, int], short_side: int) -> int:
+    """Return the largest power of two that the shorter side can be divided by and keep so many pixels."""
+    return 1 << max(0, (min(size) // short_side).bit_length() - 1)
 
 
 def probe_image(path: Path) -> None:

@@ -10,41 +10,36 @@ Shape legend: B batch, H W pixels.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from finetune.data.decode import BadImageError, decode_image
+from finetune.data.decode import BadImageError
+from finetune.data.pictures import Pictures
 from finetune.data.sample import Dataset, Sample
-from finetune.data.transforms import Transform
+from finetune.data.transforms import Normalizer, Transform
+from finetune.data.workers import (
+    NoRoomError,
+    WorkerDiedError,
+    choose_workers,
+    fetch,
+    start_pass,
+    start_worker,
+)
 from finetune.errors import DataError, EnvironmentFaultError
-from finetune.runtime import derive_seed, seed_everything
-from finetune.stopping import end_with_parent
+from finetune.runtime import BATCHES_PER_WORKER, derive_seed, seed_everything
 
 MOST_DEATHS = 3
 """Of decoding processes, in a row, before the run is given up."""
-_NO_ROOM = (
-    "No space left on device",  # of /dev/shm
-    "shared memory",
-    "Too many open files",
-    "ancdata",  # the same, on the receiving side
-    "Resource temporarily unavailable",  # too many processes
-    "Cannot allocate memory",
-)
-"""What the system says where decoding processes cannot be started, or cannot hand over their batches."""
-_DEATH = ("exited unexpectedly", "killed by signal")
-"""What torch says of a process that ended, and of its own thread that met one."""
 Key = tuple[int, int]
 """(epoch, index into the samples). The epoch travels with the index, so that workers hold no state."""
 
@@ -53,7 +48,7 @@ class Batch(NamedTuple):
     """Some pictures, less those that could not be read: B may be smaller than was asked for, or 0.
 
     Attributes:
-        images: (B, 3, H, W) float32.
+        images: (B, 3, H, W) float32, normalised; on its way to the device uint8.
         labels: (B,) int64.
         indices: (B,) into the samples.
         lost: why, for the path of each picture that could not be read (it could when the run began).
@@ -91,17 +86,25 @@ class _Lost(NamedTuple):
 _Item = tuple[Tensor, int, int] | _Lost
 
 
-class _Pictures(TorchDataset[Any]):
-    """Decodes and transforms one picture; a picture that fails becomes a sentence, not an exception."""
+@dataclass(frozen=True)
+class _Views(TorchDataset[Any]):
+    """Views of pictures; a picture that cannot be read becomes a sentence, not an exception."""
 
-    def __init__(self, dataset: Dataset, samples: Sequence[Sample], transform: Transform, seed: int) -> None:
-        self.dataset, self.samples, self.transform, self.seed = dataset, samples, transform, seed
+    dataset: Dataset
+    samples: Sequence[Sample]
+    transform: Transform
+    seed: int
+    pictures: Pictures | None
 
     def __getitem__(self, key: Key) -> _Item:
         epoch, index = key
         sample = self.samples[index]
+        kept = self.pictures[index] if self.pictures is not None else None
+        if kept is not None and not self.transform.is_random:
+            return torch.from_numpy(kept.copy()), sample.label, index  # torch wants memory it may write
         try:
-            image = decode_image(self.dataset.file(sample))
+            file = self.dataset.file(sample)
+            image = self.transform.open(file) if kept is None else Image.fromarray(kept)
         except BadImageError as error:
             return _Lost(sample.path, error.reason)
         seed_everything(self.seed, "view", epoch, index)
@@ -113,7 +116,7 @@ def _collate(items: list[_Item]) -> Batch:
     pictures = [item for item in items if not isinstance(item, _Lost)]
     if not pictures:
         nothing = torch.empty(0, dtype=torch.int64)
-        return Batch(torch.empty(0, 3, 1, 1), nothing, nothing, lost)
+        return Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), nothing, nothing, lost)
     images, labels, indices = zip(*pictures, strict=True)
     return _share(Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), lost))
 
@@ -143,16 +146,6 @@ class _Batches:
         return len(self.keys)
 
 
-def _start_worker(parent: int, _: int) -> None:
-    """Stopping is the trainer's business: workers leave its process group, to which terminals and batch
-    systems send their signals. They end when the loader says so, and the kernel ends them with their parent.
-    """
-    end_with_parent(parent)
-    os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where batches go: device, and whether in channels-last layout."""
@@ -167,16 +160,19 @@ class Loader:
     Args:
         dataset: resolves a sample to a file.
         samples: which pictures, and their labels.
-        transform: picture to tensor.
+        transform: file to view.
         batch_size: pictures a batch.
         placement: device and layout of the images.
         workers: decoding processes; 0 decodes here.
         seed: of the views.
         shuffle: a new order every epoch; otherwise the order of ``samples``.
         warn: told of decoding processes that ended or could not work.
+        pictures: kept ones of these samples. They change no bit of a batch.
+        most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
 
     Attributes:
         wait_seconds: time the last pass spent waiting for data.
+        workers: decoding processes of the next pass.
     """
 
     def __init__(
@@ -191,27 +187,36 @@ class Loader:
         seed: int,
         shuffle: bool,
         warn: Callable[[str], None] = lambda _: None,
+        pictures: Pictures | None = None,
+        most_workers: int = 0,
     ) -> None:
+        assert pictures is None or len(pictures) == len(samples)
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
         self.seed, self.shuffle, self.warn = seed, shuffle, warn
         self.wait_seconds = 0.0
-        self._workers = workers
-        self._pictures = _Pictures(dataset, self.samples, transform, seed)
+        # A view that is kept whole is copied faster than it is handed over from another process.
+        is_finished = pictures is not None and not transform.is_random
+        self.workers, self._most_workers = (0, 0) if is_finished else (workers, most_workers)
+        self._views = _Views(dataset, self.samples, transform, seed, pictures)
+        self._normalize = Normalizer(transform.preprocessing, placement.device)
         self._batches = _Batches()
         self._loader = self._build()
 
     def _build(self) -> DataLoader[Any]:
         return DataLoader(
-            self._pictures,
+            self._views,
             batch_sampler=self._batches,
-            num_workers=self._workers,
+            num_workers=self.workers,
             collate_fn=_collate,
+            # Only from pinned memory does a GPU copy without this process; on a CPU it is one copy too many.
             pin_memory=self.placement.device.type == "cuda",
+            # More would wait in /dev/shm, and help only where the time of a batch swings.
+            prefetch_factor=BATCHES_PER_WORKER - 1 if self.workers else None,
             # Evaluation's processes end with each pass: those of two loaders would share cores and /dev/shm.
-            persistent_workers=self.shuffle and self._workers > 0,
-            worker_init_fn=partial(_start_worker, os.getpid()),
+            persistent_workers=self.shuffle and self.workers > 0,
+            worker_init_fn=partial(start_worker, os.getpid()),
             # Forked, a worker is this process's own child, and ends with it.
-            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
         )
 
     def close(self) -> None:
@@ -239,25 +244,28 @@ class Loader:
             EnvironmentFaultError: decoding processes die again and again.
         """
         keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:stop]]
-        self.wait_seconds = 0.0
+        self.wait_seconds = began = waited_before = 0.0
         done = deaths = 0
         while done < len(keys):
             try:
                 for batch in self._pass(keys[done:]):
+                    if done == 0:  # until here processes started, which says nothing of their number
+                        began, waited_before = time.perf_counter(), self.wait_seconds
                     done, deaths = done + 1, 0
                     yield batch
-            except _NoRoomError as error:
+            except NoRoomError as error:
                 self._decode_here(str(error))
-            except _WorkerDiedError as error:
+            except WorkerDiedError as error:
                 deaths += 1
                 self._replace_workers(deaths, str(error))
+        self._choose_workers(self.wait_seconds - waited_before, time.perf_counter() - began)
 
     def _pass(self, keys: list[list[Key]]) -> Iterator[Batch]:
         self._batches.keys = keys
-        iterator = _iterate(self._loader)
+        iterator = start_pass(self._loader)
         while True:
             began = time.perf_counter()
-            batch = _next(self._loader, iterator)
+            batch = fetch(self._loader, iterator)
             self.wait_seconds += time.perf_counter() - began
             if batch is None:
                 return
@@ -265,10 +273,16 @@ class Loader:
                 raise _lost_error(batch.lost)
             yield self._place(batch)
 
+    def _choose_workers(self, waited: float, seconds: float) -> None:
+        chosen = choose_workers(self.workers, self._most_workers, waited, seconds)
+        if self.shuffle and chosen != self.workers:
+            self.workers = chosen
+            self._loader = self._build()
+
     def _replace_workers(self, deaths: int, found: str) -> None:
         if deaths > MOST_DEATHS:
             fix = "Lower --workers (0 needs none); where memory is short, they are the first to be killed."
-            raise EnvironmentFaultError(f"decoding with {_count(self._workers)}", found, fix)
+            raise EnvironmentFaultError(f"decoding with {_count(self.workers)}", found, fix)
         self.warn(f"a decoding process ended ({found}); it is replaced")
         self._loader = self._build()
 
@@ -277,67 +291,19 @@ class Loader:
             f"decoding processes cannot hand over their batches ({found}); the training process decodes from "
             "here on, which is slower (more shared memory helps: docker run --shm-size 8g)"
         )
-        self._workers = 0
+        self.workers = 0
         self._loader = self._build()
 
     def _place(self, batch: Batch) -> Batch:
         device = self.placement.device
         layout = torch.channels_last if self.placement.channels_last else torch.contiguous_format
-        images = batch.images.to(device, non_blocking=True, memory_format=layout)
+        # The layout comes last: on a CPU, arithmetic that changes it on the way takes three times as long.
+        images = self._normalize(batch.images.to(device, non_blocking=True)).to(memory_format=layout)
         return Batch(images, batch.labels.to(device, non_blocking=True), batch.indices, batch.lost)
 
 
 def _count(workers: int) -> str:
     return f"{workers} process{'' if workers == 1 else 'es'}"
-
-
-class _WorkerDiedError(Exception):
-    """A decoding process ended in the middle of its work."""
-
-
-class _NoRoomError(Exception):
-    """Decoding processes cannot be started, or cannot hand over what they made."""
-
-
-def _iterate(loader: DataLoader[Any]) -> Any:
-    """Start a pass, without torch's handler for the end of a child.
-
-    That one raises wherever this process happens to be, in the middle of an optimiser step as well. A death
-    is seen without it, a few seconds later, where a batch is waited for.
-    """
-    with _named_faults(loader):
-        if threading.current_thread() is not threading.main_thread():
-            return iter(loader)
-        before = signal.getsignal(signal.SIGCHLD)
-        try:
-            return iter(loader)
-        finally:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-
-
-def _next(loader: DataLoader[Any], iterator: Any) -> Batch | None:
-    with _named_faults(loader):
-        batch: Batch | None = next(iterator, None)
-    return batch
-
-
-@contextmanager
-def _named_faults(loader: DataLoader[Any]) -> Iterator[None]:
-    """Tell faults of decoding processes from errors of what they carry out, which pass as they are."""
-    try:
-        yield
-    except (OSError, EOFError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        if loader.num_workers == 0:
-            raise
-        for word in _NO_ROOM:
-            if word in str(error):
-                raise _NoRoomError(word) from None
-        forwarded = said[0].startswith("Caught ")
-        # Between its end and the notice of it, a process leaves sockets that nobody answers.
-        if not forwarded and (not isinstance(error, RuntimeError) or any(word in said[0] for word in _DEATH)):
-            raise _WorkerDiedError(said[-1]) from None
-        raise
 
 
 def _lost_error(lost: dict[str, str]) -> DataError:

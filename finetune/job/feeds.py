@@ -5,27 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
-
-import torch
-from torch import nn
 
 from finetune.cache.shelf import Shelf
 from finetune.data.feed import Feed
 from finetune.data.loader import Loader
+from finetune.data.pictures import Pictures, keep_pictures
 from finetune.data.sample import Dataset
 from finetune.data.sample import Split as Part
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display
 from finetune.errors import DataError
 from finetune.job.prepare import Ready
-from finetune.recipe import Precision
+from finetune.memory import release_memory
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
-from finetune.training.kept import BATCH, KeptRows, RowLoader
+from finetune.training.kept import KeptRows, RowLoader, Rows
 from finetune.training.trunk import Choice, choose_split, find_reason_against, row_bytes
 from pretrained.cuts import Cut
 from pretrained.split import Split
@@ -117,26 +115,88 @@ def _digest(values: Any) -> str:
 @contextmanager
 def open_feeds(source: Source, folder: RunFolder, display: Display) -> Iterator[Feeds]:
     """Give the batches of a run while the block runs."""
-    warn = cache(display.warn)  # the same thing is said once
-    pictures = {part: _loader(source, part, _transform(source, part), warn) for part in source.parts}
     shelf = Shelf(source.ready.recipe.cache.max_gb * 1e9)
-    kept, feeds = None, None
-    try:
+    with ExitStack() as stack:
+        maker = Maker(source, shelf, display, stack)
         choice = _choose(source, shelf, folder)
         if choice.words:
             display.say(f"trunk: {choice.words}")
-        if choice.split is not None:
-            kept = _build_rows(source, choice.split, shelf, display)
-            feeds = _keep(source, kept, warn)
+        feeds = _keep(source, maker, choice.split) if choice.split is not None else None
         split = choice.split if feeds is not None else None
         if choice.words:
             folder.write_trunk({"cut": split.cut.name if split else None, "reason": choice.words})
+        # Beside kept features, pictures are only looked at to compare: starting processes would take longer.
+        pictures = {part: maker.loader(part, here=feeds is not None) for part in source.parts}
         yield Feeds(feeds or pictures, pictures, split)
-    finally:
-        for loader in pictures.values():
-            loader.close()
-        if kept is not None:
-            kept.close()
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes loaders that are closed with the stack.
+
+    Attributes:
+        source: what they load.
+        shelf: where decoded pictures are kept.
+        display: shows progress.
+        stack: ends them.
+    """
+
+    source: Source
+    shelf: Shelf
+    display: Display
+    stack: ExitStack
+
+    @cached_property
+    def warn(self) -> Callable[[str], None]:
+        """Says the same thing once."""
+        return cache(self.display.warn)
+
+    def loader(self, part: Part, here: bool) -> Loader:
+        """Return batches of a part as training and figures take them; ``here`` decodes in this process."""
+        recipe = self.source.ready.recipe
+        batch_size = recipe.training.batch_size
+        assert batch_size != "auto"
+        passes = 1 if part == "test" or here else recipe.training.epochs
+        return self._build(part, batch_size, recipe.seed, passes, part == "train", here)
+
+    def loader_for_trunk(self, part: Part, batch_size: int, passes: int) -> Loader:
+        """Return batches for the trunk. Views have a seed of their own: a run with another one finds them."""
+        return self._build(part, batch_size, 0, passes, False, False)
+
+    def _build(
+        self, part: Part, batch_size: int, seed: int, passes: int, shuffle: bool, here: bool
+    ) -> Loader:
+        source, ready = self.source, self.source.ready
+        workers = ready.recipe.data.workers
+        assert workers != "auto"
+        transform = _transform(source, part)
+        loader = Loader(
+            source.dataset,
+            source.dataset.of(part),
+            transform,
+            batch_size=batch_size,
+            placement=ready.placement,
+            workers=0 if here else workers,
+            seed=seed,
+            shuffle=shuffle,
+            warn=self.warn,
+            pictures=None if here else self._pictures(part, transform, passes),
+            most_workers=ready.most_workers,
+        )
+        self.stack.callback(loader.close)
+        return loader
+
+    def _pictures(self, part: Part, transform: Transform, passes: int) -> Pictures | None:
+        source = self.source
+        if not source.ready.recipe.cache.pictures:
+            return None
+        samples = source.dataset.of(part)
+        pictures = keep_pictures(
+            source.dataset, samples, source.digests, transform, self.shelf, self.display, passes
+        )
+        if pictures is not None:
+            self.stack.callback(pictures.close)
+        return pictures
 
 
 def _transform(source: Source, part: Part) -> Transform:
@@ -144,23 +204,6 @@ def _transform(source: Source, part: Part) -> Transform:
     if part == "train":
         return build_train_transform(preprocessing, source.ready.recipe.input.augmentation)
     return build_eval_transform(preprocessing)
-
-
-def _loader(source: Source, part: Part, transform: Transform, warn: Callable[[str], None]) -> Loader:
-    recipe = source.ready.recipe
-    batch_size, workers = recipe.training.batch_size, recipe.data.workers
-    assert not isinstance(batch_size, str) and not isinstance(workers, str)
-    return Loader(
-        source.dataset,
-        source.dataset.of(part),
-        transform,
-        batch_size=batch_size,
-        placement=source.ready.placement,
-        workers=workers,
-        seed=recipe.seed,
-        shuffle=part == "train",
-        warn=warn,
-    )
 
 
 # --- the trunk -----------------------------------------------------------------------------------
@@ -200,29 +243,30 @@ def _find_obstacle(source: Source, shelf: Shelf, before: str | None, cut: Cut) -
     return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
 
 
-def _build_rows(source: Source, split: Split, shelf: Shelf, display: Display) -> KeptRows:
-    recipe = source.ready.recipe
-    precision: Precision = recipe.training.precision  # type: ignore[assignment]  # decided by now
-    return KeptRows(
-        split, source.facts(), shelf, precision=precision, dtype=recipe.cache.dtype, display=display
-    )
-
-
-def _keep(source: Source, kept: KeptRows, warn: Callable[[str], None]) -> dict[Part, Feed] | None:
+def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed] | None:
     """Run the trunk over what is not kept yet; None where that cannot be done."""
-    network = source.ready.backbone.network.eval()
+    recipe = source.ready.recipe
+    precision, batch_size = recipe.training.precision, recipe.training.batch_size
+    assert precision != "auto" and batch_size != "auto"
+    kept = KeptRows(
+        split,
+        source.facts(),
+        maker.shelf,
+        device=source.ready.placement.device,
+        precision=precision,
+        dtype=recipe.cache.dtype,
+        display=maker.display,
+    )
+    maker.stack.callback(kept.close)
+    source.ready.backbone.network.eval()
     try:
-        views = {part: _rows_of(source, kept, part, warn) for part in source.parts}
+        views = {part: _rows_of(source, kept, maker, part) for part in source.parts}
     except (DataError, OSError) as error:
         found = error.found if isinstance(error, DataError) else error.strerror or str(error)
-        warn(f"features cannot be kept ({found}); every epoch runs the whole network")
+        maker.warn(f"features cannot be kept ({found}); every epoch runs the whole network")
         return None
-    finally:
-        _release(network)
+    release_memory()
     _say_kept(source, kept)
-    recipe = source.ready.recipe
-    batch_size = recipe.training.batch_size
-    assert batch_size != "auto"
     return {
         part: RowLoader(
             rows,
@@ -236,41 +280,17 @@ def _keep(source: Source, kept: KeptRows, warn: Callable[[str], None]) -> dict[P
     }
 
 
-def _release(network: nn.Module) -> None:
-    device = next(network.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _rows_of(source: Source, kept: KeptRows, part: Part, warn: Callable[[str], None]) -> list[torch.Tensor]:
+def _rows_of(source: Source, kept: KeptRows, maker: Maker, part: Part) -> list[Rows]:
     """Return the rows of each view of a part."""
-    workers = source.ready.recipe.data.workers
-    assert workers != "auto"
-    # The views have a seed of their own, so that a run with another one finds them.
-    loader = Loader(
-        source.dataset,
-        source.dataset.of(part),
-        _transform(source, part),
-        batch_size=BATCH,
-        placement=source.ready.placement,
-        workers=workers,
-        seed=0,
-        shuffle=False,
-        warn=warn,
-    )
     views = [view for other, view in source.passes() if other == part]
-    try:
-        return [_rows(source, kept, loader, part, view, len(views)) for view in views]
-    finally:
-        loader.close()
-
-
-def _rows(
-    source: Source, kept: KeptRows, loader: Loader, part: Part, view: int, num_views: int
-) -> torch.Tensor:
-    facts = kept.facts_of(source.view_facts(part, view), source.digests_of(part))
-    which = f"{part}, view {view + 1} of {num_views}" if num_views > 1 else part
-    return kept.rows(loader, facts, view, f"running the trunk ({which})")
+    open_loader = cache(partial(maker.loader_for_trunk, part, kept.batch_size, len(views)))
+    digests = source.digests_of(part)
+    rows = []
+    for view in views:
+        facts = kept.facts_of(source.view_facts(part, view), digests)
+        which = f"{part}, view {view + 1} of {len(views)}" if len(views) > 1 else part
+        rows.append(kept.rows(open_loader, facts, view, f"running the trunk ({which})"))
+    return rows
 
 
 def _say_kept(source: Source, kept: KeptRows) -> None:

@@ -32,11 +32,13 @@ def evaluate(trainer: Trainer, feed: Feed, display: Display) -> Predictions:
 
 
 def check_figures(trainer: Trainer, predictions: Predictions, images: Tensor, dtype: Precision) -> None:
-    """Predict the first pictures with the whole network, and compare: kept features must not tell tales.
+    """Predict the first pictures once more, with the whole network as it is handed over, and compare.
+
+    Figures come from kept features and from a classifier that sees standardised ones; neither may tell tales.
 
     Args:
         trainer: whose judged network made the predictions.
-        predictions: from kept features.
+        predictions: the figures' own.
         images: (B, 3, H, W) the first pictures of the same part.
         dtype: of the kept features.
 
@@ -46,12 +48,11 @@ def check_figures(trainer: Trainer, predictions: Predictions, images: Tensor, dt
     with torch.inference_mode(), autocast(images.device, trainer.precision):
         whole = trainer.judged.eval()(images).float().softmax(dim=1).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
-    if not difference <= max(
-        FIGURES_TOLERANCE[trainer.precision], FIGURES_TOLERANCE[dtype]
-    ):  # so that NaN is refused as well
+    most = max(FIGURES_TOLERANCE[trainer.precision], FIGURES_TOLERANCE[dtype])
+    if not difference <= most:  # so that NaN is refused as well
         found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"
         fix = "Run `finetune cache clear`, or set cache.trunk to false; and please report this."
-        raise InternalError("judging with kept features", found, fix)
+        raise InternalError("comparing figures and model", found, fix)
 
 
 def collect_metrics(

@@ -209,10 +209,11 @@ def _carry_out(job: Job) -> Run:
         job.claim.check_owner()
         check_frozen(trainer.judged, plan, digests)
         with clock.phase("evaluate"):
-            predictions = evaluate(trainer, feeds.feeds[dataset.judged_split], display)
-            images = next(feeds.pictures[dataset.judged_split].batches()).images
-            if feeds.split is not None:
-                check_figures(trainer, predictions, images, ready.recipe.cache.dtype)
+            judged = dataset.judged_split
+            of_best = trainer.predictions  # nothing is computed twice
+            predictions = of_best if judged == "val" else evaluate(trainer, feeds.feeds[judged], display)
+            images = next(feeds.pictures[judged].batches()).images
+            check_figures(trainer, predictions, images, ready.recipe.cache.dtype)
         metrics = collect_metrics(ready, dataset, predictions, progress)
         write_figures(folder, dataset, predictions, metrics)
         with clock.phase("export"):

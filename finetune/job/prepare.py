@@ -18,6 +18,7 @@ from finetune.errors import UsageError
 from finetune.recipe import Facts, Recipe, compute_batch_size, resolve_recipe
 from finetune.runtime import (
     resolve_device,
+    resolve_most_workers,
     resolve_precision,
     resolve_threads,
     resolve_workers,
@@ -32,13 +33,23 @@ from pretrained.catalog import Card, Preprocessing, find_card
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything that is decided before the output folder is taken."""
+    """Everything that is decided before the output folder is taken.
+
+    Attributes:
+        recipe: without any "auto".
+        dataset: that was found.
+        backbone: with its weights.
+        placement: device and layout of images.
+        plan: what learns, and how fast.
+        most_workers: decoding processes that there may be where their number was left to the program.
+    """
 
     recipe: Recipe
     dataset: Dataset
     backbone: Backbone
     placement: Placement
     plan: Plan
+    most_workers: int
 
 
 def prepare(recipe: Recipe, display: Display) -> Ready:
@@ -73,7 +84,9 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     plan = _plan(resolved, backbone)
     if device.type == "cuda" and recipe.training.batch_size == "auto":
         resolved = _with_fitting_batches(resolved, backbone, plan, placement)
-    return Ready(resolved, dataset, backbone, placement, plan)
+    batch_bytes = _batch_bytes(resolved, num_train, card)
+    most_workers = resolve_most_workers(batch_bytes) if recipe.data.workers == "auto" else 0
+    return Ready(resolved, dataset, backbone, placement, plan, most_workers)
 
 
 def _with_fitting_batches(recipe: Recipe, backbone: Backbone, plan: Plan, placement: Placement) -> Recipe:
@@ -94,10 +107,10 @@ def place_network(network: nn.Module, placement: Placement) -> nn.Module:
 
 
 def _batch_bytes(recipe: Recipe, num_train: int, card: Card) -> int:
-    """Bytes of one batch of images in float32."""
+    """Bytes of one batch of images in uint8."""
     asked = recipe.training.batch_size
     batch_size = compute_batch_size(num_train) if asked == "auto" else asked
-    return 4 * batch_size * math.prod(card.preprocessing.input_size)
+    return batch_size * math.prod(card.preprocessing.input_size)
 
 
 def _plan(recipe: Recipe, backbone: Backbone) -> Plan:

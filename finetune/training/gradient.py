@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.loader import Batch
+from finetune.errors import EnvironmentFaultError
 from finetune.evaluation.predict import autocast
 from finetune.runtime import Precision
 from finetune.training.finite import add_up
+from finetune.training.progress import Progress
 
 
 class Gradient:
@@ -89,6 +91,29 @@ def least_part(network: nn.Module) -> int:
 def halve(network: nn.Module, microbatch: int) -> int:
     """Return half of a microbatch, but no less than the network needs, and no more than it was."""
     return max(-(-microbatch // 2), min(microbatch, least_part(network)))
+
+
+def halve_or_refuse(network: nn.Module, microbatch: int, found: str) -> int:
+    """Return a smaller microbatch.
+
+    Raises:
+        EnvironmentFaultError: the network needs this many, and ``found`` says what ran out.
+    """
+    half = halve(network, microbatch)
+    if half == microbatch:
+        fix = "Lower --img-size, take a smaller backbone, or --strategy top or freeze."
+        asked = f"training with {microbatch} image{'s' if microbatch > 1 else ''} at a time"
+        raise EnvironmentFaultError(asked, found, fix)
+    return half
+
+
+def describe_parts(network: nn.Module, progress: Progress, batch_size: int) -> str:
+    """Say that batches go through in parts now, and whether that is exact."""
+    but = "; BatchNorm sees these smaller parts, so the result is not that of whole batches"
+    return (
+        f"memory ran out at step {progress.step + 1}; batches of {batch_size} now go through in parts of "
+        f"{progress.microbatch}{but if learns_batch_statistics(network) else ''}"
+    )
 
 
 def is_learnable(network: nn.Module, batch: Batch) -> bool:

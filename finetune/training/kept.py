@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,16 +25,61 @@ from finetune.cache.shelf import Shelf
 from finetune.data.loader import Batch, Loader, Placement, plan_epoch
 from finetune.data.sample import Sample
 from finetune.display import Display
+from finetune.errors import DataError
 from finetune.evaluation.predict import InParts, autocast
 from finetune.runtime import DTYPES, Precision
 from finetune.training.trunk import row_bytes
 from pretrained.split import Split
 
 FORMAT = 1
-BATCH = 32
-"""Pictures that go through the trunk at a time, whatever the recipe says: last bits depend on it."""
-MEMORY_BYTES = 2**28
+BATCHES = {"cpu": 8, "cuda": 128}
+"""Pictures that go through the trunk at a time, whatever the recipe says: last bits depend on it. A CPU gains
+nothing from more, and memory is what they cost."""
+MEMORY_BYTES = 2**26
 """Rows of one view that are held in memory; more stay in their file and are read as they are needed."""
+
+
+class Rows(Protocol):
+    """Rows of pictures, in memory or not: a tensor (N, D) is one."""
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """Return rows (B, D)."""
+        ...
+
+
+class FileRows:
+    """Rows that stay in their file.
+
+    They are read, not mapped: mapped pages would count as memory of this process, which then grows with the
+    folder.
+
+    Args:
+        path: of the rows, one after the other.
+        numel: D.
+        dtype: of the rows.
+    """
+
+    def __init__(self, path: Path, numel: int, dtype: torch.dtype) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._numel, self._dtype = numel, dtype
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return rows (B, D).
+
+        Raises:
+            DataError: the file was cut short.
+        """
+        rows = torch.empty(len(indices), self._numel, dtype=self._dtype)
+        content: Any = rows.view(torch.uint8).view(-1).numpy()
+        num_bytes = self._numel * self._dtype.itemsize
+        for place, index in enumerate(indices.tolist()):
+            row = content[place * num_bytes : (place + 1) * num_bytes]
+            done = os.preadv(self._file.fileno(), [row], index * num_bytes)
+            if done != num_bytes:  # one call reads up to 2 GB of a file on a disk
+                found = f"{self._file.name} ends before row {index + 1}"
+                fix = "Run `finetune cache clear`, and start the same command again."
+                raise DataError("reading kept features", found, fix)
+        return rows
 
 
 class KeptRows:
@@ -42,11 +89,13 @@ class KeptRows:
         split: the network cut in two.
         facts: what all rows depend on.
         shelf: where files lie.
+        device: of the network.
         precision: of the trunk's forward pass.
         dtype: of the rows.
         display: shows progress.
 
     Attributes:
+        batch_size: pictures that go through the trunk at a time.
         num_computed: pictures that went through the trunk.
         num_found: pictures whose rows were there.
     """
@@ -57,10 +106,12 @@ class KeptRows:
         facts: Mapping[str, Any],
         shelf: Shelf,
         *,
+        device: torch.device,
         precision: Precision,
         dtype: Precision,
         display: Display,
     ) -> None:
+        self.batch_size = BATCHES[device.type]
         self.split, self.shelf, self.display = split, shelf, display
         self.precision, self.dtype = precision, dtype
         self.num_computed = self.num_found = 0
@@ -70,6 +121,7 @@ class KeptRows:
             "cut": split.cut.name,
             "numel": split.packing.numel,
             "dtype": dtype,
+            "batch_size": self.batch_size,
             **facts,
         }
         self._files: list[BlockFile] = []
@@ -80,11 +132,14 @@ class KeptRows:
         pictures = hashlib.sha256("\n".join(digests).encode()).hexdigest()
         return self._facts | dict(view) | {"num_images": len(digests), "images": pictures}
 
-    def rows(self, loader: Loader, facts: Mapping[str, Any], epoch: int, words: str) -> Tensor:
-        """Return rows (N, D) of a loader's pictures: those that are kept, and the others through the trunk.
+    def rows(
+        self, open_loader: Callable[[], Loader], facts: Mapping[str, Any], epoch: int, words: str
+    ) -> Rows:
+        """Return rows (N, D) of pictures: those that are kept, and the others through the trunk.
 
         Args:
-            loader: unshuffled, with batches of :data:`BATCH`.
+            open_loader: gives the pictures, unshuffled, in batches of :attr:`batch_size`; called when some
+                must be computed.
             facts: of :meth:`facts_of`.
             epoch: of the loader's views.
             words: for the progress bar.
@@ -93,18 +148,19 @@ class KeptRows:
             DataError: a picture cannot be read any more.
             OSError: the file cannot be written, and the rows are too many for the memory.
         """
-        num_bytes = len(loader.samples) * row_bytes(self.split.packing.numel, self.dtype)
-        in_memory = self._empty(len(loader.samples)) if num_bytes <= MEMORY_BYTES else None
-        file = self._open(loader, facts, num_bytes, in_memory is not None)
+        num_images: int = facts["num_images"]
+        num_bytes = num_images * row_bytes(self.split.packing.numel, self.dtype)
+        in_memory = self._empty(num_images) if num_bytes <= MEMORY_BYTES else None
+        file = self._open(facts, num_bytes, in_memory is not None)
         done = len(file.blocks) if file is not None else 0
         if file is not None and done:
             self._read(file, in_memory)
-        if done < loader.num_batches():
-            self._compute(loader, file, done, epoch, in_memory, words)
+        if done < math.ceil(num_images / self.batch_size):
+            self._compute(open_loader(), file, done, epoch, in_memory, words)
         if in_memory is not None:
             return in_memory
         assert file is not None
-        return self._as_rows(torch.from_numpy(file.map()))
+        return FileRows(file.path, self.split.packing.numel, DTYPES[self.dtype])
 
     def close(self) -> None:
         """Let others remove the files."""
@@ -119,9 +175,7 @@ class KeptRows:
     def _as_rows(self, content: Tensor) -> Tensor:
         return content.view(DTYPES[self.dtype]).view(-1, self.split.packing.numel)
 
-    def _open(
-        self, loader: Loader, facts: Mapping[str, Any], num_bytes: int, fits_memory: bool
-    ) -> BlockFile | None:
+    def _open(self, facts: Mapping[str, Any], num_bytes: int, fits_memory: bool) -> BlockFile | None:
         path = self.shelf.place(facts)
         if not self._disk_works:
             return None
@@ -130,7 +184,7 @@ class KeptRows:
                 file = BlockFile(
                     path,
                     facts,
-                    loader.num_batches(),
+                    math.ceil(facts["num_images"] / self.batch_size),
                     waiting=self.display.pulse.beat,
                     verified=lambda done: advance(done, ""),
                 )
@@ -171,7 +225,7 @@ class KeptRows:
         """Run the trunk over the batches that are missing."""
         trunk = InParts(self.split.trunk)
         device = loader.placement.device
-        place = done * BATCH
+        place = done * self.batch_size
         with (
             self.display.track(words, len(loader.samples)) as advance,
             torch.inference_mode(),
@@ -211,7 +265,7 @@ class RowLoader:
 
     def __init__(
         self,
-        views: Sequence[Tensor],
+        views: Sequence[Rows],
         samples: Sequence[Sample],
         *,
         batch_size: int,
@@ -248,8 +302,3 @@ class RowLoader:
         if device.type != "cuda":
             return tensor.to(device)
         return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def count_batches(num_images: int) -> int:
-    """Return the blocks of a file of rows."""
-    return math.ceil(num_images / BATCH)

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from finetune.data.check import refuse_many_lost
 from finetune.data.loader import Batch
 from finetune.display import Display
-from finetune.errors import EnvironmentFaultError, InterruptedRunError
-from finetune.evaluation.predict import predict
+from finetune.errors import InterruptedRunError
+from finetune.evaluation.predict import Predictions, predict
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.recipe import TrainingSettings
 from finetune.runs.bad_images import add_lost_images
@@ -47,7 +47,7 @@ from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors,
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.compiled import build_forward
 from finetune.training.finite import compute_norm, is_finite
-from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnable, learns_batch_statistics
+from finetune.training.gradient import Gradient, KeptBuffers, describe_parts, halve_or_refuse, is_learnable
 from finetune.training.history import add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
@@ -111,6 +111,7 @@ class Trainer:
         self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
         self._start, self._best = start, start.best if start else None
         self._saved: Snapshot | None = None
+        self._best_predictions: Predictions | None = None
         self._moments: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -138,6 +139,12 @@ class Trainer:
             attach(self.ema.module, self._moments, keep)
 
     @property
+    def predictions(self) -> Predictions:
+        """What the judged network said of the validation part in its best epoch; after :meth:`fit`."""
+        assert self._best_predictions is not None
+        return self._best_predictions
+
+    @property
     def judged(self) -> nn.Module:
         """The network whose figures count: the average of the weights where one is kept."""
         return self.state.judged
@@ -163,6 +170,8 @@ class Trainer:
             raise self._interrupted()
         assert self._best is not None
         self.state.give_back_judged(self._best.tensors)
+        if self._best_predictions is None:  # they came from a process that is gone; these are the same bits
+            self._best_predictions = self._judge()
         fold(self.judged)
         return self.progress
 
@@ -264,17 +273,8 @@ class Trainer:
 
     def _halve_microbatch(self, batch_size: int, found: str) -> None:
         now = min(self.progress.microbatch or batch_size, batch_size)
-        self.progress.microbatch = halve(self.task.network, now)
-        if self.progress.microbatch == now:
-            fix = "Lower --img-size, take a smaller backbone, or --strategy top or freeze."
-            asked = f"training with {now} image{'s' if now > 1 else ''} at a time"
-            raise EnvironmentFaultError(asked, found, fix)
-        inexact = learns_batch_statistics(self.task.network)
-        but = "; BatchNorm sees these smaller parts, so the result is not that of whole batches"
-        self.display.warn(
-            f"memory ran out at step {self.progress.step + 1}; batches of {batch_size} now go through in "
-            f"parts of {self.progress.microbatch}{but if inexact else ''}"
-        )
+        self.progress.microbatch = halve_or_refuse(self.task.network, now, found)
+        self.display.warn(describe_parts(self.task.network, self.progress, batch_size))
 
     def _note_lost(self, lost: Mapping[str, str]) -> None:
         """Go on without training images that vanished, as long as they are few."""
@@ -316,20 +316,22 @@ class Trainer:
     # --- the end of an epoch ---------------------------------------------------------------------
 
     def _finish_epoch(self) -> None:
-        figures = self._judge()
+        predictions = self._judge()
+        figures = {"accuracy": predictions.accuracy, "loss": predictions.loss}
         if fault := self._find_fault(figures["loss"]):
             self._go_back(choose_way_back(self.progress), f"{fault} after epoch {self.progress.epoch + 1}")
             return
         improved = observe(self.progress, figures, self.settings)
         self._record(figures)
         if improved:
+            self._best_predictions = predictions
             self._best = Snapshot(self.state.take_judged(), self.progress.copy())
         self._begin_next_epoch()
         self._epoch_start = self._take()
         if not is_over(self.progress, self.settings):
             self._save_or_stop()
 
-    def _judge(self) -> dict[str, float]:
+    def _judge(self) -> Predictions:
         with self.narrator.bar(self.progress, "validating", len(self.task.val.samples)) as advance:
 
             def on_batch(done: int) -> None:
@@ -338,8 +340,7 @@ class Trainer:
                     self._save_or_stop()
 
             forward = self.task.forward(self.judged)
-            predictions = predict(self.judged, self.task.val, self.precision, on_batch, forward)
-        return {"accuracy": predictions.accuracy, "loss": predictions.loss}
+            return predict(self.judged, self.task.val, self.precision, on_batch, forward)
 
     def _find_fault(self, loss: float) -> str:
         if not math.isfinite(loss):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from finetune.data import loader as loader_module
 from finetune.data.discover import discover
 from finetune.data.loader import Batch, Loader, Placement, plan_epoch
 from finetune.data.transforms import build_train_transform
+from finetune.data.workers import choose_workers
 from finetune.errors import DataError
+from finetune.runtime import BATCHES_PER_WORKER
 from pretrained.catalog import Preprocessing
 from tests.conftest import draw_folder
 
 
 def build_loader(
-    root: Path, workers: int = 0, seed: int = 0, shuffle: bool = True, batch_size: int = 5
+    root: Path,
+    workers: int = 0,
+    seed: int = 0,
+    shuffle: bool = True,
+    batch_size: int = 5,
+    most_workers: int = 0,
 ) -> Loader:
     dataset = discover(root, 0.2, 0)
     return Loader(
@@ -28,6 +38,7 @@ def build_loader(
         workers=workers,
         seed=seed,
         shuffle=shuffle,
+        most_workers=most_workers,
     )
 
 
@@ -38,11 +49,13 @@ def assert_same(one: list[Batch], two: list[Batch]) -> None:
         assert left.lost == right.lost
 
 
-def test_workers_and_history_leave_no_trace(pictures: Path) -> None:
-    here, there = build_loader(pictures, workers=0), build_loader(pictures, workers=2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_history_leave_no_trace(pictures: Path, workers: int) -> None:
+    here, there = build_loader(pictures, workers=0), build_loader(pictures, workers=workers)
     list(here.batches(epoch=0))  # draws from every generator
     torch.rand(3)
     assert_same(list(here.batches(epoch=3)), list(there.batches(epoch=3)))
+    there.close()
 
 
 def test_an_epoch_can_begin_anywhere(pictures: Path) -> None:
@@ -105,3 +118,109 @@ def test_waiting_is_measured(pictures: Path) -> None:
     loader = build_loader(pictures)
     list(loader.batches())
     assert loader.wait_seconds > 0
+
+
+# --- how many processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "most", "waited", "chosen"),
+    [
+        (2, 8, 1.0, 2),  # a tenth is fine
+        (2, 8, 1.1, 3),
+        (4, 8, 2.5, 6),  # four made in 10 s what training takes in 7.5 s
+        (2, 8, 5.0, 4),
+        (2, 8, 9.9, 4),  # no more than twice as many at a time
+        (6, 8, 5.0, 8),
+        (8, 8, 9.0, 8),
+        (2, 0, 9.0, 2),  # the user has named the number
+        (0, 8, 9.0, 0),
+    ],
+)
+def test_waiting_asks_for_more_processes(workers: int, most: int, waited: float, chosen: int) -> None:
+    assert choose_workers(workers, most, waited, seconds=10.0) == chosen
+
+
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loader]:
+    """Make a pass in which every batch is waited for, and trained on, for so long."""
+    clock, fetch = Clock(), loader_module.fetch
+    monkeypatch.setattr(loader_module, "time", clock)
+
+    def make_pass(loader: Loader, first: float, waiting: float, training: float) -> Loader:
+        waits = iter([first])
+
+        def slow(*arguments: Any) -> Any:
+            batch = fetch(*arguments)
+            clock.now += next(waits, waiting) if batch is not None else 0.0
+            return batch
+
+        monkeypatch.setattr(loader_module, "fetch", slow)
+        for _ in loader.batches():
+            clock.now += training
+        return loader
+
+    return make_pass
+
+
+def test_a_loader_that_was_waited_for_gets_more_processes(
+    pictures: Path, pass_over: Callable[..., Loader]
+) -> None:
+    loader = build_loader(pictures, workers=1, most_workers=2)
+    plain = list(build_loader(pictures).batches(epoch=1))
+    assert pass_over(loader, first=50.0, waiting=0.1, training=1.0).workers == 1  # they had to start
+    assert loader.wait_seconds == pytest.approx(50.6)
+    assert pass_over(loader, first=0.0, waiting=1.0, training=1.0).workers == 2
+    assert pass_over(loader, first=0.0, waiting=9.0, training=1.0).workers == 2
+    assert_same(list(loader.batches(epoch=1)), plain)
+    assert loader._loader.num_workers == 2
+    loader.close()
+
+
+@pytest.mark.parametrize(("shuffle", "most"), [(False, 3), (True, 0)])
+def test_the_number_stays_for_evaluation_and_where_the_user_has_named_it(
+    pictures: Path, pass_over: Callable[..., Loader], shuffle: bool, most: int
+) -> None:
+    loader = build_loader(pictures, workers=1, shuffle=shuffle, most_workers=most)
+    assert pass_over(loader, first=0.0, waiting=9.0, training=1.0).workers == 1
+    loader.close()
+
+
+def test_no_more_batches_lie_in_shared_memory_than_were_reckoned_with(pictures: Path) -> None:
+    """Two that wait for each process, and the one that it makes."""
+    assert build_loader(pictures, workers=2)._loader.prefetch_factor == BATCHES_PER_WORKER - 1
+    assert build_loader(pictures)._loader.prefetch_factor is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bytes_travel_and_floats_arrive(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    fetched = []
+    fetch = loader_module.fetch
+
+    def recorded(*arguments: Any) -> Any:
+        batch = fetch(*arguments)
+        fetched.append(batch)
+        return batch
+
+    monkeypatch.setattr(loader_module, "fetch", recorded)
+    loader = build_loader(pictures, workers=workers)
+    (batch, *_) = loader.batches(stop=1)
+    assert fetched[0].images.dtype == torch.uint8 and batch.images.dtype == torch.float32
+    assert fetched[0].images.is_shared() == (workers > 0)
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (Preprocessing().mean, Preprocessing().std)
+    )
+    assert batch.images.equal(fetched[0].images.float().div(255).sub(mean).div(std))
+    loader.close()

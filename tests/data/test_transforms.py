@@ -1,19 +1,34 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
 from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import v2
 
-from finetune.data.transforms import build_eval_transform, build_train_transform
+from finetune.data.transforms import Normalizer, Transform, build_eval_transform, build_train_transform
 from finetune.runtime import seed_everything
 from pretrained.catalog import Preprocessing, find_card
+
+CPU = torch.device("cpu")
 
 
 def photograph(width: int = 90, height: int = 60) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def seen(view: Transform, picture: Image.Image) -> torch.Tensor:
+    """What a network gets of a picture: (3, H, W) float32."""
+    pixels = view(picture)
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    return Normalizer(view.preprocessing, CPU)(pixels[None])[0]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +39,41 @@ def test_the_evaluation_view_is_torchvisions_own(name: str) -> None:
     ours = build_eval_transform(find_card(f"torchvision/{name}").preprocessing)
     for size in ((400, 300), (301, 500), (230, 231)):
         picture = photograph(*size)
-        torch.testing.assert_close(ours(picture), reference(picture))
+        torch.testing.assert_close(seen(ours, picture), reference(picture))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_the_evaluation_view_is_timms_to_the_last_bit(crop_mode: str, interpolation: str) -> None:
+    """Bytes that are normalised later, a batch at a time, are the floats that a plain timm user has."""
+    own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation=interpolation)
+    inception = replace(own, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    clip = replace(own, mean=(0.4815, 0.4578, 0.4082), std=(0.2686, 0.2613, 0.2758))
+    pictures = [photograph(100, 75), photograph(40, 90), Image.new("RGB", (50, 50), (255, 0, 1))]
+    for preprocessing in (own, inception, clip):
+        plain = create_transform(**preprocessing.to_timm(), is_training=False)
+        ours = build_eval_transform(preprocessing)
+        batch = torch.stack([ours(picture) for picture in pictures])
+        expected = torch.stack([plain(picture) for picture in pictures])
+        assert Normalizer(preprocessing, CPU)(batch).equal(expected)
+
+
+EVERY_BYTE = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_a_gpu_normalises_to_the_same_bits() -> None:
+    here, there = Normalizer(Preprocessing(), CPU), Normalizer(Preprocessing(), torch.device("cuda"))
+    assert there(EVERY_BYTE.cuda()).cpu().equal(here(EVERY_BYTE))
+
+
+def test_normalising_is_within_a_few_bits_of_torchvisions_newer_transforms() -> None:
+    """They multiply by 1/255, and are no reference for the last bit."""
+    plain = Preprocessing()
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(plain.mean, plain.std)])
+    ours = Normalizer(plain, CPU)(EVERY_BYTE)
+    torch.testing.assert_close(ours, reference(EVERY_BYTE), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("augmentation", ["light", "medium", "heavy"])
@@ -34,7 +83,7 @@ def test_training_views_repeat_with_the_seed_and_differ_without(augmentation: st
 
     def draw(seed: int) -> torch.Tensor:
         seed_everything(seed)
-        return view(picture)
+        return seen(view, picture)
 
     views = [draw(seed) for seed in range(8)]
     assert all(one.equal(draw(seed)) for seed, one in enumerate(views))
@@ -53,11 +102,11 @@ def test_normalisation_is_the_preprocessings() -> None:
     view = build_eval_transform(Preprocessing(img_size=32, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
     value = 128 / 255
     expected = [(value - 0.5) / 0.5, (value - 0.25) / 0.25, value]
-    assert view(grey).mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+    assert seen(view, grey).mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("augmentation", ["light", "medium", "heavy"])
-def test_five_hundred_views_are_finite_plain_tensors(augmentation: str) -> None:
+def test_five_hundred_views_are_plain_bytes(augmentation: str) -> None:
     """A rare strength of one operation must not stop a run after an hour."""
     view = build_train_transform(Preprocessing(img_size=16), augmentation)  # type: ignore[arg-type]
     picture = photograph(24, 20)
@@ -65,4 +114,50 @@ def test_five_hundred_views_are_finite_plain_tensors(augmentation: str) -> None:
         torch.manual_seed(seed)
         tensor = view(picture)
         assert type(tensor) is torch.Tensor
-        assert tensor.isfinite().all()
+        assert tensor.dtype == torch.uint8 and tensor.shape == (3, 16, 16)
+
+
+def test_a_quarter_of_heavy_views_has_a_rectangle_of_noise() -> None:
+    """Of every byte, as in arXiv:1708.04896: torchvision's floats around zero would be cut to few of them."""
+    view = build_train_transform(Preprocessing(img_size=32), "heavy")
+    erase = view.draw.transforms[-1]  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    images = [erase(torch.full((3, 32, 32), 128, dtype=torch.uint8)) for _ in range(800)]
+    erased = [image for image in images if (image != 128).any()]
+    assert 160 <= len(erased) <= 240
+    assert all(0.01 < (image != 128).double().mean() < 0.35 for image in erased)
+    noise = torch.cat([image[image != 128] for image in erased]).double()
+    assert len(noise.unique()) == 255
+    assert noise.mean().item() == pytest.approx(127.5, abs=1)
+    assert noise.std().item() == pytest.approx(256 / math.sqrt(12), abs=1)
+
+
+# --- the picture that views are drawn from -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("augmentation", "smallest"), [("light", 0.5), ("medium", 0.5), ("heavy", 0.2)])
+def test_no_random_crop_of_a_reduced_picture_is_enlarged(augmentation: str, smallest: float) -> None:
+    view = build_train_transform(Preprocessing(img_size=50), augmentation)  # type: ignore[arg-type]
+    assert view.short_side is not None
+    assert f"scale=({smallest}, 1.0)" in repr(view.draw)
+    crop = v2.RandomResizedCrop(50, scale=(smallest, smallest))
+    for width, height in ((1, 1), (4, 3), (3, 5), (9, 1)):
+        unit = view.short_side // min(width, height) + 1
+        picture = Image.new("L", (unit * width, unit * height))
+        for _ in range(100):
+            made = crop.make_params([picture])
+            assert min(made["width"], made["height"]) >= 50
+
+
+def test_the_evaluation_view_is_drawn_from_every_pixel(tmp_path: Path) -> None:
+    photograph(801, 600).save(tmp_path / "x.jpg", quality=95)
+    own = Preprocessing(img_size=48)
+    view, random_view = build_eval_transform(own), build_train_transform(own, "light")
+    assert view.open(tmp_path / "x.jpg").size == (801, 600)
+    assert view.short_side is build_train_transform(own, "none").short_side is None
+    assert random_view.open(tmp_path / "x.jpg").size == (201, 150)
+
+
+def test_nearest_neighbours_are_taken_from_every_pixel() -> None:
+    """Whoever asks for them wants no colour that the picture does not have."""
+    assert build_train_transform(Preprocessing(interpolation="nearest"), "light").short_side is None

@@ -21,10 +21,12 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.data import loader as loader_module
+from finetune.data import transforms as transforms_module
 from finetune.data.discover import discover
 from finetune.data.loader import Batch, Loader, Placement
 from finetune.data.sample import Dataset, Sample
 from finetune.data.transforms import build_train_transform
+from finetune.data.workers import start_worker
 from finetune.errors import EnvironmentFaultError, ExitCode
 from finetune.runs.claim import locked
 from pretrained.catalog import Preprocessing
@@ -208,7 +210,7 @@ def test_the_handler_of_torch_would_raise_in_the_middle_of_a_step(
     fresh_handler: None, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why the loader takes that handler away: without this test nobody would know that it must."""
-    monkeypatch.setattr(loader_module, "_iterate", iter)
+    monkeypatch.setattr(loader_module, "start_pass", iter)
     batches = build(times=0).batches()
     next(batches)
     with pytest.raises(RuntimeError, match="killed by signal"):
@@ -318,7 +320,7 @@ def test_no_decoding_process_outlives_a_killed_trainer_nor_keeps_its_lock(
 def test_a_process_whose_parent_is_gone_already_ends_at_once(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        loader_module._start_worker(os.getpid(), 0)  # nobody is one's own parent
+        start_worker(os.getpid(), 0)  # nobody is one's own parent
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -347,16 +349,16 @@ def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
     cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli(*words_of(tiny, pictures, tmp_path / "whole")).exit_code == 0
-    decode, home, token = loader_module.decode_image, os.getpid(), tmp_path / "token"
+    decode, home, token = transforms_module.decode_image, os.getpid(), tmp_path / "token"
     token.touch()
 
-    def die_once(path: Path) -> Any:
+    def die_once(path: Path, short_side: int | None) -> Any:
         if os.getpid() != home and path.name == "007.jpg" and token.exists():
             token.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(path)
+        return decode(path, short_side)
 
-    monkeypatch.setattr(loader_module, "decode_image", die_once)
+    monkeypatch.setattr(transforms_module, "decode_image", die_once)
     result = cli(*words_of(tiny, pictures, tmp_path / "killed"))
     assert result.exit_code == 0, result.output
     assert result.stderr.count("warning: a decoding process ended") == 1
@@ -367,10 +369,10 @@ def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
 def test_an_unforeseen_error_leaves_its_traceback_in_the_log(
     cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    def a_bug_of_ours(path: Path) -> None:
+    def a_bug_of_ours(*arguments: object) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(loader_module, "decode_image", a_bug_of_ours)
+    monkeypatch.setattr(transforms_module, "decode_image", a_bug_of_ours)
     result = cli(*words_of(tiny, pictures, tmp_path / "run"), "--workers", workers)
     assert result.exit_code == ExitCode.INTERNAL == 70
     assert "RuntimeError: no such thing" in result.stderr

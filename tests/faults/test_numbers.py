@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from finetune.data.loader import Batch
 from finetune.errors import DivergedError, ExitCode
+from finetune.evaluation.predict import Predictions
 from finetune.training.pace import Pace
 from finetune.training.progress import Progress
 from finetune.training.recovery import go_back
@@ -201,9 +202,10 @@ def test_what_was_learnt_of_the_machine_survives_the_way_back() -> None:
 class BadlyJudged(Trainer):
     """The validation loss of the second epoch is no number, the first time."""
 
-    def _judge(self) -> dict[str, float]:
+    def _judge(self) -> Predictions:
         spoil = self.progress.epoch == 1 and self.progress.rollbacks == 0
-        return super()._judge() | ({"loss": float("nan")} if spoil else {})
+        predictions = super()._judge()
+        return replace(predictions, logits=predictions.logits * float("nan")) if spoil else predictions
 
 
 def test_a_validation_loss_of_nan_leads_back(pictures: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from finetune.cache.blocks import BlockFile, journal_of
 from finetune.cache.shelf import cache_folder
 from finetune.data.loader import Placement
 from finetune.data.sample import Sample
-from finetune.errors import InternalError, InterruptedRunError
+from finetune.errors import DataError, InternalError, InterruptedRunError
 from finetune.job import Run, run
 from finetune.recipe import load_recipe
-from finetune.training.kept import KeptRows, RowLoader
+from finetune.training.kept import FileRows, KeptRows, RowLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
 from tests.training.helpers import Listener
@@ -39,7 +39,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More pictures than go through the trunk at a time."""
+    """More pictures than go through the trunk at a time, and not a multiple of them."""
     root = tmp_path_factory.mktemp("few")
     draw_folder(root / "train", {"red": 20, "blue": 20})
     draw_folder(root / "val", {"red": 5, "blue": 5})
@@ -60,6 +60,7 @@ def fit(tiny: Path, few: Path, tmp_path: Path) -> Fit:
             "backbone.name": str(tiny),
             "data.path": str(few),
             "data.workers": 0,
+            "cache.pictures": False,
             "strategy.name": strategy,
             "training.epochs": 3,
             "training.batch_size": 8,
@@ -191,10 +192,10 @@ def test_an_interrupted_pass_goes_on(fit: Fit, computed: list[int], tmp_path: Pa
 
     with mock.patch.object(BlockFile, "append", interrupted), pytest.raises(InterruptedRunError):
         fit("again")
-    assert sum(computed) == 40  # the block that broke off is kept, and was not counted
+    assert sum(computed) == 16  # the block that broke off is kept, and was not counted
     computed.clear()
     again = fit("again")
-    assert sum(computed) == 8 + 40 + 10  # the second view's last block, the third view, and validation
+    assert sum(computed) == 16 + 2 * 40 + 10  # the rest of the first view, the others, and validation
     assert_same_run(whole.folder.path, again.folder.path)
 
 
@@ -289,7 +290,7 @@ def test_wrong_features_give_no_figures(fit: Fit) -> None:
     def wrong(self: KeptRows, *arguments: Any) -> Tensor:
         return rows(self, *arguments).flip(0)
 
-    with mock.patch.object(KeptRows, "rows", wrong), pytest.raises(InternalError, match="kept features"):
+    with mock.patch.object(KeptRows, "rows", wrong), pytest.raises(InternalError, match="figures"):
         fit("wrong")
 
 
@@ -344,3 +345,15 @@ def test_an_epoch_goes_on_in_its_middle() -> None:
     rest = [batch.images for batch in loader.batches(5, start=1)]
     assert all(map(torch.equal, whole[1:], rest))
     assert len(rest) == loader.num_batches(5) - 1 == 2
+
+
+def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
+    rows = torch.randn(20, 5)
+    path = tmp_path / "rows.bin"
+    path.write_bytes(rows.numpy().tobytes())
+    kept = FileRows(path, 5, torch.float32)
+    indices = torch.tensor([3, 19, 0, 3])
+    assert kept[indices].equal(rows[indices])
+    os.truncate(path, 390)
+    with pytest.raises(DataError, match="row 20"):
+        kept[indices]

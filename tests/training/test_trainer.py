@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import DivergedError, ExitCode, InternalError, InterruptedRunError
+from finetune.evaluation.predict import Predictions
 from finetune.strategy.freeze import check_frozen, digest_frozen
 from finetune.training.trainer import Trainer
 from tests.training.helpers import SmallNet, assert_same_end, build_trainer, figures, saved, stop_after
@@ -65,7 +66,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 class StopsWhileJudging(Trainer):
     """Is asked to stop in the middle of the second validation."""
 
-    def _judge(self) -> dict[str, float]:
+    def _judge(self) -> Predictions:
         if self.progress.epoch == 1:
             self.stop_asked = lambda: True
         return super()._judge()
@@ -145,7 +146,7 @@ def test_the_best_epoch_is_what_is_judged(pictures: Path, tmp_path: Path) -> Non
     progress = trainer.fit()
     losses = [row["eval_loss"] for row in progress.history]
     assert progress.best_epoch == losses.index(min(losses))
-    assert trainer._judge()["loss"] == pytest.approx(min(losses), abs=1e-9)
+    assert trainer._judge().loss == pytest.approx(min(losses), abs=1e-9)
 
 
 def test_patience_stops_early(pictures: Path, tmp_path: Path) -> None:
@@ -220,3 +221,18 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(
     assert trainer.progress.rollbacks == 2
     assert trainer.progress.rate_factor == 0.25
     assert all(parameter.isfinite().all() for parameter in trainer.task.network.parameters())
+
+
+def test_figures_are_those_of_the_best_epoch_wherever_it_was_made(pictures: Path, tmp_path: Path) -> None:
+    keys = {"epochs": 5, "lr": 2.0, "schedule": "constant"}
+    whole = build_trainer(pictures, tmp_path / "whole", **keys)
+    best = whole.fit().best_epoch
+    assert best < 4
+    stopped = build_trainer(pictures, tmp_path / "again", **keys)
+    stopped.stop_asked = lambda: stopped.progress.epoch > best
+    with pytest.raises(InterruptedRunError):
+        stopped.fit()
+    again = build_trainer(pictures, tmp_path / "again", **keys)
+    again.fit()
+    assert again.predictions.logits.equal(whole.predictions.logits)
+    assert whole.predictions.loss == whole.progress.best["loss"]

@@ -1,0 +1,96 @@
+"""What every peer's script shares: the same words on the command line, the same weights, one line out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import models
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LAST_STAGE = {"squeezenet1_0": "features.12", "resnet18": "layer4", "resnet50": "layer4"}
+"""What ``top`` trains below the head: the stage that `finetune backbones show` prints as top."""
+HEAD = {"squeezenet1_0": "classifier", "resnet18": "fc", "resnet50": "fc"}
+_BEGAN = time.perf_counter()
+
+
+def read_arguments() -> argparse.Namespace:
+    """Return the arguments, with torch's threads and all seeds set."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True, help="a folder with train/ and val/")
+    parser.add_argument("--weights", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument("--arch", choices=sorted(HEAD), required=True)
+    parser.add_argument("--strategy", choices=("freeze", "top", "full"), default="freeze")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True, help="a folder for what the tool leaves")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    random.seed(options.seed)
+    np.random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def load_network(arch: str, weights: Path) -> nn.Module:
+    """Return torchvision's network with the weights of the file, and its own 1000 classes."""
+    from safetensors.torch import load_file
+
+    network: nn.Module = getattr(models, arch)(weights=None)
+    network.load_state_dict(load_file(weights))
+    return network
+
+
+def replace_head(network: nn.Module, arch: str, num_classes: int) -> None:
+    """Put a new classifier in, as the tutorials of torchvision do."""
+    if arch.startswith("squeezenet"):
+        network.get_submodule("classifier").register_module("1", nn.Conv2d(512, num_classes, kernel_size=1))
+    else:
+        last = network.get_submodule("fc")
+        assert isinstance(last, nn.Linear)
+        network.register_module("fc", nn.Linear(last.in_features, num_classes))
+
+
+def learning_parts(network: nn.Module, arch: str, strategy: str) -> list[nn.Module]:
+    """Return the modules that learn."""
+    head, last = network.get_submodule(HEAD[arch]), network.get_submodule(LAST_STAGE[arch])
+    return {"freeze": [head], "top": [last, head], "full": [network]}[strategy]
+
+
+class Phases:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"import": time.perf_counter() - _BEGAN}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to a name."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def report(accuracy: float | None, num_train: int, phases: Phases) -> None:
+    """Print the one line that the suite reads."""
+    seconds = {name: round(value, 3) for name, value in phases.seconds.items()}
+    seconds["training"] = seconds.get("train", 0.0)
+    line = {"accuracy": accuracy, "num_train": num_train, "seconds": seconds}
+    sys.stdout.write(json.dumps(line) + "\n")

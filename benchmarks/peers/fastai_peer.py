@@ -1,0 +1,96 @@
+"""fastai: ``vision_learner`` with its own head, one cycle, and rates that fall from head to stem.
+
+What is frozen and where the last stage begins is the suite's splitter, so that it means the same for all. As
+fastai does it, BatchNorm goes on learning in frozen stages (``train_bn``), the head is two linear layers over
+average and maximum, and weight decay is decoupled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from functools import partial
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+from common import HEAD, LAST_STAGE, Phases, load_network, read_arguments, report  # noqa: E402
+from fastai.vision.all import (  # noqa: E402
+    SGD,
+    Flip,
+    ImageDataLoaders,
+    L,
+    Learner,
+    RandomResizedCrop,
+    accuracy,
+    model_meta,
+    models,
+    params,
+    vision_learner,
+)
+
+
+def build_learner(options: argparse.Namespace) -> Learner:
+    """Return a learner with the given weights, frozen as the strategy says."""
+    loaders = ImageDataLoaders.from_folder(
+        options.data,
+        train="train",
+        valid="val",
+        item_tfms=RandomResizedCrop(options.img_size, min_scale=0.35),
+        batch_tfms=Flip(),
+        bs=options.batch_size,
+        num_workers=options.workers,
+        seed=options.seed,
+        device="cpu",
+    )
+
+    def arch(**_: Any) -> Any:
+        return load_network(options.arch, options.weights)
+
+    model_meta[arch] = model_meta[getattr(models, options.arch)]
+    learner = vision_learner(
+        loaders,
+        arch,
+        metrics=accuracy,
+        opt_func=partial(SGD, mom=0.9),
+        wd=1e-4,
+        splitter=partial(split, position=find_last_stage(options)),
+        path=options.output,
+    )
+    if options.strategy == "top":
+        learner.freeze_to(-2)
+    elif options.strategy == "full":
+        learner.unfreeze()
+    return learner
+
+
+def find_last_stage(options: argparse.Namespace) -> tuple[int, ...]:
+    """Return where the last stage lies among the children of fastai's body."""
+    if HEAD[options.arch] == "classifier":  # the body is one Sequential of one Sequential
+        return 0, int(LAST_STAGE[options.arch].rpartition(".")[2])
+    return (7,)  # conv1 bn1 relu maxpool layer1 layer2 layer3 layer4
+
+
+def split(model: Any, position: tuple[int, ...]) -> Any:
+    """Return the parameters below the last stage, of the last stage, and of the head."""
+    body = model[0]
+    for index in position[:-1]:
+        body = body[index]
+    return L(body[: position[-1]], body[position[-1] :], model[1:]).map(params)
+
+
+def main() -> None:
+    """Train, and report."""
+    options, phases = read_arguments(), Phases()
+    with phases.phase("load"):
+        learner = build_learner(options)
+    rate = options.lr if options.strategy == "freeze" else slice(options.lr / 100, options.lr)
+    with phases.phase("train"), learner.no_bar(), learner.no_logging():
+        learner.fit_one_cycle(options.epochs, rate)
+        learner.save("final")
+    judged = [row[-1] for row in learner.recorder.values]
+    report(float(max(judged)), len(learner.dls.train_ds), phases)
+
+
+if __name__ == "__main__":
+    main()

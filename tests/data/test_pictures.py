@@ -1,0 +1,330 @@
+"""Kept pictures leave no trace in a batch, and only true ones are kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.cache.shelf import Shelf
+from finetune.data import pictures as pictures_module
+from finetune.data import transforms as transforms_module
+from finetune.data.check import check_images
+from finetune.data.discover import discover
+from finetune.data.loader import Loader, Placement
+from finetune.data.pictures import PER_BLOCK, Pictures, keep_pictures
+from finetune.data.sample import Dataset
+from finetune.data.transforms import Transform, build_train_transform
+from finetune.display import SilentDisplay
+from pretrained.catalog import Preprocessing
+from tests.data.test_loader import assert_same
+
+
+class Listener(SilentDisplay):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str, style: str = "") -> None:
+        self.said.append(text)
+
+
+def view_of(augmentation: str, img_size: int = 16) -> Transform:
+    return build_train_transform(Preprocessing(img_size=img_size), augmentation)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Dataset:
+    """76 training pictures of many sizes, so three blocks; some larger than twice 16 pixels."""
+    random = np.random.default_rng(0)
+    for number in range(94):
+        folder = tmp_path / "photos" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        width, height = random.integers(10, 90, 2)
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03}.{'jpg' if number % 3 else 'png'}")
+    return discover(tmp_path / "photos", 0.2, 0)
+
+
+Keep = Callable[..., Pictures | None]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(1e9, tmp_path / "kept")
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return Listener()
+
+
+@pytest.fixture
+def keep(photos: Dataset, shelf: Shelf, listener: Listener) -> Iterator[Keep]:
+    made = []
+
+    def keep_some(
+        view: Transform | None = None,
+        dataset: Dataset = photos,
+        shelf: Shelf = shelf,
+        passes: int = 9,
+        digests: dict[str, str] | None = None,
+    ) -> Pictures | None:
+        digests = check_images(dataset).digests if digests is None else digests
+        samples = dataset.of("train")
+        kept = keep_pictures(dataset, samples, digests, view or view_of("light"), shelf, listener, passes)
+        made.append(kept)
+        return kept
+
+    yield keep_some
+    for kept in made:
+        if kept is not None:
+            kept.close()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are decoded in this process."""
+    names: list[str] = []
+    decode = transforms_module.decode_image
+
+    def recorded(path: Path, short_side: int | None) -> Image.Image:
+        names.append(path.name)
+        return decode(path, short_side)
+
+    monkeypatch.setattr(transforms_module, "decode_image", recorded)
+    return names
+
+
+def build(
+    dataset: Dataset,
+    view: Transform,
+    pictures: Pictures | None = None,
+    workers: int = 0,
+    shuffle: bool = True,
+) -> Loader:
+    return Loader(
+        dataset,
+        dataset.of("train"),
+        view,
+        batch_size=10,
+        placement=Placement(torch.device("cpu"), channels_last=False),
+        workers=workers,
+        seed=0,
+        shuffle=shuffle,
+        pictures=pictures,
+    )
+
+
+# --- the same bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_pictures_leave_no_trace(
+    photos: Dataset, keep: Keep, opened: list[str], augmentation: str, workers: int
+) -> None:
+    view = view_of(augmentation)
+    kept = keep(view)
+    assert len(opened) == len(photos.of("train")) == 76
+    opened.clear()
+    loader = build(photos, view, kept, workers)
+    batches = list(loader.batches(epoch=3))
+    assert opened == []
+    assert_same(batches, list(build(photos, view).batches(epoch=3)))
+    assert len(opened) == 76
+    loader.close()
+
+
+def test_finished_views_need_no_decoding_processes(photos: Dataset, keep: Keep) -> None:
+    view = view_of("none")
+    assert build(photos, view, keep(view), workers=2, shuffle=False).workers == 0
+    assert build(photos, view_of("light"), keep(view_of("light")), workers=2, shuffle=False).workers == 2
+
+
+def test_the_next_run_decodes_nothing(keep: Keep, opened: list[str]) -> None:
+    first = keep()
+    assert first is not None
+    first.close()
+    opened.clear()
+    again = keep(passes=1)
+    assert again is not None and opened == []
+
+
+def test_only_large_pictures_are_reduced(photos: Dataset, keep: Keep) -> None:
+    kept = keep()
+    assert kept is not None
+    for index, sample in enumerate(photos.of("train")):
+        pixels, whole = kept[index], np.asarray(Image.open(photos.file(sample)))
+        assert pixels is not None
+        assert min(pixels.shape[:2]) >= min(27, *whole.shape[:2])
+        assert np.array_equal(pixels, whole) == (min(whole.shape[:2]) < 2 * 27)
+
+
+def test_a_process_that_is_not_forked_maps_the_file_again(keep: Keep) -> None:
+    kept = keep()
+    message = pickle.dumps(kept)
+    assert kept is not None and len(message) < 5000
+    there = pickle.loads(message)
+    assert len(there) == len(kept)
+    assert all(np.array_equal(there[index], kept[index]) for index in range(len(kept)))
+
+
+def test_a_file_that_is_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
+    """Pages that could be written, if only privately, are granted up to the size of the memory."""
+    side = 1 + int((2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3) ** 0.5)
+    with (tmp_path / "x.bin").open("wb") as file:
+        file.truncate(3 * side**2)  # takes no room on the disk
+    pixels = Pictures(tmp_path / "x.bin", np.array([[side, side, 3]]))[0]
+    assert pixels is not None and pixels[-1, -1, -1] == 0
+    assert not pixels.flags.writeable
+
+
+# --- another file for other content --------------------------------------------------------------
+
+
+def test_the_file_depends_on_images_order_view_and_versions(
+    photos: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, digests = photos.of("train"), check_images(photos).digests
+    view, fixed = view_of("light"), view_of("none")
+
+    def place(view: Transform = view, order: int = 1, **changed: str) -> Path:
+        return Shelf().place(pictures_module._describe(samples[::order], digests | changed, view))
+
+    border = replace(fixed, preprocessing=replace(fixed.preprocessing, crop_mode="border"))
+    places = [
+        place(),
+        place(order=-1),
+        place(**{samples[5].path: "other"}),
+        place(view_of("heavy")),
+        place(view_of("light", 24)),
+        place(fixed),
+        place(border),
+        place(view_of("none", 24)),
+    ]
+    monkeypatch.setattr("finetune.data.pictures.metadata.version", lambda name: "99")
+    places.append(place())
+    assert len(set(places)) == len(places)
+    assert place(view_of("medium")) == place(view)  # drawn from the same pictures
+    assert place(**{photos.of("val")[0].path: "other"}) == place()
+
+
+def test_an_image_that_changed_is_decoded_again(photos: Dataset, keep: Keep, opened: list[str]) -> None:
+    before = keep()
+    Image.new("RGB", (20, 20), "red").save(photos.file(photos.of("train")[40]))
+    opened.clear()
+    after = keep()
+    assert before is not None and after is not None and len(opened) == 76
+    assert not np.array_equal(before[40], after[40])  # type: ignore[arg-type]
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_changed_byte_is_found_and_everything_decoded_again(
+    photos: Dataset, shelf: Shelf, keep: Keep, opened: list[str], listener: Listener
+) -> None:
+    first = keep()
+    assert first is not None
+    first.close()
+    (path,) = shelf.folder.glob("*.bin")
+    with path.open("r+b") as file:
+        file.seek(50_000)
+        byte = file.read(1)
+        file.seek(50_000)
+        file.write(bytes([byte[0] ^ 1]))
+    opened.clear()
+    kept = keep()
+    assert kept is not None and len(opened) == 76
+    assert "damaged" in listener.said[0]
+    assert_same(
+        list(build(photos, view_of("light"), kept).batches()), list(build(photos, view_of("light")).batches())
+    )
+
+
+def test_a_fill_that_was_interrupted_goes_on(
+    keep: Keep, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = pictures_module._submit_blocks
+
+    def interrupted(*arguments: object) -> Iterator[object]:
+        yield from list(blocks(*arguments))[:1]  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pictures_module, "_submit_blocks", interrupted)
+        keep()
+    opened.clear()
+    assert keep() is not None
+    assert len(opened) == 76 - PER_BLOCK
+
+
+@pytest.mark.parametrize("how", ["vanished", "changed"])
+def test_a_picture_that_is_no_more_what_was_checked_is_not_kept(
+    photos: Dataset, keep: Keep, listener: Listener, how: str
+) -> None:
+    digests = check_images(photos).digests
+    victim = photos.file(photos.of("train")[70])
+    victim.unlink() if how == "vanished" else Image.new("RGB", (20, 20)).save(victim)
+    assert keep(digests=digests) is None
+    (line,) = listener.said
+    assert line.startswith("train pictures are decoded in every pass: ") and victim.name in line
+    assert ("file not found" if how == "vanished" else "has changed") in line
+
+
+def test_a_picture_that_an_earlier_attempt_lost_keeps_its_place(photos: Dataset, keep: Keep) -> None:
+    """The loader tells of it, as it does without kept pictures."""
+    lost = photos.of("train")[40]
+    photos.file(lost).unlink()
+    kept, view = keep(), view_of("light")
+    assert kept is not None and kept[40] is None and kept[41] is not None
+    batches = list(build(photos, view, kept).batches())
+    assert [batch.lost for batch in batches if batch.lost] == [{lost.path: "file not found"}]
+    assert_same(batches, list(build(photos, view).batches()))
+
+
+def test_pictures_are_kept_only_where_that_pays(keep: Keep, shelf: Shelf, opened: list[str]) -> None:
+    assert keep(passes=1) is None
+    assert opened == [] and not shelf.folder.exists()
+
+
+def test_pictures_are_kept_only_where_they_fit(keep: Keep, shelf: Shelf, listener: Listener) -> None:
+    assert keep(shelf=Shelf(100_000, shelf.folder)) is None
+    (line,) = listener.said
+    assert "0.00039 GB" in line and "cache.max_gb" in line
+
+
+def test_the_size_is_known_before(photos: Dataset, keep: Keep, shelf: Shelf) -> None:
+    for view, error in ((view_of("light"), 0.1), (view_of("none"), 0.0)):
+        estimate = pictures_module._estimate_bytes(photos, photos.of("train"), view)
+        keep(view)
+        size = max(shelf.list(), key=lambda kept: kept.used).num_bytes
+        assert size <= estimate <= (1 + error) * size
+
+
+def test_a_full_disk_leaves_nothing_behind(keep: Keep, shelf: Shelf, listener: Listener) -> None:
+    with mock.patch(
+        "finetune.cache.blocks.BlockFile.append", side_effect=OSError(28, "No space left on device")
+    ):
+        assert keep() is None
+    (line,) = listener.said
+    assert "No space left on device" in line
+    assert list(shelf.folder.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_said(keep: Keep, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert keep(shelf=Shelf(1e9, tmp_path / "closed" / "kept")) is None
+    assert "Permission denied" in listener.said[0]
