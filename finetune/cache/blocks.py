@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 WAIT_SECONDS = 0.2
 """Between two looks at whether another process has finished the file."""
 
@@ -105,15 +103,20 @@ class BlockFile:
             self._bytes.close()
             self._lock(fcntl.LOCK_SH)
 
-    def map(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return the bytes as an array that reads from the file what is asked of it."""
-        if not self.num_bytes:
-            return np.empty(0, np.uint8)
-        # Copy on write: torch wants memory that may be written, and nothing must reach the file.
-        return np.memmap(self.path, np.uint8, "c", shape=(self.num_bytes,))
+    def read(self) -> bytearray:
+        """Return the bytes of all blocks that are there.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        content = bytearray(self.num_bytes)
+        if content:
+            with self.path.open("rb") as file:
+                file.readinto(content)
+        return content
 
     def close(self) -> None:
-        """Let go of the file; what was mapped stays readable."""
+        """Let go of the file."""
         if self._bytes is not None:
             self._bytes.close()
         self._journal.close()

@@ -237,6 +237,7 @@ def _take_data(job: Job) -> tuple[Dataset, bool]:
     accept(changes, job.claim, job.allow_changed, display)
     if changes:
         folder.split.unlink(missing_ok=True)
+        folder.trunk.unlink(missing_ok=True)
     dataset = check_data(job.ready.dataset, comparison.checked, folder, display)
     warn_of_versions(job.claim, comparison.environment, display)
     if not folder.split.exists():

@@ -172,9 +172,6 @@ class KeptRows:
     def _empty(self, num_images: int) -> Tensor:
         return torch.empty(num_images, self.split.packing.numel, dtype=DTYPES[self.dtype])
 
-    def _as_rows(self, content: Tensor) -> Tensor:
-        return content.view(DTYPES[self.dtype]).view(-1, self.split.packing.numel)
-
     def _open(self, facts: Mapping[str, Any], num_bytes: int, fits_memory: bool) -> BlockFile | None:
         path = self.shelf.place(facts)
         if not self._disk_works:
@@ -207,7 +204,7 @@ class KeptRows:
     def _read(self, file: BlockFile, in_memory: Tensor | None) -> None:
         num_bytes = file.num_bytes
         if in_memory is not None:
-            found = self._as_rows(torch.from_numpy(file.map()[:num_bytes]))
+            found = torch.frombuffer(file.read(), dtype=DTYPES[self.dtype]).view(-1, in_memory.shape[1])
             in_memory[: len(found)] = found
         self.num_found += num_bytes // row_bytes(self.split.packing.numel, self.dtype)
 

@@ -36,7 +36,7 @@ def words(weights: Path, data: Path, tmp_path: Path) -> Callable[..., list[objec
     """``words("b", epochs=4)`` is a command with its output in ``b``."""
 
     def build(output: str = "run", *more: object, epochs: int = 2, batch_size: int = 8) -> list[object]:
-        settings = ("--epochs", epochs, "--batch-size", batch_size, "--workers", 0, "-s", "full")
+        settings = ("--epochs", epochs, "--batch-size", batch_size, "--workers", 0, "-s", "full", "--set", "cache=off")
         return ["run", "-b", weights, "-d", data, "-o", tmp_path / output, *settings, *more]
 
     return build
@@ -344,7 +344,7 @@ def test_a_lost_image_does_not_change_which_images_were_drawn_for_validation(
     """A fifth of 103 images is 21, and a fifth of 102 would be 20."""
     flat = draw_folder(tmp_path / "flat", {"red": 103, "blue": 60})
     words = ["run", "-b", tiny, "-d", flat, "-o", tmp_path / "run", "-s", "freeze", "--epochs", 2]
-    words += ["--workers", 0, "--batch-size", 32, "--set", "input.augmentation=none"]
+    words += ["--workers", 0, "--batch-size", 32, "--set", "input.augmentation=none", "--set", "cache=off"]
     with monkeypatch.context() as patch:
         split = tmp_path / "run" / "split.csv"
 

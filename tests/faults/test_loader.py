@@ -336,7 +336,7 @@ def test_children_are_forked_whatever_the_default_of_python(build: Build) -> Non
 
 
 def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
-    settings = ("--epochs", 2, "--batch-size", 8, "--workers", 1, "-s", "full")
+    settings = ("--epochs", 2, "--batch-size", 8, "--workers", 1, "-s", "full", "--set", "cache=off")
     return ["run", "-b", tiny, "-d", data, "-o", output, *settings]
 
 

@@ -173,7 +173,7 @@ def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, pictures: Path
     address = f"{mirror.url}/weights.pth"
     cases = [
         (0, "", words(pictures, tiny, "--output", "runs/whole")),
-        (70, "evaluate", words(pictures, tiny, "--output", "runs/broken")),
+        (70, "check_figures", words(pictures, tiny, "--output", "runs/broken")),
         (70, "prepare", words(pictures, tiny, "--output", "runs/early")),
         (78, "", words(pictures, "hf-hub:org/absent")),
         (78, "", words(pictures, "hf-hub:org/closed")),
