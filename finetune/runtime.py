@@ -106,6 +106,17 @@ def _shared_memory_bytes() -> int:
         return sys.maxsize
 
 
+PART_PIXELS = 8 * 224 * 224
+"""Of the pictures that go through a network at a time on a CPU. The activations of more do not fit its
+caches: measured on two cores, SqueezeNet's forward takes 10.7 ms a picture in parts of 8 and 21.6 ms in parts
+of 32, and forward and backward 36 ms in parts of 8 and 46 ms in parts of 16."""
+
+
+def compute_part_size(height: int, width: int) -> int:
+    """Return how many pictures of a size go through a network at a time on a CPU, where that is free."""
+    return max(4, min(64, PART_PIXELS // (height * width)))
+
+
 def derive_seed(*parts: int | str) -> int:
     """Return 63 bits that depend on every part, so that no two uses of a seed draw the same numbers."""
     text = "/".join(str(part) for part in parts)

@@ -16,12 +16,14 @@ class Feed(Protocol):
         samples: in the order that a batch's indices count.
         batch_size: samples a batch.
         placement: where batches go.
+        input_size: (C, H, W) of the pictures; None where batches hold features.
         wait_seconds: time the last pass spent waiting for data.
     """
 
     samples: tuple[Sample, ...]
     batch_size: int
     placement: Placement
+    input_size: tuple[int, int, int] | None
     wait_seconds: float
 
     def num_batches(self, epoch: int = 0) -> int:

@@ -171,6 +171,7 @@ class Loader:
         most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
 
     Attributes:
+        input_size: (3, H, W) of the pictures.
         wait_seconds: time the last pass spent waiting for data.
         workers: decoding processes of the next pass.
     """
@@ -193,6 +194,7 @@ class Loader:
         assert pictures is None or len(pictures) == len(samples)
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
         self.seed, self.shuffle, self.warn = seed, shuffle, warn
+        self.input_size: tuple[int, int, int] | None = transform.preprocessing.input_size
         self.wait_seconds = 0.0
         # A view that is kept whole is copied faster than it is handed over from another process.
         is_finished = pictures is not None and not transform.is_random

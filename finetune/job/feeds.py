@@ -253,6 +253,7 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed] | None
         source.facts(),
         maker.shelf,
         device=source.ready.placement.device,
+        input_size=source.ready.backbone.card.preprocessing.input_size,
         precision=precision,
         dtype=recipe.cache.dtype,
         display=maker.display,

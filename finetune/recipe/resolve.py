@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.recipe.reading import set_dotted, validate
-from finetune.recipe.schema import Augmentation, Precision, Recipe
+from finetune.recipe.schema import Augmentation, Precision, Recipe, StrategyName
 
 BASE_RATES = {"sgd": 0.01, "adamw": 0.001}
 """Rate of a new head when ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
@@ -15,8 +15,8 @@ BASE_RATES = {"sgd": 0.01, "adamw": 0.001}
 (Loshchilov and Hutter, arXiv:1711.05101)."""
 
 
-VIEWS = 4
-"""Views of a training image that a frozen trunk sees, unless the recipe says otherwise."""
+VIEWS = {"freeze": 2, "top": 4}
+"""Views of a training image that a frozen trunk sees, unless the recipe says otherwise (docs/cache.md)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
         "training.lr": BASE_RATES[recipe.training.optimizer],
         "training.precision": facts.precision,
         "training.channels_last": facts.channels_last,
-        "cache.views": compute_views(recipe.input.augmentation),
+        "cache.views": compute_views(recipe.strategy.name, recipe.input.augmentation),
         **{f"input.{key}": value for key, value in facts.preprocessing.items()},
         "device": facts.device,
     }
@@ -49,9 +49,9 @@ def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
     return validate(values)
 
 
-def compute_views(augmentation: Augmentation) -> int:
+def compute_views(strategy: StrategyName, augmentation: Augmentation) -> int:
     """Return how many views of a training image are worth keeping."""
-    return 1 if augmentation == "none" else VIEWS
+    return 1 if augmentation == "none" else VIEWS.get(strategy, 1)
 
 
 def compute_batch_size(num_train: int) -> int:

@@ -140,7 +140,8 @@ class TrainingSettings(_Section):
     microbatch: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="images that go through the network at a time; their gradients are added up to that of "
-        "the batch; null: the whole batch",
+        "the batch; null: the whole batch, or on a CPU as many as fit its caches, where that is exact "
+        "(neither BatchNorm nor dropout at work)",
     )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw suits transformers")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
@@ -199,7 +200,7 @@ class CacheSettings(_Section):
     views: Annotated[int, Field(ge=1, le=1000)] | Auto = Field(
         "auto",
         description="random views of each training image that the trunk sees, cycled through the epochs; "
-        "auto: 4, and 1 without augmentation",
+        "auto: 2 for freeze, 4 for top, 1 without augmentation",
     )
     dtype: Precision = Field(
         "float32", description="of what the trunk gave; the halves take half of the space, and are not exact"

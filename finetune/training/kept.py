@@ -27,16 +27,23 @@ from finetune.data.sample import Sample
 from finetune.display import Display
 from finetune.errors import DataError
 from finetune.evaluation.predict import InParts, autocast
-from finetune.runtime import DTYPES, Precision
+from finetune.runtime import DTYPES, Precision, compute_part_size
 from finetune.training.trunk import row_bytes
 from pretrained.split import Split
 
 FORMAT = 1
-BATCHES = {"cpu": 8, "cuda": 128}
-"""Pictures that go through the trunk at a time, whatever the recipe says: last bits depend on it. A CPU gains
-nothing from more, and memory is what they cost."""
+GPU_BATCH = 128
+"""Pictures that go through the trunk at a time on a GPU."""
 MEMORY_BYTES = 2**26
 """Rows of one view that are held in memory; more stay in their file and are read as they are needed."""
+
+
+def compute_batch_size(device: torch.device, input_size: tuple[int, int, int]) -> int:
+    """Return how many pictures go through the trunk at a time.
+
+    Nothing but device and size decides, whatever the recipe's batch size is: last bits depend on it.
+    """
+    return GPU_BATCH if device.type == "cuda" else compute_part_size(*input_size[1:])
 
 
 class Rows(Protocol):
@@ -90,6 +97,7 @@ class KeptRows:
         facts: what all rows depend on.
         shelf: where files lie.
         device: of the network.
+        input_size: (C, H, W) of the pictures.
         precision: of the trunk's forward pass.
         dtype: of the rows.
         display: shows progress.
@@ -107,11 +115,12 @@ class KeptRows:
         shelf: Shelf,
         *,
         device: torch.device,
+        input_size: tuple[int, int, int],
         precision: Precision,
         dtype: Precision,
         display: Display,
     ) -> None:
-        self.batch_size = BATCHES[device.type]
+        self.batch_size = compute_batch_size(device, input_size)
         self.split, self.shelf, self.display = split, shelf, display
         self.precision, self.dtype = precision, dtype
         self.num_computed = self.num_found = 0
@@ -274,6 +283,7 @@ class RowLoader:
         self.batch_size, self.placement = batch_size, placement
         self.seed, self.shuffle = seed, shuffle
         self.wait_seconds = 0.0
+        self.input_size: tuple[int, int, int] | None = None
         self._labels = torch.tensor([sample.label for sample in self.samples])
 
     def num_batches(self, epoch: int = 0) -> int:

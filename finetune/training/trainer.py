@@ -58,7 +58,7 @@ from finetune.training.schedule import Schedule
 from finetune.training.selection import is_over, observe
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
 from finetune.training.state import State
-from finetune.training.task import Task
+from finetune.training.task import Task, choose_microbatch
 
 
 class Trainer:
@@ -107,7 +107,7 @@ class Trainer:
         )
         average = self.ema.module if self.ema is not None else None
         self.state = State(task.network, self.optimizer, average, frozen_tensors(task.network, task.plan))
-        self.progress = Progress(microbatch=settings.microbatch or 0)
+        self.progress = Progress(microbatch=settings.microbatch or choose_microbatch(task))
         self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
         self._start, self._best = start, start.best if start else None
         self._saved: Snapshot | None = None

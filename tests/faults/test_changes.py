@@ -36,7 +36,18 @@ def words(weights: Path, data: Path, tmp_path: Path) -> Callable[..., list[objec
     """``words("b", epochs=4)`` is a command with its output in ``b``."""
 
     def build(output: str = "run", *more: object, epochs: int = 2, batch_size: int = 8) -> list[object]:
-        settings = ("--epochs", epochs, "--batch-size", batch_size, "--workers", 0, "-s", "full", "--set", "cache=off")
+        settings = (
+            "--epochs",
+            epochs,
+            "--batch-size",
+            batch_size,
+            "--workers",
+            0,
+            "-s",
+            "full",
+            "--set",
+            "cache=off",
+        )
         return ["run", "-b", weights, "-d", data, "-o", tmp_path / output, *settings, *more]
 
     return build

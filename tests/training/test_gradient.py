@@ -12,6 +12,7 @@ from torch import nn
 from finetune.data.loader import Batch
 from finetune.training import trainer as trainer_module
 from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnable
+from finetune.training.task import choose_microbatch
 from tests.training.helpers import NormFree, SmallNet, build_trainer
 
 
@@ -118,3 +119,23 @@ def test_a_recipe_can_ask_for_parts(pictures: Path, tmp_path: Path) -> None:
     whole.fit()
     for left, right in zip(whole.judged.parameters(), parts.judged.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "batch_size", "size"),
+    [(NormFree(), 100, 64), (NormFree(), 64, 0), (SmallNet(), 100, 0), (NormFree(), 8, 0)],
+)
+def test_a_cpu_takes_parts_that_fit_where_that_is_exact(
+    pictures: Path, tmp_path: Path, network: SmallNet, batch_size: int, size: int
+) -> None:
+    task = build_trainer(pictures, tmp_path, network=network, batch_size=batch_size).task
+    assert choose_microbatch(task) == size
+
+
+def test_dropout_keeps_batches_whole(pictures: Path, tmp_path: Path) -> None:
+    network = NormFree()
+    network.stage2[3].p = 0.1
+    task = build_trainer(pictures, tmp_path, network=network, batch_size=100).task
+    assert choose_microbatch(task) == 0
+    frozen = build_trainer(pictures, tmp_path / "f", network=network, batch_size=100, strategy="freeze").task
+    assert choose_microbatch(frozen) == 64

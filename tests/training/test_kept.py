@@ -34,12 +34,14 @@ ARCHITECTURES = ("test_resnet", "test_vit", "test_convnext", "test_nfnet", "mobi
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And several batches for the trunk, the last of them a smaller one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("finetune.training.kept.compute_part_size", lambda *_: 12)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More pictures than go through the trunk at a time, and not a multiple of them."""
+    """Forty to train on, ten to judge."""
     root = tmp_path_factory.mktemp("few")
     draw_folder(root / "train", {"red": 20, "blue": 20})
     draw_folder(root / "val", {"red": 5, "blue": 5})
@@ -131,13 +133,16 @@ def test_losses_are_those_of_the_plain_loop(name: str, fit: Fit, tmp_path: Path)
 
 def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
     fit("one")
-    assert sum(computed) == 3 * 40 + 10  # as many views as epochs
+    assert sum(computed) == 2 * 40 + 10
     computed.clear()
     listener = Listener()
     fit("two", keys={"training.lr": 0.1, "seed": 7, "training.batch_size": 5}, listener=listener)
     assert computed == []
-    fit("three", keys={"training.epochs": 6})
-    assert sum(computed) == 40  # the fourth view
+    fit("three", keys={"cache.views": 3, "training.epochs": 6})
+    assert sum(computed) == 40  # the third view
+    computed.clear()
+    fit("four", keys={"cache.views": 9, "training.epochs": 3})
+    assert computed == []  # no more views than epochs
 
 
 @pytest.mark.parametrize(
@@ -192,10 +197,10 @@ def test_an_interrupted_pass_goes_on(fit: Fit, computed: list[int], tmp_path: Pa
 
     with mock.patch.object(BlockFile, "append", interrupted), pytest.raises(InterruptedRunError):
         fit("again")
-    assert sum(computed) == 16  # the block that broke off is kept, and was not counted
+    assert sum(computed) == 24  # the block that broke off is kept, and was not counted
     computed.clear()
     again = fit("again")
-    assert sum(computed) == 16 + 2 * 40 + 10  # the rest of the first view, the others, and validation
+    assert sum(computed) == 4 + 40 + 10  # the rest of the first view, the second one, and validation
     assert_same_run(whole.folder.path, again.folder.path)
 
 
@@ -208,8 +213,8 @@ def test_a_damaged_file_is_made_again(fit: Fit, computed: list[int]) -> None:
     computed.clear()
     listener = Listener()
     again = fit("again", listener=listener)
-    assert sum(computed) == 130
-    assert sum("made again" in warning for warning in listener.warnings) == 4
+    assert sum(computed) == 90
+    assert sum("made again" in warning for warning in listener.warnings) == 3
     assert_same_run(whole.folder.path, again.folder.path)
 
 
