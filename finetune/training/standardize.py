@@ -13,7 +13,7 @@ Shape legend: B batch, C features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -57,7 +57,7 @@ def measure_features(
     precision: Precision,
     seed: int,
     advance: Advance,
-    forward: Callable[[Tensor], Tensor] | None = None,
+    in_parts: InParts | None = None,
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 256 training images.
 
@@ -70,7 +70,7 @@ def measure_features(
     names = {layer: name for name, layer in network.named_modules()}
     # Without a bias there is nothing to fold a mean into (torchvision's own MaxViT classifier).
     layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
-    device, in_parts = feed.placement.device, InParts(forward or network)
+    device, forward = feed.placement.device, in_parts or InParts(network)
     with (
         _kept_buffers(network),
         _recorded_inputs(layers) as inputs,
@@ -82,7 +82,7 @@ def measure_features(
             # For dropout, before each pass: where this process decodes, views are drawn in between.
             seed_everything(seed, "measure", number)
             if is_learnable(network, batch):
-                in_parts(batch.images)
+                forward(batch.images)
             advance(len(batch.labels), "")
     moments = {}
     for name, features in inputs.items():

@@ -37,7 +37,7 @@ from finetune.data.check import refuse_many_lost
 from finetune.data.loader import Batch
 from finetune.display import Display
 from finetune.errors import InterruptedRunError
-from finetune.evaluation.predict import Predictions, predict
+from finetune.evaluation.predict import InParts, Predictions, predict
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.recipe import TrainingSettings
 from finetune.runs.bad_images import add_lost_images
@@ -131,8 +131,9 @@ class Trainer:
             total = min(NUM_MEASURED, len(loader.samples))
             set_train_mode(self.task.network, self.task.plan)
             with self.display.track("measuring features", total) as advance:
+                parts = InParts(self._forward, self.progress.microbatch)
                 self._moments = measure_features(
-                    self.task.network, loader, self.precision, self.seed, advance, self._forward
+                    self.task.network, loader, self.precision, self.seed, advance, parts
                 )
         attach(self.task.network, self._moments, keep)
         if self.ema is not None:
