@@ -28,7 +28,7 @@ MOST_TENSORS = 16
 """That a cut may carry."""
 
 Structure: TypeAlias = Any
-"""Nested tuples, lists, dicts and dataclasses, with :class:`Shape` in the place of tensors."""
+"""Nested tuples, lists and dicts, with :class:`Shape` in the place of tensors."""
 
 
 class Shape(NamedTuple):

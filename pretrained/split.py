@@ -6,7 +6,7 @@ Nothing of the network is copied or rewritten: both parts are its own forward.
 - The *rest* is the forward as well, with every module call that ended before the cut skipped: it returns an
   empty tensor of the right shape, and what was carried over is put in at the cut.
 
-What the skipped calls return must not reach the output. :func:`check` fills it with NaN and looks, in the
+What the skipped calls return must not reach the output. :func:`split_at` fills it with NaN and looks, in the
 modes of training and of evaluation, before a cut is used.
 
 Shape legend: B batch, D numbers that the cut carries for one picture.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,10 @@ from pretrained.flow import tensors_in
 TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest logit. Bit-equal nearly everywhere; some networks
 take other kernels where their trunk needs no gradients."""
+
+
+class CutNotReachedError(Exception):
+    """A forward that ended without its cut: it takes other ways in other modes."""
 
 
 class _CutReached(Exception):  # noqa: N818 - it ends a forward, and is no error
@@ -107,7 +111,11 @@ class Trunk:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Any:
-        """Return what the cut carries for a batch of pictures."""
+        """Return what the cut carries for a batch of pictures.
+
+        Raises:
+            CutNotReachedError: the forward takes another way than the traced one.
+        """
         calls = itertools.count()
 
         def leave(_: nn.Module, arguments: Any, outputs: Any = None) -> None:
@@ -125,7 +133,7 @@ class Trunk:
             return reached.carried
         finally:
             handle.remove()
-        raise RuntimeError(f"the forward ended without reaching {self.cut.name}")
+        raise CutNotReachedError(f"the forward ended without reaching {self.cut.name}")
 
 
 class Rest:
@@ -188,8 +196,8 @@ class Rest:
                 }
                 if is_cut:
                     returns[self._fed] = lambda: carried
+                undo.callback(_give_back_forward, module, vars(module).get("forward"))
                 module.forward = _stand_in(module.forward, returns)
-                undo.callback(delattr, module, "forward")
             yield
 
     def _feed(self, carried: Any) -> Callable[..., Any]:
@@ -200,6 +208,14 @@ class Rest:
             return (carried, *arguments[1:]) if next(calls) == self._fed else arguments
 
         return feed
+
+
+def _give_back_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Undo a stand-in; some modules (timm's FasterNet) choose a forward of their own."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
 
 
 def _stand_in(forward: Callable[..., Any], returns: Mapping[int, Callable[[], Any]]) -> Callable[..., Any]:
@@ -277,7 +293,7 @@ def split_at(
         The parts; None where something goes around the cut, or where what is above it changes in training
         (a dropout, a normalisation that learns).
     """
-    with _left_alone(network, images.device):
+    with _left_alone(network, images.device), suppress(CutNotReachedError):
         network.eval()
         carried = Trunk(network, cut)(images)
         split = Split(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]
@@ -286,7 +302,8 @@ def split_at(
             set_mode()
             if not _agrees(network, split, images, rows):
                 return None
-    return split
+        return split
+    return None
 
 
 def _agrees(network: nn.Module, split: Split, images: Tensor, rows: Tensor) -> bool:

@@ -15,6 +15,7 @@ done twice.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -82,7 +83,7 @@ class BlockFile:
     @property
     def num_bytes(self) -> int:
         """Of the blocks that are there."""
-        return sum(block.num_bytes for block in self.blocks)
+        return self.blocks[-1].offset + self.blocks[-1].num_bytes if self.blocks else 0
 
     def append(self, content: bytes, note: Any = None) -> None:
         """Add a block; the last one lets other processes read.
@@ -92,6 +93,8 @@ class BlockFile:
         """
         if self._bytes is None:
             self._bytes = self.path.open("r+b" if self.path.exists() else "w+b")
+            if os.fstat(self._bytes.fileno()).st_size < self.num_bytes:
+                raise OSError(errno.ESTALE, "the file was removed while it was written", str(self.path))
             self._bytes.truncate(self.num_bytes)
             self._bytes.seek(0, os.SEEK_END)
         self._bytes.write(content)
@@ -117,9 +120,16 @@ class BlockFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._bytes is not None:
-            self._bytes.close()
-        self._journal.close()
+        with suppress(OSError):  # what could not be written is tried once more, on a disk that may be full
+            if self._bytes is not None:
+                self._bytes.close()
+        with suppress(OSError):
+            self._journal.close()
+
+    def discard(self) -> None:
+        """Remove the file, and let go of it."""
+        remove(self.path)
+        self.close()
 
     # --- opening ---------------------------------------------------------------------------------
 
@@ -134,28 +144,26 @@ class BlockFile:
         if not alone and not self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB):
             self._journal.close()
             return False
-        if self._was_removed(path):
-            self._journal.close()
-            return False
-        sound = self._read()
-        if sound and (alone or self.is_complete):
-            if self.is_complete:
+        if not self._was_removed(path):
+            if not self._read():
+                # Others may read it: they keep what they have open, and a new file begins.
+                self.was_damaged = True
+                remove(self.path)
+            elif self.is_complete:
                 self._lock(fcntl.LOCK_SH)
                 os.utime(path)  # for whoever looks for what was not used for long
-            return True
-        # Damaged, perhaps while others read it: they keep what they have open, and a new file begins.
-        self.was_damaged |= not sound
-        remove(self.path)
+                return True
+            elif alone:
+                return True
         self._journal.close()
         return False
 
     def _lock(self, how: int) -> bool:
+        """Lock the journal; where the file system has no locks, nothing can be kept there."""
         try:
             fcntl.flock(self._journal, how)
         except BlockingIOError:
             return False
-        except OSError:  # a file system without locks
-            return True
         return True
 
     def _was_removed(self, path: Path) -> bool:
@@ -222,6 +230,17 @@ def remove(path: Path) -> None:
     for file in (journal_of(path), path):
         with suppress(OSError):
             file.unlink(missing_ok=True)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a file of blocks that no process reads or writes; return whether it is gone."""
+    try:
+        with journal_of(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)  # under the lock: nobody begins with it in between
+            return not journal_of(path).exists()
+    except OSError:
+        return False
 
 
 def is_in_use(path: Path) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.cache.blocks import is_in_use, journal_of, read_facts, remove
+from finetune.cache.blocks import is_in_use, journal_of, read_facts, remove_unused
 from finetune.runs.files import free_bytes
 
 SPARE_BYTES = 2**30
@@ -57,7 +58,7 @@ class Shelf:
     def list(self) -> list[Kept]:
         """Return every kept file, the longest unused first."""
         kept = []
-        for journal in self.folder.glob("*.journal"):
+        for journal in self._journals():
             path = journal.with_suffix(".bin")
             try:
                 num_bytes = path.stat().st_size if path.exists() else 0
@@ -66,12 +67,24 @@ class Shelf:
                 continue
         return sorted(kept, key=lambda one: one.used)
 
+    def _journals(self) -> Sequence[Path]:
+        try:
+            return list(self.folder.glob("*.journal"))
+        except OSError:  # another user's folder
+            return []
+
     def find_obstacle(self, num_bytes: int) -> str:
-        """Say why so many bytes more cannot be kept; nothing where they can."""
-        if num_bytes > self.max_bytes:
+        """Say why so many bytes more cannot be kept, beside what is in use; nothing where they can."""
+        removable = used = 0
+        for one in self.list():
+            if is_in_use(one.path):
+                used += one.num_bytes
+            else:
+                removable += one.num_bytes
+        if num_bytes + used > self.max_bytes:
             return f"more than cache.max_gb={self.max_bytes / 1e9:g} allows"
         free = free_bytes(self.folder)
-        if free is not None and num_bytes + SPARE_BYTES > free + self._removable_bytes():
+        if free is not None and num_bytes + SPARE_BYTES > free + removable:
             return f"and the disk has {free / 1e9:.1f} GB free"
         return ""
 
@@ -84,19 +97,14 @@ class Shelf:
             fits_disk = free is None or num_bytes + SPARE_BYTES <= free
             if total + num_bytes <= self.max_bytes and fits_disk:
                 return
-            if not is_in_use(one.path):
-                remove(one.path)
+            if remove_unused(one.path):
                 total -= one.num_bytes
 
     def clear(self) -> tuple[int, int]:
         """Remove everything that no process uses; return how many files that were, and their bytes."""
-        unused = [one for one in self.list() if not is_in_use(one.path)]
-        for one in unused:
-            remove(one.path)
-        for leftover in self.folder.glob("*.bin"):
-            if not journal_of(leftover).exists():
-                leftover.unlink(missing_ok=True)
-        return len(unused), sum(one.num_bytes for one in unused)
-
-    def _removable_bytes(self) -> int:
-        return sum(one.num_bytes for one in self.list() if not is_in_use(one.path))
+        removed = [one for one in self.list() if remove_unused(one.path)]
+        with suppress(OSError):
+            for leftover in self.folder.glob("*.bin"):
+                if not journal_of(leftover).exists():
+                    leftover.unlink(missing_ok=True)
+        return len(removed), sum(one.num_bytes for one in removed)

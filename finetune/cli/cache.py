@@ -46,7 +46,7 @@ def clear() -> None:
         shelf = Shelf()
         number, num_bytes = shelf.clear()
         left = len(shelf.list())
-        in_use = f"; {left} in use by a run, left alone" if left else ""
+        in_use = f"; {left} in use by a run, or another user's, left alone" if left else ""
         typer.echo(f"{number} files removed from {shelf.folder}, {_size(num_bytes)} freed{in_use}", err=True)
 
 
@@ -57,7 +57,8 @@ def _facts(kept: Kept) -> dict[str, Any]:
 def _cells(kept: Kept) -> list[str]:
     facts = kept.facts
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
-    what = " ".join(str(facts[key]) for key in ("backbone", "cut", "augmentation", "view") if key in facts)
+    known = (facts[key] for key in ("backbone", "cut", "augmentation", "view") if key in facts)
+    what = " ".join(str(value) for value in known if isinstance(value, int | str)) or "evaluation views"
     number = str(facts.get("num_images", "?"))
     return [str(facts.get("kind", "?")), what, number, _size(kept.num_bytes), used]
 

@@ -21,15 +21,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import features
 
-from finetune.cache.blocks import BlockFile, remove
+from finetune.cache.blocks import BlockFile, remove_unused
 from finetune.cache.shelf import Shelf
+from finetune.cache.waiting import Waiting
 from finetune.data.decode import BadImageError, compute_factor, read_size
 from finetune.data.sample import Dataset, Sample
 from finetune.data.transforms import Transform
@@ -116,9 +116,9 @@ def keep_pictures(
     """
     facts = _describe(samples, digests, transform)
     path = shelf.place(facts)
-    if passes < 2 and not path.exists():
-        return None
     try:
+        if passes < 2 and not path.exists():
+            return None
         with ExitStack() as stack:
             file = _open(path, facts, len(samples), display)
             stack.callback(file.close)
@@ -132,7 +132,7 @@ def keep_pictures(
         display.say(f"{samples[0].split} pictures are decoded in every pass: {error}")
         return None
     except OSError as error:
-        remove(path)  # on a full disk, half of it is of no use to anybody
+        remove_unused(path)  # on a full disk, half of it is of no use to anybody
         said = error.strerror or str(error)
         display.say(f"{samples[0].split} pictures are decoded in every pass: {path} cannot be used ({said})")
         return None
@@ -149,23 +149,21 @@ def _describe(samples: Sequence[Sample], digests: Mapping[str, str], transform: 
     packages = ("pillow",) if transform.is_random else ("pillow", "timm", "torchvision")
     return {
         "kind": "pictures",
-        "format": _FORMAT,
         "images": images.hexdigest(),
-        "count": len(samples),
+        "num_images": len(samples),
         "view": short_side if transform.is_random else plain,
-        "versions": {name: metadata.version(name) for name in packages} | {"jpeg": features.version("jpg")},
+        "versions": {name: metadata.version(name) for name in packages} | decoder_facts(),
     }
+
+
+def decoder_facts() -> dict[str, Any]:
+    """Return what the pixels of a decoded picture depend on beside its file and Pillow."""
+    return {"jpeg": features.version("jpg"), "pictures": _FORMAT}
 
 
 def _open(path: Path, facts: dict[str, Any], num_pictures: int, display: Display) -> BlockFile:
     """Open a file and compare what it holds with what was written."""
-    looks = count()
-
-    def wait() -> None:
-        if next(looks) == 5:  # a second; a damaged file is looked at more than once too
-            display.say("another run decodes the same pictures; this one waits for them")
-        display.pulse.beat()
-
+    wait = Waiting(path, "another run decodes the same pictures", display)
     size = path.stat().st_size if path.exists() else 0
     with display.track("reading kept pictures", size) as advance:
         file = BlockFile(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 from finetune.cache.shelf import Shelf
 from finetune.data.feed import Feed
 from finetune.data.loader import Loader
-from finetune.data.pictures import Pictures, keep_pictures
-from finetune.data.sample import Dataset
+from finetune.data.pictures import Pictures, decoder_facts, keep_pictures
+from finetune.data.sample import Dataset, Sample
 from finetune.data.sample import Split as Part
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display
-from finetune.errors import DataError
+from finetune.errors import DataError, DiskError
 from finetune.job.prepare import Ready
 from finetune.memory import release_memory
 from finetune.runs.folder import RunFolder
@@ -30,6 +30,10 @@ from pretrained.split import Split
 
 _VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda", "processor")
 """Of the environment: under other values the last bits of a feature may differ."""
+
+
+FEW = 8
+"""Pictures that figures and model are compared on: through the whole network, however large batches are."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Source:
             "weights": _digest(self.frozen),
             "input": card.preprocessing.to_dict(),
             "precision": recipe.training.precision,
+            "deterministic": recipe.deterministic,
+            "decoder": decoder_facts(),
             "channels_last": self.ready.placement.channels_last,
             "environment": {key: environment[key] for key in _VERSIONS},
         }
@@ -106,6 +112,18 @@ class Source:
     def digests_of(self, part: Part) -> list[str]:
         """Return the sha256 of each image of a part, in order."""
         return [self.digests[sample.path] for sample in self.dataset.of(part)]
+
+    def check_unchanged(self, samples: Sequence[Sample]) -> None:
+        """Refuse to keep features of images that are not what they were when the run began.
+
+        Raises:
+            DataError: one was changed. One that has vanished was read before.
+        """
+        for sample in samples:
+            with suppress(OSError), self.dataset.file(sample).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.digests[sample.path]:
+                    fix = "Leave the images alone while a run begins, and start again."
+                    raise DataError(f"reading {sample.path}", f"{sample.path} was changed meanwhile", fix)
 
 
 def _digest(values: Any) -> str:
@@ -121,8 +139,14 @@ def open_feeds(source: Source, folder: RunFolder, display: Display) -> Iterator[
         choice = _choose(source, shelf, folder)
         if choice.words:
             display.say(f"trunk: {choice.words}")
-        feeds = _keep(source, maker, choice.split) if choice.split is not None else None
-        split = choice.split if feeds is not None else None
+        feeds = None
+        if choice.split is not None:
+            try:
+                feeds = _keep(source, maker, choice.split)
+            except (DataError, OSError) as error:
+                choice = Choice(None, _describe_failure(error, folder))
+                display.warn(choice.words)
+        split = choice.split
         if choice.words:
             folder.write_trunk({"cut": split.cut.name if split else None, "reason": choice.words})
         # Beside kept features, pictures are only looked at to compare: starting processes would take longer.
@@ -157,7 +181,8 @@ class Maker:
         batch_size = recipe.training.batch_size
         assert batch_size != "auto"
         passes = 1 if part == "test" or here else recipe.training.epochs
-        return self._build(part, batch_size, recipe.seed, passes, part == "train", here)
+        size = min(batch_size, FEW) if here else batch_size
+        return self._build(part, size, recipe.seed, passes, part == "train", here)
 
     def loader_for_trunk(self, part: Part, batch_size: int, passes: int) -> Loader:
         """Return batches for the trunk. Views have a seed of their own: a run with another one finds them."""
@@ -234,17 +259,34 @@ def _choose(source: Source, shelf: Shelf, folder: RunFolder) -> Choice:
 
 def _find_obstacle(source: Source, shelf: Shelf, before: str | None, cut: Cut) -> str:
     """Say why a cut's features cannot be kept; nothing where they can, or are there already."""
-    if before is not None and cut.name != before:
-        return f"another place than {before}, where this run was cut before"
-    dtype = source.ready.recipe.cache.dtype
-    each = row_bytes(cut.numel, dtype)
+    if before is not None:
+        return "" if cut.name == before else f"no part in this run, which was cut at {before} before"
+    each = row_bytes(cut.numel, source.ready.recipe.cache.dtype)
     total = sum(len(source.dataset.of(part)) for part, _ in source.passes()) * each
     obstacle = shelf.find_obstacle(total)
     return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
 
 
-def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed] | None:
-    """Run the trunk over what is not kept yet; None where that cannot be done."""
+def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
+    """Say why features cannot be kept; a run that has learnt from them must not go on without.
+
+    Raises:
+        DiskError: it has.
+    """
+    found = error.found if isinstance(error, DataError) else error.strerror or str(error)
+    if folder.read_trunk().get("cut") is not None:
+        fix = "Make room for them (`finetune cache clear`), and give the same command again."
+        raise DiskError(f"going on with {folder.path}, which learns from kept features", found, fix)
+    return f"features cannot be kept ({found}); every epoch runs the whole network"
+
+
+def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
+    """Run the trunk over what is not kept yet.
+
+    Raises:
+        DataError: an image cannot be read any more, or has changed.
+        OSError: the features cannot be written, and are too many for the memory.
+    """
     recipe = source.ready.recipe
     precision, batch_size = recipe.training.precision, recipe.training.batch_size
     assert precision != "auto" and batch_size != "auto"
@@ -257,15 +299,15 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed] | None
         precision=precision,
         dtype=recipe.cache.dtype,
         display=maker.display,
+        check_unchanged=source.check_unchanged,
     )
-    maker.stack.callback(kept.close)
     source.ready.backbone.network.eval()
     try:
         views = {part: _rows_of(source, kept, maker, part) for part in source.parts}
-    except (DataError, OSError) as error:
-        found = error.found if isinstance(error, DataError) else error.strerror or str(error)
-        maker.warn(f"features cannot be kept ({found}); every epoch runs the whole network")
-        return None
+    except BaseException:
+        kept.close()  # others may need the files, and wait for them
+        raise
+    maker.stack.callback(kept.close)
     release_memory()
     _say_kept(source, kept)
     return {

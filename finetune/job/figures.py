@@ -20,8 +20,11 @@ from finetune.runtime import Precision
 from finetune.training.progress import Progress
 from finetune.training.trainer import Trainer
 
-FIGURES_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
-"""Largest difference in a probability between kept features and the whole network."""
+FIGURES_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
+"""Largest difference in a probability between figures and model. Where numbers are coarse, and a trunk saw
+its pictures in other batches, a logit of 50 may differ by 0.2."""
+GPU_TOLERANCE = 0.02
+"""The least of it on a GPU, which multiplies float32 with fewer bits in some kernels than in others."""
 
 
 def evaluate(trainer: Trainer, feed: Feed, display: Display) -> Predictions:
@@ -49,6 +52,7 @@ def check_figures(trainer: Trainer, predictions: Predictions, images: Tensor, dt
         whole = trainer.judged.eval()(images).float().softmax(dim=1).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
     most = max(FIGURES_TOLERANCE[trainer.precision], FIGURES_TOLERANCE[dtype])
+    most = max(most, GPU_TOLERANCE) if images.is_cuda else most
     if not difference <= most:  # so that NaN is refused as well
         found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"
         fix = "Run `finetune cache clear`, or set cache.trunk to false; and please report this."

@@ -25,10 +25,10 @@ from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError, UsageError
 from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.data import check_data, describe_data, keep_split, record_split
-from finetune.job.feeds import Feeds, Source, open_feeds
+from finetune.job.feeds import FEW, Feeds, Source, open_feeds
 from finetune.job.figures import check_figures, collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
-from finetune.job.prepare import Ready, place_network, prepare
+from finetune.job.prepare import Ready, fit_batches, place_network, prepare
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
 from finetune.recipe import Recipe
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
@@ -97,6 +97,8 @@ def run(
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
         ready = replace(ready, dataset=keep_split(ready.dataset, RunFolder(path)))
+        if ready.placement.device.type == "cuda" and recipe.training.batch_size == "auto":
+            ready = fit_batches(ready, RunFolder(path))
         check_outside(path, ready.dataset)
         create_folder(path)
         with locked(path):
@@ -212,7 +214,7 @@ def _carry_out(job: Job) -> Run:
             judged = dataset.judged_split
             of_best = trainer.predictions  # nothing is computed twice
             predictions = of_best if judged == "val" else evaluate(trainer, feeds.feeds[judged], display)
-            images = next(feeds.pictures[judged].batches()).images
+            images = next(feeds.pictures[judged].batches()).images[:FEW].clone()
             check_figures(trainer, predictions, images, ready.recipe.cache.dtype)
         metrics = collect_metrics(ready, dataset, predictions, progress)
         write_figures(folder, dataset, predictions, metrics)

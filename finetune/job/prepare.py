@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
 from finetune.display import Display
-from finetune.errors import UsageError
-from finetune.recipe import Facts, Recipe, compute_batch_size, resolve_recipe
+from finetune.errors import FinetuneError, UsageError
+from finetune.recipe import Facts, Recipe, compute_batch_size, load_recipe, resolve_recipe
+from finetune.runs.folder import RunFolder
 from finetune.runtime import (
     resolve_device,
     resolve_most_workers,
@@ -82,22 +83,33 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
     placement = Placement(device, bool(resolved.training.channels_last))
     plan = _plan(resolved, backbone)
-    if device.type == "cuda" and recipe.training.batch_size == "auto":
-        resolved = _with_fitting_batches(resolved, backbone, plan, placement)
     batch_bytes = _batch_bytes(resolved, num_train, card)
     most_workers = resolve_most_workers(batch_bytes) if recipe.data.workers == "auto" else 0
     return Ready(resolved, dataset, backbone, placement, plan, most_workers)
 
 
-def _with_fitting_batches(recipe: Recipe, backbone: Backbone, plan: Plan, placement: Placement) -> Recipe:
-    """Halve the batch size until a step fits on the device."""
-    wanted = recipe.training.batch_size
-    assert wanted != "auto"
-    input_size = backbone.card.preprocessing.input_size
-    network = place_network(backbone.network, placement)
-    size = fit_batch_size(network, plan, input_size, placement, wanted)
-    training = recipe.training.model_copy(update={"batch_size": size})
-    return recipe.model_copy(update={"training": training})
+def fit_batches(ready: Ready, folder: RunFolder) -> Ready:
+    """Halve the batch size until a step fits on the device; an earlier attempt's choice stays.
+
+    What else runs on a GPU changes, and the run must not.
+    """
+    size = _read_batch_size(folder)
+    if size is None:
+        wanted = ready.recipe.training.batch_size
+        assert wanted != "auto"
+        input_size = ready.backbone.card.preprocessing.input_size
+        network = place_network(ready.backbone.network, ready.placement)
+        size = fit_batch_size(network, ready.plan, input_size, ready.placement, wanted)
+    training = ready.recipe.training.model_copy(update={"batch_size": size})
+    return replace(ready, recipe=ready.recipe.model_copy(update={"training": training}))
+
+
+def _read_batch_size(folder: RunFolder) -> int | None:
+    try:
+        size = load_recipe(str(folder.recipe)).training.batch_size if folder.recipe.exists() else None
+    except (FinetuneError, OSError):  # the claim refuses a damaged one, in its own words
+        return None
+    return size if isinstance(size, int) else None
 
 
 def place_network(network: nn.Module, placement: Placement) -> nn.Module:

@@ -77,8 +77,8 @@ def disk_error(path: Path, error: OSError) -> DiskError:
 
 def free_bytes(path: Path) -> int | None:
     """Return the space left where a file is or would be; None where the system does not say."""
-    place = next((above for above in (path, *path.absolute().parents) if above.exists()), None)
     try:
+        place = next((above for above in (path, *path.absolute().parents) if above.exists()), None)
         return None if place is None else shutil.disk_usage(place).free
     except OSError:
         return None

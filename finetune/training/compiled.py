@@ -39,6 +39,10 @@ class Compiled:
     """
 
     def __init__(self, network: nn.Module, backend: str = "inductor") -> None:
+        # Features are standardised by a hook; without guards a graph from before it was there would be taken.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        # Beyond the limit torch goes on without compiling, and which shapes those are depends on history.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
         self._forward: Callable[[Tensor], Tensor] = torch.compile(
             network, backend=backend, dynamic=False, options=options

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from finetune.cache.blocks import BlockFile
 from finetune.cache.shelf import Shelf
+from finetune.cache.waiting import Waiting
 from finetune.data.loader import Batch, Loader, Placement, plan_epoch
 from finetune.data.sample import Sample
 from finetune.display import Display
@@ -35,13 +36,14 @@ FORMAT = 1
 GPU_BATCH = 128
 """Pictures that go through the trunk at a time on a GPU."""
 MEMORY_BYTES = 2**26
-"""Rows of one view that are held in memory; more stay in their file and are read as they are needed."""
+"""Rows of a run that are held in memory; more stay in their files and are read as they are needed."""
 
 
 def compute_batch_size(device: torch.device, input_size: tuple[int, int, int]) -> int:
     """Return how many pictures go through the trunk at a time.
 
-    Nothing but device and size decides, whatever the recipe's batch size is: last bits depend on it.
+    Nothing but device and size decides, whatever the recipe's batch size is: last bits depend on it. (Only
+    where a GPU's memory runs out even so, smaller parts go through.)
     """
     return GPU_BATCH if device.type == "cuda" else compute_part_size(*input_size[1:])
 
@@ -101,6 +103,7 @@ class KeptRows:
         precision: of the trunk's forward pass.
         dtype: of the rows.
         display: shows progress.
+        check_unchanged: raises when samples are not what the facts say.
 
     Attributes:
         batch_size: pictures that go through the trunk at a time.
@@ -119,7 +122,9 @@ class KeptRows:
         precision: Precision,
         dtype: Precision,
         display: Display,
+        check_unchanged: Callable[[Sequence[Sample]], None] = lambda _: None,
     ) -> None:
+        self._check_unchanged = check_unchanged
         self.batch_size = compute_batch_size(device, input_size)
         self.split, self.shelf, self.display = split, shelf, display
         self.precision, self.dtype = precision, dtype
@@ -135,6 +140,7 @@ class KeptRows:
         }
         self._files: list[BlockFile] = []
         self._disk_works = True
+        self._num_bytes = 0  # held in memory
 
     def facts_of(self, view: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
         """Return everything that the rows of these pictures (their sha256, in order) in a view depend on."""
@@ -159,7 +165,8 @@ class KeptRows:
         """
         num_images: int = facts["num_images"]
         num_bytes = num_images * row_bytes(self.split.packing.numel, self.dtype)
-        in_memory = self._empty(num_images) if num_bytes <= MEMORY_BYTES else None
+        in_memory = self._empty(num_images) if self._num_bytes + num_bytes <= MEMORY_BYTES else None
+        self._num_bytes += num_bytes if in_memory is not None else 0
         file = self._open(facts, num_bytes, in_memory is not None)
         done = len(file.blocks) if file is not None else 0
         if file is not None and done:
@@ -191,7 +198,7 @@ class KeptRows:
                     path,
                     facts,
                     math.ceil(facts["num_images"] / self.batch_size),
-                    waiting=self.display.pulse.beat,
+                    waiting=Waiting(path, "another run computes the same features", self.display),
                     verified=lambda done: advance(done, ""),
                 )
             self._files.append(file)
@@ -239,6 +246,7 @@ class KeptRows:
         ):
             advance(place, "")
             for batch in loader.batches(epoch, start=done):
+                self._check_unchanged([loader.samples[index] for index in batch.indices.tolist()])
                 rows = trunk(batch.images).to("cpu", DTYPES[self.dtype]).contiguous()
                 if in_memory is not None:
                     in_memory[place : place + len(rows)] = rows
@@ -252,6 +260,8 @@ class KeptRows:
         try:
             file.append(rows.view(torch.uint8).numpy().tobytes())
         except OSError as error:
+            self._files.remove(file)
+            file.discard()  # on a full disk, half of it is of no use to anybody
             self._give_up_disk(error, fits_memory)
             return None
         return file

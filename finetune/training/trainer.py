@@ -100,8 +100,8 @@ class Trainer:
         self.schedule = Schedule.from_settings(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
-        self._forward = build_forward(task, settings.compile, display)
-        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, self._forward)
+        forward = build_forward(task, settings.compile, display)
+        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, forward)
         self.ema = (
             ModelEmaV3(task.network, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
         )
@@ -131,7 +131,7 @@ class Trainer:
             total = min(NUM_MEASURED, len(loader.samples))
             set_train_mode(self.task.network, self.task.plan)
             with self.display.track("measuring features", total) as advance:
-                parts = InParts(self._forward, self.progress.microbatch)
+                parts = InParts(self.task.forward(self.task.network), self.progress.microbatch)
                 self._moments = measure_features(
                     self.task.network, loader, self.precision, self.seed, advance, parts
                 )

@@ -44,7 +44,11 @@ class Choice:
 
 
 def find_reason_against(recipe: Recipe, plan: Plan) -> str | None:
-    """Say why no trunk is to be kept, before anything is tried; None where nothing speaks against it."""
+    """Say why no trunk is to be kept, before anything is tried.
+
+    Returns:
+        None where nothing speaks against it; no words where it was not asked for, or nothing is frozen.
+    """
     if not recipe.cache.trunk or not plan.frozen:
         return ""
     if recipe.training.mixup or recipe.training.cutmix:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,10 +9,11 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from finetune.cache.blocks import BlockFile, is_in_use, journal_of, read_facts
+from finetune.cache.blocks import BlockFile, is_in_use, journal_of, read_facts, remove_unused
 
 FACTS = {"kind": "test", "cut": "layer3"}
 CONTENT = [b"one", b"", b"three" * 1000]
@@ -163,3 +166,48 @@ def test_a_killed_writer_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
     assert read(path) == [b"one"]
     fill(path)
     assert read(path) == CONTENT
+
+
+def test_a_file_that_was_removed_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path, CONTENT[:1])
+    file = BlockFile(path, FACTS, 3)
+    path.unlink()
+    with pytest.raises(OSError, match="removed"):
+        file.append(CONTENT[1])
+    file.close()
+    fill(path)
+    assert read(path) == CONTENT
+
+
+def test_an_incomplete_file_survives_whoever_looks_at_it(tmp_path: Path) -> None:
+    """As ``finetune cache clear`` does, for an instant: the lock is not to be had, and nothing is wrong."""
+    path = tmp_path / "test.bin"
+    fill(path, CONTENT[:2])
+    looks: list[int] = []
+    with journal_of(path).open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+
+        def go_away() -> None:
+            looks.append(1)
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        file = BlockFile(path, FACTS, 3, waiting=go_away)
+    assert looks == [1]
+    assert len(file.blocks) == 2
+
+
+def test_without_locks_nothing_is_kept(tmp_path: Path) -> None:
+    refused = mock.patch("finetune.cache.blocks.fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks"))
+    with refused, pytest.raises(OSError, match="No locks"):
+        BlockFile(tmp_path / "test.bin", FACTS, 3)
+
+
+def test_a_file_in_use_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    reader = BlockFile(path, FACTS, 3)
+    assert not remove_unused(path)
+    reader.close()
+    assert remove_unused(path)
+    assert not remove_unused(path)

@@ -78,3 +78,19 @@ def test_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/me")
     assert cache_folder("kept") == Path("/home/me/.cache/finetune/kept")
+
+
+def test_another_users_cache_is_an_empty_one(shelf: Shelf) -> None:
+    with mock.patch("pathlib.Path.glob", side_effect=PermissionError):
+        assert shelf.list() == []
+        assert shelf.clear() == (0, 0)
+        shelf.make_room(100)
+
+
+def test_what_is_in_use_counts(shelf: Shelf) -> None:
+    path = keep(shelf, "old", 600, used=1)
+    assert shelf.find_obstacle(900) == ""
+    reader = BlockFile(path, {"kind": "test", "name": "old"}, 1)
+    assert "max_gb" in shelf.find_obstacle(900)
+    assert shelf.find_obstacle(400) == ""
+    reader.close()

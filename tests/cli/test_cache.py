@@ -45,7 +45,7 @@ def test_what_is_kept_is_listed(cli: Cli) -> None:
 def test_what_no_run_uses_is_cleared(cli: Cli, tmp_path: Path) -> None:
     file = keep()
     result = cli("cache", "clear")
-    assert "0 files" in result.stderr and "1 in use" in result.stderr
+    assert "0 files" in result.stderr and "1 in use by a run" in result.stderr
     file.close()
     result = cli("cache", "clear")
     assert "1 files" in result.stderr and "2.5 MB freed" in result.stderr

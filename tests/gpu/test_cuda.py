@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from finetune.data.loader import Batch
+from finetune.recipe import TrainingSettings
 from finetune.runtime import resolve_device, resolve_precision
 from finetune.training.finite import compute_norm, is_finite
 from finetune.training.gradient import Gradient
+from finetune.training.optimizer import build_optimizer
 from tests.conftest import Cli
 
 pytestmark = [
@@ -85,3 +87,33 @@ def test_memory_that_runs_out_halves_the_microbatch(
     assert result.exit_code == 0, result.stderr
     assert calls[2] > 0
     assert json.loads(result.stdout)["microbatch"] == calls[2]
+
+
+@pytest.mark.parametrize("strategy", ["freeze", "top"])
+def test_kept_features_on_the_gpu(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    losses = []
+    for cache in ("kept", "found", "off"):
+        words = ("run", "-b", tiny, "-d", pictures, "-s", strategy, "-o", tmp_path / cache, "--json", *QUICK)
+        words += ("--set", "input.augmentation=none", *(("--set", "cache=off") if cache == "off" else ()))
+        result = cli(*words, "--set", "training.precision=float32")
+        assert result.exit_code == 0, result.output
+        losses.append(json.loads(result.stdout)["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-2)
+
+
+def test_the_optimiser_is_one_kernel_and_goes_on(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "-s", "full", "-o", tmp_path / "run", "--json")
+    words += ("--set", "training.optimizer=adamw", "--set", "training.precision=float16")
+    words += ("--set", "training.clip_grad=1.0", "--workers", 2)
+    assert cli(*words, "--epochs", 1).exit_code == 0
+    assert cli(*words, "--epochs", 2).exit_code == 0  # with a batch size that the first one chose
+    weight = torch.zeros(3, device="cuda", requires_grad=True)
+    settings = TrainingSettings(optimizer="adamw")
+    groups = [{"params": [weight], "lr": 0.1, "weight_decay": 0.0}]
+    assert build_optimizer(groups, settings).defaults["fused"]

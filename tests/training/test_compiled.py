@@ -65,3 +65,15 @@ def test_training_uses_it_when_asked(pictures: Path, tmp_path: Path, monkeypatch
     assert sum(calls) == 36
     for one, two in zip(plain.judged.state_dict().values(), asked.judged.state_dict().values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_classifier_sees_standardised_features_when_compiled(pictures: Path, tmp_path: Path) -> None:
+    """Features are measured before training, so that the hook comes after the first call."""
+    plain = build_trainer(pictures, tmp_path / "plain", epochs=1)
+    asked = build_trainer(pictures, tmp_path / "asked", epochs=1)
+    asked.gradient.forward = Compiled(asked.task.network, "eager")
+    for trainer in (plain, asked):
+        trainer.standardize_head()
+        trainer.fit()
+    for one, two in zip(plain.judged.state_dict().values(), asked.judged.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)

@@ -21,8 +21,8 @@ from finetune.cache.blocks import BlockFile, journal_of
 from finetune.cache.shelf import cache_folder
 from finetune.data.loader import Placement
 from finetune.data.sample import Sample
-from finetune.errors import DataError, InternalError, InterruptedRunError
-from finetune.job import Run, run
+from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
+from finetune.job import Run, feeds, main, run
 from finetune.recipe import load_recipe
 from finetune.training.kept import FileRows, KeptRows, RowLoader
 from tests.conftest import draw_folder
@@ -146,20 +146,24 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("key", "number"),
     [
-        {"input.img_size": 40},
-        {"input.augmentation": "medium"},
-        {"input.mean": [0.5, 0.5, 0.5]},
-        {"training.channels_last": False},
-        {"cache.dtype": "float16"},
+        ({"input.img_size": 40}, 50),
+        ({"input.augmentation": "medium"}, 40),  # validation pictures know none
+        ({"input.mean": [0.5, 0.5, 0.5]}, 50),
+        ({"training.channels_last": False}, 50),
+        ({"deterministic": True}, 50),
+        ({"cache.dtype": "float16"}, 50),
     ],
 )
-def test_what_features_depend_on_makes_others(fit: Fit, computed: list[int], key: dict[str, Any]) -> None:
+def test_what_features_depend_on_makes_others(
+    fit: Fit, computed: list[int], monkeypatch: pytest.MonkeyPatch, key: dict[str, Any], number: int
+) -> None:
+    monkeypatch.setattr("finetune.job.prepare.set_deterministic", lambda _: None)  # for the whole process
     fit("one", keys={"training.channels_last": True, "training.epochs": 1})
     computed.clear()
     fit("two", keys={"training.channels_last": True, "training.epochs": 1} | key)
-    assert sum(computed) in (40, 50)  # validation pictures know no augmentation
+    assert sum(computed) == number
 
 
 def test_another_picture_makes_others(fit: Fit, few: Path, computed: list[int], tmp_path: Path) -> None:
@@ -362,3 +366,59 @@ def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
     os.truncate(path, 390)
     with pytest.raises(DataError, match="row 20"):
         kept[indices]
+
+
+def test_a_picture_that_changes_on_the_way_is_not_kept_under_its_old_name(
+    fit: Fit, tmp_path: Path, few: Path
+) -> None:
+    shutil.copytree(few, tmp_path / "data")
+    choose = feeds.choose_split
+
+    def change_and_choose(*arguments: Any) -> Any:
+        shutil.copy(tmp_path / "data/val/red/001.jpg", tmp_path / "data/val/red/002.jpg")
+        return choose(*arguments)
+
+    listener = Listener()
+    with mock.patch.object(feeds, "choose_split", change_and_choose):
+        plain = fit("plain", keys={"data.path": str(tmp_path / "data")}, listener=listener)
+    assert trunk_of(plain)["cut"] is None
+    assert "was changed meanwhile" in trunk_of(plain)["reason"]
+
+
+def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) -> None:
+    stopped = mock.patch("finetune.training.trainer.Trainer.fit", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(InterruptedRunError):
+        fit("one")
+    for path in cache_folder("kept").glob("*.bin"):
+        journal_of(path).unlink()
+    full = mock.patch.object(BlockFile, "append", no_space)
+    with (
+        full,
+        mock.patch("finetune.training.kept.MEMORY_BYTES", 0),
+        pytest.raises(DiskError, match="kept features"),
+    ):
+        fit("one")
+    again = fit("one")
+    assert trunk_of(again)["cut"]
+
+
+def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied")
+    listener = Listener()
+    with mock.patch("finetune.training.kept.BlockFile", side_effect=error):
+        run = fit("one", listener=listener)
+    assert trunk_of(run)["cut"]
+    assert [warning for warning in listener.warnings if "Permission denied" in warning]
+
+
+def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) -> None:
+    sizes: list[int] = []
+    check = main.check_figures
+
+    def spy(trainer: Any, predictions: Any, images: Tensor, dtype: Any) -> None:
+        sizes.append(len(images))
+        check(trainer, predictions, images, dtype)
+
+    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.job.feeds.FEW", 4):
+        fit("one", keys={"training.batch_size": 40})
+    assert sizes == [4]
