@@ -14,6 +14,7 @@ Shape legend: N pictures, H W pixels.
 from __future__ import annotations
 
 import hashlib
+import os
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ _THREADS = min(16, available_cores())
 class Pictures:
     """Kept pixels, by the index of their sample.
 
-    They are read from a mapped file, whose pages all decoding processes share.
+    They are read from their file, not mapped: mapped pages would count as memory of whoever looks at them.
 
     Args:
         path: of the pixels, one picture after the other.
@@ -64,8 +65,7 @@ class Pictures:
     def __init__(self, path: Path, shapes: np.ndarray[Any, Any], file: BlockFile | None = None) -> None:
         self._path, self._shapes, self._file = path, shapes, file
         self._ends = shapes.prod(axis=1).cumsum()
-        # Not copy on write: the kernel refuses that for a file that is larger than the memory.
-        self._map = np.asarray(np.memmap(path, np.uint8, "r")) if self._ends[-1] else np.empty(0, np.uint8)
+        self._pixels = path.open("rb", buffering=0) if self._ends[-1] else None
 
     def __len__(self) -> int:
         """Return N."""
@@ -73,16 +73,20 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Pixels | None:
         """Return the pixels of a picture, to be read only, or None for one that must be decoded."""
-        shape, end = self._shapes[index], self._ends[index]
-        pixels = self._map[end - shape.prod() : end].reshape(shape)
-        return pixels if pixels.size else None
+        shape = self._shapes[index]
+        num_bytes = int(shape.prod())
+        if self._pixels is None or not num_bytes:
+            return None
+        content = os.pread(self._pixels.fileno(), num_bytes, int(self._ends[index]) - num_bytes)
+        # Cut short since it was opened: the picture itself is still there.
+        return np.frombuffer(content, np.uint8).reshape(shape) if len(content) == num_bytes else None
 
     def __reduce__(self) -> tuple[type[Pictures], tuple[Path, np.ndarray[Any, Any]]]:
-        """A process that is not forked maps the file again; this one holds the lock for both."""
+        """A process that is not forked opens the file again; this one holds the lock for both."""
         return Pictures, (self._path, self._shapes)
 
     def close(self) -> None:
-        """Let others remove the file; what is mapped stays readable."""
+        """Let others remove the file; what is open stays readable."""
         if self._file is not None:
             self._file.close()
 

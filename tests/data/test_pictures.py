@@ -171,7 +171,7 @@ def test_only_large_pictures_are_reduced(photos: Dataset, keep: Keep) -> None:
         assert np.array_equal(pixels, whole) == (min(whole.shape[:2]) < 2 * 27)
 
 
-def test_a_process_that_is_not_forked_maps_the_file_again(keep: Keep) -> None:
+def test_a_process_that_is_not_forked_opens_the_file_again(keep: Keep) -> None:
     kept = keep()
     message = pickle.dumps(kept)
     assert kept is not None and len(message) < 5000
@@ -180,14 +180,20 @@ def test_a_process_that_is_not_forked_maps_the_file_again(keep: Keep) -> None:
     assert all(np.array_equal(there[index], kept[index]) for index in range(len(kept)))
 
 
-def test_a_file_that_is_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
-    """Pages that could be written, if only privately, are granted up to the size of the memory."""
-    side = 1 + int((2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3) ** 0.5)
+def test_a_picture_at_the_end_of_a_file_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+    number = 1 + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (3 * 4000**2)
     with (tmp_path / "x.bin").open("wb") as file:
-        file.truncate(3 * side**2)  # takes no room on the disk
-    pixels = Pictures(tmp_path / "x.bin", np.array([[side, side, 3]]))[0]
+        file.truncate(3 * 4000**2 * number)  # takes no room on the disk
+    pixels = Pictures(tmp_path / "x.bin", np.array([[4000, 4000, 3]] * number))[number - 1]
     assert pixels is not None and pixels[-1, -1, -1] == 0
     assert not pixels.flags.writeable
+
+
+def test_a_picture_that_was_cut_off_is_decoded(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(bytes(30))
+    kept = Pictures(tmp_path / "x.bin", np.array([[2, 3, 3], [2, 2, 3]]))
+    os.truncate(tmp_path / "x.bin", 25)
+    assert kept[0] is not None and kept[1] is None
 
 
 # --- another file for other content --------------------------------------------------------------
