@@ -14,8 +14,8 @@ Shape legend: N pictures, H W pixels.
 from __future__ import annotations
 
 import hashlib
-import os
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
