@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from contextlib import suppress
 
 import torch
 
@@ -26,10 +28,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give cached blocks back to the device.
+    """Give cached blocks back to the device, and free ones of the C library back to the system.
 
     Call it outside of the ``except`` block: inside, the traceback still holds every activation.
     """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc's own; other libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)

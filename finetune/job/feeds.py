@@ -302,6 +302,7 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
         check_unchanged=source.check_unchanged,
     )
     source.ready.backbone.network.eval()
+    release_memory()  # of checking images and trying cuts; decoding processes are copies of this one
     try:
         views = {part: _rows_of(source, kept, maker, part) for part in source.parts}
     except BaseException:
