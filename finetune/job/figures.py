@@ -98,12 +98,12 @@ def write_figures(
     """Write one row an image, and the confusion matrix."""
     samples, classes = dataset.of(metrics["split"]), dataset.classes
     confidence, predicted = predictions.probabilities.max(dim=1)
-    rows = [
-        (sample.path, classes[sample.label], classes[guess], sure, *probabilities)
+    rows = (
+        (sample.path, classes[sample.label], classes[guess], sure, *probabilities.tolist())
         for sample, guess, sure, probabilities in zip(
-            samples, predicted.tolist(), confidence.tolist(), predictions.probabilities.tolist(), strict=True
+            samples, predicted.tolist(), confidence.tolist(), predictions.probabilities, strict=True
         )
-    ]
+    )
     columns = ("path", "label", "predicted", "confidence", *(f"prob_{name}" for name in classes))
     write_csv(folder.predictions, rows, columns)
     confusion = compute_confusion(predictions).tolist()

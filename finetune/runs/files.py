@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
     """
+    write_chunks(path, [content])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file as :func:`write_bytes` does, without holding all of it in memory."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(content)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -96,8 +102,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
     """Write a table with a header, ``\\n`` line ends, and text that no spreadsheet takes for a formula."""
-    lines = (_csv_line([_cell(value) for value in row]) for row in (columns, *rows))
-    write_text(path, "".join(lines))
+    lines = (_csv_line([_cell(value) for value in row]) for row in chain([columns], rows))
+    write_chunks(path, (line.encode() for line in lines))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
