@@ -139,7 +139,7 @@ class KeptRows:
             **facts,
         }
         self._files: list[BlockFile] = []
-        self._disk_works = True
+        self._fault: OSError | None = None  # of the disk
         self._num_bytes = 0  # held in memory
 
     def facts_of(self, view: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
@@ -190,7 +190,9 @@ class KeptRows:
 
     def _open(self, facts: Mapping[str, Any], num_bytes: int, fits_memory: bool) -> BlockFile | None:
         path = self.shelf.place(facts)
-        if not self._disk_works:
+        if self._fault is not None:
+            if not fits_memory:
+                raise self._fault
             return None
         try:
             with self.display.track("comparing kept features", num_bytes) as advance:
@@ -214,7 +216,7 @@ class KeptRows:
     def _give_up_disk(self, error: OSError, fits_memory: bool) -> None:
         if not fits_memory:
             raise error
-        self._disk_works = False
+        self._fault = error
         self.display.warn(f"features cannot be kept for the next run ({error.strerror or error})")
 
     def _read(self, file: BlockFile, in_memory: Tensor | None) -> None:

@@ -249,6 +249,15 @@ def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None
     assert plain.metrics["epochs"] == 3
 
 
+def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) -> None:
+    """A row has 96 numbers: the first view fits, the second does not."""
+    full = mock.patch.object(BlockFile, "append", no_space)
+    with full, mock.patch("finetune.training.kept.MEMORY_BYTES", 60 * 96 * 4):
+        plain = fit("plain")
+    assert trunk_of(plain)["cut"] is None
+    assert "No space left" in trunk_of(plain)["reason"]
+
+
 def test_rows_that_stay_in_their_file_are_the_same(fit: Fit) -> None:
     whole = fit("whole", "top")
     with mock.patch("finetune.training.kept.MEMORY_BYTES", 0):
