@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from finetune.errors import UsageError
+from pretrained.pooling import TRUE_TO_FORM, skew
 
 BATCH = 2
 """Two pictures: enough to tell where tokens or windows are folded into the batch axis."""
@@ -260,9 +261,6 @@ def _is_vector(shape: tuple[int, ...]) -> bool:
     return shape[:1] == (BATCH,) and sum(size > 1 for size in shape[1:]) <= 1
 
 
-_TRUE_TO_FORM = 1.5  # sides that are farther than this from the picture's proportions are no height and width
-
-
 def grid_of(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> int:
     """The number of positions a picture in a tensor of ``shape`` (batch of two); 0 for a vector ``(B, D)``.
 
@@ -274,15 +272,9 @@ def grid_of(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> int:
         return folded if folded > 1 else 0
     inner = shape[1:-1]
     if len(shape) == 4:
-        first, last = (_skew(pair, input_size) for pair in (shape[1:3], shape[2:4]))
-        inner = shape[2:4] if last <= min(first, _TRUE_TO_FORM) else shape[1:3]
+        first, last = (skew(pair, input_size) for pair in (shape[1:3], shape[2:4]))
+        inner = shape[2:4] if last <= min(first, TRUE_TO_FORM) else shape[1:3]
     positions = shape[0] // BATCH
     for size in inner:
         positions *= size
     return positions
-
-
-def _skew(pair: tuple[int, ...], input_size: tuple[int, int, int]) -> float:
-    """How far the sides of ``pair`` are from the proportions of the picture, as a factor of at least 1."""
-    ratio = (pair[0] * input_size[2]) / (pair[1] * input_size[1])
-    return max(ratio, 1 / ratio)

@@ -28,6 +28,7 @@ FLOORS = (
     ("finetune.data",),
     ("finetune.strategy",),
     ("finetune.evaluation",),
+    ("finetune.features",),
     ("finetune.training",),
     ("finetune.export",),
     ("finetune.job",),

@@ -169,6 +169,7 @@ class Loader:
         warn: told of decoding processes that ended or could not work.
         pictures: kept ones of these samples. They change no bit of a batch.
         most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
+        allow_lost: batches may lack pictures that cannot be read; shuffled ones always may.
 
     Attributes:
         input_size: (3, H, W) of the pictures.
@@ -190,10 +191,12 @@ class Loader:
         warn: Callable[[str], None] = lambda _: None,
         pictures: Pictures | None = None,
         most_workers: int = 0,
+        allow_lost: bool = False,
     ) -> None:
         assert pictures is None or len(pictures) == len(samples)
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
         self.seed, self.shuffle, self.warn = seed, shuffle, warn
+        self.allow_lost = shuffle or allow_lost
         self.input_size: tuple[int, int, int] | None = transform.preprocessing.input_size
         self.wait_seconds = 0.0
         # A view that is kept whole is copied faster than it is handed over from another process.
@@ -237,12 +240,12 @@ class Loader:
         """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``.
 
         A decoding process that dies is replaced, and its batch made again: content does not depend on
-        processes. Where batches cannot be handed over between processes, this one decodes. Batches of a
-        shuffled loader may lack pictures, which they name.
+        processes. Where batches cannot be handed over between processes, this one decodes. Batches may lack
+        pictures, which they name, where that is allowed.
 
         Raises:
-            DataError: a picture cannot be read (it could when the run began), and the loader is not
-                shuffled: figures over fewer pictures than the user counted would look like any others.
+            DataError: a picture cannot be read (it could when the run began), and none may be lost: figures
+                over fewer pictures than the user counted would look like any others.
             EnvironmentFaultError: decoding processes die again and again.
         """
         keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:stop]]
@@ -271,7 +274,7 @@ class Loader:
             self.wait_seconds += time.perf_counter() - began
             if batch is None:
                 return
-            if batch.lost and not self.shuffle:
+            if batch.lost and not self.allow_lost:
                 raise _lost_error(batch.lost)
             yield self._place(batch)
 

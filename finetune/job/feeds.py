@@ -19,12 +19,14 @@ from finetune.data.sample import Split as Part
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display
 from finetune.errors import DataError, DiskError
+from finetune.features.kept import FORMAT, KeptRows, Place, compute_batch_size, describe_pictures, row_bytes
+from finetune.features.rows import Rows
 from finetune.job.prepare import Ready
 from finetune.memory import release_memory
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
-from finetune.training.kept import KeptRows, RowLoader, Rows
-from finetune.training.trunk import Choice, choose_split, find_reason_against, row_bytes
+from finetune.training.row_loader import RowLoader
+from finetune.training.trunk import Choice, choose_split, find_reason_against
 from pretrained.cuts import Cut
 from pretrained.split import Split
 
@@ -290,12 +292,11 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
     recipe = source.ready.recipe
     precision, batch_size = recipe.training.precision, recipe.training.batch_size
     assert precision != "auto" and batch_size != "auto"
+    device = source.ready.placement.device
     kept = KeptRows(
-        split,
-        source.facts(),
-        maker.shelf,
-        device=source.ready.placement.device,
-        input_size=source.ready.backbone.card.preprocessing.input_size,
+        shelf=maker.shelf,
+        device=device,
+        batch_size=compute_batch_size(device, source.ready.backbone.card.preprocessing.input_size),
         precision=precision,
         dtype=recipe.cache.dtype,
         display=maker.display,
@@ -304,13 +305,13 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
     source.ready.backbone.network.eval()
     release_memory()  # of checking images and trying cuts; decoding processes are copies of this one
     try:
-        views = {part: _rows_of(source, kept, maker, part) for part in source.parts}
+        views = {part: _rows_of(source, kept, maker, split, part) for part in source.parts}
     except BaseException:
         kept.close()  # others may need the files, and wait for them
         raise
     maker.stack.callback(kept.close)
     release_memory()
-    _say_kept(source, kept)
+    _say_kept(source, kept, split)
     return {
         part: RowLoader(
             rows,
@@ -324,21 +325,30 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
     }
 
 
-def _rows_of(source: Source, kept: KeptRows, maker: Maker, part: Part) -> list[Rows]:
+def _rows_of(source: Source, kept: KeptRows, maker: Maker, split: Split, part: Part) -> list[Rows]:
     """Return the rows of each view of a part."""
     views = [view for other, view in source.passes() if other == part]
     open_loader = cache(partial(maker.loader_for_trunk, part, kept.batch_size, len(views)))
-    digests = source.digests_of(part)
+    facts = {
+        "kind": "trunk",
+        "format": FORMAT,
+        "cut": split.cut.name,
+        "numel": split.packing.numel,
+        "dtype": kept.dtype,
+        "batch_size": kept.batch_size,
+        **source.facts(),
+    }
+    pictures = describe_pictures(source.digests_of(part))
     rows = []
     for view in views:
-        facts = kept.facts_of(source.view_facts(part, view), digests)
+        place = Place(facts | source.view_facts(part, view) | pictures, split.packing.numel)
         which = f"{part}, view {view + 1} of {len(views)}" if len(views) > 1 else part
-        rows.append(kept.rows(open_loader, facts, view, f"running the trunk ({which})"))
+        rows += kept.rows([place], lambda _: split.trunk, open_loader, view, f"running the trunk ({which})")
     return rows
 
 
-def _say_kept(source: Source, kept: KeptRows) -> None:
-    each = row_bytes(kept.split.packing.numel, kept.dtype)
+def _say_kept(source: Source, kept: KeptRows, split: Split) -> None:
+    each = row_bytes(split.packing.numel, kept.dtype)
     total = kept.num_computed + kept.num_found
     views = f"{source.num_views} views of each training image, " if source.num_views > 1 else ""
     found = f", {kept.num_found:,} of them found from before" if kept.num_found else ""

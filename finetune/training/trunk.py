@@ -18,7 +18,7 @@ from finetune.data.loader import Placement
 from finetune.errors import UsageError
 from finetune.evaluation.predict import autocast
 from finetune.recipe import Recipe
-from finetune.runtime import DTYPES, Precision
+from finetune.runtime import Precision
 from finetune.strategy.freeze import set_train_mode
 from finetune.strategy.matrix import Plan
 from pretrained.cuts import Cut, Trace, find_cuts, trace_calls
@@ -116,8 +116,3 @@ def _try(
             return Choice(split, words + (f" ({obstacles[0]})" if obstacles else ""))
     why = obstacles[0] if obstacles else f"none of {tries} cuts gives what the whole network gives"
     return Choice(None, f"every epoch runs the whole network: {why}")
-
-
-def row_bytes(numel: int, precision: Precision) -> int:
-    """Return the bytes of one picture's row."""
-    return numel * DTYPES[precision].itemsize

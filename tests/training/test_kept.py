@@ -22,9 +22,11 @@ from finetune.cache.shelf import cache_folder
 from finetune.data.loader import Placement
 from finetune.data.sample import Sample
 from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
+from finetune.features.kept import KeptRows
+from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.job import Run, feeds, main, run
 from finetune.recipe import load_recipe
-from finetune.training.kept import FileRows, KeptRows, RowLoader
+from finetune.training.row_loader import RowLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
 from tests.training.helpers import Listener
@@ -36,7 +38,7 @@ ARCHITECTURES = ("test_resnet", "test_vit", "test_convnext", "test_nfnet", "mobi
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And several batches for the trunk, the last of them a smaller one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("finetune.training.kept.compute_part_size", lambda *_: 12)
+    monkeypatch.setattr("finetune.features.kept.compute_part_size", lambda *_: 12)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +243,7 @@ def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None
     listener = Listener()
     with (
         mock.patch.object(BlockFile, "append", no_space),
-        mock.patch("finetune.training.kept.MEMORY_BYTES", 0),
+        mock.patch("finetune.features.kept.MEMORY_BYTES", 0),
     ):
         plain = fit("plain", listener=listener)
     assert trunk_of(plain)["cut"] is None
@@ -252,7 +254,7 @@ def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None
 def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) -> None:
     """A row has 96 numbers: the first view fits, the second does not."""
     full = mock.patch.object(BlockFile, "append", no_space)
-    with full, mock.patch("finetune.training.kept.MEMORY_BYTES", 60 * 96 * 4):
+    with full, mock.patch("finetune.features.kept.MEMORY_BYTES", 60 * 96 * 4):
         plain = fit("plain")
     assert trunk_of(plain)["cut"] is None
     assert "No space left" in trunk_of(plain)["reason"]
@@ -260,7 +262,7 @@ def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) 
 
 def test_rows_that_stay_in_their_file_are_the_same(fit: Fit) -> None:
     whole = fit("whole", "top")
-    with mock.patch("finetune.training.kept.MEMORY_BYTES", 0):
+    with mock.patch("finetune.features.kept.MEMORY_BYTES", 0):
         mapped = fit("mapped", "top")
     assert_same_run(whole.folder.path, mapped.folder.path)
 
@@ -305,8 +307,9 @@ def test_the_recipe_can_say_off(tiny: Path) -> None:
 def test_wrong_features_give_no_figures(fit: Fit) -> None:
     rows = KeptRows.rows
 
-    def wrong(self: KeptRows, *arguments: Any) -> Tensor:
-        return rows(self, *arguments).flip(0)
+    def wrong(self: KeptRows, *arguments: Any) -> list[Rows]:
+        [right] = rows(self, *arguments)
+        return [MemoryRows(right[torch.arange(right.shape[0]).flip(0)])]
 
     with mock.patch.object(KeptRows, "rows", wrong), pytest.raises(InternalError, match="figures"):
         fit("wrong")
@@ -369,9 +372,10 @@ def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
     rows = torch.randn(20, 5)
     path = tmp_path / "rows.bin"
     path.write_bytes(rows.numpy().tobytes())
-    kept = FileRows(path, 5, torch.float32)
+    kept = FileRows(path, (20, 5), torch.float32)
     indices = torch.tensor([3, 19, 0, 3])
     assert kept[indices].equal(rows[indices])
+    assert kept.columns(indices, 1, 3).equal(MemoryRows(rows).columns(indices, 1, 3))
     os.truncate(path, 390)
     with pytest.raises(DataError, match="row 20"):
         kept[indices]
@@ -403,7 +407,7 @@ def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) ->
     full = mock.patch.object(BlockFile, "append", no_space)
     with (
         full,
-        mock.patch("finetune.training.kept.MEMORY_BYTES", 0),
+        mock.patch("finetune.features.kept.MEMORY_BYTES", 0),
         pytest.raises(DiskError, match="kept features"),
     ):
         fit("one")
@@ -414,7 +418,7 @@ def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) ->
 def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> None:
     error = PermissionError(errno.EACCES, "Permission denied")
     listener = Listener()
-    with mock.patch("finetune.training.kept.BlockFile", side_effect=error):
+    with mock.patch("finetune.features.kept.BlockFile", side_effect=error):
         run = fit("one", listener=listener)
     assert trunk_of(run)["cut"]
     assert [warning for warning in listener.warnings if "Permission denied" in warning]

@@ -1,0 +1,280 @@
+"""What a network makes of each picture and view: computed once, and kept.
+
+Kept on disk, for this run when it goes on and for the next one on the same pictures, whatever its head,
+rate, seed or number of epochs. What the rows depend on is in the file's name: weights, place in the network,
+views, pictures and their order, versions and hardware. Rows of several places come from one pass.
+
+Shape legend: N pictures, B batch, D numbers of one place for one picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.cache.blocks import BlockFile
+from finetune.cache.shelf import Shelf
+from finetune.cache.waiting import Waiting
+from finetune.data.loader import Batch, Loader
+from finetune.data.sample import Sample
+from finetune.display import Display
+from finetune.evaluation.predict import InParts, autocast
+from finetune.features.rows import FileRows, MemoryRows, Rows
+from finetune.runtime import DTYPES, Precision, compute_part_size
+
+FORMAT = 1
+GPU_BATCH = 128
+"""Pictures that go through a network at a time on a GPU."""
+MEMORY_BYTES = 2**26
+"""Rows of a run that are held in memory; more stay in their files and are read as they are needed."""
+
+Forward = Callable[[Tensor], Tensor]
+"""Pictures (B, 3, H, W) to rows (B, D + D' + ...) of several places, side by side."""
+
+
+def compute_batch_size(device: torch.device, input_size: tuple[int, int, int]) -> int:
+    """Return how many pictures go through a network at a time.
+
+    Nothing but device and size decides, whatever the recipe's batch size is: last bits depend on it. (Only
+    where a GPU's memory runs out even so, smaller parts go through.)
+    """
+    return GPU_BATCH if device.type == "cuda" else compute_part_size(*input_size[1:])
+
+
+def row_bytes(numel: int, precision: Precision) -> int:
+    """Return the bytes of one picture's row."""
+    return numel * DTYPES[precision].itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a network that gives rows, and what they depend on.
+
+    Attributes:
+        facts: everything that they depend on; ``kind`` begins the file's name, ``num_images`` counts them.
+        numel: D.
+    """
+
+    facts: Mapping[str, Any]
+    numel: int
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return int(self.facts["num_images"])
+
+
+def describe_pictures(digests: Sequence[str]) -> dict[str, Any]:
+    """Return what rows depend on of their pictures (their sha256, in order)."""
+    pictures = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return {"num_images": len(digests), "images": pictures}
+
+
+@dataclass
+class _Store:
+    """Where the rows of one place go while they are computed."""
+
+    place: Place
+    file: BlockFile | None
+    memory: Tensor | None
+
+    @property
+    def num_done(self) -> int:
+        """Blocks that are there."""
+        return len(self.file.blocks) if self.file is not None else 0
+
+
+@dataclass
+class KeptRows:
+    """Rows of pictures, from files or through a network.
+
+    Attributes:
+        shelf: where files lie.
+        device: of the network.
+        batch_size: pictures that go through it at a time.
+        precision: of the forward pass.
+        dtype: of the rows.
+        display: shows progress.
+        check_unchanged: raises when samples are not what the facts say.
+        num_computed: rows of the first place that were computed.
+        num_found: rows of the first place that were there.
+        lost: why, for the path of each picture that could not be decoded. Its rows are NaN.
+    """
+
+    shelf: Shelf
+    device: torch.device
+    batch_size: int
+    precision: Precision
+    dtype: Precision
+    display: Display
+    check_unchanged: Callable[[Sequence[Sample]], None] = lambda _: None
+    num_computed: int = 0
+    num_found: int = 0
+    lost: dict[str, str] = field(default_factory=dict)
+    _files: list[BlockFile] = field(default_factory=list)
+    _fault: OSError | None = None  # of the disk
+    _num_bytes: int = 0  # held in memory
+
+    def rows(
+        self,
+        places: Sequence[Place],
+        open_forward: Callable[[Sequence[int]], Forward],
+        open_loader: Callable[[], Loader],
+        epoch: int,
+        words: str,
+    ) -> list[Rows]:
+        """Return the rows (N, D) of each place: what is kept, and the rest through the network.
+
+        Args:
+            places: with the same pictures.
+            open_forward: gives the forward for some of the places, by their index.
+            open_loader: gives the pictures, unshuffled, in batches of :attr:`batch_size`; called when some
+                must be computed.
+            epoch: of the loader's views.
+            words: for the progress bar.
+
+        Raises:
+            DataError: a picture cannot be read any more.
+            OSError: a file cannot be written, and the rows are too many for the memory.
+        """
+        stores = [self._open(place) for place in places]
+        missing = [
+            number for number, store in enumerate(stores) if store.num_done < self._num_blocks(store.place)
+        ]
+        self.num_found += min(self.batch_size * stores[0].num_done, places[0].num_images)
+        if missing:
+            done = min(stores[number].num_done for number in missing)
+            forward = open_forward(missing)
+            self._compute(open_loader(), [stores[number] for number in missing], forward, done, epoch, words)
+        return [self._rows_of(store) for store in stores]
+
+    def close(self) -> None:
+        """Let others remove the files."""
+        for file in self._files:
+            file.close()
+
+    def discard(self) -> None:
+        """Remove the files: what was made from them is written."""
+        for file in self._files:
+            file.discard()
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def _num_blocks(self, place: Place) -> int:
+        return math.ceil(place.num_images / self.batch_size)
+
+    def _rows_of(self, store: _Store) -> Rows:
+        if store.memory is not None:
+            return MemoryRows(store.memory)
+        assert store.file is not None
+        shape = (store.place.num_images, store.place.numel)
+        return FileRows(store.file.path, shape, DTYPES[self.dtype])
+
+    def _open(self, place: Place) -> _Store:
+        num_images = place.num_images
+        num_bytes = num_images * row_bytes(place.numel, self.dtype)
+        memory = None
+        if self._num_bytes + num_bytes <= MEMORY_BYTES:
+            memory = torch.empty(num_images, place.numel, dtype=DTYPES[self.dtype])
+            self._num_bytes += num_bytes
+        file = self._open_file(place, num_bytes, memory is not None)
+        if file is not None and file.blocks:
+            self._read(file, memory)
+        return _Store(place, file, memory)
+
+    def _open_file(self, place: Place, num_bytes: int, fits_memory: bool) -> BlockFile | None:
+        path = self.shelf.place(place.facts)
+        if self._fault is not None:
+            if not fits_memory:
+                raise self._fault
+            return None
+        try:
+            with self.display.track("comparing kept features", num_bytes) as advance:
+                file = BlockFile(
+                    path,
+                    place.facts,
+                    self._num_blocks(place),
+                    waiting=Waiting(path, "another run computes the same features", self.display),
+                    verified=lambda done: advance(done, ""),
+                )
+            self._files.append(file)
+            if file.was_damaged:
+                self.display.warn(f"{path} had changed since it was written; it is made again")
+            if not file.is_complete:
+                self.shelf.make_room(num_bytes - file.num_bytes)
+        except OSError as error:
+            self._give_up_disk(error, fits_memory)
+            return None
+        return file
+
+    def _give_up_disk(self, error: OSError, fits_memory: bool) -> None:
+        if not fits_memory:
+            raise error
+        self._fault = error
+        self.display.warn(f"features cannot be kept for the next run ({error.strerror or error})")
+
+    def _read(self, file: BlockFile, memory: Tensor | None) -> None:
+        for block in file.blocks:
+            self.lost |= block.note or {}
+        if memory is not None:
+            found = torch.frombuffer(file.read(), dtype=DTYPES[self.dtype]).view(-1, memory.shape[1])
+            memory[: len(found)] = found
+
+    # --- computing -------------------------------------------------------------------------------
+
+    def _compute(
+        self, loader: Loader, stores: list[_Store], forward: Forward, done: int, epoch: int, words: str
+    ) -> None:
+        """Run the network over the batches that are missing."""
+        in_parts = InParts(forward)
+        with (
+            self.display.track(words, len(loader.samples)) as advance,
+            torch.inference_mode(),
+            autocast(self.device, self.precision),
+        ):
+            advance(done * self.batch_size, "")
+            for number, batch in enumerate(loader.batches(epoch, start=done), done):
+                start = number * self.batch_size
+                size = min(self.batch_size, len(loader.samples) - start)
+                self.check_unchanged(loader.samples[start : start + size])
+                self.lost |= batch.lost
+                for store, rows in zip(stores, self._run(in_parts, batch, start, size, stores), strict=True):
+                    self._store(store, number, rows, batch.lost)
+                self.num_computed += size
+                advance(size, "")
+
+    def _run(
+        self, forward: InParts, batch: Batch, start: int, size: int, stores: Sequence[_Store]
+    ) -> list[Tensor]:
+        """Return rows (size, D) of each place, NaN in those of lost pictures."""
+        dtype = DTYPES[self.dtype]
+        whole = len(batch.indices) == size
+        widths = [store.place.numel for store in stores]
+        if whole:
+            rows = forward(batch.images).to("cpu", dtype)
+        else:
+            rows = torch.full((size, sum(widths)), math.nan, dtype=dtype)
+        if not whole and len(batch.indices):
+            rows[batch.indices - start] = forward(batch.images).to("cpu", dtype)
+        return [part.contiguous() for part in torch.split(rows, widths, dim=1)]
+
+    def _store(self, store: _Store, number: int, rows: Tensor, lost: Mapping[str, str]) -> None:
+        """Put a block of rows where it belongs; a file may be further than the others."""
+        if store.memory is not None:
+            start = number * self.batch_size
+            store.memory[start : start + len(rows)] = rows
+        if store.file is None or number < store.num_done:
+            return
+        try:
+            store.file.append(rows.view(torch.uint8).numpy().tobytes(), dict(lost) or None)
+        except OSError as error:
+            self._files.remove(store.file)
+            store.file.discard()  # on a full disk, half of it is of no use to anybody
+            store.file = None
+            self._give_up_disk(error, store.memory is not None)

@@ -1,0 +1,247 @@
+"""The layers of a network that features are taken from, by name: stages, modules, and what the head reads.
+
+A *stage's* features are the last tensor of its stretch of the network: after activation and pooling, and
+before anything of the next stage. On AlexNet these are the layers 1 to 7 of Zeiler and Fergus' table
+(arXiv:1311.2901). A *module's* features are what it returns, of its last call where it is called again.
+
+::
+
+    all          every stage but the head, and pre_logits where that is something else
+    last         the last stage under the head
+    pre_logits   what the classifier reads
+    layer4.1     a module, by its name in network.named_modules(); a stage of that name comes first
+    blocks.*     a pattern over module names; a star does not cross a dot
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from finetune.errors import UsageError, suggest
+from pretrained.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
+from pretrained.network import classifier_layers
+from pretrained.pooling import Form, Pool, check_pool, find_form
+from pretrained.stages import Stage
+
+WORDS = ("all", "last", "pre_logits")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place in a network, and how to read what is there.
+
+    Attributes:
+        name: that users and tables know it by.
+        module: whose call it is.
+        number: of that call; how many came before it.
+        at_input: what the call takes, and not what it returns.
+        forms: of its tensors; more than one in networks with parallel branches.
+        share: of the network's multiplications that are done by then, in [0, 1].
+        has_token: the network's classifier reads a class token (``auto`` takes it).
+    """
+
+    name: str
+    module: str
+    number: int
+    at_input: bool
+    forms: tuple[Form, ...]
+    share: float
+    has_token: bool
+
+    def pool_of(self, pool: Pool) -> Pool:
+        """Return what ``auto`` means here."""
+        if pool != "auto":
+            return pool
+        return "token" if self.has_token and all(form.prefix for form in self.forms) else "avg"
+
+    def num_features(self, pool: Pool) -> int:
+        """Return how many numbers a picture gets."""
+        return sum(form.num_features(self.pool_of(pool)) for form in self.forms)
+
+    @property
+    def size(self) -> str:
+        """What it gives for one picture, for people: ``512x7x7``, ``197x192``, ``512``."""
+        return " + ".join(_describe(form) for form in self.forms)
+
+
+def _describe(form: Form) -> str:
+    if form.order == "vector" or form.size is None:
+        return str(form.width)
+    if form.order == "tokens":
+        return f"{form.num_positions + form.prefix}x{form.width}"
+    return f"{form.width}x{form.size[0]}x{form.size[1]}"
+
+
+class Layers:
+    """Every layer of a network, by name.
+
+    Args:
+        network: left as it is.
+        stages: of the network, from stem to head.
+        input_size: (C, H, W) of the pictures.
+
+    Attributes:
+        stages: a layer for each stage but the head, from stem up.
+        pre_logits: what the classifier reads; None for a network without one.
+
+    Raises:
+        UsageError: a trial forward fails at that size.
+    """
+
+    def __init__(self, network: nn.Module, stages: Sequence[Stage], input_size: tuple[int, int, int]) -> None:
+        self._network, self._input_size = network, input_size
+        self._trace = trace_calls(network, input_size)
+        self._prefix, self._has_token = count_prefix_tokens(network), reads_token(network)
+        below = [stage for stage in stages if stage.role != "head"]
+        found = (self._find_stage(stage, stages) for stage in below)
+        self.stages = tuple(layer for layer in found if layer is not None)
+        self.pre_logits = self._find_pre_logits()
+
+    @property
+    def last(self) -> Layer:
+        """The last stage under the head."""
+        return self.stages[-1]
+
+    @property
+    def all(self) -> tuple[Layer, ...]:
+        """The stages, and what the classifier reads where it is not simply the last of them, pooled."""
+        extra = self.pre_logits
+        if extra is None or extra.num_features("auto") == self.last.num_features("auto"):
+            return self.stages
+        return (*self.stages, extra)
+
+    def modules(self) -> dict[str, Layer]:
+        """Return a layer for each module that gives tensors by picture, in the order of the forward."""
+        calls: dict[str, Layer] = {}
+        for call in sorted(self._trace.calls, key=lambda call: call.ended):
+            if call.name and (layer := self._layer_of(call.name, call, False, call.outputs)):
+                calls.pop(call.name, None)  # the last call counts, at its own place
+                calls[call.name] = layer
+        return calls
+
+    # --- by name ---------------------------------------------------------------------------------
+
+    def select(self, wanted: Iterable[str], pool: Pool = "auto") -> tuple[Layer, ...]:
+        """Return layers by names, words and patterns, each once, in the order in which they were asked for.
+
+        Raises:
+            UsageError: there is no such layer, it gives no tensor, or nothing to pool as asked.
+        """
+        modules = self.modules()
+        chosen: dict[str, Layer] = {}
+        for name in wanted:
+            for layer in self._find(name, modules):
+                if chosen.setdefault(layer.name, layer) != layer:
+                    found = f"{layer.name!r} is a stage here and a module there, which give other features"
+                    raise UsageError(f"--layers {name}", found, "Ask for the two one after the other.")
+        for layer in chosen.values():
+            for form in layer.forms:
+                check_pool(layer.name, form, layer.pool_of(pool))
+        return tuple(chosen.values())
+
+    def _find(self, name: str, modules: Mapping[str, Layer]) -> Sequence[Layer]:
+        stages = {layer.name: layer for layer in self.stages}
+        if name == "all":
+            return self.all
+        if name == "last":
+            return self.stages[-1:]
+        if name == "pre_logits" and self.pre_logits is not None:
+            return [self.pre_logits]
+        if name in stages or name in modules:
+            return [stages.get(name) or modules[name]]
+        matching = [layer for other, layer in modules.items() if _matches(other, name)]
+        if not matching:
+            raise self._refuse(name, [*WORDS, *stages, *modules])
+        return matching
+
+    def _refuse(self, name: str, known: Sequence[str]) -> UsageError:
+        fix = "`--layers list` shows stages and modules."
+        if name == "pre_logits":
+            return UsageError("--layers pre_logits", "the network has no classifier", "Take --layers last.")
+        if name in dict(self._network.named_modules()):
+            called = any(call.name == name for call in self._trace.calls)
+            found = (
+                "it gives no tensor with a row for each picture" if called else "the forward never calls it"
+            )
+            return UsageError(f"--layers {name}", found, f"Take a layer around it; {fix}")
+        found = f"there is no stage and no module of that name{suggest(name, known)}"
+        return UsageError(f"--layers {name}", found, fix)
+
+    # --- finding ---------------------------------------------------------------------------------
+
+    def _find_stage(self, stage: Stage, stages: Sequence[Stage]) -> Layer | None:
+        """What everything passes last after a stage and before the next; else its last module's tensor."""
+        place = stages.index(stage)
+        later = [name for other in stages[place + 1 :] for name in other.parameters]
+        before = [name for other in stages[place:] for name in other.parameters]
+        cuts = find_cuts(self._trace, later)
+        floor = max((cut.depth for cut in find_cuts(self._trace, before)), default=0)
+        # Several tensors where one will do are a residual and its branch, say: nobody means those.
+        cuts = [cut for cut in cuts if cut.depth == cuts[0].depth > floor]
+        layers = [(cut, self._layer_at(stage.name, cut)) for cut in cuts]
+        usable = [(cut, layer) for cut, layer in layers if layer is not None]
+        if not usable:
+            return self._last_module(stage)
+        return max(usable, key=lambda pair: (*_preference(pair[1]), pair[0].time))[1]
+
+    def _layer_at(self, name: str, cut: Cut) -> Layer | None:
+        return self._layer_of(name, cut.call, cut.at_input, cut.carries)
+
+    def _last_module(self, stage: Stage) -> Layer | None:
+        calls = [call for call in self._trace.calls if call.name in stage.modules]
+        for call in sorted(calls, key=lambda call: -call.ended):
+            if layer := self._layer_of(stage.name, call, False, call.outputs):
+                return layer
+        return None
+
+    def _find_pre_logits(self) -> Layer | None:
+        names = {module: name for name, module in self._network.named_modules()}
+        wanted = {names[layer] for layer in classifier_layers(self._network)}
+        for call in self._trace.calls:
+            if call.name in wanted and call.argument is not None:
+                return self._layer_of("pre_logits", call, True, call.argument)
+        return None
+
+    def _layer_of(self, name: str, call: Call, at_input: bool, carries: Structure) -> Layer | None:
+        shapes = [shape for shape in shapes_in(carries) if shape.dtype.is_floating_point]
+        if not shapes or not all(shape.is_by_picture for shape in shapes):
+            return None
+        forms = [find_form(shape.of(1), self._input_size, self._prefix) for shape in shapes]
+        known = tuple(form for form in forms if form is not None)
+        if len(known) < len(forms):
+            return None
+        share = call.multiplied[0 if at_input else 1] / max(self._trace.flops, 1)
+        return Layer(name, call.name, call.number, at_input, known, share, self._has_token)
+
+
+def _preference(layer: Layer) -> tuple[bool, bool, bool]:
+    """One tensor before several, a map before what was pooled from it, and what a module returns.
+
+    What the next stage takes may be folded already (Swin merges patches before its first weight).
+    """
+    is_map = all(form.num_positions > 1 for form in layer.forms)
+    return len(layer.forms) == 1, is_map, not layer.at_input
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def count_prefix_tokens(network: nn.Module) -> int:
+    """Return how many class and register tokens stand before those of the picture."""
+    declared = getattr(network, "num_prefix_tokens", None)
+    if isinstance(declared, int):
+        return declared
+    return int(isinstance(getattr(network, "class_token", None), nn.Parameter))  # torchvision's ViT
+
+
+def reads_token(network: nn.Module) -> bool:
+    """Return whether the network's own classifier reads a class token."""
+    if isinstance(getattr(network, "class_token", None), nn.Parameter):
+        return True
+    return count_prefix_tokens(network) > 0 and getattr(network, "global_pool", "") in ("token", "")
