@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -85,6 +86,32 @@ def load_backbone(
         dropout=card.dropout if head == "keep" else dropout,
     )
     return Backbone(network, new_card, _stages_of(network, card.preprocessing), match)
+
+
+def load_source(card: Card, weights: str | None = None, offline: bool = False) -> Backbone:
+    """Build a network as it was published, with its own classifier, and fill it with its weights.
+
+    Where the file holds no classifier that fits, ``match.head_replaced`` says so.
+
+    Args:
+        card: which network, with the preprocessing it will be used at.
+        weights: file or folder instead of the card's own.
+        offline: never ask the network.
+
+    Raises:
+        UsageError: the weights belong to another network.
+        EnvironmentFaultError: the weights are not here and cannot be had.
+    """
+    path = find_weights(card, weights, offline)
+    if weights is None:
+        check_digest(path, card.sha256)
+    network = build_network(card)
+    head = head_parameters(network)
+    match = load_weights(network, card, path, head, load_head=False)
+    if head:
+        with suppress(UsageError):
+            match = load_weights(network, card, path, head, load_head=True)
+    return Backbone(network, card, _stages_of(network, card.preprocessing), match)
 
 
 def _without_weights(card: Card) -> Card:

@@ -197,6 +197,8 @@ def _noted(twin: nn.Module, trace: Trace, count: Callable[[], int]) -> Iterator[
 
     def after(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> None:
         call = open_calls.pop()
+        while call.name != names[module]:  # left by an exception, as a forward that knows enough leaves
+            call = open_calls.pop()
         call.ended, call.multiplied = next(clock), (call.multiplied[0], count())
         call.outputs, call.went = map_tensors(_shape_of, outputs), tuple(values_of(tensors_in(outputs)))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 
@@ -28,6 +29,14 @@ from pretrained.pooling import Form, Pool, check_pool, find_form
 from pretrained.stages import Stage
 
 WORDS = ("all", "last", "pre_logits")
+
+
+class TapPoint(NamedTuple):
+    """A place in a network: a call of a module, and whether what it takes is meant or what it returns."""
+
+    module: str
+    number: int
+    at_input: bool
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,11 @@ class Layer:
     forms: tuple[Form, ...]
     share: float
     has_token: bool
+
+    @property
+    def point(self) -> TapPoint:
+        """Its place in the network."""
+        return TapPoint(self.module, self.number, self.at_input)
 
     def pool_of(self, pool: Pool) -> Pool:
         """Return what ``auto`` means here."""
@@ -122,6 +136,20 @@ class Layers:
                 calls.pop(call.name, None)  # the last call counts, at its own place
                 calls[call.name] = layer
         return calls
+
+    def at(self, point: TapPoint) -> Layer:
+        """Return the layer at a place.
+
+        Raises:
+            UsageError: the network has no such place.
+        """
+        for call in self._trace.calls:
+            if (call.name, call.number) == (point.module, point.number):
+                carries = call.argument if point.at_input else call.outputs
+                if layer := self._layer_of(point.module, call, point.at_input, carries):
+                    return layer
+        found = f"{type(self._network).__name__} has no features there"
+        raise UsageError(f"features of {point.module!r}", found, "Export the run again.")
 
     # --- by name ---------------------------------------------------------------------------------
 

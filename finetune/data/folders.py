@@ -100,7 +100,7 @@ def _read_classes(
     ignored: Counter[str] = Counter()
     for name in folders:
         top = f"{part}/{name}" if part else name
-        images, others = _images_below(finding, top)
+        images, others = images_below(finding, top)
         if images:
             _refuse_bad_name(finding, name)
             classes[name] = images
@@ -139,8 +139,8 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
 
 
-def _images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
-    """Return the images in a class folder and its sub-folders, and how many other files of each extension.
+def images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
+    """Return the images in a folder and its sub-folders, and how many other files of each extension.
 
     Linked folders are followed, but not back into a folder that the walk is already inside of, and not out
     of the root.
@@ -157,9 +157,9 @@ def _images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
         if identity in inside:
             continue
         folders, files = _listing(finding, folder)
-        images.extend(f"{folder}/{name}" for name in files if _is_image(name))
+        images.extend(f"{folder}/{name}".lstrip("/") for name in files if _is_image(name))
         others += extension_counts(name for name in files if not _is_image(name))
-        stack.extend((f"{folder}/{name}", inside | {identity}) for name in folders)
+        stack.extend((f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders)
     return sorted(images), others
 
 

@@ -13,7 +13,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image: its path below ``Dataset.root`` (with ``/``), its class index and its part."""
+    """One image: its path below ``Dataset.root`` (with ``/``), its class index (-1: none) and its part."""
 
     path: str
     label: int
@@ -26,7 +26,7 @@ class Dataset:
 
     Attributes:
         root: folder that every ``Sample.path`` is relative to.
-        classes: class names in index order, taken from the training part only.
+        classes: class names in index order, from the training part only; none where nothing is labelled.
         samples: every image, ordered by part (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
         is_folder: the user named the root itself, and not a CSV file in it.
@@ -39,6 +39,11 @@ class Dataset:
     warnings: tuple[str, ...] = ()
     is_folder: bool = True
     val_was_drawn: bool = False
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the images have classes."""
+        return bool(self.classes)
 
     @property
     def num_classes(self) -> int:

@@ -6,6 +6,7 @@ Shape legend: N pictures, B of them, D numbers for each.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,3 +98,68 @@ class FileRows:
                 fix = "Run `finetune cache clear`, and start the same command again."
                 raise DataError("reading kept features", found, fix)
         return rows
+
+
+class JoinedRows:
+    """Rows of several parts, one after the other.
+
+    Args:
+        parts: each (N, D), with the same D.
+    """
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = tuple(parts)
+        self._ends = torch.tensor([part.shape[0] for part in parts]).cumsum(0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return int(self._ends[-1]), self._parts[0].shape[1]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return rows (B, D)."""
+        return self.columns(indices, 0, self.shape[1])
+
+    def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
+        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        owners = torch.searchsorted(self._ends, indices, right=True)
+        rows: Tensor | None = None
+        for number, part in enumerate(self._parts):
+            mine = owners == number
+            if mine.any():
+                begin = int(self._ends[number]) - part.shape[0]
+                found = part.columns(indices[mine] - begin, start, stop)
+                rows = found.new_empty(len(indices), stop - start) if rows is None else rows
+                rows[mine] = found
+        return rows if rows is not None else torch.empty(0, stop - start)
+
+
+class BesideRows:
+    """Rows of the same pictures from several layers, side by side.
+
+    Args:
+        layers: each (N, D), with the same N.
+    """
+
+    def __init__(self, layers: Sequence[Rows]) -> None:
+        self._layers = tuple(layers)
+        self._ends = torch.tensor([layer.shape[1] for layer in layers]).cumsum(0).tolist()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D + D' + ...)."""
+        return self._layers[0].shape[0], self._ends[-1]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return rows (B, D + D' + ...)."""
+        return torch.cat([layer[indices] for layer in self._layers], dim=1)
+
+    def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
+        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        found = []
+        for layer, end in zip(self._layers, self._ends, strict=True):
+            begin = end - layer.shape[1]
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                found.append(layer.columns(indices, low - begin, high - begin))
+        return torch.cat(found, dim=1)

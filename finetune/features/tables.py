@@ -29,9 +29,9 @@ Floats = npt.NDArray[np.float32]
 WHO = ("path", "label", "split")
 """The first columns of every table."""
 BLOCK_BYTES = 64 * 2**20
-"""Of the rows of all layers that are in memory at a time. Parquet's row groups have this size."""
+"""Of the rows of all layers that are read at a time. Row groups of Parquet have this size."""
 _TEXTS = 4096
-"""Paths of an npz file that are in memory as an array, at four bytes a character of the longest."""
+"""Texts of an npz file that are made an array at a time, of four bytes a character of the longest."""
 _REPORT = "Please report this, with the command."
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from finetune.data.check import BadImage, Checked, check_bad
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
 from finetune.display import Display
+from finetune.errors import UsageError
 from finetune.job.same import describe_images
 from finetune.runs.bad_images import read_bad_images, write_bad_images
 from finetune.runs.claim import read_split
@@ -76,3 +79,17 @@ def describe_data(dataset: Dataset) -> str:
     fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
     spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return f"{dataset.num_classes} classes, {parts}; {spread} training images a class"
+
+
+def check_outside(output: Path, dataset: Dataset) -> None:
+    """Refuse to write among the images: nothing is ever written into the user's data.
+
+    Raises:
+        UsageError: the output is the data folder, or lies in it (in a folder with images, for a CSV file).
+    """
+    holders = {Path(sample.path).parts[0] for sample in dataset.samples if "/" in sample.path}
+    inside = Path(os.path.realpath(output))
+    tops = [dataset.root] if dataset.is_folder else [dataset.root / name for name in holders]
+    if any(inside.is_relative_to(os.path.realpath(top)) for top in tops):
+        fix = "Name an --output outside of it."
+        raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from finetune.cache.shelf import Shelf
 from finetune.data.feed import Feed
 from finetune.data.loader import Loader
-from finetune.data.pictures import Pictures, decoder_facts, keep_pictures
+from finetune.data.pictures import Pictures, keep_pictures
 from finetune.data.sample import Dataset, Sample
 from finetune.data.sample import Split as Part
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
@@ -21,18 +20,14 @@ from finetune.display import Display
 from finetune.errors import DataError, DiskError
 from finetune.features.kept import FORMAT, KeptRows, Place, compute_batch_size, describe_pictures, row_bytes
 from finetune.features.rows import Rows
+from finetune.job.facts import describe_source, digest_of
 from finetune.job.prepare import Ready
 from finetune.memory import release_memory
 from finetune.runs.folder import RunFolder
-from finetune.runtime import describe_environment
 from finetune.training.row_loader import RowLoader
 from finetune.training.trunk import Choice, choose_split, find_reason_against
 from pretrained.cuts import Cut
 from pretrained.split import Split
-
-_VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda", "processor")
-"""Of the environment: under other values the last bits of a feature may differ."""
-
 
 FEW = 8
 """Pictures that figures and model are compared on: through the whole network, however large batches are."""
@@ -91,19 +86,11 @@ class Source:
     def facts(self) -> dict[str, Any]:
         """Return what all features depend on, but for the cut."""
         recipe, card = self.ready.recipe, self.ready.backbone.card
-        environment = describe_environment(self.ready.placement.device)
-        return {
-            "backbone": card.name,
-            "architecture": card.architecture,
-            "model_args": [[key, repr(value)] for key, value in card.model_args],
+        precision = recipe.training.precision
+        assert precision != "auto"
+        return describe_source(card, self.ready.placement, precision, recipe.deterministic) | {
             "head": card.head,
-            "weights": _digest(self.frozen),
-            "input": card.preprocessing.to_dict(),
-            "precision": recipe.training.precision,
-            "deterministic": recipe.deterministic,
-            "decoder": decoder_facts(),
-            "channels_last": self.ready.placement.channels_last,
-            "environment": {key: environment[key] for key in _VERSIONS},
+            "weights": digest_of(self.frozen),
         }
 
     def view_facts(self, part: Part, view: int) -> dict[str, Any]:
@@ -126,10 +113,6 @@ class Source:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self.digests[sample.path]:
                     fix = "Leave the images alone while a run begins, and start again."
                     raise DataError(f"reading {sample.path}", f"{sample.path} was changed meanwhile", fix)
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from finetune import __version__
 from finetune.data.sample import Dataset
 from finetune.display import Display, SilentDisplay
-from finetune.errors import DataError, InternalError, UsageError
+from finetune.errors import DataError, InternalError
 from finetune.export.folder import export_model, measure_round_trip
-from finetune.job.data import check_data, describe_data, keep_split, record_split
+from finetune.job.data import check_data, check_outside, describe_data, keep_split, record_split
 from finetune.job.feeds import FEW, Feeds, Source, open_feeds
 from finetune.job.figures import check_figures, collect_metrics, evaluate, say_result, write_figures
 from finetune.job.outcome import recorded_outcome, translated_errors
@@ -158,20 +157,6 @@ def _describe_environment(ready: Ready) -> dict[str, Any]:
 def default_output(architecture: str, strategy: str) -> Path:
     """Return ``runs/<time>-<backbone>-<strategy>``."""
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{architecture}-{strategy}"
-
-
-def check_outside(output: Path, dataset: Dataset) -> None:
-    """Refuse to write among the images: nothing is ever written into the user's data.
-
-    Raises:
-        UsageError: the output is the data folder, or lies in it (in a folder with images, for a CSV file).
-    """
-    holders = {Path(sample.path).parts[0] for sample in dataset.samples if "/" in sample.path}
-    inside = Path(os.path.realpath(output))
-    tops = [dataset.root] if dataset.is_folder else [dataset.root / name for name in holders]
-    if any(inside.is_relative_to(os.path.realpath(top)) for top in tops):
-        fix = "Name an --output outside of it."
-        raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
 
 
 def _read_run(job: Job) -> Run | None:

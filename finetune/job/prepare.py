@@ -56,17 +56,13 @@ class Ready:
 def prepare(recipe: Recipe, display: Display) -> Ready:
     """Find data and backbone, load the weights, and decide every "auto"."""
     name, data = _required(recipe)
-    set_deterministic(recipe.deterministic)
-    device = resolve_device(recipe.device)
-    torch.set_num_threads(resolve_threads())
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
+    device = prepare_machine(recipe)
     with display.count(f"reading {data}") as tell:
         settings = recipe.data
         dataset = discover(Path(data), settings.val_fraction, recipe.seed, settings.follow_links, tell)
     with display.busy(f"loading {name}"):
         card = find_card(name, recipe.backbone.offline)
-        card = card.with_input(_preprocessing(recipe, card))
+        card = card.with_input(resolve_preprocessing(recipe, card))
         backbone = _load_backbone(recipe, card, dataset)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
     if backbone.match.missing:
@@ -86,6 +82,16 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     batch_bytes = _batch_bytes(resolved, num_train, card)
     most_workers = resolve_most_workers(batch_bytes) if recipe.data.workers == "auto" else 0
     return Ready(resolved, dataset, backbone, placement, plan, most_workers)
+
+
+def prepare_machine(recipe: Recipe) -> torch.device:
+    """Set threads and kernels as a recipe says, and return its device."""
+    set_deterministic(recipe.deterministic)
+    device = resolve_device(recipe.device)
+    torch.set_num_threads(resolve_threads())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
+    return device
 
 
 def fit_batches(ready: Ready, folder: RunFolder) -> Ready:
@@ -145,8 +151,8 @@ def _required(recipe: Recipe) -> tuple[str, str]:
     return name, data
 
 
-def _preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
-    """The card's own, except where the recipe says otherwise."""
+def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
+    """Return the card's own preprocessing, except where the recipe says otherwise."""
     own = card.preprocessing.to_dict()
     asked = {key: value for key, value in dict(recipe.input).items() if key in own and value != "auto"}
     return Preprocessing(**own | asked)

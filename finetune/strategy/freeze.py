@@ -107,11 +107,15 @@ def digest_frozen(network: nn.Module, plan: Plan) -> dict[str, str]:
 
 def digest_weights(network: nn.Module, plan: Plan) -> str:
     """Return one sha256 of everything below the head: it tells other weights under the same name."""
-    parts = plan.rows[-1].stage
-    head = {*parts.parameters, *(f"{module}." for module in parts.modules)}
+    stage = plan.rows[-1].stage
+    return digest_tensors(network, stage.parameters, stage.modules)
+
+
+def digest_tensors(network: nn.Module, without: Collection[str], modules: Collection[str] = ()) -> str:
+    """Return one sha256 of parameters and buffers, less those named and those of some modules."""
     whole = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        if name not in head and f"{name.rpartition('.')[0]}." not in head:
+        if name not in without and name.rpartition(".")[0] not in modules:
             whole.update(f"{name} {_digest(tensor)}\n".encode())
     return whole.hexdigest()
 

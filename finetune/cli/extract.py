@@ -1,0 +1,131 @@
+"""``finetune extract``: features of any layers to CSV, Parquet or NumPy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.options import (
+    BackboneOption,
+    DataOption,
+    DeviceOption,
+    ImgSizeOption,
+    JsonOption,
+    OfflineOption,
+    PoolOption,
+    SeedOption,
+    SetOption,
+    WeightsOption,
+    WorkersOption,
+    read_pool,
+    read_source,
+    split_words,
+)
+from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.tables import print_table
+from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
+    from pretrained.layers import Layer
+
+
+def extract_command(
+    backbone: BackboneOption = None,
+    data: DataOption = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            "--layers",
+            "-l",
+            help="Stages, modules and patterns, with commas between; all, last, pre_logits; "
+            "list shows what there is.",
+        ),
+    ] = "all",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder (a table for each layer), or a .csv, .parquet, .npz."),
+    ] = None,
+    pool: PoolOption = "auto",
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="csv, parquet or npz.", show_default="the output's suffix, else csv"),
+    ] = None,
+    weights: WeightsOption = None,
+    img_size: ImgSizeOption = None,
+    workers: WorkersOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    assignments: SetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the features of a network's layers as tables: path, label, split, then the numbers.
+
+    All layers come from one forward pass. An extraction that was killed goes on where it stopped.
+    """
+    with refusals(as_json):
+        recipe = read_source(
+            assignments,
+            backbone=backbone,
+            data=data,
+            weights=weights,
+            img_size=img_size,
+            workers=workers,
+            seed=seed,
+            device=device,
+            offline=offline,
+        )
+        wanted = split_words(layers)
+        if wanted == ["list"]:
+            _list(recipe, as_json)
+            return
+        done = _extract(recipe, wanted, output, pool, format)
+        if as_json:
+            hand_over(json.dumps(done) + "\n")
+
+
+def _extract(
+    recipe: Recipe, wanted: list[str], output: Path | None, pool: str, format: str | None
+) -> dict[str, object]:
+    from finetune.display import Display
+
+    if output is None:
+        raise UsageError(
+            "finetune extract", "no output was named", "Add --output FOLDER or --output FILE.csv."
+        )
+    display = Display()
+    with display.busy("loading torch"):
+        from finetune.job.extract import extract
+    return extract(recipe, wanted, output, read_pool(pool), format, display)
+
+
+def _list(recipe: Recipe, as_json: bool) -> None:
+    from finetune.display import Display
+
+    display = Display()
+    with display.busy("loading torch"):
+        from finetune.job.source import open_network
+    layers = open_network(recipe, display).layers
+    rows = [_facts("stage", layer) for layer in layers.all]
+    rows += [_facts("module", layer) for layer in layers.modules().values()]
+    if as_json:
+        hand_over(json.dumps(rows, indent=1) + "\n")
+        return
+    columns = ("layer", "kind", "from", "size", "num_features", "pool", "depth")
+    print_table(columns, ([str(row[column]) for column in columns] for row in rows))
+
+
+def _facts(kind: str, layer: Layer) -> dict[str, object]:
+    return {
+        "layer": layer.name,
+        "kind": kind if layer.name != "pre_logits" else "head input",
+        "from": f"{'input of ' if layer.at_input else ''}{layer.module}",
+        "size": layer.size,
+        "num_features": layer.num_features("auto"),
+        "pool": layer.pool_of("auto"),
+        "depth": f"{layer.share:.2f}",
+    }

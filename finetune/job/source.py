@@ -1,0 +1,341 @@
+"""Features of a network's layers over some pictures: what every command but ``run`` begins with.
+
+::
+
+    recipe -> pictures, network with its own classifier -> layers by name -> rows, from before or computed
+
+Rows are kept by part (train, val, test), so that all commands, and runs, find each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.cache.shelf import Shelf
+from finetune.data.check import BadImage, check_images
+from finetune.data.loader import Loader, Placement
+from finetune.data.sample import SPLITS, Dataset, Sample
+from finetune.data.sample import Split as Part
+from finetune.data.transforms import build_eval_transform
+from finetune.data.unlabelled import find_pictures
+from finetune.display import Display
+from finetune.errors import DataError, UsageError
+from finetune.features.kept import (
+    FORMAT,
+    KeptRows,
+    Place,
+    compute_batch_size,
+    describe_pictures,
+    row_bytes,
+)
+from finetune.features.rows import JoinedRows, Rows
+from finetune.job.data import keep_split
+from finetune.job.facts import describe_source, digest_of
+from finetune.job.prepare import is_convolutional, place_network, prepare_machine, resolve_preprocessing
+from finetune.memory import release_memory
+from finetune.recipe import Recipe, load_recipe
+from finetune.runs.claim import read_split
+from finetune.runs.folder import RunFolder
+from finetune.runtime import Precision, resolve_workers
+from finetune.strategy.freeze import digest_tensors
+from pretrained.backbone import Backbone, load_source
+from pretrained.catalog import find_card
+from pretrained.layers import Layer, Layers
+from pretrained.pooling import Pool
+from pretrained.taps import Taps
+
+_PRECISION: Precision = "float32"
+"""Of features: they are numbers that people read, and half of their digits are no saving."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its own classifier, on its device, and its layers by name."""
+
+    backbone: Backbone
+    placement: Placement
+    layers: Layers
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether its classifier came with its weights."""
+        return bool(self.backbone.match.head) and not self.backbone.match.head_replaced
+
+    @cached_property
+    def weights(self) -> str:
+        """Sha256 of all weights."""
+        return digest_tensors(self.backbone.network, ())
+
+    @cached_property
+    def weights_below_head(self) -> str:
+        """Sha256 of what runs that replace the head share."""
+        last = self.backbone.stages[-1]
+        if last.role != "head":
+            return self.weights
+        return digest_tensors(self.backbone.network, last.parameters, last.modules)
+
+
+def open_network(recipe: Recipe, display: Display) -> Network:
+    """Load a network as it was published, and find its layers.
+
+    Raises:
+        UsageError: none was named, there is none of that name, or the weights belong to another.
+        EnvironmentFaultError: the weights are not here and cannot be had.
+    """
+    name = recipe.backbone.name
+    if not name:
+        fix = "Add --backbone NAME (see `finetune backbones`)."
+        raise UsageError("finetune", "no backbone was named", fix)
+    device = prepare_machine(recipe)
+    with display.busy(f"loading {name}"):
+        card = find_card(name, recipe.backbone.offline)
+        card = card.with_input(resolve_preprocessing(recipe, card))
+        backbone = load_source(card, recipe.backbone.weights, recipe.backbone.offline)
+        layout = recipe.training.channels_last
+        in_channels_last = is_convolutional(backbone.network) if layout == "auto" else bool(layout)
+        placement = Placement(device, in_channels_last)
+        network = place_network(backbone.network, placement).eval()
+        layers = Layers(network, backbone.stages, card.preprocessing.input_size)
+    display.say(f"backbone {backbone.card.name}: {backbone.match}")
+    return Network(backbone, placement, layers)
+
+
+def open_pictures(recipe: Recipe, display: Display) -> Dataset:
+    """Find pictures: a folder with labels or without, a zip archive, a CSV file, or those of a run.
+
+    Raises:
+        UsageError: no data were named.
+        DataError: there is nothing, or it has more than one reading.
+    """
+    if not recipe.data.path:
+        raise UsageError("finetune", "no data was named", "Add --data FOLDER.")
+    path, settings, seed = Path(recipe.data.path), recipe.data, recipe.seed
+    run = RunFolder(path)
+    is_run = run.split.is_file() and run.recipe.is_file()
+    if is_run:
+        saved = load_recipe(str(run.recipe))
+        path, settings, seed = Path(saved.data.path or ""), saved.data, saved.seed
+    with display.count(f"reading {path}") as tell:
+        dataset = find_pictures(path, settings.val_fraction, seed, settings.follow_links, tell)
+    if is_run:
+        dataset = keep_split(dataset, run)
+        known = {row.get("path") for row in read_split(run)}
+        dataset = dataset.without({sample.path for sample in dataset.samples if sample.path not in known})
+    for warning in dataset.warnings:
+        display.warn(warning)
+    return dataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network and the pictures that it is to see.
+
+    Attributes:
+        network: with its own classifier.
+        dataset: pictures whose bytes could be read, by part.
+        digests: sha256 of each, by path.
+        unreadable: the others.
+        recipe: of which backbone, data, input, cache and machine count.
+        display: shows progress.
+    """
+
+    network: Network
+    dataset: Dataset
+    digests: dict[str, str]
+    unreadable: tuple[BadImage, ...]
+    recipe: Recipe
+    display: Display
+
+
+def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Display) -> Source:
+    """Take the digest of every picture: features are kept by content."""
+    with display.track("reading images", len(dataset.samples)) as advance:
+        done = 0
+
+        def tell(now: int) -> None:
+            nonlocal done
+            advance(now - done, "")
+            done = now
+
+        checked = check_images(dataset, tell, decode=False)
+    readable = dataset.without({image.path for image in checked.bad})
+    return Source(network, readable, checked.digests, checked.bad, recipe, display)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows of the layers that were asked for.
+
+    Attributes:
+        layers: in the order in which they were asked for.
+        rows: (N, D) of each, over the pictures in order.
+        logits: (N, K) of the network's own classifier, where they were asked for.
+        lost: pictures that could not be decoded; their rows are NaN.
+        seconds_per_image: of what was computed; None where everything was there.
+        kept: the files.
+    """
+
+    layers: tuple[Layer, ...]
+    rows: tuple[Rows, ...]
+    logits: Rows | None
+    lost: dict[str, str]
+    seconds_per_image: float | None
+    kept: KeptRows
+
+    def usable(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the indices of the pictures that have rows."""
+        return torch.tensor([i for i, sample in enumerate(samples) if sample.path not in self.lost])
+
+
+@contextmanager
+def open_features(
+    source: Source,
+    layers: Sequence[Layer],
+    pool: Pool,
+    *,
+    with_logits: bool = False,
+    parts: Sequence[Part] = SPLITS,
+    shelf: Shelf | None = None,
+) -> Iterator[Features]:
+    """Give features while the block runs: all layers from one forward pass over what is not kept yet.
+
+    Args:
+        source: network and pictures.
+        layers: at least one.
+        pool: of what they give.
+        with_logits: and what the network's own classifier says.
+        parts: whose pictures.
+        shelf: where rows are kept.
+
+    Raises:
+        DataError: no picture can be decoded.
+        OSError: the rows cannot be written, and are too many for the memory.
+    """
+    network = source.network
+    device = network.placement.device
+    kept = KeptRows(
+        shelf=shelf or Shelf(source.recipe.cache.max_gb * 1e9),
+        device=device,
+        batch_size=compute_batch_size(device, network.backbone.card.preprocessing.input_size),
+        precision=_PRECISION,
+        dtype=_PRECISION,
+        display=source.display,
+    )
+    release_memory()  # decoding processes are copies of this one
+    with ExitStack() as stack:
+        stack.callback(kept.close)
+        found = [
+            _rows_of_part(source, kept, layers, pool, with_logits, part, stack)
+            for part in parts
+            if source.dataset.of(part)
+        ]
+        rows = tuple(JoinedRows(same) for same in zip(*found, strict=True))
+        if len(kept.lost) == sum(len(source.dataset.of(part)) for part in parts):
+            fix = "Give pictures that can be decoded."
+            raise DataError(f"--data {source.recipe.data.path}", "no image can be decoded", fix)
+        seconds = kept.seconds / kept.num_computed if kept.num_computed else None
+        logits = rows[-1] if with_logits else None
+        yield Features(tuple(layers), rows[: len(layers)], logits, kept.lost, seconds, kept)
+
+
+def _rows_of_part(
+    source: Source,
+    kept: KeptRows,
+    layers: Sequence[Layer],
+    pool: Pool,
+    with_logits: bool,
+    part: Part,
+    stack: ExitStack,
+) -> list[Rows]:
+    network = source.network.backbone.network
+    places = [*_places(source, kept, layers, pool, part)]
+    if with_logits:
+        places.append(_place_of_logits(source, kept, part))
+
+    def open_forward(missing: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        wanted = [layers[number] for number in missing if number < len(layers)]
+        taps = Taps(network, wanted, pool, with_logits=len(layers) in missing)
+        return lambda images: torch.cat(taps(images), dim=1)
+
+    open_loader = cache(partial(_open_loader, source, part, kept.batch_size, stack))
+    return kept.rows(places, open_forward, open_loader, 0, f"features of {part} images")
+
+
+def _open_loader(source: Source, part: Part, batch_size: int, stack: ExitStack) -> Loader:
+    network, recipe = source.network, source.recipe
+    preprocessing = network.backbone.card.preprocessing
+    batch_bytes = batch_size * 3 * preprocessing.img_size**2
+    asked = recipe.data.workers
+    workers = resolve_workers(network.placement.device, batch_bytes) if asked == "auto" else asked
+    samples = source.dataset.of(part)
+    loader = Loader(
+        source.dataset,
+        samples,
+        build_eval_transform(preprocessing),
+        batch_size=batch_size,
+        placement=network.placement,
+        workers=min(workers, len(samples) // batch_size),
+        seed=0,
+        shuffle=False,
+        warn=source.display.warn,
+        allow_lost=True,
+    )
+    stack.callback(loader.close)
+    return loader
+
+
+# --- what rows depend on -------------------------------------------------------------------------
+
+
+def _places(
+    source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, part: Part
+) -> Iterator[Place]:
+    shared = _shared_facts(source, kept, part, source.network.weights_below_head)
+    for layer in layers:
+        width = layer.num_features(pool)
+        facts = {"layer": [layer.module, layer.number, layer.at_input], "pool": layer.pool_of(pool)}
+        yield Place({"kind": "layer"} | facts | {"numel": width} | shared, width)
+
+
+def _place_of_logits(source: Source, kept: KeptRows, part: Part) -> Place:
+    width = source.network.backbone.card.num_classes
+    shared = _shared_facts(source, kept, part, source.network.weights)
+    return Place({"kind": "logits", "numel": width} | shared, width)
+
+
+def _shared_facts(source: Source, kept: KeptRows, part: Part, weights: str) -> dict[str, Any]:
+    network, recipe = source.network, source.recipe
+    card = network.backbone.card
+    pictures = describe_pictures([source.digests[sample.path] for sample in source.dataset.of(part)])
+    return {
+        "format": FORMAT,
+        "batch_size": kept.batch_size,
+        "weights": weights,
+        **describe_source(card, network.placement, _PRECISION, recipe.deterministic),
+        **pictures,
+    }
+
+
+def compute_bytes(source: Source, layers: Sequence[Layer], pool: Pool) -> int:
+    """Return the bytes that all rows of some layers take."""
+    each = sum(row_bytes(layer.num_features(pool), _PRECISION) for layer in layers)
+    return each * len(source.dataset.samples)
+
+
+def describe_extraction(source: Source, layers: Sequence[Layer], pool: Pool) -> str:
+    """Return one sha256 of everything that features depend on."""
+    device = source.network.placement.device
+    size = compute_batch_size(device, source.network.backbone.card.preprocessing.input_size)
+    kept = KeptRows(Shelf(), device, size, _PRECISION, _PRECISION, source.display)
+    parts = [part for part in SPLITS if source.dataset.of(part)]
+    return digest_of(
+        [[dict(place.facts) for place in _places(source, kept, layers, pool, part)] for part in parts]
+    )
