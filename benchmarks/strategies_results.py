@@ -225,8 +225,8 @@ def summarise(rows: Sequence[Row]) -> list[str]:
         f"- {'' if name == AUTO else 'always '}`{name}`: {format_regret(judged, name)}" for name in names
     ]
     return [
-        f"Mean regret over {len(judged)} data sets, in points, against the fixed strategy that is best by its "
-        "mean over the seeds, and against the best of each seed (± one standard error over data sets):",
+        f"Mean regret over {len(judged)} data sets, in points, against the fixed strategy that is best by "
+        "its mean over the seeds, and against the best of each seed (± one standard error over data sets):",
         "",
         *lines,
         "",

@@ -36,9 +36,12 @@ from pretrained.config import (
     read_label_names,
     read_num_classes,
     read_number,
+    read_pool,
+    read_taps,
     read_text,
 )
 from pretrained.hub import find_hub_file
+from pretrained.pooling import Pool
 
 Library = Literal["timm", "torchvision"]
 Place = Literal["hub", "url", "folder", "none"]
@@ -94,6 +97,9 @@ class Card:
         label_names: of its own classifier in index order, where they are known.
         head: how the classifier differs from the library's, for networks that we exported.
         sha256: of the weights file, for networks that we exported.
+        taps: places whose features the classifier reads, where those are not the last ones (module, number
+            of the call, whether it is what the call takes).
+        pool: of these features.
     """
 
     name: str
@@ -111,6 +117,8 @@ class Card:
     dropout: float = 0.0
     model_args: tuple[tuple[str, Any], ...] = ()
     sha256: str = ""
+    taps: tuple[tuple[str, int, bool], ...] = ()
+    pool: Pool = "auto"
 
     def with_input(self, preprocessing: Preprocessing) -> Card:
         """Return the card with other preprocessing."""
@@ -325,6 +333,8 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
         dropout=read_number("dropout", ours.get("dropout", 0.0), 0, 0.999),
         model_args=read_arguments(config),
         sha256=read_text(ours.get("sha256")),
+        taps=read_taps(ours.get("taps")),
+        pool=read_pool(ours.get("pool")),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UsageError
+from pretrained.pooling import POOLS, Pool
 
 LARGEST_CONFIG = 2**24
 """Bytes. Ten thousand long label names take one megabyte, and few networks know more."""
@@ -23,6 +24,8 @@ LARGEST_ARGUMENT = 20_000
 MOST_ARGUMENTS = 200
 LONGEST_TEXT = 200
 """Characters of a licence, an origin or a tag; they are shown, and written into model cards."""
+MOST_TAPS = 1_000
+"""Places whose features a classifier reads; no network has as many stages."""
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -115,6 +118,25 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for item in inner:
         yield from _leaves(item)
+
+
+def read_taps(value: Any) -> tuple[tuple[str, int, bool], ...]:
+    """Return places in a network, ``[[module, number of the call, is what it takes], ...]``."""
+    taps = value or []
+    if not isinstance(taps, list) or len(taps) > MOST_TAPS:
+        raise ValueError("taps are no list of places")
+    for tap in taps:
+        if not isinstance(tap, list) or [type(part) for part in tap] != [str, int, bool]:
+            raise ValueError(f"a tap is {repr(tap)[:60]}, not a module, a number and a truth value")
+    return tuple((module, number, at_input) for module, number, at_input in taps)
+
+
+def read_pool(value: Any) -> Pool:
+    """Return how features are pooled."""
+    for pool in POOLS:
+        if pool == (value or "auto"):
+            return pool
+    raise ValueError(f"pool is {repr(value)[:40]}, not one of {', '.join(POOLS)}")
 
 
 def read_text(value: Any) -> str:

@@ -195,7 +195,7 @@ def _noted(twin: nn.Module, trace: Trace, count: Callable[[], int]) -> Iterator[
         trace.calls.append(call)
         open_calls.append(call)
 
-    def after(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> None:
+    def after(module: nn.Module, _: tuple[Any, ...], outputs: Any) -> None:
         call = open_calls.pop()
         while call.name != names[module]:  # left by an exception, as a forward that knows enough leaves
             call = open_calls.pop()

@@ -24,7 +24,7 @@ from torch import nn
 
 from finetune.errors import UsageError, suggest
 from pretrained.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
-from pretrained.network import classifier_layers
+from pretrained.heads import classifier_layers
 from pretrained.pooling import Form, Pool, check_pool, find_form
 from pretrained.stages import Stage
 

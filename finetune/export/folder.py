@@ -26,6 +26,7 @@ from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
 from pretrained.network import build_network
+from pretrained.stage_classifier import StageClassifier
 from pretrained.state_dict import check_digest, read_weights
 
 
@@ -80,7 +81,7 @@ def portable_state(network: nn.Module) -> dict[str, Tensor]:
 
 def loads_in_timm(card: Card) -> bool:
     """Return whether plain timm builds the same network from its architecture alone."""
-    return card.library == "timm" and card.head != "drop_fc"
+    return card.library == "timm" and card.head != "drop_fc" and not card.taps
 
 
 def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, Any]:
@@ -91,6 +92,8 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         "head": card.head,
         "dropout": card.dropout,
         "sha256": sha256,
+        "taps": [list(tap) for tap in card.taps],
+        "pool": card.pool,
     }
     config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
     return config | {"finetune": ours}
@@ -98,6 +101,7 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
 
 def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
     labels = {"label_names": list(card.label_names)}
+    network = network.network if isinstance(network, StageClassifier) else network
     arguments = dict.fromkeys(getattr(network, "left_out", ()), False)
     with TemporaryDirectory() as folder:  # timm writes its config to a file only
         path = Path(folder) / "config.json"
@@ -113,7 +117,7 @@ def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
     for stale in ("label_names", "label_descriptions", "license", "origin_url", "paper_ids", "paper_name"):
         inner.pop(stale, None)  # of the architecture's default weights, perhaps not of these
     inner |= _passport(card)
-    return config
+    return config | {"num_classes": card.num_classes}
 
 
 def _own_config(card: Card) -> dict[str, Any]:

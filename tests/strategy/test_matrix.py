@@ -11,7 +11,7 @@ from finetune.errors import UsageError
 from finetune.recipe import load_recipe
 from finetune.strategy.freeze import build_param_groups, freeze, set_train_mode, takes_decay
 from finetune.strategy.matrix import Plan, assign_groups, build_plan, factors_of
-from pretrained.network import head_parameters
+from pretrained.heads import head_parameters
 from pretrained.stages import Stage, find_stages
 
 
