@@ -72,7 +72,7 @@ DATASETS = (
     DataSet("digits-60", "digits", "different", 60, 50, 8),
     DataSet("tiny-imagenet-100", "tiny_imagenet", "similar", 100, 40, 8),
 )
-"""Sizes and epochs were chosen so that ``freeze``, ``top`` and ``full`` with three seeds take about 35
+"""Sizes and epochs were chosen so that ``freeze``, ``top`` and ``full`` with three seeds take about 40
 minutes of one core: 8 epochs for the three largest, and none of more than 1,000 images."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from finetune import __version__
-from finetune.cli import backbones, cache, extract, recipes, run
+from finetune.cli import advise, backbones, cache, extract, recipes, run
 
 app = typer.Typer(
     name="finetune",
@@ -16,6 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run_command)
+app.command("advise")(advise.advise_command)
 app.command("extract")(extract.extract_command)
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")

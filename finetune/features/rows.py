@@ -163,3 +163,28 @@ class BesideRows:
             if low < high:
                 found.append(layer.columns(indices, low - begin, high - begin))
         return torch.cat(found, dim=1)
+
+
+class ChosenRows:
+    """Some of the rows, in an order of their own.
+
+    Args:
+        rows: (N, D).
+        indices: (M,) of those that are meant.
+    """
+
+    def __init__(self, rows: Rows, indices: Tensor) -> None:
+        self._rows, self._indices = rows, indices
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, D)."""
+        return len(self._indices), self._rows.shape[1]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return rows (B, D)."""
+        return self._rows[self._indices[indices]]
+
+    def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
+        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        return self._rows.columns(self._indices[indices], start, stop)

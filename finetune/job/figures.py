@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.data.feed import Feed
 from finetune.data.sample import Dataset
@@ -14,6 +15,7 @@ from finetune.errors import InternalError
 from finetune.evaluation.metrics import compute_confusion, compute_metrics
 from finetune.evaluation.predict import Predictions, autocast, predict
 from finetune.job.prepare import Ready
+from finetune.job.solve import Solution
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.runtime import Precision
@@ -34,24 +36,27 @@ def evaluate(trainer: Trainer, feed: Feed, display: Display) -> Predictions:
         return predict(trainer.judged, feed, trainer.precision, lambda done: advance(done, ""), forward)
 
 
-def check_figures(trainer: Trainer, predictions: Predictions, images: Tensor, dtype: Precision) -> None:
+def check_figures(
+    network: nn.Module, predictions: Predictions, images: Tensor, precision: Precision, dtype: Precision
+) -> None:
     """Predict the first pictures once more, with the whole network as it is handed over, and compare.
 
     Figures come from kept features and from a classifier that sees standardised ones; neither may tell tales.
 
     Args:
-        trainer: whose judged network made the predictions.
+        network: that is handed over.
         predictions: the figures' own.
         images: (B, 3, H, W) the first pictures of the same part.
+        precision: of the forward pass.
         dtype: of the kept features.
 
     Raises:
         InternalError: the whole network says something else.
     """
-    with torch.inference_mode(), autocast(images.device, trainer.precision):
-        whole = trainer.judged.eval()(images).float().softmax(dim=1).cpu()
+    with torch.inference_mode(), autocast(images.device, precision):
+        whole = network.eval()(images).float().softmax(dim=1).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
-    most = max(FIGURES_TOLERANCE[trainer.precision], FIGURES_TOLERANCE[dtype])
+    most = max(FIGURES_TOLERANCE[precision], FIGURES_TOLERANCE[dtype])
     most = max(most, GPU_TOLERANCE) if images.is_cuda else most
     if not difference <= most:  # so that NaN is refused as well
         found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"
@@ -60,28 +65,55 @@ def check_figures(trainer: Trainer, predictions: Predictions, images: Tensor, dt
 
 
 def collect_metrics(
-    ready: Ready, dataset: Dataset, predictions: Predictions, progress: Progress
+    ready: Ready, dataset: Dataset, predictions: Predictions, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
-    num_train = len(dataset.of("train"))
-    seconds = sum(row["seconds"] for row in progress.history)
     return compute_metrics(predictions, dataset.classes) | {
         "split": dataset.judged_split,
+        **facts,
+        "backbone": ready.backbone.card.name,
+        "strategy": ready.recipe.strategy.name,
+        "num_classes": dataset.num_classes,
+        "num_train": len(dataset.of("train")),
+    }
+
+
+def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
+    """Return what ``metrics.json`` says of epochs."""
+    seconds = sum(row["seconds"] for row in progress.history)
+    num_seen = len(dataset.of("train")) * progress.epoch
+    return {
         "split_chose_checkpoint": dataset.judged_split == "val",
+        "features": None,
         "val_accuracy": progress.best["accuracy"],
         "val_loss": progress.best["loss"],
         "best_epoch": progress.best_epoch + 1,
         "epochs": progress.epoch,
-        "images_per_second": round(num_train * progress.epoch / max(seconds, 1e-9), 2),
+        "images_per_second": round(num_seen / max(seconds, 1e-9), 2),
         "data_wait_fraction": round(_mean_wait(progress), 4),
-        "backbone": ready.backbone.card.name,
-        "strategy": ready.recipe.strategy.name,
-        "num_classes": dataset.num_classes,
-        "num_train": num_train,
         "lost_images": len(progress.lost),
         "skipped_steps": progress.skipped,
         "rollbacks": progress.rollbacks,
         "microbatch": progress.microbatch or None,
+    }
+
+
+def describe_solution(ready: Ready, dataset: Dataset, solution: Solution) -> dict[str, Any]:
+    """Return what ``metrics.json`` says of a linear classifier.
+
+    Validation images chose it only where it is handed over instead of a training that it beat on them.
+    """
+    was_floor = ready.recipe.strategy.features is None
+    val = solution.predictions["val"]
+    return {
+        "split_chose_checkpoint": was_floor and dataset.judged_split == "val",
+        "features": [layer.name for layer in solution.layers],
+        "num_features": solution.classifier.weight.shape[1],
+        "regularisation": solution.classifier.strength,
+        "val_accuracy": val.accuracy,
+        "val_loss": val.loss,
+        "best_epoch": None,
+        "epochs": 0,
     }
 
 
@@ -113,11 +145,15 @@ def write_figures(
 
 def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
     """Say the figures, what they are worth, and where everything is."""
-    chosen = " (which also chose the epoch)" if metrics["split_chose_checkpoint"] else ""
+    how = "the epoch" if metrics["epochs"] else "between this and training"
+    chosen = f" (which also chose {how})" if metrics["split_chose_checkpoint"] else ""
+    came = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
+    if not metrics["epochs"]:
+        came = f"a linear classifier on {', '.join(metrics['features'])}"
     display.say(
         f"accuracy {metrics['accuracy']:.4f}, balanced {metrics['balanced_accuracy']:.4f}, macro F1 "
         f"{metrics['f1_macro']:.4f} on {metrics['num_samples']} {metrics['split']} images{chosen}; "
-        f"best epoch {metrics['best_epoch']} of {metrics['epochs']}, {metrics['seconds']['total']:.0f} s",
+        f"{came}, {metrics['seconds']['total']:.0f} s",
         style="bold",
     )
     display.say(f"run {folder.path}  model {folder.model}")

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune import __version__
 from finetune.data.sample import Dataset
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError
 from finetune.export.folder import export_model, measure_round_trip
+from finetune.job.attempt import Clock, Job
+from finetune.job.auto import choose_strategy
 from finetune.job.data import check_data, check_outside, describe_data, keep_split, record_split
-from finetune.job.feeds import FEW, Feeds, Source, open_feeds
-from finetune.job.figures import check_figures, collect_metrics, evaluate, say_result, write_figures
+from finetune.job.figures import check_figures, collect_metrics, say_result, write_figures
+from finetune.job.fit import fit_network
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, fit_batches, place_network, prepare
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
@@ -35,13 +35,10 @@ from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
 from finetune.stopping import StopSignal
-from finetune.strategy.freeze import check_frozen, digest_frozen, digest_weights
+from finetune.strategy.freeze import digest_weights
 from finetune.strategy.matrix import PLAN_COLUMNS, Plan
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.optimizer import build_loss
-from finetune.training.recovery import restart_epoch
-from finetune.training.task import Task
-from finetune.training.trainer import Trainer
+from pretrained.backbone import Backbone
 
 ROUND_TRIP_TOLERANCE = 1e-3
 """Largest difference in a probability between the trained network and its exported copy (layouts differ)."""
@@ -53,22 +50,6 @@ class Run:
 
     folder: RunFolder
     metrics: dict[str, Any]
-
-
-@dataclass
-class Clock:
-    """Seconds by phase, from a clock that never jumps."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the block under a name."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)
 
 
 def run(
@@ -92,6 +73,10 @@ def run(
     display = display or SilentDisplay()
     clock = Clock()
     with StopSignal() as stop, translated_errors():
+        advice = None
+        if recipe.strategy.name == "auto":
+            with clock.phase("advise"):
+                recipe, advice = choose_strategy(recipe, output, display)
         with clock.phase("load"):
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
@@ -118,6 +103,8 @@ def run(
             if claim.finished and (finished := _read_run(job)):
                 return finished
             display.log_to(claim.folder.log)
+            if advice is not None:
+                write_json(claim.folder.advice, advice.to_dict())
             with recorded_outcome(claim, display):
                 return _carry_out(job)
 
@@ -128,24 +115,6 @@ def _refuse_without_checkpoints(claim: Claim) -> None:
         found = "the checkpoints of the finished run are gone, and with them the way to make it longer"
         fix = "Bring them back, or train again with another --output."
         raise DataError(f"going on with {claim.folder.path}", found, fix)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that one attempt at a run works with."""
-
-    ready: Ready
-    claim: Claim
-    comparison: Comparison
-    allow_changed: bool
-    display: Display
-    clock: Clock
-    stop: StopSignal
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run's."""
-        return self.claim.folder
 
 
 def _describe_environment(ready: Ready) -> dict[str, Any]:
@@ -180,31 +149,16 @@ def _carry_out(job: Job) -> Run:
     display.note(f"backbone {ready.backbone.card.name}: {ready.backbone.match}")
     with clock.phase("check"):
         dataset, changed = _take_data(job)
-    plan, network = ready.plan, place_network(ready.backbone.network, ready.placement)
+    place_network(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display)
-    digests = digest_frozen(network, plan)
-    source = Source(ready, dataset, job.comparison.checked.digests, digests)
-    with ExitStack() as stack:
-        with clock.phase("trunk"):
-            feeds = stack.enter_context(open_feeds(source, folder, display))
-        trainer = _build_trainer(job, dataset, feeds, changed)
-        with clock.phase("measure"):
-            if ready.recipe.strategy.name != "scratch":  # random features are not worth measuring
-                trainer.standardize_head(keep=ready.recipe.strategy.head == "keep")
-        with clock.phase("train"), job.stop.gently():
-            progress = trainer.fit()
-        job.claim.check_owner()
-        check_frozen(trainer.judged, plan, digests)
-        with clock.phase("evaluate"):
-            judged = dataset.judged_split
-            of_best = trainer.predictions  # nothing is computed twice
-            predictions = of_best if judged == "val" else evaluate(trainer, feeds.feeds[judged], display)
-            images = next(feeds.pictures[judged].batches()).images[:FEW].clone()
-            check_figures(trainer, predictions, images, ready.recipe.cache.dtype)
-        metrics = collect_metrics(ready, dataset, predictions, progress)
-        write_figures(folder, dataset, predictions, metrics)
-        with clock.phase("export"):
-            _export(ready, trainer.judged, folder, metrics, images)
+    fitted = fit_network(job, dataset, changed)
+    with clock.phase("evaluate"):
+        network = fitted.backbone.network
+        check_figures(network, fitted.predictions, fitted.images, fitted.precision, fitted.dtype)
+    metrics = collect_metrics(ready, dataset, fitted.predictions, fitted.facts)
+    write_figures(folder, dataset, fitted.predictions, metrics)
+    with clock.phase("export"):
+        _export(fitted.backbone, folder, metrics, fitted.images)
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)
@@ -254,40 +208,9 @@ def plan_cells(plan: Plan) -> list[list[str]]:
     ]
 
 
-def _build_trainer(job: Job, dataset: Dataset, feeds: Feeds, changed: bool) -> Trainer:
-    ready, settings = job.ready, job.ready.recipe.training
-    precision = settings.precision
-    assert precision != "auto"
-    loss = build_loss(settings, dataset.counts("train")).to(ready.placement.device)
-    train, val = feeds.feeds["train"], feeds.feeds["val"]
-    task = Task(ready.backbone.network, ready.plan, loss, train, val, dataset.num_classes, feeds.split)
-    store = CheckpointStore(job.folder.checkpoints, job.claim.attempt, job.claim.check_owner)
-    start = store.load(job.display.warn)
-    if start is None and job.claim.attempt > 1:
-        job.display.say("no checkpoint was written before: training begins anew")
-    steps = train.num_batches()
-    # Steps as well: after a kill in between, the next attempt finds nothing changed.
-    if start is not None and (changed or start.now.progress.steps_per_epoch != steps):
-        start = restart_epoch(start, steps)
-        store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
-    return Trainer(
-        task,
-        settings,
-        precision=precision,
-        seed=ready.recipe.seed,
-        folder=job.folder,
-        store=store,
-        start=start,
-        display=job.display,
-        stop_asked=lambda: job.stop.asked,
-    )
-
-
-def _export(
-    ready: Ready, network: nn.Module, folder: RunFolder, metrics: dict[str, Any], images: Tensor
-) -> None:
-    export_model(ready.backbone, network, folder.model, metrics)
-    difference = measure_round_trip(network, folder.model, images)
+def _export(backbone: Backbone, folder: RunFolder, metrics: dict[str, Any], images: Tensor) -> None:
+    export_model(backbone, backbone.network, folder.model, metrics)
+    difference = measure_round_trip(backbone.network, folder.model, images)
     if not difference <= ROUND_TRIP_TOLERANCE:  # so that NaN is refused as well
         found = f"loaded again, its probabilities differ by up to {difference:.2g}"
         fix = "Do not use it; please report this with the backbone's name."

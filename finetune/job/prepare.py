@@ -43,6 +43,7 @@ class Ready:
         placement: device and layout of images.
         plan: what learns, and how fast.
         most_workers: decoding processes that there may be where their number was left to the program.
+        source_card: of the backbone as it was published.
     """
 
     recipe: Recipe
@@ -51,6 +52,7 @@ class Ready:
     placement: Placement
     plan: Plan
     most_workers: int
+    source_card: Card
 
 
 def prepare(recipe: Recipe, display: Display) -> Ready:
@@ -81,7 +83,7 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     plan = _plan(resolved, backbone)
     batch_bytes = _batch_bytes(resolved, num_train, card)
     most_workers = resolve_most_workers(batch_bytes) if recipe.data.workers == "auto" else 0
-    return Ready(resolved, dataset, backbone, placement, plan, most_workers)
+    return Ready(resolved, dataset, backbone, placement, plan, most_workers, card)
 
 
 def prepare_machine(recipe: Recipe) -> torch.device:
@@ -148,7 +150,24 @@ def _required(recipe: Recipe) -> tuple[str, str]:
     if recipe.backbone.weights and recipe.strategy.name == "scratch":
         found = "--strategy scratch starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
+    _check_strategy(recipe)
     return name, data
+
+
+def _check_strategy(recipe: Recipe) -> None:
+    """Refuse keys that belong to another strategy, instead of passing over them."""
+    strategy = recipe.strategy
+    if strategy.features is not None and strategy.name != "freeze":
+        found = f"--strategy {strategy.name} trains the stages that these features come from"
+        raise UsageError(f"strategy.features={strategy.features}", found, "Take --strategy freeze.")
+    if strategy.features is not None and strategy.head == "keep":
+        found = "a classifier that is kept is not solved anew"
+        raise UsageError(f"strategy.features={strategy.features}", found, "Drop one of the two.")
+    given = {"probe_first": strategy.probe_first, "floor": strategy.floor}
+    for key, value in given.items():
+        if value and strategy.name not in ("top", "full"):
+            found = f"--strategy {strategy.name} fine-tunes no pretrained stage"
+            raise UsageError(f"strategy.{key}={value}", found, "Take --strategy top or full.")
 
 
 def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
@@ -169,6 +188,11 @@ def _load_backbone(recipe: Recipe, card: Card, dataset: Dataset) -> Backbone:
         offline=recipe.backbone.offline,
         pretrained=recipe.strategy.name != "scratch",
     )
+
+
+def reload_backbone(ready: Ready, dataset: Dataset) -> Backbone:
+    """Return the backbone as it was before training."""
+    return _load_backbone(ready.recipe, ready.source_card, dataset)
 
 
 def is_convolutional(network: nn.Module) -> bool:

@@ -19,7 +19,13 @@ from finetune.recipe.reading import (
     read_recipe,
     shipped_recipes,
 )
-from finetune.recipe.resolve import BASE_RATES, Facts, compute_batch_size, resolve_recipe
+from finetune.recipe.resolve import (
+    BASE_RATES,
+    Facts,
+    compute_batch_size,
+    compute_views,
+    resolve_recipe,
+)
 from finetune.recipe.schema import (
     Augmentation,
     Auto,
@@ -56,6 +62,7 @@ __all__ = [
     "TrainingSettings",
     "changed_keys",
     "compute_batch_size",
+    "compute_views",
     "find_recipe",
     "flatten",
     "load_recipe",

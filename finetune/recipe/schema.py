@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
 Auto = Literal["auto"]
-StrategyName = Literal["freeze", "top", "full", "scratch"]
+StrategyName = Literal["freeze", "top", "full", "scratch", "auto"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 Augmentation = Literal["none", "light", "medium", "heavy"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -109,7 +109,7 @@ class StrategySettings(_Section):
     name: StrategyName = Field(
         "top",
         description="what learns; freeze: the head, top: and the last stages, full: everything, "
-        "scratch: everything from random weights",
+        "scratch: everything from random weights; auto: chosen from evidence (`finetune advise`)",
     )
     head: HeadChoice = Field(
         "replace",
@@ -126,6 +126,24 @@ class StrategySettings(_Section):
         "(advised under 16 images a batch). In frozen stages it is always eval",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="before a new classifier")
+    features: str | None = Field(
+        None,
+        min_length=1,
+        description="of freeze: a regularised linear classifier on these features, solved to its optimum "
+        "instead of trained by epochs; last, best (a stage, by cross-validation), all (stages together) or a "
+        "layer's name",
+    )
+    probe_first: bool = Field(
+        False,
+        description="of top and full: the head begins as the linear classifier that `features: last` gives "
+        "(arXiv:2202.10054)",
+    )
+    floor: str | None = Field(
+        None,
+        min_length=1,
+        description="of top and full: the linear classifier on these features (as in `features`) is handed "
+        "over where training does not beat it on validation",
+    )
 
 
 class TrainingSettings(_Section):
@@ -210,6 +228,16 @@ class CacheSettings(_Section):
     )
 
 
+class AdviseSettings(_Section):
+    """How `strategy.name: auto` decides."""
+
+    verify: bool = Field(
+        False,
+        description="train the last stage briefly on kept features, and keep the better of that and the "
+        "linear classifier by cross-validation",
+    )
+
+
 class Recipe(_Section):
     """A complete description of one run."""
 
@@ -219,6 +247,7 @@ class Recipe(_Section):
     strategy: StrategySettings = Field(default_factory=StrategySettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
+    advise: AdviseSettings = Field(default_factory=AdviseSettings)
     seed: int = Field(0, ge=0, lt=2**63, description="of the split, the order, the views and the new head")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     deterministic: bool = Field(

@@ -106,6 +106,11 @@ class RunFolder:
         return self.path / "plan.csv"
 
     @property
+    def advice(self) -> Path:
+        """Why ``--strategy auto`` chose what it chose."""
+        return self.path / "advice.json"
+
+    @property
     def trunk(self) -> Path:
         """Where the network is cut, so that its frozen part runs once."""
         return self.path / "trunk.json"

@@ -1,0 +1,182 @@
+"""``finetune advise``: where the data stand in the lectures' matrix, and what follows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.options import (
+    BackboneOption,
+    DataOption,
+    DeviceOption,
+    ImgSizeOption,
+    JsonOption,
+    OfflineOption,
+    SeedOption,
+    SetOption,
+    WeightsOption,
+    WorkersOption,
+    read_source,
+    split_words,
+)
+from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.tables import print_table
+from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.job.advise import Advice
+    from finetune.recipe import Recipe
+
+
+def advise_command(
+    backbone: BackboneOption = None,
+    data: DataOption = None,
+    backbones: Annotated[
+        str | None,
+        typer.Option("--backbones", help="Several names with commas between: rank them on these images."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder for advice.json, probe.png and matrix.png."),
+    ] = None,
+    weights: WeightsOption = None,
+    img_size: ImgSizeOption = None,
+    workers: WorkersOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    assignments: SetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
+
+    Nothing is trained, but for linear classifiers on kept features. `finetune run --strategy auto` does the
+    same, and then runs it.
+    """
+    with refusals(as_json):
+        recipe = read_source(
+            assignments,
+            backbone=backbone,
+            data=data,
+            weights=weights,
+            img_size=img_size,
+            workers=workers,
+            seed=seed,
+            device=device,
+            offline=offline,
+        )
+        if backbones is not None:
+            _rank(recipe, split_words(backbones), as_json)
+            return
+        advice = _advise(recipe, output)
+        if as_json:
+            hand_over(json.dumps(advice.to_dict()) + "\n")
+        else:
+            _print(advice)
+
+
+def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
+    from finetune.display import Display
+
+    if not names:
+        raise UsageError("--backbones", "no name was given", "Give names with commas between.")
+    if recipe.backbone.weights and len(names) > 1:
+        found = "a weights file belongs to one backbone"
+        raise UsageError(
+            f"--weights {recipe.backbone.weights}", found, "Rank backbones by their own weights."
+        )
+    display = Display()
+    with display.busy("loading torch"):
+        from finetune.job.rank import rank_backbones
+    ranked = rank_backbones(recipe, names, display)
+    if as_json:
+        hand_over(json.dumps([vars(one) for one in ranked]) + "\n")
+        return
+    rows = [
+        [
+            one.backbone,
+            f"{one.accuracy:.3f} ± {one.error:.3f}",
+            f"{one.num_features:,}",
+            f"{one.num_parameters:,}",
+        ]
+        for one in ranked
+    ]
+    print_table(("backbone", "nearest neighbours", "features", "parameters"), rows)
+
+
+def _advise(recipe: Recipe, output: Path | None) -> Advice:
+    from finetune.display import Display
+
+    display = Display()
+    with display.busy("loading torch"):
+        from finetune.job.advise import advise
+        from finetune.job.outcome import translated_errors
+        from finetune.job.verify import verify
+        from finetune.job.write_advice import write_advice
+    with translated_errors():
+        advice = advise(recipe, display)
+        if recipe.advise.verify:
+            advice = verify(recipe, advice, display)
+        if output is not None:
+            write_advice(advice, output)
+            display.say(f"{output}/advice.json, probe.png, matrix.png")
+    return advice
+
+
+def _print(advice: Advice) -> None:
+    from finetune.strategy.rule import CELLS, SIMILARITIES, SIZES
+
+    decision = advice.decision
+    marks = {True: "->", False: "  "}
+    rows = [
+        [
+            size,
+            *(
+                f"{marks[(size, column) == (decision.size, decision.similarity)]} {CELLS[size, column].words}"
+                for column in SIMILARITIES
+            ),
+        ]
+        for size in SIZES
+    ]
+    print_table(("data", *(f"   {column}" for column in SIMILARITIES)), rows)
+    typer.echo()
+    rows = [
+        [one.layer, f"{one.num_features:,}", f"{one.neighbours:.3f}", f"{one.accuracy:.3f}"]
+        for one in advice.depths
+    ]
+    print_table(("layer", "features", "nearest neighbours", "linear classifier"), rows)
+    typer.echo()
+    for reason in decision.reasons:
+        typer.echo(reason)
+    for warning in decision.warnings:
+        typer.echo(f"warning: {warning}")
+    typer.echo()
+    _print_plan(advice)
+
+
+def _print_plan(advice: Advice) -> None:
+    keys = advice.decision.keys
+    typer.echo(f"strategy: {', '.join(f'{key} {value}' for key, value in keys.items())}")
+    solved = "features" in keys
+    rows = [
+        [
+            row.group,
+            row.stage.name,
+            "solved" if solved and row.trained else f"{row.rate:g}" if row.trained else "frozen",
+        ]
+        for row in advice.plan.rows
+    ]
+    print_table(("group", "stage", "rate"), rows)
+    typer.echo()
+    rows = [
+        [name, f"{advice.num_trained[name]:,}", f"{seconds:,.0f} s"]
+        for name, seconds in advice.seconds.items()
+    ]
+    print_table(("strategy", "numbers trained", "estimated"), rows)
+    typer.echo()
+    typer.echo("What would change this:")
+    for change in advice.decision.changes or ("nothing that is measured here",):
+        typer.echo(f"  {change}")

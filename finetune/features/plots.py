@@ -1,0 +1,344 @@
+"""Drawings of features: accuracy against depth, a map of pictures, and the matrix of strategies.
+
+Drawn by matplotlib's objects, not by pyplot: nothing here leaves a global state, or asks for a screen.
+Colours are those of Okabe and Ito, which colour-blind people tell apart; a class has a marker as well.
+
+Shape legend: N pictures.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from finetune.runs.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
+"""Okabe and Ito's, without their yellow, which white paper swallows."""
+MARKERS = ("o", "^", "s")
+MOST_CLASSES = 20
+"""Classes that have a colour and a marker of their own."""
+DPI = 150
+_INK, _FAINT, _GRID = "#222222", "#666666", "#e4e4e4"
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Accuracies (0 to 1) layer by layer, and their standard deviations."""
+
+
+def draw_probe(
+    path: Path, layers: Sequence[str], curves: Mapping[str, Curve], chance: float, title: str
+) -> None:
+    """Draw how well linear classifiers do on each layer, from the first to the last, and mark the best.
+
+    Args:
+        path: of the PNG.
+        layers: names, in order of depth; at least one.
+        curves: by classifier, at least one and at most seven; each has as many numbers as there are layers.
+        chance: accuracy of a guess, 0 to 1.
+        title: over the drawing.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    width = max(6.4, 3.2 + 0.55 * len(layers))
+    figure, axes = _blank(width, 4.4)
+    axes.grid(visible=False, axis="x")
+    for number, (mean, std) in enumerate(curves.values()):
+        places = [place + _aside(number, len(curves)) for place in range(len(layers))]
+        look: dict[str, Any] = {"color": COLOURS[number], "marker": "o", "markersize": 5, "linewidth": 1.8}
+        axes.errorbar(places, mean, std, capsize=2.5, elinewidth=1, **look)
+    axes.axhline(chance, color=_FAINT, linestyle=(0, (5, 4)), linewidth=1.2)
+    axes.set_xticks(range(len(layers)), [_plain(layer) for layer in layers])
+    if sum(map(len, layers)) > 11 * width - 30:
+        for text in axes.get_xticklabels():
+            text.set(rotation=40, ha="right", rotation_mode="anchor")
+    points = [point for curve in curves.values() for point in zip(*curve, strict=True)]
+    lowest = min(chance, *(value - error for value, error in points))
+    highest = max(value + error for value, error in points)
+    margin = 0.08 * (highest - lowest) + 0.01
+    axes.set_ylim(max(0.0, lowest - margin), highest + 1.6 * margin)
+    axes.set_xlim(-0.4, len(layers) - 0.6)
+    _mark_best(axes, layers, curves)
+    ends = {name: mean[-1] for name, (mean, _) in curves.items()}
+    _label_ends(axes, [*ends, f"chance {chance:.3g}"], [*ends.values(), chance])
+    axes.set(xlabel="layer, from the first to the last", ylabel="accuracy, and its standard deviation")
+    axes.set_title(_plain(title), loc="left")
+    _write(path, figure)
+
+
+def _aside(number: int, count: int) -> float:
+    """Return how far points of a curve stand beside their layer, so that none hides another's error bar."""
+    return 0.12 * (number / (count - 1) - 0.5) if count > 1 else 0.0
+
+
+def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -> None:
+    """Draw a ring around the highest point of all, the first of equal ones, and say what it is."""
+    means = [mean for mean, _ in curves.values()]
+    pairs = [(number, place) for place in range(len(layers)) for number in range(len(means))]
+    number, place = max(pairs, key=lambda pair: means[pair[0]][pair[1]])
+    value, error = means[number][place], list(curves.values())[number][1][place]
+    x, colour = place + _aside(number, len(means)), COLOURS[number]
+    axes.plot([x], [value], "o", markersize=13, fillstyle="none", color=colour, markeredgewidth=1.6)
+    axes.annotate(
+        f"best: {_plain(layers[place])}, {value:.3f}",
+        (x, value + error),
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="right" if place > 0.7 * len(layers) else "left" if place < 0.3 * len(layers) else "center",
+        va="bottom",
+        color=colour,
+        fontweight="bold",
+    )
+
+
+def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
+    """Write names beside the right ends of lines, moved apart where they would lie on each other.
+
+    The last name is that of chance.
+    """
+    low, high = axes.get_ylim()
+    room = (high - low) * 0.06
+    colours = [*COLOURS[: len(names) - 1], _FAINT]
+    order = sorted(zip(ends, names, colours, strict=True))
+    heights = [end for end, _, _ in order]
+    for _ in range(100):
+        for below in range(len(heights) - 1):
+            lacking = max(0.0, room - (heights[below + 1] - heights[below]))
+            heights[below] -= lacking / 2
+            heights[below + 1] += lacking / 2
+    for height, (_, name, colour) in zip(heights, order, strict=True):
+        axes.annotate(
+            _plain(name),
+            (1, height),
+            xytext=(8, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
+
+
+def draw_map(
+    path: Path,
+    points: Tensor,
+    labels: Sequence[int],
+    classes: Sequence[str],
+    title: str,
+    names: tuple[str, str],
+    shares: tuple[float, float] | None = None,
+) -> None:
+    """Draw pictures as points, coloured by class.
+
+    Up to 20 classes have a colour and a marker of their own, and a legend. More are coloured by their index,
+    which the title says. Names stand in the middle of their points where there is room.
+
+    Args:
+        path: of the PNG.
+        points: (N, 2).
+        labels: class index of each point.
+        classes: names in index order.
+        title: over the drawing.
+        names: of the two axes.
+        shares: of all variance along them, 0 to 1; None where axes mean nothing, and have no numbers then.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    figure, axes = _blank(8.6, 6.0)
+    places, owners = points.detach().cpu().double().numpy(), np.asarray(labels)
+    axes.set_aspect("equal", adjustable="datalim")
+    size = min(36.0, max(5.0, 30_000 / max(1, len(places))))
+    if len(classes) <= MOST_CLASSES:
+        _draw_classes(axes, places, owners, classes, size)
+    else:
+        title += f"\n{len(classes)} classes, coloured by their index"
+        _draw_many_classes(axes, places, owners, len(classes), size)
+    _name_classes(axes, places, owners, classes)
+    said = [_plain(name) for name in names]
+    if shares is None:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    else:
+        said = [f"{name} ({share:.1%} of the variance)" for name, share in zip(said, shares, strict=True)]
+    axes.set(xlabel=said[0], ylabel=said[1])
+    axes.set_title(_plain(title), loc="left")
+    _write(path, figure)
+
+
+def _draw_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str], size: float) -> None:
+    """Draw points (N, 2) class by class, with a legend beside them."""
+    handles = []
+    for index in range(len(classes)):
+        here = points[labels == index]
+        marker = MARKERS[index // len(COLOURS)]
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": marker, "linewidths": 0}
+        axes.scatter(here[:, 0], here[:, 1], s=size, alpha=0.65, **look)
+        handles.append(axes.scatter([], [], s=40, **look))
+    axes.legend(
+        handles,
+        [_plain(_shortened(name, 40)) for name in classes],
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+        borderaxespad=0,
+        handletextpad=0.3,
+    )
+
+
+def _draw_many_classes(axes: Axes, points: Any, labels: Any, num_classes: int, size: float) -> None:
+    """Draw points (N, 2) by the index of their class, with a scale beside them."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = ScalarMappable(Normalize(0, num_classes - 1), "viridis")
+    axes.scatter(points[:, 0], points[:, 1], s=size, c=colours.to_rgba(labels), alpha=0.65, linewidths=0)
+    scale = axes.figure.colorbar(colours, ax=axes, pad=0.02, fraction=0.04, label="class index")
+    scale.outline.set_visible(False)
+
+
+def _name_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str]) -> None:
+    """Write the name of each class where the middle of its points (N, 2) is, unless one stands there."""
+    from matplotlib.patheffects import withStroke
+
+    axes.apply_aspect()  # as drawing would; texts have their places from here on
+    taken: list[Any] = []
+    for index, name in enumerate(classes):
+        here = points[labels == index]
+        if not len(here):
+            continue
+        x, y = np.median(here, axis=0)
+        halo = [withStroke(linewidth=2.5, foreground="white")]
+        said = _plain(_shortened(name, 16))
+        text = axes.text(x, y, said, ha="center", va="center", fontsize=8.5, color=_INK, path_effects=halo)
+        with _quiet():
+            box = text.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(box)
+
+
+def draw_matrix(
+    path: Path, cells: Mapping[tuple[str, str], str], marked: tuple[str, str], title: str
+) -> None:
+    """Draw the lectures' matrix of strategies, and mark the cell that holds for the user's data.
+
+    Args:
+        path: of the PNG.
+        cells: text by (amount of data, similarity), a row an amount and a column a similarity, both in the
+            order in which they come first.
+        marked: a key of ``cells``.
+        title: over the drawing.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    rows, columns = (
+        list(dict.fromkeys(row for row, _ in cells)),
+        list(dict.fromkeys(cell for _, cell in cells)),
+    )
+    figure, axes = _blank(1.6 + 2.9 * len(columns), 1.5 + 1.25 * len(rows))
+    axes.grid(visible=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    for (row, column), text in cells.items():
+        _draw_cell(axes, columns.index(column), rows.index(row), text, (row, column) == marked)
+    axes.set_xlim(-0.02, len(columns) + 0.02)
+    axes.set_ylim(len(rows) + 0.02, -0.02)
+    axes.set_xticks([place + 0.5 for place in range(len(columns))], [_plain(name) for name in columns])
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], [_plain(name) for name in rows])
+    axes.tick_params(length=0, labelsize=11, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("similarity to what the backbone was trained on", labelpad=9, color=_FAINT)
+    axes.set_ylabel("amount of data", labelpad=9, color=_FAINT)
+    axes.set_title(_plain(title), loc="left", pad=16)
+    _write(path, figure)
+
+
+def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    box = FancyBboxPatch(
+        (column + 0.03, row + 0.05),
+        0.94,
+        0.9,
+        boxstyle="round,pad=0,rounding_size=0.04",
+        facecolor="#0072B2" if marked else "#f3f3f1",
+        edgecolor="none",
+    )
+    axes.add_patch(box)
+    lines = textwrap.wrap(_plain(text), 30) or [""]
+    axes.text(
+        column + 0.5,
+        row + 0.5,
+        "\n".join(lines),
+        ha="center",
+        va="center",
+        linespacing=1.35,
+        fontsize=min(10.5, 52 / len(lines)),
+        fontweight="bold" if marked else "normal",
+        color="white" if marked else _INK,
+    )
+
+
+# --- common --------------------------------------------------------------------------------------
+
+
+def _blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return an empty drawing, in inches, with a light grid."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_axisbelow(True)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.tick_params(length=0, colors=_INK, labelsize=9)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    return figure, axes
+
+
+def _write(path: Path, figure: Figure) -> None:
+    """Write a drawing as PNG, cut to what is drawn, whole or not at all."""
+    buffer = io.BytesIO()
+    with _quiet():
+        figure.savefig(
+            buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
+        )
+    write_bytes(path, buffer.getvalue())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let letters that the font lacks come as boxes without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        yield
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib draws as it stands: no formula between dollars, no hidden characters."""
+    seen = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+    return seen.replace("$", r"\$")
+
+
+def _shortened(name: str, length: int) -> str:
+    """Return a name of so many characters at most, without its middle where it is longer."""
+    half = length // 2 - 1
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

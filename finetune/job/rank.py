@@ -1,0 +1,74 @@
+"""``finetune advise --backbones``: several backbones on the same images, by nearest neighbours.
+
+Of 24 ways to rank backbones without training, the accuracy of nearest neighbours was the best over 16 data
+sets (arXiv:2503.18528); LEEP, LogME and H-scores rank worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finetune.display import Display
+from finetune.features.neighbours import leave_one_out
+from finetune.job.advise import MOST_IMAGES, draw_evenly, require_labels
+from finetune.job.source import open_features, open_network, open_pictures, open_source
+from finetune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One backbone.
+
+    Attributes:
+        backbone: its name.
+        accuracy: leave-one-out, of the five nearest neighbours by cosine, on its last features.
+        error: standard error of the accuracy.
+        num_features: numbers a picture.
+        num_parameters: of the network with its own classifier.
+        num_images: training images that were looked at.
+    """
+
+    backbone: str
+    accuracy: float
+    error: float
+    num_features: int
+    num_parameters: int
+    num_images: int
+
+
+def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
+    """Return backbones with the nearest neighbours that are right most often first.
+
+    Args:
+        recipe: its backbone is not read.
+        names: at least one.
+        display: shows progress.
+    """
+    dataset = open_pictures(recipe, display)
+    require_labels(dataset, recipe)
+    few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
+    ranked = []
+    for name in names:
+        backbone = recipe.backbone.model_copy(update={"name": name})
+        network = open_network(recipe.model_copy(update={"backbone": backbone}), display)
+        source = open_source(recipe, network, few, display)
+        last = network.layers.all[-1]
+        with open_features(source, [last], "auto", parts=("train",)) as features:
+            samples = source.dataset.of("train")
+            usable = features.usable(samples)
+            labels = torch.tensor([samples[index].label for index in usable.tolist()])
+            hits = leave_one_out(features.rows[0], usable, labels, dataset.num_classes).double()
+        ranked.append(
+            Ranked(
+                network.backbone.card.name,
+                hits.mean().item(),
+                hits.std(correction=0).item() / len(hits) ** 0.5,
+                last.num_features("auto"),
+                sum(parameter.numel() for parameter in network.backbone.network.parameters()),
+                len(hits),
+            )
+        )
+    return sorted(ranked, key=lambda one: -one.accuracy)

@@ -1,0 +1,135 @@
+"""``advise.verify``: a brief training of the last stage against the linear classifier, by cross-validation.
+
+Both learn from what is kept: the frozen trunk runs once over the training images, and every fold takes its
+rows from there. Full fine-tuning has no frozen trunk, so it cannot be tried this way; where the rule chose
+it, nothing is verified.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from finetune.data.check import check_images
+from finetune.display import Display, SilentDisplay
+from finetune.features.rows import ChosenRows
+from finetune.features.solvers import draw_folds
+from finetune.job.advise import Advice, draw_evenly
+from finetune.job.feeds import Source, open_feeds
+from finetune.job.prepare import Ready, place_network, prepare
+from finetune.recipe import Recipe
+from finetune.runs.folder import RunFolder
+from finetune.strategy.freeze import digest_frozen
+from finetune.training.checkpoint import CheckpointStore
+from finetune.training.optimizer import build_loss
+from finetune.training.row_loader import RowLoader
+from finetune.training.task import Task
+from finetune.training.trainer import Trainer
+from pretrained.split import Split
+
+NUM_FOLDS = 3
+EPOCHS = 5
+"""Of the brief training. Its last one is judged: the best would be chosen by the images that judge it."""
+MOST_IMAGES = 2_000
+"""Training images of all folds together."""
+
+
+def verify(recipe: Recipe, advice: Advice, display: Display) -> Advice:
+    """Return the advice with the better of its linear classifier and a briefly trained last stage.
+
+    Args:
+        recipe: of the run.
+        advice: of the rule.
+        display: shows progress.
+    """
+    decision = advice.decision
+    if decision.cell.name == "full":
+        display.say("nothing is verified: full fine-tuning learns from no kept features")
+        return advice
+    trained = _try_top(recipe, display)
+    if trained is None:
+        display.say("nothing is verified: the network cannot be cut below its last stage")
+        return advice
+    best = next(one for one in advice.evidence.candidates if one.features == decision.features)
+    verified = {"top": trained, "freeze": best.accuracy}
+    display.say(f"verified: last stage trained briefly {trained:.3f}, linear classifier {best.accuracy:.3f}")
+    if trained > best.accuracy:
+        keys = {"name": "top", "probe_first": True, "floor": decision.features}
+    else:
+        keys = {"name": "freeze", "features": decision.features}
+    return replace(advice, decision=replace(decision, keys=keys), verified=verified)
+
+
+def _try_top(recipe: Recipe, display: Display) -> float | None:
+    """Cross-validated accuracy of the last stage, trained briefly; None where it has no trunk."""
+    changes = {
+        "strategy": recipe.strategy.model_copy(update={"name": "top"}),
+        "input": recipe.input.model_copy(update={"augmentation": "none"}),
+        "training": recipe.training.model_copy(update={"epochs": EPOCHS}),
+    }
+    ready = prepare(recipe.model_copy(update=changes), SilentDisplay())
+    place_network(ready.backbone.network, ready.placement)
+    few = draw_evenly(ready.dataset, MOST_IMAGES, recipe.seed)
+    checked = check_images(few)
+    dataset = few.without({image.path for image in checked.bad})
+    frozen = digest_frozen(ready.backbone.network, ready.plan)
+    with TemporaryDirectory() as folder:
+        source = Source(replace(ready, dataset=dataset), dataset, checked.digests, frozen)
+        with open_feeds(source, RunFolder(Path(folder)), display) as feeds:
+            whole = feeds.feeds["train"]
+            if not isinstance(whole, RowLoader) or feeds.split is None:
+                return None
+            labels = torch.tensor([sample.label for sample in whole.samples])
+            before = copy.deepcopy(ready.backbone.network.state_dict())
+            hits = 0.0
+            folds = draw_folds(labels, NUM_FOLDS, recipe.seed)
+            with display.track("training briefly", int(folds.max()) + 1) as advance:
+                for fold in range(int(folds.max()) + 1):
+                    ready.backbone.network.load_state_dict(before)
+                    train, held = _part(whole, folds != fold, True), _part(whole, folds == fold, False)
+                    task = _task(ready, train, held, dataset.num_classes, feeds.split)
+                    hits += _train(ready, task, Path(folder) / str(fold)) * len(held.samples)
+                    advance(1, "")
+            return hits / len(labels)
+
+
+def _part(whole: RowLoader, chosen: Tensor, shuffle: bool) -> RowLoader:
+    indices = chosen.nonzero().flatten()
+    return RowLoader(
+        [ChosenRows(whole.views[0], indices)],
+        [whole.samples[index] for index in indices.tolist()],
+        batch_size=whole.batch_size,
+        placement=whole.placement,
+        seed=whole.seed,
+        shuffle=shuffle,
+    )
+
+
+def _task(ready: Ready, train: RowLoader, held: RowLoader, num_classes: int, split: Split) -> Task:
+    counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
+    loss = build_loss(ready.recipe.training, counts.clamp_min(1).tolist()).to(ready.placement.device)
+    return Task(ready.backbone.network, ready.plan, loss, train, held, num_classes, split)
+
+
+def _train(ready: Ready, task: Task, path: Path) -> float:
+    """Accuracy of the last epoch on the images that were held out."""
+    folder = RunFolder(path)
+    folder.checkpoints.mkdir(parents=True)
+    precision = ready.recipe.training.precision
+    assert precision != "auto"
+    trainer = Trainer(
+        task,
+        ready.recipe.training,
+        precision=precision,
+        seed=ready.recipe.seed,
+        folder=folder,
+        store=CheckpointStore(folder.checkpoints, 1, lambda: None),
+        display=SilentDisplay(),
+    )
+    trainer.standardize_head()
+    return trainer.fit().history[-1]["eval_accuracy"]

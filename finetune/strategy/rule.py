@@ -1,0 +1,282 @@
+"""The strategy from evidence: one table of thresholds, one table of cells, and what follows from them.
+
+The lectures' matrix has two axes. *Size* is counted. *Similarity* to what the backbone was trained on is
+measured: by what its own classifier says about the new labels, or, where it has none, by how much better its
+earlier layers tell them apart than its last. docs/advise.md says what was measured for each number here, and
+what was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Size = Literal["little", "medium", "a lot"]
+Similarity = Literal["similar", "unsure", "different"]
+SIZES: tuple[Size, ...] = ("little", "medium", "a lot")
+SIMILARITIES: tuple[Similarity, ...] = ("similar", "unsure", "different")
+
+# --- thresholds ----------------------------------------------------------------------------------
+
+LITTLE_IMAGES = 2_000
+"""Fewer training images are little data. "A few thousand" is where the lectures let full fine-tuning begin.
+A judgement, not a measurement."""
+LITTLE_PER_CLASS = 50
+"""Fewer images a class are little data too, however many classes there are. A judgement."""
+MANY_IMAGES = 10_000
+"""From here on it is a lot, with :data:`MANY_PER_CLASS`. A judgement."""
+MANY_PER_CLASS = 100
+"""Images a class of a lot of data. A judgement."""
+SIMILAR_LEEP = 0.75
+"""Normalised LEEP (arXiv:2002.12462) from which data are similar. Told three similar sets from two others in
+200 draws of classes and images on one backbone, after it had been chosen on these very sets."""
+DIFFERENT_LEEP = 0.60
+"""Below it they are different; in between nothing is claimed. Digits were at 0.46 to 0.60 there."""
+GAP_ERRORS = 2.0
+"""Standard errors by which an earlier layer must beat the last (paired, leave-one-out nearest neighbours) to
+make data different where the backbone has no classifier. At one error, 5 to 25 % of similar draws were
+called different; at two, 0 to 5 %."""
+CANDIDATE_ERRORS = 1.0
+"""Standard errors by which another linear classifier must beat the one on the last features to be taken. On
+similar data all stages together lost up to 4.6 points in single draws."""
+CHANCE_ERRORS = 2.0
+"""Standard errors above chance that a linear classifier must reach for the labels to mean anything here."""
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell of the matrix leads to.
+
+    Attributes:
+        words: for the matrix.
+        name: of the strategy.
+        chooses_features: linear classifiers on several features compete by cross-validation.
+        keys: of the recipe's section ``strategy``, beside.
+    """
+
+    words: str
+    name: Literal["freeze", "top", "full"]
+    chooses_features: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LAST = Cell("a linear classifier on the last features", "freeze")
+_BEST = Cell("a linear classifier on the best stage, or on all together", "freeze", True)
+_TOP = Cell("a linear classifier, then the last stage at 1/10", "top")
+_ALL = Cell("a linear classifier, then everything at 1/10", "full", True, {"body_factor": 0.1})
+
+CELLS: Mapping[tuple[Size, Similarity], Cell] = {
+    ("little", "similar"): _LAST,
+    ("little", "unsure"): _BEST,
+    ("little", "different"): _BEST,
+    ("medium", "similar"): _TOP,
+    ("medium", "unsure"): _ALL,
+    ("medium", "different"): _ALL,
+    ("a lot", "similar"): _TOP,
+    ("a lot", "unsure"): _ALL,
+    ("a lot", "different"): _ALL,
+}
+"""A5 of the lectures, with a middle row and a middle column. Whatever is fine-tuned starts from a linear
+classifier (LP-FT, arXiv:2202.10054), and is handed over only where it beats one on validation."""
+
+
+# --- evidence and decision -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear classifier, judged by cross-validation on training images.
+
+    Attributes:
+        features: ``last``, ``all`` or the name of a layer.
+        accuracy: share of images that are right, out of fold.
+        lead: its accuracy less that of ``last``.
+        lead_error: standard error of the lead, paired by image.
+    """
+
+    features: str
+    accuracy: float
+    lead: float
+    lead_error: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was counted and measured on training images.
+
+    Attributes:
+        num_images: training images, N.
+        num_classes: K.
+        smallest_class: images of the smallest class.
+        leep: 1 + LEEP / ln K; None where the backbone has no classifier of its own.
+        gap: leave-one-out nearest-neighbour accuracy of the best earlier layer less that of the last.
+        gap_error: standard error of the gap, paired by image.
+        candidates: ``last`` first.
+    """
+
+    num_images: int
+    num_classes: int
+    smallest_class: int
+    leep: float | None
+    gap: float
+    gap_error: float
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def per_class(self) -> float:
+        """Training images a class."""
+        return self.num_images / self.num_classes
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where the data stand in the matrix, and what follows.
+
+    Attributes:
+        size: little, medium or a lot.
+        similarity: similar, unsure or different.
+        cell: of the matrix.
+        features: of the linear classifier: ``last``, ``all`` or a layer.
+        keys: of the recipe's section ``strategy``.
+        reasons: one sentence each, with the numbers.
+        changes: what would lead elsewhere, one sentence each.
+        warnings: what speaks against any strategy.
+    """
+
+    size: Size
+    similarity: Similarity
+    cell: Cell
+    features: str
+    keys: Mapping[str, Any]
+    reasons: tuple[str, ...]
+    changes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def decide(evidence: Evidence) -> Decision:
+    """Choose a strategy."""
+    size, similarity = find_size(evidence), find_similarity(evidence)
+    cell = CELLS[size, similarity]
+    best = choose_candidate(evidence.candidates) if cell.chooses_features else evidence.candidates[0]
+    keys: dict[str, Any] = {"name": cell.name, **cell.keys}
+    if cell.name == "freeze":
+        keys["features"] = best.features
+    else:
+        keys |= {"probe_first": True, "floor": best.features}
+    return Decision(
+        size,
+        similarity,
+        cell,
+        best.features,
+        keys,
+        _explain(evidence, size, similarity, best),
+        tuple(_find_changes(evidence, size, similarity)),
+        tuple(_find_warnings(evidence)),
+    )
+
+
+def find_size(evidence: Evidence) -> Size:
+    """Return the row of the matrix."""
+    if evidence.num_images < LITTLE_IMAGES or evidence.per_class < LITTLE_PER_CLASS:
+        return "little"
+    if evidence.num_images >= MANY_IMAGES and evidence.per_class >= MANY_PER_CLASS:
+        return "a lot"
+    return "medium"
+
+
+def find_similarity(evidence: Evidence) -> Similarity:
+    """Return the column of the matrix."""
+    if evidence.leep is not None:
+        if evidence.leep >= SIMILAR_LEEP:
+            return "similar"
+        return "different" if evidence.leep < DIFFERENT_LEEP else "unsure"
+    is_earlier_better = evidence.gap > GAP_ERRORS * evidence.gap_error and evidence.gap > 0
+    return "different" if is_earlier_better else "unsure"
+
+
+def choose_candidate(candidates: tuple[Candidate, ...]) -> Candidate:
+    """Return the best classifier, or the one on the last features where none is clearly better."""
+    last = candidates[0]
+    clear = [one for one in candidates[1:] if one.lead > CANDIDATE_ERRORS * one.lead_error and one.lead > 0]
+    return max(clear, key=lambda one: one.accuracy, default=last)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _explain(evidence: Evidence, size: Size, similarity: Similarity, best: Candidate) -> tuple[str, ...]:
+    amount = f"{evidence.num_images:,} training images, {evidence.per_class:.0f} a class"
+    limits = {
+        "little": f"little is under {LITTLE_IMAGES:,}, or under {LITTLE_PER_CLASS} a class",
+        "medium": f"a lot is {MANY_IMAGES:,} and {MANY_PER_CLASS} a class",
+        "a lot": f"from {MANY_IMAGES:,} and {MANY_PER_CLASS} a class on",
+    }
+    if evidence.leep is not None:
+        likeness = f"normalised LEEP {evidence.leep:.2f}"
+        bounds = f"similar from {SIMILAR_LEEP:g}, different under {DIFFERENT_LEEP:g}"
+    else:
+        likeness = f"the best earlier layer leads the last by {evidence.gap:+.3f} ± {evidence.gap_error:.3f}"
+        bounds = f"different over {GAP_ERRORS:g} standard errors; the backbone has no classifier to ask"
+    judged = f"cross-validated accuracy {best.accuracy:.3f}"
+    return (
+        f"{size} data: {amount} ({limits[size]})",
+        f"{similarity}: {likeness} ({bounds})",
+        f"linear classifier on {_name(best.features)}: {judged}{_lead(best)}",
+    )
+
+
+def _name(features: str) -> str:
+    return {"last": "the last features", "all": "all stages together"}.get(features, features)
+
+
+def _lead(best: Candidate) -> str:
+    if best.features == "last":
+        return ""
+    return f", {best.lead:+.3f} ± {best.lead_error:.3f} against the last features"
+
+
+def _find_changes(evidence: Evidence, size: Size, similarity: Similarity) -> list[str]:
+    """Return what would lead to another cell."""
+    changes = []
+    if size != "a lot":
+        larger = SIZES[SIZES.index(size) + 1]
+        images, each = (
+            (LITTLE_IMAGES, LITTLE_PER_CLASS) if size == "little" else (MANY_IMAGES, MANY_PER_CLASS)
+        )
+        needed = max(images, math.ceil(each * evidence.num_classes))
+        cell = CELLS[larger, similarity]
+        if cell != CELLS[size, similarity]:
+            changes.append(f"from {needed:,} training images on: {cell.words} ({cell.name})")
+    for other in SIMILARITIES:
+        cell = CELLS[size, other]
+        if other != similarity and cell != CELLS[size, similarity]:
+            changes.append(f"{_bound(evidence, other)}: {cell.words} ({cell.name})")
+    return list(dict.fromkeys(changes))
+
+
+def _bound(evidence: Evidence, other: Similarity) -> str:
+    if evidence.leep is None:
+        return f"data found {other}"
+    bounds = {
+        "similar": f"a normalised LEEP of {SIMILAR_LEEP:g} or more",
+        "unsure": f"a normalised LEEP under {SIMILAR_LEEP:g}",
+        "different": f"a normalised LEEP under {DIFFERENT_LEEP:g}",
+    }
+    return bounds[other]
+
+
+def _find_warnings(evidence: Evidence) -> list[str]:
+    best = max(evidence.candidates, key=lambda one: one.accuracy)
+    chance = 1 / evidence.num_classes
+    error = math.sqrt(chance * (1 - chance) / evidence.num_images)
+    if best.accuracy > chance + CHANCE_ERRORS * error:
+        return []
+    return [
+        f"no linear classifier tells these labels apart better than chance (best {best.accuracy:.3f}, chance "
+        f"{chance:.3f}): look at the labels before anything is trained"
+    ]
