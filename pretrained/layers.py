@@ -190,7 +190,7 @@ class Layers:
         fix = "`--layers list` shows stages and modules."
         if name == "pre_logits":
             return UsageError("--layers pre_logits", "the network has no classifier", "Take --layers last.")
-        if name in dict(self._network.named_modules()):
+        if name and name in dict(self._network.named_modules()):
             called = any(call.name == name for call in self._trace.calls)
             found = (
                 "it gives no tensor with a row for each picture" if called else "the forward never calls it"

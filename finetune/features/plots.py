@@ -60,7 +60,7 @@ def draw_probe(
         look: dict[str, Any] = {"color": COLOURS[number], "marker": "o", "markersize": 5, "linewidth": 1.8}
         axes.errorbar(places, mean, std, capsize=2.5, elinewidth=1, **look)
     axes.axhline(chance, color=_FAINT, linestyle=(0, (5, 4)), linewidth=1.2)
-    axes.set_xticks(range(len(layers)), [_plain(layer) for layer in layers])
+    axes.set_xticks(range(len(layers)), [_label(layer) for layer in layers])
     if sum(map(len, layers)) > 11 * width - 30:
         for text in axes.get_xticklabels():
             text.set(rotation=40, ha="right", rotation_mode="anchor")
@@ -74,7 +74,7 @@ def draw_probe(
     ends = {name: mean[-1] for name, (mean, _) in curves.items()}
     _label_ends(axes, [*ends, f"chance {chance:.3g}"], [*ends.values(), chance])
     axes.set(xlabel="layer, from the first to the last", ylabel="accuracy, and its standard deviation")
-    axes.set_title(_plain(title), loc="left")
+    axes.set_title(_wrapped(title, 80), loc="left")
     _write(path, figure)
 
 
@@ -92,7 +92,7 @@ def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -
     x, colour = place + _aside(number, len(means)), COLOURS[number]
     axes.plot([x], [value], "o", markersize=13, fillstyle="none", color=colour, markeredgewidth=1.6)
     axes.annotate(
-        f"best: {_plain(layers[place])}, {value:.3f}",
+        f"best: {_label(layers[place])}, {value:.3f}",
         (x, value + error),
         xytext=(0, 7),
         textcoords="offset points",
@@ -120,7 +120,7 @@ def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None
             heights[below + 1] += lacking / 2
     for height, (_, name, colour) in zip(heights, order, strict=True):
         axes.annotate(
-            _plain(name),
+            _label(name),
             (1, height),
             xytext=(8, 0),
             xycoords=("axes fraction", "data"),
@@ -167,14 +167,14 @@ def draw_map(
         title += f"\n{len(classes)} classes, coloured by their index"
         _draw_many_classes(axes, places, owners, len(classes), size)
     _name_classes(axes, places, owners, classes)
-    said = [_plain(name) for name in names]
+    said = [_label(name) for name in names]
     if shares is None:
         axes.set_xticks([])
         axes.set_yticks([])
     else:
         said = [f"{name} ({share:.1%} of the variance)" for name, share in zip(said, shares, strict=True)]
     axes.set(xlabel=said[0], ylabel=said[1])
-    axes.set_title(_plain(title), loc="left")
+    axes.set_title(_wrapped(title, 80), loc="left")
     _write(path, figure)
 
 
@@ -189,7 +189,7 @@ def _draw_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str], 
         handles.append(axes.scatter([], [], s=40, **look))
     axes.legend(
         handles,
-        [_plain(_shortened(name, 40)) for name in classes],
+        [_label(name) for name in classes],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         frameon=False,
@@ -221,7 +221,7 @@ def _name_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str]) 
             continue
         x, y = np.median(here, axis=0)
         halo = [withStroke(linewidth=2.5, foreground="white")]
-        said = _plain(_shortened(name, 16))
+        said = _label(name, 16)
         text = axes.text(x, y, said, ha="center", va="center", fontsize=8.5, color=_INK, path_effects=halo)
         with _quiet():
             box = text.get_window_extent()
@@ -258,13 +258,13 @@ def draw_matrix(
         _draw_cell(axes, columns.index(column), rows.index(row), text, (row, column) == marked)
     axes.set_xlim(-0.02, len(columns) + 0.02)
     axes.set_ylim(len(rows) + 0.02, -0.02)
-    axes.set_xticks([place + 0.5 for place in range(len(columns))], [_plain(name) for name in columns])
-    axes.set_yticks([place + 0.5 for place in range(len(rows))], [_plain(name) for name in rows])
+    axes.set_xticks([place + 0.5 for place in range(len(columns))], [_label(name, 28) for name in columns])
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], [_label(name, 28) for name in rows])
     axes.tick_params(length=0, labelsize=11, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("similarity to what the backbone was trained on", labelpad=9, color=_FAINT)
     axes.set_ylabel("amount of data", labelpad=9, color=_FAINT)
-    axes.set_title(_plain(title), loc="left", pad=16)
+    axes.set_title(_wrapped(title, 25 + 25 * len(columns)), loc="left", pad=16)
     _write(path, figure)
 
 
@@ -280,15 +280,15 @@ def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> No
         edgecolor="none",
     )
     axes.add_patch(box)
-    lines = textwrap.wrap(_plain(text), 30) or [""]
+    said = _wrapped(text, 30)
     axes.text(
         column + 0.5,
         row + 0.5,
-        "\n".join(lines),
+        said,
         ha="center",
         va="center",
         linespacing=1.35,
-        fontsize=min(10.5, 52 / len(lines)),
+        fontsize=min(10.5, 52 / (1 + said.count("\n"))),
         fontweight="bold" if marked else "normal",
         color="white" if marked else _INK,
     )
@@ -332,13 +332,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _label(text: str, length: int = 40) -> str:
+    """Return text for one line, of so many characters at most: the middle of a longer one gives way."""
+    half = length // 2 - 1
+    return _plain(text if len(text) <= length else f"{text[:half]}…{text[-half:]}")
+
+
+def _wrapped(text: str, length: int) -> str:
+    """Return text in lines of so many characters at most; its own line breaks stay."""
+    return "\n".join(_plain(textwrap.fill(line, length)) for line in text.split("\n"))
+
+
 def _plain(text: str) -> str:
     """Return text that matplotlib draws as it stands: no formula between dollars, no hidden characters."""
     seen = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
     return seen.replace("$", r"\$")
-
-
-def _shortened(name: str, length: int) -> str:
-    """Return a name of so many characters at most, without its middle where it is longer."""
-    half = length // 2 - 1
-    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

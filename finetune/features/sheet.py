@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def _draw_cell(sheet: Image.Image, file: Path, corner: tuple[int, int], side: in
         picture = _fitted(decode_image(file, side), side)
         sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
     except BadImageError as error:
-        said = shorten(error.reason, side - 2 * _TEXT, font)
-        draw.text((left + side / 2, top + side / 2), said, _FAINT, font, anchor="mm")
+        middle = left + side / 2, top + side / 2
+        said = textwrap.fill(error.reason, side // 9)
+        draw.text(middle, said, _FAINT, font, anchor="mm", align="center")
     for number, line in enumerate(lines):
         ink = _FAINT if number == len(lines) - 1 else _INK
         draw.text((left, top + side + 5 + number * _LINE), shorten(line, side, font), ink, font)

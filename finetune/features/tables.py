@@ -168,8 +168,8 @@ def write_table(
 def _csv(table: _Table) -> Iterator[bytes]:
     """Yield the lines of a CSV file.
 
-    One template for all numbers of a row: measured on 2,048 of them, four times as fast as ``csv.writer``
-    on formatted cells, and twice as fast as the shortest text of each float32.
+    One template for all numbers of a row: measured on 2,048 of them, 3.6 times as fast as ``csv.writer``
+    on formatted cells, and 2.7 times as fast as the shortest text of each float32.
     """
     yield _text([*WHO, *table.columns()]) + b"\n"
     numbers = (f",{FLOAT_FORMAT}" * sum(layer.size for layer in table.layers) + "\n").encode()

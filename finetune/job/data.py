@@ -12,7 +12,7 @@ from finetune.display import Display
 from finetune.errors import UsageError
 from finetune.job.same import describe_images
 from finetune.runs.bad_images import read_bad_images, write_bad_images
-from finetune.runs.claim import read_split
+from finetune.runs.claim import create_folder, read_split
 from finetune.runs.files import write_csv, write_text
 from finetune.runs.folder import RunFolder
 
@@ -93,3 +93,15 @@ def check_outside(output: Path, dataset: Dataset) -> None:
     if any(inside.is_relative_to(os.path.realpath(top)) for top in tops):
         fix = "Name an --output outside of it."
         raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
+
+
+def create_new_folder(path: Path) -> None:
+    """Create a folder for results, where there is none or an empty one.
+
+    Raises:
+        UsageError: something is there already.
+        DiskError: it cannot be created.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
+    create_folder(path)

@@ -86,8 +86,8 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
                 return None
             labels = torch.tensor([sample.label for sample in whole.samples])
             before = copy.deepcopy(ready.backbone.network.state_dict())
-            hits = 0.0
             folds = draw_folds(labels, NUM_FOLDS, recipe.seed)
+            hits, total = 0.0, int((folds >= 0).sum())
             with display.track("training briefly", int(folds.max()) + 1) as advance:
                 for fold in range(int(folds.max()) + 1):
                     ready.backbone.network.load_state_dict(before)
@@ -95,7 +95,7 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
                     task = _task(ready, train, held, dataset.num_classes, feeds.split)
                     hits += _train(ready, task, Path(folder) / str(fold)) * len(held.samples)
                     advance(1, "")
-            return hits / len(labels)
+            return hits / max(total, 1)
 
 
 def _part(whole: RowLoader, chosen: Tensor, shuffle: bool) -> RowLoader:

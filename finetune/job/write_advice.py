@@ -28,6 +28,6 @@ def write_advice(advice: Advice, folder: Path) -> None:
     }
     chance = 1 / advice.evidence.num_classes
     draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
-    cells = {place: cell.words for place, cell in CELLS.items()}
+    cells: dict[tuple[str, str], str] = {place: cell.words for place, cell in CELLS.items()}
     place = (advice.decision.size, advice.decision.similarity)
     draw_matrix(folder / "matrix.png", cells, place, "Which strategy")

@@ -1,0 +1,339 @@
+"""Linear classifiers on features, solved to their optimum, and how strongly to fit them.
+
+::
+
+    rows -> standardised by training images -> in the span of the images, where features are many
+         -> C by cross-validation inside the training images -> L-BFGS -> weights for the features as they are
+
+Standardised features have C mean the same on every layer but for their number and the loss. So C is chosen
+among multiples of a natural unit: the one at which a single image bends the objective as much as the penalty
+does. On the stages of SqueezeNet, with 2 to 101 classes of 3 to 50 images, the best multiple was 1, or a
+neighbour of it was as good (``STRENGTHS``).
+
+A penalised optimum lies in the span of the images: a direction in which no image varies costs, and brings
+nothing. So N images with many more features are turned into N numbers each, exactly, without having all
+features in memory at once.
+
+Shape legend: N training images, D features, R numbers (R <= D) and a 1 for the bias, K classes, B images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetune.errors import DataError, InternalError
+from finetune.features.minimize import (
+    Logistic,
+    Loss,
+    Objective,
+    Softmax,
+    Spectrum,
+    SquaredHinge,
+    measure_spectrum,
+    minimize,
+)
+from finetune.features.rows import Rows
+
+Kind = Literal["softmax", "svm", "logreg"]
+"""Multinomial logistic regression; of each class against the rest, squared hinges and logistic regressions."""
+
+STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""Choices of C, as multiples of the C at which one image bends the objective as much as the penalty does."""
+DEFAULT_STRENGTH = 1.0
+"""The multiple that is taken where nothing can be held out: no class has two images."""
+NUM_FOLDS = 3
+"""Parts that take turns in being held out when C is chosen."""
+LARGE = 2e8
+"""N times R times K from which only the first part is held out: two seconds and more for all three."""
+SMALLEST_STD = 0.1
+"""Floor of a feature's deviation, as a share of the mean one: as in ``training.standardize``."""
+WIDE = 2
+"""Features for each image from which turning into the span is worth its while."""
+
+_SOLVED = 1e-6
+"""Share of the objective by which a solution may miss its minimum."""
+_NEARLY_SOLVED = 1e-3
+"""The same while C is chosen: 1e-2 moved accuracies by a point, 1e-3 by a fifth of one."""
+_BLOCK_BYTES = 64 * 2**20
+"""Of features in float64 that are in memory at once."""
+_PANEL = 1024
+_LEAST_SQUARE = 1e-6
+"""In place of zero, where all images are the same."""
+_RANK = 1e-12
+"""Of the largest squared deviation of rows: directions with less are rounding."""
+_LOSSES: dict[Kind, type[Loss]] = {"softmax": Softmax, "svm": SquaredHinge, "logreg": Logistic}
+
+
+@dataclass(frozen=True, eq=False)
+class LinearClassifier:
+    """A linear classifier of features as they are, not standardised.
+
+    Attributes:
+        weight: (K, D) float32.
+        bias: (K,) float32.
+        strength: C, of the objective on standardised features.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    strength: float
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """Return scores (B, K) float32 of rows (B, D); logits, if the classifier is a softmax."""
+        return torch.nn.functional.linear(rows.to(self.weight), self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class _Standardised:
+    """Features of training images with mean 0 and deviation 1, block by block.
+
+    Attributes:
+        mean: (D,) float64.
+        std: (D,) float64, positive.
+    """
+
+    rows: Rows
+    indices: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Return (N, stop - start) float64."""
+        block = self.rows.columns(self.indices, start, stop).double()
+        return block.sub_(self.mean[start:stop]).div_(self.std[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """Training images as a solver sees them.
+
+    Attributes:
+        matrix: (N, R + 1) float32: standardised features, or coordinates in their span, and a last 1.
+        labels: (N,) int64.
+        num_classes: K.
+        spectrum: of the matrix.
+        mean_square: of the standardised features of an image, summed: at most D.
+    """
+
+    matrix: Tensor
+    labels: Tensor
+    num_classes: int
+    spectrum: Spectrum
+    mean_square: float
+    _standardised: _Standardised
+    _turn: Tensor | None
+
+    def select(self, chosen: Tensor) -> TrainingRows:
+        """Return some of the images, (N,) bool, in the same coordinates."""
+        return replace(self, matrix=self.matrix[chosen], labels=self.labels[chosen])
+
+    def strength(self, kind: Kind, multiple: float) -> float:
+        """Return C for a multiple of its natural unit."""
+        return multiple / (self._loss(kind).initial_curvature * max(self.mean_square, _LEAST_SQUARE))
+
+    def minimize(
+        self, kind: Kind, strength: float, tolerance: float, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the best weights (K, R + 1) for a C."""
+        return minimize(Objective(self.matrix, self._loss(kind), strength, self.spectrum), tolerance, weights)
+
+    def _loss(self, kind: Kind) -> Loss:
+        classes = torch.arange(self.num_classes, device=self.labels.device)
+        return _LOSSES[kind](torch.where(self.labels[:, None] == classes, 1.0, -1.0))
+
+    def judge(self, weights: Tensor) -> Tensor:
+        """Return whether weights (K, R + 1) give each image its class, (N,) bool."""
+        return (self.matrix @ weights.T).argmax(dim=1) == self.labels
+
+    def restore(self, weights: Tensor, strength: float) -> LinearClassifier:
+        """Return weights (K, R + 1) as a classifier of the features as they are, block by block."""
+        scaled, inner = self._standardised, weights[:, :-1].double()
+        inner = inner if self._turn is None else inner @ self._turn.T
+        bias = weights[:, -1].double()
+        weight = weights.new_empty(len(weights), len(scaled.mean))
+        for start, stop in _blocks(len(scaled.mean), len(scaled.indices)):
+            block = inner[:, start:stop] if self._turn is None else inner @ scaled.columns(start, stop)
+            weight[:, start:stop] = block / scaled.std[start:stop]
+            bias -= weight[:, start:stop].double() @ scaled.mean[start:stop]
+        return LinearClassifier(weight, bias.float(), strength)
+
+
+def build_training_rows(rows: Rows, indices: Tensor, labels: Tensor, num_classes: int) -> TrainingRows:
+    """Return training images, ready to be solved for any kind of classifier and any C.
+
+    Where there are more than two features for each image, they are turned into their span by the
+    eigenvectors of the products of images (N, N), summed in float64 over blocks of features.
+
+    Args:
+        rows: (all images, D).
+        indices: (N,) int64, the training images; no others are read.
+        labels: (N,) int64 of these images.
+        num_classes: K, at least 2.
+
+    Raises:
+        DataError: there is only one class, or a class has no training image.
+        InternalError: a feature is no finite number.
+    """
+    _refuse_missing(labels, num_classes)
+    scaled = _standardise(rows, indices)
+    if len(scaled.mean) > WIDE * len(indices):
+        inner, turn = _turn_into_span(scaled)
+    else:
+        inner, turn = _gather(scaled), None
+    matrix = torch.nn.functional.pad(inner, (0, 1), value=1.0)
+    mean_square = inner.square().sum(dtype=torch.float64).item() / len(inner)
+    spectrum = measure_spectrum(matrix)
+    return TrainingRows(matrix, labels.to(matrix.device), num_classes, spectrum, mean_square, scaled, turn)
+
+
+def solve(training: TrainingRows, kind: Kind, strength: float) -> LinearClassifier:
+    """Return the classifier at the minimum of ``strength * sum of losses + ||W||^2 / 2``, the bias being free.
+
+    ``strength`` is the C of scikit-learn's LogisticRegression and LinearSVC on standardised features.
+    """
+    return training.restore(training.minimize(kind, strength, _SOLVED), strength)
+
+
+def fit(
+    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, kind: Kind, seed: int
+) -> LinearClassifier:
+    """Choose C inside the training images and solve with all of them.
+
+    The arguments and refusals are those of :func:`build_training_rows`; ``seed`` draws the folds.
+    """
+    training = build_training_rows(rows, indices, labels, num_classes)
+    return solve(training, kind, choose_strength(training, kind, seed))
+
+
+def choose_strength(training: TrainingRows, kind: Kind, seed: int) -> float:
+    """Return the C of the highest cross-validated accuracy in the training images; of equals, the smallest.
+
+    C grows by decades, and each starts where the one before ended. It ends early where accuracy has fallen
+    by more than its standard error (of paired images): large C take longest. Where the problem is large,
+    one third is held out instead of each in turn. Standardisation and span are those of all training images.
+    """
+    folds = draw_folds(training.labels.cpu(), NUM_FOLDS, seed).to(training.labels.device)
+    is_large = training.matrix.numel() * training.num_classes >= LARGE
+    numbers = [fold for fold in range(1 if is_large else NUM_FOLDS) if (folds == fold).any()]
+    chosen = training.strength(kind, DEFAULT_STRENGTH)
+    best: Tensor | None = None
+    parts = [(training.select(folds != fold), training.select(folds == fold)) for fold in numbers]
+    weights: list[Tensor | None] = [None] * len(parts)
+    for multiple in STRENGTHS if parts else ():
+        strength = training.strength(kind, multiple)
+        found = [
+            part.minimize(kind, strength, _NEARLY_SOLVED, start)
+            for (part, _), start in zip(parts, weights, strict=True)
+        ]
+        hits = torch.cat([held.judge(one) for (_, held), one in zip(parts, found, strict=True)]).int()
+        lead = 0 if best is None else int((best - hits).sum())
+        if best is None or lead < 0:
+            best, chosen = hits, strength
+        elif lead**2 > int((best != hits).sum()):
+            break
+        weights = [*found]
+    return chosen
+
+
+def cross_validate(
+    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, kind: Kind, seed: int, num_folds: int = 5
+) -> Tensor:
+    """Return whether each image is given its class by a classifier that did not see it, (N,) bool.
+
+    C is chosen anew inside the training part of each fold, so that no held-out label has a part in it. Means,
+    deviations and span are those of all N images; they know no labels. The folds depend on ``seed`` and
+    ``labels`` alone: layers are compared image by image. An image that is the only one of its class is never
+    held out, and counts as not recognised.
+
+    The other arguments and the refusals are those of :func:`build_training_rows`.
+    """
+    training = build_training_rows(rows, indices, labels, num_classes)
+    folds = draw_folds(labels, num_folds, seed).to(training.labels.device)
+    hits = torch.zeros_like(training.labels, dtype=torch.bool)
+    for fold in range(num_folds):
+        held = folds == fold
+        if held.any():
+            part = training.select(~held)
+            weights = part.minimize(kind, choose_strength(part, kind, seed), _SOLVED)
+            hits[held] = training.select(held).judge(weights)
+    return hits.cpu()
+
+
+def draw_folds(labels: Tensor, num_folds: int, seed: int) -> Tensor:
+    """Return the fold in which each image is held out, (N,) int64 from 0 up to ``num_folds``.
+
+    The images of a class, in random order, are dealt to the folds in turn: so every class keeps an image for
+    training in every fold. An image that is the only one of its class has -1: it is never held out.
+
+    Args:
+        labels: (N,) int64.
+        num_folds: at least 2. Some are empty where there are fewer images.
+        seed: another seed deals in another order.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    order = order[labels.bincount()[labels[order]] > 1]
+    folds = torch.full_like(labels, -1)
+    folds[order] = torch.arange(len(order)) % num_folds
+    return folds
+
+
+def _refuse_missing(labels: Tensor, num_classes: int) -> None:
+    if num_classes < 2:
+        raise DataError(
+            "a linear classifier", "there is only one class", "Give it images of two classes or more."
+        )
+    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        found = f"class number {missing[0]} has no training image"
+        raise DataError("a linear classifier", found, "Add images of the class, or leave the class out.")
+
+
+def _blocks(num_columns: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of columns that fit in memory."""
+    width = max(1, _BLOCK_BYTES // (8 * num_rows))
+    for start in range(0, num_columns, width):
+        yield start, min(start + width, num_columns)
+
+
+def _standardise(rows: Rows, indices: Tensor) -> _Standardised:
+    blocks = _blocks(rows.shape[1], len(indices))
+    measured = (rows.columns(indices, start, stop).double() for start, stop in blocks)
+    moments = [torch.var_mean(block, dim=0, correction=0) for block in measured]
+    std = torch.cat([variance for variance, _ in moments]).sqrt()
+    if not std.isfinite().all():
+        fix = "Please report this, with the command."
+        raise InternalError("solving a linear classifier", "a feature is no finite number", fix)
+    floor = SMALLEST_STD * std.mean().item() or 1.0  # where all images are the same, all is zero
+    return _Standardised(rows, indices, torch.cat([mean for _, mean in moments]), std.clamp_min(floor))
+
+
+def _gather(scaled: _Standardised) -> Tensor:
+    """Return the standardised features, (N, D) float32."""
+    blocks = _blocks(len(scaled.mean), len(scaled.indices))
+    return torch.cat([scaled.columns(start, stop).float() for start, stop in blocks], dim=1)
+
+
+def _turn_into_span(scaled: _Standardised) -> tuple[Tensor, Tensor]:
+    """Return coordinates (N, R) float32 in the span of the images, and the way back (N, R) float64.
+
+    With Z = standardised features and Z Z' = U S^2 U', the coordinates are U S, in the orthonormal basis
+    Z' U / S. Weights V in that basis are V (U / S)' Z.
+    """
+    products: Tensor | None = None
+    for start, stop in _blocks(len(scaled.mean), len(scaled.indices)):
+        block = scaled.columns(start, stop)
+        products = block.new_zeros(len(block), len(block)) if products is None else products
+        for top in range(0, len(block), _PANEL):  # eigh reads the lower triangle only
+            panel = slice(top, top + _PANEL)
+            products[panel, : top + _PANEL] += block[panel] @ block[: top + _PANEL].T
+    assert products is not None
+    squares, vectors = torch.linalg.eigh(products)
+    seen = squares > _RANK * squares.max().clamp_min(1)
+    lengths, vectors = squares[seen].sqrt(), vectors[:, seen]
+    return (vectors * lengths).float(), vectors / lengths

@@ -1,0 +1,126 @@
+"""``finetune probe``: which layer is best, as Zeiler and Fergus asked it (arXiv:1311.2901)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.display import Display
+from finetune.errors import UsageError
+from finetune.features.plots import draw_probe
+from finetune.features.probe import Classifier, ProbeResult, draw_parts, probe_layer
+from finetune.features.rows import ChosenRows
+from finetune.job.advise import require_labels
+from finetune.job.data import create_new_folder
+from finetune.job.outcome import translated_errors
+from finetune.job.source import open_features, open_network, open_pictures, open_source
+from finetune.recipe import Recipe
+from finetune.runs.files import write_csv
+from finetune.runtime import derive_seed
+from pretrained.layers import Layer
+from pretrained.pooling import Pool
+
+COLUMNS = (
+    "layer",
+    "depth",
+    "num_features",
+    "classifier",
+    "mean_accuracy",
+    "std_accuracy",
+    "per_class",
+    "repeats",
+    "regularisation",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One classifier on one layer."""
+
+    layer: Layer
+    num_features: int
+    result: ProbeResult
+
+    def cells(self, per_class: int) -> tuple[Any, ...]:
+        """Return the row as ``probe.csv`` has it."""
+        result = self.result
+        strengths = " ".join(f"{strength:g}" for strength in result.strengths)
+        return (
+            self.layer.name,
+            self.layer.share,
+            self.num_features,
+            result.classifier,
+            result.mean,
+            result.std,
+            per_class,
+            len(result.accuracies),
+            strengths,
+        )
+
+
+def probe(
+    recipe: Recipe,
+    wanted: Sequence[str],
+    per_class: int,
+    classifiers: Sequence[Classifier],
+    repeats: int,
+    output: Path,
+    pool: Pool,
+    display: Display,
+) -> list[Row]:
+    """Judge layers by linear classifiers and nearest neighbours on their features.
+
+    All labelled pictures are taken together, whatever their part; in each repeat some of each class train and
+    the rest are judged, by the mean over classes.
+
+    Args:
+        recipe: its backbone, data, input, cache, machine and seed count.
+        wanted: names, words and patterns of layers.
+        per_class: training images of each class.
+        classifiers: at least one.
+        repeats: draws of training images.
+        output: a new folder for ``probe.csv`` and ``probe.png``.
+        pool: of what layers give.
+        display: shows progress.
+
+    Raises:
+        FinetuneError: every refusal and failure.
+    """
+    with translated_errors():
+        network = open_network(recipe, display)
+        layers = network.layers.select(wanted, pool)
+        dataset = open_pictures(recipe, display)
+        require_labels(dataset, recipe)
+        _draw([sample.label for sample in dataset.samples], per_class, 1, recipe.seed, dataset.classes)
+        source = open_source(recipe, network, dataset, display)
+        create_new_folder(output)
+        samples = source.dataset.samples
+        rows: list[Row] = []
+        with open_features(source, layers, pool) as features:
+            for path, reason in features.lost.items():
+                display.warn(f"{path} cannot be read: {reason}")
+            usable = features.usable(samples)
+            labels = [samples[index].label for index in usable.tolist()]
+            draws = _draw(labels, per_class, repeats, recipe.seed, dataset.classes)
+            total = len(layers) * len(classifiers) * repeats
+            with display.track("judging layers", total) as advance:
+                for layer, whole in zip(features.layers, features.rows, strict=True):
+                    chosen = ChosenRows(whole, usable)
+                    results = probe_layer(
+                        chosen,
+                        torch.tensor(labels),
+                        dataset.num_classes,
+                        draws,
+                        classifiers,
+                        lambda: advance(1, ""),
+                    )
+                    rows += [Row(layer, whole.shape[1], result) for result in results]
+        write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
+        title = f"{network.backbone.card.name}, {per_class} training images a class"
+        _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
+        display.say(f"{output}/probe.csv, probe.png", style="bold")
+        return rows

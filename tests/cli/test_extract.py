@@ -1,0 +1,286 @@
+"""``finetune extract`` from the command line: tables that other programs read, kills, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from finetune.features.kept import KeptRows
+from pretrained.catalog import find_card
+from tests.conftest import Cli, draw_folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def extract(cli: Cli, tiny: Path, data: Path, output: Path, *words: object) -> Any:
+    return cli("extract", "--backbone", tiny, "--data", data, "--output", output, *words)
+
+
+def test_a_table_for_each_stage_and_an_index(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    result = extract(cli, tiny, pictures, tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    index = pd.read_csv(tmp_path / "out/index.csv")
+    assert json.loads(result.stdout)["num_images"] == 54
+    assert len(index) > 2 and (index["num_images"] == 54).all()
+    for row in index.itertuples():
+        table = pd.read_csv(tmp_path / "out" / str(row.file))
+        names = [f"{row.layer}.{i}" for i in range(int(row.num_features))]  # type: ignore[call-overload]
+        assert list(table.columns) == ["path", "label", "split", *names]
+        assert list(table["path"]) == sorted(table["path"])
+        assert not table.isna().any().any()
+
+
+def test_numbers_are_the_networks_own(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Against the plain network, picture by picture, with timm's own transform."""
+    import timm
+    from timm.data import create_transform
+
+    assert extract(cli, tiny, pictures, tmp_path / "f.csv", "--layers", "pre_logits").exit_code == 0
+    table = pd.read_csv(tmp_path / "f.csv")
+    network = timm.create_model(f"local-dir:{tiny}", pretrained=True).eval()
+    card = find_card(str(tiny))
+    view = create_transform(**card.preprocessing.to_timm(), is_training=False)
+    for row in table.iloc[[0, 20, 53]].itertuples(index=False):
+        with Image.open(pictures / row[0]) as image, torch.no_grad():
+            features = network.forward_head(  # type: ignore[operator]
+                network.forward_features(view(image.convert("RGB")).unsqueeze(0)),
+                pre_logits=True,  # type: ignore[operator]
+            )
+        assert np.allclose(np.array(row[3:], dtype=np.float32), features[0].numpy(), atol=1e-5)
+        assert row[1] == row[0].split("/")[1] and row[2] == row[0].split("/")[0]
+
+
+def test_three_lines_of_scikit_learn(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    assert extract(cli, tiny, pictures, tmp_path / "f.csv", "--layers", "all").exit_code == 0
+    table = pd.read_csv(tmp_path / "f.csv")
+    train, val = table[table["split"] == "train"], table[table["split"] == "val"]
+    classifier = LogisticRegression(max_iter=1000).fit(train.iloc[:, 3:], train["label"])
+    assert classifier.score(val.iloc[:, 3:], val["label"]) > 0.8
+
+
+def test_formats_hold_the_same_bits(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    for name in ("f.csv", "f.parquet", "f.npz"):
+        result = extract(cli, tiny, pictures, tmp_path / name, "-l", "layer1,layer4")
+        assert result.exit_code == 0, result.stderr
+    csv = pd.read_csv(tmp_path / "f.csv", dtype=dict.fromkeys(_number_columns(tmp_path), np.float32))
+    parquet = pd.read_parquet(tmp_path / "f.parquet")
+    assert csv.iloc[:, 3:].to_numpy().tobytes() == parquet.iloc[:, 3:].to_numpy(np.float32).tobytes()
+    arrays = np.load(tmp_path / "f.npz")
+    assert list(arrays["path"]) == list(csv["path"])
+    joined = np.concatenate([arrays["layer1"], arrays["layer4"]], axis=1)
+    assert joined.tobytes() == csv.iloc[:, 3:].to_numpy(np.float32).tobytes()
+
+
+def _number_columns(folder: Path) -> list[str]:
+    return list(pd.read_csv(folder / "f.csv", nrows=0).columns[3:])
+
+
+def test_pictures_without_labels(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "flat", {"inner/red": 3})
+    shutil.copy(tmp_path / "flat/inner/red/000.jpg", tmp_path / "flat/top.jpg")
+    result = extract(cli, tiny, tmp_path / "flat", tmp_path / "f.csv", "-l", "last")
+    assert result.exit_code == 0, result.stderr
+    table = pd.read_csv(tmp_path / "f.csv")
+    assert list(table["path"]) == ["inner/red/000.jpg", "inner/red/001.jpg", "inner/red/002.jpg", "top.jpg"]
+    assert table["label"].isna().all() and table["split"].isna().all()
+    assert table.iloc[0, 3:].equals(table.iloc[3, 3:].set_axis(table.columns[3:]))
+
+
+def test_a_csv_and_a_runs_split(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "data", {"red": 10, "blue": 10})
+    rows = [f"data/red/{i:03}.jpg,red\n" for i in range(10)] + [
+        f"data/blue/{i:03}.jpg,blue\n" for i in range(9)
+    ]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows))
+    assert extract(cli, tiny, tmp_path / "list.csv", tmp_path / "f.csv", "-l", "last").exit_code == 0
+    assert len(pd.read_csv(tmp_path / "f.csv")) == 19
+    words = ("--strategy", "freeze", "--epochs", 1, "--seed", 7, "--device", "cpu")
+    assert cli("run", "-b", tiny, "-d", tmp_path / "data", *words, "-o", tmp_path / "run").exit_code == 0
+    result = cli(
+        "extract", "-b", tmp_path / "run", "-d", tmp_path / "run", "-o", tmp_path / "g.csv", "-l", "last"
+    )
+    assert result.exit_code == 0, result.stderr
+    split = pd.read_csv(tmp_path / "run/split.csv").set_index("path")["split"].to_dict()
+    table = pd.read_csv(tmp_path / "g.csv")
+    assert dict(zip(table["path"], table["split"], strict=True)) == split
+
+
+def test_a_bad_image_is_listed_and_has_no_row(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 20, "blue": 5})
+    good = tmp_path / "good.csv"
+    assert extract(cli, tiny, data, good, "-l", "all").exit_code == 0
+    (data / "red/004.jpg").write_bytes(b"no picture at all")
+    whole = (data / "blue/001.jpg").read_bytes()
+    (data / "blue/001.jpg").write_bytes(whole[: len(whole) // 2])
+    result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "all")
+    assert result.exit_code == 0, result.stderr
+    bad = pd.read_csv(tmp_path / "f.bad_images.csv")
+    assert list(bad["path"]) == ["blue/001.jpg", "red/004.jpg"]
+    table, before = pd.read_csv(tmp_path / "f.csv"), pd.read_csv(good)
+    left = before[~before["path"].isin(bad["path"])].reset_index(drop=True)
+    assert list(table["path"]) == list(left["path"])
+    assert np.allclose(table.iloc[:, 3:], left.iloc[:, 3:], atol=1e-5)  # its neighbours are who they were
+
+
+def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/one.jpg").write_bytes(b"nothing")
+    result = extract(cli, tiny, tmp_path / "data", tmp_path / "f.csv")
+    assert result.exit_code == 65 and "no image can be decoded" in result.stderr
+    assert not (tmp_path / "f.csv").exists()
+
+
+def test_the_second_time_nothing_is_computed(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    assert extract(cli, tiny, pictures, tmp_path / "one.csv", "-l", "layer1,layer4").exit_code == 0
+    with mock.patch.object(KeptRows, "_compute", side_effect=AssertionError("computed again")):
+        result = extract(cli, tiny, pictures, tmp_path / "two.csv", "-l", "layer4,layer1")
+        assert result.exit_code == 0, result.stderr
+    assert extract(cli, tiny, pictures, tmp_path / "three.csv", "-l", "layer4,layer2").exit_code == 0
+    one, three = pd.read_csv(tmp_path / "one.csv"), pd.read_csv(tmp_path / "three.csv")
+    both = [name for name in one.columns if name.startswith("layer4.")]
+    assert one[both].equals(three[both])  # kept, or computed beside another layer: the same bits
+
+
+def test_a_finished_folder_is_left_alone(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert extract(cli, tiny, pictures, out, "-l", "last").exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    result = extract(cli, tiny, pictures, out, "-l", "last")
+    assert result.exit_code == 0 and "already" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "words", [("-l", "layer1"), ("-l", "last", "--pool", "max"), ("-l", "last", "--format", "npz")]
+)
+def test_another_extraction_is_not_overwritten(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    assert extract(cli, tiny, pictures, out, "-l", "last").exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    result = extract(cli, tiny, pictures, out, *words)
+    assert result.exit_code == 65 and "another extraction" in result.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("mine")
+    result = extract(cli, tiny, pictures, tmp_path / "f.csv")
+    assert result.exit_code == 65 and (tmp_path / "f.csv").read_text() == "mine"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    result = extract(cli, tiny, pictures, tmp_path / "out")
+    assert result.exit_code == 65 and [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("-l", "layr4"), 2, "did you mean 'layer4'"),
+        (("-l", "all", "--pool", "mean"), 2, "no such pool"),
+        (("-l", "layer4", "--pool", "token"), 2, "no class token"),
+        (("--format", "tsv"), 2, "no such format"),
+    ],
+)
+def test_bad_words_are_refused_before_anything_is_written(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    result = extract(cli, tiny, pictures, tmp_path / "out", *words)
+    assert result.exit_code == code and said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_does_not_lie_in_the_data(cli: Cli, tiny: Path, pictures: Path) -> None:
+    result = extract(cli, tiny, pictures, pictures / "out")
+    assert result.exit_code == 2 and "lies in the data" in result.stderr
+
+
+def test_no_data_and_no_output_are_said(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert "no output" in cli("extract", "-b", tiny, "-d", tmp_path).stderr
+    assert "no data" in cli("extract", "-b", tiny, "-o", tmp_path / "x").stderr
+    assert "no backbone" in cli("extract", "-d", tmp_path, "-o", tmp_path / "x").stderr
+
+
+def test_the_list_of_layers(cli: Cli, tiny: Path) -> None:
+    result = cli("extract", "-b", tiny, "--layers", "list", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    stages = [row["layer"] for row in rows if row["kind"] == "stage"]
+    assert stages[-1] == "layer4" and {"layer1.0", "fc"} <= {row["layer"] for row in rows}
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    error = OSError(28, "No space left on device")
+    with mock.patch("finetune.runs.files.os.fsync", side_effect=error):
+        result = extract(cli, tiny, pictures, tmp_path / "f.csv", "-l", "last")
+    assert result.exit_code == 74, result.stderr
+    assert not (tmp_path / "f.csv").exists()
+    assert extract(cli, tiny, pictures, tmp_path / "f.csv", "-l", "last").exit_code == 0
+
+
+def test_features_without_room_in_the_cache_lie_beside_the_output(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    words = ("-l", "last", "--set", "cache.max_gb=0.000001")
+    result = extract(cli, tiny, pictures, tmp_path / "f.csv", *words)
+    assert result.exit_code == 0, result.stderr
+    assert "not kept for other commands" in result.stderr
+    assert len(pd.read_csv(tmp_path / "f.csv")) == 54
+    assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == ["f.csv"]
+
+
+def test_a_killed_extraction_goes_on_and_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 200, "blue": 200})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "extract",
+        "-b",
+        str(tiny),
+        "-d",
+        str(data),
+        "--workers",
+        "0",
+    ]
+    subprocess.run([*command, "-o", str(whole)], check=True, env=_env(tmp_path / "c1"), capture_output=True)
+    environment = _env(tmp_path / "c2")
+    process = subprocess.Popen([*command, "-o", str(killed)], env=environment, stderr=subprocess.PIPE)
+    kept = tmp_path / "c2/finetune/kept"
+    until = time.monotonic() + 60
+    while not any(path.stat().st_size > 3000 for path in kept.glob("*.bin")) and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = sum(path.stat().st_size for path in kept.glob("*.bin"))
+    assert 0 < before < 200 * 4 * 400
+    assert not list(killed.glob("*.csv"))
+    subprocess.run([*command, "-o", str(killed)], check=True, env=environment, capture_output=True)
+    for path in whole.glob("*.csv"):
+        assert (killed / path.name).read_bytes() == path.read_bytes()
+
+
+def _env(cache: Path) -> dict[str, str]:
+    return os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,164 @@
+"""Contact sheets: every picture is in its place, whatever its shape, and every name is drawn."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from finetune.errors import DiskError
+from finetune.features.sheet import _GAP, _LINE, CELL, QUERY, Hit, _font, draw_sheet, shorten, write_sheet
+
+RED, GREEN, BLUE = (200, 30, 30), (30, 160, 30), (30, 30, 200)
+LEFT = QUERY + 3 * _GAP
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (60, 40)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def pixel(sheet: Image.Image, x: float, y: float) -> Any:
+    return sheet.getpixel((round(x), round(y)))
+
+
+def middle_of(place: int, columns: int = 5) -> tuple[float, float]:
+    """Where the middle of a hit's tile should be."""
+    x = LEFT + place % columns * (CELL + _GAP)
+    y = _GAP + place // columns * (CELL + 3 * _LINE + _GAP)
+    return x + CELL / 2, y + CELL / 2
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines that were drawn, in order."""
+    lines: list[str] = []
+    text = ImageDraw.ImageDraw.text
+
+    def note(self: Any, place: Any, said: str, *words: Any, **more: Any) -> None:
+        lines.append(said)
+        text(self, place, said, *words, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    return lines
+
+
+def test_every_picture_is_in_its_place(tmp_path: Path) -> None:
+    query = picture(tmp_path / "q.png", RED)
+    hits = [Hit(picture(tmp_path / f"{n}.png", (0, 20 * n, 100)), 1 - n / 20, "a") for n in range(12)]
+    sheet = draw_sheet(query, hits)
+    assert sheet.mode == "RGB"
+    assert sheet.size == (LEFT + 5 * (CELL + _GAP), _GAP + 3 * (CELL + 3 * _LINE + _GAP))
+    assert pixel(sheet, _GAP + QUERY / 2, _GAP + QUERY / 2) == RED
+    for place in range(12):
+        assert pixel(sheet, *middle_of(place)) == (0, 20 * place, 100)
+
+
+def test_captions(tmp_path: Path, written: list[str]) -> None:
+    query = picture(tmp_path / "asked.png", RED)
+    hits = [Hit(picture(tmp_path / "one.png", RED), 0.98765, "ants"), Hit(query, -0.5, "bees")]
+    draw_sheet(query, hits)
+    assert written == [
+        "query",
+        "asked.png",
+        "1.  0.988",
+        "ants",
+        "one.png",
+        "2.  -0.500",
+        "bees",
+        "asked.png",
+    ]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2000, 3), (1000, 800), (32, 32)])
+def test_pictures_of_any_shape_fit_their_tile(tmp_path: Path, size: tuple[int, int]) -> None:
+    query = picture(tmp_path / "q.png", GREEN, size)
+    sheet = draw_sheet(query, [Hit(query, 1, "a")])
+    green = Image.new("1", sheet.size)
+    green.putdata([colour == GREEN for colour in sheet.get_flattened_data()])
+    box = green.crop((LEFT, 0, sheet.width, sheet.height)).getbbox()
+    assert box is not None
+    width, height = box[2] - box[0], box[3] - box[1]
+    assert max(width, height) == CELL
+    assert abs(width / CELL - size[0] / max(size)) < 0.01 and abs(height / CELL - size[1] / max(size)) < 0.01
+    x, y = middle_of(0)
+    assert abs(LEFT + (box[0] + box[2]) / 2 - x) <= 1 and abs((box[1] + box[3]) / 2 - y) <= 1
+
+
+def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (60, 40), RED)
+    image.paste(BLUE, (30, 0, 60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the right half belongs at the bottom
+    image.save(tmp_path / "q.png", exif=exif)
+    sheet = draw_sheet(tmp_path / "q.png", [])
+    assert pixel(sheet, _GAP + QUERY / 2, _GAP + QUERY / 4) == RED
+    assert pixel(sheet, _GAP + QUERY / 2, _GAP + 3 * QUERY / 4) == BLUE
+
+
+def test_pictures_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, written: list[str]) -> None:
+    (tmp_path / "text.jpg").write_text("hello")
+    good = picture(tmp_path / "good.png", GREEN)
+    hits = [Hit(tmp_path / "gone.jpg", 0.9, "a"), Hit(tmp_path / "text.jpg", 0.8, "b"), Hit(good, 0.7, "c")]
+    sheet = draw_sheet(tmp_path / "gone.jpg", hits)
+    assert written.count("file not found") == 2
+    assert 'not an image (starts with "hello")' in [line.replace("\n", " ") for line in written]
+    assert pixel(sheet, *middle_of(2)) == GREEN
+
+
+@pytest.mark.parametrize(("num", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 5, 2), (100, 10, 10)])
+def test_the_grid_grows_both_ways(tmp_path: Path, num: int, columns: int, rows: int) -> None:
+    query = picture(tmp_path / "q.png", RED, (4, 4))
+    sheet = draw_sheet(query, [Hit(query, 0.5, "a")] * num)
+    assert sheet.width == LEFT + columns * (CELL + _GAP)
+    assert sheet.height == _GAP + max(QUERY + 2 * _LINE + _GAP, rows * (CELL + 3 * _LINE + _GAP))
+
+
+NAMES = ["", "é名🦊", "a\nb\tc", "\x1b[31m", "שלום", "=cmd()", "W" * 200, "a" * 60 + ".jpg", "\u202eabc"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_shortened_to_fit(name: str) -> None:
+    for width in (10, 60, CELL, QUERY):
+        text = shorten(name, width, _font())
+        assert _font().getlength(text) <= max(width, _font().getlength("..."))
+        assert text.isprintable()
+        if text != name and name.isprintable():
+            start, end = text.split("...")
+            assert name.startswith(start) and name.endswith(end)
+            longer = name[: len(start) + 1] + "..." + name[len(name) - len(end) - 1 :]
+            assert _font().getlength(longer) > width, "more would have fitted"
+
+
+def test_a_sheet_of_hostile_labels(tmp_path: Path) -> None:
+    query = picture(tmp_path / "q.png", RED, (4, 4))
+    draw_sheet(query, [Hit(query, 0.5, name) for name in NAMES])
+
+
+def test_accents_have_letters() -> None:
+    """Pillow's own font draws the same box for each of them."""
+    drawn = {bytes(_font().getmask(letter)) for letter in "éüñßøčжλ"}
+    assert len(drawn) == 8
+    assert isinstance(_font(), ImageFont.FreeTypeFont)
+
+
+def test_a_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = picture(tmp_path / "q.png", RED)
+    write_sheet(tmp_path / "sheet.png", query, [Hit(query, 1, "a")])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        assert pixel(sheet.convert("RGB"), *middle_of(0)) == RED
+    before = (tmp_path / "sheet.png").read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DiskError):
+        write_sheet(tmp_path / "sheet.png", query, [])
+    assert (tmp_path / "sheet.png").read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q.png", "sheet.png"]
