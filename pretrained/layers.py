@@ -16,85 +16,29 @@ before anything of the next stage. On AlexNet these are the layers 1 to 7 of Zei
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from functools import cached_property
 
+import torch
 from torch import nn
 
 from finetune.errors import UsageError, suggest
 from pretrained.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
 from pretrained.heads import classifier_layers
-from pretrained.pooling import Form, Pool, check_pool, find_form
+from pretrained.layer import Layer, TapPoint
+from pretrained.pooling import Pool, check_pool, find_form
 from pretrained.stages import Stage
+from pretrained.taps import Taps
 
 WORDS = ("all", "last", "pre_logits")
-
-
-class TapPoint(NamedTuple):
-    """A place in a network: a call of a module, and whether what it takes is meant or what it returns."""
-
-    module: str
-    number: int
-    at_input: bool
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A place in a network, and how to read what is there.
-
-    Attributes:
-        name: that users and tables know it by.
-        module: whose call it is.
-        number: of that call; how many came before it.
-        at_input: what the call takes, and not what it returns.
-        forms: of its tensors; more than one in networks with parallel branches.
-        share: of the network's multiplications that are done by then, in [0, 1].
-        has_token: the network's classifier reads a class token (``auto`` takes it).
-    """
-
-    name: str
-    module: str
-    number: int
-    at_input: bool
-    forms: tuple[Form, ...]
-    share: float
-    has_token: bool
-
-    @property
-    def point(self) -> TapPoint:
-        """Its place in the network."""
-        return TapPoint(self.module, self.number, self.at_input)
-
-    def pool_of(self, pool: Pool) -> Pool:
-        """Return what ``auto`` means here."""
-        if pool != "auto":
-            return pool
-        return "token" if self.has_token and all(form.prefix for form in self.forms) else "avg"
-
-    def num_features(self, pool: Pool) -> int:
-        """Return how many numbers a picture gets."""
-        return sum(form.num_features(self.pool_of(pool)) for form in self.forms)
-
-    @property
-    def size(self) -> str:
-        """What it gives for one picture, for people: ``512x7x7``, ``197x192``, ``512``."""
-        return " + ".join(_describe(form) for form in self.forms)
-
-
-def _describe(form: Form) -> str:
-    if form.order == "vector" or form.size is None:
-        return str(form.width)
-    if form.order == "tokens":
-        return f"{form.num_positions + form.prefix}x{form.width}"
-    return f"{form.width}x{form.size[0]}x{form.size[1]}"
 
 
 class Layers:
     """Every layer of a network, by name.
 
     Args:
-        network: left as it is.
+        network: in eval mode; left as it is.
         stages: of the network, from stem to head.
         input_size: (C, H, W) of the pictures.
 
@@ -120,13 +64,32 @@ class Layers:
         """The last stage under the head."""
         return self.stages[-1]
 
-    @property
+    @cached_property
     def all(self) -> tuple[Layer, ...]:
-        """The stages, and what the classifier reads where it is not simply the last of them, pooled."""
+        """The stages; the last of them is what the classifier reads.
+
+        Nearly always that is the last stage, pooled. Where it is not (torchvision's DenseNet has a ReLU in
+        between that is no module), it is taken before the classifier itself; and where it has another number
+        of features (CrossViT), it stands after the stages, as ``pre_logits``.
+        """
         extra = self.pre_logits
-        if extra is None or extra.num_features("auto") == self.last.num_features("auto"):
+        if extra is None:
             return self.stages
-        return (*self.stages, extra)
+        if extra.num_features("auto") != self.last.num_features("auto"):
+            return (*self.stages, extra)
+        if self._are_alike(self.last, extra):
+            return self.stages
+        return (*self.stages[:-1], replace(extra, name=self.last.name))
+
+    @torch.no_grad()
+    def _are_alike(self, one: Layer, other: Layer) -> bool:
+        """Whether two layers give the same numbers for some picture."""
+        weight = next(self._network.parameters())
+        if weight.is_meta:
+            return True
+        noise = torch.randn(2, *self._input_size, generator=torch.Generator().manual_seed(0))
+        first, second = Taps(self._network, [one, other], "auto")(noise.to(weight.device, weight.dtype))
+        return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * second.abs().max().item())
 
     def modules(self) -> dict[str, Layer]:
         """Return a layer for each module that gives tensors by picture, in the order of the forward."""

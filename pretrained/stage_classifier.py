@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pretrained.layers import Layer, Layers, TapPoint
+from pretrained.layer import Layer, TapPoint
+from pretrained.layers import Layers
 from pretrained.pooling import Pool
 from pretrained.taps import Taps
 

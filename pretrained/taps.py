@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.errors import InternalError
 from pretrained.flow import tensors_in
-from pretrained.layers import Layer
+from pretrained.layer import Layer
 from pretrained.pooling import Pool, pool_tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from finetune import __version__
-from finetune.cli import advise, backbones, cache, extract, recipes, retrieve, run
+from finetune.cli import advise, backbones, cache, extract, probe, recipes, retrieve, run
 
 app = typer.Typer(
     name="finetune",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("run")(run.run_command)
 app.command("advise")(advise.advise_command)
 app.command("extract")(extract.extract_command)
+app.command("probe")(probe.probe_command)
 app.command("similar")(retrieve.similar_command)
 app.command("map")(retrieve.map_command)
 app.add_typer(backbones.app, name="backbones")

@@ -30,7 +30,7 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from pretrained.layers import Layer
+    from pretrained.layer import Layer
 
 
 def extract_command(

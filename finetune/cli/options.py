@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -87,3 +89,8 @@ def read_pool(word: str) -> Pool:
 def split_words(text: str) -> list[str]:
     """Return the parts of a list with commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def default_folder(command: str) -> Path:
+    """Return ``runs/<time>-<command>``."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"

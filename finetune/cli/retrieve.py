@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,12 +20,16 @@ from finetune.cli.options import (
     SetOption,
     WeightsOption,
     WorkersOption,
+    default_folder,
     read_pool,
     read_source,
 )
 from finetune.cli.refusals import hand_over, refusals
 from finetune.cli.tables import print_table
 from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.job.retrieve import Method
 
 LayerOption = Annotated[
     str, typer.Option("--layer", "-l", help="A stage or a module (`finetune extract --layers list`).")
@@ -70,7 +73,9 @@ def similar_command(
         display = Display()
         with display.busy("loading torch"):
             from finetune.job.retrieve import find_similar
-        rows = find_similar(recipe, image, layer, top, output or _folder("similar"), read_pool(pool), display)
+        rows = find_similar(
+            recipe, image, layer, top, output or default_folder("similar"), read_pool(pool), display
+        )
         if as_json:
             hand_over(json.dumps(rows) + "\n")
             return
@@ -113,11 +118,6 @@ def map_command(
         display = Display()
         with display.busy("loading torch"):
             from finetune.job.retrieve import draw_feature_map
-        is_umap = method == "umap"
-        draw_feature_map(
-            recipe, layer, "umap" if is_umap else "pca", output or _folder("map"), read_pool(pool), display
-        )
-
-
-def _folder(command: str) -> Path:
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
+        folder = output or default_folder("map")
+        kind: Method = "umap" if method == "umap" else "pca"
+        draw_feature_map(recipe, layer, kind, folder, read_pool(pool), display)

@@ -26,6 +26,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class SquaredHinge(Loss):
 
     def curvatures(self, scores: Tensor) -> Tensor:
         """Return 2 within the margin and 0 outside, (N, K)."""
-        return 2.0 * (self.signs * scores < 1)
+        return 2.0 * (self.signs * scores < 1).to(scores)
 
 
 class Logistic(Loss):
@@ -207,13 +208,15 @@ class Objective:
         slopes = self.strength * self.loss.slopes(scores)
         return (slopes.T @ self.rows).add_(_without_bias(weights))
 
-    def total(self, products: Tensor) -> Tensor:
-        """Sum (K, R) over what is one problem: (K, 1), or (1, 1)."""
-        return products.sum(dim=1, keepdim=True) if self.loss.is_separable else products.sum().view(1, 1)
+    def dot(self, one: Tensor, other: Tensor) -> Tensor:
+        """Return inner products of (K, R) and (K, R), of each problem by itself: (K, 1), or (1, 1)."""
+        products: Tensor = torch.linalg.vecdot(one, other)
+        return products[:, None] if self.loss.is_separable else products.sum().view(1, 1)
 
-    def total_rows(self, products: Tensor) -> Tensor:
-        """Sum (N, K) over what is one problem: (K, 1), or (1, 1)."""
-        return products.sum(dim=0)[:, None] if self.loss.is_separable else products.sum().view(1, 1)
+    def dot_scores(self, one: Tensor, other: Tensor) -> Tensor:
+        """Return inner products of (N, K) and (N, K), of each problem by itself: (K, 1), or (1, 1)."""
+        products: Tensor = torch.linalg.vecdot(one, other, dim=0)
+        return products[:, None] if self.loss.is_separable else products.sum().view(1, 1)
 
     def build_preconditioner(self, scores: Tensor) -> Callable[[Tensor], Tensor]:
         """Return roughly the inverse of the Hessian, as if every row had its class's mean curvature."""
@@ -245,18 +248,21 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
     scores = rows @ weights.T
     gradient = objective.gradient(weights, scores)
     precondition = objective.build_preconditioner(scores)
-    memory = _Memory(objective, precondition)
+    scaled = precondition(gradient)
+    memory = _Memory(objective)
     for _ in range(MOST_STEPS):
-        reachable = (gradient * precondition(gradient)).sum().item() / 2
+        reachable = (gradient * scaled).sum().item() / 2
         if reachable <= tolerance * objective.value(weights, scores):
             break
-        direction = -memory.turn(gradient)
+        direction = memory.turn(gradient, scaled).neg_()
         change = rows @ direction.T
         length = _find_length(objective, weights, scores, direction, change, gradient)
         step = length * direction
         weights, scores = weights + step, scores + length.T * change
-        before, gradient = gradient, objective.gradient(weights, scores)
-        memory.add(step, gradient - before)
+        new = objective.gradient(weights, scores)
+        new_scaled = precondition(new)
+        memory.add(step, new - gradient, new_scaled - scaled)
+        gradient, scaled = new, new_scaled
     return weights
 
 
@@ -274,8 +280,8 @@ def _find_length(
     """
     loss, strength = objective.loss, objective.strength
     penalised = _without_bias(direction)
-    along, square = objective.total(penalised * weights), objective.total(penalised * direction)
-    first = slope = objective.total(gradient * direction)
+    along, square = objective.dot(penalised, weights), objective.dot(penalised, direction)
+    first = slope = objective.dot(gradient, direction)
     length, here = torch.zeros_like(slope), scores
     too_short = torch.zeros_like(slope)
     # Rounding can turn a direction upwards when little is left to gain: then the length stays zero.
@@ -288,8 +294,7 @@ def _find_length(
         is_found = (slope.abs() <= _FLATTENED * first.abs()) & (length > 0)
         length = torch.where(is_found, length, torch.where(inside, newton, between))
         here = scores + length.T * change
-        losses = objective.total_rows(loss.slopes(here) * change)
-        slope = strength * losses + along + length * square
+        slope = strength * objective.dot_scores(loss.slopes(here), change) + along + length * square
         too_short = torch.where(slope < 0, length, too_short)
         too_long = torch.where(slope > 0, length, too_long)
         if (slope.abs() <= _FLATTENED * first.abs()).all():
@@ -297,33 +302,46 @@ def _find_length(
     return length
 
 
+class _Pair(NamedTuple):
+    """One step of L-BFGS: tensors (K, R), and numbers for each problem, (K, 1) or (1, 1)."""
+
+    step: Tensor
+    change: Tensor
+    scaled: Tensor
+    inverse: Tensor
+    scale: Tensor
+
+
 class _Memory:
-    """The last steps and what they did to the gradient: from these L-BFGS guesses the inverse Hessian."""
+    """The last steps and what they did to the gradient: from these L-BFGS guesses the inverse Hessian.
 
-    def __init__(self, objective: Objective, precondition: Callable[[Tensor], Tensor]) -> None:
-        self._objective, self._precondition = objective, precondition
-        self._pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_MEMORY)
-        self._scale: Tensor | float = 1.0
+    The preconditioner being linear, what it makes of a change of the gradient is the change of what it makes
+    of the gradient. So it is applied once a step.
+    """
 
-    def add(self, step: Tensor, change: Tensor) -> None:
-        """Remember a step (K, R) and the change of the gradient (K, R) that it made."""
-        total = self._objective.total
-        product = total(step * change)
+    def __init__(self, objective: Objective) -> None:
+        self._dot = objective.dot
+        self._pairs: deque[_Pair] = deque(maxlen=_MEMORY)
+
+    def add(self, step: Tensor, change: Tensor, scaled: Tensor) -> None:
+        """Remember a step (K, R), the change of the gradient by it, and that of the scaled gradient."""
+        product, norm = self._dot(step, change), self._dot(change, scaled)
         # A class that did not move has no curvature to tell.
         inverse = torch.where(product > _TINY, 1 / product.clamp_min(_TINY), 0.0)
-        self._pairs.append((step, change, inverse))
-        norm = total(change * self._precondition(change))
-        self._scale = torch.where(norm > _TINY, product / norm.clamp_min(_TINY), 1.0)
+        scale = torch.where(norm > _TINY, product / norm.clamp_min(_TINY), 1.0)
+        self._pairs.append(_Pair(step, change, scaled, inverse, scale))
 
-    def turn(self, gradient: Tensor) -> Tensor:
-        """Return the gradient (K, R) times the guess of the inverse Hessian: the two loops of L-BFGS."""
-        total, turned = self._objective.total, gradient
+    def turn(self, gradient: Tensor, scaled: Tensor) -> Tensor:
+        """Return the gradient times the guess of the inverse Hessian, (K, R): the two loops of L-BFGS."""
+        gradient, scaled = gradient.clone(), scaled.clone()
         shares = []
-        for step, change, inverse in reversed(self._pairs):
-            share = inverse * total(step * turned)
-            turned = turned - share * change
+        for pair in reversed(self._pairs):
+            share = pair.inverse * self._dot(pair.step, gradient)
+            gradient.addcmul_(pair.change, share, value=-1)
+            scaled.addcmul_(pair.scaled, share, value=-1)
             shares.append(share)
-        turned = self._scale * self._precondition(turned)
-        for (step, change, inverse), share in zip(self._pairs, reversed(shares), strict=True):
-            turned = turned + step * (share - inverse * total(change * turned))
-        return turned
+        if self._pairs:
+            scaled *= self._pairs[-1].scale
+        for pair, share in zip(self._pairs, reversed(shares), strict=True):
+            scaled.addcmul_(pair.step, share - pair.inverse * self._dot(pair.change, scaled))
+        return scaled

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finetune.errors import EnvironmentFaultError, InternalError, UsageError
 from finetune.features.rows import Rows
-from finetune.runs.files import FLOAT_FORMAT, _csv_line, escape_formula, write_chunks
+from finetune.runs.files import FLOAT_FORMAT, escape_formula, format_csv_line, write_chunks
 
 TableFormat = Literal["csv", "parquet", "npz"]
 Floats = npt.NDArray[np.float32]
@@ -180,7 +180,7 @@ def _csv(table: _Table) -> Iterator[bytes]:
 
 def _text(cells: Sequence[str]) -> bytes:
     """Return the start of a CSV line: texts, quoted where they must be."""
-    return _csv_line([escape_formula(cell) for cell in cells]).removesuffix("\n").encode()
+    return format_csv_line([escape_formula(cell) for cell in cells]).removesuffix("\n").encode()
 
 
 def _parquet(table: _Table) -> Iterator[bytes]:

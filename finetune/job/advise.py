@@ -38,7 +38,7 @@ from finetune.recipe import BASE_RATES, Recipe, compute_views
 from finetune.runtime import derive_seed
 from finetune.strategy.matrix import Plan, build_plan
 from finetune.strategy.rule import Candidate, Decision, Evidence, decide
-from pretrained.layers import Layer
+from pretrained.layer import Layer
 
 MOST_IMAGES = 2_000
 """Training images that are looked at, evenly over the classes; an accuracy is known to 1 % then."""

@@ -41,7 +41,7 @@ from finetune.job.source import (
 from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_json
-from pretrained.layers import Layer
+from pretrained.layer import Layer
 from pretrained.pooling import Pool
 
 FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
@@ -134,7 +134,8 @@ def extract(
         source = open_source(recipe, network, dataset, display)
         facts = {
             "features": describe_extraction(source, layers, pool),
-            "layers": [one.name for one in layers],
+            "layers": [layer.name for layer in layers],
+            "format": target.format,
         }
         if _is_done(target, facts):
             display.say(f"{output} holds these features already")

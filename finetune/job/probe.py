@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.display import Display
-from finetune.errors import UsageError
 from finetune.features.plots import draw_probe
 from finetune.features.probe import Classifier, ProbeResult, draw_parts, probe_layer
 from finetune.features.rows import ChosenRows
@@ -20,8 +19,7 @@ from finetune.job.outcome import translated_errors
 from finetune.job.source import open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
-from finetune.runtime import derive_seed
-from pretrained.layers import Layer
+from pretrained.layer import Layer
 from pretrained.pooling import Pool
 
 COLUMNS = (
@@ -61,6 +59,10 @@ class Row:
             strengths,
         )
 
+    def to_dict(self, per_class: int) -> dict[str, Any]:
+        """Return the row with its columns' names."""
+        return dict(zip(COLUMNS, self.cells(per_class), strict=True))
+
 
 def probe(
     recipe: Recipe,
@@ -95,7 +97,8 @@ def probe(
         layers = network.layers.select(wanted, pool)
         dataset = open_pictures(recipe, display)
         require_labels(dataset, recipe)
-        _draw([sample.label for sample in dataset.samples], per_class, 1, recipe.seed, dataset.classes)
+        every = torch.tensor([sample.label for sample in dataset.samples])
+        draw_parts(every, dataset.classes, per_class, recipe.seed, 0)  # refuses before anything is computed
         source = open_source(recipe, network, dataset, display)
         create_new_folder(output)
         samples = source.dataset.samples
@@ -104,15 +107,18 @@ def probe(
             for path, reason in features.lost.items():
                 display.warn(f"{path} cannot be read: {reason}")
             usable = features.usable(samples)
-            labels = [samples[index].label for index in usable.tolist()]
-            draws = _draw(labels, per_class, repeats, recipe.seed, dataset.classes)
+            labels = torch.tensor([samples[index].label for index in usable.tolist()])
+            draws = [
+                draw_parts(labels, dataset.classes, per_class, recipe.seed, repeat)
+                for repeat in range(repeats)
+            ]
             total = len(layers) * len(classifiers) * repeats
             with display.track("judging layers", total) as advance:
                 for layer, whole in zip(features.layers, features.rows, strict=True):
                     chosen = ChosenRows(whole, usable)
                     results = probe_layer(
                         chosen,
-                        torch.tensor(labels),
+                        labels,
                         dataset.num_classes,
                         draws,
                         classifiers,
@@ -124,3 +130,18 @@ def probe(
         _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
         display.say(f"{output}/probe.csv, probe.png", style="bold")
         return rows
+
+
+def _draw_curves(
+    rows: Sequence[Row],
+    layers: Sequence[Layer],
+    kinds: Sequence[Classifier],
+    chance: float,
+    title: str,
+    path: Path,
+) -> None:
+    curves = {}
+    for kind in kinds:
+        results = [row.result for row in rows if row.result.classifier == kind]
+        curves[str(kind)] = ([result.mean for result in results], [result.std for result in results])
+    draw_probe(path, [layer.name for layer in layers], curves, chance, title)

@@ -29,7 +29,7 @@ from finetune.job.outcome import translated_errors
 from finetune.job.source import Network, Source, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
-from pretrained.layers import Layer
+from pretrained.layer import Layer
 from pretrained.pooling import Pool
 from pretrained.taps import Taps
 
@@ -150,7 +150,9 @@ def draw_feature_map(
         with open_features(source, [chosen], pool) as features:
             usable = features.usable(samples)
             find = find_plane if method == "pca" else find_umap_plane
-            with display.track(f"finding a plane ({method})", count_reads(features.rows[0], usable)) as advance:
+            with display.track(
+                f"finding a plane ({method})", count_reads(features.rows[0], usable)
+            ) as advance:
                 plane = find(features.rows[0], usable, lambda done: advance(done, ""))
         shown = [samples[index] for index in usable.tolist()]
         rows = [

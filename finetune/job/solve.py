@@ -29,7 +29,8 @@ from finetune.job.prepare import Ready
 from finetune.job.source import Features, Network, Source, open_features
 from pretrained.backbone import Backbone
 from pretrained.heads import change_head, classifier_layers
-from pretrained.layers import Layer, Layers
+from pretrained.layer import Layer
+from pretrained.layers import Layers
 from pretrained.stage_classifier import StageClassifier
 
 

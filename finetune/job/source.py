@@ -48,7 +48,8 @@ from finetune.runtime import Precision, resolve_workers
 from finetune.strategy.freeze import digest_tensors
 from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import find_card
-from pretrained.layers import Layer, Layers
+from pretrained.layer import Layer
+from pretrained.layers import Layers
 from pretrained.pooling import Pool
 from pretrained.taps import Taps
 

@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
     """Write a table with a header, ``\\n`` line ends, and text that no spreadsheet takes for a formula."""
-    lines = (_csv_line([_cell(value) for value in row]) for row in chain([columns], rows))
+    lines = (format_csv_line([_cell(value) for value in row]) for row in chain([columns], rows))
     write_chunks(path, (line.encode() for line in lines))
 
 
@@ -113,7 +113,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [{key: unescape_formula(value) for key, value in row.items()} for row in rows]
 
 
-def _csv_line(cells: list[str]) -> str:
+def format_csv_line(cells: Sequence[str]) -> str:
+    """Return one line of a CSV file, with its line end."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # with "\n" a "\r" in a cell is not quoted
     return buffer.getvalue().removesuffix("\r\n") + "\n"

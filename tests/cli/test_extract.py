@@ -197,7 +197,7 @@ def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, pictures: Path,
     [
         (("-l", "layr4"), 2, "did you mean 'layer4'"),
         (("-l", "all", "--pool", "mean"), 2, "no such pool"),
-        (("-l", "layer4", "--pool", "token"), 2, "no class token"),
+        (("-l", "layer1", "--pool", "token"), 2, "no class token"),
         (("--format", "tsv"), 2, "no such format"),
     ],
 )

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from finetune.errors import UsageError
 from pretrained.heads import head_parameters
-from pretrained.layers import Layers, TapPoint
+from pretrained.layer import TapPoint
+from pretrained.layers import Layers
 from pretrained.pooling import Form, Pool, check_pool, find_form, pool_tensor
 from pretrained.stages import find_stages
 from pretrained.taps import Taps
@@ -270,9 +271,9 @@ def test_all_layers_come_from_one_forward(resnet: nn.Module, monkeypatch: pytest
         count += 1
         return forward(x)
 
-    layers = layers_of(resnet)
+    taps = Taps(resnet, layers_of(resnet).all, "auto", with_logits=True)
     monkeypatch.setattr(resnet, "forward", counted)
     with torch.no_grad():
-        *rows, logits = Taps(resnet, layers.all, "auto", with_logits=True)(images())
+        *rows, logits = taps(images())
     assert count == 1 and len(rows) == 5
     assert torch.equal(logits, forward(images()))

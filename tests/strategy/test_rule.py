@@ -98,9 +98,7 @@ def test_little_similar_data_take_the_last_features_whatever_the_others_say() ->
         ((LAST,), "last"),
     ],
 )
-def test_another_classifier_must_be_clearly_better(
-    candidates: tuple[Candidate, ...], features: str
-) -> None:
+def test_another_classifier_must_be_clearly_better(candidates: tuple[Candidate, ...], features: str) -> None:
     assert decide(evidence(leep=0.2, candidates=candidates)).features == features
 
 
@@ -123,6 +121,7 @@ def test_what_would_change_it_names_the_bounds() -> None:
     assert any("from 2,000 training images on" in change for change in changes)
     assert any("under 0.75" in change for change in changes)
     many = decide(evidence(num_images=20_000, num_classes=300)).changes  # 67 a class: medium
-    assert any("from 30,000 training images on" in change for change in many) or CELLS[
-        "medium", "similar"
-    ] == CELLS["a lot", "similar"]
+    assert (
+        any("from 30,000 training images on" in change for change in many)
+        or CELLS["medium", "similar"] == CELLS["a lot", "similar"]
+    )

@@ -428,10 +428,10 @@ def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) ->
     sizes: list[int] = []
     check = main.check_figures
 
-    def spy(trainer: Any, predictions: Any, images: Tensor, dtype: Any) -> None:
+    def spy(network: Any, predictions: Any, images: Tensor, *others: Any) -> None:
         sizes.append(len(images))
-        check(trainer, predictions, images, dtype)
+        check(network, predictions, images, *others)
 
-    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.job.feeds.FEW", 4):
+    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.job.fit.FEW", 4):
         fit("one", keys={"training.batch_size": 40})
     assert sizes == [4]
