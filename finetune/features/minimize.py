@@ -251,10 +251,10 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
     scaled = precondition(gradient)
     memory = _Memory(objective)
     for _ in range(MOST_STEPS):
-        reachable = (gradient * scaled).sum().item() / 2
+        direction = memory.turn(gradient, scaled).neg_()
+        reachable = -torch.linalg.vecdot(gradient, direction).sum().item() / 2
         if reachable <= tolerance * objective.value(weights, scores):
             break
-        direction = memory.turn(gradient, scaled).neg_()
         change = rows @ direction.T
         length = _find_length(objective, weights, scores, direction, change, gradient)
         step = length * direction

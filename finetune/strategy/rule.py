@@ -67,8 +67,10 @@ class Cell:
 
 _LAST = Cell("a linear classifier on the last features", "freeze")
 _BEST = Cell("a linear classifier on the best stage, or on all together", "freeze", True)
-_TOP = Cell("a linear classifier, then the last stage at 1/10", "top")
-_ALL = Cell("a linear classifier, then everything at 1/10", "full", True, {"body_factor": 0.1})
+_TOP = Cell("a linear classifier, then it and the last stage at 1/10", "top", keys={"head_factor": 0.1})
+_ALL = Cell(
+    "a linear classifier, then everything at 1/10", "full", True, {"head_factor": 0.1, "body_factor": 0.1}
+)
 
 CELLS: Mapping[tuple[Size, Similarity], Cell] = {
     ("little", "similar"): _LAST,
@@ -82,7 +84,8 @@ CELLS: Mapping[tuple[Size, Similarity], Cell] = {
     ("a lot", "different"): _ALL,
 }
 """A5 of the lectures, with a middle row and a middle column. Whatever is fine-tuned starts from a linear
-classifier (LP-FT, arXiv:2202.10054), and is handed over only where it beats one on validation."""
+classifier (LP-FT, arXiv:2202.10054), which is no new layer then and gets no higher rate than the others; and
+it is handed over only where it beats one on validation."""
 
 
 # --- evidence and decision -----------------------------------------------------------------------
