@@ -150,7 +150,7 @@ def _carry_out(job: Job) -> Run:
     with clock.phase("check"):
         dataset, changed = _take_data(job)
     place_network(ready.backbone.network, ready.placement)
-    _show_plan(ready.plan, folder, display)
+    _show_plan(ready.plan, folder, display, ready.recipe.strategy.features is not None)
     fitted = fit_network(job, dataset, changed)
     with clock.phase("evaluate"):
         network = fitted.backbone.network
@@ -188,20 +188,20 @@ def _take_data(job: Job) -> tuple[Dataset, bool]:
     return dataset, bool(changes)
 
 
-def _show_plan(plan: Plan, folder: RunFolder, display: Display) -> None:
+def _show_plan(plan: Plan, folder: RunFolder, display: Display, is_solved: bool) -> None:
     write_csv(folder.plan, [row.cells() for row in plan.rows], PLAN_COLUMNS)
-    display.table(PLAN_COLUMNS, plan_cells(plan), numbers=("parameters", "rate"))
+    display.table(PLAN_COLUMNS, plan_cells(plan, is_solved), numbers=("parameters", "rate"))
 
 
-def plan_cells(plan: Plan) -> list[list[str]]:
-    """Return a plan as a table of text for people."""
+def plan_cells(plan: Plan, is_solved: bool = False) -> list[list[str]]:
+    """Return a plan as a table of text for people; what is solved to its optimum has no rate."""
     return [
         [
             row.group,
             row.stage.name,
             f"{row.num_parameters:,}",
             "yes" if row.trained else "-",
-            f"{row.rate:g}",
+            "solved" if is_solved and row.trained else f"{row.rate:g}",
             row.norm,
         ]
         for row in plan.rows
