@@ -12,7 +12,7 @@ Validation images choose nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,13 +90,12 @@ def solve_head(
         wanted = layers.select([choice])
     with open_features(source, wanted, "auto") as features:
         _refuse_lost(features)
-        with display.busy("solving the linear classifier"):
-            chosen = _choose(features, dataset, choice, ready.recipe.seed)
+        with display.track("solving linear classifiers", len(wanted) + 1) as advance:
+            chosen = _choose(features, dataset, choice, ready.recipe.seed, lambda: advance(1, ""))
             rows = _beside(features, chosen)
             indices = _indices_of(dataset, "train")
-            classifier = fit(
-                rows, indices, _labels(dataset, indices), dataset.num_classes, "softmax", ready.recipe.seed
-            )
+            labels = _labels(dataset, indices)
+            classifier = fit(rows, indices, labels, dataset.num_classes, "softmax", ready.recipe.seed)
             parts: list[Part] = ["val", "test"]
             predictions = {
                 part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)
@@ -112,16 +111,19 @@ def _refuse_lost(features: Features) -> None:
         raise DataError("reading an image that was readable before", found, fix)
 
 
-def _choose(features: Features, dataset: Dataset, choice: str, seed: int) -> tuple[Layer, ...]:
+def _choose(
+    features: Features, dataset: Dataset, choice: str, seed: int, on_done: Callable[[], None]
+) -> tuple[Layer, ...]:
     """Take the stage of the highest cross-validated accuracy for ``best``; of equals, the last."""
     if choice != "best":
         return features.layers
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
-    accuracies = [
-        cross_validate(rows, indices, labels, dataset.num_classes, "softmax", seed).double().mean().item()
-        for rows in features.rows
-    ]
+    accuracies = []
+    for rows in features.rows:
+        hits = cross_validate(rows, indices, labels, dataset.num_classes, "softmax", seed)
+        accuracies.append(hits.double().mean().item())
+        on_done()
     best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))
     return (features.layers[best],)
 
