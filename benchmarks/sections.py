@@ -165,19 +165,19 @@ def extraction(results: Results) -> Iterator[str]:
     """Yield the keeping of features."""
     yield "## Features alone\n"
     yield (
-        "Ours has no command for this yet: the row is a `freeze` run of one epoch without augmentation, "
-        "whose phases hold the making of the features; it does more than the peer. thingsvision cannot be "
+        "Ours is `finetune extract --layers last` to CSV, with labels and splits; the peer keeps one tensor "
+        "file without names. thingsvision cannot be "
         "installed beside a current torch (its newest release asks for torchvision 0.15.2, NumPy below 2 "
         "and TensorFlow below 2.16), so the peer is torchvision's `create_feature_extractor`.\n"
     )
     case, rows = "extract-squeezenet", []
     for tool in (OURS, "torchvision"):
-        phases = results.of(case, tool)[-1].facts["seconds"] if results.of(case, tool) else {}
+        phases = results.of(case, tool)[-1].facts.get("seconds", {}) if results.of(case, tool) else {}
         shown = ", ".join(
             f"{name} {number(value)}" for name, value in phases.items() if name not in ("total", "training")
         )
         peak = spread(result.peak_mb for result in results.of(case, tool))
-        if phases:
+        if results.of(case, tool):
             rows.append((tool, span(results.walls(case, tool)), shown, span(peak)))
     head = ("tool", "whole process", "phases of the last one", "peak MB")
     yield from table(head, rows) if rows else [NOT_MEASURED]

@@ -95,6 +95,8 @@ class Shop:
         return [sys.executable, "-m", module, *self._job(case), *(["--quick"] if self.quick else [])]
 
     def _finetune(self, case: Case, place: Path) -> list[str]:
+        if case.kind == "extract":
+            return self._extract(case, place)
         words = [
             find_finetune(),
             "run",
@@ -111,11 +113,17 @@ class Shop:
         if case.kind == "scaling":
             data, network = self.store.folder(str(case.size)), self.store.small_network()
             return [*words, "--data", str(data), "--backbone", str(network)]
-        if case.kind == "extract":
-            words += ["--set", "input.augmentation=none"]
         words += ["--data", str(self.store.folder(case.network.data))]
         words += ["--backbone", f"torchvision/{case.network.arch}"]
         return [*words, "--weights", str(self.store.weights(case.network.arch))]
+
+    def _extract(self, case: Case, place: Path) -> list[str]:
+        words = [find_finetune(), "extract", "--offline", "--device", "cpu", "--layers", "last"]
+        words += ["--img-size", str(case.network.img_size), "--workers", str(self.workers)]
+        words += ["--data", str(self.store.folder(case.network.data))]
+        words += ["--backbone", f"torchvision/{case.network.arch}"]
+        words += ["--weights", str(self.store.weights(case.network.arch))]
+        return [*words, "--output", str(place / "out" / "features.csv")]
 
     def _peer(self, case: Case, tool: str, place: Path) -> list[str]:
         rate = choose_rate(case, tool)
@@ -149,7 +157,7 @@ def find_finetune() -> str:
 
 def read_facts(case: Case, tool: str, place: Path, timed: Timed) -> dict[str, Any]:
     """Return what a tool said: its last line, or the figures in the run folder."""
-    if case.kind == "startup":
+    if case.kind == "startup" or (case.kind == "extract" and tool == OURS):
         return {}
     if tool == OURS:
         return read_run(place / "out")

@@ -22,9 +22,10 @@ directions. A total over a class's weights is (K, 1) where classes are separate 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ _MEMORY = 10
 _FLATTENED = 0.1
 """Of the slope along a direction: what may be left of it after a step (the strong Wolfe condition)."""
 _MOST_LENGTHS = 10
+_PACE = 5
+"""Steps whose gains tell how fast gains shrink."""
 _NUM_DIRECTIONS = 128
 """Directions of the spectrum. With all 2,048 of SqueezeNet's features iterations were hardly fewer, with none
 they were half as many again."""
@@ -243,7 +246,7 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
 
     Args:
         objective: what to minimise.
-        tolerance: the share of the objective that another step could still take off, roughly.
+        tolerance: the share of the objective by which it may be missed, as far as the pace so far can tell.
         weights: where to start, (K, R); zeros if None. They are not written to.
     """
     rows, num_classes = objective.rows, objective.loss.signs.shape[1]
@@ -252,11 +255,11 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
     gradient = objective.gradient(weights, scores)
     precondition = objective.build_preconditioner(scores)
     scaled = precondition(gradient)
-    memory = _Memory(objective)
+    memory, gains = _Memory(objective), deque[float](maxlen=_PACE + 1)
     for _ in range(MOST_STEPS):
         direction = memory.turn(gradient, scaled).neg_()
-        reachable = -torch.linalg.vecdot(gradient, direction).sum().item() / 2
-        if reachable <= tolerance * objective.value(weights, scores):
+        gains.append(-torch.linalg.vecdot(gradient, direction).sum().item() / 2)
+        if _add_up(gains) <= tolerance * objective.value(weights, scores):
             break
         change = rows @ direction.T
         length = _find_length(objective, weights, scores, direction, change, gradient)
@@ -267,6 +270,14 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
         memory.add(step, new - gradient, new_scaled - scaled)
         gradient, scaled = new, new_scaled
     return weights
+
+
+def _add_up(gains: Sequence[float]) -> float:
+    """Return what all further steps will gain, if gains go on to shrink at the pace of the last ones."""
+    pace = (gains[-1] / max(gains[0], _TINY)) ** (1 / max(1, len(gains) - 1))
+    if len(gains) == 1:
+        return gains[0]
+    return gains[-1] / (1 - pace) if pace < 1 else math.inf
 
 
 def _find_length(

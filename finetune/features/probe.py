@@ -19,14 +19,14 @@ from torch import Tensor
 from finetune.errors import DataError
 from finetune.features.neighbours import classify
 from finetune.features.rows import Rows
-from finetune.features.solvers import Kind, build_training_rows, choose_strength, solve
+from finetune.features.solvers import Kind, LinearClassifier, build_training_rows, choose_and_solve
 from finetune.runtime import derive_seed
 
 Classifier = Literal["svm", "softmax", "logreg", "knn"]
 CLASSIFIERS: tuple[Classifier, ...] = get_args(Classifier)
 _KINDS: dict[Classifier, Kind] = {"svm": "svm", "softmax": "softmax", "logreg": "logreg"}
-_BLOCK = 4096
-"""Test images whose scores are computed at a time."""
+_BLOCK_BYTES = 256 * 2**20
+"""Of the features of test images whose scores are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ def draw_parts(labels: Tensor, classes: Sequence[str], per_class: int, seed: int
         repeat: which one.
 
     Raises:
-        DataError: a class has no image to spare for testing.
+        DataError: there is only one class, or a class has no image to spare for testing.
     """
+    if len(classes) < 2:
+        found = "there is only one class"
+        raise DataError(f"--per-class {per_class}", found, "Give images of two classes or more.")
     counts = labels.bincount(minlength=len(classes))
     smallest = int(counts.argmin())
     if counts[smallest] <= per_class:
@@ -119,18 +122,23 @@ def probe_layer(
             if training is None or kind not in _KINDS:
                 predicted = classify(rows, draw.train, own, draw.test, num_classes)
             else:
-                strength = choose_strength(training, _KINDS[kind], draw.seed)
-                classifier = solve(training, _KINDS[kind], strength)
-                parts = torch.split(draw.test, _BLOCK)
-                predicted = torch.cat([classifier.scores(rows[part]).argmax(dim=1).cpu() for part in parts])
-                strengths[kind].append(strength)
+                classifier = choose_and_solve(training, _KINDS[kind], draw.seed)
+                predicted = _predict(classifier, rows, draw.test)
+                strengths[kind].append(classifier.strength)
             accuracies[kind].append(_mean_per_class(predicted, labels[draw.test], num_classes))
             on_done()
     return [ProbeResult(kind, tuple(accuracies[kind]), tuple(strengths[kind])) for kind in classifiers]
 
 
+def _predict(classifier: LinearClassifier, rows: Rows, indices: Tensor) -> Tensor:
+    """Return the classes of rows, (M,) int64."""
+    parts = indices.split(max(1, _BLOCK_BYTES // (4 * rows.shape[1])))  # type: ignore[no-untyped-call]
+    return torch.cat([classifier.scores(rows[part]).argmax(dim=1).cpu() for part in parts])
+
+
 def _mean_per_class(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Every class has test images: :func:`draw_parts` sees to that."""
+    """Return the mean recall of the classes that have test images."""
     counts = labels.bincount(minlength=num_classes)
     right = labels[predicted == labels].bincount(minlength=num_classes)
-    return (right.double() / counts).mean().item()
+    judged = counts > 0
+    return (right[judged].double() / counts[judged]).mean().item()

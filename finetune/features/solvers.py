@@ -55,11 +55,11 @@ SMALLEST_STD = 0.1
 WIDE = 2
 """Features for each image from which turning into the span is worth its while."""
 
-_SOLVED = 3e-7
-"""Share of the objective that a step may still promise when a problem counts as solved. What was really left,
-against float64: up to 3e-6 of the objective with C at its natural unit, 1e-5 at a hundred times as much."""
-_NEARLY_SOLVED = 3e-3
-"""The same while C is chosen. What is left moves accuracies by less than a point, a decade of C by more."""
+_SOLVED = 5e-7
+"""Share of the objective by which a solution may miss the minimum. Against float64 it missed it by up to 1e-6
+with C at its natural unit, and by up to 3e-6 at a hundred times as much."""
+_NEARLY_SOLVED = 5e-3
+"""The same while C is chosen: accuracies move by less than a point, and with a decade of C by more."""
 _BLOCK_BYTES = 64 * 2**20
 """Of features in float64 that are in memory at once."""
 _PANEL = 1024

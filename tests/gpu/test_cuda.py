@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -117,3 +119,29 @@ def test_the_optimiser_is_one_kernel_and_goes_on(
     settings = TrainingSettings(optimizer="adamw")
     groups = [{"params": [weight], "lr": 0.1, "weight_decay": 0.0}]
     assert build_optimizer(groups, settings).defaults["fused"]
+
+
+@pytest.mark.parametrize("features", ["last", "all"])
+def test_a_solved_head_on_the_gpu_agrees_with_the_cpu(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, features: str
+) -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / device, "--json")
+        result = cli(*words, "--device", device, "--set", f"strategy.features={features}", "--workers", 2)
+        assert result.exit_code == 0, result.output
+        losses.append(json.loads(result.stdout)["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+
+
+def test_features_of_the_gpu_agree_with_those_of_the_cpu(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
+    tables = []
+    for device in ("cpu", "cuda"):
+        path = tmp_path / f"{device}.csv"
+        result = cli("extract", "-b", tiny, "-d", pictures, "-o", path, "--device", device, "--workers", 2)
+        assert result.exit_code == 0, result.output
+        tables.append(pd.read_csv(path))
+    assert list(tables[0]["path"]) == list(tables[1]["path"])
+    assert np.allclose(tables[0].iloc[:, 3:], tables[1].iloc[:, 3:], rtol=1e-2, atol=1e-3)
