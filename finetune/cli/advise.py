@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.options import (
-    BackboneOption,
-    DataOption,
-    DeviceOption,
-    ImgSizeOption,
     JsonOption,
-    OfflineOption,
-    SeedOption,
-    SetOption,
-    WeightsOption,
-    WorkersOption,
-    read_source,
     split_words,
+    takes_source,
 )
-from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.refusals import hand_over
 from finetune.cli.tables import print_table
 from finetune.errors import UsageError
 
@@ -31,9 +22,9 @@ if TYPE_CHECKING:
     from finetune.recipe import Recipe
 
 
+@takes_source
 def advise_command(
-    backbone: BackboneOption = None,
-    data: DataOption = None,
+    recipe: Recipe,
     backbones: Annotated[
         str | None,
         typer.Option("--backbones", help="Several names with commas between: rank them on these images."),
@@ -42,13 +33,6 @@ def advise_command(
         Path | None,
         typer.Option("--output", "-o", help="A folder for advice.json, probe.png and matrix.png."),
     ] = None,
-    weights: WeightsOption = None,
-    img_size: ImgSizeOption = None,
-    workers: WorkersOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    assignments: SetOption = None,
-    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
@@ -56,26 +40,14 @@ def advise_command(
     Nothing is trained, but for linear classifiers on kept features. `finetune run --strategy auto` does the
     same, and then runs it.
     """
-    with refusals(as_json):
-        recipe = read_source(
-            assignments,
-            backbone=backbone,
-            data=data,
-            weights=weights,
-            img_size=img_size,
-            workers=workers,
-            seed=seed,
-            device=device,
-            offline=offline,
-        )
-        if backbones is not None:
-            _rank(recipe, split_words(backbones), as_json)
-            return
-        advice = _advise(recipe, output)
-        if as_json:
-            hand_over(json.dumps(advice.to_dict()) + "\n")
-        else:
-            _print(advice)
+    if backbones is not None:
+        _rank(recipe, split_words(backbones), as_json)
+        return
+    advice = _advise(recipe, output)
+    if as_json:
+        hand_over(json.dumps(advice.to_dict()) + "\n")
+    else:
+        _print(advice)
 
 
 def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:

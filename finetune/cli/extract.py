@@ -9,22 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.options import (
-    BackboneOption,
-    DataOption,
-    DeviceOption,
-    ImgSizeOption,
     JsonOption,
-    OfflineOption,
     PoolOption,
-    SeedOption,
-    SetOption,
-    WeightsOption,
-    WorkersOption,
     read_pool,
-    read_source,
     split_words,
+    takes_source,
 )
-from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.refusals import hand_over
 from finetune.cli.tables import print_table
 from finetune.errors import UsageError
 
@@ -33,9 +24,9 @@ if TYPE_CHECKING:
     from pretrained.layer import Layer
 
 
+@takes_source
 def extract_command(
-    backbone: BackboneOption = None,
-    data: DataOption = None,
+    recipe: Recipe,
     layers: Annotated[
         str,
         typer.Option(
@@ -54,38 +45,19 @@ def extract_command(
         str | None,
         typer.Option("--format", help="csv, parquet or npz.", show_default="the output's suffix, else csv"),
     ] = None,
-    weights: WeightsOption = None,
-    img_size: ImgSizeOption = None,
-    workers: WorkersOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    assignments: SetOption = None,
-    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the features of a network's layers as tables: path, label, split, then the numbers.
 
     All layers come from one forward pass. An extraction that was killed goes on where it stopped.
     """
-    with refusals(as_json):
-        recipe = read_source(
-            assignments,
-            backbone=backbone,
-            data=data,
-            weights=weights,
-            img_size=img_size,
-            workers=workers,
-            seed=seed,
-            device=device,
-            offline=offline,
-        )
-        wanted = split_words(layers)
-        if wanted == ["list"]:
-            _list(recipe, as_json)
-            return
-        done = _extract(recipe, wanted, output, pool, format)
-        if as_json:
-            hand_over(json.dumps(done) + "\n")
+    wanted = split_words(layers)
+    if wanted == ["list"]:
+        _list(recipe, as_json)
+        return
+    done = _extract(recipe, wanted, output, pool, format)
+    if as_json:
+        hand_over(json.dumps(done) + "\n")
 
 
 def _extract(

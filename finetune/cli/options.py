@@ -1,73 +1,142 @@
-"""Flags that all commands on features share, and the recipe that they make."""
+"""The flags that all commands on features share, and the recipe that they make."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from finetune.cli.refusals import refusals
 from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from pretrained.pooling import Pool
 
-BackboneOption = Annotated[
-    str | None, typer.Option("--backbone", "-b", help="A timm or torchvision name, or a finished run.")
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="A new folder.", show_default="runs/<time>-<command>"),
 ]
-WeightsOption = Annotated[
-    str | None, typer.Option("--weights", help="A .safetensors or .pth file, or a folder with one.")
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data", "-d", help="A folder of images, with class folders or without, a .zip, a CSV, a run."
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Another key of the recipe; may be repeated.", metavar="SECTION.KEY=VALUE"),
-]
-ImgSizeOption = Annotated[
-    int | None,
-    typer.Option("--img-size", help="Height and width in pixels.", show_default="the weights' own"),
-]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", help="Decoding processes.", show_default="auto")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Same seed, same numbers.", show_default="0")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto")
-]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result to stdout as one JSON object.")]
 PoolOption = Annotated[
     str,
     typer.Option("--pool", help="auto, token, avg, max, avgmax, grid2 or flatten (docs/features.md)."),
 ]
 
-_KEYS = {
-    "backbone": "backbone.name",
-    "weights": "backbone.weights",
-    "offline": "backbone.offline",
-    "data": "data.path",
-    "workers": "data.workers",
-    "img_size": "input.img_size",
-    "seed": "seed",
-    "device": "device",
+_FLAGS: dict[str, tuple[Any, Any, str | None]] = {
+    "backbone": (
+        Annotated[
+            str | None,
+            typer.Option("--backbone", "-b", help="A timm or torchvision name, or a finished run."),
+        ],
+        None,
+        "backbone.name",
+    ),
+    "weights": (
+        Annotated[
+            str | None, typer.Option("--weights", help="A .safetensors or .pth file, or a folder with one.")
+        ],
+        None,
+        "backbone.weights",
+    ),
+    "data": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--data",
+                "-d",
+                help="A folder of images, with class folders or without, a .zip, a CSV, a run.",
+            ),
+        ],
+        None,
+        "data.path",
+    ),
+    "img_size": (
+        Annotated[
+            int | None,
+            typer.Option("--img-size", help="Height and width in pixels.", show_default="the weights' own"),
+        ],
+        None,
+        "input.img_size",
+    ),
+    "workers": (
+        Annotated[int | None, typer.Option("--workers", help="Decoding processes.", show_default="auto")],
+        None,
+        "data.workers",
+    ),
+    "seed": (
+        Annotated[int | None, typer.Option("--seed", help="Same seed, same numbers.", show_default="0")],
+        None,
+        "seed",
+    ),
+    "device": (
+        Annotated[
+            str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto")
+        ],
+        None,
+        "device",
+    ),
+    "assignments": (
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set", help="Another key of the recipe; may be repeated.", metavar="SECTION.KEY=VALUE"
+            ),
+        ],
+        None,
+        None,
+    ),
+    "offline": (
+        Annotated[bool, typer.Option("--offline", help="Never ask the network.")],
+        False,
+        "backbone.offline",
+    ),
 }
+"""Annotation, default, and the key of the recipe that each flag sets."""
 
 
-def read_source(assignments: list[str] | None, **flags: Any) -> Recipe:
-    """Return the recipe that flags and ``--set`` make; a flag that was not given stays at its default."""
+def takes_source(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags that choose a network and pictures, and hand it the recipe that they make.
+
+    Its errors become messages and exit codes.
+    """
+    hints = get_type_hints(command, localns={"Recipe": object}, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in signature(command).parameters.items()
+        if name != "recipe"
+    ]
+    shared = [
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+        for name, (annotation, default, _) in _FLAGS.items()
+    ]
+
+    @wraps(command)
+    def take(**words: Any) -> None:
+        flags = {name: words.pop(name) for name in _FLAGS}
+        with refusals(words.get("as_json", False)):
+            command(_read(flags), **words)
+
+    arguments = [parameter for parameter in own if parameter.default is Parameter.empty]
+    every = [*arguments, *shared, *(parameter for parameter in own if parameter not in arguments)]
+    take.__signature__ = Signature(every)  # type: ignore[attr-defined]
+    take.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+    return take
+
+
+def _read(flags: dict[str, Any]) -> Recipe:
+    """A flag that was not given stays at its default."""
     from finetune.recipe import load_recipe, merge_override, parse_assignments
 
-    overrides = parse_assignments(assignments or [])
-    for flag, value in flags.items():
-        if value is not None and value is not False:
-            merge_override(overrides, _KEYS[flag], value)
+    overrides = parse_assignments(flags["assignments"] or [])
+    for name, (_, default, key) in _FLAGS.items():
+        if key is not None and flags[name] != default:
+            merge_override(overrides, key, flags[name])
     return load_recipe(None, overrides)
 
 

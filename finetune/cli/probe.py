@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.cli.options import (
-    BackboneOption,
-    DataOption,
-    DeviceOption,
-    ImgSizeOption,
     JsonOption,
-    OfflineOption,
+    OutputOption,
     PoolOption,
-    SeedOption,
-    SetOption,
-    WeightsOption,
-    WorkersOption,
     default_folder,
     read_pool,
-    read_source,
     split_words,
+    takes_source,
 )
-from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.refusals import hand_over
 from finetune.cli.tables import print_table
 from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from finetune.features.probe import Classifier
     from finetune.job.probe import Row
+    from finetune.recipe import Recipe
 
 
+@takes_source
 def probe_command(
-    backbone: BackboneOption = None,
-    data: DataOption = None,
+    recipe: Recipe,
     layers: Annotated[
         str,
         typer.Option("--layers", "-l", help="As of `finetune extract`."),
@@ -48,46 +40,24 @@ def probe_command(
         str, typer.Option("--classifiers", help="Of svm, softmax, logreg and knn, with commas between.")
     ] = "svm,softmax,knn",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Draws of training images.")] = 5,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A new folder.", show_default="runs/<time>-probe"),
-    ] = None,
+    output: OutputOption = None,
     pool: PoolOption = "auto",
-    weights: WeightsOption = None,
-    img_size: ImgSizeOption = None,
-    workers: WorkersOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    assignments: SetOption = None,
-    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Judge each layer by classifiers on its features: mean accuracy over classes, over several draws."""
-    with refusals(as_json):
-        recipe = read_source(
-            assignments,
-            backbone=backbone,
-            data=data,
-            weights=weights,
-            img_size=img_size,
-            workers=workers,
-            seed=seed,
-            device=device,
-            offline=offline,
-        )
-        from finetune.display import Display
+    from finetune.display import Display
 
-        display = Display()
-        with display.busy("loading torch"):
-            from finetune.job.probe import probe
-        kinds = _read_classifiers(split_words(classifiers))
-        folder = output or default_folder("probe")
-        wanted = split_words(layers)
-        rows = probe(recipe, wanted, per_class, kinds, repeats, folder, read_pool(pool), display)
-        if as_json:
-            hand_over(json.dumps([row.to_dict(per_class) for row in rows]) + "\n")
-        else:
-            _print(rows, kinds)
+    display = Display()
+    with display.busy("loading torch"):
+        from finetune.job.probe import probe
+    kinds = _read_classifiers(split_words(classifiers))
+    folder = output or default_folder("probe")
+    wanted = split_words(layers)
+    rows = probe(recipe, wanted, per_class, kinds, repeats, folder, read_pool(pool), display)
+    if as_json:
+        hand_over(json.dumps([row.to_dict(per_class) for row in rows]) + "\n")
+    else:
+        _print(rows, kinds)
 
 
 def _read_classifiers(words: list[str]) -> list[Classifier]:

@@ -4,8 +4,8 @@ What is minimised, as scikit-learn writes it, where the bias is free::
 
     C * sum of losses + ||W||^2 / 2
 
-It is strictly convex in W, so that there is one optimum, and who finds it does not matter. Four things make
-it quick:
+It is strictly convex in W, so that there is one optimum (of a softmax's biases only the differences matter),
+and who finds it makes no difference. Four things make it quick:
 
 - scores are linear in the weights: once a direction's scores are known, a step of any length costs no further
   product with the rows. Lengths are searched by Newton's method, nearly exactly;
@@ -274,9 +274,9 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
 
 def _add_up(gains: Sequence[float]) -> float:
     """Return what all further steps will gain, if gains go on to shrink at the pace of the last ones."""
-    pace = (gains[-1] / max(gains[0], _TINY)) ** (1 / max(1, len(gains) - 1))
-    if len(gains) == 1:
-        return gains[0]
+    if len(gains) == 1 or gains[-1] <= 0:  # rounding alone makes a gain negative: nothing is left
+        return gains[-1]
+    pace = (gains[-1] / max(gains[0], _TINY)) ** (1 / (len(gains) - 1))
     return gains[-1] / (1 - pace) if pace < 1 else math.inf
 
 

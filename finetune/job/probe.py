@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetune.display import Display
 from finetune.features.plots import draw_probe
-from finetune.features.probe import Classifier, ProbeResult, draw_parts, probe_layer
+from finetune.features.probe import Classifier, Draw, ProbeResult, draw_parts, probe_layer
 from finetune.features.rows import ChosenRows
 from finetune.job.advise import require_labels
 from finetune.job.data import create_new_folder
 from finetune.job.outcome import translated_errors
-from finetune.job.source import open_features, open_network, open_pictures, open_source
+from finetune.job.source import Features, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from pretrained.layer import Layer
@@ -102,7 +103,6 @@ def probe(
         source = open_source(recipe, network, dataset, display)
         create_new_folder(output)
         samples = source.dataset.samples
-        rows: list[Row] = []
         with open_features(source, layers, pool) as features:
             for path, reason in features.lost.items():
                 display.warn(f"{path} cannot be read: {reason}")
@@ -114,22 +114,28 @@ def probe(
             ]
             total = len(layers) * len(classifiers) * repeats
             with display.track("judging layers", total) as advance:
-                for layer, whole in zip(features.layers, features.rows, strict=True):
-                    chosen = ChosenRows(whole, usable)
-                    results = probe_layer(
-                        chosen,
-                        labels,
-                        dataset.num_classes,
-                        draws,
-                        classifiers,
-                        lambda: advance(1, ""),
-                    )
-                    rows += [Row(layer, whole.shape[1], result) for result in results]
+                rows = _judge(features, usable, labels, draws, classifiers, lambda: advance(1, ""))
         write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
         title = f"{network.backbone.card.name}, {per_class} training images a class"
         _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
         display.say(f"{output}/probe.csv, probe.png", style="bold")
         return rows
+
+
+def _judge(
+    features: Features,
+    usable: Tensor,
+    labels: Tensor,
+    draws: Sequence[Draw],
+    classifiers: Sequence[Classifier],
+    on_done: Callable[[], None],
+) -> list[Row]:
+    num_classes = int(labels.max()) + 1
+    rows: list[Row] = []
+    for layer, whole in zip(features.layers, features.rows, strict=True):
+        results = probe_layer(ChosenRows(whole, usable), labels, num_classes, draws, classifiers, on_done)
+        rows += [Row(layer, whole.shape[1], result) for result in results]
+    return rows
 
 
 def _draw_curves(

@@ -76,13 +76,13 @@ def test_the_most_similar_pictures_are_of_the_same_colour(
 
 
 def test_a_copy_of_the_query_is_found_first(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    shutil.copy(pictures / "val/blue/002.jpg", tmp_path / "query.jpg")
+    shutil.copy(pictures / "train/blue/009.jpg", tmp_path / "query.jpg")
     words = ("-l", "layer4", "--top", 1, "--json", *WORDS)
     result = cli(
         "similar", tmp_path / "query.jpg", "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *words
     )
     [found] = json.loads(result.stdout)
-    assert found["path"] == "val/blue/002.jpg" and found["similarity"] == pytest.approx(1, abs=1e-4)
+    assert found["path"] == "train/blue/009.jpg" and found["similarity"] == pytest.approx(1, abs=1e-4)
 
 
 def test_queries_that_cannot_be(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
