@@ -128,7 +128,10 @@ def read_taps(value: Any) -> tuple[tuple[str, int, bool], ...]:
     for tap in taps:
         if not isinstance(tap, list) or [type(part) for part in tap] != [str, int, bool]:
             raise ValueError(f"a tap is {repr(tap)[:60]}, not a module, a number and a truth value")
-    return tuple((module, number, at_input) for module, number, at_input in taps)
+    places = tuple((module, number, at_input) for module, number, at_input in taps)
+    if len(set(places)) < len(places):
+        raise ValueError("a tap stands there twice")
+    return places
 
 
 def read_pool(value: Any) -> Pool:

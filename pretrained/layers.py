@@ -15,8 +15,7 @@ before anything of the next stage. On AlexNet these are the layers 1 to 7 of Zei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -32,6 +31,7 @@ from pretrained.stages import Stage
 from pretrained.taps import Taps
 
 WORDS = ("all", "last", "pre_logits")
+_NO_HEAD = Stage("head", "head", (), ())
 
 
 class Layers:
@@ -55,6 +55,7 @@ class Layers:
         self._trace = trace_calls(network, input_size)
         self._prefix, self._has_token = count_prefix_tokens(network), reads_token(network)
         below = [stage for stage in stages if stage.role != "head"]
+        self._head = next((stage for stage in stages if stage.role == "head"), _NO_HEAD)
         found = (self._find_stage(stage, stages) for stage in below)
         self.stages = tuple(layer for layer in found if layer is not None)
         self.pre_logits = self._find_pre_logits()
@@ -66,20 +67,19 @@ class Layers:
 
     @cached_property
     def all(self) -> tuple[Layer, ...]:
-        """The stages; the last of them is what the classifier reads.
+        """The stages; the last layer of all is what the classifier reads.
 
         Nearly always that is the last stage, pooled. Where it is not (torchvision's DenseNet has a ReLU in
-        between that is no module), it is taken before the classifier itself; and where it has another number
-        of features (CrossViT), it stands after the stages, as ``pre_logits``.
+        between that is no module, CrossViT has two classifiers), it stands after the stages, as
+        ``pre_logits``.
         """
         extra = self.pre_logits
         if extra is None:
             return self.stages
-        if extra.num_features("auto") != self.last.num_features("auto"):
-            return (*self.stages, extra)
-        if self._are_alike(self.last, extra):
+        is_same_size = extra.num_features("auto") == self.last.num_features("auto")
+        if is_same_size and self._are_alike(self.last, extra):
             return self.stages
-        return (*self.stages[:-1], replace(extra, name=self.last.name))
+        return (*self.stages, extra)
 
     @torch.no_grad()
     def _are_alike(self, one: Layer, other: Layer) -> bool:
@@ -90,6 +90,14 @@ class Layers:
         noise = torch.randn(2, *self._input_size, generator=torch.Generator().manual_seed(0))
         first, second = Taps(self._network, [one, other], "auto")(noise.to(weight.device, weight.dtype))
         return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * second.abs().max().item())
+
+    def reads_head(self, layer: Layer) -> bool:
+        """Return whether a layer's features depend on the classifier's own weights."""
+        inside = f"{layer.module}."
+        return not layer.at_input and (
+            layer.module in self._head.modules
+            or any(name.startswith(inside) for name in self._head.parameters)
+        )
 
     def modules(self) -> dict[str, Layer]:
         """Return a layer for each module that gives tensors by picture, in the order of the forward."""
@@ -116,7 +124,7 @@ class Layers:
 
     # --- by name ---------------------------------------------------------------------------------
 
-    def select(self, wanted: Iterable[str], pool: Pool = "auto") -> tuple[Layer, ...]:
+    def select(self, wanted: Sequence[str], pool: Pool = "auto") -> tuple[Layer, ...]:
         """Return layers by names, words and patterns, each once, in the order in which they were asked for.
 
         Raises:
@@ -124,6 +132,8 @@ class Layers:
         """
         modules = self.modules()
         chosen: dict[str, Layer] = {}
+        if not wanted:
+            raise UsageError("--layers", "no layer was named", "Name one, or take all.")
         for name in wanted:
             for layer in self._find(name, modules):
                 if chosen.setdefault(layer.name, layer) != layer:

@@ -14,10 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from finetune.errors import UsageError
 from pretrained.layer import Layer, TapPoint
 from pretrained.layers import Layers
-from pretrained.pooling import Pool
+from pretrained.pooling import Pool, check_pool
 from pretrained.taps import Taps
+
+MOST_FEATURES = 1_000_000
+"""That a classifier from a file may read; all stages of wide networks together have some ten thousand."""
 
 
 class StageClassifier(nn.Module):
@@ -66,4 +70,10 @@ def build_stage_classifier(
         UsageError: the network has no such places.
     """
     layers = Layers(network, (), input_size)
-    return StageClassifier(network, [layers.at(point) for point in points], pool, num_classes)
+    chosen = [layers.at(point) for point in points]
+    for layer in chosen:
+        for form in layer.forms:
+            check_pool(layer.name, form, layer.pool_of(pool))
+    if (total := sum(layer.num_features(pool) for layer in chosen)) > MOST_FEATURES:
+        raise UsageError("its classifier", f"it reads {total:,} numbers a picture", "Export the run again.")
+    return StageClassifier(network, chosen, pool, num_classes)

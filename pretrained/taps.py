@@ -22,7 +22,9 @@ from pretrained.pooling import Pool, pool_tensor
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward, and is no error
-    pass
+    def __init__(self, owner: Taps) -> None:
+        super().__init__()
+        self.owner = owner
 
 
 class Taps:
@@ -53,8 +55,9 @@ class Taps:
         with self._attached(rows, len(images)):
             try:
                 logits = self.network(images)
-            except _Reached:
-                pass
+            except _Reached as reached:
+                if reached.owner is not self:  # of taps around this network, which is a StageClassifier
+                    raise
             else:
                 rows[len(self.layers)] = torch.cat([part.float() for part in tensors_in(logits)[:1]])
         if missing := [layer.name for place, layer in enumerate(self.layers) if place not in rows]:
@@ -96,7 +99,7 @@ class Taps:
             if (layer.number, layer.at_input) == (number, at_input):
                 rows[place] = self._pool(layer, item, num_images)
         if len(rows) == len(self.layers) and not self.with_logits:
-            raise _Reached
+            raise _Reached(self)
 
     def _pool(self, layer: Layer, item: Any, num_images: int) -> Tensor:
         tensors = [tensor for tensor in tensors_in(item) if tensor.is_floating_point()]

@@ -86,12 +86,9 @@ def _advise(recipe: Recipe, output: Path | None) -> Advice:
     with display.busy("loading torch"):
         from finetune.job.advise import advise
         from finetune.job.outcome import translated_errors
-        from finetune.job.verify import verify
         from finetune.job.write_advice import write_advice
     with translated_errors():
-        advice = advise(recipe, display)
-        if recipe.advise.verify:
-            advice = verify(recipe, advice, display)
+        advice = advise(recipe, display, output)
         if output is not None:
             write_advice(advice, output)
             display.say(f"{output}/advice.json, probe.png, matrix.png")
@@ -102,18 +99,10 @@ def _print(advice: Advice) -> None:
     from finetune.strategy.rule import CELLS, SIMILARITIES, SIZES
 
     decision = advice.decision
-    marks = {True: "->", False: "  "}
-    rows = [
-        [
-            size,
-            *(
-                f"{marks[(size, column) == (decision.size, decision.similarity)]} {CELLS[size, column].words}"
-                for column in SIMILARITIES
-            ),
-        ]
-        for size in SIZES
-    ]
-    print_table(("data", *(f"   {column}" for column in SIMILARITIES)), rows)
+    for size in SIZES:
+        for column in SIMILARITIES:
+            mark = "->" if (size, column) == (decision.size, decision.similarity) else "  "
+            typer.echo(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].words}")
     typer.echo()
     rows = [
         [one.layer, f"{one.num_features:,}", f"{one.neighbours:.3f}", f"{one.accuracy:.3f}"]
@@ -130,8 +119,10 @@ def _print(advice: Advice) -> None:
 
 
 def _print_plan(advice: Advice) -> None:
+    from finetune.job.auto import describe_keys
+
     keys = advice.decision.keys
-    typer.echo(f"strategy: {', '.join(f'{key} {value}' for key, value in keys.items())}")
+    typer.echo(f"strategy: {describe_keys(keys)}")
     solved = "features" in keys
     rows = [
         [

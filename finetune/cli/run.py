@@ -44,7 +44,8 @@ def run_command(
         typer.Option("--data", "-d", help="A folder with train/ and val/, of class folders, a .zip, a CSV."),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", "-s", help="freeze, top, full or scratch.", show_default="top")
+        str | None,
+        typer.Option("--strategy", "-s", help="freeze, top, full, scratch or auto.", show_default="top"),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="A .safetensors or .pth file to start from, or a folder with one.")

@@ -181,7 +181,7 @@ def build_readme(card: Card, metrics: Mapping[str, Any], source: str) -> str:
     return f"""---
 tags: [image-classification, {card.library}, finetune]
 pipeline_tag: image-classification
-library_name: {card.library}
+library_name: {"finetune" if card.taps else card.library}
 license: {json.dumps(license_name)}{base}
 metrics: [accuracy]
 ---

@@ -106,7 +106,7 @@ class KeptRows:
         num_computed: pictures that went through the network.
         seconds: that this took.
         num_found: rows of the first place that were there.
-        lost: why, for the path of each picture that could not be decoded. Its rows are NaN.
+        lost: why, for the index of each picture that could not be decoded. Its rows are NaN.
     """
 
     shelf: Shelf
@@ -119,7 +119,7 @@ class KeptRows:
     num_computed: int = 0
     seconds: float = 0.0
     num_found: int = 0
-    lost: dict[str, str] = field(default_factory=dict)
+    lost: dict[int, str] = field(default_factory=dict)
     _files: list[BlockFile] = field(default_factory=list)
     _fault: OSError | None = None  # of the disk
     _num_bytes: int = 0  # held in memory
@@ -224,7 +224,7 @@ class KeptRows:
 
     def _read(self, file: BlockFile, memory: Tensor | None) -> None:
         for block in file.blocks:
-            self.lost |= block.note or {}
+            self.lost |= {int(index): reason for index, reason in (block.note or {}).items()}
         if memory is not None:
             found = torch.frombuffer(file.read(), dtype=DTYPES[self.dtype]).view(-1, memory.shape[1])
             memory[: len(found)] = found
@@ -247,9 +247,10 @@ class KeptRows:
                 start = number * self.batch_size
                 size = min(self.batch_size, len(loader.samples) - start)
                 self.check_unchanged(loader.samples[start : start + size])
-                self.lost |= batch.lost
+                lost = _find_lost(loader.samples[start : start + size], start, batch.lost)
+                self.lost |= lost
                 for store, rows in zip(stores, self._run(in_parts, batch, start, size, stores), strict=True):
-                    self._store(store, number, rows, batch.lost)
+                    self._store(store, number, rows, lost)
                 self.num_computed += size
                 advance(size, "")
             self.seconds += time.perf_counter() - began
@@ -269,7 +270,7 @@ class KeptRows:
             rows[batch.indices - start] = forward(batch.images).to("cpu", dtype)
         return [part.contiguous() for part in torch.split(rows, widths, dim=1)]
 
-    def _store(self, store: _Store, number: int, rows: Tensor, lost: Mapping[str, str]) -> None:
+    def _store(self, store: _Store, number: int, rows: Tensor, lost: Mapping[int, str]) -> None:
         """Put a block of rows where it belongs; a file may be further than the others."""
         if store.memory is not None:
             start = number * self.batch_size
@@ -283,3 +284,8 @@ class KeptRows:
             store.file.discard()  # on a full disk, half of it is of no use to anybody
             store.file = None
             self._give_up_disk(error, store.memory is not None)
+
+
+def _find_lost(samples: Sequence[Sample], start: int, lost: Mapping[str, str]) -> dict[int, str]:
+    """By index, not by path: files keep rows of contents, wherever these lie."""
+    return {start + place: lost[one.path] for place, one in enumerate(samples) if one.path in lost}

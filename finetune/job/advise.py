@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from finetune.data.sample import Dataset, Sample
 from finetune.display import Display
-from finetune.errors import DataError
 from finetune.features.neighbours import leave_one_out
 from finetune.features.rows import BesideRows, Rows
 from finetune.features.solvers import cross_validate
 from finetune.features.transferability import normalised_leep
+from finetune.job.data import check_outside, draw_evenly, require_labels
 from finetune.job.source import (
     Features,
     Network,
@@ -34,9 +35,9 @@ from finetune.job.source import (
     open_pictures,
     open_source,
 )
+from finetune.job.verify import verify
 from finetune.recipe import BASE_RATES, Recipe, compute_views
-from finetune.runtime import derive_seed
-from finetune.strategy.matrix import Plan, build_plan
+from finetune.strategy.matrix import Plan, lay_plan
 from finetune.strategy.rule import Candidate, Decision, Evidence, decide
 from pretrained.layer import Layer
 
@@ -119,12 +120,13 @@ class Advice:
 _PLAN_KEYS = ("group", "stage", "parameters", "trained", "rate", "norm")
 
 
-def advise(recipe: Recipe, display: Display) -> Advice:
+def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advice:
     """Measure a folder with a backbone, and choose a strategy.
 
     Args:
         recipe: its strategy is not read, but for what the choice leaves open.
         display: shows progress.
+        output: where something will be written, which must not be among the images.
 
     Raises:
         DataError: the images have no labels.
@@ -133,21 +135,23 @@ def advise(recipe: Recipe, display: Display) -> Advice:
     network = open_network(recipe, display)
     dataset = open_pictures(recipe, display)
     require_labels(dataset, recipe)
+    if output is not None:
+        check_outside(output, dataset)
     few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
     source = open_source(recipe, network, few, display)
     with open_features(
         source, network.layers.all, "auto", with_logits=network.has_classifier, parts=("train",)
     ) as features:
         samples = source.dataset.of("train")
-        for path, reason in features.lost.items():
-            display.warn(f"{path} cannot be read: {reason}")
         usable = features.usable(samples)
         evidence, depths = _measure(features, samples, usable, dataset, recipe.seed, display)
-    decision = decide(evidence)
+    decision, verified = decide(evidence), None
+    if recipe.advise.verify:
+        decision, verified = verify(recipe, evidence, decision, display)
     settings = recipe.strategy.model_copy(update=dict(decision.keys))
     rate = recipe.training.lr
     rate = BASE_RATES[recipe.training.optimizer] if rate == "auto" else rate
-    plan = build_plan(network.backbone.network, network.backbone.stages, settings, rate)
+    plan = lay_plan(network.backbone.network, network.backbone.stages, settings, rate)
     return Advice(
         network.backbone.card.name,
         evidence,
@@ -157,34 +161,8 @@ def advise(recipe: Recipe, display: Display) -> Advice:
         _count_trained(network, recipe, dataset.num_classes),
         _estimate(network, recipe, len(dataset.of("train"))),
         len(usable),
+        verified,
     )
-
-
-def require_labels(dataset: Dataset, recipe: Recipe) -> None:
-    """Refuse images without labels.
-
-    Raises:
-        DataError: there are none.
-    """
-    if not dataset.is_labelled:
-        found = "holds images but no class folders, so that no image has a label"
-        fix = "Put the images of each class into a folder with the name of the class."
-        raise DataError(f"--data {recipe.data.path}", found, fix)
-
-
-def draw_evenly(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """Return the training images, or so many of them, drawn class by class in turns."""
-    train = dataset.of("train")
-    if len(train) <= most:
-        return replace(dataset, samples=train)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "advise"))
-    turns: list[tuple[int, int, Sample]] = []
-    for label in range(dataset.num_classes):
-        own = [sample for sample in train if sample.label == label]
-        order = torch.randperm(len(own), generator=generator).tolist()
-        turns += [(turn, label, own[place]) for turn, place in enumerate(order)]
-    chosen = {sample.path for _, _, sample in sorted(turns, key=lambda one: one[:2])[:most]}
-    return replace(dataset, samples=tuple(sample for sample in train if sample.path in chosen))
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -276,7 +254,7 @@ def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[s
     counts = {}
     for name in ("freeze", "top", "full"):
         settings = recipe.strategy.model_copy(update={"name": name})
-        plan = build_plan(network.backbone.network, network.backbone.stages, settings, 1.0)
+        plan = lay_plan(network.backbone.network, network.backbone.stages, settings, 1.0)
         counts[name] = head + sum(row.num_parameters for row in plan.trained if row.group != "head")
     return counts
 

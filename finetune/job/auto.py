@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.display import Display
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import UsageError
 from finetune.job.advise import Advice, advise
-from finetune.job.verify import verify
-from finetune.recipe import Recipe, StrategySettings, load_recipe
+from finetune.recipe import Recipe, StrategySettings, flatten, load_recipe
 from finetune.runs.folder import RunFolder
 
-_DECIDED = ("features", "probe_first", "floor")
+_DECIDED = ("features", "probe_first", "floor", "head_factor", "body_factor")
 """Keys of the section ``strategy`` that are the advice's to set."""
 
 
@@ -28,29 +30,39 @@ def choose_strategy(recipe: Recipe, output: Path | None, display: Display) -> tu
         if (value := getattr(recipe.strategy, key)) != getattr(StrategySettings(), key):
             found = "--strategy auto decides that itself"
             raise UsageError(f"strategy.{key}={value}", found, "Drop the key, or name the strategy.")
-    if recipe.strategy.head == "keep":
-        found = "--strategy auto begins with a new linear classifier"
-        raise UsageError("strategy.head=keep", found, "Name the strategy: --strategy top, say.")
-    before = _read_strategy(output)
+    if recipe.strategy.head != "replace":
+        found = "--strategy auto puts a new linear classifier on the network as it is"
+        fix = "Name the strategy: --strategy top, say."
+        raise UsageError(f"strategy.head={recipe.strategy.head}", found, fix)
+    before = _read_keys(output)
     if before is not None:
-        return recipe.model_copy(update={"strategy": before}), None
-    advice = advise(recipe, display)
-    if recipe.advise.verify:
-        advice = verify(recipe, advice, display)
+        return _with_keys(recipe, before), None
+    advice = advise(recipe, display, output)
     for reason in advice.decision.reasons:
         display.say(f"  {reason}")
     for warning in advice.decision.warnings:
         display.warn(warning)
-    strategy = recipe.strategy.model_copy(update=dict(advice.decision.keys))
-    chosen = ", ".join(f"{key} {value}" for key, value in advice.decision.keys.items())
-    display.say(f"strategy: {chosen}", style="bold")
-    return recipe.model_copy(update={"strategy": strategy}), advice
+    display.say(f"strategy: {describe_keys(advice.decision.keys)}", style="bold")
+    return _with_keys(recipe, advice.decision.keys), advice
 
 
-def _read_strategy(output: Path | None) -> StrategySettings | None:
-    folder = RunFolder(output) if output is not None else None
-    try:
-        saved = load_recipe(str(folder.recipe)) if folder is not None and folder.recipe.exists() else None
-    except (FinetuneError, OSError):  # the claim refuses a damaged one, in its own words
+def describe_keys(keys: Mapping[str, Any]) -> str:
+    """Return ``freeze, features last``."""
+    others = [f"{key} {value}" for key, value in keys.items() if key != "name"]
+    return ", ".join([str(keys["name"]), *others])
+
+
+def _with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
+    changes = {f"strategy.{key}": value for key, value in keys.items()}
+    return load_recipe(None, dict(flatten(recipe.to_dict())) | changes)
+
+
+def _read_keys(output: Path | None) -> Mapping[str, Any] | None:
+    """The keys of the advice that a run in this folder began with."""
+    if output is None:
         return None
-    return saved.strategy if saved is not None else None
+    try:
+        keys = json.loads(RunFolder(output).advice.read_text(encoding="utf-8"))["strategy"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return keys if isinstance(keys, dict) and "name" in keys else None

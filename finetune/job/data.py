@@ -6,15 +6,19 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from finetune.data.check import BadImage, Checked, check_bad
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
 from finetune.display import Display
-from finetune.errors import UsageError
+from finetune.errors import DataError, UsageError
 from finetune.job.same import describe_images
+from finetune.recipe import Recipe
 from finetune.runs.bad_images import read_bad_images, write_bad_images
 from finetune.runs.claim import create_folder, read_split
 from finetune.runs.files import write_csv, write_text
 from finetune.runs.folder import RunFolder
+from finetune.runtime import derive_seed
 
 
 def check_data(dataset: Dataset, checked: Checked, folder: RunFolder, display: Display) -> Dataset:
@@ -105,3 +109,30 @@ def create_new_folder(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
     create_folder(path)
+
+
+def require_labels(dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse images without labels.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not dataset.is_labelled:
+        found = "holds images but no class folders, so that no image has a label"
+        fix = "Put the images of each class into a folder with the name of the class."
+        raise DataError(f"--data {recipe.data.path}", found, fix)
+
+
+def draw_evenly(dataset: Dataset, most: int, seed: int) -> Dataset:
+    """Return the training images, or so many of them, drawn class by class in turns."""
+    train = dataset.of("train")
+    if len(train) <= most:
+        return replace(dataset, samples=train)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "advise"))
+    turns: list[tuple[int, int, Sample]] = []
+    for label in range(dataset.num_classes):
+        own = [sample for sample in train if sample.label == label]
+        order = torch.randperm(len(own), generator=generator).tolist()
+        turns += [(turn, label, own[place]) for turn, place in enumerate(order)]
+    chosen = {sample.path for _, _, sample in sorted(turns, key=lambda one: one[:2])[:most]}
+    return replace(dataset, samples=tuple(sample for sample in train if sample.path in chosen))

@@ -12,6 +12,7 @@ from there, sorted by path, and appear under their names when they are whole.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from torch import Tensor
 from finetune.cache.shelf import Shelf
 from finetune.data.sample import Sample
 from finetune.display import Display
-from finetune.errors import DataError, UsageError, suggest
+from finetune.errors import UsageError, suggest
 from finetune.features.tables import LayerRows, TableFormat, check_format, check_names, write_table
 from finetune.job.data import check_outside
+from finetune.job.facts import digest_of
 from finetune.job.outcome import translated_errors
 from finetune.job.source import (
     Features,
@@ -136,6 +138,7 @@ def extract(
             "features": describe_extraction(source, layers, pool),
             "layers": [layer.name for layer in layers],
             "format": target.format,
+            "pictures": digest_of([_describe(source, sample) for sample in dataset.samples]),
         }
         if _is_done(target, facts):
             display.say(f"{output} holds these features already")
@@ -151,17 +154,17 @@ def _is_done(target: Target, facts: dict[str, Any]) -> bool:
     """Tell a finished extraction of the same; refuse to mix or overwrite others.
 
     Raises:
-        DataError: something else is there.
+        UsageError: something else is there.
     """
     asked, fix = f"--output {target.path}", "Name another --output, or remove it yourself."
     if not target.is_folder:
         if target.path.exists():
-            raise DataError(asked, "there is a file of that name already", fix)
+            raise UsageError(asked, "there is a file of that name already", fix)
         return False
     if not target.path.exists():
         return False
     if not target.path.is_dir():
-        raise DataError(asked, "it is a file", fix)
+        raise UsageError(asked, "it is a file", fix)
     try:
         before = json.loads(target.record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -169,7 +172,7 @@ def _is_done(target: Target, facts: dict[str, Any]) -> bool:
     if before is None and not any(target.path.iterdir()):
         return False
     if not isinstance(before, dict) or any(before.get(key) != value for key, value in facts.items()):
-        raise DataError(asked, "it holds another extraction, or something else", fix)
+        raise UsageError(asked, "it holds another extraction, or something else", fix)
     return "tables" in before and all(Path(path).exists() for path in before["tables"])
 
 
@@ -186,7 +189,7 @@ def _open_kept(source: Source, layers: Sequence[Layer], pool: Pool, target: Targ
     with open_features(source, layers, pool, shelf=Shelf(folder=target.work)) as features:
         yield features
         features.kept.discard()
-        target.work.rmdir()
+        shutil.rmtree(target.work, ignore_errors=True)  # of ours; a killed one may have left more
 
 
 def _write(
@@ -219,8 +222,6 @@ def _write(
 
 
 def _report_bad(bad: dict[str, str], target: Target, display: Display) -> None:
-    for path, reason in list(bad.items())[:10]:
-        display.warn(f"{path} cannot be read: {reason}")
     if bad:
         write_csv(target.bad_images, sorted(bad.items()), ("path", "reason"))
         display.warn(f"{len(bad)} images have no row; they are listed in {target.bad_images}")

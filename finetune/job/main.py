@@ -90,7 +90,8 @@ def run(
             comparison = Comparison(ready.dataset, _describe_environment(ready), display)
 
             def check(claim: Claim) -> None:
-                _refuse_without_checkpoints(claim)
+                if ready.recipe.strategy.features is None:
+                    _refuse_without_checkpoints(claim)
                 changes = comparison.find_changes(claim)
                 if not allow_changed:
                     accept(changes, claim, False, display)

@@ -30,6 +30,7 @@ from finetune.strategy.matrix import Plan, build_plan
 from finetune.training.batch_size import fit_batch_size
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, Preprocessing, find_card
+from pretrained.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
     if backbone.match.missing:
         display.warn(f"{len(backbone.match.missing)} tensors of the backbone stay random")
+    _check_features(recipe, backbone)
     num_train = len(dataset.of("train"))
     facts = Facts(
         device=str(device),
@@ -188,6 +190,22 @@ def _load_backbone(recipe: Recipe, card: Card, dataset: Dataset) -> Backbone:
         offline=recipe.backbone.offline,
         pretrained=recipe.strategy.name != "scratch",
     )
+
+
+def _check_features(recipe: Recipe, backbone: Backbone) -> None:
+    """Refuse features that no linear classifier can be put on, before the output folder is taken."""
+    strategy = recipe.strategy
+    for key, name in (("features", strategy.features), ("floor", strategy.floor)):
+        if name is None or name in ("last", "best", "all"):
+            continue
+        layers = Layers(backbone.network.eval(), backbone.stages, backbone.card.preprocessing.input_size)
+        try:
+            chosen = layers.select([name])
+        except UsageError as error:
+            raise UsageError(f"strategy.{key}={name}", error.found, error.fix) from None
+        if any(layers.reads_head(layer) for layer in chosen):
+            found = "it is the classifier, or holds it"
+            raise UsageError(f"strategy.{key}={name}", found, "Take last, or a layer before it.")
 
 
 def reload_backbone(ready: Ready, dataset: Dataset) -> Backbone:

@@ -14,8 +14,7 @@ from finetune.display import Display
 from finetune.features.plots import draw_probe
 from finetune.features.probe import Classifier, Draw, ProbeResult, draw_parts, probe_layer
 from finetune.features.rows import ChosenRows
-from finetune.job.advise import require_labels
-from finetune.job.data import create_new_folder
+from finetune.job.data import check_outside, create_new_folder, require_labels
 from finetune.job.outcome import translated_errors
 from finetune.job.source import Features, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
@@ -98,14 +97,13 @@ def probe(
         layers = network.layers.select(wanted, pool)
         dataset = open_pictures(recipe, display)
         require_labels(dataset, recipe)
+        check_outside(output, dataset)
         every = torch.tensor([sample.label for sample in dataset.samples])
         draw_parts(every, dataset.classes, per_class, recipe.seed, 0)  # refuses before anything is computed
         source = open_source(recipe, network, dataset, display)
         create_new_folder(output)
         samples = source.dataset.samples
         with open_features(source, layers, pool) as features:
-            for path, reason in features.lost.items():
-                display.warn(f"{path} cannot be read: {reason}")
             usable = features.usable(samples)
             labels = torch.tensor([samples[index].label for index in usable.tolist()])
             draws = [

@@ -13,9 +13,12 @@ import torch
 
 from finetune.display import Display
 from finetune.features.neighbours import leave_one_out
-from finetune.job.advise import MOST_IMAGES, draw_evenly, require_labels
+from finetune.job.advise import MOST_IMAGES
+from finetune.job.data import draw_evenly, require_labels
+from finetune.job.outcome import translated_errors
 from finetune.job.source import open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
+from pretrained.catalog import find_card
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> li
         names: at least one.
         display: shows progress.
     """
+    for name in names:
+        find_card(name, recipe.backbone.offline)  # refuses before anything is computed
+    with translated_errors():
+        return _rank(recipe, names, display)
+
+
+def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
     dataset = open_pictures(recipe, display)
     require_labels(dataset, recipe)
     few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)

@@ -24,7 +24,7 @@ from finetune.features.retrieve import (
     find_umap_plane,
 )
 from finetune.features.sheet import Hit, write_sheet
-from finetune.job.data import create_new_folder
+from finetune.job.data import check_outside, create_new_folder
 from finetune.job.outcome import translated_errors
 from finetune.job.source import Network, Source, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
@@ -64,7 +64,9 @@ def find_similar(
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
         query = _see(network, image, chosen, pool)
-        source = open_source(recipe, network, open_pictures(recipe, display), display)
+        dataset = open_pictures(recipe, display)
+        check_outside(output, dataset)
+        source = open_source(recipe, network, dataset, display)
         create_new_folder(output)
         samples = source.dataset.samples
         with open_features(source, [chosen], pool) as features:
@@ -78,9 +80,7 @@ def find_similar(
             {"rank": rank, "path": samples[i].path, "label": _label(source, samples[i]), "similarity": cosine}
             for rank, (i, cosine) in enumerate(found, 1)
         ]
-        write_csv(
-            output / "similar.csv", [tuple(row.values()) for row in rows], tuple(rows[0]) if rows else ()
-        )
+        write_csv(output / "similar.csv", [tuple(row.values()) for row in rows], _SIMILAR_COLUMNS)
         hits = [
             Hit(source.dataset.file(samples[i]), cosine, _label(source, samples[i])) for i, cosine in found
         ]
@@ -144,7 +144,9 @@ def draw_feature_map(
             check_umap()
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
-        source = open_source(recipe, network, open_pictures(recipe, display), display)
+        dataset = open_pictures(recipe, display)
+        check_outside(output, dataset)
+        source = open_source(recipe, network, dataset, display)
         create_new_folder(output)
         samples = source.dataset.samples
         with open_features(source, [chosen], pool) as features:

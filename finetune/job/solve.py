@@ -80,6 +80,7 @@ def solve_head(
         raise UsageError(
             f"strategy.features={choice}", found, "Take `last`, or the backbone that it was made from."
         )
+    dataset = dataset.without({one.path for one in dataset.samples if one.path not in digests})  # lost before
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
     source = Source(

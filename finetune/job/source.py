@@ -9,11 +9,13 @@ Rows are kept by part (train, val, test), so that all commands, and runs, find e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -56,6 +58,10 @@ from pretrained.taps import Taps
 _PRECISION: Precision = "float32"
 """Of features: they are numbers that people read, and half of their digits are no saving."""
 
+LEAST_SOURCE_CLASSES = 1_000
+"""Of a classifier that is asked how similar data are: ImageNet's. One of three classes called the same ants
+and bees different that ImageNet's calls similar."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -67,8 +73,10 @@ class Network:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether its classifier came with its weights."""
-        return bool(self.backbone.match.head) and not self.backbone.match.head_replaced
+        """Whether a classifier of many classes came with its weights."""
+        match = self.backbone.match
+        is_there = bool(match.head) and not match.head_replaced
+        return is_there and self.backbone.card.num_classes >= LEAST_SOURCE_CLASSES
 
     @cached_property
     def weights(self) -> str:
@@ -155,6 +163,30 @@ class Source:
     recipe: Recipe
     display: Display
 
+    def check_unchanged(self, samples: Sequence[Sample]) -> None:
+        """Refuse to keep features of pictures that are not what they were when the command began.
+
+        Raises:
+            DataError: one was changed or removed.
+        """
+        for sample in samples:
+            try:
+                with self.dataset.file(sample).open("rb") as file:
+                    is_same = hashlib.file_digest(file, "sha256").hexdigest() == self.digests[sample.path]
+            except OSError:
+                is_same = False
+            if not is_same:
+                fix = "Leave the images alone while a command runs, and start again."
+                raise DataError(sample.path, "it was changed or removed meanwhile", fix)
+
+    def warn_of(self, lost: Mapping[str, str]) -> None:
+        """Name pictures that have no features."""
+        bad = {image.path: image.reason for image in self.unreadable} | dict(lost)
+        for path, reason in list(bad.items())[:10]:
+            self.display.warn(f"{path} cannot be read: {reason}")
+        if len(bad) > 10:
+            self.display.warn(f"and {len(bad) - 10} images more")
+
 
 def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Display) -> Source:
     """Take the digest of every picture: features are kept by content."""
@@ -180,7 +212,6 @@ class Features:
         rows: (N, D) of each, over the pictures in order.
         logits: (N, K) of the network's own classifier, where they were asked for.
         lost: pictures that could not be decoded; their rows are NaN.
-        seconds_per_image: of what was computed; None where everything was there.
         kept: the files.
     """
 
@@ -188,7 +219,6 @@ class Features:
     rows: tuple[Rows, ...]
     logits: Rows | None
     lost: dict[str, str]
-    seconds_per_image: float | None
     kept: KeptRows
 
     def usable(self, samples: Sequence[Sample]) -> Tensor:
@@ -229,22 +259,29 @@ def open_features(
         precision=_PRECISION,
         dtype=_PRECISION,
         display=source.display,
+        check_unchanged=source.check_unchanged,
     )
     release_memory()  # decoding processes are copies of this one
     with ExitStack() as stack:
+        if shelf is None and (obstacle := kept.shelf.find_obstacle(compute_bytes(source, layers, pool))):
+            source.display.say(f"features are not kept for other commands: {obstacle}")
+            kept.shelf = Shelf(folder=Path(stack.enter_context(TemporaryDirectory())))
         stack.callback(kept.close)
-        found = [
-            _rows_of_part(source, kept, layers, pool, with_logits, part, stack)
-            for part in parts
-            if source.dataset.of(part)
-        ]
+        found: list[list[Rows]] = []
+        lost: dict[str, str] = {}
+        for part in parts:
+            samples = source.dataset.of(part)
+            if samples:
+                kept.lost.clear()
+                found.append(_rows_of_part(source, kept, layers, pool, with_logits, part, stack))
+                lost |= {samples[index].path: reason for index, reason in kept.lost.items()}
         rows = tuple(JoinedRows(same) for same in zip(*found, strict=True))
-        if len(kept.lost) == sum(len(source.dataset.of(part)) for part in parts):
+        if len(lost) == sum(len(source.dataset.of(part)) for part in parts):
             fix = "Give pictures that can be decoded."
             raise DataError(f"--data {source.recipe.data.path}", "no image can be decoded", fix)
-        seconds = kept.seconds / kept.num_computed if kept.num_computed else None
+        source.warn_of(lost)
         logits = rows[-1] if with_logits else None
-        yield Features(tuple(layers), rows[: len(layers)], logits, kept.lost, seconds, kept)
+        yield Features(tuple(layers), rows[: len(layers)], logits, lost, kept)
 
 
 def _rows_of_part(
@@ -300,10 +337,12 @@ def _places(
     source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, part: Part
 ) -> Iterator[Place]:
     shared = _shared_facts(source, kept, part, source.network.weights_below_head)
+    whole = shared | {"weights": source.network.weights}
     for layer in layers:
         width = layer.num_features(pool)
         facts = {"layer": [layer.module, layer.number, layer.at_input], "pool": layer.pool_of(pool)}
-        yield Place({"kind": "layer"} | facts | {"numel": width} | shared, width)
+        own = whole if source.network.layers.reads_head(layer) else shared
+        yield Place({"kind": "layer"} | facts | {"numel": width} | own, width)
 
 
 def _place_of_logits(source: Source, kept: KeptRows, part: Part) -> Place:

@@ -19,12 +19,13 @@ from finetune.data.check import check_images
 from finetune.display import Display, SilentDisplay
 from finetune.features.rows import ChosenRows
 from finetune.features.solvers import draw_folds
-from finetune.job.advise import Advice, draw_evenly
+from finetune.job.data import draw_evenly
 from finetune.job.feeds import Source, open_feeds
 from finetune.job.prepare import Ready, place_network, prepare
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.strategy.freeze import digest_frozen
+from finetune.strategy.rule import TOP, Decision, Evidence
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.optimizer import build_loss
 from finetune.training.row_loader import RowLoader
@@ -39,30 +40,35 @@ MOST_IMAGES = 2_000
 """Training images of all folds together."""
 
 
-def verify(recipe: Recipe, advice: Advice, display: Display) -> Advice:
-    """Return the advice with the better of its linear classifier and a briefly trained last stage.
+def verify(
+    recipe: Recipe, evidence: Evidence, decision: Decision, display: Display
+) -> tuple[Decision, dict[str, float] | None]:
+    """Return the decision for the better of its linear classifier and a briefly trained last stage.
 
     Args:
         recipe: of the run.
-        advice: of the rule.
+        evidence: of the rule.
+        decision: of the rule.
         display: shows progress.
+
+    Returns:
+        The decision, and the accuracies of the two; None where nothing could be tried.
     """
-    decision = advice.decision
     if decision.cell.name == "full":
         display.say("nothing is verified: full fine-tuning learns from no kept features")
-        return advice
+        return decision, None
     trained = _try_top(recipe, display)
     if trained is None:
         display.say("nothing is verified: the network cannot be cut below its last stage")
-        return advice
-    best = next(one for one in advice.evidence.candidates if one.features == decision.features)
-    verified = {"top": trained, "freeze": best.accuracy}
-    display.say(f"verified: last stage trained briefly {trained:.3f}, linear classifier {best.accuracy:.3f}")
-    if trained > best.accuracy:
-        keys = {"name": "top", "probe_first": True, "floor": decision.features}
+        return decision, None
+    solved = next(one for one in evidence.candidates if one.features == decision.features).accuracy
+    reason = f"verified: last stage trained briefly {trained:.3f}, linear classifier {solved:.3f}"
+    if trained > solved:
+        keys = {"name": "top", **TOP.keys, "probe_first": True, "floor": decision.features}
     else:
         keys = {"name": "freeze", "features": decision.features}
-    return replace(advice, decision=replace(decision, keys=keys), verified=verified)
+    decision = replace(decision, keys=keys, reasons=(*decision.reasons, reason))
+    return decision, {"top": trained, "freeze": solved}
 
 
 def _try_top(recipe: Recipe, display: Display) -> float | None:
@@ -72,10 +78,11 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
         "input": recipe.input.model_copy(update={"augmentation": "none"}),
         "training": recipe.training.model_copy(update={"epochs": EPOCHS}),
     }
-    ready = prepare(recipe.model_copy(update=changes), SilentDisplay())
+    ready = prepare(recipe.model_copy(update=changes), display)
     place_network(ready.backbone.network, ready.placement)
     few = draw_evenly(ready.dataset, MOST_IMAGES, recipe.seed)
-    checked = check_images(few)
+    with display.track("checking images", len(few.samples)) as advance:
+        checked = check_images(few, lambda _: advance(1, ""))
     dataset = few.without({image.path for image in checked.bad})
     frozen = digest_frozen(ready.backbone.network, ready.plan)
     with TemporaryDirectory() as folder:

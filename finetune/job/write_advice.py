@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.features.plots import draw_matrix, draw_probe
 from finetune.job.advise import Advice
-from finetune.runs.claim import create_folder
+from finetune.job.data import create_new_folder
 from finetune.runs.files import write_json
 from finetune.strategy.rule import CELLS
 
@@ -15,9 +15,10 @@ def write_advice(advice: Advice, folder: Path) -> None:
     """Write the advice into a folder.
 
     Raises:
+        UsageError: something is there already.
         DiskError: it cannot be written.
     """
-    create_folder(folder)
+    create_new_folder(folder)
     write_json(folder / "advice.json", advice.to_dict())
     names = [depth.layer for depth in advice.depths]
     error = [(one.accuracy * (1 - one.accuracy) / advice.num_looked_at) ** 0.5 for one in advice.depths]

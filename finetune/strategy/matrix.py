@@ -96,6 +96,11 @@ def build_plan(network: nn.Module, stages: Sequence[Stage], settings: StrategySe
     Raises:
         UsageError: more top stages than there are, or nothing would learn.
     """
+    return _check_plan(lay_plan(network, stages, settings, rate), settings)
+
+
+def lay_plan(network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float) -> Plan:
+    """Return the plan of :func:`build_plan` for a network that may have no classifier yet."""
     groups = assign_groups(stages, settings.top_stages)
     factors = factors_of(settings)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -109,7 +114,7 @@ def build_plan(network: nn.Module, stages: Sequence[Stage], settings: StrategySe
         )
         for stage, group in zip(stages, groups, strict=True)
     ]
-    return _check_plan(Plan(tuple(rows)), settings)
+    return Plan(tuple(rows))
 
 
 def _check_plan(plan: Plan, settings: StrategySettings) -> Plan:

@@ -67,7 +67,7 @@ class Cell:
 
 _LAST = Cell("a linear classifier on the last features", "freeze")
 _BEST = Cell("a linear classifier on the best stage, or on all together", "freeze", True)
-_TOP = Cell("a linear classifier, then it and the last stage at 1/10", "top", keys={"head_factor": 0.1})
+TOP = Cell("a linear classifier, then it and the last stage at 1/10", "top", keys={"head_factor": 0.1})
 _ALL = Cell(
     "a linear classifier, then everything at 1/10", "full", True, {"head_factor": 0.1, "body_factor": 0.1}
 )
@@ -76,10 +76,10 @@ CELLS: Mapping[tuple[Size, Similarity], Cell] = {
     ("little", "similar"): _LAST,
     ("little", "unsure"): _BEST,
     ("little", "different"): _BEST,
-    ("medium", "similar"): _TOP,
+    ("medium", "similar"): TOP,
     ("medium", "unsure"): _ALL,
     ("medium", "different"): _ALL,
-    ("a lot", "similar"): _TOP,
+    ("a lot", "similar"): TOP,
     ("a lot", "unsure"): _ALL,
     ("a lot", "different"): _ALL,
 }
@@ -255,11 +255,13 @@ def _find_changes(evidence: Evidence, size: Size, similarity: Similarity) -> lis
         cell = CELLS[larger, similarity]
         if cell != CELLS[size, similarity]:
             changes.append(f"from {needed:,} training images on: {cell.words} ({cell.name})")
+    told = {CELLS[size, similarity].words}
     for other in SIMILARITIES:
         cell = CELLS[size, other]
-        if other != similarity and cell != CELLS[size, similarity]:
+        if cell.words not in told:
+            told.add(cell.words)
             changes.append(f"{_bound(evidence, other)}: {cell.words} ({cell.name})")
-    return list(dict.fromkeys(changes))
+    return changes
 
 
 def _bound(evidence: Evidence, other: Similarity) -> str:

@@ -87,6 +87,41 @@ def test_the_exported_model_says_what_the_figures_say(
         assert np.allclose(said.numpy(), wanted, atol=1e-3)
 
 
+def test_a_solved_run_can_be_given_more_epochs(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    words = ("--strategy", "freeze", "--set", "strategy.features=last")
+    before = run(cli, tiny, pictures, tmp_path / "run", *words)
+    assert run(cli, tiny, pictures, tmp_path / "run", *words, "--epochs", 20)["loss"] == before["loss"]
+
+
+@pytest.mark.parametrize("command", ["probe", "map", "advise"])
+def test_nothing_is_written_among_the_images(cli: Cli, tiny: Path, pictures: Path, command: str) -> None:
+    words = ("--per-class", 3) if command == "probe" else ()
+    result = cli(command, "-b", tiny, "-d", pictures, "-o", pictures / "out", *words, *WORDS)
+    assert result.exit_code == 2 and "lies in the data" in result.stderr
+    assert not (pictures / "out").exists()
+
+
+def test_a_backbone_without_a_classifier_is_advised_by_depth(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny, tmp_path / "encoder")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_classes": 0}))
+    result = cli("advise", "-b", other, "-d", pictures, "--json", *WORDS)
+    assert result.exit_code == 0, result.stderr
+    advice = json.loads(result.stdout)
+    assert advice["normalised_leep"] is None and advice["similarity"] in ("unsure", "different")
+
+
+def test_a_classifier_on_stages_gives_features_and_advice(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run(cli, tiny, pictures, tmp_path / "one", "--strategy", "freeze", "--set", "strategy.features=layer2")
+    result = cli("extract", "-b", tmp_path / "one", "-d", pictures, "-o", tmp_path / "f.csv", *WORDS)
+    assert result.exit_code == 0, result.stderr
+    assert cli("advise", "-b", tmp_path / "one", "-d", pictures, *WORDS).exit_code == 0
+
+
 def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
     cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +178,9 @@ def test_a_killed_solution_ends_in_the_same_bits(
         (("--strategy", "freeze", "--set", "strategy.features=layr4"), "did you mean 'layer4'"),
         (("--strategy", "auto", "--set", "strategy.features=last"), "decides that itself"),
         (("--strategy", "auto", "--set", "strategy.head=keep"), "new linear classifier"),
+        (("--strategy", "auto", "--set", "strategy.head_factor=0.5"), "decides that itself"),
+        (("--strategy", "freeze", "--set", "strategy.features=fc"), "it is the classifier"),
+        (("--strategy", "top", "--set", "strategy.floor=layr4"), "strategy.floor=layr4"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(
@@ -150,6 +188,7 @@ def test_keys_that_do_not_go_together_are_refused(
 ) -> None:
     result = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *WORDS, *words)
     assert result.exit_code == 2 and said in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # --- the floor, and a head that begins as a solution ----------------------------------------------
@@ -226,10 +265,13 @@ def test_a_run_with_a_floor_goes_on_to_the_same_bits(
 # --- advice --------------------------------------------------------------------------------------
 
 
-def test_advice_says_where_the_data_stand(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_advice_says_where_the_data_stand(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.job.source.LEAST_SOURCE_CLASSES", 10)
     result = cli("advise", "-b", tiny, "-d", pictures, "-o", tmp_path / "advice", *WORDS)
     assert result.exit_code == 0, result.stderr
-    assert "-> a linear classifier" in result.stdout and "What would change this" in result.stdout
+    assert "-> little," in result.stdout and "What would change this" in result.stdout
     advice = json.loads((tmp_path / "advice/advice.json").read_text())
     assert advice["size"] == "little" and advice["num_images"] == 36 and advice["num_classes"] == 3
     assert advice["strategy"]["name"] == "freeze"

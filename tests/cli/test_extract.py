@@ -18,9 +18,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
 from finetune.features.kept import KeptRows
+from finetune.job import source
 from pretrained.catalog import find_card
 from tests.conftest import Cli, draw_folder
 
@@ -148,6 +150,63 @@ def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path)
     assert not (tmp_path / "f.csv").exists()
 
 
+def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """Kept rows know contents, not names: a renamed folder finds them, and the hole in them."""
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
+    (data / "blue/003.jpg").write_bytes(b"no picture at all")
+    assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "last").exit_code == 0
+    (data / "blue").rename(data / "azure")
+    result = extract(cli, tiny, data, tmp_path / "two.csv", "-l", "last")
+    assert result.exit_code == 0, result.stderr
+    assert list(pd.read_csv(tmp_path / "two.bad_images.csv")["path"]) == ["azure/003.jpg"]
+    assert "azure/003.jpg" not in set(pd.read_csv(tmp_path / "two.csv")["path"])
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_picture_that_changes_on_the_way_is_not_kept(
+    cli: Cli, tiny: Path, tmp_path: Path, gone: bool
+) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
+    picture = data / "blue/003.jpg"
+    content = picture.read_bytes()
+    taps = source.Taps
+
+    def change(*arguments: Any, **keys: Any) -> Any:
+        picture.unlink() if gone else shutil.copy(data / "red/000.jpg", picture)
+        return taps(*arguments, **keys)
+
+    with mock.patch.object(source, "Taps", change):
+        result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last", "--workers", 0)
+    assert result.exit_code == 65 and "changed or removed meanwhile" in result.stderr
+    picture.write_bytes(content)
+    assert extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last").exit_code == 0
+    assert len(pd.read_csv(tmp_path / "f.csv")) == 12
+
+
+def test_other_labels_are_another_extraction(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
+    assert extract(cli, tiny, data, tmp_path / "out", "-l", "last").exit_code == 0
+    (data / "blue").rename(data / "azure")
+    result = extract(cli, tiny, data, tmp_path / "out", "-l", "last")
+    assert result.exit_code == 2 and "another extraction" in result.stderr
+
+
+def test_features_of_the_classifier_know_its_weights(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 3, "blue": 3})
+    state = read_weights(tiny / "model.safetensors")
+    save_file(
+        {key: value * 2 if key.startswith("fc.") else value for key, value in state.items()},
+        tmp_path / "w.safetensors",
+    )
+    assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "fc").exit_code == 0
+    other = extract(
+        cli, tiny, data, tmp_path / "two.csv", "-l", "fc", "--weights", tmp_path / "w.safetensors"
+    )
+    assert other.exit_code == 0, other.stderr
+    one, two = (pd.read_csv(tmp_path / name).iloc[:, 3:] for name in ("one.csv", "two.csv"))
+    assert np.allclose(two, 2 * one, rtol=1e-4, atol=1e-5)
+
+
 def test_the_second_time_nothing_is_computed(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     assert extract(cli, tiny, pictures, tmp_path / "one.csv", "-l", "layer1,layer4").exit_code == 0
     with mock.patch.object(KeptRows, "_compute", side_effect=AssertionError("computed again")):
@@ -178,18 +237,18 @@ def test_another_extraction_is_not_overwritten(
     assert extract(cli, tiny, pictures, out, "-l", "last").exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     result = extract(cli, tiny, pictures, out, *words)
-    assert result.exit_code == 65 and "another extraction" in result.stderr
+    assert result.exit_code == 2 and "another extraction" in result.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_text("mine")
     result = extract(cli, tiny, pictures, tmp_path / "f.csv")
-    assert result.exit_code == 65 and (tmp_path / "f.csv").read_text() == "mine"
+    assert result.exit_code == 2 and (tmp_path / "f.csv").read_text() == "mine"
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
     result = extract(cli, tiny, pictures, tmp_path / "out")
-    assert result.exit_code == 65 and [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    assert result.exit_code == 2 and [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +258,7 @@ def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, pictures: Path,
         (("-l", "all", "--pool", "mean"), 2, "no such pool"),
         (("-l", "layer1", "--pool", "token"), 2, "no class token"),
         (("--format", "tsv"), 2, "no such format"),
+        (("-l", ","), 2, "no layer was named"),
     ],
 )
 def test_bad_words_are_refused_before_anything_is_written(

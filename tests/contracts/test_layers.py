@@ -26,7 +26,7 @@ def check(name: str) -> None:
     stages = _stages_of(network, card.preprocessing)
     layers = Layers(network, stages, card.preprocessing.input_size)
     chosen = layers.all
-    below = [stage.name for stage in stages if stage.role != "head"]
+    below = [stage.name for stage in stages if stage.role != "head"]  # and pre_logits, where it differs
     assert [layer.name for layer in chosen if layer.name != "pre_logits"] == below
     shares = [layer.share for layer in chosen]
     assert shares == sorted(shares) and len(set(shares)) > 1

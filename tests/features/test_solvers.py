@@ -15,8 +15,8 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from finetune.errors import DataError, InternalError
-from finetune.features import solvers
-from finetune.features.minimize import Spectrum
+from finetune.features import minimize, solvers
+from finetune.features.minimize import Logistic, Loss, Objective, Softmax, Spectrum, SquaredHinge
 from finetune.features.rows import FileRows, MemoryRows
 from finetune.features.solvers import (
     DEFAULT_STRENGTH,
@@ -158,6 +158,22 @@ def test_the_spectrum_changes_steps_and_not_the_optimum(kind: Kind) -> None:
     strength = training.strength(kind, 1.0)
     best, other = solve(training, kind, strength), solve(blind, kind, strength)
     assert (best.scores(rows) - other.scores(rows)).abs().max() < 5e-3 * best.scores(rows).abs().max()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("softmax", 12), ("svm", 8), ("logreg", 8)])
+def test_few_steps_are_enough(kind: Kind, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the spectrum they would be half as many again."""
+    rows, labels = draw(150, 40, 6)
+    training = build_training_rows(MemoryRows(rows), torch.arange(150), labels, 6)
+    strength = training.strength(kind, 1.0)
+    signs = torch.nn.functional.one_hot(labels, 6) * 2.0 - 1
+    losses: dict[Kind, type[Loss]] = {"softmax": Softmax, "svm": SquaredHinge, "logreg": Logistic}
+    objective = Objective(training.matrix, losses[kind](signs), strength, training.spectrum)
+    best = minimize.minimize(objective, 1e-7)
+    monkeypatch.setattr(minimize, "MOST_STEPS", most)
+    soon = minimize.minimize(objective, 0.0)
+    value = objective.value(best, training.matrix @ best.T)
+    assert objective.value(soon, training.matrix @ soon.T) == pytest.approx(value, rel=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
