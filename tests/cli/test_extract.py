@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from finetune.features.kept import KeptRows
@@ -193,15 +193,12 @@ def test_other_labels_are_another_extraction(cli: Cli, tiny: Path, tmp_path: Pat
 
 def test_features_of_the_classifier_know_its_weights(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 3, "blue": 3})
-    state = read_weights(tiny / "model.safetensors")
-    save_file(
-        {key: value * 2 if key.startswith("fc.") else value for key, value in state.items()},
-        tmp_path / "w.safetensors",
-    )
+    state = load_file(tiny / "model.safetensors")
+    state |= {key: 2 * value for key, value in state.items() if key.startswith("fc.")}
+    save_file(state, tmp_path / "w.safetensors")
     assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "fc").exit_code == 0
-    other = extract(
-        cli, tiny, data, tmp_path / "two.csv", "-l", "fc", "--weights", tmp_path / "w.safetensors"
-    )
+    words = ("-l", "fc", "--weights", tmp_path / "w.safetensors")
+    other = extract(cli, tiny, data, tmp_path / "two.csv", *words)
     assert other.exit_code == 0, other.stderr
     one, two = (pd.read_csv(tmp_path / name).iloc[:, 3:] for name in ("one.csv", "two.csv"))
     assert np.allclose(two, 2 * one, rtol=1e-4, atol=1e-5)
