@@ -74,7 +74,11 @@ def find_similar(
             others = [i for i in usable.tolist() if not _is_same(source.dataset.file(samples[i]), image)]
             with display.track("comparing", len(others)) as advance:
                 found = find_nearest(
-                    features.rows[0], torch.tensor(others), query, top, lambda done: advance(done, "")
+                    features.rows[0],
+                    torch.tensor(others, dtype=torch.int64),
+                    query,
+                    top,
+                    lambda done: advance(done, ""),
                 )
         rows = [
             {"rank": rank, "path": samples[i].path, "label": _label(source, samples[i]), "similarity": cosine}

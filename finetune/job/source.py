@@ -223,7 +223,9 @@ class Features:
 
     def usable(self, samples: Sequence[Sample]) -> Tensor:
         """Return the indices of the pictures that have rows."""
-        return torch.tensor([i for i, sample in enumerate(samples) if sample.path not in self.lost])
+        return torch.tensor(
+            [i for i, one in enumerate(samples) if one.path not in self.lost], dtype=torch.int64
+        )
 
 
 @contextmanager
