@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +103,6 @@ class KeptRows:
         display: shows progress.
         check_unchanged: raises when samples are not what the facts say.
         num_computed: pictures that went through the network.
-        seconds: that this took.
         num_found: rows of the first place that were there.
         lost: why, for the index of each picture that could not be decoded. Its rows are NaN.
     """
@@ -117,7 +115,6 @@ class KeptRows:
     display: Display
     check_unchanged: Callable[[Sequence[Sample]], None] = lambda _: None
     num_computed: int = 0
-    seconds: float = 0.0
     num_found: int = 0
     lost: dict[int, str] = field(default_factory=dict)
     _files: list[BlockFile] = field(default_factory=list)
@@ -242,7 +239,6 @@ class KeptRows:
             autocast(self.device, self.precision),
         ):
             advance(done * self.batch_size, "")
-            began = time.perf_counter()
             for number, batch in enumerate(loader.batches(epoch, start=done), done):
                 start = number * self.batch_size
                 size = min(self.batch_size, len(loader.samples) - start)
@@ -253,7 +249,6 @@ class KeptRows:
                     self._store(store, number, rows, lost)
                 self.num_computed += size
                 advance(size, "")
-            self.seconds += time.perf_counter() - began
 
     def _run(
         self, forward: InParts, batch: Batch, start: int, size: int, stores: Sequence[_Store]
