@@ -93,11 +93,11 @@ class Layers:
 
     def reads_head(self, layer: Layer) -> bool:
         """Return whether a layer's features depend on the classifier's own weights."""
-        inside = f"{layer.module}."
-        return not layer.at_input and (
-            layer.module in self._head.modules
-            or any(name.startswith(inside) for name in self._head.parameters)
-        )
+        owners = {name.rpartition(".")[0] for name in self._head.parameters}
+        calls = {(call.name, call.number): call for call in self._trace.calls}
+        began = min((call.began for call in calls.values() if call.name in owners), default=None)
+        call = calls[layer.module, layer.number]
+        return began is not None and (call.began if layer.at_input else call.ended) > began
 
     def modules(self) -> dict[str, Layer]:
         """Return a layer for each module that gives tensors by picture, in the order of the forward."""

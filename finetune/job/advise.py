@@ -23,7 +23,7 @@ from torch import Tensor
 from finetune.data.sample import Dataset, Sample
 from finetune.display import Display
 from finetune.features.neighbours import leave_one_out
-from finetune.features.rows import BesideRows, Rows
+from finetune.features.rows import BesideRows
 from finetune.features.solvers import cross_validate
 from finetune.features.transferability import normalised_leep
 from finetune.job.data import check_outside, draw_evenly, require_labels
@@ -139,8 +139,11 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
         check_outside(output, dataset)
     few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
     source = open_source(recipe, network, few, display)
+    layers = network.layers.all
+    if network.backbone.card.taps:  # a classifier on stages takes no other features
+        layers = layers[-1:]
     with open_features(
-        source, network.layers.all, "auto", with_logits=network.has_classifier, parts=("train",)
+        source, layers, "auto", with_logits=network.has_classifier, parts=("train",)
     ) as features:
         samples = source.dataset.of("train")
         usable = features.usable(samples)
@@ -179,14 +182,11 @@ def _measure(
     labels = torch.tensor([samples[index].label for index in usable.tolist()])
     num_classes = dataset.num_classes
     neighbours, hits = [], []
-    candidates: list[tuple[str, Rows]] = [
-        (layer.name, rows) for layer, rows in zip(features.layers, features.rows, strict=True)
-    ]
     with display.track("judging layers", 2 * len(features.layers) + 1) as advance:
         for rows in features.rows:
             neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
             advance(1, "")
-        for _, rows in [*candidates, ("all", BesideRows(features.rows))]:
+        for rows in (*features.rows, BesideRows(features.rows)):
             hits.append(cross_validate(rows, usable, labels, num_classes, "softmax", seed).double())
             advance(1, "")
     depths = tuple(

@@ -198,7 +198,7 @@ def _write(
     samples = source.dataset.samples
     bad = {image.path: image.reason for image in source.unreadable} | features.lost
     usable = features.usable(samples)
-    order = usable[torch.tensor(sorted(range(len(usable)), key=lambda i: samples[usable[i]].path))]
+    order = torch.tensor(sorted(usable.tolist(), key=lambda index: samples[index].path))
     _report_bad(bad, target, display)
     tables = _write_tables(source, features, order, target, display)
     if target.is_folder:

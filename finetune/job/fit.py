@@ -71,11 +71,9 @@ def fit_network(job: Job, dataset: Dataset, changed: bool) -> Fitted:
         check_frozen(network, plan, digests)
         return solved
     first = _solve(job, dataset, "last") if strategy.probe_first else None
-    floor = None
-    if strategy.floor is not None:
-        floor = (
-            first if first is not None and strategy.floor == "last" else _solve(job, dataset, strategy.floor)
-        )
+    floor = first if strategy.floor == "last" else None
+    if floor is None and strategy.floor is not None:
+        floor = _solve(job, dataset, strategy.floor)
     trained, val = _train(job, dataset, changed, first)
     if floor is None or _beats(val, floor.predictions["val"]):
         return trained

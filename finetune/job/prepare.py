@@ -196,7 +196,14 @@ def _check_features(recipe: Recipe, backbone: Backbone) -> None:
     """Refuse features that no linear classifier can be put on, before the output folder is taken."""
     strategy = recipe.strategy
     for key, name in (("features", strategy.features), ("floor", strategy.floor)):
-        if name is None or name in ("last", "best", "all"):
+        if name is None or name == "last":
+            continue
+        if backbone.card.taps:
+            found = "the backbone is itself a classifier on stages"
+            raise UsageError(
+                f"strategy.{key}={name}", found, "Take last, or the backbone that it was made from."
+            )
+        if name in ("best", "all"):
             continue
         layers = Layers(backbone.network.eval(), backbone.stages, backbone.card.preprocessing.input_size)
         try:

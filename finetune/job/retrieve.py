@@ -64,10 +64,7 @@ def find_similar(
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
         query = _see(network, image, chosen, pool)
-        dataset = open_pictures(recipe, display)
-        check_outside(output, dataset)
-        source = open_source(recipe, network, dataset, display)
-        create_new_folder(output)
+        source = _open(recipe, network, output, display)
         samples = source.dataset.samples
         with open_features(source, [chosen], pool) as features:
             usable = features.usable(samples)
@@ -91,6 +88,14 @@ def find_similar(
         write_sheet(output / "similar.png", image, hits)
         display.say(f"{output}/similar.csv, similar.png", style="bold")
         return rows
+
+
+def _open(recipe: Recipe, network: Network, output: Path, display: Display) -> Source:
+    dataset = open_pictures(recipe, display)
+    check_outside(output, dataset)
+    source = open_source(recipe, network, dataset, display)
+    create_new_folder(output)
+    return source
 
 
 def _is_same(file: Path, image: Path) -> bool:
@@ -148,10 +153,7 @@ def draw_feature_map(
             check_umap()
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
-        dataset = open_pictures(recipe, display)
-        check_outside(output, dataset)
-        source = open_source(recipe, network, dataset, display)
-        create_new_folder(output)
+        source = _open(recipe, network, output, display)
         samples = source.dataset.samples
         with open_features(source, [chosen], pool) as features:
             usable = features.usable(samples)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finetune.data.sample import Dataset
 from finetune.data.sample import Split as Part
 from finetune.display import Display
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError
 from finetune.evaluation.predict import Predictions
 from finetune.features.rows import BesideRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
@@ -54,7 +54,7 @@ class Solution:
     def words(self) -> str:
         """``a linear classifier on layer3 (1,024 numbers, C = 0.1)``."""
         names = ", ".join(layer.name for layer in self.layers)
-        shape = f"{self.classifier.weight.shape[1]:,} numbers, C = {self.classifier.strength:g}"
+        shape = f"{self.classifier.weight.shape[1]:,} numbers, C = {self.classifier.strength:.3g}"
         return f"a linear classifier on {names} ({shape})"
 
 
@@ -71,15 +71,9 @@ def solve_head(
         display: shows progress.
 
     Raises:
-        UsageError: there is no such layer.
         DataError: an image cannot be read any more.
     """
     backbone = ready.backbone
-    if backbone.card.taps and choice != "last":
-        found = "the backbone is itself a classifier on stages"
-        raise UsageError(
-            f"strategy.features={choice}", found, "Take `last`, or the backbone that it was made from."
-        )
     dataset = dataset.without({one.path for one in dataset.samples if one.path not in digests})  # lost before
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
@@ -91,12 +85,14 @@ def solve_head(
         wanted = layers.select([choice])
     with open_features(source, wanted, "auto") as features:
         _refuse_lost(features)
-        with display.track("solving linear classifiers", len(wanted) + 1) as advance:
+        total = 1 + (len(wanted) if choice == "best" else 0)
+        with display.track("solving linear classifiers", total) as advance:
             chosen = _choose(features, dataset, choice, ready.recipe.seed, lambda: advance(1, ""))
             rows = _beside(features, chosen)
             indices = _indices_of(dataset, "train")
             labels = _labels(dataset, indices)
             classifier = fit(rows, indices, labels, dataset.num_classes, "softmax", ready.recipe.seed)
+            advance(1, "")
             parts: list[Part] = ["val", "test"]
             predictions = {
                 part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)
@@ -144,7 +140,7 @@ def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
 
 def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Part) -> Predictions:
     indices = _indices_of(dataset, part)
-    logits = torch.cat([classifier.scores(rows[some]) for some in indices.split(1024)])  # type: ignore[no-untyped-call]
+    logits = torch.cat([classifier.scores(rows[some]) for some in torch.split(indices, 1024)])
     return Predictions(logits.float().cpu(), _labels(dataset, indices))
 
 

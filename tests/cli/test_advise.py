@@ -119,7 +119,10 @@ def test_a_classifier_on_stages_gives_features_and_advice(
     run(cli, tiny, pictures, tmp_path / "one", "--strategy", "freeze", "--set", "strategy.features=layer2")
     result = cli("extract", "-b", tmp_path / "one", "-d", pictures, "-o", tmp_path / "f.csv", *WORDS)
     assert result.exit_code == 0, result.stderr
-    assert cli("advise", "-b", tmp_path / "one", "-d", pictures, *WORDS).exit_code == 0
+    run(cli, tmp_path / "one", pictures, tmp_path / "auto", "--strategy", "auto")
+    words = ("--strategy", "freeze", "--set", "strategy.features=all", "-o", tmp_path / "no")
+    result = cli("run", "-b", tmp_path / "one", "-d", pictures, *WORDS, *words)
+    assert result.exit_code == 2 and "itself a classifier on stages" in result.stderr
 
 
 def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
@@ -286,7 +289,18 @@ def test_auto_runs_what_advice_says_and_computes_it_once(
     cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
 ) -> None:
     advised = json.loads(cli("advise", "-b", tiny, "-d", pictures, "--json", *WORDS).stdout)
-    metrics = run(cli, tiny, pictures, tmp_path / "run", "--strategy", "auto")
+    seen: list[str] = []
+    rows = KeptRows.rows
+
+    def spy(self: KeptRows, *arguments: Any) -> Any:
+        before = self.num_computed
+        found = rows(self, *arguments)
+        seen.extend([str(arguments[-1])] * (self.num_computed > before))
+        return found
+
+    with mock.patch.object(KeptRows, "rows", spy):
+        metrics = run(cli, tiny, pictures, tmp_path / "run", "--strategy", "auto")
+    assert set(seen) == {"features of val images"}  # those of training images were there
     saved = json.loads((tmp_path / "run/advice.json").read_text())
     assert saved["strategy"] == advised["strategy"]
     recipe = (tmp_path / "run/recipe.yaml").read_text()

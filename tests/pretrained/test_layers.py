@@ -179,6 +179,13 @@ def test_a_network_without_a_classifier_has_no_pre_logits() -> None:
         layers.select(["pre_logits"])
 
 
+def test_what_depends_on_the_classifier_is_known(resnet: nn.Module) -> None:
+    layers = layers_of(resnet)
+    modules = layers.modules()
+    assert [name for name in modules if layers.reads_head(modules[name])] == ["fc"]
+    assert not any(layers.reads_head(layer) for layer in (*layers.all, layers.pre_logits) if layer)
+
+
 def test_a_place_is_found_again(resnet: nn.Module) -> None:
     layers = layers_of(resnet)
     for layer in layers.all:
