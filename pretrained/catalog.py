@@ -29,6 +29,7 @@ from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
 from pretrained.config import (
+    TEMPERATURES,
     check_view,
     describe_fault,
     read_arguments,
@@ -100,6 +101,8 @@ class Card:
         taps: places whose features the classifier reads, where those are not the last ones (module, number
             of the call, whether it is what the call takes).
         pool: of these features.
+        temperature: logits are divided by it before they become probabilities (arXiv:1706.04599); 1 changes
+            nothing.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Card:
     sha256: str = ""
     taps: tuple[tuple[str, int, bool], ...] = ()
     pool: Pool = "auto"
+    temperature: float = 1.0
 
     def with_input(self, preprocessing: Preprocessing) -> Card:
         """Return the card with other preprocessing."""
@@ -334,6 +338,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
         model_args=read_arguments(config),
         sha256=read_text(ours.get("sha256")),
         taps=read_taps(ours.get("taps")),
+        temperature=read_number("temperature", ours.get("temperature", 1.0), *TEMPERATURES),
         pool=read_pool(ours.get("pool")),
     )
 

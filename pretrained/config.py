@@ -26,6 +26,8 @@ LONGEST_TEXT = 200
 """Characters of a licence, an origin or a tag; they are shown, and written into model cards."""
 MOST_TAPS = 1_000
 """Places whose features a classifier reads; no network has as many stages."""
+TEMPERATURES = (0.01, 100.0)
+"""Least and largest that probabilities may be softened by."""
 _CROP_MODES = ("center", "squash", "border")
 
 

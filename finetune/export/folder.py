@@ -94,6 +94,7 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         "sha256": sha256,
         "taps": [list(tap) for tap in card.taps],
         "pool": card.pool,
+        "temperature": card.temperature,
     }
     config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
     return config | {"finetune": ours}
