@@ -136,6 +136,26 @@ class RunFolder:
         return self.path / "confusion_matrix.csv"
 
     @property
+    def per_class(self) -> Path:
+        """Precision, recall, F1 and support, one row a class."""
+        return self.path / "per_class.csv"
+
+    @property
+    def check(self) -> Path:
+        """What the look at the data found."""
+        return self.path / "check.json"
+
+    @property
+    def report(self) -> Path:
+        """Everything that is worth looking at, on one page."""
+        return self.path / "report.html"
+
+    @property
+    def plots(self) -> Path:
+        """The drawings of the page, each as a file."""
+        return self.path / "plots"
+
+    @property
     def checkpoints(self) -> Path:
         """Everything needed to go on, in folders (:mod:`finetune.training.checkpoint`)."""
         return self.path / "checkpoints"
