@@ -34,6 +34,10 @@ class Predictions:
         """Softmax of the logits, (N, K)."""
         return self.logits.softmax(dim=1)
 
+    def soften(self, temperature: float) -> Predictions:
+        """Return the same with logits divided by a temperature."""
+        return Predictions(self.logits / temperature, self.labels)
+
     @property
     def predicted(self) -> Tensor:
         """The likeliest class of each image, (N,)."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.data.feed import Feed
-from finetune.data.sample import Dataset
+from finetune.data.sample import Dataset, Sample
 from finetune.display import Display
 from finetune.errors import InternalError
-from finetune.evaluation.metrics import compute_confusion, compute_metrics
+from finetune.evaluation.judgement import Judgement
+from finetune.evaluation.metrics import PER_CLASS_COLUMNS, compute_confusion, list_by_class
 from finetune.evaluation.predict import Predictions, autocast, predict
 from finetune.job.prepare import Ready
 from finetune.job.solve import Solution
@@ -65,10 +66,10 @@ def check_figures(
 
 
 def collect_metrics(
-    ready: Ready, dataset: Dataset, predictions: Predictions, facts: Mapping[str, Any]
+    ready: Ready, dataset: Dataset, judgement: Judgement, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
-    return compute_metrics(predictions, dataset.classes) | {
+    return judgement.metrics | {
         "split": dataset.judged_split,
         **facts,
         "backbone": ready.backbone.card.name,
@@ -125,10 +126,16 @@ def _mean_wait(progress: Progress) -> float:
 
 
 def write_figures(
-    folder: RunFolder, dataset: Dataset, predictions: Predictions, metrics: dict[str, Any]
+    folder: RunFolder, samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
 ) -> None:
-    """Write one row an image, and the confusion matrix."""
-    samples, classes = dataset.of(metrics["split"]), dataset.classes
+    """Write one row an image, one row a class, and the confusion matrix.
+
+    Args:
+        folder: takes the files.
+        samples: that were judged, in the order of the predictions.
+        predictions: calibrated.
+        classes: names in index order.
+    """
     confidence, predicted = predictions.probabilities.max(dim=1)
     rows = (
         (sample.path, classes[sample.label], classes[guess], sure, *probabilities.tolist())
@@ -138,9 +145,10 @@ def write_figures(
     )
     columns = ("path", "label", "predicted", "confidence", *(f"prob_{name}" for name in classes))
     write_csv(folder.predictions, rows, columns)
-    confusion = compute_confusion(predictions).tolist()
-    table = [(name, *counts) for name, counts in zip(classes, confusion, strict=True)]
+    confusion = compute_confusion(predictions)
+    table = [(name, *counts) for name, counts in zip(classes, confusion.tolist(), strict=True)]
     write_csv(folder.confusion_matrix, table, ("label", *classes))
+    write_csv(folder.per_class, list_by_class(confusion, classes), PER_CLASS_COLUMNS)
 
 
 def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
@@ -150,9 +158,11 @@ def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> 
     came = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
     if not metrics["epochs"]:
         came = f"a linear classifier on {', '.join(metrics['features'])}"
+    low, high = metrics["intervals"]["accuracy"]
     display.say(
-        f"accuracy {metrics['accuracy']:.4f}, balanced {metrics['balanced_accuracy']:.4f}, macro F1 "
-        f"{metrics['f1_macro']:.4f} on {metrics['num_samples']} {metrics['split']} images{chosen}; "
+        f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
+        f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
+        f"{metrics['num_samples']} {metrics['split']} images{chosen}; "
         f"{came}, {metrics['seconds']['total']:.0f} s",
         style="bold",
     )

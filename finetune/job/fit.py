@@ -40,7 +40,8 @@ class Fitted:
 
     Attributes:
         backbone: network and card, as they are handed over.
-        predictions: of the judged part.
+        predictions: of the judged part, uncalibrated.
+        val: of the validation part, where that is another one.
         images: (B, 3, H, W) its first pictures.
         precision: of the forward pass that the predictions come from.
         dtype: of the features that they come from.
@@ -49,6 +50,7 @@ class Fitted:
 
     backbone: Backbone
     predictions: Predictions
+    val: Predictions | None
     images: Tensor
     precision: Precision
     dtype: Precision
@@ -108,7 +110,8 @@ def _hand_over(job: Job, dataset: Dataset, solution: Solution, ready: Ready) -> 
         loader = Maker(source, Shelf(), job.display, stack).loader(part, here=True)
         images = next(loader.batches()).images[:FEW].clone()
     facts = describe_solution(ready, dataset, solution)
-    return Fitted(backbone, solution.predictions[part], images, "float32", "float32", facts)
+    val = solution.predictions["val"] if part != "val" else None
+    return Fitted(backbone, solution.predictions[part], val, images, "float32", "float32", facts)
 
 
 # --- trained -------------------------------------------------------------------------------------
@@ -139,7 +142,9 @@ def _train(job: Job, dataset: Dataset, changed: bool, first: Solution | None) ->
             images = next(feeds.pictures[part].batches()).images[:FEW].clone()
     backbone = replace(ready.backbone, network=trainer.judged)
     facts = describe_training(dataset, progress)
-    return Fitted(backbone, predictions, images, trainer.precision, recipe.cache.dtype, facts), of_best
+    val = of_best if part != "val" else None
+    fitted = Fitted(backbone, predictions, val, images, trainer.precision, recipe.cache.dtype, facts)
+    return fitted, of_best
 
 
 def _start_head(network: nn.Module, first: Solution | None) -> bool:

@@ -20,6 +20,7 @@ from finetune import __version__
 from finetune.data.sample import Dataset
 from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError
+from finetune.evaluation.judgement import judge
 from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.attempt import Clock, Job
 from finetune.job.auto import choose_strategy
@@ -156,10 +157,12 @@ def _carry_out(job: Job) -> Run:
     with clock.phase("evaluate"):
         network = fitted.backbone.network
         check_figures(network, fitted.predictions, fitted.images, fitted.precision, fitted.dtype)
-    metrics = collect_metrics(ready, dataset, fitted.predictions, fitted.facts)
-    write_figures(folder, dataset, fitted.predictions, metrics)
+        judgement = judge(fitted.predictions, fitted.val, dataset.classes)
+    metrics = collect_metrics(ready, dataset, judgement, fitted.facts)
+    write_figures(folder, dataset.of(metrics["split"]), judgement.predictions, dataset.classes)
     with clock.phase("export"):
-        _export(fitted.backbone, folder, metrics, fitted.images)
+        card = replace(fitted.backbone.card, temperature=judgement.temperature)
+        _export(replace(fitted.backbone, card=card), folder, metrics, fitted.images)
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from finetune.evaluation.metrics import compute_confusion, compute_metrics, compute_top_k
+from finetune.evaluation.metrics import (
+    compute_confusion,
+    compute_metrics,
+    compute_roc_auc,
+    compute_top_k,
+    find_most_confused,
+    list_by_class,
+)
 from finetune.evaluation.predict import Predictions
 
 
@@ -49,3 +56,49 @@ def test_top5_needs_six_classes() -> None:
 def test_top1_is_accuracy() -> None:
     predictions = draw_predictions(50, 6, 1)
     assert compute_top_k(predictions, 1) == pytest.approx(predictions.accuracy)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_by_class_are_scikit_learns(seed: int) -> None:
+    predictions = draw_predictions(80, 7, seed, 5)
+    predictions.logits[:, 2] = -100  # never predicted
+    truth, guess = predictions.labels.numpy(), predictions.predicted.numpy()
+    theirs = reference.precision_recall_fscore_support(truth, guess, labels=range(7), zero_division=0)
+    rows = list_by_class(compute_confusion(predictions), "abcdefg")
+    for place, (name, precision, recall, f1, support, predicted) in enumerate(rows):
+        assert (name, support, predicted) == ("abcdefg"[place], theirs[3][place], (guess == place).sum())
+        if place >= 5:  # no images: nothing can be said, and 0 would say something
+            assert (precision, recall, f1) == ("n/a", "n/a", "n/a")
+            continue
+        assert (recall, f1) == pytest.approx((theirs[1][place], theirs[2][place]))
+        assert precision == ("n/a" if place == 2 else pytest.approx(theirs[0][place]))
+    ours = compute_metrics(predictions, "abcdefg")
+    classes = sorted(set(truth.tolist()))
+    precision = reference.precision_score(truth, guess, labels=classes, average="macro", zero_division=0)
+    assert ours["precision_macro"] == pytest.approx(precision)
+    assert ours["error"] == pytest.approx(1 - ours["accuracy"])
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["no ties", "ties"])
+def test_roc_auc_is_scikit_learns(coarse: bool) -> None:
+    predictions = draw_predictions(90, 4, 3)
+    if coarse:
+        predictions = Predictions(predictions.logits.round(), predictions.labels)
+    truth, probabilities = predictions.labels.numpy(), predictions.probabilities.double().numpy()
+    areas = [reference.roc_auc_score(truth == k, probabilities[:, k]) for k in range(4)]
+    assert compute_roc_auc(predictions) == pytest.approx(sum(areas) / 4)
+
+
+def test_roc_auc_needs_two_classes_with_images() -> None:
+    predictions = draw_predictions(20, 4, 0, present=1)
+    assert compute_roc_auc(predictions) is None
+    assert compute_metrics(predictions, "abcd")["roc_auc"] is None
+
+
+def test_confused_pairs_come_with_their_share() -> None:
+    confusion = torch.tensor([[5, 3, 0], [1, 9, 0], [0, 4, 6]]).numpy()
+    assert find_most_confused(confusion, ["ant", "bee", "cat"]) == [
+        {"label": "cat", "predicted": "bee", "count": 4, "share": 0.4},
+        {"label": "ant", "predicted": "bee", "count": 3, "share": 0.375},
+        {"label": "bee", "predicted": "ant", "count": 1, "share": 0.1},
+    ]

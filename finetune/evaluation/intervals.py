@@ -1,0 +1,148 @@
+"""How far figures would swing with other images: 95 % intervals from resampling the judged ones.
+
+Percentile bootstrap (Efron, 1979): the judged images are drawn again and again with replacement, and a
+figure's interval is what the middle 95 % of the draws give. Where everything is right, or everything wrong,
+resampling shows nothing: there the limit comes from the binomial distribution.
+
+Shape legend: N images, K classes, R resamples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from torch.nn.functional import cross_entropy
+
+from finetune.evaluation.metrics import (
+    TOP5_CLASSES,
+    Counts,
+    Floats,
+    compute_confusion,
+    find_top_k,
+)
+from finetune.evaluation.predict import Predictions
+
+LEVEL = 0.95
+NUM_RESAMPLES = 2_000
+_FEWEST_RESAMPLES = 200
+_MOST_NUMBERS = 500_000_000
+"""That are looked at for the area under the ROC curve: some seconds."""
+_CHUNK = 10_000_000
+"""Numbers drawn at a time."""
+
+Interval = tuple[float, float]
+
+
+def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Interval]:
+    """Return the 95 % interval of each headline figure, by its name in ``metrics.json``.
+
+    The area under the ROC curve has none where images times classes are more than some millions.
+
+    Args:
+        predictions: at least one.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    intervals = _intervals_of_shares(compute_confusion(predictions), rng)
+    losses = cross_entropy(predictions.logits.double(), predictions.labels, reduction="none").numpy()
+    intervals["loss"] = _middle(_resample_mean(losses, rng))
+    if predictions.logits.shape[1] >= TOP5_CLASSES:
+        top5 = find_top_k(predictions, 5).astype(float)
+        intervals["top5_accuracy"] = _at_limits(_middle(_resample_mean(top5, rng)), len(top5))
+    areas = _resample_roc_auc(predictions, rng)
+    if len(areas):
+        intervals["roc_auc"] = _middle(areas)
+    return intervals
+
+
+def _intervals_of_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Interval]:
+    """To draw images is to draw cells of the confusion matrix, of which there are far fewer."""
+    num_images, support = int(confusion.sum()), confusion.sum(axis=1)
+    values = _resample_shares(confusion, rng)
+    # A mean over classes is no surer than what its rarest class allows.
+    fewest = dict.fromkeys(values, int(support[support > 0].min())) | {"accuracy": num_images}
+    return {name: _at_limits(_middle(drawn), fewest[name]) for name, drawn in values.items()}
+
+
+def _resample_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Floats]:
+    """Return (R,) of each share; a class that a draw left out counts in no mean of it."""
+    rows, columns = np.nonzero(confusion)
+    num_images, diagonal = int(confusion.sum()), rows == columns
+    draws = rng.multinomial(num_images, confusion[rows, columns] / num_images, size=NUM_RESAMPLES)
+    support = _sum_by(draws, rows, len(confusion))
+    hits = _sum_by(draws[:, diagonal], rows[diagonal], len(confusion))
+    is_there = support > 0
+    recall = hits / np.maximum(support, 1)
+    f1 = 2 * hits / np.maximum(support + _sum_by(draws, columns, len(confusion)), 1)
+    return {
+        "accuracy": hits.sum(axis=1) / num_images,
+        "balanced_accuracy": recall.sum(axis=1) / is_there.sum(axis=1),
+        "f1_macro": np.where(is_there, f1, 0).sum(axis=1) / is_there.sum(axis=1),
+    }
+
+
+def _sum_by(draws: Counts, keys: Counts, num_keys: int) -> Counts:
+    """Return sums (R, num_keys) of the columns of draws that have the same key."""
+    sums = np.zeros((len(draws), num_keys), np.int64)
+    order = np.argsort(keys, kind="stable")
+    if len(order):
+        present, starts = np.unique(keys[order], return_index=True)
+        sums[:, present] = np.add.reduceat(draws[:, order], starts, axis=1)
+    return sums
+
+
+def _resample_mean(values: Floats, rng: np.random.Generator) -> Floats:
+    """Return means (R,) of values (N,) that are drawn with replacement."""
+    rows = max(1, min(NUM_RESAMPLES, _CHUNK // len(values)))
+    parts = [
+        values[rng.integers(len(values), size=(min(rows, NUM_RESAMPLES - start), len(values)))].mean(axis=1)
+        for start in range(0, NUM_RESAMPLES, rows)
+    ]
+    return np.concatenate(parts)
+
+
+def _resample_roc_auc(predictions: Predictions, rng: np.random.Generator) -> Floats:
+    """Return areas (R,), none where they would take too long.
+
+    An image that is drawn twice weighs twice, so that scores are sorted only once.
+    """
+    labels, num_images = predictions.labels.numpy(), len(predictions.labels)
+    present = np.unique(labels)
+    num_resamples = min(NUM_RESAMPLES, _MOST_NUMBERS // (num_images * len(present)))
+    if len(present) < 2 or num_resamples < _FEWEST_RESAMPLES:
+        return np.empty(0)
+    probabilities = predictions.probabilities.double().numpy()
+    even = np.full(num_images, 1 / num_images)
+    rows = max(1, _CHUNK // num_images)
+    parts = []
+    for start in range(0, num_resamples, rows):
+        weights = rng.multinomial(num_images, even, size=min(rows, num_resamples - start))
+        areas = [_weigh_area(probabilities[:, label], labels == label, weights) for label in present]
+        parts.append(np.nanmean(areas, axis=0))  # less the classes that a draw left out
+    return np.concatenate(parts)
+
+
+def _weigh_area(scores: Floats, is_own: npt.NDArray[np.bool_], weights: Counts) -> Floats:
+    """Return the area under one ROC curve for each row of weights (R, N); NaN where a side has none."""
+    order = np.argsort(scores, kind="stable")
+    _, starts = np.unique(scores[order], return_index=True)  # equal scores count as half
+    drawn, own = weights[:, order], is_own[order]
+    positive = np.add.reduceat(drawn * own, starts, axis=1)
+    negative = np.add.reduceat(drawn * ~own, starts, axis=1)
+    below = negative.cumsum(axis=1) - negative / 2
+    with np.errstate(invalid="ignore"):
+        area: Floats = (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
+    return area
+
+
+def _middle(values: Floats) -> Interval:
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(low), float(high)
+
+
+def _at_limits(interval: Interval, num_images: int) -> Interval:
+    """Widen what has no width at 0 or 1, to Clopper and Pearson's limit of a share of 0 or 1."""
+    margin = 1 - ((1 - LEVEL) / 2) ** (1 / num_images)
+    if interval == (1.0, 1.0):
+        return 1 - margin, 1.0
+    return (0.0, margin) if interval == (0.0, 0.0) else interval

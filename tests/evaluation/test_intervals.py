@@ -1,0 +1,94 @@
+"""Intervals hold what they promise, and do not pretend to certainty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from finetune.evaluation.intervals import _resample_roc_auc, _resample_shares, compute_intervals
+from finetune.evaluation.metrics import compute_confusion, compute_roc_auc, compute_shares
+from finetune.evaluation.predict import Predictions
+
+
+def draw(rng: np.random.Generator, num_images: int, accuracy: float, num_classes: int = 3) -> Predictions:
+    """Predictions that are right with a given chance."""
+    labels = torch.from_numpy(rng.integers(num_classes, size=num_images))
+    wrong = (labels + torch.from_numpy(rng.integers(1, num_classes, size=num_images))) % num_classes
+    said = torch.where(torch.from_numpy(rng.random(num_images) < accuracy), labels, wrong)
+    return Predictions(2 * torch.nn.functional.one_hot(said, num_classes).float(), labels)
+
+
+def test_an_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+    rng, turns = np.random.default_rng(5), 120
+    held = {"accuracy": 0, "balanced_accuracy": 0}
+    for turn in range(turns):
+        intervals = compute_intervals(draw(rng, 100, 0.85), seed=turn)
+        for name in held:
+            low, high = intervals[name]
+            held[name] += low <= 0.85 <= high
+    for name, count in held.items():  # of a true 95 %, fewer than 86 % or all would be one in thousands
+        assert 0.86 * turns <= count < turns, name
+
+
+def test_the_interval_of_accuracy_is_the_binomials() -> None:
+    predictions = draw(np.random.default_rng(0), 400, 0.9)
+    hits = int((predictions.predicted == predictions.labels).sum())
+    exact = binomtest(hits, 400).proportion_ci(method="wilson")
+    assert compute_intervals(predictions)["accuracy"] == pytest.approx((exact.low, exact.high), abs=0.008)
+
+
+def test_no_mistake_is_no_certainty() -> None:
+    labels = torch.tensor([0] * 20 + [1] * 10)
+    right = Predictions(5 * torch.nn.functional.one_hot(labels, 2).float(), labels)
+    intervals = compute_intervals(right)
+    assert intervals["accuracy"] == pytest.approx((binomtest(30, 30).proportion_ci().low, 1.0))
+    assert intervals["balanced_accuracy"] == pytest.approx((binomtest(10, 10).proportion_ci().low, 1.0))
+    assert intervals["f1_macro"][0] < 0.8
+    wrong = Predictions(5 * torch.nn.functional.one_hot(1 - labels, 2).float(), labels)
+    assert compute_intervals(wrong)["accuracy"] == pytest.approx((0.0, binomtest(0, 30).proportion_ci().high))
+
+
+def test_every_headline_has_one_and_they_come_again() -> None:
+    predictions = draw(np.random.default_rng(1), 60, 0.7, num_classes=7)
+    intervals = compute_intervals(predictions)
+    assert set(intervals) == {
+        "accuracy", "balanced_accuracy", "f1_macro", "loss", "top5_accuracy", "roc_auc",
+    }  # fmt: skip
+    assert all(low < high for low, high in intervals.values())
+    assert compute_intervals(predictions) == intervals
+    assert compute_intervals(predictions, seed=1) != intervals
+
+
+class _Fixed:
+    """A generator that draws what it is told: every image, or cell, as often as it is there."""
+
+    def __init__(self, counts: np.ndarray) -> None:
+        self.counts = counts
+
+    def multinomial(self, *_: object, size: int) -> np.ndarray:
+        return np.tile(self.counts, (size, 1))
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["no ties", "ties"])
+def test_a_draw_of_every_image_once_gives_the_figure_itself(coarse: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(80, 5, generator=generator)
+    logits[:, 3] = -100  # a class that is never predicted, and one without images
+    labels = torch.randint(4, (80,), generator=generator)
+    predictions = Predictions(logits.round() if coarse else logits, labels)
+    confusion = compute_confusion(predictions)
+    cells = _resample_shares(confusion, _Fixed(confusion[confusion > 0]))  # type: ignore[arg-type]
+    shares = compute_shares(confusion)
+    assert {name: values[7] for name, values in cells.items()} == pytest.approx(
+        {name: shares[name] for name in cells}
+    )
+    areas = _resample_roc_auc(predictions, _Fixed(np.ones(80, int)))  # type: ignore[arg-type]
+    assert areas[7] == pytest.approx(compute_roc_auc(predictions))
+
+
+def test_one_image_of_one_class() -> None:
+    intervals = compute_intervals(Predictions(torch.tensor([[3.0, 0.0]]), torch.tensor([0])))
+    assert intervals["accuracy"] == pytest.approx((0.025, 1.0))
+    assert "roc_auc" not in intervals
