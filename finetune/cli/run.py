@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from finetune.cli.refusals import hand_over, refusals, say
+from finetune.cli.series import Member, find_series, run_series
 from finetune.pulse import Pulse, find_parent
 from finetune.stopping import end_with_parent
 from finetune.supervisor import Supervisor
@@ -86,6 +87,12 @@ def run_command(
         ),
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Train so many seeds; report their mean and deviation.")
+    ] = 1,
+    folds: Annotated[
+        int, typer.Option(min=1, help="Cross-validate: each of so many parts judges once.", show_default="1")
+    ] = 1,
     allow_changed: Annotated[
         bool,
         typer.Option("--allow-changed", help="Go on with a run of another recipe, other images or weights."),
@@ -123,6 +130,15 @@ def run_command(
         "device": device,
     }
     with refusals(as_json):
+        if series := find_series(repeats, folds, seed, output):
+
+            def run_here(member: Member) -> dict[str, Any]:
+                own = flags | ({"seed": member.seed} if member.seed is not None else {})
+                settings = _read(recipe, own, [*(assignments or []), *member.assignments])
+                return _run(settings, series.output / member.name, Pulse(None), allow_changed)
+
+            run_series(series, stall_timeout, run_here, as_json)
+            return
         parent = find_parent()
         if parent is None and stall_timeout > 0:
             _watch_over(stall_timeout)

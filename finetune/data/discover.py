@@ -47,6 +47,18 @@ def discover(
         DiskError: an archive cannot be unpacked for lack of space or permission.
     """
     finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    is_table = read_data(finding, data, on_progress)
+    drawn = "val" not in finding.parts
+    dataset = _dataset(finding, val_fraction, seed)
+    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn)
+
+
+def read_data(finding: Finding, data: Path, on_progress: Progress | None = None) -> bool:
+    """Read a folder, a zip archive or a CSV file; return whether it was a CSV file.
+
+    Raises:
+        DataError: it is none of them, or cannot be read.
+    """
     if not os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
         siblings = names_in(finding.root.parent)
         raise finding.refuse(
@@ -63,9 +75,7 @@ def discover(
         read_folder(finding)
     else:
         raise _refuse_kind(finding, suffix)
-    drawn = "val" not in finding.parts
-    dataset = _dataset(finding, val_fraction, seed)
-    return replace(dataset, is_folder=suffix != ".csv", val_was_drawn=drawn)
+    return suffix == ".csv"
 
 
 def _refuse_kind(finding: Finding, suffix: str) -> DataError:

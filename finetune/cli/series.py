@@ -1,0 +1,113 @@
+"""``finetune run --repeats K`` and ``--folds K``: the same run several times, each watched over by itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from finetune.cli.options import default_folder
+from finetune.cli.refusals import hand_over, say
+from finetune.errors import UsageError
+from finetune.supervisor import Supervisor
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a series.
+
+    Attributes:
+        name: of its folder.
+        seed: its own, where the series is one of seeds.
+        assignments: of recipe keys, as ``--set`` takes them.
+    """
+
+    name: str
+    seed: int | None = None
+    assignments: tuple[str, ...] = ()
+
+    def words(self, output: Path) -> list[str]:
+        """Return what is added to the command line of the series: of a flag given twice, the last counts."""
+        words = ["--repeats", "1", "--folds", "1", "--json", "--output", str(output / self.name)]
+        words += ["--seed", str(self.seed)] if self.seed is not None else []
+        return words + [word for assignment in self.assignments for word in ("--set", assignment)]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in one thing.
+
+    Attributes:
+        kind: ``repeats`` or ``folds``.
+        members: at least two.
+        output: holds their folders.
+    """
+
+    kind: str
+    members: tuple[Member, ...]
+    output: Path
+
+
+def find_series(repeats: int, folds: int, seed: int | None, output: Path | None) -> Series | None:
+    """Return the series that was asked for; None for a single run.
+
+    Raises:
+        UsageError: both kinds at once.
+    """
+    if repeats > 1 and folds > 1:
+        raise UsageError("--repeats and --folds", "a series has one kind", "Drop one of the two.")
+    if repeats <= 1 and folds <= 1:
+        return None
+    kind = "folds" if folds > 1 else "repeats"
+    members = tuple(_seeds(repeats, seed or 0) if kind == "repeats" else _folds(folds))
+    return Series(kind, members, output or default_folder(kind))
+
+
+def _seeds(repeats: int, first: int) -> Iterator[Member]:
+    return (Member(f"seed-{seed}", seed) for seed in range(first, first + repeats))
+
+
+def _folds(folds: int) -> Iterator[Member]:
+    return (
+        Member(f"fold-{fold}", None, (f"data.folds={folds}", f"data.fold={fold}"))
+        for fold in range(1, folds + 1)
+    )
+
+
+def run_series(
+    series: Series, stall_timeout: float, run_here: Callable[[Member], dict[str, Any]], as_json: bool
+) -> None:
+    """Run every member; the first that fails ends the series with its exit code.
+
+    Args:
+        series: to be run.
+        stall_timeout: seconds; 0 runs the members in this process.
+        run_here: does that, and returns the member's figures.
+        as_json: print ``series.json``.
+    """
+    from finetune.display import Display
+    from finetune.job.series import create_series_folder, finish_series
+
+    create_series_folder(series.output)
+    runs: dict[str, dict[str, Any]] = {}
+    for number, member in enumerate(series.members, 1):
+        say(typer.style(f"{member.name} ({number} of {len(series.members)})", bold=True))
+        runs[member.name] = _run_child(series, member, stall_timeout) if stall_timeout else run_here(member)
+    result = finish_series(series.output, series.kind, runs, Display())
+    if as_json:
+        hand_over(json.dumps(result) + "\n")
+
+
+def _run_child(series: Series, member: Member, stall_timeout: float) -> dict[str, Any]:
+    code, output = Supervisor([*sys.argv[1:], *member.words(series.output)], stall_timeout, say).run()
+    if code:
+        if "--json" in sys.argv:
+            hand_over(output)
+        raise typer.Exit(code)
+    metrics: dict[str, Any] = json.loads(output)
+    return metrics
