@@ -40,12 +40,17 @@ def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, i
     Image.fromarray(pixels).save(path)
 
 
+PART_SEEDS = {"val": 100_000, "test": 200_000}
+"""So that no part holds the pictures of another."""
+
+
 def draw_folder(root: Path, counts: Mapping[str, int]) -> Path:
     """Class folders with ``counts`` pictures each; names outside COLOURS get grey ones."""
+    first = PART_SEEDS.get(root.name, 0)
     for position, (name, count) in enumerate(counts.items()):
         colour = COLOURS.get(name.rpartition("/")[2], (120, 120, 120))
         for number in range(count):
-            draw(root / name / f"{number:03}.jpg", colour, seed=1000 * position + number)
+            draw(root / name / f"{number:03}.jpg", colour, seed=first + 1000 * position + number)
     return root
 
 

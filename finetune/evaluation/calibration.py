@@ -8,7 +8,7 @@ Shape legend: N images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,40 +175,59 @@ def find_thresholds(
         wanted: precisions in (0, 1).
 
     Returns:
-        For each: ``precision`` (wanted), ``threshold`` (null where none is enough), and on the judged images
-        ``coverage`` (share that is not rejected) and ``achieved`` (share of those that is right).
+        What :func:`measure_thresholds` does; a threshold is None where none is enough.
     """
-    return [_threshold_for(fitting, judged, precision) for precision in wanted]
+    confidence, right = _confidence_and_truth(fitting)
+    found = [
+        {"precision": precision, "threshold": find_threshold(confidence, right, precision)}
+        for precision in wanted
+    ]
+    return measure_thresholds(found, judged)
 
 
-def _threshold_for(fitting: Predictions, judged: Predictions, precision: float) -> dict[str, Any]:
-    threshold = find_threshold(*_confidence_and_truth(fitting), precision)
-    facts: dict[str, Any] = {
-        "precision": precision,
-        "threshold": threshold,
-        "coverage": 0.0,
-        "achieved": None,
-    }
-    if threshold is None:
-        return facts
+def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], judged: Predictions) -> list[dict[str, Any]]:
+    """Return what thresholds give on judged images.
+
+    Args:
+        thresholds: each with ``precision`` (wanted) and ``threshold``.
+        judged: predictions, calibrated.
+
+    Returns:
+        For each these two, ``coverage`` (share of images that is not rejected) and ``achieved`` (share of
+        those that is right; null where all are rejected).
+    """
     confidence, right = _confidence_and_truth(judged)
-    kept = confidence >= threshold
-    return facts | {
-        "coverage": float(kept.mean()),
-        "achieved": float(right[kept].mean()) if kept.any() else None,
-    }
+    rows = []
+    for one in thresholds:
+        threshold = one["threshold"]
+        kept = confidence >= (threshold if threshold is not None else np.inf)
+        rows.append(
+            {
+                "precision": one["precision"],
+                "threshold": threshold,
+                "coverage": float(kept.mean()),
+                "achieved": float(right[kept].mean()) if kept.any() else None,
+            }
+        )
+    return rows
 
 
 def find_threshold(
     confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], precision: float
 ) -> float | None:
-    """Return the lowest confidence from which on the share of right predictions is at least so high."""
+    """Return a confidence from which on the share of right predictions is at least so high: the lowest.
+
+    It lies in the middle between two images, so that rounding moves neither across; 0 rejects none.
+    """
     order = np.argsort(-confidence, kind="stable")
     share = right[order].cumsum() / np.arange(1, len(order) + 1)
     sure = confidence[order]
     is_last = np.append(sure[1:] != sure[:-1], True)  # equals are kept or rejected together
     enough = np.flatnonzero((share >= precision) & is_last)
-    return float(sure[enough[-1]]) if len(enough) else None
+    if not len(enough):
+        return None
+    last = enough[-1]
+    return float(sure[last] + sure[last + 1]) / 2 if last + 1 < len(sure) else 0.0
 
 
 def _confidence_and_truth(

@@ -117,8 +117,12 @@ def _resample_roc_auc(predictions: Predictions, rng: np.random.Generator) -> Flo
     parts = []
     for start in range(0, num_resamples, rows):
         weights = rng.multinomial(num_images, even, size=min(rows, num_resamples - start))
-        areas = [_weigh_area(probabilities[:, label], labels == label, weights) for label in present]
-        parts.append(np.nanmean(areas, axis=0))  # less the classes that a draw left out
+        areas = np.stack(
+            [_weigh_area(probabilities[:, label], labels == label, weights) for label in present]
+        )
+        is_there = ~np.isnan(areas)  # a draw may leave classes out
+        usable = is_there.any(axis=0)
+        parts.append(np.nanmean(areas[:, usable], axis=0))
     return np.concatenate(parts)
 
 

@@ -90,9 +90,9 @@ def test_reliability_by_hand() -> None:
 def test_thresholds_by_hand() -> None:
     confidence = np.array([0.99, 0.9, 0.9, 0.8, 0.7, 0.6])
     right = np.array([True, True, False, True, True, False])
-    assert find_threshold(confidence, right, 0.99) == 0.99
-    assert find_threshold(confidence, right, 0.75) == 0.7  # four of five
-    assert find_threshold(confidence, right, 0.5) == 0.6
+    assert find_threshold(confidence, right, 0.99) == pytest.approx(0.945)
+    assert find_threshold(confidence, right, 0.75) == pytest.approx(0.65)  # four of five
+    assert find_threshold(confidence, right, 0.5) == 0  # all of them
     assert find_threshold(confidence, ~right, 0.9) is None
     equal = np.full(4, 0.9)  # no line can be drawn through equals
     assert find_threshold(equal, np.array([True, True, False, False]), 0.9) is None

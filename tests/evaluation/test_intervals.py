@@ -92,3 +92,9 @@ def test_one_image_of_one_class() -> None:
     intervals = compute_intervals(Predictions(torch.tensor([[3.0, 0.0]]), torch.tensor([0])))
     assert intervals["accuracy"] == pytest.approx((0.025, 1.0))
     assert "roc_auc" not in intervals
+
+
+def test_draws_of_a_single_class_have_no_area() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    intervals = compute_intervals(Predictions(torch.randn(4, 2), labels))
+    assert all(np.isfinite(intervals[name]).all() for name in intervals)

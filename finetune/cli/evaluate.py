@@ -1,0 +1,99 @@
+"""``finetune evaluate``: figures of finished models on labelled pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.options import JsonOption, OutputOption, default_folder, split_words
+from finetune.cli.refusals import hand_over, refusals
+from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.data.labelled import Part
+
+_PARTS: dict[str, Part] = {"train": "train", "val": "val", "test": "test", "all": "all"}
+
+
+def evaluate_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="A run, a model folder, a name; several are judged together.", metavar="MODEL..."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="A folder of class folders, with parts or without, a .zip, a CSV.",
+            show_default="the run's own",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val, test or all.", show_default="test, else val, else all")
+    ] = None,
+    crops: Annotated[int, typer.Option(help="1, 5 or 10 crops of each picture.")] = 1,
+    scales: Annotated[
+        str | None, typer.Option(help="Short sides in pixels, with commas between: 256,288.")
+    ] = None,
+    output: OutputOption = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Read images through links that lead out of the folder.")
+    ] = False,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Judge by images that the model was trained on.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge finished models: figures with intervals, calibration, a report.
+
+    Several models are an ensemble, several crops and scales are averaged: what each adds and costs is shown.
+    """
+    with refusals(as_json):
+        from finetune.display import Display
+
+        part, sides = _read_part(split), _read_scales(scales)
+        display = Display()
+        with display.busy("loading torch"):
+            from finetune.job.evaluate import Request, evaluate_models
+        request = Request(
+            models=tuple(models),
+            data=data,
+            part=part,
+            crops=crops,
+            scales=sides,
+            output=output or default_folder("evaluate"),
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            offline=offline,
+            follow_links=follow_links,
+            allow_leaks=allow_leaks,
+        )
+        metrics = evaluate_models(request, display)
+        if as_json:
+            hand_over(json.dumps({"output": str(request.output), **metrics}) + "\n")
+
+
+def _read_part(word: str | None) -> Part | None:
+    if word is None:
+        return None
+    if word not in _PARTS:
+        raise UsageError(f"--split {word}", "there is no such part", f"Take {', '.join(_PARTS)}.")
+    return _PARTS[word]
+
+
+def _read_scales(text: str | None) -> tuple[int, ...]:
+    words = split_words(text or "")
+    if not all(word.isdecimal() and len(word) < 6 for word in words):
+        raise UsageError(f"--scales {text}", "these are no numbers of pixels", "Take --scales 256,288.")
+    return tuple(map(int, words))

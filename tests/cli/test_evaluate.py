@@ -1,0 +1,206 @@
+"""``finetune evaluate``: the same figures as the run's, on the right pictures, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from finetune.cli.app import app
+from tests.conftest import Cli, draw_folder
+
+QUICK = ("--workers", "0", "--batch-size", "8", "--set", "input.augmentation=none")
+KINDS = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for part, number in (("train", 8), ("val", 5), ("test", 4)):
+        draw_folder(root / part, dict.fromkeys(KINDS, number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs, judged by ``test``."""
+    folder, made = tmp_path_factory.mktemp("runs"), []
+    for seed in (0, 1):
+        words = ["run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 2, "--seed", seed]
+        result = CliRunner().invoke(app, [str(word) for word in [*words, "-o", folder / f"{seed}", *QUICK]])
+        assert result.exit_code == 0, result.output
+        made.append(folder / f"{seed}")
+    return made[0], made[1]
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
+
+
+def test_a_run_is_judged_as_it_judged_itself(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    result = cli("evaluate", runs[0], "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    ours = json.loads(result.stdout)
+    before = json.loads((runs[0] / "metrics.json").read_text())
+    assert ours["split"] == before["split"] == "test"
+    assert ours["split_chose_checkpoint"] is False
+    assert ours["trained_on"] == 0
+    for name in ("accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "loss"):
+        assert ours[name] == pytest.approx(before[name], abs=1e-4), name
+    assert ours["calibration"]["temperature"] == before["calibration"]["temperature"]
+    for name in ("ece", "ece_calibrated", "loss_calibrated"):
+        assert ours["calibration"][name] == pytest.approx(before["calibration"][name], abs=1e-4), name
+    assert ours["reject"] == before["reject"]
+    one, other = read(tmp_path / "out", "predictions"), read(runs[0], "predictions")
+    assert one["path"].tolist() == other["path"].tolist()
+    assert one["predicted"].tolist() == other["predicted"].tolist()
+    for name in KINDS:
+        assert one[f"prob_{name}"].tolist() == pytest.approx(other[f"prob_{name}"].tolist(), abs=1e-4)
+    assert read(tmp_path / "out", "per_class").equals(read(runs[0], "per_class"))
+
+
+def test_validation_images_say_that_they_chose(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    result = cli("evaluate", runs[0], "-d", data, "--split", "val", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert "also chose the epoch" in result.stderr
+    assert json.loads(result.stdout)["split_chose_checkpoint"] is True
+    assert json.loads(result.stdout)["num_samples"] == 15
+
+
+def test_training_images_under_another_name_are_noticed(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "test", tmp_path / "new")
+    shutil.copy(data / "train" / "red" / "003.jpg", tmp_path / "new" / "red" / "other.jpg")
+    result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert "1 of 13 images are among those it was trained on (red/other.jpg" in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = cli(
+        "evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out", "--allow-leaks", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trained_on"] == 1
+
+
+def test_the_training_part_may_be_asked_for_by_name(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = cli("evaluate", runs[0], "--split", "train", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trained_on"] == 24
+    assert "say nothing about new images" in result.stderr
+
+
+def test_a_class_without_images_is_not_zero(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    for name in ("blue", "green"):
+        shutil.copytree(data / "test" / name, tmp_path / "new" / name)
+    result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["classes_not_judged"] == ["red"]
+    row = read(tmp_path / "out", "per_class").set_index("label").loc["red"]
+    assert (row["precision"], row["recall"], row["f1"], row["support"]) == ("n/a", "n/a", "n/a", 0)
+
+
+def test_a_class_that_the_model_does_not_know_is_refused(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "test", tmp_path / "new")
+    (tmp_path / "new" / "red").rename(tmp_path / "new" / "reds")
+    result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert "1 class that the model does not know: 'reds'; did you mean 'red'?" in result.stderr
+
+
+def test_an_image_that_cannot_be_read_is_refused(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "test", tmp_path / "new")
+    (tmp_path / "new" / "red" / "000.jpg").write_bytes(b"no picture")
+    result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert "red/000.jpg" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_models_are_the_mean_of_their_probabilities(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = cli("evaluate", *runs, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    members = [read(run, "predictions") for run in runs]
+    together = read(tmp_path / "out", "predictions")
+    for name in KINDS:
+        mean = sum(member[f"prob_{name}"] for member in members) / 2
+        assert together[f"prob_{name}"].tolist() == pytest.approx(mean.tolist(), abs=1e-4)
+    variants = read(tmp_path / "out", "variants")
+    assert variants["views"].tolist() == [1, 1, 2]
+    assert variants["cost"].tolist()[2] == pytest.approx(sum(variants["cost"].tolist()[:2]), rel=1e-6)
+    gains = [row["gain"] for row in json.loads(result.stdout)["variants"]]
+    assert gains[2] == pytest.approx(variants["accuracy"][2] - variants["accuracy"][0], abs=1e-6)
+
+
+def test_crops_and_scales_are_counted(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    result = cli("evaluate", runs[0], "--crops", 10, "--scales", "36,40", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert [row["views"] for row in json.loads(result.stdout)["variants"]] == [1, 20]
+    assert "20" in result.stderr
+    result = cli("evaluate", runs[0], "--scales", "20", "-o", tmp_path / "other")
+    assert result.exit_code == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_classes_are_known_by_name_not_by_place(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    """A folder whose classifier has its rows in another order, and says so."""
+    other = shutil.copytree(runs[0] / "model", tmp_path / "turned")
+    order = [2, 0, 1]
+    weights = load_file(other / "model.safetensors")
+    for name in ("fc.weight", "fc.bias"):
+        weights[name] = weights[name][torch.tensor(order)].clone()
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    config["label_names"] = [config["label_names"][place] for place in order]
+    config["finetune"]["sha256"] = ""
+    (other / "config.json").write_text(json.dumps(config))
+    result = cli("evaluate", other, "-d", data / "test", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    before = json.loads((runs[0] / "metrics.json").read_text())
+    assert json.loads(result.stdout)["loss"] == pytest.approx(before["loss"], abs=1e-4)
+    result = cli("evaluate", runs[0], other, "-d", data / "test", "-o", tmp_path / "both", "--json")
+    together = json.loads(result.stdout)
+    assert together["variants"][2]["loss"] == pytest.approx(together["variants"][0]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--split", "tset"), "there is no such part"),
+        (("--scales", "big"), "no numbers of pixels"),
+        (("--crops", "3"), "no such number of crops"),
+    ],
+)
+def test_words_that_mean_nothing(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    result = cli("evaluate", runs[0], "-o", tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_without_a_run_there_must_be_data(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0] / "model", tmp_path / "alone")
+    result = cli("evaluate", tmp_path / "alone", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--data" in result.stderr

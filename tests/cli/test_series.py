@@ -1,0 +1,78 @@
+"""``finetune run --repeats`` and ``--folds``: several runs, a mean and how far they lie apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import Cli, draw_folder
+
+QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
+
+
+def test_seeds_give_a_mean_and_a_deviation(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 1, "--repeats", 3, *QUICK)
+    result = cli(*words, "--seed", 4, "-o", tmp_path / "s", "--json")
+    assert result.exit_code == 0, result.output
+    series = json.loads(result.stdout)
+    assert series == json.loads((tmp_path / "s" / "series.json").read_text())
+    own = [json.loads((tmp_path / "s" / f"seed-{seed}" / "metrics.json").read_text()) for seed in (4, 5, 6)]
+    for name in ("accuracy", "loss", "roc_auc"):
+        values = [metrics[name] for metrics in own]
+        assert series["mean"][name] == pytest.approx(statistics.fmean(values))
+        assert series["std"][name] == pytest.approx(statistics.stdev(values))
+    assert len({metrics["loss"] for metrics in own}) == 3
+    assert series["split_chose_checkpoint"] is True
+    assert pd.read_csv(tmp_path / "s" / "series.csv")["run"].tolist() == ["seed-4", "seed-5", "seed-6"]
+    again = cli(*words, "--seed", 4, "-o", tmp_path / "s", "--json")
+    assert json.loads(again.stdout) == series
+    assert again.stderr.count("holds this run already") == 3
+
+
+def test_folds_judge_every_image_once(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"blue": 9, "red": 7})
+    result = cli("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, "--folds", 3, *QUICK,
+                 "-o", tmp_path / "f", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kind"] == "folds"
+    judged: list[str] = []
+    for fold in (1, 2, 3):
+        predictions = pd.read_csv(tmp_path / "f" / f"fold-{fold}" / "predictions.csv")
+        split = pd.read_csv(tmp_path / "f" / f"fold-{fold}" / "split.csv")
+        assert not set(predictions["path"]) & set(split[split["split"] == "train"]["path"])
+        judged += predictions["path"].tolist()
+    assert len(judged) == len(set(judged)) == 16
+
+
+def test_a_run_that_fails_ends_the_series(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"blue": 1, "red": 7})
+    result = cli("run", "-b", tiny, "-d", data, "--repeats", 2, *QUICK, "-o", tmp_path / "s")
+    assert result.exit_code == 65
+    assert not (tmp_path / "s" / "series.json").exists()
+
+
+def test_what_cannot_be_meant(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 1, *QUICK)
+    assert cli(*words, "--repeats", 2, "--folds", 2, "-o", tmp_path / "s").exit_code == 2
+    assert cli(*words, "-o", tmp_path / "one").exit_code == 0
+    result = cli(*words, "--repeats", 2, "-o", tmp_path / "one")
+    assert result.exit_code == 2
+    assert "it holds a single run" in result.stderr
+
+
+def test_every_run_of_a_series_is_watched_over(pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ["run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", "1", "--repeats", "2", *QUICK]
+    words += ["--stall-timeout", "300", "-o", tmp_path / "s", "--json"]
+    command = [sys.executable, "-m", "finetune", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_runs"] == 2
+    outcome = json.loads((tmp_path / "s" / "seed-1" / "outcome.json").read_text())
+    assert outcome["state"] == "done"
