@@ -113,3 +113,10 @@ def _build_torchvision(card: Card) -> nn.Module:
     except (AssertionError, ValueError, ArithmeticError) as error:  # RuntimeError is for build_outline
         raise _cannot_build(card, error) from None
     return network
+
+
+def is_convolutional(network: nn.Module) -> bool:
+    """Return whether convolutions hold most of a network's weights: those gain from channels-last memory."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    return 2 * sum(layer.weight.numel() for layer in layers) > total

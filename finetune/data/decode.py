@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +44,7 @@ _UPRIGHT: dict[object, Transpose] = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+_KEEPS_SIZE = {Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM}
 
 
 class BadImageError(Exception):
@@ -99,21 +101,92 @@ def compute_factor(size: tuple[int, int], short_side: int) -> int:
     return 1 << max(0, (min(size) // short_side).bit_length() - 1)
 
 
-def probe_image(path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What decoding a picture once shows.
+
+    Attributes:
+        format: one of ``FORMATS``; phones' multi-picture JPEGs are JPEG.
+        mode: Pillow's word for the pixels in the file (``RGB``, ``L``, ``P`` ...).
+        width: in pixels, upright.
+        height: in pixels, upright.
+        is_animated: it has more than one frame or page.
+        grey: the picture in grey, upright, squashed to ``PROBE_SIDE`` by ``PROBE_SIDE`` pixels.
+    """
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    is_animated: bool
+    grey: Image.Image
+
+
+PROBE_SIDE = 32
+"""Pixels of the sides of a probe's grey picture."""
+
+
+def probe_image(path: Path) -> Probe:
     """Decode all the data as cheaply as possible; what this accepts, ``decode_image`` accepts.
 
-    A JPEG is entropy-decoded to its end but rebuilt at an eighth of its size and in grey, which finds a
-    cut file at a fraction of the cost. Other formats have no such short cut.
+    A JPEG is entropy-decoded to its end but rebuilt at down to an eighth of its size and in grey, which finds
+    a cut file at a fraction of the cost. Other formats have no such short cut.
 
     Raises:
         BadImageError: as ``decode_image``.
     """
     with _opened(path) as image:
-        if image.format in {"JPEG", "MPO"}:
-            image.draft("L", (1, 1))
+        is_jpeg = image.format in {"JPEG", "MPO"}
+        mode, (width, height) = image.mode, image.size
+        if is_jpeg:
+            # Reduced, it has a whole number of pixels, of which the last may be half outside the picture.
+            image.draft("L", (PROBE_SIDE, PROBE_SIDE))
+            scale = max(1, round(min(width, height) / min(image.size)))
             image.load()
+            grey = _squash(image.convert("L"), (width / scale, height / scale))
         else:
-            _finished(image)
+            upright = _finished(image).convert("L")
+            grey = _squash(upright, upright.size)
+        # After the pixels: a PNG reads them to find it, and a fault of theirs would pass for one of its own.
+        turn = _UPRIGHT.get(_orientation(image))
+        if is_jpeg and turn is not None:
+            grey = grey.transpose(turn)
+        if turn is not None and turn not in _KEEPS_SIZE:
+            width, height = height, width
+        is_animated = not is_jpeg and _is_animated(image)
+        return Probe("JPEG" if is_jpeg else str(image.format), mode, width, height, is_animated, grey)
+
+
+def _squash(grey: Image.Image, size: tuple[float, float]) -> Image.Image:
+    """Return a square of ``PROBE_SIDE`` of the upper left part of a picture, whatever its shape."""
+    box = (0, 0, min(size[0], grey.width), min(size[1], grey.height))
+    return grey.resize((PROBE_SIDE, PROBE_SIDE), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Tell whether there is a second frame; one that is damaged is none, since the first is what counts."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+
+
+def convert_image(image: Image.Image) -> Image.Image:
+    """Return an open image as ``decode_image`` gives a file: RGB, upright, over white. It stays as it is.
+
+    Raises:
+        BadImageError: it is damaged, cut short, or over ``MAX_PIXELS``.
+    """
+    try:
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
+        return _finished(image.copy())
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadImageError(_reason(Path(), error)) from error
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from finetune.data.remark import Remark
 from finetune.data.sample import Split
 from finetune.errors import DataError
 
@@ -37,6 +38,10 @@ class Finding:
         follow_links: links may lead out of the root.
         links_out: links that lead out of the root though they may not, and where to.
         from_archive: the root is a folder of ours, which an archive was unpacked into.
+        to_judge: nothing will be trained on it, so that a training part need not be there.
+        is_lenient: what would be refused is noted instead, where reading can go on.
+        remarks: every warning, and every refusal that was noted.
+        columns: cells of the CSV column that names groups, by path.
     """
 
     asked: str
@@ -46,6 +51,25 @@ class Finding:
     follow_links: bool = False
     links_out: dict[str, str] = field(default_factory=dict)
     from_archive: bool = False
+    to_judge: bool = False
+    is_lenient: bool = False
+    remarks: list[Remark] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
+        """Note what the user should know, one sentence."""
+        self.warnings.append(message)
+        self.remarks.append(Remark(code, "warning", message, fix, number, tuple(paths[:SHOWN])))
+
+    def object(self, code: str, found: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
+        """Refuse, or note the refusal where all of them are wanted; then what is faulty must be left out.
+
+        Raises:
+            DataError: always, but for a lenient reading.
+        """
+        if not self.is_lenient:
+            raise self.refuse(found, fix)
+        self.remarks.append(Remark(code, "error", found, fix, number, tuple(paths[:SHOWN])))
 
     def refuse(self, found: str, fix: str) -> DataError:
         """Return the refusal, in the user's own words."""
@@ -74,16 +98,23 @@ class Finding:
             self.links_out[path] = target
         return target is not None
 
-    def check_links(self) -> None:
-        """Refuse links that lead out: a data set from elsewhere could show any file of this machine."""
+    def check_links(self, flag: str = "--set data.follow_links=true") -> None:
+        """Refuse links that lead out: a data set from elsewhere could show any file of this machine.
+
+        Args:
+            flag: that allows them.
+        """
         if not self.links_out:
             return
         leads = count(len(self.links_out), "link leads", "links lead")
         shown = [f"{path!r} -> {target!r}" for path, target in sorted(self.links_out.items())[:SHOWN]]
         more = f" and {len(self.links_out) - SHOWN} more" if len(self.links_out) > SHOWN else ""
-        raise self.refuse(
+        self.object(
+            "link-outside",
             f"{leads} out of the folder: {', '.join(shown)}{more}",
-            "Copy the files there, or add --set data.follow_links=true.",
+            f"Copy the files there, or add {flag}.",
+            len(self.links_out),
+            sorted(self.links_out),
         )
 
 

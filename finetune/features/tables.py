@@ -189,7 +189,7 @@ def _parquet(table: _Table) -> Iterator[bytes]:
     from pyarrow import parquet
 
     texts, floats = [(name, pa.string()) for name in WHO], [(name, pa.float32()) for name in table.columns()]
-    schema, pipe = pa.schema(texts + floats), _Pipe()
+    schema, pipe = pa.schema(texts + floats), Pipe()
     with parquet.ParquetWriter(pipe, schema, use_dictionary=["label", "split"]) as file:
         for block in table.blocks(table.layers):
             who = [[row[place] for row in block.who] for place in range(len(WHO))]
@@ -204,7 +204,7 @@ def _parquet(table: _Table) -> Iterator[bytes]:
 
 def _npz(table: _Table) -> Iterator[bytes]:
     """Yield the bytes of a zip file of arrays that are not compressed, as ``numpy.savez`` writes it."""
-    indices, pipe = table.keep.tolist(), _Pipe()
+    indices, pipe = table.keep.tolist(), Pipe()
     with ZipFile(pipe, "w") as archive:
         for place, name in enumerate(WHO):
             texts = [table.pictures[index][place] for index in indices]
@@ -218,7 +218,7 @@ def _npz(table: _Table) -> Iterator[bytes]:
 
 
 def _array(
-    archive: ZipFile, pipe: _Pipe, name: str, kind: str, shape: tuple[int, ...], parts: Iterator[Any]
+    archive: ZipFile, pipe: Pipe, name: str, kind: str, shape: tuple[int, ...], parts: Iterator[Any]
 ) -> Iterator[bytes]:
     """Yield the bytes of one array of an npz file, which comes in parts of its rows."""
     member = ZipInfo(f"{name}.npy")  # with the same time always: the same rows give the same file
@@ -230,7 +230,7 @@ def _array(
             yield from pipe.taken()
 
 
-class _Pipe(io.RawIOBase):
+class Pipe(io.RawIOBase):
     """A file for libraries that want one; what they wrote is taken out and yielded."""
 
     def __init__(self) -> None:

@@ -1,0 +1,79 @@
+"""``finetune predict``: pictures in, labels and probabilities out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.options import JsonOption
+from finetune.cli.refusals import hand_over, refusals
+
+
+def predict_command(
+    model: Annotated[str, typer.Argument(help="A finished run, an exported folder, or a name with weights.")],
+    input: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a folder, a CSV with a column path, a pattern in quotes, or - for stdin."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .csv, .jsonl or .parquet file.")],
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="csv, jsonl or parquet.", show_default="the output's suffix, else csv"),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to name, the likeliest first.")] = 1,
+    reject_below: Annotated[
+        float | None,
+        typer.Option("--reject-below", min=0, max=1, help="No label under this confidence.", metavar="P"),
+    ] = None,
+    crops: Annotated[
+        int, typer.Option("--crops", help="1, 5 or 10 views of each image, averaged; as many times slower.")
+    ] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Images at a time.", show_default="32; GPU 128")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Threads that decode.", show_default="cores")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    nul: Annotated[bool, typer.Option("-0", "--null", help="Paths on stdin end with a zero byte.")] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Links may lead out of the folder.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict any number of images with a trained network: path, label, confidence, probabilities.
+
+    A prediction that was killed goes on where it stopped, with the same command.
+    """
+    with refusals(as_json):
+        from finetune.display import Display
+
+        display = Display()
+        with display.busy("loading torch"):
+            from finetune.job.predict import Request, predict_files
+        done = predict_files(
+            Request(
+                model,
+                input,
+                output,
+                format,
+                top,
+                reject_below,
+                crops,
+                batch_size,
+                workers,
+                device,
+                nul,
+                follow_links,
+                offline,
+            ),
+            display,
+        )
+        if as_json:
+            hand_over(json.dumps(done) + "\n")

@@ -1,0 +1,150 @@
+"""Pictures to predict, one after the other: a file, a folder, a CSV file, a pattern, or standard input.
+
+Nothing holds all of them but a pattern, so that memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from finetune.data.finding import Finding, extensions, printable, some
+from finetune.data.folders import is_image, walk_images
+from finetune.errors import DataError, suggest
+
+STANDARD_INPUT = "-"
+FLAG = "--follow-links"
+_BLOCK = 2**16
+
+
+class Input(NamedTuple):
+    """A picture: what its row calls it, where it lies, and what forbids to look at it."""
+
+    path: str
+    file: Path
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Pictures, in an order that is the same every time.
+
+    Attributes:
+        asked: the user's own words.
+        open: walks over all of them; standard input only once.
+        is_countable: a second walk costs little.
+        folder: that was named; nothing is written into it.
+        home: a folder that may hold both pictures and what is written: a CSV file's own, or where we are.
+    """
+
+    asked: str
+    open: Callable[[], Iterator[Input]]
+    is_countable: bool = True
+    folder: Path | None = None
+    home: Path = Path()
+
+
+def find_inputs(
+    words: str, standard_input: BinaryIO, *, nul: bool = False, follow_links: bool = False
+) -> Inputs:
+    """Tell what the user named.
+
+    Args:
+        words: a file, a folder (every image below it), a ``.csv`` with a column ``path`` (relative to the
+            file), a pattern (``photos/**/*.jpg``), or ``-`` for one path a line.
+        standard_input: that ``-`` means.
+        nul: paths on standard input end with a zero byte instead of a line end.
+        follow_links: links, and rows of a CSV file, may lead out of the folder.
+
+    Raises:
+        DataError: there is no such file or folder.
+    """
+    path = Path(words)
+    if words == STANDARD_INPUT:
+        return Inputs("standard input", lambda: _of_stream(standard_input, b"\0" if nul else b"\n"), False)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
+        finding = Finding(printable(words), path.absolute(), follow_links=follow_links)
+        return Inputs(printable(words), lambda: _of_folder(finding), folder=path)
+    if os.path.lexists(path):
+        if path.suffix.lower() != ".csv":
+            return Inputs(printable(words), lambda: iter([Input(printable(words), path)]), home=path.parent)
+        finding = Finding(printable(words), path.parent.absolute(), follow_links=follow_links)
+        return Inputs(printable(words), lambda: _of_table(finding, path), home=path.parent)
+    if glob.has_magic(words):
+        found = sorted(name for name in glob.iglob(words, recursive=True) if is_image(name))  # noqa: PTH207
+        return Inputs(printable(words), lambda: (Input(printable(name), Path(name)) for name in found))
+    raise DataError(printable(words), "there is no such file or folder", "Check the path.")
+
+
+def _of_stream(stream: BinaryIO, end: bytes) -> Iterator[Input]:
+    """Yield a picture for each path that has ended, as soon as it has."""
+    rest = b""
+    while block := stream.read1(_BLOCK) if hasattr(stream, "read1") else stream.read(_BLOCK):
+        *lines, rest = (rest + block).split(end)
+        yield from _of_lines(lines, end)
+    yield from _of_lines([rest], end)
+
+
+def _of_lines(lines: list[bytes], end: bytes) -> Iterator[Input]:
+    for line in lines:
+        name = os.fsdecode(line.removesuffix(b"\r") if end == b"\n" else line)
+        if "\0" in name:
+            yield Input(printable(name.replace("\0", "\\0")), Path(), "is no path: it holds a zero byte")
+        elif name:
+            yield Input(printable(name), Path(name))
+
+
+def _of_folder(finding: Finding) -> Iterator[Input]:
+    others: Counter[str] = Counter()
+    is_empty = True
+    for path in walk_images(finding, "", others):
+        is_empty = False
+        yield Input(path, finding.root / path)
+    finding.check_links(FLAG)
+    if is_empty:
+        raise finding.refuse(f"holds no images{extensions(others, ', only ')}", "Name a folder of images.")
+
+
+def _of_table(finding: Finding, file: Path) -> Iterator[Input]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines)
+            column = _column(finding, next(reader, []))
+            for row in reader:
+                if row:
+                    yield _of_row(finding, row[column] if column < len(row) else "")
+    except UnicodeDecodeError as error:
+        found = f"is not UTF-8 ({error.reason} at byte {error.start})"
+        raise finding.refuse(found, "Save it as UTF-8.") from None
+    except csv.Error as error:
+        raise finding.refuse(f"is not a table ({error})", "Quote cells that hold commas.") from None
+    except OSError as error:
+        raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+
+
+def _column(finding: Finding, header: list[str]) -> int:
+    names = [name.strip() for name in header]
+    if names.count("path") == 1:
+        return names.index("path")
+    found = f"has no column 'path' (columns: {some(names) or 'none'}{suggest('path', names)})"
+    raise finding.refuse(
+        found if "path" not in names else "has more than one column 'path'",
+        "Name the column of the pictures' paths `path` in the first line.",
+    )
+
+
+def _of_row(finding: Finding, cell: str) -> Input:
+    path = cell.strip()
+    shown = printable(path)
+    if not path or "\0" in path:
+        return Input(shown, Path(), "the path is empty" if not path else "is no path: it holds a zero byte")
+    file = finding.root / path
+    if finding.outside(path) is not None:
+        return Input(shown, file, f"lies outside the folder of the CSV file ({FLAG} allows it)")
+    return Input(shown, file)

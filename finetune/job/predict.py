@@ -1,0 +1,380 @@
+"""``finetune predict``: any number of pictures, one row each, written as they are known.
+
+::
+
+    inputs -> batches -> threads decode -> network -> rows, aside -> --output
+                    a kill: the same command goes on after the last save, and ends in the same bytes
+
+Batches are cut at the same places whether or not a run was interrupted: the last bits of a probability depend
+on a picture's neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from finetune import __version__
+from finetune.data.decode import BadImageError, decode_image
+from finetune.data.inputs import Input, Inputs, find_inputs
+from finetune.display import Display
+from finetune.errors import DataError, InterruptedRunError, UsageError
+from finetune.job.outcome import translated_errors
+from finetune.job.prediction_rows import Rows, find_format
+from finetune.predictor import Answer, Predictor, load, split_batches
+from finetune.runs.claim import create_folder
+from finetune.runs.files import escape_formula, format_csv_line
+from finetune.runs.growing import Growing, bad_of, find_finished, open_growing
+from finetune.runtime import resolve_threads
+from finetune.stopping import StopSignal
+from finetune.strategy.freeze import digest_tensors
+
+LINE_SECONDS = 60.0
+"""Between two lines of progress where there is no terminal to draw a bar on."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants; the words are those of the command line."""
+
+    model: str
+    input: str
+    output: Path
+    format: str | None = None
+    top: int = 1
+    reject_below: float | None = None
+    crops: int = 1
+    batch_size: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    nul: bool = False
+    follow_links: bool = False
+    offline: bool = False
+
+
+def predict_files(request: Request, display: Display) -> dict[str, Any]:
+    """Write one row for each picture that can be read, and list the others.
+
+    Returns:
+        Counts, paths and speed, as ``--json`` prints them.
+
+    Raises:
+        FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
+    """
+    with translated_errors():
+        format = find_format(request.output, request.format)
+        inputs = find_inputs(
+            request.input, sys.stdin.buffer, nul=request.nul, follow_links=request.follow_links
+        )
+        _check_not_among(request.output, [inputs.folder] if inputs.folder else [])
+        with display.busy(f"loading {request.model}"):
+            predictor = _load(request)
+        display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
+        rows = Rows(predictor.classes, format, request.top, request.reject_below)
+        _check_top(request.top, len(predictor.classes))
+        facts = _describe(request, predictor, rows)
+        if before := find_finished(request.output, facts):
+            display.say(f"{request.output} holds these predictions already")
+            return _summarise(request, _Progress(**before), 0.0)
+        if os.path.lexists(request.output):
+            found, fix = (
+                "there is something of that name already",
+                "Name another --output, or remove it yourself.",
+            )
+            raise UsageError(f"--output {request.output}", found, fix)
+        total = _count(inputs, request.output, display)
+        create_folder(request.output.parent)
+        with open_growing(request.output, facts) as growing:
+            return _Work(request, inputs, predictor, rows, growing, display, total).run()
+
+
+def _load(request: Request) -> Predictor:
+    torch.set_num_threads(resolve_threads())
+    return load(
+        request.model,
+        device=request.device,
+        batch_size=request.batch_size,
+        workers=request.workers,
+        crops=request.crops,
+        offline=request.offline,
+    )
+
+
+def _check_top(top: int, num_classes: int) -> None:
+    if top > num_classes:
+        found = f"the model has {num_classes} classes"
+        raise UsageError(f"--top {top}", found, f"Take {num_classes} or fewer.")
+
+
+def _describe(request: Request, predictor: Predictor, rows: Rows) -> dict[str, Any]:
+    """Return everything that a row depends on but the pictures, whose digest is kept as they come."""
+    card = predictor.card
+    return {
+        "finetune": __version__,
+        "weights": digest_tensors(predictor.network, ()),
+        "preprocessing": card.preprocessing.to_dict(),
+        "temperature": card.temperature,
+        "classes": list(predictor.classes),
+        "format": rows.format,
+        "top": request.top,
+        "reject_below": request.reject_below,
+        "crops": request.crops,
+        "batch_size": predictor.batch_size,
+        "device": predictor.device.type,
+    }
+
+
+# --- where nothing may be written ----------------------------------------------------------------
+
+
+def _count(inputs: Inputs, output: Path, display: Display) -> int | None:
+    """Walk over all pictures once, which finds links that lead out before anything is computed."""
+    if not inputs.is_countable:
+        return None
+    number, folders = 0, set()
+    with display.busy(f"looking through {inputs.asked}"):
+        for one in inputs.open():
+            number += 1
+            if not inputs.folder and one.file.parent != inputs.home:
+                folders.add(one.file.parent)
+    home = os.path.realpath(inputs.home)
+    _check_not_among(output, [folder for folder in folders if os.path.realpath(folder) != home])
+    if not number:
+        raise _no_images(inputs)
+    return number
+
+
+def _check_not_among(output: Path, folders: Sequence[Path]) -> None:
+    inside = Path(os.path.realpath(output))
+    for folder in folders:
+        if inside.is_relative_to(os.path.realpath(folder)):
+            found, fix = f"it lies among the images, in {folder}", "Name an --output outside of it."
+            raise UsageError(f"--output {output}", found, fix)
+
+
+def _no_images(inputs: Inputs) -> DataError:
+    return DataError(inputs.asked, "there are no images", "Name a file, a folder, a CSV file or a pattern.")
+
+
+# --- the work ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Progress:
+    """How far the work is.
+
+    Attributes:
+        done: pictures that were looked at.
+        digest: of their paths, sizes and times.
+        bad: of them, could not be read.
+        rejected: of them, got no label.
+    """
+
+    done: int = 0
+    digest: str = ""
+    bad: int = 0
+    rejected: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the journal keeps."""
+        return dict(vars(self))
+
+
+class _Fingerprint:
+    """Sha256 of the pictures that went by: path, size and time of change of each."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, one: Input) -> None:
+        try:
+            status = os.stat(one.file)  # noqa: PTH116
+            facts = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):
+            facts = "gone"
+        self._hash.update(f"{one.path}\0{facts}\n".encode())
+
+    def value(self) -> str:
+        return self._hash.hexdigest()
+
+
+@dataclass
+class _Work:
+    """One attempt at a file of predictions."""
+
+    request: Request
+    inputs: Inputs
+    predictor: Predictor
+    rows: Rows
+    growing: Growing
+    display: Display
+    total: int | None
+    progress: _Progress = field(default_factory=_Progress)
+    fingerprint: _Fingerprint = field(default_factory=_Fingerprint)
+
+    def run(self) -> dict[str, Any]:
+        """Look at every picture that an earlier attempt has not, and give the files their names."""
+        source = self._go_on()
+        began_at, began = self.progress.done, time.perf_counter()
+        if not began_at:
+            self.growing.write(self.rows.header())
+        with StopSignal() as stop, stop.gently(), self._bar() as advance:
+            for answer in self._answers(source):
+                self._write(answer)
+                self.growing.save(self.progress.to_dict())
+                speed = (self.progress.done - began_at) / (time.perf_counter() - began)
+                advance(len(answer.asked), f"{speed:.1f} images/s")
+                if stop.asked:
+                    raise self._interrupted()
+        seconds = time.perf_counter() - began
+        self._finish()
+        self._report(seconds, began_at)
+        return _summarise(self.request, self.progress, (self.progress.done - began_at) / max(seconds, 1e-9))
+
+    def _go_on(self) -> Iterator[Input]:
+        """Return the pictures that are left, after those that an earlier attempt looked at."""
+        source, seen = self.inputs.open(), deque[Input](maxlen=0 if self.inputs.is_countable else None)
+        if self.growing.is_another:
+            self.display.say("an earlier attempt had another model or other options: starting anew")
+        if self.growing.before is None:
+            return source
+        before = _Progress(**self.growing.before)
+        number = 0
+        while number < before.done and (one := next(source, None)):
+            self.fingerprint.add(one)
+            seen.append(one)
+            number += 1
+        rest = next(source, None)
+        is_cut_here = rest is None or number % self.predictor.batch_size == 0
+        if number == before.done and self.fingerprint.value() == before.digest and is_cut_here:
+            self.display.say(f"going on after {number:,} images")
+            self.progress = before
+            return chain([] if rest is None else [rest], source)
+        self.display.say("the images are not those of an earlier attempt: starting anew")
+        self.growing.start_anew()
+        self.fingerprint = _Fingerprint()
+        if self.inputs.is_countable:
+            return self.inputs.open()
+        return chain(seen, [] if rest is None else [rest], source)
+
+    def _answers(self, source: Iterator[Input]) -> Iterator[Answer[Input]]:
+        """Yield what comes of each batch; by then, ``progress`` counts it."""
+        digests: deque[str] = deque()
+
+        def batches() -> Iterator[list[Input]]:
+            for batch in split_batches(source, self.predictor.batch_size):
+                for one in batch:
+                    self.fingerprint.add(one)
+                digests.append(self.fingerprint.value())
+                yield batch
+
+        for answer in self.predictor.answer(batches(), _open):
+            self.progress.done += len(answer.asked)
+            self.progress.digest = digests.popleft()
+            yield answer
+
+    def _write(self, answer: Answer[Input]) -> None:
+        good = (one for place, one in enumerate(answer.asked) if place not in answer.faults)
+        lines = [
+            self.rows.line(one.path, values) for one, values in zip(good, answer.probabilities, strict=True)
+        ]
+        bad = [(answer.asked[place].path, reason) for place, reason in answer.faults.items()]
+        listed = [format_csv_line([escape_formula(cell) for cell in row]) for row in bad]
+        if bad and not self.progress.bad:
+            listed.insert(0, format_csv_line(["path", "reason"]))
+        for path, reason in bad[: max(0, _SHOWN - self.progress.bad)]:
+            self.display.warn(f"{path} cannot be read: {reason}")
+        self.growing.write(b"".join(lines), "".join(listed).encode())
+        self.progress.bad += len(bad)
+        self.progress.rejected += sum(map(self.rows.is_rejected, answer.probabilities))
+
+    def _finish(self) -> None:
+        progress = self.progress
+        if not progress.done:
+            raise _no_images(self.inputs)
+        self.growing.save(progress.to_dict(), now=True)
+        if progress.bad == progress.done:
+            self.growing.discard()
+            found = f"none of {progress.done:,} images can be read"
+            fix = f"Why is in {self.growing.bad_target}."
+            raise DataError(self.inputs.asked, found, fix)
+        self.growing.finish(self.rows.convert if self.rows.format == "parquet" else None)
+
+    def _report(self, seconds: float, began_at: int) -> None:
+        progress, display = self.progress, self.display
+        if progress.bad:
+            images = "image has" if progress.bad == 1 else "images have"
+            display.warn(f"{progress.bad:,} {images} no row; listed in {self.growing.bad_target}")
+        if self.request.reject_below is not None:
+            display.say(
+                f"{progress.rejected:,} images have no label: confidence below {self.request.reject_below:g}"
+            )
+        speed = (progress.done - began_at) / max(seconds, 1e-9)
+        rows = progress.done - progress.bad
+        display.say(f"{rows:,} images, {speed:.1f} images/s: {self.request.output}", style="bold")
+
+    def _interrupted(self) -> InterruptedRunError:
+        self.growing.save(self.progress.to_dict(), now=True)
+        of = f" of {self.total:,}" if self.total is not None else ""
+        found = f"it was stopped after {self.progress.done:,}{of} images, which are kept"
+        return InterruptedRunError("predicting", found, "Give the same command again to go on.")
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[int, str], None]]:
+        """Show progress: a bar on a terminal, a line a minute elsewhere."""
+        if self.display.console.is_terminal:
+            with self._terminal_bar() as advance:
+                yield advance
+            return
+        last = time.monotonic()
+
+        def tell(_: int, words: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS:
+                of = f" of {self.total:,}" if self.total is not None else ""
+                self.display.say(f"{self.progress.done:,}{of} images, {words}")
+                last = time.monotonic()
+
+        yield tell
+
+    @contextmanager
+    def _terminal_bar(self) -> Iterator[Callable[[int, str], None]]:
+        if self.total is not None:
+            with self.display.track("predicting", self.total) as advance:
+                advance(self.progress.done, "")
+                yield advance
+            return
+        with self.display.count("predicting") as tell:  # nobody knows how many more will come
+            yield lambda *_: tell(self.progress.done, self.progress.done)
+
+
+def _open(one: Input) -> Image.Image:
+    if one.fault:
+        raise BadImageError(one.fault)
+    return decode_image(one.file)
+
+
+def _summarise(request: Request, progress: _Progress, speed: float) -> dict[str, Any]:
+    bad = bad_of(request.output)
+    return {
+        "state": "done",
+        "output": str(request.output),
+        "num_images": progress.done - progress.bad,
+        "num_bad": progress.bad,
+        "num_rejected": progress.rejected,
+        "bad_images": str(bad) if progress.bad else None,
+        "images_per_second": round(speed, 2),
+    }

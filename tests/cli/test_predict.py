@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune.runs.files import read_rows
+from tests.conftest import Cli
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on three colours."""
+    from finetune.job import run
+    from finetune.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("runs") / "colours"
+    recipe = load_recipe(
+        None,
+        {
+            "backbone.name": str(tiny),
+            "data.path": str(pictures),
+            "data.workers": 0,
+            "training.epochs": 2,
+            "training.batch_size": 12,
+            "strategy.name": "freeze",
+        },
+    )
+    run(recipe, folder)
+    return folder
+
+
+def test_a_runs_own_predictions_come_again(cli: Cli, trained: Path, pictures: Path, tmp_path: Path) -> None:
+    """On validation images, from run folder and model folder: labels, probabilities, the temperature."""
+    own = {row["path"]: row for row in read_rows(trained / "predictions.csv")}
+    for number, model in enumerate((trained, trained / "model", f"local-dir:{trained}/model")):
+        result = cli("predict", model, pictures / "val", "--output", tmp_path / f"{number}.csv", "--json")
+        assert result.exit_code == 0, result.output
+        done = json.loads(result.stdout)
+        assert (done["num_images"], done["num_bad"], done["state"]) == (18, 0, "done")
+        rows = read_rows(tmp_path / f"{number}.csv")
+        assert {f"val/{row['path']}" for row in rows} == own.keys()
+        for row in rows:
+            before = own[f"val/{row['path']}"]
+            assert row["label"] == before["predicted"]
+            for name in ("confidence", "prob_blue", "prob_green", "prob_red"):
+                assert float(row[name]) == pytest.approx(float(before[name]), abs=1e-4)
+
+
+def test_two_lines_of_python_say_the_same(cli: Cli, trained: Path, pictures: Path, tmp_path: Path) -> None:
+    import finetune
+
+    picture = pictures / "val" / "red" / "003.jpg"
+    assert cli("predict", trained, picture, "-o", tmp_path / "one.jsonl").exit_code == 0
+    row = json.loads((tmp_path / "one.jsonl").read_text())
+    one = finetune.load(trained).predict(picture)
+    assert (row["path"], row["label"]) == (str(picture), one.label)
+    assert row["confidence"] == pytest.approx(one.confidence, abs=1e-6)
+
+
+def test_bad_images_warn_and_none_is_an_error(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "val" / "red", tmp_path / "photos")
+    (tmp_path / "photos" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    result = cli("predict", tiny, tmp_path / "photos", "--output", tmp_path / "out.csv", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["bad_images"] == str(tmp_path / "out.csv.bad.csv")
+    assert "1 image has no row" in result.stderr
+    result = cli("predict", tiny, tmp_path / "photos" / "cut.jpg", "--output", tmp_path / "no.csv", "--json")
+    assert result.exit_code == 65
+    assert json.loads(result.stdout)["exit_code"] == 65
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["nothing_like_it", "{photos}", "-o", "{out}"], 2, "nothing_like_it"),
+        (["{tiny}", "{photos}", "-o", "{out}", "--crops", "3"], 2, "--crops 3"),
+        (["{tiny}", "{photos}", "-o", "{out}", "--top", "0"], 2, "--top"),
+        (["{tiny}", "{photos}", "-o", "{out}", "--reject-below", "1.5"], 2, "--reject-below"),
+        (["{tiny}", "{photos}", "-o", "{out}", "--device", "tpu"], 2, "--device tpu"),
+        (["{tiny}", "{photos}", "-o", "{photos}/out.csv"], 2, "among the images"),
+        (["{tiny}", "{photos}/none", "-o", "{out}"], 65, "no such file"),
+        (["{tiny}", "{photos}"], 2, "--output"),
+    ],
+)
+def test_refusals(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    places = {"tiny": tiny, "photos": pictures / "val", "out": tmp_path / "out.csv"}
+    result = cli("predict", *(word.format(**places) for word in words))
+    assert result.exit_code == code, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_from_standard_input(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from finetune.cli.app import app
+
+    paths = sorted(str(path) for path in (pictures / "val").rglob("*.jpg"))
+    for flag, end in (([], "\n"), (["-0"], "\0")):
+        output = tmp_path / f"out{len(flag)}.csv"
+        words = ["predict", str(tiny), "-", "-o", str(output), *flag]
+        result = CliRunner().invoke(app, words, input="".join(f"{path}{end}" for path in paths))
+        assert result.exit_code == 0, result.output
+        assert [row["path"] for row in read_rows(output)] == paths

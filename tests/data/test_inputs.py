@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from finetune.data import folders
+from finetune.data.inputs import find_inputs
+
+NOTHING = io.BytesIO()
+
+
+def fill(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def paths(words: Path | str) -> list[str]:
+    return [one.path for one in find_inputs(str(words), NOTHING).open()]
+
+
+def test_a_folder_is_walked_in_the_order_of_names(tmp_path: Path) -> None:
+    fill(tmp_path, "b/2.jpg", "b/1.jpg", "b/a/9.png", "a/z/1.jpg", "z.jpg", "a.JPEG", ".hidden.jpg", "b.txt")
+    assert paths(tmp_path) == ["a.JPEG", "z.jpg", "a/z/1.jpg", "b/1.jpg", "b/2.jpg", "b/a/9.png"]
+
+
+def test_a_folder_is_walked_as_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, *(f"{number:02}/{place}.jpg" for number in range(50) for place in range(3)))
+    seen = []
+    listing = folders._listing
+    monkeypatch.setattr(folders, "_listing", lambda *words: (seen.append(words[1]), listing(*words))[1])
+    walk = find_inputs(str(tmp_path), NOTHING).open()
+    assert [one.path for one in islice(walk, 4)] == ["00/0.jpg", "00/1.jpg", "00/2.jpg", "01/0.jpg"]
+    assert seen == ["", "00", "01"]
+    assert len(list(walk)) == 146
+
+
+def test_a_circle_of_links_ends(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert paths(tmp_path) == ["a/1.jpg"]
+
+
+def test_standard_input_is_read_as_it_comes() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stream:
+        walk = find_inputs("-", stream).open()
+        os.write(writing, b"a.jpg\nb.j")
+        assert next(walk).path == "a.jpg"
+        os.write(writing, b"pg\nc.jpg")
+        assert next(walk).path == "b.jpg"
+        os.close(writing)
+        assert [one.path for one in walk] == ["c.jpg"]
+
+
+def test_a_file_called_like_a_pattern_is_a_file(tmp_path: Path) -> None:
+    fill(tmp_path, "a[1].jpg", "a1.jpg")
+    assert paths(tmp_path / "a[1].jpg") == [str(tmp_path / "a[1].jpg")]
+    assert paths(tmp_path / "a[0-9].jpg") == [str(tmp_path / "a1.jpg")]
+
+
+def test_rows_of_a_csv_are_read_as_they_come(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_bytes(b'\xef\xbb\xbflabel,path\nx,a.jpg\n\nx\nx,"b,c.jpg"\nx,../d.jpg\n')
+    found = list(find_inputs(str(table), NOTHING).open())
+    assert [one.path for one in found] == ["a.jpg", "", "b,c.jpg", "../d.jpg"]
+    assert [bool(one.fault) for one in found] == [False, True, False, True]
+    assert found[0].file == tmp_path / "a.jpg"
+    assert not any(
+        one.fault for one in find_inputs(str(table), NOTHING, follow_links=True).open() if one.path
+    )

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import functional as F
+
+from finetune.data.transforms import build_eval_transform
+from finetune.errors import UsageError
+from finetune.evaluation.views import build_views, compute_mean_over_views, resolve_scale
+from pretrained.catalog import Preprocessing
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+SIZES = [(100, 75), (40, 90), (48, 48), (55, 55), (33, 300)]
+MODES = ["center", "squash", "border"]
+
+
+def timms(picture: Image.Image, own: Preprocessing, crop_pct: float) -> torch.Tensor:
+    words = own.to_timm() | {"crop_pct": crop_pct}
+    view: torch.Tensor = create_transform(**words, is_training=False, normalize=False)(picture)
+    return view
+
+
+@pytest.mark.parametrize("crop_mode", MODES)
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_one_crop_is_the_evaluation_view_to_the_last_bit(
+    crop_mode: str, crop_pct: float, size: tuple[int, int]
+) -> None:
+    own = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=crop_mode)
+    views = build_views(own)
+    made = views(photograph(*size))
+    assert (made.dtype, made.shape, made.is_contiguous()) == (torch.uint8, (1, 3, 48, 48), True)
+    assert made[0].equal(build_eval_transform(own)(photograph(*size)))
+    assert (views.num_views, views.scales, views.crops) == (1, (), 1)
+
+
+@pytest.mark.parametrize("crop_mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_centre_of_a_scale_is_timms_view_of_that_scale(crop_mode: str, size: tuple[int, int]) -> None:
+    own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation="bilinear")
+    for crops, centre in ((1, 0), (5, 4), (10, 4)):
+        made = build_views(own, crops, [48, 64, 96])(photograph(*size))
+        assert made.shape == (3 * crops, 3, 48, 48)
+        for number, share in enumerate((1.0, 0.75, 0.5)):
+            assert made[crops * number + centre].equal(timms(photograph(*size), own, share))
+
+
+def test_ten_crops_are_torchvisions() -> None:
+    own = Preprocessing(img_size=48)
+    picture = photograph(100, 75)
+    resized = F.resize(picture, [54], F.InterpolationMode.BICUBIC)
+    expected = torch.stack([F.pil_to_tensor(crop) for crop in F.ten_crop(resized, [48, 48])])
+    mirrored = [6, 5, 8, 7, 9]  # torchvision mirrors first: its top left is the mirror of the top right
+    assert build_views(own, 10)(picture).equal(torch.cat([expected[:5], expected[mirrored]]))
+    assert build_views(own, 5)(picture).equal(expected[:5])
+    assert build_views(own, 10).num_views == 10
+
+
+def test_corners_of_a_bordered_picture_reach_into_every_corner_of_it() -> None:
+    own = Preprocessing(img_size=48, crop_mode="border", crop_pct=0.5, mean=(0.0, 0.0, 0.0))
+    wide = Image.new("RGB", (400, 100), (255, 255, 255))  # 96 x 24 with its longer side at 96
+    made = build_views(own, 5)(wide)
+    assert made.shape == (5, 3, 48, 48)
+    assert all((view == 255).any(dim=0).sum() == 24 * 48 for view in made)
+
+
+def test_crops_without_room_get_some() -> None:
+    whole = Preprocessing(img_size=224, crop_pct=1.0)
+    assert resolve_scale(whole) == build_views(whole, 5).scales[0] == 256
+    assert resolve_scale(Preprocessing(img_size=224, crop_pct=0.875)) == 256
+    assert resolve_scale(Preprocessing(img_size=224, crop_pct=0.95)) == 235
+    made = build_views(whole, 10)(photograph(400, 300))
+    assert len({view.numpy().tobytes() for view in made}) == 10
+
+
+@pytest.mark.parametrize(
+    ("crops", "scales", "said"), [(3, (), "--crops 3"), (1, (224, 223), "--scales 223"), (0, (), "--crops 0")]
+)
+def test_what_cannot_be_is_refused(crops: int, scales: tuple[int, ...], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        build_views(Preprocessing(), crops, scales)
+    assert refused.value.asked == said
+
+
+def test_probabilities_are_averaged_and_not_logits() -> None:
+    logits = torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 8.0], [0.0, 8.0]])
+    mean = compute_mean_over_views(logits, 2, temperature=2.0)
+    first = (torch.tensor([2.0, 0.0]).softmax(0) + 0.5) / 2
+    second = torch.tensor([0.0, 4.0]).softmax(0)
+    torch.testing.assert_close(mean, torch.stack([first, second]))
+    assert compute_mean_over_views(logits, 1).equal(logits.softmax(1))

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import DiskError, UsageError
+from finetune.runs import growing
+from finetune.runs.growing import bad_of, find_finished, journal_of, open_growing
+
+FACTS = {"model": "a", "numbers": (1, 2)}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_files_get_their_names_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    with open_growing(target, FACTS) as files:
+        assert files.before is None and not files.is_another
+        files.write(b"one\n")
+        files.write(b"two\n", b"bad\n")
+        files.save({"done": 2}, now=True)
+        assert not target.exists() and journal_of(target).exists()
+        files.finish()
+    assert target.read_bytes() == b"one\ntwo\n"
+    assert bad_of(target).read_bytes() == b"bad\n"
+    assert names(tmp_path) == {"out.csv", "out.csv.bad.csv"}
+
+
+def test_what_came_after_the_last_save_is_cut_off(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    with open_growing(target, FACTS) as files:
+        files.write(b"one\n", b"bad\n")
+        files.save({"done": 1}, now=True)
+        files.write(b"lost", b"lost")
+    with open_growing(target, FACTS) as files:
+        assert files.before == {"done": 1}
+        files.write(b"two\n")
+        files.save({"done": 2}, now=True)
+        files.finish()
+    assert (target.read_bytes(), bad_of(target).read_bytes()) == (b"one\ntwo\n", b"bad\n")
+
+
+@pytest.mark.parametrize("spoil", ["facts", "short", "garbage", "shape"])
+def test_what_belongs_to_something_else_is_not_used(tmp_path: Path, spoil: str) -> None:
+    target = tmp_path / "out.csv"
+    with open_growing(target, FACTS) as files:
+        files.write(b"one\n", b"bad\n")
+        files.save({"done": 1}, now=True)
+    if spoil == "short":
+        (tmp_path / ".out.csv.rows.part").write_bytes(b"o")
+    elif spoil == "garbage":
+        journal_of(target).write_text("{")
+    elif spoil == "shape":
+        content = json.loads(journal_of(target).read_text())
+        journal_of(target).write_text(json.dumps(content | {"sizes": [1]}))
+    facts = FACTS | {"model": "b"} if spoil == "facts" else FACTS
+    with open_growing(target, facts) as files:
+        assert files.before is None
+        assert files.is_another == (spoil != "garbage")
+        files.write(b"new\n")
+        files.save({"done": 1}, now=True)
+        files.finish()
+    assert target.read_bytes() == b"new\n"
+    assert names(tmp_path) == {"out.csv"}
+
+
+def test_a_file_that_failed_to_convert_is_converted_the_next_time(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(DiskError), open_growing(target, FACTS) as files:
+        files.write(b"one\n")
+        files.save({"done": 1}, now=True)
+
+        def fail(rows: Path, to: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        files.finish(fail)
+    assert not target.exists()
+    with open_growing(target, FACTS) as files:
+        assert files.before == {"done": 1}
+        files.finish(lambda rows, to: (to.write_bytes(rows.read_bytes().upper()), None)[1])
+    assert target.read_bytes() == b"ONE\n" and names(tmp_path) == {"out"}
+
+
+def test_a_kill_before_the_journal_goes_leaves_a_finished_file(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with open_growing(target, FACTS) as files:
+        files.write(b"one\n")
+        files.save({"done": 1}, now=True)
+        journal = journal_of(target).read_bytes()
+        files.finish()
+    assert find_finished(target, FACTS) is None  # nothing says what it holds
+    journal_of(target).write_bytes(journal)
+    assert find_finished(target, {"model": "b"}) is None
+    assert find_finished(target, FACTS) == {"done": 1}
+    assert names(tmp_path) == {"out"}
+
+
+def test_an_error_before_the_first_save_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x"), open_growing(tmp_path / "out", FACTS) as files:
+        files.write(b"one\n")
+        raise ValueError("x")
+    assert names(tmp_path) == set()
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    again = open_growing(tmp_path / "out", FACTS)
+    with open_growing(tmp_path / "out", FACTS), pytest.raises(UsageError, match="another process"):
+        again.__enter__()
+
+
+def test_saves_are_some_time_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "SAVE_SECONDS", 3600)
+    with open_growing(tmp_path / "out", FACTS) as files:
+        files.save({"done": 1})
+        assert not journal_of(tmp_path / "out").exists()
+    monkeypatch.setattr(growing, "SAVE_SECONDS", 0)
+    with open_growing(tmp_path / "out", FACTS) as files:
+        files.save({"done": 1})
+        assert journal_of(tmp_path / "out").exists()
