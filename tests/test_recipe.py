@@ -88,7 +88,7 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ("name: x", "there is no `name`; did you mean `backbone.name` or `strategy.name`?"),
         ("strategy: {lr: 1}", "there is no `strategy.lr`; did you mean `training.lr`?"),
         ("strategy: {nam: top}", "there is no `strategy.nam`; did you mean `strategy.name`?"),
-        ("trainig: {lr: 1}", "there is no `trainig`; did you mean `training`?"),
+        ("trainig: {lr: 1}", "there is no `trainig`; did you mean `training` or `tracking`?"),
         ("training.lr: 1", "there is no `training.lr`; write `lr` inside `training`"),
         ("training: {xyzzy: 1}", "there is no `training.xyzzy`"),
         ("1: 2", "there is no `1`"),

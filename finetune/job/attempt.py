@@ -13,6 +13,7 @@ from finetune.job.same import Comparison
 from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.stopping import StopSignal
+from finetune.tracking.trackers import Trackers
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Job:
     display: Display
     clock: Clock
     stop: StopSignal
+    trackers: Trackers
 
     @property
     def folder(self) -> RunFolder:

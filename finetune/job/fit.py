@@ -182,4 +182,5 @@ def _build_trainer(job: Job, dataset: Dataset, feeds: Feeds, changed: bool) -> T
         start=start,
         display=job.display,
         stop_asked=lambda: job.stop.asked,
+        on_history=job.trackers.log_epochs,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finetune.runs.files import write_csv
 from finetune.training.progress import Progress
+
+Listener = Callable[[Sequence[Mapping[str, float]]], None]
+"""Told all rows whenever there is a new one, and when training goes on."""
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -37,6 +40,7 @@ def add_row(progress: Progress, figures: Mapping[str, float], loss_sum: float) -
     return row
 
 
-def write_history(path: Path, progress: Progress) -> None:
-    """Write all rows."""
+def write_history(path: Path, progress: Progress, listener: Listener) -> None:
+    """Write all rows, over what a killed process may have written further, and tell them."""
     write_csv(path, [tuple(row.values()) for row in progress.history], HISTORY_COLUMNS)
+    listener(progress.history)

@@ -48,7 +48,7 @@ from finetune.training.checkpoint import CheckpointStore
 from finetune.training.compiled import build_forward
 from finetune.training.finite import compute_norm, is_finite
 from finetune.training.gradient import Gradient, KeptBuffers, describe_parts, halve_or_refuse, is_learnable
-from finetune.training.history import add_row, write_history
+from finetune.training.history import Listener, add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
 from finetune.training.pace import Pace, estimate_bytes
@@ -74,6 +74,7 @@ class Trainer:
         start: to go on from; None begins.
         display: where progress is shown.
         stop_asked: read after every step; true means save and leave.
+        on_history: told the rows of the history.
     """
 
     def __init__(
@@ -88,23 +89,23 @@ class Trainer:
         start: Checkpoint | None = None,
         display: Display,
         stop_asked: Callable[[], bool] = lambda: False,
+        on_history: Listener = lambda _: None,
     ) -> None:
         self.task, self.settings, self.precision, self.seed = task, settings, precision, seed
-        self.folder, self.store, self.display, self.stop_asked = folder, store, display, stop_asked
+        self.folder, self.store, self.display = folder, store, display
+        self.stop_asked, self.on_history = stop_asked, on_history
         self.device = task.train.placement.device
         freeze(task.network, task.plan)
-        self.optimizer = build_optimizer(
-            build_param_groups(task.network, task.plan, settings.weight_decay), settings
-        )
+        groups = build_param_groups(task.network, task.plan, settings.weight_decay)
+        self.optimizer = build_optimizer(groups, settings)
         self._learning = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self.schedule = Schedule.from_settings(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
         forward = build_forward(task, settings.compile, display)
         self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, forward)
-        self.ema = (
-            ModelEmaV3(task.network, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-        )
+        decay = settings.ema_decay
+        self.ema = ModelEmaV3(task.network, decay, use_warmup=True) if decay else None
         average = self.ema.module if self.ema is not None else None
         self.state = State(task.network, self.optimizer, average, frozen_tensors(task.network, task.plan))
         self.progress = Progress(microbatch=settings.microbatch or choose_microbatch(task))
@@ -128,9 +129,8 @@ class Trainer:
             self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
         else:
             loader = self.task.train
-            total = min(NUM_MEASURED, len(loader.samples))
             set_train_mode(self.task.network, self.task.plan)
-            with self.display.track("measuring features", total) as advance:
+            with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
                 parts = InParts(self.task.forward(self.task.network), self.progress.microbatch)
                 self._moments = measure_features(
                     self.task.network, loader, self.precision, self.seed, advance, parts
@@ -180,7 +180,7 @@ class Trainer:
         if self._start is not None:
             self._go_to(self._start.now)
             self._epoch_start, self._saved = self._start.epoch_start, self._start.now
-            write_history(self.folder.history, self.progress)  # a killed process may have been further
+            write_history(self.folder.history, self.progress, self.on_history)
         else:
             self.progress.steps_per_epoch = self.task.train.num_batches()
             self._epoch_start = self._take()
@@ -351,7 +351,7 @@ class Trainer:
     def _record(self, figures: dict[str, float]) -> None:
         progress = self.progress
         row = add_row(progress, figures, self._loss_sum.item())
-        write_history(self.folder.history, progress)
+        write_history(self.folder.history, progress, self.on_history)
         self.narrator.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
 
     def _begin_next_epoch(self) -> None:

@@ -1,0 +1,78 @@
+"""``finetune compare``: which run is better, and whether that may be said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.options import JsonOption
+from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from finetune.job.compare import Result
+
+_COLUMNS = (
+    "run",
+    "backbone",
+    "strategy",
+    "accuracy",
+    "95 % interval",
+    "balanced",
+    "macro F1",
+    "loss",
+    "ECE",
+    "seconds",
+    "learned",
+)
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `finetune run` or `finetune evaluate`.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A new folder for tables and a drawing.", show_default="none"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs on the images that all have judged: a table, and a paired test for each pair.
+
+    Up to four runs are compared each with each other, more with the first one.
+    """
+    with refusals(as_json):
+        from finetune.display import Display
+
+        display = Display()
+        with display.busy("loading torch"):
+            from finetune.job.compare import compare_runs
+        result = compare_runs(runs, output, display)
+        if as_json:
+            hand_over(json.dumps(result.to_dict()) + "\n")
+        else:
+            _print(result)
+
+
+def _print(result: Result) -> None:
+    print_table(_COLUMNS, [_cells(row) for row in result.rows])
+    hand_over("\n" + "".join(f"{pair.sentence}, on {pair.num_images} images\n" for pair in result.pairs))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["accuracy_low"], row["accuracy_high"]
+    interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+    figures = [_number(row[key], ".4f") for key in ("balanced_accuracy", "f1_macro", "loss", "ece")]
+    solved = " (solved)" if row["solved_on"] else ""
+    said = [str(row["run"]), str(row["backbone"] or "-"), f"{row['strategy'] or '-'}{solved}"]
+    return [*said, _number(row["accuracy"], ".4f"), interval, *figures, *_costs(row)]
+
+
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    return [_number(row["seconds"], ".0f"), _number(row["learned"], ",")]
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,77 @@
+"""Weights & Biases: files in the run folder, which ``wandb sync`` uploads, or online with WANDB_MODE=online.
+
+Of what its client collects by itself everything is switched off: standard output, machine, Git, source code,
+packages, reports of its own errors. A click on "stop" in its web page does not reach the run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while it is imported
+
+import wandb
+
+from finetune.tracking.tracker import EPOCH_FIGURES, PROJECT, End, Subject
+
+PATIENCE = 30.0
+"""Seconds that a server has to answer before the run goes on without it."""
+
+
+class WeightsAndBiases:
+    """Logs scalars by epoch, the recipe as configuration, and the final figures as summary."""
+
+    def __init__(self, subject: Subject, run_id: str) -> None:
+        subject.home.mkdir(exist_ok=True)  # or it would write to the system's temporary folder
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=os.environ.get("WANDB_NAME", subject.name),
+            id=run_id or secrets.token_hex(4),
+            resume="allow",
+            dir=os.environ.get("WANDB_DIR", str(subject.home)),
+            config=dict(subject.settings) | {"run_folder": subject.folder},
+            settings=_settings(),
+        )
+
+    @property
+    def run_id(self) -> str:
+        """Its own."""
+        return str(self._run.id)
+
+    def log_epoch(self, row: Mapping[str, float]) -> None:
+        """Log one row of the history."""
+        self._run.log({name: row[name] for name in EPOCH_FIGURES}, step=int(row["epoch"]))
+
+    def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
+        """Put the final figures into the summary, under ``final/``."""
+        del epoch
+        self._run.summary.update({f"final/{name}": value for name, value in figures.items()})
+
+    def close(self, end: End) -> None:
+        """Upload what is left, where there is a server, and end the run there."""
+        self._run.finish(exit_code=0 if end == "done" else 1)
+
+
+def _settings() -> wandb.Settings:
+    return wandb.Settings(
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        symlink=False,
+        reinit="create_new",  # another run of this process is another run
+        allow_val_change=True,  # a run that is made longer
+        console="off",
+        silent=True,
+        host="localhost",
+        disable_git=True,
+        disable_code=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        stop_fn=lambda: None,
+        login_timeout=PATIENCE,
+        init_timeout=PATIENCE,
+        finish_timeout=PATIENCE,
+        finish_timeout_raises=True,
+    )

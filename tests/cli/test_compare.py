@@ -1,0 +1,262 @@
+"""``finetune compare``: what may be said of two runs, and when nothing may."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from finetune.errors import ExitCode
+from finetune.runs.files import write_csv, write_json
+from tests.conftest import Cli
+
+Make = Callable[..., Path]
+
+IMAGES = [(f"val/{name}/{number:02}.jpg", name) for name in ("ants", "bees") for number in range(40)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Write a folder as a finished run leaves it, with so many wrong answers."""
+
+    def make_folder(
+        name: str,
+        wrong: Sequence[int] = (),
+        images: Sequence[tuple[str, str]] = IMAGES,
+        classes: Sequence[str] = ("ants", "bees"),
+        digests: Mapping[str, str] | None = None,
+        train: Sequence[tuple[str, str, str, str]] = (),
+        **metrics: Any,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        other = {"ants": "bees", "bees": "ants"}
+        rows = [
+            (path, label, other[label] if number in wrong else label, 0.9, 0.9, 0.1)
+            for number, (path, label) in enumerate(images)
+        ]
+        write_csv(
+            folder / "predictions.csv",
+            rows,
+            ("path", "label", "predicted", "confidence", *(f"prob_{one}" for one in classes)),
+        )
+        accuracy = 1 - len(wrong) / len(images)
+        write_json(folder / "metrics.json", {"accuracy": accuracy, "split": "val"} | metrics)
+        if digests is not None:
+            split = [(path, label, "val", digests.get(path, "0")) for path, label in images]
+            write_csv(folder / "split.csv", [*split, *train], ("path", "label", "split", "sha256"))
+        return folder
+
+    return make_folder
+
+
+def test_two_runs_and_what_may_be_said(cli: Cli, make: Make, tmp_path: Path) -> None:
+    first = make("a", range(20), backbone="resnet50", strategy="freeze", loss=0.5)
+    second = make("b", range(2), backbone="resnet50", strategy="full", f1_macro=0.97)
+    result = cli("compare", first, second)
+    assert result.exit_code == 0, result.output
+    header, one, two, _, said = result.stdout.splitlines()
+    assert header.split()[:3] == ["run", "backbone", "strategy"]
+    assert one.split()[:4] == ["a", "resnet50", "freeze", "0.7500"]
+    assert two.split()[:4] == ["b", "resnet50", "full", "0.9750"]
+    assert said.startswith("b is better than a by 22.5 points (95 % interval ")
+    assert said.endswith("McNemar p < 0.0001), on 80 images")
+    assert result.stderr == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_no_difference(cli: Cli, make: Make) -> None:
+    result = cli("compare", make("a", range(5)), make("b", range(3, 7)), "--json")
+    (pair,) = json.loads(result.stdout)["pairs"]
+    assert (pair["only_first"], pair["only_second"], pair["claimed"]) == (2, 3, False)
+    assert pair["sentence"].startswith("no difference can be claimed between a and b (b has 1.2 points more")
+
+
+@pytest.mark.parametrize(("count", "pairs"), [(2, 1), (3, 3), (4, 6), (5, 4)])
+def test_all_pairs_of_a_few_and_the_first_with_many(cli: Cli, make: Make, count: int, pairs: int) -> None:
+    folders = [make(f"run{number}", range(number)) for number in range(count)]
+    found = json.loads(cli("compare", *folders, "--json").stdout)["pairs"]
+    assert len(found) == pairs
+    assert all(pair["num_pairs"] == pairs for pair in found)
+    assert {pair["first"] for pair in found} == ({"run0"} if count == 5 else {p["first"] for p in found})
+
+
+def test_what_is_written(cli: Cli, make: Make, tmp_path: Path) -> None:
+    first = make("a", range(20), intervals={"accuracy": [0.65, 0.84]}, seconds={"total": 12.5})
+    write_csv(
+        first / "plan.csv",
+        [("body", "x", 70, False, 0, "none"), ("head", "head", 30, True, 0.1, "none")],
+        ("group", "stage", "parameters", "trained", "rate", "norm"),
+    )
+    second = make("=b&<i>", range(2), calibration={"ece_calibrated": 0.03})
+    output = tmp_path / "out"
+    result = cli("compare", first, second, "-o", output, "--json")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in output.iterdir()} == {
+        "runs.csv",
+        "pairs.csv",
+        "comparison.json",
+        "comparison.svg",
+    }
+    assert json.loads((output / "comparison.json").read_text()) == json.loads(result.stdout)
+    runs = pd.read_csv(output / "runs.csv")
+    assert list(runs.run) == ["a", "'=b&<i>"]
+    assert runs.learned[0] == 30 and runs.seconds[0] == 12.5 and runs.ece[1] == 0.03
+    assert runs.accuracy_low[0] == 0.65
+    pairs = pd.read_csv(output / "pairs.csv")
+    assert list(pairs.claimed) == ["yes"] and pairs.difference[0] == pytest.approx(0.225)
+    texts = [text.text for text in ElementTree.parse(output / "comparison.svg").iter() if text.text]
+    assert "75.0 % (65.0 to 84.0)" in texts and "=b&<i> \u2212 a" in texts
+    again = cli("compare", first, second, "-o", output)
+    assert again.exit_code == ExitCode.USAGE and "not empty" in again.stderr
+
+
+def test_real_runs(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    quick = ("-b", tiny, "-d", pictures, "--workers", 0, "--batch-size", 8)
+    for name, epochs in (("a", 1), ("b", 3)):
+        output = ("-o", tmp_path / name, "--epochs", epochs)
+        assert cli("run", *quick, *output, "--set", "input.augmentation=none").exit_code == 0
+    result = cli("compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [row["images"] for row in found["runs"]] == [18, 18]
+    assert all(row["learned"] > 0 and row["accuracy_low"] <= row["accuracy"] for row in found["runs"])
+    one, two = (pd.read_csv(tmp_path / name / "predictions.csv") for name in "ab")
+    right_one, right_two = one.label == one.predicted, two.label == two.predicted
+    (pair,) = found["pairs"]
+    assert pair["only_first"] == (right_one & ~right_two).sum()
+    assert pair["only_second"] == (right_two & ~right_one).sum()
+    assert "the images that judge a and b also chose the epoch" in result.stderr
+
+
+# --- warnings ------------------------------------------------------------------------------------
+
+
+def warnings_of(cli: Cli, *folders: Path) -> str:
+    result = cli("compare", *folders)
+    assert result.exit_code == 0, result.output
+    return result.stderr
+
+
+def test_images_that_only_one_judged_are_left_out(cli: Cli, make: Make) -> None:
+    said = warnings_of(cli, make("a", images=IMAGES[:70]), make("b", [65], images=IMAGES[10:]))
+    assert (
+        "10 images that only a judged and 10 images that only b judged are left out; 60 are compared" in said
+    )
+
+
+def test_a_part_that_chose_the_epoch(cli: Cli, make: Make) -> None:
+    said = warnings_of(cli, make("a", split_chose_checkpoint=True), make("b", split_chose_checkpoint=False))
+    assert "the images that judge a also chose the epoch" in said
+
+
+def test_parts_of_other_names_and_images_that_were_trained_on(cli: Cli, make: Make) -> None:
+    said = warnings_of(cli, make("a"), make("b", split="test", trained_on=3))
+    assert "the judged parts are not the same (a val, b test)" in said
+    assert "b was trained on 3 of the images that judge it" in said
+
+
+def test_other_training_images(cli: Cli, make: Make) -> None:
+    rows = [(f"train/{number}.jpg", "ants", "train", str(number)) for number in range(9)]
+    first, second = make("a", digests={}, train=rows[:6]), make("b", digests={}, train=rows[2:])
+    said = warnings_of(cli, first, second)
+    assert "a and b were trained on different images (6 and 7, 4 of them in both)" in said
+    assert warnings_of(cli, first, make("c", digests={}, train=rows[:6])) == ""
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def refusal(cli: Cli, code: ExitCode, *folders: Path) -> str:
+    result = cli("compare", *folders, "--json")
+    assert result.exit_code == code, result.output
+    assert json.loads(result.stdout)["exit_code"] == code
+    return result.stderr
+
+
+def test_what_is_no_comparison(cli: Cli, make: Make, tmp_path: Path) -> None:
+    folder = make("a")
+    assert "1 run was named" in refusal(cli, ExitCode.USAGE, folder)
+    assert "given twice" in refusal(cli, ExitCode.USAGE, folder, tmp_path / "." / "a")
+    assert "there is no such folder" in refusal(cli, ExitCode.USAGE, folder, tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    found = refusal(cli, ExitCode.USAGE, folder, tmp_path / "empty")
+    assert "there is no metrics.json and no predictions.csv" in found
+
+
+def test_other_classes(cli: Cli, make: Make) -> None:
+    found = refusal(cli, ExitCode.DATA, make("a"), make("b", classes=("ants", "wasps")))
+    assert "only one of them knows 'bees', 'wasps'" in found
+
+
+def test_classes_in_another_order_are_the_same(cli: Cli, make: Make) -> None:
+    assert cli("compare", make("a"), make("b", classes=("bees", "ants"))).exit_code == 0
+
+
+def test_no_image_in_common(cli: Cli, make: Make) -> None:
+    moved = [(f"elsewhere/{path}", label) for path, label in IMAGES]
+    assert "no image was judged by both" in refusal(cli, ExitCode.DATA, make("a"), make("b", images=moved))
+
+
+def test_another_label(cli: Cli, make: Make) -> None:
+    images = [(IMAGES[0][0], "bees"), *IMAGES[1:]]
+    found = refusal(cli, ExitCode.DATA, make("a"), make("b", images=images))
+    assert "val/ants/00.jpg has the labels 'ants' and 'bees'" in found
+
+
+def test_another_content_under_the_same_name(cli: Cli, make: Make) -> None:
+    path = IMAGES[7][0]
+    first, second = make("a", digests={path: "1"}), make("b", digests={path: "2"})
+    found = refusal(cli, ExitCode.DATA, first, second)
+    assert f"{path} is not the same picture in both" in found
+    assert cli("compare", first, make("c")).exit_code == 0  # without a split nobody can tell
+
+
+def test_a_run_that_is_not_finished(cli: Cli, make: Make) -> None:
+    folder = make("b")
+    write_json(folder / "outcome.json", {"state": "interrupted"})
+    assert "the run is not finished (interrupted)" in refusal(cli, ExitCode.DATA, make("a"), folder)
+
+
+def test_figures_of_other_predictions(cli: Cli, make: Make) -> None:
+    found = refusal(cli, ExitCode.DATA, make("a"), make("b", [1, 2], accuracy=0.99))
+    assert "accuracy is 0.9900 there, and 0.9750 in predictions.csv" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.json", "{"),
+        ("metrics.json", "[]"),
+        ("metrics.json", '{"accuracy": null}'),
+        ("metrics.json", '{"loss": 1}'),
+        ("predictions.csv", ""),
+        ("predictions.csv", "path,label\n"),
+        ("predictions.csv", "path,label,predicted,prob_ants,prob_bees\n"),
+        ("predictions.csv", "path,label,predicted,prob_ants,prob_bees\nx\n"),
+        ("predictions.csv", "path,label,predicted,prob_ants,prob_bees\nx,ants,ants\nx,ants,ants\n"),
+        ("predictions.csv", "\x00\udcff"),
+    ],
+)
+def test_damaged_files(cli: Cli, make: Make, name: str, text: str) -> None:
+    folder = make("b")
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    assert f"{name}: it cannot be read" in refusal(cli, ExitCode.DATA, make("a"), folder)
+
+
+def test_runs_of_the_same_name_are_told_apart(cli: Cli, make: Make) -> None:
+    first, second = make("x/run", range(20)), make("y/run")
+    said = cli("compare", first, second).stdout
+    assert f"{second} is better than {first} by" in said
+
+
+def test_names_are_those_of_the_folders_wherever_one_stands(
+    cli: Cli, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make("a"))
+    assert "between a and b" in cli("compare", ".", make("b")).stdout
