@@ -52,7 +52,7 @@ class Taps:
             InternalError: the forward took another way than the traced one.
         """
         rows: dict[int, Tensor] = {}
-        with self._attached(rows, len(images)):
+        with self._attached(rows, images.shape[0]):  # len() would fix a traced batch
             try:
                 logits = self.network(images)
             except _Reached as reached:

@@ -5,7 +5,22 @@ from __future__ import annotations
 import typer
 
 from finetune import __version__
-from finetune.cli import advise, backbones, cache, extract, probe, recipes, retrieve, run
+from finetune.cli import (
+    advise,
+    backbones,
+    cache,
+    check,
+    compare,
+    evaluate,
+    export,
+    extract,
+    predict,
+    probe,
+    recipes,
+    report,
+    retrieve,
+    run,
+)
 
 app = typer.Typer(
     name="finetune",
@@ -16,11 +31,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run_command)
+app.command("check")(check.check_command)
 app.command("advise")(advise.advise_command)
+app.command("evaluate")(evaluate.evaluate_command)
+app.command("report")(report.report_command)
+app.command("compare")(compare.compare_command)
+app.command("predict")(predict.predict_command)
 app.command("extract")(extract.extract_command)
 app.command("probe")(probe.probe_command)
 app.command("similar")(retrieve.similar_command)
 app.command("map")(retrieve.map_command)
+app.command("export")(export.export_command)
+app.command("push")(export.push_command)
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")

@@ -24,6 +24,8 @@ _FLAGS = {
     "offline": "backbone.offline",
     "data": "data.path",
     "val_fraction": "data.val_fraction",
+    "group_by": "data.group_by",
+    "allow_leaks": "data.allow_leaks",
     "workers": "data.workers",
     "img_size": "input.img_size",
     "strategy": "strategy.name",
@@ -73,6 +75,16 @@ def run_command(
         float | None,
         typer.Option(help="Share of each class kept for validation if there is no val/.", show_default="0.2"),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that are drawn into one part: a column of the CSV, or a pattern in the path.",
+            metavar="COLUMN|REGEX",
+        ),
+    ] = None,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Go on where copies of a picture lie in two parts.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same bits (on a CPU).", show_default="0")
@@ -120,6 +132,8 @@ def run_command(
         "offline": offline or None,
         "data": data,
         "val_fraction": val_fraction,
+        "group_by": group_by,
+        "allow_leaks": allow_leaks or None,
         "workers": workers,
         "img_size": img_size,
         "strategy": strategy,

@@ -7,12 +7,20 @@ than the user counted would look like any other figure.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from finetune.data.decode import BadImageError, probe_image
+from finetune.data.looks import ROW, Looks, LookStore, build_row
 from finetune.data.sample import Dataset, Sample, Split
 from finetune.errors import DataError
 from finetune.runtime import available_cores
@@ -40,10 +48,20 @@ class Checked:
     Attributes:
         bad: images that cannot be decoded, in the order of the data set.
         digests: sha256 of every file that could be read, by path.
+        looks: what decoding them showed; empty where they were only read.
     """
 
     bad: tuple[BadImage, ...]
     digests: dict[str, str]
+    looks: Looks = field(default_factory=Looks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A good image: its digest and, where it was decoded, its row."""
+
+    digest: str
+    row: NDArray[np.void] | None
 
 
 def check_images(
@@ -51,21 +69,25 @@ def check_images(
     on_progress: Callable[[int], None] | None = None,
     threads: int = _THREADS,
     decode: bool = True,
+    store: LookStore | None = None,
 ) -> Checked:
     """Read and decode every image once.
 
     Args:
         dataset: the images to check, all parts.
-        decode: false only reads the files, for their digests.
         on_progress: called in this thread after each image with the number checked so far.
         threads: images decoded at the same time, 1 or more.
+        decode: false only reads the files, for their digests.
+        store: what earlier looks gave; a file that is what it was is not read again.
 
     An interrupt (or an error in ``on_progress``) drops what is queued and waits only for the images
     being decoded at that moment.
     """
     bad: list[BadImage] = []
     digests: dict[str, str] = {}
-    look = partial(_look, dataset, decode)
+    paths: list[str] = []
+    rows = np.zeros(len(dataset.samples) if decode else 0, ROW)
+    look = partial(_look, dataset, decode, store)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
     try:
         for start in range(0, len(dataset.samples), _CHUNK):
@@ -74,26 +96,47 @@ def check_images(
                 if isinstance(found, BadImage):
                     bad.append(found)
                 else:
-                    digests[sample.path] = found
+                    digests[sample.path] = found.digest
+                    if decode and found.row is not None:
+                        rows[len(paths)] = found.row
+                        paths.append(sample.path)
                 if on_progress:
                     on_progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    return Checked(tuple(bad), digests)
+    looks = Looks(tuple(paths), rows[: len(paths)])
+    if store is not None and decode:
+        store.save(looks)
+    return Checked(tuple(bad), digests, looks)
 
 
-def _look(dataset: Dataset, decode: bool, sample: Sample) -> BadImage | str:
-    """Return the digest of a good image and the fault of a bad one."""
+def _look(dataset: Dataset, decode: bool, store: LookStore | None, sample: Sample) -> BadImage | _Seen:
+    """Return what a good image holds and the fault of a bad one."""
     path = dataset.file(sample)
     try:
-        if decode:
-            probe_image(path)  # first: it knows what to say of a pipe or a folder
+        status = _status(path)
+        if store is not None and status is not None:
+            row = store.find(sample.path, status)
+            if row is not None:
+                return _Seen(bytes(row["sha256"]).hex(), row)
+        probe: Any = (
+            probe_image(path) if decode else None
+        )  # first: it knows what to say of a pipe or a folder
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        row = None if probe is None or status is None else build_row(probe, digest.digest(), status)
+        return _Seen(digest.hexdigest(), row)
     except BadImageError as error:
         return BadImage(sample.path, sample.split, error.reason)
     except OSError as error:
         return BadImage(sample.path, sample.split, (error.strerror or str(error)).lower())
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return what the file system says before a file is read: a change while it is read shows later."""
+    with suppress(OSError):
+        return path.stat()
+    return None
 
 
 def check_bad(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.archive import KINDS, Progress, open_archive
 from finetune.data.finding import Finding, count, names_in, printable, some
 from finetune.data.folders import read_folder
+from finetune.data.groups import find_groups
+from finetune.data.remark import Remark
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
-from finetune.data.split import split_off
+from finetune.data.split import draw_folds, find_undividable, split_off
 from finetune.data.table import read_csv
-from finetune.errors import DataError, suggest
+from finetune.errors import DataError, UsageError, suggest
 
 
 def discover(
@@ -30,6 +32,9 @@ def discover(
     seed: int,
     follow_links: bool = False,
     on_progress: Progress | None = None,
+    group_by: str | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
 ) -> Dataset:
     """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and part.
 
@@ -41,19 +46,92 @@ def discover(
         seed: chooses which ones.
         follow_links: read images through links that lead out of the folder.
         on_progress: called with the entries done and their number while an archive is unpacked.
+        group_by: a column of the CSV, or a regular expression on the path, that names images that are drawn
+            together.
+        folds: parts that the images of training and validation are dealt into.
+        fold: which of them is the validation part, from 1.
 
     Raises:
         DataError: there is nothing to train on, or what is there has more than one reading.
+        UsageError: there is no such fold.
         DiskError: an archive cannot be unpacked for lack of space or permission.
     """
     finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    is_table = read_data(finding, data, on_progress)
-    drawn = "val" not in finding.parts
-    dataset = _dataset(finding, val_fraction, seed)
-    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn)
+    draw = Draw(val_fraction, seed, group_by, folds, fold)
+    dataset = _discover(finding, data, draw, on_progress)
+    assert dataset is not None
+    return dataset
 
 
-def read_data(finding: Finding, data: Path, on_progress: Progress | None = None) -> bool:
+def survey(
+    data: Path,
+    val_fraction: float,
+    seed: int,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    group_by: str | None = None,
+    folds: int | None = None,
+) -> tuple[Dataset | None, tuple[Remark, ...]]:
+    """Read as :func:`discover` does, and go on after what it refuses, without the faulty images.
+
+    The first of the folds is the validation part.
+
+    Returns:
+        The data set, None where nothing can be made of it, and every remark.
+
+    Raises:
+        DiskError: an archive cannot be unpacked for lack of space or permission.
+    """
+    finding = Finding(
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True
+    )
+    draw = Draw(val_fraction, seed, group_by, folds, 1 if folds else None)
+    dataset = None
+    try:
+        dataset = _discover(finding, data, draw, on_progress)
+    except DataError as error:
+        finding.remarks.append(Remark("unusable", "error", error.message, error.fix))
+    return dataset, tuple(finding.remarks)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a validation part is made; the arguments of :func:`discover`."""
+
+    val_fraction: float
+    seed: int
+    group_by: str | None
+    folds: int | None
+    fold: int | None
+
+    def check_fold(self) -> None:
+        """Refuse a fold that there is not.
+
+        Raises:
+            UsageError: it is none of the folds, or one of the two is missing.
+        """
+        if (self.folds is None) != (self.fold is None) or (self.fold or 1) > (self.folds or 1):
+            found = f"data.fold is {'not given' if self.fold is None else self.fold}"
+            fix = "Give both: --set data.folds=5 --set data.fold=1, up to 5."
+            raise UsageError(f"data.folds={self.folds}", found, fix)
+
+
+def _discover(finding: Finding, data: Path, draw: Draw, on_progress: Progress | None) -> Dataset | None:
+    draw.check_fold()
+    is_table = read_data(finding, data, on_progress, draw.group_by)
+    if finding.is_lenient and not finding.parts.get("train"):
+        return None
+    for part in finding.parts.values():  # of a lenient reading: a strict one has refused them
+        for name, paths in part.items():
+            part[name] = [path for path in paths if path not in finding.links_out]
+    drawn = "val" not in finding.parts or draw.folds is not None
+    dataset = _dataset(finding, draw)
+    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, remarks=tuple(finding.remarks))
+
+
+def read_data(
+    finding: Finding, data: Path, on_progress: Progress | None = None, group_by: str | None = None
+) -> bool:
     """Read a folder, a zip archive or a CSV file; return whether it was a CSV file.
 
     Raises:
@@ -69,7 +147,7 @@ def read_data(finding: Finding, data: Path, on_progress: Progress | None = None)
         read_folder(finding)
     elif suffix == ".csv":
         finding.root = finding.root.parent
-        read_csv(finding, data)
+        read_csv(finding, data, group_by)
     elif suffix == ".zip":
         finding.root, finding.from_archive = open_archive(finding, data, on_progress), True
         read_folder(finding)
@@ -90,7 +168,7 @@ def _refuse_kind(finding: Finding, suffix: str) -> DataError:
     )
 
 
-def _dataset(finding: Finding, val_fraction: float, seed: int) -> Dataset:
+def _dataset(finding: Finding, draw: Draw) -> Dataset:
     """Apply the rules that do not depend on the layout, and number the classes."""
     train = finding.parts["train"]
     # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
@@ -100,13 +178,17 @@ def _dataset(finding: Finding, val_fraction: float, seed: int) -> Dataset:
         if split in finding.parts:
             _compare_with_training(finding, split)
     _warn_look_alikes(finding, classes)
-    if "val" in finding.parts:
+    groups = find_groups(finding, draw.group_by)
+    folds: dict[str, int] = {}
+    if draw.folds is not None and draw.fold is not None:
+        folds = _deal_folds(finding, draw.folds, draw.fold, draw.seed, groups)
+    elif "val" in finding.parts:
         _warn_singles(finding)
     else:
-        _split_off_validation(finding, val_fraction, seed)
+        _split_off_validation(finding, draw.val_fraction, draw.seed, groups)
     index = {name: number for number, name in enumerate(classes)}
     samples = [
-        Sample(path, index[name], split)
+        Sample(path, index[name], split, groups.get(path, ""), folds.get(path, 0))
         for split in SPLITS
         for path, name in sorted((p, name) for name, ps in finding.parts.get(split, {}).items() for p in ps)
     ]
@@ -125,7 +207,8 @@ def _require_two(finding: Finding, classes: Sequence[str]) -> None:
         fix = f"Did you mean --data {printable(inside)}?"
     if nested and finding.from_archive:  # a path into the cache is none that the user has seen
         fix = "Pack it so that the class folders, or train/, lie at the top."
-    raise finding.refuse(f"has only one class, {classes[0]!r}, which leaves nothing to tell apart", fix)
+    found = f"has only one class, {classes[0]!r}, which leaves nothing to tell apart"
+    finding.object("class-one", found, fix)
 
 
 def _compare_with_training(finding: Finding, split: Split) -> None:
@@ -133,16 +216,23 @@ def _compare_with_training(finding: Finding, split: Split) -> None:
     train, part = finding.parts["train"], finding.parts[split]
     unknown = sorted(set(part) - set(train))
     if unknown:
-        raise finding.refuse(
+        finding.object(
+            "class-unknown",
             f"{split} has {count(len(unknown), 'class', 'classes')} that training does not have: "
             f"{some(unknown)}{suggest(unknown[0], sorted(train))}",
             "Rename the class as in training, add training images for it, or remove it.",
+            len(unknown),
         )
+        for name in unknown:
+            del part[name]
     missing = sorted(set(train) - set(part))
     if missing:
-        finding.warnings.append(
+        finding.warn(
+            "class-missing",
             f"{split} has no images of {count(len(missing), 'class', 'classes')} {some(missing)}, "
-            "so nothing can be said about it there."
+            "so nothing can be said about it there.",
+            f"Add images of it to {split}.",
+            len(missing),
         )
 
 
@@ -151,11 +241,14 @@ def _warn_look_alikes(finding: Finding, classes: Sequence[str]) -> None:
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[unicodedata.normalize("NFC", name).casefold()].append(name)
-    finding.warnings.extend(
-        f"Classes {some(names)} differ only in letter case and are trained as different classes."
-        for names in alike.values()
-        if len(names) > 1
-    )
+    for names in alike.values():
+        if len(names) > 1:
+            finding.warn(
+                "class-alike",
+                f"Classes {some(names)} differ only in letter case and are trained as different classes.",
+                "Put their images into one class if they are one.",
+                len(names),
+            )
 
 
 def _singles(finding: Finding) -> list[str]:
@@ -164,20 +257,64 @@ def _singles(finding: Finding) -> list[str]:
 
 def _warn_singles(finding: Finding) -> None:
     if singles := _singles(finding):
-        finding.warnings.append(
-            f"{count(len(singles), 'class has', 'classes have')} a single training image: {some(singles)}."
+        finding.warn(
+            "class-tiny",
+            f"{count(len(singles), 'class has', 'classes have')} a single training image: {some(singles)}.",
+            "Add images of these classes.",
+            len(singles),
         )
 
 
-def _split_off_validation(finding: Finding, fraction: float, seed: int) -> None:
+def _split_off_validation(finding: Finding, fraction: float, seed: int, groups: Mapping[str, str]) -> None:
     """Move part of each class's training images to validation."""
+    train = finding.parts["train"]
     if singles := _singles(finding):
-        raise finding.refuse(
+        finding.object(
+            "class-single",
             f"{count(len(singles), 'class has', 'classes have')} a single image and no validation part is "
             f"given: {some(singles)}; one image cannot be both trained on and judged",
             "Add images of these classes, or give your own validation part (val/, or split=val in the CSV).",
+            len(singles),
         )
-    train = finding.parts["train"]
-    taken = split_off(train, fraction, seed)
+    _object_to_lonely(finding, train, groups, singles)
+    taken = split_off(train, fraction, seed, groups)
     finding.parts["val"] = {name: [p for p in paths if p in taken] for name, paths in train.items()}
     finding.parts["train"] = {name: [p for p in paths if p not in taken] for name, paths in train.items()}
+
+
+def _object_to_lonely(
+    finding: Finding, pool: Mapping[str, Sequence[str]], groups: Mapping[str, str], said: Sequence[str] = ()
+) -> None:
+    """Refuse classes that no draw can divide."""
+    lonely = [name for name in find_undividable(pool, groups) if name not in said]
+    if lonely:
+        finding.object(
+            "group-single",
+            f"all images of {count(len(lonely), 'class', 'classes')} {some(lonely)} belong to one group, "
+            "or are one; they cannot be both trained on and judged",
+            "Add images of other groups, or give your own validation part.",
+            len(lonely),
+        )
+
+
+def _deal_folds(
+    finding: Finding, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
+) -> dict[str, int]:
+    """Deal the images of training and validation into folds; one of them becomes the validation part."""
+    pool: defaultdict[str, list[str]] = defaultdict(list)
+    for split in ("train", "val"):
+        for name, paths in finding.parts.get(split, {}).items():
+            pool[name] += paths
+    _object_to_lonely(finding, pool, groups)
+    folds = draw_folds(pool, num_folds, seed, groups)
+    if len(set(folds.values())) < num_folds:
+        found = f"there are only {len(set(folds.values()))} images or groups"
+        raise DataError(f"data.folds={num_folds}", found, "Take fewer folds.")
+    finding.parts["val"] = {name: [p for p in paths if folds[p] == fold] for name, paths in pool.items()}
+    finding.parts["train"] = {name: [p for p in paths if folds[p] != fold] for name, paths in pool.items()}
+    emptied = [name for name, paths in finding.parts["train"].items() if not paths]
+    if emptied:
+        found = f"fold {fold} has every image of {count(len(emptied), 'class', 'classes')} {some(emptied)}"
+        fix = "Take fewer folds, or add images of other groups."
+        finding.object("fold-empty", found, fix, len(emptied))
+    return folds

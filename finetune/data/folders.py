@@ -38,7 +38,13 @@ def _read_parts(finding: Finding, folders: Sequence[str], splits: dict[Split, st
     """Read the class folders of each part."""
     others = [name for name in folders if name not in splits.values()]
     if others:
-        finding.warnings.append(f"Beside {splits['train']!r}, these folders are ignored: {some(others)}.")
+        beside = splits.get("train", next(iter(splits.values())))
+        finding.warn(
+            "ignored-folder",
+            f"Beside {beside!r}, these folders are ignored: {some(others)}.",
+            "Remove them, or call them as a part (train, val, test).",
+            len(others),
+        )
     for split, name in splits.items():
         if _leads_out(finding, name):
             continue
@@ -56,10 +62,9 @@ def _split_folders(finding: Finding, folders: Sequence[str]) -> dict[Split, str]
             named[SPLIT_NAMES[name.lower()]].append(name)
     for split, names in named.items():
         if len(names) > 1:
-            raise finding.refuse(
-                f"has more than one {split} part: {some(names)}", "Keep one of these folders."
-            )
-    if named and "train" not in named:
+            found = f"has more than one {split} part: {some(names)}"
+            finding.object("part-twice", found, "Keep one of these folders.", len(names))
+    if named and "train" not in named and not finding.to_judge:
         raise finding.refuse(
             f"has {some(names[0] for names in named.values())} but no train folder",
             "Add train/ with a folder for each class; a class that has such a name needs another.",
@@ -75,20 +80,20 @@ def _refuse_same_folder(finding: Finding, splits: dict[Split, str]) -> None:
     for name in splits.values():
         twin = seen.setdefault(_identity(finding, name), name)
         if twin != name:
-            raise finding.refuse(
-                f"{twin!r} and {name!r} are the same folder", "Give each part its own images."
-            )
+            found = f"{twin!r} and {name!r} are the same folder"
+            finding.object("part-repeated", found, "Give each part its own images.", 2)
 
 
 def _refuse_no_classes(finding: Finding, part: str, folders: Sequence[str], files: Sequence[str]) -> None:
     if folders:
         return
     where = f"{part!r} holds" if part else "holds"
-    if any(_is_image(name) for name in files):
+    if any(is_image(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
         found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
-    raise finding.refuse(found, "Put the images of each class into a folder with the name of the class.")
+    fix = "Put the images of each class into a folder with the name of the class."
+    finding.object("no-classes", found, fix)
 
 
 def _read_classes(
@@ -102,7 +107,8 @@ def _read_classes(
         top = f"{part}/{name}" if part else name
         images, others = images_below(finding, top)
         if images:
-            _refuse_bad_name(finding, name)
+            if not _is_good_name(finding, name):
+                continue
             classes[name] = images
             ignored += others
         else:
@@ -110,32 +116,45 @@ def _read_classes(
     # Behind a link that leads out nobody has looked: that link is refused, not the lack of images.
     if empty and not finding.links_out and (split == "train" or not classes):
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
-        raise finding.refuse(
+        finding.object(
+            "class-empty",
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
             f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
+            len(empty),
         )
     _warn_ignored(finding, part, files, ignored)
     return classes
 
 
-def _refuse_bad_name(finding: Finding, name: str) -> None:
-    if fault := name_fault(name):
-        raise finding.refuse(f"class folder {name!r}: the name {fault}", "Rename the folder.")
+def _is_good_name(finding: Finding, name: str) -> bool:
+    fault = name_fault(name)
+    if fault:
+        finding.object("class-name", f"class folder {name!r}: the name {fault}", "Rename the folder.")
+    return not fault
 
 
 def _warn_ignored(finding: Finding, part: str, files: Sequence[str], others: Counter[str]) -> None:
     """Say what a user may believe to be trained on and is not."""
-    loose = sum(_is_image(name) for name in files)
+    loose = sum(is_image(name) for name in files)
     where = repr(part) if part else "the data folder"
     if loose:
-        finding.warnings.append(
-            f"{count(loose, 'image', 'images')} directly in {where}, outside the class folders, ignored."
+        finding.warn(
+            "ignored-image",
+            f"{count(loose, 'image', 'images')} directly in {where}, outside the class folders, ignored.",
+            "Move them into the folders of their classes.",
+            loose,
         )
     if others:
-        finding.warnings.append(f"Files in {where} that are no images are ignored{extensions(others, ': ')}.")
+        finding.warn(
+            "ignored-file",
+            f"Files in {where} that are no images are ignored{extensions(others, ': ')}.",
+            f"Convert pictures among them to one of {' '.join(sorted(EXTENSIONS))}.",
+            sum(others.values()),
+        )
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Tell images by their extension."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
 
 
@@ -145,8 +164,18 @@ def images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
     Linked folders are followed, but not back into a folder that the walk is already inside of, and not out
     of the root.
     """
-    images: list[str] = []
     others: Counter[str] = Counter()
+    return sorted(walk_images(finding, top, others)), others
+
+
+def walk_images(finding: Finding, top: str, others: Counter[str]) -> Iterator[str]:
+    """Yield what :func:`images_below` returns, folder by folder: nothing is held but the folder it is in.
+
+    Args:
+        finding: its root; takes a note of links that lead out.
+        top: folder below the root, ``""`` for the root.
+        others: takes the extensions of files that are no images.
+    """
     outside = frozenset(_identity(finding, above) for above in _above(top))
     stack = [(top, outside)]
     while stack:
@@ -157,10 +186,10 @@ def images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
         if identity in inside:
             continue
         folders, files = _listing(finding, folder)
-        images.extend(f"{folder}/{name}".lstrip("/") for name in files if _is_image(name))
-        others += extension_counts(name for name in files if not _is_image(name))
-        stack.extend((f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders)
-    return sorted(images), others
+        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
+        others.update(extension_counts(name for name in files if not is_image(name)))
+        below = [(f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders]
+        stack.extend(reversed(below))  # the first of them is taken first
 
 
 def _above(folder: str) -> Iterator[str]:
@@ -195,20 +224,16 @@ def _listing(finding: Finding, folder: str) -> tuple[list[str], list[str]]:
                 if is_junk(entry.name):
                     continue
                 if _is_folder(entry):
-                    _refuse_not_utf8(finding, folder, entry.name)
-                    folders.append(entry.name)
+                    if _is_utf8(finding, folder, entry.name):
+                        folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
-                    if entry.is_symlink() and _is_image(entry.name):
+                    if entry.is_symlink() and is_image(entry.name):
                         finding.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
-        raise finding.refuse(
-            f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})",
-            "Make it readable for this user.",
-        ) from error
-    for name in files:
-        if _is_image(name):
-            _refuse_not_utf8(finding, folder, name)
+        found = f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})"
+        finding.object("folder-unreadable", found, "Make it readable for this user.")
+    files = [name for name in files if not is_image(name) or _is_utf8(finding, folder, name)]
     return sorted(folders), sorted(files)
 
 
@@ -224,11 +249,12 @@ def _counts_as_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_file()
 
 
-def _refuse_not_utf8(finding: Finding, folder: str, name: str) -> None:
+def _is_utf8(finding: Finding, folder: str, name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise finding.refuse(
-            f"the name of {f'{folder}/{name}'.lstrip('/')!r} is not UTF-8",
-            "Rename it; names go into reports and tables, which are UTF-8.",
-        ) from None
+        found = f"the name of {f'{folder}/{name}'.lstrip('/')!r} is not UTF-8"
+        fix = "Rename it; names go into reports and tables, which are UTF-8."
+        finding.object("name-not-utf8", found, fix)
+        return False
+    return True

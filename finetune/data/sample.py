@@ -7,17 +7,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from finetune.data.remark import Remark
+
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image: its path below ``Dataset.root`` (with ``/``), its class index (-1: none) and its part."""
+    """One image.
+
+    Attributes:
+        path: below ``Dataset.root``, with ``/``.
+        label: its class index; -1: none.
+        split: its part.
+        group: images of one group belong together (a patient, a video); "": it belongs to none.
+        fold: in which it is held out, from 1; 0: there are no folds, or it is a test image.
+    """
 
     path: str
     label: int
     split: Split
+    group: str = ""
+    fold: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Dataset:
         warnings: what the user should know about the data, one sentence each.
         is_folder: the user named the root itself, and not a CSV file in it.
         val_was_drawn: the validation part was taken from the training images, by chance.
+        remarks: the warnings again, for programs, and what a lenient reading left out.
     """
 
     root: Path
@@ -39,6 +52,7 @@ class Dataset:
     warnings: tuple[str, ...] = ()
     is_folder: bool = True
     val_was_drawn: bool = False
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def is_labelled(self) -> bool:

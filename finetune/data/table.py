@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.data.finding import SHOWN, SPLIT_NAMES, Finding, count, name_fault, quoted, some
-from finetune.errors import suggest
+from finetune.errors import DataError, suggest
 
 MAX_BYTES = 2**30
 """The whole table is held in memory, several times its size on disk. A million rows take 100 MB or less."""
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 
 @dataclass
@@ -27,15 +28,22 @@ class _Row:
     path: str
     label: str
     split: str
+    group: str = ""
 
 
-def read_csv(finding: Finding, file: Path) -> None:
-    """Read ``path,label[,split]``; show the first few faults of all rows at once, with line numbers."""
+def read_csv(finding: Finding, file: Path, group_by: str | None = None) -> None:
+    """Read ``path,label[,split]``; show the first few faults of all rows at once, with line numbers.
+
+    Args:
+        finding: takes the images.
+        file: of the table.
+        group_by: a column whose cells name groups, if there is one of that name.
+    """
     table = _table(finding, file)
     faults: list[tuple[int, str]] = []
     first: dict[str, _Row] = {}
     closed: dict[str, bool] = {}
-    for row in _rows(finding, table):
+    for row in _rows(finding, table, group_by):
         path = _below_root(finding.root, row.path)
         fault = _row_fault(row, path, first)
         if fault is None and path is not None and not _lies_outside(finding, path, closed):
@@ -46,19 +54,22 @@ def read_csv(finding: Finding, file: Path) -> None:
             first[path] = row
             part = finding.parts.setdefault(SPLIT_NAMES[row.split], {})
             part.setdefault(row.label, []).append(path)
+            if row.group:
+                finding.columns[path] = row.group
     if faults:
         shown = [f"line {_line(table, place)}: {fault}" for place, fault in faults[:SHOWN]]
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        raise finding.refuse(
+        finding.object(
+            "row-unusable",
             f"{count(len(faults), 'row', 'rows')} cannot be used:"
             + "".join(f"\n  {s}" for s in shown + more),
             "Correct these lines.",
+            len(faults),
         )
     finding.check_links()
-    if "train" not in finding.parts:
-        raise finding.refuse(
-            "has no training rows", "Add rows (with split=train, if there is a split column)."
-        )
+    if "train" not in finding.parts and not (finding.to_judge and finding.parts):
+        fix = "Add rows (with split=train, if there is a split column)."
+        finding.object("no-train", "has no training rows", fix)
 
 
 def _table(finding: Finding, file: Path) -> DataFrame:
@@ -97,7 +108,7 @@ def _refuse_huge(finding: Finding, file: Path) -> None:
         )
 
 
-def _rows(finding: Finding, table: DataFrame) -> Iterator[_Row]:
+def _rows(finding: Finding, table: DataFrame, group_by: str | None) -> Iterator[_Row]:
     """Give the rows below the header, label and split cleaned; without a split column all are training."""
     header = [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
     _require_columns(finding, header)
@@ -106,9 +117,25 @@ def _rows(finding: Finding, table: DataFrame) -> Iterator[_Row]:
     splits = (
         body[header.index("split")].str.strip().str.lower() if "split" in header else ["train"] * len(body)
     )
-    cells = zip(body.index, body[header.index("path")], labels, splits, strict=True)
-    for place, path, label, split in cells:
-        yield _Row(int(place), path, label, split)
+    groups = _groups(header, body, group_by)
+    cells = zip(body.index, body[header.index("path")], labels, splits, groups, strict=True)
+    for place, path, label, split, group in cells:
+        yield _Row(int(place), path, label, split, group)
+
+
+def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Sequence[str] | Series[str]:
+    """Return the group of each row, ``""`` where none is named; a pattern is for paths, not for cells."""
+    if group_by in header:
+        cells = body[header.index(group_by)].str.strip()
+        if not cells.any():
+            found = "the column is empty"
+            raise DataError(f"--group-by {group_by}", found, "Fill it in, or name another column.")
+        return cells
+    if group_by is not None and re.escape(group_by) == group_by:
+        found = f"there is no column {group_by!r} (columns: {some(header)}){suggest(group_by, header)}"
+        fix = "Name a column, or give a regular expression for the path."
+        raise DataError(f"--group-by {group_by}", found, fix)
+    return [""] * len(body)
 
 
 def _require_columns(finding: Finding, header: Sequence[str]) -> None:

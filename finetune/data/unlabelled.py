@@ -17,6 +17,9 @@ def find_pictures(
     seed: int,
     follow_links: bool = False,
     on_progress: Progress | None = None,
+    group_by: str | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
@@ -27,7 +30,7 @@ def find_pictures(
         DataError: there is no image, or what is there has more than one reading.
     """
     if not _is_unlabelled(data):
-        return discover(data, val_fraction, seed, follow_links, on_progress)
+        return discover(data, val_fraction, seed, follow_links, on_progress, group_by, folds, fold)
     finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
     images, _ = images_below(finding, "")
     finding.check_links()

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from finetune.data.decode import BadImageError, decode_image
+from finetune.preflight.tiles import CELL, GAP, LINE, PAPER, draw_tile
 from finetune.runs.files import write_bytes
 
-CELL = 176
-"""Pixels of a found picture's longer side."""
 QUERY = 300
 """Pixels of the query's longer side."""
 FEWEST_COLUMNS = 5
-_GAP = 20
-_LINE = 19
-_TEXT = 13
-_PAPER, _TILE, _INK, _FAINT = "#f5f5f3", "#e6e6e2", "#222222", "#666666"
 
 
 @dataclass(frozen=True)
@@ -66,63 +57,13 @@ def draw_sheet(query: Path, hits: Sequence[Hit]) -> Image.Image:
     """
     columns = max(1, min(len(hits), max(FEWEST_COLUMNS, math.isqrt(len(hits)))))
     rows = math.ceil(len(hits) / columns)
-    step = CELL + _GAP, CELL + 3 * _LINE + _GAP
-    left = QUERY + 3 * _GAP if hits else QUERY + 2 * _GAP
-    size = left + columns * step[0] * bool(hits), _GAP + max(QUERY + 2 * _LINE + _GAP, rows * step[1])
-    sheet = Image.new("RGB", size, _PAPER)
-    _draw_cell(sheet, query, (_GAP, _GAP), QUERY, ["query", query.name])
+    step = CELL + GAP, CELL + 3 * LINE + GAP
+    left = QUERY + 3 * GAP if hits else QUERY + 2 * GAP
+    size = left + columns * step[0] * bool(hits), GAP + max(QUERY + 2 * LINE + GAP, rows * step[1])
+    sheet = Image.new("RGB", size, PAPER)
+    draw_tile(sheet, query, (GAP, GAP), QUERY, ["query", query.name])
     for place, hit in enumerate(hits):
-        corner = left + place % columns * step[0], _GAP + place // columns * step[1]
+        corner = left + place % columns * step[0], GAP + place // columns * step[1]
         lines = [f"{place + 1}.  {hit.similarity:.3f}", hit.label, hit.file.name]
-        _draw_cell(sheet, hit.file, corner, CELL, lines)
+        draw_tile(sheet, hit.file, corner, CELL, lines)
     return sheet
-
-
-def _draw_cell(sheet: Image.Image, file: Path, corner: tuple[int, int], side: int, lines: list[str]) -> None:
-    """Draw a picture on a square tile, and lines under it; the last of them is faint."""
-    draw, font = ImageDraw.Draw(sheet), _font()
-    left, top = corner
-    draw.rectangle((left, top, left + side - 1, top + side - 1), fill=_TILE)
-    try:
-        picture = _fitted(decode_image(file, side), side)
-        sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
-    except BadImageError as error:
-        middle = left + side / 2, top + side / 2
-        said = textwrap.fill(error.reason, side // 9)
-        draw.text(middle, said, _FAINT, font, anchor="mm", align="center")
-    for number, line in enumerate(lines):
-        ink = _FAINT if number == len(lines) - 1 else _INK
-        draw.text((left, top + side + 5 + number * _LINE), shorten(line, side, font), ink, font)
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    """Return matplotlib's font: Pillow's own has no accents."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)
-
-
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Return a picture whose longer side has so many pixels; small ones are enlarged."""
-    scale = side / max(picture.size)
-    width, height = (max(1, round(length * scale)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def shorten(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """Return text that is at most ``width`` pixels wide: its middle gives way to three dots.
-
-    What cannot be seen, a line break among it, becomes a replacement character.
-    """
-    text = "".join(char if char.isprintable() else "\ufffd" for char in text)
-    if font.getlength(text) <= width:
-        return text
-    keep = range(1, len(text))  # more characters are hardly ever narrower
-    longest = bisect_right(keep, width, key=lambda number: font.getlength(_without_middle(text, number)))
-    return _without_middle(text, longest)
-
-
-def _without_middle(text: str, keep: int) -> str:
-    """Return the first and the last characters of a text, ``keep`` of them in all."""
-    return text[: math.ceil(keep / 2)] + "..." + text[len(text) - keep // 2 :]

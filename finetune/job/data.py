@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,23 +11,57 @@ import torch
 
 from finetune.data.check import BadImage, Checked, check_bad
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
+from finetune.data.split import keep_copies_together
 from finetune.display import Display
 from finetune.errors import DataError, UsageError
 from finetune.job.same import describe_images
+from finetune.preflight.files import UNREADABLE
+from finetune.preflight.report import inspect
 from finetune.recipe import Recipe
 from finetune.runs.bad_images import read_bad_images, write_bad_images
 from finetune.runs.claim import create_folder, read_split
-from finetune.runs.files import write_csv, write_text
+from finetune.runs.files import write_csv, write_json, write_text
 from finetune.runs.folder import RunFolder
 from finetune.runtime import derive_seed
 
+SHOWN = 5
+"""Findings of the preflight that a run shows."""
 
-def check_data(dataset: Dataset, checked: Checked, folder: RunFolder, display: Display) -> Dataset:
+
+def find_data(
+    recipe: Recipe, find: Callable[..., Dataset], on_progress: Callable[[int, int], None]
+) -> Dataset:
+    """Find the images of a recipe, with the parts that it asks for.
+
+    Args:
+        recipe: its data and seed count.
+        find: ``discover``, or ``find_pictures`` where labels need not be.
+        on_progress: told how far an archive is unpacked.
+    """
+    settings = recipe.data
+    return find(
+        Path(settings.path or ""),
+        settings.val_fraction,
+        recipe.seed,
+        settings.follow_links,
+        on_progress,
+        settings.group_by,
+        settings.folds,
+        settings.fold,
+    )
+
+
+def check_data(
+    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, recipe: Recipe
+) -> Dataset:
     """Return the images that can be used: all but a few, or a refusal of what cannot be stood behind.
 
     Images that an earlier attempt lost on its way keep their places: they stay lost, and every epoch keeps
     its order.
     """
+    if dataset.val_was_drawn and not folder.split.exists():
+        dataset = draw_copies_together(dataset, checked, recipe.seed, display)
+    _look_over(dataset, checked, folder, display, recipe.data.allow_leaks)
     for image in checked.bad[:10]:
         display.warn(f"{image.path} cannot be read: {image.reason}")
     lost = _lost_before(dataset, checked, folder)
@@ -36,6 +71,39 @@ def check_data(dataset: Dataset, checked: Checked, folder: RunFolder, display: D
     usable = check_bad(dataset.without(lost), bad)
     samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=_place)
     return replace(usable, samples=tuple(samples))
+
+
+def draw_copies_together(dataset: Dataset, checked: Checked, seed: int, display: Display) -> Dataset:
+    """Return a drawn data set in which no picture is both trained on and judged, and say what moved."""
+    dataset, moved = keep_copies_together(dataset, checked.digests, seed)
+    if moved:
+        images = "1 image" if moved == 1 else f"{moved} images"
+        display.say(f"exact copies stay in one part: {images} moved between train and val")
+    return dataset
+
+
+def _look_over(
+    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, allow_leaks: bool
+) -> None:
+    """Write ``check.json``, say what stands out, and refuse exact copies in two parts.
+
+    Raises:
+        DataError: there are some, and they are not allowed.
+    """
+    report = inspect(dataset, checked, allow_leaks, dataset.remarks)
+    write_json(folder.check, report.to_dict())
+    said = {remark.message for remark in dataset.remarks}
+    news = [one for one in report.remarks if one.severity != "note" and one.message not in said]
+    news = [one for one in news if one.code not in UNREADABLE]
+    for remark in news[:SHOWN]:
+        display.warn(remark.message)
+    if len(news) > SHOWN:
+        display.say(f"and {len(news) - SHOWN} findings more, in {folder.check}")
+    leaks = [remark for remark in report.errors if remark.code == "leak"]
+    if leaks:
+        shown = "".join(f"\n  {path}" for path in leaks[0].paths[:SHOWN])
+        found = f"{' '.join(remark.message for remark in leaks)} Among them:{shown}"
+        raise DataError(f"data in {dataset.root}", found, leaks[0].fix)
 
 
 def _lost_before(dataset: Dataset, checked: Checked, folder: RunFolder) -> dict[str, tuple[BadImage, Sample]]:

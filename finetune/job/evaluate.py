@@ -25,6 +25,7 @@ from finetune.evaluation.views import build_views
 from finetune.job.data import check_outside, create_new_folder
 from finetune.job.figures import write_figures
 from finetune.job.looking import Model, Variant, check_same_classes, load_model, look, write_variants
+from finetune.job.report import add_report
 from finetune.job.source import open_pictures
 from finetune.recipe import load_recipe
 from finetune.runs.files import write_json
@@ -97,12 +98,15 @@ def evaluate_models(request: Request, display: Display) -> dict[str, Any]:
     folder = RunFolder(request.output)
     metrics = _figures(models, variants, classes) | facts
     metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
+    if len(models) == 1 and models[0].predictor.card.place == "folder":
+        metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
     metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
     metrics["variants"] = write_variants(folder, variants, display)
     write_figures(folder, dataset.samples, variants[-1].predictions, classes)
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)
     _say(metrics, folder, display)
+    add_report(folder, display)
     return metrics
 
 

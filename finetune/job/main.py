@@ -29,6 +29,7 @@ from finetune.job.figures import check_figures, collect_metrics, say_result, wri
 from finetune.job.fit import fit_network
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, fit_batches, place_network, prepare
+from finetune.job.report import add_report
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
 from finetune.recipe import Recipe
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
@@ -38,6 +39,7 @@ from finetune.runtime import describe_environment
 from finetune.stopping import StopSignal
 from finetune.strategy.freeze import digest_weights
 from finetune.strategy.matrix import PLAN_COLUMNS, Plan
+from finetune.tracking.trackers import Trackers, check_trackers
 from finetune.training.checkpoint import CheckpointStore
 from pretrained.backbone import Backbone
 
@@ -73,6 +75,7 @@ def run(
     """
     display = display or SilentDisplay()
     clock = Clock()
+    check_trackers(recipe.tracking.to)
     with StopSignal() as stop, translated_errors():
         advice = None
         if recipe.strategy.name == "auto":
@@ -101,14 +104,17 @@ def run(
                 claim = claim_folder(path, ready.recipe, allow_changed, check)
                 if not claim.finished:
                     display.pulse.tell({"attempt": claim.attempt})
-            job = Job(ready, claim, comparison, allow_changed, display, clock, stop)
+            trackers = Trackers(ready.recipe, claim.folder, display)
+            job = Job(ready, claim, comparison, allow_changed, display, clock, stop, trackers)
             if claim.finished and (finished := _read_run(job)):
                 return finished
             display.log_to(claim.folder.log)
             if advice is not None:
                 write_json(claim.folder.advice, advice.to_dict())
-            with recorded_outcome(claim, display):
-                return _carry_out(job)
+            with recorded_outcome(claim, display), trackers.opened():
+                finished = _carry_out(job)
+                trackers.log_final(finished.metrics)
+                return finished
 
 
 def _refuse_without_checkpoints(claim: Claim) -> None:
@@ -166,6 +172,7 @@ def _carry_out(job: Job) -> Run:
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)
+    add_report(folder, display)
     return Run(folder, metrics)
 
 
@@ -183,7 +190,7 @@ def _take_data(job: Job) -> tuple[Dataset, bool]:
     if changes:
         folder.split.unlink(missing_ok=True)
         folder.trunk.unlink(missing_ok=True)
-    dataset = check_data(job.ready.dataset, comparison.checked, folder, display)
+    dataset = check_data(job.ready.dataset, comparison.checked, folder, display, job.ready.recipe)
     warn_of_versions(job.claim, comparison.environment, display)
     if not folder.split.exists():
         record_split(dataset, comparison.checked.digests, folder)

@@ -15,6 +15,7 @@ from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
 from finetune.display import Display
 from finetune.errors import FinetuneError, UsageError
+from finetune.job.data import find_data
 from finetune.recipe import Facts, Recipe, compute_batch_size, load_recipe, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runtime import (
@@ -61,8 +62,7 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     name, data = _required(recipe)
     device = prepare_machine(recipe)
     with display.count(f"reading {data}") as tell:
-        settings = recipe.data
-        dataset = discover(Path(data), settings.val_fraction, recipe.seed, settings.follow_links, tell)
+        dataset = find_data(recipe, discover, tell)
     with display.busy(f"loading {name}"):
         card = find_card(name, recipe.backbone.offline)
         card = card.with_input(resolve_preprocessing(recipe, card))

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from finetune.data.check import Checked, check_images
+from finetune.data.looks import LookStore
 from finetune.data.sample import Dataset
 from finetune.display import Display
 from finetune.errors import DataError
@@ -49,7 +50,10 @@ class Comparison:
 
     def _look(self, what: str, decode: bool) -> Checked:
         with self._display.track(what, len(self.dataset.samples)) as advance:
-            return check_images(self.dataset, on_progress=lambda _: advance(1, ""), decode=decode)
+            store = LookStore(self.dataset.root, keep_others=not self.dataset.is_folder)
+            return check_images(
+                self.dataset, on_progress=lambda _: advance(1, ""), decode=decode, store=store
+            )
 
     def find_changes(self, claim: Claim) -> list[str]:
         """Say what an earlier attempt had otherwise: recipe, images, weights."""

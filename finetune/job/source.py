@@ -39,7 +39,7 @@ from finetune.features.kept import (
     row_bytes,
 )
 from finetune.features.rows import JoinedRows, Rows
-from finetune.job.data import keep_split
+from finetune.job.data import find_data, keep_split
 from finetune.job.facts import describe_source, digest_of
 from finetune.job.prepare import is_convolutional, place_network, prepare_machine, resolve_preprocessing
 from finetune.memory import release_memory
@@ -126,14 +126,13 @@ def open_pictures(recipe: Recipe, display: Display) -> Dataset:
     """
     if not recipe.data.path:
         raise UsageError("finetune", "no data was named", "Add --data FOLDER.")
-    path, settings, seed = Path(recipe.data.path), recipe.data, recipe.seed
+    path, own = Path(recipe.data.path), recipe
     run = RunFolder(path)
     is_run = run.split.is_file() and run.recipe.is_file()
     if is_run:
-        saved = load_recipe(str(run.recipe))
-        path, settings, seed = Path(saved.data.path or ""), saved.data, saved.seed
-    with display.count(f"reading {path}") as tell:
-        dataset = find_pictures(path, settings.val_fraction, seed, settings.follow_links, tell)
+        own = load_recipe(str(run.recipe))
+    with display.count(f"reading {own.data.path}") as tell:
+        dataset = find_data(own, find_pictures, tell)
     if is_run:
         dataset = keep_split(dataset, run)
         known = {row.get("path") for row in read_split(run)}

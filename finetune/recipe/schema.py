@@ -19,6 +19,7 @@ StrategyName = Literal["freeze", "top", "full", "scratch", "auto"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 Augmentation = Literal["none", "light", "medium", "heavy"]
 Precision = Literal["float32", "bfloat16", "float16"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 _Positive = Annotated[float, Field(gt=0)]
 
 
@@ -72,6 +73,22 @@ class DataSettings(_Section):
     )
     follow_links: bool = Field(
         False, description="read images through links that lead out of the data folder"
+    )
+    group_by: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None,
+        description="images that belong together (a patient, a burst, a video) and are drawn into one part: a "
+        "column of the CSV, or a regular expression whose first group (else whole match) in the path names them",
+    )
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = Field(
+        None,
+        description="parts of all images but test that take turns in being the validation part; null: no "
+        "turns",
+    )
+    fold: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="which of the folds is the validation part, from 1; the others are trained on"
+    )
+    allow_leaks: bool = Field(
+        False, description="go on where exact copies of a picture lie in two parts, with a warning"
     )
 
 
@@ -238,6 +255,14 @@ class AdviseSettings(_Section):
     )
 
 
+class TrackingSettings(_Section):
+    """Who else is told of the run (docs/tracking.md). No result depends on it."""
+
+    to: tuple[TrackerName, ...] = Field(
+        (), description="experiment trackers that are told recipe, epochs and figures; none by default"
+    )
+
+
 class Recipe(_Section):
     """A complete description of one run."""
 
@@ -248,6 +273,7 @@ class Recipe(_Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
     advise: AdviseSettings = Field(default_factory=AdviseSettings)
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
     seed: int = Field(0, ge=0, lt=2**63, description="of the split, the order, the views and the new head")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     deterministic: bool = Field(

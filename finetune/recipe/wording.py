@@ -63,7 +63,10 @@ def _describe(branch: Any, bounds: Iterable[Any]) -> tuple[str, ...]:
     if _is_annotated(branch):
         return _describe(branch.__origin__, branch.__metadata__[0].metadata)
     if get_origin(branch) is tuple:
-        (one,) = _describe(get_args(branch)[0], ())
+        inner = get_args(branch)
+        if inner[-1] is ...:
+            return (f"a list of {join_or(_words(inner[0]))}",)
+        (one,) = _describe(inner[0], ())
         return (one.replace("a number", "three numbers"),)
     limits = [
         f"{word} {getattr(at, name)}" for at in bounds for name, word in _BOUNDS.items() if hasattr(at, name)

@@ -156,6 +156,11 @@ class RunFolder:
         return self.path / "plots"
 
     @property
+    def tracking(self) -> Path:
+        """What experiment trackers keep here."""
+        return self.path / "tracking"
+
+    @property
     def checkpoints(self) -> Path:
         """Everything needed to go on, in folders (:mod:`finetune.training.checkpoint`)."""
         return self.path / "checkpoints"

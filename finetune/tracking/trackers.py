@@ -140,7 +140,7 @@ class Trackers:
 
     @property
     def _notes(self) -> Path:
-        return self._folder.path / "tracking" / "trackers.json"
+        return self._folder.tracking / "trackers.json"
 
     def _note(self) -> None:
         write_json(self._notes, {name: asdict(told) for name, told in self._told.items()})

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from finetune.errors import DiskError
-from finetune.features.sheet import _GAP, _LINE, CELL, QUERY, Hit, _font, draw_sheet, shorten, write_sheet
+from finetune.features.sheet import QUERY, Hit, draw_sheet, write_sheet
+from finetune.preflight.tiles import CELL, GAP, LINE, font, shorten
 
 RED, GREEN, BLUE = (200, 30, 30), (30, 160, 30), (30, 30, 200)
-LEFT = QUERY + 3 * _GAP
+LEFT = QUERY + 3 * GAP
 
 
 def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (60, 40)) -> Path:
@@ -28,8 +29,8 @@ def pixel(sheet: Image.Image, x: float, y: float) -> Any:
 
 def middle_of(place: int, columns: int = 5) -> tuple[float, float]:
     """Where the middle of a hit's tile should be."""
-    x = LEFT + place % columns * (CELL + _GAP)
-    y = _GAP + place // columns * (CELL + 3 * _LINE + _GAP)
+    x = LEFT + place % columns * (CELL + GAP)
+    y = GAP + place // columns * (CELL + 3 * LINE + GAP)
     return x + CELL / 2, y + CELL / 2
 
 
@@ -52,8 +53,8 @@ def test_every_picture_is_in_its_place(tmp_path: Path) -> None:
     hits = [Hit(picture(tmp_path / f"{n}.png", (0, 20 * n, 100)), 1 - n / 20, "a") for n in range(12)]
     sheet = draw_sheet(query, hits)
     assert sheet.mode == "RGB"
-    assert sheet.size == (LEFT + 5 * (CELL + _GAP), _GAP + 3 * (CELL + 3 * _LINE + _GAP))
-    assert pixel(sheet, _GAP + QUERY / 2, _GAP + QUERY / 2) == RED
+    assert sheet.size == (LEFT + 5 * (CELL + GAP), GAP + 3 * (CELL + 3 * LINE + GAP))
+    assert pixel(sheet, GAP + QUERY / 2, GAP + QUERY / 2) == RED
     for place in range(12):
         assert pixel(sheet, *middle_of(place)) == (0, 20 * place, 100)
 
@@ -96,8 +97,8 @@ def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the right half belongs at the bottom
     image.save(tmp_path / "q.png", exif=exif)
     sheet = draw_sheet(tmp_path / "q.png", [])
-    assert pixel(sheet, _GAP + QUERY / 2, _GAP + QUERY / 4) == RED
-    assert pixel(sheet, _GAP + QUERY / 2, _GAP + 3 * QUERY / 4) == BLUE
+    assert pixel(sheet, GAP + QUERY / 2, GAP + QUERY / 4) == RED
+    assert pixel(sheet, GAP + QUERY / 2, GAP + 3 * QUERY / 4) == BLUE
 
 
 def test_pictures_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, written: list[str]) -> None:
@@ -114,8 +115,8 @@ def test_pictures_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, wri
 def test_the_grid_grows_both_ways(tmp_path: Path, num: int, columns: int, rows: int) -> None:
     query = picture(tmp_path / "q.png", RED, (4, 4))
     sheet = draw_sheet(query, [Hit(query, 0.5, "a")] * num)
-    assert sheet.width == LEFT + columns * (CELL + _GAP)
-    assert sheet.height == _GAP + max(QUERY + 2 * _LINE + _GAP, rows * (CELL + 3 * _LINE + _GAP))
+    assert sheet.width == LEFT + columns * (CELL + GAP)
+    assert sheet.height == GAP + max(QUERY + 2 * LINE + GAP, rows * (CELL + 3 * LINE + GAP))
 
 
 NAMES = ["", "é名🦊", "a\nb\tc", "\x1b[31m", "שלום", "=cmd()", "W" * 200, "a" * 60 + ".jpg", "\u202eabc"]
@@ -124,14 +125,14 @@ NAMES = ["", "é名🦊", "a\nb\tc", "\x1b[31m", "שלום", "=cmd()", "W" * 200
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_is_shortened_to_fit(name: str) -> None:
     for width in (10, 60, CELL, QUERY):
-        text = shorten(name, width, _font())
-        assert _font().getlength(text) <= max(width, _font().getlength("..."))
+        text = shorten(name, width, font())
+        assert font().getlength(text) <= max(width, font().getlength("..."))
         assert text.isprintable()
         if text != name and name.isprintable():
             start, end = text.split("...")
             assert name.startswith(start) and name.endswith(end)
             longer = name[: len(start) + 1] + "..." + name[len(name) - len(end) - 1 :]
-            assert _font().getlength(longer) > width, "more would have fitted"
+            assert font().getlength(longer) > width, "more would have fitted"
 
 
 def test_a_sheet_of_hostile_labels(tmp_path: Path) -> None:
@@ -141,9 +142,9 @@ def test_a_sheet_of_hostile_labels(tmp_path: Path) -> None:
 
 def test_accents_have_letters() -> None:
     """Pillow's own font draws the same box for each of them."""
-    drawn = {bytes(_font().getmask(letter)) for letter in "éüñßøčжλ"}
+    drawn = {bytes(font().getmask(letter)) for letter in "éüñßøčжλ"}
     assert len(drawn) == 8
-    assert isinstance(_font(), ImageFont.FreeTypeFont)
+    assert isinstance(font(), ImageFont.FreeTypeFont)
 
 
 def test_a_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
