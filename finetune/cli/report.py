@@ -1,0 +1,30 @@
+"""``finetune report``: the page of a run, made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.options import JsonOption
+from finetune.cli.refusals import hand_over, refusals
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of an evaluation.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make report.html and plots/ of a run again, from the files in its folder."""
+    with refusals(as_json):
+        from finetune.display import Display
+
+        display = Display()
+        with display.busy("loading torch"):
+            from finetune.job.report import write_run_report
+            from finetune.runs.folder import RunFolder
+        folder = RunFolder(run)
+        write_run_report(folder, display)
+        if as_json:
+            hand_over(json.dumps({"report": str(folder.report), "plots": str(folder.plots)}) + "\n")

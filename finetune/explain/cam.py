@@ -1,0 +1,239 @@
+"""Grad-CAM: which parts of a picture speak for a class (Selvaraju et al., arXiv:1610.02391).
+
+The gradient of the class's logit by the last features that still lie as in the picture, averaged over
+positions, weighs the features; what is positive of their sum is the map. For a network that ends in global
+average pooling and one linear layer this is CAM (Zhou et al., arXiv:1512.04150).
+
+Class tokens have no place in the picture and are left out. Where the classifier reads a class token alone,
+the last block's patches have no gradient, and the place is before that block. A classifier on several stages
+(:mod:`pretrained.stage_classifier`) gets the sum of its stages' maps, each in units of the logit.
+
+Shape legend: B batch, C channels, H W pixels, h w positions of the map, L positions in all, K classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.errors import UsageError
+from finetune.explain.places import Place, find_places
+from pretrained.cuts import map_tensors
+from pretrained.flow import tensors_in
+from pretrained.layer import Layer
+from pretrained.pooling import Form
+from pretrained.stage_classifier import StageClassifier
+from pretrained.taps import Taps
+
+NO_MAP = "the network has no features that still lie as in the picture"
+NO_EVIDENCE = "nothing in the picture speaks for this class: the map has no positive value"
+_FAINT = 1e-6
+"""A map whose largest value is this small beside its most negative one has no positive value."""
+
+_Maps = list[tuple[Tensor, Form]]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Where the evidence for a class is.
+
+    Attributes:
+        values: (h, w) float32 on the CPU, from 0 (none) to 1 (the most); None where there is no map.
+        reason: why there is none.
+    """
+
+    values: Tensor | None
+    reason: str = ""
+
+
+class GradCam:
+    """Gives heat maps of one network.
+
+    Args:
+        network: (B, 3, H, W) -> (B, K), in eval mode, on any device; left as it is.
+        input_size: (C, H, W) of its pictures.
+
+    Attributes:
+        reason: why the network can have no maps; empty where it can.
+    """
+
+    def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
+        self._network, self._place, self.reason = network, None, ""
+        if isinstance(network, StageClassifier):
+            forms = [form for layer in network.taps.layers for form in layer.forms]
+            if not any(form.num_positions > 1 for form in forms):
+                self.reason = NO_MAP
+            return
+        try:
+            self._place = self._find_place(input_size)
+        except UsageError as error:  # the trial forward
+            self.reason = f"{NO_MAP} ({error.found})"
+        else:
+            self.reason = "" if self._place else NO_MAP
+
+    def __call__(self, images: Tensor, *classes: Sequence[int]) -> list[list[HeatMap]]:
+        """Return a map for each picture, for each list of classes.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            classes: lists of B indices in [0, K); all of them share one forward.
+        """
+        if self.reason:
+            return [[HeatMap(None, self.reason)] * len(images) for _ in classes]
+        with torch.inference_mode(False), torch.no_grad():
+            maps, logits = self._forward(images)
+            return [self._explain(maps, logits, wanted) for wanted in classes]
+
+    def _explain(self, maps: _Maps, logits: Tensor, wanted: Sequence[int]) -> list[HeatMap]:
+        index = torch.tensor(wanted, device=logits.device)[:, None]
+        with torch.enable_grad():
+            score = logits.gather(1, index).sum()
+        leaves = [leaf for leaf, _ in maps]
+        gradients = torch.autograd.grad(score, leaves, retain_graph=True)
+        weighed = [
+            _weigh(leaf, gradient, form) for (leaf, form), gradient in zip(maps, gradients, strict=True)
+        ]
+        return [_to_heat(evidence) for evidence in _add(weighed).cpu()]
+
+    def _forward(self, images: Tensor) -> tuple[_Maps, Tensor]:
+        """Return leaves of the autograd graph with their forms, and the logits (B, K) above them."""
+        if isinstance(self._network, StageClassifier):
+            taps = _LeafTaps(self._network.network, self._network.taps.layers, self._network.taps.pool)
+            rows = taps(images)
+            with torch.enable_grad():
+                logits = self._network.classifier(torch.cat(rows, dim=1))
+            return [(leaf, form) for leaf, form in taps.leaves if form.num_positions > 1], logits
+        assert self._place is not None
+        return _forward_from(self._network, self._place, images)
+
+    def _find_place(self, input_size: tuple[int, int, int]) -> Place | None:
+        """The deepest place with a gradient by position; none has one above a class token's last look."""
+        weight = next(self._network.parameters())
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, *input_size, generator=generator).to(weight.device, weight.dtype)
+        for place in find_places(self._network, input_size):
+            with torch.inference_mode(False), torch.no_grad():
+                [(leaf, form)], logits = _forward_from(self._network, place, noise)
+                mix = torch.randn(logits.shape[1], generator=generator).to(logits.device)
+                with torch.enable_grad():
+                    score = (logits * mix).sum()
+                [gradient] = torch.autograd.grad(score, [leaf])
+            if _to_positions(gradient, form).any() or not gradient.any():  # of no class token either
+                return place
+        return None
+
+
+# --- leaves in the middle of a network -----------------------------------------------------------
+
+
+def _forward_from(network: nn.Module, place: Place, images: Tensor) -> tuple[_Maps, Tensor]:
+    """Run the network; from the place on, autograd takes notes."""
+    with _leaf_at(network, place) as leaves:
+        logits = tensors_in(network(images))[0].float()
+    return [(leaf, place.form) for leaf in leaves], logits
+
+
+@contextmanager
+def _leaf_at(network: nn.Module, place: Place) -> Iterator[list[Tensor]]:
+    """Put a leaf of the autograd graph in the place of a tensor, while the block runs without gradients.
+
+    The network goes on with a copy: an operation in place (a ReLU) would change what was kept.
+    """
+    leaves: list[Tensor] = []
+    calls: Counter[bool] = Counter()
+
+    def exchange(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        torch.set_grad_enabled(True)  # the caller's no_grad() ends it
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1].clone()
+
+    def take(at_input: bool, item: Any) -> Any:
+        number = calls[at_input]
+        calls[at_input] += 1
+        if (number, at_input) == (place.point.number, place.point.at_input):
+            return map_tensors(exchange, item)
+        return None
+
+    module = network.get_submodule(place.point.module)
+
+    def before(_: nn.Module, arguments: Any) -> Any:
+        first = take(True, arguments[:1])
+        return None if first is None else (*first, *arguments[1:])
+
+    handles = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(lambda _, __, outputs: take(False, outputs)),
+    ]
+    try:
+        yield leaves
+    finally:
+        torch.set_grad_enabled(False)
+        for handle in handles:
+            handle.remove()
+
+
+class _LeafTaps(Taps):
+    """Taps that pool leaves of the autograd graph, so that each layer's own share in the logits is known."""
+
+    leaves: _Maps
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Return rows (B, D) float32 of each layer, above ``leaves``."""
+        self.leaves = []
+        return super().__call__(images)
+
+    def _pool(self, layer: Layer, item: Any, num_images: int) -> Tensor:
+        found = [tensor for tensor in tensors_in(item) if tensor.is_floating_point()]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in found]
+        self.leaves += zip(leaves, layer.forms, strict=True)
+        with torch.enable_grad():
+            return super()._pool(layer, leaves, num_images)
+
+
+# --- from gradients to maps ----------------------------------------------------------------------
+
+
+def _to_positions(tensor: Tensor, form: Form) -> Tensor:
+    """(B, C, h, w) of any order, without class tokens."""
+    assert form.size is not None
+    if form.order == "channels_first":
+        return tensor
+    rows = tensor.reshape(len(tensor), -1, form.width)[:, form.prefix :]
+    return rows.transpose(1, 2).reshape(len(tensor), form.width, *form.size)
+
+
+def _weigh(leaf: Tensor, gradient: Tensor, form: Form) -> Tensor:
+    """(B, h, w) in units of the logit: under global average pooling its mean is the part of this map."""
+    features, slopes = _to_positions(leaf.detach(), form), _to_positions(gradient, form)
+    weights = slopes.float().sum(dim=(2, 3), keepdim=True)
+    return (weights * features.float()).sum(dim=1)
+
+
+def _add(maps: Sequence[Tensor]) -> Tensor:
+    """Maps at the resolution of the finest, added."""
+    height, width = max((tuple(one.shape[1:]) for one in maps), key=lambda size: size[0] * size[1])
+    if len(maps) == 1:
+        return maps[0]
+    return sum(
+        (F.interpolate(one[:, None], (height, width), mode="bilinear")[:, 0] for one in maps),
+        torch.zeros(1, device=maps[0].device),
+    )
+
+
+def _to_heat(evidence: Tensor) -> HeatMap:
+    """What speaks for the class, relative to its strongest place."""
+    if not evidence.isfinite().all():
+        return HeatMap(None, "the gradient is no finite number")
+    peak = evidence.max()
+    if peak <= _FAINT * evidence.abs().max():
+        return HeatMap(None, NO_EVIDENCE)
+    return HeatMap((evidence / peak).clamp_min(0))

@@ -1,0 +1,116 @@
+"""``report.html`` of a run or an evaluation, made from nothing but its files and the pictures they name."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+from finetune.data.archive import open_archive
+from finetune.data.finding import Finding
+from finetune.display import Display
+from finetune.errors import DiskError, FinetuneError, UsageError
+from finetune.export.folder import load_exported
+from finetune.report.facts import Facts, load_facts
+from finetune.report.mistakes import MOST_MISTAKES, Explainer, Mistake, show_mistakes
+from finetune.report.pictures import Album
+from finetune.report.render import Page, build_page
+from finetune.runs.files import disk_error, write_bytes, write_text
+from finetune.runs.folder import RunFolder
+from pretrained.catalog import find_card
+
+
+def write_run_report(folder: RunFolder, display: Display, *, command: str | None = None) -> None:
+    """Write ``report.html`` and ``plots/``, in the place of older ones.
+
+    What the folder does not hold is left out; a picture or a model that is gone leaves a word in its place.
+
+    Args:
+        folder: of a run or an evaluation.
+        display: shows progress.
+        command: that started it, to be shown.
+
+    Raises:
+        UsageError: the folder holds neither figures nor predictions.
+        DiskError: something cannot be written.
+    """
+    facts = load_facts(folder)
+    if not facts.metrics and not facts.predictions:
+        fix = "Name the folder of a finished run, or of an evaluation."
+        raise UsageError(f"a report of {folder.path}", "it holds no metrics.json and no predictions.csv", fix)
+    with display.busy("making the report"):
+        album, explainer = Album(_find_root(facts)), _open_explainer(facts, display)
+    with display.track("making the report", min(len(facts.mistakes), MOST_MISTAKES) + 1) as advance:
+        mistakes = show_mistakes(facts, album, explainer, lambda: advance(1, "heat maps"))
+        page = build_page(facts, album, mistakes, command)
+        advance(1, "")
+    _write(folder, page, mistakes)
+    display.say(f"report {folder.report}")
+
+
+def add_report(folder: RunFolder, display: Display) -> None:
+    """Write the report of work that is done: for want of a picture of it, nothing of that is lost.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    try:
+        write_run_report(folder, display)
+    except DiskError:
+        raise
+    except Exception as error:
+        display.note(traceback.format_exc())
+        display.warn(
+            f"the report could not be made ({type(error).__name__}: {error}); `finetune report` tries again"
+        )
+
+
+def _find_root(facts: Facts) -> Path | None:
+    """The folder that the pictures' paths are relative to; None where it is unknown or gone."""
+    named = facts.metrics.get("data") or (facts.recipe.data.path if facts.recipe else None)
+    if not isinstance(named, str):
+        return None
+    data = Path(named)
+    if data.is_dir():
+        return data
+    if not data.is_file():
+        return None
+    if data.suffix.lower() != ".zip":
+        return data.parent
+    try:
+        return open_archive(Finding(f"--data {named}", data.absolute()), data)
+    except FinetuneError:
+        return None
+
+
+def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
+    """The model, where there are mistakes to explain: of the folder, or the one that was evaluated."""
+    if not facts.mistakes:
+        return None
+    named = facts.metrics.get("model")
+    model = facts.folder.model
+    if not model.is_dir() and isinstance(named, str):
+        model = Path(named)
+    if not model.is_dir():
+        return None
+    try:
+        card = find_card(str(model))
+        return Explainer(load_exported(Path(card.location)), card)
+    except FinetuneError as error:
+        display.warn(f"the report has no heat maps: {error.message}")
+        return None
+
+
+def _write(folder: RunFolder, page: Page, mistakes: list[Mistake]) -> None:
+    """The drawings first, so that a page is never older than what lies beside it."""
+    try:
+        folder.plots.mkdir(exist_ok=True)
+        for old in folder.plots.glob("mistake-*.jpg"):
+            old.unlink()
+    except OSError as error:
+        raise disk_error(folder.plots, error) from None
+    for plot in page.plots:
+        write_text(folder.plots / f"{plot.name}.svg", plot.file)
+    for panel in (panel for mistake in mistakes for panel in mistake.panels):
+        if panel.content:
+            write_bytes(folder.plots / panel.name, panel.content)
+    write_text(folder.report, page.html)

@@ -1,0 +1,1 @@
+"""The page of a run: everything worth looking at, in one file."""

@@ -1,0 +1,252 @@
+"""What the files of a run say, as far as they are there; nothing here computes a figure anew.
+
+An evaluation's folder has fewer files than a run's, and an old run's ``metrics.json`` fewer keys. What is
+absent is None or empty, and the page leaves it out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finetune.data.sample import SPLITS
+from finetune.errors import FinetuneError
+from finetune.recipe import Recipe, load_recipe
+from finetune.runs.files import read_rows, unescape_formula
+from finetune.runs.folder import RunFolder
+
+T = TypeVar("T")
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One judged picture: path below the data folder, true and predicted class, confidence in the latter."""
+
+    path: str
+    label: str
+    predicted: str
+    confidence: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the true class was predicted."""
+        return self.label == self.predicted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the look at the data found: error, warning or note, in words, with what to do."""
+
+    severity: str
+    message: str
+    fix: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The content of a run's files.
+
+    Attributes:
+        folder: whose files they are.
+        metrics: of ``metrics.json``.
+        classes: names in index order.
+        confusion: counts, a row a true class; empty where there is no table.
+        per_class: rows of ``per_class.csv``.
+        predictions: in the order of the file.
+        history: rows of ``history.csv``, as numbers.
+        plan: rows of ``plan.csv``.
+        split: rows ``path,label,split`` of ``split.csv``.
+        check: of ``check.json``.
+        environment: of ``environment.json``.
+        advice: of ``advice.json``.
+        recipe: of ``recipe.yaml``.
+        damaged: names of files that are there and cannot be read.
+    """
+
+    folder: RunFolder
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    per_class: tuple[Row, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    history: tuple[Mapping[str, float], ...] = ()
+    plan: tuple[Row, ...] = ()
+    split: tuple[Row, ...] = ()
+    check: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    advice: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    damaged: tuple[str, ...] = ()
+
+    def number(self, *keys: str) -> float | None:
+        """Return a finite number of ``metrics.json``, by its keys from the outside in; None without one."""
+        value: Any = self.metrics
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return finite(value)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return a figure's 95 % interval."""
+        intervals = self.metrics.get("intervals")
+        pair = intervals.get(name) if isinstance(intervals, Mapping) else None
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            return None
+        low, high = finite(pair[0]), finite(pair[1])
+        return None if low is None or high is None else (low, high)
+
+    def rows(self, *keys: str) -> list[Mapping[str, Any]]:
+        """Return a list of objects of ``metrics.json``, by its keys; empty without one."""
+        value: Any = self.metrics
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What the look at the data found, as far as it is told in words."""
+        found = self.check.get("findings")
+        rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+        return [
+            Finding(
+                str(row.get("severity", "warning")),
+                str(row["message"]),
+                str(row.get("fix") or ""),
+                tuple(map(str, row["paths"])) if isinstance(row.get("paths"), list) else (),
+            )
+            for row in rows
+            if row.get("message")
+        ]
+
+    @cached_property
+    def mistakes(self) -> list[Prediction]:
+        """Wrong predictions, the surest first."""
+        return sorted((one for one in self.predictions if not one.is_right), key=lambda one: -one.confidence)
+
+    @cached_property
+    def confused(self) -> list[tuple[str, str, int, int]]:
+        """Pairs of true and predicted class, how often, and of how many images; the most frequent first."""
+        pairs = [
+            (label, guess, count, sum(counts))
+            for label, counts in zip(self.classes, self.confusion, strict=True)
+            for guess, count in zip(self.classes, counts, strict=True)
+            if count and guess != label
+        ]
+        return sorted(pairs, key=lambda pair: -pair[2])
+
+    @cached_property
+    def counts(self) -> dict[str, Counter[str]]:
+        """Images by part and class, the training part first."""
+        parts = {row["split"] for row in self.split}
+        order = [*(part for part in SPLITS if part in parts), *sorted(parts - set(SPLITS))]
+        found: dict[str, Counter[str]] = {part: Counter() for part in order}
+        for row in self.split:
+            found[row["split"]][row["label"]] += 1
+        if not found and self.predictions:
+            part = str(self.metrics.get("split") or "judged")
+            found[part] = Counter(one.label for one in self.predictions)
+        return found
+
+
+def finite(value: Any) -> float | None:
+    """Return a finite number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+_Confusion = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
+_NO_CONFUSION: _Confusion = ((), ())
+
+
+def load_facts(folder: RunFolder) -> Facts:
+    """Return what the files say; one that is damaged counts as absent, and is named."""
+    damaged: list[str] = []
+
+    def read(path: Path, reader: Callable[[Path], T], absent: T) -> T:
+        if not path.is_file():
+            return absent
+        try:
+            return reader(path)
+        except (OSError, ValueError, KeyError, TypeError, csv.Error, RecursionError, FinetuneError):
+            damaged.append(path.name)
+            return absent
+
+    nothing: Mapping[str, Any] = {}
+    labels, confusion = read(folder.confusion_matrix, _read_confusion, _NO_CONFUSION)
+    metrics = read(folder.metrics, _read_json, nothing)
+    return Facts(
+        folder=folder,
+        metrics=metrics,
+        classes=labels or read(folder.classes, _read_lines, ()),
+        confusion=confusion,
+        per_class=read(folder.per_class, _rows_with("label", "recall", "support"), ()),
+        predictions=read(folder.predictions, _read_predictions, ()),
+        history=read(folder.history, _read_history, ()),
+        plan=read(folder.plan, _rows_with("group", "stage", "parameters", "trained", "rate"), ()),
+        split=read(folder.split, _rows_with("path", "label", "split"), ()),
+        check=read(folder.check, _read_json, nothing),
+        environment=read(folder.environment, _read_json, nothing),
+        advice=read(folder.advice, _read_json, nothing),
+        recipe=read(folder.recipe, lambda path: load_recipe(str(path)), None),
+        damaged=tuple(damaged),
+    )
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("no object")
+    return content
+
+
+def _read_lines(path: Path) -> tuple[str, ...]:
+    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+
+
+def _rows_with(*columns: str) -> Callable[[Path], tuple[Row, ...]]:
+    def read(path: Path) -> tuple[Row, ...]:
+        rows = read_rows(path)
+        if any(row.get(column) is None for row in rows for column in columns):
+            raise ValueError("a column is missing")
+        return tuple(rows)
+
+    return read
+
+
+def _read_history(path: Path) -> tuple[Mapping[str, float], ...]:
+    return tuple({key: float(value) for key, value in row.items() if value} for row in read_rows(path))
+
+
+def _read_confusion(path: Path) -> _Confusion:
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    labels = tuple(unescape_formula(cell) for cell in header[1:])
+    counts = tuple(tuple(int(cell) for cell in row[1:]) for row in rows)
+    if [len(row) for row in counts] != [len(labels)] * len(labels):
+        raise ValueError("the table is not square")
+    return labels, counts
+
+
+def _read_predictions(path: Path) -> tuple[Prediction, ...]:
+    """The first columns only: a thousand classes have a thousand more."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file)
+        header = next(rows)
+        if header[:4] != ["path", "label", "predicted", "confidence"]:
+            raise ValueError("other columns")
+        return tuple(_to_predictions(rows))
+
+
+def _to_predictions(rows: Iterable[list[str]]) -> Iterable[Prediction]:
+    for path, label, predicted, confidence, *_ in rows:
+        names = [unescape_formula(cell) for cell in (path, label, predicted)]
+        yield Prediction(names[0], names[1], names[2], float(confidence))

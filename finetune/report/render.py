@@ -1,0 +1,135 @@
+"""From what the sections say to one file of HTML that asks for nothing else and runs nothing else.
+
+Names of classes and files come from anybody's folders: the template engine escapes everything, and the page
+forbids itself any script and style but its own two, known by their sha256 (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from finetune import __version__
+from finetune.report import sections
+from finetune.report.facts import Facts
+from finetune.report.mistakes import Mistake
+from finetune.report.next_steps import suggest_steps
+from finetune.report.pictures import Album
+from finetune.report.svg import Plot, load_part
+
+MOST_FINDINGS = 30
+MOST_PATHS = 4
+"""Of each finding; check.json has more."""
+
+
+@dataclass
+class Page:
+    """A page, and the drawings on it."""
+
+    html: str
+    plots: list[Plot] = field(default_factory=list)
+
+
+def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command: str | None = None) -> Page:
+    """Return the page of a run.
+
+    Args:
+        facts: what its files say.
+        album: makes the sample pictures.
+        mistakes: with their pictures.
+        command: that started it, where that is known.
+    """
+    drawn = {
+        "figures": _listed(sections.plot_figures(facts)),
+        "history": sections.plot_history(facts),
+        "confusion": _listed(sections.plot_confusion(facts)),
+        "calibration": sections.plot_calibration(facts),
+        "seconds": _listed(sections.plot_seconds(facts)),
+    }
+    style, script = load_part("plot.css") + load_part("page.css"), load_part("sort.js")
+    html = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            facts=facts,
+            plots=drawn,
+            samples=sections.show_samples(facts, album),
+            mistakes=mistakes,
+            left_out=album.left_out,
+            steps=suggest_steps(facts),
+            has_heat=any(panel.content for mistake in mistakes for panel in mistake.panels),
+            most_paths=MOST_PATHS,
+            most_findings=MOST_FINDINGS,
+            commands=sections.say_commands(facts, command),
+            policy=_policy(style, script),
+            style=Markup(style),  # noqa: S704 - our own files, no name from outside
+            script=Markup(script),  # noqa: S704
+            version=__version__,
+            title=_title(facts),
+            say=sections,
+        )
+    )
+    return Page(html, [plot for plots in drawn.values() for plot in plots])
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("finetune.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["with_code"] = mark_code
+    return environment
+
+
+def mark_code(words: str) -> Markup:
+    """Return words, escaped, in which what stands between backticks is code."""
+    parts = enumerate(words.split("`"))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in parts
+    )
+
+
+def _listed(plot: Plot | None) -> list[Plot]:
+    return [] if plot is None else [plot]
+
+
+def _policy(style: str, script: str) -> str:
+    rules = {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": f"'sha256-{_digest(style)}'",
+        "script-src": f"'sha256-{_digest(script)}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def _digest(content: str) -> str:
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def _models(facts: Facts) -> list[str]:
+    """What an evaluation judged; several are an ensemble."""
+    found = facts.metrics.get("models")
+    return [PurePath(str(name)).name for name in found] if isinstance(found, list) else []
+
+
+def _title(facts: Facts) -> dict[str, Any]:
+    data = facts.metrics.get("data") or (facts.recipe.data.path if facts.recipe else None)
+    return {
+        "run": facts.folder.path.absolute().name,
+        "backbone": str(facts.metrics.get("backbone") or "") or ", ".join(_models(facts)),
+        "strategy": str(facts.metrics.get("strategy") or ""),
+        "data": PurePath(str(data)).name if data else "",
+    }

@@ -1,0 +1,386 @@
+"""What each section of the page says: words and numbers, no markup."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import sanitize
+from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
+from finetune.report.curves import draw_curves, draw_intervals
+from finetune.report.facts import Facts, Row, finite
+from finetune.report.matrix import MOST_CLASSES, draw_matrix
+from finetune.report.pictures import Album, Picture
+from finetune.report.svg import Plot
+
+FIGURES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1_macro": "macro F1",
+    "top5_accuracy": "top-5 accuracy",
+    "roc_auc": "ROC AUC",
+}
+MORE_FIGURES = {
+    "error": "error",
+    "top5_error": "top-5 error",
+    "precision_macro": "macro precision",
+    "recall_macro": "macro recall",
+    "loss": "log loss",
+}
+PARTS = {"val": "validation", "test": "test", "train": "training"}
+MOST_PAIRS = 15
+MOST_SAMPLES = 120
+"""Sample pictures on the page, over all classes."""
+SHOWN_CLASSES = 30
+_SAMPLE_SIDE = 104
+_CLASS_COLUMNS = ("precision", "recall", "f1", "support", "predicted")
+
+
+def percent(share: float) -> str:
+    """Return a share as ``91.5 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def say_confidence(share: float) -> str:
+    """Return a confidence; one that is not quite certain is not rounded to certainty."""
+    return "more than 99.9 %" if 0.9995 <= share < 1 else percent(share)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its name and its 95 % interval, as words."""
+
+    name: str
+    value: str
+    interval: str = ""
+
+
+def list_figures(facts: Facts) -> list[Figure]:
+    """Return the figures in the order of their weight."""
+    found = []
+    for key, name in (FIGURES | MORE_FIGURES).items():
+        value, pair = facts.number(key), facts.interval(key)
+        if value is not None:
+            show = (lambda number: f"{number:.3f}") if key in ("loss", "roc_auc") else percent
+            said = f"{show(pair[0])} to {show(pair[1])}" if pair else ""
+            found.append(Figure(name, show(value), said))
+    return found
+
+
+def name_part(facts: Facts) -> str:
+    """Return which images were judged: validation, test, or as the file has it."""
+    part = str(facts.metrics.get("split", "judged"))
+    return PARTS.get(part, part)
+
+
+def say_whence(facts: Facts) -> str:
+    """Return a sentence on what the figures are worth, or nothing where the files do not say."""
+    chose = facts.metrics.get("split_chose_checkpoint")
+    if chose is True:
+        how = "the best epoch" if facts.number("epochs") else "between this classifier and a training"
+        return (
+            f"The same images also chose {how}, so the figures are a little kind. "
+            "A test part that chose nothing would say how kind."
+        )
+    if chose is False:
+        return "These images chose nothing: neither weights nor the best epoch depend on them."
+    return ""
+
+
+def plot_figures(facts: Facts) -> Plot | None:
+    """Return the figures in [0, 1] with their intervals."""
+    rows = [
+        (name, value, facts.interval(key))
+        for key, name in FIGURES.items()
+        if (value := facts.number(key)) is not None and 0 <= value <= 1
+    ]
+    return draw_intervals(rows) if rows else None
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassSamples:
+    """A class with some of its pictures."""
+
+    label: str
+    counts: str
+    pictures: tuple[tuple[str, Picture], ...]
+
+
+def choose_classes(facts: Facts) -> list[str]:
+    """Return the classes to show: all, or those that were found worst."""
+    if len(facts.classes) <= SHOWN_CLASSES:
+        return list(facts.classes)
+    recalls = {row["label"]: row["recall"] for row in facts.per_class}
+    known = [name for name in facts.classes if finite_text(recalls.get(name, "")) is not None]
+    worst = sorted(known, key=lambda name: finite_text(recalls[name]) or 0.0)
+    return (worst or list(facts.classes))[:SHOWN_CLASSES]
+
+
+def finite_text(text: str) -> float | None:
+    """Return the number that a cell holds, None for ``n/a``."""
+    try:
+        return finite(float(text))
+    except ValueError:
+        return None
+
+
+def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
+    """Return classes with pictures: of training where the files say which, else of the judged part."""
+    labels = choose_classes(facts)
+    each = min(8, max(3, MOST_SAMPLES // max(len(labels), 1)))
+    rows = [(row["path"], row["label"]) for row in facts.split if row["split"] == "train"]
+    rows = rows or [(one.path, one.label) for one in facts.predictions]
+    paths: dict[str, list[str]] = {label: [] for label in labels}
+    for path, label in rows:
+        if label in paths:
+            paths[label].append(path)
+    shown = []
+    for label, all_of_them in paths.items():
+        chosen = spread(all_of_them, each)
+        pictures = tuple((path, album.show_file(path, _SAMPLE_SIDE)) for path in chosen)
+        shown.append(ClassSamples(label, _say_counts(facts, label), pictures))
+    return shown
+
+
+def spread(items: Sequence[str], most: int) -> list[str]:
+    """Return so many items, evenly from first to last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[number * len(items) // most] for number in range(most)]
+
+
+def _say_counts(facts: Facts, label: str) -> str:
+    return ", ".join(f"{counts[label]:,} {PARTS.get(part, part)}" for part, counts in facts.counts.items())
+
+
+def say_sizes(facts: Facts) -> str:
+    """Return how many images there are, and how evenly they lie over the classes."""
+    parts = [f"{sum(counts.values()):,} {PARTS.get(part, part)}" for part, counts in facts.counts.items()]
+    if not parts:
+        return ""
+    said = f"{len(facts.classes)} classes; images: {', '.join(parts)}."
+    counts = next(iter(facts.counts.values()))
+    if len(counts) > 1:
+        (common, most), (rare, least) = counts.most_common()[0], counts.most_common()[-1]
+        part = PARTS.get(next(iter(facts.counts)), "")
+        said += f" From {least:,} ({rare}) to {most:,} ({common}) {part} images a class." * (least < most)
+        said += f" {most:,} {part} images of each class." * (least == most)
+    return said
+
+
+# --- plan and training ---------------------------------------------------------------------------
+
+
+def say_plan(facts: Facts) -> str:
+    """Return what was trained, in a sentence."""
+    total = sum(int(row["parameters"]) for row in facts.plan)
+    trained = sum(int(row["parameters"]) for row in facts.plan if row["trained"] == "True")
+    features = facts.metrics.get("features")
+    how = "were trained"
+    if isinstance(features, list) and features:
+        how = f"were solved as a linear classifier on {', '.join(map(str, features))}"
+    return f"{trained:,} of {total:,} parameters ({100 * trained / max(total, 1):.1f} %) {how}."
+
+
+def list_speed(facts: Facts) -> list[tuple[str, str]]:
+    """Return how fast it went, as far as the files say."""
+    found = []
+    best, epochs = facts.number("best_epoch"), facts.number("epochs")
+    if best and epochs:
+        found.append(("best epoch", f"{best:.0f} of {epochs:.0f}"))
+    if (rate := facts.number("images_per_second")) is not None:
+        found.append(("images a second in training", f"{rate:,.0f}"))
+    if (waiting := facts.number("data_wait_fraction")) is not None:
+        found.append(("time spent waiting for images", percent(waiting)))
+    if (size := facts.number("microbatch")) is not None:
+        found.append(("images through the network at a time", f"{size:.0f}"))
+    for key in ("peak_memory", "peak_memory_bytes"):
+        if (memory := facts.number(key)) is not None:
+            found.append(("peak memory", f"{memory / 1e9:.2f} GB"))
+    return found
+
+
+def plot_history(facts: Facts) -> list[Plot]:
+    """Return loss, accuracy and learning rate by epoch."""
+    best = facts.number("best_epoch")
+    wanted = (
+        ("loss", {"validation": "eval_loss", "training": "train_loss"}, "{:.3g}"),
+        ("accuracy", {"validation": "eval_accuracy", "training": "train_accuracy"}, "{:.4g} %"),
+        ("learning_rate", {"of the head": "lr"}, "{:.3g}"),
+    )
+    plots = []
+    for name, columns, form in wanted:
+        scale = 100 if name == "accuracy" else 1
+        curves = {
+            words: [
+                (row["epoch"], row[column] * scale) for row in facts.history if {column, "epoch"} <= set(row)
+            ]
+            for words, column in columns.items()
+        }
+        curves = {words: points for words, points in curves.items() if points}
+        if curves:
+            heading = name.replace("_", " ")
+            ring = None if name == "learning_rate" else best
+            plots.append(draw_curves(name, heading, curves, form.format, ring))
+    return plots
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+def plot_confusion(facts: Facts) -> Plot | None:
+    """Return the matrix, where its cells can be read."""
+    if not facts.confusion or len(facts.classes) > MOST_CLASSES:
+        return None
+    return draw_matrix(facts.classes, facts.confusion)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How often one class was taken for another."""
+
+    label: str
+    predicted: str
+    count: int
+    share: str
+
+
+def list_confused(facts: Facts) -> list[Pair]:
+    """Return the most frequent mistakes, from the metrics or else from the matrix."""
+    found = [
+        Pair(str(row["label"]), str(row["predicted"]), int(count), percent(share))
+        for row in facts.rows("most_confused")
+        if {"label", "predicted"} <= set(row)
+        and (count := finite(row.get("count"))) is not None
+        and (share := finite(row.get("share"))) is not None
+    ]
+    if found:
+        return found[:MOST_PAIRS]
+    return [
+        Pair(label, guess, count, percent(count / total))
+        for label, guess, count, total in facts.confused[:MOST_PAIRS]
+    ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table that sorts: what it shows, and the number it sorts by (empty: last)."""
+
+    words: str
+    value: str
+
+
+def list_classes(facts: Facts) -> list[tuple[str, list[Cell]]]:
+    """Return each class's figures, by the columns of ``class_columns``."""
+    return [
+        (row["label"], [_cell(row, column) for column in class_columns(facts)]) for row in facts.per_class
+    ]
+
+
+def class_columns(facts: Facts) -> list[str]:
+    """Return the columns of numbers that the table has."""
+    return [column for column in _CLASS_COLUMNS if facts.per_class and column in facts.per_class[0]]
+
+
+def _cell(row: Row, column: str) -> Cell:
+    number = finite_text(row[column])
+    if number is None:
+        return Cell("n/a", "")
+    words = f"{number:,.0f}" if column in ("support", "predicted") else f"{number:.3f}"
+    return Cell(words, f"{number:.9g}")
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def plot_calibration(facts: Facts) -> list[Plot]:
+    """Return the reliability diagrams before and after the temperature."""
+    wanted = (
+        ("reliability", "bins", "ece", "before calibration"),
+        ("reliability_calibrated", "bins_calibrated", "ece_calibrated", "after calibration"),
+    )
+    plots = []
+    for name, key, error, words in wanted:
+        bins, value = facts.rows("calibration", key), facts.number("calibration", error)
+        if bins:
+            heading = words if value is None else f"{words}: ECE {value:.3f}"
+            plots.append(draw_reliability(name, heading, bins))
+    return plots
+
+
+def say_calibration(facts: Facts) -> str:
+    """Return what the temperature is, and what it did."""
+    value = facts.number("calibration", "temperature")
+    if value is None:
+        return ""
+    said = f"Logits are divided by a temperature of {value:.3g}, fitted on the validation images."
+    if value > 1.05:
+        said += " Above 1: the network was too sure of itself."
+    elif value < 0.95:
+        said += " Below 1: the network was not sure enough."
+    before, after = facts.number("calibration", "loss"), facts.number("calibration", "loss_calibrated")
+    if before is not None and after is not None:
+        said += f" The log loss went from {before:.3f} to {after:.3f}."
+    error, error_after = facts.number("calibration", "ece"), facts.number("calibration", "ece_calibrated")
+    if error is not None and error_after is not None and error_after > error:
+        said += f" The ECE rose from {error:.3f} to {error_after:.3f}; on few images it is a rough figure."
+    calibration = facts.metrics["calibration"]
+    if calibration.get("same_images") is True:
+        said += " The judged images also fitted it, so the figures after it are cross-fitted in five parts."
+    return said
+
+
+def list_rejects(facts: Facts) -> list[tuple[str, str, str]]:
+    """Return precision, threshold and coverage, as words."""
+    found = []
+    for row in facts.rows("reject"):
+        wanted, threshold = finite(row.get("precision")), finite(row.get("threshold"))
+        coverage = finite(row.get("coverage"))
+        if wanted is not None:
+            said = "cannot be had" if threshold is None else f"{threshold:.4f}" if threshold > 0 else "any"
+            found.append((f"{100 * wanted:.0f} %", said, percent(coverage or 0.0)))
+    return found
+
+
+# --- the run itself ------------------------------------------------------------------------------
+
+
+def plot_seconds(facts: Facts) -> Plot | None:
+    """Return time by phase."""
+    seconds = facts.metrics.get("seconds")
+    if not isinstance(seconds, dict):
+        return None
+    phases = {str(key): number for key, value in seconds.items() if (number := finite(value)) is not None}
+    phases.pop("total", None)
+    return draw_seconds(phases) if phases else None
+
+
+def say_total(facts: Facts) -> str:
+    """Return how long it took in all."""
+    total = facts.number("seconds", "total")
+    return "" if total is None else format_seconds(total)
+
+
+def say_commands(facts: Facts, command: str | None) -> list[tuple[str, str]]:
+    """Return commands with what each is for."""
+    found = []
+    if facts.recipe is not None:
+        recipe = shlex.quote(str(facts.folder.recipe.absolute()))
+        found.append(("Repeat this run", f"finetune run --recipe {recipe} --output runs/again"))
+    if command:
+        found.append(("This was started as", sanitize(command)))
+    return found
+
+
+def list_environment(facts: Facts) -> list[tuple[str, str]]:
+    """Return versions and hardware."""
+    return [(str(key), _say(value)) for key, value in facts.environment.items() if value is not None]
+
+
+def _say(value: Any) -> str:
+    return sanitize(str(value))

@@ -1,0 +1,232 @@
+"""Heat maps against CAM, against plain autograd, and over families of networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.explain.cam import NO_EVIDENCE, NO_MAP, GradCam
+from pretrained.catalog import find_card
+from pretrained.heads import change_head, classifier_layers, init_classifier
+from pretrained.layer import TapPoint
+from pretrained.network import build_network
+from pretrained.stage_classifier import build_stage_classifier
+from tests.contracts.families import SMALLEST
+from tests.contracts.test_splits import QUICK
+
+
+def build(name: str, num_classes: int = 10) -> tuple[nn.Module, tuple[int, int, int]]:
+    card = find_card(name)
+    torch.manual_seed(0)
+    network = build_network(replace(card, num_classes=num_classes))
+    for layer in classifier_layers(network):
+        init_classifier(layer)  # some start at zero, with which nothing has a gradient
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return network.eval(), card.preprocessing.input_size
+
+
+def noise(size: tuple[int, int, int], count: int = 2) -> Tensor:
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(1))
+
+
+def normalised(evidence: Tensor) -> Tensor:
+    return (evidence / evidence.max()).clamp_min(0)
+
+
+# --- parity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "torchvision/resnet18", "test_resnet"])
+def test_with_pooling_and_a_linear_head_it_is_cam(name: str) -> None:
+    """arXiv:1512.04150: the head's weights times the last map."""
+    network, size = build(name)
+    change_head(network, 10, "replace")
+    network.eval()
+    images = noise(size)
+    last = {"squeezenet1_0": "features", "torchvision/resnet18": "layer4", "test_resnet": "layer4"}[name]
+    kept: list[Tensor] = []
+    handle = network.get_submodule(last).register_forward_hook(lambda _, __, out: kept.append(out.clone()))
+    with torch.no_grad():
+        network(images)
+    handle.remove()
+    [head] = classifier_layers(network)
+    evidence = torch.einsum("kc,bchw->bkhw", head.weight, kept[0]).detach()
+    cam = GradCam(network, size)
+    compared = 0
+    for label in range(10):
+        [maps] = cam(images, [label, label])
+        for number, heat in enumerate(maps):
+            expected = evidence[number, label]
+            if heat.values is None:
+                assert heat.reason == NO_EVIDENCE and expected.max() <= 1e-6 * expected.abs().max()
+            else:
+                assert torch.allclose(heat.values, normalised(expected), atol=1e-4)
+                compared += 1
+    assert compared >= 5
+
+
+def test_a_relu_in_place_after_the_map_changes_nothing() -> None:
+    """The map is a batch norm's output, which the ReLU after it overwrites."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    network = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 4)).eval()
+    network.head = network[5]  # type: ignore[assignment]  # what torchvision calls it
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(network[0], network[1])
+            self.fc = network[5]
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(F.relu(self.features(images), inplace=True).mean(dim=(2, 3)))
+
+    model, images = InPlace().eval(), noise((3, 32, 32))
+    features = model.features(images).detach().requires_grad_()
+    logits = model.fc(F.relu(features).mean(dim=(2, 3)))
+    [gradient] = torch.autograd.grad(logits[:, 1].sum(), features)
+    expected = (gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1).detach()
+    [maps] = GradCam(model, (3, 32, 32))(images, [1, 1])
+    for heat, evidence in zip(maps, expected, strict=True):
+        assert heat.values is not None
+        assert torch.allclose(heat.values, normalised(evidence), atol=1e-5)
+
+
+def test_a_solved_head_on_stages_gets_the_sum_of_its_stages() -> None:
+    network, size = build("test_resnet")
+    points = [TapPoint("layer3", 0, False), TapPoint("layer4", 0, False)]
+    solved = build_stage_classifier(network, points, "avg", 3, size).eval()
+    init_classifier(solved.classifier)
+    images = noise(size)
+    with torch.no_grad():
+        maps = dict(zip(("layer3", "layer4"), _outputs(network, ("layer3", "layer4"), images), strict=True))
+    width = maps["layer3"].shape[1]
+    weight = solved.classifier.weight[2].detach()
+    early = torch.einsum("c,bchw->bhw", weight[:width], maps["layer3"])
+    late = torch.einsum("c,bchw->bhw", weight[width:], maps["layer4"])
+    big = tuple(early.shape[1:])
+    expected = early + F.interpolate(late[:, None], big, mode="bilinear")[:, 0]
+    [found] = GradCam(solved, size)(images, [2, 2])
+    for heat, evidence in zip(found, expected, strict=True):
+        assert heat.values is not None
+        assert torch.allclose(heat.values, normalised(evidence), atol=1e-4)
+
+
+def _outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
+    kept: list[Tensor] = []
+    handles = [
+        network.get_submodule(name).register_forward_hook(lambda _, __, out: kept.append(out.clone()))
+        for name in names
+    ]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+# --- every family ----------------------------------------------------------------------------------
+
+MORE = ("coat_tiny", "swin_tiny_patch4_window7_224", "test_convnext", "gmlp_ti16_224", "hiera_tiny_224")
+REFUSED = {"crossvit_tiny_240", "efficientvim_m1"}
+"""Branches side by side from early on; a state beside the map."""
+
+
+def check(name: str) -> None:
+    network, size = build(name)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    cam, images = GradCam(network, size), noise(size)
+    first, second = cam(images, [1, 2], [3, 4])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert torch.is_grad_enabled() and not any(module._forward_hooks for module in network.modules())
+    if name in REFUSED:
+        assert cam.reason.startswith(NO_MAP)
+        assert all(heat.values is None and heat.reason == cam.reason for heat in first + second)
+        return
+    assert cam.reason == ""
+    for heat in first + second:
+        if heat.values is None:
+            assert heat.reason == NO_EVIDENCE
+            continue
+        assert heat.values.ndim == 2 and min(heat.values.shape) > 1
+        assert heat.values.min() >= 0 and heat.values.max() == pytest.approx(1)
+    [alone] = cam(images[1:], [2])
+    if (one := alone[0].values) is not None and (other := first[1].values) is not None:
+        assert torch.allclose(one, other, atol=1e-3)  # nothing of its neighbour
+    check_positions(cam, network, size)
+
+
+def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]) -> None:
+    """A change in one quarter of the picture changes that quarter of the features most."""
+    from finetune.explain.cam import _forward_from, _to_positions
+
+    assert cam._place is not None
+    picture = noise(size, 1)
+    changed = picture.repeat(4, 1, 1, 1)
+    half_h, half_w = size[1] // 2, size[2] // 2
+    other = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    corners = [(top, left) for top in (0, half_h) for left in (0, half_w)]
+    for number, (top, left) in enumerate(corners):
+        window = (slice(None), slice(top, top + half_h), slice(left, left + half_w))
+        changed[number][window] = other[window]
+    with torch.no_grad():
+        [(leaf, form)], _ = _forward_from(network, cam._place, torch.cat([picture, changed]))
+    if form.order == "channels_first":
+        return  # there is no order to get wrong, and random attention mixes everything
+    grid = _to_positions(leaf, form).detach()
+    difference = (grid[1:] - grid[:1]).abs().mean(dim=1, keepdim=True)
+    quarters = F.adaptive_avg_pool2d(difference, 2).flatten(1)
+    for number, quarter in enumerate(quarters):
+        if quarter.max() > 1.01 * quarter.min():  # LeViT with random weights gives the same everywhere
+            assert quarter.argmax() == number, quarters
+
+
+@pytest.mark.parametrize("name", [*QUICK, *MORE])
+def test_quick_families(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SMALLEST.values() if name not in (*QUICK, *MORE)])
+def test_all_families(name: str) -> None:
+    check(name)
+
+
+def test_torchvision_gives_the_same_place_as_its_docs_name() -> None:
+    """Its classifier reads the class token alone: the place is before the last block."""
+    network = torchvision.models.VisionTransformer(64, 16, 3, 2, 32, 64, num_classes=4).eval()
+    init_classifier(network.heads[0])  # type: ignore[arg-type]
+    cam = GradCam(network, (3, 64, 64))
+    assert cam._place is not None and cam._place.form.prefix == 1
+    assert cam._place.point.module == "encoder.layers.encoder_layer_1"
+    [maps] = cam(noise((3, 64, 64)), [0, 1])
+    assert any(heat.values is not None and heat.values.shape == (4, 4) for heat in maps)
+
+
+def test_a_network_without_a_map_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(1), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    cam = GradCam(network, (3, 8, 8))
+    assert cam.reason.startswith(NO_MAP)
+    [[heat]] = cam(noise((3, 8, 8), 1), [0])
+    assert heat.values is None and heat.reason == cam.reason
+
+
+def test_a_map_without_evidence_says_so() -> None:
+    class Against(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU())
+            self.fc = nn.Linear(4, 2)
+            nn.init.constant_(self.fc.weight, -1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(self.features(images).mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    [[heat]] = GradCam(Against().eval(), (3, 16, 16))(noise((3, 16, 16), 1), [0])
+    assert (heat.values, heat.reason) == (None, NO_EVIDENCE)

@@ -1,0 +1,187 @@
+"""The page in a real browser: nothing is asked of a network, nothing foreign runs, the table sorts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.display import SilentDisplay
+from finetune.job.report import write_run_report
+from tests.report.folders import HOSTILE, HOSTILE_FILE, write_folder
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine"),
+    pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed"),
+]
+SWITCHES = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = BROWSER
+    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    classes = (*HOSTILE, "spare")
+    folder = write_folder(tmp_path_factory.mktemp("hostile"), classes, per_class=12, spare="spare")
+    write_run_report(folder, SilentDisplay(), command="finetune run --data '<b>'")
+    return folder.report
+
+
+def open_page(browser: Any, page: Path, width: int = 1280, scheme: str = "light") -> None:
+    browser.get("about:blank")
+    browser.get_log("browser"), browser.get_log("performance")  # what was before
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+
+
+def requests_of(browser: Any) -> list[str]:
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [one for one in messages if one["method"] == "Network.requestWillBeSent"]
+    return [one["params"]["request"]["url"] for one in sent]
+
+
+def test_it_opens_without_a_fault_or_a_request(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    assert browser.get_log("browser") == []
+    asked = {url.partition(":")[0] for url in requests_of(browser)}
+    assert asked == {"file", "data"}
+    broken = "return [...document.images].filter(one => !one.naturalWidth).length"
+    assert browser.execute_script(broken) == 0
+    assert browser.execute_script("return document.images.length") > 10
+
+
+def test_the_requests_and_faults_would_be_seen(browser: Any, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text("<img src='http://127.0.0.1:9/x.png'><script>nothing()</script>")
+    open_page(browser, wrong)
+    assert "http" in {url.partition(":")[0] for url in requests_of(browser)}
+    assert browser.get_log("browser")
+
+
+def test_hostile_names_are_text(browser: Any, page: Path) -> None:
+    open_page(browser, page)
+    assert browser.execute_script("return window.hacked") is None
+    assert browser.execute_script("return document.scripts.length") == 1
+    assert (
+        browser.execute_script("return document.querySelectorAll('[onerror], [onload], [style]').length") == 0
+    )
+    labels = browser.execute_script(
+        "return [...document.querySelectorAll('#classes tbody th')].map(one => one.textContent)"
+    )
+    assert labels == [*HOSTILE, "spare"]
+    shown = browser.execute_script("return document.body.textContent")
+    assert HOSTILE_FILE in shown
+    told = browser.execute_script(
+        "return [...document.querySelectorAll('svg title')].map(one => one.textContent)"
+    )
+    assert any(HOSTILE[0] in words for words in told)
+
+
+def test_what_got_in_could_not_run(browser: Any, page: Path, tmp_path: Path) -> None:
+    """The second wall: the policy, should the first one ever have a hole."""
+    hole = tmp_path / "hole.html"
+    bad = '<script>window.hacked=1</script><img src="x" onerror="window.hacked=1">'
+    hole.write_text(page.read_text().replace("<main>", f"<main>{bad}", 1))
+    open_page(browser, hole)
+    assert browser.execute_script("return window.hacked") is None
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+def column(browser: Any, number: int) -> list[str]:
+    rows = "[...document.querySelectorAll('#classes tbody tr')]"
+    script = f"return {rows}.map(row => row.cells[{number}].textContent)"
+    found: list[str] = browser.execute_script(script)
+    return found
+
+
+def test_the_table_sorts_numbers_as_numbers_and_nothing_last(browser: Any, page: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, page)
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#classes th button")
+    recall = buttons[2]
+    state = (
+        "return [...document.querySelectorAll('#classes thead th')].map(one => one.getAttribute('aria-sort'))"
+    )
+    recall.click()
+    rising = column(browser, 2)
+    assert rising[-1] == "n/a" and "n/a" not in rising[:-1]
+    assert [float(cell) for cell in rising[:-1]] == sorted(float(cell) for cell in rising[:-1])
+    assert browser.execute_script(state) == ["none", "none", "ascending", "none", "none", "none"]
+    recall.send_keys(Keys.ENTER)  # the keyboard does what the mouse does
+    falling = column(browser, 2)
+    assert falling[-1] == "n/a"
+    assert [float(cell) for cell in falling[:-1]] == sorted(map(float, falling[:-1]), reverse=True)
+    assert browser.execute_script(state)[2] == "descending"
+    predicted = buttons[5]
+    predicted.click()
+    counts = [int(cell) for cell in column(browser, 5)]
+    assert counts == sorted(counts) and max(counts) >= 10 > min(counts)  # 9 comes before 10
+    buttons[0].click()
+    assert column(browser, 0) != [*HOSTILE, "spare"] and sorted(column(browser, 0)) == sorted(
+        [*HOSTILE, "spare"]
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_down_only(browser: Any, page: Path, scheme: str) -> None:
+    open_page(browser, page, 390, scheme)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+def test_dark_is_dark_in_the_plots_too(browser: Any, page: Path) -> None:
+    script = (
+        "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
+        "getComputedStyle(document.querySelector('svg.plot text')).fill]"
+    )
+    open_page(browser, page)
+    light = browser.execute_script(script)
+    open_page(browser, page, scheme="dark")
+    dark = browser.execute_script(script)
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+
+
+def test_the_saved_plots_open_alone(browser: Any, page: Path) -> None:
+    plots = sorted((page.parent / "plots").glob("*.svg"))
+    assert {plot.stem for plot in plots} == {
+        "intervals", "loss", "accuracy", "learning_rate", "confusion_matrix", "reliability",
+        "reliability_calibrated", "seconds",
+    }  # fmt: skip
+    for plot in plots:
+        open_page(browser, plot)
+        assert browser.get_log("browser") == []
+        assert browser.execute_script("return document.documentElement.getBBox().width") > 50

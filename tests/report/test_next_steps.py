@@ -1,0 +1,77 @@
+"""Each suggestion comes from a number, and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.report.facts import Facts, Prediction
+from finetune.report.next_steps import suggest_steps
+from finetune.runs.folder import RunFolder
+
+QUIET: dict[str, Any] = {
+    "num_samples": 2000, "split_chose_checkpoint": False, "best_epoch": 3, "epochs": 5,
+    "balanced_accuracy": 0.9, "data_wait_fraction": 0.05, "skipped_steps": 0, "rollbacks": 0,
+    "intervals": {"accuracy": [0.89, 0.91]}, "calibration": {"ece": 0.03, "ece_calibrated": 0.01},
+}  # fmt: skip
+HISTORY = tuple({"epoch": float(n), "train_loss": 0.5, "eval_loss": 0.55} for n in range(1, 6))
+
+
+def split(**counts: int) -> tuple[dict[str, str], ...]:
+    return tuple(
+        {"path": "x", "label": name, "split": "train"} for name, n in counts.items() for _ in range(n)
+    )
+
+
+def facts(metrics: dict[str, Any] | None = None, **fields: Any) -> Facts:
+    quiet = {"history": HISTORY, "split": split(a=100, b=100, c=100)}
+    return Facts(RunFolder(Path("runs/x")), metrics=QUIET | (metrics or {}), **(quiet | fields))
+
+
+def test_nothing_is_said_without_a_reason() -> None:
+    assert suggest_steps(facts()) == []
+    assert suggest_steps(Facts(RunFolder(Path("x")))) == []
+
+
+CONFUSED = {"classes": ("a", "b", "c"), "confusion": ((90, 9, 1), (6, 93, 1), (2, 1, 97))}
+WEAK = tuple(
+    {"label": name, "recall": str(recall), "support": "30"}
+    for name, recall in zip("abc", (0.5, 0.95, 0.96), strict=True)
+)
+FINDINGS = [{"severity": one, "message": "odd"} for one in ("error", "warning", "note")]
+APART = tuple({**row, "train_loss": 0.1, "eval_loss": 0.8} for row in HISTORY)
+SURE = tuple(Prediction("x", "a", "b", 0.97) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("found", "words", "number"),
+    [
+        (facts(check={"findings": FINDINGS}), "data check", "1 error and 1 warning"),
+        (facts(predictions=SURE), "wrong labels", "4 of 4"),
+        (facts({"split_chose_checkpoint": True}), "test/", "2000"),
+        (facts({"best_epoch": 5}), "--epochs", "5 of 5"),
+        (facts(history=APART), "augmentation", "0.10 in training and 0.80"),
+        (facts(**CONFUSED), "a and b", "15 of 20"),
+        (facts(per_class=WEAK), "images of a", "50 %"),
+        (facts(split=split(a=600, b=100, c=100)), "class_weights", "ratio of 6"),
+        (facts(split=split(a=60, b=40, c=45)), "More training images", "b has 40"),
+        (facts({"intervals": {"accuracy": [0.8, 0.9]}}), "--repeats", "80.0 and 90.0 %"),
+        (facts({"calibration": {"ece": 0.1, "ece_calibrated": 0.07}}), "literally", "7.0 points"),
+        (facts({"data_wait_fraction": 0.6}), "--workers", "60 %"),
+        (facts({"skipped_steps": 3}), "--lr", "3 steps"),
+    ],
+)  # fmt: skip
+def test_each_rule_speaks_alone_and_with_its_number(found: Facts, words: str, number: str) -> None:
+    [(advice, evidence)] = suggest_steps(found)
+    assert words in advice and number in evidence
+
+
+def test_there_are_never_many() -> None:
+    everything = facts(
+        {"split_chose_checkpoint": True, "best_epoch": 5, "data_wait_fraction": 0.9, "skipped_steps": 1,
+         "intervals": {"accuracy": [0.5, 0.9]}},
+        split=split(a=100, b=2), predictions=SURE, per_class=WEAK, **CONFUSED,
+    )  # fmt: skip
+    assert len(suggest_steps(everything)) == 6

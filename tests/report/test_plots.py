@@ -1,0 +1,95 @@
+"""Drawings: round axes, everything inside, text that is text."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
+from finetune.report.curves import draw_curves, draw_intervals
+from finetune.report.matrix import draw_matrix
+from finetune.report.svg import Plot, element, find_ticks, shorten
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.13, 0.42, [0.1, 0.2, 0.3, 0.4, 0.5]),
+        (3, 1234, [0, 500, 1000, 1500]),
+    ],
+)
+def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]) -> None:
+    assert find_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (5, 5), (-1, -1), (1e-9, 1e-9), (0, 1e-30), (1e9, 1e9 + 1)]
+)
+def test_flat_lines_have_an_axis(low: float, high: float) -> None:
+    ticks = find_ticks(low, high)
+    assert 2 <= len(ticks) <= 8 and ticks[0] <= low <= high <= ticks[-1] and ticks == sorted(set(ticks))
+
+
+def inside(plot: Plot) -> None:
+    """Every shape lies in the drawing."""
+    for shape in ElementTree.fromstring(plot.file).iter():
+        for key, most in (("x", plot.width), ("y", plot.height), ("cx", plot.width), ("cy", plot.height)):
+            if key in shape.attrib:
+                assert 0 <= float(shape.attrib[key]) <= most, (shape.tag, shape.attrib)
+        if "points" in shape.attrib:
+            for point in shape.attrib["points"].split():
+                x, y = map(float, point.split(","))
+                assert 0 <= x <= plot.width and 0 <= y <= plot.height
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 37, 300])
+def test_curves(epochs: int) -> None:
+    curve = [(float(n), 1 / n) for n in range(1, epochs + 1)]
+    plot = draw_curves("loss", "loss", {"validation": curve, "training": curve}, "{:.3g}".format, best=1.0)
+    inside(plot)
+    assert plot.file.count("ring") > 1 and plot.file.count("<polyline") == 2
+
+
+def test_intervals() -> None:
+    inside(draw_intervals([("accuracy", 0.9, (0.85, 0.95)), ("F1", 0.0, None), ("AUC", 1.0, (1.0, 1.0))]))
+
+
+@pytest.mark.parametrize("count", [2, 7, 40])
+def test_a_matrix_shows_every_count(count: int) -> None:
+    counts = [[row * count + column for column in range(count)] for row in range(count)]
+    names = [f"a class with a long name {number}" for number in range(count)]
+    plot = draw_matrix(names, counts)
+    inside(plot)
+    shown = [one.text for one in ElementTree.fromstring(plot.file).iter() if one.tag.endswith("text")]
+    assert {str(count * count - 1), "1", "2"} <= set(shown)
+    assert "a class with a long name 0 were called" not in plot.title
+
+
+def test_a_class_without_images_is_an_empty_row() -> None:
+    inside(draw_matrix(["a", "b"], [[0, 0], [3, 1]]))
+    inside(draw_matrix(["a", "b"], [[0, 0], [0, 0]]))
+
+
+def test_reliability_skips_empty_bins() -> None:
+    bins = [
+        {"low": 0.0, "high": 0.5, "count": 0, "confidence": None, "accuracy": None},
+        {"low": 0.5, "high": 1.0, "count": 4, "confidence": 0.9, "accuracy": 1.0},
+    ]
+    plot = draw_reliability("reliability", "before", bins)
+    inside(plot)
+    assert plot.file.count("<title>") == 1
+
+
+def test_seconds() -> None:
+    inside(draw_seconds({"load": 0.0, "train": 3700.0}))
+    assert [format_seconds(value) for value in (0, 0.01, 3.14, 59.6, 250, 7500)] == [
+        "0.0 s", "under 0.1 s", "3.1 s", "1 min 0 s", "4 min 10 s", "2 h 5 min",
+    ]  # fmt: skip
+
+
+def test_words_are_escaped_and_shortened() -> None:
+    assert element("text", "<b>&", aria_label='"') == '<text aria-label="&#34;">&lt;b&gt;&amp;</text>'
+    assert shorten("abcdefghij", 5) == "ab\u2026ij" and shorten("abc", 5) == "abc"
+    assert "\n" not in shorten("a\nb", 5)

@@ -1,0 +1,243 @@
+"""The page from the files of a folder: what it says, what it leaves out, and what it never does."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from finetune.display import SilentDisplay
+from finetune.errors import UsageError
+from finetune.job.report import write_run_report
+from finetune.report.facts import load_facts
+from finetune.runs.folder import RunFolder
+from tests.conftest import Cli
+from tests.report.folders import HOSTILE, write_folder
+
+SECTIONS = (
+    "result",
+    "check",
+    "data",
+    "plan",
+    "training",
+    "confusion",
+    "classes",
+    "calibration",
+    "mistakes",
+    "next",
+    "run",
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = write_folder(tmp_path_factory.mktemp("made"), ("ants", "bees", "wasps"))
+    write_run_report(folder, SilentDisplay(), command="finetune run --data x")
+    return folder
+
+
+@pytest.fixture
+def copy(made: RunFolder, tmp_path: Path) -> RunFolder:
+    shutil.copytree(made.path, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def remake(folder: RunFolder) -> str:
+    write_run_report(folder, SilentDisplay())
+    return folder.report.read_text(encoding="utf-8")
+
+
+def sections(html: str) -> list[str]:
+    return re.findall(r'<section id="(\w+)"', html)
+
+
+def change_metrics(folder: RunFolder, **values: object) -> None:
+    metrics = json.loads(folder.metrics.read_text()) | values
+    folder.metrics.write_text(json.dumps(metrics))
+
+
+def test_every_section_is_there(made: RunFolder) -> None:
+    html = made.report.read_text(encoding="utf-8")
+    assert tuple(sections(html)) == SECTIONS
+    accuracy = load_facts(made).number("accuracy")
+    assert accuracy is not None
+    assert f"<b>{100 * accuracy:.1f} %</b>" in html
+    assert "95 % interval" in html and "The same images also chose the best epoch" in html
+    assert f"finetune run --recipe {made.recipe.absolute()}" in html
+    assert len(html) < 5_000_000
+
+
+def test_the_heat_maps_lie_beside_it(made: RunFolder) -> None:
+    from PIL import Image
+
+    mistakes = load_facts(made).mistakes
+    assert mistakes
+    files = sorted(made.plots.glob("mistake-*.jpg"))
+    assert files
+    with Image.open(files[0]) as picture:
+        assert picture.mode == "RGB" and min(picture.size) > 100
+    html = made.report.read_text(encoding="utf-8")
+    embedded = base64.b64encode(files[0].read_bytes()).decode()
+    assert embedded in html
+
+
+def test_mistakes_come_by_confidence(made: RunFolder) -> None:
+    html = made.report.read_text(encoding="utf-8")
+    shown = re.findall(r"Called <b>(\w+)</b> with ([\d.]+) %, but labelled <b>(\w+)</b>", html)
+    expected = [
+        (one.predicted, f"{100 * one.confidence:.1f}", one.label) for one in load_facts(made).mistakes[:12]
+    ]
+    assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "section"),
+    [
+        ("check.json", "check"),
+        ("plan.csv", "plan"),
+        ("history.csv", "training"),
+        ("per_class.csv", "classes"),
+        ("predictions.csv", "mistakes"),
+    ],
+)
+@pytest.mark.parametrize("how", ["absent", "damaged"])
+def test_what_cannot_be_read_is_left_out(copy: RunFolder, file: str, section: str, how: str) -> None:
+    path = copy.path / file
+    path.unlink() if how == "absent" else path.write_bytes(b'{"\xff,\n1,2')
+    html = remake(copy)
+    assert section not in sections(html) and f'href="#{section}"' not in html
+    assert set(sections(html)) >= set(SECTIONS) - {section, "data"}
+    assert (f"could not be read: {file}" in html) == (how == "damaged")
+
+
+def test_old_metrics_are_enough(copy: RunFolder) -> None:
+    old = {
+        "accuracy": 0.5,
+        "balanced_accuracy": 0.5,
+        "f1_macro": 0.4,
+        "loss": 1.0,
+        "num_samples": 18,
+        "split": "val",
+    }
+    copy.metrics.write_text(json.dumps(old))
+    html = remake(copy)
+    assert "calibration" not in sections(html) and "95 % interval" not in html
+    assert "<b>50.0 %</b>" in html
+
+
+@pytest.mark.parametrize("value", [None, "many", [1], {"bins": [None]}, -1e400, {"temperature": "x"}])
+def test_strange_metrics_end_in_no_traceback(copy: RunFolder, value: object) -> None:
+    for key in ("intervals", "calibration", "reject", "most_confused", "seconds", "features", "accuracy"):
+        change_metrics(copy, **{key: value})
+        remake(copy)
+
+
+def test_an_evaluation_needs_no_recipe_and_no_model(made: RunFolder, copy: RunFolder) -> None:
+    for path in (copy.recipe, copy.history, copy.plan, copy.split, copy.check, copy.advice, copy.environment):
+        path.unlink()
+    shutil.rmtree(copy.model)
+    change_metrics(copy, data=str(made.path.parent / "data"), split_chose_checkpoint=False)
+    html = remake(copy)
+    assert "plan" not in sections(html) and "training" not in sections(html)
+    assert "data:image/jpeg" in html and "evidence for" not in html
+    assert "chose nothing" in html and not list(copy.plots.glob("mistake-*"))
+    change_metrics(copy, model=str(made.model))
+    assert "evidence for" in remake(copy)
+
+
+def test_pictures_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
+    copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {tmp_path / 'nowhere'}\n")
+    html = remake(copy)
+    assert "data:image" not in html and ">gone</span>" in html
+    data = tmp_path / "data"
+    shutil.copytree(made.path.parent / "data", data)
+    (data / load_facts(copy).mistakes[0].path).unlink()
+    copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {data}\n")
+    html = remake(copy)
+    assert html.count(">gone: file not found</span>") == 1 and "data:image" in html
+
+
+def test_paths_never_leave_the_data(copy: RunFolder, tmp_path: Path) -> None:
+    from PIL import Image
+
+    secret = tmp_path / "secret.jpg"
+    Image.new("RGB", (300, 300), (1, 2, 3)).save(secret)
+    for path in (str(secret), "../secret.jpg", "../../secret.jpg"):
+        copy.predictions.write_text(f"path,label,predicted,confidence\n{path},ants,bees,0.9\n")
+        copy.split.unlink(missing_ok=True)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {tmp_path / 'data'}\n")
+        assert "data:image" not in remake(copy)
+
+
+def test_a_damaged_model_costs_the_heat_maps_only(copy: RunFolder) -> None:
+    file = copy.model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    html = remake(copy)
+    assert "mistakes" in sections(html) and "evidence for" not in html
+
+
+def test_the_policy_knows_its_own_style_and_script(made: RunFolder) -> None:
+    html = made.report.read_text(encoding="utf-8")
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    policy = policy.replace("&#39;", "'")
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    for tag in ("style", "script"):
+        [content] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
+
+
+def test_names_are_escaped_in_page_and_plots(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, HOSTILE)
+    html = remake(folder)
+    assert "<script>window" not in html and "<img src=x" not in html
+    assert "&lt;script&gt;window.hacked=1&lt;/script&gt;" in html
+    for plot in folder.plots.glob("*.svg"):
+        tree = ElementTree.fromstring(plot.read_text(encoding="utf-8"))
+        assert {element.tag.rpartition("}")[2] for element in tree.iter()} <= {
+            "svg", "style", "rect", "text", "line", "polyline", "circle", "g", "title",
+        }  # fmt: skip
+        assert "http" not in plot.read_text().replace("http://www.w3.org/2000/svg", "")
+
+
+def test_many_classes_stay_readable_and_small(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(130)]
+    folder = write_folder(tmp_path, names, per_class=2)
+    html = remake(folder)
+    assert not (folder.plots / "confusion_matrix.svg").exists()
+    assert "130 classes are too many for a drawing" in html and "most frequent mistakes</caption>" in html
+    assert "the other 100 are left out" in html
+    assert html.count('<th scope="row" data-value="class ') == 130
+    assert len(html) < 2_000_000
+
+
+def test_no_picture_fits_an_album_that_is_full(made: RunFolder) -> None:
+    from finetune.report.pictures import Album
+
+    album = Album(made.path.parent / "data", most_bytes=3000)
+    shown = [album.show_file(row["path"], 104) for row in load_facts(made).split]
+    assert 0 < sum(bool(one.source) for one in shown) < len(shown)
+    assert album.left_out == sum(not one.source for one in shown)
+
+
+def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no metrics\.json"):
+        write_run_report(RunFolder(tmp_path), SilentDisplay())
+
+
+def test_the_command_makes_it_again(cli: Cli, copy: RunFolder) -> None:
+    copy.report.unlink()
+    shutil.rmtree(copy.plots)
+    result = cli("report", copy.path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"report": str(copy.report), "plots": str(copy.plots)}
+    assert copy.report.is_file() and (copy.plots / "loss.svg").is_file()
+    assert cli("report", copy.path / "nowhere").exit_code == 2
