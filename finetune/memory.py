@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 from contextlib import suppress
 
 import torch
@@ -37,3 +38,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # glibc's own; other libraries have no such call
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def measure_peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the most memory that this process has held so far, in bytes; and the most of its GPU."""
+    peak = {"peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if device.type == "cuda":
+        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peak

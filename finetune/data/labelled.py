@@ -1,4 +1,4 @@
-"""Labelled pictures to judge a finished model by: nothing is trained on them, and the model's classes count."""
+"""Labelled pictures to judge a finished model by: nothing is trained, and the model's classes count."""
 
 from __future__ import annotations
 

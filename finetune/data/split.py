@@ -40,13 +40,17 @@ class Unit:
 
 def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[Unit]:
     """Return groups, and images that belong to none, as units."""
-    members: defaultdict[tuple[bool, str], list[tuple[str, str]]] = defaultdict(list)
+    members: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    units = []
     for name, paths in paths_by_class.items():
         for path in paths:
-            members[path in groups, groups.get(path, path)].append((path, name))
-    return [
-        Unit(name, tuple(sorted(path for path, _ in own)), Counter(label for _, label in own))
-        for (_, name), own in members.items()
+            if path in groups:
+                members[groups[path]].append((path, name))
+            else:
+                units.append(Unit(path, (path,), {name: 1}))
+    return units + [
+        Unit(group, tuple(sorted(path for path, _ in own)), Counter(label for _, label in own))
+        for group, own in members.items()
     ]
 
 
@@ -92,8 +96,9 @@ def split_off(
         if then < now and leaves_some(unit):
             take(unit)
     for name in sorted(total):  # whose groups are all larger than twice of what was wanted
-        own = [unit for unit in units if name in unit.counts and leaves_some(unit)]
-        if not have[name] and own:
+        if have[name]:
+            continue
+        if own := [unit for unit in units if name in unit.counts and leaves_some(unit)]:
             take(min(own, key=lambda unit: len(unit.paths)))
     return taken
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +70,16 @@ class Request:
     follow_links: bool = False
     allow_leaks: bool = False
 
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = ["finetune", "evaluate", *self.models]
+        words += ["--data", str(self.data)] if self.data is not None else []
+        words += ["--split", self.part] if self.part is not None else []
+        words += ["--crops", str(self.crops)] if self.crops > 1 else []
+        words += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
+        return shlex.join(words)
+
 
 def evaluate_models(request: Request, display: Display) -> dict[str, Any]:
     """Judge models, and write their figures into a new folder.
@@ -106,7 +117,7 @@ def evaluate_models(request: Request, display: Display) -> dict[str, Any]:
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)
     _say(metrics, folder, display)
-    add_report(folder, display)
+    add_report(folder, display, request.command)
     return metrics
 
 

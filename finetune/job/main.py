@@ -31,6 +31,7 @@ from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, fit_batches, place_network, prepare
 from finetune.job.report import add_report
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
+from finetune.memory import measure_peak_memory
 from finetune.recipe import Recipe
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
 from finetune.runs.files import write_csv, write_json
@@ -169,6 +170,7 @@ def _carry_out(job: Job) -> Run:
     with clock.phase("export"):
         card = replace(fitted.backbone.card, temperature=judgement.temperature)
         _export(replace(fitted.backbone, card=card), folder, metrics, fitted.images)
+    metrics |= measure_peak_memory(ready.placement.device)
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(display, folder, metrics)

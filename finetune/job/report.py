@@ -47,14 +47,19 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
     display.say(f"report {folder.report}")
 
 
-def add_report(folder: RunFolder, display: Display) -> None:
+def add_report(folder: RunFolder, display: Display, command: str | None = None) -> None:
     """Write the report of work that is done: for want of a picture of it, nothing of that is lost.
+
+    Args:
+        folder: as for :func:`write_run_report`.
+        display: shows progress.
+        command: that started it.
 
     Raises:
         DiskError: it cannot be written.
     """
     try:
-        write_run_report(folder, display)
+        write_run_report(folder, display, command=command)
     except DiskError:
         raise
     except Exception as error:

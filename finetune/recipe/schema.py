@@ -76,8 +76,9 @@ class DataSettings(_Section):
     )
     group_by: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None,
-        description="images that belong together (a patient, a burst, a video) and are drawn into one part: a "
-        "column of the CSV, or a regular expression whose first group (else whole match) in the path names them",
+        description="images that belong together (a patient, a burst, a video) and are drawn into one part: "
+        "a column of the CSV, or a regular expression whose first group (else whole match) in the path names "
+        "them",
     )
     folds: Annotated[int, Field(ge=2, le=1000)] | None = Field(
         None,

@@ -23,6 +23,7 @@ from finetune.report.mistakes import Mistake
 from finetune.report.next_steps import suggest_steps
 from finetune.report.pictures import Album
 from finetune.report.svg import Plot, load_part
+from finetune.report.variants import list_variants
 
 MOST_FINDINGS = 30
 MOST_PATHS = 4
@@ -74,6 +75,7 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
             version=__version__,
             title=_title(facts),
             say=sections,
+            list_variants=list_variants,
         )
     )
     return Page(html, [plot for plots in drawn.values() for plot in plots])

@@ -199,9 +199,9 @@ def list_speed(facts: Facts) -> list[tuple[str, str]]:
         found.append(("time spent waiting for images", percent(waiting)))
     if (size := facts.number("microbatch")) is not None:
         found.append(("images through the network at a time", f"{size:.0f}"))
-    for key in ("peak_memory", "peak_memory_bytes"):
+    for key, words in (("peak_memory_bytes", "peak memory"), ("peak_gpu_memory_bytes", "peak GPU memory")):
         if (memory := facts.number(key)) is not None:
-            found.append(("peak memory", f"{memory / 1e9:.2f} GB"))
+            found.append((words, f"{memory / 1e9:.2f} GB"))
     return found
 
 

@@ -19,7 +19,14 @@ from finetune.runs.folder import Outcome, RunFolder
 
 RUNNING = "the run is going on, or was killed"
 
-NO_EFFECT = ("data.workers", "data.allow_leaks", "backbone.offline", "cache.pictures", "cache.max_gb", "tracking.to")
+NO_EFFECT = (
+    "data.workers",
+    "data.allow_leaks",
+    "backbone.offline",
+    "cache.pictures",
+    "cache.max_gb",
+    "tracking.to",
+)
 """Keys on which no result depends: another machine may decide them otherwise and go on all the same."""
 
 

@@ -36,6 +36,7 @@ def test_every_strategy_ends_in_a_complete_folder(
         "environment.json",
         "classes.txt",
         "split.csv",
+        "check.json",
         "plan.csv",
         *(["trunk.json"] if strategy in ("freeze", "top") else []),
         "history.csv",

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from finetune.training.checkpoint import CheckpointStore
 
-TIMED = ("seconds", "images_per_second", "data_wait_fraction", "epoch_seconds", "wait_seconds")
-"""Figures that say how long something took."""
+TIMED = ("seconds", "images_per_second", "data_wait_fraction", "epoch_seconds", "wait_seconds", "peak_memory_bytes")
+"""Figures that say how long something took, or how much memory."""
 
 
 def assert_same_run(one: Path, two: Path) -> None:
