@@ -1,0 +1,154 @@
+"""``finetune check``: what can be known of a data set before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune.cli.options import JsonOption, OutputOption, default_folder
+from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.tables import print_table
+from finetune.errors import ExitCode, UsageError, sanitize
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": None}
+_SHOWN = 20
+"""Suspected labels that are printed; the file has all of them."""
+
+
+def check_command(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="A folder with train/ and val/, of class folders, a .zip, a CSV."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="Look for wrong labels among the images of this run instead."),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="What belongs together: a column of the CSV, or a pattern in the path.",
+            metavar="COLUMN|REGEX",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Deal the images into folds, and write folds.csv.")
+    ] = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of each class kept for validation if there is no val/.", show_default="0.2"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw.", show_default="0")] = None,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Exact copies in two parts are only a warning.")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Another key of the recipe; may be repeated.", metavar="SECTION.KEY=VALUE"
+        ),
+    ] = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at every image, and list what would spoil the figures: check.json, and check.png to look at.
+
+    Ends with 0 when a run would accept the data, and with 65 when it would not.
+    """
+    with refusals(as_json):
+        folder = output or default_folder("check")
+        if run is not None:
+            if data is not None:
+                raise UsageError("finetune check", "it was given data and a run", "Name one of the two.")
+            _check_run(run, folder, as_json)
+            return
+        flags = {
+            "data.path": data,
+            "data.group_by": group_by,
+            "data.folds": folds,
+            "data.val_fraction": val_fraction,
+            "data.allow_leaks": allow_leaks or None,
+            "seed": seed,
+        }
+        result = _check(_read(flags, assignments or []), folder)
+        if as_json:
+            hand_over(json.dumps(result) + "\n")
+        else:
+            _print(result, folder)
+        if result["errors"]:
+            raise typer.Exit(int(ExitCode.DATA))
+
+
+def _read(flags: dict[str, Any], assignments: list[str]) -> Recipe:
+    from finetune.recipe import load_recipe, merge_override, parse_assignments
+
+    overrides = parse_assignments(assignments)
+    for key, value in flags.items():
+        if value is not None:
+            merge_override(overrides, key, value)
+    return load_recipe(None, overrides)
+
+
+def _check(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    from finetune.display import Display
+
+    display = Display()
+    with display.busy("loading"):
+        from finetune.job.check import check
+    return check(recipe, folder, display)
+
+
+def _print(result: dict[str, Any], folder: Path) -> None:
+    """A paragraph a finding: what, and what to do; then figures, and where everything is."""
+    for finding in result["findings"]:
+        severity = finding["severity"]
+        typer.echo(typer.style(f"{severity}: ", fg=_COLOURS[severity], bold=True), nl=False)
+        typer.echo(f"{sanitize(finding['message'])}\n  {sanitize(finding['fix'])} [{finding['code']}]")
+    summary = result["summary"]
+    if summary:
+        _print_classes(summary)
+        if folds := summary.get("folds"):
+            names = list(next(iter(folds.values())))
+            print_table(("fold", *names), [[fold, *map(str, own.values())] for fold, own in folds.items()])
+    totals = ", ".join(f"{result[kind]} {kind}" for kind in ("errors", "warnings", "notes"))
+    typer.echo(f"{totals}; everything is in {folder}")
+
+
+def _print_classes(summary: dict[str, Any]) -> None:
+    parts = summary["parts"]
+    totals = ", ".join(f"{own['num_images']} {part}" for part, own in parts.items())
+    spread = "{min:g} to {max:g}"
+    typer.echo(
+        f"{summary['num_images']} images ({totals}), {summary['num_classes']} classes; "
+        f"width {spread.format(**summary['width'])}, height {spread.format(**summary['height'])}"
+        if summary["width"]["max"]
+        else f"{summary['num_images']} images ({totals}), {summary['num_classes']} classes"
+    )
+
+
+def _check_run(run: Path, folder: Path, as_json: bool) -> None:
+    from finetune.display import Display
+
+    display = Display()
+    with display.busy("loading torch"):
+        from finetune.job.label_issues import find_suspects
+    found = find_suspects(run, folder, display)
+    if as_json:
+        hand_over(json.dumps(found.to_dict()) + "\n")
+        return
+    cells = [
+        [f"{own:.3f}", label, f"{other:.3f}", suggested, path]
+        for path, label, suggested, own, other, _ in found.rows[:_SHOWN]
+    ]
+    if cells:
+        print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
+    typer.echo(
+        f"{len(found.rows)} suspected labels among {found.num_judged} images (linear classifiers that had "
+        f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
+    )

@@ -1,0 +1,183 @@
+"""``finetune check --run``: which labels of a run's images are suspected to be wrong.
+
+::
+
+    the run's images -> features of its backbone as it was published, which has not seen the labels
+                     -> linear classifiers, each image judged by one that did not see it
+                     -> confident learning -> label_issues.csv, label_issues.png
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.data.sample import Dataset, Sample
+from finetune.data.split import draw_folds, join_copies
+from finetune.display import Display
+from finetune.errors import DataError, UsageError
+from finetune.evaluation.label_issues import find_label_issues
+from finetune.features.rows import Rows
+from finetune.features.solvers import fit
+from finetune.job.data import check_outside, create_new_folder, require_labels
+from finetune.job.outcome import translated_errors
+from finetune.job.source import open_features, open_network, open_pictures, open_source
+from finetune.preflight.sheet import Section, Tile, write_sections
+from finetune.recipe import Recipe, load_recipe
+from finetune.runs.files import write_csv
+from finetune.runs.folder import RunFolder
+
+NUM_FOLDS = 5
+SHOWN = 36
+"""Pictures on the sheet."""
+FILE, SHEET = "label_issues.csv", "label_issues.png"
+COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probability", "split")
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """What was found.
+
+    Attributes:
+        rows: of ``label_issues.csv``, the least likely label first.
+        num_judged: images that were judged by a classifier that had not seen them.
+        num_images: of the run.
+        accuracy: of those classifiers, by the labels as they are.
+    """
+
+    rows: Sequence[tuple[Any, ...]]
+    num_judged: int
+    num_images: int
+    accuracy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {
+            "num_images": self.num_images,
+            "num_judged": self.num_judged,
+            "accuracy": self.accuracy,
+            "label_issues": [dict(zip(COLUMNS, row, strict=True)) for row in self.rows],
+        }
+
+
+def find_suspects(run: Path, output: Path, display: Display) -> Suspects:
+    """Find labels of a run's images that are probably wrong, and write them down.
+
+    Args:
+        run: a run folder; it is only read.
+        output: a new folder.
+        display: shows progress.
+
+    Raises:
+        FinetuneError: every refusal and failure.
+    """
+    with translated_errors():
+        recipe = _read_recipe(run)
+        network = open_network(recipe, display)
+        dataset = open_pictures(recipe, display)
+        require_labels(dataset, recipe)
+        check_outside(output, dataset)
+        source = open_source(recipe, network, dataset, display)
+        create_new_folder(output)
+        dataset = source.dataset
+        with open_features(source, network.layers.select(["last"]), "auto") as features:
+            usable = features.usable(dataset.samples)
+            samples = [dataset.samples[index] for index in usable.tolist()]
+            folds = _deal(samples, dataset, source.digests, recipe.seed)
+            probabilities = _judge(
+                features.rows[0], usable, samples, folds, dataset.num_classes, recipe.seed, display
+            )
+        found = _collect(dataset, samples, folds, probabilities)
+        write_csv(output / FILE, found.rows, COLUMNS)
+        write_sections(output / SHEET, _sections(dataset, found))
+        return found
+
+
+def _read_recipe(path: Path) -> Recipe:
+    run = RunFolder(path)
+    if not (run.split.is_file() and run.recipe.is_file()):
+        found = "it is no run folder, or the run has not begun to train"
+        raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
+    recipe = load_recipe(str(run.recipe))
+    if recipe.strategy.name == "scratch":
+        found = "it was trained from random weights, so that there is no network that has not seen the labels"
+        raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
+    data = recipe.data.model_copy(update={"path": str(path)})
+    return recipe.model_copy(update={"data": data, "device": "auto"})
+
+
+def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], seed: int) -> Tensor:
+    """Return the fold in which each image is held out, (N,) from 1; 0: never.
+
+    Copies and groups stay together. A class that would lie in one fold alone is never held out: there would
+    be nothing to know it by.
+    """
+    joined = {
+        sample.path: unit[0].path
+        for unit in join_copies(samples, digests)
+        if len(unit) > 1
+        for sample in unit
+    }
+    pool: defaultdict[str, list[str]] = defaultdict(list)
+    for sample in samples:
+        pool[dataset.classes[sample.label]].append(sample.path)
+    folds = draw_folds(pool, NUM_FOLDS, seed, joined)
+    alone = {name for name, paths in pool.items() if len({folds[path] for path in paths}) < 2}
+    return torch.tensor([0 if dataset.classes[one.label] in alone else folds[one.path] for one in samples])
+
+
+def _judge(
+    rows: Rows,
+    usable: Tensor,
+    samples: Sequence[Sample],
+    folds: Tensor,
+    num_classes: int,
+    seed: int,
+    display: Display,
+) -> Tensor:
+    """Return probabilities (N, K) by classifiers that did not see the image; NaN where there is none."""
+    labels = torch.tensor([sample.label for sample in samples])
+    probabilities = torch.full((len(samples), num_classes), torch.nan)
+    with display.track("judging labels", NUM_FOLDS) as advance:
+        for fold in range(1, NUM_FOLDS + 1):
+            held = folds == fold
+            if held.any():
+                classifier = fit(rows, usable[~held], labels[~held], num_classes, "softmax", seed)
+                probabilities[held] = classifier.scores(rows[usable[held]]).softmax(dim=1).cpu()
+            advance(1, "")
+    return probabilities
+
+
+def _collect(dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabilities: Tensor) -> Suspects:
+    judged = (folds > 0).nonzero().flatten()
+    if not len(judged):
+        found = "no class has two images that are not copies of each other"
+        raise DataError("suspected labels", found, "Add images.")
+    labels = torch.tensor([samples[index].label for index in judged.tolist()])
+    known = probabilities[judged]
+    rows = []
+    for place in find_label_issues(labels, known).tolist():
+        sample, suggested = samples[int(judged[place])], int(known[place].argmax())
+        own, other = known[place, sample.label].item(), known[place, suggested].item()
+        names = dataset.classes[sample.label], dataset.classes[suggested]
+        rows.append((sample.path, *names, own, other, sample.split))
+    accuracy = (known.argmax(dim=1) == labels).double().mean().item()
+    return Suspects(rows, len(judged), len(samples), accuracy)
+
+
+def _sections(dataset: Dataset, found: Suspects) -> list[Section]:
+    tiles = [
+        Tile(
+            dataset.root / path,
+            (f"{label}: {own:.3f}", f"{suggested}: {other:.3f}", Path(path).name),
+        )
+        for path, label, suggested, own, other, _ in found.rows[:SHOWN]
+    ]
+    title = "Labels that are probably wrong: as given, as suggested, with their probabilities"
+    return [Section(title, len(found.rows), tiles)] if tiles else []

@@ -1,0 +1,120 @@
+"""Groups by a column or by a pattern in the path; what cannot be meant is refused."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.data.discover import discover
+from finetune.errors import DataError, UsageError
+from tests.conftest import draw
+
+PATIENTS = range(8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, eight patients with three pictures of each class."""
+    for kind, colour in (("sick", (200, 30, 30)), ("well", (30, 200, 30))):
+        for patient in PATIENTS:
+            for shot in range(3):
+                draw(tmp_path / kind / f"patient{patient}-{shot}.jpg", colour, patient * 10 + shot)
+    return tmp_path
+
+
+@pytest.fixture
+def table(folder: Path) -> Path:
+    rows = ["path,label,patient,note"]
+    for file in sorted(folder.rglob("*.jpg")):
+        rows.append(f"{file.relative_to(folder)},{file.parent.name},{file.name[7]},")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder / "labels.csv"
+
+
+@pytest.mark.parametrize("pattern", [r"patient(\d)", r"patient\d"])
+def test_a_pattern_names_groups_that_are_drawn_whole(folder: Path, pattern: str) -> None:
+    dataset = discover(folder, 0.25, 0, group_by=pattern)
+    assert {sample.group for sample in dataset.samples} == (
+        {str(n) for n in PATIENTS} if "(" in pattern else {f"patient{n}" for n in PATIENTS}
+    )
+    train, val = ({sample.group for sample in dataset.of(part)} for part in ("train", "val"))
+    assert not train & val and len(val) == 2
+    assert dataset.counts("val") == [6, 6]
+
+
+def test_a_column_names_groups(table: Path) -> None:
+    dataset = discover(table, 0.25, 0, group_by="patient")
+    train, val = ({sample.group for sample in dataset.of(part)} for part in ("train", "val"))
+    assert not train & val and train | val == {str(n) for n in PATIENTS}
+    by_path = discover(table, 0.25, 0, group_by=r"patient(\d)")
+    assert by_path == dataset
+
+
+@pytest.mark.parametrize("fold", [1, 2, 3, 4])
+def test_folds(folder: Path, fold: int) -> None:
+    dataset = discover(folder, 0.2, 0, group_by=r"patient(\d)", folds=4, fold=fold)
+    assert dataset.val_was_drawn and dataset.counts("val") == [6, 6]
+    assert {sample.fold for sample in dataset.of("val")} == {fold}
+    assert {sample.fold for sample in dataset.of("train")} == {1, 2, 3, 4} - {fold}
+
+
+def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path: Path) -> None:
+    for part, kind in (("val", "sick"), ("val", "well"), ("test", "sick"), ("test", "well")):
+        for shot in range(2):
+            draw(tmp_path / "parts" / part / kind / f"{part}{shot}.jpg", (1, 2, 3), shot)
+    (tmp_path / "parts" / "train").mkdir()
+    for kind in ("sick", "well"):
+        (folder / kind).rename(tmp_path / "parts" / "train" / kind)
+    held: list[str] = []
+    for fold in (1, 2, 3):
+        dataset = discover(tmp_path / "parts", 0.2, 0, folds=3, fold=fold)
+        held += [sample.path for sample in dataset.of("val")]
+        assert len(dataset.of("test")) == 4 and {sample.fold for sample in dataset.of("test")} == {0}
+    assert len(held) == len(set(held)) == 48 + 4
+
+
+@pytest.mark.parametrize(
+    ("group_by", "said"),
+    [
+        ("(", "it is no regular expression"),
+        ("(a+)+$", "it repeats a repetition"),
+        (r"clinic(\d)", "names no group of any of 48 images"),
+        ("sick|well", "belong to one group"),
+    ],
+)
+def test_patterns_that_are_refused(folder: Path, group_by: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        discover(folder, 0.2, 0, group_by=group_by)
+
+
+@pytest.mark.parametrize(("column", "said"), [("pation", "did you mean 'patient'"), ("note", "is empty")])
+def test_columns_that_are_refused(table: Path, column: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        discover(table, 0.2, 0, group_by=column)
+
+
+@pytest.mark.parametrize(("folds", "fold"), [(5, None), (None, 1), (5, 6)])
+def test_folds_that_there_are_not(folder: Path, folds: int | None, fold: int | None) -> None:
+    with pytest.raises(UsageError):
+        discover(folder, 0.2, 0, folds=folds, fold=fold)
+
+
+def test_more_folds_than_groups_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="only 8 images or groups"):
+        discover(folder, 0.2, 0, group_by=r"patient(\d)", folds=9, fold=1)
+
+
+def test_images_without_a_group_are_told_of(folder: Path) -> None:
+    draw(folder / "sick" / "other.jpg", (1, 2, 3), 99)
+    dataset = discover(folder, 0.25, 0, group_by=r"patient(\d)")
+    assert [remark.code for remark in dataset.remarks] == ["group-missing"]
+    assert "1 of 49 images" in dataset.warnings[0]
+
+
+def test_a_hostile_pattern_does_not_hang(folder: Path) -> None:
+    began = time.perf_counter()
+    with pytest.raises(DataError):
+        discover(folder, 0.25, 0, group_by=r"((\w+)*-)+x")
+    assert time.perf_counter() - began < 5

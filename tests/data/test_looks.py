@@ -1,0 +1,165 @@
+"""What is kept of a look counts as long as the file is what it was; a damaged file of looks for nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.data import check, looks
+from finetune.data.check import Checked, check_images
+from finetune.data.discover import discover
+from finetune.data.looks import LookStore
+from finetune.data.sample import Dataset
+from tests.conftest import draw_folder
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """Files that count as settled at once."""
+    monkeypatch.setattr(looks, "SETTLED_SECONDS", -60.0)
+    return discover(draw_folder(tmp_path / "data", {"red": 6, "blue": 6}), 0.2, 0)
+
+
+def look(data: Dataset, decode: bool = True) -> Checked:
+    return check_images(data, decode=decode, store=LookStore(data.root))
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are decoded from now on."""
+    files: list[Path] = []
+    probe = check.probe_image
+
+    def note(path: Path) -> object:
+        files.append(path)
+        return probe(path)
+
+    monkeypatch.setattr(check, "probe_image", note)
+    return files
+
+
+def test_a_second_look_decodes_nothing_and_says_the_same(data: Dataset, probed: list[Path]) -> None:
+    first = look(data)
+    assert len(probed) == 12
+    again = look(data)
+    assert len(probed) == 12
+    assert (again.bad, again.digests, again.looks.paths) == (first.bad, first.digests, first.looks.paths)
+    assert again.looks.rows.tobytes() == first.looks.rows.tobytes()
+    assert look(data, decode=False).digests == first.digests
+    assert len(probed) == 12
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+def test_a_changed_file_is_looked_at_again(data: Dataset, probed: list[Path], keep_times: bool) -> None:
+    before = look(data)
+    file = data.file(data.samples[0])
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-30] ^= 1
+    file.write_bytes(content)
+    if keep_times:  # nobody can set the time of the change itself
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    probed.clear()
+    after = look(data)
+    assert probed == [file]
+    assert after.digests[data.samples[0].path] != before.digests[data.samples[0].path]
+
+
+def test_what_changed_a_moment_ago_is_not_kept(tmp_path: Path, probed: list[Path]) -> None:
+    data = discover(draw_folder(tmp_path / "data", {"red": 2, "blue": 2}), 0.5, 0)
+    look(data)
+    look(data)
+    assert len(probed) == 8
+
+
+def test_bad_images_are_looked_at_every_time(data: Dataset, probed: list[Path]) -> None:
+    data.file(data.samples[3]).write_bytes(b"")
+    assert [image.reason for image in look(data).bad] == ["empty file"]
+    probed.clear()
+    assert [image.reason for image in look(data).bad] == ["empty file"]
+    assert len(probed) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "head", "noise", "version"])
+def test_a_damaged_file_counts_as_none(
+    data: Dataset, probed: list[Path], damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = look(data)
+    path = LookStore(data.root).path
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[-100] ^= 1
+    spoilt = {
+        "cut": content[:-10],
+        "empty": b"",
+        "head": b"{}\n" + content,
+        "noise": b"\xff" * 500,
+    }.get(damage, content)
+    path.write_bytes(spoilt)
+    if damage == "version":
+        monkeypatch.setattr(looks, "_FORMAT", 99)
+    probed.clear()
+    assert look(data).digests == first.digests
+    assert len(probed) == 12
+    probed.clear()
+    look(data)
+    assert probed == []
+
+
+def test_two_tables_of_one_folder_share_a_file(data: Dataset, probed: list[Path]) -> None:
+    few = data.without({sample.path for sample in data.samples[:5]})
+    many = data.without({sample.path for sample in data.samples[5:]})
+    for part in (few, many, few, many):
+        check_images(part, store=LookStore(part.root, keep_others=True))
+    assert len(probed) == 12
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert look(data).bad == ()
+
+
+def test_a_row_says_what_is_in_the_file(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (60, 40), "red").save(tmp_path / name / "0.jpg", exif=exif)
+        Image.new("P", (20, 30)).save(tmp_path / name / "1.gif")
+    data = discover(tmp_path, 0.5, 0)
+    found = check_images(data).looks.select(["a/0.jpg", "a/1.gif"])
+    assert [found.format_of(place) for place in (0, 1)] == ["JPEG", "GIF"]
+    assert [found.mode_of(place) for place in (0, 1)] == ["RGB", "P"]
+    assert found.rows["width"].tolist() == [40, 20] and found.rows["height"].tolist() == [60, 30]
+    assert found.rows["thumbnail"].shape == (2, 16, 16)
+    assert np.abs(found.rows["thumbnail"][0].astype(int) - 76).max() <= 2  # red in grey
+
+
+def test_the_hash_is_that_of_imagehash(tmp_path: Path) -> None:
+    import imagehash
+
+    from tests.preflight.spoilt import photo
+
+    for number in range(4):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        photo(number, (32, 32)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    data = discover(tmp_path, 0.5, 0)
+    found = check_images(data).looks
+    for path, kept in zip(found.paths, found.rows["phash"].tolist(), strict=True):
+        with Image.open(tmp_path / path) as image:
+            assert f"{kept:016x}" == str(imagehash.phash(image))
+
+
+def test_many_are_quick(data: Dataset) -> None:
+    look(data)
+    began = time.perf_counter()
+    look(data)
+    assert time.perf_counter() - began < 1
