@@ -41,13 +41,16 @@ def list_kept(
 def clear() -> None:
     """Remove everything that no run is using; the next run makes anew what it needs."""
     from finetune.cache.shelf import Shelf
+    from finetune.data.looks import clear_looks
 
     with refusals():
         shelf = Shelf()
-        number, num_bytes = shelf.clear()
+        number, num_bytes = map(sum, zip(shelf.clear(), clear_looks(), strict=True))
         left = len(shelf.list())
         in_use = f"; {left} in use by a run, or another user's, left alone" if left else ""
-        typer.echo(f"{number} files removed from {shelf.folder}, {_size(num_bytes)} freed{in_use}", err=True)
+        typer.echo(
+            f"{number} files removed from {shelf.folder.parent}, {_size(num_bytes)} freed{in_use}", err=True
+        )
 
 
 def _facts(kept: Kept) -> dict[str, Any]:

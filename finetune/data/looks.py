@@ -127,6 +127,17 @@ class Looks:
         return Looks(tuple(chosen), self.rows[[self.place[path] for path in chosen]])
 
 
+def clear_looks() -> tuple[int, int]:
+    """Remove the rows of every root; return how many files that were, and their bytes."""
+    number = num_bytes = 0
+    with suppress(OSError):
+        for path in cache_folder("looks").glob("*.looks"):
+            size = path.stat().st_size
+            path.unlink()
+            number, num_bytes = number + 1, num_bytes + size
+    return number, num_bytes
+
+
 class LookStore:
     """The file that keeps the rows of one root; what cannot be read or written is as if it were not there.
 

@@ -16,6 +16,7 @@ from typing import Any
 from finetune import __version__
 from finetune.data.check import check_images
 from finetune.data.labelled import Part, find_labelled
+from finetune.data.looks import LookStore
 from finetune.data.sample import Dataset, Sample
 from finetune.display import Display
 from finetune.errors import DataError, UsageError, suggest
@@ -182,7 +183,8 @@ def _pictures_of_run(run: RunFolder, classes: Sequence[str], part: Part | None, 
 def _check_pictures(dataset: Dataset, display: Display) -> dict[str, str]:
     """Return the digest of every image; one that cannot be read would be missing from every figure."""
     with display.track("checking images", len(dataset.samples)) as advance:
-        checked = check_images(dataset, on_progress=lambda _: advance(1, ""))
+        store = LookStore(dataset.root, keep_others=True)
+        checked = check_images(dataset, on_progress=lambda _: advance(1, ""), store=store)
     if checked.bad:
         lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])
         more = f"\n  and {len(checked.bad) - 5} more" if len(checked.bad) > 5 else ""

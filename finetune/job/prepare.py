@@ -32,6 +32,7 @@ from finetune.training.batch_size import fit_batch_size
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.layers import Layers
+from pretrained.network import is_convolutional
 
 
 @dataclass(frozen=True)
@@ -218,13 +219,6 @@ def _check_features(recipe: Recipe, backbone: Backbone) -> None:
 def reload_backbone(ready: Ready, dataset: Dataset) -> Backbone:
     """Return the backbone as it was before training."""
     return _load_backbone(ready.recipe, ready.source_card, dataset)
-
-
-def is_convolutional(network: nn.Module) -> bool:
-    """Return whether convolutions hold most of a network's weights: those gain from channels-last memory."""
-    total = sum(parameter.numel() for parameter in network.parameters())
-    layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    return 2 * sum(layer.weight.numel() for layer in layers) > total
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -24,6 +24,7 @@ from torch import Tensor
 from finetune.cache.shelf import Shelf
 from finetune.data.check import BadImage, check_images
 from finetune.data.loader import Loader, Placement
+from finetune.data.looks import LookStore
 from finetune.data.sample import SPLITS, Dataset, Sample
 from finetune.data.sample import Split as Part
 from finetune.data.transforms import build_eval_transform
@@ -41,7 +42,7 @@ from finetune.features.kept import (
 from finetune.features.rows import JoinedRows, Rows
 from finetune.job.data import find_data, keep_split
 from finetune.job.facts import describe_source, digest_of
-from finetune.job.prepare import is_convolutional, place_network, prepare_machine, resolve_preprocessing
+from finetune.job.prepare import place_network, prepare_machine, resolve_preprocessing
 from finetune.memory import release_memory
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.claim import read_split
@@ -52,6 +53,7 @@ from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import find_card
 from pretrained.layer import Layer
 from pretrained.layers import Layers
+from pretrained.network import is_convolutional
 from pretrained.pooling import Pool
 from pretrained.taps import Taps
 
@@ -197,7 +199,8 @@ def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Dis
             advance(now - done, "")
             done = now
 
-        checked = check_images(dataset, tell, decode=False)
+        store = LookStore(dataset.root)
+        checked = check_images(dataset, tell, decode=False, store=store)
     readable = dataset.without({image.path for image in checked.bad})
     return Source(network, readable, checked.digests, checked.bad, recipe, display)
 

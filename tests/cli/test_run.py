@@ -30,7 +30,10 @@ def test_every_strategy_ends_in_a_complete_folder(
     assert {key: value for key, value in metrics.items() if key != "run"} == json.loads(
         (output / "metrics.json").read_text()
     )
-    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    drawn = {path for path in (output / "plots").iterdir() if path.suffix in (".svg", ".jpg")}
+    files = {path for path in output.rglob("*") if path.is_file()}
+    names = {path.relative_to(output).as_posix() for path in files - drawn}
+    assert (output / "plots" / "confusion_matrix.svg") in drawn
     assert names == {
         "recipe.yaml",
         "environment.json",
@@ -43,6 +46,8 @@ def test_every_strategy_ends_in_a_complete_folder(
         "metrics.json",
         "predictions.csv",
         "confusion_matrix.csv",
+        "per_class.csv",
+        "report.html",
         "checkpoints/checkpoint-000001/state.safetensors",
         "checkpoints/checkpoint-000001/best.safetensors",
         "checkpoints/checkpoint-000001/manifest.json",

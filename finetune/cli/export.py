@@ -1,0 +1,68 @@
+"""``finetune export`` and ``finetune push``: the model for others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.options import JsonOption
+from finetune.cli.refusals import hand_over, refusals
+
+RunArgument = Annotated[Path, typer.Argument(help="A finished run, or a model folder.", metavar="RUN")]
+
+
+def export_command(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    format: Annotated[str, typer.Option("--format", help="timm, onnx or torch-export.")] = "timm",
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--with-preprocessing",
+            help="The graph takes uint8 RGB pictures of the network's size, and normalises them.",
+            metavar="nchw|nhwc",
+            show_default="float32, normalised before",
+        ),
+    ] = None,
+    softmax: Annotated[
+        bool, typer.Option("--with-softmax", help="The graph gives probabilities, temperature applied.")
+    ] = False,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="Of ONNX: 18 to 23.", show_default="18")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model for others, and prove in a fresh process that it predicts what the run predicted."""
+    from finetune.display import Display
+
+    with refusals(as_json):
+        display = Display()
+        with display.busy("loading torch"):
+            from finetune.export.wanted import read_wanted
+            from finetune.job.export import export
+        report = export(run, read_wanted(format, layout, softmax, opset), output, display)
+        if as_json:
+            hand_over(json.dumps(report | {"output": str(output)}) + "\n")
+
+
+def push_command(
+    run: RunArgument,
+    repo_id: Annotated[str, typer.Argument(help="ORG/NAME; created where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is for you alone.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a model to the Hugging Face hub: exported in timm's format, and proved, first."""
+    from dataclasses import asdict
+
+    from finetune.display import Display
+
+    with refusals(as_json):
+        display = Display()
+        with display.busy("loading torch"):
+            from finetune.job.export import push
+        pushed = push(run, repo_id, private, display)
+        display.say(f"pushed {pushed.repo_id}, commit {pushed.commit[:12]}")
+        hand_over(json.dumps(asdict(pushed)) + "\n" if as_json else f"{pushed.url}\n")

@@ -1,0 +1,96 @@
+"""``config.json`` of a model folder: timm's for timm networks, the same shape for others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from finetune import __version__
+from finetune.errors import UsageError
+from pretrained.catalog import Card
+from pretrained.config import read_config
+from pretrained.stage_classifier import StageClassifier
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+
+
+def loads_in_timm(card: Card) -> bool:
+    """Return whether plain timm builds the same network from its architecture alone."""
+    return card.library == "timm" and card.head != "drop_fc" and not card.taps
+
+
+def find_base_model(card: Card) -> str:
+    """Return the hub id of the weights that a network started from, ``""`` where there is none.
+
+    A network that started from another run's folder inherits what is written there.
+    """
+    if card.place == "hub":
+        return card.location.partition("@")[0]
+    path = Path(card.location, "config.json")
+    if card.place != "folder" or not path.is_file():
+        return ""
+    try:
+        ours = read_config(card.name, path).get("finetune")
+    except UsageError:
+        return ""
+    base = ours.get("base_model") if isinstance(ours, Mapping) else ""
+    return base if isinstance(base, str) and _HUB_ID.fullmatch(base) else ""
+
+
+def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, Any]:
+    """Return ``config.json``: timm's for timm networks, the same shape for others."""
+    ours = {
+        "version": __version__,
+        "library": card.library,
+        "head": card.head,
+        "dropout": card.dropout,
+        "sha256": sha256,
+        "taps": [list(tap) for tap in card.taps],
+        "pool": card.pool,
+        "temperature": card.temperature,
+        "base_model": find_base_model(card),
+    }
+    config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
+    return config | {"finetune": ours}
+
+
+def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
+    labels = {"label_names": list(card.label_names)}
+    network = network.network if isinstance(network, StageClassifier) else network
+    arguments = dict.fromkeys(getattr(network, "left_out", ()), False)
+    with TemporaryDirectory() as folder:  # timm writes its config to a file only
+        path = Path(folder) / "config.json"
+        save_config_for_hf(
+            network,
+            str(path),
+            model_config=labels,
+            model_args=arguments,
+            data_config=card.preprocessing.to_timm(),
+        )
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    inner = config["pretrained_cfg"]
+    for stale in ("label_names", "label_descriptions", "license", "origin_url", "paper_ids", "paper_name"):
+        inner.pop(stale, None)  # of the architecture's default weights, perhaps not of these
+    inner |= _passport(card)
+    return config | {"num_classes": card.num_classes}
+
+
+def _own_config(card: Card) -> dict[str, Any]:
+    return {
+        "architecture": card.architecture,
+        "num_classes": card.num_classes,
+        "label_names": list(card.label_names),
+        "pretrained_cfg": card.preprocessing.to_timm() | {"num_classes": card.num_classes} | _passport(card),
+    }
+
+
+def _passport(card: Card) -> dict[str, str]:
+    origin = "paper_ids" if card.origin.lower().startswith("arxiv") else "origin_url"
+    return {"tag": card.tag, "license": card.license, origin: card.origin}

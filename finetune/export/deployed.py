@@ -1,0 +1,159 @@
+"""The network as others get it in one graph: bytes or normalised numbers in, logits or probabilities out.
+
+Shape legend: B batch, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from finetune.data.transforms import Normalizer
+from finetune.errors import UsageError
+from pretrained.catalog import Card, Preprocessing
+from pretrained.stage_classifier import StageClassifier
+from pretrained.taps import Taps
+
+Layout = Literal["nchw", "nhwc"]
+LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
+_TRACED = 2
+"""Pictures of the example; the exporter takes a single one for a fact."""
+_HINT = 'For more information, run with TORCH_LOGS="+dynamic".'
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What goes into a graph and what comes out.
+
+    Attributes:
+        layout: of uint8 pictures that the graph normalises itself; None for float32 (B, 3, H, W) that were
+            normalised before.
+        softmax: probabilities come out, softened by the card's temperature; else logits.
+    """
+
+    layout: Layout | None = None
+    softmax: bool = False
+
+    @property
+    def input_name(self) -> str:
+        """Of the one input."""
+        return "images"
+
+    @property
+    def output_name(self) -> str:
+        """Of the one output."""
+        return "probabilities" if self.softmax else "logits"
+
+    @property
+    def input_dtype(self) -> str:
+        """``uint8`` or ``float32``."""
+        return "uint8" if self.layout else "float32"
+
+    def input_shape(self, view: Preprocessing) -> tuple[int, int, int]:
+        """Return the axes after the batch."""
+        size = view.img_size
+        return (size, size, 3) if self.layout == "nhwc" else (3, size, size)
+
+    def arrange(self, views: Tensor, view: Preprocessing) -> Tensor:
+        """Return uint8 (B, 3, H, W) as the graph wants it."""
+        if self.layout is None:
+            return Normalizer(view, views.device)(views)
+        return views.permute(0, 2, 3, 1).contiguous() if self.layout == "nhwc" else views
+
+
+class Deployed(nn.Module):
+    """A network between its input as others have it and the output that they want.
+
+    Args:
+        network: (B, 3, H, W) -> (B, K), in eval mode.
+        card: preprocessing and temperature.
+        interface: what goes in and comes out.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, card: Card, interface: Interface) -> None:
+        super().__init__()
+        is_staged = isinstance(network, StageClassifier)
+        self.network = _WholeStageClassifier(network) if is_staged else network
+        self.interface, self.temperature = interface, card.temperature
+        view = card.preprocessing
+        self.register_buffer("mean", torch.tensor(view.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(view.std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, K)."""
+        if self.interface.layout == "nhwc":
+            images = images.permute(0, 3, 1, 2)
+        if self.interface.layout is not None:  # the very operations of Normalizer, in its order
+            images = ((images.float() / 255.0) - self.mean) / self.std
+        logits: Tensor = self.network(images)
+        return (logits / self.temperature).softmax(dim=1) if self.interface.softmax else logits
+
+
+class _WholeStageClassifier(nn.Module):
+    """A :class:`StageClassifier` whose forward goes on to its end, where the original leaves by an exception.
+
+    Tracing needs an end. What comes after the last feature is read by nobody, and is dropped from the graph.
+    """
+
+    def __init__(self, staged: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(staged, StageClassifier)
+        self.network, self.classifier = staged.network, staged.classifier
+        self._taps = Taps(staged.network, staged.taps.layers, staged.taps.pool, with_logits=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(torch.cat(self._taps(images)[:-1], dim=1))
+        return logits
+
+
+def build_program(network: nn.Module, card: Card, interface: Interface) -> ExportedProgram:
+    """Trace a network for any number of pictures.
+
+    Args:
+        network: on the CPU, in eval mode.
+        card: of the network.
+        interface: what goes in and comes out.
+
+    Raises:
+        UsageError: the network cannot be traced, or works for one number of pictures only.
+    """
+    deployed = Deployed(network, card, interface).eval()
+    shape = (_TRACED, *interface.input_shape(card.preprocessing))
+    example = torch.zeros(shape, dtype=torch.uint8 if interface.layout else torch.float32)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                deployed, (example,), dynamic_shapes={interface.input_name: {0: Dim("batch")}}
+            )
+    except Exception as error:  # any kind: it is the network's own code that is traced
+        raise cannot_export(card, "torch.export cannot trace it for any number of pictures", error) from None
+    return _without_dead_end(program) if isinstance(network, StageClassifier) else program
+
+
+def _without_dead_end(program: ExportedProgram) -> ExportedProgram:
+    """Drop what nobody reads: torch keeps whatever a note of a tensor's kind hangs on, or writes in place."""
+    program = program.run_decompositions({})
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def cannot_export(card: Card, what: str, error: Exception) -> UsageError:
+    """Return the refusal of a network that a format cannot hold."""
+    said = " ".join(str(error).replace(_HINT, "").split())[:300] or "no reason was given"
+    found = f"{what} ({type(error).__name__}: {said})"
+    return UsageError(
+        f"exporting {card.architecture}", found, "Take --format timm, which holds every network."
+    )

@@ -1,0 +1,167 @@
+"""Write a traced network as ONNX or as torch's ``.pt2``, and what its users must know beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from finetune import __version__
+from finetune.errors import EnvironmentFaultError
+from finetune.export.deployed import Interface, cannot_export
+from finetune.runs.files import write_bytes, write_json, write_text
+from pretrained.catalog import Card, Preprocessing
+
+OPSETS = (18, 23)
+"""Least and largest that the exporter writes. The least is what it writes without a conversion, and every
+onnxruntime since 1.14 reads it."""
+ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
+_LARGEST_PROTOBUF = 1_900_000_000
+"""Bytes of weights in one file; a protobuf ends at 2 GiB."""
+
+
+def write_program(program: ExportedProgram, folder: Path) -> Path:
+    """Write ``model.pt2``, which ``torch.export.load`` reads."""
+    path = folder / PROGRAM_FILE
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: Interface, opset: int) -> Path:
+    """Write ``model.onnx``, checked by onnx itself; weights of more than 1.9 GB lie in ``model.onnx.data``.
+
+    Raises:
+        EnvironmentFaultError: onnx is not installed.
+        UsageError: an operation of the network has no form in ONNX, or none in this opset.
+    """
+    onnx = _require_onnx()
+    path = folder / ONNX_FILE
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    try:
+        with _silent():
+            converted = torch.onnx.export(
+                program,
+                input_names=[interface.input_name],
+                output_names=[interface.output_name],
+                dynamic_shapes={interface.input_name: {0: "batch"}},  # a name, where there would be a number
+                opset_version=opset,
+                dynamo=True,
+            )
+            assert converted is not None
+            converted.model.metadata_props.update(_metadata(card, interface))
+            converted.save(path, external_data=num_bytes > _LARGEST_PROTOBUF)
+            onnx.checker.check_model(path, full_check=True)
+    except OSError:
+        raise
+    except Exception as error:  # any kind: converters raise what they like
+        raise cannot_export(card, f"it has no form in ONNX opset {opset}", error) from None
+    return path
+
+
+def read_opset(path: Path) -> int:
+    """Return the version of ONNX's own operators that a file needs."""
+    model = _require_onnx().load(path, load_external_data=False)
+    return max(int(one.version) for one in model.opset_import if one.domain in ("", "ai.onnx"))
+
+
+def _require_onnx() -> Any:
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401 - the fresh process needs it
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        found = f"{error.name} is not installed"
+        raise EnvironmentFaultError("--format onnx", found, "pip install 'finetune[onnx]'.") from None
+    return onnx
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter tells its story to stdout, which belongs to results; its errors say what went wrong."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def write_companions(folder: Path, card: Card, interface: Interface) -> None:
+    """Write ``labels.txt``, a class a line, and ``preprocessing.json``."""
+    write_text(folder / "labels.txt", "".join(f"{' '.join(name.split())}\n" for name in label_names(card)))
+    write_json(folder / "preprocessing.json", describe_input(card, interface))
+
+
+def label_names(card: Card) -> list[str]:
+    """Return the names of the classes in index order; numbers where the network came without names."""
+    return list(card.label_names) or [str(index) for index in range(card.num_classes)]
+
+
+def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
+    """Return what must be done with a picture, what the graph does itself, and what comes out."""
+    view = card.preprocessing
+    baked = interface.layout is not None
+    normalise = [
+        {"step": "divide", "by": 255},
+        {"step": "normalize", "mean": list(view.mean), "std": list(view.std)},
+    ]
+    return {
+        "input": {
+            "name": interface.input_name,
+            "dtype": interface.input_dtype,
+            "layout": (interface.layout or "nchw").upper(),
+            "shape": ["batch", *interface.input_shape(view)],
+            "colors": "RGB",
+        },
+        "before_the_graph": [*describe_view(view), *([] if baked else normalise)],
+        "in_the_graph": normalise if baked else [],
+        "output": {
+            "name": interface.output_name,
+            "shape": ["batch", card.num_classes],
+            "temperature": card.temperature,
+            "temperature_applied": interface.softmax,
+        },
+        "label_names": label_names(card),
+        "timm": view.to_timm(),
+    }
+
+
+def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
+    """Return the steps from a picture to the network's square, which timm's evaluation view takes."""
+    size = math.floor(view.img_size / view.crop_pct)
+    resize: dict[str, Any] = {"step": "resize", "interpolation": view.interpolation, "library": "Pillow"}
+    if view.crop_mode == "squash":
+        resize |= {"height": size, "width": size}
+    elif view.crop_mode == "border":
+        resize |= {"longer_side": size}
+    else:
+        resize |= {"shorter_side": size}
+    crop: dict[str, Any] = {"step": "center_crop", "height": view.img_size, "width": view.img_size}
+    if view.crop_mode == "border":
+        crop |= {"pad_with": [round(255 * channel) for channel in view.mean]}
+    return [{"step": "decode", "colors": "RGB", "upright": True}, resize, crop]
+
+
+def _metadata(card: Card, interface: Interface) -> dict[str, str]:
+    """Return what travels in the file itself; every value is text."""
+    return {
+        "label_names": json.dumps(label_names(card), ensure_ascii=False),
+        "preprocessing": json.dumps(describe_input(card, interface) | {"label_names": None}),
+        "temperature": repr(card.temperature),
+        "architecture": card.architecture,
+        "license": card.license or "unknown",
+        "producer": f"finetune {__version__}",
+    }

@@ -1,0 +1,113 @@
+"""Upload a folder to the Hugging Face hub: a thin call of huggingface_hub, and its errors in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import EnvironmentFaultError, InternalError, UsageError
+from pretrained.hub import offline_by_environment
+
+_REFUSALS = {
+    401: (
+        "it does not know who asks",
+        "Set HF_TOKEN to a token that may write, or log in with `hf auth login`.",
+    ),
+    403: ("this token may not write there", "Take a token that may write, and a name of your own."),
+    404: ("there is no such place", "Check the name before the slash: your own, or an organisation's."),
+}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a folder went.
+
+    Attributes:
+        repo_id: with the owner's name.
+        url: of the repository.
+        commit: that holds the files.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+
+
+def check_push(repo_id: str) -> None:
+    """Refuse what cannot be pushed before anything is computed.
+
+    Raises:
+        UsageError: it is no name of a repository.
+        EnvironmentFaultError: offline mode is on.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        found = f"{repo_id[:100]!r} is no name of a hub repository"
+        raise UsageError("finetune push", found, "Write ORG/NAME.") from None
+    if offline_by_environment():
+        found = "offline mode is on (HF_HUB_OFFLINE)"
+        raise EnvironmentFaultError(f"pushing {repo_id}", found, "Unset it where there is a network.")
+
+
+def push_folder(folder: Path, repo_id: str, private: bool) -> Pushed:
+    """Create the repository where there is none, and upload a folder in one commit.
+
+    Token and address are huggingface_hub's own affair: HF_TOKEN or ``hf auth login``, and HF_ENDPOINT.
+
+    Raises:
+        EnvironmentFaultError: no network, or a hub that refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="finetune")
+    with _translated(f"pushing to {api.endpoint}/{repo_id}"):
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=created.repo_id, folder_path=folder, commit_message="Upload a model with finetune"
+        )
+    return Pushed(created.repo_id, str(created), done.oid)
+
+
+@contextmanager
+def _translated(asked: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()  # ours says what goes on
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        why, fix = _REFUSALS.get(status, (error.server_message or "it gave no reason", "Try again later."))
+        raise EnvironmentFaultError(asked, f"the hub refused ({status}): {why}", fix) from None
+    except ValueError as error:  # the client's word for a card that the hub does not take
+        said = " ".join(str(error).split())[:300]
+        fix = "Please report this with the README.md of `finetune export`."
+        raise InternalError(asked, f"the hub refused the model card ({said})", fix) from None
+    except (OSError, RuntimeError) as error:
+        raise _no_answer(asked, error) from None
+    except Exception as error:  # the client's error classes change with every release
+        if not _is_of_transport(error):
+            raise
+        raise _no_answer(asked, error) from None
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Whether httpx raised it, which the hub's client brings under changing names (``httpx2``)."""
+    return type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
+
+
+def _no_answer(asked: str, error: Exception) -> EnvironmentFaultError:
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    fix = "Look at the network and at HF_ENDPOINT, and give the same command again."
+    return EnvironmentFaultError(asked, f"the hub gave no answer ({said})", fix)

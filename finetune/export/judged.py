@@ -1,0 +1,124 @@
+"""What an exported model is compared on: the run's judged images, or noise where there are none.
+
+Shape legend: N images, K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.data.decode import BadImageError
+from finetune.data.transforms import Transform, build_eval_transform
+from finetune.runs.claim import read_split
+from finetune.runs.files import read_rows
+from finetune.runs.folder import RunFolder
+from finetune.runtime import resolve_threads
+from pretrained.catalog import Card
+
+MOST_IMAGES = 512
+"""Compared; more of them cost time and would hardly say more."""
+MOST_BYTES = 256 * 2**20
+"""Of their pixels, for networks with large inputs."""
+NUM_RANDOM = 32
+_PROBABILITY = "prob_"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Views of pictures, and what the run said of them.
+
+    Attributes:
+        views: uint8 (N, 3, H, W), as the network's evaluation transform makes them.
+        recorded: probabilities (N, K) of ``predictions.csv``; None where there are none.
+        num_judged: images that the run judged; 0 for noise.
+        notes: what was left out, and why, a sentence each.
+    """
+
+    views: Tensor
+    recorded: Tensor | None
+    num_judged: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """``judged images`` or ``random inputs``."""
+        return "judged images" if self.num_judged else "random inputs"
+
+
+def draw_random(card: Card, note: str) -> Inputs:
+    """Return noise, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_most(card, NUM_RANDOM), *card.preprocessing.input_size)
+    views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return Inputs(views, None, 0, (note,))
+
+
+def load_judged(run: RunFolder, root: Path, card: Card) -> Inputs | str:
+    """Return views of the judged images, drawn evenly, or say why there are none.
+
+    Args:
+        run: a finished one.
+        root: that its paths are relative to.
+        card: of its model.
+    """
+    if not run.predictions.is_file():
+        return f"{run.predictions} is not there"
+    rows = read_rows(run.predictions)
+    chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
+    digests = {row.get("path"): row.get("sha256") for row in read_split(run)}
+    transform = build_eval_transform(card.preprocessing)
+
+    def look(row: dict[str, str]) -> Tensor | str:
+        return _open(root / row["path"], digests.get(row["path"]), transform)
+
+    with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="judged") as pool:
+        found = list(pool.map(look, chosen))
+    kept = [(row, view) for row, view in zip(chosen, found, strict=True) if isinstance(view, Tensor)]
+    gone = [f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    if not kept:
+        return f"none of its {len(rows)} judged images is as it was: {gone[0]}" if gone else "it judged none"
+    notes = [f"{len(gone)} of {len(chosen)} judged images are not as they were: {gone[0]}"] if gone else []
+    recorded = _read_probabilities([row for row, _ in kept], card.num_classes)
+    if recorded is None:
+        notes.append(f"{run.predictions.name} holds no probabilities of {card.num_classes} classes")
+    return Inputs(torch.stack([view for _, view in kept]), recorded, len(rows), tuple(notes))
+
+
+def _most(card: Card, wanted: int) -> int:
+    return min(wanted, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
+
+
+def _draw_evenly(rows: Sequence[dict[str, str]], most: int) -> list[dict[str, str]]:
+    """Every n-th: the rows are in the order of the classes."""
+    count = min(most, len(rows))
+    return [rows[place * len(rows) // count] for place in range(count)]
+
+
+def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
+    """The view of a picture that is the one it was, else what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return "it has changed"
+        return transform(transform.open(path))
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    except BadImageError as error:
+        return error.reason
+
+
+def _read_probabilities(rows: Sequence[dict[str, str]], num_classes: int) -> Tensor | None:
+    columns = [name for name in rows[0] if name.startswith(_PROBABILITY)]
+    if len(columns) != num_classes:
+        return None
+    try:
+        return torch.tensor([[float(row[name]) for name in columns] for row in rows])
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,279 @@
+"""``README.md`` of a model folder: the card that the Hugging Face hub shows, and people read.
+
+Figures that a run did not measure are left out; an older run has fewer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune import __version__
+from finetune.export.config import find_base_model, loads_in_timm
+from pretrained.catalog import Card
+
+Metrics = Mapping[str, Any]
+
+HUB_LICENSES = frozenset(
+    {
+        "apache-2.0",
+        "apple-amlr",
+        "apple-ascl",
+        "bsd-3-clause",
+        "cc-by-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "gemma",
+        "mit",
+        "unknown",
+    }
+)
+"""Of timm's and torchvision's weights, those that the hub knows by this word; others are ``other`` there."""
+_FIGURES = {
+    "accuracy": "accuracy",
+    "top5_accuracy": "top-5 accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "precision_macro": "macro precision",
+    "recall_macro": "macro recall",
+    "f1_macro": "macro F1",
+    "roc_auc": "ROC AUC (macro, one against the rest)",
+    "loss": "log loss (nats)",
+}
+_HUB_TYPES = {"f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall"}
+"""What the hub calls a figure, where that is another word than ours."""
+_MOST_ROWS = 50
+"""Classes of the table of images; a card is for reading."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model card may say of the images beside their number.
+
+    Attributes:
+        name: of the folder or file, without its path.
+        counts: images by class and part.
+    """
+
+    name: str = ""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def build_readme(card: Card, metrics: Metrics, source: str, data: TrainingData | None = None) -> str:
+    """Return the model card: YAML front matter as the Hugging Face hub reads it, then prose.
+
+    Args:
+        card: of the trained network.
+        metrics: content of ``metrics.json``; empty for a model that came without figures.
+        source: where its weights came from; ``""`` when they started at random.
+        data: what else is known of the images.
+    """
+    data = data or TrainingData()
+    sections = [
+        f"# Model card\n\n{_summary(card, metrics)}",
+        f"## Figures\n\n{_figures(metrics)}",
+        f"## Intended use and limits\n\n{_limits(card, metrics)}",
+        f"## Training data\n\n{_data(metrics, data)}",
+        f"## Usage\n\n```python\n{_usage(card)}\n```\n\n{_input_sentence(card)}\n\n{_output_sentence(card)}",
+        f"## Source\n\n{_source(card, metrics, source)}",
+    ]
+    return f"---\n{_front_matter(card, metrics, data)}---\n" + "\n\n".join(sections) + "\n"
+
+
+# --- front matter --------------------------------------------------------------------------------
+
+
+def _front_matter(card: Card, metrics: Metrics, data: TrainingData) -> str:
+    """A key a line; JSON is YAML, and quotes whatever is in a name."""
+    values: dict[str, Any] = {
+        "tags": ["image-classification", card.library, "finetune"],
+        "pipeline_tag": "image-classification",
+        "library_name": card.library if loads_in_timm(card) else "finetune",
+        **_license(card),
+    }
+    if base := find_base_model(card):
+        values |= {"base_model": base, "base_model_relation": "finetune"}
+    if results := _results(metrics, data):
+        values |= {"metrics": [result["type"] for result in results[0]["metrics"]]}
+        values |= {"model-index": [{"name": card.architecture, "results": results}]}
+    return "".join(f"{key}: {_json(value)}\n" for key, value in values.items())
+
+
+def _json(value: Any) -> str:
+    """Readable letters stay; what YAML takes for unprintable is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
+
+
+def _license(card: Card) -> dict[str, str]:
+    if not card.license or card.license in HUB_LICENSES:
+        return {"license": card.license or "unknown"}
+    return {"license": "other", "license_name": card.license}
+
+
+def _results(metrics: Metrics, data: TrainingData) -> list[dict[str, Any]]:
+    """The hub's ``model-index``: one task, one data set, its figures."""
+    measured = [(key, metrics[key]) for key in _FIGURES if _is_number(metrics.get(key))]
+    if not measured:
+        return []
+    dataset = {"name": data.name or "images of the user", "type": "imagefolder", "split": metrics["split"]}
+    found = [
+        {"type": _HUB_TYPES.get(key, key), "value": round(value, 6), "name": _FIGURES[key]}
+        for key, value in measured
+    ]
+    task = {"type": "image-classification", "name": "Image classification"}
+    return [{"task": task, "dataset": dataset, "metrics": found}]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- prose ---------------------------------------------------------------------------------------
+
+
+def _summary(card: Card, metrics: Metrics) -> str:
+    strategy = f" (strategy `{metrics['strategy']}`)" if "strategy" in metrics else ""
+    tuned = f"fine-tuned with finetune {__version__}{strategy}" if metrics else "exported with finetune"
+    return f"`{card.architecture}` {tuned} for\n{card.num_classes} classes: {_class_list(card)}."
+
+
+def _figures(metrics: Metrics) -> str:
+    if not metrics:
+        return "None came with this model."
+    intervals = metrics.get("intervals") or {}
+    rows = [
+        (name, f"{metrics[key]:.4f}", _interval(intervals.get(key)))
+        for key, name in _FIGURES.items()
+        if _is_number(metrics.get(key))
+    ]
+    rows.append(("images", f"{metrics['num_samples']} of the `{metrics['split']}` part", ""))
+    width = 3 if intervals else 2
+    table = _table(("figure", "value", "95 % interval")[:width], [row[:width] for row in rows])
+    parts = [table, _split_sentence(metrics)]
+    if calibration := metrics.get("calibration"):
+        parts.append(_calibration_sentence(calibration))
+    return "\n\n".join(parts)
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _split_sentence(metrics: Metrics) -> str:
+    if metrics["split_chose_checkpoint"]:
+        return (
+            "The same images chose the best epoch, so these figures are a little kind; "
+            "a test part that chose nothing would say how kind."
+        )
+    return "These images chose nothing: neither weights nor the best epoch depend on them."
+
+
+def _calibration_sentence(calibration: Mapping[str, Any]) -> str:
+    before, after = calibration.get("ece"), calibration.get("ece_calibrated")
+    if not _is_number(before) or not _is_number(after):
+        return ""
+    return (
+        f"Expected calibration error {before:.4f}; {after:.4f} with the temperature "
+        f"{calibration['temperature']:.4g} that divides the logits (fitted on the validation part)."
+    )
+
+
+def _limits(card: Card, metrics: Metrics) -> str:
+    lines = [
+        f"It says which of these {card.num_classes} classes a picture shows. A picture of anything else gets "
+        "one of them as well, often with a high probability.",
+        "Figures hold for pictures like those that were judged: same kind of camera, background and "
+        "selection. Other pictures need a look of their own (`finetune evaluate`).",
+        "It was not examined for fairness between groups of people, nor against pictures made to deceive it.",
+    ]
+    if missing := metrics.get("classes_not_judged"):
+        lines.append(f"No image judged these classes: {_names(missing)}.")
+    if confused := metrics.get("most_confused"):
+        shown = [
+            f"{_code(pair['label'])} taken for {_code(pair['predicted'])} ({100 * pair['share']:.0f} %)"
+            for pair in confused[:5]
+        ]
+        lines.append(f"Most confused: {', '.join(shown)}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _data(metrics: Metrics, data: TrainingData) -> str:
+    if not metrics:
+        return "Nothing is known here of the images it was trained on."
+    name = f"{_code(data.name)}: " if data.name else ""
+    trained = f"{metrics['num_train']} training images; " if "num_train" in metrics else ""
+    text = f"{name}{trained}{metrics['num_samples']} images of the `{metrics['split']}` part were judged."
+    if not data.counts:
+        return text
+    parts = list(dict.fromkeys(part for counts in data.counts.values() for part in counts))
+    rows = [
+        (_cell(label), *(str(counts.get(part, 0)) for part in parts)) for label, counts in data.counts.items()
+    ]
+    rest = f"\n\nand {len(rows) - _MOST_ROWS} more classes" if len(rows) > _MOST_ROWS else ""
+    return f"{text}\n\n{_table(('class', *parts), rows[:_MOST_ROWS])}{rest}"
+
+
+def _usage(card: Card) -> str:
+    if not loads_in_timm(card):
+        return (
+            "from pathlib import Path\n\n"
+            "from finetune.export.folder import load_exported\n\n"
+            'network = load_exported(Path("PATH/OF/THIS/FOLDER"))'
+        )
+    return 'import timm\n\nmodel = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'
+
+
+def _input_sentence(card: Card) -> str:
+    view = card.preprocessing
+    return (
+        f"Input: RGB, {view.img_size} x {view.img_size} pixels (`crop_pct` {view.crop_pct:.4g}, "
+        f"{view.crop_mode}, {view.interpolation}), in [0, 1], mean {view.mean}, std {view.std}."
+    )
+
+
+def _output_sentence(card: Card) -> str:
+    softened = (
+        "" if card.temperature == 1.0 else f"divided by {card.temperature:.6g} (the temperature), then "
+    )
+    return f"Output: logits; {softened}softmax gives the probabilities behind the figures."
+
+
+def _source(card: Card, metrics: Metrics, source: str) -> str:
+    if not source:
+        return "Everything started from random weights."
+    started = metrics.get("backbone") or card.name
+    known = started.startswith(("timm/", "torchvision/", "hf-hub:"))
+    name = f"`{started}`" if known else "another run or folder"
+    terms = f"{card.license or 'unknown licence'}; {card.origin or 'no paper recorded'}"
+    return f"Weights started from {name} ({terms}). Their licence applies to these weights as well."
+
+
+def _class_list(card: Card) -> str:
+    return _names(card.label_names, "config.json") or "without names"
+
+
+def _names(names: Sequence[str], rest: str = "metrics.json") -> str:
+    shown = ", ".join(_code(name) for name in names[:20])
+    return shown + (f" and {len(names) - 20} more ({rest})" if len(names) > 20 else "")
+
+
+def _code(text: str) -> str:
+    """Text as Markdown code on one line, in which nothing is markup: HTML and backticks stay as they are."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
+
+
+def _cell(text: str) -> str:
+    """Code in a table, where a bar would begin the next cell even so."""
+    return _code(text).replace("|", "\\|")

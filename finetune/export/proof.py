@@ -1,0 +1,170 @@
+"""Does an artefact say elsewhere what the network says here? Asked in a fresh process, answered in numbers.
+
+Shape legend: N inputs, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import finetune
+from finetune.data.transforms import Normalizer
+from finetune.errors import InternalError
+from finetune.export import fresh
+from finetune.export.deployed import Interface
+from finetune.export.judged import Inputs
+from pretrained.catalog import Card
+
+TOLERANCE = 1e-4
+"""Largest difference of a probability in float32 between a network and its exported form."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two tables of probabilities beside each other.
+
+    Attributes:
+        max_difference: the largest difference of one probability.
+        tolerance: that it must be under.
+        top1_identical: the likeliest class is the same for every input but near ties.
+        num_near_ties: inputs whose two likeliest classes are closer than the tolerance.
+        num_top1_differences: inputs with another likeliest class, near ties included.
+    """
+
+    max_difference: float
+    tolerance: float
+    top1_identical: bool
+    num_near_ties: int
+    num_top1_differences: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether one table may stand for the other."""
+        return self.top1_identical and self.max_difference < self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the report holds."""
+        return asdict(self)
+
+
+def compare(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> Comparison:
+    """Compare probabilities.
+
+    Args:
+        expected: (N, K).
+        found: (N, K); a NaN differs from everything.
+        tolerance: of a probability.
+    """
+    best = expected.topk(min(2, expected.shape[1]), dim=1).values
+    near = (best[:, 0] - best[:, -1] < tolerance) if expected.shape[1] > 1 else best[:, 0] < 0
+    others = expected.argmax(dim=1) != found.argmax(dim=1)
+    difference = (expected.double() - found.double()).abs().nan_to_num(nan=1.0).max()
+    return Comparison(
+        float(difference),
+        tolerance,
+        not bool((others & ~near).any()),
+        int(near.sum()),
+        int(others.sum()),
+    )
+
+
+def predict_here(network: nn.Module, card: Card, views: Tensor) -> Tensor:
+    """Return probabilities (N, K) of a network on the CPU, float32, with the card's temperature."""
+    normalize = Normalizer(card.preprocessing, torch.device("cpu"))
+    with torch.inference_mode():
+        logits = [network.eval()(normalize(part)) for part in torch.split(views, fresh.MOST)]
+    return (torch.cat(logits) / card.temperature).softmax(dim=1)
+
+
+def predict_fresh(
+    loader: str, artefact: Path, inputs: Inputs, card: Card, interface: Interface
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return probabilities (N, K) of an artefact that a fresh process has loaded, and facts of that process.
+
+    Args:
+        loader: of :data:`finetune.export.fresh.LOADERS`.
+        artefact: file or folder.
+        inputs: views.
+        card: of the network.
+        interface: what goes into the artefact and comes out.
+
+    Raises:
+        InternalError: the process could not load or run it.
+    """
+    with TemporaryDirectory(prefix="finetune-export-") as name:
+        folder = Path(name)
+        _write_inputs(folder / "inputs.npy", inputs.views, card, interface)
+        _run(loader, artefact, folder)
+        outputs = torch.from_numpy(np.load(folder / "outputs.npy", allow_pickle=False))
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    if loader != "finetune" and facts["loaded"]:
+        found = f"the fresh process imported {', '.join(facts['loaded'])}, so it proves nothing"
+        raise InternalError(f"exporting {artefact.name}", found, "Please report this.")
+    if outputs.shape != (len(inputs.views), card.num_classes):
+        found = f"the fresh process gave {tuple(outputs.shape)} for {len(inputs.views)} inputs"
+        raise InternalError(
+            f"exporting {artefact.name}", found, "Please report this with the backbone's name."
+        )
+    return outputs if interface.softmax else (outputs / card.temperature).softmax(dim=1), facts
+
+
+def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -> None:
+    """Part by part: normalised pictures take four times the memory of their bytes."""
+    shape = (len(views), *interface.input_shape(card.preprocessing))
+    file = np.lib.format.open_memmap(path, mode="w+", dtype=interface.input_dtype, shape=shape)
+    start = 0
+    for part in torch.split(views, fresh.MOST):
+        file[start : start + len(part)] = interface.arrange(part, card.preprocessing).numpy()
+        start += len(part)
+    file.flush()
+
+
+def _run(loader: str, artefact: Path, folder: Path) -> None:
+    command = [sys.executable, "-P", str(Path(fresh.__file__)), loader, str(artefact.absolute()), str(folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if loader == "finetune":  # it may run from a checkout
+        home = str(Path(finetune.__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(  # noqa: S603 - our own file, with arguments as a list
+        command, env=environment, capture_output=True, text=True, errors="backslashreplace", check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:300]
+        found = f"a fresh process could not load and run it: {said}"
+        raise InternalError(
+            f"exporting {artefact.name}", found, "Please report this with the backbone's name."
+        )
+
+
+def check_comparison(asked: str, what: str, comparison: Comparison, num_inputs: int, source: str) -> None:
+    """Refuse an artefact that says something else.
+
+    Args:
+        asked: what was exported.
+        what: it was compared with.
+        comparison: of the two.
+        num_inputs: that were compared.
+        source: what the inputs are.
+
+    Raises:
+        InternalError: with the figure.
+    """
+    if comparison.holds:
+        return
+    found = (
+        f"on {num_inputs} {source} its probabilities differ from {what} by up to "
+        f"{comparison.max_difference:.3g} (under {comparison.tolerance:g} is allowed), and the likeliest "
+        f"class of {comparison.num_top1_differences} is another"
+    )
+    raise InternalError(asked, found, "Nothing was kept. Please report this with the backbone's name.")

@@ -1,0 +1,354 @@
+"""``finetune export`` and ``finetune push``: a model for others, proved before it has a name.
+
+::
+
+    run or model folder -> network -> artefact, aside -> fresh process -> compared -> in place
+                           its judged images ------------^
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from finetune import __version__
+from finetune.data.discover import discover
+from finetune.data.sample import Dataset
+from finetune.display import Display
+from finetune.errors import FinetuneError, UsageError
+from finetune.export.config import loads_in_timm
+from finetune.export.deployed import Interface, build_program
+from finetune.export.folder import WEIGHTS_FILE, load_exported, write_model
+from finetune.export.graph_files import read_opset, write_companions, write_onnx, write_program
+from finetune.export.hub import Pushed, check_push, push_folder
+from finetune.export.judged import Inputs, draw_random, load_judged
+from finetune.export.model_card import TrainingData, build_readme
+from finetune.export.proof import (
+    TOLERANCE,
+    Comparison,
+    check_comparison,
+    compare,
+    predict_fresh,
+    predict_here,
+)
+from finetune.export.staging import staged
+from finetune.export.wanted import Wanted
+from finetune.job.data import check_outside
+from finetune.job.figures import FIGURES_TOLERANCE, GPU_TOLERANCE
+from finetune.recipe import Recipe, load_recipe
+from finetune.runs.claim import create_folder, read_split
+from finetune.runs.files import disk_error, write_json
+from finetune.runs.folder import RunFolder
+from pretrained.catalog import Card, find_card
+
+REPORT_FILE = "export.json"
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model on this machine.
+
+    Attributes:
+        path: that the user named.
+        card: of the network.
+        network: on the CPU, in eval mode.
+        run: that it comes from; None for a model folder alone.
+        recipe: of the run; None where there is none that can be read.
+        dataset: of the run, where it still is what it was; None where it is gone.
+    """
+
+    path: Path
+    card: Card
+    network: nn.Module
+    run: RunFolder | None
+    recipe: Recipe | None
+    dataset: Dataset | None
+
+
+def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[str, Any]:
+    """Write a model in a form for others, and prove it in a fresh process.
+
+    Args:
+        path: a finished run, or a model folder.
+        wanted: form.
+        output: a new folder.
+        display: what the user sees.
+
+    Returns:
+        The content of ``export.json``.
+
+    Raises:
+        UsageError: no model there, an output that is taken or lies in the data, a network that the form
+            cannot hold.
+        InternalError: the artefact says something else than the network; nothing is kept.
+        DiskError: it cannot be written.
+    """
+    _check_output(output)
+    source = open_model(path)
+    if source.dataset is not None:
+        check_outside(output, source.dataset)
+    create_folder(output.absolute().parent)
+    with staged(output) as part:
+        report = _make(source, wanted, part, display)
+    display.say(f"{wanted.format} {output}", style="bold")
+    return report
+
+
+def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
+    """Export a model in timm's format, prove it, and upload it to a repository of the Hugging Face hub.
+
+    Args:
+        path: a finished run, or a model folder.
+        repo_id: ``ORG/NAME``, or a name of the user's own; created where there is none.
+        private: create it so that nobody else sees it.
+        display: what the user sees.
+
+    Raises:
+        UsageError: no model there, or no name of a repository.
+        EnvironmentFaultError: offline mode, no network, or a hub that refuses.
+        InternalError: as :func:`export`.
+    """
+    check_push(repo_id)
+    source = open_model(path)
+    with TemporaryDirectory(prefix="finetune-push-") as name:
+        folder = Path(name)
+        try:
+            _make(source, Wanted("timm", Interface()), folder, display)
+        except OSError as error:
+            raise disk_error(folder, error) from None
+        with display.busy("uploading"):
+            return push_folder(folder, repo_id, private)
+
+
+def open_model(path: Path) -> Exportable:
+    """Load a model and find what is known of it.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    files = ("config.json", WEIGHTS_FILE)
+    if not any(all((folder / file).is_file() for file in files) for folder in (path / "model", path)):
+        found = "there is no model in it" if path.is_dir() else "there is no such folder"
+        raise UsageError(f"model {path}", found, "Name a finished run, or a model folder.")
+    card = find_card(f"local-dir:{path}")
+    try:
+        network = load_exported(Path(card.location))
+    except RuntimeError as error:  # load_state_dict's
+        found = f"its weights belong to another network: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"model {path}", found, "Export it again.") from None
+    run = _find_run(path)
+    recipe = _read_recipe(run)
+    return Exportable(path, card, network, run, recipe, _find_data(recipe))
+
+
+def _find_run(path: Path) -> RunFolder | None:
+    """The run of a folder: itself, or the one that the model folder lies in."""
+    for folder in (RunFolder(path), RunFolder(path.absolute().parent)):
+        if folder.recipe.is_file() and folder.model.absolute() in (
+            path.absolute(),
+            (path / "model").absolute(),
+        ):
+            return folder
+    return None
+
+
+def _read_recipe(run: RunFolder | None) -> Recipe | None:
+    try:
+        return load_recipe(str(run.recipe)) if run else None
+    except FinetuneError:  # of another version, perhaps
+        return None
+
+
+def _find_data(recipe: Recipe | None) -> Dataset | None:
+    if recipe is None or recipe.data.path is None:
+        return None
+    try:
+        data = recipe.data
+        return discover(Path(recipe.data.path), data.val_fraction, recipe.seed, data.follow_links)
+    except FinetuneError:
+        return None
+
+
+def _check_output(output: Path) -> None:
+    if output.is_file():
+        raise UsageError(f"--output {output}", "it is a file", "Name a new folder.")
+    if output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"--output {output}", "the folder is not empty", "Name a new folder.")
+
+
+# --- making and proving --------------------------------------------------------------------------
+
+
+def _make(source: Exportable, wanted: Wanted, folder: Path, display: Display) -> dict[str, Any]:
+    """Write the artefact and its report into a folder, or raise."""
+    start = time.monotonic()
+    with display.busy(f"exporting {wanted.format}"):
+        artefact, loader = _write(source, wanted, folder)
+    written = time.monotonic()
+    if loader == "finetune":
+        display.warn(f"no library but finetune loads {source.card.architecture} as it is from this folder")
+    inputs = _find_inputs(source, display)
+    with display.busy("comparing in a fresh process"):
+        expected = predict_here(source.network, source.card, inputs.views)
+        found, facts = predict_fresh(loader, artefact, inputs, source.card, wanted.interface)
+    comparisons = _check(source, wanted, inputs, expected, found)
+    _say(inputs, comparisons, display)
+    seconds = {"export": round(written - start, 3), "compare": round(time.monotonic() - written, 3)}
+    report = _describe(source, wanted, artefact, loader, facts) | _describe_proof(inputs, comparisons)
+    report |= {"seconds": seconds}
+    write_json(folder / REPORT_FILE, report)
+    return report
+
+
+def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]:
+    """Return the artefact and what loads it."""
+    card = source.card
+    if wanted.format == "timm":
+        metrics = _read_metrics(source.run)
+        started = "" if metrics.get("strategy") == "scratch" else card.name
+        write_model(
+            folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
+        )
+        return folder, "timm" if loads_in_timm(card) else "finetune"
+    program = build_program(source.network, card, wanted.interface)
+    write_companions(folder, card, wanted.interface)
+    if wanted.format == "onnx":
+        return write_onnx(program, folder, card, wanted.interface, wanted.opset), "onnx"
+    return write_program(program, folder), "torch-export"
+
+
+def _read_metrics(run: RunFolder | None) -> Mapping[str, Any]:
+    try:
+        metrics = json.loads(run.metrics.read_text(encoding="utf-8")) if run else {}
+    except (OSError, ValueError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def _describe_data(source: Exportable) -> TrainingData:
+    if source.run is None:
+        return TrainingData()
+    counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in source.card.label_names}
+    for row in read_split(source.run):
+        counts.setdefault(row["label"], defaultdict(int))[row["split"]] += 1
+    path = source.recipe.data.path if source.recipe else None
+    return TrainingData(Path(path).name if path else "", counts)
+
+
+def _find_inputs(source: Exportable, display: Display) -> Inputs:
+    """The judged images of the run, or noise, and never noise in silence."""
+    inputs = _load_inputs(source, display)
+    if isinstance(inputs, str):
+        inputs = draw_random(source.card, inputs)
+        display.warn(f"{inputs.notes[0]}: compared on random inputs instead of the run's judged images")
+        return inputs
+    for note in inputs.notes:
+        display.warn(note)
+    return inputs
+
+
+def _load_inputs(source: Exportable, display: Display) -> Inputs | str:
+    if source.run is None:
+        return "it is a model without a run"
+    if source.recipe is None:
+        return f"{source.run.recipe} cannot be read"
+    if source.dataset is None:
+        return f"the run's data, {source.recipe.data.path}, are not there any more"
+    with display.busy("reading judged images"):
+        return load_judged(source.run, source.dataset.root, source.card)
+
+
+def _check(
+    source: Exportable, wanted: Wanted, inputs: Inputs, expected: Tensor, found: Tensor
+) -> dict[str, Comparison]:
+    """Compare with the network itself, and with what the run wrote down."""
+    asked = f"exporting {wanted.format} of {source.path}"
+    comparisons = {"network": compare(expected, found)}
+    if inputs.recorded is not None:
+        comparisons["predictions.csv"] = compare(inputs.recorded, found, _recorded_tolerance(source.recipe))
+    for what, comparison in comparisons.items():
+        name = "the network's" if what == "network" else "those of the run's predictions.csv"
+        check_comparison(asked, name, comparison, len(inputs.views), inputs.source)
+    return comparisons
+
+
+def _recorded_tolerance(recipe: Recipe | None) -> float:
+    """What a run wrote down in coarse numbers, or on a GPU, is not met more closely than it was written."""
+    if recipe is None or recipe.training.precision == "auto":
+        return max(FIGURES_TOLERANCE.values())
+    kinds = {recipe.training.precision, recipe.cache.dtype}
+    least = TOLERANCE if recipe.device == "cpu" else GPU_TOLERANCE
+    return least if kinds == {"float32"} else max(least, *(FIGURES_TOLERANCE[kind] for kind in kinds))
+
+
+def _say(inputs: Inputs, comparisons: Mapping[str, Comparison], display: Display) -> None:
+    for what, comparison in comparisons.items():
+        same = "likeliest class identical"
+        if comparison.num_near_ties:
+            others, ties = comparison.num_top1_differences, comparison.num_near_ties
+            same += f" (another one for {others} of {ties} near ties)"
+        display.say(
+            f"a fresh process against {'the network' if what == 'network' else what}, {len(inputs.views)} "
+            f"{inputs.source}: largest difference of a probability {comparison.max_difference:.2g}, {same}"
+        )
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def _describe(
+    source: Exportable, wanted: Wanted, artefact: Path, loader: str, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    card, face = source.card, wanted.interface
+    versions = {key: facts[key] for key in ("onnxruntime",) if key in facts}
+    if wanted.format == "onnx":
+        import onnx
+
+        versions["onnx"] = onnx.__version__
+    return {
+        "format": wanted.format,
+        "file": artefact.name if artefact.is_file() else WEIGHTS_FILE,
+        "loads_with": {"onnx": "onnxruntime", "torch-export": "torch"}.get(loader, loader),
+        "architecture": card.architecture,
+        "num_classes": card.num_classes,
+        "temperature": card.temperature,
+        "versions": {
+            "finetune": __version__,
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            **versions,
+        },
+        "opset": read_opset(artefact) if wanted.format == "onnx" else None,
+        "inputs": [
+            {
+                "name": face.input_name,
+                "dtype": face.input_dtype,
+                "shape": ["batch", *face.input_shape(card.preprocessing)],
+            }
+        ],
+        "outputs": [{"name": face.output_name, "dtype": "float32", "shape": ["batch", card.num_classes]}],
+    }
+
+
+def _describe_proof(inputs: Inputs, comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+    recorded = comparisons.get("predictions.csv")
+    return {
+        "compared_on": inputs.source,
+        "num_images": len(inputs.views),
+        "num_judged": inputs.num_judged,
+        "notes": list(inputs.notes),
+        **comparisons["network"].to_dict(),
+        "predictions_csv": recorded.to_dict() if recorded else None,
+    }

@@ -1,0 +1,344 @@
+"""``finetune export`` and ``finetune push`` from the command line, on a run of a tiny network."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_model_data_config
+
+from finetune.cli.app import app
+from finetune.errors import EnvironmentFaultError, ExitCode
+from finetune.export import folder
+from finetune.export.hub import push_folder
+from tests.conftest import Cli
+
+TOKEN = "hf_" + "abcdefghij" * 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, pictures: Path) -> Path:
+    from typer.testing import CliRunner
+
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    words = ["run", "-b", tiny, "-d", pictures, "-o", folder, "-s", "full", "--epochs", 2, "--workers", 0]
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--device", "cpu"]])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, pictures: Path, tmp_path: Path) -> None:
+    """The oracle is plain timm: its transform, its network, its softmax."""
+    output = tmp_path / "out"
+    result = cli("export", run, "--format", "timm", "-o", output, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report.pop("output") == str(output)
+    assert report == json.loads((output / "export.json").read_text())
+    assert (report["loads_with"], report["num_images"], report["num_judged"]) == ("timm", 18, 18)
+    assert report["top1_identical"]
+    assert report["predictions_csv"]["top1_identical"]
+    assert {path.name for path in output.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "export.json",
+    }
+    network = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(network), is_training=False)
+    rows = pd.read_csv(run / "predictions.csv")
+    images = torch.stack([transform(Image.open(pictures / path)) for path in rows.path])
+    temperature = json.loads((output / "config.json").read_text())["finetune"]["temperature"]
+    with torch.no_grad():
+        found = (network(images) / temperature).softmax(1).numpy()
+    assert np.abs(found - rows.filter(like="prob_").to_numpy()).max() < 1e-4
+    assert "| `blue` | 12 | 6 |" in (output / "README.md").read_text()
+
+
+def test_onnx_takes_bytes_and_gives_probabilities(
+    cli: Cli, run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    output = tmp_path / "new" / "out"
+    flags = ("--with-preprocessing", "nhwc", "--with-softmax", "--opset", 19)
+    result = cli("export", run, "--format", "onnx", "-o", output, *flags, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["opset"] == 19
+    assert report["inputs"] == [{"name": "images", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}]
+    assert report["outputs"][0]["name"] == "probabilities"
+    names = {path.name for path in output.iterdir()}
+    assert names == {"model.onnx", "labels.txt", "preprocessing.json", "export.json"}
+    steps = json.loads((output / "preprocessing.json").read_text())["before_the_graph"]
+    size = steps[1]["shorter_side"]
+    rows = pd.read_csv(run / "predictions.csv")
+    session = onnxruntime.InferenceSession(output / "model.onnx")
+    for path, sure in list(zip(rows.path, rows.confidence, strict=True))[:3]:
+        picture = Image.open(pictures / path)
+        width = int(size * picture.width / picture.height)
+        picture = picture.resize((width, size), Image.Resampling.BILINEAR)
+        left, top = round((width - 32) / 2), round((size - 32) / 2)
+        pixels = np.asarray(picture.crop((left, top, left + 32, top + 32)))
+        assert session.run(None, {"images": pixels[None]})[0].max() == pytest.approx(sure, abs=1e-4)
+
+
+def test_torch_export_with_data_gone_says_so(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    recipe = (copy / "recipe.yaml").read_text()
+    line = next(line for line in recipe.splitlines() if line.strip().startswith("path:"))
+    (copy / "recipe.yaml").write_text(recipe.replace(line, f"  path: {tmp_path / 'gone'}"))
+    result = cli("export", copy, "--format", "torch-export", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["compared_on"], report["num_judged"], report["predictions_csv"]) == (
+        "random inputs",
+        0,
+        None,
+    )
+    assert "warning: the run's data" in result.stderr
+    assert "compared on random inputs instead of the run's judged images" in result.stderr
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    assert program(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
+
+
+def test_a_model_folder_alone_is_exported(cli: Cli, run: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(run / "model", tmp_path / "model")
+    result = cli("export", model, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "it is a model without a run: compared on random inputs" in result.stderr
+    assert "None came with this model." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_model_folder_of_a_run_knows_its_run(cli: Cli, run: Path, tmp_path: Path) -> None:
+    result = cli("export", run / "model", "-o", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["compared_on"] == "judged images"
+
+
+def test_an_artefact_that_says_something_else_is_not_kept(
+    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(path: Path, card: Any, network: Any, readme: str) -> None:
+        folder.write_model(path, card, network, readme)
+        state = load_file(path / "model.safetensors")
+        state["fc.bias"][0] += 0.01
+        save_file(state, path / "model.safetensors")
+
+    monkeypatch.setattr("finetune.job.export.write_model", spoil)
+    result = cli("export", run, "-o", tmp_path / "out")
+    assert result.exit_code == ExitCode.INTERNAL
+    assert "its probabilities differ from the network's by up to 0.00" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predictions_of_another_model_are_seen(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    rows = pd.read_csv(copy / "predictions.csv")
+    rows["prob_blue"] = rows["prob_blue"] / 2
+    rows.to_csv(copy / "predictions.csv", index=False)
+    result = cli("export", copy, "-o", tmp_path / "out")
+    assert result.exit_code == ExitCode.INTERNAL
+    assert "differ from those of the run's predictions.csv by up to" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--format", "onxx"), "there is no such format; did you mean 'onnx'?"),
+        (("--format", "timm", "--with-softmax"), "timm's format holds weights"),
+        (("--format", "timm", "--with-preprocessing", "nchw"), "timm's format holds weights"),
+        (("--format", "torch-export", "--opset", 18), "--format torch-export has none"),
+        (("--format", "onnx", "--opset", 12), "torch's exporter does not write it"),
+        (("--format", "onnx", "--with-preprocessing", "chw"), "there is no such layout"),
+    ],
+)
+def test_words_that_cannot_be_meant(
+    cli: Cli, run: Path, tmp_path: Path, words: tuple[Any, ...], said: str
+) -> None:
+    result = cli("export", run, "-o", tmp_path / "out", *words)
+    assert result.exit_code == ExitCode.USAGE
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_models_are_refused(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "model" / "config.json").read_text())
+    del config["finetune"]["sha256"]
+    (copy / "model" / "config.json").write_text(json.dumps(config | {"num_classes": 4}))
+    result = cli("export", copy, "-o", tmp_path / "out")
+    assert result.exit_code == ExitCode.USAGE, result.output
+    assert "its weights belong to another network: " in result.stderr
+    (copy / "model" / "model.safetensors").unlink()
+    result = cli("export", copy, "-o", tmp_path / "out")
+    assert (result.exit_code, "there is no model in it" in result.stderr) == (ExitCode.USAGE, True)
+
+
+def test_places_that_are_refused(cli: Cli, run: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for words, said in (
+        ((run, "-o", tmp_path / "full"), "the folder is not empty"),
+        ((run, "-o", tmp_path / "full" / "x"), "it is a file"),
+        ((run, "-o", pictures / "out"), "it lies in the data"),
+        ((tmp_path / "no", "-o", tmp_path / "out"), "there is no such folder"),
+        ((tmp_path / "full", "-o", tmp_path / "out"), "there is no model in it"),
+        (("resnet18", "-o", tmp_path / "out"), "there is no such folder"),
+    ):
+        result = cli("export", *words)
+        assert (result.exit_code, said in result.stderr) == (ExitCode.USAGE, True), result.stderr
+    assert not (pictures / "out").exists()
+    assert not (tmp_path / "out").exists()
+
+
+# --- push: against a hub of our own --------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as creating a repository and a commit take."""
+
+    seen: list[tuple[str, Any]]
+    status = 200
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        type(self).seen.append((self.path, body))
+        if self.status != 200:
+            self.answer({"error": "no"}, self.status)
+        elif self.path == "/api/repos/create":
+            assert self.headers["Authorization"] == f"Bearer {TOKEN}"
+            name = json.loads(body)
+            repo = f"{name.get('organization') or 'me'}/{name['name']}"
+            self.answer({"url": f"http://{self.headers['Host']}/{repo}", "name": repo})
+        elif self.path == "/api/validate-yaml":
+            assert json.loads(body)["content"].startswith("---\ntags: ")
+            self.answer({"warnings": [], "errors": []})
+        elif "/preupload/" in self.path:
+            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for one in json.loads(body)["files"]]  # fmt: skip
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            url = f"http://{self.headers['Host']}/me/ants/commit/{'c' * 40}"
+            self.answer({"success": True, "commitOid": "c" * 40, "commitUrl": url, "hookOutput": ""})
+        else:
+            self.answer({}, 404)
+
+    def do_GET(self) -> None:
+        self.answer({"id": "me/ants", "sha": "d" * 40, "siblings": []})
+
+    def answer(self, content: Any, status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[Hub]]]:
+    handler = type("OwnHub", (Hub,), {"seen": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", handler
+        server.shutdown()
+
+
+def push(endpoint: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the hub's client reads its environment once."""
+    command = [sys.executable, "-m", "finetune", "push", *map(str, words)]
+    variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN} | environment
+    return subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_push_uploads_the_proved_folder(run: Path, hub: tuple[str, type[Hub]]) -> None:
+    endpoint, handler = hub
+    done = push(endpoint, run, "me/ants", "--private", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told == {"repo_id": "me/ants", "url": f"{endpoint}/me/ants", "commit": "c" * 40}
+    created = json.loads(handler.seen[0][1])
+    assert (created["name"], created["organization"]) == ("ants", "me")
+    assert created.get("private") or created.get("visibility") == "private"
+    committed = next(body for path, body in handler.seen if "/commit/" in path)
+    lines = [json.loads(line) for line in committed.splitlines()]
+    sent = {line["value"]["path"] for line in lines if line["key"] == "file"}
+    assert sent == {"README.md", "config.json", "model.safetensors", "export.json"}
+    assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's switches, which it has read from the environment already."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text("---\ntags: []\n---\n")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "does not know who asks"),
+        (403, "may not write there"),
+        (404, "no such place"),
+        (418, r"\(418\)"),
+    ],
+)
+def test_a_hub_that_refuses(
+    model: Path, hub: tuple[str, type[Hub]], monkeypatch: pytest.MonkeyPatch, status: int, said: str
+) -> None:
+    endpoint, handler = hub
+    handler.status = status
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    with pytest.raises(EnvironmentFaultError, match=said) as caught:
+        push_folder(model, "me/ants", False)
+    assert TOKEN not in str(caught.value)
+    assert f"pushing to {endpoint}/me/ants" in caught.value.asked
+
+
+@pytest.mark.usefixtures("online")
+def test_no_network(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(EnvironmentFaultError, match=r"the hub gave no answer \(.+\)"):
+        push_folder(model, "me/ants", False)
+
+
+def test_offline_and_bad_names_are_refused_before_anything(cli: Cli, tmp_path: Path) -> None:
+    result = cli("push", tmp_path, "me/ants")  # tests run offline
+    assert result.exit_code == ExitCode.ENVIRONMENT
+    assert "offline mode is on (HF_HUB_OFFLINE)" in result.stderr
+    result = cli("push", tmp_path, "a/b/c")
+    assert result.exit_code == ExitCode.USAGE
+    assert "'a/b/c' is no name of a hub repository" in result.stderr

@@ -1,0 +1,141 @@
+"""ONNX and torch files: what travels in them and beside them, read back by others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor, nn
+
+from finetune.errors import EnvironmentFaultError, UsageError
+from finetune.export.deployed import Interface, build_program
+from finetune.export.graph_files import (
+    describe_input,
+    describe_view,
+    read_opset,
+    write_companions,
+    write_onnx,
+    write_program,
+)
+from pretrained.catalog import Card, Preprocessing, find_card
+
+LABELS = ("ant", "two\nlines", "蜂")
+
+
+@pytest.fixture(scope="module")
+def card() -> Card:
+    card = find_card("timm/test_resnet")
+    view = replace(card.preprocessing, img_size=64)
+    return replace(card, preprocessing=view, num_classes=3, label_names=LABELS, temperature=1.5)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=3).eval()
+
+
+def test_onnx_carries_its_labels_view_and_temperature(
+    card: Card, network: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    interface = Interface("nhwc", softmax=True)
+    path = write_onnx(build_program(network, card, interface), tmp_path, card, interface, 20)
+    assert capfd.readouterr().out == ""  # stdout belongs to results
+    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
+    onnx.checker.check_model(str(path), full_check=True)
+    assert read_opset(path) == 20
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape, given.type) == ("images", ["batch", 64, 64, 3], "tensor(uint8)")
+    assert (made.name, made.shape, made.type) == ("probabilities", ["batch", 3], "tensor(float)")
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["label_names"]) == list(LABELS)
+    assert float(told["temperature"]) == 1.5
+    assert json.loads(told["preprocessing"])["in_the_graph"][0] == {"step": "divide", "by": 255}
+    for batch in (1, 5):
+        found = session.run(None, {"images": np.zeros((batch, 64, 64, 3), np.uint8)})[0]
+        assert found.sum(axis=1) == pytest.approx(1)
+
+
+def test_torch_loads_its_program(card: Card, network: nn.Module, tmp_path: Path) -> None:
+    path = write_program(build_program(network, card, Interface()), tmp_path)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(torch.export.load(path).module()(images), network(images), atol=1e-6)
+
+
+class Unknown(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.linalg.eigvals(images.mean(1)).real[:, :3]
+
+
+def test_an_operation_that_onnx_lacks_is_refused(card: Card, tmp_path: Path) -> None:
+    program = build_program(Unknown(), card, Interface())
+    with pytest.raises(UsageError, match=r"exporting test_resnet: it has no form in ONNX opset 18 \(.+\)"):
+        write_onnx(program, tmp_path, card, Interface(), 18)
+
+
+def test_a_missing_package_is_named(
+    card: Card, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    program = build_program(network, card, Interface())
+    with pytest.raises(EnvironmentFaultError, match="onnxscript is not installed") as caught:
+        write_onnx(program, tmp_path, card, Interface(), 18)
+    assert "finetune[onnx]" in caught.value.fix
+
+
+def test_files_beside_a_graph(card: Card, tmp_path: Path) -> None:
+    write_companions(tmp_path, card, Interface())
+    assert (tmp_path / "labels.txt").read_text(encoding="utf-8").splitlines() == ["ant", "two lines", "蜂"]
+    told = json.loads((tmp_path / "preprocessing.json").read_text(encoding="utf-8"))
+    assert told["label_names"] == list(LABELS)
+    assert (told["input"]["dtype"], told["input"]["layout"]) == ("float32", "NCHW")
+    assert [step["step"] for step in told["before_the_graph"]] == [
+        "decode",
+        "resize",
+        "center_crop",
+        "divide",
+        "normalize",
+    ]
+    assert told["in_the_graph"] == []
+    assert told["output"] == {
+        "name": "logits",
+        "shape": ["batch", 3],
+        "temperature": 1.5,
+        "temperature_applied": False,
+    }
+    nameless = describe_input(replace(card, label_names=()), Interface("nchw", True))
+    assert nameless["label_names"] == ["0", "1", "2"]
+    assert nameless["output"]["temperature_applied"] is True
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_the_steps_are_those_that_timm_takes(mode: str, crop_pct: float) -> None:
+    """Somebody who follows ``preprocessing.json`` with Pillow alone gets timm's pixels."""
+    view = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=mode, interpolation="bilinear")
+    pixels = np.random.default_rng(1).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    _, resize, crop = describe_view(view)
+    if "shorter_side" in resize:
+        scale = resize["shorter_side"] / 80
+        size = (int(120 * scale), resize["shorter_side"])
+    elif "longer_side" in resize:
+        size = (resize["longer_side"], round(80 * resize["longer_side"] / 120))
+    else:
+        size = (resize["width"], resize["height"])
+    small = picture.resize(size, Image.Resampling.BILINEAR)
+    page = Image.new("RGB", (crop["width"], crop["height"]), tuple(crop.get("pad_with", (0, 0, 0))))
+    page.paste(small, (round((48 - size[0]) / 2), round((48 - size[1]) / 2)))
+    expected = create_transform(**view.to_timm(), is_training=False, normalize=False)(picture)
+    assert np.array_equal(np.asarray(page).transpose(2, 0, 1), expected.numpy())

@@ -1,0 +1,146 @@
+"""The proof: what counts as the same, and a fresh process that fails what is not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from finetune.errors import InternalError
+from finetune.export import fresh
+from finetune.export.deployed import Interface, build_program
+from finetune.export.graph_files import write_program
+from finetune.export.judged import Inputs, draw_random
+from finetune.export.proof import check_comparison, compare, predict_fresh, predict_here
+from pretrained.catalog import Card, find_card
+
+SURE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+
+
+def test_the_same_is_the_same() -> None:
+    found = compare(SURE, SURE.clone())
+    assert (found.max_difference, found.top1_identical, found.num_near_ties, found.holds) == (
+        0.0,
+        True,
+        0,
+        True,
+    )
+
+
+def test_a_difference_is_measured_and_refused() -> None:
+    found = compare(SURE, SURE + torch.tensor([2e-4, 0.0]))
+    assert found.max_difference == pytest.approx(2e-4, rel=1e-2)
+    assert not found.holds
+    with pytest.raises(
+        InternalError, match=r"differ from the network's by up to 0\.0002 .*class of 0 is another"
+    ):
+        check_comparison("exporting", "the network's", found, 2, "judged images")
+
+
+def test_a_near_tie_may_turn_over_and_is_counted() -> None:
+    tie, turned = torch.tensor([[0.50002, 0.49998]]), torch.tensor([[0.49999, 0.50001]])
+    found = compare(tie, turned)
+    assert (found.top1_identical, found.num_near_ties, found.num_top1_differences) == (True, 1, 1)
+    assert found.holds
+
+
+def test_what_is_no_tie_may_not_turn_over() -> None:
+    found = compare(torch.tensor([[0.5004, 0.4996]]), torch.tensor([[0.4999, 0.5001]]), tolerance=6e-4)
+    assert found.max_difference < found.tolerance
+    assert not found.top1_identical
+    assert not found.holds
+
+
+def test_nothing_compares_with_nan() -> None:
+    for bad in (torch.full((2, 2), torch.nan), torch.tensor([[0.9, 0.1], [0.2, torch.nan]])):
+        assert not compare(SURE, bad).holds
+        assert not compare(bad, SURE).holds
+
+
+def test_one_class_is_never_a_tie() -> None:
+    found = compare(torch.ones(3, 1), torch.ones(3, 1))
+    assert (found.holds, found.num_near_ties) == (True, 0)
+
+
+def test_batches_begin_with_odd_sizes_and_cover_everything() -> None:
+    parts = list(fresh.split(40))
+    assert [part.stop - part.start for part in parts] == [1, 3, 16, 16, 4]
+    assert list(fresh.split(1)) == [slice(0, 1)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Card, torch.nn.Module, Path]:
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet").eval()
+    card = find_card("timm/test_resnet")
+    folder = tmp_path_factory.mktemp("program")
+    return card, network, write_program(build_program(network, card, Interface()), folder)
+
+
+def test_a_fresh_process_says_the_same(written: tuple[Card, torch.nn.Module, Path]) -> None:
+    card, network, path = written
+    inputs = Inputs(draw_random(card, "").views[:5], None, 0)
+    found, facts = predict_fresh("torch-export", path, inputs, card, Interface())
+    assert facts["loaded"] == []
+    expected = predict_here(network, card, inputs.views)
+    assert compare(expected, found).holds
+    assert expected.argmax(1).tolist() == found.argmax(1).tolist()
+    with torch.no_grad():
+        network.fc.bias[3] += 1  # type: ignore[operator,union-attr]
+    try:
+        assert not compare(predict_here(network, card, inputs.views), found).holds
+    finally:
+        with torch.no_grad():
+            network.fc.bias[3] -= 1  # type: ignore[operator,union-attr]
+
+
+def test_what_cannot_be_loaded_fails_with_its_words(
+    written: tuple[Card, torch.nn.Module, Path], tmp_path: Path
+) -> None:
+    card = written[0]
+    (tmp_path / "model.pt2").write_bytes(b"nothing")
+    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    with pytest.raises(InternalError, match=r"a fresh process could not load and run it: .+"):
+        predict_fresh("torch-export", tmp_path / "model.pt2", inputs, card, Interface())
+
+
+def test_a_process_that_imports_finetune_proves_nothing(
+    written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, _, path = written
+    program = tmp_path / "spoiled.py"
+    text = (
+        Path(fresh.__file__).read_text().replace("import numpy as np", "import numpy as np\nimport finetune")
+    )
+    program.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setattr(fresh, "__file__", str(program))
+    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    with pytest.raises(InternalError, match="imported finetune, so it proves nothing"):
+        predict_fresh("torch-export", path, inputs, card, Interface())
+
+
+def test_too_few_answers_are_seen(
+    written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, _, path = written
+    program = tmp_path / "lazy.py"
+    text = Path(fresh.__file__).read_text().replace("np.concatenate(outputs)", "np.concatenate(outputs)[1:]")
+    program.write_text(text)
+    monkeypatch.setattr(fresh, "__file__", str(program))
+    inputs = Inputs(draw_random(card, "").views[:2], None, 0)
+    with pytest.raises(InternalError, match=r"gave \(1, 1000\) for 2 inputs"):
+        predict_fresh("torch-export", path, inputs, card, Interface())
+
+
+def test_noise_is_the_same_every_time() -> None:
+    card = find_card("timm/test_resnet")
+    one, two = draw_random(card, "why").views, draw_random(card, "why").views
+    assert one.equal(two)
+    assert one.dtype == torch.uint8
+    assert len(np.unique(one.numpy())) == 256
+    assert sys.executable
