@@ -44,7 +44,7 @@ from finetune.export.proof import (
 )
 from finetune.export.staging import staged
 from finetune.export.wanted import Wanted
-from finetune.job.data import check_outside
+from finetune.job.data import check_outside, find_data
 from finetune.job.figures import FIGURES_TOLERANCE, GPU_TOLERANCE
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.claim import create_folder, read_split
@@ -174,8 +174,7 @@ def _find_data(recipe: Recipe | None) -> Dataset | None:
     if recipe is None or recipe.data.path is None:
         return None
     try:
-        data = recipe.data
-        return discover(Path(recipe.data.path), data.val_fraction, recipe.seed, data.follow_links)
+        return find_data(recipe, discover, lambda *_: None)
     except FinetuneError:
         return None
 
