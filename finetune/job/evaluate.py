@@ -218,10 +218,11 @@ def _find_overlap(
         display.warn(f"{trained} of these images were trained on: the figures say nothing about new images")
     if chosen:
         display.warn(f"{chosen} of these images also chose the epoch, so that the figures are a little kind")
+    is_known = all(model.run is not None for model in models)
     return {
         "split": _name_part(dataset.samples),
-        "trained_on": trained,
-        "split_chose_checkpoint": bool(chosen),
+        "trained_on": trained if trained or is_known else None,
+        "split_chose_checkpoint": bool(chosen) if chosen or is_known else None,
     }
 
 

@@ -78,8 +78,13 @@ def name_part(facts: Facts) -> str:
 def say_whence(facts: Facts) -> str:
     """Return a sentence on what the figures are worth, or nothing where the files do not say."""
     chose = facts.metrics.get("split_chose_checkpoint")
+    if trained := facts.number("trained_on"):
+        return f"{trained:,.0f} of them were trained on: these figures say nothing about new images."
+    if "trained_on" in facts.metrics and facts.metrics["trained_on"] is None:
+        return "Which images the model was trained on is not known; if these are among them, they flatter."
     if chose is True:
-        how = "the best epoch" if facts.number("epochs") else "between this classifier and a training"
+        is_solved = facts.number("epochs") == 0
+        how = "between this classifier and a training" if is_solved else "the best epoch"
         return (
             f"The same images also chose {how}, so the figures are a little kind. "
             "A test part that chose nothing would say how kind."
