@@ -225,11 +225,7 @@ def _data(metrics: Metrics, data: TrainingData) -> str:
 
 def _usage(card: Card) -> str:
     if not loads_in_timm(card):
-        return (
-            "from pathlib import Path\n\n"
-            "from finetune.export.folder import load_exported\n\n"
-            'network = load_exported(Path("PATH/OF/THIS/FOLDER"))'
-        )
+        return 'import finetune\n\nprint(finetune.load("PATH/OF/THIS/FOLDER").predict("photo.jpg").label)'
     return 'import timm\n\nmodel = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'
 
 

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from finetune.training.checkpoint import CheckpointStore
 
-TIMED = ("seconds", "images_per_second", "data_wait_fraction", "epoch_seconds", "wait_seconds", "peak_memory_bytes")
+TIMED = (
+    "seconds",
+    "images_per_second",
+    "data_wait_fraction",
+    "epoch_seconds",
+    "wait_seconds",
+    "peak_memory_bytes",
+)
 """Figures that say how long something took, or how much memory."""
 
 

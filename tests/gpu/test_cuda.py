@@ -145,3 +145,29 @@ def test_features_of_the_gpu_agree_with_those_of_the_cpu(
         tables.append(pd.read_csv(path))
     assert list(tables[0]["path"]) == list(tables[1]["path"])
     assert np.allclose(tables[0].iloc[:, 3:], tables[1].iloc[:, 3:], rtol=1e-2, atol=1e-3)
+
+
+def test_predictions_of_a_gpu_are_those_of_the_cpu(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / "run", *QUICK)
+    assert cli(*words).exit_code == 0
+    tables = []
+    for device in ("cpu", "cuda"):
+        output = tmp_path / f"{device}.csv"
+        done = cli("predict", tmp_path / "run", pictures / "val", "-o", output, "--device", device)
+        assert done.exit_code == 0, done.output
+        tables.append(pd.read_csv(output))
+    assert tables[0]["path"].tolist() == tables[1]["path"].tolist()
+    assert np.abs(tables[0]["prob_red"] - tables[1]["prob_red"]).max() < 0.01
+
+
+def test_an_evaluation_on_the_gpu_is_the_runs_own(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / "run", "--json", *QUICK)
+    run = json.loads(cli(*words).stdout)
+    assert run["peak_gpu_memory_bytes"] > 0
+    done = cli("evaluate", tmp_path / "run", "-o", tmp_path / "out", "--device", "cuda", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["loss"] == pytest.approx(run["loss"], abs=0.02)
