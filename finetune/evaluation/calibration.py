@@ -8,6 +8,7 @@ Shape legend: N images, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from finetune.evaluation.intervals import compute_wilson
 from finetune.evaluation.predict import Predictions
 
 NUM_BINS = 15
@@ -24,7 +26,11 @@ NUM_BINS = 15
 NUM_PARTS = 5
 """Into which images are divided that must both fit a temperature and judge it."""
 COLDEST, HOTTEST = 0.05, 20.0
-_HALVINGS = 50
+_MOST_STEPS = 60
+_CLOSE = 1e-9
+"""Share of a temperature."""
+ONE_SIDED = 1.644854
+"""Quantile of the normal distribution that 95 % lie below."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +80,25 @@ def fit_temperature(predictions: Predictions) -> float:
     """Return the temperature under which the labels are likeliest.
 
     One image more than there are is assumed, whose label could be any: without it, a network that is right
-    everywhere would be called infinitely sure. The loss is convex in 1/T; its slope is halved in on.
+    everywhere would be called infinitely sure. The loss is convex in 1/T: Newton's steps, kept in bounds.
     """
     logits, labels = predictions.logits.double(), predictions.labels
-    num_images, num_classes = logits.shape
-    target = torch.full_like(logits, 1 / num_classes / (num_images + 1))
-    target[torch.arange(num_images), labels] += num_images / (num_images + 1)
-    wanted = (target * logits).sum(dim=1).mean()
-
-    def slope(sharpness: float) -> float:
-        given = ((sharpness * logits).softmax(dim=1) * logits).sum(dim=1).mean()
-        return float(given - wanted)
-
-    low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(float(np.exp(middle))) < 0 else (low, middle)
-    return float(np.exp(-(low + high) / 2))
+    num_images = len(labels)
+    own = logits.gather(1, labels[:, None]).mean()
+    wanted = float((num_images * own + logits.mean()) / (num_images + 1))
+    low, high, sharpness = 1 / HOTTEST, 1 / COLDEST, 1.0
+    for _ in range(_MOST_STEPS):
+        weighed = (sharpness * logits).softmax(dim=1) * logits
+        mean = weighed.sum(dim=1)
+        slope = float(mean.mean()) - wanted
+        bend = float(((weighed * logits).sum(dim=1) - mean**2).mean())
+        low, high = (sharpness, high) if slope < 0 else (low, sharpness)
+        step = sharpness - slope / bend if bend > 0 else low
+        after = step if low < step < high else math.sqrt(low * high)
+        if abs(after / sharpness - 1) < _CLOSE:
+            break
+        sharpness = after
+    return 1 / sharpness
 
 
 def calibrate_apart(predictions: Predictions) -> Predictions:
@@ -178,10 +186,12 @@ def find_thresholds(
         What :func:`measure_thresholds` does; a threshold is None where none is enough.
     """
     confidence, right = _confidence_and_truth(fitting)
-    found = [
-        {"precision": precision, "threshold": find_threshold(confidence, right, precision)}
-        for precision in wanted
-    ]
+    found = []
+    for precision in wanted:
+        threshold = find_threshold(confidence, right, precision)
+        kept = right[confidence >= threshold] if threshold is not None else right[:0]
+        low = compute_wilson(int(kept.sum()), len(kept), ONE_SIDED)[0] if len(kept) else None
+        found.append({"precision": precision, "threshold": threshold, "num_images": len(kept), "low": low})
     return measure_thresholds(found, judged)
 
 
@@ -189,11 +199,12 @@ def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], judged: Predicti
     """Return what thresholds give on judged images.
 
     Args:
-        thresholds: each with ``precision`` (wanted) and ``threshold``.
+        thresholds: each with ``precision`` (wanted) and ``threshold``, ``num_images`` (that it keeps of those
+            that chose it) and ``low`` (what the share of right ones among them proves, with 95 %).
         judged: predictions, calibrated.
 
     Returns:
-        For each these two, ``coverage`` (share of images that is not rejected) and ``achieved`` (share of
+        For each these four, ``coverage`` (share of images that is not rejected) and ``achieved`` (share of
         those that is right; null where all are rejected).
     """
     confidence, right = _confidence_and_truth(judged)
@@ -203,8 +214,7 @@ def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], judged: Predicti
         kept = confidence >= (threshold if threshold is not None else np.inf)
         rows.append(
             {
-                "precision": one["precision"],
-                "threshold": threshold,
+                **one,
                 "coverage": float(kept.mean()),
                 "achieved": float(right[kept].mean()) if kept.any() else None,
             }

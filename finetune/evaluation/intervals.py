@@ -1,8 +1,9 @@
 """How far figures would swing with other images: 95 % intervals from resampling the judged ones.
 
 Percentile bootstrap (Efron, 1979): the judged images are drawn again and again with replacement, and a
-figure's interval is what the middle 95 % of the draws give. Where everything is right, or everything wrong,
-resampling shows nothing: there the limit comes from the binomial distribution.
+figure's interval is what the middle 95 % of the draws give. Where nearly everything is right, or wrong, or a
+class has few images, resampling shows too little: a share's is at least as wide as Wilson's interval (1927),
+and that of a mean of shares as what those of the classes make together (MOVER; Zou and Donner, 2008).
 
 Shape legend: N images, K classes, R resamples.
 """
@@ -18,6 +19,7 @@ from finetune.evaluation.metrics import (
     Counts,
     Floats,
     compute_confusion,
+    compute_log_odds,
     find_top_k,
 )
 from finetune.evaluation.predict import Predictions
@@ -36,7 +38,8 @@ Interval = tuple[float, float]
 def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Interval]:
     """Return the 95 % interval of each headline figure, by its name in ``metrics.json``.
 
-    The area under the ROC curve has none where images times classes are more than some millions.
+    A figure that is the same in every draw has none: what that says is not known. Nor has the area under the
+    ROC curve where images times classes are more than some millions.
 
     Args:
         predictions: at least one.
@@ -48,20 +51,54 @@ def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Inte
     intervals["loss"] = _middle(_resample_mean(losses, rng))
     if predictions.logits.shape[1] >= TOP5_CLASSES:
         top5 = find_top_k(predictions, 5).astype(float)
-        intervals["top5_accuracy"] = _at_limits(_middle(_resample_mean(top5, rng)), len(top5))
+        drawn = _middle(_resample_mean(top5, rng))
+        intervals["top5_accuracy"] = _join(drawn, compute_wilson(int(top5.sum()), len(top5)))
     areas = _resample_roc_auc(predictions, rng)
     if len(areas):
         intervals["roc_auc"] = _middle(areas)
-    return intervals
+    return {name: limits for name, limits in intervals.items() if limits[0] < limits[1]}
 
 
 def _intervals_of_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Interval]:
     """To draw images is to draw cells of the confusion matrix, of which there are far fewer."""
-    num_images, support = int(confusion.sum()), confusion.sum(axis=1)
-    values = _resample_shares(confusion, rng)
-    # A mean over classes is no surer than what its rarest class allows.
-    fewest = dict.fromkeys(values, int(support[support > 0].min())) | {"accuracy": num_images}
-    return {name: _at_limits(_middle(drawn), fewest[name]) for name, drawn in values.items()}
+    hits, support = confusion.diagonal(), confusion.sum(axis=1)
+    intervals = {name: _middle(values) for name, values in _resample_shares(confusion, rng).items()}
+    mean = _combine(hits[support > 0], support[support > 0])
+    together = compute_wilson(int(hits.sum()), int(support.sum()))
+    intervals["accuracy"] = _join(intervals["accuracy"], together)
+    intervals["balanced_accuracy"] = _join(intervals["balanced_accuracy"], mean)
+    low, high = intervals["f1_macro"]
+    if low == high:  # every image right, or none: F1 and recall are the same then
+        intervals["f1_macro"] = mean
+    return intervals
+
+
+def compute_wilson(hits: int, number: int, quantile: float = 1.959964) -> Interval:
+    """Return Wilson's interval of a share (1927), which has a width at 0 and 1 as well.
+
+    Args:
+        hits: of ``number``, at least one.
+        number: of trials.
+        quantile: of the normal distribution; the default is that of 95 %, two-sided.
+    """
+    share, square = hits / number, quantile**2
+    centre = (share + square / (2 * number)) / (1 + square / number)
+    margin = quantile * np.sqrt(share * (1 - share) / number + square / (4 * number**2))
+    margin /= 1 + square / number
+    return max(0.0, float(centre - margin)), min(1.0, float(centre + margin))
+
+
+def _combine(hits: Counts, support: Counts) -> Interval:
+    """Return the interval of the mean of shares, from those of each (MOVER)."""
+    shares = hits / support
+    limits = np.array([compute_wilson(int(h), int(n)) for h, n in zip(hits, support, strict=True)])
+    below, above = np.sqrt(((limits - shares[:, None]) ** 2).sum(axis=0)) / len(shares)
+    mean = float(shares.mean())
+    return max(0.0, mean - float(below)), min(1.0, mean + float(above))
+
+
+def _join(one: Interval, other: Interval) -> Interval:
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def _resample_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Floats]:
@@ -111,15 +148,13 @@ def _resample_roc_auc(predictions: Predictions, rng: np.random.Generator) -> Flo
     num_resamples = min(NUM_RESAMPLES, _MOST_NUMBERS // (num_images * len(present)))
     if len(present) < 2 or num_resamples < _FEWEST_RESAMPLES:
         return np.empty(0)
-    probabilities = predictions.probabilities.double().numpy()
+    scores = compute_log_odds(predictions)
     even = np.full(num_images, 1 / num_images)
     rows = max(1, _CHUNK // num_images)
     parts = []
     for start in range(0, num_resamples, rows):
         weights = rng.multinomial(num_images, even, size=min(rows, num_resamples - start))
-        areas = np.stack(
-            [_weigh_area(probabilities[:, label], labels == label, weights) for label in present]
-        )
+        areas = np.stack([_weigh_area(scores[:, label], labels == label, weights) for label in present])
         is_there = ~np.isnan(areas)  # a draw may leave classes out
         usable = is_there.any(axis=0)
         parts.append(np.nanmean(areas[:, usable], axis=0))
@@ -142,11 +177,3 @@ def _weigh_area(scores: Floats, is_own: npt.NDArray[np.bool_], weights: Counts) 
 def _middle(values: Floats) -> Interval:
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)
-
-
-def _at_limits(interval: Interval, num_images: int) -> Interval:
-    """Widen what has no width at 0 or 1, to Clopper and Pearson's limit of a share of 0 or 1."""
-    margin = 1 - ((1 - LEVEL) / 2) ** (1 / num_images)
-    if interval == (1.0, 1.0):
-        return 1 - margin, 1.0
-    return (0.0, margin) if interval == (0.0, 0.0) else interval

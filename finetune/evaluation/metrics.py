@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from finetune.evaluation.predict import Predictions
 
@@ -127,13 +128,27 @@ def compute_roc_auc(predictions: Predictions) -> float | None:
     The chance that an image of a class is given a higher probability of it than an image of another class:
     0.5 is a guess. None where fewer than two classes have images.
     """
-    probabilities, labels = predictions.probabilities.double().numpy(), predictions.labels.numpy()
+    scores, labels = compute_log_odds(predictions), predictions.labels.numpy()
     areas = []
     for label in np.unique(labels):
         if 0 < (own := int((labels == label).sum())) < len(labels):
-            ranks = _rank(probabilities[:, label])[labels == label].sum()
+            ranks = _rank(scores[:, label])[labels == label].sum()
             areas.append((ranks - own * (own + 1) / 2) / (own * (len(labels) - own)))
     return float(np.mean(areas)) if areas else None
+
+
+def compute_log_odds(predictions: Predictions) -> Floats:
+    """Return the logarithm of p / (1 - p) of each class, (N, K): in the order of probabilities, without ties.
+
+    Probabilities of a network that is very sure are all 1 in any float.
+    """
+    logits = predictions.logits.double()
+    likeliest = logits.argmax(dim=1, keepdim=True)
+    others = logits.scatter(1, likeliest, float("-inf")).logsumexp(dim=1, keepdim=True)
+    logs = logits.log_softmax(dim=1)
+    small = logs - torch.log1p(-logs.exp())  # of the others, which have at most a half
+    odds: Floats = small.scatter(1, likeliest, logits.gather(1, likeliest) - others).numpy()
+    return odds.round(9)  # equal but for the last bits are equals
 
 
 def _rank(values: Floats) -> Floats:

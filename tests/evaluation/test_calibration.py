@@ -107,6 +107,8 @@ def test_a_threshold_says_what_it_gives_on_other_images() -> None:
     right = (test.predicted == test.labels)[kept].double().mean().item()
     assert found["achieved"] == pytest.approx(right, abs=1e-9)
     assert found["achieved"] == pytest.approx(0.9, abs=0.05)
+    assert found["low"] < 0.9  # 95 % sure of less than what was seen
+    assert found["num_images"] == pytest.approx(800 * found["coverage"], rel=0.1)
 
 
 def test_a_judgement_changes_no_prediction() -> None:

@@ -7,7 +7,12 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from finetune.evaluation.intervals import _resample_roc_auc, _resample_shares, compute_intervals
+from finetune.evaluation.intervals import (
+    _resample_roc_auc,
+    _resample_shares,
+    compute_intervals,
+    compute_wilson,
+)
 from finetune.evaluation.metrics import compute_confusion, compute_roc_auc, compute_shares
 from finetune.evaluation.predict import Predictions
 
@@ -43,11 +48,41 @@ def test_no_mistake_is_no_certainty() -> None:
     labels = torch.tensor([0] * 20 + [1] * 10)
     right = Predictions(5 * torch.nn.functional.one_hot(labels, 2).float(), labels)
     intervals = compute_intervals(right)
-    assert intervals["accuracy"] == pytest.approx((binomtest(30, 30).proportion_ci().low, 1.0))
-    assert intervals["balanced_accuracy"] == pytest.approx((binomtest(10, 10).proportion_ci().low, 1.0))
-    assert intervals["f1_macro"][0] < 0.8
+    wilson = binomtest(30, 30).proportion_ci(method="wilson")
+    assert intervals["accuracy"] == pytest.approx((wilson.low, 1.0))
+    assert intervals["balanced_accuracy"][0] == pytest.approx(0.84, abs=0.02)
+    assert intervals["f1_macro"] == intervals["balanced_accuracy"]
+    assert "roc_auc" not in intervals  # the same in every draw: how sure it is, nobody knows
     wrong = Predictions(5 * torch.nn.functional.one_hot(1 - labels, 2).float(), labels)
-    assert compute_intervals(wrong)["accuracy"] == pytest.approx((0.0, binomtest(0, 30).proportion_ci().high))
+    assert compute_intervals(wrong)["accuracy"] == pytest.approx((0.0, 1 - wilson.low))
+
+
+def test_a_rare_class_makes_a_mean_unsure_with_a_mistake_elsewhere_or_without() -> None:
+    labels = torch.tensor([0] * 100 + [1])
+    said = labels.clone()
+    widths = []
+    for mistakes in (0, 1, 2):
+        said[:mistakes] = 1
+        one = Predictions(5 * torch.nn.functional.one_hot(said, 2).float(), labels)
+        low, high = compute_intervals(one)["balanced_accuracy"]
+        widths.append(high - low)
+    assert max(widths) < 1.05 * min(widths)
+    assert min(widths) > 0.3
+
+
+def test_a_network_that_says_one_class_only() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 100)
+    one = Predictions(torch.tensor([[5.0, 0.0]]).repeat(200, 1), labels)
+    low, high = compute_intervals(one)["balanced_accuracy"]
+    assert low < 0.49 < 0.51 < high
+
+
+@pytest.mark.parametrize(("hits", "number"), [(0, 7), (3, 7), (7, 7), (90, 100)])
+def test_wilson_is_scipys(hits: int, number: int) -> None:
+    theirs = binomtest(hits, number).proportion_ci(method="wilson")
+    assert compute_wilson(hits, number) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    one_sided = binomtest(hits, number, alternative="greater").proportion_ci(method="wilson")
+    assert compute_wilson(hits, number, 1.644854)[0] == pytest.approx(one_sided.low, abs=1e-6)
 
 
 def test_every_headline_has_one_and_they_come_again() -> None:
@@ -90,8 +125,9 @@ def test_a_draw_of_every_image_once_gives_the_figure_itself(coarse: bool) -> Non
 
 def test_one_image_of_one_class() -> None:
     intervals = compute_intervals(Predictions(torch.tensor([[3.0, 0.0]]), torch.tensor([0])))
-    assert intervals["accuracy"] == pytest.approx((0.025, 1.0))
+    assert intervals["accuracy"] == pytest.approx((0.2065, 1.0), abs=1e-3)
     assert "roc_auc" not in intervals
+    assert "loss" not in intervals
 
 
 def test_draws_of_a_single_class_have_no_area() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sklearn import metrics as reference
 
 from finetune.evaluation.metrics import (
     compute_confusion,
+    compute_log_odds,
     compute_metrics,
     compute_roc_auc,
     compute_top_k,
@@ -84,7 +86,10 @@ def test_roc_auc_is_scikit_learns(coarse: bool) -> None:
     predictions = draw_predictions(90, 4, 3)
     if coarse:
         predictions = Predictions(predictions.logits.round(), predictions.labels)
-    truth, probabilities = predictions.labels.numpy(), predictions.probabilities.double().numpy()
+    truth, probabilities = (
+        predictions.labels.numpy(),
+        predictions.logits.double().softmax(1).numpy().round(12),
+    )
     areas = [reference.roc_auc_score(truth == k, probabilities[:, k]) for k in range(4)]
     assert compute_roc_auc(predictions) == pytest.approx(sum(areas) / 4)
 
@@ -102,3 +107,16 @@ def test_confused_pairs_come_with_their_share() -> None:
         {"label": "ant", "predicted": "bee", "count": 3, "share": 0.375},
         {"label": "bee", "predicted": "ant", "count": 1, "share": 0.1},
     ]
+
+
+def test_roc_auc_of_a_network_that_is_very_sure() -> None:
+    """Its probabilities are all 1 or 0 in float32; which picture it is surer of still counts."""
+    gaps = torch.linspace(-60, 60, 100)
+    predictions = Predictions(torch.stack([gaps, -gaps], dim=1) + 40, (gaps < 20).long())
+    assert compute_roc_auc(predictions) == 1.0
+
+
+def test_log_odds_are_those_of_probabilities() -> None:
+    predictions = draw_predictions(30, 6, 2)
+    chances = predictions.logits.double().softmax(1).numpy()
+    assert compute_log_odds(predictions) == pytest.approx(np.log(chances / (1 - chances)), abs=1e-8)
