@@ -159,7 +159,7 @@ class Predictor:
         """
         if isinstance(images, str | PathLike | Image.Image | np.ndarray):
             return self._predict([images])[0]
-        if not isinstance(images, Iterable):
+        if isinstance(images, bytes | bytearray | memoryview) or not isinstance(images, Iterable):
             raise _no_picture(images)
         return self._predict(images)
 

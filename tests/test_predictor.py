@@ -150,6 +150,12 @@ def test_what_is_no_picture_is_refused(tiny: Path, thing: Any) -> None:
         finetune.load(tiny).predict(thing)
 
 
+def test_bytes_are_called_bytes(tiny: Path) -> None:
+    for thing in (b"photo.jpg", bytearray(b"x"), memoryview(b"x"), [b"photo.jpg"]):
+        with pytest.raises(UsageError, match=r"(bytes|bytearray|memoryview) is no picture"):
+            finetune.load(tiny).predict(thing)  # type: ignore[call-overload]
+
+
 def test_a_folder_is_no_picture(tiny: Path, pictures: Path) -> None:
     with pytest.raises(FinetuneError, match="not a file"):
         finetune.load(tiny).predict(pictures)

@@ -144,11 +144,13 @@ def run_command(
         "device": device,
     }
     with refusals(as_json):
-        if series := find_series(repeats, folds, seed, output):
+        words = assignments or []
+        if series := find_series(repeats, folds, lambda: _read(recipe, flags, words).seed, output):
 
             def run_here(member: Member) -> dict[str, Any]:
-                own = flags | ({"seed": member.seed} if member.seed is not None else {})
-                settings = _read(recipe, own, [*(assignments or []), *member.assignments])
+                settings = _read(recipe, flags, [*words, *member.assignments])
+                if member.seed is not None:
+                    settings = settings.model_copy(update={"seed": member.seed})
                 return _run(settings, series.output / member.name, Pulse(None), allow_changed)
 
             run_series(series, stall_timeout, run_here, as_json)
@@ -159,7 +161,7 @@ def run_command(
         if parent is not None:
             end_with_parent(parent[1])
         pulse = Pulse(parent[0] if parent is not None else None)
-        metrics = _run(_read(recipe, flags, assignments or []), output, pulse, allow_changed)
+        metrics = _run(_read(recipe, flags, words), output, pulse, allow_changed)
         if as_json:
             hand_over(json.dumps(metrics) + "\n")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,14 @@ class Series:
     output: Path
 
 
-def find_series(repeats: int, folds: int, seed: int | None, output: Path | None) -> Series | None:
+def find_series(repeats: int, folds: int, find_seed: Callable[[], int], output: Path | None) -> Series | None:
     """Return the series that was asked for; None for a single run.
+
+    Args:
+        repeats: runs with a seed each.
+        folds: runs with a fold each.
+        find_seed: gives the first seed.
+        output: of the series.
 
     Raises:
         UsageError: both kinds at once.
@@ -64,8 +70,27 @@ def find_series(repeats: int, folds: int, seed: int | None, output: Path | None)
     if repeats <= 1 and folds <= 1:
         return None
     kind = "folds" if folds > 1 else "repeats"
-    members = tuple(_seeds(repeats, seed or 0) if kind == "repeats" else _folds(folds))
+    members = tuple(_seeds(repeats, find_seed()) if kind == "repeats" else _folds(folds))
     return Series(kind, members, output or default_folder(kind))
+
+
+def drop_seed(words: Sequence[str]) -> list[str]:
+    """Return a command line without the seed that it gives: each run of a series has its own."""
+    kept: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--seed":
+            next(left, None)
+        elif word == "--set":
+            value = next(left, "")
+            kept += [] if _sets_seed(value) else [word, value]
+        elif not word.startswith(("--seed=", "--set=seed=")):
+            kept.append(word)
+    return kept
+
+
+def _sets_seed(assignment: str) -> bool:
+    return assignment.partition("=")[0].strip() == "seed" and "=" in assignment
 
 
 def _seeds(repeats: int, first: int) -> Iterator[Member]:
@@ -104,7 +129,8 @@ def run_series(
 
 
 def _run_child(series: Series, member: Member, stall_timeout: float) -> dict[str, Any]:
-    code, output = Supervisor([*sys.argv[1:], *member.words(series.output)], stall_timeout, say).run()
+    given = drop_seed(sys.argv[1:]) if member.seed is not None else sys.argv[1:]
+    code, output = Supervisor([*given, *member.words(series.output)], stall_timeout, say).run()
     if code:
         if "--json" in sys.argv:
             hand_over(output)

@@ -39,6 +39,7 @@ class Finding:
         links_out: links that lead out of the root though they may not, and where to.
         from_archive: the root is a folder of ours, which an archive was unpacked into.
         to_judge: nothing will be trained on it, so that a training part need not be there.
+        takes_any_name: names that are not UTF-8 are walked over like others.
         is_lenient: what would be refused is noted instead, where reading can go on.
         remarks: every warning, and every refusal that was noted.
         columns: cells of the CSV column that names groups, by path.
@@ -52,6 +53,7 @@ class Finding:
     links_out: dict[str, str] = field(default_factory=dict)
     from_archive: bool = False
     to_judge: bool = False
+    takes_any_name: bool = False
     is_lenient: bool = False
     remarks: list[Remark] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)

@@ -250,6 +250,8 @@ def _counts_as_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_utf8(finding: Finding, folder: str, name: str) -> bool:
+    if finding.takes_any_name:
+        return True
     try:
         name.encode()
     except UnicodeEncodeError:

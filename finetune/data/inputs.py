@@ -16,10 +16,11 @@ from typing import BinaryIO, NamedTuple
 
 from finetune.data.finding import Finding, extensions, printable, some
 from finetune.data.folders import is_image, walk_images
-from finetune.errors import DataError, suggest
+from finetune.errors import DataError, UsageError, suggest
 
 STANDARD_INPUT = "-"
 FLAG = "--follow-links"
+NOT_UTF8 = "its name is not UTF-8, which rows are"
 _BLOCK = 2**16
 
 
@@ -51,35 +52,50 @@ class Inputs:
 
 
 def find_inputs(
-    words: str, standard_input: BinaryIO, *, nul: bool = False, follow_links: bool = False
+    words: str, standard_input: BinaryIO | None, *, nul: bool = False, follow_links: bool = False
 ) -> Inputs:
     """Tell what the user named.
 
     Args:
         words: a file, a folder (every image below it), a ``.csv`` with a column ``path`` (relative to the
             file), a pattern (``photos/**/*.jpg``), or ``-`` for one path a line.
-        standard_input: that ``-`` means.
+        standard_input: that ``-`` means; None where it is closed.
         nul: paths on standard input end with a zero byte instead of a line end.
         follow_links: links, and rows of a CSV file, may lead out of the folder.
 
     Raises:
         DataError: there is no such file or folder.
+        UsageError: standard input is closed.
     """
     path = Path(words)
     if words == STANDARD_INPUT:
-        return Inputs("standard input", lambda: _of_stream(standard_input, b"\0" if nul else b"\n"), False)
+        stream, end = _check_open(standard_input), b"\0" if nul else b"\n"
+        return Inputs("standard input", lambda: _of_stream(stream, end), False)
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
-        finding = Finding(printable(words), path.absolute(), follow_links=follow_links)
+        finding = Finding(printable(words), path.absolute(), follow_links=follow_links, takes_any_name=True)
         return Inputs(printable(words), lambda: _of_folder(finding), folder=path)
     if os.path.lexists(path):
         if path.suffix.lower() != ".csv":
-            return Inputs(printable(words), lambda: iter([Input(printable(words), path)]), home=path.parent)
+            return Inputs(printable(words), lambda: iter([_of_name(words)]), home=path.parent)
         finding = Finding(printable(words), path.parent.absolute(), follow_links=follow_links)
         return Inputs(printable(words), lambda: _of_table(finding, path), home=path.parent)
     if glob.has_magic(words):
         found = sorted(name for name in glob.iglob(words, recursive=True) if is_image(name))  # noqa: PTH207
-        return Inputs(printable(words), lambda: (Input(printable(name), Path(name)) for name in found))
+        return Inputs(printable(words), lambda: map(_of_name, found))
     raise DataError(printable(words), "there is no such file or folder", "Check the path.")
+
+
+def _check_open(stream: BinaryIO | None) -> BinaryIO:
+    if stream is None or stream.closed:
+        fix = "Give it paths, one a line, or name a file, a folder, a CSV file or a pattern."
+        raise UsageError("standard input", "it is closed", fix)
+    return stream
+
+
+def _of_name(name: str, root: Path = Path()) -> Input:
+    """Rows are UTF-8, and must lead back to their pictures: another name could not be looked up in them."""
+    shown = printable(name)
+    return Input(shown, root / name, "" if shown == name else NOT_UTF8)
 
 
 def _of_stream(stream: BinaryIO, end: bytes) -> Iterator[Input]:
@@ -97,7 +113,7 @@ def _of_lines(lines: list[bytes], end: bytes) -> Iterator[Input]:
         if "\0" in name:
             yield Input(printable(name.replace("\0", "\\0")), Path(), "is no path: it holds a zero byte")
         elif name:
-            yield Input(printable(name), Path(name))
+            yield _of_name(name)
 
 
 def _of_folder(finding: Finding) -> Iterator[Input]:
@@ -105,7 +121,7 @@ def _of_folder(finding: Finding) -> Iterator[Input]:
     is_empty = True
     for path in walk_images(finding, "", others):
         is_empty = False
-        yield Input(path, finding.root / path)
+        yield _of_name(path, finding.root)
     finding.check_links(FLAG)
     if is_empty:
         raise finding.refuse(f"holds no images{extensions(others, ', only ')}", "Name a folder of images.")

@@ -117,10 +117,6 @@ class Looks:
         """Return the mode in the file, as Pillow calls it."""
         return bytes(self.rows["mode"][place]).decode()
 
-    def digest_of(self, place: int) -> str:
-        """Return the sha256 of the file."""
-        return bytes(self.rows["sha256"][place]).hex()
-
     def select(self, paths: Iterable[str]) -> Looks:
         """Return the rows of those paths that have one, in their order."""
         chosen = [path for path in paths if path in self]
@@ -184,12 +180,15 @@ class LookStore:
         try:
             with self.path.open("rb") as file:
                 head = json.loads(file.readline(_MOST_HEADER))
-                names, rows = file.read(head["path_bytes"]), file.read()
+                num_bytes = head["path_bytes"]
+                if not 0 <= num_bytes <= os.fstat(file.fileno()).st_size:  # it would be set aside at once
+                    return Looks()
+                names, rows = file.read(num_bytes), file.read()
             if head != _head(names, rows, head["num_images"]):
                 return Looks()
             paths = tuple(names.decode().split("\0")) if names else ()
             found = Looks(paths, np.frombuffer(rows, ROW))
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError):
             return Looks()
         return found if len(found.rows) == len(paths) == head["num_images"] else Looks()
 

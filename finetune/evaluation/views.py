@@ -29,6 +29,8 @@ from pretrained.catalog import Preprocessing
 
 CROPS = (1, 5, 10)
 """How many crops a scale may have: the centre, corners and centre, and all of these with their mirrors."""
+LARGEST_SCALE = 4096
+"""Pixels of the short side, as many as a recipe may give a network."""
 _ROOM = 0.875
 """Input to resized short side, where a network's own evaluation view leaves no room for corners (AlexNet's
 224 of 256)."""
@@ -78,7 +80,7 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
         scales: short side S in pixels of each scale; none for the default.
 
     Raises:
-        UsageError: another number of crops, or a scale under the input size.
+        UsageError: another number of crops, or a scale under the input size or over ``LARGEST_SCALE``.
     """
     _check(preprocessing.img_size, crops, scales)
     if crops == 1 and not scales:
@@ -127,6 +129,9 @@ def _check(img_size: int, crops: int, scales: Sequence[int]) -> None:
     if small := [scale for scale in scales if scale < img_size]:
         found = f"the network sees {img_size} x {img_size} pixels, more than a picture of that scale has"
         raise UsageError(f"--scales {small[0]}", found, f"Take scales of {img_size} pixels or more.")
+    if large := [scale for scale in scales if scale > LARGEST_SCALE]:
+        found = f"a picture of {large[0]} x {large[0]} pixels and more would be made of each"
+        raise UsageError(f"--scales {large[0]}", found, f"Take scales up to {LARGEST_SCALE} pixels.")
 
 
 def _build_resize(preprocessing: Preprocessing, scale: int) -> _Step:

@@ -26,6 +26,8 @@ BATCHES = (1, 3)
 """Sizes of the first batches, before those of :data:`MOST`: a size that the export fixed shows at once."""
 MOST = 16
 """Inputs of a batch."""
+NO_ROOM = 74
+"""Exit code where the answers cannot be written."""
 
 
 def load_timm(path: str) -> tuple[Answer, Facts]:
@@ -96,9 +98,13 @@ def main(loader: str, path: str, folder: Path) -> None:
     answer, facts = LOADERS[loader](path)
     inputs = np.load(folder / "inputs.npy", mmap_mode="r", allow_pickle=False)
     outputs = [np.asarray(answer(np.array(inputs[part]))) for part in split(len(inputs))]
-    np.save(folder / "outputs.npy", np.concatenate(outputs), allow_pickle=False)
     loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"finetune", "pretrained"})
-    (folder / "facts.json").write_text(json.dumps(facts | {"loaded": loaded}), encoding="utf-8")
+    try:
+        np.save(folder / "outputs.npy", np.concatenate(outputs), allow_pickle=False)
+        (folder / "facts.json").write_text(json.dumps(facts | {"loaded": loaded}), encoding="utf-8")
+    except OSError as error:
+        sys.stderr.write(f"{error.strerror or error}\n")
+        sys.exit(NO_ROOM)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 import finetune
 from finetune.data.transforms import Normalizer
-from finetune.errors import InternalError
+from finetune.errors import DiskError, InternalError
 from finetune.export import fresh
 from finetune.export.deployed import Interface
 from finetune.export.judged import Inputs
@@ -101,9 +103,9 @@ def predict_fresh(
 
     Raises:
         InternalError: the process could not load or run it.
+        DiskError: there is no room for the inputs or the answers.
     """
-    with TemporaryDirectory(prefix="finetune-export-") as name:
-        folder = Path(name)
+    with _exchange() as folder:
         _write_inputs(folder / "inputs.npy", inputs.views, card, interface)
         _run(loader, artefact, folder)
         outputs = torch.from_numpy(np.load(folder / "outputs.npy", allow_pickle=False))
@@ -120,14 +122,38 @@ def predict_fresh(
 
 
 def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -> None:
-    """Part by part: normalised pictures take four times the memory of their bytes."""
+    """Part by part: normalised pictures take four times the memory of their bytes.
+
+    Not through a mapped file: there a full disk is no error but a signal, which ends the process.
+    """
+    dtype = np.dtype(interface.input_dtype)
     shape = (len(views), *interface.input_shape(card.preprocessing))
-    file = np.lib.format.open_memmap(path, mode="w+", dtype=interface.input_dtype, shape=shape)
-    start = 0
-    for part in torch.split(views, fresh.MOST):
-        file[start : start + len(part)] = interface.arrange(part, card.preprocessing).numpy()
-        start += len(part)
-    file.flush()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in torch.split(views, fresh.MOST):
+            file.write(np.ascontiguousarray(interface.arrange(part, card.preprocessing), dtype).tobytes())
+
+
+@contextmanager
+def _exchange() -> Iterator[Path]:
+    """Give a folder of the system for temporary files, which both processes write into.
+
+    Raises:
+        DiskError: there is none, or no room in it.
+    """
+    place = "the folder for temporary files"
+    try:
+        place = gettempdir()
+        with TemporaryDirectory(prefix="finetune-export-") as name:
+            yield Path(name)
+    except OSError as error:
+        raise _no_room(place, error.strerror or str(error)) from None
+
+
+def _no_room(place: str, found: str) -> DiskError:
+    fix = "Free some space there, or set TMPDIR to another folder, and start the same command again."
+    return DiskError(f"writing pictures for the comparison into {place}", found, fix)
 
 
 def _run(loader: str, artefact: Path, folder: Path) -> None:
@@ -141,6 +167,8 @@ def _run(loader: str, artefact: Path, folder: Path) -> None:
     )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:300]
+        if done.returncode == fresh.NO_ROOM:
+            raise _no_room(str(folder.parent), said)
         found = f"a fresh process could not load and run it: {said}"
         raise InternalError(
             f"exporting {artefact.name}", found, "Please report this with the backbone's name."

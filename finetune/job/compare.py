@@ -137,8 +137,7 @@ def _find_shared(first: Judged, second: Judged) -> list[str]:
         labels = first.answers[path][0], second.answers[path][0]
         if labels[0] != labels[1]:
             raise DataError(asked, f"{path} has the labels {labels[0]!r} and {labels[1]!r}", fix)
-        contents = first.digests.get(path), second.digests.get(path)
-        if None not in contents and contents[0] != contents[1]:
+        if first.digests[path] != second.digests[path]:
             raise DataError(asked, f"{path} is not the same picture in both (by its sha256)", fix)
     return shared
 
@@ -196,9 +195,8 @@ def _join(names: Sequence[str]) -> str:
 def _describe(run: Judged) -> dict[str, Any]:
     metrics = run.metrics
     models = metrics.get("models")
-    seconds, calibration = metrics.get("seconds"), metrics.get("calibration")
-    intervals = metrics.get("intervals")
-    low, high = (intervals.get("accuracy") if isinstance(intervals, dict) else None) or (None, None)
+    seconds, calibration = metrics.get("seconds") or {}, metrics.get("calibration") or {}
+    low, high = (metrics.get("intervals") or {}).get("accuracy") or (None, None)
     return {
         "run": run.name,
         "path": str(run.folder.path),
@@ -213,8 +211,8 @@ def _describe(run: Judged) -> dict[str, Any]:
         "balanced_accuracy": metrics.get("balanced_accuracy"),
         "f1_macro": metrics.get("f1_macro"),
         "loss": metrics.get("loss"),
-        "ece": calibration.get("ece_calibrated") if isinstance(calibration, dict) else None,
-        "seconds": seconds.get("total") if isinstance(seconds, dict) else None,
+        "ece": calibration.get("ece_calibrated"),
+        "seconds": seconds.get("total"),
         "learned": run.num_learned,
     }
 

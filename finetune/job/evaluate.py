@@ -9,34 +9,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune import __version__
-from finetune.data.check import check_images
-from finetune.data.labelled import Part, find_labelled
-from finetune.data.looks import LookStore
-from finetune.data.sample import Dataset, Sample
+from finetune.data.labelled import Part
 from finetune.display import Display
-from finetune.errors import DataError, UsageError, suggest
-from finetune.evaluation.calibration import compare_calibration, measure_thresholds
+from finetune.evaluation.calibration import calibrate_apart, compare_calibration, measure_thresholds
 from finetune.evaluation.intervals import compute_intervals
 from finetune.evaluation.metrics import compute_metrics
+from finetune.evaluation.predict import Predictions
 from finetune.evaluation.views import build_views
 from finetune.job.data import check_outside, create_new_folder
 from finetune.job.figures import write_figures
+from finetune.job.judged_pictures import Overlap, find_judged, find_overlap
 from finetune.job.looking import Model, Variant, check_same_classes, load_model, look, write_variants
 from finetune.job.report import add_report
-from finetune.job.source import open_pictures
-from finetune.recipe import load_recipe
-from finetune.runs.files import write_json
+from finetune.job.same import describe_images
+from finetune.job.seen import read_metrics
+from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
-
-VARIANT_COLUMNS = ("model", "views", "accuracy", "gain", "loss", "ece", "milliseconds", "cost")
-_SMALLEST = 1e-30
-"""Probability that counts as none: its logarithm is finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,10 @@ class Request:
         words += ["--split", self.part] if self.part is not None else []
         words += ["--crops", str(self.crops)] if self.crops > 1 else []
         words += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
+        words += ["--device", self.device] if self.device != "auto" else []
+        words += ["--batch-size", str(self.batch_size)] if self.batch_size else []
+        words += ["--follow-links"] if self.follow_links else []
+        words += ["--allow-leaks"] if self.allow_leaks else []
         return shlex.join(words)
 
 
@@ -101,20 +99,23 @@ def evaluate_models(request: Request, display: Display) -> dict[str, Any]:
     check_same_classes(models)
     for model in models:
         build_views(model.predictor.card.preprocessing, request.crops, request.scales)  # refuses bad ones
-    dataset = _find_pictures(request, models[0], display)
+    judged = find_judged(models[0], request.data, request.part, request.follow_links, display)
+    dataset = judged.dataset
     check_outside(request.output, dataset)
-    digests = _check_pictures(dataset, display)
-    facts = _find_overlap(request, models, dataset, digests, display)
+    is_allowed = request.allow_leaks or request.part in ("train", "all")
+    overlap = find_overlap(models, judged, is_allowed, display)
     create_new_folder(request.output)
     variants = list(look(models, dataset, request.crops, request.scales, display))
     folder = RunFolder(request.output)
-    metrics = _figures(models, variants, classes) | facts
+    metrics = _figures(models, variants, classes, overlap) | {"split": judged.part}
     metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
     if len(models) == 1 and models[0].predictor.card.place == "folder":
         metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
     metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
     metrics["variants"] = write_variants(folder, variants, display)
     write_figures(folder, dataset.samples, variants[-1].predictions, classes)
+    rows = [(path, *row) for path, row in describe_images(dataset, dict(judged.digests)).items()]
+    write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)
     _say(metrics, folder, display)
@@ -133,125 +134,47 @@ def _say(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> Non
     display.say(f"figures {folder.path}")
 
 
-# --- pictures ------------------------------------------------------------------------------------
-
-
-def _find_pictures(request: Request, first: Model, display: Display) -> Dataset:
-    classes = first.predictor.classes
-    if request.data is None and first.run is None:
-        raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
-    run = first.run
-    if run is not None and (request.data is None or _is_own(run, request.data)):
-        dataset = _pictures_of_run(run, classes, request.part, display)
-    else:
-        assert request.data is not None
-        with display.count(f"reading {request.data}") as tell:
-            dataset = find_labelled(request.data, classes, request.part, request.follow_links, tell)
-        for warning in dataset.warnings:
-            display.warn(warning)
-    return dataset
-
-
-def _is_own(run: RunFolder, data: Path) -> bool:
-    """The very folder that the run was trained on: only its own split says what is what in it."""
-    if data.absolute() == run.path.absolute():
-        return True
-    own = load_recipe(str(run.recipe)).data.path if run.recipe.is_file() else None
-    return own is not None and Path(own).absolute() == data.absolute()
-
-
-def _pictures_of_run(run: RunFolder, classes: Sequence[str], part: Part | None, display: Display) -> Dataset:
-    """Return the images of a run's own data in the part that it was judged by, or the one that was named."""
-    found = open_pictures(load_recipe(None, {"data": {"path": str(run.path)}}), display)
-    wanted = part or found.judged_split
-    index = {name: number for number, name in enumerate(classes)}
-    if unknown := sorted(set(found.classes) - index.keys()):
-        hint = suggest(unknown[0], classes)
-        raise DataError(
-            f"the data of {run.path}", f"the model does not know {unknown[0]!r}{hint}", "Name other --data."
-        )
-    samples = [
-        replace(sample, label=index[found.classes[sample.label]])
-        for sample in found.samples
-        if wanted in ("all", sample.split)
-    ]
-    if not samples:
-        raise DataError(f"the data of {run.path}", f"has no part {wanted}", "Take another --split.")
-    return replace(found, classes=tuple(classes), samples=tuple(samples))
-
-
-def _check_pictures(dataset: Dataset, display: Display) -> dict[str, str]:
-    """Return the digest of every image; one that cannot be read would be missing from every figure."""
-    with display.track("checking images", len(dataset.samples)) as advance:
-        store = LookStore(dataset.root, keep_others=True)
-        checked = check_images(dataset, on_progress=lambda _: advance(1, ""), store=store)
-    if checked.bad:
-        lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])
-        more = f"\n  and {len(checked.bad) - 5} more" if len(checked.bad) > 5 else ""
-        found = f"{len(checked.bad)} of {len(dataset.samples)} images cannot be read:{lines}{more}"
-        raise DataError(f"data in {dataset.root}", found, "Replace these files, or remove them yourself.")
-    return checked.digests
-
-
-def _find_overlap(
-    request: Request,
-    models: Sequence[Model],
-    dataset: Dataset,
-    digests: Mapping[str, str],
-    display: Display,
-) -> dict[str, Any]:
-    """Say which of the images a model has learned from, or was chosen by.
-
-    Raises:
-        DataError: it was trained on some that are not the training part by name.
-    """
-    trained = chosen = 0
-    for model in models:
-        parts = [model.parts.get(digests[sample.path]) for sample in dataset.samples]
-        learned = [sample for sample, part in zip(dataset.samples, parts, strict=True) if part == "train"]
-        trained, chosen = max(trained, len(learned)), max(chosen, _count_choosers(model, parts))
-        if learned and request.part not in ("train", "all") and not request.allow_leaks:
-            found = f"{len(learned)} of {len(dataset.samples)} images are among those it was trained on "
-            fix = "Judge it by other images, or add --allow-leaks to do so all the same."
-            raise DataError(f"judging {model.name}", f"{found}({learned[0].path} for one)", fix)
-    if trained:
-        display.warn(f"{trained} of these images were trained on: the figures say nothing about new images")
-    if chosen:
-        display.warn(f"{chosen} of these images also chose the epoch, so that the figures are a little kind")
-    is_known = all(model.run is not None for model in models)
-    return {
-        "split": _name_part(dataset.samples),
-        "trained_on": trained if trained or is_known else None,
-        "split_chose_checkpoint": bool(chosen) if chosen or is_known else None,
-    }
-
-
-def _count_choosers(model: Model, parts: Sequence[str | None]) -> int:
-    """Validation images choose the epoch, or between a training and its floor."""
-    is_choosing = bool(model.metrics.get("epochs")) or bool(model.metrics.get("split_chose_checkpoint"))
-    return sum(part == "val" for part in parts) if is_choosing else 0
-
-
-def _name_part(samples: Sequence[Sample]) -> str:
-    parts = {sample.split for sample in samples}
-    return parts.pop() if len(parts) == 1 else "all"
-
-
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _figures(models: Sequence[Model], variants: Sequence[Variant], classes: Sequence[str]) -> dict[str, Any]:
+def _figures(
+    models: Sequence[Model], variants: Sequence[Variant], classes: Sequence[str], overlap: Overlap
+) -> dict[str, Any]:
     final = variants[-1]
-    figures = compute_metrics(final.raw, classes)
-    figures["intervals"] = {name: list(limits) for name, limits in compute_intervals(final.raw).items()}
-    temperature = models[0].predictor.card.temperature if len(models) == 1 else None
-    figures["calibration"] = {
-        "temperature": temperature,
-        "fitted_on": "val",
-        "same_images": False,
-        **compare_calibration(final.raw, final.predictions),
-    }
+    judged = final.raw or final.predictions
+    figures = compute_metrics(judged, classes)
+    figures["intervals"] = {name: list(limits) for name, limits in compute_intervals(judged).items()}
+    figures["calibration"] = _calibration(models, final, overlap)
     if len(models) == 1:
-        figures["reject"] = measure_thresholds(models[0].metrics.get("reject", []), final.predictions)
-    figures["num_classes"] = len(classes)
-    return figures
+        figures["reject"] = _thresholds(models[0], final.predictions)
+    known = overlap.is_known
+    return figures | {
+        "num_classes": len(classes),
+        "trained_on": overlap.trained if overlap.trained or known else None,
+        "split_chose_checkpoint": bool(overlap.chose) if overlap.chose or known else None,
+    }
+
+
+def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
+    """Return what is known of calibration; of means of probabilities only how they are, not how they were."""
+    num_images = len(final.predictions.labels)
+    facts = {
+        "temperature": models[0].predictor.card.temperature if len(models) == 1 else None,
+        "fitted_on": "val",
+        "same_images": bool(overlap.fitted),
+    }
+    after = final.predictions
+    if final.raw is None:
+        measured = compare_calibration(after, after)
+        return facts | {key: value for key, value in measured.items() if key.endswith("_calibrated")}
+    if overlap.fitted == num_images and facts["temperature"] != 1.0:
+        after = calibrate_apart(final.raw)
+    return facts | compare_calibration(final.raw, after)
+
+
+def _thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
+    rows = read_metrics(model.run).get("reject") if model.run is not None else None
+    try:
+        return measure_thresholds(rows or [], predictions)
+    except (LookupError, TypeError):  # edited by hand, or of another version
+        return []

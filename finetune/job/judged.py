@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,18 @@ from finetune.runs.files import read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
 
 _COLUMNS = ["path", "label", "predicted"]
+_NUMBERS = ("balanced_accuracy", "f1_macro", "loss", "trained_on")
+_INNER_NUMBERS = (("calibration", "ece_calibrated"), ("seconds", "total"))
+_KINDS: dict[str, type] = {
+    "intervals": dict,
+    "calibration": dict,
+    "seconds": dict,
+    "models": list,
+    "features": list,
+    "backbone": str,
+    "strategy": str,
+    "split": str,
+}
 _TOLERANCE = 1e-6
 """Of an accuracy that is counted again."""
 
@@ -29,8 +42,8 @@ class Judged:
         metrics: content of ``metrics.json``.
         classes: names in index order.
         answers: true and predicted class by path, of every judged image.
-        digests: sha256 of images by path; empty where none are recorded.
-        trained_on: paths and sha256 of the training images; empty where they are not recorded.
+        digests: sha256 by path, of every judged image at least.
+        trained_on: paths and sha256 of a run's training images; empty for an evaluation.
     """
 
     name: str
@@ -47,7 +60,7 @@ class Judged:
         try:
             rows = read_rows(self.folder.plan)
             return sum(int(row["parameters"]) for row in rows if row["trained"] == "True")
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, DataError):
             return None
 
 
@@ -73,10 +86,21 @@ def load_judged(path: Path, name: str) -> Judged:
         raise DataError(
             str(folder.metrics), found, "Make the folder again: its files do not belong together."
         )
-    split = [row for row in read_split(folder) if row.keys() >= {"path", "split", "sha256"}]
+    split = read_split(folder)
     digests = {row["path"]: row["sha256"] for row in split}
-    trained_on = frozenset((row["path"], row["sha256"]) for row in split if row["split"] == "train")
+    _check_known(folder, answers, digests)
+    learned = [row for row in split if row["split"] == "train"] if folder.recipe.is_file() else []
+    trained_on = frozenset((row["path"], row["sha256"]) for row in learned)
     return Judged(name, folder, metrics, classes, answers, digests, trained_on)
+
+
+def _check_known(folder: RunFolder, answers: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Two folders may have other pictures under the same names: only their content says which was judged."""
+    unknown = [path for path in answers if not digests.get(path)]
+    if unknown:
+        found = f"split.csv has no sha256 of {len(unknown)} of its {len(answers)} judged images"
+        fix = "Judge it again with this version (`finetune evaluate RUN --data FOLDER`), and compare that."
+        raise DataError(str(folder.path), f"{found} ({unknown[0]} for one)", fix)
 
 
 def _check_done(folder: RunFolder) -> None:
@@ -89,10 +113,32 @@ def _check_done(folder: RunFolder) -> None:
 def _read_metrics(folder: RunFolder) -> dict[str, Any]:
     try:
         metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
-        metrics["accuracy"] = float(metrics["accuracy"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        _check_shape(metrics)
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise _damaged(folder.metrics, error) from None
     return metrics
+
+
+def _check_shape(metrics: Any) -> None:
+    """What is there has the form that a run gives it; anything but the accuracy may be absent or null."""
+    if not isinstance(metrics, dict) or not _is_number(metrics.get("accuracy")):
+        raise ValueError("it holds no accuracy")
+    for key, kind in _KINDS.items():
+        if metrics.get(key) is not None and not isinstance(metrics[key], kind):
+            raise ValueError(f"{key} is {metrics[key]!r}")
+    inner = {f"{key}.{name}": (metrics.get(key) or {}).get(name) for key, name in _INNER_NUMBERS}
+    numbers = {key: metrics.get(key) for key in _NUMBERS} | inner
+    for key, value in numbers.items():
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{key} is {value!r}, and no finite number")
+    limits = (metrics.get("intervals") or {}).get("accuracy")
+    is_pair = isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))
+    if limits is not None and not is_pair:
+        raise ValueError(f"intervals.accuracy is {limits!r}, and no two finite numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_answers(folder: RunFolder) -> tuple[tuple[str, ...], dict[str, tuple[str, str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from finetune.display import Display
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.calibration import measure_reliability
 from finetune.evaluation.predict import Predictions
+from finetune.job.seen import Seen, find_run, find_seen
 from finetune.predictor import Predictor, load
-from finetune.runs.claim import read_split
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 
@@ -44,19 +43,9 @@ class Model:
     run: RunFolder | None
 
     @cached_property
-    def parts(self) -> dict[str, str]:
-        """The part of each image of its run, by sha256; ``train`` where an image is in several."""
-        rows = read_split(self.run) if self.run is not None else []
-        return {row["sha256"]: row["split"] for row in sorted(rows, key=lambda row: row["split"] == "train")}
-
-    @cached_property
-    def metrics(self) -> Mapping[str, Any]:
-        """The figures of its run; empty where there are none."""
-        try:
-            found = json.loads(self.run.metrics.read_text(encoding="utf-8")) if self.run is not None else {}
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def seen(self) -> Seen:
+        """The images that it has seen."""
+        return find_seen(self.run)
 
 
 @dataclass(frozen=True)
@@ -67,14 +56,14 @@ class Variant:
         model: name, or how many of them.
         views: of each picture.
         predictions: calibrated.
-        raw: before calibration; the same where there is no such thing.
+        raw: before calibration; None for a mean of probabilities, which are calibrated already.
         seconds: that it took, decoding included.
     """
 
     model: str
     views: int
     predictions: Predictions
-    raw: Predictions
+    raw: Predictions | None
     seconds: float
 
 
@@ -85,18 +74,18 @@ def load_model(name: str, device: str, batch_size: int | None, workers: int | No
         UsageError: there is none of that name.
     """
     predictor = load(name, device=device, batch_size=batch_size, workers=workers, offline=offline)
-    path = Path(name.removeprefix("local-dir:"))
-    runs = (RunFolder(folder) for folder in (path, path.parent))
-    run = next((run for run in runs if run.split.is_file() and run.model.is_dir()), None)
-    return Model(name, predictor, run)
+    is_folder = predictor.card.place == "folder"
+    return Model(name, predictor, find_run(Path(predictor.card.location)) if is_folder else None)
 
 
 def check_same_classes(models: Sequence[Model]) -> None:
-    """Refuse to put models together that know different classes.
+    """Refuse to put models together that know different classes, or are one.
 
     Raises:
-        UsageError: they do.
+        UsageError: they do, or one is named twice.
     """
+    if len({model.predictor.card.location or model.name for model in models}) < len(models):
+        raise UsageError("finetune evaluate", "one model is named twice", "Name each once.")
     first = set(models[0].predictor.classes)
     for model in models[1:]:
         if others := first.symmetric_difference(model.predictor.classes):
@@ -152,7 +141,7 @@ def _predict(
     seconds = time.perf_counter() - began
     predictions = _from_probabilities(probabilities, labels)
     plain = predictor.num_views == 1
-    raw = predictions.soften(1 / predictor.card.temperature) if plain else predictions
+    raw = predictions.soften(1 / predictor.card.temperature) if plain else None
     return Variant(model.name, predictor.num_views, predictions, raw, seconds)
 
 
@@ -161,7 +150,7 @@ def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
     mean = torch.stack([variant.predictions.probabilities for variant in variants]).mean(dim=0)
     together = _from_probabilities(mean, labels)
     views, seconds = sum(one.views for one in variants), sum(one.seconds for one in variants)
-    return Variant(f"{len(variants)} together", views, together, together, seconds)
+    return Variant(f"{len(variants)} together", views, together, None, seconds)
 
 
 def _from_probabilities(probabilities: Tensor, labels: Tensor) -> Predictions:

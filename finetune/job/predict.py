@@ -16,9 +16,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from finetune.job.prediction_rows import Rows, find_format
 from finetune.predictor import Answer, Predictor, load, split_batches
 from finetune.runs.claim import create_folder
 from finetune.runs.files import escape_formula, format_csv_line
-from finetune.runs.growing import Growing, bad_of, find_finished, open_growing
+from finetune.runs.growing import Growing, bad_of, check_free, find_finished, open_growing
 from finetune.runtime import resolve_threads
 from finetune.stopping import StopSignal
 from finetune.strategy.freeze import digest_tensors
@@ -76,10 +76,7 @@ def predict_files(request: Request, display: Display) -> dict[str, Any]:
     """
     with translated_errors():
         format = find_format(request.output, request.format)
-        inputs = find_inputs(
-            request.input, sys.stdin.buffer, nul=request.nul, follow_links=request.follow_links
-        )
-        _check_not_among(request.output, [inputs.folder] if inputs.folder else [])
+        inputs = _find_inputs(request)
         with display.busy(f"loading {request.model}"):
             predictor = _load(request)
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
@@ -89,16 +86,21 @@ def predict_files(request: Request, display: Display) -> dict[str, Any]:
         if before := find_finished(request.output, facts):
             display.say(f"{request.output} holds these predictions already")
             return _summarise(request, _Progress(**before), 0.0)
-        if os.path.lexists(request.output):
-            found, fix = (
-                "there is something of that name already",
-                "Name another --output, or remove it yourself.",
-            )
-            raise UsageError(f"--output {request.output}", found, fix)
-        total = _count(inputs, request.output, display)
+        check_free(request.output)
+        total = _count(inputs, display)
         create_folder(request.output.parent)
         with open_growing(request.output, facts) as growing:
             return _Work(request, inputs, predictor, rows, growing, display, total).run()
+
+
+def _find_inputs(request: Request) -> Inputs:
+    """Return the pictures; where they are walked over, what lies beside the output is refused."""
+    stream = getattr(sys.stdin, "buffer", None)  # it may be closed
+    inputs = find_inputs(request.input, stream, nul=request.nul, follow_links=request.follow_links)
+    if inputs.folder:
+        _check_not_among(request.output, inputs.folder)
+        return inputs
+    return replace(inputs, open=lambda: _watch(inputs, request.output))
 
 
 def _load(request: Request) -> Predictor:
@@ -140,29 +142,33 @@ def _describe(request: Request, predictor: Predictor, rows: Rows) -> dict[str, A
 # --- where nothing may be written ----------------------------------------------------------------
 
 
-def _count(inputs: Inputs, output: Path, display: Display) -> int | None:
-    """Walk over all pictures once, which finds links that lead out before anything is computed."""
+def _count(inputs: Inputs, display: Display) -> int | None:
+    """Walk over all pictures once, which finds what is refused before anything is computed."""
     if not inputs.is_countable:
         return None
-    number, folders = 0, set()
     with display.busy(f"looking through {inputs.asked}"):
-        for one in inputs.open():
-            number += 1
-            if not inputs.folder and one.file.parent != inputs.home:
-                folders.add(one.file.parent)
-    home = os.path.realpath(inputs.home)
-    _check_not_among(output, [folder for folder in folders if os.path.realpath(folder) != home])
+        number = sum(1 for _ in inputs.open())
     if not number:
         raise _no_images(inputs)
     return number
 
 
-def _check_not_among(output: Path, folders: Sequence[Path]) -> None:
-    inside = Path(os.path.realpath(output))
-    for folder in folders:
-        if inside.is_relative_to(os.path.realpath(folder)):
-            found, fix = f"it lies among the images, in {folder}", "Name an --output outside of it."
-            raise UsageError(f"--output {output}", found, fix)
+def _watch(inputs: Inputs, output: Path) -> Iterator[Input]:
+    """Give the pictures on, as long as the output does not lie in the folder of one."""
+    home, last = os.path.realpath(inputs.home), inputs.home
+    for one in inputs.open():
+        folder = one.file.parent
+        if folder != last and os.path.isfile(one.file):  # noqa: PTH113 - Path.is_file raises on long names
+            if os.path.realpath(folder) != home:
+                _check_not_among(output, folder)
+            last = folder
+        yield one
+
+
+def _check_not_among(output: Path, folder: Path) -> None:
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
+        found, fix = f"it lies among the images, in {folder}", "Name an --output outside of it."
+        raise UsageError(f"--output {output}", found, fix)
 
 
 def _no_images(inputs: Inputs) -> DataError:
@@ -202,9 +208,9 @@ class _Fingerprint:
     def add(self, one: Input) -> None:
         try:
             status = os.stat(one.file)  # noqa: PTH116
-            facts = f"{status.st_size} {status.st_mtime_ns}"
+            facts = one.fault or f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError):
-            facts = "gone"
+            facts = one.fault or "gone"
         self._hash.update(f"{one.path}\0{facts}\n".encode())
 
     def value(self) -> str:

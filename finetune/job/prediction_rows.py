@@ -35,9 +35,11 @@ def find_format(output: Path, format: str | None) -> RowFormat:
     """Return the format that was named, else that of the output's suffix, else CSV.
 
     Raises:
-        UsageError: an unknown one, or another than the suffix says.
+        UsageError: an unknown one, or another than the suffix says; or the output is no name of a file.
         EnvironmentFaultError: it needs a package that is not installed.
     """
+    if not output.name:  # "", ".", "/"
+        raise UsageError("--output", "it names no file", "Name a .csv, .jsonl or .parquet file.")
     said = _SUFFIXES.get(output.suffix.lower())
     for known in FORMATS:
         if (format or said or "csv") == known:

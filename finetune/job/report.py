@@ -10,11 +10,12 @@ from finetune.data.finding import Finding
 from finetune.display import Display
 from finetune.errors import DiskError, FinetuneError, UsageError
 from finetune.export.folder import load_exported
+from finetune.export.staging import staged
 from finetune.report.facts import Facts, load_facts
 from finetune.report.mistakes import MOST_MISTAKES, Explainer, Mistake, show_mistakes
 from finetune.report.pictures import Album
 from finetune.report.render import Page, build_page
-from finetune.runs.files import disk_error, write_bytes, write_text
+from finetune.runs.files import write_text
 from finetune.runs.folder import RunFolder
 from pretrained.catalog import find_card
 
@@ -107,15 +108,10 @@ def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
 
 def _write(folder: RunFolder, page: Page, mistakes: list[Mistake]) -> None:
     """The drawings first, so that a page is never older than what lies beside it."""
-    try:
-        folder.plots.mkdir(exist_ok=True)
-        for old in folder.plots.glob("mistake-*.jpg"):
-            old.unlink()
-    except OSError as error:
-        raise disk_error(folder.plots, error) from None
-    for plot in page.plots:
-        write_text(folder.plots / f"{plot.name}.svg", plot.file)
-    for panel in (panel for mistake in mistakes for panel in mistake.panels):
-        if panel.content:
-            write_bytes(folder.plots / panel.name, panel.content)
+    with staged(folder.plots) as plots:
+        for plot in page.plots:
+            (plots / f"{plot.name}.svg").write_text(plot.file, encoding="utf-8")
+        for panel in (panel for mistake in mistakes for panel in mistake.panels):
+            if panel.content:
+                (plots / panel.name).write_bytes(panel.content)
     write_text(folder.report, page.html)

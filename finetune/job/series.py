@@ -29,6 +29,8 @@ def create_series_folder(output: Path) -> None:
         fix = "Name a new folder: each run of a series gets a folder of its own in it."
         raise UsageError(f"--output {output}", "it holds a single run", fix)
     create_folder(output)
+    for old in (output / "series.json", output / "series.csv"):  # of runs that may be made longer now
+        old.unlink(missing_ok=True)
 
 
 def finish_series(output: Path, kind: str, runs: Mapping[str, Mapping[str, Any]], display: Display) -> Any:
@@ -74,9 +76,10 @@ def summarize(figures: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> dict
 
 def _sentence(kind: str, series: Mapping[str, Any]) -> str:
     number, spread = series["num_runs"], series["std"]["accuracy"]
-    kind_of = f"{_KIND[kind]}s"
+    # Folds share most of their training images: their deviation says less of the mean.
+    of_mean = f"; of the mean {spread / math.sqrt(number):.4f}" if kind == "repeats" else ""
     kindly = " (images that also chose the epoch)" if series["split_chose_checkpoint"] else ""
     return (
         f"accuracy {series['mean']['accuracy']:.4f} +/- {spread:.4f} (mean and standard deviation of "
-        f"{number} {kind_of}; of the mean {spread / math.sqrt(number):.4f}) on {series['split']}{kindly}"
+        f"{number} {_KIND[kind]}s{of_mean}) on {series['split']}{kindly}"
     )

@@ -85,5 +85,5 @@ def _folded(name: str) -> str:
 
 def _core(name: str) -> str:
     """Return what is left of a name without case, separators and a plural s."""
-    bare = re.sub(r"[\s_.\-]+", "", _folded(name))
+    bare = re.sub(r"(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)", "", _folded(name))  # 1.0 is not 10
     return bare[:-1] if len(bare) > 3 and bare.endswith("s") and not bare.endswith("ss") else bare or name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -40,10 +40,12 @@ _FORMATS = {
 _GRAPHIC_MODES = frozenset({"1", "P", "PA"})
 """Of drawings: photographs have no palette."""
 _PLACEHOLDER = re.compile(
-    r"(not|no)[ _-]?(found|available|image|photo|picture)|place[ _-]?holder|unavailable"
-    r"|(image|photo|picture)[ _-]?missing|missing[ _-]?(image|photo|picture)|coming[ _-]?soon",
+    r"(?<![a-z])((image|img|photo|picture|file|page)[ _-]?)?(not[ _-]?(found|available)|no[ _-]?(image|photo|picture))"
+    r"|place[ _-]?holder|unavailable|coming[ _-]?soon"
+    r"|(?<![a-z])((image|photo|picture)[ _-]?missing|missing[ _-]?(image|photo|picture))",
     re.IGNORECASE,
 )
+"""Words of their own: a piano photo and a volcano image are none."""
 
 _REASONS = (
     ("file-empty", "empty file", "{} without a byte", "Copy or download them again."),
@@ -168,7 +170,7 @@ def find_oddities(seen: Seen) -> Oddities:
     names = [PurePosixPath(sample.path) for sample in seen.samples]
     suffixes, stems = [name.suffix.lower() for name in names], [name.stem for name in names]
     return Oddities(
-        disguised=[place for place in places if _FORMATS[suffixes[place]] != seen.looks.format_of(place)],
+        disguised=[place for place in places if _is_disguised(suffixes[place], seen.looks.format_of(place))],
         animated=np.flatnonzero(rows["is_animated"]).tolist(),
         odd=_find_odd(seen),
         named=[place for place in places if _PLACEHOLDER.search(stems[place])],
@@ -177,6 +179,11 @@ def find_oddities(seen: Seen) -> Oddities:
         long=np.flatnonzero(long > LONG * short).tolist(),
         other_size=list(_rare(list(zip(widths.tolist(), heights.tolist(), strict=True)))),
     )
+
+
+def _is_disguised(suffix: str, form: str) -> bool:
+    """Tell whether a name says another format; a table may name files whose names say none."""
+    return _FORMATS.get(suffix, form) != form
 
 
 def _find_odd(seen: Seen) -> list[int]:
@@ -217,8 +224,3 @@ def _named(seen: Seen, place: int, words: bool) -> str:
 
 def _more(total: int, shown: int) -> str:
     return f" and {total - shown} more" if total > shown else ""
-
-
-def all_places(odd: Oddities) -> Iterable[int]:
-    """Return every place that stands out, once."""
-    return dict.fromkeys(place for places in vars(odd).values() for place in places)

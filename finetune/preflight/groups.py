@@ -19,7 +19,8 @@ def judge_groups(dataset: Dataset) -> Iterator[Remark]:
             parts[sample.group].add(sample.split)
     broken = sorted(name for name, found in parts.items() if len(found) > 1)
     if broken:
-        paths = [sample.path for sample in dataset.samples if sample.group in set(broken)]
+        torn = frozenset(broken)
+        paths = [sample.path for sample in dataset.samples if sample.group in torn]
         yield Remark(
             "group-leak",
             "warning",

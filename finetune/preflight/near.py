@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ MOST_COMPARISONS = 4_000_000_000
 """Of hashes: some ten seconds of one core. Beyond, pictures are compared across parts only, up to ten times
 as many, and then not at all."""
 MOST_PAIRS = 100_000
+"""Of parts that differ, and as many of one part: a long video must not hide a leak."""
 _BLOCK = 2**22
 _STEP = 4096
 
@@ -50,10 +52,12 @@ class Near:
     Attributes:
         pairs: the most alike first.
         scope: ``all`` pictures were compared, those ``across`` parts, or ``none``.
+        is_cut: there may be more; the search ended at ``MOST_PAIRS``.
     """
 
     pairs: tuple[Pair, ...]
     scope: str
+    is_cut: bool = False
 
     def leaks(self, seen: Seen) -> list[Pair]:
         """Return pairs that lie in two parts."""
@@ -63,31 +67,45 @@ class Near:
         """Return pairs that lie under two labels."""
         return [pair for pair in self.pairs if seen.labels[pair.first] != seen.labels[pair.second]]
 
+    def others(self, seen: Seen) -> list[Pair]:
+        """Return pairs of one part and one label."""
+        told = {*self.leaks(seen), *self.conflicts(seen)}
+        return [pair for pair in self.pairs if pair not in told]
+
 
 def find_near(seen: Seen) -> Near:
-    """Return pairs of pictures that are nearly the same, but not byte for byte."""
+    """Return pairs of pictures that are nearly the same, but not byte for byte.
+
+    Parts are searched against each other first: what lies in two of them weighs more than the rest.
+    """
     usable = np.flatnonzero(seen.contrasts >= LEAST_CONTRAST)
     sizes = np.bincount(seen.parts[usable], minlength=len(SPLITS)).tolist()
     across = (len(usable) ** 2 - sum(size**2 for size in sizes)) // 2
     if len(usable) ** 2 // 2 <= MOST_COMPARISONS:
-        scope, blocks = "all", _blocks_of_all(usable)
+        scope, searches = "all", (_blocks_across(usable, seen.parts), _blocks_within(usable, seen.parts))
     elif across <= 10 * MOST_COMPARISONS:
-        scope, blocks = "across", _blocks_across(usable, seen.parts)
+        scope, searches = "across", (_blocks_across(usable, seen.parts),)
     else:
         return Near((), "none")
     pairs: list[Pair] = []
-    for rows, columns in blocks:
-        pairs += _compare(seen, rows, columns)
-        if len(pairs) >= MOST_PAIRS:
-            break
-    return Near(tuple(sorted(pairs, key=lambda pair: (-pair.correlation, pair.first, pair.second))), scope)
+    is_cut = False
+    for blocks in searches:
+        found = chain.from_iterable(_compare(seen, rows, columns) for rows, columns in blocks)
+        pairs += islice(found, MOST_PAIRS)
+        is_cut |= next(found, None) is not None
+    pairs.sort(key=lambda pair: (-pair.correlation, pair.first, pair.second))
+    return Near(tuple(pairs), scope, is_cut)
 
 
-def _blocks_of_all(usable: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield places that are to be compared with places, each pair once or twice."""
-    step = max(1, min(_STEP, _BLOCK // max(1, len(usable))))
-    for start in range(0, len(usable), step):
-        yield usable[start : start + step], usable[start:]
+def _blocks_within(
+    usable: NDArray[np.int64], parts: NDArray[np.int8]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield places that are to be compared with places of the same part, each pair once or twice."""
+    for part in range(len(SPLITS)):
+        own = usable[parts[usable] == part]
+        step = max(1, min(_STEP, _BLOCK // max(1, len(own))))
+        for start in range(0, len(own), step):
+            yield own[start : start + step], own[start:]
 
 
 def _blocks_across(
@@ -154,7 +172,7 @@ def judge_near(seen: Seen, near: Near) -> Iterator[Remark]:
             len(conflicts),
             seen.paths(_places(conflicts)),
         )
-    others = [pair for pair in near.pairs if pair not in set(leaks) | set(conflicts)]
+    others = near.others(seen)
     if others:
         yield Remark(
             "near-duplicate",
@@ -171,6 +189,14 @@ def judge_near(seen: Seen, near: Near) -> Iterator[Remark]:
             "note",
             f"{len(seen.samples)} pictures are many: near copies were looked for {what}.",
             "Check a part of the data by itself.",
+        )
+    if near.is_cut:
+        yield Remark(
+            "near-scope",
+            "note",
+            f"There are more than {MOST_PAIRS} pairs of near copies, across parts or within them; the others "
+            "were not looked for.",
+            "Remove most of those that are listed, and check again.",
         )
 
 

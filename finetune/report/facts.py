@@ -22,6 +22,9 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.runs.files import read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
 
+JUDGED = "judged"
+"""The part that images are in of which it is not known, or does not matter, which one they were in."""
+_TOLERANCE = 1e-6
 T = TypeVar("T")
 Row = Mapping[str, str]
 
@@ -64,7 +67,8 @@ class Facts:
         predictions: in the order of the file.
         history: rows of ``history.csv``, as numbers.
         plan: rows of ``plan.csv``.
-        split: rows ``path,label,split`` of ``split.csv``.
+        split: rows ``path,label,split`` of a run's ``split.csv``; that of an evaluation names what it judged
+            alone, and nothing that was trained on.
         check: of ``check.json``.
         environment: of ``environment.json``.
         advice: of ``advice.json``.
@@ -144,16 +148,31 @@ class Facts:
 
     @cached_property
     def counts(self) -> dict[str, Counter[str]]:
-        """Images by part and class, the training part first."""
+        """Images by part and class, the training part first; where no parts are known, what was judged."""
         parts = {row["split"] for row in self.split}
         order = [*(part for part in SPLITS if part in parts), *sorted(parts - set(SPLITS))]
         found: dict[str, Counter[str]] = {part: Counter() for part in order}
         for row in self.split:
             found[row["split"]][row["label"]] += 1
         if not found and self.predictions:
-            part = str(self.metrics.get("split") or "judged")
-            found[part] = Counter(one.label for one in self.predictions)
+            part = self.metrics.get("split")
+            name = part if part in ("val", "test") else JUDGED
+            found[name] = Counter(one.label for one in self.predictions)
         return found
+
+    @cached_property
+    def contradiction(self) -> str:
+        """How ``predictions.csv`` disagrees with ``metrics.json``; nothing where it does not."""
+        judged, accuracy = self.number("num_samples"), self.number("accuracy")
+        rows = len(self.predictions)
+        if not rows or judged is None:
+            return ""
+        if rows != judged:
+            return f"predictions.csv has {rows:,} rows, and metrics.json speaks of {judged:,.0f} images"
+        share = 1 - len(self.mistakes) / rows
+        if accuracy is not None and abs(share - accuracy) > _TOLERANCE:
+            return f"in predictions.csv {100 * share:.2f} % are right, in metrics.json {100 * accuracy:.2f} %"
+        return ""
 
 
 def finite(value: Any) -> float | None:
@@ -192,7 +211,7 @@ def load_facts(folder: RunFolder) -> Facts:
         predictions=read(folder.predictions, _read_predictions, ()),
         history=read(folder.history, _read_history, ()),
         plan=read(folder.plan, _rows_with("group", "stage", "parameters", "trained", "rate"), ()),
-        split=read(folder.split, _rows_with("path", "label", "split"), ()),
+        split=read(folder.split, _rows_with("path", "label", "split"), ()) if folder.recipe.is_file() else (),
         check=read(folder.check, _read_json, nothing),
         environment=read(folder.environment, _read_json, nothing),
         advice=read(folder.advice, _read_json, nothing),
@@ -214,10 +233,7 @@ def _read_lines(path: Path) -> tuple[str, ...]:
 
 def _rows_with(*columns: str) -> Callable[[Path], tuple[Row, ...]]:
     def read(path: Path) -> tuple[Row, ...]:
-        rows = read_rows(path)
-        if any(row.get(column) is None for row in rows for column in columns):
-            raise ValueError("a column is missing")
-        return tuple(rows)
+        return tuple(read_rows(path, columns))
 
     return read
 

@@ -141,7 +141,7 @@ def _number(text: str) -> float | None:
 
 
 def _train_counts(facts: Facts) -> list[tuple[int, str]]:
-    counts: Mapping[str, int] = facts.counts.get("train", {})
+    counts: Mapping[str, int] = facts.counts.get("train", {})  # of a run only
     return sorted((count, label) for label, count in counts.items())
 
 

@@ -22,6 +22,7 @@ from finetune.report.facts import Facts
 from finetune.report.mistakes import Mistake
 from finetune.report.next_steps import suggest_steps
 from finetune.report.pictures import Album
+from finetune.report.rejects import list_rejects, say_rejects
 from finetune.report.svg import Plot, load_part
 from finetune.report.variants import list_variants
 
@@ -76,6 +77,8 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
             title=_title(facts),
             say=sections,
             list_variants=list_variants,
+            rejects=list_rejects(facts),
+            said_of_rejects=say_rejects(facts),
         )
     )
     return Page(html, [plot for plots in drawn.values() for plot in plots])

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.errors import sanitize
 from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
 from finetune.report.curves import draw_curves, draw_intervals
-from finetune.report.facts import Facts, Row, finite
+from finetune.report.facts import JUDGED, Facts, Row, finite
 from finetune.report.matrix import MOST_CLASSES, draw_matrix
 from finetune.report.pictures import Album, Picture
 from finetune.report.svg import Plot
@@ -29,7 +29,7 @@ MORE_FIGURES = {
     "recall_macro": "macro recall",
     "loss": "log loss",
 }
-PARTS = {"val": "validation", "test": "test", "train": "training"}
+PARTS = {"val": "validation", "test": "test", "train": "training", "all": JUDGED}
 MOST_PAIRS = 15
 MOST_SAMPLES = 120
 """Sample pictures on the page, over all classes."""
@@ -71,7 +71,7 @@ def list_figures(facts: Facts) -> list[Figure]:
 
 def name_part(facts: Facts) -> str:
     """Return which images were judged: validation, test, or as the file has it."""
-    part = str(facts.metrics.get("split", "judged"))
+    part = str(facts.metrics.get("split") or "all")
     return PARTS.get(part, part)
 
 
@@ -338,18 +338,6 @@ def say_calibration(facts: Facts) -> str:
     if calibration.get("same_images") is True:
         said += " The judged images also fitted it, so the figures after it are cross-fitted in five parts."
     return said
-
-
-def list_rejects(facts: Facts) -> list[tuple[str, str, str]]:
-    """Return precision, threshold and coverage, as words."""
-    found = []
-    for row in facts.rows("reject"):
-        wanted, threshold = finite(row.get("precision")), finite(row.get("threshold"))
-        coverage = finite(row.get("coverage"))
-        if wanted is not None:
-            said = "cannot be had" if threshold is None else f"{threshold:.4f}" if threshold > 0 else "any"
-            found.append((f"{100 * wanted:.0f} %", said, percent(coverage or 0.0)))
-    return found
 
 
 # --- the run itself ------------------------------------------------------------------------------

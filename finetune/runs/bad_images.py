@@ -11,8 +11,12 @@ COLUMNS = ("path", "split", "reason")
 
 
 def read_bad_images(folder: RunFolder) -> list[dict[str, str]]:
-    """Return path, part and reason of each."""
-    return read_rows(folder.bad_images) if folder.bad_images.exists() else []
+    """Return path, part and reason of each.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    return read_rows(folder.bad_images, COLUMNS) if folder.bad_images.exists() else []
 
 
 def write_bad_images(folder: RunFolder, rows: Sequence[tuple[str, str, str]]) -> None:

@@ -18,6 +18,7 @@ from finetune.runs.files import disk_error, read_rows, write_text
 from finetune.runs.folder import Outcome, RunFolder
 
 RUNNING = "the run is going on, or was killed"
+SPLIT_COLUMNS = ("path", "label", "split", "sha256")
 
 NO_EFFECT = (
     "data.workers",
@@ -142,8 +143,12 @@ def find_changed_environment(folder: RunFolder, now: Mapping[str, Any]) -> dict[
 
 
 def read_split(folder: RunFolder) -> list[dict[str, str]]:
-    """Return the images that a run began with: path, label, part and sha256 of each."""
-    return read_rows(folder.split) if folder.split.exists() else []
+    """Return the images that a run began with: path, label, part and sha256 of each.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    return read_rows(folder.split, SPLIT_COLUMNS) if folder.split.exists() else []
 
 
 def _some(paths: list[str], what: str) -> str:

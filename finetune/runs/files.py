@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DiskError
+from finetune.errors import DataError, DiskError
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """What a spreadsheet may run (the last four are full-width), after any apostrophes that were there."""
@@ -106,11 +106,30 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str])
     write_chunks(path, (line.encode() for line in lines))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a table of :func:`write_csv` back: text by column, one row each."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: unescape_formula(value) for key, value in row.items()} for row in rows]
+def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Read a table of :func:`write_csv` back: text by column, one row each.
+
+    Args:
+        path: of the table.
+        needed: columns that must be there.
+
+    Raises:
+        DataError: it is no such table: cut short, no UTF-8, rows of another length than the first line.
+        OSError: it cannot be read at all.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header, rows = next(reader, []), [row for row in reader if row]
+        if absent := [name for name in needed if name not in header]:
+            raise ValueError(f"there is no column {absent[0]}")
+        for row in rows:
+            if len(row) != len(header):
+                raise ValueError(f"a row has {len(row)} cells, and there are {len(header)} columns: {row[0]}")
+    except (ValueError, csv.Error) as error:
+        found = f"it cannot be read ({' '.join(str(error).split())[:200]})"
+        raise DataError(str(path), found, "Restore the file as it was, or make its folder again.") from None
+    return [dict(zip(header, map(unescape_formula, row), strict=True)) for row in rows]
 
 
 def format_csv_line(cells: Sequence[str]) -> str:

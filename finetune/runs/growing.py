@@ -6,7 +6,7 @@
     .NAME.bad.part    what could not be used     -> NAME.bad.csv, or nothing
     .NAME.journal     what both belong to, how long they were when they were last saved, and how far that is
 
-What was written after the last save is cut off when the work goes on.
+What was written after the last save is cut off when the work goes on. No file that is there is replaced.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ class Growing:
             bad.replace(self.bad_target)
         else:
             bad.unlink(missing_ok=True)
-            self.bad_target.unlink(missing_ok=True)  # of a file of that name before
         if convert is None:
             rows.replace(self.target)
         else:
@@ -116,7 +115,7 @@ def open_growing(target: Path, facts: Mapping[str, Any]) -> Iterator[Growing]:
     """Give the files of a target while the block runs, as far as an earlier attempt came.
 
     Args:
-        target: a name that nothing has yet; its folder is there.
+        target: a name that :func:`check_free` found free; its folder is there.
         facts: everything that the content depends on, as JSON. Of others nothing is used.
 
     Raises:
@@ -125,16 +124,41 @@ def open_growing(target: Path, facts: Mapping[str, Any]) -> Iterator[Growing]:
     """
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(_open(path)) for path in _parts(target)]
-            _lock(files[0], target)
+            rows, bad = _parts(target)
+            own = stack.enter_context(_open(rows))
+            _lock(own, target)
+            if _is_own_list(target):
+                bad_of(target).replace(bad)
             try:
-                yield Growing(target, facts, *files)
+                yield Growing(target, facts, own, stack.enter_context(_open(bad)))
             finally:
                 if not journal_of(target).exists():  # finished, or nothing that could be gone on with
                     for path in _parts(target):
                         path.unlink(missing_ok=True)
     except OSError as error:
         raise disk_error(target, error) from None
+
+
+def check_free(target: Path) -> None:
+    """Make sure that neither the rows nor the list of what could not be used replace a file.
+
+    Raises:
+        UsageError: there is one already, which no attempt at the target has left.
+    """
+    for path in (target, bad_of(target)):
+        if os.path.lexists(path) and not (path != target and _is_own_list(target)):
+            found = "there is something of that name already"
+            if path != target:
+                found = f"there is {path.name} beside it already, where images that cannot be read are listed"
+            raise UsageError(f"--output {target}", found, "Name another --output, or remove it yourself.")
+
+
+def _is_own_list(target: Path) -> bool:
+    """Tell whether an attempt was killed after it gave the list its name, and before the rows had theirs."""
+    sizes, path = _read(journal_of(target)).get("sizes"), bad_of(target)
+    if not isinstance(sizes, list) or len(sizes) != 2 or not sizes[1] or os.path.lexists(_parts(target)[1]):
+        return False
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == sizes[1]
 
 
 def bad_of(target: Path) -> Path:

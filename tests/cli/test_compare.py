@@ -13,7 +13,7 @@ import pytest
 
 from finetune.errors import ExitCode
 from finetune.runs.files import write_csv, write_json
-from tests.conftest import Cli
+from tests.conftest import Cli, draw
 
 Make = Callable[..., Path]
 
@@ -47,9 +47,11 @@ def make(tmp_path: Path) -> Make:
         )
         accuracy = 1 - len(wrong) / len(images)
         write_json(folder / "metrics.json", {"accuracy": accuracy, "split": "val"} | metrics)
-        if digests is not None:
-            split = [(path, label, "val", digests.get(path, "0")) for path, label in images]
-            write_csv(folder / "split.csv", [*split, *train], ("path", "label", "split", "sha256"))
+        contents = digests or {}
+        split = [(path, label, "val", contents.get(path, f"of {path}")) for path, label in images]
+        write_csv(folder / "split.csv", [*split, *train], ("path", "label", "split", "sha256"))
+        if train:
+            (folder / "recipe.yaml").write_text("data:\n  path: x\n")
         return folder
 
     return make_folder
@@ -163,10 +165,18 @@ def test_parts_of_other_names_and_images_that_were_trained_on(cli: Cli, make: Ma
 
 def test_other_training_images(cli: Cli, make: Make) -> None:
     rows = [(f"train/{number}.jpg", "ants", "train", str(number)) for number in range(9)]
-    first, second = make("a", digests={}, train=rows[:6]), make("b", digests={}, train=rows[2:])
+    first, second = make("a", train=rows[:6]), make("b", train=rows[2:])
     said = warnings_of(cli, first, second)
     assert "a and b were trained on different images (6 and 7, 4 of them in both)" in said
-    assert warnings_of(cli, first, make("c", digests={}, train=rows[:6])) == ""
+    assert warnings_of(cli, first, make("c", train=rows[:6])) == ""
+
+
+def test_what_an_evaluation_judged_was_not_trained_on(cli: Cli, make: Make) -> None:
+    """Its split.csv may call its images a training part."""
+    rows = [(f"train/{number}.jpg", "ants", "train", str(number)) for number in range(9)]
+    first, second = make("a", train=rows[:6]), make("b", train=rows[2:])
+    (second / "recipe.yaml").unlink()
+    assert warnings_of(cli, first, second) == ""
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -214,7 +224,38 @@ def test_another_content_under_the_same_name(cli: Cli, make: Make) -> None:
     first, second = make("a", digests={path: "1"}), make("b", digests={path: "2"})
     found = refusal(cli, ExitCode.DATA, first, second)
     assert f"{path} is not the same picture in both" in found
-    assert cli("compare", first, make("c")).exit_code == 0  # without a split nobody can tell
+    assert cli("compare", make("c"), make("d")).exit_code == 0
+
+
+@pytest.mark.parametrize("how", ["no file", "no cell", "no row", "no column"])
+def test_images_of_unknown_content_are_not_compared(cli: Cli, make: Make, how: str) -> None:
+    first, second = make("a"), make("b", digests={IMAGES[7][0]: ""} if how == "no cell" else None)
+    split = second / "split.csv"
+    if how == "no file":
+        split.unlink()
+    elif how == "no row":
+        split.write_text("".join(split.read_text().splitlines(keepends=True)[:-1]))
+    elif how == "no column":
+        split.write_text(split.read_text().replace("sha256", "digest"))
+    for folders in ((first, second), (second, first)):
+        found = refusal(cli, ExitCode.DATA, *folders)
+        assert str(second) in found
+        assert "finetune evaluate" in found or how == "no column"
+
+
+def test_evaluations_of_other_pictures_with_the_same_names(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    for name, seed in (("x", 1), ("y", 2), ("z", 1)):
+        for label in range(2):
+            draw(tmp_path / name / str(label) / "1.jpg", (90, 90, 90), seed=seed + 10 * label)
+        result = cli("evaluate", tiny, "--data", tmp_path / name, "-o", tmp_path / f"of-{name}")
+        assert result.exit_code == 0, result.output
+    found = refusal(cli, ExitCode.DATA, tmp_path / "of-x", tmp_path / "of-y")
+    assert "is not the same picture in both" in found
+    same = cli("compare", tmp_path / "of-x", tmp_path / "of-z", "--json")
+    assert same.exit_code == 0, same.output
+    (pair,) = json.loads(same.stdout)["pairs"]
+    assert (pair["only_first"], pair["only_second"]) == (0, 0)
+    assert pair["interval"][0] < -0.5 and pair["interval"][1] > 0.5
 
 
 def test_a_run_that_is_not_finished(cli: Cli, make: Make) -> None:
@@ -235,6 +276,33 @@ def test_figures_of_other_predictions(cli: Cli, make: Make) -> None:
         ("metrics.json", "[]"),
         ("metrics.json", '{"accuracy": null}'),
         ("metrics.json", '{"loss": 1}'),
+        ("metrics.json", '{"accuracy": NaN}'),
+        ("metrics.json", '{"accuracy": "1"}'),
+        *(
+            ("metrics.json", f'{{"accuracy": 1, {text}}}')
+            for text in (
+                '"intervals": 1',
+                '"intervals": {"accuracy": [1]}',
+                '"intervals": {"accuracy": "ab"}',
+                '"intervals": {"accuracy": [0, "1"]}',
+                '"loss": NaN',
+                '"loss": [1]',
+                f'"loss": 1{400 * "0"}',
+                '"f1_macro": "1"',
+                '"calibration": [1]',
+                '"calibration": {"ece_calibrated": "x"}',
+                '"seconds": {"total": {}}',
+                '"models": 5',
+                '"features": 5',
+                '"split": ["val"]',
+                '"backbone": {}',
+                '"trained_on": "many"',
+            )
+        ),
+        ("split.csv", "path,label,split,sha256\nval/ants/00.jpg,ants\n"),
+        ("split.csv", "path,label,split,sha256\n1,2,3,4,5\n"),
+        ("split.csv", 'path,label,split,sha256\n"1,2,3'),
+        ("split.csv", "\x00\udcff"),
         ("predictions.csv", ""),
         ("predictions.csv", "path,label\n"),
         ("predictions.csv", "path,label,predicted,prob_ants,prob_bees\n"),
@@ -247,6 +315,14 @@ def test_damaged_files(cli: Cli, make: Make, name: str, text: str) -> None:
     folder = make("b")
     (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     assert f"{name}: it cannot be read" in refusal(cli, ExitCode.DATA, make("a"), folder)
+
+
+def test_a_damaged_plan_costs_its_column_only(cli: Cli, make: Make) -> None:
+    folder = make("b")
+    (folder / "plan.csv").write_text("group,stage,parameters,trained\nbody\n")
+    result = cli("compare", make("a"), folder, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["runs"][1]["learned"] is None
 
 
 def test_runs_of_the_same_name_are_told_apart(cli: Cli, make: Make) -> None:

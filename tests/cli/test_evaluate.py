@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from finetune.cli.app import app
-from tests.conftest import Cli, draw_folder
+from tests.conftest import Cli, draw, draw_folder
 
 QUICK = ("--workers", "0", "--batch-size", "8", "--set", "input.augmentation=none")
 KINDS = ("blue", "green", "red")
@@ -206,3 +206,100 @@ def test_without_a_run_there_must_be_data(cli: Cli, runs: tuple[Path, Path], tmp
     result = cli("evaluate", tmp_path / "alone", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "--data" in result.stderr
+
+
+def copy_run(run: Path, folder: Path) -> Path:
+    return shutil.copytree(run, folder)
+
+
+def test_what_the_backbone_was_trained_on_counts_as_well(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    other = draw_folder(tmp_path / "other" / "test", dict.fromkeys(KINDS, 6)).parent
+    (other / "test").rename(other / "flat")
+    words = ("run", "-b", runs[0], "-d", other / "flat", "-s", "freeze", "--epochs", 1, *QUICK)
+    assert cli(*words, "-o", tmp_path / "second").exit_code == 0
+    (tmp_path / "fresh").symlink_to(data / "train")
+    result = cli("evaluate", tmp_path / "second", "-d", tmp_path / "fresh", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert "24 of 24 images are among those it was trained on" in result.stderr
+    result = cli("evaluate", tmp_path / "second", "-d", data / "val", "-o", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["split_chose_checkpoint"] is True
+
+
+def test_images_without_parts_are_called_all(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    result = cli("evaluate", runs[0], "-d", data / "test", "-o", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["split"] == "all"
+    split = pd.read_csv(tmp_path / "out" / "split.csv")
+    assert list(split) == ["path", "label", "split", "sha256"]
+    assert len(split) == 12
+
+
+def test_images_that_fitted_the_temperature_do_not_judge_it(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = cli("evaluate", runs[0], "--split", "val", "-o", tmp_path / "out", "--json")
+    calibration = json.loads(result.stdout)["calibration"]
+    assert calibration["same_images"] is True
+    result = cli("evaluate", runs[0], "-o", tmp_path / "test", "--json")
+    assert json.loads(result.stdout)["calibration"]["same_images"] is False
+
+
+def test_a_mean_of_probabilities_has_no_before(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    calibration = json.loads(cli("evaluate", *runs, "-o", tmp_path / "out", "--json").stdout)["calibration"]
+    assert "ece" not in calibration
+    assert 0 <= calibration["ece_calibrated"] <= 1
+    assert calibration["temperature"] is None
+
+
+@pytest.mark.parametrize("change", ["gone", "other"])
+def test_a_runs_own_images_must_be_what_they_were(cli: Cli, tiny: Path, tmp_path: Path, change: str) -> None:
+    data = draw_folder(tmp_path / "data", {"blue": 8, "red": 8})
+    words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
+    assert cli(*words, "-o", tmp_path / "run").exit_code == 0
+    judged = pd.read_csv(tmp_path / "run" / "predictions.csv")["path"][0]
+    if change == "gone":
+        (data / judged).unlink()
+    else:
+        draw(data / judged, (1, 2, 3), 5)
+    result = cli("evaluate", tmp_path / "run", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert judged in result.stderr
+    assert ("are gone" if change == "gone" else "another content") in result.stderr
+
+
+def test_a_test_part_that_came_later_may_judge(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    draw_folder(data / "train", {"blue": 8, "red": 8})
+    words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
+    assert cli(*words, "-o", tmp_path / "run").exit_code == 0
+    draw_folder(data / "test", {"blue": 3, "red": 3})
+    result = cli("evaluate", tmp_path / "run", "--split", "test", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["num_samples"] == 6
+
+
+def test_a_run_without_its_figures_is_not_known(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copy_run(runs[0], tmp_path / "run")
+    (run / "metrics.json").write_text("{")
+    result = cli("evaluate", run, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["split_chose_checkpoint"] is None
+    assert "is not known" in result.stderr
+
+
+def test_a_name_is_no_folder_that_happens_to_be_here(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's name has no folder above it; the working folder is not its run."""
+    from finetune.job.seen import find_run
+
+    monkeypatch.chdir(runs[0])
+    assert find_run(Path("resnet50")) is None
+    assert find_run(runs[0] / "model").path == runs[0]
+
+
+def test_one_model_is_no_ensemble(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert cli("evaluate", runs[0], runs[0], "-o", tmp_path / "out").exit_code == 2

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,7 @@ def test_bad_images_warn_and_none_is_an_error(cli: Cli, tiny: Path, pictures: Pa
         (["{tiny}", "{photos}", "-o", "{photos}/out.csv"], 2, "among the images"),
         (["{tiny}", "{photos}/none", "-o", "{out}"], 65, "no such file"),
         (["{tiny}", "{photos}"], 2, "--output"),
+        (["{tiny}", "{photos}", "-o", ""], 2, "names no file"),
     ],
 )
 def test_refusals(
@@ -108,3 +111,15 @@ def test_paths_from_standard_input(cli: Cli, tiny: Path, pictures: Path, tmp_pat
         result = CliRunner().invoke(app, words, input="".join(f"{path}{end}" for path in paths))
         assert result.exit_code == 0, result.output
         assert [row["path"] for row in read_rows(output)] == paths
+
+
+def test_a_closed_standard_input_matters_only_where_it_is_named(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    for words, code, said in ((pictures / "val", 0, "18 images"), ("-", 2, "standard input: it is closed")):
+        line = f'exec "$0" -m finetune predict "{tiny}" "{words}" -o "{tmp_path}/out{code}.csv" <&-'
+        found = subprocess.run(
+            ["sh", "-c", line, sys.executable], capture_output=True, text=True, check=False
+        )
+        assert found.returncode == code, found.stderr
+        assert said in found.stderr

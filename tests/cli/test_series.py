@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from finetune.cli.series import drop_seed
 from tests.conftest import Cli, draw_folder
 
 QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
@@ -76,3 +77,37 @@ def test_every_run_of_a_series_is_watched_over(pictures: Path, tiny: Path, tmp_p
     assert json.loads(done.stdout)["num_runs"] == 2
     outcome = json.loads((tmp_path / "s" / "seed-1" / "outcome.json").read_text())
     assert outcome["state"] == "done"
+
+
+@pytest.mark.parametrize("words", [("--set", "seed=7"), ("--seed", 7), ("--recipe", "seven.yaml")])
+def test_seeds_begin_with_the_one_that_was_given(
+    cli: Cli,
+    pictures: Path,
+    tiny: Path,
+    tmp_path: Path,
+    words: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("seven.yaml").write_text("seed: 7\n")
+    result = cli("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 1, *QUICK, *words,
+                 "--repeats", 2, "-o", "s")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in Path("s").iterdir() if path.is_dir()) == ["seed-7", "seed-8"]
+    assert "seed: 8" in Path("s/seed-8/recipe.yaml").read_text()
+
+
+def test_a_command_line_loses_its_seed() -> None:
+    words = ["run", "--seed", "3", "--set", "seed=4", "--set=seed=5", "--seed=6", "--set", "training.lr=1"]
+    assert drop_seed([*words, "-d", "seed=x"]) == ["run", "--set", "training.lr=1", "-d", "seed=x"]
+    assert drop_seed(["run", "--set", "data.path=seed"]) == ["run", "--set", "data.path=seed"]
+
+
+def test_an_old_result_does_not_outlive_a_series_that_fails(
+    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--repeats", 2, *QUICK, "-o", tmp_path / "s")
+    assert cli(*words, "--epochs", 1).exit_code == 0
+    (tmp_path / "s" / "seed-1" / "recipe.yaml").write_text("nonsense: 1\n")
+    assert cli(*words, "--epochs", 2).exit_code != 0
+    assert not (tmp_path / "s" / "series.json").exists()

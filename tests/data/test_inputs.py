@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from finetune.data import folders
-from finetune.data.inputs import find_inputs
+from finetune.data.inputs import NOT_UTF8, find_inputs
+from finetune.errors import UsageError
 
 NOTHING = io.BytesIO()
 
@@ -74,3 +75,29 @@ def test_rows_of_a_csv_are_read_as_they_come(tmp_path: Path) -> None:
     assert not any(
         one.fault for one in find_inputs(str(table), NOTHING, follow_links=True).open() if one.path
     )
+
+
+def test_names_that_are_not_utf8_are_bad_however_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [b"photos/a.jpg", b"photos/b\xff.jpg", b"photos/z\xff/c.jpg"]
+    for name in names:
+        fill(tmp_path, os.fsdecode(name))
+    stream = io.BytesIO(b"\n".join(names))
+    shown = ["a.jpg", r"b\udcff.jpg", r"z\udcff/c.jpg"]
+    for words, before in (("photos", ""), ("photos/**/*.jpg", "photos/"), ("-", "photos/")):
+        found = list(find_inputs(words, stream).open())
+        assert [one.path for one in found] == [before + name for name in shown]
+        assert [one.fault for one in found] == ["", NOT_UTF8, NOT_UTF8]
+    assert [one.fault for one in find_inputs(os.fsdecode(names[1]), None).open()] == [NOT_UTF8]
+
+
+def test_standard_input_matters_only_where_it_is_named(tmp_path: Path) -> None:
+    fill(tmp_path, "a.jpg")
+    assert [one.path for one in find_inputs(str(tmp_path), None).open()] == ["a.jpg"]
+    closed = io.BytesIO()
+    closed.close()
+    for stream in (None, closed):
+        with pytest.raises(UsageError, match="standard input: it is closed"):
+            find_inputs("-", stream)

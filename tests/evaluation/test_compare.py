@@ -1,18 +1,18 @@
-"""Paired comparison, held against scikit-learn's companions (scipy) and against plain resampling."""
+"""Paired comparison, held against scipy, published examples and plain resampling."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import binomtest, false_discovery_control, multinomial, norm
 
 from finetune.evaluation.compare import (
     Comparison,
     Rights,
     compare_pairs,
+    compute_interval,
     compute_mcnemar,
     correct_holm,
-    resample_difference,
 )
 
 
@@ -59,38 +59,75 @@ def test_the_p_value_is_not_the_mid_p_value() -> None:
 # --- the interval --------------------------------------------------------------------------------
 
 
-def test_the_interval_is_that_of_drawing_images() -> None:
-    first, second = answers(100, 12, 25, 16)
+def test_the_interval_of_a_published_example() -> None:
+    """Airways of children before and after a transplant (Fagerland, Lydersen and Laake 2014, table 1)."""
+    assert compute_interval(7, 1, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 21, 153, 2000])
+@pytest.mark.parametrize("only_first", [0, 1, 3, 50])
+@pytest.mark.parametrize("only_second", [0, 1, 2, 90])
+def test_the_interval_is_where_a_quartic_is_zero(num_images: int, only_first: int, only_second: int) -> None:
+    """The same limits by another way: Yang, Sun and Hardin (Statistics in Medicine 32, 2013)."""
+    if only_first + only_second > num_images or num_images in (only_first, only_second):
+        pytest.skip("no such images, or none but these")
+    n, b, c, g = num_images, only_second, only_first, norm.ppf(0.975) ** 2
+    quartic = (
+        n**2 * (n / g + 1) ** 2,
+        -n * (b - c) * (n / g + 1) * (4 * n / g + 1),
+        2 * n * (b - c) ** 2 * (3 * n / g + 2) / g - n**2 * ((b + c) / g + 1),
+        n * (b - c) * (2 * (b + c) / g + 1) - (b - c) ** 3 * (4 * n / g + 1) / g,
+        (b - c) ** 2 * ((b - c) ** 2 / g - (b + c)) / g,
+    )
+    roots = np.roots(quartic)
+    real = roots[np.abs(roots.imag) < 1e-6].real
+    assert compute_interval(only_first, only_second, num_images) == pytest.approx((real.min(), real.max()))
+
+
+def test_the_interval_of_many_images_is_that_of_drawing_images() -> None:
+    first, second = answers(1000, 120, 250, 160)
     generator = np.random.default_rng(1)
-    places = generator.integers(len(first), size=(20_000, len(first)))
-    drawn = second[places].mean(axis=1) - first[places].mean(axis=1)
-    expected = np.quantile(drawn, (0.025, 0.975))
-    found = resample_difference(12, 25, len(first), 50_000)
-    assert np.abs(np.array(found) - expected).max() < 0.004
+    drawn = generator.multinomial(len(first), np.array([120, 250, 1160]) / len(first), size=20_000)
+    expected = np.quantile((drawn[:, 1] - drawn[:, 0]) / len(first), (0.025, 0.975))
+    assert np.abs(np.array(compute_interval(120, 250, len(first))) - expected).max() < 0.002
 
 
 def test_the_interval_is_paired() -> None:
     """Two that nearly always agree differ by less than their own intervals would allow."""
-    low, high = resample_difference(2, 12, 1000)
+    low, high = compute_interval(2, 12, 1000)
     assert 0 < low < 0.01 < high < 0.02
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    generator, shares, hits = np.random.default_rng(0), [0.08, 0.15, 0.77], 0
-    for number in range(300):
-        only_first, only_second, _ = generator.multinomial(300, shares)
-        low, high = resample_difference(int(only_first), int(only_second), 300, 2_000, number)
-        hits += low <= 0.07 <= high
-    assert 0.91 <= hits / 300 <= 0.985
+@pytest.mark.parametrize(
+    ("num_images", "only_first", "only_second"),
+    [(30, 0.01, 0.01), (50, 0.02, 0.05), (40, 0.0, 0.04), (30, 0.1, 0.2)],
+)
+def test_the_interval_holds_the_truth_as_often_as_it_says(
+    num_images: int, only_first: float, only_second: float
+) -> None:
+    """Also where hardly an image tells them apart: the chance over all numbers that may come."""
+    shares, chance = [only_first, only_second, 1 - only_first - only_second], 0.0
+    for one in range(num_images + 1):
+        for other in range(num_images + 1 - one):
+            weight = multinomial.pmf([one, other, num_images - one - other], num_images, shares)
+            if weight > 1e-6:
+                low, high = compute_interval(one, other, num_images)
+                chance += weight * (low <= only_second - only_first <= high)
+    assert chance >= 0.94
 
 
-def test_the_same_seed_gives_the_same_interval() -> None:
-    assert resample_difference(3, 9, 80) == resample_difference(3, 9, 80)
-    assert resample_difference(3, 9, 80, seed=1) != resample_difference(3, 9, 80)
+def test_where_nothing_differs_the_interval_has_a_width() -> None:
+    square = norm.ppf(0.975) ** 2
+    for num_images in (1, 50, 153):
+        end = square / (num_images + square)
+        assert compute_interval(0, 0, num_images) == pytest.approx((-end, end))
+    assert "95 % interval -2.4 to 2.4" in compare(150, 0, 0, 3).sentence
 
 
-def test_nothing_differs() -> None:
-    assert resample_difference(0, 0, 50) == (0.0, 0.0)
+def test_where_all_differs_the_interval_ends_at_one() -> None:
+    low, high = compute_interval(0, 20, 20)
+    assert 0.5 < low < 1 and high == 1
+    assert compute_interval(20, 0, 20) == pytest.approx((-1, -low))
 
 
 # --- several pairs -------------------------------------------------------------------------------

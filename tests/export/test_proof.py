@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from finetune.errors import InternalError
-from finetune.export import fresh
+from finetune.errors import DiskError, InternalError
+from finetune.export import fresh, proof
 from finetune.export.deployed import Interface, build_program
 from finetune.export.graph_files import write_program
 from finetune.export.judged import Inputs, draw_random
@@ -135,6 +138,42 @@ def test_too_few_answers_are_seen(
     inputs = Inputs(draw_random(card, "").views[:2], None, 0)
     with pytest.raises(InternalError, match=r"gave \(1, 1000\) for 2 inputs"):
         predict_fresh("torch-export", path, inputs, card, Interface())
+
+
+@pytest.mark.parametrize("file", ["inputs.npy", "outputs.npy", "facts.json"])
+def test_a_full_disk_is_no_fault_of_the_artefact(
+    written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Of this process, and of the fresh one."""
+    card, _, path = written
+    (tmp_path / "given" / file).parent.mkdir()
+    (tmp_path / "given" / file).symlink_to("/dev/full")
+    monkeypatch.setattr(proof, "TemporaryDirectory", lambda **_: nullcontext(tmp_path / "given"))
+    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    with pytest.raises(DiskError, match="writing pictures for the comparison into") as caught:
+        predict_fresh("torch-export", path, inputs, card, Interface())
+    assert "TMPDIR" in caught.value.fix
+
+
+def test_without_a_place_for_temporary_files_that_is_said(
+    written: tuple[Card, torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, _, path = written
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    with pytest.raises(DiskError, match="into /nowhere: No such file"):
+        predict_fresh("torch-export", path, inputs, card, Interface())
+
+
+@pytest.mark.parametrize("layout", ["", "nchw", "nhwc"])
+def test_inputs_are_written_as_the_artefact_takes_them(tmp_path: Path, layout: Any) -> None:
+    card = find_card("timm/test_resnet")
+    views = draw_random(card, "").views[:20]
+    interface = Interface(layout)
+    proof._write_inputs(tmp_path / "inputs.npy", views, card, interface)
+    found = np.load(tmp_path / "inputs.npy", mmap_mode="r", allow_pickle=False)
+    assert found.dtype == interface.input_dtype
+    assert np.array_equal(found, interface.arrange(views, card.preprocessing).numpy())
 
 
 def test_noise_is_the_same_every_time() -> None:

@@ -187,7 +187,36 @@ def test_strange_lines_are_bad_images_and_no_end(
     predict(tiny, "-", tmp_path / "out.csv")
     bad = {row["path"]: row["reason"] for row in rows_of(tmp_path / "out.csv.bad.csv")}
     assert list(bad) == ["none.jpg", r"ba\udcffd.jpg", r"nu\0l.jpg", str(folder), "/dev/zero"]
-    assert bad["none.jpg"] == bad[r"ba\udcffd.jpg"] == "file not found"
+    assert bad["none.jpg"] == "file not found" and "not UTF-8" in bad[r"ba\udcffd.jpg"]
+
+
+def test_a_name_that_is_not_utf8_costs_that_picture_only(
+    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "red" / "000.jpg", bytes(folder / "red") + b"/\xff.jpg")
+    stdin(monkeypatch, b"\n".join(sorted(map(bytes, folder.rglob("*.jpg")))))
+    for number, words in enumerate(("photos", "photos/*/*.jpg", "-")):
+        done, _ = predict(tiny, words, tmp_path / f"{number}.csv")
+        assert (done["num_images"], done["num_bad"]) == (18, 1)
+        [bad] = rows_of(tmp_path / f"{number}.csv.bad.csv")
+        assert bad["path"].endswith(r"red/\udcff.jpg") and "not UTF-8" in bad["reason"]
+
+
+def test_strange_lines_do_not_keep_work_from_going_on(
+    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not looked at has no size and no time, least of all that of the folder we write into."""
+    monkeypatch.chdir(tmp_path)
+    names = "\n".join(["nu\0l.jpg", *map(str, sorted(folder.rglob("*.jpg")))]).encode()
+    with monkeypatch.context() as patch, pytest.raises(FinetuneError):
+        stop_after(patch, 2)
+        stdin(patch, names)
+        predict(tiny, "-", Path("out.csv"))
+    (tmp_path / "new").mkdir()
+    stdin(monkeypatch, names)
+    _, lines = predict(tiny, "-", Path("out.csv"))
+    assert "going on after 8 images" in lines
 
 
 def test_rows_of_a_csv_stay_in_its_folder_unless_allowed(tiny: Path, folder: Path, tmp_path: Path) -> None:
@@ -261,6 +290,41 @@ def test_nothing_is_written_among_the_images(
             predict(tiny, words, Path(output))
     assert sorted(tmp_path.rglob("*")) == before
     predict(tiny, "list.csv", Path("out.csv"))
+
+
+def test_paths_from_standard_input_are_looked_at_as_they_come(
+    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [str(path) for path in sorted(folder.rglob("*.jpg"))]  # blue, green, red
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("blue", "green", "red"):
+        stdin(monkeypatch, "\n".join(names).encode())
+        with pytest.raises(UsageError, match=f"among the images, in .*{place}"):
+            predict(tiny, "-", folder / place / "out.csv")
+        assert sorted(tmp_path.rglob("*")) == before
+    shutil.copy(names[0], tmp_path / "here.jpg")
+    stdin(monkeypatch, "\n".join(["here.jpg", str(tmp_path / "here.jpg"), *names]).encode())
+    done, _ = predict(tiny, "-", Path("out.csv"))  # where we are may hold both
+    assert done["num_images"] == 20
+
+
+def test_a_list_of_bad_images_that_is_there_is_left_alone(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out.csv.bad.csv"
+    for spoil in (False, True):
+        mine.write_text("mine")
+        if spoil:
+            (folder / "red" / "001.jpg").write_bytes(b"")
+        with pytest.raises(UsageError, match=r"out\.csv\.bad\.csv beside it already"):
+            predict(tiny, folder, tmp_path / "out.csv")
+        assert mine.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "out.csv.bad.csv"}
+
+
+def test_an_output_without_a_name_is_refused(tiny: Path, folder: Path) -> None:
+    for words in ("", ".", "/"):
+        with pytest.raises(UsageError, match="names no file"):
+            predict(tiny, folder, Path(words))
 
 
 def test_a_file_that_is_there_is_left_alone(tiny: Path, folder: Path, tmp_path: Path) -> None:

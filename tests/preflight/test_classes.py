@@ -22,6 +22,8 @@ from finetune.preflight.classes import compute_imbalance, find_alike, judge_clas
         (("male", "female"), []),
         (("n01443537", "n01443538", "class1", "class2"), []),
         (("glass", "glas"), []),
+        (("1.0", "10", "2.5", "25", "v1_2", "v12"), []),
+        (("class 1", "class_1"), [["class 1", "class_1"]]),
         (("Cat", "cat"), []),  # said when the data is read
         (("café", "cafés"), [["café", "cafés"]]),
         (("s", "ss", "_", "-"), []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from finetune.data.check import check_images
 from finetune.data.decode import decode_image
 from finetune.data.sample import Dataset, Sample
 from finetune.preflight import near
-from finetune.preflight.near import Near, find_near
+from finetune.preflight.near import Near, find_near, judge_near
 from finetune.preflight.seen import Seen
 from tests.preflight.spoilt import build_clean, photo
 
@@ -118,3 +119,28 @@ def test_blocks_leave_no_pair_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(near, "_BLOCK", 60)
     monkeypatch.setattr(near, "_STEP", 2)
     assert len(whole.pairs) == 15 and find_near(seen) == whole
+
+
+def test_many_near_copies_in_one_part_do_not_hide_a_leak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for frame in range(12):  # of one scene
+        photo(1).resize((60 + 2 * frame, 50 + 2 * frame)).save(tmp_path / f"{frame:02}.jpg", quality=90)
+    photo(2).save(tmp_path / "zz.jpg")
+    photo(2).resize((50, 40)).save(tmp_path / "copy.jpg")
+    seen = see(tmp_path)
+    assert "near-scope" not in {remark.code for remark in judge_near(seen, find_near(seen))}
+    monkeypatch.setattr(near, "MOST_PAIRS", 5)
+    found = find_near(seen)
+    assert len(found.pairs) == 6 and found.is_cut
+    assert ("copy.jpg", "zz.jpg") in {tuple(sorted(pair)) for pair in names(seen, found)}
+    assert {"near-leak", "near-duplicate", "near-scope"} == {one.code for one in judge_near(seen, found)}
+
+
+def test_many_pairs_are_told_quickly(tmp_path: Path) -> None:
+    build_clean(tmp_path, {"a": 300})
+    seen = see(tmp_path)
+    pairs = tuple(near.Pair(one, other, 1.0) for one in range(300) for other in range(one))
+    began = time.perf_counter()
+    assert [one.count for one in judge_near(seen, Near(pairs, "all"))] == [44850]
+    assert time.perf_counter() - began < 5

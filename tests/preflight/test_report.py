@@ -11,6 +11,7 @@ import pytest
 from finetune.data.check import check_images
 from finetune.data.discover import survey
 from finetune.data.remark import Remark
+from finetune.preflight.files import _PLACEHOLDER
 from finetune.preflight.report import Report, inspect
 from tests.preflight.spoilt import build_clean, photo, put, spoil
 
@@ -154,3 +155,30 @@ def test_the_placeholder_among_real_photographs(hymenoptera: Path) -> None:
     assert set(found) == {"picture-placeholder", "picture-odd"}
     for remark in found.values():
         assert remark.paths == ("train/ants/imageNotFound.gif",) and remark.count == 1
+
+
+def test_files_whose_names_say_no_format(tmp_path: Path) -> None:
+    rows = ["path,label,split"]
+    for number in range(8):
+        name = f"{number:032x}" if number % 2 else f"{number}.jfif"
+        put(tmp_path / "x.jpg", number).rename(tmp_path / name)
+        rows.append(f"{name},{'ab'[number % 2]},{'train' if number < 4 else 'val'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    assert set(by_code(look(tmp_path / "labels.csv"))) == {"class-tiny"}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("piano_photo_1", False),
+        ("volcano image", False),
+        ("casino-picture", False),
+        ("imageNotFound", True),
+        ("no_image", True),
+        ("img-not-available", True),
+        ("photo_missing", True),
+        ("default.placeholder", True),
+    ],
+)
+def test_names_of_placeholders(name: str, is_one: bool) -> None:
+    assert bool(_PLACEHOLDER.search(name)) == is_one

@@ -68,6 +68,21 @@ def test_each_rule_speaks_alone_and_with_its_number(found: Facts, words: str, nu
     assert words in advice and number in evidence
 
 
+def test_eight_mistakes_are_needed_to_speak_of_a_pair() -> None:
+    """Five of seven would be chance."""
+    few = {"classes": ("a", "b", "c"), "confusion": ((90, 5, 1), (0, 93, 1), (0, 0, 97))}
+    assert suggest_steps(facts(**few)) == []
+    enough = few | {"confusion": ((90, 5, 2), (0, 93, 1), (0, 0, 97))}
+    [(_, evidence)] = suggest_steps(facts(**enough))
+    assert evidence.startswith("5 of 8 mistakes")
+
+
+@pytest.mark.parametrize("part", ["train", "all", None])
+def test_judged_images_are_no_training_images(part: str | None) -> None:
+    few = tuple(Prediction("x", name, name, 0.6) for name in "aaaaaab")
+    assert suggest_steps(facts({"split": part}, split=(), predictions=few)) == []
+
+
 def test_there_are_never_many() -> None:
     everything = facts(
         {"split_chose_checkpoint": True, "best_epoch": 5, "data_wait_fraction": 0.9, "skipped_steps": 1,

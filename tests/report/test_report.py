@@ -116,6 +116,11 @@ def test_what_cannot_be_read_is_left_out(copy: RunFolder, file: str, section: st
     assert (f"could not be read: {file}" in html) == (how == "damaged")
 
 
+def test_a_split_with_a_short_row_is_left_out(copy: RunFolder) -> None:
+    copy.split.write_text(f"{copy.split.read_text()}train/x.jpg,ants\n")
+    assert "could not be read: split.csv" in remake(copy)
+
+
 def test_old_metrics_are_enough(copy: RunFolder) -> None:
     old = {
         "accuracy": 0.5,
@@ -149,6 +154,61 @@ def test_an_evaluation_needs_no_recipe_and_no_model(made: RunFolder, copy: RunFo
     assert "chose nothing" in html and not list(copy.plots.glob("mistake-*"))
     change_metrics(copy, model=str(made.model))
     assert "evidence for" in remake(copy)
+
+
+def test_what_an_evaluation_judged_is_no_training_part(copy: RunFolder) -> None:
+    for path in (copy.recipe, copy.history, copy.plan, copy.check, copy.advice):
+        path.unlink()
+    copy.split.write_text(copy.split.read_text().replace(",val,", ",train,"))
+    for part, words in (("all", "judged"), ("train", "training"), ("test", "test")):
+        change_metrics(copy, split=part)
+        html = remake(copy)
+        assert f"On 18 {words} images of 3 classes" in html
+        assert "raining images would help" not in html and "training images a class" not in html
+        assert load_facts(copy).counts.keys() == {"test" if part == "test" else "judged"}
+
+
+def test_figures_of_other_predictions_are_said(copy: RunFolder) -> None:
+    words = "The files do not belong together"
+    assert words not in remake(copy)
+    change_metrics(copy, num_samples=17)
+    assert f"{words}: predictions.csv has 18 rows, and metrics.json speaks of 17 images" in remake(copy)
+    change_metrics(copy, num_samples=18, accuracy=0.123)
+    assert f"{words}: in predictions.csv" in remake(copy) and "in metrics.json 12.30 %" in remake(copy)
+    copy.predictions.unlink()
+    assert words not in remake(copy)
+
+
+def reject_rows(html: str) -> list[list[str]]:
+    [table] = re.findall(r'aria-label="Predictions to refuse">(.*?)</table>', html, re.DOTALL)
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_what_a_threshold_achieved(copy: RunFolder) -> None:
+    old = reject_rows(remake(copy))
+    assert old[0] == ["wanted", "confidence from", "images answered", "achieved"]
+    assert old[1] == ["90 %", "0.7000", "60.0 %", ""]
+    new = {
+        "precision": 0.9,
+        "threshold": 0.7,
+        "coverage": 0.5,
+        "achieved": 8 / 9,
+        "low": 0.8123,
+        "num_images": 40,
+    }
+    change_metrics(
+        copy, reject=[new, {"precision": 0.99, "threshold": None, "coverage": 0.0, "achieved": None}]
+    )
+    html = remake(copy)
+    header, first, second = reject_rows(html)
+    assert header[3:] == ["achieved", "at least"]
+    assert first == ["90 %", "0.7000", "50.0 %", "88.9 % of 9 images", "81.2 %, by 40 images"]
+    assert second == ["99 %", "cannot be had", "0.0 %", "", ""]
+    assert "Chosen on these images" in html and "one-sided 95 % limit" in html
+    metrics = json.loads(copy.metrics.read_text())
+    change_metrics(copy, calibration=metrics["calibration"] | {"same_images": False})
+    assert "hosen on these images" not in remake(copy)
 
 
 def test_pictures_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from finetune.errors import DiskError, ExitCode
+from finetune.errors import DataError, DiskError, ExitCode
+from finetune.runs import files
 from finetune.runs.files import (
     disk_error,
     escape_formula,
@@ -323,3 +324,18 @@ def test_a_float32_comes_back(tmp_path: Path) -> None:
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [(np.float32(-0.1), np.int64(-3), np.float64(0.1))], ("a", "b", "c"))
     assert (tmp_path / "a.csv").read_text() == "a,b,c\n-0.100000001,-3,0.1\n"
+
+
+@pytest.mark.parametrize("text", ["a,b\nx\n", "a,b\nx,y,z\n", 'a,b\nx,"y', "a\nx\n", "", "a,b\n\udcff,y\n"])
+def test_a_damaged_table_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError) as fault:
+        files.read_rows(path, ("a", "b"))
+    assert fault.value.exit_code == ExitCode.DATA and str(path) in fault.value.message
+
+
+def test_a_table_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    write_csv(path, [("=x", "a\nb"), ("y", None)], ("a", "b"))
+    assert files.read_rows(path, ("b",)) == [{"a": "=x", "b": "a\nb"}, {"a": "y", "b": ""}]

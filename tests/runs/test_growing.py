@@ -7,7 +7,7 @@ import pytest
 
 from finetune.errors import DiskError, UsageError
 from finetune.runs import growing
-from finetune.runs.growing import bad_of, find_finished, journal_of, open_growing
+from finetune.runs.growing import bad_of, check_free, find_finished, journal_of, open_growing
 
 FACTS = {"model": "a", "numbers": (1, 2)}
 
@@ -121,3 +121,45 @@ def test_saves_are_some_time_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with open_growing(tmp_path / "out", FACTS) as files:
         files.save({"done": 1})
         assert journal_of(tmp_path / "out").exists()
+
+
+def test_a_kill_between_the_two_names_is_gone_on_with(tmp_path: Path) -> None:
+    """The list has its name already, the rows have not."""
+    target = tmp_path / "out.csv"
+    with open_growing(target, FACTS) as files:
+        files.write(b"one\n", b"bad\n")
+        files.save({"done": 2}, now=True)
+    (tmp_path / ".out.csv.bad.part").rename(bad_of(target))
+    check_free(target)
+    with open_growing(target, FACTS) as files:
+        assert files.before == {"done": 2}
+        files.finish()
+    assert (target.read_bytes(), bad_of(target).read_bytes()) == (b"one\n", b"bad\n")
+    assert names(tmp_path) == {"out.csv", "out.csv.bad.csv"}
+
+
+@pytest.mark.parametrize("before", ["nothing", "journal", "journal without bad ones", "another size"])
+def test_a_list_that_is_not_ours_is_left_alone(tmp_path: Path, before: str) -> None:
+    target = tmp_path / "out.csv"
+    if before != "nothing":
+        with open_growing(target, FACTS) as files:
+            files.write(b"one\n", b"" if before == "journal without bad ones" else b"bad\n")
+            files.save({"done": 1}, now=True)
+        if before != "journal":
+            (tmp_path / ".out.csv.bad.part").unlink()
+    bad_of(target).write_text(
+        "" if before == "journal without bad ones" else "min" if before == "another size" else "mine"
+    )
+    with pytest.raises(UsageError, match=r"out\.csv\.bad\.csv beside it already"):
+        check_free(target)
+    assert bad_of(target).read_text() in ("", "min", "mine")
+
+
+def test_a_list_that_came_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    target = tmp_path / "out.csv"
+    with open_growing(target, FACTS) as files:
+        files.write(b"one\n")
+        files.save({"done": 1}, now=True)
+        bad_of(target).write_text("mine")
+        files.finish()
+    assert bad_of(target).read_text() == "mine"
