@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from finetune.evaluation.metrics import PER_CLASS_COLUMNS, compute_confusion, li
 from finetune.evaluation.predict import Predictions, autocast, predict
 from finetune.job.prepare import Ready
 from finetune.job.solve import Solution
-from finetune.runs.files import write_csv
+from finetune.runs.files import FLOAT_FORMAT, escape_formula, format_csv_line, write_chunks, write_csv
 from finetune.runs.folder import RunFolder
 from finetune.runtime import Precision
 from finetune.training.progress import Progress
@@ -136,19 +136,25 @@ def write_figures(
         predictions: calibrated.
         classes: names in index order.
     """
-    confidence, predicted = predictions.probabilities.max(dim=1)
-    rows = (
-        (sample.path, classes[sample.label], classes[guess], sure, *probabilities.tolist())
-        for sample, guess, sure, probabilities in zip(
-            samples, predicted.tolist(), confidence.tolist(), predictions.probabilities, strict=True
-        )
-    )
-    columns = ("path", "label", "predicted", "confidence", *(f"prob_{name}" for name in classes))
-    write_csv(folder.predictions, rows, columns)
+    write_chunks(folder.predictions, _prediction_lines(samples, predictions, classes))
     confusion = compute_confusion(predictions)
     table = [(name, *counts) for name, counts in zip(classes, confusion.tolist(), strict=True)]
     write_csv(folder.confusion_matrix, table, ("label", *classes))
     write_csv(folder.per_class, list_by_class(confusion, classes), PER_CLASS_COLUMNS)
+
+
+def _prediction_lines(
+    samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
+) -> Iterator[bytes]:
+    """Yield the lines of ``predictions.csv``: one template for all numbers of a row, perhaps thousands."""
+    columns = ("path", "label", "predicted", "confidence", *(f"prob_{name}" for name in classes))
+    yield format_csv_line([escape_formula(column) for column in columns]).encode()
+    numbers = f",{FLOAT_FORMAT}" * (1 + len(classes)) + "\n"
+    for sample, values in zip(samples, predictions.probabilities, strict=True):
+        sure, guess = values.max(dim=0)
+        texts = (sample.path, classes[sample.label], classes[int(guess)])
+        who = format_csv_line([escape_formula(text) for text in texts]).removesuffix("\n")
+        yield (who + numbers % (sure.item(), *values.tolist())).encode()
 
 
 def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:

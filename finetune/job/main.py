@@ -31,6 +31,7 @@ from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, fit_batches, place_network, prepare
 from finetune.job.report import add_report
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
+from finetune.job.seen import check_seen
 from finetune.memory import measure_peak_memory
 from finetune.recipe import Recipe
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
@@ -85,7 +86,7 @@ def run(
         with clock.phase("load"):
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
-        ready = replace(ready, dataset=keep_split(ready.dataset, RunFolder(path)))
+        ready = replace(ready, dataset=keep_split(ready.dataset, RunFolder(path), ready.recipe))
         if ready.placement.device.type == "cuda" and recipe.training.batch_size == "auto":
             ready = fit_batches(ready, RunFolder(path))
         check_outside(path, ready.dataset)
@@ -158,6 +159,7 @@ def _carry_out(job: Job) -> Run:
     display.note(f"backbone {ready.backbone.card.name}: {ready.backbone.match}")
     with clock.phase("check"):
         dataset, changed = _take_data(job)
+        seen = check_seen(dataset, job.comparison.checked.digests, ready.recipe, display)
     place_network(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display, ready.recipe.strategy.features is not None)
     fitted = fit_network(job, dataset, changed)
@@ -165,7 +167,7 @@ def _carry_out(job: Job) -> Run:
         network = fitted.backbone.network
         check_figures(network, fitted.predictions, fitted.images, fitted.precision, fitted.dtype)
         judgement = judge(fitted.predictions, fitted.val, dataset.classes)
-    metrics = collect_metrics(ready, dataset, judgement, fitted.facts)
+    metrics = collect_metrics(ready, dataset, judgement, fitted.facts) | seen
     write_figures(folder, dataset.of(metrics["split"]), judgement.predictions, dataset.classes)
     with clock.phase("export"):
         card = replace(fitted.backbone.card, temperature=judgement.temperature)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError
+from finetune.data.sample import Dataset
+from finetune.display import Display
+from finetune.errors import DataError, FinetuneError
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.claim import read_split
 from finetune.runs.folder import RunFolder
@@ -71,6 +73,42 @@ def find_ancestors(recipe: Recipe | None) -> Seen:
         trained |= parts["train"]
         chose |= parts["val"]
     return Seen(frozenset(trained), frozenset(chose), is_known=True)
+
+
+def check_seen(
+    dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
+) -> dict[str, int]:
+    """Count the judged images that a run has seen otherwise, for ``metrics.json``.
+
+    Args:
+        dataset: of the run.
+        digests: sha256 by path.
+        recipe: whose backbone counts, and whether leaks are allowed.
+        display: is told where they are.
+
+    Returns:
+        ``num_leaked``, of which an exact copy was trained on, and ``num_seen_by_backbone``, which the run was
+        trained on that the weights come from.
+
+    Raises:
+        DataError: the backbone was trained on some, and that is not allowed.
+    """
+    judged = [sample for sample in dataset.samples if sample.split != "train"]
+    own = {digests.get(sample.path) for sample in dataset.of("train")}
+    above = find_ancestors(recipe).trained
+    seen = [sample for sample in judged if digests.get(sample.path) in above]
+    if seen:
+        found = f"{len(seen)} of {len(judged)} validation and test images are among those that the backbone "
+        found += f"was trained on ({seen[0].path} for one)"
+        if not recipe.data.allow_leaks:
+            fix = "Take the backbone's own split, other images, or --allow-leaks to go on all the same."
+            raise DataError(f"--backbone {recipe.backbone.name}", found, fix)
+        display.warn(found)
+    part = dataset.of(dataset.judged_split)
+    return {
+        "num_leaked": sum(digests.get(sample.path) in own for sample in part),
+        "num_seen_by_backbone": sum(digests.get(sample.path) in above for sample in part),
+    }
 
 
 def _ancestors(recipe: Recipe | None) -> Iterator[RunFolder | None]:

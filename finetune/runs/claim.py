@@ -204,10 +204,15 @@ def claim_folder(
         if begun:
             check(claim)
         if not finished:
-            _begin_attempt(claim, recipe, begun, bool(changes))
+            _begin_attempt(claim, recipe, begun, bool(changes) or (begun and _allows_more(folder, recipe)))
     except OSError as error:
         raise disk_error(path, error) from None
     return claim
+
+
+def _allows_more(folder: RunFolder, recipe: Recipe) -> bool:
+    """No result depends on whether leaks are allowed, but whoever repeats the run must know of it."""
+    return load_recipe(str(folder.recipe)).data.allow_leaks != recipe.data.allow_leaks
 
 
 def _begin_attempt(claim: Claim, recipe: Recipe, begun: bool, changed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -219,3 +220,33 @@ def test_the_data_are_named_as_they_were_given(cli: Cli, tiny: Path, tmp_path: P
     )
     said = f"data {tmp_path / 'table.csv'}: 2 classes, 8 train, 2 val; 4 training images a class"
     assert said in result.stderr.splitlines()
+
+
+def test_a_backbone_that_has_seen_the_judged_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """Another seed draws another validation part: images that the first run was trained on."""
+    data = draw_folder(tmp_path / "data", {"blue": 10, "red": 10})
+    words = ("run", "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
+    assert cli(*words, "-b", tiny, "-o", tmp_path / "one").exit_code == 0
+    second = (*words, "-b", tmp_path / "one", "--seed", 1, "-o", tmp_path / "two", "--json")
+    result = cli(*second)
+    assert result.exit_code == 65
+    assert "the backbone was trained on" in result.stderr
+    result = cli(*second, "--allow-leaks")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)
+    assert metrics["num_seen_by_backbone"] > 0
+    assert metrics["num_leaked"] == 0
+    assert "allow_leaks: true" in (tmp_path / "two" / "recipe.yaml").read_text()
+    same = cli(*words, "-b", tmp_path / "one", "-o", tmp_path / "three", "--json")
+    assert json.loads(same.stdout)["num_seen_by_backbone"] == 0
+
+
+def test_allowed_leaks_are_counted(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(pictures, tmp_path / "data")
+    shutil.copy(data / "train" / "red" / "000.jpg", data / "val" / "red" / "copy.jpg")
+    words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK, "-o", tmp_path / "run")
+    assert cli(*words).exit_code == 65
+    result = cli(*words, "--allow-leaks", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["num_leaked"] == 1
+    assert "allow_leaks: true" in (tmp_path / "run" / "recipe.yaml").read_text()
