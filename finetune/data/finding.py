@@ -42,7 +42,7 @@ class Finding:
         takes_any_name: names that are not UTF-8 are walked over like others.
         is_lenient: what would be refused is noted instead, where reading can go on.
         remarks: every warning, and every refusal that was noted.
-        columns: cells of the CSV column that names groups, by path.
+        columns: filled cells of the CSV column that names groups, by path; None: there is no such column.
     """
 
     asked: str
@@ -56,12 +56,13 @@ class Finding:
     takes_any_name: bool = False
     is_lenient: bool = False
     remarks: list[Remark] = field(default_factory=list)
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] | None = None
 
     def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
         """Note what the user should know, one sentence."""
+        message = printable(message)
         self.warnings.append(message)
-        self.remarks.append(Remark(code, "warning", message, fix, number, tuple(paths[:SHOWN])))
+        self.remarks.append(Remark(code, "warning", message, fix, number, _shown(paths)))
 
     def object(self, code: str, found: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
         """Refuse, or note the refusal where all of them are wanted; then what is faulty must be left out.
@@ -71,11 +72,11 @@ class Finding:
         """
         if not self.is_lenient:
             raise self.refuse(found, fix)
-        self.remarks.append(Remark(code, "error", found, fix, number, tuple(paths[:SHOWN])))
+        self.remarks.append(Remark(code, "error", printable(found), fix, number, _shown(paths)))
 
     def refuse(self, found: str, fix: str) -> DataError:
         """Return the refusal, in the user's own words."""
-        return DataError(self.asked, found, fix)
+        return DataError(self.asked, printable(found), fix)
 
     @cached_property
     def real_root(self) -> str:
@@ -118,6 +119,10 @@ class Finding:
             len(self.links_out),
             sorted(self.links_out),
         )
+
+
+def _shown(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(map(printable, paths[:SHOWN]))
 
 
 def printable(text: object) -> str:

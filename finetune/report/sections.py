@@ -78,6 +78,9 @@ def name_part(facts: Facts) -> str:
 def say_whence(facts: Facts) -> str:
     """Return a sentence on what the figures are worth, or nothing where the files do not say."""
     chose = facts.metrics.get("split_chose_checkpoint")
+    leaked = (facts.number("num_leaked") or 0) + (facts.number("num_seen_by_backbone") or 0)
+    if leaked:
+        return f"{leaked:,.0f} of them were trained on, here or by the backbone: these figures flatter."
     if trained := facts.number("trained_on"):
         return f"{trained:,.0f} of them were trained on: these figures say nothing about new images."
     if "trained_on" in facts.metrics and facts.metrics["trained_on"] is None:

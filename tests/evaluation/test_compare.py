@@ -64,13 +64,12 @@ def test_the_interval_of_a_published_example() -> None:
     assert compute_interval(7, 1, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
 
 
-@pytest.mark.parametrize("num_images", [1, 5, 21, 153, 2000])
-@pytest.mark.parametrize("only_first", [0, 1, 3, 50])
-@pytest.mark.parametrize("only_second", [0, 1, 2, 90])
+@pytest.mark.parametrize(
+    ("num_images", "only_first", "only_second"),
+    [(1, 0, 0), (5, 0, 2), (5, 3, 2), (21, 1, 7), (153, 0, 0), (153, 0, 1), (153, 50, 90), (2000, 3, 1)],
+)
 def test_the_interval_is_where_a_quartic_is_zero(num_images: int, only_first: int, only_second: int) -> None:
     """The same limits by another way: Yang, Sun and Hardin (Statistics in Medicine 32, 2013)."""
-    if only_first + only_second > num_images or num_images in (only_first, only_second):
-        pytest.skip("no such images, or none but these")
     n, b, c, g = num_images, only_second, only_first, norm.ppf(0.975) ** 2
     quartic = (
         n**2 * (n / g + 1) ** 2,
@@ -85,11 +84,10 @@ def test_the_interval_is_where_a_quartic_is_zero(num_images: int, only_first: in
 
 
 def test_the_interval_of_many_images_is_that_of_drawing_images() -> None:
-    first, second = answers(1000, 120, 250, 160)
     generator = np.random.default_rng(1)
-    drawn = generator.multinomial(len(first), np.array([120, 250, 1160]) / len(first), size=20_000)
-    expected = np.quantile((drawn[:, 1] - drawn[:, 0]) / len(first), (0.025, 0.975))
-    assert np.abs(np.array(compute_interval(120, 250, len(first))) - expected).max() < 0.002
+    drawn = generator.multinomial(1530, np.array([120, 250, 1160]) / 1530, size=20_000)
+    expected = np.quantile((drawn[:, 1] - drawn[:, 0]) / 1530, (0.025, 0.975))
+    assert np.abs(np.array(compute_interval(120, 250, 1530)) - expected).max() < 0.002
 
 
 def test_the_interval_is_paired() -> None:
