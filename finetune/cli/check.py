@@ -66,6 +66,17 @@ def check_command(
         if run is not None:
             if data is not None:
                 raise UsageError("finetune check", "it was given data and a run", "Name one of the two.")
+            others = {
+                "--group-by": group_by,
+                "--folds": folds,
+                "--val-fraction": val_fraction,
+                "--seed": seed,
+                "--allow-leaks": allow_leaks or None,
+                "--set": assignments,
+            }
+            if given := [name for name, value in others.items() if value is not None]:
+                found = f"a run was named as well, and says itself how its images were drawn: {run}"
+                raise UsageError(", ".join(given), found, "Drop one of the two.")
             _check_run(run, folder, as_json)
             return
         flags = {

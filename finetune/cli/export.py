@@ -10,6 +10,7 @@ import typer
 
 from finetune.cli.options import JsonOption
 from finetune.cli.refusals import hand_over, refusals
+from finetune.stopping import StopSignal
 
 RunArgument = Annotated[Path, typer.Argument(help="A finished run, or a model folder.", metavar="RUN")]
 
@@ -38,7 +39,7 @@ def export_command(
     """Write a model for others, and prove in a fresh process that it predicts what the run predicted."""
     from finetune.display import Display
 
-    with refusals(as_json):
+    with refusals(as_json), StopSignal():
         display = Display()
         with display.busy("loading torch"):
             from finetune.export.wanted import read_wanted
@@ -59,7 +60,7 @@ def push_command(
 
     from finetune.display import Display
 
-    with refusals(as_json):
+    with refusals(as_json), StopSignal():
         display = Display()
         with display.busy("loading torch"):
             from finetune.job.export import push

@@ -21,7 +21,7 @@ from finetune.data.folders import read_folder
 from finetune.data.groups import find_groups
 from finetune.data.remark import Remark
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
-from finetune.data.split import draw_folds, find_undividable, split_off
+from finetune.data.split import FOLD_FIX, draw_folds, find_fold_fault, find_undividable, split_off
 from finetune.data.table import read_csv
 from finetune.errors import DataError, UsageError, suggest
 
@@ -308,13 +308,10 @@ def _deal_folds(
     _object_to_lonely(finding, pool, groups)
     folds = draw_folds(pool, num_folds, seed, groups)
     if len(set(folds.values())) < num_folds:
-        found = f"there are only {len(set(folds.values()))} images or groups"
-        raise DataError(f"data.folds={num_folds}", found, "Take fewer folds.")
+        fault = find_fold_fault(pool, folds, num_folds)
+        raise DataError(f"data.folds={num_folds}", str(fault), "Take fewer folds.")
     finding.parts["val"] = {name: [p for p in paths if folds[p] == fold] for name, paths in pool.items()}
     finding.parts["train"] = {name: [p for p in paths if folds[p] != fold] for name, paths in pool.items()}
-    emptied = [name for name, paths in finding.parts["train"].items() if not paths]
-    if emptied:
-        found = f"fold {fold} has every image of {count(len(emptied), 'class', 'classes')} {some(emptied)}"
-        fix = "Take fewer folds, or add images of other groups."
-        finding.object("fold-empty", found, fix, len(emptied))
+    if fault := find_fold_fault(pool, folds, num_folds):
+        finding.object("fold-empty", fault, FOLD_FIX)
     return folds

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
 
 from finetune.data.finding import Finding, quoted, some
 from finetune.errors import DataError
 
-_NESTED = re.compile(r"\((?:[^()\\]|\\.)*[+*}](?:[^()\\]|\\.)*\)[+*{]")
-"""A repetition of a repetition, ``(a+)+``: it may take longer than anybody waits."""
+_MANY = 10
+"""Times from which a repetition counts as many, also where their number is fixed."""
+_REPEATS = frozenset({"MAX_REPEAT", "MIN_REPEAT"})
 
 
 def find_groups(finding: Finding, group_by: str | None) -> dict[str, str]:
@@ -24,11 +27,12 @@ def find_groups(finding: Finding, group_by: str | None) -> dict[str, str]:
     Raises:
         DataError: the expression is none, may take for ever, or finds nothing; the column is empty.
     """
-    if group_by is None or finding.columns:
-        return finding.columns
+    if group_by is None:
+        return {}
     paths = [path for part in finding.parts.values() for own in part.values() for path in own]
-    groups = _match(_compile(group_by), paths)
-    if not groups:
+    is_column = finding.columns is not None
+    groups = _match(_compile(group_by), paths) if finding.columns is None else finding.columns
+    if not groups and not is_column:
         found = f"it names no group of any of {len(paths)} images, {some(sorted(paths)[:2])} for example"
         fix = "Write a regular expression that is found in the paths, or name a column of the CSV file."
         raise DataError(f"--group-by {quoted(group_by)}", found, fix)
@@ -37,7 +41,7 @@ def find_groups(finding: Finding, group_by: str | None) -> dict[str, str]:
             "group-missing",
             f"{len(loose)} of {len(paths)} images belong to no group, and are drawn one by one: "
             f"{some(loose)}.",
-            "Correct --group-by if they should.",
+            "Fill in the column if they should." if is_column else "Correct --group-by if they should.",
             len(loose),
             loose,
         )
@@ -46,16 +50,34 @@ def find_groups(finding: Finding, group_by: str | None) -> dict[str, str]:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     asked = f"--group-by {quoted(pattern)}"
-    if _NESTED.search(pattern):
-        found = "it repeats a repetition, which may take for ever"
-        raise DataError(asked, found, "Write it without, as [0-9]+ instead of ([0-9]+)+.")
     try:
-        return re.compile(pattern)
+        compiled, parsed = re.compile(pattern), _parser.parse(pattern)
+        if _repeats_choice(parsed, False):
+            found = "it repeats a repetition or a choice, which may take for ever"
+            raise DataError(asked, found, "Write it without, as [0-9]+ instead of ([0-9]+)+ or ([0-9]|x)+.")
+        return compiled
     except (re.error, RecursionError, OverflowError) as error:
         found = f"it is no regular expression ({error})"
         raise DataError(
             asked, found, r"Write one that names the group in a path, as 'patient(\d+)'."
         ) from None
+
+
+def _repeats_choice(node: Any, is_repeated: bool) -> bool:
+    """Tell whether a parsed expression repeats what can be matched in more than one way.
+
+    ``(a+)+`` and ``(a|a)+`` may be matched in so many ways that nobody waits for the last. It is no proof:
+    ``a*a*a*a*x`` is slow as well.
+    """
+    if isinstance(node, tuple) and len(node) == 2 and str(node[0]) in _REPEATS:
+        least, most, inner = node[1]
+        is_open = int(most) > int(least)
+        is_repetition = (is_open and int(most) > 1) or int(most) >= _MANY
+        return (is_repeated and is_open) or _repeats_choice(list(inner), is_repeated or is_repetition)
+    if isinstance(node, tuple) and len(node) == 2 and str(node[0]) == "BRANCH" and is_repeated:
+        return True
+    is_many = isinstance(node, tuple | list | _parser.SubPattern)
+    return is_many and any(_repeats_choice(one, is_repeated) for one in node)
 
 
 def _match(pattern: re.Pattern[str], paths: Iterable[str]) -> dict[str, str]:

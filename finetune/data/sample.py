@@ -44,6 +44,7 @@ class Dataset:
         is_folder: the user named the root itself, and not a CSV file in it.
         val_was_drawn: the validation part was taken from the training images, by chance.
         remarks: the warnings again, for programs, and what a lenient reading left out.
+        settled: paths whose parts an earlier attempt drew; they stay.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Dataset:
     is_folder: bool = True
     val_was_drawn: bool = False
     remarks: tuple[Remark, ...] = ()
+    settled: frozenset[str] = frozenset()
 
     @property
     def is_labelled(self) -> bool:

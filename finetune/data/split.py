@@ -3,13 +3,13 @@
 The order of images comes from a hash of seed, class and path, so neither the order in which a file system
 lists them nor the library version of a random generator can move an image across. What is drawn are units: a
 group of images that belong together, or an image by itself. Exact copies are known only once the files were
-read; then they are brought to one side.
+read; then everything is drawn anew, with copies as units.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -124,39 +124,111 @@ def draw_folds(
     return folds
 
 
+FOLD_FIX = "Take fewer folds, or add images of other groups."
+
+
+def find_fold_fault(
+    paths_by_class: Mapping[str, Sequence[str]], folds: Mapping[str, int], num_folds: int
+) -> str | None:
+    """Return why some fold cannot be held out: it is empty, or leaves nothing of a class to train on."""
+    if len(set(folds.values())) < num_folds:
+        return f"there are only {len(set(folds.values()))} images or groups"
+    for name, paths in sorted(paths_by_class.items()):
+        own = {folds[path] for path in paths}
+        if len(own) == 1:
+            return f"fold {own.pop()} has every image of class {name!r}"
+    return None
+
+
 # --- exact copies --------------------------------------------------------------------------------
 
 
-def keep_copies_together(dataset: Dataset, digests: Mapping[str, str], seed: int) -> tuple[Dataset, int]:
+def keep_copies_together(
+    dataset: Dataset, digests: Mapping[str, str], seed: int, fraction: float
+) -> tuple[Dataset, int]:
     """Return a drawn data set in which copies of a picture lie in one part, and how many images moved.
 
-    What a draw has torn goes back to the training images, with its whole group; with folds, to the fold of
-    its first image. A class that would lose all its validation images gives others in their place.
+    Where there are copies, everything is drawn anew, with copies (and the groups that they join) as units;
+    where there are none, the draw stays what it was. Where an earlier attempt drew, images that are new since
+    join the parts of their copies, and all others stay.
 
     Args:
-        dataset: whose validation part was drawn; parts that were given stay as they are.
+        dataset: whose validation part was drawn; test images stay as they are.
         digests: sha256 by path; images without one have no copies.
         seed: of the draw.
+        fraction: share of each class to validate on; with folds, it does not count.
 
     Raises:
-        DataError: the copies leave a class without training images.
+        DataError: too few different pictures are left for a part, a fold or a class.
     """
     pool = [sample for sample in dataset.samples if sample.split != "test"]
-    units = join_copies(pool, digests)
-    moved = _move_folds(pool, units) if any(one.fold for one in pool) else _move_back(pool, units, seed)
-    if not moved:
+    units = _name_units(pool, digests)
+    if units is None:
         return dataset, 0
-    samples = [moved.get(sample.path, sample) for sample in dataset.samples]
-    samples.sort(key=lambda sample: (SPLITS.index(sample.split), sample.path))
-    result = replace(dataset, samples=tuple(samples))
-    lost = [name for name, number in zip(dataset.classes, result.counts("train"), strict=True) if not number]
-    if lost:
-        found = f"all images of class {lost[0]!r} are copies of one picture, or of one group"
-        raise DataError(
-            f"data in {dataset.root}", found, "Add other images of the class, or take fewer folds."
+    if dataset.settled:
+        return _join_settled(dataset, pool, units)
+    paths: dict[str, list[str]] = {name: [] for name in dataset.classes}
+    for sample in pool:
+        paths[dataset.classes[sample.label]].append(sample.path)
+    folds: dict[str, int] = {}
+    if num_folds := max(sample.fold for sample in pool):
+        folds = draw_folds(paths, num_folds, seed, units)
+        if fault := find_fold_fault(paths, folds, num_folds):
+            raise DataError(f"data in {dataset.root}", f"without copies, {fault}", FOLD_FIX)
+        held_out = next((sample.fold for sample in pool if sample.split == "val"), 1)
+        taken = {path for path, fold in folds.items() if fold == held_out}
+    else:
+        taken = split_off(paths, fraction, seed, units)
+    if not taken:
+        found = (
+            "all images of each class are copies of one picture, or of one group: none is left to judge by"
         )
-    before = {sample.path: sample.split for sample in dataset.samples}
-    return result, sum(before[sample.path] != sample.split for sample in moved.values())
+        raise DataError(f"data in {dataset.root}", found, "Add other images.")
+    return _assign(dataset, taken, folds)
+
+
+def _join_settled(dataset: Dataset, pool: Sequence[Sample], units: Mapping[str, str]) -> tuple[Dataset, int]:
+    """Bring new images to their copies: what was trained on must not be judged by, and is not drawn again."""
+    leaders: dict[str, Sample] = {}
+    for sample in pool:  # training images come first
+        if sample.path in dataset.settled and sample.path in units:
+            leaders.setdefault(units[sample.path], sample)
+    leader_of = {
+        sample.path: leaders.get(units.get(sample.path, ""), sample)
+        for sample in pool
+        if sample.path not in dataset.settled
+    }
+    taken = {one.path for one in pool if leader_of.get(one.path, one).split == "val"}
+    return _assign(dataset, taken, {one.path: leader_of.get(one.path, one).fold for one in pool})
+
+
+def _assign(dataset: Dataset, taken: Collection[str], folds: Mapping[str, int]) -> tuple[Dataset, int]:
+    """Return a data set whose validation part are these paths, and how many images that moved."""
+    samples = [
+        one
+        if one.split == "test"
+        else replace(one, split="val" if one.path in taken else "train", fold=folds.get(one.path, 0))
+        for one in dataset.samples
+    ]
+    moved = sum(one.split != other.split for one, other in zip(samples, dataset.samples, strict=True))
+    samples.sort(key=lambda sample: (SPLITS.index(sample.split), sample.path))
+    return replace(dataset, samples=tuple(samples)), moved
+
+
+def _name_units(pool: Sequence[Sample], digests: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the unit of each image that has copies or a group, by path; None where there are no copies.
+
+    A unit is called as its group, or else as its first image, so that the rest of the draw stays what it was.
+    """
+    copies = Counter(digests[sample.path] for sample in pool if sample.path in digests)
+    if not pool or max(copies.values(), default=1) < 2:
+        return None
+    units = (unit for unit in join_copies(pool, digests) if len(unit) > 1 or unit[0].group)
+    return {
+        sample.path: min((one.group for one in unit if one.group), default=unit[0].path)
+        for unit in units
+        for sample in unit
+    }
 
 
 def join_copies(pool: Sequence[Sample], digests: Mapping[str, str]) -> list[list[Sample]]:
@@ -178,44 +250,3 @@ def join_copies(pool: Sequence[Sample], digests: Mapping[str, str]) -> list[list
     for sample in sorted(pool, key=lambda one: one.path):
         joined[top(f"path {sample.path}")].append(sample)
     return list(joined.values())
-
-
-def _move_folds(pool: Sequence[Sample], units: Sequence[Sequence[Sample]]) -> dict[str, Sample]:
-    held_out = next((sample.fold for sample in pool if sample.split == "val"), 0)
-    return {
-        sample.path: replace(sample, fold=unit[0].fold, split="val" if unit[0].fold == held_out else "train")
-        for unit in units
-        for sample in unit
-        if sample.fold != unit[0].fold
-    }
-
-
-def _move_back(pool: Sequence[Sample], units: Sequence[Sequence[Sample]], seed: int) -> dict[str, Sample]:
-    """Bring torn units back to training, and give classes that lost all of validation another unit."""
-    counts = Counter((sample.label, sample.split) for sample in pool)
-    moved: dict[str, Sample] = {}
-
-    def move(unit: Sequence[Sample], split: str) -> Iterator[tuple[str, Sample]]:
-        for sample in unit:
-            if sample.split != split:
-                counts[sample.label, sample.split] -= 1
-                now = replace(sample, split="val" if split == "val" else "train")
-                counts[sample.label, now.split] += 1
-                yield sample.path, now
-
-    torn = [unit for unit in units if len({sample.split for sample in unit}) > 1]
-    for unit in torn:
-        moved.update(move(unit, "train"))
-    emptied = sorted({sample.label for sample in moved.values() if not counts[sample.label, "val"]})
-    for label in emptied:
-        for unit in sorted(units, key=lambda one: _unit_key(one, seed)):
-            need = Counter(sample.label for sample in unit)
-            if label in need and all(counts[other, "train"] > number for other, number in need.items()):
-                now = [moved.get(sample.path, sample) for sample in unit]
-                moved.update(move(now, "val"))
-                break
-    return moved
-
-
-def _unit_key(unit: Sequence[Sample], seed: int) -> bytes:
-    return sha256(f"{seed}/{unit[0].path}".encode()).digest()

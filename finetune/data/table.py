@@ -54,7 +54,7 @@ def read_csv(finding: Finding, file: Path, group_by: str | None = None) -> None:
             first[path] = row
             part = finding.parts.setdefault(SPLIT_NAMES[row.split], {})
             part.setdefault(row.label, []).append(path)
-            if row.group:
+            if row.group and finding.columns is not None:
                 finding.columns[path] = row.group
     if faults:
         shown = [f"line {_line(table, place)}: {fault}" for place, fault in faults[:SHOWN]]
@@ -118,6 +118,8 @@ def _rows(finding: Finding, table: DataFrame, group_by: str | None) -> Iterator[
         body[header.index("split")].str.strip().str.lower() if "split" in header else ["train"] * len(body)
     )
     groups = _groups(header, body, group_by)
+    if group_by in header:
+        finding.columns = {}
     cells = zip(body.index, body[header.index("path")], labels, splits, groups, strict=True)
     for place, path, label, split, group in cells:
         yield _Row(int(place), path, label, split, group)

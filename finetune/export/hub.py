@@ -40,8 +40,9 @@ def check_push(repo_id: str) -> None:
 
     Raises:
         UsageError: it is no name of a repository.
-        EnvironmentFaultError: offline mode is on.
+        EnvironmentFaultError: offline mode is on, or the token can be none.
     """
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -53,6 +54,9 @@ def check_push(repo_id: str) -> None:
     if offline_by_environment():
         found = "offline mode is on (HF_HUB_OFFLINE)"
         raise EnvironmentFaultError(f"pushing {repo_id}", found, "Unset it where there is a network.")
+    if not (get_token() or "").isascii():
+        found = "the token (HF_TOKEN, or of `hf auth login`) has a letter that no token has"
+        raise EnvironmentFaultError(f"pushing {repo_id}", found, "Copy the token again from the hub's page.")
 
 
 def push_folder(folder: Path, repo_id: str, private: bool) -> Pushed:

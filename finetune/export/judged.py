@@ -67,10 +67,13 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> Inputs | str:
         run: a finished one.
         root: that its paths are relative to.
         card: of its model.
+
+    Raises:
+        DataError: ``predictions.csv`` or ``split.csv`` is damaged.
     """
     if not run.predictions.is_file():
         return f"{run.predictions} is not there"
-    rows = read_rows(run.predictions)
+    rows = read_rows(run.predictions, ("path",))
     chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
     digests = {row.get("path"): row.get("sha256") for row in read_split(run)}
     transform = build_eval_transform(card.preprocessing)
@@ -85,9 +88,10 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> Inputs | str:
     if not kept:
         return f"none of its {len(rows)} judged images is as it was: {gone[0]}" if gone else "it judged none"
     notes = [f"{len(gone)} of {len(chosen)} judged images are not as they were: {gone[0]}"] if gone else []
-    recorded = _read_probabilities([row for row, _ in kept], card.num_classes)
+    recorded = _read_probabilities([row for row, _ in kept], card)
     if recorded is None:
-        notes.append(f"{run.predictions.name} holds no probabilities of {card.num_classes} classes")
+        what = f"probabilities of the model's {card.num_classes} classes in their order"
+        notes.append(f"{run.predictions.name} holds no {what}: it is not compared")
     return Inputs(torch.stack([view for _, view in kept]), recorded, len(rows), tuple(notes))
 
 
@@ -114,11 +118,12 @@ def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
         return error.reason
 
 
-def _read_probabilities(rows: Sequence[dict[str, str]], num_classes: int) -> Tensor | None:
+def _read_probabilities(rows: Sequence[dict[str, str]], card: Card) -> Tensor | None:
     columns = [name for name in rows[0] if name.startswith(_PROBABILITY)]
-    if len(columns) != num_classes:
+    named = [f"{_PROBABILITY}{name}" for name in card.label_names]
+    if len(columns) != card.num_classes or (named and columns != named):
         return None
     try:
         return torch.tensor([[float(row[name]) for name in columns] for row in rows])
-    except (TypeError, ValueError):
+    except ValueError:
         return None

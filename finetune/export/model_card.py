@@ -151,13 +151,14 @@ def _figures(metrics: Metrics) -> str:
         for key, name in _FIGURES.items()
         if _is_number(metrics.get(key))
     ]
+    calibration = metrics.get("calibration") or {}
+    if _is_number(after := calibration.get("loss_calibrated")):
+        rows.append(("log loss with the temperature (nats)", f"{after:.4f}", ""))
     rows.append(("images", f"{metrics['num_samples']} of the `{metrics['split']}` part", ""))
     width = 3 if intervals else 2
     table = _table(("figure", "value", "95 % interval")[:width], [row[:width] for row in rows])
-    parts = [table, _split_sentence(metrics)]
-    if calibration := metrics.get("calibration"):
-        parts.append(_calibration_sentence(calibration))
-    return "\n\n".join(parts)
+    parts = [table, _split_sentence(metrics), _seen_sentences(metrics), _calibration_sentence(calibration)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _interval(bounds: Sequence[float] | None) -> str:
@@ -178,14 +179,32 @@ def _split_sentence(metrics: Metrics) -> str:
     return "These images chose nothing: neither weights nor the best epoch depend on them."
 
 
+def _seen_sentences(metrics: Metrics) -> str:
+    """Images that were judged though they had been learned from, where that was allowed."""
+    learned = {
+        "num_leaked": "that this model was trained on",
+        "num_seen_by_backbone": "that its weights were trained on in a run before",
+    }
+    counts = {what: metrics[key] for key, what in learned.items() if _is_number(metrics.get(key))}
+    return "\n\n".join(
+        f"**Of the {metrics['num_samples']} judged images, {count} had an exact copy among those {what}: "
+        "these figures are too kind.**"
+        for what, count in counts.items()
+        if count > 0
+    )
+
+
 def _calibration_sentence(calibration: Mapping[str, Any]) -> str:
     before, after = calibration.get("ece"), calibration.get("ece_calibrated")
     if not _is_number(before) or not _is_number(after):
         return ""
-    return (
+    text = (
         f"Expected calibration error {before:.4f}; {after:.4f} with the temperature "
         f"{calibration['temperature']:.4g} that divides the logits (fitted on the validation part)."
     )
+    if calibration.get("same_images") is True:
+        text += " The judged images fitted it as well: figures with it are cross-fitted in five parts."
+    return text
 
 
 def _limits(card: Card, metrics: Metrics) -> str:
@@ -238,10 +257,13 @@ def _input_sentence(card: Card) -> str:
 
 
 def _output_sentence(card: Card) -> str:
-    softened = (
-        "" if card.temperature == 1.0 else f"divided by {card.temperature:.6g} (the temperature), then "
+    if card.temperature == 1.0:
+        return "Output: logits; softmax gives the probabilities behind the figures."
+    return (
+        f"Output: logits; divided by {card.temperature:.6g} (the temperature), then softmax gives calibrated "
+        "probabilities. No figure but those with the temperature depends on it: the log loss without that "
+        "word is that of softmax alone."
     )
-    return f"Output: logits; {softened}softmax gives the probabilities behind the figures."
 
 
 def _source(card: Card, metrics: Metrics, source: str) -> str:

@@ -27,6 +27,7 @@ from finetune.features.rows import BesideRows
 from finetune.features.solvers import cross_validate
 from finetune.features.transferability import normalised_leep
 from finetune.job.data import check_outside, draw_evenly, require_labels
+from finetune.job.reading import read_pictures
 from finetune.job.source import (
     Features,
     Network,
@@ -137,8 +138,9 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     require_labels(dataset, recipe)
     if output is not None:
         check_outside(output, dataset)
+    dataset, checked = read_pictures(recipe, dataset, display)
     few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
-    source = open_source(recipe, network, few, display)
+    source = open_source(recipe, network, few, display, checked)
     layers = network.layers.all
     if network.backbone.card.taps:  # a classifier on stages takes no other features
         layers = layers[-1:]

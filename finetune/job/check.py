@@ -74,7 +74,7 @@ def _look(
 ) -> dict[str, Any]:
     checked = look_at(dataset, display)
     if dataset.val_was_drawn:
-        dataset, remarks = _settle(dataset, checked, recipe.seed, remarks)
+        dataset, remarks = _settle(dataset, checked, recipe, remarks)
     report = inspect(dataset, checked, recipe.data.allow_leaks, remarks)
     write_sections(output / SHEET, find_sections(report))
     result = report.to_dict()
@@ -91,11 +91,11 @@ def look_at(dataset: Dataset, display: Display) -> Checked:
 
 
 def _settle(
-    dataset: Dataset, checked: Checked, seed: int, remarks: tuple[Remark, ...]
+    dataset: Dataset, checked: Checked, recipe: Recipe, remarks: tuple[Remark, ...]
 ) -> tuple[Dataset, tuple[Remark, ...]]:
     """Keep exact copies in one part, as a run does."""
     try:
-        dataset, moved = keep_copies_together(dataset, checked.digests, seed)
+        dataset, moved = keep_copies_together(dataset, checked.digests, recipe.seed, recipe.data.val_fraction)
     except DataError as error:
         return dataset, (*remarks, Remark("class-copies", "error", error.found, error.fix))
     if moved:

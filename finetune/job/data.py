@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from finetune.errors import DataError, UsageError
 from finetune.job.same import describe_images
 from finetune.preflight.files import UNREADABLE
 from finetune.preflight.report import inspect
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, flatten, load_recipe
 from finetune.runs.bad_images import read_bad_images, write_bad_images
 from finetune.runs.claim import create_folder, read_split
 from finetune.runs.files import write_csv, write_json, write_text
@@ -59,8 +59,8 @@ def check_data(
     Images that an earlier attempt lost on its way keep their places: they stay lost, and every epoch keeps
     its order.
     """
-    if dataset.val_was_drawn and not folder.split.exists():
-        dataset = draw_copies_together(dataset, checked, recipe.seed, display)
+    if dataset.val_was_drawn:
+        dataset = draw_copies_together(dataset, checked.digests, recipe, display)
     _look_over(dataset, checked, folder, display, recipe.data.allow_leaks)
     for image in checked.bad[:10]:
         display.warn(f"{image.path} cannot be read: {image.reason}")
@@ -73,9 +73,11 @@ def check_data(
     return replace(usable, samples=tuple(samples))
 
 
-def draw_copies_together(dataset: Dataset, checked: Checked, seed: int, display: Display) -> Dataset:
+def draw_copies_together(
+    dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
+) -> Dataset:
     """Return a drawn data set in which no picture is both trained on and judged, and say what moved."""
-    dataset, moved = keep_copies_together(dataset, checked.digests, seed)
+    dataset, moved = keep_copies_together(dataset, digests, recipe.seed, recipe.data.val_fraction)
     if moved:
         images = "1 image" if moved == 1 else f"{moved} images"
         display.say(f"exact copies stay in one part: {images} moved between train and val")
@@ -123,18 +125,26 @@ def _place(sample: Sample) -> tuple[int, str]:
     return SPLITS.index(sample.split), sample.path
 
 
-def keep_split(dataset: Dataset, folder: RunFolder) -> Dataset:
-    """Return the data set with the parts that an earlier attempt drew.
+_DRAW = ("seed", "data.val_fraction", "data.folds", "data.fold", "data.group_by")
+"""Keys of a recipe that a draw depends on, beside the images."""
+
+
+def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
+    """Return the data set with the parts that an earlier attempt drew, if it was to draw the same.
 
     Where the data name no validation part, it is drawn from what is there; an image that has vanished since
     would change the draw.
     """
     if not dataset.val_was_drawn or not folder.recipe.exists():
         return dataset
+    before, now = (dict(flatten(one.to_dict())) for one in (load_recipe(str(folder.recipe)), recipe))
+    if any(before.get(key) != now.get(key) for key in _DRAW):
+        return dataset
     rows = [(row.get("path"), row.get("split")) for row in read_split(folder)]
     drawn = {path: split for path, part in rows for split in SPLITS if split == part}
     samples = [replace(sample, split=drawn.get(sample.path, sample.split)) for sample in dataset.samples]
-    return replace(dataset, samples=tuple(sorted(samples, key=_place)))
+    settled = frozenset(sample.path for sample in samples if sample.path in drawn)
+    return replace(dataset, samples=tuple(sorted(samples, key=_place)), settled=settled)
 
 
 def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -> None:

@@ -9,27 +9,26 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune import __version__
-from finetune.data.discover import discover
 from finetune.data.sample import Dataset
 from finetune.display import Display
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import UsageError
 from finetune.export.config import loads_in_timm
 from finetune.export.deployed import Interface, build_program
-from finetune.export.folder import WEIGHTS_FILE, load_exported, write_model
+from finetune.export.folder import WEIGHTS_FILE, write_model
 from finetune.export.graph_files import read_opset, write_companions, write_onnx, write_program
 from finetune.export.hub import Pushed, check_push, push_folder
 from finetune.export.judged import Inputs, draw_random, load_judged
@@ -42,38 +41,17 @@ from finetune.export.proof import (
     predict_fresh,
     predict_here,
 )
-from finetune.export.staging import staged
+from finetune.export.staging import staged_alone
 from finetune.export.wanted import Wanted
-from finetune.job.data import check_outside, find_data
+from finetune.job.data import check_outside
+from finetune.job.exportable import Exportable, open_model
 from finetune.job.figures import FIGURES_TOLERANCE, GPU_TOLERANCE
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder, read_split
 from finetune.runs.files import disk_error, write_json
 from finetune.runs.folder import RunFolder
-from pretrained.catalog import Card, find_card
 
 REPORT_FILE = "export.json"
-
-
-@dataclass(frozen=True)
-class Exportable:
-    """A model on this machine.
-
-    Attributes:
-        path: that the user named.
-        card: of the network.
-        network: on the CPU, in eval mode.
-        run: that it comes from; None for a model folder alone.
-        recipe: of the run; None where there is none that can be read.
-        dataset: of the run, where it still is what it was; None where it is gone.
-    """
-
-    path: Path
-    card: Card
-    network: nn.Module
-    run: RunFolder | None
-    recipe: Recipe | None
-    dataset: Dataset | None
 
 
 def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[str, Any]:
@@ -91,15 +69,16 @@ def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[s
     Raises:
         UsageError: no model there, an output that is taken or lies in the data, a network that the form
             cannot hold.
+        DataError: a run that is not finished, or whose files are damaged.
         InternalError: the artefact says something else than the network; nothing is kept.
         DiskError: it cannot be written.
     """
-    _check_output(output)
+    place = _resolve_output(output)
     source = open_model(path)
-    if source.dataset is not None:
-        check_outside(output, source.dataset)
-    create_folder(output.absolute().parent)
-    with staged(output) as part:
+    if isinstance(source.images, Dataset):
+        check_outside(output, source.images)
+    create_folder(place.parent)
+    with staged_alone(place) as part:
         report = _make(source, wanted, part, display)
     display.say(f"{wanted.format} {output}", style="bold")
     return report
@@ -116,6 +95,7 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
 
     Raises:
         UsageError: no model there, or no name of a repository.
+        DataError: as :func:`export`.
         EnvironmentFaultError: offline mode, no network, or a hub that refuses.
         InternalError: as :func:`export`.
     """
@@ -131,59 +111,28 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
             return push_folder(folder, repo_id, private)
 
 
-def open_model(path: Path) -> Exportable:
-    """Load a model and find what is known of it.
+def _resolve_output(output: Path) -> Path:
+    """Return the output as an absolute path without links and dots; it must be new, or an empty folder.
 
     Raises:
-        UsageError: there is none, or it is damaged.
+        UsageError: it cannot be taken, or not be replaced.
+        DiskError: it cannot be looked at.
     """
-    files = ("config.json", WEIGHTS_FILE)
-    if not any(all((folder / file).is_file() for file in files) for folder in (path / "model", path)):
-        found = "there is no model in it" if path.is_dir() else "there is no such folder"
-        raise UsageError(f"model {path}", found, "Name a finished run, or a model folder.")
-    card = find_card(f"local-dir:{path}")
+    place = Path(os.path.realpath(output))
     try:
-        network = load_exported(Path(card.location))
-    except RuntimeError as error:  # load_state_dict's
-        found = f"its weights belong to another network: {' '.join(str(error).split())[:200]}"
-        raise UsageError(f"model {path}", found, "Export it again.") from None
-    run = _find_run(path)
-    recipe = _read_recipe(run)
-    return Exportable(path, card, network, run, recipe, _find_data(recipe))
-
-
-def _find_run(path: Path) -> RunFolder | None:
-    """The run of a folder: itself, or the one that the model folder lies in."""
-    for folder in (RunFolder(path), RunFolder(path.absolute().parent)):
-        if folder.recipe.is_file() and folder.model.absolute() in (
-            path.absolute(),
-            (path / "model").absolute(),
-        ):
-            return folder
-    return None
-
-
-def _read_recipe(run: RunFolder | None) -> Recipe | None:
-    try:
-        return load_recipe(str(run.recipe)) if run else None
-    except FinetuneError:  # of another version, perhaps
-        return None
-
-
-def _find_data(recipe: Recipe | None) -> Dataset | None:
-    if recipe is None or recipe.data.path is None:
-        return None
-    try:
-        return find_data(recipe, discover, lambda *_: None)
-    except FinetuneError:
-        return None
-
-
-def _check_output(output: Path) -> None:
-    if output.is_file():
-        raise UsageError(f"--output {output}", "it is a file", "Name a new folder.")
-    if output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"--output {output}", "the folder is not empty", "Name a new folder.")
+        if os.path.exists(place) and not os.path.isdir(place):  # noqa: PTH110, PTH112 (Path's may raise)
+            found = "it is a file"
+        elif os.path.isdir(place) and any(place.iterdir()):  # noqa: PTH112
+            found = "the folder is not empty"
+        elif place == Path.cwd():
+            found = "it is the folder that you are in"
+        elif os.path.ismount(place):
+            found = "something is mounted there"
+        else:
+            return place
+    except OSError as error:
+        raise disk_error(output, error) from None
+    raise UsageError(f"--output {output}", found, "Name a new folder.")
 
 
 # --- making and proving --------------------------------------------------------------------------
@@ -258,14 +207,10 @@ def _find_inputs(source: Exportable, display: Display) -> Inputs:
 
 
 def _load_inputs(source: Exportable, display: Display) -> Inputs | str:
-    if source.run is None:
-        return "it is a model without a run"
-    if source.recipe is None:
-        return f"{source.run.recipe} cannot be read"
-    if source.dataset is None:
-        return f"the run's data, {source.recipe.data.path}, are not there any more"
+    if source.run is None or isinstance(source.images, str):
+        return str(source.images)
     with display.busy("reading judged images"):
-        return load_judged(source.run, source.dataset.root, source.card)
+        return load_judged(source.run, source.images.root, source.card)
 
 
 def _check(

@@ -30,6 +30,7 @@ from finetune.features.tables import LayerRows, TableFormat, check_format, check
 from finetune.job.data import check_outside
 from finetune.job.facts import digest_of
 from finetune.job.outcome import translated_errors
+from finetune.job.reading import read_pictures
 from finetune.job.source import (
     Features,
     Source,
@@ -133,7 +134,8 @@ def extract(
         check_names(target.format, [layer.name for layer in layers])
         dataset = open_pictures(recipe, display)
         check_outside(output, dataset)
-        source = open_source(recipe, network, dataset, display)
+        dataset, checked = read_pictures(recipe, dataset, display)
+        source = open_source(recipe, network, dataset, display, checked)
         facts = {
             "features": describe_extraction(source, layers, pool),
             "layers": [layer.name for layer in layers],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from finetune.features.rows import Rows
 from finetune.features.solvers import fit
 from finetune.job.data import check_outside, create_new_folder, require_labels
 from finetune.job.outcome import translated_errors
-from finetune.job.source import open_features, open_network, open_pictures, open_source
+from finetune.job.seen import find_ancestors
+from finetune.job.source import Source, open_features, open_network, open_pictures, open_source
 from finetune.preflight.sheet import Section, Tile, write_sections
 from finetune.recipe import Recipe, load_recipe
+from finetune.runs.claim import read_split
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 
@@ -84,8 +86,10 @@ def find_suspects(run: Path, output: Path, display: Display) -> Suspects:
         require_labels(dataset, recipe)
         check_outside(output, dataset)
         source = open_source(recipe, network, dataset, display)
+        dataset = _leave_changed_out(source, RunFolder(run), display)
+        source = replace(source, dataset=dataset)
+        _warn_of_seen(recipe, source, display)
         create_new_folder(output)
-        dataset = source.dataset
         with open_features(source, network.layers.select(["last"]), "auto") as features:
             usable = features.usable(dataset.samples)
             samples = [dataset.samples[index] for index in usable.tolist()]
@@ -110,6 +114,39 @@ def _read_recipe(path: Path) -> Recipe:
         raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
     data = recipe.data.model_copy(update={"path": str(path)})
     return recipe.model_copy(update={"data": data, "device": "auto"})
+
+
+def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> Dataset:
+    """Return the images that are what the run recorded; of others it has no label.
+
+    Raises:
+        DataError: none is left.
+    """
+    recorded = {row.get("path"): row.get("sha256") for row in read_split(run)}
+    digests = source.digests
+    changed = [one.path for one in source.dataset.samples if recorded.get(one.path) != digests[one.path]]
+    if changed:
+        images = f"1 image, {changed[0]}, is" if len(changed) == 1 else f"{len(changed)} images are"
+        display.warn(f"{images} not what the run saw, and left out")
+    dataset = source.dataset.without(changed)
+    if not dataset.samples:
+        found = "none of its images is what it was"
+        raise DataError(f"--run {run.path}", found, "Run again, or bring the images back.")
+    return dataset
+
+
+def _warn_of_seen(recipe: Recipe, source: Source, display: Display) -> None:
+    """Tell how many images the backbone has seen with their labels, where it is itself a run."""
+    seen = find_ancestors(recipe)
+    known = seen.trained | seen.chose
+    number = sum(source.digests[sample.path] in known for sample in source.dataset.samples)
+    if number:
+        display.warn(
+            f"the backbone of this run is a run itself, and was trained on or chosen by {number} of these "
+            "images: wrong labels that it learnt look right"
+        )
+    elif not seen.is_known:
+        display.warn("it is not known which images the backbone of this run has seen with their labels")
 
 
 def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from finetune.features.probe import Classifier, Draw, ProbeResult, draw_parts, p
 from finetune.features.rows import ChosenRows
 from finetune.job.data import check_outside, create_new_folder, require_labels
 from finetune.job.outcome import translated_errors
-from finetune.job.source import Features, open_features, open_network, open_pictures, open_source
+from finetune.job.source import Features, Source, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from pretrained.layer import Layer
@@ -104,7 +104,7 @@ def probe(
         create_new_folder(output)
         samples = source.dataset.samples
         with open_features(source, layers, pool) as features:
-            usable = features.usable(samples)
+            usable = _leave_copies_out(features.usable(samples), source)
             labels = torch.tensor([samples[index].label for index in usable.tolist()])
             draws = [
                 draw_parts(labels, dataset.classes, per_class, recipe.seed, repeat)
@@ -118,6 +118,22 @@ def probe(
         _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
         display.say(f"{output}/probe.csv, probe.png", style="bold")
         return rows
+
+
+def _leave_copies_out(usable: Tensor, source: Source) -> Tensor:
+    """Return the indices of different pictures: by a copy, what is known by heart would be judged."""
+    samples = source.dataset.samples
+    first: dict[str, int] = {}
+    for index in usable.tolist():
+        first.setdefault(source.digests[samples[index].path], index)
+    if len(first) < len(usable):
+        said = (
+            "1 exact copy is"
+            if len(usable) - len(first) == 1
+            else f"{len(usable) - len(first)} exact copies are"
+        )
+        source.display.say(f"{said} left out: each picture counts once")
+    return torch.tensor(list(first.values()), dtype=torch.int64)
 
 
 def _judge(

@@ -16,6 +16,7 @@ from finetune.features.neighbours import leave_one_out
 from finetune.job.advise import MOST_IMAGES
 from finetune.job.data import draw_evenly, require_labels
 from finetune.job.outcome import translated_errors
+from finetune.job.reading import read_pictures
 from finetune.job.source import open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from pretrained.catalog import find_card
@@ -59,12 +60,13 @@ def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> li
 def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
     dataset = open_pictures(recipe, display)
     require_labels(dataset, recipe)
+    dataset, checked = read_pictures(recipe, dataset, display)
     few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
     ranked = []
     for name in names:
         backbone = recipe.backbone.model_copy(update={"name": name})
         network = open_network(recipe.model_copy(update={"backbone": backbone}), display)
-        source = open_source(recipe, network, few, display)
+        source = open_source(recipe, network, few, display, checked)
         last = network.layers.all[-1]
         with open_features(source, [last], "auto", parts=("train",)) as features:
             samples = source.dataset.of("train")

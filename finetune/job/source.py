@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from finetune.cache.shelf import Shelf
-from finetune.data.check import BadImage, check_images
+from finetune.data.check import BadImage, Checked
 from finetune.data.loader import Loader, Placement
-from finetune.data.looks import LookStore
 from finetune.data.sample import SPLITS, Dataset, Sample
 from finetune.data.sample import Split as Part
 from finetune.data.transforms import build_eval_transform
@@ -43,6 +42,7 @@ from finetune.features.rows import JoinedRows, Rows
 from finetune.job.data import find_data, keep_split
 from finetune.job.facts import describe_source, digest_of
 from finetune.job.prepare import place_network, prepare_machine, resolve_preprocessing
+from finetune.job.reading import read_pictures
 from finetune.memory import release_memory
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.claim import read_split
@@ -136,7 +136,7 @@ def open_pictures(recipe: Recipe, display: Display) -> Dataset:
     with display.count(f"reading {own.data.path}") as tell:
         dataset = find_data(own, find_pictures, tell)
     if is_run:
-        dataset = keep_split(dataset, run)
+        dataset = keep_split(dataset, run, own)
         known = {row.get("path") for row in read_split(run)}
         dataset = dataset.without({sample.path for sample in dataset.samples if sample.path not in known})
     for warning in dataset.warnings:
@@ -189,20 +189,24 @@ class Source:
             self.display.warn(f"and {len(bad) - 10} images more")
 
 
-def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Display) -> Source:
-    """Take the digest of every picture: features are kept by content."""
-    with display.track("reading images", len(dataset.samples)) as advance:
-        done = 0
+def open_source(
+    recipe: Recipe, network: Network, dataset: Dataset, display: Display, checked: Checked | None = None
+) -> Source:
+    """Put pictures before a network; features are kept by content.
 
-        def tell(now: int) -> None:
-            nonlocal done
-            advance(now - done, "")
-            done = now
-
-        store = LookStore(dataset.root)
-        checked = check_images(dataset, tell, decode=False, store=store)
-    readable = dataset.without({image.path for image in checked.bad})
-    return Source(network, readable, checked.digests, checked.bad, recipe, display)
+    Args:
+        recipe: of what the features depend on.
+        network: with its own classifier.
+        dataset: the pictures.
+        display: shows progress.
+        checked: of ``read_pictures``, where some of the pictures were chosen since.
+    """
+    if checked is None:
+        dataset, checked = read_pictures(recipe, dataset, display)
+    own = {sample.path for sample in dataset.samples}
+    bad = tuple(image for image in checked.bad if image.path in own)
+    readable = dataset.without({image.path for image in bad})
+    return Source(network, readable, checked.digests, bad, recipe, display)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from finetune.features.solvers import draw_folds
 from finetune.job.data import draw_evenly
 from finetune.job.feeds import Source, open_feeds
 from finetune.job.prepare import Ready, place_network, prepare
+from finetune.job.reading import read_pictures
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.strategy.freeze import digest_frozen
@@ -80,7 +81,8 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
     }
     ready = prepare(recipe.model_copy(update=changes), display)
     place_network(ready.backbone.network, ready.placement)
-    few = draw_evenly(ready.dataset, MOST_IMAGES, recipe.seed)
+    settled, _ = read_pictures(recipe, ready.dataset, display)
+    few = draw_evenly(settled, MOST_IMAGES, recipe.seed)
     with display.track("checking images", len(few.samples)) as advance:
         checked = check_images(few, lambda _: advance(1, ""))
     dataset = few.without({image.path for image in checked.bad})

@@ -40,7 +40,8 @@ _FORMATS = {
 _GRAPHIC_MODES = frozenset({"1", "P", "PA"})
 """Of drawings: photographs have no palette."""
 _PLACEHOLDER = re.compile(
-    r"(?<![a-z])((image|img|photo|picture|file|page)[ _-]?)?(not[ _-]?(found|available)|no[ _-]?(image|photo|picture))"
+    r"(?<![a-z])((image|img|photo|picture|file|page)[ _-]?)?not[ _-]?(found|available)"
+    r"|(?<![a-z])no[ _-]?(image|photo|picture)"
     r"|place[ _-]?holder|unavailable|coming[ _-]?soon"
     r"|(?<![a-z])((image|photo|picture)[ _-]?missing|missing[ _-]?(image|photo|picture))",
     re.IGNORECASE,

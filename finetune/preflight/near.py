@@ -82,9 +82,9 @@ def find_near(seen: Seen) -> Near:
     sizes = np.bincount(seen.parts[usable], minlength=len(SPLITS)).tolist()
     across = (len(usable) ** 2 - sum(size**2 for size in sizes)) // 2
     if len(usable) ** 2 // 2 <= MOST_COMPARISONS:
-        scope, searches = "all", (_blocks_across(usable, seen.parts), _blocks_within(usable, seen.parts))
+        scope, searches = "all", [_blocks_across(usable, seen.parts), _blocks_within(usable, seen.parts)]
     elif across <= 10 * MOST_COMPARISONS:
-        scope, searches = "across", (_blocks_across(usable, seen.parts),)
+        scope, searches = "across", [_blocks_across(usable, seen.parts)]
     else:
         return Near((), "none")
     pairs: list[Pair] = []

@@ -136,7 +136,7 @@ def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
     )  # fmt: skip
     assert kept["accuracy"] == pytest.approx(before["accuracy"], abs=0.06)
     other = draw_folder(tmp_path / "other", {"blue": 12, "red": 12})
-    run(cli, tmp_path / "one", other, tmp_path / "three", "--strategy", "top", "--epochs", 1)
+    run(cli, tmp_path / "one", other, tmp_path / "three", "--strategy", "top", "--epochs", 1, "--allow-leaks")
 
 
 def test_best_is_chosen_without_validation_images(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,9 +25,12 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from finetune.cli.app import app
-from finetune.errors import EnvironmentFaultError, ExitCode
+from finetune.data.sample import Dataset
+from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
 from finetune.export import folder
-from finetune.export.hub import push_folder
+from finetune.export.hub import check_push, push_folder
+from finetune.job.data import check_outside
+from finetune.job.exportable import open_model
 from tests.conftest import Cli
 
 TOKEN = "hf_" + "abcdefghij" * 3
@@ -159,6 +163,115 @@ def test_predictions_of_another_model_are_seen(cli: Cli, copy: Path, tmp_path: P
     assert result.exit_code == ExitCode.INTERNAL
     assert "differ from those of the run's predictions.csv by up to" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_other_classes_is_not_compared(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    rows = pd.read_csv(copy / "predictions.csv")
+    rows.rename(columns={"prob_blue": "prob_red", "prob_red": "prob_blue"}).to_csv(
+        copy / "predictions.csv", index=False
+    )
+    result = cli("export", copy, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["num_judged"], report["predictions_csv"]) == (18, None)
+    assert "warning: predictions.csv holds no probabilities of the model's 3 classes in" in result.stderr
+    rows.rename(columns={"path": "file"}).to_csv(copy / "predictions.csv", index=False)
+    result = cli("export", copy, "-o", tmp_path / "two")
+    assert (result.exit_code, "there is no column path" in result.stderr) == (ExitCode.DATA, True)
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
+def test_a_run_that_is_not_finished_is_refused(cli: Cli, copy: Path, tmp_path: Path, state: str) -> None:
+    """Its model is of the end before, or of none."""
+    outcome = json.loads((copy / "outcome.json").read_text())
+    (copy / "outcome.json").write_text(json.dumps(outcome | {"state": state}))
+    for place in (copy, copy / "model"):
+        result = cli("export", place, "-o", tmp_path / "out")
+        assert result.exit_code == ExitCode.DATA
+        assert f"the run is not finished ({state})" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def own_data(copy: Path, pictures: Path, tmp_path: Path) -> Path:
+    """The run's images again, for a test that changes them."""
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    repoint(copy, data)
+    return data
+
+
+def repoint(run: Path, data: Path) -> None:
+    recipe = (run / "recipe.yaml").read_text()
+    line = next(line for line in recipe.splitlines() if line.strip().startswith("path:"))
+    (run / "recipe.yaml").write_text(recipe.replace(line, f"  path: {data}"))
+
+
+def test_what_was_added_to_the_data_is_no_reason_for_noise(
+    cli: Cli, copy: Path, own_data: Path, tmp_path: Path
+) -> None:
+    """An empty class folder would be refused by a run; the judged images are what they were."""
+    (own_data / "train" / "yellow").mkdir()
+    result = cli("export", copy, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["compared_on"] == "judged images"
+    assert "warning" not in result.stderr
+    result = cli("export", copy, "-o", own_data / "out")
+    assert (result.exit_code, "it lies in the data" in result.stderr) == (ExitCode.USAGE, True)
+
+
+def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp_path: Path) -> None:
+    (own_data / "images.csv").touch()
+    repoint(copy, own_data / "images.csv")
+    images = open_model(copy).images
+    assert isinstance(images, Dataset)
+    assert (images.root, images.is_folder, len(images.samples)) == (own_data, False, 54)
+    check_outside(tmp_path / "out", images)
+    with pytest.raises(UsageError, match="it lies in the data"):
+        check_outside(own_data / "val" / "out", images)
+    (own_data / "images.csv").unlink()
+    repoint(copy, Path(shutil.make_archive(str(tmp_path / "packed"), "zip", own_data)))
+    images = open_model(copy).images
+    assert isinstance(images, Dataset)
+    assert all(images.file(sample).is_file() for sample in images.samples)
+    (tmp_path / "packed.zip").write_bytes(b"nothing")
+    assert "no zip archive" in str(open_model(copy).images)
+
+
+def test_places_that_cannot_be_replaced(
+    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen before the work: renaming a folder over them fails only after it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (".", "x/..", tmp_path / "here"):
+        result = cli("export", run, "-o", output)
+        assert result.exit_code == ExitCode.USAGE
+        assert "it is the folder that you are in" in result.stderr
+        assert "comparing" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    result = cli("export", run, "-o", "x/../../link")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "empty" / "export.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "empty", "link"}
+
+
+def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        assert any(tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a test that fails must not end the others
+    monkeypatch.setattr("finetune.job.export.predict_fresh", stop)
+    try:
+        result = cli("export", run, "-o", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == ExitCode.INTERRUPTED, result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -333,6 +446,14 @@ def test_no_network(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(EnvironmentFaultError, match=r"the hub gave no answer \(.+\)"):
         push_folder(model, "me/ants", False)
+
+
+def test_a_token_that_can_be_none_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_geheimschlüssel")
+    monkeypatch.setattr("finetune.export.hub.offline_by_environment", lambda: False)
+    with pytest.raises(EnvironmentFaultError, match="has a letter that no token has") as caught:
+        check_push("me/ants")
+    assert "geheim" not in str(caught.value)
 
 
 def test_offline_and_bad_names_are_refused_before_anything(cli: Cli, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.discover import discover
+from finetune.data import groups
+from finetune.data.discover import discover, survey
+from finetune.data.split import draw_folds, find_fold_fault
 from finetune.errors import DataError, UsageError
 from tests.conftest import draw
 
@@ -80,6 +82,10 @@ def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path
     [
         ("(", "it is no regular expression"),
         ("(a+)+$", "it repeats a repetition"),
+        ("((a+))+$", "it repeats a repetition"),
+        ("(a|a)+$", "it repeats a repetition or a choice"),
+        ("(a{1,50}){1,50}x", "it repeats a repetition"),
+        ("(a?){30}x", "it repeats a repetition"),
         (r"clinic(\d)", "names no group of any of 48 images"),
         ("sick|well", "belong to one group"),
     ],
@@ -118,3 +124,47 @@ def test_a_hostile_pattern_does_not_hang(folder: Path) -> None:
     with pytest.raises(DataError):
         discover(folder, 0.25, 0, group_by=r"((\w+)*-)+x")
     assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(\d{4}-){2}", r"(\d{1,3}\.){3}", r"(ab)+", r"[^/]+/p(\d+)?_", r"(?:sick|well)/(\w+)", r"\(\w+\)+"],
+)
+def test_harmless_patterns_are_taken(pattern: str) -> None:
+    assert groups._compile(pattern).pattern == pattern
+
+
+def test_empty_cells_of_a_column_are_told_of(table: Path) -> None:
+    rows = table.read_text().splitlines()
+    rows[3] = ",".join([*rows[3].split(",")[:2], "", ""])
+    table.write_text("\n".join(rows) + "\n")
+    dataset = discover(table, 0.25, 0, group_by="patient")
+    assert [remark.code for remark in dataset.remarks] == ["group-missing"]
+    assert "1 of 48 images" in dataset.warnings[0]
+
+
+def test_a_column_that_only_faulty_rows_fill_is_no_pattern(table: Path) -> None:
+    rows = [
+        "path,label,sick",
+        *(",".join([*row.split(",")[:2], ""]) for row in table.read_text().split()[1:]),
+    ]
+    table.write_text("\n".join([*rows, "gone.jpg,sick,7"]) + "\n")
+    dataset, remarks = survey(table, 0.25, 0, group_by="sick")
+    assert dataset is not None and not any(sample.group for sample in dataset.samples)
+    assert {remark.code for remark in remarks} == {"row-unusable", "group-missing"}
+
+
+@pytest.mark.parametrize("fold", [1, 2, 3])
+def test_a_class_in_one_fold_is_refused_whichever_is_held_out(tmp_path: Path, fold: int) -> None:
+    """Three large groups of both classes come first, then the second group of a class, beside its other."""
+    paths = {"a": [f"a/{n}" for n in range(2)], "b": [f"b/{n}" for n in range(30)]}
+    own = dict.fromkeys(["a/0", *paths["b"][:10]], "x") | dict.fromkeys(["a/1", *paths["b"][10:20]], "y")
+    folds = {**draw_folds(paths, 3, 0, own), "a/0": 2, "a/1": 2}
+    assert find_fold_fault(paths, folds, 3) == "fold 2 has every image of class 'a'"
+    for name, many in (("a", 2), ("b", 9)):
+        for number in range(many):
+            draw(tmp_path / name / f"{'x' if name == 'a' else number}_{number}.jpg", (1, 2, 3), number)
+    with pytest.raises(DataError, match="belong to one group"):
+        discover(tmp_path, 0.2, 0, group_by="(.)_", folds=3, fold=fold)
+    dataset, remarks = survey(tmp_path, 0.2, 0, group_by="(.)_", folds=3)
+    assert dataset is not None and {"group-single", "fold-empty"} <= {remark.code for remark in remarks}

@@ -163,3 +163,14 @@ def test_many_are_quick(data: Dataset) -> None:
     began = time.perf_counter()
     look(data)
     assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize(
+    "head", [b"[" * 60_000, b'{"path_bytes": 99999999999999, "num_images": 1}', b'{"path_bytes": -1}', b"7"]
+)
+def test_a_hostile_file_of_looks_counts_for_nothing(data: Dataset, head: bytes) -> None:
+    look(data)
+    store = LookStore(data.root)
+    store.path.write_bytes(head + b"\n" + store.path.read_bytes())
+    assert len(LookStore(data.root)._known) == 0
+    assert len(look(data).looks) == 12 and len(LookStore(data.root)._known) == 12

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from finetune.data.sample import SPLITS, Dataset, Sample
 from finetune.data.split import draw_folds, find_undividable, keep_copies_together, split_off
+from finetune.errors import DataError
 
 CLASSES = {"ant": [f"ant/{n}.jpg" for n in range(40)], "bee": [f"bee/{n}.jpg" for n in range(10)]}
 
@@ -118,61 +120,105 @@ def parts_of(dataset: Dataset) -> dict[str, str]:
     return {sample.path: sample.split for sample in dataset.samples}
 
 
-def test_copies_go_back_to_training() -> None:
-    parts = {f"{name}/{n}": "val" if n < 3 else "train" for name in ("ant", "bee") for n in range(10)}
-    digests = {path: path for path in parts} | {"ant/0": "same", "ant/5": "same", "bee/7": "same"}
-    dataset, moved = keep_copies_together(drawn(parts), digests, 0)
-    assert moved == 1
-    assert parts_of(dataset) == parts | {"ant/0": "train"}
-    assert keep_copies_together(dataset, digests, 0) == (dataset, 0)
-    assert [s.path for s in dataset.samples if s.split == "train"] == sorted(dataset_paths(dataset, "train"))
+def doubled(number: int) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Paths of two classes and digests: every picture twice."""
+    paths = {name: [f"{name}/{n}{copy}" for n in range(number) for copy in "ab"] for name in ("ant", "bee")}
+    return paths, {path: path[:-1] for own in paths.values() for path in own}
 
 
-def dataset_paths(dataset: Dataset, part: str) -> list[str]:
-    return [sample.path for sample in dataset.samples if sample.split == part]
+def parts_for(paths: dict[str, list[str]], taken: set[str]) -> dict[str, str]:
+    return {path: "val" if path in taken else "train" for own in paths.values() for path in own}
 
 
-def test_a_class_keeps_something_to_be_judged_by() -> None:
-    parts = {"ant/0": "val", **{f"ant/{n}": "train" for n in range(1, 5)}}
-    parts |= {"bee/0": "val", "bee/1": "train", "bee/2": "train"}
-    digests = {path: path for path in parts} | {"ant/0": "same", "ant/1": "same"}
-    dataset, moved = keep_copies_together(drawn(parts), digests, 0)
-    assert moved == 2
-    assert dataset.counts("val") == [1, 1] and dataset.counts("train") == [4, 2]
-    assert {parts_of(dataset)[path] for path in ("ant/0", "ant/1")} == {"train"}
+def test_where_every_picture_is_there_twice_the_part_keeps_its_size() -> None:
+    paths, digests = doubled(100)
+    first = drawn(parts_for(paths, split_off(paths, 0.2, 0)))
+    dataset, moved = keep_copies_together(first, digests, 0, 0.2)
+    assert first.counts("val") == [40, 40] == dataset.counts("val")
+    parts: dict[str, set[str]] = {}
+    for path, part in parts_of(dataset).items():
+        parts.setdefault(digests[path], set()).add(part)
+    assert all(len(own) == 1 for own in parts.values())
+    assert moved == sum(parts_of(first)[path] != part for path, part in parts_of(dataset).items()) > 0
+    assert keep_copies_together(dataset, digests, 0, 0.2) == (dataset, 0)
+    assert [s.path for s in dataset.of("train")] == sorted(s.path for s in dataset.of("train"))
+
+
+@pytest.mark.parametrize("groups", [{}, GROUPS])
+def test_without_copies_the_draw_stays_what_it_was(groups: dict[str, str]) -> None:
+    first = drawn(parts_for(PATIENTS, split_off(PATIENTS, 0.25, 0, groups)), groups)
+    digests = {path: path for path in parts_of(first)}
+    assert keep_copies_together(first, digests, 0, 0.25) == (first, 0)
+    digests |= dict.fromkeys(("ant/p1_0.jpg", "ant/p1_1.jpg"), "same")  # of one group, where there are groups
+    again, _ = keep_copies_together(first, digests, 0, 0.25)
+    if groups:
+        assert again == first
+    assert parts_of(again)["ant/p1_0.jpg"] == parts_of(again)["ant/p1_1.jpg"]
 
 
 def test_a_class_of_nothing_but_copies_keeps_its_training_images() -> None:
     parts = {"ant/0": "val", "ant/1": "train", "bee/0": "val", "bee/1": "train"}
     digests = {"ant/0": "same", "ant/1": "same", "bee/0": "b0", "bee/1": "b1"}
-    dataset, _ = keep_copies_together(drawn(parts), digests, 0)
+    dataset, _ = keep_copies_together(drawn(parts), digests, 0, 0.5)
     assert dataset.counts("train") == [2, 1] and dataset.counts("val") == [0, 1]
+    with pytest.raises(DataError, match="none is left to judge by"):
+        keep_copies_together(drawn(parts), digests | dict.fromkeys(("bee/0", "bee/1"), "other"), 0, 0.5)
 
 
 def test_copies_take_their_groups_along() -> None:
     parts = {f"ant/{n}": "val" if n < 4 else "train" for n in range(10)}
     groups = {"ant/0": "g", "ant/1": "g"}
     digests = {path: path for path in parts} | {"ant/1": "same", "ant/9": "same"}
-    dataset, moved = keep_copies_together(drawn(parts, groups), digests, 0)
-    assert moved == 2 and parts_of(dataset)["ant/0"] == parts_of(dataset)["ant/1"] == "train"
+    dataset, _ = keep_copies_together(drawn(parts, groups), digests, 0, 0.4)
+    found = parts_of(dataset)
+    assert found["ant/0"] == found["ant/1"] == found["ant/9"] and dataset.counts("val") == [4]
 
 
 def test_given_test_images_stay_where_they_are() -> None:
     parts = {"ant/0": "test", "ant/1": "val", "ant/2": "train", "ant/3": "train"}
-    dataset, moved = keep_copies_together(drawn(parts), dict.fromkeys(("ant/0", "ant/2"), "same"), 0)
+    dataset, moved = keep_copies_together(drawn(parts), dict.fromkeys(("ant/0", "ant/2"), "same"), 0, 0.3)
     assert (moved, parts_of(dataset)) == (0, parts)
 
 
-@pytest.mark.parametrize("fold", [1, 2, 3])
-def test_copies_share_a_fold(fold: int) -> None:
-    folds = draw_folds(CLASSES, 3, 0)
-    digests = {path: path for path in folds} | dict.fromkeys(CLASSES["bee"][:4], "same")
+def test_what_an_earlier_attempt_drew_stays_and_new_copies_join_it() -> None:
+    parts = {f"ant/{n}": "val" if n < 4 else "train" for n in range(12)}
+    digests = {path: path for path in parts} | {"ant/10": "ant/0", "ant/3": "ant/5", "ant/2": "ant/11"}
+    dataset = replace(drawn(parts), settled=frozenset(set(parts) - {"ant/3", "ant/10", "ant/11"}))
+    after, moved = keep_copies_together(dataset, digests, 0, 0.4)
+    assert moved == 3
+    assert parts_of(after) == parts | {"ant/10": "val", "ant/3": "train", "ant/11": "val"}
+
+
+def dealt(paths: dict[str, list[str]], num_folds: int, held_out: int) -> Dataset:
+    folds = draw_folds(paths, num_folds, 0)
+    classes = tuple(sorted(paths))
     samples = [
-        Sample(path, 0, "val" if own == fold else "train", "", own) for path, own in sorted(folds.items())
+        Sample(path, label, "val" if folds[path] == held_out else "train", "", folds[path])
+        for label, name in enumerate(classes)
+        for path in sorted(paths[name])
     ]
     samples.sort(key=lambda one: (SPLITS.index(one.split), one.path))
-    dataset, _ = keep_copies_together(Dataset(Path("/x"), ("all",), tuple(samples)), digests, 0)
-    found = {sample.path: sample.fold for sample in dataset.samples}
-    assert {found[path] for path in CLASSES["bee"][:4]} == {folds["bee/0.jpg"]}
-    assert all((sample.fold == fold) == (sample.split == "val") for sample in dataset.samples)
-    assert len(found) == len(folds)
+    return Dataset(Path("/x"), classes, tuple(samples), val_was_drawn=True)
+
+
+@pytest.mark.parametrize("held_out", [1, 2, 3])
+def test_copies_share_a_fold_and_folds_stay_even(held_out: int) -> None:
+    paths, digests = doubled(30)
+    dataset, _ = keep_copies_together(dealt(paths, 3, held_out), digests, 0, 0.2)
+    folds: dict[str, set[int]] = {}
+    for sample in dataset.samples:
+        folds.setdefault(digests[sample.path], set()).add(sample.fold)
+        assert (sample.fold == held_out) == (sample.split == "val")
+    assert all(len(own) == 1 for own in folds.values())
+    assert dataset.counts("val") == [20, 20]
+
+
+def test_folds_that_copies_empty_are_refused() -> None:
+    paths, digests = doubled(2)
+    with pytest.raises(DataError, match="only 2 images or groups"):
+        keep_copies_together(dealt(paths, 4, 1), {path: digests[path][-1] for path in digests}, 0, 0.2)
+    paths, digests = doubled(6)
+    same = digests | dict.fromkeys(paths["ant"], "same")
+    for held_out in (1, 2, 3):  # whichever is held out: the run of one fold would die
+        with pytest.raises(DataError, match="has every image of class 'ant'"):
+            keep_copies_together(dealt(paths, 3, held_out), same, 0, 0.2)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from finetune.data.transforms import build_eval_transform
+from finetune.errors import DataError
 from finetune.export import judged as module
 from finetune.export.judged import Inputs, load_judged
 from finetune.runs.files import write_csv
@@ -95,5 +96,22 @@ def test_without_images_there_is_a_reason(run: RunFolder, card: Card, tmp_path: 
 def test_probabilities_of_other_classes_are_not_compared(run: RunFolder, card: Card) -> None:
     found = load(run, replace(card, num_classes=3))
     assert found.recorded is None
-    assert found.notes == ("predictions.csv holds no probabilities of 3 classes",)
+    assert found.notes == (
+        "predictions.csv holds no probabilities of the model's 3 classes in their order: it is not compared",
+    )
     assert torch.is_tensor(found.views)
+
+
+@pytest.mark.parametrize(("names", "compared"), [(("a", "=b"), True), (("=b", "a"), False)])
+def test_columns_must_be_the_classes_in_order(
+    run: RunFolder, card: Card, names: tuple[str, ...], compared: bool
+) -> None:
+    found = load(run, replace(card, label_names=names))
+    assert (found.recorded is not None, not found.notes) == (compared, compared)
+
+
+def test_a_table_without_paths_is_refused(run: RunFolder, card: Card) -> None:
+    text = run.predictions.read_text()
+    run.predictions.write_text(text.replace("path,", "file,", 1))
+    with pytest.raises(DataError, match="there is no column path"):
+        load(run, card)

@@ -102,6 +102,29 @@ def test_the_hub_reads_figures_licence_and_base() -> None:
     assert "ROC" not in text
 
 
+def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
+    calibration = NEW["calibration"] | {"loss": 0.3, "loss_calibrated": 0.25, "same_images": True}
+    text = build_readme(card_of(temperature=1.5), NEW | {"calibration": calibration}, "weights.pth")
+    assert "| log loss (nats) | 0.3000 |  |\n| log loss with the temperature (nats) | 0.2500 |  |" in text
+    assert "cross-fitted in five parts" in text
+    assert "then softmax gives calibrated probabilities" in text
+    assert "probabilities behind the figures" not in text
+    plain = build_readme(card_of(), NEW, "weights.pth")
+    assert "log loss with the temperature" not in plain
+    assert "cross-fitted" not in plain
+    assert "Output: logits; softmax gives the probabilities behind the figures." in plain
+
+
+def test_images_that_were_learned_from_are_told() -> None:
+    text = build_readme(card_of(), NEW | {"num_leaked": 2, "num_seen_by_backbone": 1}, "weights.pth")
+    figures = text.partition("## Figures")[2].partition("##")[0]
+    start = "**Of the 10 judged images,"
+    assert f"{start} 2 had an exact copy among those that this model was trained on: these figures" in figures
+    assert f"{start} 1 had an exact copy among those that its weights were trained on in a run" in figures
+    for counts in ({"num_leaked": 0, "num_seen_by_backbone": 0}, {"num_leaked": None}, {}):
+        assert "too kind" not in build_readme(card_of(), NEW | counts, "weights.pth")
+
+
 def test_an_old_run_has_a_card_as_well() -> None:
     text = build_readme(card_of(), OLD, "weights.pth")
     assert "| accuracy | 0.9000 |" in text

@@ -165,7 +165,7 @@ def test_without_a_place_for_temporary_files_that_is_said(
         predict_fresh("torch-export", path, inputs, card, Interface())
 
 
-@pytest.mark.parametrize("layout", ["", "nchw", "nhwc"])
+@pytest.mark.parametrize("layout", [None, "nchw", "nhwc"])
 def test_inputs_are_written_as_the_artefact_takes_them(tmp_path: Path, layout: Any) -> None:
     card = find_card("timm/test_resnet")
     views = draw_random(card, "").views[:20]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,88 @@ def test_wrong_labels_of_a_run_are_suspected(cli: Cli, tiny: Path, tmp_path: Pat
     assert found["num_judged"] == found["num_images"] == 60
     assert [row["path"] for row in found["label_issues"]] == [row["path"] for row in table]
     assert (tmp_path / "out" / "label_issues.png").stat().st_size > 1000
+
+
+def test_images_that_changed_since_are_left_out_and_a_run_as_backbone_is_told_of(
+    cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli("run", "-b", tiny, "-d", data, "-o", first, *QUICK).exit_code == 0
+    assert cli("run", "-b", first / "model", "-d", data, "-o", second, *QUICK).exit_code == 0
+    shutil.copy(data / "red/001.jpg", data / "blue/000.jpg")
+    result = cli("check", "--run", first, "-o", tmp_path / "a", "--json")
+    assert result.exit_code == 0, result.output
+    assert "1 image, blue/000.jpg, is not what the run saw" in result.stderr
+    assert "backbone of this run" not in result.stderr
+    assert json.loads(result.stdout)["num_images"] == 35
+    result = cli("check", "--run", second, "-o", tmp_path / "b")
+    assert "was trained on or chosen by 35 of these images" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--folds", 3), ("--seed", 1), ("--set", "seed=1"), ("--allow-leaks",)])
+def test_a_run_says_itself_how_its_images_were_drawn(
+    cli: Cli, tmp_path: Path, option: tuple[object, ...]
+) -> None:
+    result = cli("check", "--run", tmp_path, *option, "-o", tmp_path / "a")
+    assert result.exit_code == ExitCode.USAGE and str(option[0]) in result.stderr
+
+
+def test_a_link_whose_name_is_not_utf8(cli: Cli, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 4, "blue": 4})
+    (data / "red" / os.fsdecode(b"\xff.jpg")).symlink_to("/etc/passwd")
+    result = cli("check", data, "-o", tmp_path / "a", "--json")
+    assert result.exit_code == 65, result.output
+    assert {"link-outside"} <= {one["code"] for one in json.loads(result.stdout)["findings"]}
+
+
+def test_folds_that_cannot_all_be_held_out_end_with_65(cli: Cli, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 12, "blue": 12})
+    for number in range(1, 12):
+        shutil.copy(data / "red/000.jpg", data / f"red/{number:03}.jpg")
+    result = cli("check", data, "--folds", 3, "-o", tmp_path / "a", "--json")
+    assert result.exit_code == 65
+    assert "has every image of class 'red'" in json.loads(result.stdout)["findings"][0]["message"]
+
+
+def test_a_new_copy_joins_its_picture_and_another_recipe_draws_anew(
+    cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
+    run = tmp_path / "run"
+    words = ["run", "-b", tiny, "-d", data, "-o", run, *QUICK]
+    assert cli(*words).exit_code == 0
+    before = {row["path"]: row["split"] for row in rows(run / "split.csv")}
+    for path in before:
+        shutil.copy(data / path, data / path.replace(".jpg", "_copy.jpg"))
+    result = cli(*words, "--allow-changed")
+    assert result.exit_code == 0, result.output
+    after = {row["path"]: row["split"] for row in rows(run / "split.csv")}
+    assert after == before | {path.replace(".jpg", "_copy.jpg"): part for path, part in before.items()}
+    result = cli(*words, "--allow-changed", "--set", "data.val_fraction=0.5")
+    assert result.exit_code == 0, result.output
+    split = rows(run / "split.csv")
+    assert sum(row["split"] == "val" for row in split) == 36
+    by_digest: dict[str, set[str]] = {}
+    for row in split:
+        by_digest.setdefault(row["sha256"], set()).add(row["split"])
+    assert all(len(parts) == 1 for parts in by_digest.values())
+
+
+def test_every_command_takes_the_parts_of_a_run(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
+    for name in COLOURS:
+        for number in range(8):
+            shutil.copy(data / name / f"{number:03}.jpg", data / name / f"copy{number}.jpg")
+    assert cli("run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK).exit_code == 0
+    result = cli("extract", "-b", tiny, "-d", data, "--layers", "last", "-o", tmp_path / "rows.csv")
+    assert result.exit_code == 0, result.output
+    of_run, of_extract = (
+        {row["path"]: row["split"] for row in rows(tmp_path / name)} for name in ("run/split.csv", "rows.csv")
+    )
+    assert of_run == of_extract
+    result = cli(
+        "probe", "-b", tiny, "-d", data, "--layers", "last", "-o", tmp_path / "probe", "--per-class", 5
+    )
+    assert result.exit_code == 0, result.output
+    assert "24 exact copies are left out" in result.stderr
