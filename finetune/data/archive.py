@@ -70,6 +70,24 @@ _REPACK = (
 _UNPACK = "If you know where it comes from, unpack it yourself, and give the folder."
 
 
+def find_root(data: Path) -> Path | None:
+    """Return the folder that the paths of a data set are relative to; None where it is gone.
+
+    Args:
+        data: the folder, CSV file or archive that was named.
+
+    Raises:
+        DataError: an archive cannot be unpacked any more.
+    """
+    if os.path.isdir(data):  # noqa: PTH112 (Path.is_dir raises below a closed folder)
+        return data
+    if not os.path.isfile(data):  # noqa: PTH113
+        return None
+    if data.suffix.lower() == ".zip":
+        return open_archive(Finding(f"--data {printable(data)}", data.absolute()), data)
+    return data.parent
+
+
 def open_archive(finding: Finding, file: Path, on_progress: Progress | None = None) -> Path:
     """Return the folder that holds the archive's images, unpacked now or by an earlier call.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from finetune.data.archive import open_archive
-from finetune.data.finding import Finding
+from finetune.data.archive import find_root
 from finetune.data.sample import Dataset, Sample
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.export.folder import WEIGHTS_FILE, load_exported
@@ -100,21 +98,10 @@ def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
         return f"{run.recipe} cannot be read"
     data = Path(recipe.data.path)
     try:
-        root = _find_root(data)
+        root = find_root(data)
     except FinetuneError as error:
         return f"the run's data cannot be read ({error.message})"
     if root is None:
         return f"the run's data, {data}, are not there any more"
     samples = tuple(Sample(row["path"], -1, "train") for row in read_split(run))
     return Dataset(root, (), samples, is_folder=root != data.parent)
-
-
-def _find_root(data: Path) -> Path | None:
-    """The folder that the recorded paths are relative to; None where it is gone."""
-    if os.path.isdir(data):  # noqa: PTH112 (Path.is_dir raises below a closed folder)
-        return data
-    if not os.path.isfile(data):  # noqa: PTH113
-        return None
-    if data.suffix.lower() == ".zip":
-        return open_archive(Finding(f"--data {data}", data.absolute()), data)
-    return data.parent

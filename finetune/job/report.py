@@ -5,8 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-from finetune.data.archive import open_archive
-from finetune.data.finding import Finding
+from finetune.data.archive import find_root
 from finetune.display import Display
 from finetune.errors import DiskError, FinetuneError, UsageError
 from finetune.export.folder import load_exported
@@ -73,17 +72,8 @@ def add_report(folder: RunFolder, display: Display, command: str | None = None) 
 def _find_root(facts: Facts) -> Path | None:
     """The folder that the pictures' paths are relative to; None where it is unknown or gone."""
     named = facts.metrics.get("data") or (facts.recipe.data.path if facts.recipe else None)
-    if not isinstance(named, str):
-        return None
-    data = Path(named)
-    if data.is_dir():
-        return data
-    if not data.is_file():
-        return None
-    if data.suffix.lower() != ".zip":
-        return data.parent
     try:
-        return open_archive(Finding(f"--data {named}", data.absolute()), data)
+        return find_root(Path(named)) if isinstance(named, str) else None
     except FinetuneError:
         return None
 
