@@ -20,7 +20,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -135,6 +135,11 @@ class Predictor:
     def num_views(self) -> int:
         """Views of a picture (V)."""
         return self._views.num_views
+
+    def without_temperature(self) -> Predictor:
+        """Return the same network with probabilities as it was trained to give them."""
+        card = replace(self.card, temperature=1.0)
+        return Predictor(self.network, card, self.device, self.batch_size, self._workers, self._views)
 
     def with_views(self, crops: int, scales: Sequence[int] = ()) -> Predictor:
         """Return the same network with other views (:func:`finetune.evaluation.views.build_views`)."""

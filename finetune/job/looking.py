@@ -127,6 +127,9 @@ def look(
 def _predict(
     model: Model, predictor: Predictor, dataset: Dataset, labels: Tensor, order: Tensor, display: Display
 ) -> Variant:
+    is_plain = predictor.num_views == 1  # a mean over views is one of calibrated probabilities
+    temperature = predictor.card.temperature
+    predictor = predictor.without_temperature() if is_plain else predictor
     size, samples = predictor.batch_size, dataset.samples
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     began, parts = time.perf_counter(), []
@@ -139,10 +142,9 @@ def _predict(
             advance(len(answer.asked), "")
     probabilities = torch.cat(parts)[:, order]
     seconds = time.perf_counter() - began
-    predictions = _from_probabilities(probabilities, labels)
-    plain = predictor.num_views == 1
-    raw = predictions.soften(1 / predictor.card.temperature) if plain else None
-    return Variant(model.name, predictor.num_views, predictions, raw, seconds)
+    given = _from_probabilities(probabilities, labels)
+    softened = given.soften(temperature) if is_plain else given
+    return Variant(model.name, predictor.num_views, softened, given if is_plain else None, seconds)
 
 
 def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
