@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from finetune.data.looks import SETTLED_SECONDS
 from tests.conftest import draw_folder
 from tests.faults.crash import Crasher, When, open_crasher
 from tests.faults.results import assert_same_run, fault_of
@@ -42,8 +44,14 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(crasher: Crasher, tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed, with the calls that it made in ``calls.json`` beside it."""
+    """A run that nothing disturbed, with the calls that it made in ``calls.json`` beside it.
+
+    Another one comes before it: the first look at pictures that have settled is kept, which is a call or two
+    that no later run makes.
+    """
     output = tmp_path_factory.mktemp("whole") / "run"
+    time.sleep(SETTLED_SECONDS + 0.5)
+    assert crasher.run(*words_of(tiny, few, output.parent / "before")).code == 0
     end = crasher.run(*words_of(tiny, few, output))
     assert end.code == 0, end.said
     (output.parent / "calls.json").write_text(json.dumps(end.calls))
