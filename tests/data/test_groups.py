@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -120,10 +119,8 @@ def test_images_without_a_group_are_told_of(folder: Path) -> None:
 
 
 def test_a_hostile_pattern_does_not_hang(folder: Path) -> None:
-    began = time.perf_counter()
-    with pytest.raises(DataError):
+    with pytest.raises(DataError):  # before it is tried on any path
         discover(folder, 0.25, 0, group_by=r"((\w+)*-)+x")
-    assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize(
