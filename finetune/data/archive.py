@@ -8,7 +8,6 @@ The folder gets its final name when it is complete: under that name there is nev
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-from finetune.cache.shelf import cache_folder
 from finetune.data.decode import EXTENSIONS
 from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
 from finetune.data.finding import (
@@ -38,8 +36,10 @@ from finetune.data.finding import (
     printable,
     quoted,
 )
-from finetune.errors import DataError, DiskError
-from finetune.runs.files import disk_error, sync_folder, write_json
+from finetune.data.made_once import make_once
+from finetune.data.samples import is_sample, open_sample
+from finetune.errors import DataError
+from finetune.runs.files import write_json
 
 Progress = Callable[[int, int], None]
 
@@ -74,11 +74,14 @@ def find_root(data: Path) -> Path | None:
     """Return the folder that the paths of a data set are relative to; None where it is gone.
 
     Args:
-        data: the folder, CSV file or archive that was named.
+        data: the folder, CSV file, archive or sample that was named.
 
     Raises:
         DataError: an archive cannot be unpacked any more.
+        UsageError: there is no such sample.
     """
+    if is_sample(data):
+        return open_sample(data)
     if os.path.isdir(data):  # noqa: PTH112 (Path.is_dir raises below a closed folder)
         return data
     if not os.path.isfile(data):  # noqa: PTH113
@@ -100,77 +103,17 @@ def open_archive(finding: Finding, file: Path, on_progress: Progress | None = No
             digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     except OSError as error:
         raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
-    cache = cache_folder("archives")
-    folder = cache / digest
-    with _disk_faults(cache):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_leftovers(cache)
-    if not folder.is_dir():
-        with _disk_faults(cache), _locked(cache / f"{digest}.lock"):
-            if not folder.is_dir():  # another process may have unpacked it while this one waited
-                _unpack(finding, file, folder, on_progress)
+    folder = make_once("archives", digest, lambda part: _unpack(finding, file, part, on_progress))
     _warn_left_out(finding, folder)
     return _entered(folder)
 
 
-@contextmanager
-def _disk_faults(cache: Path) -> Iterator[None]:
-    """Turn what the operating system says of the cache into a refusal."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_error(cache, error) from None
-        fix = "Set XDG_CACHE_HOME to a folder you may write to, and start the same command again."
-        raise DiskError(f"writing {cache}", error.strerror or str(error), fix) from None
-
-
-@contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Keep other processes from the same archive; give whether the lock was had. It ends with its process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        had = False
-        with suppress(OSError):  # held by another, or a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            had = True
-        yield had
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(cache: Path) -> None:
-    """Remove what killed processes left behind. A lock tells the dead: containers share process numbers."""
-    for part in cache.glob("*.part-*"):
-        with _locked(cache / f"{part.name.partition('.')[0]}.lock", wait=False) as had:
-            if had:
-                shutil.rmtree(part, ignore_errors=True)
-
-
-def _unpack(finding: Finding, file: Path, folder: Path, on_progress: Progress | None) -> None:
-    """Unpack aside and rename."""
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(mode=0o700)
-        with _opened(finding, file) as archive:
-            plan = _plan(finding, archive)
-            _check_sizes(finding, file, plan, folder.parent)
-            _extract(finding, archive, plan, part, on_progress)
-        write_json(part / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
-        os.sync()  # else a power cut could keep the new name and lose what is in it
-        _rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _rename(part: Path, folder: Path) -> None:
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # where there are no locks, another process may have been faster
-            raise
-    sync_folder(folder.parent)
+def _unpack(finding: Finding, file: Path, part: Path, on_progress: Progress | None) -> None:
+    with _opened(finding, file) as archive:
+        plan = _plan(finding, archive)
+        _check_sizes(finding, file, plan, part.parent)
+        _extract(finding, archive, plan, part, on_progress)
+    write_json(part / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
 
 
 class _Guarded(io.FileIO):

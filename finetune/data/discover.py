@@ -21,6 +21,7 @@ from finetune.data.folders import read_folder
 from finetune.data.groups import find_groups
 from finetune.data.remark import Remark
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
+from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import FOLD_FIX, draw_folds, find_fold_fault, find_undividable, split_off
 from finetune.data.table import read_csv
 from finetune.errors import DataError, UsageError, suggest
@@ -132,11 +133,16 @@ def _discover(finding: Finding, data: Path, draw: Draw, on_progress: Progress | 
 def read_data(
     finding: Finding, data: Path, on_progress: Progress | None = None, group_by: str | None = None
 ) -> bool:
-    """Read a folder, a zip archive or a CSV file; return whether it was a CSV file.
+    """Read a folder, a zip archive, a CSV file or a sample; return whether it was a CSV file.
 
     Raises:
         DataError: it is none of them, or cannot be read.
+        UsageError: there is no such sample.
     """
+    if is_sample(data):
+        finding.root = open_sample(data)
+        read_folder(finding)
+        return False
     if not os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
         siblings = names_in(finding.root.parent)
         raise finding.refuse(

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 from finetune.data.finding import Finding, extensions, printable, some
 from finetune.data.folders import is_image, walk_images
+from finetune.data.samples import is_sample, open_sample
 from finetune.errors import DataError, UsageError, suggest
 
 STANDARD_INPUT = "-"
@@ -58,19 +59,21 @@ def find_inputs(
 
     Args:
         words: a file, a folder (every image below it), a ``.csv`` with a column ``path`` (relative to the
-            file), a pattern (``photos/**/*.jpg``), or ``-`` for one path a line.
+            file), a pattern (``photos/**/*.jpg``), a sample, or ``-`` for one path a line.
         standard_input: that ``-`` means; None where it is closed.
         nul: paths on standard input end with a zero byte instead of a line end.
         follow_links: links, and rows of a CSV file, may lead out of the folder.
 
     Raises:
         DataError: there is no such file or folder.
-        UsageError: standard input is closed.
+        UsageError: standard input is closed, or there is no such sample.
     """
     path = Path(words)
     if words == STANDARD_INPUT:
         stream, end = _check_open(standard_input), b"\0" if nul else b"\n"
         return Inputs("standard input", lambda: _of_stream(stream, end), False)
+    if is_sample(words):
+        path = open_sample(words)
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
         finding = Finding(printable(words), path.absolute(), follow_links=follow_links, takes_any_name=True)
         return Inputs(printable(words), lambda: _of_folder(finding), folder=path)

@@ -13,6 +13,7 @@ from torch import nn
 from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
+from finetune.data.samples import is_sample
 from finetune.display import Display
 from finetune.errors import FinetuneError, UsageError
 from finetune.job.data import find_data
@@ -231,7 +232,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
-            "data": recipe.data.model_copy(update={"path": _absolute(data or "")}),
+            "data": recipe.data.model_copy(update={"path": _absolute_data(data or "")}),
         }
     )
 
@@ -239,6 +240,10 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 def _absolute(path: str) -> str:
     """Without ``..``, and with links as the user knows them."""
     return os.path.abspath(path)  # noqa: PTH100 - Path.resolve follows links
+
+
+def _absolute_data(path: str) -> str:
+    return path if is_sample(path) else _absolute(path)
 
 
 def _absolute_name(name: str | None) -> str | None:

@@ -60,7 +60,8 @@ class DataSettings(_Section):
     path: str | None = Field(
         None,
         description="a folder with train/ and val/ (and test/), a folder of class folders, a .zip of "
-        "either, or a CSV with the columns path,label[,split]",
+        "either, a CSV with the columns path,label[,split], or `sample:digits`: real handwritten digits that "
+        "are always at hand",
     )
     val_fraction: float = Field(
         0.2,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import archive
+from finetune.data import archive, made_once
 from finetune.data.discover import discover
 from finetune.data.sample import Dataset
 from finetune.errors import DataError, DiskError, ExitCode
@@ -155,7 +155,7 @@ def test_the_same_archive_is_unpacked_once(
     before = found(file)
     (before.root / "ant/0.jpg").write_text("still there")
     copy = Path(shutil.copy(file, tmp_path / "another name.zip"))
-    monkeypatch.setattr(archive, "_locked", None)  # nothing is written: a cache that is read only will do
+    monkeypatch.setattr(made_once, "_locked", None)  # nothing is written: a cache that is read only will do
     assert found(copy) == before
     assert (before.root / "ant/0.jpg").read_text() == "still there"
     assert len(unpacked(cache)) == 1
@@ -489,7 +489,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name(tmp_path: Path
     child = subprocess.Popen([sys.executable, "-c", SLOWLY, str(file)], stdout=subprocess.PIPE, text=True)
     assert child.stdout and child.stdout.readline() == "unpacking\n"
     (part,) = unpacked(cache)
-    archive._remove_leftovers(cache)
+    made_once.remove_leftovers(cache)
     assert part.is_dir(), "a living process keeps its folder"
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -545,7 +545,7 @@ def test_a_file_system_without_locks(tmp_path: Path, cache: Path, monkeypatch: p
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(archive.fcntl, "flock", unsupported)
+    monkeypatch.setattr(made_once.fcntl, "flock", unsupported)
     file = packed(tmp_path / "x.zip", *PLAIN)
     twin = found(file).root
 
