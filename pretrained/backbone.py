@@ -144,7 +144,7 @@ def check_same_labels(card: Card, classes: Sequence[str]) -> None:
     if card.num_classes != len(classes):
         found = f"the network's classifier has {card.num_classes} outputs, the data {len(classes)} classes"
         raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")
-    if card.place == "folder" and card.label_names and tuple(classes) != card.label_names:
+    if card.place in ("folder", "bundled") and card.label_names and tuple(classes) != card.label_names:
         other = [name for name in classes if name not in card.label_names] or list(classes)
         found = f"the network was trained for other labels or another order (here: {', '.join(other[:3])})"
         raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")

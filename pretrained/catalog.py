@@ -3,9 +3,11 @@
 A name resolves in this order, and the first that fits wins:
 
 1. a folder on this machine: a finished run, or its ``model`` folder (with ``local-dir:`` or without);
-2. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
-3. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm (names of its past releases too);
-4. a bare name known to torchvision.
+2. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``finetune/NAME`` (those that come
+   with the installation), ``hf-hub:ORG/NAME``;
+3. the bare name of one that comes with the installation;
+4. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm (names of its past releases too);
+5. a bare name known to torchvision.
 
 So ``resnet50`` is timm's and ``squeezenet1_0`` is torchvision's, which alone has it.
 """
@@ -28,6 +30,7 @@ from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
+from pretrained import bundle
 from pretrained.config import (
     TEMPERATURES,
     check_view,
@@ -45,7 +48,7 @@ from pretrained.hub import find_hub_file
 from pretrained.pooling import Pool
 
 Library = Literal["timm", "torchvision"]
-Place = Literal["hub", "url", "folder", "none"]
+Place = Literal["hub", "url", "folder", "bundled", "none"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 
@@ -153,13 +156,15 @@ def find_card(name: str, offline: bool = False) -> Card:
     library, slash, bare = name.partition("/")
     if not slash:
         library, bare = "", name
-    if library not in ("", "timm", "torchvision"):
-        found = "it is no folder, and names with a slash start with timm/ or torchvision/"
+    if library not in ("", "timm", "torchvision", bundle.LIBRARY):
+        found = "it is no folder, and names with a slash start with timm/, torchvision/ or finetune/"
         fix = "Check the path, or see `finetune backbones`."
         raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), fix)
-    if library != "torchvision" and is_model(bare):
+    if library in ("", bundle.LIBRARY) and (folder := bundle.find_bundled(bare)) is not None:
+        return _card_from_bundle(bare, folder)
+    if library in ("", "timm") and is_model(bare):
         return _card_from_timm(timm_old_names.get(bare) or bare)
-    if library != "timm" and bare.partition(".")[0] in torchvision_names():
+    if library in ("", "torchvision") and bare.partition(".")[0] in torchvision_names():
         return _card_from_torchvision(bare)
     found = f"there is no network of that name{_nearest(bare)}"
     raise UsageError(f"--backbone {name}", found, "See `finetune backbones`.")
@@ -183,7 +188,8 @@ def _is_known(name: str) -> bool:
 
 
 def _nearest(name: str) -> str:
-    return suggest(name.partition(".")[0], [*timm.list_models(), *torchvision_names()])
+    known = [*timm.list_models(), *torchvision_names(), *bundle.list_bundled()]
+    return suggest(name.partition(".")[0], known)
 
 
 @cache
@@ -299,6 +305,12 @@ def _card_from_folder(name: str, folder: Path) -> Card:
     return _card_from_config(f"local-dir:{folder}", config, place="folder", location=str(model))
 
 
+def _card_from_bundle(name: str, folder: Path) -> Card:
+    full = f"{bundle.LIBRARY}/{name}"
+    config = read_config(f"--backbone {full}", folder / "config.json")
+    return _card_from_config(full, config, place="bundled", location=str(folder))
+
+
 def _card_from_config(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     try:
         return _card_from_values(name, config, place, location)
@@ -353,11 +365,12 @@ def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
 
 
 def list_names(search: str = "") -> Iterator[str]:
-    """Yield every full name that holds ``search`` (case does not matter): timm's, then torchvision's."""
+    """Yield every full name that holds ``search`` (case does not matter): bundled, timm's, torchvision's."""
     tagged = timm.list_pretrained()
     bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged}
     timm_names = (f"timm/{name}" for name in sorted([*tagged, *bare]))
-    for name in [*timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
+    bundled = (f"{bundle.LIBRARY}/{name}" for name in bundle.list_bundled())
+    for name in [*bundled, *timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
         if search.lower() in name.lower():
             yield name
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import ssl
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from tqdm import tqdm
+
 from finetune.errors import EnvironmentFaultError, UsageError
 
+Progress = Callable[[int, int], None]
+"""Told the bytes that are there, and how many there will be (0 where nobody knows)."""
 NETWORK_TIMEOUT_SECONDS = 10.0
 OFFLINE = "offline mode is on"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _REVISION = re.compile(r"(?!.*\.\.)[\w./-]{0,200}", re.ASCII)
 """A branch, tag or commit, which becomes a path in the cache."""
 
@@ -27,7 +35,12 @@ def no_answer(where: str, problem: str) -> str:
 
 
 def find_hub_file(
-    asked: str, hub_id: str, names: Collection[str], offline: bool = False, fix: str = "name a local folder"
+    asked: str,
+    hub_id: str,
+    names: Collection[str],
+    offline: bool = False,
+    fix: str = "name a local folder",
+    on_progress: Progress | None = None,
 ) -> Path:
     """Return the first of ``names`` that a hub repository holds, from the cache or by download.
 
@@ -37,6 +50,7 @@ def find_hub_file(
         names: in order of preference.
         offline: never ask the network.
         fix: what to do with a file fetched elsewhere, for the message.
+        on_progress: told of a download as it comes.
 
     Raises:
         UsageError: ``hub_id`` is no name of a repository.
@@ -57,7 +71,7 @@ def find_hub_file(
     if problem:
         raise _no_hub_file(asked, hub_id, names, problem, fix)
     with _silent_client():
-        fetched = _fetch(repo, revision or None, names)
+        fetched = _fetch(repo, revision or None, names, _bar_of(on_progress))
     if isinstance(fetched, str):
         raise _no_hub_file(asked, hub_id, names, fetched, fix)
     return fetched
@@ -75,14 +89,33 @@ def _is_hub_id(hub_id: str) -> bool:
     return _REVISION.fullmatch(revision) is not None
 
 
-def _fetch(repo: str, revision: str | None, names: Collection[str]) -> Path | str:
-    """Download the first of ``names`` that is there, or return the problem."""
+def _bar_of(on_progress: Progress | None) -> type[Any]:
+    """Return what the client takes for a bar: it draws nothing, and tells how far it is."""
+
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+        def __init__(self, *words: Any, **keys: Any) -> None:
+            super().__init__(*words, **keys | {"file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            was_shown: bool | None = super().update(n)
+            if on_progress is not None:
+                on_progress(int(self.n), int(self.total or 0))
+            return was_shown
+
+    return Bar
+
+
+def _fetch(repo: str, revision: str | None, names: Collection[str], bar: type[Any]) -> Path | str:
+    """Download the first of ``names`` that is there and whole, or return the problem."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for name in names:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision, etag_timeout=NETWORK_TIMEOUT_SECONDS))
+            file = hf_hub_download(
+                repo, name, revision=revision, etag_timeout=NETWORK_TIMEOUT_SECONDS, tqdm_class=bar
+            )
+            return _verify(Path(file))
         except LocalEntryNotFoundError as error:  # the library's "no network"; a kind of the next one
             return _root_cause(error)
         except EntryNotFoundError:
@@ -90,6 +123,23 @@ def _fetch(repo: str, revision: str | None, names: Collection[str]) -> Path | st
         except Exception as error:  # the client's error classes change with every release
             return _root_cause(error)
     return "the repository holds none of these files"
+
+
+def _verify(file: Path) -> Path | str:
+    """Return a downloaded file, or remove it where it is not what the hub said it would be.
+
+    The client compares sizes only. It stores a large file under its sha256, as the hub names it.
+    """
+    stored = file.resolve()
+    if not _SHA256.fullmatch(stored.name):
+        return file
+    with stored.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest == stored.name:
+        return file
+    file.unlink(missing_ok=True)
+    stored.unlink(missing_ok=True)
+    return f"what came has the sha256 {digest[:16]}..., and should have {stored.name[:16]}...; it was removed"
 
 
 @contextmanager

@@ -10,10 +10,10 @@ Weights by name are taken from the libraries' own caches, else downloaded into t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
-import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from finetune.errors import EnvironmentFaultError, UsageError
 from pretrained import hub
 from pretrained.catalog import Card
-from pretrained.hub import cached_on_hub, find_hub_file, offline_by_environment
+from pretrained.hub import Progress, cached_on_hub, find_hub_file, offline_by_environment
 from pretrained.network import timm_arguments, timm_name
 from pretrained.state_dict import read_weights
 
@@ -43,6 +43,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _COUNTER = "num_batches_tracked"
 """A buffer of BatchNorm that says nothing of what was learned; files of before 2018 have none."""
+_CHUNK = 2**17
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
 """First digits of a file's SHA-256, where its name tells them."""
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
@@ -89,13 +90,16 @@ def _some(names: Collection[str]) -> str:
 # --- finding -------------------------------------------------------------------------------------
 
 
-def find_weights(card: Card, weights: str | None = None, offline: bool = False) -> Path:
+def find_weights(
+    card: Card, weights: str | None = None, offline: bool = False, on_progress: Progress | None = None
+) -> Path:
     """Return the file that holds a backbone's weights, downloading it when it must and may.
 
     Args:
         card: whose weights.
         weights: a file or folder the user named, None for the card's own.
         offline: never ask the network.
+        on_progress: told of a download as it comes.
 
     Raises:
         UsageError: the named file or folder is not there or holds no weights, or the card has none.
@@ -103,7 +107,7 @@ def find_weights(card: Card, weights: str | None = None, offline: bool = False) 
     """
     if weights is not None:
         return _file_of(f"--weights {weights}", Path(weights))
-    if card.place == "folder":
+    if card.place in ("folder", "bundled"):
         return _file_of(f"--backbone {card.name}", Path(card.location))
     if card.place == "none":
         found = f"no weights were ever published for {card.name}"
@@ -113,17 +117,16 @@ def find_weights(card: Card, weights: str | None = None, offline: bool = False) 
     if cached is not None:
         return cached
     if card.place == "hub":
-        return find_hub_file(
-            f"--backbone {card.name}", card.location, _HUB_FILES, offline, "give --weights FILE"
-        )
+        asked, fix = f"--backbone {card.name}", "give --weights FILE"
+        return find_hub_file(asked, card.location, _HUB_FILES, offline, fix, on_progress)
     if offline or offline_by_environment():
         raise _no_url_file(card, hub.OFFLINE)
-    return _download(card)
+    return _download(card, on_progress)
 
 
 def find_cached(card: Card) -> Path | None:
     """Return the card's weights file when it is on this machine already, else None."""
-    if card.place == "folder":
+    if card.place in ("folder", "bundled"):
         return next((path for path in _weight_files(Path(card.location))), None)
     if card.place == "url":
         path = _torch_file(card)
@@ -159,34 +162,45 @@ def _torch_file(card: Card) -> Path:
 # --- downloading ---------------------------------------------------------------------------------
 
 
-def _download(card: Card) -> Path:
+def _download(card: Card, on_progress: Progress | None) -> Path:
     """Fetch into torch.hub's cache; a part file is renamed only when its hash fits its name."""
     target = _torch_file(card)
-    digest = _DIGEST.search(target.name)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _network_timeout(), _signed_in(_url_of(card)) as url:
-            torch.hub.download_url_to_file(url, str(target), digest[1] if digest else None)
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        # RuntimeError: the hash does not fit; ValueError: the mirror is no URL
+        with _signed_in(_url_of(card)) as url:
+            digest = _copy(url, part, on_progress)
+        expected = _DIGEST.search(target.name)
+        if expected and not digest.startswith(expected[1]):
+            raise ValueError(f"invalid hash value: {digest[:16]}..., and its name says {expected[1]}")
+        part.replace(target)
+    except (OSError, ValueError, HTTPException) as error:  # ValueError: the mirror is no URL, too
         raise _no_url_file(card, " ".join(str(error).split()) or type(error).__name__) from None
+    finally:
+        part.unlink(missing_ok=True)
     return target
+
+
+def _copy(url: str, part: Path, on_progress: Progress | None) -> str:
+    """Write what a server sends into a file, and return its sha256."""
+    digest, done = hashlib.sha256(), 0
+    # The address is a mirror that the user named, or the library's own.
+    with request.urlopen(url, timeout=hub.NETWORK_TIMEOUT_SECONDS) as answer, part.open("wb") as file:  # noqa: S310
+        total = int(answer.headers.get("Content-Length") or 0)
+        while chunk := answer.read(_CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            if on_progress is not None:
+                on_progress(done, total)
+    if done < total:
+        raise OSError(f"the connection ended after {done:,} of {total:,} bytes")
+    return digest.hexdigest()
 
 
 def _url_of(card: Card) -> str:
     mirror = os.environ.get(MIRROR_VARIABLE)
     return f"{mirror.rstrip('/')}/{_torch_file(card).name}" if mirror else card.location
-
-
-@contextmanager
-def _network_timeout() -> Iterator[None]:
-    """urllib waits for ever by default."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(hub.NETWORK_TIMEOUT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 @contextmanager

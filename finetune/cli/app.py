@@ -16,6 +16,7 @@ from finetune.cli import (
     extract,
     predict,
     probe,
+    pull,
     recipes,
     report,
     retrieve,
@@ -43,6 +44,7 @@ app.command("similar")(retrieve.similar_command)
 app.command("map")(retrieve.map_command)
 app.command("export")(export.export_command)
 app.command("push")(export.push_command)
+app.command("pull")(pull.pull_command)
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")

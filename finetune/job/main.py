@@ -25,6 +25,7 @@ from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.attempt import Clock, Job
 from finetune.job.auto import choose_strategy
 from finetune.job.data import check_data, check_outside, describe_data, keep_split, record_split
+from finetune.job.default_backbone import name_backbone
 from finetune.job.figures import check_figures, collect_metrics, say_result, write_figures
 from finetune.job.fit import fit_network
 from finetune.job.outcome import recorded_outcome, translated_errors
@@ -80,6 +81,7 @@ def run(
     check_trackers(recipe.tracking.to)
     with StopSignal() as stop, translated_errors():
         advice = None
+        recipe = name_backbone(recipe, output, display)
         if recipe.strategy.name == "auto":
             with clock.phase("advise"):
                 recipe, advice = choose_strategy(recipe, output, display)

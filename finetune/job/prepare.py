@@ -17,6 +17,7 @@ from finetune.data.samples import is_sample
 from finetune.display import Display
 from finetune.errors import FinetuneError, UsageError
 from finetune.job.data import find_data
+from finetune.job.fetch import fetch
 from finetune.recipe import Facts, Recipe, compute_batch_size, load_recipe, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runtime import (
@@ -65,8 +66,10 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
     device = prepare_machine(recipe)
     with display.count(f"reading {data}") as tell:
         dataset = find_data(recipe, discover, tell)
+    card = find_card(name, recipe.backbone.offline)
+    if recipe.strategy.name != "scratch" and not recipe.backbone.weights:
+        fetch(card, recipe.backbone.offline, display)
     with display.busy(f"loading {name}"):
-        card = find_card(name, recipe.backbone.offline)
         card = card.with_input(resolve_preprocessing(recipe, card))
         backbone = _load_backbone(recipe, card, dataset)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
@@ -145,10 +148,7 @@ def _plan(recipe: Recipe, backbone: Backbone) -> Plan:
 
 def _required(recipe: Recipe) -> tuple[str, str]:
     name, data = recipe.backbone.name, recipe.data.path
-    if not name:
-        raise UsageError(
-            "finetune run", "no backbone was named", "Add --backbone NAME (see `finetune backbones`)."
-        )
+    assert name, "it is named before"
     if not data:
         raise UsageError("finetune run", "no data was named", "Add --data FOLDER.")
     if recipe.backbone.weights and recipe.strategy.name == "scratch":

@@ -40,7 +40,9 @@ from finetune.features.kept import (
 )
 from finetune.features.rows import JoinedRows, Rows
 from finetune.job.data import find_data, keep_split
+from finetune.job.default_backbone import name_backbone
 from finetune.job.facts import describe_source, digest_of
+from finetune.job.fetch import fetch
 from finetune.job.prepare import place_network, prepare_machine, resolve_preprocessing
 from finetune.job.reading import read_pictures
 from finetune.memory import release_memory
@@ -98,16 +100,16 @@ def open_network(recipe: Recipe, display: Display) -> Network:
     """Load a network as it was published, and find its layers.
 
     Raises:
-        UsageError: none was named, there is none of that name, or the weights belong to another.
+        UsageError: there is none of that name, or the weights belong to another.
         EnvironmentFaultError: the weights are not here and cannot be had.
     """
-    name = recipe.backbone.name
-    if not name:
-        fix = "Add --backbone NAME (see `finetune backbones`)."
-        raise UsageError("finetune", "no backbone was named", fix)
+    recipe = name_backbone(recipe, None, display)
+    name = str(recipe.backbone.name)
     device = prepare_machine(recipe)
+    card = find_card(name, recipe.backbone.offline)
+    if not recipe.backbone.weights:
+        fetch(card, recipe.backbone.offline, display)
     with display.busy(f"loading {name}"):
-        card = find_card(name, recipe.backbone.offline)
         card = card.with_input(resolve_preprocessing(recipe, card))
         backbone = load_source(card, recipe.backbone.weights, recipe.backbone.offline)
         layout = recipe.training.channels_last
