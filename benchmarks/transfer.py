@@ -1,0 +1,159 @@
+"""Does the transfer pay? The bundled backbone beside the same network from random weights.
+
+    python -m benchmarks.transfer run --results FILE.jsonl --cache DIR --photographs DIR --tiny DIR
+    python -m benchmarks.transfer page --results FILE.jsonl --plot FILE.png
+
+``--tiny`` is the folder that ``python -m benchmarks.tiny_imagenet`` has written. Every strategy of the
+lectures' matrix for the same epochs, with 10, 50 and all images a class, and three seeds, each of which draws
+other pictures to learn from. What a run found is one line of the file, and the same command goes on after
+what is there; ``--datasets`` lets several processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from benchmarks.transfer_data import DATASETS, EPOCHS, Origin, make_folder
+from benchmarks.transfer_page import build_page, draw_plot
+
+BACKBONE = "finetune/resnet10t.tin180"
+STRATEGIES: dict[str, dict[str, object]] = {
+    "freeze": {},
+    "top": {},
+    "full": {},
+    "scratch": {"training.lr": 0.05},
+}
+"""Each with what it is given beside the defaults. Random weights get a rate that suits them: at the default,
+which is made for heads and pretrained stages, they would learn less."""
+SEEDS = (0, 1, 2)
+
+Key = tuple[str, int, int, str]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one run found.
+
+    Attributes:
+        dataset: a key of ``DATASETS``.
+        per_class: images a class to learn from, 0 for all.
+        seed: of the pictures and of the run.
+        strategy: a key of ``STRATEGIES``.
+        epochs: of training.
+        accuracy: on the test part.
+        seconds: of the run.
+        num_train: images learned from.
+        num_test: images judged on.
+    """
+
+    dataset: str
+    per_class: int
+    seed: int
+    strategy: str
+    epochs: int
+    accuracy: float
+    seconds: float
+    num_train: int
+    num_test: int
+
+    @property
+    def key(self) -> Key:
+        """What it is the result of."""
+        return self.dataset, self.per_class, self.seed, self.strategy
+
+
+def read_trials(path: Path) -> dict[Key, Trial]:
+    """Return what is in a file of results."""
+    trials = {}
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            trial = Trial(**json.loads(line))
+        except (ValueError, TypeError):  # the last line of a killed process
+            continue
+        trials[trial.key] = trial
+    return trials
+
+
+def append_trial(trial: Trial, path: Path) -> None:
+    """Keep a result: one write, so that processes may share the file, after a line that was cut off as well."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(asdict(trial)) + "\n")
+
+
+def run_trial(key: Key, cache: Path, origin: Origin) -> Trial:
+    """Run what the command line would run, and read its figures; the run folder is removed."""
+    from finetune.job import run
+    from finetune.recipe import load_recipe
+
+    name, per_class, seed, strategy = key
+    data = make_folder(DATASETS[name], per_class, seed, cache, origin)
+    keys = {
+        "backbone.name": BACKBONE,
+        "data.path": str(data),
+        "data.workers": 0,
+        "strategy.name": strategy,
+        "training.epochs": EPOCHS[per_class],
+        "seed": seed,
+    }
+    with tempfile.TemporaryDirectory(dir=cache, prefix="run-") as place:
+        began = time.perf_counter()
+        metrics = run(load_recipe(None, keys | STRATEGIES[strategy]), Path(place) / "run").metrics
+    assert metrics["split"] == "test"
+    seconds = round(time.perf_counter() - began, 1)
+    facts = (metrics["accuracy"], seconds, metrics["num_train"], metrics["num_samples"])
+    return Trial(*key, EPOCHS[per_class], *facts)
+
+
+def plan(datasets: Sequence[str]) -> Iterator[Key]:
+    """Yield every run: all of the first seed, then all of the next."""
+    for seed, per_class, name, strategy in product(SEEDS, EPOCHS, datasets, STRATEGIES):
+        yield name, per_class, seed, strategy
+
+
+def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("command", choices=("run", "page"))
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("transfer-cache"))
+    parser.add_argument("--photographs", type=Path, default=Path("hymenoptera"))
+    parser.add_argument("--tiny", type=Path, default=Path("tiny"))
+    parser.add_argument("--datasets", default=",".join(DATASETS))
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run what is missing, or write the page."""
+    arguments = read_arguments(words)
+    trials = read_trials(arguments.results)
+    if arguments.command == "page":
+        sys.stdout.write("\n".join(build_page(list(trials.values()))) + "\n")
+        if arguments.plot:
+            draw_plot(list(trials.values()), arguments.plot)
+        return 0
+    cache = arguments.cache.absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    origin = Origin(arguments.photographs, arguments.tiny)
+    for key in plan(arguments.datasets.split(",")):
+        if key not in trials:
+            trial = run_trial(key, cache, origin)
+            append_trial(trial, arguments.results)
+            sys.stderr.write(f"{key}: {trial.accuracy:.4f}, {trial.seconds:.0f} s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The best backbone on this machine: by published accuracy, within what the machine can train."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+from pretrained import present
+from pretrained.catalog import Card, find_card
+from pretrained.present import choose_best, find_present, published_accuracy
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names whose weights are on this machine, beside the bundled ones."""
+    names: list[str] = []
+
+    def find_cached(card: Card) -> Path | None:
+        return Path("somewhere") if card.place == "bundled" or card.name in names else None
+
+    monkeypatch.setattr(present, "find_cached", find_cached)
+    return names
+
+
+def test_nothing_but_the_bundled_one(here: list[str]) -> None:
+    best = choose_best(on_gpu=False)
+    assert best.is_bundled and best.accuracy is None
+    assert best.card.name.startswith("finetune/")
+
+
+def test_the_higher_published_accuracy_wins(here: list[str]) -> None:
+    here += ["timm/resnet18.tv_in1k", "timm/resnet50.a1_in1k", "torchvision/squeezenet1_0.imagenet1k_v1"]
+    assert choose_best(on_gpu=False).card.name == "timm/resnet50.a1_in1k"
+    here.remove("timm/resnet50.a1_in1k")
+    assert choose_best(on_gpu=False).card.name == "timm/resnet18.tv_in1k"
+    here.remove("timm/resnet18.tv_in1k")
+    best = choose_best(on_gpu=False)
+    assert best.card.name == "torchvision/squeezenet1_0.imagenet1k_v1"
+    assert best.accuracy == pytest.approx(58.092)
+    assert {one.card.name for one in find_present()} > set(here)
+
+
+def test_what_would_keep_a_laptop_waiting_is_left_to_gpus(here: list[str]) -> None:
+    here += ["timm/convnext_base.fb_in1k", "timm/resnet18.tv_in1k"]
+    assert choose_best(on_gpu=False).card.name == "timm/resnet18.tv_in1k"
+    assert choose_best(on_gpu=True).card.name == "timm/convnext_base.fb_in1k"
+
+
+def test_weights_of_unknown_worth_are_not_taken(here: list[str]) -> None:
+    here += ["timm/resnet18d.ra4_e3600_r224_in1k"]
+    card = find_card(here[0]) if "resnet18d.ra4_e3600_r224_in1k" in timm.list_pretrained() else None
+    assert card is None or published_accuracy(card) is None
+    assert choose_best(on_gpu=False).is_bundled
+
+
+def test_the_table_is_of_weights_that_there_are() -> None:
+    with (ROOT / "pretrained" / "imagenet.csv").open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    names = [row["name"] for row in rows]
+    assert names == sorted(set(names))
+    assert set(names) <= set(timm.list_pretrained())
+    assert all(50 < float(row["top1"]) < 90 for row in rows)
+    assert published_accuracy(find_card("timm/resnet50.a1_in1k")) == pytest.approx(80.2, abs=1.5)
+
+
+def test_a_cache_is_searched(tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its folder once."""
+    folder = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
+    (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("c0ffee")
+    (folder / "snapshots" / "c0ffee" / "model.safetensors").write_bytes(b"weights")
+    script = "from pretrained.present import choose_best; print(choose_best(False).card.name)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.strip() == "timm/resnet18.a1_in1k"
