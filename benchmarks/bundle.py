@@ -48,7 +48,8 @@ def write_bundle(run: RunFolder, folder: Path, img_size: int) -> Card:
     network = load_exported(run.model)
     card = find_card(str(run.model))
     view = replace(card.preprocessing, img_size=img_size, crop_pct=1.0)
-    card = replace(card, tag=folder.name.partition(".")[2], preprocessing=view, license=LICENSE)
+    tag = folder.name.partition(".")[2]
+    card = replace(card, tag=tag, preprocessing=view, license=LICENSE, origin="")
     content = safetensors.torch.save(halve(portable_state(network)), {"format": "pt"})
     write_bytes(folder / WEIGHTS_FILE, content)
     write_json(folder / "config.json", build_config(card, network, hashlib.sha256(content).hexdigest()))

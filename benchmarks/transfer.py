@@ -84,7 +84,7 @@ def read_trials(path: Path) -> dict[Key, Trial]:
 
 
 def append_trial(trial: Trial, path: Path) -> None:
-    """Keep a result: one write, so that processes may share the file, after a line that was cut off as well."""
+    """Keep a result: one write, so that processes may share the file; a line that was cut off ends first."""
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write("\n" * torn + json.dumps(asdict(trial)) + "\n")

@@ -22,7 +22,7 @@ Files = dict[str, list[Path]]
 """Pictures of each class, in order."""
 EVERY = 0
 """Images a class: all that there are."""
-EPOCHS = {10: 30, 50: 15, EVERY: 8}
+EPOCHS = {10: 20, 50: 10, EVERY: 5}
 """Of training, by images a class: few images make short epochs."""
 
 

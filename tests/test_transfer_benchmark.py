@@ -131,7 +131,7 @@ def made_up() -> list[Trial]:
 def test_the_table(tmp_path: Path) -> None:
     head, _, few, every = build_page(made_up())
     assert head.startswith("| data set | images a class | images | epochs | `freeze` |")
-    assert few == "| digits | 10 | 100 | 30 | **61.0** ± 1.0 | 51.0 ± 1.0 | 41.0 ± 1.0 | 31.0 ± 1.0 | +30.0 |"
+    assert few == "| digits | 10 | 100 | 20 | **61.0** ± 1.0 | 51.0 ± 1.0 | 41.0 ± 1.0 | 31.0 ± 1.0 | +30.0 |"
     assert "**91.0** ± 1.0 | **91.0** ± 1.0 | +0.0 |" in every
     assert "| all |" in every
     draw_plot(made_up(), tmp_path / "plot.png")

@@ -270,7 +270,7 @@ def _source(card: Card, metrics: Metrics, source: str) -> str:
     if not source:
         return "Everything started from random weights."
     started = metrics.get("backbone") or card.name
-    known = started.startswith(("timm/", "torchvision/", "hf-hub:"))
+    known = started.startswith(("timm/", "torchvision/", "finetune/", "hf-hub:"))
     name = f"`{started}`" if known else "another run or folder"
     terms = f"{card.license or 'unknown licence'}; {card.origin or 'no paper recorded'}"
     return f"Weights started from {name} ({terms}). Their licence applies to these weights as well."

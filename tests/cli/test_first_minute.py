@@ -27,6 +27,7 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     assert metrics["accuracy"] > 0.6  # features of random weights give as much as 0.5 here
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (BUNDLED, "sample:digits")
+    assert f"Weights started from `{BUNDLED}` (apache-2.0" in (run / "model" / "README.md").read_text("utf-8")
     # What reads the run's pictures again finds them.
     assert cli("evaluate", run, "--output", tmp_path / "judged").exit_code == 0
     assert cli("predict", run, "sample:digits", "--output", tmp_path / "all.csv").exit_code == 0
