@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -16,11 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -29,6 +32,8 @@ from finetune.pulse import Pulse
 
 Advance = Callable[[int, str], None]
 """Takes how many units are done more, and a few words that stand beside the bar."""
+Tell = Callable[[int, int], None]
+"""Takes how many units are done, and how many there will be (0 where nobody knows)."""
 
 
 class _Steady:
@@ -126,24 +131,31 @@ class Display:
 
             yield advance
 
-    @contextmanager
-    def count(self, description: str) -> Iterator[Callable[[int, int], None]]:
+    def count(self, description: str) -> AbstractContextManager[Tell]:
         """Draw a bar while the block runs, which learns on the way how far it is of how much."""
-        with self._bar() as progress:
+        return self._told(description, self._bar())
+
+    def fetch(self, description: str) -> AbstractContextManager[Tell]:
+        """Draw a bar over bytes while the block runs, with their rate; it is told as that of `count` is."""
+        return self._told(description, self._bar(DownloadColumn(), TransferSpeedColumn()))
+
+    @contextmanager
+    def _told(self, description: str, bar: Progress) -> Iterator[Tell]:
+        with bar as progress:
             task = progress.add_task(description, total=None, words="")
 
             def tell(done: int, total: int) -> None:
                 self.pulse.beat()
-                progress.update(task, completed=done, total=total)
+                progress.update(task, completed=done, total=total or None)
 
             yield tell
 
-    def _bar(self) -> Progress:
+    def _bar(self, *numbers: ProgressColumn) -> Progress:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            MofNCompleteColumn(),
+            *(numbers or [MofNCompleteColumn()]),
             TimeRemainingColumn(),
             TextColumn("{task.fields[words]}"),
         )

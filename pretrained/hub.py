@@ -24,6 +24,11 @@ Progress = Callable[[int, int], None]
 """Told the bytes that are there, and how many there will be (0 where nobody knows)."""
 NETWORK_TIMEOUT_SECONDS = 10.0
 OFFLINE = "offline mode is on"
+_CHUNK = 2**15
+"""Bytes: what a broken connection can lose, and what a slow one needs for a sign of life."""
+_MOST_RESTARTS = 3
+_LONGEST_WAIT_SECONDS = 30
+"""That a server may ask for before it is asked again; the client would wait for hours."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 _REVISION = re.compile(r"(?!.*\.\.)[\w./-]{0,200}", re.ASCII)
 """A branch, tag or commit, which becomes a path in the cache."""
@@ -70,7 +75,7 @@ def find_hub_file(
     problem = _unreachable(hf_hub_url(repo, next(iter(names)), revision=revision or None))
     if problem:
         raise _no_hub_file(asked, hub_id, names, problem, fix)
-    with _silent_client():
+    with _tamed_client():
         fetched = _fetch(repo, revision or None, names, _bar_of(on_progress))
     if isinstance(fetched, str):
         raise _no_hub_file(asked, hub_id, names, fetched, fix)
@@ -90,16 +95,27 @@ def _is_hub_id(hub_id: str) -> bool:
 
 
 def _bar_of(on_progress: Progress | None) -> type[Any]:
-    """Return what the client takes for a bar: it draws nothing, and tells how far it is."""
+    """Return what the client takes for a bar: it draws nothing, and tells how far the file is.
+
+    The client opens a second one where it counts what came over the line apart from what was written. It
+    takes bytes back when a server sends the file from its beginning again, and would let it do so for ever.
+    """
+    furthest = restarts = 0
 
     class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *words: Any, **keys: Any) -> None:
             super().__init__(*words, **keys | {"file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
+            nonlocal furthest, restarts
             was_shown: bool | None = super().update(n)
+            restarts += (n or 0) < 0
+            if restarts > _MOST_RESTARTS:
+                found = f"the connection broke {restarts} times, the last time after {-int(n or 0):,} bytes"
+                raise ConnectionError(f"{found}, and the server does not go on where it broke")
+            furthest = max(furthest, int(self.n))
             if on_progress is not None:
-                on_progress(int(self.n), int(self.total or 0))
+                on_progress(furthest, int(self.total or 0))
             return was_shown
 
     return Bar
@@ -121,7 +137,7 @@ def _fetch(repo: str, revision: str | None, names: Collection[str], bar: type[An
         except EntryNotFoundError:
             continue
         except Exception as error:  # the client's error classes change with every release
-            return _root_cause(error)
+            return f"{_root_cause(error)}{_meaning(error)}"
     return "the repository holds none of these files"
 
 
@@ -130,29 +146,38 @@ def _verify(file: Path) -> Path | str:
 
     The client compares sizes only. It stores a large file under its sha256, as the hub names it.
     """
-    stored = file.resolve()
+    if not file.is_symlink():  # a file system without links, where nothing tells the hash
+        return file
+    stored = file.parent / file.readlink()  # itself a link, maybe, to a file that is named by another hash
     if not _SHA256.fullmatch(stored.name):
         return file
     with stored.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest == stored.name:
         return file
-    file.unlink(missing_ok=True)
-    stored.unlink(missing_ok=True)
+    for path in (stored.resolve(), stored, file):
+        path.unlink(missing_ok=True)
     return f"what came has the sha256 {digest[:16]}..., and should have {stored.name[:16]}...; it was removed"
 
 
 @contextmanager
-def _silent_client() -> Iterator[None]:
-    """The client writes addresses to stderr with their passwords; its errors say what went wrong as well."""
+def _tamed_client() -> Iterator[None]:
+    """Let the client say nothing, and take a file in small parts.
+
+    It writes addresses to stderr with their passwords; its errors say what went wrong as well. Of its parts
+    of 10 MB a slow server needs minutes for one, and one that breaks off earlier loses all of it each time.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, chunk = logging.get_verbosity(), constants.DOWNLOAD_CHUNK_SIZE
     logging.set_verbosity(logging.CRITICAL)
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        constants.DOWNLOAD_CHUNK_SIZE = chunk
 
 
 def _unreachable(url: str) -> str:
@@ -161,8 +186,10 @@ def _unreachable(url: str) -> str:
         request = Request(without_user(url), method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
         with urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):  # noqa: S310
             return ""
-    except HTTPError:
-        return ""  # an answer; the client says what it means
+    except HTTPError as error:  # an answer; the client says what it means
+        wait = error.headers.get("Retry-After", "")
+        is_long = wait.isascii() and wait.isdecimal() and int(wait) > _LONGEST_WAIT_SECONDS
+        return f"{error}, to be asked again in {int(wait):,} s" if is_long else ""
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         # The client brings certificates of its own, and may trust what the system does not.
@@ -173,6 +200,17 @@ def without_user(url: str) -> str:
     """Return an address without ``user:password@``, which urllib takes for a part of the host's name."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _meaning(error: Exception) -> str:
+    """What an account has to do with it: the hub answers 401 for what is closed, and for what is not there."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "; access must be asked for on its page, by an account that HF_TOKEN then names"
+    if isinstance(error, RepositoryNotFoundError):
+        return "; there is no such repository, or HF_TOKEN must name an account that may read it"
+    return ""
 
 
 def _root_cause(error: BaseException) -> str:

@@ -187,7 +187,7 @@ def _copy(url: str, part: Path, on_progress: Progress | None) -> str:
     # The address is a mirror that the user named, or the library's own.
     with request.urlopen(url, timeout=hub.NETWORK_TIMEOUT_SECONDS) as answer, part.open("wb") as file:  # noqa: S310
         total = int(answer.headers.get("Content-Length") or 0)
-        while chunk := answer.read(_CHUNK):
+        while chunk := answer.read1(_CHUNK):  # what is there: a slow server needs long for a whole one
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.refusals import hand_over, refusals, say
+from finetune.stopping import StopSignal
 
 if TYPE_CHECKING:
     from finetune.job.fetch import Pulled
@@ -23,7 +24,7 @@ def pull_command(
     From then on they are found without a network. HF_ENDPOINT and FINETUNE_MIRROR name mirrors. Where some
     cannot be had, the others are fetched all the same, and the exit code is that of the first failure.
     """
-    with refusals(as_json):
+    with refusals(as_json), StopSignal():
         from finetune.display import Display
 
         display = Display()

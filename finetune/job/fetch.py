@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.display import Display
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import FinetuneError, UsageError, sanitize
 from pretrained.catalog import Card, find_card
 from pretrained.weights import find_cached, find_weights
 
@@ -23,7 +23,7 @@ def fetch(card: Card, offline: bool, display: Display) -> Path:
     """
     if find_cached(card) is not None:
         return find_weights(card)
-    with display.count(f"fetching {card.name}") as tell:
+    with display.fetch(f"fetching {card.name}") as tell:
         return find_weights(card, offline=offline, on_progress=tell)
 
 
@@ -61,5 +61,6 @@ def pull(names: Sequence[str], offline: bool, display: Display) -> list[Pulled]:
             was_here = find_cached(card) is not None
             pulled.append(Pulled(card.name, fetch(card, offline, display), was_here))
         except FinetuneError as error:
+            error.asked = sanitize(f"pull {name}")
             pulled.append(Pulled(name, error=error))
     return pulled

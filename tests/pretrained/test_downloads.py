@@ -10,9 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +24,13 @@ from finetune.errors import EnvironmentFaultError
 from pretrained import hub as module
 from pretrained.catalog import Card, find_card
 from pretrained.weights import find_cached, find_weights
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@dataclass
-class Server:
-    """Files by path, and what was asked for."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-    url: str = ""
-    stop: Callable[[], None] = lambda: None
+from tests.hub_server import COMMIT, Server, serve
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
-            state.asked.append(f"{self.command} {self.path}")
-            content = state.files.get(self.path)
-            self.send_response(404 if content is None else 200)
-            if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if with_body:
-                self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    real = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=real.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        real.shutdown()
-        real.server_close()
-
-    state.url, state.stop = f"http://127.0.0.1:{real.server_port}", stop
-    yield state
-    stop()
+    with serve() as server:
+        yield server
 
 
 @pytest.fixture
@@ -307,6 +258,34 @@ def test_no_network_is_said_at_once(silent: str, tmp_path: Path, kind: str) -> N
     assert "timm/test_resnet.r160_in1k" in by_name["error"]
     assert "--weights FILE" in by_name["error"]
     assert "--backbone hf-hub:org/name" in by_id["error"]
+
+
+def test_a_wrong_file_of_the_shared_store_is_removed_and_a_right_one_kept(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client may keep a file once for all repositories, under a hash of another kind."""
+    from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
+
+    for name, right in (("right", True), ("wrong", False)):
+        repo = tmp_path / f"models--org--{name}"
+        digest = hashlib.sha256(content if right else b"what should have come").hexdigest()
+        blob, pointer = repo / "blobs" / digest, repo / "snapshots" / COMMIT / "model.safetensors"
+        blob.parent.mkdir(parents=True)
+        pointer.parent.mkdir(parents=True)
+        blob.write_bytes(content)
+        other_hash = hashlib.sha256(name.encode()).hexdigest()
+        assert publish_blob_to_shared_store(
+            blob_path=blob, xet_hash=other_hash, cache_dir=tmp_path, expected_size=len(content)
+        )
+        pointer.symlink_to(f"../../blobs/{digest}")
+        shared = pointer.resolve()
+        assert shared.name == other_hash
+        if right:
+            assert module._verify(pointer) == pointer
+            assert pointer.read_bytes() == content
+        else:
+            assert "it was removed" in str(module._verify(pointer))
+            assert not any(path.exists() or path.is_symlink() for path in (pointer, blob, shared))
 
 
 def test_a_file_put_where_the_message_says_is_found(online: Path, content: bytes) -> None:
