@@ -203,7 +203,7 @@ def without_user(url: str) -> str:
 
 
 def _meaning(error: Exception) -> str:
-    """What an account has to do with it: the hub answers 401 for what is closed, and for what is not there."""
+    """What an account has to do with it: the hub gives 401 for what is closed, and for what is not there."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
