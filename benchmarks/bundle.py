@@ -1,6 +1,6 @@
 """Make the bundled backbone of a finished run: weights in half precision, and a card that says what they are.
 
-    python -m benchmarks.bundle runs/source pretrained/bundled/resnet10t.tin180 --data tiny --img-size 64
+    python -m benchmarks.bundle runs/source pretrained/bundled/resnet10t.tin180 --data tiny
 
 Matrices are kept in float16, and everything else as it is: it takes no room, and variances of BatchNorm may
 be smaller than float16 knows. What is written is then judged on the run's validation images, at several
@@ -27,6 +27,7 @@ from finetune.data.decode import decode_image
 from finetune.data.transforms import Normalizer, build_eval_transform
 from finetune.export.config import build_config
 from finetune.export.folder import WEIGHTS_FILE, load_exported, portable_state
+from finetune.recipe import load_recipe
 from finetune.runs.files import write_bytes, write_json, write_text
 from finetune.runs.folder import RunFolder
 from pretrained.backbone import load_source
@@ -35,6 +36,7 @@ from pretrained.catalog import Card, Preprocessing, find_card
 SIZES = (48, 56, 64, 80, 96)
 """Pixels at which the validation images, of 64, are judged."""
 LICENSE = "apache-2.0"
+ORIGIN = "this project, from images of ImageNet; its README.md names their terms"
 BATCH = 100
 
 
@@ -49,7 +51,7 @@ def write_bundle(run: RunFolder, folder: Path, img_size: int) -> Card:
     card = find_card(str(run.model))
     view = replace(card.preprocessing, img_size=img_size, crop_pct=1.0)
     tag = folder.name.partition(".")[2]
-    card = replace(card, tag=tag, preprocessing=view, license=LICENSE, origin="")
+    card = replace(card, tag=tag, preprocessing=view, license=LICENSE, origin=ORIGIN)
     content = safetensors.torch.save(halve(portable_state(network)), {"format": "pt"})
     write_bytes(folder / WEIGHTS_FILE, content)
     write_json(folder / "config.json", build_config(card, network, hashlib.sha256(content).hexdigest()))
@@ -82,21 +84,25 @@ def measure(card: Card, view: Preprocessing, images: Sequence[Path], labels: Ten
 def build_card(run: RunFolder, folder: Path, card: Card, sizes: Mapping[int, tuple[float, float]]) -> str:
     """Return README.md: what the weights are, in facts of the run that made them."""
     metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+    recipe = load_recipe(str(run.recipe))
+    size, trained_at = card.preprocessing.img_size, recipe.input.img_size
+    number_each = metrics["num_samples"] // card.num_classes
     content = (folder / WEIGHTS_FILE).read_bytes()
     number = sum(tensor.numel() for tensor in safetensors.torch.load(content).values())
     facts = {
         "name": f"finetune/{folder.name}",
         "architecture": f"{card.architecture} (timm), {number:,} numbers with its classifier",
         "data": f"Tiny-ImageNet, training part, 64 x 64 pixels: {metrics['num_train']:,} images of "
-        f"{card.num_classes} classes; 20 of its 200 classes were kept out (`benchmarks/tiny_imagenet.py`)",
+        f"{card.num_classes} classes; the others were kept out (`benchmarks/tiny_imagenet.py`)",
         "recipe": "`recipes/source-network.yaml`: random weights, "
-        f"{metrics['epochs']} epochs, 48 x 48 pixels, seed 0",
+        f"{recipe.training.epochs} epochs, {trained_at} x {trained_at} pixels, seed {recipe.seed}",
         "command": "`finetune run --recipe source-network --data tiny/source.csv --output runs/source`",
-        "time": f"{metrics['seconds']['total'] / 60:.0f} minutes on two processor cores that were shared",
+        "time": f"{metrics['seconds']['total'] / 60:.0f} minutes on {torch.get_num_threads()} processor "
+        "cores, which other work shared",
         "accuracy": f"top-1 {100 * metrics['accuracy']:.1f} %, top-5 {100 * metrics['top5_accuracy']:.1f} % "
-        f"on {metrics['num_samples']:,} images that were not trained on (50 of each class; they chose the "
-        "epoch), at 48 pixels",
-        "preprocessing": f"RGB, {card.preprocessing.img_size} x {card.preprocessing.img_size} pixels "
+        f"on {metrics['num_samples']:,} images that were not trained on ({number_each} of each class; "
+        f"they chose the epoch), at {trained_at} pixels",
+        "preprocessing": f"RGB, {size} x {size} pixels "
         f"({card.preprocessing.interpolation}, centre crop of everything), ImageNet's mean and deviation",
         "file": f"`{WEIGHTS_FILE}`, {len(content):,} bytes, matrices in float16",
         "sha256": f"`{hashlib.sha256(content).hexdigest()}`, compared whenever it is loaded",
@@ -151,7 +157,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder that the paths are relative to")
-    parser.add_argument("--img-size", type=int, default=64)
+    parser.add_argument("--img-size", type=int, default=48)
     arguments = parser.parse_args(words)
     run, folder = RunFolder(arguments.run), arguments.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,9 @@ def list_bundled() -> tuple[str, ...]:
 
 
 def find_bundled(name: str) -> Path | None:
-    """Return the folder of a bundled backbone, None where there is none of that name."""
-    return _root() / name if name in list_bundled() else None
+    """Return the folder of a bundled backbone (with ``finetune/`` or without), None where there is none."""
+    bare = name.removeprefix(f"{LIBRARY}/")
+    return _root() / bare if bare in list_bundled() else None
 
 
 def _root() -> Path:

@@ -2,10 +2,9 @@
 
 A name resolves in this order, and the first that fits wins:
 
-1. a folder on this machine: a finished run, or its ``model`` folder (with ``local-dir:`` or without);
-2. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``finetune/NAME`` (those that come
-   with the installation), ``hf-hub:ORG/NAME``;
-3. the bare name of one that comes with the installation;
+1. one that comes with the installation, ``finetune/NAME`` or NAME;
+2. a folder on this machine: a finished run, or its ``model`` folder (with ``local-dir:`` or without);
+3. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
 4. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm (names of its past releases too);
 5. a bare name known to torchvision.
 
@@ -146,6 +145,8 @@ def find_card(name: str, offline: bool = False) -> Card:
         UsageError: no such name; the message lists the nearest ones.
         EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name is not here and cannot be had.
     """
+    if bundle.find_bundled(name) is not None:
+        return find_bundled_card(name)
     prefix, colon, rest = name.partition(":")
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
@@ -160,8 +161,6 @@ def find_card(name: str, offline: bool = False) -> Card:
         found = "it is no folder, and names with a slash start with timm/, torchvision/ or finetune/"
         fix = "Check the path, or see `finetune backbones`."
         raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), fix)
-    if library in ("", bundle.LIBRARY) and (folder := bundle.find_bundled(bare)) is not None:
-        return _card_from_bundle(bare, folder)
     if library in ("", "timm") and is_model(bare):
         return _card_from_timm(timm_old_names.get(bare) or bare)
     if library in ("", "torchvision") and bare.partition(".")[0] in torchvision_names():
@@ -305,8 +304,16 @@ def _card_from_folder(name: str, folder: Path) -> Card:
     return _card_from_config(f"local-dir:{folder}", config, place="folder", location=str(model))
 
 
-def _card_from_bundle(name: str, folder: Path) -> Card:
-    full = f"{bundle.LIBRARY}/{name}"
+def find_bundled_card(name: str) -> Card:
+    """Return the card of a backbone that comes with the installation.
+
+    Raises:
+        UsageError: there is none of that name, or its card is damaged.
+    """
+    folder = bundle.find_bundled(name)
+    if folder is None:
+        raise UsageError(f"--backbone {name}", "no such network comes with the installation", "Name another.")
+    full = f"{bundle.LIBRARY}/{folder.name}"
     config = read_config(f"--backbone {full}", folder / "config.json")
     return _card_from_config(full, config, place="bundled", location=str(folder))
 

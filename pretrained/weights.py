@@ -10,12 +10,15 @@ Weights by name are taken from the libraries' own caches, else downloaded into t
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -28,7 +31,7 @@ from timm.models import _builder as timm_builder
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from finetune.errors import EnvironmentFaultError, UsageError
+from finetune.errors import DiskError, EnvironmentFaultError, UsageError
 from pretrained import hub
 from pretrained.catalog import Card
 from pretrained.hub import Progress, cached_on_hub, find_hub_file, offline_by_environment
@@ -43,6 +46,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _COUNTER = "num_batches_tracked"
 """A buffer of BatchNorm that says nothing of what was learned; files of before 2018 have none."""
+_LEFTOVER_SECONDS = 3600
 _CHUNK = 2**17
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
 """First digits of a file's SHA-256, where its name tells them."""
@@ -168,6 +172,7 @@ def _download(card: Card, on_progress: Progress | None) -> Path:
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         with _signed_in(_url_of(card)) as url:
             digest = _copy(url, part, on_progress)
         expected = _DIGEST.search(target.name)
@@ -175,10 +180,22 @@ def _download(card: Card, on_progress: Progress | None) -> Path:
             raise ValueError(f"invalid hash value: {digest[:16]}..., and its name says {expected[1]}")
         part.replace(target)
     except (OSError, ValueError, HTTPException) as error:  # ValueError: the mirror is no URL, too
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"writing {target}", "there is no room for it", "Make room on the disk."
+            ) from None
         raise _no_url_file(card, " ".join(str(error).split()) or type(error).__name__) from None
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed downloads left behind: parts that nothing has been written into for an hour."""
+    for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > _LEFTOVER_SECONDS:
+                part.unlink()
 
 
 def _copy(url: str, part: Path, on_progress: Progress | None) -> str:
@@ -193,6 +210,8 @@ def _copy(url: str, part: Path, on_progress: Progress | None) -> str:
             done += len(chunk)
             if on_progress is not None:
                 on_progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())
     if done < total:
         raise OSError(f"the connection ended after {done:,} of {total:,} bytes")
     return digest.hexdigest()

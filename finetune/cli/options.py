@@ -32,7 +32,12 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
     "backbone": (
         Annotated[
             str | None,
-            typer.Option("--backbone", "-b", help="A timm or torchvision name, or a finished run."),
+            typer.Option(
+                "--backbone",
+                "-b",
+                help="A timm or torchvision name, or a finished run.",
+                show_default="the best whose weights are here",
+            ),
         ],
         None,
         "backbone.name",
@@ -50,7 +55,7 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
             typer.Option(
                 "--data",
                 "-d",
-                help="A folder of images, with class folders or without, a .zip, a CSV, a run.",
+                help="A folder of images, in class folders or not, a .zip, a CSV, sample:digits, a run.",
             ),
         ],
         None,

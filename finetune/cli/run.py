@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from finetune.cli.refusals import hand_over, refusals, say
-from finetune.cli.series import Member, find_series, run_series
+from finetune.cli.series import Member, find_series, fix_backbone, run_series
 from finetune.pulse import Pulse, find_parent
 from finetune.stopping import end_with_parent
 from finetune.supervisor import Supervisor
@@ -40,11 +40,21 @@ _FLAGS = {
 
 def run_command(
     backbone: Annotated[
-        str | None, typer.Option("--backbone", "-b", help="A timm or torchvision name, or a finished run.")
+        str | None,
+        typer.Option(
+            "--backbone",
+            "-b",
+            help="A timm or torchvision name, or a finished run.",
+            show_default="the best whose weights are here",
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", help="A folder with train/ and val/, of class folders, a .zip, a CSV."),
+        typer.Option(
+            "--data",
+            "-d",
+            help="A folder with train/ and val/, of class folders, a .zip, a CSV, or sample:digits.",
+        ),
     ] = None,
     strategy: Annotated[
         str | None,
@@ -153,7 +163,8 @@ def run_command(
                     settings = settings.model_copy(update={"seed": member.seed})
                 return _run(settings, series.output / member.name, Pulse(None), allow_changed)
 
-            run_series(series, stall_timeout, run_here, as_json)
+            named = fix_backbone(series, _read(recipe, flags, words))
+            run_series(named, stall_timeout, run_here, as_json)
             return
         parent = find_parent()
         if parent is None and stall_timeout > 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from finetune.cli.options import default_folder
 from finetune.cli.refusals import hand_over, say
 from finetune.errors import UsageError
 from finetune.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,25 @@ def find_series(repeats: int, folds: int, find_seed: Callable[[], int], output: 
     kind = "folds" if folds > 1 else "repeats"
     members = tuple(_seeds(repeats, find_seed()) if kind == "repeats" else _folds(folds))
     return Series(kind, members, output or default_folder(kind))
+
+
+def fix_backbone(series: Series, recipe: Recipe) -> Series:
+    """Return a series whose runs have the same backbone, where none was named: each would choose its own.
+
+    Raises:
+        FinetuneError: none can be chosen.
+    """
+    if recipe.backbone.name:
+        return series
+    from finetune.display import Display
+    from finetune.job.default_backbone import name_backbone
+    from finetune.job.prepare import check_asked
+
+    check_asked(recipe)
+    named = name_backbone(recipe, series.output / series.members[0].name, Display())
+    assignment = f"backbone.name={named.backbone.name}"
+    members = [replace(one, assignments=(*one.assignments, assignment)) for one in series.members]
+    return replace(series, members=tuple(members))
 
 
 def drop_seed(words: Sequence[str]) -> list[str]:

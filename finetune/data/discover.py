@@ -40,8 +40,8 @@ def discover(
     """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and part.
 
     Args:
-        data: folder with ``train/``, flat folder of class folders, a zip archive of either, or CSV file with
-            ``path,label[,split]``.
+        data: folder with ``train/``, flat folder of class folders, a zip archive of either, CSV file with
+            ``path,label[,split]``, or a sample (``sample:digits``).
         val_fraction: share of each class's training images to validate on, where ``data`` gives no
             validation part.
         seed: chooses which ones.

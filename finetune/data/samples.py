@@ -8,6 +8,7 @@ writers that were trained on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,8 @@ _WHITE = 16
 
 
 def is_sample(data: str | Path) -> bool:
-    """Return whether a data set is named that needs no folder."""
-    return str(data).startswith(PREFIX)
+    """Return whether a sample is named; a folder of that name would be meant instead."""
+    return str(data).startswith(PREFIX) and not os.path.lexists(data)
 
 
 def open_sample(data: str | Path) -> Path:
@@ -33,12 +34,22 @@ def open_sample(data: str | Path) -> Path:
         UsageError: there is no such sample.
         DiskError: the cache cannot be written.
     """
+    name = check_sample(data)
+    return make_once("samples", f"{name}-{_VERSION}", SAMPLES[name])
+
+
+def check_sample(data: str | Path) -> str:
+    """Return the name of a sample without its prefix.
+
+    Raises:
+        UsageError: there is no such sample.
+    """
     name = str(data).removeprefix(PREFIX)
     if name not in SAMPLES:
         known = ", ".join(PREFIX + one for one in SAMPLES)
         found = f"there is no such sample{suggest(name, SAMPLES)}"
         raise UsageError(f"--data {data}", found, f"Take {known}, or give a folder of images.")
-    return make_once("samples", f"{name}-{_VERSION}", SAMPLES[name])
+    return name
 
 
 def _write_digits(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from finetune.data.check import BadImage, Checked, check_bad
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
+from finetune.data.samples import is_sample
 from finetune.data.split import keep_copies_together
 from finetune.display import Display
 from finetune.errors import DataError, UsageError
@@ -18,6 +19,7 @@ from finetune.job.same import describe_images
 from finetune.preflight.files import UNREADABLE
 from finetune.preflight.report import inspect
 from finetune.recipe import Recipe, flatten, load_recipe
+from finetune.recipe.schema import DataSettings
 from finetune.runs.bad_images import read_bad_images, write_bad_images
 from finetune.runs.claim import create_folder, read_split
 from finetune.runs.files import write_csv, write_json, write_text
@@ -61,7 +63,7 @@ def check_data(
     """
     if dataset.val_was_drawn:
         dataset = draw_copies_together(dataset, checked.digests, recipe, display)
-    _look_over(dataset, checked, folder, display, recipe.data.allow_leaks)
+    _look_over(dataset, checked, folder, display, recipe.data)
     for image in checked.bad[:10]:
         display.warn(f"{image.path} cannot be read: {image.reason}")
     lost = _lost_before(dataset, checked, folder)
@@ -85,18 +87,20 @@ def draw_copies_together(
 
 
 def _look_over(
-    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, allow_leaks: bool
+    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, settings: DataSettings
 ) -> None:
     """Write ``check.json``, say what stands out, and refuse exact copies in two parts.
 
     Raises:
         DataError: there are some, and they are not allowed.
     """
-    report = inspect(dataset, checked, allow_leaks, dataset.remarks)
+    report = inspect(dataset, checked, settings.allow_leaks, dataset.remarks)
     write_json(folder.check, report.to_dict())
     said = {remark.message for remark in dataset.remarks}
     news = [one for one in report.remarks if one.severity != "note" and one.message not in said]
-    news = [one for one in news if one.code not in UNREADABLE]
+    # A sample is as small as it is; nobody has larger originals of it.
+    known = {*UNREADABLE, "picture-small"} if is_sample(settings.path or "") else {*UNREADABLE}
+    news = [one for one in news if one.code not in known]
     for remark in news[:SHOWN]:
         display.warn(remark.message)
     if len(news) > SHOWN:

@@ -29,7 +29,7 @@ from finetune.job.default_backbone import name_backbone
 from finetune.job.figures import check_figures, collect_metrics, say_result, write_figures
 from finetune.job.fit import fit_network
 from finetune.job.outcome import recorded_outcome, translated_errors
-from finetune.job.prepare import Ready, fit_batches, place_network, prepare
+from finetune.job.prepare import Ready, check_asked, fit_batches, place_network, prepare
 from finetune.job.report import add_report
 from finetune.job.same import WEIGHTS, Comparison, accept, warn_of_versions
 from finetune.job.seen import check_seen
@@ -81,6 +81,7 @@ def run(
     check_trackers(recipe.tracking.to)
     with StopSignal() as stop, translated_errors():
         advice = None
+        check_asked(recipe)
         recipe = name_backbone(recipe, output, display)
         if recipe.strategy.name == "auto":
             with clock.phase("advise"):

@@ -13,7 +13,7 @@ from torch import nn
 from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
-from finetune.data.samples import is_sample
+from finetune.data.samples import check_sample, is_sample
 from finetune.display import Display
 from finetune.errors import FinetuneError, UsageError
 from finetune.job.data import find_data
@@ -32,6 +32,7 @@ from finetune.runtime import (
 from finetune.strategy.matrix import Plan, build_plan
 from finetune.training.batch_size import fit_batch_size
 from pretrained.backbone import Backbone, load_backbone
+from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.layers import Layers
 from pretrained.network import is_convolutional
@@ -62,7 +63,7 @@ class Ready:
 
 def prepare(recipe: Recipe, display: Display) -> Ready:
     """Find data and backbone, load the weights, and decide every "auto"."""
-    name, data = _required(recipe)
+    name, data = str(recipe.backbone.name), recipe.data.path
     device = prepare_machine(recipe)
     with display.count(f"reading {data}") as tell:
         dataset = find_data(recipe, discover, tell)
@@ -146,16 +147,20 @@ def _plan(recipe: Recipe, backbone: Backbone) -> Plan:
     return build_plan(backbone.network, backbone.stages, recipe.strategy, rate)
 
 
-def _required(recipe: Recipe) -> tuple[str, str]:
-    name, data = recipe.backbone.name, recipe.data.path
-    assert name, "it is named before"
-    if not data:
-        raise UsageError("finetune run", "no data was named", "Add --data FOLDER.")
+def check_asked(recipe: Recipe) -> None:
+    """Refuse what cannot be meant, before anything is looked for.
+
+    Raises:
+        UsageError: no data were named, or keys exclude each other.
+    """
+    if not recipe.data.path:
+        raise UsageError("finetune run", "no data was named", "Add --data FOLDER, or --data sample:digits.")
+    if is_sample(recipe.data.path):
+        check_sample(recipe.data.path)
     if recipe.backbone.weights and recipe.strategy.name == "scratch":
         found = "--strategy scratch starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
     _check_strategy(recipe)
-    return name, data
 
 
 def _check_strategy(recipe: Recipe) -> None:
@@ -249,4 +254,5 @@ def _absolute_data(path: str) -> str:
 def _absolute_name(name: str | None) -> str | None:
     if name and name.startswith("local-dir:"):
         return f"local-dir:{_absolute(name.removeprefix('local-dir:'))}"
-    return _absolute(name) if name and Path(name).is_dir() else name
+    is_folder = bool(name) and find_bundled(str(name)) is None and Path(str(name)).is_dir()
+    return _absolute(str(name)) if is_folder else name

@@ -224,7 +224,7 @@ def _explain(evidence: Evidence, size: Size, similarity: Similarity, best: Candi
         bounds = f"similar from {SIMILAR_LEEP:g}, different under {DIFFERENT_LEEP:g}"
     else:
         likeness = f"the best earlier layer leads the last by {evidence.gap:+.3f} ± {evidence.gap_error:.3f}"
-        bounds = f"different over {GAP_ERRORS:g} standard errors; the backbone has no classifier to ask"
+        bounds = f"different over {GAP_ERRORS:g} standard errors; no classifier of 1,000 classes to ask"
     judged = f"cross-validated accuracy {best.accuracy:.3f}"
     return (
         f"{size} data: {amount} ({limits[size]})",

@@ -13,7 +13,7 @@ import timm
 
 from pretrained import present
 from pretrained.catalog import Card, find_card
-from pretrained.present import choose_best, find_present, published_accuracy
+from pretrained.present import choose_best, find_downloaded, published_accuracy
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,41 +24,64 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def find_cached(card: Card) -> Path | None:
-        return Path("somewhere") if card.place == "bundled" or card.name in names else None
+        return Path("somewhere") if card.name in names else None
 
     monkeypatch.setattr(present, "find_cached", find_cached)
     return names
 
 
 def test_nothing_but_the_bundled_one(here: list[str]) -> None:
-    best = choose_best(on_gpu=False)
-    assert best.is_bundled and best.accuracy is None
-    assert best.card.name.startswith("finetune/")
+    choice = choose_best(on_gpu=False)
+    assert choice.best.accuracy is None
+    assert choice.best.card.name.startswith("finetune/")
+    assert not choice.passed_over
 
 
 def test_the_higher_published_accuracy_wins(here: list[str]) -> None:
     here += ["timm/resnet18.tv_in1k", "timm/resnet50.a1_in1k", "torchvision/squeezenet1_0.imagenet1k_v1"]
-    assert choose_best(on_gpu=False).card.name == "timm/resnet50.a1_in1k"
+    assert choose_best(on_gpu=False).best.card.name == "timm/resnet50.a1_in1k"
     here.remove("timm/resnet50.a1_in1k")
-    assert choose_best(on_gpu=False).card.name == "timm/resnet18.tv_in1k"
+    assert choose_best(on_gpu=False).best.card.name == "timm/resnet18.tv_in1k"
     here.remove("timm/resnet18.tv_in1k")
-    best = choose_best(on_gpu=False)
+    best = choose_best(on_gpu=False).best
     assert best.card.name == "torchvision/squeezenet1_0.imagenet1k_v1"
     assert best.accuracy == pytest.approx(58.092)
-    assert {one.card.name for one in find_present()} > set(here)
+    assert {card.name for card in find_downloaded()} == set(here)
 
 
-def test_what_would_keep_a_laptop_waiting_is_left_to_gpus(here: list[str]) -> None:
+def test_all_weights_of_torchvision_count(here: list[str]) -> None:
+    here += ["torchvision/resnet50.imagenet1k_v1"]  # not the default
+    assert choose_best(on_gpu=False).best.card.name == here[0]
+    here += ["torchvision/resnet50.imagenet1k_v2"]
+    assert choose_best(on_gpu=False).best.card.name == here[1]
+
+
+def test_what_is_large_for_a_laptop_is_left_to_gpus(here: list[str]) -> None:
     here += ["timm/convnext_base.fb_in1k", "timm/resnet18.tv_in1k"]
-    assert choose_best(on_gpu=False).card.name == "timm/resnet18.tv_in1k"
-    assert choose_best(on_gpu=True).card.name == "timm/convnext_base.fb_in1k"
+    choice = choose_best(on_gpu=False)
+    assert choice.best.card.name == "timm/resnet18.tv_in1k"
+    ((card, why),) = choice.passed_over
+    assert card.name == "timm/convnext_base.fb_in1k"
+    assert "89 million parameters" in why and "without a GPU" in why
+    assert choose_best(on_gpu=True).best.card.name == "timm/convnext_base.fb_in1k"
 
 
-def test_weights_of_unknown_worth_are_not_taken(here: list[str]) -> None:
-    here += ["timm/resnet18d.ra4_e3600_r224_in1k"]
-    card = find_card(here[0]) if "resnet18d.ra4_e3600_r224_in1k" in timm.list_pretrained() else None
-    assert card is None or published_accuracy(card) is None
-    assert choose_best(on_gpu=False).is_bundled
+def test_weights_of_unknown_worth_are_named_and_not_taken(here: list[str]) -> None:
+    here += ["timm/vit_small_patch14_dinov2.lvd142m"]
+    choice = choose_best(on_gpu=False)
+    assert choice.best.card.place == "bundled"
+    ((card, why),) = choice.passed_over
+    assert (card.name, why) == (here[0], "no published accuracy on ImageNet")
+
+
+def test_a_folder_of_its_name_does_not_hide_the_bundled_one(
+    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = choose_best(on_gpu=False).best.card.name
+    Path(name).mkdir(parents=True)
+    (Path(name) / "config.json").write_text("{}")
+    assert choose_best(on_gpu=False).best.card.place == find_card(name).place == "bundled"
 
 
 def test_the_table_is_of_weights_that_there_are() -> None:
@@ -78,7 +101,7 @@ def test_a_cache_is_searched(tmp_path: Path) -> None:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("c0ffee")
     (folder / "snapshots" / "c0ffee" / "model.safetensors").write_bytes(b"weights")
-    script = "from pretrained.present import choose_best; print(choose_best(False).card.name)"
+    script = "from pretrained.present import choose_best; print(choose_best(False).best.card.name)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)},
