@@ -64,6 +64,14 @@ def test_they_are_data_like_any_others(cache: Path) -> None:
     assert len(list(find_inputs("sample:digits", None).open())) == 1797
 
 
+def test_a_folder_of_that_name_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_sample("sample:digits")
+    (tmp_path / "sample:digits").mkdir()
+    assert not is_sample("sample:digits")
+    assert not is_sample(Path("./sample:digits"))
+
+
 def test_a_sample_that_there_is_not() -> None:
     with pytest.raises(UsageError) as caught:
         open_sample("sample:digit")
