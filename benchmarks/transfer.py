@@ -148,8 +148,8 @@ def save_random(seed: int, cache: Path) -> Path:
 
 
 def plan(datasets: Sequence[str]) -> Iterator[Key]:
-    """Yield every run: all of the first seed, then all of the next."""
-    for seed, per_class, name, strategy in product(SEEDS, SIZES, datasets, STRATEGIES):
+    """Yield every run: the quick ones of every seed first."""
+    for per_class, seed, name, strategy in product(SIZES, SEEDS, datasets, STRATEGIES):
         yield name, per_class, seed, strategy
 
 

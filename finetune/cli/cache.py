@@ -39,7 +39,7 @@ def list_kept(
 
 @app.command("clear")
 def clear() -> None:
-    """Remove everything that no run is using; the next run makes anew what it needs."""
+    """Remove features and decoded pictures that no run is using; the next run makes anew what it needs."""
     from finetune.cache.shelf import Shelf
     from finetune.data.looks import clear_looks
 
