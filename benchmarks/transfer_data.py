@@ -102,8 +102,8 @@ DATASETS = {
     for one in (
         DataSet("digits", find_digits, 20, 60, (20, 10, 5)),
         DataSet("ants-bees", find_photographs, 20, 0, (20, 10, 10)),
-        DataSet("animals", find_animals, 50, 100, (20, 10, 3)),
-        DataSet("things", find_things, 50, 100, (20, 10, 3)),
+        DataSet("animals", find_animals, 50, 100, (20, 10, 2)),
+        DataSet("things", find_things, 50, 100, (20, 10, 2)),
     )
 }
 

@@ -1,7 +1,8 @@
 """Which pictures of a benchmark the bundled backbone may have met: copies among those it was trained on.
 
 Photographs wander between data sets at other sizes and crops, which no hash of the file sees. Both are made
-16 x 16 pixels, as a centre crop and squashed, and a correlation over 0.9 counts as the same photograph.
+16 x 16 pixels, as a centre crop and squashed, and whatever correlates over 0.9 counts as met: a few too many,
+for plain backgrounds are alike as well.
 """
 
 from __future__ import annotations
