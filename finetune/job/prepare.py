@@ -160,7 +160,8 @@ def check_asked(recipe: Recipe) -> None:
     if recipe.backbone.weights and recipe.strategy.name == "scratch":
         found = "--strategy scratch starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
-    _check_strategy(recipe)
+    if recipe.strategy.name != "auto":  # which has rules of its own (job/auto.py)
+        _check_strategy(recipe)
 
 
 def _check_strategy(recipe: Recipe) -> None:

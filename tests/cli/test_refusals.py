@@ -74,8 +74,7 @@ def test_unknown_backbone_names_the_nearest(cli: Cli, pictures: Path) -> None:
     assert "did you mean 'resnet50'" in said
 
 
-def test_backbone_and_data_are_needed(cli: Cli, pictures: Path) -> None:
-    assert "Add --backbone" in refused(cli, ExitCode.USAGE, "run", "-d", pictures)
+def test_data_are_needed(cli: Cli) -> None:
     assert "Add --data" in refused(cli, ExitCode.USAGE, "run", "-b", "resnet18")
 
 
