@@ -42,7 +42,15 @@ def collect(trials: Sequence[Trial]) -> dict[Cell, list[Trial]]:
 def build_page(trials: Sequence[Trial]) -> list[str]:
     """Return the lines of the table."""
     cells = collect(trials)
-    head = ["data set", "images a class", "images", "epochs", *(TITLES[name] for name in STYLES), "gain"]
+    head = [
+        "data set",
+        "images a class",
+        "images",
+        "epochs",
+        "seeds",
+        *(TITLES[name] for name in STYLES),
+        "gain",
+    ]
     rows = [
         _build_row({name: cells[dataset, per_class, name] for name in STYLES}, dataset, per_class)
         for dataset in DATASETS
@@ -60,6 +68,7 @@ def _build_row(runs: dict[str, list[Trial]], dataset: str, per_class: int) -> li
         str(per_class or "all"),
         f"{mean(trial.num_train for trial in some):,.0f}",
         str(some[0].epochs),
+        str(min(map(len, runs.values()))),
     ]
     for strategy, found in runs.items():
         mark = "**" if means[strategy] == max(means.values()) else ""

@@ -180,9 +180,9 @@ def made_up() -> list[Trial]:
 
 def test_the_table(tmp_path: Path) -> None:
     head, _, few, every = build_page(made_up())
-    assert head.startswith("| data set | images a class | images | epochs | `freeze` |")
+    assert head.startswith("| data set | images a class | images | epochs | seeds | `freeze` |")
     assert few.startswith(
-        "| digits | 10 | 100 | 20 | **61.0** ± 1.0 | 51.0 ± 1.0 | 41.0 ± 1.0 | 31.0 ± 1.0 |"
+        "| digits | 10 | 100 | 20 | 3 | **61.0** ± 1.0 | 51.0 ± 1.0 | 41.0 ± 1.0 | 31.0 ± 1.0 |"
     )
     assert few.endswith("| +20.0 ± 0.0 (`top`) |"), "chosen by validation, not by the test part"
     assert "**91.0** ± 1.0 | **91.0** ± 1.0 |" in every and every.endswith("| -10.0 ± 0.0 (`top`) |")
