@@ -92,11 +92,16 @@ def read_trials(path: Path) -> dict[Key, Trial]:
 
 
 def append_trial(trial: Trial, path: Path) -> None:
-    """Keep a run; after a line that was cut off, on a line of its own."""
+    """Keep a run."""
+    append_line(asdict(trial), path)
+
+
+def append_line(values: dict[str, Any], path: Path) -> None:
+    """Add a line of JSON in one write; after a line that was cut off, on a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * torn + json.dumps(asdict(trial)) + "\n")
+        file.write("\n" * torn + json.dumps(values) + "\n")
 
 
 # --- comparing -----------------------------------------------------------------------------------------

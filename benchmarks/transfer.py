@@ -25,6 +25,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from benchmarks.strategies_results import append_line
 from benchmarks.transfer_data import DATASETS, SIZES, Origin, make_folder
 from benchmarks.transfer_page import build_page, draw_plot
 from pretrained.catalog import find_card
@@ -99,10 +100,8 @@ def read_trials(path: Path) -> dict[Key, Trial]:
 
 
 def append_trial(trial: Trial, path: Path) -> None:
-    """Keep a result: one write, so that processes may share the file; a line that was cut off ends first."""
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * torn + json.dumps(asdict(trial)) + "\n")
+    """Keep a result; processes may share the file."""
+    append_line(asdict(trial), path)
 
 
 def describe_weights() -> str:

@@ -145,8 +145,8 @@ def find_card(name: str, offline: bool = False) -> Card:
         UsageError: no such name; the message lists the nearest ones.
         EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name is not here and cannot be had.
     """
-    if bundle.find_bundled(name) is not None:
-        return find_bundled_card(name)
+    if (bundled := bundle.find_bundled(name)) is not None:
+        return _card_from_bundle(bundled)
     prefix, colon, rest = name.partition(":")
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
@@ -304,18 +304,10 @@ def _card_from_folder(name: str, folder: Path) -> Card:
     return _card_from_config(f"local-dir:{folder}", config, place="folder", location=str(model))
 
 
-def find_bundled_card(name: str) -> Card:
-    """Return the card of a backbone that comes with the installation.
-
-    Raises:
-        UsageError: there is none of that name, or its card is damaged.
-    """
-    folder = bundle.find_bundled(name)
-    if folder is None:
-        raise UsageError(f"--backbone {name}", "no such network comes with the installation", "Name another.")
-    full = f"{bundle.LIBRARY}/{folder.name}"
-    config = read_config(f"--backbone {full}", folder / "config.json")
-    return _card_from_config(full, config, place="bundled", location=str(folder))
+def _card_from_bundle(folder: Path) -> Card:
+    name = f"{bundle.LIBRARY}/{folder.name}"
+    config = read_config(f"--backbone {name}", folder / "config.json")
+    return _card_from_config(name, config, place="bundled", location=str(folder))
 
 
 def _card_from_config(name: str, config: dict[str, Any], place: Place, location: str) -> Card:

@@ -22,8 +22,8 @@ import timm
 import torchvision.models as tv
 
 from finetune.errors import EnvironmentFaultError
-from pretrained.bundle import list_bundled
-from pretrained.catalog import Card, find_bundled_card, find_card, num_parameters, torchvision_names
+from pretrained.bundle import LIBRARY, list_bundled
+from pretrained.catalog import Card, find_card, num_parameters, torchvision_names
 from pretrained.weights import find_cached
 
 
@@ -99,7 +99,7 @@ def choose_best(on_gpu: bool) -> Choice:
 
 def _bundled() -> Present:
     for name in list_bundled():
-        return Present(find_bundled_card(name), None)
+        return Present(find_card(f"{LIBRARY}/{name}"), None)
     fix = "Install the package again, or add --backbone NAME."
     raise EnvironmentFaultError("finetune", "the bundled backbone is missing from the installation", fix)
 

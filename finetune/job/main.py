@@ -22,6 +22,7 @@ from finetune.display import Display, SilentDisplay
 from finetune.errors import DataError, InternalError
 from finetune.evaluation.judgement import judge
 from finetune.export.folder import export_model, measure_round_trip
+from finetune.job.advise import Advice
 from finetune.job.attempt import Clock, Job
 from finetune.job.auto import choose_strategy
 from finetune.job.data import check_data, check_outside, describe_data, keep_split, record_split
@@ -80,12 +81,7 @@ def run(
     clock = Clock()
     check_trackers(recipe.tracking.to)
     with StopSignal() as stop, translated_errors():
-        advice = None
-        check_asked(recipe)
-        recipe = name_backbone(recipe, output, display)
-        if recipe.strategy.name == "auto":
-            with clock.phase("advise"):
-                recipe, advice = choose_strategy(recipe, output, display)
+        recipe, advice = _settle(recipe, output, display, clock)
         with clock.phase("load"):
             ready = prepare(recipe, display)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
@@ -120,6 +116,18 @@ def run(
                 finished = _carry_out(job)
                 trackers.log_final(finished.metrics)
                 return finished
+
+
+def _settle(
+    recipe: Recipe, output: Path | None, display: Display, clock: Clock
+) -> tuple[Recipe, Advice | None]:
+    """Return the recipe with a backbone and a strategy, and the advice where that chose it."""
+    check_asked(recipe)
+    recipe = name_backbone(recipe, output, display)
+    if recipe.strategy.name != "auto":
+        return recipe, None
+    with clock.phase("advise"):
+        return choose_strategy(recipe, output, display)
 
 
 def _refuse_without_checkpoints(claim: Claim) -> None:
