@@ -103,6 +103,10 @@ class InterruptedRunError(FinetuneError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class LostProcessError(InterruptedRunError):
+    """Another process of the job was killed, or does not answer; starting the job again may well succeed."""
+
+
 class DivergedError(FinetuneError):
     """Losses or gradients that are no finite numbers, and stay so (exit 76)."""
 

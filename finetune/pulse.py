@@ -48,6 +48,15 @@ class Pulse:
 
 
 def find_parent() -> tuple[int, int] | None:
-    """Return the pipe's writing end and the process that listens to it; None where nobody watches."""
-    descriptor, _, process = os.environ.get(VARIABLE, "").partition(":")
-    return (int(descriptor), int(process)) if descriptor.isdecimal() and process.isdecimal() else None
+    """Return the pipe's writing end and the process that this one works for; None where nobody watches.
+
+    The end is a number where it was handed down, and a path where a launcher stands in between.
+    """
+    end, _, process = os.environ.get(VARIABLE, "").partition(":")
+    if not process.isdecimal():
+        return None
+    if end.isdecimal():
+        return int(end), int(process)
+    with suppress(OSError):
+        return os.open(end, os.O_WRONLY | os.O_NONBLOCK), int(process)
+    return None

@@ -23,6 +23,7 @@ from finetune.errors import EnvironmentFaultError, UsageError
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's own place, not a temporary file
 BATCHES_PER_WORKER = 3
 """Batches of one decoding process that lie in /dev/shm at a time: two that wait, one that is being made."""
 
@@ -75,33 +76,74 @@ def _quota_cores() -> int:
         return sys.maxsize
 
 
-def resolve_threads() -> int:
-    """Return the threads to compute with: what OMP_NUM_THREADS says, else all available cores."""
+def resolve_threads(processes: int = 1) -> int:
+    """Return the threads to compute with: what OMP_NUM_THREADS says, else all available cores.
+
+    Args:
+        processes: that share the cores.
+    """
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else available_cores()
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, available_cores() // processes)
 
 
-def resolve_workers(device: torch.device, batch_bytes: int) -> int:
+def resolve_workers(device: torch.device, batch_bytes: int, processes: int = 1) -> int:
     """Return how many processes should decode: all cores beside a GPU, half of them beside CPU training.
 
     Args:
         device: that trains.
         batch_bytes: of one batch of images; where /dev/shm is too small for all, there are fewer.
+        processes: that train on this machine, each with so many of its own.
     """
-    cores = available_cores()
-    wanted = min(cores, 8) if device.type == "cuda" else max(1, cores // 2)
-    return min(wanted, resolve_most_workers(batch_bytes))
+    return min(_wanted_workers(device, processes), resolve_most_workers(batch_bytes, processes))
 
 
-def resolve_most_workers(batch_bytes: int) -> int:
-    """Return how many processes may decode where training waits for data: all cores, if /dev/shm has room."""
-    return min(available_cores(), _shared_memory_bytes() // (BATCHES_PER_WORKER * batch_bytes))
+def _wanted_workers(device: torch.device, processes: int) -> int:
+    cores = available_cores() // processes
+    return max(1, min(cores, 8) if device.type == "cuda" else cores // 2)
+
+
+def resolve_most_workers(batch_bytes: int, processes: int = 1) -> int:
+    """Return how many processes may decode where training waits for data: all cores, if /dev/shm has room.
+
+    The arguments are those of :func:`resolve_workers`.
+    """
+    room = _shared_memory_bytes() // (BATCHES_PER_WORKER * batch_bytes * processes)
+    return min(max(1, available_cores() // processes), room)
+
+
+def find_lack_of_shared_memory(
+    asked: int | None, device: torch.device, batch_bytes: int, processes: int = 1
+) -> str:
+    """Return what /dev/shm is too small for, and the remedy; "" where it is large enough.
+
+    Args:
+        asked: decoding processes that the user wants; None leaves their number to the program.
+        device: as the others, of :func:`resolve_workers`.
+        batch_bytes: as there.
+        processes: as there.
+    """
+    wanted = _wanted_workers(device, processes) if asked is None else asked
+    needed, free = wanted * BATCHES_PER_WORKER * batch_bytes * processes, _shared_memory_bytes()
+    if needed <= free:
+        return ""
+    fitting = resolve_most_workers(batch_bytes, processes)
+    if asked is not None:
+        so = f"--workers {asked} may run out of it"
+    else:
+        so = f"{fitting} will do it" if fitting else "the training process does it alone, which is slower"
+    free_words, needed_words = f"{free / 1e6:,.0f} MB free", f"{needed / 1e6:,.0f} MB"
+    return (
+        f"{SHARED_MEMORY} has {free_words}, and {wanted * processes} decoding processes would take "
+        f"{needed_words} of it: {so}. Enlarge it (docker run --shm-size={math.ceil(needed / 2**30)}g; in "
+        f"Kubernetes an emptyDir with medium: Memory at {SHARED_MEMORY}), "
+        f"or take --workers {min(fitting, wanted)}"
+    )
 
 
 def _shared_memory_bytes() -> int:
     """Containers often have 64 MB of it, and a worker that runs out dies of a bus error."""
     try:
-        return shutil.disk_usage("/dev/shm").free  # noqa: S108 - the kernel's own place, not a temporary file
+        return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
         return sys.maxsize
 

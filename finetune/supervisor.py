@@ -49,6 +49,7 @@ class Attempt:
         step: of training that was reached.
         code: exit code; negative for the signal that ended it.
         stalled: it gave no sign of life for too long.
+        lost: one of several processes was gone, so that the others had to end.
         output: what it wrote to stdout.
     """
 
@@ -58,6 +59,7 @@ class Attempt:
     step: int = 0
     code: int = 0
     stalled: bool = False
+    lost: bool = False
     output: bytes = b""
 
 
@@ -109,7 +111,7 @@ class Supervisor:
         """Ends that the child chose are final, but for an unforeseen one, which is tried once more."""
         if self._signals or attempt.folder is None:
             return True
-        if attempt.stalled or attempt.code < 0:
+        if attempt.stalled or attempt.lost or attempt.code < 0:
             return False
         return attempt.code != ExitCode.INTERNAL or internal > 1
 
@@ -215,6 +217,8 @@ class Supervisor:
     def _describe(self, attempt: Attempt) -> str:
         if attempt.stalled:
             return f"the run gave no sign of life for {self.stall_timeout:g} s, and was ended"
+        if attempt.lost:
+            return "the run lost one of its processes"
         if attempt.code < 0:
             return f"the run was ended by {_signal_name(-attempt.code)}"
         return "the run ended with an unforeseen error"
@@ -295,6 +299,7 @@ def _note(facts: dict[str, Any], attempt: Attempt) -> None:
         attempt.folder = RunFolder(Path(facts["folder"]))
     attempt.number = facts.get("attempt", attempt.number)
     attempt.saving = facts.get("saving", attempt.saving)
+    attempt.lost = facts.get("lost", attempt.lost)
     attempt.step = facts.get("step", attempt.step)
 
 

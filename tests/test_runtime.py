@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,9 @@ from finetune.runtime import (
     available_cores,
     derive_seed,
     describe_environment,
+    find_lack_of_shared_memory,
     resolve_device,
+    resolve_most_workers,
     resolve_precision,
     resolve_threads,
     resolve_workers,
@@ -182,6 +185,51 @@ def test_workers_where_there_is_no_shared_memory_to_ask_about(monkeypatch: pytes
     monkeypatch.setattr(runtime, "available_cores", lambda: 4)
     monkeypatch.setattr(shutil, "disk_usage", refuse)
     assert resolve_workers(CUDA, BATCH) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "free", "workers", "most"),
+    [
+        (CUDA, 4, 2**40, 4, 4),
+        (CUDA, 4, 4 * 2 * BATCHES_PER_WORKER * BATCH, 2, 2),
+        (CPU, 2, 2**40, 4, 8),
+        (CPU, 32, 2**40, 1, 1),  # more processes than cores
+    ],
+)
+def test_processes_share_the_cores_and_the_room(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, processes: int, free: int, workers: int, most: int
+) -> None:
+    monkeypatch.setattr(runtime, "available_cores", lambda: 16)
+    give_shared_memory(monkeypatch, free)
+    assert resolve_workers(device, BATCH, processes) == workers
+    assert resolve_most_workers(BATCH, processes) == most
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "free", "said"),
+    [
+        (None, 1, 8 * BATCHES_PER_WORKER * BATCH, ""),
+        (
+            None,
+            1,
+            2 * BATCHES_PER_WORKER * BATCH,
+            "8 decoding processes .*: 2 will do it.*--workers 2",
+        ),
+        (None, 1, 64 * 2**20, "has 67 MB free.*does it alone.*--shm-size=1g.*medium: Memory.*--workers 0"),
+        (None, 4, 64 * 2**20, "16 decoding processes"),
+        (3, 1, 3 * BATCHES_PER_WORKER * BATCH, ""),
+        (3, 1, 2 * BATCHES_PER_WORKER * BATCH, "--workers 3 may run out of it.*--workers 2"),
+        (64, 1, 2 * BATCHES_PER_WORKER * BATCH, "--shm-size=7g"),
+        (0, 1, 0, ""),
+    ],
+)
+def test_what_dev_shm_is_too_small_for(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, processes: int, free: int, said: str
+) -> None:
+    monkeypatch.setattr(runtime, "available_cores", lambda: 16)
+    give_shared_memory(monkeypatch, free)
+    lack = find_lack_of_shared_memory(asked, CUDA, BATCH, processes)
+    assert re.search(said, lack) if said else lack == ""
 
 
 # --- seeds ---------------------------------------------------------------------------------------

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 from finetune.cli.refusals import hand_over, refusals, say
 from finetune.cli.series import Member, find_series, fix_backbone, run_series
+from finetune.errors import UsageError
+from finetune.launch import is_in_job
 from finetune.pulse import Pulse, find_parent
 from finetune.stopping import end_with_parent
 from finetune.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
+    from finetune.world import World
 
 _FLAGS = {
     "backbone": "backbone.name",
@@ -119,6 +123,8 @@ def run_command(
         bool,
         typer.Option("--allow-changed", help="Go on with a run of another recipe, other images or weights."),
     ] = False,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
     stall_timeout: Annotated[
         float,
         typer.Option(
@@ -151,10 +157,13 @@ def run_command(
         "batch_size": batch_size,
         "lr": lr,
         "seed": seed,
-        "device": device,
+        "device": "cuda" if gpus else device,
     }
     with refusals(as_json):
         words = assignments or []
+        if is_in_job() and (repeats > 1 or folds > 1):
+            found = "a launcher has started the processes of one run"
+            raise UsageError("--repeats or --folds", found, "Start without it, with --gpus N.")
         if series := find_series(repeats, folds, lambda: _read(recipe, flags, words).seed, output):
 
             def run_here(member: Member) -> dict[str, Any]:
@@ -167,14 +176,17 @@ def run_command(
             run_series(named, stall_timeout, run_here, as_json)
             return
         parent = find_parent()
-        if parent is None and stall_timeout > 0:
+        if parent is None and stall_timeout > 0 and not is_in_job():
             _watch_over(stall_timeout)
         if parent is not None:
             end_with_parent(parent[1])
-        pulse = Pulse(parent[0] if parent is not None else None)
-        metrics = _run(_read(recipe, flags, words), output, pulse, allow_changed)
-        if as_json:
-            hand_over(json.dumps(metrics) + "\n")
+        settings = _read(recipe, flags, words)
+        start_processes(processes, gpus, device or "auto")
+        with joined_processes(settings.device, stall_timeout, _help) as world:
+            pulse = Pulse(parent[0] if parent is not None else None)
+            metrics = _run(settings, output, pulse, allow_changed, world)
+            if as_json:
+                hand_over(json.dumps(metrics) + "\n")
 
 
 def _watch_over(stall_timeout: float) -> NoReturn:
@@ -194,12 +206,21 @@ def _read(recipe: str | None, flags: dict[str, Any], assignments: list[str]) -> 
     return load_recipe(recipe, overrides)
 
 
-def _run(recipe: Recipe, output: Path | None, pulse: Pulse, allow_changed: bool) -> dict[str, Any]:
+def _help(world: World) -> None:
+    from finetune.job.help import help_run
+
+    help_run(world)
+
+
+def _run(
+    recipe: Recipe, output: Path | None, pulse: Pulse, allow_changed: bool, world: World | None = None
+) -> dict[str, Any]:
     from finetune.display import Display
 
     display = Display(pulse=pulse)
     with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
         from finetune.job import run
+        from finetune.world import SINGLE
 
-    finished = run(recipe, output, display, allow_changed)
+    finished = run(recipe, output, display, allow_changed, world or SINGLE)
     return {"run": str(finished.folder.path), **finished.metrics}

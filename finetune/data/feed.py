@@ -30,6 +30,12 @@ class Feed(Protocol):
         """Return how many batches a pass has."""
         ...
 
-    def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of an epoch, from number ``start`` up to ``stop``."""
+    def batches(
+        self, epoch: int = 0, start: int = 0, stop: int | None = None, whole: bool = False
+    ) -> Iterator[Batch]:
+        """Yield the batches of an epoch, from number ``start`` up to ``stop``.
+
+        Among several processes they are this one's: its part of every batch to learn from, or its turns of
+        those that are in order. ``whole`` gives all of all.
+        """
         ...

@@ -37,6 +37,7 @@ from finetune.data.workers import (
 )
 from finetune.errors import DataError, EnvironmentFaultError
 from finetune.runtime import BATCHES_PER_WORKER, derive_seed, seed_everything
+from finetune.world import SINGLE, World
 
 MOST_DEATHS = 3
 """Of decoding processes, in a row, before the run is given up."""
@@ -74,6 +75,25 @@ def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) 
     if seed is not None and len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]
     return batches
+
+
+def take_share(plan: list[list[int]], world: World, shuffled: bool) -> list[list[int]]:
+    """Return what one of several processes takes of the batches of an epoch.
+
+    Of batches to learn from, a part of each: all take every step together. Parts have two pictures or more,
+    or none, for BatchNorm cannot train on a single one. Of batches in order, whole ones in turns: what a
+    network says of a picture depends, in its last bits, on the others of the batch.
+    """
+    if world.size == 1:
+        return plan
+    return [_part(batch, world) for batch in plan] if shuffled else plan[world.rank :: world.size]
+
+
+def _part(batch: list[int], world: World) -> list[int]:
+    takers = max(1, min(world.size, len(batch) // 2))
+    if world.rank >= takers:
+        return []
+    return batch[world.rank * len(batch) // takers : (world.rank + 1) * len(batch) // takers]
 
 
 class _Lost(NamedTuple):
@@ -170,6 +190,7 @@ class Loader:
         pictures: kept ones of these samples. They change no bit of a batch.
         most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
         allow_lost: batches may lack pictures that cannot be read; shuffled ones always may.
+        world: processes that share the batches.
 
     Attributes:
         input_size: (3, H, W) of the pictures.
@@ -192,11 +213,12 @@ class Loader:
         pictures: Pictures | None = None,
         most_workers: int = 0,
         allow_lost: bool = False,
+        world: World = SINGLE,
     ) -> None:
         assert pictures is None or len(pictures) == len(samples)
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
         self.seed, self.shuffle, self.warn = seed, shuffle, warn
-        self.allow_lost = shuffle or allow_lost
+        self.allow_lost, self.world = shuffle or allow_lost, world
         self.input_size: tuple[int, int, int] | None = transform.preprocessing.input_size
         self.wait_seconds = 0.0
         # A view that is kept whole is copied faster than it is handed over from another process.
@@ -236,8 +258,12 @@ class Loader:
         """Return the indices of each batch of an epoch."""
         return plan_epoch(len(self.samples), self.batch_size, self.seed if self.shuffle else None, epoch)
 
-    def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int = 0, start: int = 0, stop: int | None = None, whole: bool = False
+    ) -> Iterator[Batch]:
         """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``.
+
+        Among several processes these are its own share, but for ``whole`` (:func:`take_share`).
 
         A decoding process that dies is replaced, and its batch made again: content does not depend on
         processes. Where batches cannot be handed over between processes, this one decodes. Batches may lack
@@ -248,7 +274,9 @@ class Loader:
                 over fewer pictures than the user counted would look like any others.
             EnvironmentFaultError: decoding processes die again and again.
         """
-        keys = [[(epoch, index) for index in batch] for batch in self.plan(epoch)[start:stop]]
+        plan = self.plan(epoch)[start:stop]
+        plan = plan if whole else take_share(plan, self.world, self.shuffle)
+        keys = [[(epoch, index) for index in batch] for batch in plan]
         self.wait_seconds = began = waited_before = 0.0
         done = deaths = 0
         while done < len(keys):

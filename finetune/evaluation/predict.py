@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from finetune.data.feed import Feed
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.runtime import DTYPES, Precision, compute_part_size
+from finetune.world import SINGLE, World
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,45 @@ def predict(
     precision: Precision,
     on_batch: Callable[[int], None] | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
+    world: World = SINGLE,
 ) -> Predictions:
     """Run a network in eval mode over a feed, and leave every module in the mode it had.
+
+    Several processes take batches in turns, and all get the predictions of all: each image counts once.
 
     Args:
         network: (B, 3, H, W) -> (B, K).
         feed: unshuffled.
         precision: of the forward pass; logits come back in float32.
-        on_batch: told how many images each batch had.
+        on_batch: told how many images each batch had; equally often in all processes.
         forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
+        world: processes that share the feed.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
     in_parts = InParts(forward or network, _most(feed))
-    logits, labels = [], []
+    found: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.inference_mode(), autocast(feed.placement.device, precision):
             for batch in feed.batches():
-                logits.append(in_parts(batch.images).float())
-                labels.append(batch.labels)
+                found.append((in_parts(batch.images).float(), batch.labels))
                 if on_batch is not None:
                     on_batch(len(batch.labels))
+            if on_batch is not None and len(found) * world.size < feed.num_batches():
+                on_batch(0)  # the others have one more
     finally:
         for module, mode in modes.items():
             module.training = mode
+    logits, labels = zip(*_gather(found, world), strict=True)
     return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu())
+
+
+def _gather(own: list[tuple[Tensor, Tensor]], world: World) -> list[tuple[Tensor, Tensor]]:
+    """Return logits and labels of all batches, in order."""
+    if world.size == 1:
+        return own
+    turns = zip_longest(*world.collect([(logits.cpu(), labels.cpu()) for logits, labels in own]))
+    return [one for turn in turns for one in turn if one is not None]
 
 
 def _most(feed: Feed) -> int:

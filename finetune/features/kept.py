@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from finetune.cache.waiting import Waiting
 from finetune.data.loader import Batch, Loader
 from finetune.data.sample import Sample
 from finetune.display import Display
+from finetune.errors import DataError
 from finetune.evaluation.predict import InParts, autocast
 from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.runtime import DTYPES, Precision, compute_part_size
+from finetune.world import SINGLE, World
 
 FORMAT = 1
 GPU_BATCH = 128
@@ -89,6 +92,14 @@ class _Store:
         """Blocks that are there."""
         return len(self.file.blocks) if self.file is not None else 0
 
+    @property
+    def content(self) -> Tensor | Path:
+        """The rows (N, D), or the file that holds them."""
+        if self.memory is not None:
+            return self.memory
+        assert self.file is not None
+        return self.file.path
+
 
 @dataclass
 class KeptRows:
@@ -105,6 +116,8 @@ class KeptRows:
         num_computed: pictures that went through the network.
         num_found: rows of the first place that were there.
         lost: why, for the index of each picture that could not be decoded. Its rows are NaN.
+        world: processes of this machine. The batches that are missing go through in turns; the main process
+            keeps them, and all get the same rows.
     """
 
     shelf: Shelf
@@ -117,6 +130,7 @@ class KeptRows:
     num_computed: int = 0
     num_found: int = 0
     lost: dict[int, str] = field(default_factory=dict)
+    world: World = SINGLE
     _files: list[BlockFile] = field(default_factory=list)
     _fault: OSError | None = None  # of the disk
     _num_bytes: int = 0  # held in memory
@@ -143,16 +157,41 @@ class KeptRows:
             DataError: a picture cannot be read any more.
             OSError: a file cannot be written, and the rows are too many for the memory.
         """
-        stores = [self._open(place) for place in places]
+        stores, fault = [_Store(place, None, None) for place in places], None
+        missing, done = self.world.share(lambda: self._find_missing(stores))
+        try:
+            if missing:
+                some = [stores[number] for number in missing]
+                self._compute(open_loader(), some, open_forward(missing), done, epoch, words)
+        except (DataError, OSError) as error:
+            fault = error
+        return self._hand_round(stores, fault)
+
+    def _find_missing(self, stores: Sequence[_Store]) -> tuple[list[int], int]:
+        """Open the files; return whose blocks are missing, and how many all of these have."""
+        for store in stores:
+            self._open(store)
         missing = [
             number for number, store in enumerate(stores) if store.num_done < self._num_blocks(store.place)
         ]
-        self.num_found += min(self.batch_size * stores[0].num_done, places[0].num_images)
-        if missing:
-            done = min(stores[number].num_done for number in missing)
-            forward = open_forward(missing)
-            self._compute(open_loader(), [stores[number] for number in missing], forward, done, epoch, words)
-        return [self._rows_of(store) for store in stores]
+        self.num_found += min(self.batch_size * stores[0].num_done, stores[0].place.num_images)
+        return missing, min((stores[number].num_done for number in missing), default=0)
+
+    def _hand_round(self, stores: Sequence[_Store], fault: Exception | None) -> list[Rows]:
+        """Return the rows in every process, or raise what went wrong in all of them."""
+
+        def make() -> tuple[list[Tensor | Path], dict[int, str]]:
+            if fault is not None:
+                raise fault
+            return [store.content for store in stores], self.lost
+
+        contents, self.lost = self.world.share(make)
+        return [
+            MemoryRows(content)
+            if isinstance(content, Tensor)
+            else FileRows(content, (store.place.num_images, store.place.numel), DTYPES[self.dtype])
+            for store, content in zip(stores, contents, strict=True)
+        ]
 
     def close(self) -> None:
         """Let others remove the files."""
@@ -169,24 +208,15 @@ class KeptRows:
     def _num_blocks(self, place: Place) -> int:
         return math.ceil(place.num_images / self.batch_size)
 
-    def _rows_of(self, store: _Store) -> Rows:
-        if store.memory is not None:
-            return MemoryRows(store.memory)
-        assert store.file is not None
-        shape = (store.place.num_images, store.place.numel)
-        return FileRows(store.file.path, shape, DTYPES[self.dtype])
-
-    def _open(self, place: Place) -> _Store:
-        num_images = place.num_images
-        num_bytes = num_images * row_bytes(place.numel, self.dtype)
-        memory = None
+    def _open(self, store: _Store) -> None:
+        place = store.place
+        num_bytes = place.num_images * row_bytes(place.numel, self.dtype)
         if self._num_bytes + num_bytes <= MEMORY_BYTES:
-            memory = torch.empty(num_images, place.numel, dtype=DTYPES[self.dtype])
+            store.memory = torch.empty(place.num_images, place.numel, dtype=DTYPES[self.dtype])
             self._num_bytes += num_bytes
-        file = self._open_file(place, num_bytes, memory is not None)
-        if file is not None and file.blocks:
-            self._read(file, memory)
-        return _Store(place, file, memory)
+        store.file = self._open_file(place, num_bytes, store.memory is not None)
+        if store.file is not None and store.file.blocks:
+            self._read(store.file, store.memory)
 
     def _open_file(self, place: Place, num_bytes: int, fits_memory: bool) -> BlockFile | None:
         path = self.shelf.place(place.facts)
@@ -232,31 +262,37 @@ class KeptRows:
         self, loader: Loader, stores: list[_Store], forward: Forward, done: int, epoch: int, words: str
     ) -> None:
         """Run the network over the batches that are missing."""
-        in_parts = InParts(forward)
+        widths = [store.place.numel for store in stores]
         with (
             self.display.track(words, len(loader.samples)) as advance,
             torch.inference_mode(),
             autocast(self.device, self.precision),
         ):
             advance(done * self.batch_size, "")
-            for number, batch in enumerate(loader.batches(epoch, start=done), done):
-                start = number * self.batch_size
-                size = min(self.batch_size, len(loader.samples) - start)
-                self.check_unchanged(loader.samples[start : start + size])
-                lost = _find_lost(loader.samples[start : start + size], start, batch.lost)
+            own = self._run_all(loader, InParts(forward), widths, done, epoch)
+            for number, (rows, lost) in enumerate(self.world.merge(own), done):
                 self.lost |= lost
-                for store, rows in zip(stores, self._run(in_parts, batch, start, size, stores), strict=True):
-                    self._store(store, number, rows, lost)
-                self.num_computed += size
-                advance(size, "")
+                for store, some in zip(stores, rows, strict=True):
+                    self._store(store, number, some, lost)
+                self.num_computed += len(rows[0])
+                advance(len(rows[0]), "")
 
-    def _run(
-        self, forward: InParts, batch: Batch, start: int, size: int, stores: Sequence[_Store]
-    ) -> list[Tensor]:
+    def _run_all(
+        self, loader: Loader, forward: InParts, widths: list[int], done: int, epoch: int
+    ) -> Iterator[tuple[list[Tensor], dict[int, str]]]:
+        """Yield the rows of each place and what was lost, for every batch that is this process's turn."""
+        batches = loader.batches(epoch, start=done)
+        for number, batch in enumerate(batches):
+            start = (done + self.world.rank + number * self.world.size) * self.batch_size
+            samples = loader.samples[start : start + self.batch_size]
+            self.check_unchanged(samples)
+            rows = self._run(forward, batch, start, len(samples), widths)
+            yield rows, _find_lost(samples, start, batch.lost)
+
+    def _run(self, forward: InParts, batch: Batch, start: int, size: int, widths: list[int]) -> list[Tensor]:
         """Return rows (size, D) of each place, NaN in those of lost pictures."""
         dtype = DTYPES[self.dtype]
         whole = len(batch.indices) == size
-        widths = [store.place.numel for store in stores]
         if whole:
             rows = forward(batch.images).to("cpu", dtype)
         else:

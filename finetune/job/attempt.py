@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from finetune.data.sample import Dataset
 from finetune.display import Display
 from finetune.job.prepare import Ready
 from finetune.job.same import Comparison
@@ -14,6 +15,8 @@ from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.stopping import StopSignal
 from finetune.tracking.trackers import Trackers
+from finetune.training.history import Listener
+from finetune.world import SINGLE, World
 
 
 @dataclass
@@ -44,6 +47,41 @@ class Job:
     clock: Clock
     stop: StopSignal
     trackers: Trackers
+    world: World = SINGLE
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's."""
+        return self.claim.folder
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process of a run needs to fit its network.
+
+    Attributes:
+        ready: with the network on its device.
+        dataset: the usable images.
+        digests: sha256 of each.
+        changed: something is otherwise than it was in an earlier attempt, and allowed to be.
+        claim: on the run folder, where only the main process writes.
+        display: what the user sees.
+        clock: of the phases.
+        stop: what asks this process to stop.
+        on_history: told the rows of the history.
+        world: the processes.
+    """
+
+    ready: Ready
+    dataset: Dataset
+    digests: Mapping[str, str]
+    changed: bool
+    claim: Claim
+    display: Display
+    clock: Clock
+    stop: StopSignal
+    on_history: Listener = lambda _: None
+    world: World = SINGLE
 
     @property
     def folder(self) -> RunFolder:

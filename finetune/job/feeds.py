@@ -17,7 +17,7 @@ from finetune.data.sample import Dataset, Sample
 from finetune.data.sample import Split as Part
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
 from finetune.display import Display
-from finetune.errors import DataError, DiskError
+from finetune.errors import DataError, DiskError, InternalError
 from finetune.features.kept import FORMAT, KeptRows, Place, compute_batch_size, describe_pictures, row_bytes
 from finetune.features.rows import Rows
 from finetune.job.facts import describe_source, digest_of
@@ -26,6 +26,7 @@ from finetune.memory import release_memory
 from finetune.runs.folder import RunFolder
 from finetune.training.row_loader import RowLoader
 from finetune.training.trunk import Choice, choose_split, find_reason_against
+from finetune.world import SINGLE, World
 from pretrained.cuts import Cut
 from pretrained.split import Split
 
@@ -57,12 +58,14 @@ class Source:
         dataset: the usable images.
         digests: sha256 of each image, by path.
         frozen: sha256 of each frozen tensor.
+        world: processes that share the work.
     """
 
     ready: Ready
     dataset: Dataset
     digests: Mapping[str, str]
     frozen: Mapping[str, str]
+    world: World = SINGLE
 
     @property
     def parts(self) -> list[Part]:
@@ -121,19 +124,18 @@ def open_feeds(source: Source, folder: RunFolder, display: Display) -> Iterator[
     shelf = Shelf(source.ready.recipe.cache.max_gb * 1e9)
     with ExitStack() as stack:
         maker = Maker(source, shelf, display, stack)
-        choice = _choose(source, shelf, folder)
+        choice = _choose_together(source, shelf, folder)
         if choice.words:
             display.say(f"trunk: {choice.words}")
         feeds = None
         if choice.split is not None:
-            try:
-                feeds = _keep(source, maker, choice.split)
-            except (DataError, OSError) as error:
-                choice = Choice(None, _describe_failure(error, folder))
+            feeds, fault = _try_to_keep(source, maker, choice.split)
+            if fault is not None:
+                choice = Choice(None, source.world.share(partial(_describe_failure, fault, folder)))
                 display.warn(choice.words)
         split = choice.split
-        if choice.words:
-            folder.write_trunk({"cut": split.cut.name if split else None, "reason": choice.words})
+        if choice.words and source.world.is_main:
+            folder.write_trunk(_describe(choice))
         # Beside kept features, pictures are only looked at to compare: starting processes would take longer.
         pictures = {part: maker.loader(part, here=feeds is not None) for part in source.parts}
         yield Feeds(feeds or pictures, pictures, split)
@@ -167,14 +169,14 @@ class Maker:
         assert batch_size != "auto"
         passes = 1 if part == "test" or here else recipe.training.epochs
         size = min(batch_size, FEW) if here else batch_size
-        return self._build(part, size, recipe.seed, passes, part == "train", here)
+        return self._build(part, size, recipe.seed, passes, part == "train", here, self.source.world)
 
     def loader_for_trunk(self, part: Part, batch_size: int, passes: int) -> Loader:
         """Return batches for the trunk. Views have a seed of their own: a run with another one finds them."""
-        return self._build(part, batch_size, 0, passes, False, False)
+        return self._build(part, batch_size, 0, passes, False, False, self.source.world.machine)
 
     def _build(
-        self, part: Part, batch_size: int, seed: int, passes: int, shuffle: bool, here: bool
+        self, part: Part, batch_size: int, seed: int, passes: int, shuffle: bool, here: bool, world: World
     ) -> Loader:
         source, ready = self.source, self.source.ready
         workers = ready.recipe.data.workers
@@ -192,6 +194,7 @@ class Maker:
             warn=self.warn,
             pictures=None if here else self._pictures(part, transform, passes),
             most_workers=ready.most_workers,
+            world=world,
         )
         self.stack.callback(loader.close)
         return loader
@@ -219,7 +222,22 @@ def _transform(source: Source, part: Part) -> Transform:
 # --- the trunk -----------------------------------------------------------------------------------
 
 
-def _choose(source: Source, shelf: Shelf, folder: RunFolder) -> Choice:
+def _choose_together(source: Source, shelf: Shelf, folder: RunFolder) -> Choice:
+    """Let the main process choose, and every other one cut at the same place."""
+    own = _choose(source, shelf, folder.read_trunk()) if source.world.is_main else Choice(None, "")
+    said = source.world.share(lambda: _describe(own))
+    choice = own if source.world.is_main else _choose(source, shelf, said)
+    if _describe(choice)["cut"] != said["cut"]:
+        asked = f"cutting the network at {said['cut']}, as the main process does"
+        raise InternalError(asked, choice.words, "Please report this with the backbone's name.")
+    return choice
+
+
+def _describe(choice: Choice) -> dict[str, Any]:
+    return {"cut": choice.split.cut.name if choice.split else None, "reason": choice.words}
+
+
+def _choose(source: Source, shelf: Shelf, before: Mapping[str, Any]) -> Choice:
     """Cut the network, at the place that an earlier attempt took where there was one."""
     ready = source.ready
     reason = find_reason_against(ready.recipe, ready.plan)
@@ -227,7 +245,6 @@ def _choose(source: Source, shelf: Shelf, folder: RunFolder) -> Choice:
         reason = "every epoch runs the whole network: some images are lost"
     if reason is not None:
         return Choice(None, reason)
-    before = folder.read_trunk()
     if before and before.get("cut") is None:
         return Choice(None, str(before.get("reason", "")))
     precision = ready.recipe.training.precision
@@ -265,6 +282,19 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
     return f"features cannot be kept ({found}); every epoch runs the whole network"
 
 
+def _try_to_keep(
+    source: Source, maker: Maker, split: Split
+) -> tuple[dict[Part, Feed] | None, DataError | OSError | None]:
+    """Return feeds of features, or why there are none: for all processes alike."""
+    feeds, fault = None, None
+    try:
+        feeds = _keep(source, maker, split)
+    except (DataError, OSError) as error:
+        fault = error
+    fault = next((one for one in source.world.collect(fault) if one is not None), None)
+    return (feeds, None) if fault is None else (None, fault)
+
+
 def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
     """Run the trunk over what is not kept yet.
 
@@ -284,6 +314,7 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
         dtype=recipe.cache.dtype,
         display=maker.display,
         check_unchanged=source.check_unchanged,
+        world=source.world.machine,
     )
     source.ready.backbone.network.eval()
     release_memory()  # of checking images and trying cuts; decoding processes are copies of this one
@@ -303,6 +334,7 @@ def _keep(source: Source, maker: Maker, split: Split) -> dict[Part, Feed]:
             placement=source.ready.placement,
             seed=recipe.seed,
             shuffle=part == "train",
+            world=source.world,
         )
         for part, rows in views.items()
     }

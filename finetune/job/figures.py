@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.data.feed import Feed
 from finetune.data.sample import Dataset, Sample
-from finetune.display import Display
+from finetune.display import Advance, Display
 from finetune.errors import InternalError
 from finetune.evaluation.judgement import Judgement
 from finetune.evaluation.metrics import PER_CLASS_COLUMNS, compute_confusion, list_by_class
@@ -34,7 +35,12 @@ def evaluate(trainer: Trainer, feed: Feed, display: Display) -> Predictions:
     """Predict the judged part with the judged network."""
     forward = trainer.task.forward(trainer.judged)
     with display.track("evaluating", len(feed.samples)) as advance:
-        return predict(trainer.judged, feed, trainer.precision, lambda done: advance(done, ""), forward)
+        on_batch = partial(_advance, advance)
+        return predict(trainer.judged, feed, trainer.precision, on_batch, forward, trainer.world)
+
+
+def _advance(advance: Advance, done: int) -> None:
+    advance(done, "")
 
 
 def check_figures(

@@ -17,17 +17,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.cache.shelf import Shelf
-from finetune.data.sample import Dataset
 from finetune.evaluation.predict import Predictions
-from finetune.job.attempt import Job
+from finetune.job.attempt import Work
 from finetune.job.feeds import FEW, Feeds, Maker, Source, open_feeds
 from finetune.job.figures import describe_solution, describe_training, evaluate
 from finetune.job.prepare import Ready, place_network, reload_backbone
-from finetune.job.solve import Solution, build_solved, fill_head, find_plain_head, solve_head
+from finetune.job.solve import (
+    Solution,
+    build_solved,
+    fill_head,
+    find_plain_head,
+    open_solvable,
+    solve_head,
+)
+from finetune.recipe import StrategySettings
 from finetune.runtime import Precision
 from finetune.strategy.freeze import check_frozen, digest_frozen
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.optimizer import build_loss
+from finetune.training.parallel import share_weights, synchronize_batch_norm
+from finetune.training.progress import Checkpoint
 from finetune.training.recovery import restart_epoch
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
@@ -57,33 +66,42 @@ class Fitted:
     facts: Mapping[str, Any]
 
 
-def fit_network(job: Job, dataset: Dataset, changed: bool) -> Fitted:
-    """Solve, or train, as the strategy says.
-
-    Args:
-        job: with the network on its device.
-        dataset: the usable images.
-        changed: something is otherwise than it was in an earlier attempt, and allowed to be.
-    """
-    strategy = job.ready.recipe.strategy
+def fit_network(work: Work) -> Fitted:
+    """Solve, or train, as the strategy says: in the main process, while the others :func:`help_fit`."""
+    strategy = work.ready.recipe.strategy
     if strategy.features is not None:
-        network, plan = job.ready.backbone.network, job.ready.plan
+        network, plan = work.ready.backbone.network, work.ready.plan
         digests = digest_frozen(network, plan)
-        solved = _hand_over(job, dataset, _solve(job, dataset, strategy.features), job.ready)
+        solved = _hand_over(work, _solve(work, strategy.features), work.ready)
         check_frozen(network, plan, digests)
         return solved
-    first = _solve(job, dataset, "last") if strategy.probe_first else None
-    floor = first if strategy.floor == "last" else None
-    if floor is None and strategy.floor is not None:
-        floor = _solve(job, dataset, strategy.floor)
-    trained, val = _train(job, dataset, changed, first)
+    solutions = {choice: _solve(work, choice) for choice in _choices(strategy)}
+    floor = solutions.get(strategy.floor or "")
+    trained, val = _train(work, solutions["last"] if strategy.probe_first else None)
     if floor is None or _beats(val, floor.predictions["val"]):
         return trained
     gave = f"training gave {val.accuracy:.4f} on validation, and {floor.words} gave"
-    job.display.say(f"{gave} {floor.predictions['val'].accuracy:.4f}: the classifier is handed over")
-    ready = replace(job.ready, backbone=reload_backbone(job.ready, dataset))
+    work.display.say(f"{gave} {floor.predictions['val'].accuracy:.4f}: the classifier is handed over")
+    ready = replace(work.ready, backbone=reload_backbone(work.ready, work.dataset))
     place_network(ready.backbone.network, ready.placement)
-    return _hand_over(job, dataset, floor, ready)
+    return _hand_over(work, floor, ready)
+
+
+def help_fit(work: Work) -> None:
+    """Do what the other processes of a run do while the main one runs :func:`fit_network`."""
+    strategy = work.ready.recipe.strategy
+    for choice in _choices(strategy) if strategy.features is None else [strategy.features]:
+        with open_solvable(work, choice):
+            pass
+    if strategy.features is None:
+        with ExitStack() as stack:
+            _train_together(work, None, stack)
+
+
+def _choices(strategy: StrategySettings) -> list[str]:
+    """Return the features that a linear classifier is solved on beside training, without repetition."""
+    asked = ["last" if strategy.probe_first else None, strategy.floor]
+    return list(dict.fromkeys(choice for choice in asked if choice is not None))
 
 
 def _beats(trained: Predictions, floor: Predictions) -> bool:
@@ -93,21 +111,21 @@ def _beats(trained: Predictions, floor: Predictions) -> bool:
 # --- solved --------------------------------------------------------------------------------------
 
 
-def _solve(job: Job, dataset: Dataset, choice: str) -> Solution:
-    with job.clock.phase("solve"):
-        digests = job.comparison.checked.digests
-        solution = solve_head(job.ready, dataset, digests, choice, job.display)
+def _solve(work: Work, choice: str) -> Solution:
+    with work.clock.phase("solve"):
+        solution = solve_head(work, choice)
     accuracy = solution.predictions["val"].accuracy
-    job.display.say(f"{solution.words}: {accuracy:.4f} on validation")
+    work.display.say(f"{solution.words}: {accuracy:.4f} on validation")
     return solution
 
 
-def _hand_over(job: Job, dataset: Dataset, solution: Solution, ready: Ready) -> Fitted:
+def _hand_over(work: Work, solution: Solution, ready: Ready) -> Fitted:
+    dataset = work.dataset
     part = dataset.judged_split
     backbone = build_solved(ready, solution)
     with ExitStack() as stack:
-        source = Source(ready, dataset, job.comparison.checked.digests, {})
-        loader = Maker(source, Shelf(), job.display, stack).loader(part, here=True)
+        source = Source(ready, dataset, work.digests, {})
+        loader = Maker(source, Shelf(), work.display, stack).loader(part, here=True)
         images = next(loader.batches()).images[:FEW].clone()
     facts = describe_solution(ready, dataset, solution)
     val = solution.predictions["val"] if part != "val" else None
@@ -117,34 +135,47 @@ def _hand_over(job: Job, dataset: Dataset, solution: Solution, ready: Ready) -> 
 # --- trained -------------------------------------------------------------------------------------
 
 
-def _train(job: Job, dataset: Dataset, changed: bool, first: Solution | None) -> tuple[Fitted, Predictions]:
+def _train(work: Work, first: Solution | None) -> tuple[Fitted, Predictions]:
     """Train by epochs; return what is judged, and what was said of validation images."""
-    ready, display, clock = job.ready, job.display, job.clock
+    ready, dataset = work.ready, work.dataset
+    with ExitStack() as stack:
+        trainer, feeds, predictions = _train_together(work, first, stack)
+        of_best = trainer.predictions  # nothing is computed twice
+        images = next(feeds.pictures[dataset.judged_split].batches()).images[:FEW].clone()
+    backbone = replace(ready.backbone, network=trainer.judged)
+    facts = describe_training(dataset, trainer.progress)
+    val = of_best if dataset.judged_split != "val" else None
+    dtype = ready.recipe.cache.dtype
+    return Fitted(backbone, predictions, val, images, trainer.precision, dtype, facts), of_best
+
+
+def _train_together(
+    work: Work, first: Solution | None, stack: ExitStack
+) -> tuple[Trainer, Feeds, Predictions]:
+    """Train and judge, in every process; the trainer ends at its best, and predicts the judged part."""
+    ready, clock, world = work.ready, work.clock, work.world
     network, plan, recipe = ready.backbone.network, ready.plan, ready.recipe
     digests = digest_frozen(network, plan)
-    source = Source(ready, dataset, job.comparison.checked.digests, digests)
-    with ExitStack() as stack:
-        with clock.phase("trunk"):
-            feeds = stack.enter_context(open_feeds(source, job.folder, display))
-        keeps = recipe.strategy.head == "keep" or _start_head(network, first)
-        trainer = _build_trainer(job, dataset, feeds, changed)
-        with clock.phase("measure"):
-            if recipe.strategy.name != "scratch":  # random features are not worth measuring
-                trainer.standardize_head(keep=keeps)
-        with clock.phase("train"), job.stop.gently():
-            progress = trainer.fit()
-        job.claim.check_owner()
-        check_frozen(trainer.judged, plan, digests)
-        with clock.phase("evaluate"):
-            part = dataset.judged_split
-            of_best = trainer.predictions  # nothing is computed twice
-            predictions = of_best if part == "val" else evaluate(trainer, feeds.feeds[part], display)
-            images = next(feeds.pictures[part].batches()).images[:FEW].clone()
-    backbone = replace(ready.backbone, network=trainer.judged)
-    facts = describe_training(dataset, progress)
-    val = of_best if part != "val" else None
-    fitted = Fitted(backbone, predictions, val, images, trainer.precision, recipe.cache.dtype, facts)
-    return fitted, of_best
+    source = Source(ready, work.dataset, work.digests, digests, world)
+    with clock.phase("trunk"):
+        feeds = stack.enter_context(open_feeds(source, work.folder, work.display))
+    keeps = world.share(lambda: recipe.strategy.head == "keep" or _start_head(network, first))
+    if recipe.strategy.probe_first:  # the main process has solved the head
+        share_weights(network, world)
+    trainer = _build_trainer(work, feeds)
+    with clock.phase("measure"):
+        if recipe.strategy.name != "scratch":  # random features are not worth measuring
+            trainer.standardize_head(keep=keeps)
+    with clock.phase("train"), work.stop.gently():
+        trainer.fit()
+    if world.is_main:
+        work.claim.check_owner()
+    check_frozen(trainer.judged, plan, digests)
+    with clock.phase("evaluate"):
+        part = work.dataset.judged_split
+        of_best = trainer.predictions
+        judged = of_best if part == "val" else evaluate(trainer, feeds.feeds[part], work.display)
+    return trainer, feeds, judged
 
 
 def _start_head(network: nn.Module, first: Solution | None) -> bool:
@@ -156,31 +187,39 @@ def _start_head(network: nn.Module, first: Solution | None) -> bool:
     return True
 
 
-def _build_trainer(job: Job, dataset: Dataset, feeds: Feeds, changed: bool) -> Trainer:
-    ready, settings = job.ready, job.ready.recipe.training
+def _build_trainer(work: Work, feeds: Feeds) -> Trainer:
+    ready, settings = work.ready, work.ready.recipe.training
     precision = settings.precision
     assert precision != "auto"
-    loss = build_loss(settings, dataset.counts("train")).to(ready.placement.device)
+    loss = build_loss(settings, work.dataset.counts("train")).to(ready.placement.device)
     train, val = feeds.feeds["train"], feeds.feeds["val"]
-    task = Task(ready.backbone.network, ready.plan, loss, train, val, dataset.num_classes, feeds.split)
-    store = CheckpointStore(job.folder.checkpoints, job.claim.attempt, job.claim.check_owner)
-    start = store.load(job.display.warn)
-    if start is None and job.claim.attempt > 1:
-        job.display.say("no checkpoint was written before: training begins anew")
-    steps = train.num_batches()
-    # Steps as well: after a kill in between, the next attempt finds nothing changed.
-    if start is not None and (changed or start.now.progress.steps_per_epoch != steps):
-        start = restart_epoch(start, steps)
-        store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
+    network = ready.backbone.network
+    if settings.sync_batch_norm and work.world.size > 1:
+        network = synchronize_batch_norm(network)
+    task = Task(network, ready.plan, loss, train, val, work.dataset.num_classes, feeds.split)
+    store = CheckpointStore(work.folder.checkpoints, work.claim.attempt, work.claim.check_owner)
     return Trainer(
         task,
         settings,
         precision=precision,
         seed=ready.recipe.seed,
-        folder=job.folder,
+        folder=work.folder,
         store=store,
-        start=start,
-        display=job.display,
-        stop_asked=lambda: job.stop.asked,
-        on_history=job.trackers.log_epochs,
+        start=work.world.share(lambda: _find_start(work, store, train.num_batches())),
+        display=work.display,
+        stop_asked=lambda: work.stop.asked,
+        on_history=work.on_history,
+        world=work.world,
     )
+
+
+def _find_start(work: Work, store: CheckpointStore, steps: int) -> Checkpoint | None:
+    """Return where an earlier attempt was; at the start of an epoch where anything has changed since."""
+    start = store.load(work.display.warn)
+    if start is None and work.claim.attempt > 1:
+        work.display.say("no checkpoint was written before: training begins anew")
+    # Steps as well: after a kill in between, the next attempt finds nothing changed.
+    if start is not None and (work.changed or start.now.progress.steps_per_epoch != steps):
+        start = restart_epoch(start, steps)
+        store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
+    return start

@@ -23,12 +23,13 @@ from finetune.errors import DataError, InternalError
 from finetune.evaluation.judgement import judge
 from finetune.export.folder import export_model, measure_round_trip
 from finetune.job.advise import Advice
-from finetune.job.attempt import Clock, Job
+from finetune.job.attempt import Clock, Job, Work
 from finetune.job.auto import choose_strategy
 from finetune.job.data import check_data, check_outside, describe_data, keep_split, record_split
 from finetune.job.default_backbone import name_backbone
 from finetune.job.figures import check_figures, collect_metrics, say_result, write_figures
 from finetune.job.fit import fit_network
+from finetune.job.help import share_work
 from finetune.job.outcome import recorded_outcome, translated_errors
 from finetune.job.prepare import Ready, check_asked, fit_batches, place_network, prepare
 from finetune.job.report import add_report
@@ -45,6 +46,7 @@ from finetune.strategy.freeze import digest_weights
 from finetune.strategy.matrix import PLAN_COLUMNS, Plan
 from finetune.tracking.trackers import Trackers, check_trackers
 from finetune.training.checkpoint import CheckpointStore
+from finetune.world import SINGLE, World
 from pretrained.backbone import Backbone
 
 ROUND_TRIP_TOLERANCE = 1e-3
@@ -60,9 +62,15 @@ class Run:
 
 
 def run(
-    recipe: Recipe, output: Path | None = None, display: Display | None = None, allow_changed: bool = False
+    recipe: Recipe,
+    output: Path | None = None,
+    display: Display | None = None,
+    allow_changed: bool = False,
+    world: World = SINGLE,
 ) -> Run:
     """Fine-tune as a recipe says, and leave everything in a folder.
+
+    Of several processes this is the main one; the others run :func:`finetune.job.help.help_run`.
 
     Args:
         recipe: its "auto" values are decided here, and saved.
@@ -70,6 +78,7 @@ def run(
             very run goes on where it stopped.
         display: what the user sees; nothing by default.
         allow_changed: go on with a run that began with another recipe, other images or other weights.
+        world: the processes of the run.
 
     Returns:
         The run, finished.
@@ -80,10 +89,10 @@ def run(
     display = display or SilentDisplay()
     clock = Clock()
     check_trackers(recipe.tracking.to)
-    with StopSignal() as stop, translated_errors():
+    with StopSignal() as stop, translated_errors(world=world):
         recipe, advice = _settle(recipe, output, display, clock)
         with clock.phase("load"):
-            ready = prepare(recipe, display)
+            ready = prepare(recipe, display, world)
         path = output or default_output(ready.backbone.card.architecture, ready.recipe.strategy.name)
         ready = replace(ready, dataset=keep_split(ready.dataset, RunFolder(path), ready.recipe))
         if ready.placement.device.type == "cuda" and recipe.training.batch_size == "auto":
@@ -92,7 +101,7 @@ def run(
         create_folder(path)
         with locked(path):
             display.pulse.tell({"folder": str(path.absolute())})
-            comparison = Comparison(ready.dataset, _describe_environment(ready), display)
+            comparison = Comparison(ready.dataset, _describe_environment(ready, world), display)
 
             def check(claim: Claim) -> None:
                 if ready.recipe.strategy.features is None:
@@ -106,13 +115,14 @@ def run(
                 if not claim.finished:
                     display.pulse.tell({"attempt": claim.attempt})
             trackers = Trackers(ready.recipe, claim.folder, display)
-            job = Job(ready, claim, comparison, allow_changed, display, clock, stop, trackers)
+            job = Job(ready, claim, comparison, allow_changed, display, clock, stop, trackers, world)
             if claim.finished and (finished := _read_run(job)):
+                share_work(None, world)
                 return finished
             display.log_to(claim.folder.log)
             if advice is not None:
                 write_json(claim.folder.advice, advice.to_dict())
-            with recorded_outcome(claim, display), trackers.opened():
+            with recorded_outcome(claim, display, world), trackers.opened():
                 finished = _carry_out(job)
                 trackers.log_final(finished.metrics)
                 return finished
@@ -138,10 +148,11 @@ def _refuse_without_checkpoints(claim: Claim) -> None:
         raise DataError(f"going on with {claim.folder.path}", found, fix)
 
 
-def _describe_environment(ready: Ready) -> dict[str, Any]:
+def _describe_environment(ready: Ready, world: World) -> dict[str, Any]:
     random = ready.recipe.strategy.name == "scratch"
     weights = None if random else digest_weights(ready.backbone.network, ready.plan)
-    return describe_environment(ready.placement.device) | {WEIGHTS: weights}
+    machine = describe_environment(ready.placement.device) | {"processes": world.size}
+    return machine | {WEIGHTS: weights}
 
 
 def default_output(architecture: str, strategy: str) -> Path:
@@ -173,7 +184,20 @@ def _carry_out(job: Job) -> Run:
         seen = check_seen(dataset, job.comparison.checked.digests, ready.recipe, display)
     place_network(ready.backbone.network, ready.placement)
     _show_plan(ready.plan, folder, display, ready.recipe.strategy.features is not None)
-    fitted = fit_network(job, dataset, changed)
+    work = Work(
+        ready,
+        dataset,
+        job.comparison.checked.digests,
+        changed,
+        job.claim,
+        display,
+        clock,
+        job.stop,
+        job.trackers.log_epochs,
+        job.world,
+    )
+    share_work(work, job.world)
+    fitted = fit_network(work)
     with clock.phase("evaluate"):
         network = fitted.backbone.network
         check_figures(network, fitted.predictions, fitted.images, fitted.precision, fitted.dtype)

@@ -14,19 +14,37 @@ from finetune.errors import (
     FinetuneError,
     InternalError,
     InterruptedRunError,
+    LostProcessError,
     TakenOverError,
 )
 from finetune.memory import is_out_of_memory
 from finetune.runs.claim import RUNNING, Claim
 from finetune.runs.files import disk_error
 from finetune.runs.folder import Outcome
+from finetune.world import SINGLE, World
 
 
 @contextmanager
-def translated_errors(output: str = "") -> Iterator[None]:
-    """Everything that can end a run becomes a FinetuneError with a reason and a remedy."""
+def translated_errors(output: str = "", world: World = SINGLE) -> Iterator[None]:
+    """Everything that can end a run becomes a FinetuneError with a reason and a remedy.
+
+    Args:
+        output: names the run folder in a remedy.
+        world: whose other processes are told.
+    """
     try:
-        yield
+        with _translated(output, world):
+            yield
+    except FinetuneError as error:
+        world.publish(error)
+        raise
+
+
+@contextmanager
+def _translated(output: str, world: World) -> Iterator[None]:
+    try:
+        with world.translated():
+            yield
     except KeyboardInterrupt:
         found = "it was stopped at once; what the last checkpoint holds is kept"
         fix = f"Give the same command again{f', with --output {output},' if output else ''} to go on."
@@ -54,17 +72,18 @@ def _known_fault(error: BaseException) -> FinetuneError | None:
 
 
 @contextmanager
-def recorded_outcome(claim: Claim, display: Display) -> Iterator[None]:
+def recorded_outcome(claim: Claim, display: Display, world: World = SINGLE) -> Iterator[None]:
     """Write ``outcome.json`` for every end, and the traceback of an unforeseen one to the log."""
     folder = claim.folder
     folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
     try:
-        with translated_errors(str(folder.path)):
+        with translated_errors(str(folder.path), world):
             yield
             claim.check_owner()
     except TakenOverError:
         raise  # the folder belongs to another process, and so does its outcome
     except FinetuneError as error:
+        display.pulse.tell({"lost": isinstance(error, LostProcessError)})
         _write_failure(claim, error, display.pulse.step)
         raise
     except Exception as error:

@@ -15,12 +15,13 @@ from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
 from finetune.data.samples import check_sample, is_sample
 from finetune.display import Display
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import EnvironmentFaultError, FinetuneError, UsageError
 from finetune.job.data import find_data
 from finetune.job.fetch import fetch
 from finetune.recipe import Facts, Recipe, compute_batch_size, load_recipe, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runtime import (
+    find_lack_of_shared_memory,
     resolve_device,
     resolve_most_workers,
     resolve_precision,
@@ -31,6 +32,7 @@ from finetune.runtime import (
 )
 from finetune.strategy.matrix import Plan, build_plan
 from finetune.training.batch_size import fit_batch_size
+from finetune.world import SINGLE, World, choose_device
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, Preprocessing, find_card
@@ -61,10 +63,10 @@ class Ready:
     source_card: Card
 
 
-def prepare(recipe: Recipe, display: Display) -> Ready:
+def prepare(recipe: Recipe, display: Display, world: World = SINGLE) -> Ready:
     """Find data and backbone, load the weights, and decide every "auto"."""
     name, data = str(recipe.backbone.name), recipe.data.path
-    device = prepare_machine(recipe)
+    device = prepare_machine(recipe, world)
     with display.count(f"reading {data}") as tell:
         dataset = find_data(recipe, discover, tell)
     card = find_card(name, recipe.backbone.offline)
@@ -82,23 +84,54 @@ def prepare(recipe: Recipe, display: Display) -> Ready:
         device=str(device),
         precision=resolve_precision(device),
         channels_last=is_convolutional(backbone.network),
-        workers=resolve_workers(device, _batch_bytes(recipe, num_train, card)),
+        workers=resolve_workers(device, _batch_bytes(recipe, num_train, card, world), world.machine.size),
         num_train=num_train,
         preprocessing=card.preprocessing.to_dict(),
     )
     resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
     placement = Placement(device, bool(resolved.training.channels_last))
     plan = _plan(resolved, backbone)
-    batch_bytes = _batch_bytes(resolved, num_train, card)
-    most_workers = resolve_most_workers(batch_bytes) if recipe.data.workers == "auto" else 0
+    batch_bytes, processes = _batch_bytes(resolved, num_train, card, world), world.machine.size
+    asked = None if recipe.data.workers == "auto" else recipe.data.workers
+    if lack := find_lack_of_shared_memory(asked, device, batch_bytes, processes):
+        display.warn(lack)
+    most_workers = resolve_most_workers(batch_bytes, processes) if asked is None else 0
+    _check_batch_norm(resolved, device, world)
     return Ready(resolved, dataset, backbone, placement, plan, most_workers, card)
 
 
-def prepare_machine(recipe: Recipe) -> torch.device:
-    """Set threads and kernels as a recipe says, and return its device."""
+def prepare_help(recipe: Recipe, dataset: Dataset, card: Card, most_workers: int, world: World) -> Ready:
+    """Return what the main process has prepared, for another one; the weights are random as yet.
+
+    Args:
+        recipe: without any "auto".
+        dataset: the usable images.
+        card: of the backbone, as it was published.
+        most_workers: of :class:`Ready`.
+        world: the processes.
+    """
+    device = prepare_machine(recipe, world)
+    seed_everything(recipe.seed, "head")
+    sized = card.with_input(resolve_preprocessing(recipe, card))
+    backbone = load_backbone(
+        sized,
+        classes=dataset.classes,
+        head=recipe.strategy.head,
+        dropout=recipe.strategy.dropout,
+        offline=True,
+        pretrained=False,
+    )
+    placement = Placement(device, bool(recipe.training.channels_last))
+    return Ready(recipe, dataset, backbone, placement, _plan(recipe, backbone), most_workers, card)
+
+
+def prepare_machine(recipe: Recipe, world: World = SINGLE) -> torch.device:
+    """Set threads and kernels as a recipe says, and return the device of this process."""
     set_deterministic(recipe.deterministic)
     device = resolve_device(recipe.device)
-    torch.set_num_threads(resolve_threads())
+    if device.type == "cuda" and world.size > 1:
+        device = torch.device("cuda", choose_device(world.place))
+    torch.set_num_threads(resolve_threads(world.machine.size))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
     return device
@@ -134,11 +167,17 @@ def place_network(network: nn.Module, placement: Placement) -> nn.Module:
     return network.to(placement.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
-def _batch_bytes(recipe: Recipe, num_train: int, card: Card) -> int:
-    """Bytes of one batch of images in uint8."""
+def _batch_bytes(recipe: Recipe, num_train: int, card: Card, world: World) -> int:
+    """Bytes of one process's part of a batch of images, in uint8."""
     asked = recipe.training.batch_size
     batch_size = compute_batch_size(num_train) if asked == "auto" else asked
-    return batch_size * math.prod(card.preprocessing.input_size)
+    return math.ceil(batch_size / world.size) * math.prod(card.preprocessing.input_size)
+
+
+def _check_batch_norm(recipe: Recipe, device: torch.device, world: World) -> None:
+    if recipe.training.sync_batch_norm and world.size > 1 and device.type != "cuda":
+        found = "torch synchronises BatchNorm between GPUs only"
+        raise EnvironmentFaultError("training.sync_batch_norm=true", found, "Leave it out, or use --gpus.")
 
 
 def _plan(recipe: Recipe, backbone: Backbone) -> Plan:

@@ -12,7 +12,8 @@ Validation images choose nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 from finetune.data.sample import Dataset
 from finetune.data.sample import Split as Part
-from finetune.display import Display
 from finetune.errors import DataError
 from finetune.evaluation.predict import Predictions
 from finetune.features.rows import BesideRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
+from finetune.job.attempt import Work
 from finetune.job.prepare import Ready
 from finetune.job.source import Features, Network, Source, open_features
 from pretrained.backbone import Backbone
@@ -58,47 +59,64 @@ class Solution:
         return f"a linear classifier on {names} ({shape})"
 
 
-def solve_head(
-    ready: Ready, dataset: Dataset, digests: Mapping[str, str], choice: str, display: Display
-) -> Solution:
-    """Solve a linear classifier on features of training images.
+@contextmanager
+def open_solvable(work: Work, choice: str) -> Iterator[tuple[Features, tuple[Layer, ...]]]:
+    """Give the features that a choice of layers needs, in every process, and the last layer of all.
 
     Args:
-        ready: its backbone is pretrained, and on its device.
-        dataset: the usable images.
-        digests: sha256 of each.
+        work: its backbone is pretrained.
         choice: ``last``, ``best``, ``all`` or a layer's name.
-        display: shows progress.
 
     Raises:
         DataError: an image cannot be read any more.
     """
-    backbone = ready.backbone
-    dataset = dataset.without({one.path for one in dataset.samples if one.path not in digests})  # lost before
+    ready, backbone = work.ready, work.ready.backbone
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
     source = Source(
-        Network(backbone, ready.placement, layers), dataset, dict(digests), (), ready.recipe, display
+        Network(backbone, ready.placement, layers),
+        _find_left(work),
+        dict(work.digests),
+        (),
+        ready.recipe,
+        work.display,
     )
     wanted = layers.all if choice in ("best", "all") else layers.all[-1:]
     if choice not in ("last", "best", "all"):
         wanted = layers.select([choice])
-    with open_features(source, wanted, "auto") as features:
+    with open_features(source, wanted, "auto", world=work.world.machine) as features:
         _refuse_lost(features)
-        total = 1 + (len(wanted) if choice == "best" else 0)
-        with display.track("solving linear classifiers", total) as advance:
-            chosen = _choose(features, dataset, choice, ready.recipe.seed, lambda: advance(1, ""))
+        yield features, layers.all[-1:]
+
+
+def _find_left(work: Work) -> Dataset:
+    """Return the images without those that an earlier attempt has lost."""
+    return work.dataset.without({one.path for one in work.dataset.samples if one.path not in work.digests})
+
+
+def solve_head(work: Work, choice: str) -> Solution:
+    """Solve a linear classifier on features of training images.
+
+    The arguments are those of :func:`open_solvable`.
+
+    Raises:
+        DataError: an image cannot be read any more.
+    """
+    dataset, seed = _find_left(work), work.ready.recipe.seed
+    with open_solvable(work, choice) as (features, last):
+        total = 1 + (len(features.layers) if choice == "best" else 0)
+        with work.display.track("solving linear classifiers", total) as advance:
+            chosen = _choose(features, dataset, choice, seed, lambda: advance(1, ""))
             rows = _beside(features, chosen)
             indices = _indices_of(dataset, "train")
             labels = _labels(dataset, indices)
-            classifier = fit(rows, indices, labels, dataset.num_classes, "softmax", ready.recipe.seed)
+            classifier = fit(rows, indices, labels, dataset.num_classes, "softmax", seed)
             advance(1, "")
             parts: list[Part] = ["val", "test"]
             predictions = {
                 part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)
             }
-    is_last = chosen == layers.all[-1:]
-    return Solution(tuple(chosen), is_last, classifier, predictions)
+    return Solution(tuple(chosen), chosen == last, classifier, predictions)
 
 
 def _refuse_lost(features: Features) -> None:

@@ -51,6 +51,7 @@ from finetune.runs.claim import read_split
 from finetune.runs.folder import RunFolder
 from finetune.runtime import Precision, resolve_workers
 from finetune.strategy.freeze import digest_tensors
+from finetune.world import SINGLE, World
 from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import find_card
 from pretrained.layer import Layer
@@ -245,6 +246,7 @@ def open_features(
     with_logits: bool = False,
     parts: Sequence[Part] = SPLITS,
     shelf: Shelf | None = None,
+    world: World = SINGLE,
 ) -> Iterator[Features]:
     """Give features while the block runs: all layers from one forward pass over what is not kept yet.
 
@@ -255,6 +257,7 @@ def open_features(
         with_logits: and what the network's own classifier says.
         parts: whose pictures.
         shelf: where rows are kept.
+        world: processes of this machine that share the work; all get the rows.
 
     Raises:
         DataError: no picture can be decoded.
@@ -270,6 +273,7 @@ def open_features(
         dtype=_PRECISION,
         display=source.display,
         check_unchanged=source.check_unchanged,
+        world=world,
     )
     release_memory()  # decoding processes are copies of this one
     with ExitStack() as stack:
@@ -313,11 +317,11 @@ def _rows_of_part(
         taps = Taps(network, wanted, pool, with_logits=len(layers) in missing)
         return lambda images: torch.cat(taps(images), dim=1)
 
-    open_loader = cache(partial(_open_loader, source, part, kept.batch_size, stack))
+    open_loader = cache(partial(_open_loader, source, part, kept.batch_size, kept.world, stack))
     return kept.rows(places, open_forward, open_loader, 0, f"features of {part} images")
 
 
-def _open_loader(source: Source, part: Part, batch_size: int, stack: ExitStack) -> Loader:
+def _open_loader(source: Source, part: Part, batch_size: int, world: World, stack: ExitStack) -> Loader:
     network, recipe = source.network, source.recipe
     preprocessing = network.backbone.card.preprocessing
     batch_bytes = batch_size * 3 * preprocessing.img_size**2
@@ -335,6 +339,7 @@ def _open_loader(source: Source, part: Part, batch_size: int, stack: ExitStack) 
         shuffle=False,
         warn=source.display.warn,
         allow_lost=True,
+        world=world,
     )
     stack.callback(loader.close)
     return loader

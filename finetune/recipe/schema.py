@@ -215,6 +215,10 @@ class TrainingSettings(_Section):
     precision: Precision | Auto = Field(
         "auto", description="auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU"
     )
+    sync_batch_norm: bool = Field(
+        False,
+        description="with several GPUs, BatchNorm sees the batch of all of them instead of each its own part",
+    )
     compile: bool = Field(
         False,
         description="torch.compile of the network while it trains (not of what a cut leaves of it): a minute "

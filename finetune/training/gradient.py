@@ -10,6 +10,7 @@ Shape legend: B batch, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from finetune.errors import EnvironmentFaultError
 from finetune.evaluation.predict import autocast
 from finetune.runtime import Precision
 from finetune.training.finite import add_up
+from finetune.training.parallel import Replicas
 from finetune.training.progress import Progress
 
 
@@ -33,6 +35,7 @@ class Gradient:
         scaler: of the loss, for float16.
         precision: of the forward pass.
         forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
+        replicas: forwards of several processes, whose gradients are added up; ``forward`` is theirs.
     """
 
     def __init__(
@@ -43,29 +46,36 @@ class Gradient:
         scaler: torch.amp.GradScaler,
         precision: Precision,
         forward: Callable[[Tensor], Tensor] | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.network, self.loss, self.mixer = network, loss, mixer
-        self.forward = forward or network
+        self.forward, self.replicas = replicas or forward or network, replicas
         self.scaler, self.precision = scaler, precision
 
-    def compute(self, batch: Batch, microbatch: int = 0) -> Tensor:
+    def compute(self, batch: Batch, microbatch: int = 0, factor: float = 1.0, alone: bool = False) -> Tensor:
         """Add the batch's gradient to the parameters' ``grad``, and return its loss, detached.
 
         Args:
             batch: images and labels on the device.
             microbatch: images at a time; 0 takes all at once.
+            factor: of the loss; 0 where the images only stand in for none.
+            alone: leave other processes out of it.
         """
         images, labels = batch.images, batch.labels
-        if self.mixer is not None:
+        if self.mixer is not None and factor:
             images, labels = self.mixer(images, labels)
         number = -(-len(images) // microbatch) if microbatch else 1
         number = max(1, min(number, len(images) // least_part(self.network)))
         total = torch.zeros((), device=images.device)
-        for part, part_labels in zip(images.tensor_split(number), labels.tensor_split(number), strict=True):
-            with autocast(images.device, self.precision):
-                loss: Tensor = self.loss(self.forward(part).float(), part_labels)
-            loss = loss * self._share(part_labels, labels) if number > 1 else loss
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        parts = zip(images.tensor_split(number), labels.tensor_split(number), strict=True)
+        for place, (part, part_labels) in enumerate(parts, 1):
+            together = self.replicas is None or (place == number and not alone)
+            with nullcontext() if together or self.replicas is None else self.replicas.alone():
+                with autocast(images.device, self.precision):
+                    loss: Tensor = self.loss(self.forward(part).float(), part_labels)
+                loss = loss * self._share(part_labels, labels) if number > 1 else loss
+                loss = loss * factor if factor != 1.0 else loss
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total
 
@@ -116,9 +126,9 @@ def describe_parts(network: nn.Module, progress: Progress, batch_size: int) -> s
     )
 
 
-def is_learnable(network: nn.Module, batch: Batch) -> bool:
+def is_learnable(network: nn.Module, num_images: int, any_lost: bool) -> bool:
     """Return whether a batch has images enough; those that were lost may leave too few."""
-    return len(batch.labels) >= (least_part(network) if batch.lost else 1)
+    return num_images >= (least_part(network) if any_lost else 1)
 
 
 class KeptBuffers:

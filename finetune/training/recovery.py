@@ -12,6 +12,7 @@ and going back to one would make the result depend on the clock.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -23,6 +24,7 @@ from finetune.errors import DiskError, DivergedError
 from finetune.runs.files import write_bytes
 from finetune.runs.folder import RunFolder
 from finetune.training.progress import Checkpoint, Progress, Snapshot
+from finetune.training.state import State
 
 SKIPS_IN_A_ROW = 3
 SKIPS_IN_ALL = 10
@@ -48,6 +50,13 @@ def choose_way(progress: Progress) -> Way:
 def choose_way_back(progress: Progress) -> Way:
     """Return how to go on where skipping is no way."""
     return Way.GO_BACK if progress.rollbacks < ROLLBACKS else Way.STOP
+
+
+def find_fault(loss: float, state: State) -> str:
+    """Say what of an epoch that has ended is no finite number; nothing where all is."""
+    if not math.isfinite(loss):
+        return f"validation loss became {loss}"
+    return "" if state.is_finite() else "weights became infinite"
 
 
 def go_back(now: Progress, start: Progress) -> Progress:

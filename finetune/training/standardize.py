@@ -77,11 +77,11 @@ def measure_features(
         torch.no_grad(),
         autocast(device, precision),
     ):
-        batches = feed.batches(stop=math.ceil(NUM_MEASURED / feed.batch_size))
+        batches = feed.batches(stop=math.ceil(NUM_MEASURED / feed.batch_size), whole=True)
         for number, batch in enumerate(batches):
             # For dropout, before each pass: where this process decodes, views are drawn in between.
             seed_everything(seed, "measure", number)
-            if is_learnable(network, batch):
+            if is_learnable(network, len(batch.labels), bool(batch.lost)):
                 forward(batch.images)
             advance(len(batch.labels), "")
     moments = {}

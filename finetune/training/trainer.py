@@ -8,7 +8,8 @@
       |  |  rates  = base rates x schedule(step)                        |
       |  |  images = mixup or cutmix                     (if asked for) |
       |  |  loss   = cross entropy(network(images)), and its gradient   |
-      |  |           in smaller parts when memory runs out              |
+      |  |           in smaller parts when memory runs out,             |
+      |  |           added up over processes where there are several    |
       |  |  finite?  no: skip, go back to the epoch's start, or stop    |
       |  |  clip, optimiser step, average                (if asked for) |
       |  |  stop asked for?  save, and leave                            |
@@ -19,13 +20,12 @@
       |  patience over?  leave
       '
 
-Random numbers of a step (dropout, mixup) come from (seed, step), and those of a view from (seed, epoch,
-image): where a run was interrupted leaves no trace in its result.
+Random numbers of a step come from (seed, step), those of a view from (seed, epoch, image): where a run was
+interrupted leaves no trace in its result.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -38,27 +38,29 @@ from finetune.data.loader import Batch
 from finetune.display import Display
 from finetune.errors import InterruptedRunError
 from finetune.evaluation.predict import InParts, Predictions, predict
-from finetune.memory import is_out_of_memory, release_memory
 from finetune.recipe import TrainingSettings
 from finetune.runs.bad_images import add_lost_images
 from finetune.runs.folder import RunFolder
-from finetune.runtime import Precision, seed_everything
+from finetune.runtime import Precision
 from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
+from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.compiled import build_forward
 from finetune.training.finite import compute_norm, is_finite
-from finetune.training.gradient import Gradient, KeptBuffers, describe_parts, halve_or_refuse, is_learnable
+from finetune.training.gradient import Gradient, KeptBuffers, is_learnable
 from finetune.training.history import Listener, add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
 from finetune.training.pace import Pace, estimate_bytes
+from finetune.training.parallel import Replicas, agree, average_statistics, find_share
 from finetune.training.progress import Checkpoint, Progress, Snapshot
-from finetune.training.recovery import Way, capture, choose_way, choose_way_back, describe, diverged, go_back
 from finetune.training.schedule import Schedule
 from finetune.training.selection import is_over, observe
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
 from finetune.training.state import State
 from finetune.training.task import Task, choose_microbatch
+from finetune.training.tries import Tries
+from finetune.world import SINGLE, World
 
 
 class Trainer:
@@ -75,6 +77,7 @@ class Trainer:
         display: where progress is shown.
         stop_asked: read after every step; true means save and leave.
         on_history: told the rows of the history.
+        world: processes that train it together; the first one writes.
     """
 
     def __init__(
@@ -90,10 +93,11 @@ class Trainer:
         display: Display,
         stop_asked: Callable[[], bool] = lambda: False,
         on_history: Listener = lambda _: None,
+        world: World = SINGLE,
     ) -> None:
         self.task, self.settings, self.precision, self.seed = task, settings, precision, seed
         self.folder, self.store, self.display = folder, store, display
-        self.stop_asked, self.on_history = stop_asked, on_history
+        self.stop_asked, self.on_history, self.world = stop_asked, on_history, world
         self.device = task.train.placement.device
         freeze(task.network, task.plan)
         groups = build_param_groups(task.network, task.plan, settings.weight_decay)
@@ -103,7 +107,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
         forward = build_forward(task, settings.compile, display)
-        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, forward)
+        replicas = Replicas(task.network, forward, world) if world.size > 1 else None
+        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, forward, replicas)
+        self.tries = Tries(task, self.gradient, self.optimizer, seed, world, display)
         decay = settings.ema_decay
         self.ema = ModelEmaV3(task.network, decay, use_warmup=True) if decay else None
         average = self.ema.module if self.ema is not None else None
@@ -126,18 +132,18 @@ class Trainer:
         """
         if self._start is not None:
             moments = self._start.now.under("moments.")
-            self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
         else:
-            loader = self.task.train
-            set_train_mode(self.task.network, self.task.plan)
-            with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
-                parts = InParts(self.task.forward(self.task.network), self.progress.microbatch)
-                self._moments = measure_features(
-                    self.task.network, loader, self.precision, self.seed, advance, parts
-                )
-        attach(self.task.network, self._moments, keep)
-        if self.ema is not None:
-            attach(self.ema.module, self._moments, keep)
+            moments = self.world.share(self._measure_features)
+        self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
+        for network in {self.task.network, self.judged}:
+            attach(network, self._moments, keep)
+
+    def _measure_features(self) -> dict[str, Tensor]:
+        network, loader = self.task.network, self.task.train
+        set_train_mode(network, self.task.plan)
+        with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
+            parts = InParts(self.task.forward(network), self.progress.microbatch)
+            return measure_features(network, loader, self.precision, self.seed, advance, parts)
 
     @property
     def predictions(self) -> Predictions:
@@ -167,7 +173,7 @@ class Trainer:
                 self._finish_epoch()
         if self._saved is not self._epoch_start:
             self._save()  # what follows, figures and export, may be killed too
-        if self.stop_asked():
+        if self._is_stop_asked():
             raise self._interrupted()
         assert self._best is not None
         self.state.give_back_judged(self._best.tensors)
@@ -180,13 +186,14 @@ class Trainer:
         if self._start is not None:
             self._go_to(self._start.now)
             self._epoch_start, self._saved = self._start.epoch_start, self._start.now
-            write_history(self.folder.history, self.progress, self.on_history)
+            self._tell_history()
         else:
             self.progress.steps_per_epoch = self.task.train.num_batches()
             self._epoch_start = self._take()
         self._start = None
         num_bytes = estimate_bytes(self._epoch_start, self.settings)
-        self.store.check_space(num_bytes)
+        if self.world.is_main:
+            self.store.check_space(num_bytes)
         self.pace = Pace(num_bytes)
         self.narrator.begin(self.progress)
 
@@ -210,16 +217,19 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> bool:
         """Learn from one batch; false when training went back to the start of the epoch."""
-        if batch.lost:
-            self._note_lost(batch.lost)
-        if is_learnable(self.task.network, batch):
+        share = find_share(self.world, batch, self.task.loss, self.gradient.mixer is not None)
+        if share.lost:
+            self._note_lost(share.lost)
+        if is_learnable(self.task.network, share.num_images, bool(share.lost)):
             self._set_rates()
             self._buffers.keep()
-            loss = self._compute_gradient(batch)
-            if self._is_usable(loss):
+            loss = self.tries.compute(batch, share, self.progress, self._buffers)
+            loss, usable = agree(self.world, loss, self._is_usable(loss))
+            if usable:
+                average_statistics(self.world, self.task.network, len(batch.labels), share.num_images)
                 self._update()
-                self._loss_sum += loss.double() * len(batch.labels)
-                self.progress.num_seen += len(batch.labels)
+                self._loss_sum += loss.double() * share.num_images
+                self.progress.num_seen += share.num_images
                 self.progress.skipped_in_row = 0
             elif not self._recover(batch, loss):
                 return False
@@ -234,23 +244,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         progress.lr = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
-
-    def _compute_gradient(self, batch: Batch) -> Tensor:
-        """Return the loss, with the gradient in place; smaller parts at a time while memory runs out."""
-        while True:
-            seed_everything(self.seed, "step", self.progress.step)
-            self.optimizer.zero_grad(set_to_none=True)
-            try:
-                return self.gradient.compute(batch, self.progress.microbatch)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                found = " ".join(str(error).split())[:200]
-            # Outside of the except block: its traceback would keep every activation alive.
-            self._buffers.give_back()
-            self.optimizer.zero_grad(set_to_none=True)
-            release_memory()
-            self._halve_microbatch(len(batch.labels), found)
 
     def _is_usable(self, loss: Tensor) -> bool:
         if self.scaler.is_enabled():
@@ -272,17 +265,13 @@ class Trainer:
 
     # --- when a step goes wrong ------------------------------------------------------------------
 
-    def _halve_microbatch(self, batch_size: int, found: str) -> None:
-        now = min(self.progress.microbatch or batch_size, batch_size)
-        self.progress.microbatch = halve_or_refuse(self.task.network, now, found)
-        self.display.warn(describe_parts(self.task.network, self.progress, batch_size))
-
     def _note_lost(self, lost: Mapping[str, str]) -> None:
         """Go on without training images that vanished, as long as they are few."""
         for path in lost.keys() - self.progress.lost.keys():
             self.display.warn(f"{path} cannot be read any more ({lost[path]}); training goes on without it")
         self.progress.lost |= lost
-        add_lost_images(self.folder, self.progress.lost)
+        if self.world.is_main:
+            add_lost_images(self.folder, self.progress.lost)
         refuse_many_lost(self.progress.lost, len(self.task.train.samples))
 
     def _recover(self, batch: Batch, loss: Tensor) -> bool:
@@ -291,22 +280,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.update()
-        way, found = choose_way(self.progress), describe(self.progress, loss)
-        if way is Way.SKIP:
+        way, found = recovery.choose_way(self.progress), recovery.describe(self.progress, loss)
+        if way is recovery.Way.SKIP:
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
             self.display.warn(f"the {found}; this step is skipped")
             return True
-        if way is Way.STOP:
-            capture(self.folder, batch, self.state.take(), self.progress)
+        if way is recovery.Way.STOP and self.world.is_main:
+            recovery.capture(self.folder, batch, self.state.take(), self.progress)
         self._go_back(way, found)
         return False
 
-    def _go_back(self, way: Way, found: str) -> None:
-        if way is Way.STOP:
+    def _go_back(self, way: recovery.Way, found: str) -> None:
+        if way is recovery.Way.STOP:
             self.state.give_back(self._epoch_start.tensors)
-            raise diverged(self.progress, found)
-        progress = go_back(self.progress, self._epoch_start.progress)
+            raise recovery.diverged(self.progress, found)
+        progress = recovery.go_back(self.progress, self._epoch_start.progress)
         self._epoch_start = Snapshot(self._epoch_start.tensors, progress)
         self._go_to(self._epoch_start)
         self.display.warn(
@@ -319,8 +308,10 @@ class Trainer:
     def _finish_epoch(self) -> None:
         predictions = self._judge()
         figures = {"accuracy": predictions.accuracy, "loss": predictions.loss}
-        if fault := self._find_fault(figures["loss"]):
-            self._go_back(choose_way_back(self.progress), f"{fault} after epoch {self.progress.epoch + 1}")
+        if fault := recovery.find_fault(figures["loss"], self.state):
+            self._go_back(
+                recovery.choose_way_back(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"
+            )
             return
         improved = observe(self.progress, figures, self.settings)
         self._record(figures)
@@ -337,22 +328,21 @@ class Trainer:
 
             def on_batch(done: int) -> None:
                 advance(done, "")
-                if self.stop_asked():  # a long validation must not outlast the grace time
-                    self._save_or_stop()
+                if self._is_stop_asked():  # a long validation must not outlast the grace time
+                    self._save_and_leave()
 
             forward = self.task.forward(self.judged)
-            return predict(self.judged, self.task.val, self.precision, on_batch, forward)
-
-    def _find_fault(self, loss: float) -> str:
-        if not math.isfinite(loss):
-            return f"validation loss became {loss}"
-        return "" if self.state.is_finite() else "weights became infinite"
+            return predict(self.judged, self.task.val, self.precision, on_batch, forward, self.world)
 
     def _record(self, figures: dict[str, float]) -> None:
         progress = self.progress
         row = add_row(progress, figures, self._loss_sum.item())
-        write_history(self.folder.history, progress, self.on_history)
+        self._tell_history()
         self.narrator.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
+
+    def _tell_history(self) -> None:
+        if self.world.is_main:
+            write_history(self.folder.history, self.progress, self.on_history)
 
     def _begin_next_epoch(self) -> None:
         progress = self.progress
@@ -377,20 +367,29 @@ class Trainer:
             self.scaler.load_state_dict(self.progress.scaler)
         self._loss_sum.fill_(self.progress.loss_sum)
 
+    def _is_stop_asked(self) -> bool:
+        """Processes stop after the same step, whichever of them was asked to."""
+        return self.world.any(self.stop_asked())
+
     def _save_or_stop(self) -> None:
         """Write a checkpoint when one is due; when a stop was asked for, write one and leave."""
-        stop = self.stop_asked()
-        if stop or self.pace.is_due(inside_epoch=self.progress.batch > 0):
+        if self._is_stop_asked():
+            self._save_and_leave()
+        if self.world.is_main and self.pace.is_due(inside_epoch=self.progress.batch > 0):
             self._save()
-        if stop:
-            raise self._interrupted()
+
+    def _save_and_leave(self) -> None:
+        self._save()
+        self.world.wait()  # a process that ends early looks like one that failed
+        raise self._interrupted()
 
     def _save(self) -> None:
         """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
         now = self._take() if self.progress.batch and self.state.is_finite() else self._epoch_start
-        self.display.pulse.tell({"saving": True})
-        self.store.save(Checkpoint(now, self._epoch_start, self._best))
-        self.display.pulse.tell({"saving": False})
+        if self.world.is_main:
+            self.display.pulse.tell({"saving": True})
+            self.store.save(Checkpoint(now, self._epoch_start, self._best))
+            self.display.pulse.tell({"saving": False})
         self.pace.wrote(self.store.seconds)
         self._saved = now
 

@@ -35,7 +35,7 @@ def batch_of(number: int, lost: int = 0) -> Batch:
 def test_a_batch_of_which_too_much_was_lost_is_left_out(
     network: type[SmallNet], number: int, lost: int, learnable: bool
 ) -> None:
-    assert is_learnable(network().train(), batch_of(number, lost)) == learnable
+    assert is_learnable(network().train(), number, bool(lost)) == learnable
 
 
 def test_a_step_without_images_counts_and_learns_nothing(

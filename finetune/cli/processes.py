@@ -1,0 +1,82 @@
+"""A command in several processes: started here, or joined where a launcher has started them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from finetune.errors import FinetuneError
+from finetune.launch import check_processes, is_in_job, launch, reported_exit
+from finetune.stopping import end_with_parent
+
+if TYPE_CHECKING:
+    from finetune.world import World
+
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", min=1, help="Share the work among so many GPUs of this machine.", show_default="1"
+    ),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="Share the work among so many processes.", show_default="1"),
+]
+DEFAULT_TIMEOUT = 600.0
+"""Seconds that a process may let the others wait, where nobody has said it."""
+
+
+def start_processes(processes: int | None, gpus: int | None, device: str) -> None:
+    """Do the work in several processes, and leave with their exit code; return where one is enough.
+
+    Raises:
+        UsageError: options contradict each other.
+        EnvironmentFaultError: there are fewer GPUs.
+    """
+    number = check_processes(processes, gpus, device)
+    if number is not None:
+        raise typer.Exit(launch(sys.argv[1:], number))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, when it is killed, leaves its processes behind
+        end_with_parent(os.getppid())
+
+
+@contextmanager
+def joined_processes(device: str, timeout: float, help: Callable[[World], None]) -> Iterator[World]:
+    """Give the main process its world; the others help, and end here.
+
+    Args:
+        device: that the work is done on.
+        timeout: seconds that a process may let the others wait; 0 takes the default.
+        help: what the others do.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    with reported_exit(is_main):
+        from finetune.world import SINGLE, join_world
+
+        world = join_world(device, timeout or DEFAULT_TIMEOUT) if is_in_job() else SINGLE
+        if not is_main:
+            _help(world, help)
+        yield world
+    if world.size > 1:
+        _end(0)
+
+
+def _help(world: World, help: Callable[[World], None]) -> NoReturn:
+    """Help in silence: what goes wrong here, the main process says."""
+    try:
+        help(world)
+    except FinetuneError as error:
+        _end(int(error.exit_code))
+    _end(0)
+
+
+def _end(code: int) -> NoReturn:
+    """End without taking connections down, where torch was seen to crash after all was done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
