@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import EnvironmentFaultError, ExitCode, FinetuneError, UsageError
-from finetune.pulse import VARIABLE, find_parent
+from finetune.pulse import VARIABLE, Pulse, find_parent
 from finetune.supervisor import own_command
 
 REPORT = "FINETUNE_REPORT"
@@ -141,7 +141,10 @@ def _environment(report: Path, processes: int) -> dict[str, str]:
 def _conclude(report: Path, code: ExitCode, failures: Mapping[int, Any]) -> int:
     """Return the main process's own exit code; without one, end as what failed first did."""
     with suppress(OSError, ValueError):
-        return int(report.read_text(encoding="utf-8"))
+        reported = int(report.read_text(encoding="utf-8"))
+        if reported == ExitCode.INTERRUPTED and failures and (parent := find_parent()):
+            Pulse(parent[0]).tell({"lost": True})  # not by a signal from outside: a process has failed
+        return reported
     if not failures:
         return int(code)
     first = min(failures.values(), key=lambda failure: failure.timestamp)

@@ -274,7 +274,15 @@ class World:
         found = f"another process of it has ended, or does not answer ({said[:160]})"
         return LostProcessError(f"the run, process {self.rank} of {self.size}", found, _AGAIN)
 
+    def read_failure(self) -> FinetuneError | None:
+        """Return why another process has ended, where it has said so."""
+        with suppress(RuntimeError):  # a store that is gone says nothing
+            return self._read_failure()
+        return None
+
     def _read_failure(self) -> FinetuneError | None:
+        if self.size == 1:
+            return None
         store = self._store()
         if not store.check([_FAILURE]):
             return None

@@ -46,6 +46,8 @@ def _translated(output: str, world: World) -> Iterator[None]:
         with world.translated():
             yield
     except KeyboardInterrupt:
+        if failure := world.read_failure():  # the launcher ends the others when one has failed
+            raise failure from None
         found = "it was stopped at once; what the last checkpoint holds is kept"
         fix = f"Give the same command again{f', with --output {output},' if output else ''} to go on."
         raise InterruptedRunError("the run", found, fix) from None
