@@ -19,6 +19,7 @@ import torch
 
 from finetune import __version__
 from finetune.errors import EnvironmentFaultError, UsageError
+from finetune.world import SINGLE, World, choose_device
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,8 +29,10 @@ BATCHES_PER_WORKER = 3
 """Batches of one decoding process that lie in /dev/shm at a time: two that wait, one that is being made."""
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, world: World = SINGLE) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, with its index.
+
+    Each of several processes has a GPU of its own.
 
     Raises:
         UsageError: another word.
@@ -46,7 +49,7 @@ def resolve_device(name: str) -> torch.device:
         found = f"this machine shows {devices} to torch {torch.__version__}"
         fix = "Take --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
         raise EnvironmentFaultError(f"--device {name}", found, fix)
-    return torch.device("cuda", int(index or 0))
+    return torch.device("cuda", int(index or 0) if world.size == 1 else choose_device(world.place))
 
 
 def resolve_precision(device: torch.device) -> Precision:

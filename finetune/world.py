@@ -142,6 +142,21 @@ class World:
         made: T = found
         return made
 
+    def receive(self) -> Any:
+        """Return what the main process shares next; for the others."""
+        nothing: Any = None
+        return self.share(lambda: nothing)
+
+    def first(self, make: Callable[[], T]) -> T:
+        """Return what each process makes for itself, the main one first: what it fetches is there for all.
+
+        Raises:
+            FinetuneError: the main process cannot make it.
+        """
+        made: list[T] = []
+        self.share(lambda: made.append(make()))
+        return made[0] if made else make()
+
     def _wait_for(self, key: str) -> None:
         """Look for a key again and again: a collective would give up after its time-out."""
         with self.translated():

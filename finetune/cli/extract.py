@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,12 +16,14 @@ from finetune.cli.options import (
     split_words,
     takes_source,
 )
+from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 from finetune.cli.refusals import hand_over
 from finetune.cli.tables import print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
+    from finetune.world import World
     from pretrained.layer import Layer
 
 
@@ -45,6 +48,8 @@ def extract_command(
         str | None,
         typer.Option("--format", help="csv, parquet or npz.", show_default="the output's suffix, else csv"),
     ] = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the features of a network's layers as tables: path, label, split, then the numbers.
@@ -55,24 +60,27 @@ def extract_command(
     if wanted == ["list"]:
         _list(recipe, as_json)
         return
-    done = _extract(recipe, wanted, output, pool, format)
-    if as_json:
-        hand_over(json.dumps(done) + "\n")
+    start_processes(processes, gpus, recipe.device)
+    work = partial(_extract, recipe, wanted, output, pool, format)
+    with joined_processes("cuda" if gpus else recipe.device, 0, work) as world:
+        done = work(world)
+        if as_json:
+            hand_over(json.dumps(done) + "\n")
 
 
 def _extract(
-    recipe: Recipe, wanted: list[str], output: Path | None, pool: str, format: str | None
+    recipe: Recipe, wanted: list[str], output: Path | None, pool: str, format: str | None, world: World
 ) -> dict[str, object]:
-    from finetune.display import Display
+    from finetune.display import Display, SilentDisplay
 
     if output is None:
         raise UsageError(
             "finetune extract", "no output was named", "Add --output FOLDER or --output FILE.csv."
         )
-    display = Display()
+    display = Display() if world.is_main else SilentDisplay()
     with display.busy("loading torch"):
         from finetune.job.extract import extract
-    return extract(recipe, wanted, output, read_pool(pool), format, display)
+    return extract(recipe, wanted, output, read_pool(pool), format, display, world)
 
 
 def _list(recipe: Recipe, as_json: bool) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.cli.options import JsonOption
+from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 from finetune.cli.refusals import hand_over, refusals
+
+if TYPE_CHECKING:
+    from finetune.world import World
 
 
 def predict_command(
@@ -45,6 +49,8 @@ def predict_command(
         bool, typer.Option("--follow-links", help="Links may lead out of the folder.")
     ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict any number of images with a trained network: path, label, confidence, probabilities.
@@ -52,13 +58,16 @@ def predict_command(
     A prediction that was killed goes on where it stopped, with the same command.
     """
     with refusals(as_json):
-        from finetune.display import Display
+        start_processes(processes, gpus, device)
+        device = "cuda" if gpus else device
 
-        display = Display()
-        with display.busy("loading torch"):
-            from finetune.job.predict import Request, predict_files
-        done = predict_files(
-            Request(
+        def work(world: World) -> dict[str, Any]:
+            from finetune.display import Display, SilentDisplay
+
+            display = Display() if world.is_main else SilentDisplay()
+            with display.busy("loading torch"):
+                from finetune.job.predict import Request, predict_files
+            request = Request(
                 model,
                 input,
                 output,
@@ -72,8 +81,10 @@ def predict_command(
                 nul,
                 follow_links,
                 offline,
-            ),
-            display,
-        )
-        if as_json:
-            hand_over(json.dumps(done) + "\n")
+            )
+            return predict_files(request, display, world)
+
+        with joined_processes(device, 0, work) as world:
+            done = work(world)
+            if as_json:
+                hand_over(json.dumps(done) + "\n")

@@ -46,7 +46,7 @@ def start_processes(processes: int | None, gpus: int | None, device: str) -> Non
 
 
 @contextmanager
-def joined_processes(device: str, timeout: float, help: Callable[[World], None]) -> Iterator[World]:
+def joined_processes(device: str, timeout: float, help: Callable[[World], object]) -> Iterator[World]:
     """Give the main process its world; the others help, and end here.
 
     Args:
@@ -66,7 +66,7 @@ def joined_processes(device: str, timeout: float, help: Callable[[World], None])
         _end(0)
 
 
-def _help(world: World, help: Callable[[World], None]) -> NoReturn:
+def _help(world: World, help: Callable[[World], object]) -> NoReturn:
     """Help in silence: what goes wrong here, the main process says."""
     try:
         help(world)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from finetune.cache.shelf import Shelf
-from finetune.data.sample import Sample
+from finetune.data.check import Checked
+from finetune.data.sample import Dataset, Sample
 from finetune.display import Display
 from finetune.errors import UsageError, suggest
 from finetune.features.tables import LayerRows, TableFormat, check_format, check_names, write_table
@@ -44,6 +45,7 @@ from finetune.job.source import (
 from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_json
+from finetune.world import SINGLE, World
 from pretrained.layer import Layer
 from pretrained.pooling import Pool
 
@@ -109,9 +111,17 @@ def find_target(output: Path, format: str | None) -> Target:
 
 
 def extract(
-    recipe: Recipe, wanted: Sequence[str], output: Path, pool: Pool, format: str | None, display: Display
+    recipe: Recipe,
+    wanted: Sequence[str],
+    output: Path,
+    pool: Pool,
+    format: str | None,
+    display: Display,
+    world: World = SINGLE,
 ) -> dict[str, Any]:
     """Write the features of some layers.
+
+    Of several processes the main one writes; all compute.
 
     Args:
         recipe: its backbone, data, input, cache and machine count.
@@ -120,6 +130,7 @@ def extract(
         pool: of what layers give.
         format: ``csv``, ``parquet`` or ``npz``; None takes the suffix, else CSV.
         display: what the user sees.
+        world: processes that share the work.
 
     Returns:
         Counts and paths, as ``--json`` prints them.
@@ -127,14 +138,12 @@ def extract(
     Raises:
         FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
     """
-    with translated_errors():
+    with translated_errors(world=world):
         target = find_target(output, format)
-        network = open_network(recipe, display)
+        network = world.first(lambda: open_network(recipe, display, world))
         layers = network.layers.select(wanted, pool)
         check_names(target.format, [layer.name for layer in layers])
-        dataset = open_pictures(recipe, display)
-        check_outside(output, dataset)
-        dataset, checked = read_pictures(recipe, dataset, display)
+        dataset, checked = world.share(lambda: _read_pictures(recipe, output, display))
         source = open_source(recipe, network, dataset, display, checked)
         facts = {
             "features": describe_extraction(source, layers, pool),
@@ -142,14 +151,27 @@ def extract(
             "format": target.format,
             "pictures": digest_of([_describe(source, sample) for sample in dataset.samples]),
         }
-        if _is_done(target, facts):
+        if before := world.share(lambda: _begin(target, facts)):
             display.say(f"{output} holds these features already")
-            return json.loads(target.record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-        create_folder(target.path if target.is_folder else target.path.parent)
-        if target.is_folder:
-            write_json(target.record, facts)
-        with _open_kept(source, layers, pool, target) as features:
-            return _write(source, features, pool, target, facts, display)
+            return before
+        with _open_kept(source, layers, pool, target, world) as features:
+            return _write(source, features, pool, target, facts, display) if world.is_main else {}
+
+
+def _read_pictures(recipe: Recipe, output: Path, display: Display) -> tuple[Dataset, Checked]:
+    dataset = open_pictures(recipe, display)
+    check_outside(output, dataset)
+    return read_pictures(recipe, dataset, display)
+
+
+def _begin(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the output; return what a finished extraction of the same has recorded there."""
+    if _is_done(target, facts):
+        return json.loads(target.record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    create_folder(target.path if target.is_folder else target.path.parent)
+    if target.is_folder:
+        write_json(target.record, facts)
+    return None
 
 
 def _is_done(target: Target, facts: dict[str, Any]) -> bool:
@@ -179,16 +201,20 @@ def _is_done(target: Target, facts: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _open_kept(source: Source, layers: Sequence[Layer], pool: Pool, target: Target) -> Iterator[Features]:
+def _open_kept(
+    source: Source, layers: Sequence[Layer], pool: Pool, target: Target, world: World
+) -> Iterator[Features]:
     """Keep features in the cache; where they have no room there, beside the output until it is written."""
     shelf = Shelf(source.recipe.cache.max_gb * 1e9)
     obstacle = shelf.find_obstacle(compute_bytes(source, layers, pool))
-    if not obstacle:
-        with open_features(source, layers, pool, shelf=shelf) as features:
+    if not obstacle or not world.is_main:
+        with open_features(source, layers, pool, shelf=shelf, world=world.machine) as features:
             yield features
         return
     source.display.say(f"features are not kept for other commands: {obstacle}")
-    with open_features(source, layers, pool, shelf=Shelf(folder=target.work)) as features:
+    with open_features(
+        source, layers, pool, shelf=Shelf(folder=target.work), world=world.machine
+    ) as features:
         yield features
         features.kept.discard()
         shutil.rmtree(target.work, ignore_errors=True)  # of ours; a killed one may have left more

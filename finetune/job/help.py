@@ -84,7 +84,7 @@ def help_run(world: World) -> None:
     """
     with StopSignal() as stop, translated_errors(world=world), _explained(world), world.translated():
         with stop.gently():  # the main process may be asked as well, and then says so
-            orders: _Orders | None = world.share(lambda: None)
+            orders: _Orders | None = world.receive()
         if orders is None:
             return
         ready = prepare_help(orders.recipe, orders.dataset, orders.card, orders.most_workers, world)

@@ -11,7 +11,6 @@ on a picture's neighbours.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,16 @@ from finetune.data.inputs import Input, Inputs, find_inputs
 from finetune.display import Display
 from finetune.errors import DataError, InterruptedRunError, UsageError
 from finetune.job.outcome import translated_errors
+from finetune.job.prediction_progress import Fingerprint, Progress
 from finetune.job.prediction_rows import Rows, find_format
 from finetune.predictor import Answer, Predictor, load, split_batches
 from finetune.runs.claim import create_folder
 from finetune.runs.files import escape_formula, format_csv_line
 from finetune.runs.growing import Growing, bad_of, check_free, find_finished, open_growing
-from finetune.runtime import resolve_threads
+from finetune.runtime import available_cores, resolve_device, resolve_threads
 from finetune.stopping import StopSignal
 from finetune.strategy.freeze import digest_tensors
+from finetune.world import SINGLE, World
 
 LINE_SECONDS = 60.0
 """Between two lines of progress where there is no terminal to draw a bar on."""
@@ -65,8 +66,10 @@ class Request:
     offline: bool = False
 
 
-def predict_files(request: Request, display: Display) -> dict[str, Any]:
+def predict_files(request: Request, display: Display, world: World = SINGLE) -> dict[str, Any]:
     """Write one row for each picture that can be read, and list the others.
+
+    Of several processes the main one writes; batches go through all of them in turns.
 
     Returns:
         Counts, paths and speed, as ``--json`` prints them.
@@ -74,27 +77,45 @@ def predict_files(request: Request, display: Display) -> dict[str, Any]:
     Raises:
         FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
     """
-    with translated_errors():
+    with translated_errors(world=world):
         format = find_format(request.output, request.format)
-        inputs = _find_inputs(request)
+        inputs = _find_inputs(request, world)
         with display.busy(f"loading {request.model}"):
-            predictor = _load(request)
+            predictor = world.first(lambda: _load(request, world))
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
         rows = Rows(predictor.classes, format, request.top, request.reject_below)
         _check_top(request.top, len(predictor.classes))
+        if not world.is_main:
+            return _help(inputs, predictor, world)
         facts = _describe(request, predictor, rows)
         if before := find_finished(request.output, facts):
+            world.share(lambda: None)
             display.say(f"{request.output} holds these predictions already")
-            return _summarise(request, _Progress(**before), 0.0)
+            return _summarise(request, Progress(**before), 0.0)
         check_free(request.output)
         total = _count(inputs, display)
         create_folder(request.output.parent)
         with open_growing(request.output, facts) as growing:
-            return _Work(request, inputs, predictor, rows, growing, display, total).run()
+            return _Work(request, inputs, predictor, rows, growing, display, total, world).run()
 
 
-def _find_inputs(request: Request) -> Inputs:
+def _help(inputs: Inputs, predictor: Predictor, world: World) -> dict[str, Any]:
+    """Answer every batch whose turn this process has, from where the main one begins."""
+    with StopSignal() as stop, stop.gently():
+        start: int | None = world.receive()
+        if start is not None:
+            batches = split_batches(islice(inputs.open(), start, None), predictor.batch_size)
+            own = islice(batches, world.rank, None, world.size)
+            answers = predictor.answer(own, _open)
+            list(world.merge(takewhile(lambda _: not stop.asked, answers)))
+    return {}
+
+
+def _find_inputs(request: Request, world: World) -> Inputs:
     """Return the pictures; where they are walked over, what lies beside the output is refused."""
+    if request.input == "-" and world.size > 1:
+        fix = "Name a folder, a CSV file or a pattern, or drop --processes."
+        raise UsageError("-", f"{world.size} processes cannot share standard input", fix)
     stream = getattr(sys.stdin, "buffer", None)  # it may be closed
     inputs = find_inputs(request.input, stream, nul=request.nul, follow_links=request.follow_links)
     if inputs.folder:
@@ -103,13 +124,13 @@ def _find_inputs(request: Request) -> Inputs:
     return replace(inputs, open=lambda: _watch(inputs, request.output))
 
 
-def _load(request: Request) -> Predictor:
-    torch.set_num_threads(resolve_threads())
+def _load(request: Request, world: World) -> Predictor:
+    torch.set_num_threads(resolve_threads(world.machine.size))
     return load(
         request.model,
-        device=request.device,
+        device=str(resolve_device(request.device, world)),
         batch_size=request.batch_size,
-        workers=request.workers,
+        workers=request.workers or max(1, available_cores() // world.machine.size),
         crops=request.crops,
         offline=request.offline,
     )
@@ -179,45 +200,6 @@ def _no_images(inputs: Inputs) -> DataError:
 
 
 @dataclass
-class _Progress:
-    """How far the work is.
-
-    Attributes:
-        done: pictures that were looked at.
-        digest: of their paths, sizes and times.
-        bad: of them, could not be read.
-        rejected: of them, got no label.
-    """
-
-    done: int = 0
-    digest: str = ""
-    bad: int = 0
-    rejected: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what the journal keeps."""
-        return dict(vars(self))
-
-
-class _Fingerprint:
-    """Sha256 of the pictures that went by: path, size and time of change of each."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, one: Input) -> None:
-        try:
-            status = os.stat(one.file)  # noqa: PTH116
-            facts = one.fault or f"{status.st_size} {status.st_mtime_ns}"
-        except (OSError, ValueError):
-            facts = one.fault or "gone"
-        self._hash.update(f"{one.path}\0{facts}\n".encode())
-
-    def value(self) -> str:
-        return self._hash.hexdigest()
-
-
-@dataclass
 class _Work:
     """One attempt at a file of predictions."""
 
@@ -228,12 +210,14 @@ class _Work:
     growing: Growing
     display: Display
     total: int | None
-    progress: _Progress = field(default_factory=_Progress)
-    fingerprint: _Fingerprint = field(default_factory=_Fingerprint)
+    world: World
+    progress: Progress = field(default_factory=Progress)
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def run(self) -> dict[str, Any]:
         """Look at every picture that an earlier attempt has not, and give the files their names."""
         source = self._go_on()
+        self.world.share(lambda: self.progress.done)
         began_at, began = self.progress.done, time.perf_counter()
         if not began_at:
             self.growing.write(self.rows.header())
@@ -257,7 +241,7 @@ class _Work:
             self.display.say("an earlier attempt had another model or other options: starting anew")
         if self.growing.before is None:
             return source
-        before = _Progress(**self.growing.before)
+        before = Progress(**self.growing.before)
         number = 0
         while number < before.done and (one := next(source, None)):
             self.fingerprint.add(one)
@@ -271,7 +255,7 @@ class _Work:
             return chain([] if rest is None else [rest], source)
         self.display.say("the images are not those of an earlier attempt: starting anew")
         self.growing.start_anew()
-        self.fingerprint = _Fingerprint()
+        self.fingerprint = Fingerprint()
         if self.inputs.is_countable:
             return self.inputs.open()
         return chain(seen, [] if rest is None else [rest], source)
@@ -281,13 +265,14 @@ class _Work:
         digests: deque[str] = deque()
 
         def batches() -> Iterator[list[Input]]:
-            for batch in split_batches(source, self.predictor.batch_size):
+            for number, batch in enumerate(split_batches(source, self.predictor.batch_size)):
                 for one in batch:
                     self.fingerprint.add(one)
                 digests.append(self.fingerprint.value())
-                yield batch
+                if number % self.world.size == 0:  # the others have theirs from their own walk
+                    yield batch
 
-        for answer in self.predictor.answer(batches(), _open):
+        for answer in self.world.merge(self.predictor.answer(batches(), _open)):
             self.progress.done += len(answer.asked)
             self.progress.digest = digests.popleft()
             yield answer
@@ -373,7 +358,7 @@ def _open(one: Input) -> Image.Image:
     return decode_image(one.file)
 
 
-def _summarise(request: Request, progress: _Progress, speed: float) -> dict[str, Any]:
+def _summarise(request: Request, progress: Progress, speed: float) -> dict[str, Any]:
     bad = bad_of(request.output)
     return {
         "state": "done",

@@ -32,7 +32,7 @@ from finetune.runtime import (
 )
 from finetune.strategy.matrix import Plan, build_plan
 from finetune.training.batch_size import fit_batch_size
-from finetune.world import SINGLE, World, choose_device
+from finetune.world import SINGLE, World
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, Preprocessing, find_card
@@ -128,9 +128,7 @@ def prepare_help(recipe: Recipe, dataset: Dataset, card: Card, most_workers: int
 def prepare_machine(recipe: Recipe, world: World = SINGLE) -> torch.device:
     """Set threads and kernels as a recipe says, and return the device of this process."""
     set_deterministic(recipe.deterministic)
-    device = resolve_device(recipe.device)
-    if device.type == "cuda" and world.size > 1:
-        device = torch.device("cuda", choose_device(world.place))
+    device = resolve_device(recipe.device, world)
     torch.set_num_threads(resolve_threads(world.machine.size))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one

@@ -97,7 +97,7 @@ class Network:
         return digest_tensors(self.backbone.network, last.parameters, last.modules)
 
 
-def open_network(recipe: Recipe, display: Display) -> Network:
+def open_network(recipe: Recipe, display: Display, world: World = SINGLE) -> Network:
     """Load a network as it was published, and find its layers.
 
     Raises:
@@ -106,7 +106,7 @@ def open_network(recipe: Recipe, display: Display) -> Network:
     """
     recipe = name_backbone(recipe, None, display)
     name = str(recipe.backbone.name)
-    device = prepare_machine(recipe)
+    device = prepare_machine(recipe, world)
     card = find_card(name, recipe.backbone.offline)
     if not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)

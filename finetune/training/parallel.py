@@ -19,6 +19,7 @@ Shape legend: B batch, K classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ class Replicas:
         Args:
             has_unused: some learnable weights have no part in the loss, in any process.
         """
-        with self._world.translated():
+        with self._world.translated(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 has no other word for it
             # Statistics are averaged after the step, where every process goes by.
             self._connected = DistributedDataParallel(
                 self._module, broadcast_buffers=False, find_unused_parameters=has_unused
