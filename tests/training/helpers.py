@@ -25,6 +25,7 @@ from finetune.training.optimizer import build_loss
 from finetune.training.progress import Checkpoint, Progress
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
+from finetune.world import SINGLE, World
 from pretrained.catalog import Preprocessing
 from pretrained.stages import find_stages
 
@@ -86,6 +87,7 @@ def build_trainer(
     norm: str = "train",
     top_stages: int = 1,
     precision: Precision = "float32",
+    world: World = SINGLE,
     **training: Any,
 ) -> Trainer:
     """A trainer of SmallNet on pictures, 16 pixels; ``training`` are keys of that section of the recipe."""
@@ -101,7 +103,7 @@ def build_trainer(
     run = RunFolder(folder)
     store, listener = CheckpointStore(run.checkpoints), Listener()
     return trainer_type(
-        _task(recipe, pictures, network, augmentation, workers),
+        _task(recipe, pictures, network, augmentation, workers, world),
         recipe.training,
         precision=precision,
         seed=recipe.seed,
@@ -109,11 +111,17 @@ def build_trainer(
         store=store,
         start=store.load(listener.warn),
         display=listener,
+        world=world,
     )
 
 
 def _task(
-    recipe: Recipe, pictures: Path, network: nn.Module, augmentation: Augmentation, workers: int
+    recipe: Recipe,
+    pictures: Path,
+    network: nn.Module,
+    augmentation: Augmentation,
+    workers: int,
+    world: World = SINGLE,
 ) -> Task:
     dataset = discover(pictures, 0.2, 0)
     preprocessing = Preprocessing(img_size=16)
@@ -131,6 +139,7 @@ def _task(
             workers=workers,
             seed=recipe.seed,
             shuffle=split == "train",
+            world=world,
         )
         for split, view in views.items()
     }

@@ -1,0 +1,194 @@
+"""What processes say to each other, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from finetune.errors import DataError, ExitCode, FinetuneError, LostProcessError, UsageError
+from finetune.world import SINGLE, World, find_rank
+from tests.processes import together
+
+
+def test_the_main_process_decides_for_all() -> None:
+    assert together(lambda world: world.share(lambda: f"said by {world.rank}"), 3) == ["said by 0"] * 3
+
+
+def test_what_cannot_be_made_cannot_be_made_anywhere() -> None:
+    def work(world: World) -> str:
+        def make() -> None:
+            raise DataError("--data x", "it is not there", "Name another.")
+
+        with pytest.raises(DataError, match="it is not there"):
+            world.share(make)
+        return world.share(lambda: "and they go on")
+
+    assert together(work) == ["and they go on"] * 2
+
+
+def test_each_makes_its_own_after_the_main_one() -> None:
+    def work(world: World) -> int:
+        return world.first(lambda: world.rank)
+
+    assert together(work) == [0, 1]
+
+
+def test_sums_and_values_of_all() -> None:
+    def work(world: World) -> tuple[list[float], bool, bool, list[int]]:
+        sums = world.sum(world.rank, 0.1)
+        return sums, world.any(world.rank == 1), world.any(False), world.collect(10 * world.rank)
+
+    assert together(work, 3) == [([3.0, pytest.approx(0.3)], True, False, [0, 10, 20])] * 3
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7])
+def test_items_come_in_order(number: int) -> None:
+    def work(world: World) -> list[int]:
+        return list(world.merge(iter(range(world.rank, number, world.size))))
+
+    assert together(work, 3) == [list(range(number)), [], []]
+
+
+def test_an_error_of_one_ends_the_whole_after_the_others_have_come_to_their_end() -> None:
+    def items(world: World) -> Iterator[int]:
+        yield world.rank
+        if world.rank == 1:
+            raise DataError("a picture", "it is gone", "Bring it back.")
+        yield world.rank
+
+    def work(world: World) -> tuple[list[int], str, str]:
+        got: list[int] = []
+        said = ""
+        try:
+            got.extend(world.merge(items(world)))
+        except DataError as error:
+            said = error.found
+        return got, said, world.share(lambda: "next")
+
+    main, *others = together(work, 3)
+    assert main == ([0, 1, 2, 0], "it is gone", "next")
+    assert others == [([], "", "next")] * 2
+
+
+def test_whoever_stops_listening_does_not_leave_the_others_waiting() -> None:
+    def work(world: World) -> str:
+        for item in world.merge(iter(range(world.rank, 9, world.size))):
+            if item == 3:
+                break
+        return world.share(lambda: "next")
+
+    assert together(work) == ["next"] * 2
+
+
+def test_a_failure_reaches_the_others_in_its_own_words() -> None:
+    def work(world: World) -> tuple[str, int] | None:
+        if world.rank == 1:
+            error = DataError("--data x", "it is not there", "Name another.")
+            world.publish(error)
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            world.sum(1.0)
+        except FinetuneError as error:
+            return error.message, int(error.exit_code)
+        return None
+
+    said, nothing = together(work)
+    assert (said, nothing) == (("process 1, --data x: it is not there", ExitCode.DATA), None)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_is_missed(killed: int) -> None:
+    def work(world: World) -> str | None:
+        if world.rank == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            world.wait()
+        except LostProcessError as error:
+            return error.found
+        return None
+
+    others = together(work)
+    assert others[killed] is None
+    assert "has ended, or does not answer" in others[1 - killed]
+
+
+def test_processes_of_one_machine_are_a_world_of_their_own() -> None:
+    def work(world: World) -> tuple[int, int]:
+        return world.machine.rank, world.machine.size
+
+    assert together(work) == [(0, 2), (1, 2)]
+
+
+def test_machines_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name() -> str:
+        return f"machine-{int(os.environ['RANK']) // 2}"
+
+    monkeypatch.setattr("finetune.world.socket.gethostname", name)
+
+    def work(world: World) -> tuple[int, int, str, list[int]]:
+        here = world.machine
+        return here.rank, here.size, here.share(lambda: f"from {world.rank}"), here.collect(world.rank)
+
+    assert together(work, 4) == [
+        (0, 2, "from 0", [0, 1]),
+        (1, 2, "from 0", [0, 1]),
+        (0, 2, "from 2", [2, 3]),
+        (1, 2, "from 2", [2, 3]),
+    ]
+
+
+def test_one_process_needs_nobody() -> None:
+    assert SINGLE.share(lambda: 1) == 1
+    assert SINGLE.sum(1, 2) == [1, 2]
+    assert list(SINGLE.merge(iter("ab"))) == ["a", "b"]
+    assert SINGLE.is_main and SINGLE.machine is SINGLE
+
+
+# --- what launchers say --------------------------------------------------------------------------
+
+
+def say(monkeypatch: pytest.MonkeyPatch, **words: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_no_launcher_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, WORLD_SIZE="4")
+    assert find_rank() is None
+
+
+def test_the_words_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(
+        monkeypatch,
+        RANK="5",
+        WORLD_SIZE="8",
+        LOCAL_RANK="1",
+        LOCAL_WORLD_SIZE="4",
+        MASTER_ADDR="a",
+        MASTER_PORT="1",
+    )
+    place = find_rank()
+    assert place is not None
+    assert (place.rank, place.size, place.local_rank, place.local_size) == (5, 8, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        {"RANK": "-1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    ],
+)
+def test_a_launcher_that_contradicts_itself_is_refused(
+    monkeypatch: pytest.MonkeyPatch, words: dict[str, str]
+) -> None:
+    say(monkeypatch, **words)
+    with pytest.raises(UsageError):
+        find_rank()

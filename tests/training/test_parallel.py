@@ -1,0 +1,282 @@
+"""Several processes that train together learn what one learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.data.loader import plan_epoch, take_share
+from finetune.errors import EnvironmentFaultError, InterruptedRunError, LostProcessError
+from finetune.training.progress import Progress
+from finetune.training.trainer import Trainer
+from finetune.world import SINGLE, Rank, World
+from tests.conftest import draw_folder
+from tests.processes import together
+from tests.training.helpers import (
+    NormFree,
+    SmallNet,
+    assert_same_end,
+    build_trainer,
+    corrupt,
+    figures,
+    stop_after,
+    warnings,
+)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """57 and 9 pictures: with batches of 32 the last one has 25, with batches of 8 it has 1, which joins."""
+    root = tmp_path_factory.mktemp("uneven")
+    draw_folder(root / "train", {"red": 30, "green": 17, "blue": 10})
+    draw_folder(root / "val", dict.fromkeys(("red", "green", "blue"), 3))
+    return root
+
+
+def place(rank: int, size: int) -> World:
+    return World(Rank(rank, size, rank, size))
+
+
+def net(kind: type[SmallNet] = NormFree) -> nn.Module:
+    torch.manual_seed(1)
+    return kind()
+
+
+Ended = tuple[Mapping[str, Tensor], list[dict[str, float]], Progress, list[str], Tensor]
+
+
+def train(world: World, data: Path, folder: Path, **words: Any) -> Ended:
+    """Weights, history, progress, warnings and validation logits of a training."""
+    torch.manual_seed(1)
+    words = {"epochs": 5, "batch_size": 32, "lr": 0.05, "network": net()} | words
+    trainer = build_trainer(data, folder / str(world.rank), world=world, **words)
+    progress = trainer.fit()
+    weights = {name: tensor.clone() for name, tensor in trainer.judged.state_dict().items()}
+    return weights, figures(progress), progress, warnings(trainer), trainer.predictions.logits
+
+
+def assert_close(one: Ended, two: Ended, tolerance: float = 1e-5) -> None:
+    assert one[0].keys() == two[0].keys()
+    for name, tensor in one[0].items():
+        torch.testing.assert_close(tensor, two[0][name], atol=tolerance, rtol=tolerance, msg=name)
+    torch.testing.assert_close(one[4], two[4], atol=10 * tolerance, rtol=10 * tolerance)
+    for left, right in zip(one[1], two[1], strict=True):
+        assert left == pytest.approx(right, abs=10 * tolerance)
+
+
+# --- the shares ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 15, 16, 17, 33, 100])
+def test_every_picture_is_learnt_from_once(num_samples: int, size: int) -> None:
+    plan = plan_epoch(num_samples, 16, 0, 0)
+    shares = [take_share(plan, place(rank, size), shuffled=True) for rank in range(size)]
+    for number, batch in enumerate(plan):
+        parts = [share[number] for share in shares]
+        assert sum(parts, []) == batch
+        if size > 1 and len(batch) > 1:
+            assert all(len(part) != 1 for part in parts)  # BatchNorm
+            assert max(map(len, parts)) <= max(3, -(-len(batch) // size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_samples", [1, 16, 33, 100])
+def test_every_picture_is_judged_once(num_samples: int, size: int) -> None:
+    plan = plan_epoch(num_samples, 16, None, 0)
+    shares = [take_share(plan, place(rank, size), shuffled=False) for rank in range(size)]
+    assert sorted(sum(shares, [])) == plan  # whole batches: the same neighbours
+
+
+# --- the same result -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"class_weights": "balanced", "label_smoothing": 0.1},
+        {"microbatch": 5, "class_weights": "balanced"},
+        {"batch_size": 8, "epochs": 2, "optimizer": "adamw", "lr": 0.003, "ema_decay": 0.9},
+        {"clip_grad": 0.05},
+        {"strategy": "top", "augmentation": "light"},
+    ],
+    ids=str,
+)
+def test_two_processes_learn_what_one_learns(uneven: Path, tmp_path: Path, words: dict[str, Any]) -> None:
+    """Ten steps of 2 x 16 (and of other settings) are those of 1 x 32, to 1e-5."""
+    one = train(SINGLE, uneven, tmp_path / "one", **words)
+    first, second = together(lambda world: train(world, uneven, tmp_path / "two", **words))
+    assert one[2].step >= 10
+    assert_close(one, first)
+    assert all(tensor.equal(second[0][name]) for name, tensor in first[0].items())
+    assert first[1] == second[1]
+    assert not (tmp_path / "two" / "1" / "history.csv").exists()  # one writer
+
+
+def test_three_processes_of_which_one_has_no_picture_of_the_last_batch(uneven: Path, tmp_path: Path) -> None:
+    words = {"batch_size": 9, "epochs": 2}  # 57 = 6 x 9 + 3
+    one = train(SINGLE, uneven, tmp_path / "one", **words)
+    assert_close(one, together(lambda world: train(world, uneven, tmp_path / "three", **words), 3)[0])
+
+
+def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: Path, tmp_path: Path) -> None:
+    still: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9}
+    one = train(SINGLE, uneven, tmp_path / "one", **still)
+    first, second = together(lambda world: train(world, uneven, tmp_path / "two", **still))
+    assert all(tensor.equal(second[0][name]) for name, tensor in first[0].items())
+    mean, variance = "stage1.1.running_mean", "stage1.1.running_var"
+    torch.testing.assert_close(first[0][mean], one[0][mean], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(first[0][variance], one[0][variance])  # of parts: docs/processes.md says so
+
+
+def test_dropout_draws_another_mask_in_each_process(uneven: Path, tmp_path: Path) -> None:
+    def work(world: World) -> float:
+        trainer = build_trainer(uneven, tmp_path / str(world.rank), world=world, dropout=0.5, batch_size=32)
+        seen: list[float] = []
+        trainer.task.network.stage1[3].register_forward_hook(  # type: ignore[union-attr, operator]
+            lambda _, __, out: seen.append((out[0] == 0).double().sum().item())
+        )
+        stop_after(trainer, 1)
+        with pytest.raises(InterruptedRunError):
+            trainer.fit()
+        generator = torch.default_generator.get_state().double().sum().item()
+        return generator
+
+    first, second = together(work)
+    assert first != second
+
+
+class _WithUnused(NormFree):
+    """Has weights that no picture reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage2[0].unused = nn.Parameter(torch.ones(2, 2))  # type: ignore[union-attr]
+
+
+def test_weights_that_learn_nothing_are_no_obstacle(uneven: Path, tmp_path: Path) -> None:
+    one = train(SINGLE, uneven, tmp_path / "one", network=net(_WithUnused))
+    first, _ = together(lambda world: train(world, uneven, tmp_path / "two", network=net(_WithUnused)))
+    assert_close(one, first)
+
+
+# --- trouble in one of them ----------------------------------------------------------------------
+
+
+def test_lost_pictures_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.training.trainer.refuse_many_lost", lambda *_: None)
+
+    def lose_one(world: World, folder: Path) -> Ended:
+        class Losing(Trainer):
+            def _begin(self) -> None:
+                super()._begin()
+                loader: Any = self.task.train
+                gone = loader.samples[3]
+                opened = loader._views.dataset.file(gone)
+                kept = type(loader._views).__getitem__
+
+                def get(views: Any, key: tuple[int, int]) -> Any:
+                    if views.dataset.file(views.samples[key[1]]) == opened:
+                        from finetune.data.loader import _Lost
+
+                        return _Lost(gone.path, "gone")
+                    return kept(views, key)
+
+                monkeypatch.setattr(type(loader._views), "__getitem__", get)
+
+        return train(world, uneven, folder, trainer_type=Losing)
+
+    first, second = together(lambda world: lose_one(world, tmp_path / "two"))
+    one = lose_one(SINGLE, tmp_path / "one")
+    assert_close(one, first)
+    assert first[2].lost == second[2].lost == one[2].lost != {}
+
+
+def out_of_memory(trainer: Trainer, most: int, when: Callable[[Progress], bool] = lambda _: True) -> None:
+    """Let a forward of more pictures than ``most`` run out of memory."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if len(inputs[0]) > most and torch.is_grad_enabled() and when(trainer.progress):
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
+
+    trainer.task.network.register_forward_pre_hook(check)
+
+
+def train_short_of_memory(
+    world: World, data: Path, folder: Path, most: int, when: Callable[[Progress], bool] = lambda _: True
+) -> Ended:
+    class Short(Trainer):
+        def _begin(self) -> None:
+            super()._begin()
+            if world.rank == world.size - 1:
+                out_of_memory(self, most, when)
+
+    return train(world, data, folder, trainer_type=Short)
+
+
+def test_memory_that_runs_out_in_one_halves_the_parts_of_all(uneven: Path, tmp_path: Path) -> None:
+    one = train(SINGLE, uneven, tmp_path / "one")
+    first, second = together(lambda world: train_short_of_memory(world, uneven, tmp_path / "two", 5))
+    assert first[2].microbatch == second[2].microbatch == 4
+    assert len(first[3]) == 2  # 16 -> 8 -> 4
+    assert_close(one, first)
+
+
+def test_memory_that_runs_out_for_good_ends_all_for_the_same_reason(uneven: Path, tmp_path: Path) -> None:
+    ended = together(lambda world: train_short_of_memory(world, uneven, tmp_path / "two", 0))
+    assert [type(error) for error in ended] == [EnvironmentFaultError] * 2
+
+
+def test_memory_that_runs_out_later_is_a_process_lost(uneven: Path, tmp_path: Path) -> None:
+    """The others wait for its gradient, and nothing can call them back: the job begins again, and rehearses."""
+
+    def work(world: World) -> Ended:
+        return train_short_of_memory(world, uneven, tmp_path / "two", 5, lambda progress: progress.step == 6)
+
+    assert [type(error) for error in together(work)] == [LostProcessError] * 2
+
+
+def test_a_loss_that_is_no_number_in_one_is_skipped_by_all(uneven: Path, tmp_path: Path) -> None:
+    def at_four(progress: Progress) -> bool:
+        return progress.step == 4
+
+    one = train(SINGLE, uneven, tmp_path / "one", trainer_type=corrupt(at_four))
+
+    def work(world: World) -> Ended:
+        kind = corrupt(at_four) if world.rank == 1 else Trainer
+        return train(world, uneven, tmp_path / "two", trainer_type=kind)
+
+    first, second = together(work)
+    assert first[2].skipped == second[2].skipped == 1
+    assert_close(one, first)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_that_one_hears_stops_all_and_they_go_on_to_the_same_bits(
+    uneven: Path, tmp_path: Path, asked: int
+) -> None:
+    def build(world: World, folder: Path) -> Trainer:
+        words: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 0.05, "dropout": 0.3}
+        # Only the main process's folder is the run's; the others read it.
+        return build_trainer(uneven, folder, world=world, **words)
+
+    def stop(world: World) -> int:
+        trainer = build(world, tmp_path / "parts")
+        if world.rank == asked:
+            stop_after(trainer, 6)
+        with pytest.raises(InterruptedRunError):
+            trainer.fit()
+        return trainer.progress.step
+
+    def finish(folder: Path) -> Callable[[World], int]:
+        return lambda world: build(world, folder).fit().step
+
+    assert together(stop) == [6, 6]
+    assert together(finish(tmp_path / "parts")) == together(finish(tmp_path / "whole"))
+    assert_same_end(tmp_path / "parts", tmp_path / "whole")
