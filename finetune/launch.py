@@ -44,8 +44,16 @@ def is_in_job() -> bool:
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def check_processes(processes: int | None, gpus: int | None, device: str) -> int | None:
+def check_processes(
+    processes: int | None, gpus: int | None, device: str, elsewhere: bool = False
+) -> int | None:
     """Return how many processes are to be started; None where none are.
+
+    Args:
+        processes: as the command says.
+        gpus: as the command says.
+        device: as the command says.
+        elsewhere: the GPUs are those of other machines, and are not counted here.
 
     Raises:
         UsageError: options contradict each other, or another launcher has started processes already.
@@ -63,7 +71,7 @@ def check_processes(processes: int | None, gpus: int | None, device: str) -> int
     if ":" in device or (gpus is not None and device == "cpu"):
         found = "each process takes a GPU of its own"
         raise UsageError(f"{asked} --device {device}", found, "Drop --device.")
-    if gpus is not None:
+    if gpus is not None and not elsewhere:
         _check_gpus(gpus)
     return number
 
@@ -149,11 +157,11 @@ def _conclude(report: Path, code: ExitCode, failures: Mapping[int, Any]) -> int:
         return int(code)
     first = min(failures.values(), key=lambda failure: failure.timestamp)
     if first.exitcode < 0:
-        _end_by(-first.exitcode)
+        end_by(-first.exitcode)
     return int(first.exitcode)
 
 
-def _end_by(number: int) -> None:
+def end_by(number: int) -> None:
     """End as the process did, so that whoever waits sees a crash as a crash."""
     with suppress(OSError, ValueError):
         signal.signal(number, signal.SIG_DFL)

@@ -342,7 +342,8 @@ def join_world(device: str, timeout: float) -> World:
 
     Raises:
         UsageError: the launcher contradicts itself, or a single device is named for several processes.
-        EnvironmentFaultError: the others cannot be reached.
+        EnvironmentFaultError: there are fewer GPUs than processes.
+        LostProcessError: the others cannot be reached, or have not come in time.
     """
     place = find_rank()
     if place is None or place.size == 1:
@@ -376,8 +377,8 @@ def _connect(place: Rank, on_gpu: bool, timeout: timedelta) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         said = " ".join(str(error).split())[:200]
-        fix = "Look whether the machines reach each other by that address, and the launcher's MASTER_ADDR."
-        raise EnvironmentFaultError(f"joining {place.size} processes at {where}", said, fix) from None
+        fix = "Look whether the machines reach each other by that address; then start the job again."
+        raise LostProcessError(f"joining {place.size} processes at {where}", said, fix) from None
 
 
 def choose_device(place: Rank) -> int:

@@ -14,6 +14,7 @@ from finetune.cli import (
     evaluate,
     export,
     extract,
+    hosted,
     predict,
     probe,
     pull,
@@ -22,6 +23,7 @@ from finetune.cli import (
     retrieve,
     run,
 )
+from finetune.cli.processes import leave
 
 app = typer.Typer(
     name="finetune",
@@ -60,4 +62,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        hosted.call(app)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))

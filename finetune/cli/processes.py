@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from finetune.errors import FinetuneError
+from finetune.cli.refusals import say
+from finetune.errors import FinetuneError, UsageError
 from finetune.launch import check_processes, is_in_job, launch, reported_exit
 from finetune.stopping import end_with_parent
 
@@ -27,18 +29,39 @@ ProcessesOption = Annotated[
     int | None,
     typer.Option("--processes", min=1, help="Share the work among so many processes.", show_default="1"),
 ]
+
+
+class Engine(StrEnum):
+    """What starts the processes."""
+
+    TORCH = "torch"
+    RAY = "ray"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option("--engine", help="Start them on this machine (torch), or on a Ray cluster's (ray).")
+]
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a process may let the others wait, where nobody has said it."""
 
 
-def start_processes(processes: int | None, gpus: int | None, device: str) -> None:
+def start_processes(
+    processes: int | None, gpus: int | None, device: str, engine: Engine = Engine.TORCH
+) -> None:
     """Do the work in several processes, and leave with their exit code; return where one is enough.
 
     Raises:
         UsageError: options contradict each other.
-        EnvironmentFaultError: there are fewer GPUs.
+        EnvironmentFaultError: there are fewer GPUs, or Ray is not there.
     """
-    number = check_processes(processes, gpus, device)
+    if engine is Engine.RAY and processes is None and gpus is None:
+        found = "it does not say how many processes the cluster is to run"
+        raise UsageError("--engine ray", found, "Add --processes N, or --gpus N.")
+    number = check_processes(processes, gpus, device, elsewhere=engine is Engine.RAY)
+    if number is not None and engine is Engine.RAY:
+        from finetune.ray_engine.launch import launch_on_ray
+
+        raise typer.Exit(launch_on_ray(sys.argv[1:], number, gpus is not None, say))
     if number is not None:
         raise typer.Exit(launch(sys.argv[1:], number))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, when it is killed, leaves its processes behind
@@ -62,8 +85,6 @@ def joined_processes(device: str, timeout: float, help: Callable[[World], object
         if not is_main:
             _help(world, help)
         yield world
-    if world.size > 1:
-        _end(0)
 
 
 def _help(world: World, help: Callable[[World], object]) -> NoReturn:
@@ -71,12 +92,15 @@ def _help(world: World, help: Callable[[World], object]) -> NoReturn:
     try:
         help(world)
     except FinetuneError as error:
-        _end(int(error.exit_code))
-    _end(0)
+        raise typer.Exit(int(error.exit_code)) from None
+    raise typer.Exit
 
 
-def _end(code: int) -> NoReturn:
-    """End without taking connections down, where torch was seen to crash after all was done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def leave(code: int) -> NoReturn:
+    """End; one of several processes without taking connections down, where torch was seen to crash."""
+    if is_in_job() and os.environ["WORLD_SIZE"] != "1":
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -13,6 +13,7 @@ from typing import TextIO
 import typer
 
 from finetune.errors import ExitCode, FinetuneError, sanitize
+from finetune.platforms import write_failure
 
 DEBUG_VARIABLE = "FINETUNE_DEBUG"
 
@@ -47,6 +48,8 @@ def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     say(typer.style(f"error: {message}", fg="red"))
     say(fix)
+    if code != ExitCode.INTERRUPTED:
+        write_failure(message, fix)
     if as_json:
         state = "interrupted" if code == ExitCode.INTERRUPTED else "failed"
         hand_over(

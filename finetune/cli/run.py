@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
+from finetune.cli.processes import (
+    Engine,
+    EngineOption,
+    GpusOption,
+    ProcessesOption,
+    joined_processes,
+    start_processes,
+)
 from finetune.cli.refusals import hand_over, refusals, say
 from finetune.cli.series import Member, find_series, fix_backbone, run_series
 from finetune.errors import UsageError
@@ -125,6 +132,7 @@ def run_command(
     ] = False,
     gpus: GpusOption = None,
     processes: ProcessesOption = None,
+    engine: EngineOption = Engine.TORCH,
     stall_timeout: Annotated[
         float,
         typer.Option(
@@ -181,7 +189,7 @@ def run_command(
         if parent is not None:
             end_with_parent(parent[1])
         settings = _read(recipe, flags, words)
-        start_processes(processes, gpus, device or "auto")
+        start_processes(processes, gpus, device or "auto", engine)
         with joined_processes(settings.device, stall_timeout, _help) as world:
             pulse = Pulse(parent[0] if parent is not None else None)
             metrics = _run(settings, output, pulse, allow_changed, world)

@@ -398,4 +398,7 @@ def test_a_run_with_a_tiny_dev_shm_goes_on_by_decoding_itself(
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the training process decodes from here on") == 1
+    before, words, _ = result.stderr.partition("warning: /dev/shm has 0 MB free")
+    assert words and "--shm-size=1g" in result.stderr, "said before anything has failed"
+    assert "epoch" not in before
     assert_same_result(tmp_path / "whole", tmp_path / "small")

@@ -126,7 +126,7 @@ def test_three_processes_of_which_one_has_no_picture_of_the_last_batch(uneven: P
 
 
 def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: Path, tmp_path: Path) -> None:
-    still: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9}
+    still: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9, "epochs": 1}
     one = train(SINGLE, uneven, tmp_path / "one", **still)
     first, second = together(lambda world: train(world, uneven, tmp_path / "two", **still))
     assert all(tensor.equal(second[0][name]) for name, tensor in first[0].items())

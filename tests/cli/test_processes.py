@@ -1,0 +1,157 @@
+"""Commands in several processes: real ones, started by the command itself and by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, draw_folder
+from tests.faults.results import read_metrics
+
+
+def finetune(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "finetune", *words, **variables)
+
+
+def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | variables,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    draw_folder(root / "train", {"red": 21, "blue": 20})
+    draw_folder(root / "val", {"red": 9, "blue": 8})
+    return root
+
+
+def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
+    return ["run", "-b", tiny, "-d", data, "-o", output, "--batch-size", 8, "--epochs", 2, "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def one(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process; nothing in it sees a batch."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    done = finetune(*words_of(tiny, data, output), "-s", "freeze")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def assert_same_figures(one: Path, two: Path) -> None:
+    left, right = read_metrics(one), read_metrics(two)
+    assert left["accuracy"] == right["accuracy"]
+    assert left["loss"] == pytest.approx(right["loss"], abs=1e-4)
+    assert (one / "predictions.csv").read_text().count("\n") == (two / "predictions.csv").read_text().count(
+        "\n"
+    )
+
+
+def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Path) -> None:
+    done = finetune(
+        *words_of(tiny, data, tmp_path / "two"),
+        *("-s", "freeze", "--processes", 2, "--json"),
+        FINETUNE_STALL_TIMEOUT="60",
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_figures(one, tmp_path / "two")
+    assert done.stdout.count("\n") == 1 and '"accuracy"' in done.stdout
+    assert done.stderr.count("features kept") == 1  # said once
+    assert "found from before" not in done.stderr
+    for noise in ("Warning", "torch.distributed", "Traceback", "[rank"):
+        assert noise not in done.stderr
+
+
+def test_torchrun_starts_the_same_run(tiny: Path, data: Path, one: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    done = run(*words, "-m", "finetune", *words_of(tiny, data, tmp_path / "two"), "-s", "freeze")
+    assert done.returncode == 0, done.stderr
+    assert_same_figures(one, tmp_path / "two")
+
+
+def test_a_refusal_is_said_once_with_its_exit_code(tiny: Path, data: Path, tmp_path: Path) -> None:
+    done = finetune(*words_of(tiny, tmp_path / "nowhere", tmp_path / "run"), "--processes", 2)
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_features_and_predictions_are_the_same_bytes(
+    cli: Cli, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    extract = ["extract", "-b", tiny, "-d", data, "--layers", "all"]
+    assert cli(*extract, "-o", tmp_path / "one").exit_code == 0
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = finetune(*extract, "-o", tmp_path / "two", "--processes", 2, **variables)
+    assert done.returncode == 0, done.stderr
+    tables = sorted(path.name for path in (tmp_path / "one").glob("*.csv"))
+    assert len(tables) > 2
+    for name in tables:
+        if name != "index.csv":
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+    (data / "val" / "red" / "torn.jpg").write_bytes(b"no picture")
+    try:
+        predict = ["predict", tiny, data / "val", "--batch-size", 4]
+        assert cli(*predict, "-o", tmp_path / "one.csv").exit_code == 0
+        done = finetune(*predict, "-o", tmp_path / "two.csv", "--processes", 2)
+    finally:
+        (data / "val" / "red" / "torn.jpg").unlink()
+    assert done.returncode == 0, done.stderr
+    for name in ("{}.csv", "{}.csv.bad.csv"):
+        one, two = (tmp_path / name.format(word) for word in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", 1, "--processes", 1], "they ask for the same"),
+        (["--processes", 2, "--device", "cuda:0"], "a GPU of its own"),
+        (["--gpus", 2, "--device", "cpu"], "a GPU of its own"),
+        (["--processes", 0], "0"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: list[object], said: str
+) -> None:
+    done = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *words)
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_gpus_that_are_not_there(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    done = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "--gpus", 64)
+    assert done.exit_code == 78
+    assert "--gpus 64: this machine shows" in done.stderr
+
+
+def test_processes_under_a_launcher(
+    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run"]
+    done = cli(*words, "--processes", 2)
+    assert (done.exit_code, "has started the processes of this job already" in done.stderr) == (2, True)
+    done = cli(*words, "--repeats", 2)
+    assert (done.exit_code, "the processes of one run" in done.stderr) == (2, True)
+    assert cli("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2).exit_code == 2
+
+
+def test_standard_input_cannot_be_shared(tiny: Path, tmp_path: Path) -> None:
+    done = finetune("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2)
+    assert done.returncode == 2, done.stderr
+    assert "cannot share standard input" in done.stderr
