@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ _FAILURE = "finetune/failure"
 _LOOK_SECONDS = 0.05
 _WORDS_SECONDS = 3.0
 """That a process waits for the words of another one that has just failed."""
+_PLACE = re.compile(r"\[[^\]]*\.(cc|cpp|h):\d+\] ?")
+"""In torch's own sources, at the beginning of its words."""
 _OF_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 """In the words of torch's plain RuntimeErrors, when another process is gone or does not answer."""
 
@@ -269,7 +272,7 @@ class World:
         except RuntimeError as error:
             if not is_of_peers(error):
                 raise
-            said = " ".join(str(error).split())
+            said = " ".join(_PLACE.sub("", str(error)).split())
         else:
             return
         raise self.find_failure(said) from None

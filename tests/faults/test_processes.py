@@ -1,4 +1,4 @@
-"""Faults among several processes: none hangs, none is left over, and the run goes on to the same bits (R10)."""
+"""Faults among several processes: none hangs, none is left over, and the run ends in the same bits (R10)."""
 
 from __future__ import annotations
 
@@ -75,16 +75,14 @@ def wait_for(output: Path, process: subprocess.Popen[str]) -> None:
 def assert_none_left(output: Path) -> None:
     """No process works on a run any more."""
     deadline = time.monotonic() + 10
-    while left := [
-        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if works_on(pid, output)
-    ]:
+    while left := [path.name for path in Path("/proc").glob("[0-9]*") if works_on(path, output)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
-def works_on(pid: int, output: Path) -> bool:
+def works_on(process: Path, output: Path) -> bool:
     try:
-        return str(output).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return str(output).encode() in (process / "cmdline").read_bytes()
     except OSError:
         return False
 
