@@ -162,8 +162,11 @@ class World:
 
     def _wait_for(self, key: str) -> None:
         """Look for a key again and again: a collective would give up after its time-out."""
+        self._look_until(lambda: bool(self._store().check([key])))
+
+    def _look_until(self, is_there: Callable[[], bool]) -> None:
         with self.translated():
-            while not self._store().check([key]):
+            while not is_there():
                 if error := self._read_failure():
                     raise error
                 time.sleep(_LOOK_SECONDS)
@@ -249,10 +252,14 @@ class World:
             dist.send_object_list([message], dst=self._ranks[0], group=self._group)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            with self.translated():
-                dist.barrier(group=self._group)
+        """Wait until every process is here, however long that takes."""
+        if self.size == 1:
+            return
+        self._shared += 1
+        key = f"finetune/{self._name}/{self._shared}"
+        with self.translated():
+            self._store().add(key, 1)
+        self._look_until(lambda: self._store().add(key, 0) >= self.size)
 
     # --- when one of them fails ------------------------------------------------------------------
 

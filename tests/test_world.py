@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_process_that_is_killed_is_missed(killed: int) -> None:
         if world.rank == killed:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            world.wait()
+            world.collect(0)
         except LostProcessError as error:
             return error.found
         return None
@@ -113,6 +114,18 @@ def test_a_process_that_is_killed_is_missed(killed: int) -> None:
     others = together(work)
     assert others[killed] is None
     assert "has ended, or does not answer" in others[1 - killed]
+
+
+def test_waiting_outlasts_the_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.processes.TIMEOUT", 1.0)
+
+    def work(world: World) -> str:
+        if world.rank == 1:
+            time.sleep(3)
+        world.wait()
+        return world.share(lambda: time.sleep(3) or "patience")
+
+    assert together(work) == ["patience"] * 2
 
 
 def test_processes_of_one_machine_are_a_world_of_their_own() -> None:

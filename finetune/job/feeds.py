@@ -291,6 +291,7 @@ def _try_to_keep(
         feeds = _keep(source, maker, split)
     except (DataError, OSError) as error:
         fault = error
+    source.world.wait()  # a machine may take much longer than another
     fault = next((one for one in source.world.collect(fault) if one is not None), None)
     return (feeds, None) if fault is None else (None, fault)
 
