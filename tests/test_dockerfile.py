@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 from dockerfile_parse import DockerfileParser
 from dockerfile_parse.util import WordSplitter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the image's own script belongs to no package
+
+from deploy import health
 
 ROOT = Path(__file__).parents[1]
 SECRET = re.compile(r"passw|secret|token|credential|api_?key|private_?key", re.IGNORECASE)
@@ -70,13 +75,23 @@ def test_the_build_tools_stay_in_a_stage_of_their_own() -> None:
     assert any(re.search(r"--from=build\b", value) for value in values("COPY"))
 
 
-def test_every_base_has_a_tag_and_none_is_latest() -> None:
+def test_every_stage_begins_at_one_base_that_is_pinned_and_can_be_replaced() -> None:
     named = {match[1] for value in values("FROM") if (match := re.search(r"\bAS\s+(\S+)$", value, re.I))}
     bases = [value.split()[0] for value in values("FROM")]
-    foreign = [base for base in bases if base not in named]
-    assert foreign
-    assert all(re.fullmatch(r"[\w./-]+:[\w.-]+(@sha256:[0-9a-f]{64})?", base) for base in foreign)
-    assert not any(re.search(r":latest\b", base) for base in foreign)
+    assert [base for base in bases if base not in named] == ["${BASE}"]
+    assert re.fullmatch(r"python:3\.11-slim-\w+@sha256:[0-9a-f]{64}", pairs("ARG")["BASE"])
+
+
+def test_what_others_wrote_is_compared_with_its_hash_and_never_built() -> None:
+    installs = [line for value in values("RUN") for line in re.findall(r"\bpip install [^;&]*", value)]
+    locked, torch, package = installs
+    assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(locked.split())
+    assert re.search(r"--requirement \S*requirements/\$FLAVOUR\.lock", locked)
+    assert {"--no-deps", "--only-binary"} <= set(torch.split()), (
+        "the versions of cpu-torch.txt, and no others"
+    )
+    assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(package.split()), "nothing unlocked"
+    assert any("pip check" in value for value in values("RUN"))
 
 
 def test_the_job_does_not_run_as_root() -> None:
@@ -94,9 +109,31 @@ def test_the_entry_point_is_the_console_script() -> None:
 def test_signals_volumes_and_working_folder() -> None:
     stage = last_stage()
     assert stage["STOPSIGNAL"] == "SIGTERM"
-    assert stage["VOLUME"] == '["/data", "/runs", "/cache"]'
+    assert stage["VOLUME"] == '["/data", "/runs", "/cache", "/tmp"]', (
+        "all that is written to: a read-only root"
+    )
     assert stage["WORKDIR"] == "/", "the default output is runs/..., and must lie in the volume"
-    assert stage["HEALTHCHECK"] == "NONE"
+
+
+def test_caches_are_in_a_volume() -> None:
+    folders = {name: value for name, value in pairs("ENV").items() if re.search(r"HOME|DIR$", name)}
+    assert {"HOME", "HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"} <= set(folders)
+    assert all(value == "/cache" or value.startswith("/cache/") for value in folders.values())
+
+
+def test_volumes_are_open_to_every_user() -> None:
+    assert any(re.search(r"install -d -m 1777 .*/data /runs /cache", value) for value in values("RUN"))
+
+
+def test_the_health_check_is_the_script_that_is_copied_and_ends_in_time() -> None:
+    options, _, command = last_stage()["HEALTHCHECK"].partition(" CMD ")
+    assert json.loads(command) == ["python", "-IS", "/opt/finetune/health.py"]
+    assert re.search(
+        r"COPY .*deploy/health\.py /opt/finetune/health\.py", (ROOT / "Dockerfile").read_text("utf-8")
+    )
+    timeout = re.search(r"--timeout=(\d+)s", options)
+    assert timeout
+    assert float(timeout[1]) > health.SECONDS
 
 
 def test_nothing_is_fetched_by_add() -> None:
@@ -133,7 +170,7 @@ def test_labels_agree_with_the_package() -> None:
 def test_every_package_is_copied() -> None:
     wanted = {name.rstrip("*") for name in project()["tool"]["setuptools"]["packages"]["find"]["include"]}
     copied = {word.rstrip("/") for value in values("COPY") for word in value.split()[:-1]}
-    assert wanted <= copied
+    assert wanted | {"requirements"} <= copied
     assert {"pyproject.toml", project()["project"]["readme"], "LICENSE"} <= copied
 
 
@@ -170,6 +207,7 @@ def translate(pattern: str) -> str:
         "photos/train/ants/1.jpg",
         "tests/conftest.py",
         "weights.safetensors",
+        "deploy/prove-image.sh",
         "finetune/__pycache__/errors.cpython-312.pyc",
     ],
 )
@@ -183,4 +221,7 @@ def test_the_package_goes_in_whole() -> None:
     sources = [file for file in files if "__pycache__" not in file.parts]
     assert {"errors.py", "sizes.csv", "top.yaml"} <= {file.name for file in sources}
     assert [file for file in sources if is_ignored(file.relative_to(ROOT).as_posix())] == []
-    assert not any(is_ignored(name) for name in ("pyproject.toml", "README.md", "LICENSE"))
+    assert not any(
+        is_ignored(name) for name in ("pyproject.toml", "README.md", "LICENSE", "deploy/health.py")
+    )
+    assert not any(is_ignored(f"requirements/{file.name}") for file in (ROOT / "requirements").iterdir())
