@@ -19,7 +19,8 @@ PACKAGES = ("finetune", "pretrained")
 FLOORS = (
     ("finetune", "finetune.errors"),
     ("pretrained",),
-    ("finetune.pulse", "finetune.memory", "finetune.stopping", "finetune.world"),
+    ("finetune.pulse", "finetune.memory", "finetune.stopping", "finetune.rank"),
+    ("finetune.world",),
     ("finetune.runtime", "finetune.display"),
     ("finetune.recipe",),
     ("finetune.runs",),

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from finetune.errors import DataError, ExitCode, FinetuneError, LostProcessError, UsageError
-from finetune.world import SINGLE, World, find_rank
+from finetune.rank import find_rank
+from finetune.world import SINGLE, World
 from tests.processes import together
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from finetune.data.loader import plan_epoch, take_share
 from finetune.errors import EnvironmentFaultError, InterruptedRunError, LostProcessError
+from finetune.rank import Rank
 from finetune.training.progress import Progress
 from finetune.training.trainer import Trainer
-from finetune.world import SINGLE, Rank, World
+from finetune.world import SINGLE, World
 from tests.conftest import draw_folder
 from tests.processes import together
 from tests.training.helpers import (
