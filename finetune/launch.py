@@ -40,8 +40,8 @@ def is_started_here() -> bool:
 
 
 def is_in_job() -> bool:
-    """Return whether any launcher has started this process as one of a job's."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    """Return whether any launcher has started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def check_processes(
@@ -82,7 +82,7 @@ def _check_gpus(gpus: int) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < gpus:
         found = f"this machine shows {count} CUDA devices to torch {torch.__version__}"
-        fix = "Ask for fewer, or check the driver and CUDA_VISIBLE_DEVICES. --processes N needs no GPU."
+        fix = "Ask for fewer, look at the driver, or take --processes N --device cpu."
         raise EnvironmentFaultError(f"--gpus {gpus}", found, fix)
 
 
@@ -95,7 +95,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         processes: at least one.
     """
     # torch's launcher says in its own words what the processes say in ours.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         report = Path(folder) / "exit"
         os.environ.update(_environment(report, processes))

@@ -58,7 +58,7 @@ class World:
         self.place = place or Rank()
         self._group, self._ranks, self._name = group, ranks, name
         self.machine = machine or self
-        self._shared = 0
+        self._shared = self._merged = 0
 
     @property
     def rank(self) -> int:
@@ -160,20 +160,25 @@ class World:
         """
         if self.size == 1:
             yield from own
-        elif self.is_main:
-            yield from self._receive_turns(own)
+            return
+        self._merged += 1
+        enough = f"finetune/{self._name}/enough/{self._merged}"
+        if self.is_main:
+            yield from self._receive_turns(own, enough)
         else:
-            self._send_all(own)
+            self._send_all(own, enough)
 
-    def _send_all(self, own: Iterator[T]) -> None:
+    def _send_all(self, own: Iterator[T], enough: str) -> None:
         try:
             for item in own:
                 self._send(("item", item))
+                if self._store().check([enough]):
+                    break
             self._send(("end", None))
         except (FinetuneError, OSError) as error:
             self._send(("error", error))
 
-    def _receive_turns(self, own: Iterator[T]) -> Iterator[T]:
+    def _receive_turns(self, own: Iterator[T], enough: str) -> Iterator[T]:
         left = set(range(1, self.size))
         try:
             for item in own:
@@ -183,7 +188,9 @@ class World:
             for rank in sorted(left):  # one more than here, where the last turn was not whole
                 yield from self._receive(rank, left)
         finally:
-            while left:  # whoever stops listening lets the others come to their end
+            if left:  # whoever stops listening tells the others, and lets them come to their end
+                self._store().set(enough, "1")
+            while left:
                 for rank in sorted(left):
                     with suppress(FinetuneError, OSError):
                         list(self._receive(rank, left))
@@ -222,11 +229,18 @@ class World:
 
     def publish(self, error: FinetuneError) -> None:
         """Tell the others why this process ends, so that all do for the same reason; the first one counts."""
-        if self.size == 1 or isinstance(error, LostProcessError):
+        if self.size == 1:
             return
-        words = {"rank": dist.get_rank(), "asked": error.asked, "found": error.found, "fix": error.fix}
+        words = {
+            "rank": dist.get_rank(),
+            "asked": error.asked,
+            "found": error.found,
+            "fix": error.fix,
+            "code": int(error.exit_code),
+            "lost": isinstance(error, LostProcessError),
+        }
         with suppress(RuntimeError):  # a store that is gone has no readers
-            self._store().compare_set(_FAILURE, "", json.dumps(words | {"code": int(error.exit_code)}))
+            self._store().compare_set(_FAILURE, "", json.dumps(words))
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -254,7 +268,7 @@ class World:
                     return error
                 time.sleep(_LOOK_SECONDS)
         found = f"another process of it has ended, or does not answer ({said[:160]})"
-        return LostProcessError(f"the run, process {self.rank} of {self.size}", found, _AGAIN)
+        return LostProcessError(f"process {self.rank} of {self.size}", found, _AGAIN)
 
     def read_failure(self) -> FinetuneError | None:
         """Return why another process has ended, where it has said so."""
@@ -271,7 +285,8 @@ class World:
         words = json.loads(store.get(_FAILURE))
         if words["rank"] == dist.get_rank():
             return None
-        error = FinetuneError(f"process {words['rank']}, {words['asked']}", words["found"], words["fix"])
+        kind = LostProcessError if words["lost"] else FinetuneError
+        error = kind(f"process {words['rank']}, {words['asked']}", words["found"], words["fix"])
         error.exit_code = ExitCode(words["code"])
         return error
 
@@ -288,7 +303,7 @@ def _made_or_failed(make: Callable[[], Any]) -> list[Any]:
         return [None, error]
 
 
-_AGAIN = "Give the same command again, with the same --output, to go on from the last checkpoint."
+_AGAIN = "Give the same command again, with the same --output, to go on."
 SINGLE = World()
 """The world of a process that is alone."""
 
@@ -318,13 +333,18 @@ def join_world(device: str, timeout: float) -> World:
     if ":" in device:
         fix = "Take --device cuda: each process takes a GPU of its own."
         raise UsageError(f"--device {device}", f"there are {place.size} processes", fix)
-    limit = timedelta(seconds=timeout)
+    limit, on_gpu = timedelta(seconds=timeout), device != "cpu" and torch.cuda.is_available()
     if not dist.is_initialized():
-        _connect(place, device != "cpu" and torch.cuda.is_available(), limit)
+        _connect(place, on_gpu, limit)
     group: Any = dist.new_group(backend="gloo", timeout=limit)
     everybody = tuple(range(place.size))
-    hosts: list[Any] = [None] * place.size
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    found: list[Any] = [None] * place.size
+    gpu = str(torch.cuda.get_device_properties(choose_device(place)).uuid) if on_gpu else ""
+    dist.all_gather_object(found, (socket.gethostname(), gpu), group=group)
+    if on_gpu and len(set(found)) < place.size:  # NCCL would say so later, in words of its own
+        shown = f"{place.size} processes have {len(set(found))} GPUs between them"
+        raise EnvironmentFaultError("a GPU for each process", shown, "Start fewer, or take --device cpu.")
+    hosts = [host for host, _ in found]
     machines = {host: tuple(rank for rank in everybody if hosts[rank] == host) for host in hosts}
     if len(machines) == 1:
         return World(place, group, everybody)

@@ -85,6 +85,24 @@ def test_whoever_stops_listening_does_not_leave_the_others_waiting() -> None:
     assert together(work) == ["next"] * 2
 
 
+def test_whoever_stops_listening_stops_the_others() -> None:
+    made = 0
+
+    def items(world: World) -> Iterator[int]:
+        nonlocal made
+        for number in range(world.rank, 10_000, world.size):
+            made += 1
+            yield number
+
+    def work(world: World) -> int:
+        for item in world.merge(items(world)):
+            if item == 3:
+                break
+        return made
+
+    assert max(together(work)) < 5_000
+
+
 def test_a_failure_reaches_the_others_in_its_own_words() -> None:
     def work(world: World) -> tuple[str, int] | None:
         if world.rank == 1:
@@ -99,6 +117,18 @@ def test_a_failure_reaches_the_others_in_its_own_words() -> None:
 
     said, nothing = together(work)
     assert (said, nothing) == (("process 1, --data x: it is not there", ExitCode.DATA), None)
+
+
+def test_a_loss_keeps_being_one() -> None:
+    def work(world: World) -> FinetuneError | None:
+        if world.rank == 1:
+            world.publish(LostProcessError("training, step 7", "memory ran out", "Start it again."))
+            return None
+        return world.find_failure("gone")
+
+    error, _ = together(work)
+    assert isinstance(error, LostProcessError)
+    assert error.message == "process 1, training, step 7: memory ran out"
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -41,6 +42,8 @@ class Engine(StrEnum):
 EngineOption = Annotated[
     Engine, typer.Option("--engine", help="Start them on this machine (torch), or on a Ray cluster's (ray).")
 ]
+_LEAVE_SECONDS = 15.0
+"""That the main process has to write why all end: launchers end it as soon as another one has ended."""
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a process may let the others wait, where nobody has said it."""
 
@@ -77,7 +80,9 @@ def joined_processes(device: str, timeout: float, help: Callable[[World], object
         timeout: seconds that a process may let the others wait; 0 takes the default.
         help: what the others do.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = not is_in_job() or os.environ["RANK"] == "0"
+    if is_in_job():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch: frames of C++ help nobody
     with reported_exit(is_main):
         from finetune.world import SINGLE, join_world
 
@@ -89,16 +94,22 @@ def joined_processes(device: str, timeout: float, help: Callable[[World], object
 
 def _help(world: World, help: Callable[[World], object]) -> NoReturn:
     """Help in silence: what goes wrong here, the main process says."""
+    from finetune.job.outcome import explained
+    from finetune.world import leave_world
+
     try:
-        help(world)
+        with explained(world):
+            help(world)
     except FinetuneError as error:
+        leave_world(world)  # so that the others notice
+        time.sleep(_LEAVE_SECONDS)
         raise typer.Exit(int(error.exit_code)) from None
     raise typer.Exit
 
 
 def leave(code: int) -> NoReturn:
     """End; one of several processes without taking connections down, where torch was seen to crash."""
-    if is_in_job() and os.environ["WORLD_SIZE"] != "1":
+    if is_in_job():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

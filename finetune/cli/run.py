@@ -20,7 +20,7 @@ from finetune.cli.processes import (
 from finetune.cli.refusals import hand_over, refusals, say
 from finetune.cli.series import Member, find_series, fix_backbone, run_series
 from finetune.errors import UsageError
-from finetune.launch import is_in_job
+from finetune.launch import is_in_job, is_started_here
 from finetune.pulse import Pulse, find_parent
 from finetune.stopping import end_with_parent
 from finetune.supervisor import Supervisor
@@ -172,6 +172,9 @@ def run_command(
         if is_in_job() and (repeats > 1 or folds > 1):
             found = "a launcher has started the processes of one run"
             raise UsageError("--repeats or --folds", found, "Start without it, with --gpus N.")
+        if (gpus or processes) and (repeats > 1 or folds > 1) and not stall_timeout:
+            found = "without a process that watches, the runs of a series have one process each"
+            raise UsageError("--stall-timeout 0", found, "Leave it out.")
         if series := find_series(repeats, folds, lambda: _read(recipe, flags, words).seed, output):
 
             def run_here(member: Member) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def run_command(
             run_series(named, stall_timeout, run_here, as_json)
             return
         parent = find_parent()
-        if parent is None and stall_timeout > 0 and not is_in_job():
+        if parent is None and stall_timeout > 0 and not is_in_job() and not is_started_here():
             _watch_over(stall_timeout)
         if parent is not None:
             end_with_parent(parent[1])

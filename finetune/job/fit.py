@@ -166,6 +166,9 @@ def _train_together(
     with clock.phase("measure"):
         if recipe.strategy.name != "scratch":  # random features are not worth measuring
             trainer.standardize_head(keep=keeps)
+    if recipe.training.sync_batch_norm and world.size > 1:
+        synchronize_batch_norm(network)  # not before features are measured by one
+    world.wait()  # one machine may have been faster
     with clock.phase("train"), work.stop.gently():
         trainer.fit()
     if world.is_main:
@@ -193,10 +196,7 @@ def _build_trainer(work: Work, feeds: Feeds) -> Trainer:
     assert precision != "auto"
     loss = build_loss(settings, work.dataset.counts("train")).to(ready.placement.device)
     train, val = feeds.feeds["train"], feeds.feeds["val"]
-    network = ready.backbone.network
-    if settings.sync_batch_norm and work.world.size > 1:
-        network = synchronize_batch_norm(network)
-    task = Task(network, ready.plan, loss, train, val, work.dataset.num_classes, feeds.split)
+    task = Task(ready.backbone.network, ready.plan, loss, train, val, work.dataset.num_classes, feeds.split)
     store = CheckpointStore(work.folder.checkpoints, work.claim.attempt, work.claim.check_owner)
     return Trainer(
         task,

@@ -8,14 +8,11 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune.data.sample import Dataset
 from finetune.display import SilentDisplay
-from finetune.errors import FinetuneError, InternalError
 from finetune.job.attempt import Clock, Work
 from finetune.job.fit import help_fit
 from finetune.job.outcome import translated_errors
@@ -62,27 +59,13 @@ def share_work(work: Work | None, world: World) -> None:
         share_weights(work.ready.backbone.network, world)
 
 
-@contextmanager
-def _explained(world: World) -> Iterator[None]:
-    """Turn an unforeseen error into one whose words reach the main process."""
-    try:
-        yield
-    except FinetuneError:
-        raise
-    except Exception as error:
-        where = "".join(traceback.format_tb(error.__traceback__)[-2:])
-        found = " ".join(f"{type(error).__name__}: {error}, at {where}".split())
-        fix = "This is our fault: please report it with run.log."
-        raise InternalError(f"the run, process {world.rank}", found, fix) from error
-
-
 def help_run(world: World) -> None:
     """Wait for the main process of a run, and do this process's part of the work.
 
     Raises:
         FinetuneError: this process or another one has failed.
     """
-    with StopSignal() as stop, translated_errors(world=world), _explained(world), world.translated():
+    with StopSignal() as stop, translated_errors(world=world):
         with stop.gently():  # the main process may be asked as well, and then says so
             orders: _Orders | None = world.receive()
         if orders is None:

@@ -41,6 +41,21 @@ def translated_errors(output: str = "", world: World = SINGLE) -> Iterator[None]
 
 
 @contextmanager
+def explained(world: World) -> Iterator[None]:
+    """Turn what nobody foresaw in a process that helps into words for the main one."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        where = " ".join(traceback.format_tb(error.__traceback__)[-1].split("\n")[0].split())
+        fix = "This is our fault: please report it."
+        internal = InternalError("the run", f"{_last_line(error)} ({where})", fix)
+        world.publish(internal)
+        raise internal from error
+
+
+@contextmanager
 def _translated(output: str, world: World) -> Iterator[None]:
     try:
         with world.translated():
@@ -79,7 +94,7 @@ def recorded_outcome(claim: Claim, display: Display, world: World = SINGLE) -> I
     folder = claim.folder
     folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
     try:
-        with translated_errors(str(folder.path), world):
+        with _translated(str(folder.path), world):  # the others are told when it is written
             yield
             claim.check_owner()
     except TakenOverError:

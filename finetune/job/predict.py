@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from finetune import __version__
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.inputs import Input, Inputs, find_inputs
 from finetune.display import Display
-from finetune.errors import DataError, InterruptedRunError, UsageError
+from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError
 from finetune.job.outcome import translated_errors
 from finetune.job.prediction_progress import Fingerprint, Progress
 from finetune.job.prediction_rows import Rows, find_format
@@ -107,8 +107,17 @@ def _help(inputs: Inputs, predictor: Predictor, world: World) -> dict[str, Any]:
             batches = split_batches(islice(inputs.open(), start, None), predictor.batch_size)
             own = islice(batches, world.rank, None, world.size)
             answers = predictor.answer(own, _open)
-            list(world.merge(takewhile(lambda _: not stop.asked, answers)))
+            list(world.merge(_until_stopped(answers, stop)))
     return {}
+
+
+def _until_stopped(answers: Iterator[Answer[Input]], stop: StopSignal) -> Iterator[Answer[Input]]:
+    """Give answers on; whoever asks this process to stop asks for the end of all, and of no list."""
+    for answer in answers:
+        yield answer
+        if stop.asked:
+            found = "one of its processes was asked to stop"
+            raise InterruptedRunError("predicting", found, "Give the same command again to go on.")
 
 
 def _find_inputs(request: Request, world: World) -> Inputs:
@@ -222,13 +231,17 @@ class _Work:
         if not began_at:
             self.growing.write(self.rows.header())
         with StopSignal() as stop, stop.gently(), self._bar() as advance:
-            for answer in self._answers(source):
-                self._write(answer)
-                self.growing.save(self.progress.to_dict())
-                speed = (self.progress.done - began_at) / (time.perf_counter() - began)
-                advance(len(answer.asked), f"{speed:.1f} images/s")
-                if stop.asked:
-                    raise self._interrupted()
+            try:
+                for answer in self._answers(source):
+                    self._write(answer)
+                    self.growing.save(self.progress.to_dict())
+                    speed = (self.progress.done - began_at) / (time.perf_counter() - began)
+                    advance(len(answer.asked), f"{speed:.1f} images/s")
+                    if stop.asked:
+                        raise self._interrupted()
+            except InterruptedRunError as error:
+                found = self._interrupted()  # keeps what there is
+                raise error if isinstance(error, LostProcessError) else found from None
         seconds = time.perf_counter() - began
         self._finish()
         self._report(seconds, began_at)
@@ -262,19 +275,23 @@ class _Work:
 
     def _answers(self, source: Iterator[Input]) -> Iterator[Answer[Input]]:
         """Yield what comes of each batch; by then, ``progress`` counts it."""
-        digests: deque[str] = deque()
+        taken: deque[tuple[list[Input], str]] = deque()
 
         def batches() -> Iterator[list[Input]]:
             for number, batch in enumerate(split_batches(source, self.predictor.batch_size)):
                 for one in batch:
                     self.fingerprint.add(one)
-                digests.append(self.fingerprint.value())
+                taken.append((batch, self.fingerprint.value()))
                 if number % self.world.size == 0:  # the others have theirs from their own walk
                     yield batch
 
         for answer in self.world.merge(self.predictor.answer(batches(), _open)):
-            self.progress.done += len(answer.asked)
-            self.progress.digest = digests.popleft()
+            batch, digest = taken.popleft()
+            if list(answer.asked) != batch:
+                fix = "Leave the images alone while they are predicted, and give the same command again."
+                raise DataError(self.inputs.asked, "images came or went meanwhile", fix)
+            self.progress.done += len(batch)
+            self.progress.digest = digest
             yield answer
 
     def _write(self, answer: Answer[Input]) -> None:

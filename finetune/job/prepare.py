@@ -173,9 +173,15 @@ def _batch_bytes(recipe: Recipe, num_train: int, card: Card, world: World) -> in
 
 
 def _check_batch_norm(recipe: Recipe, device: torch.device, world: World) -> None:
-    if recipe.training.sync_batch_norm and world.size > 1 and device.type != "cuda":
+    asked = "training.sync_batch_norm=true"
+    if not recipe.training.sync_batch_norm or world.size == 1:
+        return
+    if device.type != "cuda":
         found = "torch synchronises BatchNorm between GPUs only"
-        raise EnvironmentFaultError("training.sync_batch_norm=true", found, "Leave it out, or use --gpus.")
+        raise EnvironmentFaultError(asked, found, "Leave it out, or use --gpus.")
+    if recipe.training.microbatch:
+        found = "training.microbatch may give processes different numbers of parts, which wait for each other"
+        raise UsageError(asked, found, "Drop one of the two.")
 
 
 def _plan(recipe: Recipe, backbone: Backbone) -> Plan:

@@ -326,7 +326,7 @@ def _open_loader(source: Source, part: Part, batch_size: int, world: World, stac
     preprocessing = network.backbone.card.preprocessing
     batch_bytes = batch_size * 3 * preprocessing.img_size**2
     asked = recipe.data.workers
-    workers = resolve_workers(network.placement.device, batch_bytes) if asked == "auto" else asked
+    workers = resolve_workers(network.placement.device, batch_bytes, world.size) if asked == "auto" else asked
     samples = source.dataset.of(part)
     loader = Loader(
         source.dataset,

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -42,17 +43,19 @@ class Share:
     """A process's share of a batch.
 
     Attributes:
+        batch: what the process learns from; none is possible.
         num_images: of the whole batch.
         factor: what the process's mean loss is multiplied by; DistributedDataParallel divides by the size.
         lost: why, for each picture of the whole batch that could not be read.
     """
 
+    batch: Batch
     num_images: int
     factor: float
     lost: dict[str, str]
 
 
-def find_share(world: World, batch: Batch, loss: nn.Module, mixes: bool) -> Share:
+def find_share(world: World, batch: Batch, loss: nn.Module, mixes: bool, least: int) -> Share:
     """Return a process's share of a batch, as all processes know it.
 
     Args:
@@ -60,17 +63,21 @@ def find_share(world: World, batch: Batch, loss: nn.Module, mixes: bool) -> Shar
         batch: this process's pictures of it; none is possible.
         loss: whose class weights count, unless labels are mixed.
         mixes: labels become soft.
+        least: pictures that may go through the network at a time. Where some were lost, fewer may be left;
+            then none of them is learnt from.
     """
-    number = len(batch.labels)
     if world.size == 1:
-        return Share(number, 1.0, batch.lost)
+        return Share(batch, len(batch.labels), 1.0, batch.lost)
+    if batch.lost and len(batch.labels) < least:
+        batch = Batch(batch.images[:0], batch.labels[:0], batch.indices[:0], batch.lost)
+    number = len(batch.labels)
     weights = None if mixes else getattr(loss, "weight", None)
     own = float(number) if weights is None else weights[batch.labels].double().sum().item()
     images, whole, num_lost = world.sum(number, own, len(batch.lost))
     lost: dict[str, str] = {}
     for some in world.collect(batch.lost) if num_lost else ():
         lost |= some
-    return Share(int(images), own / whole * world.size if whole else 0.0, lost)
+    return Share(batch, int(images), own / whole * world.size if whole else 0.0, lost)
 
 
 class _Forward(nn.Module):
@@ -97,17 +104,14 @@ class Replicas:
         self._module, self._world = _Forward(network, forward), world
         self._connected: DistributedDataParallel | None = None
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether :meth:`connect` was called."""
-        return self._connected is not None
-
     def connect(self, has_unused: bool) -> None:
         """Give every process the main one's weights, and add up gradients from now on.
 
         Args:
             has_unused: some learnable weights have no part in the loss, in any process.
         """
+        if self._connected is not None:
+            return
         with self._world.translated(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 has no other word for it
             # Statistics are averaged after the step, where every process goes by.
@@ -175,9 +179,14 @@ def share_weights(network: nn.Module, world: World) -> None:
         network.load_state_dict(state)
 
 
-def synchronize_batch_norm(network: nn.Module) -> nn.Module:
-    """Let every BatchNorm see the batch of all processes (torch's SyncBatchNorm; on GPUs only)."""
-    from timm.layers import convert_sync_batchnorm
+def synchronize_batch_norm(network: nn.Module) -> None:
+    """Let every BatchNorm inside see the batch of all processes (torch's SyncBatchNorm; on GPUs only).
 
-    converted: nn.Module = convert_sync_batchnorm(network)
-    return converted
+    From then on a forward in train mode is a step that all take together.
+    """
+    convert_sync_batchnorm(network)
+
+
+def waits_in_forward(network: nn.Module) -> bool:
+    """Return whether processes wait for each other while pictures go through a network in train mode."""
+    return any(isinstance(layer, nn.SyncBatchNorm) for layer in network.modules())

@@ -47,7 +47,7 @@ from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.compiled import build_forward
 from finetune.training.finite import compute_norm, is_finite
-from finetune.training.gradient import Gradient, KeptBuffers, is_learnable
+from finetune.training.gradient import Gradient, KeptBuffers, is_learnable, least_part
 from finetune.training.history import Listener, add_row, write_history
 from finetune.training.narrator import Narrator
 from finetune.training.optimizer import build_mixer, build_optimizer
@@ -217,16 +217,17 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> bool:
         """Learn from one batch; false when training went back to the start of the epoch."""
-        share = find_share(self.world, batch, self.task.loss, self.gradient.mixer is not None)
+        least, mixes = least_part(self.task.network), self.gradient.mixer is not None
+        share = find_share(self.world, batch, self.task.loss, mixes, least)
         if share.lost:
             self._note_lost(share.lost)
         if is_learnable(self.task.network, share.num_images, bool(share.lost)):
             self._set_rates()
             self._buffers.keep()
-            loss = self.tries.compute(batch, share, self.progress, self._buffers)
+            loss = self.tries.compute(share, self.progress, self._buffers)
             loss, usable = agree(self.world, loss, self._is_usable(loss))
             if usable:
-                average_statistics(self.world, self.task.network, len(batch.labels), share.num_images)
+                average_statistics(self.world, self.task.network, len(share.batch.labels), share.num_images)
                 self._update()
                 self._loss_sum += loss.double() * share.num_images
                 self.progress.num_seen += share.num_images

@@ -10,7 +10,7 @@ from finetune.errors import LostProcessError
 from finetune.memory import is_out_of_memory, release_memory
 from finetune.runtime import seed_everything
 from finetune.training.gradient import Gradient, KeptBuffers, describe_parts, halve_or_refuse, least_part
-from finetune.training.parallel import REHEARSALS, Share
+from finetune.training.parallel import REHEARSALS, Share, waits_in_forward
 from finetune.training.progress import Progress
 from finetune.training.task import Task
 from finetune.world import World
@@ -20,7 +20,8 @@ class Tries:
     """Computes gradients of one training.
 
     Several processes wait for each other while gradients are added up, so that one that runs out of memory
-    there takes all of them with it. So they rehearse steps alone, and agree on the size of the parts.
+    there takes all of them with it. So they rehearse steps alone, and agree on the size of the parts; but not
+    where they wait for each other in the forward pass too (SyncBatchNorm).
 
     Args:
         task: network, loss and data.
@@ -44,12 +45,11 @@ class Tries:
         self.world, self.display = world, display
         self._rehearsals = REHEARSALS if gradient.replicas is not None else 0
 
-    def compute(self, batch: Batch, share: Share, progress: Progress, buffers: KeptBuffers) -> torch.Tensor:
+    def compute(self, share: Share, progress: Progress, buffers: KeptBuffers) -> torch.Tensor:
         """Return the loss, with the gradient in place.
 
         Args:
-            batch: this process's part of it.
-            share: what that is of the whole.
+            share: of the batch, which is this process's.
             progress: whose microbatch may become smaller.
             buffers: kept before the step.
 
@@ -57,17 +57,21 @@ class Tries:
             EnvironmentFaultError: one image at a time is too much for the memory.
             LostProcessError: memory ran out in this process while others waited for it.
         """
+        batch, replicas = share.batch, self.gradient.replicas
         if not len(batch.labels):
             batch = self._stand_in(batch)
+        if replicas is not None and waits_in_forward(self.task.network):
+            self._rehearsals = 0
+            replicas.connect(has_unused=True)
         while self._rehearsals:
             self._rehearse(batch, share, progress, buffers)
         while True:
             found = self._try(batch, share, progress)
             if not isinstance(found, str):
                 return found
-            if self.gradient.replicas is not None:
-                asked, fix = f"step {progress.step + 1} in process {self.world.rank}", "Start it again."
-                raise LostProcessError(asked, f"memory ran out, and others wait for it ({found})", fix)
+            if replicas is not None:
+                asked, fix = f"training, step {progress.step + 1}", "Start it again, or lower --batch-size."
+                raise LostProcessError(asked, f"memory ran out while others waited ({found})", fix)
             buffers.give_back()
             self._halve(progress, len(batch.labels), found)
 
@@ -109,8 +113,7 @@ class Tries:
             self._rehearsals = REHEARSALS
             self._halve(progress, -(-share.num_images // self.world.size), said[0])
             return
-        if not replicas.is_connected:
-            replicas.connect(self.world.any(has_unused))
+        replicas.connect(self.world.any(has_unused))
         self._rehearsals -= 1
 
     def _stand_in(self, batch: Batch) -> Batch:

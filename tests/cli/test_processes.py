@@ -142,13 +142,49 @@ def test_processes_under_a_launcher(
     cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run"]
     done = cli(*words, "--processes", 2)
     assert (done.exit_code, "has started the processes of this job already" in done.stderr) == (2, True)
     done = cli(*words, "--repeats", 2)
     assert (done.exit_code, "the processes of one run" in done.stderr) == (2, True)
     assert cli("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2).exit_code == 2
+
+
+@pytest.mark.parametrize("leftover", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_leftovers_of_a_launcher_are_no_job(
+    cli: Cli,
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leftover: dict[str, str],
+) -> None:
+    for name, value in leftover.items():
+        monkeypatch.setenv(name, value)
+    done = cli(*words_of(tiny, data, tmp_path / "run"), "-s", "freeze", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert '"accuracy"' in done.stdout
+
+
+def test_a_series_needs_a_process_that_watches(cli: Cli, tiny: Path, data: Path, tmp_path: Path) -> None:
+    words = words_of(tiny, data, tmp_path / "run")
+    done = cli(*words, "--repeats", 2, "--processes", 2, "--stall-timeout", 0)
+    assert (done.exit_code, "have one process each" in done.stderr) == (2, True)
+
+
+def test_a_process_that_is_asked_to_stop_ends_no_list() -> None:
+    """Its last answer would look like the last of all."""
+    from finetune.errors import InterruptedRunError
+    from finetune.job.predict import _until_stopped
+    from finetune.stopping import StopSignal
+
+    stop = StopSignal()
+    answers = _until_stopped(iter(["one", "two"]), stop)  # type: ignore[arg-type]
+    assert next(answers) == "one"
+    stop.asked = True
+    with pytest.raises(InterruptedRunError):
+        next(answers)
 
 
 def test_standard_input_cannot_be_shared(tiny: Path, tmp_path: Path) -> None:

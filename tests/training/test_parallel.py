@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.data.loader import plan_epoch, take_share
+from finetune.data.loader import Batch, plan_epoch, take_share
 from finetune.errors import EnvironmentFaultError, InterruptedRunError, LostProcessError
 from finetune.rank import Rank
+from finetune.training.parallel import find_share, synchronize_batch_norm, waits_in_forward
 from finetune.training.progress import Progress
 from finetune.training.trainer import Trainer
 from finetune.world import SINGLE, World
@@ -128,9 +129,12 @@ def test_three_processes_of_which_one_has_no_picture_of_the_last_batch(uneven: P
 
 
 def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: Path, tmp_path: Path) -> None:
-    still: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9, "epochs": 1}
-    one = train(SINGLE, uneven, tmp_path / "one", **still)
-    first, second = together(lambda world: train(world, uneven, tmp_path / "two", **still))
+    def still(world: World) -> Ended:
+        words: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9, "epochs": 1}
+        return train(world, uneven, tmp_path / str(world.size), **words)
+
+    one = still(SINGLE)
+    first, second = together(still)
     assert all(tensor.equal(second[0][name]) for name, tensor in first[0].items())
     mean, variance = "stage1.1.running_mean", "stage1.1.running_var"
     torch.testing.assert_close(first[0][mean], one[0][mean], atol=1e-5, rtol=1e-5)
@@ -170,6 +174,25 @@ def test_weights_that_learn_nothing_are_no_obstacle(uneven: Path, tmp_path: Path
     assert_close(one, first)
 
 
+def test_where_processes_wait_in_the_forward_nothing_is_rehearsed(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SyncBatchNorm itself works on GPUs only."""
+    monkeypatch.setattr("finetune.training.tries.waits_in_forward", lambda _: True)
+    monkeypatch.setattr("finetune.training.tries.Tries._rehearse", None)
+    one = train(SINGLE, uneven, tmp_path / "one")
+    assert_close(one, together(lambda world: train(world, uneven, tmp_path / "two"))[0])
+
+
+def test_sync_batch_norm_is_known_where_it_is() -> None:
+    network = SmallNet()
+    assert not waits_in_forward(network)
+    weight = network.stage1[1].weight
+    synchronize_batch_norm(network)
+    assert waits_in_forward(network)
+    assert network.stage1[1].weight is weight  # which the optimiser holds
+
+
 # --- trouble in one of them ----------------------------------------------------------------------
 
 
@@ -200,6 +223,21 @@ def test_lost_pictures_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch:
     one = lose_one(SINGLE, tmp_path / "one")
     assert_close(one, first)
     assert first[2].lost == second[2].lost == one[2].lost != {}
+
+
+def test_a_picture_that_is_left_alone_is_not_learnt_from(uneven: Path) -> None:
+    """BatchNorm cannot train on a single value."""
+
+    def work(world: World) -> tuple[int, int, float]:
+        number = 4 if world.rank == 0 else 1
+        lost = {} if world.rank == 0 else {"a.jpg": "gone"}
+        labels = torch.zeros(number, dtype=torch.int64)
+        batch = Batch(torch.zeros(number, 3, 8, 8), labels, labels, lost)
+        share = find_share(world, batch, nn.CrossEntropyLoss(), mixes=False, least=2)
+        assert share.lost == {"a.jpg": "gone"}
+        return len(share.batch.labels), share.num_images, share.factor
+
+    assert together(work) == [(4, 4, 2.0), (0, 4, 0.0)]
 
 
 def out_of_memory(trainer: Trainer, most: int, when: Callable[[Progress], bool] = lambda _: True) -> None:
