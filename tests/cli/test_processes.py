@@ -121,7 +121,7 @@ def test_features_and_predictions_are_the_same_bytes(
         (["--gpus", 1, "--processes", 1], "they ask for the same"),
         (["--processes", 2, "--device", "cuda:0"], "a GPU of its own"),
         (["--gpus", 2, "--device", "cpu"], "a GPU of its own"),
-        (["--processes", 0], "0"),
+        (["--processes", 0], "Error"),
     ],
 )
 def test_options_that_contradict_each_other(
