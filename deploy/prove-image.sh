@@ -157,6 +157,7 @@ check_start
 check_job "the image's own user" 10001:0
 check_job "another user, another group" 12345:12345
 expect 0 "a run in volumes that nobody prepared" one_shot --user 23456:23456 "$image" "${job[@]}" --epochs 1
+expect 0 "a run in two processes, without a network between them" one_shot "$image" "${job[@]}" --epochs 1 --processes 2
 check_stop
 check_stop --init
 echo "proved"
