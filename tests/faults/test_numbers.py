@@ -72,13 +72,12 @@ def spoil_gradient(when: When, value: float = float("inf")) -> type[Trainer]:
     """A trainer that meets a gradient with one such number in some steps; the loss is sound."""
 
     class Spoilt(Trainer):
-        def _compute_gradient(self, batch: Batch) -> Tensor:
-            loss = super()._compute_gradient(batch)
+        def _is_usable(self, loss: Tensor) -> bool:
             if when(self.progress):
                 gradient = self.task.network.get_parameter("head.weight").grad
                 assert gradient is not None
                 gradient[1, 2] = value
-            return loss
+            return super()._is_usable(loss)
 
     return Spoilt
 
