@@ -102,18 +102,8 @@ def run(
         with locked(path):
             display.pulse.tell({"folder": str(path.absolute())})
             comparison = Comparison(ready.dataset, _describe_environment(ready, world), display)
-
-            def check(claim: Claim) -> None:
-                if ready.recipe.strategy.features is None:
-                    _refuse_without_checkpoints(claim)
-                changes = comparison.find_changes(claim)
-                if not allow_changed:
-                    accept(changes, claim, False, display)
-
             with clock.phase("check"):
-                claim = claim_folder(path, ready.recipe, allow_changed, check)
-                if not claim.finished:
-                    display.pulse.tell({"attempt": claim.attempt})
+                claim = _claim(path, ready, comparison, allow_changed, display)
             trackers = Trackers(ready.recipe, claim.folder, display)
             job = Job(ready, claim, comparison, allow_changed, display, clock, stop, trackers, world)
             if claim.finished and (finished := _read_run(job)):
@@ -138,6 +128,22 @@ def _settle(
         return recipe, None
     with clock.phase("advise"):
         return choose_strategy(recipe, output, display)
+
+
+def _claim(path: Path, ready: Ready, comparison: Comparison, allow_changed: bool, display: Display) -> Claim:
+    """Take the folder, unless it holds another run than this one."""
+
+    def check(claim: Claim) -> None:
+        if ready.recipe.strategy.features is None:
+            _refuse_without_checkpoints(claim)
+        changes = comparison.find_changes(claim)
+        if not allow_changed:
+            accept(changes, claim, False, display)
+
+    claim = claim_folder(path, ready.recipe, allow_changed, check)
+    if not claim.finished:
+        display.pulse.tell({"attempt": claim.attempt})
+    return claim
 
 
 def _refuse_without_checkpoints(claim: Claim) -> None:
