@@ -10,9 +10,10 @@ from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice, Preprocessing
-from pretrained.heads import change_head, classifier_layers, head_parameters
+from pretrained.graph.classifier import classifier_layers, head_parameters
+from pretrained.graph.stages import Stage, find_stages
+from pretrained.heads import change_head
 from pretrained.network import build_network, build_outline
-from pretrained.stages import Stage, find_stages
 from pretrained.state_dict import check_digest
 from pretrained.weights import Match, find_weights, load_weights
 

@@ -43,8 +43,8 @@ from pretrained.config import (
     read_taps,
     read_text,
 )
+from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
-from pretrained.pooling import Pool
 
 Library = Literal["timm", "torchvision"]
 Place = Literal["hub", "url", "folder", "bundled", "none"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UsageError
-from pretrained.pooling import POOLS, Pool
+from pretrained.graph.pooling import POOLS, Pool
 
 LARGEST_CONFIG = 2**24
 """Bytes. Ten thousand long label names take one megabyte, and few networks know more."""

@@ -1,4 +1,4 @@
-"""The classifier of a network: found by identity, and exchanged for a new one.
+"""Exchange the classifier of a network for a new one.
 
 A new head is what the lectures call the linear classifier: pooled features, optional dropout, one
 linear layer, whatever the network's own head looked like. It starts with small weights and no bias,
@@ -10,7 +10,6 @@ Shape legend: B batch, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -18,6 +17,7 @@ from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import HeadChoice
+from pretrained.graph.classifier import classifier_layers, last_linear_layer, torchvision_head
 
 HEAD_STD = 0.01
 """Standard deviation of a new classifier's weights, as in VGG (arXiv:1409.1556)."""
@@ -25,8 +25,6 @@ HEAD_STD = 0.01
 HEAD_PARTS = ("use_mlp_head", "use_aux_head")
 """Arguments of timm networks whose own head is more than a linear layer: MetaFormers have two layers, VOLO
 classifies every patch as well (and returns a tuple while it trains). A new head has none of it."""
-
-_TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 
 
 class PooledHead(nn.Sequential):
@@ -52,39 +50,6 @@ class DropoutLinear(nn.Sequential):
         return layer.in_features
 
 
-# --- the head ------------------------------------------------------------------------------------
-
-
-def head_parameters(network: nn.Module) -> frozenset[str]:
-    """Return the names of the classifier's parameters, by identity and not by spelling."""
-    classifier = {id(parameter) for layer in _classifiers(network) for parameter in layer.parameters()}
-    return frozenset(name for name, parameter in network.named_parameters() if id(parameter) in classifier)
-
-
-def _classifiers(network: nn.Module) -> list[nn.Module]:
-    if hasattr(network, "get_classifier"):
-        found = network.get_classifier()  # type: ignore[operator]  # nn.Module types every attribute as a tensor
-        layers = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-        return [_with_norm(network, layer) for layer in layers if isinstance(layer, nn.Module)]
-    head = _torchvision_head(network)
-    return [_last_layer(getattr(network, head))] if head else []
-
-
-def _with_norm(network: nn.Module, layer: nn.Module) -> nn.Module:
-    """The normalisation that timm makes anew with a linear layer (EfficientViT, SHViT) belongs to it."""
-    around = (module for module in network.modules() if type(module).__name__ == "NormLinear")
-    return next((module for module in around if layer in module.children()), layer)
-
-
-def _torchvision_head(network: nn.Module) -> str | None:
-    names = (name for name in _TORCHVISION_HEADS if isinstance(getattr(network, name, None), nn.Module))
-    return next(names, None)
-
-
-def _last_layer(head: nn.Module) -> nn.Module:
-    return [layer for layer in head.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
-
-
 def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropout: float = 0.0) -> None:
     """Give a network a classifier for ``num_classes``, in place.
 
@@ -102,7 +67,7 @@ def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropou
         return
     if hasattr(network, "reset_classifier"):
         _change_timm_head(network, num_classes, choice, dropout)
-    elif _torchvision_head(network):
+    elif torchvision_head(network):
         _change_torchvision_head(network, num_classes, choice, dropout)
     layers = classifier_layers(network)
     if not layers:
@@ -114,24 +79,11 @@ def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropou
         init_classifier(layer)
 
 
-def classifier_layers(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """Return the layers that give the logits: one, or several in networks with parallel heads.
-
-    A convolution among them has a 1 x 1 kernel and sees pooled features.
-    """
-    candidates = [list(_linear_layers(classifier)) for classifier in _classifiers(network)]
-    return [layers[-1] for layers in candidates if layers]
-
-
 def init_classifier(layer: nn.Linear | nn.Conv2d) -> None:
     """Start a linear classifier small and unbiased."""
     nn.init.trunc_normal_(layer.weight, std=HEAD_STD)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-
-
-def _linear_layers(module: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
-    return (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
 
 
 def _change_timm_head(network: Any, num_classes: int, choice: HeadChoice, dropout: float) -> None:
@@ -151,7 +103,7 @@ def _change_timm_head(network: Any, num_classes: int, choice: HeadChoice, dropou
 def _change_torchvision_head(
     network: nn.Module, num_classes: int, choice: HeadChoice, dropout: float
 ) -> None:
-    name = _torchvision_head(network)
+    name = torchvision_head(network)
     assert name is not None
     head = getattr(network, name)
     layers = list(head) if type(head) is nn.Sequential else [head]
@@ -177,8 +129,8 @@ def _linear(num_features: int, num_classes: int, dropout: float, after: list[nn.
 
 
 def _last_in_features(head: nn.Module) -> int:
-    layer = _last_layer(head)
-    return layer.in_channels if isinstance(layer, nn.Conv2d) else int(layer.in_features)  # type: ignore[arg-type]
+    layer = last_linear_layer(head)
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
 
 
 def _dropped(network: nn.Module, layers: list[nn.Module], num_classes: int, dropout: float) -> nn.Module:

@@ -12,8 +12,8 @@ from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice
+from pretrained.graph.layer import TapPoint
 from pretrained.heads import change_head
-from pretrained.layer import TapPoint
 from pretrained.stage_classifier import build_stage_classifier
 
 _NOT_FOR_CONFIGS = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}

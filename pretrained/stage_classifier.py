@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
-from pretrained.layer import Layer, TapPoint
-from pretrained.layers import Layers
-from pretrained.pooling import Pool, check_pool
-from pretrained.taps import Taps
+from pretrained.graph.layer import Layer, TapPoint
+from pretrained.graph.layers import Layers
+from pretrained.graph.pooling import Pool, check_pool
+from pretrained.graph.recorder import Taps
 
 MOST_FEATURES = 1_000_000
 """That a classifier from a file may read; all stages of wide networks together have some ten thousand."""

@@ -18,6 +18,7 @@ PACKAGES = ("finetune", "pretrained")
 
 FLOORS = (
     ("finetune", "finetune.errors"),
+    ("pretrained.graph",),
     ("pretrained",),
     ("finetune.pulse", "finetune.memory", "finetune.stopping", "finetune.rank"),
     ("finetune.world",),

@@ -24,7 +24,7 @@ from finetune.errors import UsageError
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from finetune.world import World
-    from pretrained.layer import Layer
+    from pretrained.graph.layer import Layer
 
 
 @takes_source

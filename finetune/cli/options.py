@@ -16,7 +16,7 @@ from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from pretrained.pooling import Pool
+    from pretrained.graph.pooling import Pool
 
 OutputOption = Annotated[
     Path | None,
@@ -151,7 +151,7 @@ def read_pool(word: str) -> Pool:
     Raises:
         UsageError: there is none.
     """
-    from pretrained.pooling import POOLS
+    from pretrained.graph.pooling import POOLS
 
     for pool in POOLS:
         if pool == word:

@@ -25,12 +25,12 @@ from torch.nn import functional as F
 
 from finetune.errors import UsageError
 from finetune.explain.places import Place, find_places
-from pretrained.cuts import map_tensors
-from pretrained.flow import tensors_in
-from pretrained.layer import Layer
-from pretrained.pooling import Form
+from pretrained.graph.cuts import map_tensors
+from pretrained.graph.flow import tensors_in
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Form
+from pretrained.graph.recorder import Taps
 from pretrained.stage_classifier import StageClassifier
-from pretrained.taps import Taps
 
 NO_MAP = "the network has no features that still lie as in the picture"
 NO_EVIDENCE = "nothing in the picture speaks for this class: the map has no positive value"

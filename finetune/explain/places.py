@@ -1,8 +1,8 @@
 """Where in a network a picture's features still lie as in the picture: the places that heat maps come from.
 
-A place is a tensor that everything from the picture to the logits passes (:mod:`pretrained.cuts`), below the
-classifier, with more than one position. The deepest counts; between the same two layers with weights it is
-the one with the most positions (VGG's last convolution, and not the pooling after it).
+A place is a tensor that everything from the image to the logits passes (:mod:`pretrained.graph.cuts`), below
+the classifier, with more than one position. The deepest counts; between the same two layers with weights it
+is the one with the most positions (VGG's last convolution, and not the pooling after it).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from itertools import groupby
 
 from torch import nn
 
-from pretrained.cuts import Cut, Trace, find_cuts, shapes_in, trace_calls
-from pretrained.heads import classifier_layers
-from pretrained.layer import TapPoint
-from pretrained.layers import count_prefix_tokens
-from pretrained.pooling import Form, find_form
+from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.cuts import Cut, Trace, find_cuts, shapes_in, trace_calls
+from pretrained.graph.layer import TapPoint
+from pretrained.graph.layers import count_prefix_tokens
+from pretrained.graph.pooling import Form, find_form
 
 LEAST_SHARE = 0.5
 """Of the network's work, done at a place: what comes before knows edges and colours only. (Where branches run

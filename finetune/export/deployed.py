@@ -16,8 +16,8 @@ from torch.export import Dim, ExportedProgram
 from finetune.data.transforms import Normalizer
 from finetune.errors import UsageError
 from pretrained.catalog import Card, Preprocessing
+from pretrained.graph.recorder import Taps
 from pretrained.stage_classifier import StageClassifier
-from pretrained.taps import Taps
 
 Layout = Literal["nchw", "nhwc"]
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")

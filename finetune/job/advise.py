@@ -40,7 +40,7 @@ from finetune.job.verify import verify
 from finetune.recipe import BASE_RATES, Recipe, compute_views
 from finetune.strategy.matrix import Plan, lay_plan
 from finetune.strategy.rule import Candidate, Decision, Evidence, decide
-from pretrained.layer import Layer
+from pretrained.graph.layer import Layer
 
 MOST_IMAGES = 2_000
 """Training images that are looked at, evenly over the classes; an accuracy is known to 1 % then."""

@@ -46,8 +46,8 @@ from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_json
 from finetune.world import SINGLE, World
-from pretrained.layer import Layer
-from pretrained.pooling import Pool
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Pool
 
 FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
 INDEX_COLUMNS = ("layer", "file", "module", "size", "num_features", "pool", "num_images")
@@ -125,7 +125,7 @@ def extract(
 
     Args:
         recipe: its backbone, data, input, cache and machine count.
-        wanted: names, words and patterns of :meth:`pretrained.layers.Layers.select`.
+        wanted: names, words and patterns of :meth:`pretrained.graph.layers.Layers.select`.
         output: a folder, or a file whose suffix names the format.
         pool: of what layers give.
         format: ``csv``, ``parquet`` or ``npz``; None takes the suffix, else CSV.

@@ -27,8 +27,8 @@ from finetune.runs.folder import RunFolder
 from finetune.training.row_loader import RowLoader
 from finetune.training.trunk import Choice, choose_split, find_reason_against
 from finetune.world import SINGLE, World
-from pretrained.cuts import Cut
-from pretrained.split import Split
+from pretrained.graph.cuts import Cut
+from pretrained.graph.split import Split
 
 FEW = 8
 """Pictures that figures and model are compared on: through the whole network, however large batches are."""

@@ -36,7 +36,7 @@ from finetune.world import SINGLE, World
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, Preprocessing, find_card
-from pretrained.layers import Layers
+from pretrained.graph.layers import Layers
 from pretrained.network import is_convolutional
 
 

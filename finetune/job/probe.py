@@ -19,8 +19,8 @@ from finetune.job.outcome import translated_errors
 from finetune.job.source import Features, Source, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
-from pretrained.layer import Layer
-from pretrained.pooling import Pool
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Pool
 
 COLUMNS = (
     "layer",

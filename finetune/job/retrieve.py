@@ -29,9 +29,9 @@ from finetune.job.outcome import translated_errors
 from finetune.job.source import Network, Source, open_features, open_network, open_pictures, open_source
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
-from pretrained.layer import Layer
-from pretrained.pooling import Pool
-from pretrained.taps import Taps
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Pool
+from pretrained.graph.recorder import Taps
 
 Method = Literal["pca", "umap"]
 _SIMILAR_COLUMNS = ("rank", "path", "label", "similarity")

@@ -29,9 +29,10 @@ from finetune.job.attempt import Work
 from finetune.job.prepare import Ready
 from finetune.job.source import Features, Network, Source, open_features
 from pretrained.backbone import Backbone
-from pretrained.heads import change_head, classifier_layers
-from pretrained.layer import Layer
-from pretrained.layers import Layers
+from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.layer import Layer
+from pretrained.graph.layers import Layers
+from pretrained.heads import change_head
 from pretrained.stage_classifier import StageClassifier
 
 

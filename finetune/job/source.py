@@ -54,11 +54,11 @@ from finetune.strategy.freeze import digest_tensors
 from finetune.world import SINGLE, World
 from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import find_card
-from pretrained.layer import Layer
-from pretrained.layers import Layers
+from pretrained.graph.layer import Layer
+from pretrained.graph.layers import Layers
+from pretrained.graph.pooling import Pool
+from pretrained.graph.recorder import Taps
 from pretrained.network import is_convolutional
-from pretrained.pooling import Pool
-from pretrained.taps import Taps
 
 _PRECISION: Precision = "float32"
 """Of features: they are numbers that people read, and half of their digits are no saving."""

@@ -32,7 +32,7 @@ from finetune.training.optimizer import build_loss
 from finetune.training.row_loader import RowLoader
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
-from pretrained.split import Split
+from pretrained.graph.split import Split
 
 NUM_FOLDS = 3
 EPOCHS = 5

@@ -23,7 +23,7 @@ from torch import nn
 
 from finetune.errors import UsageError
 from finetune.recipe import StrategySettings
-from pretrained.stages import Stage
+from pretrained.graph.stages import Stage
 
 Group = Literal["head", "top", "body"]
 NormMode = Literal["train", "eval", "none"]

@@ -24,7 +24,7 @@ from finetune.display import Advance
 from finetune.evaluation.predict import InParts, autocast
 from finetune.runtime import Precision, seed_everything
 from finetune.training.gradient import is_learnable
-from pretrained.heads import classifier_layers
+from pretrained.graph.classifier import classifier_layers
 
 NUM_MEASURED = 256
 """Images that are enough for means and deviations (of which they give the latter to 5 %)."""

@@ -12,7 +12,7 @@ from finetune.data.feed import Feed
 from finetune.runtime import compute_part_size
 from finetune.strategy.freeze import set_train_mode
 from finetune.strategy.matrix import Plan
-from pretrained.split import Split
+from pretrained.graph.split import Split
 
 
 @dataclass(frozen=True)

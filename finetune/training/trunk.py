@@ -21,8 +21,8 @@ from finetune.recipe import Recipe
 from finetune.runtime import Precision
 from finetune.strategy.freeze import set_train_mode
 from finetune.strategy.matrix import Plan
-from pretrained.cuts import Cut, Trace, find_cuts, trace_calls
-from pretrained.split import Split, split_at
+from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
+from pretrained.graph.split import Split, split_at
 
 LEAST_SHARE = 0.3
 """Of the forward's multiplications that a cut must save."""

@@ -12,7 +12,8 @@ from torch import nn
 from finetune.errors import UsageError
 from pretrained.backbone import load_backbone
 from pretrained.catalog import Card, find_card, torchvision_names
-from pretrained.heads import change_head, classifier_layers, head_parameters
+from pretrained.graph.classifier import classifier_layers, head_parameters
+from pretrained.heads import change_head
 from pretrained.network import build_network
 from pretrained.weights import _find_timm_filter
 from tests.contracts.families import ENCODERS, HEAVY, SMALLEST, TORCHVISION

@@ -12,10 +12,10 @@ import torch
 
 from pretrained.backbone import _stages_of
 from pretrained.catalog import find_card
-from pretrained.heads import classifier_layers
-from pretrained.layers import Layers
+from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.layers import Layers
+from pretrained.graph.recorder import Taps
 from pretrained.network import build_network
-from pretrained.taps import Taps
 from tests.contracts.test_splits import QUICK, SLOW
 
 

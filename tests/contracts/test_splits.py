@@ -17,11 +17,11 @@ from finetune.recipe import StrategySettings
 from finetune.strategy.freeze import freeze, set_train_mode
 from finetune.strategy.matrix import Plan, build_plan
 from pretrained.catalog import Card, find_card
-from pretrained.cuts import Cut, Trace, find_cuts, trace_calls
+from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
+from pretrained.graph.split import Split, split_at
+from pretrained.graph.stages import find_stages
 from pretrained.heads import change_head
 from pretrained.network import build_network
-from pretrained.split import Split, split_at
-from pretrained.stages import find_stages
 from tests.contracts.families import ENCODERS, SMALLEST, TORCHVISION
 
 QUICK = (

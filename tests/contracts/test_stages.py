@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pretrained.stages import Stage, find_stages
+from pretrained.graph.stages import Stage, find_stages
 from tests.contracts.families import ENCODERS, SMALLEST, TORCHVISION
 
 # LSTMs are slow to trace; this grid is as good.

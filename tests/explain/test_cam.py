@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from finetune.explain.cam import NO_EVIDENCE, NO_MAP, GradCam
 from pretrained.catalog import find_card
-from pretrained.heads import change_head, classifier_layers, init_classifier
-from pretrained.layer import TapPoint
+from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.layer import TapPoint
+from pretrained.heads import change_head, init_classifier
 from pretrained.network import build_network
 from pretrained.stage_classifier import build_stage_classifier
 from tests.contracts.families import SMALLEST

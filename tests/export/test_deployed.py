@@ -16,8 +16,8 @@ from finetune.data.transforms import build_eval_transform
 from finetune.errors import UsageError
 from finetune.export.deployed import LAYOUTS, Interface, Layout, build_program
 from pretrained.catalog import Card, find_card
-from pretrained.heads import head_parameters
-from pretrained.layers import Layers
+from pretrained.graph.classifier import head_parameters
+from pretrained.graph.layers import Layers
 from pretrained.network import build_network
 from pretrained.stage_classifier import build_stage_classifier
 

@@ -14,7 +14,8 @@ from torch import nn
 from finetune.errors import UsageError
 from pretrained.backbone import load_backbone
 from pretrained.catalog import Card, HeadChoice, find_card
-from pretrained.heads import HEAD_STD, PooledHead, change_head, classifier_layers, head_parameters
+from pretrained.graph.classifier import classifier_layers, head_parameters
+from pretrained.heads import HEAD_STD, PooledHead, change_head
 from pretrained.network import build_network
 
 K = 7

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finetune.errors import UsageError
 from pretrained.backbone import load_backbone
 from pretrained.catalog import Card, Preprocessing, find_card
-from pretrained.heads import head_parameters
+from pretrained.graph.classifier import head_parameters
 from pretrained.network import build_network
 from pretrained.state_dict import read_weights
 from pretrained.weights import Match, find_weights, load_weights

@@ -11,8 +11,8 @@ from finetune.errors import UsageError
 from finetune.recipe import load_recipe
 from finetune.strategy.freeze import build_param_groups, freeze, set_train_mode, takes_decay
 from finetune.strategy.matrix import Plan, assign_groups, build_plan, factors_of
-from pretrained.heads import head_parameters
-from pretrained.stages import Stage, find_stages
+from pretrained.graph.classifier import head_parameters
+from pretrained.graph.stages import Stage, find_stages
 
 
 def settings(name: str, **keys: object):

@@ -27,7 +27,7 @@ from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from finetune.world import SINGLE, World
 from pretrained.catalog import Preprocessing
-from pretrained.stages import find_stages
+from pretrained.graph.stages import find_stages
 
 
 class SmallNet(nn.Module):

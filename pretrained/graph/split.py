@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrained.cuts import Call, Cut, Shape, Structure, Trace, map_tensors, shapes_in
-from pretrained.flow import tensors_in
+from pretrained.graph.cuts import Call, Cut, Shape, Structure, Trace, map_tensors, shapes_in
+from pretrained.graph.flow import tensors_in
 
 TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest logit. Bit-equal nearly everywhere; some networks

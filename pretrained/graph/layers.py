@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from finetune.errors import UsageError, suggest
-from pretrained.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
-from pretrained.heads import classifier_layers
-from pretrained.layer import Layer, TapPoint
-from pretrained.pooling import Pool, check_pool, find_form
-from pretrained.stages import Stage
-from pretrained.taps import Taps
+from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
+from pretrained.graph.layer import Layer, TapPoint
+from pretrained.graph.pooling import Pool, check_pool, find_form
+from pretrained.graph.recorder import Taps
+from pretrained.graph.stages import Stage
 
 WORDS = ("all", "last", "pre_logits")
 _NO_HEAD = Stage("head", "head", (), ())

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.errors import UsageError
-from pretrained.heads import head_parameters
-from pretrained.layer import TapPoint
-from pretrained.layers import Layers
-from pretrained.pooling import Form, Pool, check_pool, find_form, pool_tensor
-from pretrained.stages import find_stages
-from pretrained.taps import Taps
+from pretrained.graph.classifier import head_parameters
+from pretrained.graph.layer import TapPoint
+from pretrained.graph.layers import Layers
+from pretrained.graph.pooling import Form, Pool, check_pool, find_form, pool_tensor
+from pretrained.graph.recorder import Taps
+from pretrained.graph.stages import find_stages
 
 SIZE = (3, 64, 64)
 

@@ -1,9 +1,9 @@
 """Where a network can be cut in two: the module calls that everything from the picture to the logits passes.
 
-A forward of the meta twin (:mod:`pretrained.flow`) notes every call of a module, and which tensors of the
-autograd graph went in and came out. A call is a *place to cut* when no path from the picture to an output
+A forward of the meta twin (:mod:`pretrained.graph.flow`) notes every call of a module, and which tensors of
+the autograd graph went in and came out. A call is a *place to cut* when no path from the image to an output
 goes around its outputs (one tensor or several), or around its first argument. A second forward, of another
-number of pictures, tells how shapes grow with the batch, and counts the multiplications done so far.
+number of images, tells how shapes grow with the batch, and counts the multiplications done so far.
 
 Shapes: B batch.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.errors import UsageError
-from pretrained.flow import Graph, Value, cut_values, graph_of, meta_twin, tensors_in, values_of
+from pretrained.graph.flow import Graph, Value, cut_values, graph_of, meta_twin, tensors_in, values_of
 
 BATCHES = (2, 3)
 """Numbers of pictures that are traced; shapes in between and beyond follow in a straight line."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import InternalError
-from pretrained.flow import tensors_in
-from pretrained.layer import Layer
-from pretrained.pooling import Pool, pool_tensor
+from pretrained.graph.flow import tensors_in
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Pool, pool_tensor
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward, and is no error

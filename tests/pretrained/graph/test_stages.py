@@ -10,8 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
-from pretrained.flow import grid_of, trace_flow
-from pretrained.stages import Stage, find_stages
+from pretrained.graph.flow import grid_of, trace_flow
+from pretrained.graph.stages import Stage, find_stages
 
 SIZE = (3, 224, 224)
 

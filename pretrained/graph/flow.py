@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from finetune.errors import UsageError
-from pretrained.pooling import TRUE_TO_FORM, skew
+from pretrained.graph.pooling import TRUE_TO_FORM, skew
 
 BATCH = 2
 """Two pictures: enough to tell where tokens or windows are folded into the batch axis."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pretrained.pooling import Form, Pool
+from pretrained.graph.pooling import Form, Pool
 
 
 class TapPoint(NamedTuple):
