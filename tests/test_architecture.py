@@ -23,6 +23,7 @@ FLOORS = (
     ("finetune.pulse", "finetune.memory", "finetune.stopping", "finetune.rank"),
     ("finetune.world",),
     ("finetune.runtime", "finetune.display"),
+    ("finetune.strategies",),
     ("finetune.recipe",),
     ("finetune.runs",),
     ("finetune.cache", "finetune.platforms"),
@@ -203,7 +204,7 @@ def test_only_the_command_line_knows_typer() -> None:
 def test_a_recipe_needs_no_torch() -> None:
     heavy = {"torch", "torchvision", "timm", "pandas", "numpy"}
     for found in all_imports():
-        if room_of(found.importer) == "finetune.recipe":
+        if room_of(found.importer) in {"finetune.recipe", "finetune.strategies"}:
             assert found.imported.partition(".")[0] not in heavy, found
 
 

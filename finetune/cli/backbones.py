@@ -11,6 +11,7 @@ import typer
 
 from finetune.cli.refusals import refusals
 from finetune.cli.tables import print_table
+from finetune.strategies import assign_groups, find_strategy, join_names, lay_phases
 
 if TYPE_CHECKING:
     from pretrained.catalog import Card
@@ -65,7 +66,7 @@ def _facts(card: Card) -> dict[str, Any]:
 @app.command("show")
 def show_backbone(
     name: Annotated[str, typer.Argument(help="A backbone's name, or a finished run.")],
-    strategy: Annotated[str, typer.Option("--strategy", "-s", help="freeze, top, full or scratch.")] = "top",
+    strategy: Annotated[str, typer.Option("--strategy", "-s", help=f"{join_names()}.")] = "top",
     top_stages: Annotated[int, typer.Option(help="Stages that count as the top.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object to stdout.")] = False,
 ) -> None:
@@ -85,14 +86,13 @@ def show_backbone(
 
 def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:
     from finetune.recipe import load_recipe
-    from finetune.strategy.matrix import assign_groups, factors_of
     from pretrained.backbone import describe_stages
     from pretrained.catalog import find_card
 
     settings = load_recipe(None, {"strategy.name": strategy, "strategy.top_stages": top_stages}).strategy
     card = find_card(name)
     stages, sizes = describe_stages(card)
-    factors = factors_of(settings)
+    phases = lay_phases(find_strategy(strategy), stages, settings)
     rows = [
         {
             "stage": stage.name,
@@ -100,7 +100,7 @@ def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:
             "parameters": sum(sizes[parameter] for parameter in stage.parameters),
             "layers": _layers(stage.parameters),
             "group": group,
-            "factor": factors[group] or "frozen",
+            "factor": max(phase.factors[stage.name] for phase in phases) or "frozen",
         }
         for stage, group in zip(stages, assign_groups(stages, settings.top_stages), strict=True)
     ]

@@ -23,6 +23,7 @@ from finetune.errors import UsageError
 from finetune.launch import is_in_job, is_started_here
 from finetune.pulse import Pulse, find_parent
 from finetune.stopping import end_with_parent
+from finetune.strategies import AUTO, join_names
 from finetune.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run_command(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option("--strategy", "-s", help="freeze, top, full, scratch or auto.", show_default="top"),
+        typer.Option("--strategy", "-s", help=f"{join_names(lambda _: True, AUTO)}.", show_default="top"),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="A .safetensors or .pth file to start from, or a folder with one.")

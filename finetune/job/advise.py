@@ -39,7 +39,7 @@ from finetune.job.source import (
 from finetune.job.verify import verify
 from finetune.recipe import BASE_RATES, Recipe, compute_views
 from finetune.strategy.matrix import Plan, lay_plan
-from finetune.strategy.rule import Candidate, Decision, Evidence, decide
+from finetune.strategy.rule import CELLS, Candidate, Decision, Evidence, decide
 from pretrained.graph.layer import Layer
 
 MOST_IMAGES = 2_000
@@ -156,7 +156,7 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     settings = recipe.strategy.model_copy(update=dict(decision.keys))
     rate = recipe.training.lr
     rate = BASE_RATES[recipe.training.optimizer] if rate == "auto" else rate
-    plan = lay_plan(network.backbone.network, network.backbone.stages, settings, rate)
+    plan = lay_plan(network.backbone.network, network.backbone.stages, settings, rate, recipe.training.epochs)
     return Advice(
         network.backbone.card.name,
         evidence,
@@ -254,9 +254,9 @@ def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[s
     """Numbers that each strategy trains, with a linear classifier for these classes."""
     head = (network.layers.all[-1].num_features("auto") + 1) * num_classes
     counts = {}
-    for name in ("freeze", "top", "full"):
+    for name in dict.fromkeys(cell.name for cell in CELLS.values()):
         settings = recipe.strategy.model_copy(update={"name": name})
-        plan = lay_plan(network.backbone.network, network.backbone.stages, settings, 1.0)
+        plan = lay_plan(network.backbone.network, network.backbone.stages, settings, 1.0, 1)
         counts[name] = head + sum(row.num_parameters for row in plan.trained if row.group != "head")
     return counts
 

@@ -10,6 +10,7 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import BackboneSettings
 from finetune.runs.folder import RunFolder
 from finetune.runtime import resolve_device
+from finetune.strategies import starts_random
 from pretrained.present import Choice, choose_best
 
 _SHOWN = 3
@@ -49,9 +50,9 @@ def _check_choosable(recipe: Recipe) -> None:
     if recipe.backbone.weights:
         found = "no backbone was named that they belong to"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, fix)
-    if recipe.strategy.name == "scratch":
+    if starts_random(recipe.strategy.name):
         found = "no backbone was named, and what weights there are says nothing of what to train without any"
-        raise UsageError("--strategy scratch", found, fix)
+        raise UsageError(f"--strategy {recipe.strategy.name}", found, fix)
 
 
 def _read_begun(output: Path | None) -> BackboneSettings | None:

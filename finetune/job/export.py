@@ -50,6 +50,7 @@ from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder, read_split
 from finetune.runs.files import disk_error, write_json
 from finetune.runs.folder import RunFolder
+from finetune.strategies import starts_random
 
 REPORT_FILE = "export.json"
 
@@ -164,7 +165,7 @@ def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]
     card = source.card
     if wanted.format == "timm":
         metrics = _read_metrics(source.run)
-        started = "" if metrics.get("strategy") == "scratch" else card.name
+        started = "" if starts_random(str(metrics.get("strategy"))) else card.name
         write_model(
             folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
         )

@@ -32,6 +32,7 @@ from finetune.job.solve import (
 )
 from finetune.recipe import StrategySettings
 from finetune.runtime import Precision
+from finetune.strategies import starts_random
 from finetune.strategy.freeze import check_frozen, digest_frozen
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.optimizer import build_loss
@@ -164,7 +165,7 @@ def _train_together(
         share_weights(network, world)
     trainer = _build_trainer(work, feeds)
     with clock.phase("measure"):
-        if recipe.strategy.name != "scratch":  # random features are not worth measuring
+        if not starts_random(recipe.strategy.name):  # random features are not worth measuring
             trainer.standardize_head(keep=keeps)
     if recipe.training.sync_batch_norm and world.size > 1:
         synchronize_batch_norm(network)  # not before features are measured by one

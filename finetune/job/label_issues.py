@@ -34,6 +34,7 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.runs.claim import read_split
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
+from finetune.strategies import starts_random
 
 NUM_FOLDS = 5
 SHOWN = 36
@@ -109,7 +110,7 @@ def _read_recipe(path: Path) -> Recipe:
         found = "it is no run folder, or the run has not begun to train"
         raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
     recipe = load_recipe(str(run.recipe))
-    if recipe.strategy.name == "scratch":
+    if starts_random(recipe.strategy.name):
         found = "it was trained from random weights, so that there is no network that has not seen the labels"
         raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
     data = recipe.data.model_copy(update={"path": str(path)})

@@ -42,6 +42,7 @@ from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runtime import describe_environment
 from finetune.stopping import StopSignal
+from finetune.strategies import AUTO, starts_random
 from finetune.strategy.freeze import digest_weights
 from finetune.strategy.matrix import PLAN_COLUMNS, Plan
 from finetune.tracking.trackers import Trackers, check_trackers
@@ -124,7 +125,7 @@ def _settle(
     """Return the recipe with a backbone and a strategy, and the advice where that chose it."""
     check_asked(recipe)
     recipe = name_backbone(recipe, output, display)
-    if recipe.strategy.name != "auto":
+    if recipe.strategy.name != AUTO:
         return recipe, None
     with clock.phase("advise"):
         return choose_strategy(recipe, output, display)
@@ -155,7 +156,7 @@ def _refuse_without_checkpoints(claim: Claim) -> None:
 
 
 def _describe_environment(ready: Ready, world: World) -> dict[str, Any]:
-    random = ready.recipe.strategy.name == "scratch"
+    random = starts_random(ready.recipe.strategy.name)
     weights = None if random else digest_weights(ready.backbone.network, ready.plan)
     machine = describe_environment(ready.placement.device) | {"processes": world.size}
     return machine | {WEIGHTS: weights}
@@ -247,6 +248,8 @@ def _take_data(job: Job) -> tuple[Dataset, bool]:
 def _show_plan(plan: Plan, folder: RunFolder, display: Display, is_solved: bool) -> None:
     write_csv(folder.plan, [row.cells() for row in plan.rows], PLAN_COLUMNS)
     display.table(PLAN_COLUMNS, plan_cells(plan, is_solved), numbers=("parameters", "rate"))
+    for line in plan.describe_phases():
+        display.say(line)
 
 
 def plan_cells(plan: Plan, is_solved: bool = False) -> list[list[str]]:

@@ -30,6 +30,7 @@ from finetune.runtime import (
     seed_everything,
     set_deterministic,
 )
+from finetune.strategies import AUTO, find_strategy, join_names, starts_random
 from finetune.strategy.matrix import Plan, build_plan
 from finetune.training.batch_size import fit_batch_size
 from finetune.world import SINGLE, World
@@ -70,7 +71,7 @@ def prepare(recipe: Recipe, display: Display, world: World = SINGLE) -> Ready:
     with display.count(f"reading {data}") as tell:
         dataset = find_data(recipe, discover, tell)
     card = find_card(name, recipe.backbone.offline)
-    if recipe.strategy.name != "scratch" and not recipe.backbone.weights:
+    if not starts_random(recipe.strategy.name) and not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)
     with display.busy(f"loading {name}"):
         card = card.with_input(resolve_preprocessing(recipe, card))
@@ -187,7 +188,7 @@ def _check_batch_norm(recipe: Recipe, device: torch.device, world: World) -> Non
 def _plan(recipe: Recipe, backbone: Backbone) -> Plan:
     rate = recipe.training.lr
     assert not isinstance(rate, str)
-    return build_plan(backbone.network, backbone.stages, recipe.strategy, rate)
+    return build_plan(backbone.network, backbone.stages, recipe.strategy, rate, recipe.training.epochs)
 
 
 def check_asked(recipe: Recipe) -> None:
@@ -200,27 +201,30 @@ def check_asked(recipe: Recipe) -> None:
         raise UsageError("finetune run", "no data was named", "Add --data FOLDER, or --data sample:digits.")
     if is_sample(recipe.data.path):
         check_sample(recipe.data.path)
-    if recipe.backbone.weights and recipe.strategy.name == "scratch":
-        found = "--strategy scratch starts from random weights"
+    if recipe.backbone.weights and starts_random(recipe.strategy.name):
+        found = f"--strategy {recipe.strategy.name} starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
-    if recipe.strategy.name != "auto":  # which has rules of its own (job/auto.py)
+    if recipe.strategy.name != AUTO:  # which has rules of its own (job/auto.py)
         _check_strategy(recipe)
 
 
 def _check_strategy(recipe: Recipe) -> None:
     """Refuse keys that belong to another strategy, instead of passing over them."""
     strategy = recipe.strategy
-    if strategy.features is not None and strategy.name != "freeze":
+    kind = find_strategy(strategy.name)
+    if strategy.features is not None and not kind.solvable:
         found = f"--strategy {strategy.name} trains the stages that these features come from"
-        raise UsageError(f"strategy.features={strategy.features}", found, "Take --strategy freeze.")
+        fix = f"Take --strategy {join_names(lambda one: one.solvable)}."
+        raise UsageError(f"strategy.features={strategy.features}", found, fix)
     if strategy.features is not None and strategy.head == "keep":
         found = "a classifier that is kept is not solved anew"
         raise UsageError(f"strategy.features={strategy.features}", found, "Drop one of the two.")
     given = {"probe_first": strategy.probe_first, "floor": strategy.floor}
     for key, value in given.items():
-        if value and strategy.name not in ("top", "full"):
+        if value and not kind.fine_tunes:
             found = f"--strategy {strategy.name} fine-tunes no pretrained stage"
-            raise UsageError(f"strategy.{key}={value}", found, "Take --strategy top or full.")
+            fix = f"Take --strategy {join_names(lambda one: one.fine_tunes)}."
+            raise UsageError(f"strategy.{key}={value}", found, fix)
 
 
 def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
@@ -239,7 +243,7 @@ def _load_backbone(recipe: Recipe, card: Card, dataset: Dataset) -> Backbone:
         dropout=recipe.strategy.dropout,
         weights=recipe.backbone.weights,
         offline=recipe.backbone.offline,
-        pretrained=recipe.strategy.name != "scratch",
+        pretrained=not starts_random(recipe.strategy.name),
     )
 
 

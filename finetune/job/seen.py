@@ -17,6 +17,7 @@ from finetune.errors import DataError, FinetuneError
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.claim import read_split
 from finetune.runs.folder import RunFolder
+from finetune.strategies import starts_random
 
 _MOST_RUNS = 100
 """In a row, each of which began from the one before."""
@@ -118,7 +119,7 @@ def _ancestors(recipe: Recipe | None) -> Iterator[RunFolder | None]:
             yield None
             return
         name = (recipe.backbone.name or "").removeprefix("local-dir:")
-        if recipe.strategy.name == "scratch" or recipe.backbone.weights or not Path(name).is_absolute():
+        if starts_random(recipe.strategy.name) or recipe.backbone.weights or not Path(name).is_absolute():
             return
         run = find_run(Path(name))
         if run is None and not _is_ours(Path(name)):

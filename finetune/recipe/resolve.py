@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.recipe.reading import set_dotted, validate
-from finetune.recipe.schema import Augmentation, Precision, Recipe, StrategyName
+from finetune.recipe.schema import Augmentation, Precision, Recipe
+from finetune.strategies import find_strategy
 
 BASE_RATES = {"sgd": 0.01, "adamw": 0.001}
 """Rate of a new head when ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
 0.001 for the top, 0.0001 below). AdamW normalises its steps, and a tenth of that is its usual base
 (Loshchilov and Hutter, arXiv:1711.05101)."""
-
-
-VIEWS = {"freeze": 2, "top": 4}
-"""Views of a training image that a frozen trunk sees, unless the recipe says otherwise (docs/cache.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
     return validate(values)
 
 
-def compute_views(strategy: StrategyName, augmentation: Augmentation) -> int:
-    """Return how many views of a training image are worth keeping."""
-    return 1 if augmentation == "none" else VIEWS.get(strategy, 1)
+def compute_views(strategy: str, augmentation: Augmentation) -> int:
+    """Return how many views of a training image are worth keeping (docs/cache.md)."""
+    return 1 if augmentation == "none" else find_strategy(strategy).views
 
 
 def compute_batch_size(num_train: int) -> int:

@@ -10,12 +10,13 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
+from finetune.strategies import AUTO, STRATEGIES
+
 Auto = Literal["auto"]
-StrategyName = Literal["freeze", "top", "full", "scratch", "auto"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 Augmentation = Literal["none", "light", "medium", "heavy"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -36,6 +37,22 @@ _Representer.add_representer(str, _Representer.represent_str)
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def check_strategy_name(name: str) -> str:
+    """Return the name of a registered strategy, or ``auto``.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if name not in list_strategy_names():
+        raise ValueError(name)
+    return name
+
+
+def list_strategy_names() -> list[str]:
+    """Return what ``strategy.name`` may be."""
+    return [*STRATEGIES, AUTO]
 
 
 class BackboneSettings(_Section):
@@ -125,10 +142,11 @@ class InputSettings(_Section):
 class StrategySettings(_Section):
     """What learns, and how fast relative to the base rate."""
 
-    name: StrategyName = Field(
+    name: Annotated[str, AfterValidator(check_strategy_name)] = Field(
         "top",
-        description="what learns; freeze: the head, top: and the last stages, full: everything, "
-        "scratch: everything from random weights; auto: chosen from evidence (`finetune advise`)",
+        description="what learns; "
+        + "; ".join(f"{name}: {strategy.description}" for name, strategy in STRATEGIES.items())
+        + "; auto: chosen from evidence (`finetune advise`)",
     )
     head: HeadChoice = Field(
         "replace",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
-from finetune.recipe.schema import SECTIONS, Recipe
+from finetune.recipe.schema import SECTIONS, Recipe, check_strategy_name, list_strategy_names
 
 _KINDS: dict[object, tuple[str, ...]] = {
     bool: ("true", "false"),
@@ -30,13 +31,16 @@ def list_fields() -> Iterator[tuple[str, FieldInfo]]:
 
 def list_choices(info: FieldInfo) -> list[str]:
     """Return the words a key takes, such as ``sgd`` and ``adamw``."""
+    if any(isinstance(one, AfterValidator) and one.func is check_strategy_name for one in info.metadata):
+        return list_strategy_names()
     return [choice for branch in _branches(info.annotation) for choice in _words(branch)]
 
 
 def describe_values(info: FieldInfo) -> str:
     """Say what a key takes, such as ``a number above 0 or auto``."""
+    choices = list_choices(info)
     kinds = [kind for branch in _branches(info.annotation) for kind in _describe(branch, info.metadata)]
-    return join_or([*kinds, *list_choices(info)])
+    return join_or([*(kind for kind in kinds if not choices or kind != "text"), *choices])
 
 
 def join_or(words: Sequence[str]) -> str:

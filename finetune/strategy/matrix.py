@@ -1,31 +1,19 @@
-"""The strategies as the lectures give them, with the same meaning on every backbone.
-
-============  ===============================  =========================================
-strategy      trained                          rates, as factors of the base rate
-============  ===============================  =========================================
-``freeze``    the head                         head 1
-``top``       the head and the top stages      head 1, top 1/10
-``full``      everything                       head 1, top 1/10, everything below 1/100
-``scratch``   everything, from random weights  one rate
-============  ===============================  =========================================
-
-The factors belong to *stages*, not to layers: a geometric decay by layer would freeze the lower half
-of a DenseNet-121 in effect, and leave a ResNet-18 nearly untouched.
-"""
+"""The plan of a run: a strategy laid over the stages of a network, with the lr of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from torch import nn
 
 from finetune.errors import UsageError
 from finetune.recipe import StrategySettings
+from finetune.strategies import Group, Phase, assign_groups, find_strategy, lay_phases
 from pretrained.graph.stages import Stage
 
-Group = Literal["head", "top", "body"]
 NormMode = Literal["train", "eval", "none"]
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
 """Layers that keep running statistics. LayerNorm and GroupNorm keep none, and work alike in both modes."""
@@ -64,9 +52,15 @@ PLAN_COLUMNS = ("group", "stage", "parameters", "trained", "rate", "norm")
 
 @dataclass(frozen=True)
 class Plan:
-    """What learns, and how fast: one row a stage, from stem to head."""
+    """What learns, and how fast: one row a stage, from stem to head.
+
+    Attributes:
+        rows: of the whole run: a stage that learns in any phase is trained, with the highest lr it gets.
+        phases: first epoch and plan of each phase, where there are several.
+    """
 
     rows: tuple[PlanRow, ...]
+    phases: tuple[tuple[int, Plan], ...] = ()
 
     @property
     def frozen(self) -> tuple[PlanRow, ...]:
@@ -83,8 +77,22 @@ class Plan:
         """Numbers that learn."""
         return sum(row.num_parameters for row in self.trained)
 
+    def at(self, epoch: int) -> Plan:
+        """Return the plan of the phase that an epoch, from 0, belongs to."""
+        begun = [plan for first, plan in self.phases if first <= epoch]
+        return begun[-1] if begun else self
 
-def build_plan(network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float) -> Plan:
+    def describe_phases(self) -> list[str]:
+        """Return a line for each phase, where there are several."""
+        return [
+            f"phase {number}, from epoch {first + 1}: {', '.join(row.stage.name for row in plan.trained)}"
+            for number, (first, plan) in enumerate(self.phases, 1)
+        ]
+
+
+def build_plan(
+    network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float, epochs: int
+) -> Plan:
     """Lay a strategy over a network's stages.
 
     Args:
@@ -92,63 +100,74 @@ def build_plan(network: nn.Module, stages: Sequence[Stage], settings: StrategySe
         stages: from stem to head.
         settings: the recipe's section.
         rate: base rate.
+        epochs: of the whole training.
 
     Raises:
-        UsageError: more top stages than there are, or nothing would learn.
+        UsageError: more top stages than there are, more phases than epochs, or nothing would learn.
     """
-    return _check_plan(lay_plan(network, stages, settings, rate), settings)
+    plan = lay_plan(network, stages, settings, rate, epochs)
+    for part in (plan, *(part for _, part in plan.phases)):
+        if part.num_trained == 0:
+            fix = "Take head=replace or another strategy."
+            raise UsageError(f"--strategy {settings.name}", "the network has no classifier to train", fix)
+    return plan
 
 
-def lay_plan(network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float) -> Plan:
+def lay_plan(
+    network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float, epochs: int
+) -> Plan:
     """Return the plan of :func:`build_plan` for a network that may have no classifier yet."""
+    phases = lay_phases(find_strategy(settings.name), stages, settings)
+    firsts = find_first_epochs([phase.share for phase in phases], epochs, settings.name)
     groups = assign_groups(stages, settings.top_stages)
-    factors = factors_of(settings)
+    plans = [_lay_phase(network, stages, groups, settings, rate, phase) for phase in phases]
+    if len(plans) == 1:
+        return plans[0]
+    rows = tuple(max(rows, key=lambda row: row.rate) for rows in zip(*(p.rows for p in plans), strict=True))
+    return Plan(rows, tuple(zip(firsts, plans, strict=True)))
+
+
+def _lay_phase(
+    network: nn.Module,
+    stages: Sequence[Stage],
+    groups: Sequence[Group],
+    settings: StrategySettings,
+    rate: float,
+    phase: Phase,
+) -> Plan:
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     rows = [
         PlanRow(
             group=group,
             stage=stage,
             num_parameters=sum(sizes[name] for name in stage.parameters),
-            rate=rate * factors[group],
-            norm=_norm_mode(network, stage, settings.norm if factors[group] else "eval"),
+            rate=rate * phase.factors[stage.name],
+            norm=_norm_mode(network, stage, settings.norm if phase.factors[stage.name] else "eval"),
         )
         for stage, group in zip(stages, groups, strict=True)
     ]
     return Plan(tuple(rows))
 
 
-def _check_plan(plan: Plan, settings: StrategySettings) -> Plan:
-    if plan.num_trained == 0:
-        fix = "Take head=replace or another strategy."
-        raise UsageError(f"--strategy {settings.name}", "the network has no classifier to train", fix)
-    return plan
+def find_first_epochs(shares: Sequence[float], epochs: int, name: str) -> list[int]:
+    """Return the first epoch, from 0, of each phase: as its share says, and at least one epoch long.
 
-
-def assign_groups(stages: Sequence[Stage], top_stages: int) -> list[Group]:
-    """Return the group of each stage: the head, the ``top_stages`` under it, and the body below.
+    Args:
+        shares: of the phases, each above 0.
+        epochs: of the whole training.
+        name: of the strategy.
 
     Raises:
-        UsageError: there are fewer stages than that.
+        UsageError: there are fewer epochs than phases.
     """
-    below = [stage for stage in stages if stage.role != "head"]
-    if top_stages > len(below):
-        found = f"the network has {len(below)} stages under its head"
-        fix = f"Take at most {len(below)}; `finetune backbones show NAME` lists them."
-        raise UsageError(f"strategy.top_stages={top_stages}", found, fix)
-    top = {stage.name for stage in below[len(below) - top_stages :]}
-    return ["head" if stage.role == "head" else "top" if stage.name in top else "body" for stage in stages]
-
-
-def factors_of(settings: StrategySettings) -> dict[Group, float]:
-    """Return the rate factor of each group; 0 freezes it."""
-    head, top, body = settings.head_factor, settings.top_factor, settings.body_factor
-    table: dict[str, dict[Group, float]] = {
-        "freeze": {"head": head, "top": 0.0, "body": 0.0},
-        "top": {"head": head, "top": top, "body": 0.0},
-        "full": {"head": head, "top": top, "body": body},
-        "scratch": {"head": 1.0, "top": 1.0, "body": 1.0},
-    }
-    return table[settings.name]
+    if epochs < len(shares):
+        found = f"--strategy {name} trains in {len(shares)} phases of at least one epoch"
+        raise UsageError(f"--epochs {epochs}", found, f"Take --epochs {len(shares)} or more.")
+    firsts = [0]
+    for number, before in enumerate(list(accumulate(shares))[:-1], 1):
+        wanted = round(epochs * before / sum(shares))
+        firsts.append(min(max(wanted, firsts[-1] + 1), epochs - (len(shares) - number)))
+    return firsts
 
 
 def _norm_mode(network: nn.Module, stage: Stage, mode: Literal["train", "eval"]) -> NormMode:

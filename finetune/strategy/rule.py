@@ -60,7 +60,7 @@ class Cell:
     """
 
     words: str
-    name: Literal["freeze", "top", "full"]
+    name: str
     chooses_features: bool = False
     keys: Mapping[str, Any] = field(default_factory=dict)
 

@@ -57,7 +57,7 @@ def build(card: Card, strategy: str) -> tuple[nn.Module, Plan]:
     network = build_network(replace(card, num_classes=card.num_classes or 10), 0.2)
     change_head(network, 5, "replace", 0.2)
     stages = find_stages(network, card.preprocessing.input_size)
-    plan = build_plan(network, stages, StrategySettings(name=strategy), 0.01)  # type: ignore[arg-type]
+    plan = build_plan(network, stages, StrategySettings(name=strategy), 0.01, epochs=10)
     freeze(network, plan)
     return network, plan
 

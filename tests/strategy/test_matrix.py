@@ -9,8 +9,9 @@ from torch import nn
 
 from finetune.errors import UsageError
 from finetune.recipe import load_recipe
+from finetune.strategies import assign_groups
 from finetune.strategy.freeze import build_param_groups, freeze, set_train_mode, takes_decay
-from finetune.strategy.matrix import Plan, assign_groups, build_plan, factors_of
+from finetune.strategy.matrix import Plan, build_plan
 from pretrained.graph.classifier import head_parameters
 from pretrained.graph.stages import Stage, find_stages
 
@@ -21,7 +22,7 @@ def settings(name: str, **keys: object):
 
 def plan_of(network: nn.Module, strategy: str, rate: float = 0.01, size: int = 64, **keys: object) -> Plan:
     stages = find_stages(network, (3, size, size), head=head_parameters(network))
-    return build_plan(network, stages, settings(strategy, **keys), rate)
+    return build_plan(network, stages, settings(strategy, **keys), rate, epochs=10)
 
 
 def rates(plan: Plan) -> list[float]:
@@ -48,9 +49,10 @@ def test_the_lowest_rate_is_the_same_on_shallow_and_deep_networks() -> None:
 
 
 def test_factors_are_recipe_values() -> None:
-    chosen = settings("full", head_factor=2.0, top_factor=0.5, body_factor=0.3)
-    assert factors_of(chosen) == {"head": 2.0, "top": 0.5, "body": 0.3}
-    assert factors_of(chosen.model_copy(update={"name": "scratch"})) == {"head": 1.0, "top": 1.0, "body": 1.0}
+    network = timm.create_model("resnet18", num_classes=2)
+    chosen = {"head_factor": 2.0, "top_factor": 0.5, "body_factor": 0.25}
+    assert rates(plan_of(network, "full", rate=1.0, **chosen)) == [0.25, 0.25, 0.25, 0.25, 0.5, 2.0]
+    assert rates(plan_of(network, "scratch", rate=1.0, **chosen)) == [1.0] * 6
 
 
 def test_more_top_stages_than_stages_is_refused() -> None:
@@ -63,7 +65,7 @@ def test_more_top_stages_than_stages_is_refused() -> None:
 def test_a_plan_without_anything_to_train_is_refused() -> None:
     stages = (Stage("stem", "stem", ("weight", "bias"), ()),)
     with pytest.raises(UsageError, match="no classifier to train"):
-        build_plan(nn.Linear(2, 2), stages, settings("freeze"), 0.1)
+        build_plan(nn.Linear(2, 2), stages, settings("freeze"), 0.1, epochs=10)
 
 
 def test_groups_count_from_the_head_and_the_neck_is_a_stage() -> None:

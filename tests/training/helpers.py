@@ -145,7 +145,7 @@ def _task(
     }
     stages = find_stages(network, preprocessing.input_size)
     rate = recipe.training.lr if isinstance(recipe.training.lr, float) else 0.01
-    plan = build_plan(network, stages, recipe.strategy, rate)
+    plan = build_plan(network, stages, recipe.strategy, rate, recipe.training.epochs)
     loss = build_loss(recipe.training, dataset.counts("train"))
     return Task(network, plan, loss, loaders["train"], loaders["val"], dataset.num_classes)
 
