@@ -1,13 +1,12 @@
-"""A file of blocks, written one after the other, that can be gone on with and proves its content.
+"""A file of blocks that is kept between runs: it can be gone on with, and proves its content.
 
 ::
 
     <name>.bin        the bytes, block after block
-    <name>.journal    a line of JSON that says what they are, then one a block: bytes, sha256, note
+    <name>.journal    what they are, and the sha256 of each block (:mod:`finetune.runs.journal`)
 
-A killed process leaves whole blocks and perhaps a piece of one, which is cut off; the next process goes on
-after the last whole block. Every block is compared with its sha256 when the file is opened: what has changed
-is thrown away and made again. So nothing needs to be flushed to the disk.
+A killed process leaves whole blocks, and the next one goes on after them. A file whose content has changed is
+thrown away and made again; so nothing needs to be flushed to the disk.
 
 Several processes may read a file. One at a time writes it, and the others wait for it: the same work is not
 done twice.
@@ -15,29 +14,18 @@ done twice.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from finetune.runs.journal import Block, Journal, count_bytes, read_facts
 
 WAIT_SECONDS = 0.2
 """Between two looks at whether another process has finished the file."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block: where it lies, and what its writer noted of it (plain JSON)."""
-
-    offset: int
-    num_bytes: int
-    note: Any
 
 
 class BlockFile:
@@ -51,11 +39,10 @@ class BlockFile:
         verified: told of the bytes of every block that was compared.
 
     Attributes:
-        blocks: those that are there, in order.
         was_damaged: content that was there had changed, and is gone.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or its file system has no locks.
     """
 
     def __init__(
@@ -67,13 +54,16 @@ class BlockFile:
         verified: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.path, self.num_blocks = path, num_blocks
-        self.blocks: list[Block] = []
         self.was_damaged = False
-        self._facts, self._verified = dict(facts), verified
-        self._bytes: IO[bytes] | None = None
+        self._facts, self._verified = facts, verified
         while not self._open():
             waiting()
             time.sleep(WAIT_SECONDS)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those that are there, in order."""
+        return self._journal.blocks
 
     @property
     def is_complete(self) -> bool:
@@ -83,7 +73,7 @@ class BlockFile:
     @property
     def num_bytes(self) -> int:
         """Of the blocks that are there."""
-        return self.blocks[-1].offset + self.blocks[-1].num_bytes if self.blocks else 0
+        return count_bytes(self.blocks)
 
     def append(self, content: bytes, note: Any = None) -> None:
         """Add a block; the last one lets other processes read.
@@ -91,20 +81,10 @@ class BlockFile:
         Raises:
             OSError: it cannot be written, and nothing of it counts.
         """
-        if self._bytes is None:
-            self._bytes = self.path.open("r+b" if self.path.exists() else "w+b")
-            if os.fstat(self._bytes.fileno()).st_size < self.num_bytes:
-                raise OSError(errno.ESTALE, "the file was removed while it was written", str(self.path))
-            self._bytes.truncate(self.num_bytes)
-            self._bytes.seek(0, os.SEEK_END)
-        self._bytes.write(content)
-        self._bytes.flush()
-        line = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "note": note}
-        self._write_line(line)
-        self.blocks.append(Block(self.num_bytes, len(content), note))
+        self._journal.append([content], note)
         if self.is_complete:
-            self._bytes.close()
-            self._lock(fcntl.LOCK_SH)
+            self._journal.close_files()
+            self._journal.lock(fcntl.LOCK_SH)
 
     def read(self) -> bytearray:
         """Return the bytes of all blocks that are there.
@@ -120,94 +100,42 @@ class BlockFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        with suppress(OSError):  # what could not be written is tried once more, on a disk that may be full
-            if self._bytes is not None:
-                self._bytes.close()
-        with suppress(OSError):
-            self._journal.close()
+        self._journal.close()
 
     def discard(self) -> None:
         """Remove the file, and let go of it."""
         remove(self.path)
         self.close()
 
-    # --- opening ---------------------------------------------------------------------------------
-
     def _open(self) -> bool:
         """Open the journal under a lock; false when that must be tried again."""
-        self.blocks.clear()
         path = journal_of(self.path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._journal = os.fdopen(descriptor, "r+b")
-        alone = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not alone and not self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB):
+        self._journal = Journal(path, [self.path], self._facts, durable=False)
+        try:
+            if self._take():
+                return True
+        except BaseException:
             self._journal.close()
-            return False
-        if not self._was_removed(path):
-            if not self._read():
-                # Others may read it: they keep what they have open, and a new file begins.
-                self.was_damaged = True
-                remove(self.path)
-            elif self.is_complete:
-                self._lock(fcntl.LOCK_SH)
-                os.utime(path)  # for whoever looks for what was not used for long
-                return True
-            elif alone:
-                return True
+            raise
         self._journal.close()
         return False
 
-    def _lock(self, how: int) -> bool:
-        """Lock the journal; where the file system has no locks, nothing can be kept there."""
-        try:
-            fcntl.flock(self._journal, how)
-        except BlockingIOError:
+    def _take(self) -> bool:
+        alone = self._journal.lock(fcntl.LOCK_EX)
+        if not (alone or self._journal.lock(fcntl.LOCK_SH)) or self._journal.was_removed():
             return False
-        return True
-
-    def _was_removed(self, path: Path) -> bool:
-        try:
-            return not os.path.samestat(os.fstat(self._journal.fileno()), path.stat())
-        except OSError:
-            return True
-
-    def _read(self) -> bool:
-        """Take every block that the journal tells of; false when one is not what it was."""
-        lines = self._journal.read().split(b"\n")
-        torn = lines.pop()
-        if not lines and not torn:
-            self._write_line(self._facts)
-            return True
-        try:
-            head, *rest = (json.loads(line) for line in lines)
-        except ValueError:
+        if not self._journal.load(self._verified):
+            # Others may read it: they keep what they have open, and a new file begins.
+            self.was_damaged = True
+            remove(self.path)
             return False
-        if head != json.loads(json.dumps(self._facts)) or not self._take(rest):
-            return False
-        self._journal.seek(-len(torn), os.SEEK_END)
-        self._journal.truncate()
-        return True
-
-    def _take(self, lines: list[Any]) -> bool:
-        offset = 0
-        try:
-            with self.path.open("rb") if lines else open(os.devnull, "rb") as file:  # noqa: PTH123
-                for line in lines:
-                    content = file.read(line["bytes"])
-                    if hashlib.sha256(content).hexdigest() != line["sha256"]:
-                        return False
-                    self.blocks.append(Block(offset, len(content), line["note"]))
-                    offset += len(content)
-                    self._verified(len(content))
-        except (OSError, LookupError, TypeError):
-            return False
-        return True
-
-    def _write_line(self, line: Mapping[str, Any]) -> None:
-        self._journal.seek(0, os.SEEK_END)
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
+        if self.is_complete:
+            self._journal.lock(fcntl.LOCK_SH)
+            os.utime(self._journal.path)  # for whoever looks for what was not used for long
+        elif alone:
+            self._journal.begin()
+        return self.is_complete or alone
 
 
 def journal_of(path: Path) -> Path:
@@ -215,14 +143,9 @@ def journal_of(path: Path) -> Path:
     return path.with_suffix(".journal")
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def facts_of(path: Path) -> dict[str, Any]:
     """Return what a file of blocks says it is made from; empty where that cannot be read."""
-    try:
-        with journal_of(path).open("rb") as file:
-            facts = json.loads(file.readline(2**20))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return read_facts(journal_of(path))
 
 
 def remove(path: Path) -> None:

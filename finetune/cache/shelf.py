@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.cache.blocks import is_in_use, journal_of, read_facts, remove_unused
+from finetune.cache.blocks import facts_of, is_in_use, journal_of, remove_unused
 from finetune.runs.files import free_bytes
+from finetune.runs.journal import FORMAT
 
 SPARE_BYTES = 2**30
 """Of the disk that are left alone: checkpoints and other programs need room too."""
@@ -52,7 +53,7 @@ class Shelf:
 
     def place(self, facts: Mapping[str, Any]) -> Path:
         """Return the path of the file with this content; ``facts["kind"]`` begins its name."""
-        text = json.dumps(facts, sort_keys=True)
+        text = json.dumps({"journal": FORMAT, **facts}, sort_keys=True)
         return self.folder / f"{facts['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.bin"
 
     def list(self) -> list[Kept]:
@@ -62,7 +63,7 @@ class Shelf:
             path = journal.with_suffix(".bin")
             try:
                 num_bytes = path.stat().st_size if path.exists() else 0
-                kept.append(Kept(path, read_facts(path), num_bytes, journal.stat().st_mtime))
+                kept.append(Kept(path, facts_of(path), num_bytes, journal.stat().st_mtime))
             except OSError:  # removed in between
                 continue
         return sorted(kept, key=lambda one: one.used)

@@ -30,7 +30,7 @@ from PIL import features
 
 from finetune.cache.blocks import BlockFile, remove_unused
 from finetune.cache.shelf import Shelf
-from finetune.cache.waiting import Waiting
+from finetune.cache.waiting import wait_for_writer
 from finetune.data.decode import BadImageError, compute_factor, read_size
 from finetune.data.sample import Dataset, Sample
 from finetune.data.transforms import Transform
@@ -167,7 +167,7 @@ def decoder_facts() -> dict[str, Any]:
 
 def _open(path: Path, facts: dict[str, Any], num_pictures: int, display: Display) -> BlockFile:
     """Open a file and compare what it holds with what was written."""
-    wait = Waiting(path, "another run decodes the same pictures", display)
+    wait = wait_for_writer(path, "another run decodes the same pictures", display)
     size = path.stat().st_size if path.exists() else 0
     with display.track("reading kept pictures", size) as advance:
         file = BlockFile(

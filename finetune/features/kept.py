@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finetune.cache.blocks import BlockFile
 from finetune.cache.shelf import Shelf
-from finetune.cache.waiting import Waiting
+from finetune.cache.waiting import wait_for_writer
 from finetune.data.loader import Batch, Loader
 from finetune.data.sample import Sample
 from finetune.display import Display
@@ -230,7 +230,7 @@ class KeptRows:
                     path,
                     place.facts,
                     self._num_blocks(place),
-                    waiting=Waiting(path, "another run computes the same features", self.display),
+                    waiting=wait_for_writer(path, "another run computes the same features", self.display),
                     verified=lambda done: advance(done, ""),
                 )
             self._files.append(file)

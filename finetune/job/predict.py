@@ -36,7 +36,7 @@ from finetune.job.prediction_rows import Rows, find_format
 from finetune.predictor import Answer, Predictor, load, split_batches
 from finetune.runs.claim import create_folder
 from finetune.runs.files import escape_formula, format_csv_line
-from finetune.runs.growing import Growing, bad_of, check_free, find_finished, open_growing
+from finetune.runs.growing import ResumableWriter, bad_of, check_free, find_finished, open_writer
 from finetune.runtime import available_cores, resolve_device, resolve_threads
 from finetune.stopping import StopSignal
 from finetune.strategy.freeze import digest_tensors
@@ -95,8 +95,8 @@ def predict_files(request: Request, display: Display, world: World = SINGLE) -> 
         check_free(request.output)
         total = _count(inputs, display)
         create_folder(request.output.parent)
-        with open_growing(request.output, facts) as growing:
-            return _Work(request, inputs, predictor, rows, growing, display, total, world).run()
+        with open_writer(request.output, facts) as writer:
+            return _Work(request, inputs, predictor, rows, writer, display, total, world).run()
 
 
 def _help(inputs: Inputs, predictor: Predictor, world: World) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class _Work:
     inputs: Inputs
     predictor: Predictor
     rows: Rows
-    growing: Growing
+    writer: ResumableWriter
     display: Display
     total: int | None
     world: World
@@ -229,12 +229,12 @@ class _Work:
         self.world.share(lambda: self.progress.done)
         began_at, began = self.progress.done, time.perf_counter()
         if not began_at:
-            self.growing.write(self.rows.header())
+            self.writer.write(self.rows.header())
         with StopSignal() as stop, stop.gently(), self._bar() as advance:
             try:
                 for answer in self._answers(source):
                     self._write(answer)
-                    self.growing.save(self.progress.to_dict())
+                    self.writer.save(self.progress.to_dict())
                     speed = (self.progress.done - began_at) / (time.perf_counter() - began)
                     advance(len(answer.asked), f"{speed:.1f} images/s")
                     if stop.asked:
@@ -250,11 +250,11 @@ class _Work:
     def _go_on(self) -> Iterator[Input]:
         """Return the pictures that are left, after those that an earlier attempt looked at."""
         source, seen = self.inputs.open(), deque[Input](maxlen=0 if self.inputs.is_countable else None)
-        if self.growing.is_another:
+        if self.writer.is_another:
             self.display.say("an earlier attempt had another model or other options: starting anew")
-        if self.growing.before is None:
+        if self.writer.before is None:
             return source
-        before = Progress(**self.growing.before)
+        before = Progress(**self.writer.before)
         number = 0
         while number < before.done and (one := next(source, None)):
             self.fingerprint.add(one)
@@ -267,7 +267,7 @@ class _Work:
             self.progress = before
             return chain([] if rest is None else [rest], source)
         self.display.say("the images are not those of an earlier attempt: starting anew")
-        self.growing.start_anew()
+        self.writer.start_anew()
         self.fingerprint = Fingerprint()
         if self.inputs.is_countable:
             return self.inputs.open()
@@ -305,7 +305,7 @@ class _Work:
             listed.insert(0, format_csv_line(["path", "reason"]))
         for path, reason in bad[: max(0, _SHOWN - self.progress.bad)]:
             self.display.warn(f"{path} cannot be read: {reason}")
-        self.growing.write(b"".join(lines), "".join(listed).encode())
+        self.writer.write(b"".join(lines), "".join(listed).encode())
         self.progress.bad += len(bad)
         self.progress.rejected += sum(map(self.rows.is_rejected, answer.probabilities))
 
@@ -313,19 +313,19 @@ class _Work:
         progress = self.progress
         if not progress.done:
             raise _no_images(self.inputs)
-        self.growing.save(progress.to_dict(), now=True)
+        self.writer.save(progress.to_dict(), now=True)
         if progress.bad == progress.done:
-            self.growing.discard()
+            self.writer.discard()
             found = f"none of {progress.done:,} images can be read"
-            fix = f"Why is in {self.growing.bad_target}."
+            fix = f"Why is in {self.writer.bad_target}."
             raise DataError(self.inputs.asked, found, fix)
-        self.growing.finish(self.rows.convert if self.rows.format == "parquet" else None)
+        self.writer.finish(self.rows.convert if self.rows.format == "parquet" else None)
 
     def _report(self, seconds: float, began_at: int) -> None:
         progress, display = self.progress, self.display
         if progress.bad:
             images = "image has" if progress.bad == 1 else "images have"
-            display.warn(f"{progress.bad:,} {images} no row; listed in {self.growing.bad_target}")
+            display.warn(f"{progress.bad:,} {images} no row; listed in {self.writer.bad_target}")
         if self.request.reject_below is not None:
             display.say(
                 f"{progress.rejected:,} images have no label: confidence below {self.request.reject_below:g}"
@@ -335,7 +335,7 @@ class _Work:
         display.say(f"{rows:,} images, {speed:.1f} images/s: {self.request.output}", style="bold")
 
     def _interrupted(self) -> InterruptedRunError:
-        self.growing.save(self.progress.to_dict(), now=True)
+        self.writer.save(self.progress.to_dict(), now=True)
         of = f" of {self.total:,}" if self.total is not None else ""
         found = f"it was stopped after {self.progress.done:,}{of} images, which are kept"
         return InterruptedRunError("predicting", found, "Give the same command again to go on.")

@@ -1,86 +1,76 @@
-"""Files that grow aside, for hours perhaps, and get their names at the end. A kill costs seconds.
+"""Output files that grow aside, for hours perhaps, and get their names at the end. A kill costs seconds.
 
 ::
 
     .NAME.rows.part   rows as they come          -> NAME
     .NAME.bad.part    what could not be used     -> NAME.bad.csv, or nothing
-    .NAME.journal     what both belong to, how long they were when they were last saved, and how far that is
+    .NAME.journal     what both hold, block after block (:mod:`finetune.runs.journal`)
 
-What was written after the last save is cut off when the work goes on. No file that is there is replaced.
+A save is a block of the journal, flushed to the disk. No file that is there is replaced.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from finetune.errors import UsageError
-from finetune.runs.files import disk_error, sync_folder, write_json
+from finetune.runs.files import disk_error, sync_folder
+from finetune.runs.journal import Journal, as_json, count_bytes, read_journal
 
 SAVE_SECONDS = 2.0
 """Between two saves: what a kill may cost, and how often the disk has to answer."""
 
 
-class Growing:
-    """Two files that grow together; made by :func:`open_growing`.
+class ResumableWriter:
+    """Two files that grow together; made by :func:`open_writer`.
 
     Attributes:
         target: the name that the rows get at the end.
         before: how far an earlier attempt at the same came: what it gave to :meth:`save`.
-        is_another: an earlier attempt was at something else; nothing of it is used.
+        is_another: an earlier attempt was at something else, or its files have changed; nothing of it is
+            used.
     """
 
-    def __init__(self, target: Path, facts: Mapping[str, Any], rows: BinaryIO, bad: BinaryIO) -> None:
-        self.target, self._facts, self._files = target, dict(facts), (rows, bad)
-        self._journal = journal_of(target)
+    def __init__(self, target: Path, journal: Journal) -> None:
+        self.target, self._journal = target, journal
+        self._unsaved: tuple[list[bytes], list[bytes]] = ([], [])
         self._saved = time.monotonic()
-        journal = _read(self._journal)
-        is_same = journal.get("facts") == json.loads(json.dumps(self._facts)) and self._holds(journal)
-        self.is_another = bool(journal) and not is_same
-        self.before: Mapping[str, Any] | None = journal["progress"] if is_same else None
-        self._cut(journal["sizes"] if is_same else (0, 0))
+        earlier = read_journal(journal.path, 2)
+        is_same = journal.load()
+        self.before: Mapping[str, Any] | None = journal.blocks[-1].note if journal.blocks else None
+        self.is_another = not is_same and earlier is not None and bool(earlier.blocks)
+        if self.before is None:
+            journal.restart()
+        journal.open_files()
 
     @property
     def bad_target(self) -> Path:
         """The name that the list of what could not be used gets."""
         return bad_of(self.target)
 
-    def _holds(self, journal: Mapping[str, Any]) -> bool:
-        sizes = journal.get("sizes")
-        if not isinstance(sizes, list) or len(sizes) != 2 or not isinstance(journal.get("progress"), dict):
-            return False
-        return all(_size(file) >= size for file, size in zip(self._files, sizes, strict=True))
-
-    def _cut(self, sizes: tuple[int, int]) -> None:
-        for file, size in zip(self._files, sizes, strict=True):
-            file.truncate(size)
-            file.seek(size)
-
     def start_anew(self) -> None:
         """Forget what an earlier attempt wrote."""
         self.before = None
-        self._cut((0, 0))
+        self._journal.restart()
 
     def write(self, rows: bytes, bad: bytes = b"") -> None:
-        """Append to both."""
-        for file, content in zip(self._files, (rows, bad), strict=True):
-            file.write(content)
+        """Append to both; they reach the disk with the next save."""
+        for unsaved, content in zip(self._unsaved, (rows, bad), strict=True):
+            unsaved.append(content)
 
     def save(self, progress: Mapping[str, Any], *, now: bool = False) -> None:
         """Make what was written survive a kill, if the last time is a while ago or it must be now."""
         if not now and time.monotonic() - self._saved < SAVE_SECONDS:
             return
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-        sizes = [file.tell() for file in self._files]
-        write_json(self._journal, {"facts": self._facts, "sizes": sizes, "progress": dict(progress)})
+        contents = [b"".join(unsaved) for unsaved in self._unsaved]
+        self._unsaved = ([], [])
+        self._journal.append(contents, dict(progress))
         self._saved = time.monotonic()
 
     def finish(self, convert: Callable[[Path, Path], None] | None = None) -> None:
@@ -90,7 +80,7 @@ class Growing:
             convert: makes the target from the rows, whole or not at all; by default the rows are the target.
         """
         rows, bad = _parts(self.target)
-        if _size(self._files[1]):
+        if count_bytes(self._journal.blocks, file=1):
             bad.replace(self.bad_target)
         else:
             bad.unlink(missing_ok=True)
@@ -100,18 +90,18 @@ class Growing:
             convert(rows, self.target)
             rows.unlink()
         sync_folder(self.target.parent)
-        self._journal.unlink(missing_ok=True)
+        self._journal.path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Leave nothing but the list of what could not be used."""
         rows, bad = _parts(self.target)
         bad.replace(self.bad_target)
         rows.unlink(missing_ok=True)
-        self._journal.unlink(missing_ok=True)
+        self._journal.path.unlink(missing_ok=True)
 
 
 @contextmanager
-def open_growing(target: Path, facts: Mapping[str, Any]) -> Iterator[Growing]:
+def open_writer(target: Path, facts: Mapping[str, Any]) -> Iterator[ResumableWriter]:
     """Give the files of a target while the block runs, as far as an earlier attempt came.
 
     Args:
@@ -123,18 +113,19 @@ def open_growing(target: Path, facts: Mapping[str, Any]) -> Iterator[Growing]:
         DiskError: they cannot be written.
     """
     try:
-        with ExitStack() as stack:
-            rows, bad = _parts(target)
-            own = stack.enter_context(_open(rows))
-            _lock(own, target)
+        journal = Journal(journal_of(target), _parts(target), facts, durable=True)
+        try:
+            _lock(journal, target)
             if _is_own_list(target):
-                bad_of(target).replace(bad)
+                bad_of(target).replace(_parts(target)[1])
             try:
-                yield Growing(target, facts, own, stack.enter_context(_open(bad)))
+                yield ResumableWriter(target, journal)
             finally:
-                if not journal_of(target).exists():  # finished, or nothing that could be gone on with
-                    for path in _parts(target):
+                if not (journal.blocks and journal.path.exists()):  # finished, or nothing to go on with
+                    for path in (*_parts(target), journal.path):
                         path.unlink(missing_ok=True)
+        finally:
+            journal.close()
     except OSError as error:
         raise disk_error(target, error) from None
 
@@ -155,10 +146,11 @@ def check_free(target: Path) -> None:
 
 def _is_own_list(target: Path) -> bool:
     """Tell whether an attempt was killed after it gave the list its name, and before the rows had theirs."""
-    sizes, path = _read(journal_of(target)).get("sizes"), bad_of(target)
-    if not isinstance(sizes, list) or len(sizes) != 2 or not sizes[1] or os.path.lexists(_parts(target)[1]):
+    record, path = read_journal(journal_of(target), 2), bad_of(target)
+    size = count_bytes(record.blocks, file=1) if record is not None else 0
+    if not size or os.path.lexists(_parts(target)[1]):
         return False
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == sizes[1]
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
 
 
 def bad_of(target: Path) -> Path:
@@ -173,12 +165,12 @@ def journal_of(target: Path) -> Path:
 
 def find_finished(target: Path, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the progress of an attempt at the same that was killed when all but its journal was tidy."""
-    journal = _read(journal_of(target))
+    record = read_journal(journal_of(target), 2)
     is_whole = target.exists() and not _parts(target)[0].exists()
-    if not is_whole or journal.get("facts") != json.loads(json.dumps(dict(facts))):
+    if not is_whole or record is None or record.facts != as_json(facts) or not record.blocks:
         return None
     journal_of(target).unlink(missing_ok=True)
-    progress = journal.get("progress")
+    progress = record.blocks[-1].note
     return progress if isinstance(progress, dict) else None
 
 
@@ -186,30 +178,11 @@ def _parts(target: Path) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.rows.part"), target.with_name(f".{target.name}.bad.part")
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open for reading and writing, as it is; append mode would undo every ``seek``."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
-
-
-def _lock(file: BinaryIO, target: Path) -> None:
+def _lock(journal: Journal, target: Path) -> None:
     """Keep other processes out; the kernel ends a dead one's lock, and some file systems know none."""
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    is_ours = True
+    with suppress(OSError):
+        is_ours = journal.lock(fcntl.LOCK_EX)
+    if not is_ours or journal.was_removed():  # removed: the other one has finished in between
         found, fix = "another process is writing it", "Wait for it, or name another --output."
-        raise UsageError(f"--output {target}", found, fix) from None
-    except OSError:
-        return
-
-
-def _size(file: BinaryIO) -> int:
-    file.flush()
-    return os.fstat(file.fileno()).st_size
-
-
-def _read(journal: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(journal.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        raise UsageError(f"--output {target}", found, fix)

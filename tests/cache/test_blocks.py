@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from finetune.cache.blocks import BlockFile, is_in_use, journal_of, read_facts, remove_unused
+from finetune.cache.blocks import BlockFile, facts_of, is_in_use, journal_of, remove_unused
 
 FACTS = {"kind": "test", "cut": "layer3"}
 CONTENT = [b"one", b"", b"three" * 1000]
@@ -28,8 +29,8 @@ def fill(path: Path, content: list[bytes] = CONTENT, facts: dict[str, Any] = FAC
 
 def read(path: Path, **keys: Any) -> list[bytes]:
     file = BlockFile(path, FACTS, len(CONTENT), **keys)
-    content = file.read()
-    found = [bytes(content[block.offset : block.offset + block.num_bytes]) for block in file.blocks]
+    with io.BytesIO(file.read()) as content:
+        found = [content.read(block.num_bytes) for block in file.blocks]
     file.close()
     return found
 
@@ -38,7 +39,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "test.bin"
     fill(path)
     assert read(path) == CONTENT
-    assert read_facts(path) == FACTS
+    assert facts_of(path) == FACTS
     file = BlockFile(path, FACTS, len(CONTENT))
     assert [block.note for block in file.blocks] == [{"number": 0}, {"number": 1}, {"number": 2}]
     assert file.is_complete
@@ -198,7 +199,7 @@ def test_an_incomplete_file_survives_whoever_looks_at_it(tmp_path: Path) -> None
 
 
 def test_without_locks_nothing_is_kept(tmp_path: Path) -> None:
-    refused = mock.patch("finetune.cache.blocks.fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks"))
+    refused = mock.patch("finetune.runs.journal.fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks"))
     with refused, pytest.raises(OSError, match="No locks"):
         BlockFile(tmp_path / "test.bin", FACTS, 3)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.cache.waiting import Waiting
+from finetune.cache.waiting import wait_for_writer
 from finetune.display import SilentDisplay
 
 
@@ -22,7 +22,7 @@ class Witness(SilentDisplay):
 
 def test_it_is_said_once_and_only_after_a_while(tmp_path: Path) -> None:
     witness = Witness()
-    wait = Waiting(tmp_path / "x.bin", "another run writes", witness)
+    wait = wait_for_writer(tmp_path / "x.bin", "another run writes", witness)
     for _ in range(4):
         wait()
     assert witness.said == []
@@ -34,7 +34,7 @@ def test_it_is_said_once_and_only_after_a_while(tmp_path: Path) -> None:
 def test_a_writer_that_hangs_is_no_sign_of_life(tmp_path: Path) -> None:
     witness = Witness()
     file = tmp_path / "x.bin"
-    wait = Waiting(file, "another run writes", witness)
+    wait = wait_for_writer(file, "another run writes", witness)
     for number in range(5):
         file.write_bytes(bytes(number))
         wait()

@@ -20,6 +20,7 @@ from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.job.predict import Request, predict_files
 from finetune.runs import growing
 from finetune.runs.files import read_rows
+from finetune.runs.journal import read_journal
 from tests.conftest import draw
 
 
@@ -348,16 +349,16 @@ def test_formats_that_cannot_be_meant_are_refused(
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """A power cut after some batches, each of which was saved."""
     monkeypatch.setattr(growing, "SAVE_SECONDS", 0)
-    save, seen = growing.Growing.save, []
+    save, seen = growing.ResumableWriter.save, []
 
-    def cut(self: growing.Growing, progress: Any, *, now: bool = False) -> None:
+    def cut(self: growing.ResumableWriter, progress: Any, *, now: bool = False) -> None:
         save(self, progress, now=now)
         seen.append(1)
         if len(seen) == batches:
             self.write(b"half a row", b"half a line")
             raise ConnectionAbortedError("the power is gone")
 
-    monkeypatch.setattr(growing.Growing, "save", cut)
+    monkeypatch.setattr(growing.ResumableWriter, "save", cut)
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet"])
@@ -439,6 +440,11 @@ def test_standard_input_goes_on_and_starts_anew(
         assert [row["path"] for row in rows_of(output)] == paths
 
 
+def done_of(journal: Path) -> int:
+    record = read_journal(journal, 2)
+    return int(record.blocks[-1].note["done"]) if record and record.blocks else 0
+
+
 def test_sigkill_and_sigterm(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,14 +464,14 @@ def test_sigkill_and_sigterm(
         for name in names:
             process.stdin.write(f"{name}\n".encode())
             process.stdin.flush()
-            if journal.exists() and json.loads(journal.read_text())["progress"]["done"] > done:
+            if done_of(journal) > done:
                 break
             time.sleep(0.02)
         process.send_signal(number)
         process.stdin.close()
         said = process.stderr.read().decode()
         assert process.wait(60) == code, said
-        reached = json.loads(journal.read_text())["progress"]["done"]
+        reached = done_of(journal)
         assert reached > done and not output.exists()
         done = reached
     assert f"it was stopped after {done} images" in said

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.errors import DiskError, UsageError
 from finetune.runs import growing
-from finetune.runs.growing import bad_of, check_free, find_finished, journal_of, open_growing
+from finetune.runs.growing import bad_of, check_free, find_finished, journal_of, open_writer
 
 FACTS = {"model": "a", "numbers": (1, 2)}
 
@@ -18,7 +18,7 @@ def names(folder: Path) -> set[str]:
 
 def test_files_get_their_names_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         assert files.before is None and not files.is_another
         files.write(b"one\n")
         files.write(b"two\n", b"bad\n")
@@ -32,11 +32,11 @@ def test_files_get_their_names_at_the_end(tmp_path: Path) -> None:
 
 def test_what_came_after_the_last_save_is_cut_off(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
         files.save({"done": 1}, now=True)
         files.write(b"lost", b"lost")
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         assert files.before == {"done": 1}
         files.write(b"two\n")
         files.save({"done": 2}, now=True)
@@ -44,23 +44,28 @@ def test_what_came_after_the_last_save_is_cut_off(tmp_path: Path) -> None:
     assert (target.read_bytes(), bad_of(target).read_bytes()) == (b"one\ntwo\n", b"bad\n")
 
 
-@pytest.mark.parametrize("spoil", ["facts", "short", "garbage", "shape"])
+@pytest.mark.parametrize("spoil", ["facts", "short", "changed", "garbage", "shape", "old version"])
 def test_what_belongs_to_something_else_is_not_used(tmp_path: Path, spoil: str) -> None:
     target = tmp_path / "out.csv"
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
         files.save({"done": 1}, now=True)
     if spoil == "short":
         (tmp_path / ".out.csv.rows.part").write_bytes(b"o")
+    elif spoil == "changed":
+        (tmp_path / ".out.csv.rows.part").write_bytes(b"0ne\n")
     elif spoil == "garbage":
         journal_of(target).write_text("{")
     elif spoil == "shape":
-        content = json.loads(journal_of(target).read_text())
-        journal_of(target).write_text(json.dumps(content | {"sizes": [1]}))
+        head, line = journal_of(target).read_text().splitlines()
+        journal_of(target).write_text(f"{head}\n{json.dumps(json.loads(line) | {'bytes': [4]})}\n")
+    elif spoil == "old version":
+        old = {"facts": FACTS, "sizes": [4, 4], "progress": {"done": 1}}
+        journal_of(target).write_text(json.dumps(old, indent=2) + "\n")
     facts = FACTS | {"model": "b"} if spoil == "facts" else FACTS
-    with open_growing(target, facts) as files:
+    with open_writer(target, facts) as files:
         assert files.before is None
-        assert files.is_another == (spoil != "garbage")
+        assert files.is_another == (spoil in ("facts", "short", "changed"))
         files.write(b"new\n")
         files.save({"done": 1}, now=True)
         files.finish()
@@ -70,7 +75,7 @@ def test_what_belongs_to_something_else_is_not_used(tmp_path: Path, spoil: str) 
 
 def test_a_file_that_failed_to_convert_is_converted_the_next_time(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(DiskError), open_growing(target, FACTS) as files:
+    with pytest.raises(DiskError), open_writer(target, FACTS) as files:
         files.write(b"one\n")
         files.save({"done": 1}, now=True)
 
@@ -79,7 +84,7 @@ def test_a_file_that_failed_to_convert_is_converted_the_next_time(tmp_path: Path
 
         files.finish(fail)
     assert not target.exists()
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         assert files.before == {"done": 1}
         files.finish(lambda rows, to: (to.write_bytes(rows.read_bytes().upper()), None)[1])
     assert target.read_bytes() == b"ONE\n" and names(tmp_path) == {"out"}
@@ -87,7 +92,7 @@ def test_a_file_that_failed_to_convert_is_converted_the_next_time(tmp_path: Path
 
 def test_a_kill_before_the_journal_goes_leaves_a_finished_file(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         files.write(b"one\n")
         files.save({"done": 1}, now=True)
         journal = journal_of(target).read_bytes()
@@ -100,38 +105,38 @@ def test_a_kill_before_the_journal_goes_leaves_a_finished_file(tmp_path: Path) -
 
 
 def test_an_error_before_the_first_save_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="x"), open_growing(tmp_path / "out", FACTS) as files:
+    with pytest.raises(ValueError, match="x"), open_writer(tmp_path / "out", FACTS) as files:
         files.write(b"one\n")
         raise ValueError("x")
     assert names(tmp_path) == set()
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    again = open_growing(tmp_path / "out", FACTS)
-    with open_growing(tmp_path / "out", FACTS), pytest.raises(UsageError, match="another process"):
+    again = open_writer(tmp_path / "out", FACTS)
+    with open_writer(tmp_path / "out", FACTS), pytest.raises(UsageError, match="another process"):
         again.__enter__()
 
 
 def test_saves_are_some_time_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "SAVE_SECONDS", 3600)
-    with open_growing(tmp_path / "out", FACTS) as files:
+    with open_writer(tmp_path / "out", FACTS) as files:
         files.save({"done": 1})
-        assert not journal_of(tmp_path / "out").exists()
+    assert names(tmp_path) == set()
     monkeypatch.setattr(growing, "SAVE_SECONDS", 0)
-    with open_growing(tmp_path / "out", FACTS) as files:
+    with open_writer(tmp_path / "out", FACTS) as files:
         files.save({"done": 1})
-        assert journal_of(tmp_path / "out").exists()
+    assert journal_of(tmp_path / "out").exists()
 
 
 def test_a_kill_between_the_two_names_is_gone_on_with(tmp_path: Path) -> None:
     """The list has its name already, the rows have not."""
     target = tmp_path / "out.csv"
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
         files.save({"done": 2}, now=True)
     (tmp_path / ".out.csv.bad.part").rename(bad_of(target))
     check_free(target)
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         assert files.before == {"done": 2}
         files.finish()
     assert (target.read_bytes(), bad_of(target).read_bytes()) == (b"one\n", b"bad\n")
@@ -142,7 +147,7 @@ def test_a_kill_between_the_two_names_is_gone_on_with(tmp_path: Path) -> None:
 def test_a_list_that_is_not_ours_is_left_alone(tmp_path: Path, before: str) -> None:
     target = tmp_path / "out.csv"
     if before != "nothing":
-        with open_growing(target, FACTS) as files:
+        with open_writer(target, FACTS) as files:
             files.write(b"one\n", b"" if before == "journal without bad ones" else b"bad\n")
             files.save({"done": 1}, now=True)
         if before != "journal":
@@ -157,7 +162,7 @@ def test_a_list_that_is_not_ours_is_left_alone(tmp_path: Path, before: str) -> N
 
 def test_a_list_that_came_meanwhile_is_not_removed(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
-    with open_growing(target, FACTS) as files:
+    with open_writer(target, FACTS) as files:
         files.write(b"one\n")
         files.save({"done": 1}, now=True)
         bad_of(target).write_text("mine")
