@@ -24,6 +24,7 @@ from unittest import mock
 
 from finetune.data import transforms
 from finetune.data.discover import discover
+from finetune.data.split import SplitConfig
 from finetune.job import run
 from finetune.recipe import load_recipe
 from pretrained.catalog import Preprocessing
@@ -59,7 +60,7 @@ def measure_time(data: Path, img_size: int) -> tuple[float, float, float]:
 
     Both as shares of the processor time that every pixel takes; the best of three passes over all pictures.
     """
-    dataset = discover(data, 0.2, 0)
+    dataset = discover(data, SplitConfig(0.2, 0))
     view = transforms.build_train_transform(Preprocessing(img_size=img_size), "light")
     files = [dataset.file(sample) for sample in dataset.of("train")]
     pictures = [transforms.decode_image(file) for file in files]

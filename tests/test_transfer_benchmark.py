@@ -24,6 +24,7 @@ from benchmarks.transfer_data import DATASETS, EVERY, Origin, make_folder
 from benchmarks.transfer_page import build_page, draw_plot
 from benchmarks.transfer_seen import compute_likeness
 from finetune.data.discover import discover
+from finetune.data.split import SplitConfig
 from pretrained.backbone import load_source
 from pretrained.catalog import find_card
 from tests.conftest import Cli, draw_folder
@@ -61,7 +62,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_tables_are_data_sets(tiny_folder: Path) -> None:
-    source = discover(tiny_folder / "source.csv", 0.2, 0)
+    source = discover(tiny_folder / "source.csv", SplitConfig(0.2, 0))
     assert source.classes == tuple(draw_groups(LABELS)["source"])
     assert len(source.samples) == 6 * len(source.classes)
 

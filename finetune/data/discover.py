@@ -12,7 +12,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.archive import KINDS, Progress, open_archive
@@ -22,35 +22,29 @@ from finetune.data.groups import find_groups
 from finetune.data.remark import Remark
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
 from finetune.data.samples import is_sample, open_sample
-from finetune.data.split import FOLD_FIX, draw_folds, find_fold_fault, find_undividable, split_off
+from finetune.data.split import (
+    FOLD_FIX,
+    SplitConfig,
+    draw_folds,
+    find_fold_fault,
+    find_undividable,
+    split_off,
+)
 from finetune.data.table import read_csv
-from finetune.errors import DataError, UsageError, suggest
+from finetune.errors import DataError, suggest
 
 
 def discover(
-    data: Path,
-    val_fraction: float,
-    seed: int,
-    follow_links: bool = False,
-    on_progress: Progress | None = None,
-    group_by: str | None = None,
-    folds: int | None = None,
-    fold: int | None = None,
+    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
 ) -> Dataset:
-    """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and part.
+    """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and split.
 
     Args:
         data: folder with ``train/``, flat folder of class folders, a zip archive of either, CSV file with
             ``path,label[,split]``, or a sample (``sample:digits``).
-        val_fraction: share of each class's training images to validate on, where ``data`` gives no
-            validation part.
-        seed: chooses which ones.
+        config: how the validation split is made, where ``data`` gives none or folds are asked for.
         follow_links: read images through links that lead out of the folder.
         on_progress: called with the entries done and their number while an archive is unpacked.
-        group_by: a column of the CSV, or a regular expression on the path, that names images that are drawn
-            together.
-        folds: parts that the images of training and validation are dealt into.
-        fold: which of them is the validation part, from 1.
 
     Raises:
         DataError: there is nothing to train on, or what is there has more than one reading.
@@ -58,24 +52,17 @@ def discover(
         DiskError: an archive cannot be unpacked for lack of space or permission.
     """
     finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    draw = Draw(val_fraction, seed, group_by, folds, fold)
-    dataset = _discover(finding, data, draw, on_progress)
+    dataset = _discover(finding, data, config, on_progress)
     assert dataset is not None
     return dataset
 
 
 def survey(
-    data: Path,
-    val_fraction: float,
-    seed: int,
-    follow_links: bool = False,
-    on_progress: Progress | None = None,
-    group_by: str | None = None,
-    folds: int | None = None,
+    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
 ) -> tuple[Dataset | None, tuple[Remark, ...]]:
     """Read as :func:`discover` does, and go on after what it refuses, without the faulty images.
 
-    The first of the folds is the validation part.
+    The first of the folds is the validation split, whichever is asked for.
 
     Returns:
         The data set, None where nothing can be made of it, and every remark.
@@ -86,47 +73,27 @@ def survey(
     finding = Finding(
         f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True
     )
-    draw = Draw(val_fraction, seed, group_by, folds, 1 if folds else None)
+    config = replace(config, fold=1 if config.folds else None)
     dataset = None
     try:
-        dataset = _discover(finding, data, draw, on_progress)
+        dataset = _discover(finding, data, config, on_progress)
     except DataError as error:
         finding.remarks.append(Remark("unusable", "error", error.message, error.fix))
     return dataset, tuple(finding.remarks)
 
 
-@dataclass(frozen=True)
-class Draw:
-    """How a validation part is made; the arguments of :func:`discover`."""
-
-    val_fraction: float
-    seed: int
-    group_by: str | None
-    folds: int | None
-    fold: int | None
-
-    def check_fold(self) -> None:
-        """Refuse a fold that there is not.
-
-        Raises:
-            UsageError: it is none of the folds, or one of the two is missing.
-        """
-        if (self.folds is None) != (self.fold is None) or (self.fold or 1) > (self.folds or 1):
-            found = f"data.fold is {'not given' if self.fold is None else self.fold}"
-            fix = "Give both: --set data.folds=5 --set data.fold=1, up to 5."
-            raise UsageError(f"data.folds={self.folds}", found, fix)
-
-
-def _discover(finding: Finding, data: Path, draw: Draw, on_progress: Progress | None) -> Dataset | None:
-    draw.check_fold()
-    is_table = read_data(finding, data, on_progress, draw.group_by)
+def _discover(
+    finding: Finding, data: Path, config: SplitConfig, on_progress: Progress | None
+) -> Dataset | None:
+    config.check_fold()
+    is_table = read_data(finding, data, on_progress, config.group_by)
     if finding.is_lenient and not finding.parts.get("train"):
         return None
     for part in finding.parts.values():  # of a lenient reading: a strict one has refused them
         for name, paths in part.items():
             part[name] = [path for path in paths if path not in finding.links_out]
-    drawn = "val" not in finding.parts or draw.folds is not None
-    dataset = _dataset(finding, draw)
+    drawn = "val" not in finding.parts or config.folds is not None
+    dataset = _dataset(finding, config)
     return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, remarks=tuple(finding.remarks))
 
 
@@ -174,7 +141,7 @@ def _refuse_kind(finding: Finding, suffix: str) -> DataError:
     )
 
 
-def _dataset(finding: Finding, draw: Draw) -> Dataset:
+def _dataset(finding: Finding, config: SplitConfig) -> Dataset:
     """Apply the rules that do not depend on the layout, and number the classes."""
     train = finding.parts["train"]
     # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
@@ -184,14 +151,14 @@ def _dataset(finding: Finding, draw: Draw) -> Dataset:
         if split in finding.parts:
             _compare_with_training(finding, split)
     _warn_look_alikes(finding, classes)
-    groups = find_groups(finding, draw.group_by)
+    groups = find_groups(finding, config.group_by)
     folds: dict[str, int] = {}
-    if draw.folds is not None and draw.fold is not None:
-        folds = _deal_folds(finding, draw.folds, draw.fold, draw.seed, groups)
+    if config.folds is not None and config.fold is not None:
+        folds = _deal_folds(finding, config.folds, config.fold, config.seed, groups)
     elif "val" in finding.parts:
         _warn_singles(finding)
     else:
-        _split_off_validation(finding, draw.val_fraction, draw.seed, groups)
+        _split_off_validation(finding, config.val_fraction, config.seed, groups)
     index = {name: number for number, name in enumerate(classes)}
     samples = [
         Sample(path, index[name], split, groups.get(path, ""), folds.get(path, 0))

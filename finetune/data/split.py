@@ -14,9 +14,48 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from finetune.data.sample import SPLITS, Dataset, Sample
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError
+from finetune.recipe import Recipe
 
 Groups = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How the validation split is drawn from the training images.
+
+    Attributes:
+        val_fraction: share of each class to validate on, 0 < val_fraction < 1.
+        seed: another one gives another draw.
+        group_by: a column of the CSV file, or a regular expression on the path, that names images which stay
+            in one split.
+        folds: number of parts that the images of training and validation are dealt into; None draws a
+            fraction.
+        fold: which of them is the validation split, from 1.
+    """
+
+    val_fraction: float
+    seed: int
+    group_by: str | None = None
+    folds: int | None = None
+    fold: int | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> SplitConfig:
+        """Return what a recipe asks for."""
+        data = recipe.data
+        return cls(data.val_fraction, recipe.seed, data.group_by, data.folds, data.fold)
+
+    def check_fold(self) -> None:
+        """Refuse a fold that does not exist.
+
+        Raises:
+            UsageError: it is none of the folds, or one of the two is missing.
+        """
+        if (self.folds is None) != (self.fold is None) or (self.fold or 1) > (self.folds or 1):
+            found = f"data.fold is {'not given' if self.fold is None else self.fold}"
+            fix = "Give both: --set data.folds=5 --set data.fold=1, up to 5."
+            raise UsageError(f"data.folds={self.folds}", found, fix)
 
 
 @dataclass(frozen=True)
@@ -144,7 +183,7 @@ def find_fold_fault(
 
 
 def keep_copies_together(
-    dataset: Dataset, digests: Mapping[str, str], seed: int, fraction: float
+    dataset: Dataset, digests: Mapping[str, str], config: SplitConfig
 ) -> tuple[Dataset, int]:
     """Return a drawn data set in which copies of a picture lie in one part, and how many images moved.
 
@@ -155,8 +194,7 @@ def keep_copies_together(
     Args:
         dataset: whose validation part was drawn; test images stay as they are.
         digests: sha256 by path; images without one have no copies.
-        seed: of the draw.
-        fraction: share of each class to validate on; with folds, it does not count.
+        config: of the draw.
 
     Raises:
         DataError: too few different pictures are left for a part, a fold or a class.
@@ -172,13 +210,13 @@ def keep_copies_together(
         paths[dataset.classes[sample.label]].append(sample.path)
     folds: dict[str, int] = {}
     if num_folds := max(sample.fold for sample in pool):
-        folds = draw_folds(paths, num_folds, seed, units)
+        folds = draw_folds(paths, num_folds, config.seed, units)
         if fault := find_fold_fault(paths, folds, num_folds):
             raise DataError(f"data in {dataset.root}", f"without copies, {fault}", FOLD_FIX)
         held_out = next((sample.fold for sample in pool if sample.split == "val"), 1)
         taken = {path for path, fold in folds.items() if fold == held_out}
     else:
-        taken = split_off(paths, fraction, seed, units)
+        taken = split_off(paths, config.val_fraction, config.seed, units)
     if not taken:
         found = (
             "all images of each class are copies of one picture, or of one group: none is left to judge by"

@@ -9,17 +9,11 @@ from finetune.data.discover import discover
 from finetune.data.finding import SPLIT_NAMES, Finding, is_junk, names_in, printable
 from finetune.data.folders import images_below
 from finetune.data.sample import Dataset, Sample
+from finetune.data.split import SplitConfig
 
 
 def find_pictures(
-    data: Path,
-    val_fraction: float,
-    seed: int,
-    follow_links: bool = False,
-    on_progress: Progress | None = None,
-    group_by: str | None = None,
-    folds: int | None = None,
-    fold: int | None = None,
+    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
@@ -30,7 +24,7 @@ def find_pictures(
         DataError: there is no image, or what is there has more than one reading.
     """
     if not _is_unlabelled(data):
-        return discover(data, val_fraction, seed, follow_links, on_progress, group_by, folds, fold)
+        return discover(data, config, follow_links, on_progress)
     finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
     images, _ = images_below(finding, "")
     finding.check_links()

@@ -11,7 +11,7 @@ from finetune.data.discover import survey
 from finetune.data.looks import LookStore
 from finetune.data.remark import Remark
 from finetune.data.sample import Dataset
-from finetune.data.split import keep_copies_together
+from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.display import Display
 from finetune.errors import DataError, UsageError
 from finetune.job.data import check_outside, create_new_folder
@@ -43,15 +43,8 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
         raise UsageError("finetune check", "no data was named", "Name a folder, a .zip or a CSV file.")
     with translated_errors():
         with display.count(f"reading {settings.path}") as tell:
-            dataset, remarks = survey(
-                Path(settings.path),
-                settings.val_fraction,
-                recipe.seed,
-                settings.follow_links,
-                tell,
-                settings.group_by,
-                settings.folds,
-            )
+            config = SplitConfig.of(recipe)
+            dataset, remarks = survey(Path(settings.path), config, settings.follow_links, tell)
         _create_output(output, dataset, Path(settings.path))
         if dataset is None:
             result = to_check(remarks, {})
@@ -95,7 +88,7 @@ def _settle(
 ) -> tuple[Dataset, tuple[Remark, ...]]:
     """Keep exact copies in one part, as a run does."""
     try:
-        dataset, moved = keep_copies_together(dataset, checked.digests, recipe.seed, recipe.data.val_fraction)
+        dataset, moved = keep_copies_together(dataset, checked.digests, SplitConfig.of(recipe))
     except DataError as error:
         return dataset, (*remarks, Remark("class-copies", "error", error.found, error.fix))
     if moved:

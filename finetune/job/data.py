@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import torch
 from finetune.data.check import BadImage, Checked, check_bad
 from finetune.data.sample import SPLITS, Dataset, Sample, Split
 from finetune.data.samples import is_sample
-from finetune.data.split import keep_copies_together
+from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.display import Display
 from finetune.errors import DataError, UsageError
 from finetune.job.same import describe_images
 from finetune.preflight.files import UNREADABLE
 from finetune.preflight.report import inspect
-from finetune.recipe import Recipe, flatten, load_recipe
+from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import DataSettings
 from finetune.runs.bad_images import read_bad_images, write_bad_images
 from finetune.runs.claim import create_folder, read_split
@@ -28,29 +28,6 @@ from finetune.runtime import derive_seed
 
 SHOWN = 5
 """Findings of the preflight that a run shows."""
-
-
-def find_data(
-    recipe: Recipe, find: Callable[..., Dataset], on_progress: Callable[[int, int], None]
-) -> Dataset:
-    """Find the images of a recipe, with the parts that it asks for.
-
-    Args:
-        recipe: its data and seed count.
-        find: ``discover``, or ``find_pictures`` where labels need not be.
-        on_progress: told how far an archive is unpacked.
-    """
-    settings = recipe.data
-    return find(
-        Path(settings.path or ""),
-        settings.val_fraction,
-        recipe.seed,
-        settings.follow_links,
-        on_progress,
-        settings.group_by,
-        settings.folds,
-        settings.fold,
-    )
 
 
 def check_data(
@@ -79,7 +56,7 @@ def draw_copies_together(
     dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
 ) -> Dataset:
     """Return a drawn data set in which no picture is both trained on and judged, and say what moved."""
-    dataset, moved = keep_copies_together(dataset, digests, recipe.seed, recipe.data.val_fraction)
+    dataset, moved = keep_copies_together(dataset, digests, SplitConfig.of(recipe))
     if moved:
         images = "1 image" if moved == 1 else f"{moved} images"
         display.say(f"exact copies stay in one part: {images} moved between train and val")
@@ -129,10 +106,6 @@ def _place(sample: Sample) -> tuple[int, str]:
     return SPLITS.index(sample.split), sample.path
 
 
-_DRAW = ("seed", "data.val_fraction", "data.folds", "data.fold", "data.group_by")
-"""Keys of a recipe that a draw depends on, beside the images."""
-
-
 def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     """Return the data set with the parts that an earlier attempt drew, if it was to draw the same.
 
@@ -141,8 +114,7 @@ def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     """
     if not dataset.val_was_drawn or not folder.recipe.exists():
         return dataset
-    before, now = (dict(flatten(one.to_dict())) for one in (load_recipe(str(folder.recipe)), recipe))
-    if any(before.get(key) != now.get(key) for key in _DRAW):
+    if SplitConfig.of(load_recipe(str(folder.recipe))) != SplitConfig.of(recipe):
         return dataset
     rows = [(row.get("path"), row.get("split")) for row in read_split(folder)]
     drawn = {path: split for path, part in rows for split in SPLITS if split == part}

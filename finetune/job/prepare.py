@@ -14,9 +14,9 @@ from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.sample import Dataset
 from finetune.data.samples import check_sample, is_sample
+from finetune.data.split import SplitConfig
 from finetune.display import Display
 from finetune.errors import EnvironmentFaultError, FinetuneError, UsageError
-from finetune.job.data import find_data
 from finetune.job.fetch import fetch
 from finetune.recipe import Facts, Recipe, compute_batch_size, load_recipe, resolve_recipe
 from finetune.runs.folder import RunFolder
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, display: Display, world: World = SINGLE) -> Ready:
     name, data = str(recipe.backbone.name), recipe.data.path
     device = prepare_machine(recipe, world)
     with display.count(f"reading {data}") as tell:
-        dataset = find_data(recipe, discover, tell)
+        dataset = discover(Path(data or ""), SplitConfig.of(recipe), recipe.data.follow_links, tell)
     card = find_card(name, recipe.backbone.offline)
     if not starts_random(recipe.strategy.name) and not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)

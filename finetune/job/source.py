@@ -26,6 +26,7 @@ from finetune.data.check import BadImage, Checked
 from finetune.data.loader import Loader, Placement
 from finetune.data.sample import SPLITS, Dataset, Sample
 from finetune.data.sample import Split as Part
+from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_eval_transform
 from finetune.data.unlabelled import find_pictures
 from finetune.display import Display
@@ -39,7 +40,7 @@ from finetune.features.kept import (
     row_bytes,
 )
 from finetune.features.rows import JoinedRows, Rows
-from finetune.job.data import find_data, keep_split
+from finetune.job.data import keep_split
 from finetune.job.default_backbone import name_backbone
 from finetune.job.facts import describe_source, digest_of
 from finetune.job.fetch import fetch
@@ -137,7 +138,8 @@ def open_pictures(recipe: Recipe, display: Display) -> Dataset:
     if is_run:
         own = load_recipe(str(run.recipe))
     with display.count(f"reading {own.data.path}") as tell:
-        dataset = find_data(own, find_pictures, tell)
+        data = Path(own.data.path or "")
+        dataset = find_pictures(data, SplitConfig.of(own), own.data.follow_links, tell)
     if is_run:
         dataset = keep_split(dataset, run, own)
         known = {row.get("path") for row in read_split(run)}

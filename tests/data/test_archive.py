@@ -22,6 +22,7 @@ import pytest
 from finetune.data import archive, made_once
 from finetune.data.discover import discover
 from finetune.data.sample import Dataset
+from finetune.data.split import SplitConfig
 from finetune.errors import DataError, DiskError, ExitCode
 
 PLAIN = tuple(f"{name}/{n}.jpg" for name in ("ant", "bee") for n in range(4))
@@ -54,7 +55,7 @@ def patched(path: Path, old: bytes, new: bytes) -> Path:
 
 
 def found(data: Path) -> Dataset:
-    return discover(data, 0.25, 0)
+    return discover(data, SplitConfig(0.25, 0))
 
 
 def refused(data: Path, kind: type[DataError | DiskError] = DataError) -> DataError | DiskError:
@@ -143,9 +144,9 @@ def test_dots_in_paths_are_plain_folders(tmp_path: Path) -> None:
 def test_progress_counts_the_files(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     file = packed(tmp_path / "x.zip", *PLAIN, "README")
-    discover(file, 0.25, 0, on_progress=lambda done, total: seen.append((done, total)))
+    discover(file, SplitConfig(0.25, 0), on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(n, 8) for n in range(1, 9)]
-    discover(file, 0.25, 0, on_progress=lambda done, total: pytest.fail("unpacked again"))
+    discover(file, SplitConfig(0.25, 0), on_progress=lambda done, total: pytest.fail("unpacked again"))
 
 
 def test_the_same_archive_is_unpacked_once(
@@ -476,11 +477,12 @@ import os, sys, time
 from pathlib import Path
 os.sync = lambda: None
 from finetune.data.discover import discover
+from finetune.data.split import SplitConfig
 def wait(done, total):
     if done == 3:
         print("unpacking", flush=True)
         time.sleep(60)
-discover(Path(sys.argv[1]), 0.25, 0, on_progress=wait)
+discover(Path(sys.argv[1]), SplitConfig(0.25, 0), on_progress=wait)
 """
 
 
@@ -513,7 +515,7 @@ def test_an_interrupt_cleans_up(tmp_path: Path, cache: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        discover(packed(tmp_path / "x.zip", *PLAIN), 0.25, 0, on_progress=interrupt)
+        discover(packed(tmp_path / "x.zip", *PLAIN), SplitConfig(0.25, 0), on_progress=interrupt)
     assert unpacked(cache) == []
 
 
@@ -524,7 +526,7 @@ def count_unpacked(file: Path, counts: multiprocessing.Queue[int]) -> None:
         done.append(number)
         time.sleep(0.02)
 
-    discover(file, 0.25, 0, on_progress=slowly)
+    discover(file, SplitConfig(0.25, 0), on_progress=slowly)
     counts.put(len(done))
 
 

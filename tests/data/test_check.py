@@ -14,6 +14,7 @@ from finetune.data.check import BadImage, check_bad, check_images
 from finetune.data.decode import BadImageError
 from finetune.data.discover import discover
 from finetune.data.sample import Dataset, Sample, Split
+from finetune.data.split import SplitConfig
 from finetune.errors import DataError, ExitCode
 
 
@@ -43,7 +44,7 @@ def test_finds_the_bad_ones_in_the_order_of_the_data_set(tmp_path: Path, threads
     (tmp_path / "train/ant/3.png").write_bytes(b"")
     (tmp_path / "train/bee/0.png").write_text("<!DOCTYPE html>")
     (tmp_path / "val/ant/8.png").write_bytes((tmp_path / "val/ant/8.png").read_bytes()[:-20])
-    dataset = discover(tmp_path, 0.2, 0)
+    dataset = discover(tmp_path, SplitConfig(0.2, 0))
     (tmp_path / "val/bee/1.png").unlink()  # lost between discovery and check
     found = check_images(dataset, threads=threads)
     assert found.bad == (
@@ -59,7 +60,7 @@ def test_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         images(tmp_path / name, ["0.png", "1.png"])
     (tmp_path / "bee/1.png").write_bytes(b"no image")
-    dataset = discover(tmp_path, 0.5, 0)
+    dataset = discover(tmp_path, SplitConfig(0.5, 0))
     expected = {s.path: hashlib.sha256(dataset.file(s).read_bytes()).hexdigest() for s in dataset.samples}
     assert check_images(dataset, decode=False).digests == expected
     assert "bee/1.png" not in check_images(dataset).digests

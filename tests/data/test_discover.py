@@ -10,6 +10,7 @@ import pytest
 
 from finetune.data.discover import discover
 from finetune.data.sample import Dataset, Sample, Split
+from finetune.data.split import SplitConfig
 from finetune.errors import DataError, ExitCode
 
 
@@ -36,7 +37,7 @@ def table(root: Path, text: str, *images: str) -> Path:
 
 
 def found(data: Path, fraction: float = 0.25, seed: int = 0) -> Dataset:
-    return discover(data, fraction, seed)
+    return discover(data, SplitConfig(fraction, seed))
 
 
 def refused(data: Path) -> DataError:
@@ -203,7 +204,7 @@ def linked(root: Path) -> Path:
 
 
 def test_linked_folders_are_followed_where_that_is_allowed(tmp_path: Path) -> None:
-    dataset = discover(linked(tmp_path), 0.25, 0, follow_links=True)
+    dataset = discover(linked(tmp_path), SplitConfig(0.25, 0), follow_links=True)
     assert len(dataset.samples) == 6
     assert {path.split("/")[0] for path in paths(dataset)} == {"ant", "bee"}
 
@@ -230,7 +231,7 @@ def test_a_link_out_of_the_data_is_refused_wherever_it_stands(tmp_path: Path, pl
     link.symlink_to(tmp_path / "moved")
     error = refused(tmp_path / "data")
     assert error.found == f"1 link leads out of the folder: {place!r} -> '{tmp_path}/moved'"
-    assert discover(tmp_path / "data", 0.25, 0, follow_links=True).num_classes == 2
+    assert discover(tmp_path / "data", SplitConfig(0.25, 0), follow_links=True).num_classes == 2
 
 
 def test_many_links_out_are_counted_and_the_first_named(tmp_path: Path) -> None:
@@ -656,7 +657,7 @@ def test_csv_links_out_are_named_once_a_folder(tmp_path: Path) -> None:
         f"2 links lead out of the folder: 'b.jpg' -> '/etc/passwd', 'img' -> '{tmp_path}/store'"
     )
     assert error.fix == "Copy the files there, or add --set data.follow_links=true."
-    assert len(discover(file, 0.25, 0, follow_links=True).samples) == 6
+    assert len(discover(file, SplitConfig(0.25, 0), follow_links=True).samples) == 6
 
 
 def test_csv_links_inside_and_a_linked_data_folder(tmp_path: Path) -> None:

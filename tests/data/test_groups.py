@@ -8,7 +8,7 @@ import pytest
 
 from finetune.data import groups
 from finetune.data.discover import discover, survey
-from finetune.data.split import draw_folds, find_fold_fault
+from finetune.data.split import SplitConfig, draw_folds, find_fold_fault
 from finetune.errors import DataError, UsageError
 from tests.conftest import draw
 
@@ -36,7 +36,7 @@ def table(folder: Path) -> Path:
 
 @pytest.mark.parametrize("pattern", [r"patient(\d)", r"patient\d"])
 def test_a_pattern_names_groups_that_are_drawn_whole(folder: Path, pattern: str) -> None:
-    dataset = discover(folder, 0.25, 0, group_by=pattern)
+    dataset = discover(folder, SplitConfig(0.25, 0, group_by=pattern))
     assert {sample.group for sample in dataset.samples} == (
         {str(n) for n in PATIENTS} if "(" in pattern else {f"patient{n}" for n in PATIENTS}
     )
@@ -46,16 +46,16 @@ def test_a_pattern_names_groups_that_are_drawn_whole(folder: Path, pattern: str)
 
 
 def test_a_column_names_groups(table: Path) -> None:
-    dataset = discover(table, 0.25, 0, group_by="patient")
+    dataset = discover(table, SplitConfig(0.25, 0, group_by="patient"))
     train, val = ({sample.group for sample in dataset.of(part)} for part in ("train", "val"))
     assert not train & val and train | val == {str(n) for n in PATIENTS}
-    by_path = discover(table, 0.25, 0, group_by=r"patient(\d)")
+    by_path = discover(table, SplitConfig(0.25, 0, group_by=r"patient(\d)"))
     assert by_path == dataset
 
 
 @pytest.mark.parametrize("fold", [1, 2, 3, 4])
 def test_folds(folder: Path, fold: int) -> None:
-    dataset = discover(folder, 0.2, 0, group_by=r"patient(\d)", folds=4, fold=fold)
+    dataset = discover(folder, SplitConfig(0.2, 0, group_by=r"patient(\d)", folds=4, fold=fold))
     assert dataset.val_was_drawn and dataset.counts("val") == [6, 6]
     assert {sample.fold for sample in dataset.of("val")} == {fold}
     assert {sample.fold for sample in dataset.of("train")} == {1, 2, 3, 4} - {fold}
@@ -70,7 +70,7 @@ def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path
         (folder / kind).rename(tmp_path / "parts" / "train" / kind)
     held: list[str] = []
     for fold in (1, 2, 3):
-        dataset = discover(tmp_path / "parts", 0.2, 0, folds=3, fold=fold)
+        dataset = discover(tmp_path / "parts", SplitConfig(0.2, 0, folds=3, fold=fold))
         held += [sample.path for sample in dataset.of("val")]
         assert len(dataset.of("test")) == 4 and {sample.fold for sample in dataset.of("test")} == {0}
     assert len(held) == len(set(held)) == 48 + 4
@@ -91,36 +91,36 @@ def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path
 )
 def test_patterns_that_are_refused(folder: Path, group_by: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        discover(folder, 0.2, 0, group_by=group_by)
+        discover(folder, SplitConfig(0.2, 0, group_by=group_by))
 
 
 @pytest.mark.parametrize(("column", "said"), [("pation", "did you mean 'patient'"), ("note", "is empty")])
 def test_columns_that_are_refused(table: Path, column: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        discover(table, 0.2, 0, group_by=column)
+        discover(table, SplitConfig(0.2, 0, group_by=column))
 
 
 @pytest.mark.parametrize(("folds", "fold"), [(5, None), (None, 1), (5, 6)])
 def test_folds_that_there_are_not(folder: Path, folds: int | None, fold: int | None) -> None:
     with pytest.raises(UsageError):
-        discover(folder, 0.2, 0, folds=folds, fold=fold)
+        discover(folder, SplitConfig(0.2, 0, folds=folds, fold=fold))
 
 
 def test_more_folds_than_groups_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="only 8 images or groups"):
-        discover(folder, 0.2, 0, group_by=r"patient(\d)", folds=9, fold=1)
+        discover(folder, SplitConfig(0.2, 0, group_by=r"patient(\d)", folds=9, fold=1))
 
 
 def test_images_without_a_group_are_told_of(folder: Path) -> None:
     draw(folder / "sick" / "other.jpg", (1, 2, 3), 99)
-    dataset = discover(folder, 0.25, 0, group_by=r"patient(\d)")
+    dataset = discover(folder, SplitConfig(0.25, 0, group_by=r"patient(\d)"))
     assert [remark.code for remark in dataset.remarks] == ["group-missing"]
     assert "1 of 49 images" in dataset.warnings[0]
 
 
 def test_a_hostile_pattern_does_not_hang(folder: Path) -> None:
     with pytest.raises(DataError):  # before it is tried on any path
-        discover(folder, 0.25, 0, group_by=r"((\w+)*-)+x")
+        discover(folder, SplitConfig(0.25, 0, group_by=r"((\w+)*-)+x"))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_empty_cells_of_a_column_are_told_of(table: Path) -> None:
     rows = table.read_text().splitlines()
     rows[3] = ",".join([*rows[3].split(",")[:2], "", ""])
     table.write_text("\n".join(rows) + "\n")
-    dataset = discover(table, 0.25, 0, group_by="patient")
+    dataset = discover(table, SplitConfig(0.25, 0, group_by="patient"))
     assert [remark.code for remark in dataset.remarks] == ["group-missing"]
     assert "1 of 48 images" in dataset.warnings[0]
 
@@ -146,7 +146,7 @@ def test_a_column_that_only_faulty_rows_fill_is_no_pattern(table: Path) -> None:
         *(",".join([*row.split(",")[:2], ""]) for row in table.read_text().split()[1:]),
     ]
     table.write_text("\n".join([*rows, "gone.jpg,sick,7"]) + "\n")
-    dataset, remarks = survey(table, 0.25, 0, group_by="sick")
+    dataset, remarks = survey(table, SplitConfig(0.25, 0, group_by="sick"))
     assert dataset is not None and not any(sample.group for sample in dataset.samples)
     assert {remark.code for remark in remarks} == {"row-unusable", "group-missing"}
 
@@ -162,6 +162,6 @@ def test_a_class_in_one_fold_is_refused_whichever_is_held_out(tmp_path: Path, fo
         for number in range(many):
             draw(tmp_path / name / f"{'x' if name == 'a' else number}_{number}.jpg", (1, 2, 3), number)
     with pytest.raises(DataError, match="belong to one group"):
-        discover(tmp_path, 0.2, 0, group_by="(.)_", folds=3, fold=fold)
-    dataset, remarks = survey(tmp_path, 0.2, 0, group_by="(.)_", folds=3)
+        discover(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3, fold=fold))
+    dataset, remarks = survey(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3))
     assert dataset is not None and {"group-single", "fold-empty"} <= {remark.code for remark in remarks}

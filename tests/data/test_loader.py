@@ -12,6 +12,7 @@ import torch
 from finetune.data import loader as loader_module
 from finetune.data.discover import discover
 from finetune.data.loader import Batch, Loader, Placement, plan_epoch
+from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_train_transform
 from finetune.data.workers import choose_workers
 from finetune.errors import DataError
@@ -28,7 +29,7 @@ def build_loader(
     batch_size: int = 5,
     most_workers: int = 0,
 ) -> Loader:
-    dataset = discover(root, 0.2, 0)
+    dataset = discover(root, SplitConfig(0.2, 0))
     return Loader(
         dataset,
         dataset.of("train"),

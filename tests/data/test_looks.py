@@ -14,6 +14,7 @@ from finetune.data.check import Checked, check_images
 from finetune.data.discover import discover
 from finetune.data.looks import LookStore
 from finetune.data.sample import Dataset
+from finetune.data.split import SplitConfig
 from tests.conftest import draw_folder
 
 
@@ -21,7 +22,7 @@ from tests.conftest import draw_folder
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Files that count as settled at once."""
     monkeypatch.setattr(looks, "SETTLED_SECONDS", -60.0)
-    return discover(draw_folder(tmp_path / "data", {"red": 6, "blue": 6}), 0.2, 0)
+    return discover(draw_folder(tmp_path / "data", {"red": 6, "blue": 6}), SplitConfig(0.2, 0))
 
 
 def look(data: Dataset, decode: bool = True) -> Checked:
@@ -70,7 +71,7 @@ def test_a_changed_file_is_looked_at_again(data: Dataset, probed: list[Path], ke
 
 
 def test_what_changed_a_moment_ago_is_not_kept(tmp_path: Path, probed: list[Path]) -> None:
-    data = discover(draw_folder(tmp_path / "data", {"red": 2, "blue": 2}), 0.5, 0)
+    data = discover(draw_folder(tmp_path / "data", {"red": 2, "blue": 2}), SplitConfig(0.5, 0))
     look(data)
     look(data)
     assert len(probed) == 8
@@ -133,7 +134,7 @@ def test_a_row_says_what_is_in_the_file(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         Image.new("RGB", (60, 40), "red").save(tmp_path / name / "0.jpg", exif=exif)
         Image.new("P", (20, 30)).save(tmp_path / name / "1.gif")
-    data = discover(tmp_path, 0.5, 0)
+    data = discover(tmp_path, SplitConfig(0.5, 0))
     found = check_images(data).looks.select(["a/0.jpg", "a/1.gif"])
     assert [found.format_of(place) for place in (0, 1)] == ["JPEG", "GIF"]
     assert [found.mode_of(place) for place in (0, 1)] == ["RGB", "P"]
@@ -150,7 +151,7 @@ def test_the_hash_is_that_of_imagehash(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
         photo(number, (32, 32)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
-    data = discover(tmp_path, 0.5, 0)
+    data = discover(tmp_path, SplitConfig(0.5, 0))
     found = check_images(data).looks
     for path, kept in zip(found.paths, found.rows["phash"].tolist(), strict=True):
         with Image.open(tmp_path / path) as image:

@@ -22,6 +22,7 @@ from finetune.data.discover import discover
 from finetune.data.loader import Loader, Placement
 from finetune.data.pictures import PER_BLOCK, Pictures, keep_pictures
 from finetune.data.sample import Dataset
+from finetune.data.split import SplitConfig
 from finetune.data.transforms import Transform, build_train_transform
 from finetune.display import SilentDisplay
 from pretrained.catalog import Preprocessing
@@ -53,7 +54,7 @@ def photos(tmp_path: Path) -> Dataset:
         width, height = random.integers(10, 90, 2)
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03}.{'jpg' if number % 3 else 'png'}")
-    return discover(tmp_path / "photos", 0.2, 0)
+    return discover(tmp_path / "photos", SplitConfig(0.2, 0))
 
 
 Keep = Callable[..., Pictures | None]

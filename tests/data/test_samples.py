@@ -15,6 +15,7 @@ from finetune.data.discover import discover
 from finetune.data.inputs import find_inputs
 from finetune.data.labelled import find_labelled
 from finetune.data.samples import SAMPLES, is_sample, open_sample
+from finetune.data.split import SplitConfig
 from finetune.errors import DiskError, UsageError
 
 CLASSES = tuple("0123456789")
@@ -54,7 +55,7 @@ def test_they_are_written_once_and_whole(cache: Path, monkeypatch: pytest.Monkey
 
 
 def test_they_are_data_like_any_others(cache: Path) -> None:
-    dataset = discover(DIGITS, 0.2, 0)
+    dataset = discover(DIGITS, SplitConfig(0.2, 0))
     assert dataset.classes == CLASSES
     assert len(dataset.samples) == 1797
     assert len(dataset.of("val")) == 359

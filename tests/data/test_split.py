@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.sample import SPLITS, Dataset, Sample
-from finetune.data.split import draw_folds, find_undividable, keep_copies_together, split_off
+from finetune.data.split import SplitConfig, draw_folds, find_undividable, keep_copies_together, split_off
 from finetune.errors import DataError
 
 CLASSES = {"ant": [f"ant/{n}.jpg" for n in range(40)], "bee": [f"bee/{n}.jpg" for n in range(10)]}
@@ -133,14 +133,14 @@ def parts_for(paths: dict[str, list[str]], taken: set[str]) -> dict[str, str]:
 def test_where_every_picture_is_there_twice_the_part_keeps_its_size() -> None:
     paths, digests = doubled(100)
     first = drawn(parts_for(paths, split_off(paths, 0.2, 0)))
-    dataset, moved = keep_copies_together(first, digests, 0, 0.2)
+    dataset, moved = keep_copies_together(first, digests, SplitConfig(0.2, 0))
     assert first.counts("val") == [40, 40] == dataset.counts("val")
     parts: dict[str, set[str]] = {}
     for path, part in parts_of(dataset).items():
         parts.setdefault(digests[path], set()).add(part)
     assert all(len(own) == 1 for own in parts.values())
     assert moved == sum(parts_of(first)[path] != part for path, part in parts_of(dataset).items()) > 0
-    assert keep_copies_together(dataset, digests, 0, 0.2) == (dataset, 0)
+    assert keep_copies_together(dataset, digests, SplitConfig(0.2, 0)) == (dataset, 0)
     assert [s.path for s in dataset.of("train")] == sorted(s.path for s in dataset.of("train"))
 
 
@@ -148,9 +148,9 @@ def test_where_every_picture_is_there_twice_the_part_keeps_its_size() -> None:
 def test_without_copies_the_draw_stays_what_it_was(groups: dict[str, str]) -> None:
     first = drawn(parts_for(PATIENTS, split_off(PATIENTS, 0.25, 0, groups)), groups)
     digests = {path: path for path in parts_of(first)}
-    assert keep_copies_together(first, digests, 0, 0.25) == (first, 0)
+    assert keep_copies_together(first, digests, SplitConfig(0.25, 0)) == (first, 0)
     digests |= dict.fromkeys(("ant/p1_0.jpg", "ant/p1_1.jpg"), "same")  # of one group, where there are groups
-    again, _ = keep_copies_together(first, digests, 0, 0.25)
+    again, _ = keep_copies_together(first, digests, SplitConfig(0.25, 0))
     if groups:
         assert again == first
     assert parts_of(again)["ant/p1_0.jpg"] == parts_of(again)["ant/p1_1.jpg"]
@@ -159,24 +159,28 @@ def test_without_copies_the_draw_stays_what_it_was(groups: dict[str, str]) -> No
 def test_a_class_of_nothing_but_copies_keeps_its_training_images() -> None:
     parts = {"ant/0": "val", "ant/1": "train", "bee/0": "val", "bee/1": "train"}
     digests = {"ant/0": "same", "ant/1": "same", "bee/0": "b0", "bee/1": "b1"}
-    dataset, _ = keep_copies_together(drawn(parts), digests, 0, 0.5)
+    dataset, _ = keep_copies_together(drawn(parts), digests, SplitConfig(0.5, 0))
     assert dataset.counts("train") == [2, 1] and dataset.counts("val") == [0, 1]
     with pytest.raises(DataError, match="none is left to judge by"):
-        keep_copies_together(drawn(parts), digests | dict.fromkeys(("bee/0", "bee/1"), "other"), 0, 0.5)
+        keep_copies_together(
+            drawn(parts), digests | dict.fromkeys(("bee/0", "bee/1"), "other"), SplitConfig(0.5, 0)
+        )
 
 
 def test_copies_take_their_groups_along() -> None:
     parts = {f"ant/{n}": "val" if n < 4 else "train" for n in range(10)}
     groups = {"ant/0": "g", "ant/1": "g"}
     digests = {path: path for path in parts} | {"ant/1": "same", "ant/9": "same"}
-    dataset, _ = keep_copies_together(drawn(parts, groups), digests, 0, 0.4)
+    dataset, _ = keep_copies_together(drawn(parts, groups), digests, SplitConfig(0.4, 0))
     found = parts_of(dataset)
     assert found["ant/0"] == found["ant/1"] == found["ant/9"] and dataset.counts("val") == [4]
 
 
 def test_given_test_images_stay_where_they_are() -> None:
     parts = {"ant/0": "test", "ant/1": "val", "ant/2": "train", "ant/3": "train"}
-    dataset, moved = keep_copies_together(drawn(parts), dict.fromkeys(("ant/0", "ant/2"), "same"), 0, 0.3)
+    dataset, moved = keep_copies_together(
+        drawn(parts), dict.fromkeys(("ant/0", "ant/2"), "same"), SplitConfig(0.3, 0)
+    )
     assert (moved, parts_of(dataset)) == (0, parts)
 
 
@@ -184,7 +188,7 @@ def test_what_an_earlier_attempt_drew_stays_and_new_copies_join_it() -> None:
     parts = {f"ant/{n}": "val" if n < 4 else "train" for n in range(12)}
     digests = {path: path for path in parts} | {"ant/10": "ant/0", "ant/3": "ant/5", "ant/2": "ant/11"}
     dataset = replace(drawn(parts), settled=frozenset(set(parts) - {"ant/3", "ant/10", "ant/11"}))
-    after, moved = keep_copies_together(dataset, digests, 0, 0.4)
+    after, moved = keep_copies_together(dataset, digests, SplitConfig(0.4, 0))
     assert moved == 3
     assert parts_of(after) == parts | {"ant/10": "val", "ant/3": "train", "ant/11": "val"}
 
@@ -204,7 +208,7 @@ def dealt(paths: dict[str, list[str]], num_folds: int, held_out: int) -> Dataset
 @pytest.mark.parametrize("held_out", [1, 2, 3])
 def test_copies_share_a_fold_and_folds_stay_even(held_out: int) -> None:
     paths, digests = doubled(30)
-    dataset, _ = keep_copies_together(dealt(paths, 3, held_out), digests, 0, 0.2)
+    dataset, _ = keep_copies_together(dealt(paths, 3, held_out), digests, SplitConfig(0.2, 0))
     folds: dict[str, set[int]] = {}
     for sample in dataset.samples:
         folds.setdefault(digests[sample.path], set()).add(sample.fold)
@@ -216,9 +220,11 @@ def test_copies_share_a_fold_and_folds_stay_even(held_out: int) -> None:
 def test_folds_that_copies_empty_are_refused() -> None:
     paths, digests = doubled(2)
     with pytest.raises(DataError, match="only 2 images or groups"):
-        keep_copies_together(dealt(paths, 4, 1), {path: digests[path][-1] for path in digests}, 0, 0.2)
+        keep_copies_together(
+            dealt(paths, 4, 1), {path: digests[path][-1] for path in digests}, SplitConfig(0.2, 0)
+        )
     paths, digests = doubled(6)
     same = digests | dict.fromkeys(paths["ant"], "same")
     for held_out in (1, 2, 3):  # whichever is held out: the run of one fold would die
         with pytest.raises(DataError, match="has every image of class 'ant'"):
-            keep_copies_together(dealt(paths, 3, held_out), same, 0, 0.2)
+            keep_copies_together(dealt(paths, 3, held_out), same, SplitConfig(0.2, 0))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from finetune.data.decode import FORMATS, BadImageError, decode_image, probe_image
 from finetune.data.discover import discover
 from finetune.data.sample import Dataset
+from finetune.data.split import SplitConfig
 from finetune.errors import DataError
 from tests.data.pictures import encoded, noise, palette
 
@@ -36,7 +37,7 @@ fuzz = settings(
 def outcome(data: Path) -> Dataset | None:
     """The data set, held to its promises, or None for a refusal of some lines that any terminal shows."""
     try:
-        dataset = discover(data, 0.25, 0)
+        dataset = discover(data, SplitConfig(0.25, 0))
     except DataError as error:
         assert error.asked.startswith("--data ") and error.fix.strip()
         assert len(str(error)) < 5000

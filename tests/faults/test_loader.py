@@ -25,6 +25,7 @@ from finetune.data import transforms as transforms_module
 from finetune.data.discover import discover
 from finetune.data.loader import Batch, Loader, Placement
 from finetune.data.sample import Dataset, Sample
+from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_train_transform
 from finetune.data.workers import start_worker
 from finetune.errors import EnvironmentFaultError, ExitCode
@@ -45,7 +46,7 @@ def quick_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def photos(pictures: Path) -> Dataset:
-    return discover(pictures, 0.2, 0)
+    return discover(pictures, SplitConfig(0.2, 0))
 
 
 @dataclass(frozen=True)
@@ -276,12 +277,13 @@ import multiprocessing, sys, time
 from pathlib import Path
 import torch
 from finetune.data.discover import discover
+from finetune.data.split import SplitConfig
 from finetune.data.loader import Loader, Placement
 from finetune.data.transforms import build_eval_transform
 from finetune.runs.claim import locked
 from pretrained.catalog import Preprocessing
 
-dataset = discover(Path(sys.argv[1]), 0.2, 0)
+dataset = discover(Path(sys.argv[1]), SplitConfig(0.2, 0))
 place = Placement(torch.device("cpu"), False)
 view = build_eval_transform(Preprocessing(img_size=16))
 loader = Loader(

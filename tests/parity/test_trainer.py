@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from finetune.data.discover import discover
 from finetune.data.loader import Loader
+from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_eval_transform
 from pretrained.catalog import Preprocessing
 from tests.training.helpers import build_trainer, place
@@ -61,7 +62,7 @@ def test_losses_equal_those_of_a_plain_loop(pictures: Path, tmp_path: Path, deca
         strategy="full",
     )
     network = copy.deepcopy(trainer.task.network)
-    dataset = discover(pictures, 0.2, 0)
+    dataset = discover(pictures, SplitConfig(0.2, 0))
     loader = Loader(
         dataset,
         dataset.of("train"),

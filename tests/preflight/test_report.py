@@ -11,13 +11,14 @@ import pytest
 from finetune.data.check import check_images
 from finetune.data.discover import survey
 from finetune.data.remark import Remark
+from finetune.data.split import SplitConfig
 from finetune.preflight.files import _PLACEHOLDER
 from finetune.preflight.report import Report, inspect
 from tests.preflight.spoilt import build_clean, photo, put, spoil
 
 
 def look(root: Path, allow_leaks: bool = False, group_by: str | None = None) -> Report:
-    dataset, remarks = survey(root, 0.2, 0, group_by=group_by)
+    dataset, remarks = survey(root, SplitConfig(0.2, 0, group_by=group_by))
     assert dataset is not None
     return inspect(dataset, check_images(dataset), allow_leaks, remarks)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finetune.data.discover import discover
 from finetune.data.loader import Batch, Loader, Placement
+from finetune.data.split import SplitConfig
 from finetune.data.transforms import Augmentation, build_eval_transform, build_train_transform
 from finetune.display import SilentDisplay
 from finetune.errors import InterruptedRunError
@@ -123,7 +124,7 @@ def _task(
     workers: int,
     world: World = SINGLE,
 ) -> Task:
-    dataset = discover(pictures, 0.2, 0)
+    dataset = discover(pictures, SplitConfig(0.2, 0))
     preprocessing = Preprocessing(img_size=16)
     views = {
         "train": build_train_transform(preprocessing, augmentation),
