@@ -25,7 +25,7 @@ from benchmarks.tools import Shop
 
 
 def default_cache() -> Path:
-    """Return where pictures, the peers' environment and results are kept."""
+    """Return where images, the peers' environment and results are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
 
 
@@ -41,7 +41,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of originals"
     )
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="pictures, environment, results")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="images, environment, results")
     parser.add_argument("--results", type=Path, help="file of results; by default in the cache")
     parser.add_argument("--page", type=Path, help="page to write, docs/benchmarks.md by default")
     parser.add_argument("--threads", type=int, default=count_cores(), help="of every tool")

@@ -20,7 +20,7 @@ STARTUP = ("finetune --help", "import torch")
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and the pictures it learns on.
+    """A network, and the images it learns on.
 
     Attributes:
         arch: torchvision's name.

@@ -1,4 +1,4 @@
-"""The pictures and weights that every tool gets: made once, the same bytes every time."""
+"""The images and weights that every tool gets: made once, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """Where the pictures and weights are.
+    """Where the images and weights are.
 
     Attributes:
         source: the folder with the originals.

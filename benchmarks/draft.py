@@ -1,9 +1,9 @@
-"""What it does to accuracy, and to the time of decoding, that training views come from reduced pictures.
+"""What it does to accuracy, and to the time of decoding, that training views come from reduced images.
 
     python -m benchmarks.draft --data ../shared/data/hymenoptera \
         --weights ../shared/data/squeezenet1_0-imagenet.safetensors
 
-Training takes a large picture at a half, a quarter or an eighth of its size, which a JPEG's decoder gives for
+Training takes a large image at a half, a quarter or an eighth of its size, which a JPEG's decoder gives for
 less than the whole. Each seed trains twice, with that and from every pixel, and nothing else differs between
 the two; evaluation sees every pixel both times. The sizes are small, so that photographs of 500 x 375 pixels
 are reduced as those of a phone are for 224 pixels.
@@ -56,16 +56,16 @@ def train(options: argparse.Namespace, img_size: int, seed: int, whole: bool) ->
 
 
 def measure_time(data: Path, img_size: int) -> tuple[float, float, float]:
-    """Return the share of training pictures that are reduced, and what decoding and whole views then take.
+    """Return the share of training images that are reduced, and what decoding and whole views then take.
 
-    Both as shares of the processor time that every pixel takes; the best of three passes over all pictures.
+    Both as shares of the processor time that every pixel takes; the best of three passes over all images.
     """
     dataset = discover(data, SplitConfig(0.2, 0))
     view = transforms.build_train_transform(Preprocessing(img_size=img_size), "light")
     files = [dataset.file(sample) for sample in dataset.of("train")]
-    pictures = [transforms.decode_image(file) for file in files]
+    images = [transforms.decode_image(file) for file in files]
     sizes = [view.open(file).size for file in files]
-    share = sum(size != picture.size for size, picture in zip(sizes, pictures, strict=True)) / len(files)
+    share = sum(size != image.size for size, image in zip(sizes, images, strict=True)) / len(files)
     passes: list[Callable[[Path], Any]] = [
         view.open,
         transforms.decode_image,
@@ -87,7 +87,7 @@ def time_pass(work: Callable[[Path], Any], files: Sequence[Path]) -> float:
 
 
 def compare(options: argparse.Namespace, img_size: int) -> list[str]:
-    """Return a row: figures from every pixel, and by how much those from reduced pictures differ."""
+    """Return a row: figures from every pixel, and by how much those from reduced images differ."""
     pairs = [
         [train(options, img_size, seed, whole) for whole in (True, False)] for seed in range(options.seeds)
     ]

@@ -40,7 +40,7 @@ class Row:
         return {True: "met", False: "**missed**", None: "not measured"}[self.met]
 
 
-def judge(results: Results) -> list[Row]:
+def summarize(results: Results) -> list[Row]:
     """Return all goals, with what was measured of each."""
     rows: list[Row] = []
     for network in NETWORKS:

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --arch resnet50 --img-size 224 --batch-size 256
 
 The limit is not a number from a data sheet, but the rate at which this very GPU multiplies large bfloat16
-matrices. Operations of the network are counted by torch, forward and backward. Pictures lie on the GPU.
+matrices. Operations of the network are counted by torch, forward and backward. Images lie on the GPU.
 """
 
 from __future__ import annotations

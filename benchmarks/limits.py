@@ -1,4 +1,4 @@
-"""The physical limit: images a second through the bare network, pictures in memory, nothing else.
+"""The physical limit: images a second through the bare network, images in memory, nothing else.
 
     python -m benchmarks.limits --arch resnet18 --img-size 64 --batch-size 32 --threads 2
 

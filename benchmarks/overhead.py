@@ -1,6 +1,6 @@
 """What our loop costs over a bare one: the same batches from memory, step by step in turns, in one process.
 
-    python -m benchmarks.overhead --arch resnet18 --img-size 64 --batch-size 32 --data ./pictures
+    python -m benchmarks.overhead --arch resnet18 --img-size 64 --batch-size 32 --data ./images
 
 A run of ours trains everything. Its loader is made to hand out batches that were loaded before. Between two
 of its steps a copy of its network makes the same step bare: forward, backward, SGD. Everything our loop
@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.limits import read_arguments
-from finetune.data.loader import Batch, Loader
+from finetune.data.loader import Batch, ImageLoader
 from finetune.job import run
 from finetune.recipe import load_recipe
 from finetune.training.trainer import Trainer
@@ -87,10 +87,10 @@ class Turns:
         self.ours_seconds, self.images = 0.0, 0
 
     def patched(self, original: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:
-        """Return what stands in for ``Loader.batches``: only training gets batches from memory."""
+        """Return what stands in for ``ImageLoader.batches``: only training gets batches from memory."""
 
         def batches(
-            loader: Loader, epoch: int = 0, start: int = 0, stop: int | None = None
+            loader: ImageLoader, epoch: int = 0, start: int = 0, stop: int | None = None
         ) -> Iterator[Batch]:
             if self.bare is None or stop is not None or not loader.shuffle:
                 yield from original(loader, epoch, start, stop)
@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return fit(trainer)
 
     with (
-        mock.patch.object(Loader, "batches", turns.patched(Loader.batches)),
+        mock.patch.object(ImageLoader, "batches", turns.patched(ImageLoader.batches)),
         mock.patch.object(Trainer, "fit", fit_beside_bare),
     ):
         run(recipe, folder / "run")

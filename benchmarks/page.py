@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import sections
 from benchmarks.cases import NETWORKS, STRATEGIES, TOOLS
-from benchmarks.goals import judge
+from benchmarks.goals import summarize
 from benchmarks.results import Results
 from benchmarks.wording import table
 
@@ -57,7 +57,7 @@ def build_page(results: Results, plot: str | None = None) -> list[str]:
         "## Goals\n",
         *table(
             ("goal", "wanted", "measured", ""),
-            ((row.goal, row.wanted, row.measured, row.verdict) for row in judge(results)),
+            ((row.goal, row.wanted, row.measured, row.verdict) for row in summarize(results)),
         ),
         "## Whole commands\n",
         *([f"![Seconds of whole commands against epochs]({plot})\n"] if plot else []),

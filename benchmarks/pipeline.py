@@ -1,4 +1,4 @@
-"""The data pipeline alone: pictures a second on one core, beside decoding them with Pillow and nothing else.
+"""The data pipeline alone: images a second on one core, beside decoding them with Pillow and nothing else.
 
     python -m benchmarks.pipeline --arch squeezenet1_0 --img-size 224 --data ./photographs
 
@@ -23,17 +23,17 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.limits import read_arguments
-from finetune.data.loader import Loader
+from finetune.data.loader import ImageLoader
 from finetune.data.transforms import build_eval_transform, build_train_transform
-from finetune.display import SilentDisplay
-from finetune.job.prepare import prepare
 from finetune.recipe import load_recipe
+from finetune.run.setup import prepare
+from finetune.system.display import SilentDisplay
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_passes(options: argparse.Namespace) -> dict[str, Callable[[], Iterable[Any]]]:
-    """Return what goes through all training pictures once, by name."""
+    """Return what goes through all training images once, by name."""
     files = sorted(path for path in (options.data / "train").rglob("*") if path.is_file())
     ours = build_ours(options)
     crop = [transforms.RandomResizedCrop(options.img_size), transforms.RandomHorizontalFlip()]
@@ -54,8 +54,8 @@ def decode(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def build_ours(options: argparse.Namespace) -> dict[str, Loader]:
-    """Return our loaders of the training pictures, with the evaluation view and with the training view."""
+def build_ours(options: argparse.Namespace) -> dict[str, ImageLoader]:
+    """Return our loaders of the training images, with the evaluation view and with the training view."""
     recipe = load_recipe(
         None,
         {
@@ -75,7 +75,7 @@ def build_ours(options: argparse.Namespace) -> dict[str, Loader]:
     keys: dict[str, Any] = {"batch_size": options.batch_size, "placement": ready.placement}
     keys |= {"workers": 0, "seed": 0, "shuffle": False}
     samples = ready.dataset.of("train")
-    return {name: Loader(ready.dataset, samples, view, **keys) for name, view in views.items()}
+    return {name: ImageLoader(ready.dataset, samples, view, **keys) for name, view in views.items()}
 
 
 def build_timm(options: argparse.Namespace) -> Iterable[Any]:

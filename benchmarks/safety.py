@@ -21,11 +21,11 @@ from typing import Any
 from unittest import mock
 
 from finetune.job import run
-from finetune.pulse import Pulse
 from finetune.recipe import load_recipe
+from finetune.system.heartbeat import Heartbeat
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.gradient import KeptBuffers
 from finetune.training.state import State
+from finetune.training.step import KeptBuffers
 from finetune.training.trainer import Trainer
 
 PARTS: dict[str, list[tuple[type, str]]] = {
@@ -33,7 +33,7 @@ PARTS: dict[str, list[tuple[type, str]]] = {
     "finite checks": [(Trainer, "_is_usable"), (State, "is_finite")],
     "copies of the state, an epoch": [(State, "take"), (State, "take_judged")],
     "checkpoints": [(CheckpointStore, "save")],
-    "signs of life": [(Pulse, "beat")],
+    "signs of life": [(Heartbeat, "beat")],
 }
 CASES = (
     ("resnet18", 16),

@@ -27,7 +27,7 @@ DIFFERENCES = """\
 - Same files, weights, image size, batch size, epochs, threads and decoding processes for all tools; each
   judges the validation part after every epoch. `freeze` trains a new head, `top` the head and the last
   stage (`features.12`, `layer4`), `full` everything.
-- Ours starts with empty caches in every process, except where the page says "second". Files of pictures
+- Ours starts with empty caches in every process, except where the page says "second". Files of images
   are in the system's page cache for all. Ours also checks every image, writes checkpoints and
   predictions, exports a model and loads it again; none of the peers does, except that the plain loop
   saves its best weights.
@@ -113,7 +113,7 @@ def limits(results: Results) -> Iterator[str]:
 
 
 def pipeline(results: Results) -> Iterator[str]:
-    """Yield pictures a second on one core."""
+    """Yield images a second on one core."""
     yield "## The data pipeline alone\n"
     yield "Photographs a second on one core, in one process that decodes itself, over the same files.\n"
     bare = results.facts("pipeline-photographs", "views", "pillow")

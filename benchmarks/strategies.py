@@ -5,7 +5,7 @@
 
 Each run is the command line in a process of its own, with an empty cache. What it found is one line of the
 file, so the same command goes on after what is there, wherever it was stopped. All strategies of a data set
-learn from the same pictures, for the same epochs, and are judged on a test part by which nothing was chosen.
+learn from the same images, for the same epochs, and are judged on a test part by which nothing was chosen.
 
 SqueezeNet 1.0 at 96 pixels: 128 have 1.8 times the area, and the time went into more data sets and seeds.
 Numbers of images and of epochs are in ``benchmarks/strategies_data.py``.
@@ -54,7 +54,7 @@ class Bench:
 
     Attributes:
         results: the file of results.
-        cache: folder for pictures, and for what runs leave until they have been read.
+        cache: folder for images, and for what runs leave until they have been read.
         shared: folder with the originals and the weights.
     """
 
@@ -172,7 +172,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=("run", "page"))
     parser.add_argument("--results", type=Path, required=True, help="file of results")
-    parser.add_argument("--cache", type=Path, help="folder for pictures; beside the results by default")
+    parser.add_argument("--cache", type=Path, help="folder for images; beside the results by default")
     parser.add_argument(
         "--shared", type=Path, default=ROOT.parent / "shared" / "data", help="originals, weights"
     )

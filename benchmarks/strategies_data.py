@@ -1,9 +1,9 @@
 """The data sets on which strategies are compared: of different size, and more or less like ImageNet.
 
-Each is a folder with ``train``, ``val`` and ``test``, drawn by a seed: another seed draws other pictures, and
-of Tiny-ImageNet other classes. Rendered pictures are kept inside the part that an evaluation view shows.
+Each is a folder with ``train``, ``val`` and ``test``, drawn by a seed: another seed draws other images, and
+of Tiny-ImageNet other classes. Rendered images are kept inside the part that an evaluation view shows.
 
-Tiny-ImageNet is made of ImageNet's training images, so the network has met these very pictures: no data set
+Tiny-ImageNet is made of ImageNet's training images, so the network has met these very images: no data set
 could be more similar, and its figures are kind.
 """
 
@@ -25,19 +25,19 @@ from PIL import Image
 from benchmarks.data import TINY_IMAGENET, list_archive, make_once
 
 VERSION = 1
-"""Of the pictures; raised when the same seed would draw others."""
+"""Of the images; raised when the same seed would draw others."""
 SIDE = 112
-"""Pixels of a rendered picture: what is resized before the centre crop of 96."""
+"""Pixels of a rendered image: what is resized before the centre crop of 96."""
 PARTS = ("train", "val", "test")
 
 Floats = NDArray[np.floating[Any]]
 Class = tuple[str, list[bytes]]
-"""A label, and its encoded pictures: those of train, of val, and the rest of test."""
+"""A label, and its encoded images: those of train, of val, and the rest of test."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kind of pictures, and how many.
+    """A kind of images, and how many.
 
     Attributes:
         name: unique.
@@ -83,15 +83,15 @@ def make_folder(dataset: DataSet, seed: int, folder: Path, shared: Path) -> Path
 
 
 def write_parts(dataset: DataSet, seed: int, target: Path, shared: Path) -> None:
-    """Write the pictures of all parts."""
+    """Write the images of all parts."""
     # The kind is part of the seed and the size is not: small and large ones of a kind have the same classes.
     rng = np.random.default_rng([seed, crc32(dataset.kind.encode())])
     ends = (dataset.train, dataset.train + dataset.val, None)
-    for label, pictures in SOURCES[dataset.kind](dataset, rng, shared):
+    for label, images in SOURCES[dataset.kind](dataset, rng, shared):
         for part, start, end in zip(PARTS, (0, *ends), ends, strict=False):
             folder = target / part / label
             folder.mkdir(parents=True)
-            for number, content in enumerate(pictures[start:end]):
+            for number, content in enumerate(images[start:end]):
                 suffix = "png" if content.startswith(b"\x89PNG") else "jpg"
                 (folder / f"{number:03}.{suffix}").write_bytes(content)
 
@@ -155,7 +155,7 @@ def count(dataset: DataSet) -> int:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Return a picture as PNG."""
+    """Return an image as PNG."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -286,7 +286,7 @@ def paint(height: Floats, rng: np.random.Generator) -> Image.Image:
 
 
 def add_noise(colours: Floats, most: float, rng: np.random.Generator) -> Image.Image:
-    """Return colours in [0, 1] as a picture with the grain of a poor camera."""
+    """Return colours in [0, 1] as an image with the grain of a poor camera."""
     grain = rng.normal(0, rng.uniform(0.02, most), colours.shape)
     return Image.fromarray((np.clip(colours + grain, 0, 1) * 255).astype(np.uint8))
 

@@ -33,7 +33,7 @@ class Trial:
 
     Attributes:
         dataset: name of the data set.
-        seed: of the pictures and of the run.
+        seed: of the images and of the run.
         strategy: a key of ``STRATEGIES``.
         setup: everything else that the figures depend on.
         accuracy: on the test part.
@@ -183,8 +183,8 @@ def build_page(rows: Sequence[Row]) -> list[str]:
         "Accuracy on the test part in percent, means over seeds; the best fixed strategy is bold. One "
         "standard error (s.e.) of one run, from its number of test images alone, is "
         f"{min(errors):.1f} to {max(errors):.1f} points: smaller differences say little. A seed draws other "
-        "pictures, and the best of each seed is partly luck: even the right strategy loses to it now and "
-        "then. The network was pretrained on the very pictures of Tiny-ImageNet."
+        "images, and the best of each seed is partly luck: even the right strategy loses to it now and "
+        "then. The network was pretrained on the very images of Tiny-ImageNet."
     )
     return [*build_table(rows), "", caveat, "", describe_cost(rows), "", *summarise(rows)]
 

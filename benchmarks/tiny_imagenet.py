@@ -2,7 +2,7 @@
 
     python -m benchmarks.tiny_imagenet tiny-imagenet-train.zip FOLDER
 
-writes the pictures, ``source.csv``, ``animals.csv`` and ``things.csv`` (``path,label``) into a new folder.
+writes the images, ``source.csv``, ``animals.csv`` and ``things.csv`` (``path,label``) into a new folder.
 The groups are drawn by a seed among the classes whose WordNet number says what they are; nobody chose them.
 Validation parts are not made here: ``finetune run`` draws them by its own seed.
 """

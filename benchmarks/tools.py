@@ -35,7 +35,7 @@ class Shop:
     """Everything that command lines are made of.
 
     Attributes:
-        store: pictures and weights.
+        store: images and weights.
         peers: the Python of the peers' environment.
         work: folder for what the runs leave.
         threads: for computing.

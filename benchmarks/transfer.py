@@ -5,7 +5,7 @@
 
 ``--tiny`` is the folder that ``python -m benchmarks.tiny_imagenet`` has written. Every strategy of the
 lectures' matrix for the same epochs, with 10, 50 and all images a class, and three seeds, each of which draws
-other pictures to learn from. What a run found is one line of the file, and the same command goes on after
+other images to learn from. What a run found is one line of the file, and the same command goes on after
 what is there; ``--datasets`` lets several processes share the work.
 """
 
@@ -55,7 +55,7 @@ class Trial:
     Attributes:
         dataset: a key of ``DATASETS``.
         per_class: images a class to learn from, 0 for all.
-        seed: of the pictures and of the run.
+        seed: of the images and of the run.
         strategy: a key of ``STRATEGIES``.
         epochs: of training.
         weights: first digits of the backbone's sha256.

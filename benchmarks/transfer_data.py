@@ -2,8 +2,8 @@
 
 Digits, photographs of ants and bees, and two groups of ten classes of Tiny-ImageNet that were kept from it
 (``benchmarks/tiny_imagenet.py``). Bees are among the classes that it was trained on, and some of these very
-photographs among their pictures: whatever it may have met is left out (``benchmarks/transfer_seen.py``).
-A seed draws which pictures are learned from.
+photographs among their images: whatever it may have met is left out (``benchmarks/transfer_seen.py``).
+A seed draws which images are learned from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.transfer_seen import find_seen
 from finetune.data.samples import open_sample
 
 Files = dict[str, list[Path]]
-"""Pictures of each class, in order."""
+"""Images of each class, in order."""
 EVERY = 0
 """Images a class: all that there are."""
 SIZES = (10, 50, EVERY)
@@ -32,7 +32,7 @@ SIZES = (10, 50, EVERY)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the pictures lie.
+    """Where the images lie.
 
     Attributes:
         photographs: folder with ``train`` and ``val`` of ants and bees.
@@ -45,7 +45,7 @@ class Origin:
     cache: Path
 
     def leave_out_seen(self, name: str, files: Files) -> Files:
-        """Return the pictures of a data set that the backbone cannot have met."""
+        """Return the images of a data set that the backbone cannot have met."""
         source = [path for paths in _read_table(self.tiny / "source.csv").values() for path in paths]
         every = [path for paths in files.values() for path in paths]
         seen = find_seen(every, source, self.cache / f"likeness-{name}.json")
@@ -54,11 +54,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kind of pictures.
+    """A kind of images.
 
     Attributes:
         name: unique.
-        find: finds the pictures.
+        find: finds the images.
         val: images a class that choose the epoch.
         test: images a class to judge on; 0 where there is a part of its own for that.
         epochs: of training, with 10, 50 and all images a class: few images make short epochs.
@@ -125,7 +125,7 @@ def _read_table(table: Path) -> Files:
 def make_folder(dataset: DataSet, per_class: int, seed: int, origin: Origin) -> Path:
     """Return a folder with ``train``, ``val`` and ``test``, made once.
 
-    The pictures to judge on, and those that choose the epoch, are the same for any number to learn from.
+    The images to judge on, and those that choose the epoch, are the same for any number to learn from.
     """
     name = f"{dataset.name}-{per_class or 'every'}-{seed}"
     return make_once(origin.cache / name, lambda target: _write(dataset, per_class, seed, target, origin))

@@ -1,4 +1,4 @@
-"""The table and the picture of :mod:`benchmarks.transfer`."""
+"""The table and the image of :mod:`benchmarks.transfer`."""
 
 from __future__ import annotations
 

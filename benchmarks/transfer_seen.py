@@ -1,4 +1,4 @@
-"""Which pictures of a benchmark the bundled backbone may have met: copies among those it was trained on.
+"""Which images of a benchmark the bundled backbone may have met: copies among those it was trained on.
 
 Photographs wander between data sets at other sizes and crops, which no hash of the file sees. Both are made
 16 x 16 pixels, as a centre crop and squashed, and whatever correlates over 0.9 counts as met: a few too many,
@@ -24,28 +24,28 @@ _BLOCK = 2048
 Floats = NDArray[np.float32]
 
 
-def find_seen(pictures: Sequence[Path], source: Sequence[Path], kept: Path) -> set[Path]:
-    """Return the pictures of which there is a small copy in ``source``.
+def find_seen(images: Sequence[Path], source: Sequence[Path], kept: Path) -> set[Path]:
+    """Return the images of which there is a small copy in ``source``.
 
     Args:
-        pictures: to judge.
+        images: to judge.
         source: what was trained on.
-        kept: a file that remembers the answer; the same name must mean the same pictures.
+        kept: a file that remembers the answer; the same name must mean the same images.
     """
     if not kept.exists():
-        found = compute_likeness(pictures, source)
+        found = compute_likeness(images, source)
         kept.write_text(
-            json.dumps({str(path): round(float(one), 4) for path, one in zip(pictures, found, strict=True)})
+            json.dumps({str(path): round(float(one), 4) for path, one in zip(images, found, strict=True)})
         )
     known = json.loads(kept.read_text(encoding="utf-8"))
-    return {path for path in pictures if known[str(path)] > LIMIT}
+    return {path for path in images if known[str(path)] > LIMIT}
 
 
-def compute_likeness(pictures: Sequence[Path], source: Sequence[Path]) -> Floats:
-    """Return the highest correlation of each picture with any of ``source``, (N,)."""
+def compute_likeness(images: Sequence[Path], source: Sequence[Path]) -> Floats:
+    """Return the highest correlation of each image with any of ``source``, (N,)."""
     others = _read_thumbnails(tuple(source))
     found = []
-    for views in _thumbnails(pictures):
+    for views in _thumbnails(images):
         blocks = [
             views @ others[start : start + 16 * _BLOCK].T for start in range(0, len(others), 16 * _BLOCK)
         ]
@@ -59,7 +59,7 @@ def _read_thumbnails(paths: tuple[Path, ...]) -> Floats:
 
 
 def _thumbnails(paths: Sequence[Path]) -> Iterator[Floats]:
-    """Yield blocks of views, (2 x pictures, 768), each with mean 0 and norm 1."""
+    """Yield blocks of views, (2 x images, 768), each with mean 0 and norm 1."""
     for start in range(0, len(paths), _BLOCK):
         views = np.stack([view for path in paths[start : start + _BLOCK] for view in _views(path)])
         views -= views.mean(1, keepdims=True)
@@ -69,6 +69,6 @@ def _thumbnails(paths: Sequence[Path]) -> Iterator[Floats]:
 def _views(path: Path) -> list[Floats]:
     with Image.open(path) as image:
         image.draft("RGB", (4 * SIDE, 4 * SIDE))
-        picture = image.convert("RGB")
-    sizes = (ImageOps.fit(picture, (SIDE, SIDE)), picture.resize((SIDE, SIDE)))
+        image = image.convert("RGB")
+    sizes = (ImageOps.fit(image, (SIDE, SIDE)), image.resize((SIDE, SIDE)))
     return [np.asarray(view, dtype=np.float32).ravel() for view in sizes]

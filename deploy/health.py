@@ -1,7 +1,7 @@
 """The image's health check: 0 while the job gives signs of life, 1 where none came for half a minute.
 
 `finetune run` is watched over by a process that reads its pipe when a sign of life comes in, and nothing else
-(`finetune/supervisor.py`). The kernel counts the reads of a process (`syscr` in /proc/PID/io), so that
+(`finetune/launch/supervisor.py`). The kernel counts the reads of a process (`syscr` in /proc/PID/io), so that
 nothing has to be written for this check, and a read-only root does no harm. It runs every minute, hence on
 Python's own library alone.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 SECONDS = 30.0
 """In which a sign has to come. The image asks three times before it says that something is wrong."""
 PULSE = re.compile(rb"(?:^|\0)FINETUNE_PULSE=[^\0]*:(\d+)(?:\0|$)")
-"""What the watching process gives to the one that works: a pipe, and its own number (`finetune/pulse.py`)."""
+"""What the watching process gives to the one that works: a pipe, and its own number (`finetune/system/heartbeat.py`)."""
 
 
 def find_watchers(processes: Path) -> set[int]:

@@ -90,7 +90,7 @@ check_start() {
   expect 0 "no words: the help" one_shot "$image"
   expect 0 "pip check" one_shot --entrypoint python "$image" -m pip check
   expect 2 "an option that does not exist is refused" one_shot "$image" run --nonsense
-  expect 65 "a folder without pictures is refused" one_shot "$image" run --data /data --output /runs/none
+  expect 65 "a folder without images is refused" one_shot "$image" run --data /data --output /runs/none
   expect 78 "a GPU that is not there is refused" one_shot "$image" "${job[@]}" --device cuda --output /runs/x
 }
 

@@ -1,4 +1,4 @@
-"""Fine-tune ImageNet backbones on a folder of pictures, and stand behind the number that comes out."""
+"""Fine-tune ImageNet backbones on a folder of images, and stand behind the number that comes out."""
 
 import os
 from importlib import import_module
@@ -16,5 +16,5 @@ def __getattr__(name: str) -> object:
     ``__init__.pyi`` tells type checkers.
     """
     if name in __all__:
-        return getattr(import_module("finetune.predictor"), name)
+        return getattr(import_module("finetune.evaluation.predictor"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

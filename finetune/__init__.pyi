@@ -1,5 +1,5 @@
-from finetune.predictor import Prediction as Prediction
-from finetune.predictor import Predictor as Predictor
-from finetune.predictor import load as load
+from finetune.evaluation.predictor import Prediction as Prediction
+from finetune.evaluation.predictor import Predictor as Predictor
+from finetune.evaluation.predictor import load as load
 
 __version__: str

@@ -53,7 +53,7 @@ HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes a tensor. One object for training, evaluation and export.
+    """How an image becomes a tensor. One object for training, evaluation and export.
 
     Attributes:
         img_size: height and width in pixels of the square the network sees.

@@ -1,10 +1,10 @@
 """A linear classifier on features of other layers than the last: one stage's, or several together.
 
 The network below is the backbone's own, and its forward ends where the last of these features is there. With
-few pictures that are very different from ImageNet this is the lectures' hard cell; all stages together are
+few images that are very different from ImageNet this is the lectures' hard cell; all stages together are
 Head2Toe without its selection (arXiv:2201.03529).
 
-Shape legend: B batch, D numbers of all layers for one picture, K classes.
+Shape legend: B batch, D numbers of all layers for one image, K classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune.errors import UsageError
 from pretrained.graph.layer import Layer, TapPoint
 from pretrained.graph.layers import Layers
 from pretrained.graph.pooling import Pool, check_pool
-from pretrained.graph.recorder import Taps
+from pretrained.graph.recorder import FeatureRecorder
 
 MOST_FEATURES = 1_000_000
 """That a classifier from a file may read; all stages of wide networks together have some ten thousand."""
@@ -37,7 +37,7 @@ class StageClassifier(nn.Module):
     def __init__(self, network: nn.Module, layers: Sequence[Layer], pool: Pool, num_classes: int) -> None:
         super().__init__()
         self.network = network
-        self.taps = Taps(network, layers, pool)
+        self.taps = FeatureRecorder(network, layers, pool)
         self.num_features = sum(layer.num_features(pool) for layer in layers)
         self.classifier = nn.Linear(self.num_features, num_classes)
 
@@ -75,5 +75,5 @@ def build_stage_classifier(
         for form in layer.forms:
             check_pool(layer.name, form, layer.pool_of(pool))
     if (total := sum(layer.num_features(pool) for layer in chosen)) > MOST_FEATURES:
-        raise UsageError("its classifier", f"it reads {total:,} numbers a picture", "Export the run again.")
+        raise UsageError("its classifier", f"it reads {total:,} numbers an image", "Export the run again.")
     return StageClassifier(network, chosen, pool, num_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,7 +14,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.errors import UsageError
 
@@ -138,3 +138,17 @@ def _clean(key: str) -> str:
     while str(key).startswith(_PREFIXES):
         key = key.partition(".")[2]
     return str(key).replace("._orig_mod.", ".")
+
+
+def digest_tensors(network: nn.Module, without: Collection[str], modules: Collection[str] = ()) -> str:
+    """Return one sha256 of parameters and buffers, less those named and those of some modules."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if name not in without and name.rpartition(".")[0] not in modules:
+            whole.update(f"{name} {_digest(tensor)}\n".encode())
+    return whole.hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Shared parts of the tests: pictures that a tiny network can tell apart, and a tiny network on disk."""
+"""Shared parts of the tests: images that a tiny network can tell apart, and a tiny network on disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 36)) -> None:
-    """A noisy picture whose colour tells the class."""
+    """A noisy image whose colour tells the class."""
     noise = np.random.default_rng(seed).normal(0, 40, (size[1], size[0], 3))
     pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,11 +41,11 @@ def draw(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, i
 
 
 PART_SEEDS = {"val": 100_000, "test": 200_000}
-"""So that no part holds the pictures of another."""
+"""So that no part holds the images of another."""
 
 
 def draw_folder(root: Path, counts: Mapping[str, int]) -> Path:
-    """Class folders with ``counts`` pictures each; names outside COLOURS get grey ones."""
+    """Class folders with ``counts`` images each; names outside COLOURS get grey ones."""
     first = PART_SEEDS.get(root.name, 0)
     for position, (name, count) in enumerate(counts.items()):
         colour = COLOURS.get(name.rpartition("/")[2], (120, 120, 120))
@@ -55,8 +55,8 @@ def draw_folder(root: Path, counts: Mapping[str, int]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` and ``val`` of three colours, 12 and 6 pictures each. Read only."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train`` and ``val`` of three colours, 12 and 6 images each. Read only."""
     root = tmp_path_factory.mktemp("pictures")
     draw_folder(root / "train", dict.fromkeys(COLOURS, 12))
     draw_folder(root / "val", dict.fromkeys(COLOURS, 6))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune.world import World, join_world
+from finetune.system.distributed import Distributed, join_distributed
 
 TIMEOUT = 20.0
 """Seconds that a process may let the others wait."""
@@ -28,7 +28,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def together(work: Callable[[World], Any], size: int = 2) -> list[Any]:
+def together(work: Callable[[Distributed], Any], size: int = 2) -> list[Any]:
     """What each process returns, by rank; its exception where it raised one."""
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -56,7 +56,7 @@ def _receive(end: Connection) -> Any:
         return None  # it was killed
 
 
-def _play(work: Callable[[World], Any], rank: int, size: int, port: int, end: Connection) -> None:
+def _play(work: Callable[[Distributed], Any], rank: int, size: int, port: int, end: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -68,7 +68,7 @@ def _play(work: Callable[[World], Any], rank: int, size: int, port: int, end: Co
     }
     torch.set_num_threads(1)
     try:
-        result = work(join_world("cpu", TIMEOUT))
+        result = work(join_distributed("cpu", TIMEOUT))
     except Exception as error:
         error.add_note(traceback.format_exc())
         result = error

@@ -17,30 +17,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("finetune", "pretrained")
 
 FLOORS = (
-    ("finetune", "finetune.errors"),
+    ("finetune", "finetune.errors", "finetune.targets"),
     ("pretrained.graph",),
     ("pretrained",),
-    ("finetune.pulse", "finetune.memory", "finetune.stopping", "finetune.rank"),
-    ("finetune.world",),
-    ("finetune.runtime", "finetune.display"),
-    ("finetune.strategies",),
+    ("finetune.system", "finetune.strategies"),
     ("finetune.recipe",),
     ("finetune.runs",),
-    ("finetune.cache", "finetune.platforms"),
-    ("finetune.supervisor",),
-    ("finetune.launch",),
-    ("finetune.ray_engine",),
+    ("finetune.cache",),
+    ("finetune.plots", "finetune.launch", "finetune.tracking"),
     ("finetune.data",),
     ("finetune.preflight",),
-    ("finetune.strategy",),
-    ("finetune.evaluation",),
+    ("finetune.data.quality",),
     ("finetune.features",),
-    ("finetune.explain",),
-    ("finetune.tracking",),
-    ("finetune.training",),
-    ("finetune.export",),
-    ("finetune.predictor",),
+    ("finetune.evaluation",),
+    ("finetune.training", "finetune.explain", "finetune.export"),
     ("finetune.report",),
+    ("finetune.run",),
     ("finetune.job",),
     ("finetune.cli",),
     ("finetune.__main__",),
@@ -131,14 +123,14 @@ def graph_of(**sources: str) -> list[Import]:
 def test_an_upward_import_is_seen() -> None:
     wrong = graph_of(
         finetune__data__loader="def load():\n    from finetune.training.trainer import Trainer",
-        finetune__runtime="import finetune.display",
+        finetune__runtime="import finetune.system.display",
         pretrained__zoo="from finetune.recipe import Recipe",
         finetune__cli="import finetune.job",
         finetune__recipe__reading="from finetune import __version__",
     )
     assert upward(wrong) == [
         "finetune.data.loader:2 imports finetune.training.trainer",
-        "finetune.runtime:1 imports finetune.display",
+        "finetune.system.device:1 imports finetune.system.display",
         "pretrained.zoo:1 imports finetune.recipe",
     ]
 

@@ -15,7 +15,7 @@ from benchmarks import peers_env, suite
 from benchmarks.__main__ import read_arguments
 from benchmarks.cases import NETWORKS, TOOLS, Case, expand, pick, plan_turns
 from benchmarks.data import Store
-from benchmarks.goals import Row, judge
+from benchmarks.goals import Row, summarize
 from benchmarks.page import build_page, collect_panels, write_page
 from benchmarks.results import DifferentMachineError, Result, Results
 from benchmarks.timing import Command, run_timed
@@ -191,7 +191,7 @@ def test_ratios_are_of_the_same_turn(results: Results) -> None:
 
 
 def test_goals_are_met_missed_or_not_measured(results: Results) -> None:
-    rows = judge(results)
+    rows = summarize(results)
     assert find(rows, "freeze, 20 epochs, squeezenet: faster than fastai").met is True
     assert find(rows, "freeze, 20 epochs, squeezenet: faster than plain").met is True
     assert find(rows, "freeze, 20 epochs, squeezenet: accuracy").met is False  # the plain loop's is higher
@@ -204,11 +204,11 @@ def test_goals_are_met_missed_or_not_measured(results: Results) -> None:
 def test_a_straight_line_is_told_from_a_bend(results: Results) -> None:
     for size, wall, peak in ((1_000, 10.0, 500.0), (10_000, 19.0, 509.0), (100_000, 109.0, 599.0)):
         results.add(result(f"scaling-{size}", "finetune", wall=wall, peak_mb=peak))
-    assert find(judge(results), "among 100,000").met is True
-    assert find(judge(results), "memory for a further image").measured == "1,000 bytes"
+    assert find(summarize(results), "among 100,000").met is True
+    assert find(summarize(results), "memory for a further image").measured == "1,000 bytes"
     results.add(result("scaling-100000", "finetune", wall=150.0, peak_mb=900.0))
-    assert find(judge(results), "among 100,000").met is False
-    assert find(judge(results), "memory for a further image").met is False
+    assert find(summarize(results), "among 100,000").met is False
+    assert find(summarize(results), "memory for a further image").met is False
 
 
 def test_the_page_holds_the_figures_and_says_what_is_missing(results: Results) -> None:

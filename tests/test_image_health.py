@@ -19,12 +19,12 @@ from deploy import health
 PROC = Path("/proc")
 WATCH = """
 import sys
-from finetune.supervisor import Supervisor
+from finetune.launch.supervisor import Supervisor
 Supervisor([], 600, print, command=[sys.executable, "-c", sys.argv[1]]).run()
 """
 WORK = """
 import time
-from finetune.pulse import Pulse, find_parent
+from finetune.system.heartbeat import Pulse, find_parent
 pulse = Pulse(find_parent()[0])
 print("working", flush=True)
 while True:

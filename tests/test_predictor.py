@@ -23,16 +23,16 @@ from finetune.errors import DataError, FinetuneError, UsageError
 
 
 @pytest.fixture
-def images(pictures: Path) -> list[Path]:
-    return sorted((pictures / "val").rglob("*.jpg"))
+def images(image_folder: Path) -> list[Path]:
+    return sorted((image_folder / "val").rglob("*.jpg"))
 
 
-def plain_timm(folder: Path, pictures: list[Image.Image], temperature: float = 1.0) -> np.ndarray:
-    """What a user of plain timm computes, one picture at a time."""
+def plain_timm(folder: Path, images: list[Image.Image], temperature: float = 1.0) -> np.ndarray:
+    """What a user of plain timm computes, one image at a time."""
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     view = create_transform(**resolve_model_data_config(network), is_training=False)
     with torch.inference_mode():
-        logits = torch.cat([network(view(picture.convert("RGB"))[None]) for picture in pictures])
+        logits = torch.cat([network(view(image.convert("RGB"))[None]) for image in images])
     return (logits / temperature).softmax(1).numpy()
 
 
@@ -59,7 +59,7 @@ def test_predictions_are_those_of_plain_timm(tiny: Path, images: list[Path]) -> 
         assert [value for _, value in one.top(3)] == pytest.approx(row[best].tolist(), abs=1e-6)
 
 
-def test_a_picture_may_come_as_anything(tiny: Path, images: list[Path]) -> None:
+def test_a_image_may_come_as_anything(tiny: Path, images: list[Path]) -> None:
     predictor = finetune.load(str(tiny))
     image = Image.open(images[0])
     forms = [images[0], str(images[0]), image, np.asarray(image)]
@@ -145,20 +145,20 @@ def test_what_cannot_be_read_is_named(tiny: Path, tmp_path: Path, images: list[P
     ],
     ids=str,
 )
-def test_what_is_no_picture_is_refused(tiny: Path, thing: Any) -> None:
-    with pytest.raises(UsageError, match="is no picture"):
+def test_what_is_no_image_is_refused(tiny: Path, thing: Any) -> None:
+    with pytest.raises(UsageError, match="is no image"):
         finetune.load(tiny).predict(thing)
 
 
 def test_bytes_are_called_bytes(tiny: Path) -> None:
     for thing in (b"photo.jpg", bytearray(b"x"), memoryview(b"x"), [b"photo.jpg"]):
-        with pytest.raises(UsageError, match=r"(bytes|bytearray|memoryview) is no picture"):
+        with pytest.raises(UsageError, match=r"(bytes|bytearray|memoryview) is no image"):
             finetune.load(tiny).predict(thing)  # type: ignore[call-overload]
 
 
-def test_a_folder_is_no_picture(tiny: Path, pictures: Path) -> None:
+def test_a_folder_is_no_image(tiny: Path, image_folder: Path) -> None:
     with pytest.raises(FinetuneError, match="not a file"):
-        finetune.load(tiny).predict(pictures)
+        finetune.load(tiny).predict(image_folder)
 
 
 def test_models_that_cannot_answer_are_refused(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
@@ -193,11 +193,11 @@ def test_memory_that_runs_out_halves_the_batch(tiny: Path, images: list[Path]) -
     predictor = finetune.load(tiny)
     forward, sizes = predictor.network.forward, []
 
-    def narrow(pictures: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(pictures))
-        if len(pictures) > 5:
+    def narrow(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(pictures)
+        return forward(images)
 
     predictor.network.forward = narrow  # type: ignore[method-assign]
     found = predictor.predict(images)
@@ -213,4 +213,7 @@ def test_importing_finetune_is_cheap_and_load_is_there() -> None:
         "try: finetune.nothing\nexcept AttributeError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.splitlines() == ["finetune.predictor", "module 'finetune' has no attribute 'nothing'"]
+    assert said.splitlines() == [
+        "finetune.evaluation.predictor",
+        "module 'finetune' has no attribute 'nothing'",
+    ]

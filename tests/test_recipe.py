@@ -13,7 +13,6 @@ import pytest
 from ruamel.yaml import YAML
 
 import pretrained.catalog
-from finetune import runtime
 from finetune.errors import UsageError
 from finetune.recipe import (
     Facts,
@@ -30,7 +29,8 @@ from finetune.recipe import (
     resolve_recipe,
     shipped_recipes,
 )
-from finetune.recipe.wording import list_fields
+from finetune.recipe.mistakes import list_fields
+from finetune.system import device as runtime
 
 Load = Callable[..., Recipe]
 
@@ -793,8 +793,8 @@ def test_the_example_command_of_a_shipped_recipe_names_flags_that_exist(name: st
 
 def test_words_declared_twice_are_the_same() -> None:
     """Low rooms cannot import the schema's types, nor the schema theirs without torch."""
-    from finetune import runtime
     from finetune.recipe import HeadChoice, Precision
+    from finetune.system import device as runtime
     from pretrained import catalog
 
     assert Precision == runtime.Precision

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import runtime
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
-from finetune.runtime import (
+from finetune.system import device as runtime
+from finetune.system.device import (
     BATCHES_PER_WORKER,
     available_cores,
     derive_seed,

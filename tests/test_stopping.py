@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from finetune.stopping import ECHO, StopSignal
+from finetune.system.signals import ECHO, StopSignal
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -164,7 +164,7 @@ def test_off_the_main_thread_it_does_nothing() -> None:
 
 SCRIPT = """
 import sys, time
-from finetune.stopping import ECHO, StopSignal
+from finetune.system.signals import ECHO, StopSignal
 
 with StopSignal() as stop:
     try:

@@ -1,4 +1,4 @@
-"""The comparison of strategies: its pictures, how it goes on, and what it makes of the figures."""
+"""The comparison of strategies: its images, how it goes on, and what it makes of the figures."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def read_parts(folder: Path) -> dict[str, list[bytes]]:
     return {part: [file.read_bytes() for file in sorted((folder / part).rglob("*.*"))] for part in PARTS}
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "classes"),
     [("hymenoptera", 2), ("tiny_imagenet", 10), ("digits", 10), ("textures", 8), ("counting", 6)],
 )
-def test_a_seed_draws_the_same_pictures_and_another_seed_others(
+def test_a_seed_draws_the_same_images_and_another_seed_others(
     kind: str, classes: int, shared: Path, tmp_path: Path
 ) -> None:
     dataset = DataSet(kind, kind, "", train=2, test=None if kind == "hymenoptera" else 3, epochs=1)
@@ -90,7 +90,7 @@ def test_a_seed_draws_the_same_pictures_and_another_seed_others(
         "test": 3 * classes,
     }
     files = [content for part in PARTS for content in one[part]]
-    assert len(set(files)) == len(files)  # no picture is in two parts
+    assert len(set(files)) == len(files)  # no image is in two parts
 
 
 def test_photographs_are_judged_on_their_own_part_whatever_the_seed(shared: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_data_sets_are_of_different_size_and_likeness() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PATTERNS))
-def test_a_texture_fills_the_picture_and_never_comes_twice(name: str) -> None:
+def test_a_texture_fills_the_image_and_never_comes_twice(name: str) -> None:
     rng = np.random.default_rng(0)
     first, second = PATTERNS[name](rng), PATTERNS[name](rng)
     assert first.shape == (SIDE, SIDE) and np.isfinite(first).all()
@@ -148,7 +148,7 @@ def make_trial(dataset: DataSet, seed: int, strategy: str, accuracy: float, **mo
 
 @pytest.fixture
 def bench(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A place where no picture is drawn."""
+    """A place where no image is drawn."""
     monkeypatch.setattr(
         strategies, "make_folder", lambda dataset, seed, *_: tmp_path / f"{dataset.name}-{seed}"
     )

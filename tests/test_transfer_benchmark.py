@@ -51,12 +51,12 @@ def test_groups_are_disjoint_and_always_the_same() -> None:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive in small, unpacked."""
     folder = tmp_path_factory.mktemp("tiny-imagenet")
-    picture = folder / "picture.webp"
+    image = folder / "image.webp"
     with zipfile.ZipFile(folder / "tiny.zip", "w") as archive:
         for place, label in enumerate(LABELS):
             for number in range(6):
-                Image.new("RGB", (8, 8), (9 * place, 40 * number, 0)).save(picture, lossless=True)
-                archive.write(picture, f"{label}/{number}.webp")
+                Image.new("RGB", (8, 8), (9 * place, 40 * number, 0)).save(image, lossless=True)
+                archive.write(image, f"{label}/{number}.webp")
     assert tiny_imagenet.main([str(folder / "tiny.zip"), str(folder / "out")]) == 0
     return folder / "out"
 
@@ -75,7 +75,7 @@ def test_what_judges_does_not_depend_on_what_is_learned_from(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer_data, "SIZES", (1, 50, EVERY))
-    monkeypatch.setattr(transfer_data, "find_seen", lambda *_: set())  # pictures of one colour are all alike
+    monkeypatch.setattr(transfer_data, "find_seen", lambda *_: set())  # images of one colour are all alike
     dataset = replace(DATASETS["things"], val=1, test=2)
     origin = Origin(tmp_path, tiny_folder, tmp_path)
     few, every = (make_folder(dataset, number, 0, origin) for number in (1, EVERY))

@@ -10,65 +10,73 @@ from collections.abc import Iterator
 import pytest
 
 from finetune.errors import DataError, ExitCode, FinetuneError, LostProcessError, UsageError
-from finetune.rank import find_rank
-from finetune.world import SINGLE, World
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.rank import find_rank
 from tests.processes import together
 
 
 def test_the_main_process_decides_for_all() -> None:
-    assert together(lambda world: world.share(lambda: f"said by {world.rank}"), 3) == ["said by 0"] * 3
+    assert (
+        together(lambda distributed: distributed.share(lambda: f"said by {distributed.rank}"), 3)
+        == ["said by 0"] * 3
+    )
 
 
 def test_what_cannot_be_made_cannot_be_made_anywhere() -> None:
-    def work(world: World) -> str:
+    def work(distributed: Distributed) -> str:
         def make() -> None:
             raise DataError("--data x", "it is not there", "Name another.")
 
         with pytest.raises(DataError, match="it is not there"):
-            world.share(make)
-        return world.share(lambda: "and they go on")
+            distributed.share(make)
+        return distributed.share(lambda: "and they go on")
 
     assert together(work) == ["and they go on"] * 2
 
 
 def test_each_makes_its_own_after_the_main_one() -> None:
-    def work(world: World) -> int:
-        return world.first(lambda: world.rank)
+    def work(distributed: Distributed) -> int:
+        return distributed.first(lambda: distributed.rank)
 
     assert together(work) == [0, 1]
 
 
 def test_sums_and_values_of_all() -> None:
-    def work(world: World) -> tuple[list[float], bool, bool, list[int]]:
-        sums = world.sum(world.rank, 0.1)
-        return sums, world.any(world.rank == 1), world.any(False), world.collect(10 * world.rank)
+    def work(distributed: Distributed) -> tuple[list[float], bool, bool, list[int]]:
+        sums = distributed.sum(distributed.rank, 0.1)
+        return (
+            sums,
+            distributed.any(distributed.rank == 1),
+            distributed.any(False),
+            distributed.collect(10 * distributed.rank),
+        )
 
     assert together(work, 3) == [([3.0, pytest.approx(0.3)], True, False, [0, 10, 20])] * 3
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7])
 def test_items_come_in_order(number: int) -> None:
-    def work(world: World) -> list[int]:
-        return list(world.merge(iter(range(world.rank, number, world.size))))
+    def work(distributed: Distributed) -> list[int]:
+        return list(distributed.merge(iter(range(distributed.rank, number, distributed.size))))
 
     assert together(work, 3) == [list(range(number)), [], []]
 
 
 def test_an_error_of_one_ends_the_whole_after_the_others_have_come_to_their_end() -> None:
-    def items(world: World) -> Iterator[int]:
-        yield world.rank
-        if world.rank == 1:
-            raise DataError("a picture", "it is gone", "Bring it back.")
-        yield world.rank
+    def items(distributed: Distributed) -> Iterator[int]:
+        yield distributed.rank
+        if distributed.rank == 1:
+            raise DataError("an image", "it is gone", "Bring it back.")
+        yield distributed.rank
 
-    def work(world: World) -> tuple[list[int], str, str]:
+    def work(distributed: Distributed) -> tuple[list[int], str, str]:
         got: list[int] = []
         said = ""
         try:
-            got.extend(world.merge(items(world)))
+            got.extend(distributed.merge(items(distributed)))
         except DataError as error:
             said = error.found
-        return got, said, world.share(lambda: "next")
+        return got, said, distributed.share(lambda: "next")
 
     main, *others = together(work, 3)
     assert main == ([0, 1, 2, 0], "it is gone", "next")
@@ -76,11 +84,11 @@ def test_an_error_of_one_ends_the_whole_after_the_others_have_come_to_their_end(
 
 
 def test_whoever_stops_listening_does_not_leave_the_others_waiting() -> None:
-    def work(world: World) -> str:
-        for item in world.merge(iter(range(world.rank, 9, world.size))):
+    def work(distributed: Distributed) -> str:
+        for item in distributed.merge(iter(range(distributed.rank, 9, distributed.size))):
             if item == 3:
                 break
-        return world.share(lambda: "next")
+        return distributed.share(lambda: "next")
 
     assert together(work) == ["next"] * 2
 
@@ -88,14 +96,14 @@ def test_whoever_stops_listening_does_not_leave_the_others_waiting() -> None:
 def test_whoever_stops_listening_stops_the_others() -> None:
     made = 0
 
-    def items(world: World) -> Iterator[int]:
+    def items(distributed: Distributed) -> Iterator[int]:
         nonlocal made
-        for number in range(world.rank, 10_000, world.size):
+        for number in range(distributed.rank, 10_000, distributed.size):
             made += 1
             yield number
 
-    def work(world: World) -> int:
-        for item in world.merge(items(world)):
+    def work(distributed: Distributed) -> int:
+        for item in distributed.merge(items(distributed)):
             if item == 3:
                 break
         return made
@@ -104,13 +112,13 @@ def test_whoever_stops_listening_stops_the_others() -> None:
 
 
 def test_a_failure_reaches_the_others_in_its_own_words() -> None:
-    def work(world: World) -> tuple[str, int] | None:
-        if world.rank == 1:
+    def work(distributed: Distributed) -> tuple[str, int] | None:
+        if distributed.rank == 1:
             error = DataError("--data x", "it is not there", "Name another.")
-            world.publish(error)
+            distributed.publish(error)
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            world.sum(1.0)
+            distributed.sum(1.0)
         except FinetuneError as error:
             return error.message, int(error.exit_code)
         return None
@@ -120,11 +128,11 @@ def test_a_failure_reaches_the_others_in_its_own_words() -> None:
 
 
 def test_a_loss_keeps_being_one() -> None:
-    def work(world: World) -> FinetuneError | None:
-        if world.rank == 1:
-            world.publish(LostProcessError("training, step 7", "memory ran out", "Start it again."))
+    def work(distributed: Distributed) -> FinetuneError | None:
+        if distributed.rank == 1:
+            distributed.publish(LostProcessError("training, step 7", "memory ran out", "Start it again."))
             return None
-        return world.find_failure("gone")
+        return distributed.find_failure("gone")
 
     error, _ = together(work)
     assert isinstance(error, LostProcessError)
@@ -133,11 +141,11 @@ def test_a_loss_keeps_being_one() -> None:
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_is_missed(killed: int) -> None:
-    def work(world: World) -> str | None:
-        if world.rank == killed:
+    def work(distributed: Distributed) -> str | None:
+        if distributed.rank == killed:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
-            world.collect(0)
+            distributed.collect(0)
         except LostProcessError as error:
             return error.found
         return None
@@ -150,18 +158,18 @@ def test_a_process_that_is_killed_is_missed(killed: int) -> None:
 def test_waiting_outlasts_the_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.processes.TIMEOUT", 1.0)
 
-    def work(world: World) -> str:
-        if world.rank == 1:
+    def work(distributed: Distributed) -> str:
+        if distributed.rank == 1:
             time.sleep(3)
-        world.wait()
-        return world.share(lambda: time.sleep(3) or "patience")
+        distributed.wait()
+        return distributed.share(lambda: time.sleep(3) or "patience")
 
     assert together(work) == ["patience"] * 2
 
 
 def test_processes_of_one_machine_are_a_world_of_their_own() -> None:
-    def work(world: World) -> tuple[int, int]:
-        return world.machine.rank, world.machine.size
+    def work(distributed: Distributed) -> tuple[int, int]:
+        return distributed.machine.rank, distributed.machine.size
 
     assert together(work) == [(0, 2), (1, 2)]
 
@@ -170,11 +178,16 @@ def test_machines_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch)
     def name() -> str:
         return f"machine-{int(os.environ['RANK']) // 2}"
 
-    monkeypatch.setattr("finetune.world.socket.gethostname", name)
+    monkeypatch.setattr("finetune.system.distributed.socket.gethostname", name)
 
-    def work(world: World) -> tuple[int, int, str, list[int]]:
-        here = world.machine
-        return here.rank, here.size, here.share(lambda: f"from {world.rank}"), here.collect(world.rank)
+    def work(distributed: Distributed) -> tuple[int, int, str, list[int]]:
+        here = distributed.machine
+        return (
+            here.rank,
+            here.size,
+            here.share(lambda: f"from {distributed.rank}"),
+            here.collect(distributed.rank),
+        )
 
     assert together(work, 4) == [
         (0, 2, "from 0", [0, 1]),
@@ -185,10 +198,10 @@ def test_machines_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_process_needs_nobody() -> None:
-    assert SINGLE.share(lambda: 1) == 1
-    assert SINGLE.sum(1, 2) == [1, 2]
-    assert list(SINGLE.merge(iter("ab"))) == ["a", "b"]
-    assert SINGLE.is_main and SINGLE.machine is SINGLE
+    assert SINGLE_PROCESS.share(lambda: 1) == 1
+    assert SINGLE_PROCESS.sum(1, 2) == [1, 2]
+    assert list(SINGLE_PROCESS.merge(iter("ab"))) == ["a", "b"]
+    assert SINGLE_PROCESS.is_main and SINGLE_PROCESS.machine is SINGLE_PROCESS
 
 
 # --- what launchers say --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""torchvision's feature extractor: pooled features of every picture, kept in one file.
+"""torchvision's feature extractor: pooled features of every image, kept in one file.
 
 thingsvision, the usual tool for it, cannot be installed beside a current torch: its newest release (2.7.3)
 asks for torchvision 0.15.2, NumPy below 2 and TensorFlow below 2.16.

@@ -73,7 +73,7 @@ def train_one_epoch(task: ClassificationTask, loader: Any, optimizer: Any, sched
 
 
 @torch.inference_mode()
-def judge(network: nn.Module, loader: Any) -> float:
+def summarize(network: nn.Module, loader: Any) -> float:
     """Return the accuracy on the validation part."""
     evaluator = ClassificationEvaluator(CPU)
     network.eval()
@@ -98,7 +98,7 @@ def main() -> None:
     with phases.phase("train"):
         for epoch in range(epochs):
             done = train_one_epoch(task, loaders["train"], optimizer, scheduler, done)
-            judged.append(judge(network, loaders["val"]))
+            judged.append(summarize(network, loaders["val"]))
             scheduler.step(epoch + 1, judged[-1])
         torch.save(network.state_dict(), options.output / "final.pt")
     report(max(judged), len(loaders["train"].dataset), phases)

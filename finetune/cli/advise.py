@@ -13,13 +13,12 @@ from finetune.cli.options import (
     split_words,
     takes_source,
 )
-from finetune.cli.refusals import hand_over
-from finetune.cli.tables import print_table
+from finetune.cli.output import hand_over, print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.job.advise import Advice
     from finetune.recipe import Recipe
+    from finetune.run.advise import Advice
 
 
 @takes_source
@@ -51,7 +50,7 @@ def advise_command(
 
 
 def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     if not names:
         raise UsageError("--backbones", "no name was given", "Give names with commas between.")
@@ -62,7 +61,7 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
         )
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.rank import rank_backbones
+        from finetune.features.rank_backbones import rank_backbones
     ranked = rank_backbones(recipe, names, display)
     if as_json:
         hand_over(json.dumps([vars(one) for one in ranked]) + "\n")
@@ -80,13 +79,13 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
 
 
 def _advise(recipe: Recipe, output: Path | None) -> Advice:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.advise import advise
-        from finetune.job.outcome import translated_errors
-        from finetune.job.write_advice import write_advice
+        from finetune.run.advise import advise
+        from finetune.run.auto import write_advice
+        from finetune.runs.outcome import translated_errors
     with translated_errors():
         advice = advise(recipe, display, output)
         if output is not None:
@@ -96,7 +95,7 @@ def _advise(recipe: Recipe, output: Path | None) -> Advice:
 
 
 def _print(advice: Advice) -> None:
-    from finetune.strategy.rule import CELLS, SIMILARITIES, SIZES
+    from finetune.run.rule import CELLS, SIMILARITIES, SIZES
 
     decision = advice.decision
     for size in SIZES:
@@ -119,7 +118,7 @@ def _print(advice: Advice) -> None:
 
 
 def _print_plan(advice: Advice) -> None:
-    from finetune.job.auto import describe_keys
+    from finetune.run.auto import describe_keys
 
     keys = advice.decision.keys
     typer.echo(f"strategy: {describe_keys(keys)}")

@@ -27,7 +27,7 @@ from finetune.cli.processes import leave
 
 app = typer.Typer(
     name="finetune",
-    help="Fine-tune ImageNet backbones on a folder of pictures, and trust the number that comes out.",
+    help="Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,7 +54,7 @@ app.add_typer(cache.app, name="cache")
 
 @app.callback(invoke_without_command=True)
 def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
-    """Fine-tune ImageNet backbones on a folder of pictures, and trust the number that comes out."""
+    """Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.refusals import refusals
-from finetune.cli.tables import print_table
+from finetune.cli.output import print_table, refusals
 from finetune.strategies import assign_groups, find_strategy, join_names, lay_phases
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def list_backbones(
 
 
 def _busy() -> AbstractContextManager[None]:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     return Display().busy("loading timm and torchvision")
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.refusals import refusals
-from finetune.cli.tables import print_table
+from finetune.cli.output import print_table, refusals
 
 if TYPE_CHECKING:
-    from finetune.cache.shelf import Kept
+    from finetune.runs.cache_dir import Kept
 
 app = typer.Typer(help="List or remove what is kept between runs.", no_args_is_help=True)
 COLUMNS = ("kind", "of", "images", "size", "last used")
@@ -22,34 +21,35 @@ COLUMNS = ("kind", "of", "images", "size", "last used")
 def list_kept(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array to stdout.")] = False,
 ) -> None:
-    """List kept features and decoded pictures, the longest unused first."""
-    from finetune.cache.shelf import Shelf
+    """List kept features and decoded images, the longest unused first."""
+    from finetune.runs.cache_dir import FeatureCacheDir
 
     with refusals():
-        shelf = Shelf()
-        kept = shelf.list()
+        cache_dir = FeatureCacheDir()
+        kept = cache_dir.list()
         if as_json:
             typer.echo(json.dumps([_facts(one) for one in kept], indent=1))
             return
         if kept:
             print_table(COLUMNS, [_cells(one) for one in kept])
         total = sum(one.num_bytes for one in kept)
-        typer.echo(f"{len(kept)} files, {_size(total)}, in {shelf.folder}", err=True)
+        typer.echo(f"{len(kept)} files, {_size(total)}, in {cache_dir.folder}", err=True)
 
 
 @app.command("clear")
 def clear() -> None:
-    """Remove features and decoded pictures that no run is using; the next run makes anew what it needs."""
-    from finetune.cache.shelf import Shelf
-    from finetune.data.looks import clear_looks
+    """Remove features and decoded images that no run is using; the next run makes anew what it needs."""
+    from finetune.data.scan_cache import clear_scans
+    from finetune.runs.cache_dir import FeatureCacheDir
 
     with refusals():
-        shelf = Shelf()
-        number, num_bytes = map(sum, zip(shelf.clear(), clear_looks(), strict=True))
-        left = len(shelf.list())
+        cache_dir = FeatureCacheDir()
+        number, num_bytes = map(sum, zip(cache_dir.clear(), clear_scans(), strict=True))
+        left = len(cache_dir.list())
         in_use = f"; {left} in use by a run, or another user's, left alone" if left else ""
         typer.echo(
-            f"{number} files removed from {shelf.folder.parent}, {_size(num_bytes)} freed{in_use}", err=True
+            f"{number} files removed from {cache_dir.folder.parent}, {_size(num_bytes)} freed{in_use}",
+            err=True,
         )
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.options import JsonOption, OutputOption, default_folder
-from finetune.cli.refusals import hand_over, refusals
-from finetune.cli.tables import print_table
+from finetune.cli.output import hand_over, print_table, refusals
 from finetune.errors import ExitCode, UsageError, sanitize
 
 if TYPE_CHECKING:
@@ -107,11 +106,11 @@ def _read(flags: dict[str, Any], assignments: list[str]) -> Recipe:
 
 
 def _check(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading"):
-        from finetune.job.check import check
+        from finetune.data.quality.check import check
     return check(recipe, folder, display)
 
 
@@ -144,11 +143,11 @@ def _print_classes(summary: dict[str, Any]) -> None:
 
 
 def _check_run(run: Path, folder: Path, as_json: bool) -> None:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.label_issues import find_suspects
+        from finetune.evaluation.label_issues import find_suspects
     found = find_suspects(run, folder, display)
     if as_json:
         hand_over(json.dumps(found.to_dict()) + "\n")

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.refusals import hand_over, refusals
-from finetune.cli.tables import print_table
+from finetune.cli.output import hand_over, print_table, refusals
 
 if TYPE_CHECKING:
-    from finetune.job.compare import Result
+    from finetune.evaluation.compare_runs import Result
 
 _COLUMNS = (
     "run",
@@ -44,11 +43,11 @@ def compare_command(
     Up to four runs are compared each with each other, more with the first one.
     """
     with refusals(as_json):
-        from finetune.display import Display
+        from finetune.system.display import Display
 
         display = Display()
         with display.busy("loading torch"):
-            from finetune.job.compare import compare_runs
+            from finetune.evaluation.compare_runs import compare_runs
         result = compare_runs(runs, output, display)
         if as_json:
             hand_over(json.dumps(result.to_dict()) + "\n")

@@ -1,4 +1,4 @@
-"""``finetune evaluate``: figures of finished models on labelled pictures."""
+"""``finetune evaluate``: figures of finished models on labelled images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.options import JsonOption, OutputOption, default_folder, split_words
-from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.output import hand_over, refusals
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.data.labelled import Part
+    from finetune.data.inputs import Part
 
 _PARTS: dict[str, Part] = {"train": "train", "val": "val", "test": "test", "all": "all"}
 
@@ -37,12 +37,12 @@ def evaluate_command(
     split: Annotated[
         str | None, typer.Option(help="train, val, test or all.", show_default="test, else val, else all")
     ] = None,
-    crops: Annotated[int, typer.Option(help="1, 5 or 10 crops of each picture.")] = 1,
+    crops: Annotated[int, typer.Option(help="1, 5 or 10 crops of each image.")] = 1,
     scales: Annotated[
         str | None, typer.Option(help="Short sides in pixels, with commas between: 256,288.")
     ] = None,
     output: OutputOption = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
@@ -59,13 +59,13 @@ def evaluate_command(
     Several models are an ensemble, several crops and scales are averaged: what each adds and costs is shown.
     """
     with refusals(as_json):
-        from finetune.display import Display
+        from finetune.system.display import Display
 
         part, sides = _read_part(split), _read_scales(scales)
         display = Display()
         with display.busy("loading torch"):
-            from finetune.job.evaluate import Request, evaluate_models
-        request = Request(
+            from finetune.evaluation.evaluate import EvaluateRequest, evaluate_models
+        request = EvaluateRequest(
             models=tuple(models),
             data=data,
             part=part,

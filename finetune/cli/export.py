@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.refusals import hand_over, refusals
-from finetune.stopping import StopSignal
+from finetune.cli.output import hand_over, refusals
+from finetune.system.signals import StopSignal
 
 RunArgument = Annotated[Path, typer.Argument(help="A finished run, or a model folder.", metavar="RUN")]
 
@@ -23,7 +23,7 @@ def export_command(
         str | None,
         typer.Option(
             "--with-preprocessing",
-            help="The graph takes uint8 RGB pictures of the network's size, and normalises them.",
+            help="The graph takes uint8 RGB images of the network's size, and normalises them.",
             metavar="nchw|nhwc",
             show_default="float32, normalised before",
         ),
@@ -37,13 +37,12 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model for others, and prove in a fresh process that it predicts what the run predicted."""
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     with refusals(as_json), StopSignal():
         display = Display()
         with display.busy("loading torch"):
-            from finetune.export.wanted import read_wanted
-            from finetune.job.export import export
+            from finetune.export.export import export, read_wanted
         report = export(run, read_wanted(format, layout, softmax, opset), output, display)
         if as_json:
             hand_over(json.dumps(report | {"output": str(output)}) + "\n")
@@ -58,12 +57,12 @@ def push_command(
     """Upload a model to the Hugging Face hub: exported in timm's format, and proved, first."""
     from dataclasses import asdict
 
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     with refusals(as_json), StopSignal():
         display = Display()
         with display.busy("loading torch"):
-            from finetune.job.export import push
+            from finetune.export.export import push
         pushed = push(run, repo_id, private, display)
         display.say(f"pushed {pushed.repo_id}, commit {pushed.commit[:12]}")
         hand_over(json.dumps(asdict(pushed)) + "\n" if as_json else f"{pushed.url}\n")

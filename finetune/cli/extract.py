@@ -16,14 +16,13 @@ from finetune.cli.options import (
     split_words,
     takes_source,
 )
+from finetune.cli.output import hand_over, print_table
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
-from finetune.cli.refusals import hand_over
-from finetune.cli.tables import print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from finetune.world import World
+    from finetune.system.distributed import Distributed
     from pretrained.graph.layer import Layer
 
 
@@ -62,33 +61,38 @@ def extract_command(
         return
     start_processes(processes, gpus, recipe.device)
     work = partial(_extract, recipe, wanted, output, pool, format)
-    with joined_processes("cuda" if gpus else recipe.device, 0, work) as world:
-        done = work(world)
+    with joined_processes("cuda" if gpus else recipe.device, 0, work) as distributed:
+        done = work(distributed)
         if as_json:
             hand_over(json.dumps(done) + "\n")
 
 
 def _extract(
-    recipe: Recipe, wanted: list[str], output: Path | None, pool: str, format: str | None, world: World
+    recipe: Recipe,
+    wanted: list[str],
+    output: Path | None,
+    pool: str,
+    format: str | None,
+    distributed: Distributed,
 ) -> dict[str, object]:
-    from finetune.display import Display, SilentDisplay
+    from finetune.system.display import Display, SilentDisplay
 
     if output is None:
         raise UsageError(
             "finetune extract", "no output was named", "Add --output FOLDER or --output FILE.csv."
         )
-    display = Display() if world.is_main else SilentDisplay()
+    display = Display() if distributed.is_main else SilentDisplay()
     with display.busy("loading torch"):
-        from finetune.job.extract import extract
-    return extract(recipe, wanted, output, read_pool(pool), format, display, world)
+        from finetune.features.extract import extract
+    return extract(recipe, wanted, output, read_pool(pool), format, display, distributed)
 
 
 def _list(recipe: Recipe, as_json: bool) -> None:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.source import open_network
+        from finetune.features.network import open_network
     layers = open_network(recipe, display).layers
     rows = [_facts("stage", layer) for layer in layers.all]
     rows += [_facts("module", layer) for layer in layers.modules().values()]

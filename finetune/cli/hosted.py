@@ -22,10 +22,9 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from finetune.cli.refusals import refusals, say
+from finetune.cli.output import refusals, say
 from finetune.errors import ExitCode, UsageError, sanitize
-from finetune.platforms import Platform, find_platform
-from finetune.platforms.platform import is_main
+from finetune.launch.platforms import Platform, find_platform, is_main
 from finetune.runs.files import disk_error, write_chunks
 from finetune.runs.folder import RunFolder
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from finetune.cli.refusals import refusals
+from finetune.cli.output import refusals
 from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
 
 
 def takes_source(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags that choose a network and pictures, and hand it the recipe that they make.
+    """Give a command the flags that choose a network and images, and hand it the recipe that they make.
 
     Its errors become messages and exit codes.
     """

@@ -1,4 +1,4 @@
-"""``finetune predict``: pictures in, labels and probabilities out."""
+"""``finetune predict``: images in, labels and probabilities out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.options import JsonOption
+from finetune.cli.output import hand_over, refusals
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
-from finetune.cli.refusals import hand_over, refusals
 
 if TYPE_CHECKING:
-    from finetune.world import World
+    from finetune.system.distributed import Distributed
 
 
 def predict_command(
@@ -61,13 +61,13 @@ def predict_command(
         start_processes(processes, gpus, device)
         device = "cuda" if gpus else device
 
-        def work(world: World) -> dict[str, Any]:
-            from finetune.display import Display, SilentDisplay
+        def work(distributed: Distributed) -> dict[str, Any]:
+            from finetune.system.display import Display, SilentDisplay
 
-            display = Display() if world.is_main else SilentDisplay()
+            display = Display() if distributed.is_main else SilentDisplay()
             with display.busy("loading torch"):
-                from finetune.job.predict import Request, predict_files
-            request = Request(
+                from finetune.evaluation.predict_files import PredictRequest, predict_files
+            request = PredictRequest(
                 model,
                 input,
                 output,
@@ -82,9 +82,9 @@ def predict_command(
                 follow_links,
                 offline,
             )
-            return predict_files(request, display, world)
+            return predict_files(request, display, distributed)
 
-        with joined_processes(device, 0, work) as world:
-            done = work(world)
+        with joined_processes(device, 0, work) as distributed:
+            done = work(distributed)
             if as_json:
                 hand_over(json.dumps(done) + "\n")

@@ -16,13 +16,11 @@ from finetune.cli.options import (
     split_words,
     takes_source,
 )
-from finetune.cli.refusals import hand_over
-from finetune.cli.tables import print_table
+from finetune.cli.output import hand_over, print_table
 from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
-    from finetune.features.probe import Classifier
-    from finetune.job.probe import Row
+    from finetune.features.probe import Classifier, ProbeRow
     from finetune.recipe import Recipe
 
 
@@ -45,11 +43,11 @@ def probe_command(
     as_json: JsonOption = False,
 ) -> None:
     """Judge each layer by classifiers on its features: mean accuracy over classes, over several draws."""
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.probe import probe
+        from finetune.features.probe import probe
     kinds = _read_classifiers(split_words(classifiers))
     folder = output or default_folder("probe")
     wanted = split_words(layers)
@@ -73,7 +71,7 @@ def _read_classifiers(words: list[str]) -> list[Classifier]:
     return [known[word] for word in dict.fromkeys(words)]
 
 
-def _print(rows: list[Row], kinds: list[Classifier]) -> None:
+def _print(rows: list[ProbeRow], kinds: list[Classifier]) -> None:
     """A line a layer, a column a classifier: mean and standard deviation in percent."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from finetune.cli.refusals import say
+from finetune.cli.output import say
 from finetune.errors import FinetuneError, UsageError
-from finetune.launch import check_processes, is_in_job, launch, reported_exit
-from finetune.stopping import end_with_parent
+from finetune.launch.processes import check_processes, is_in_job, launch, reported_exit
+from finetune.system.signals import end_with_parent
 
 if TYPE_CHECKING:
-    from finetune.world import World
+    from finetune.system.distributed import Distributed
 
 GpusOption = Annotated[
     int | None,
@@ -62,7 +62,7 @@ def start_processes(
         raise UsageError("--engine ray", found, "Add --processes N, or --gpus N.")
     number = check_processes(processes, gpus, device, elsewhere=engine is Engine.RAY)
     if number is not None and engine is Engine.RAY:
-        from finetune.ray_engine.launch import launch_on_ray
+        from finetune.launch.ray import launch_on_ray
 
         raise typer.Exit(launch_on_ray(sys.argv[1:], number, gpus is not None, say))
     if number is not None:
@@ -72,7 +72,9 @@ def start_processes(
 
 
 @contextmanager
-def joined_processes(device: str, timeout: float, help: Callable[[World], object]) -> Iterator[World]:
+def joined_processes(
+    device: str, timeout: float, help: Callable[[Distributed], object]
+) -> Iterator[Distributed]:
     """Give the main process its world; the others help, and end here.
 
     Args:
@@ -84,24 +86,24 @@ def joined_processes(device: str, timeout: float, help: Callable[[World], object
     if is_in_job():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch: frames of C++ help nobody
     with reported_exit(is_main):
-        from finetune.world import SINGLE, join_world
+        from finetune.system.distributed import SINGLE_PROCESS, join_distributed
 
-        world = join_world(device, timeout or DEFAULT_TIMEOUT) if is_in_job() else SINGLE
+        distributed = join_distributed(device, timeout or DEFAULT_TIMEOUT) if is_in_job() else SINGLE_PROCESS
         if not is_main:
-            _help(world, help)
-        yield world
+            _help(distributed, help)
+        yield distributed
 
 
-def _help(world: World, help: Callable[[World], object]) -> NoReturn:
+def _help(distributed: Distributed, help: Callable[[Distributed], object]) -> NoReturn:
     """Help in silence: what goes wrong here, the main process says."""
-    from finetune.job.outcome import explained
-    from finetune.world import leave_world
+    from finetune.runs.outcome import explained
+    from finetune.system.distributed import leave_distributed
 
     try:
-        with explained(world):
-            help(world)
+        with explained(distributed):
+            help(distributed)
     except FinetuneError as error:
-        leave_world(world)  # so that the others notice
+        leave_distributed(distributed)  # so that the others notice
         time.sleep(_LEAVE_SECONDS)
         raise typer.Exit(int(error.exit_code)) from None
     raise typer.Exit

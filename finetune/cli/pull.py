@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.refusals import hand_over, refusals, say
-from finetune.stopping import StopSignal
+from finetune.cli.output import hand_over, refusals, say
+from finetune.system.signals import StopSignal
 
 if TYPE_CHECKING:
-    from finetune.job.fetch import Pulled
+    from finetune.features.network import Pulled
 
 
 def pull_command(
@@ -25,11 +25,11 @@ def pull_command(
     cannot be had, the others are fetched all the same, and the exit code is that of the first failure.
     """
     with refusals(as_json), StopSignal():
-        from finetune.display import Display
+        from finetune.system.display import Display
 
         display = Display()
         with display.busy("loading torch"):
-            from finetune.job.fetch import pull
+            from finetune.features.network import pull
 
         pulled = pull(names, offline, display)
         if as_json:

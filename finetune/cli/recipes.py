@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.refusals import refusals
+from finetune.cli.output import refusals
 
 app = typer.Typer(help="List and show the shipped recipes.", invoke_without_command=True)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.refusals import hand_over, refusals
+from finetune.cli.output import hand_over, refusals
 
 
 def report_command(
@@ -18,11 +18,11 @@ def report_command(
 ) -> None:
     """Make report.html and plots/ of a run again, from the files in its folder."""
     with refusals(as_json):
-        from finetune.display import Display
+        from finetune.system.display import Display
 
         display = Display()
         with display.busy("loading torch"):
-            from finetune.job.report import write_run_report
+            from finetune.report.write_report import write_run_report
             from finetune.runs.folder import RunFolder
         folder = RunFolder(run)
         write_run_report(folder, display)

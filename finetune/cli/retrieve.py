@@ -1,4 +1,4 @@
-"""``finetune similar`` and ``finetune map``: pictures by their features."""
+"""``finetune similar`` and ``finetune map``: images by their features."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from finetune.cli.options import (
     read_pool,
     takes_source,
 )
-from finetune.cli.refusals import hand_over
-from finetune.cli.tables import print_table
+from finetune.cli.output import hand_over, print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.job.retrieve import Method
+    from finetune.features.similar import Method
     from finetune.recipe import Recipe
 
 LayerOption = Annotated[
@@ -32,19 +31,19 @@ LayerOption = Annotated[
 @takes_source
 def similar_command(
     recipe: Recipe,
-    image: Annotated[Path, typer.Argument(help="The picture that is asked about.")],
+    image: Annotated[Path, typer.Argument(help="The image that is asked about.")],
     layer: LayerOption = "last",
-    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many pictures.")] = 9,
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many images.")] = 9,
     output: OutputOption = None,
     pool: PoolOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Find the pictures that are most like one: similar.csv, and similar.png to look at."""
-    from finetune.display import Display
+    """Find the images that are most like one: similar.csv, and similar.png to look at."""
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.retrieve import find_similar
+        from finetune.features.similar import find_similar
     rows = find_similar(
         recipe, image, layer, top, output or default_folder("similar"), read_pool(pool), display
     )
@@ -63,14 +62,14 @@ def map_command(
     output: OutputOption = None,
     pool: PoolOption = "auto",
 ) -> None:
-    """Draw a layer's feature space: every picture a point, coloured by class, in map.png and map.csv."""
+    """Draw a layer's feature space: every image a point, coloured by class, in map.png and map.csv."""
     if method not in ("pca", "umap"):
         raise UsageError(f"--method {method}", "there is no such method", "Take pca or umap.")
-    from finetune.display import Display
+    from finetune.system.display import Display
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.job.retrieve import draw_feature_map
+        from finetune.features.similar import draw_feature_map
     folder = output or default_folder("map")
     kind: Method = "umap" if method == "umap" else "pca"
     draw_feature_map(recipe, layer, kind, folder, read_pool(pool), display)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from finetune.cli.output import hand_over, refusals, say
 from finetune.cli.processes import (
     Engine,
     EngineOption,
@@ -17,18 +18,17 @@ from finetune.cli.processes import (
     joined_processes,
     start_processes,
 )
-from finetune.cli.refusals import hand_over, refusals, say
 from finetune.cli.series import Member, find_series, fix_backbone, run_series
 from finetune.errors import UsageError
-from finetune.launch import is_in_job, is_started_here
-from finetune.pulse import Pulse, find_parent
-from finetune.stopping import end_with_parent
+from finetune.launch.processes import is_in_job, is_started_here
+from finetune.launch.supervisor import Supervisor
 from finetune.strategies import AUTO, join_names
-from finetune.supervisor import Supervisor
+from finetune.system.heartbeat import Heartbeat, find_parent
+from finetune.system.signals import end_with_parent
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from finetune.world import World
+    from finetune.system.distributed import Distributed
 
 _FLAGS = {
     "backbone": "backbone.name",
@@ -105,7 +105,7 @@ def run_command(
         ),
     ] = None,
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Go on where copies of a picture lie in two parts.")
+        bool, typer.Option("--allow-leaks", help="Go on where copies of an image lie in two parts.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
     seed: Annotated[
@@ -182,7 +182,7 @@ def run_command(
                 settings = _read(recipe, flags, [*words, *member.assignments])
                 if member.seed is not None:
                     settings = settings.model_copy(update={"seed": member.seed})
-                return _run(settings, series.output / member.name, Pulse(None), allow_changed)
+                return _run(settings, series.output / member.name, Heartbeat(None), allow_changed)
 
             named = fix_backbone(series, _read(recipe, flags, words))
             run_series(named, stall_timeout, run_here, as_json)
@@ -194,9 +194,9 @@ def run_command(
             end_with_parent(parent[1])
         settings = _read(recipe, flags, words)
         start_processes(processes, gpus, device or "auto", engine)
-        with joined_processes(settings.device, stall_timeout, _help) as world:
-            pulse = Pulse(parent[0] if parent is not None else None)
-            metrics = _run(settings, output, pulse, allow_changed, world)
+        with joined_processes(settings.device, stall_timeout, _help) as distributed:
+            heartbeat = Heartbeat(parent[0] if parent is not None else None)
+            metrics = _run(settings, output, heartbeat, allow_changed, distributed)
             if as_json:
                 hand_over(json.dumps(metrics) + "\n")
 
@@ -218,21 +218,25 @@ def _read(recipe: str | None, flags: dict[str, Any], assignments: list[str]) -> 
     return load_recipe(recipe, overrides)
 
 
-def _help(world: World) -> None:
+def _help(distributed: Distributed) -> None:
     from finetune.job.help import help_run
 
-    help_run(world)
+    help_run(distributed)
 
 
 def _run(
-    recipe: Recipe, output: Path | None, pulse: Pulse, allow_changed: bool, world: World | None = None
+    recipe: Recipe,
+    output: Path | None,
+    heartbeat: Heartbeat,
+    allow_changed: bool,
+    distributed: Distributed | None = None,
 ) -> dict[str, Any]:
-    from finetune.display import Display
+    from finetune.system.display import Display
 
-    display = Display(pulse=pulse)
+    display = Display(heartbeat=heartbeat)
     with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
         from finetune.job import run
-        from finetune.world import SINGLE
+        from finetune.system.distributed import SINGLE_PROCESS
 
-    finished = run(recipe, output, display, allow_changed, world or SINGLE)
+    finished = run(recipe, output, display, allow_changed, distributed or SINGLE_PROCESS)
     return {"run": str(finished.folder.path), **finished.metrics}

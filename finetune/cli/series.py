@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from finetune.cli.options import default_folder
-from finetune.cli.refusals import hand_over, say
+from finetune.cli.output import hand_over, say
 from finetune.errors import UsageError
-from finetune.supervisor import Supervisor
+from finetune.launch.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -85,9 +85,9 @@ def fix_backbone(series: Series, recipe: Recipe) -> Series:
     """
     if recipe.backbone.name:
         return series
-    from finetune.display import Display
-    from finetune.job.default_backbone import name_backbone
-    from finetune.job.prepare import check_asked
+    from finetune.features.network import name_backbone
+    from finetune.run.setup import check_asked
+    from finetune.system.display import Display
 
     check_asked(recipe)
     named = name_backbone(recipe, series.output / series.members[0].name, Display())
@@ -137,8 +137,8 @@ def run_series(
         run_here: does that, and returns the member's figures.
         as_json: print ``series.json``.
     """
-    from finetune.display import Display
-    from finetune.job.series import create_series_folder, finish_series
+    from finetune.run.series import create_series_folder, finish_series
+    from finetune.system.display import Display
 
     create_series_folder(series.output)
     runs: dict[str, dict[str, Any]] = {}

@@ -24,11 +24,11 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from finetune.data.decode import EXTENSIONS
 from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
-from finetune.data.finding import (
+from finetune.data.layout import (
     NAME_BYTES,
     SHOWN,
     SPLIT_NAMES,
-    Finding,
+    LayoutReader,
     count,
     extension_counts,
     extensions,
@@ -36,9 +36,9 @@ from finetune.data.finding import (
     printable,
     quoted,
 )
-from finetune.data.made_once import make_once
 from finetune.data.samples import is_sample, open_sample
 from finetune.errors import DataError
+from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
 
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ MAX_ENTRIES = 1_000_000
 MAX_BYTES = 256 * 2**30
 MAX_CONTENTS_BYTES = 2**30  # of the table of contents, which is held in memory
 MAX_RATIO = 100  # unpacked to packed; photographs are near 1
-FREE_BYTES = 100 * 2**20  # up to here no ratio is too high: a few flat pictures do pack that well
+FREE_BYTES = 100 * 2**20  # up to here no ratio is too high: a few flat images do pack that well
 MAX_PATH_BYTES = 1024
 MAX_DEPTH = 32
 
@@ -87,11 +87,11 @@ def find_root(data: Path) -> Path | None:
     if not os.path.isfile(data):  # noqa: PTH113
         return None
     if data.suffix.lower() == ".zip":
-        return open_archive(Finding(f"--data {printable(data)}", data.absolute()), data)
+        return open_archive(LayoutReader(f"--data {printable(data)}", data.absolute()), data)
     return data.parent
 
 
-def open_archive(finding: Finding, file: Path, on_progress: Progress | None = None) -> Path:
+def open_archive(finding: LayoutReader, file: Path, on_progress: Progress | None = None) -> Path:
     """Return the folder that holds the archive's images, unpacked now or by an earlier call.
 
     Raises:
@@ -108,7 +108,7 @@ def open_archive(finding: Finding, file: Path, on_progress: Progress | None = No
     return _entered(folder)
 
 
-def _unpack(finding: Finding, file: Path, part: Path, on_progress: Progress | None) -> None:
+def _unpack(finding: LayoutReader, file: Path, part: Path, on_progress: Progress | None) -> None:
     with _opened(finding, file) as archive:
         plan = _plan(finding, archive)
         _check_sizes(finding, file, plan, part.parent)
@@ -119,7 +119,7 @@ def _unpack(finding: Finding, file: Path, part: Path, on_progress: Progress | No
 class _Guarded(io.FileIO):
     """A file that gives no overlong table of contents: zipfile reads it at once, and makes objects of it."""
 
-    def __init__(self, finding: Finding, file: Path) -> None:
+    def __init__(self, finding: LayoutReader, file: Path) -> None:
         super().__init__(file)
         self.finding = finding
 
@@ -132,7 +132,7 @@ class _Guarded(io.FileIO):
 
 
 @contextmanager
-def _opened(finding: Finding, file: Path) -> Iterator[ZipFile]:
+def _opened(finding: LayoutReader, file: Path) -> Iterator[ZipFile]:
     """Give the archive with its table of contents read."""
     with ExitStack() as stack:
         with _zip_faults(finding):
@@ -141,7 +141,7 @@ def _opened(finding: Finding, file: Path) -> Iterator[ZipFile]:
 
 
 @contextmanager
-def _zip_faults(finding: Finding) -> Iterator[None]:
+def _zip_faults(finding: LayoutReader) -> Iterator[None]:
     """Turn every fault of reading into a refusal: zipfile lets a dozen kinds of error through."""
     try:
         yield
@@ -204,7 +204,7 @@ class _Plan:
         return None
 
 
-def _plan(finding: Finding, archive: ZipFile) -> _Plan:
+def _plan(finding: LayoutReader, archive: ZipFile) -> _Plan:
     """Judge every entry before anything is written; the faulty ones are refused together, by name."""
     plan = _Plan()
     faults = [(entry.orig_filename, fault) for entry in archive.infolist() if (fault := plan.add(entry))]
@@ -246,7 +246,7 @@ def _path_fault(name: str) -> str | None:
     return next((said for said, found in faults.items() if found), None)
 
 
-def _check_sizes(finding: Finding, file: Path, plan: _Plan, cache: Path) -> None:
+def _check_sizes(finding: LayoutReader, file: Path, plan: _Plan, cache: Path) -> None:
     """Refuse what says of itself that it is too large, before anything is written."""
     sizes = [entry.file_size for entry in plan.files.values()]
     if fault := _size_fault(max(sizes, default=0), sum(sizes), file.stat().st_size):
@@ -271,7 +271,7 @@ def _megabytes(size: int) -> str:
 
 
 def _extract(
-    finding: Finding, archive: ZipFile, plan: _Plan, part: Path, on_progress: Progress | None
+    finding: LayoutReader, archive: ZipFile, plan: _Plan, part: Path, on_progress: Progress | None
 ) -> None:
     """Write the planned files, counting what really comes out."""
     assert archive.fp is not None
@@ -294,14 +294,14 @@ def _extract(
             on_progress(done, len(plan.files))
 
 
-def _chunks(finding: Finding, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
+def _chunks(finding: LayoutReader, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
     """Give the content of a file piece by piece; zipfile compares its checksum at the end."""
     with _zip_faults(finding), archive.open(entry) as source:
         while chunk := source.read(_CHUNK):
             yield chunk
 
 
-def _warn_left_out(finding: Finding, folder: Path) -> None:
+def _warn_left_out(finding: LayoutReader, folder: Path) -> None:
     """Say what a user may believe to be trained on and is not, also when it was unpacked long ago."""
     with suppress(OSError, ValueError):
         others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
 """Turn a file into RGB pixels, or say in a few words why that is impossible.
 
 Pillow only: a flipped byte in a PNG kills the process in torchvision's own decoder, and Pillow raises.
-An image is either decoded to its last row or refused; half a picture padded with grey is never returned.
+An image is either decoded to its last row or refused; half an image padded with grey is never returned.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ EXTENSIONS: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"
 # Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
 # is a global that any library may have switched off, and because warning filters are not thread safe.
 MAX_PIXELS = 178_956_970
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of pictures under that limit
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of images under that limit
 MAX_BYTES = 512 * 2**20
-"""As many as an uncompressed picture of ``MAX_PIXELS`` has. A parser of a larger file may hold all of it."""
+"""As many as an uncompressed image of ``MAX_PIXELS`` has. A parser of a larger file may hold all of it."""
 
 # How the formats begin that no text begins like: such a file is a damaged image, not some other thing.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
@@ -68,7 +68,7 @@ def decode_image(path: Path, short_side: int | None = None) -> Image.Image:
 
     Args:
         path: of the file.
-        short_side: pixels that are enough for the shorter side. The picture comes at the smallest of 1/1,
+        short_side: pixels that are enough for the shorter side. The image comes at the smallest of 1/1,
             1/2, 1/4 ... of its size that has them, which a JPEG's decoder gives for less than the whole
             (``Image.draft``). For None it comes whole.
 
@@ -81,9 +81,9 @@ def decode_image(path: Path, short_side: int | None = None) -> Image.Image:
             return _finished(image)
         factor, shorter = compute_factor(image.size, short_side), min(image.size)
         image.draft("RGB", (short_side, short_side))  # up to 1/8; formats that cannot do nothing
-        picture = _finished(image)
-        rest = factor // max(1, round(shorter / min(picture.size)))
-        return picture.reduce(rest) if rest > 1 else picture
+        upright = _finished(image)
+        rest = factor // max(1, round(shorter / min(upright.size)))
+        return upright.reduce(rest) if rest > 1 else upright
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -103,7 +103,7 @@ def compute_factor(size: tuple[int, int], short_side: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What decoding a picture once shows.
+    """What decoding an image once shows.
 
     Attributes:
         format: one of ``FORMATS``; phones' multi-picture JPEGs are JPEG.
@@ -111,7 +111,7 @@ class Probe:
         width: in pixels, upright.
         height: in pixels, upright.
         is_animated: it has more than one frame or page.
-        grey: the picture in grey, upright, squashed to ``PROBE_SIDE`` by ``PROBE_SIDE`` pixels.
+        grey: the image in grey, upright, squashed to ``PROBE_SIDE`` by ``PROBE_SIDE`` pixels.
     """
 
     format: str
@@ -123,7 +123,7 @@ class Probe:
 
 
 PROBE_SIDE = 32
-"""Pixels of the sides of a probe's grey picture."""
+"""Pixels of the sides of a probe's grey image."""
 
 
 def probe_image(path: Path) -> Probe:
@@ -139,7 +139,7 @@ def probe_image(path: Path) -> Probe:
         is_jpeg = image.format in {"JPEG", "MPO"}
         mode, (width, height) = image.mode, image.size
         if is_jpeg:
-            # Reduced, it has a whole number of pixels, of which the last may be half outside the picture.
+            # Reduced, it has a whole number of pixels, of which the last may be half outside the image.
             image.draft("L", (PROBE_SIDE, PROBE_SIDE))
             scale = max(1, round(min(width, height) / min(image.size)))
             image.load()
@@ -158,7 +158,7 @@ def probe_image(path: Path) -> Probe:
 
 
 def _squash(grey: Image.Image, size: tuple[float, float]) -> Image.Image:
-    """Return a square of ``PROBE_SIDE`` of the upper left part of a picture, whatever its shape."""
+    """Return a square of ``PROBE_SIDE`` of the upper left part of an image, whatever its shape."""
     box = (0, 0, min(size[0], grey.width), min(size[1], grey.height))
     return grey.resize((PROBE_SIDE, PROBE_SIDE), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 

@@ -16,17 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.archive import KINDS, Progress, open_archive
-from finetune.data.finding import Finding, count, names_in, printable, some
-from finetune.data.folders import read_folder
-from finetune.data.groups import find_groups
-from finetune.data.remark import Remark
-from finetune.data.sample import SPLITS, Dataset, Sample, Split
+from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
+from finetune.data.folders import images_below, read_folder
+from finetune.data.layout import SPLIT_NAMES, LayoutReader, count, is_junk, names_in, printable, some
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
     FOLD_FIX,
     SplitConfig,
     draw_folds,
     find_fold_fault,
+    find_groups,
     find_undividable,
     split_off,
 )
@@ -51,7 +50,7 @@ def discover(
         UsageError: there is no such fold.
         DiskError: an archive cannot be unpacked for lack of space or permission.
     """
-    finding = Finding(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    finding = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
     dataset = _discover(finding, data, config, on_progress)
     assert dataset is not None
     return dataset
@@ -59,7 +58,7 @@ def discover(
 
 def survey(
     data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
-) -> tuple[Dataset | None, tuple[Remark, ...]]:
+) -> tuple[Dataset | None, tuple[Issue, ...]]:
     """Read as :func:`discover` does, and go on after what it refuses, without the faulty images.
 
     The first of the folds is the validation split, whichever is asked for.
@@ -70,7 +69,7 @@ def survey(
     Raises:
         DiskError: an archive cannot be unpacked for lack of space or permission.
     """
-    finding = Finding(
+    finding = LayoutReader(
         f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True
     )
     config = replace(config, fold=1 if config.folds else None)
@@ -78,12 +77,12 @@ def survey(
     try:
         dataset = _discover(finding, data, config, on_progress)
     except DataError as error:
-        finding.remarks.append(Remark("unusable", "error", error.message, error.fix))
-    return dataset, tuple(finding.remarks)
+        finding.issues.append(Issue("unusable", "error", error.message, error.fix))
+    return dataset, tuple(finding.issues)
 
 
 def _discover(
-    finding: Finding, data: Path, config: SplitConfig, on_progress: Progress | None
+    finding: LayoutReader, data: Path, config: SplitConfig, on_progress: Progress | None
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(finding, data, on_progress, config.group_by)
@@ -94,11 +93,11 @@ def _discover(
             part[name] = [path for path in paths if path not in finding.links_out]
     drawn = "val" not in finding.parts or config.folds is not None
     dataset = _dataset(finding, config)
-    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, remarks=tuple(finding.remarks))
+    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(finding.issues))
 
 
 def read_data(
-    finding: Finding, data: Path, on_progress: Progress | None = None, group_by: str | None = None
+    finding: LayoutReader, data: Path, on_progress: Progress | None = None, group_by: str | None = None
 ) -> bool:
     """Read a folder, a zip archive, a CSV file or a sample; return whether it was a CSV file.
 
@@ -129,7 +128,7 @@ def read_data(
     return suffix == ".csv"
 
 
-def _refuse_kind(finding: Finding, suffix: str) -> DataError:
+def _refuse_kind(finding: LayoutReader, suffix: str) -> DataError:
     if suffix in KINDS:
         return finding.refuse(
             f"is a {KINDS[suffix]} archive, and only zip is read",
@@ -141,7 +140,7 @@ def _refuse_kind(finding: Finding, suffix: str) -> DataError:
     )
 
 
-def _dataset(finding: Finding, config: SplitConfig) -> Dataset:
+def _dataset(finding: LayoutReader, config: SplitConfig) -> Dataset:
     """Apply the rules that do not depend on the layout, and number the classes."""
     train = finding.parts["train"]
     # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
@@ -168,7 +167,7 @@ def _dataset(finding: Finding, config: SplitConfig) -> Dataset:
     return Dataset(finding.root, classes, tuple(samples), tuple(finding.warnings))
 
 
-def _require_two(finding: Finding, classes: Sequence[str]) -> None:
+def _require_two(finding: LayoutReader, classes: Sequence[str]) -> None:
     if len(classes) >= 2:
         return
     # An archive unpacked into a folder of its own name is the usual reason.
@@ -184,7 +183,7 @@ def _require_two(finding: Finding, classes: Sequence[str]) -> None:
     finding.object("class-one", found, fix)
 
 
-def _compare_with_training(finding: Finding, split: Split) -> None:
+def _compare_with_training(finding: LayoutReader, split: Split) -> None:
     """Refuse classes that training does not know; warn of those that this part lacks."""
     train, part = finding.parts["train"], finding.parts[split]
     unknown = sorted(set(part) - set(train))
@@ -209,7 +208,7 @@ def _compare_with_training(finding: Finding, split: Split) -> None:
         )
 
 
-def _warn_look_alikes(finding: Finding, classes: Sequence[str]) -> None:
+def _warn_look_alikes(finding: LayoutReader, classes: Sequence[str]) -> None:
     """Warn of classes that differ only in letter case or in the way an accent is encoded."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
@@ -224,11 +223,11 @@ def _warn_look_alikes(finding: Finding, classes: Sequence[str]) -> None:
             )
 
 
-def _singles(finding: Finding) -> list[str]:
+def _singles(finding: LayoutReader) -> list[str]:
     return sorted(name for name, paths in finding.parts["train"].items() if len(paths) == 1)
 
 
-def _warn_singles(finding: Finding) -> None:
+def _warn_singles(finding: LayoutReader) -> None:
     if singles := _singles(finding):
         finding.warn(
             "class-tiny",
@@ -238,7 +237,9 @@ def _warn_singles(finding: Finding) -> None:
         )
 
 
-def _split_off_validation(finding: Finding, fraction: float, seed: int, groups: Mapping[str, str]) -> None:
+def _split_off_validation(
+    finding: LayoutReader, fraction: float, seed: int, groups: Mapping[str, str]
+) -> None:
     """Move part of each class's training images to validation."""
     train = finding.parts["train"]
     if singles := _singles(finding):
@@ -256,7 +257,10 @@ def _split_off_validation(finding: Finding, fraction: float, seed: int, groups: 
 
 
 def _object_to_lonely(
-    finding: Finding, pool: Mapping[str, Sequence[str]], groups: Mapping[str, str], said: Sequence[str] = ()
+    finding: LayoutReader,
+    pool: Mapping[str, Sequence[str]],
+    groups: Mapping[str, str],
+    said: Sequence[str] = (),
 ) -> None:
     """Refuse classes that no draw can divide."""
     lonely = [name for name in find_undividable(pool, groups) if name not in said]
@@ -271,7 +275,7 @@ def _object_to_lonely(
 
 
 def _deal_folds(
-    finding: Finding, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
+    finding: LayoutReader, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
 ) -> dict[str, int]:
     """Deal the images of training and validation into folds; one of them becomes the validation part."""
     pool: defaultdict[str, list[str]] = defaultdict(list)
@@ -288,3 +292,34 @@ def _deal_folds(
     if fault := find_fold_fault(pool, folds, num_folds):
         finding.object("fold-empty", fault, FOLD_FIX)
     return folds
+
+
+# --- Images without labels, for whoever only looks at them: every image below a folder ---
+
+
+def find_images(
+    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+) -> Dataset:
+    """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
+
+    A folder has no classes when it holds fewer than two folders, and none that is called as a part. Its
+    images have the label -1, and the data set no classes.
+
+    Raises:
+        DataError: there is no image, or what is there has more than one reading.
+    """
+    if not _is_unlabelled(data):
+        return discover(data, config, follow_links, on_progress)
+    finding = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    images, _ = images_below(finding, "")
+    finding.check_links()
+    if not images:
+        raise finding.refuse("holds no images", "Give a folder of images or a CSV file.")
+    return Dataset(finding.root, (), tuple(Sample(path, -1, "train") for path in images))
+
+
+def _is_unlabelled(data: Path) -> bool:
+    if not data.is_dir():
+        return False
+    folders = [name for name in names_in(data) if not is_junk(name) and (data / name).is_dir()]
+    return len(folders) < 2 and not any(name.lower() in SPLIT_NAMES for name in folders)

@@ -1,22 +1,22 @@
-"""Where batches come from: decoded pictures, or what a frozen trunk made of them."""
+"""Where batches come from: decoded images, or what a frozen trunk made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Protocol
 
+from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, Placement
-from finetune.data.sample import Sample
 
 
-class Feed(Protocol):
+class BatchLoader(Protocol):
     """Batches of some samples, on a device.
 
     Attributes:
         samples: in the order that a batch's indices count.
         batch_size: samples a batch.
         placement: where batches go.
-        input_size: (C, H, W) of the pictures; None where batches hold features.
+        input_size: (C, H, W) of the images; None where batches hold features.
         wait_seconds: time the last pass spent waiting for data.
     """
 

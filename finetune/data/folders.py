@@ -6,11 +6,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+from finetune.data.dataset import SPLITS, Split
 from finetune.data.decode import EXTENSIONS
-from finetune.data.finding import (
+from finetune.data.layout import (
     SHOWN,
     SPLIT_NAMES,
-    Finding,
+    LayoutReader,
     count,
     extension_counts,
     extensions,
@@ -19,10 +20,9 @@ from finetune.data.finding import (
     printable,
     some,
 )
-from finetune.data.sample import SPLITS, Split
 
 
-def read_folder(finding: Finding) -> None:
+def read_folder(finding: LayoutReader) -> None:
     """Read ``train/`` with ``val/`` and ``test/``, or a flat folder of class folders."""
     folders, files = _listing(finding, "")
     splits = _split_folders(finding, folders)
@@ -34,7 +34,7 @@ def read_folder(finding: Finding) -> None:
     finding.check_links()
 
 
-def _read_parts(finding: Finding, folders: Sequence[str], splits: dict[Split, str]) -> None:
+def _read_parts(finding: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
     """Read the class folders of each part."""
     others = [name for name in folders if name not in splits.values()]
     if others:
@@ -53,7 +53,7 @@ def _read_parts(finding: Finding, folders: Sequence[str], splits: dict[Split, st
         finding.parts[split] = _read_classes(finding, name, inside, loose, split)
 
 
-def _split_folders(finding: Finding, folders: Sequence[str]) -> dict[Split, str]:
+def _split_folders(finding: LayoutReader, folders: Sequence[str]) -> dict[Split, str]:
     """Return which folder is which part: ``{}`` for a flat layout."""
     named: defaultdict[Split, list[str]] = defaultdict(list)
     for name in folders:
@@ -74,7 +74,7 @@ def _split_folders(finding: Finding, folders: Sequence[str]) -> dict[Split, str]
     return splits
 
 
-def _refuse_same_folder(finding: Finding, splits: dict[Split, str]) -> None:
+def _refuse_same_folder(finding: LayoutReader, splits: dict[Split, str]) -> None:
     """Refuse two parts that are links to one folder: training images would be judged on."""
     seen: dict[tuple[int, int], str] = {}
     for name in splits.values():
@@ -84,7 +84,9 @@ def _refuse_same_folder(finding: Finding, splits: dict[Split, str]) -> None:
             finding.object("part-repeated", found, "Give each part its own images.", 2)
 
 
-def _refuse_no_classes(finding: Finding, part: str, folders: Sequence[str], files: Sequence[str]) -> None:
+def _refuse_no_classes(
+    finding: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str]
+) -> None:
     if folders:
         return
     where = f"{part!r} holds" if part else "holds"
@@ -97,7 +99,7 @@ def _refuse_no_classes(finding: Finding, part: str, folders: Sequence[str], file
 
 
 def _read_classes(
-    finding: Finding, part: str, folders: Sequence[str], files: Sequence[str], split: Split
+    finding: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str], split: Split
 ) -> dict[str, list[str]]:
     """Return the image paths of each class folder in one part; a class without images is left out."""
     classes: dict[str, list[str]] = {}
@@ -126,14 +128,14 @@ def _read_classes(
     return classes
 
 
-def _is_good_name(finding: Finding, name: str) -> bool:
+def _is_good_name(finding: LayoutReader, name: str) -> bool:
     fault = name_fault(name)
     if fault:
         finding.object("class-name", f"class folder {name!r}: the name {fault}", "Rename the folder.")
     return not fault
 
 
-def _warn_ignored(finding: Finding, part: str, files: Sequence[str], others: Counter[str]) -> None:
+def _warn_ignored(finding: LayoutReader, part: str, files: Sequence[str], others: Counter[str]) -> None:
     """Say what a user may believe to be trained on and is not."""
     loose = sum(is_image(name) for name in files)
     where = repr(part) if part else "the data folder"
@@ -148,7 +150,7 @@ def _warn_ignored(finding: Finding, part: str, files: Sequence[str], others: Cou
         finding.warn(
             "ignored-file",
             f"Files in {where} that are no images are ignored{extensions(others, ': ')}.",
-            f"Convert pictures among them to one of {' '.join(sorted(EXTENSIONS))}.",
+            f"Convert images among them to one of {' '.join(sorted(EXTENSIONS))}.",
             sum(others.values()),
         )
 
@@ -158,7 +160,7 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
 
 
-def images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
+def images_below(finding: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
     """Return the images in a folder and its sub-folders, and how many other files of each extension.
 
     Linked folders are followed, but not back into a folder that the walk is already inside of, and not out
@@ -168,7 +170,7 @@ def images_below(finding: Finding, top: str) -> tuple[list[str], Counter[str]]:
     return sorted(walk_images(finding, top, others)), others
 
 
-def walk_images(finding: Finding, top: str, others: Counter[str]) -> Iterator[str]:
+def walk_images(finding: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
     """Yield what :func:`images_below` returns, folder by folder: nothing is held but the folder it is in.
 
     Args:
@@ -199,12 +201,12 @@ def _above(folder: str) -> Iterator[str]:
         yield folder
 
 
-def _leads_out(finding: Finding, folder: str) -> bool:
+def _leads_out(finding: LayoutReader, folder: str) -> bool:
     """Tell a folder that is a link out of the root; where it leads, nothing is looked at."""
     return os.path.islink(finding.root / folder) and finding.leads_out(folder)  # noqa: PTH114
 
 
-def _identity(finding: Finding, folder: str) -> tuple[int, int]:
+def _identity(finding: LayoutReader, folder: str) -> tuple[int, int]:
     """Return device and inode: the same for a folder and every link to it."""
     try:
         status = (finding.root / folder).stat()
@@ -214,7 +216,7 @@ def _identity(finding: Finding, folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _listing(finding: Finding, folder: str) -> tuple[list[str], list[str]]:
+def _listing(finding: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
     """Return the folders and the files in a folder, each sorted, without hidden ones and junk."""
     folders: list[str] = []
     files: list[str] = []
@@ -249,7 +251,7 @@ def _counts_as_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_file()
 
 
-def _is_utf8(finding: Finding, folder: str, name: str) -> bool:
+def _is_utf8(finding: LayoutReader, folder: str, name: str) -> bool:
     if finding.takes_any_name:
         return True
     try:

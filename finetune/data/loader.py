@@ -1,7 +1,7 @@
 """Batches on a device, whose content is a function of (seed, epoch, position) alone.
 
 Neither the number of workers nor what was loaded before changes a single pixel: the order of an epoch
-comes from (seed, epoch), and the random view of a picture from (seed, epoch, its index). So an
+comes from (seed, epoch), and the random view of an image from (seed, epoch, its index). So an
 interrupted epoch can go on at any batch without replaying the ones before.
 
 Shape legend: B batch, H W pixels.
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import BadImageError
-from finetune.data.pictures import Pictures
-from finetune.data.sample import Dataset, Sample
+from finetune.data.image_cache import ImageCache
 from finetune.data.transforms import Normalizer, Transform
 from finetune.data.workers import (
     NoRoomError,
@@ -36,8 +36,8 @@ from finetune.data.workers import (
     start_worker,
 )
 from finetune.errors import DataError, EnvironmentFaultError
-from finetune.runtime import BATCHES_PER_WORKER, derive_seed, seed_everything
-from finetune.world import SINGLE, World
+from finetune.system.device import BATCHES_PER_WORKER, derive_seed, seed_everything
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
 
 MOST_DEATHS = 3
 """Of decoding processes, in a row, before the run is given up."""
@@ -46,13 +46,13 @@ Key = tuple[int, int]
 
 
 class Batch(NamedTuple):
-    """Some pictures, less those that could not be read: B may be smaller than was asked for, or 0.
+    """Some images, less those that could not be read: B may be smaller than was asked for, or 0.
 
     Attributes:
         images: (B, 3, H, W) float32, normalised; on its way to the device uint8.
         labels: (B,) int64.
         indices: (B,) into the samples.
-        lost: why, for the path of each picture that could not be read (it could when the run began).
+        lost: why, for the path of each image that could not be read (it could when the run began).
     """
 
     images: Tensor
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) -> list[list[int]]:
     """Return the indices of each batch of an epoch; in order where ``seed`` is None.
 
-    A last batch of one picture joins the one before it: BatchNorm cannot train on a single value.
+    A last batch of one image joins the one before it: BatchNorm cannot train on a single value.
     """
     if seed is None:
         order = list(range(num_samples))
@@ -77,27 +77,31 @@ def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) 
     return batches
 
 
-def take_share(plan: list[list[int]], world: World, shuffled: bool) -> list[list[int]]:
+def take_share(plan: list[list[int]], distributed: Distributed, shuffled: bool) -> list[list[int]]:
     """Return what one of several processes takes of the batches of an epoch.
 
-    Of batches to learn from, a part of each: all take every step together. Parts have two pictures or more,
+    Of batches to learn from, a part of each: all take every step together. Parts have two images or more,
     or none, for BatchNorm cannot train on a single one. Of batches in order, whole ones in turns: what a
-    network says of a picture depends, in its last bits, on the others of the batch.
+    network says of an image depends, in its last bits, on the others of the batch.
     """
-    if world.size == 1:
+    if distributed.size == 1:
         return plan
-    return [_part(batch, world) for batch in plan] if shuffled else plan[world.rank :: world.size]
+    return (
+        [_part(batch, distributed) for batch in plan]
+        if shuffled
+        else plan[distributed.rank :: distributed.size]
+    )
 
 
-def _part(batch: list[int], world: World) -> list[int]:
-    takers = max(1, min(world.size, len(batch) // 2))
-    if world.rank >= takers:
+def _part(batch: list[int], distributed: Distributed) -> list[int]:
+    takers = max(1, min(distributed.size, len(batch) // 2))
+    if distributed.rank >= takers:
         return []
-    return batch[world.rank * len(batch) // takers : (world.rank + 1) * len(batch) // takers]
+    return batch[distributed.rank * len(batch) // takers : (distributed.rank + 1) * len(batch) // takers]
 
 
 class _Lost(NamedTuple):
-    """A picture that could not be read, in the place of its pixels."""
+    """An image that could not be read, in the place of its pixels."""
 
     path: str
     reason: str
@@ -108,18 +112,18 @@ _Item = tuple[Tensor, int, int] | _Lost
 
 @dataclass(frozen=True)
 class _Views(TorchDataset[Any]):
-    """Views of pictures; a picture that cannot be read becomes a sentence, not an exception."""
+    """Views of images; an image that cannot be read becomes a sentence, not an exception."""
 
     dataset: Dataset
     samples: Sequence[Sample]
     transform: Transform
     seed: int
-    pictures: Pictures | None
+    images: ImageCache | None
 
     def __getitem__(self, key: Key) -> _Item:
         epoch, index = key
         sample = self.samples[index]
-        kept = self.pictures[index] if self.pictures is not None else None
+        kept = self.images[index] if self.images is not None else None
         if kept is not None and not self.transform.is_random:
             return torch.from_numpy(kept.copy()), sample.label, index  # torch wants memory it may write
         try:
@@ -133,11 +137,11 @@ class _Views(TorchDataset[Any]):
 
 def _collate(items: list[_Item]) -> Batch:
     lost = {item.path: item.reason for item in items if isinstance(item, _Lost)}
-    pictures = [item for item in items if not isinstance(item, _Lost)]
-    if not pictures:
+    decoded = [item for item in items if not isinstance(item, _Lost)]
+    if not decoded:
         nothing = torch.empty(0, dtype=torch.int64)
         return Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), nothing, nothing, lost)
-    images, labels, indices = zip(*pictures, strict=True)
+    images, labels, indices = zip(*decoded, strict=True)
     return _share(Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), lost))
 
 
@@ -174,26 +178,26 @@ class Placement:
     channels_last: bool
 
 
-class Loader:
+class ImageLoader:
     """Batches of some samples of a dataset.
 
     Args:
         dataset: resolves a sample to a file.
-        samples: which pictures, and their labels.
+        samples: which images, and their labels.
         transform: file to view.
-        batch_size: pictures a batch.
+        batch_size: images a batch.
         placement: device and layout of the images.
         workers: decoding processes; 0 decodes here.
         seed: of the views.
         shuffle: a new order every epoch; otherwise the order of ``samples``.
         warn: told of decoding processes that ended or could not work.
-        pictures: kept ones of these samples. They change no bit of a batch.
+        images: kept ones of these samples. They change no bit of a batch.
         most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
-        allow_lost: batches may lack pictures that cannot be read; shuffled ones always may.
+        allow_lost: batches may lack images that cannot be read; shuffled ones always may.
         world: processes that share the batches.
 
     Attributes:
-        input_size: (3, H, W) of the pictures.
+        input_size: (3, H, W) of the images.
         wait_seconds: time the last pass spent waiting for data.
         workers: decoding processes of the next pass.
     """
@@ -210,21 +214,21 @@ class Loader:
         seed: int,
         shuffle: bool,
         warn: Callable[[str], None] = lambda _: None,
-        pictures: Pictures | None = None,
+        images: ImageCache | None = None,
         most_workers: int = 0,
         allow_lost: bool = False,
-        world: World = SINGLE,
+        distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
-        assert pictures is None or len(pictures) == len(samples)
+        assert images is None or len(images) == len(samples)
         self.samples, self.batch_size, self.placement = tuple(samples), batch_size, placement
         self.seed, self.shuffle, self.warn = seed, shuffle, warn
-        self.allow_lost, self.world = shuffle or allow_lost, world
+        self.allow_lost, self.distributed = shuffle or allow_lost, distributed
         self.input_size: tuple[int, int, int] | None = transform.preprocessing.input_size
         self.wait_seconds = 0.0
         # A view that is kept whole is copied faster than it is handed over from another process.
-        is_finished = pictures is not None and not transform.is_random
+        is_finished = images is not None and not transform.is_random
         self.workers, self._most_workers = (0, 0) if is_finished else (workers, most_workers)
-        self._views = _Views(dataset, self.samples, transform, seed, pictures)
+        self._views = _Views(dataset, self.samples, transform, seed, images)
         self._normalize = Normalizer(transform.preprocessing, placement.device)
         self._batches = _Batches()
         self._loader = self._build()
@@ -267,15 +271,15 @@ class Loader:
 
         A decoding process that dies is replaced, and its batch made again: content does not depend on
         processes. Where batches cannot be handed over between processes, this one decodes. Batches may lack
-        pictures, which they name, where that is allowed.
+        images, which they name, where that is allowed.
 
         Raises:
-            DataError: a picture cannot be read (it could when the run began), and none may be lost: figures
-                over fewer pictures than the user counted would look like any others.
+            DataError: an image cannot be read (it could when the run began), and none may be lost: figures
+                over fewer images than the user counted would look like any others.
             EnvironmentFaultError: decoding processes die again and again.
         """
         plan = self.plan(epoch)[start:stop]
-        plan = plan if whole else take_share(plan, self.world, self.shuffle)
+        plan = plan if whole else take_share(plan, self.distributed, self.shuffle)
         keys = [[(epoch, index) for index in batch] for batch in plan]
         self.wait_seconds = began = waited_before = 0.0
         done = deaths = 0

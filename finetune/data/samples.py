@@ -1,4 +1,4 @@
-"""Real pictures that every installation has at hand: ``--data sample:digits``.
+"""Real images that every installation has at hand: ``--data sample:digits``.
 
 scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, the test part of "Optical Recognition of
 Handwritten Digits", UCI Machine Learning Repository, 1998), 8 x 8 pixels in 17 shades, as a folder of ten
@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.data.made_once import make_once
 from finetune.errors import UsageError, suggest
+from finetune.runs.cache_dir import make_once
 
 PREFIX = "sample:"
 _VERSION = 1

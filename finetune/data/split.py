@@ -8,12 +8,16 @@ read; then everything is drawn anew, with copies as units.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
 
-from finetune.data.sample import SPLITS, Dataset, Sample
+from finetune.data.dataset import SPLITS, Dataset, Sample
+from finetune.data.layout import LayoutReader, quoted, some
 from finetune.errors import DataError, UsageError
 from finetune.recipe import Recipe
 
@@ -185,7 +189,7 @@ def find_fold_fault(
 def keep_copies_together(
     dataset: Dataset, digests: Mapping[str, str], config: SplitConfig
 ) -> tuple[Dataset, int]:
-    """Return a drawn data set in which copies of a picture lie in one part, and how many images moved.
+    """Return a drawn data set in which copies of an image lie in one part, and how many images moved.
 
     Where there are copies, everything is drawn anew, with copies (and the groups that they join) as units;
     where there are none, the draw stays what it was. Where an earlier attempt drew, images that are new since
@@ -197,7 +201,7 @@ def keep_copies_together(
         config: of the draw.
 
     Raises:
-        DataError: too few different pictures are left for a part, a fold or a class.
+        DataError: too few different images are left for a part, a fold or a class.
     """
     pool = [sample for sample in dataset.samples if sample.split != "test"]
     units = _name_units(pool, digests)
@@ -218,9 +222,7 @@ def keep_copies_together(
     else:
         taken = split_off(paths, config.val_fraction, config.seed, units)
     if not taken:
-        found = (
-            "all images of each class are copies of one picture, or of one group: none is left to judge by"
-        )
+        found = "all images of each class are copies of one image, or of one group: none is left to judge by"
         raise DataError(f"data in {dataset.root}", found, "Add other images.")
     return _assign(dataset, taken, folds)
 
@@ -288,3 +290,85 @@ def join_copies(pool: Sequence[Sample], digests: Mapping[str, str]) -> list[list
     for sample in sorted(pool, key=lambda one: one.path):
         joined[top(f"path {sample.path}")].append(sample)
     return list(joined.values())
+
+
+# --- Images that belong together: a patient, a burst, a video. A draw puts a group into one part ---
+#
+# Groups are named by a column of the CSV (``data/table.py``) or by a regular expression on the path.
+
+
+_MANY = 10
+"""Times from which a repetition counts as many, also where their number is fixed."""
+_REPEATS = frozenset({"MAX_REPEAT", "MIN_REPEAT"})
+
+
+def find_groups(finding: LayoutReader, group_by: str | None) -> dict[str, str]:
+    """Return the group of each image that belongs to one, by path.
+
+    A column of the CSV comes before a regular expression. The first group of the expression (the whole match
+    where it has none) is searched for in the path below the data folder.
+
+    Raises:
+        DataError: the expression is none, may take for ever, or finds nothing; the column is empty.
+    """
+    if group_by is None:
+        return {}
+    paths = [path for part in finding.parts.values() for own in part.values() for path in own]
+    is_column = finding.columns is not None
+    groups = _match(_compile(group_by), paths) if finding.columns is None else finding.columns
+    if not groups and not is_column:
+        found = f"it names no group of any of {len(paths)} images, {some(sorted(paths)[:2])} for example"
+        fix = "Write a regular expression that is found in the paths, or name a column of the CSV file."
+        raise DataError(f"--group-by {quoted(group_by)}", found, fix)
+    if loose := sorted(path for path in paths if path not in groups):
+        finding.warn(
+            "group-missing",
+            f"{len(loose)} of {len(paths)} images belong to no group, and are drawn one by one: "
+            f"{some(loose)}.",
+            "Fill in the column if they should." if is_column else "Correct --group-by if they should.",
+            len(loose),
+            loose,
+        )
+    return groups
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    asked = f"--group-by {quoted(pattern)}"
+    try:
+        compiled, parsed = re.compile(pattern), _parser.parse(pattern)
+        if _repeats_choice(parsed, False):
+            found = "it repeats a repetition or a choice, which may take for ever"
+            raise DataError(asked, found, "Write it without, as [0-9]+ instead of ([0-9]+)+ or ([0-9]|x)+.")
+        return compiled
+    except (re.error, RecursionError, OverflowError) as error:
+        found = f"it is no regular expression ({error})"
+        raise DataError(
+            asked, found, r"Write one that names the group in a path, as 'patient(\d+)'."
+        ) from None
+
+
+def _repeats_choice(node: Any, is_repeated: bool) -> bool:
+    """Tell whether a parsed expression repeats what can be matched in more than one way.
+
+    ``(a+)+`` and ``(a|a)+`` may be matched in so many ways that nobody waits for the last. It is no proof:
+    ``a*a*a*a*x`` is slow as well.
+    """
+    if isinstance(node, tuple) and len(node) == 2 and str(node[0]) in _REPEATS:
+        least, most, inner = node[1]
+        is_open = int(most) > int(least)
+        is_repetition = (is_open and int(most) > 1) or int(most) >= _MANY
+        return (is_repeated and is_open) or _repeats_choice(list(inner), is_repeated or is_repetition)
+    if isinstance(node, tuple) and len(node) == 2 and str(node[0]) == "BRANCH" and is_repeated:
+        return True
+    is_many = isinstance(node, tuple | list | _parser.SubPattern)
+    return is_many and any(_repeats_choice(one, is_repeated) for one in node)
+
+
+def _match(pattern: re.Pattern[str], paths: Iterable[str]) -> dict[str, str]:
+    groups = {}
+    for path in paths:
+        if found := pattern.search(path):
+            name = found.group(1) if pattern.groups else found.group()
+            if name:
+                groups[path] = name
+    return groups

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.finding import SHOWN, SPLIT_NAMES, Finding, count, name_fault, quoted, some
+from finetune.data.layout import SHOWN, SPLIT_NAMES, LayoutReader, count, name_fault, quoted, some
 from finetune.errors import DataError, suggest
 
 MAX_BYTES = 2**30
@@ -31,7 +31,7 @@ class _Row:
     group: str = ""
 
 
-def read_csv(finding: Finding, file: Path, group_by: str | None = None) -> None:
+def read_csv(finding: LayoutReader, file: Path, group_by: str | None = None) -> None:
     """Read ``path,label[,split]``; show the first few faults of all rows at once, with line numbers.
 
     Args:
@@ -72,7 +72,7 @@ def read_csv(finding: Finding, file: Path, group_by: str | None = None) -> None:
         finding.object("no-train", "has no training rows", fix)
 
 
-def _table(finding: Finding, file: Path) -> DataFrame:
+def _table(finding: LayoutReader, file: Path) -> DataFrame:
     """Return the file as text cells, header included, blank lines left out; the index keeps its positions."""
     from pandas import read_csv
     from pandas.errors import EmptyDataError, ParserError
@@ -99,7 +99,7 @@ def _table(finding: Finding, file: Path) -> DataFrame:
     return table[(table != "").any(axis=1)]
 
 
-def _refuse_huge(finding: Finding, file: Path) -> None:
+def _refuse_huge(finding: LayoutReader, file: Path) -> None:
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise finding.refuse(
@@ -108,7 +108,7 @@ def _refuse_huge(finding: Finding, file: Path) -> None:
         )
 
 
-def _rows(finding: Finding, table: DataFrame, group_by: str | None) -> Iterator[_Row]:
+def _rows(finding: LayoutReader, table: DataFrame, group_by: str | None) -> Iterator[_Row]:
     """Give the rows below the header, label and split cleaned; without a split column all are training."""
     header = [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
     _require_columns(finding, header)
@@ -140,7 +140,7 @@ def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Seq
     return [""] * len(body)
 
 
-def _require_columns(finding: Finding, header: Sequence[str]) -> None:
+def _require_columns(finding: LayoutReader, header: Sequence[str]) -> None:
     missing = [name for name in ("path", "label") if name not in header]
     twice = [name for name in ("path", "label", "split") if header.count(name) > 1]
     if twice:
@@ -183,7 +183,7 @@ def _row_fault(row: _Row, path: str | None, first: dict[str, _Row]) -> str | Non
     return _repeated(row, first[path]) if path in first else None
 
 
-def _lies_outside(finding: Finding, path: str, closed: dict[str, bool]) -> bool:
+def _lies_outside(finding: LayoutReader, path: str, closed: dict[str, bool]) -> bool:
     """Tell whether a folder above the file is a link out of the root, and note it.
 
     Args:
@@ -205,7 +205,7 @@ def _way_down(folder: str) -> Iterator[str]:
     yield folder
 
 
-def _file_fault(finding: Finding, path: str, row: _Row) -> str | None:
+def _file_fault(finding: LayoutReader, path: str, row: _Row) -> str | None:
     """Say what is wrong with the file that a row names, or return None; note a link out of the root."""
     full = finding.root / path
     try:

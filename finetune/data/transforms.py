@@ -2,11 +2,11 @@
 
 ::
 
-    file -> picture -> view, uint8 (3, H, W) -> device -> float32, normalised
+    file -> image -> view, uint8 (3, H, W) -> device -> float32, normalised
             Transform.open  Transform()                   Normalizer
 
 Bytes travel between processes and to the device, a quarter of what floats would be. Training views draw from
-torch's generator, which the loader seeds for each picture. (timm's RandAugment is not used: it asks Pillow
+torch's generator, which the loader seeds for each image. (timm's RandAugment is not used: it asks Pillow
 for zero bits of colour at its highest magnitude, which Pillow refuses.)
 
 Shape legend: B batch, H W pixels.
@@ -31,7 +31,7 @@ from finetune.recipe import Augmentation
 from pretrained.catalog import Preprocessing
 
 _SMALLEST_CROP = {"light": 0.5, "medium": 0.5, "heavy": 0.2}
-"""Smallest share of the picture's area in a random crop. ImageNet training goes down to 0.08; a small set
+"""Smallest share of the image's area in a random crop. ImageNet training goes down to 0.08; a small set
 cannot afford that many views without the object in them."""
 _NARROWEST = 3 / 4
 """Width to height of a random crop, or height to width (torchvision's own)."""
@@ -42,7 +42,7 @@ class Transform:
     """The way from a file to a view of it.
 
     Attributes:
-        draw: picture to view, uint8 (3, H, W).
+        draw: image to view, uint8 (3, H, W).
         preprocessing: what the view is made for, and how its pixels are normalised.
         is_random: another view every time.
         short_side: pixels of the shorter side that are enough to draw a view from (``decode_image``); None
@@ -55,7 +55,7 @@ class Transform:
     short_side: int | None = None
 
     def open(self, path: Path) -> Image.Image:
-        """Return the picture that views are drawn from.
+        """Return the image that views are drawn from.
 
         Raises:
             BadImageError: as ``decode_image``.
@@ -108,16 +108,16 @@ def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentati
     if augmentation == "heavy":
         steps.append(_erase_at_random)
     short_side = _compute_short_side(preprocessing.img_size, smallest)
-    # Whoever asks for "nearest" wants no colours that the picture does not have.
+    # Whoever asks for "nearest" wants no colours that the image does not have.
     is_mixing = preprocessing.interpolation != "nearest"
     return Transform(v2.Compose(steps), preprocessing, True, short_side if is_mixing else None)
 
 
 def _compute_short_side(img_size: int, smallest_crop: float) -> int:
-    """Return how large a picture must be for every random crop of it to be made smaller, never larger.
+    """Return how large an image must be for every random crop of it to be made smaller, never larger.
 
     The shorter side of the smallest crop of a square of side s is s sqrt(smallest x narrowest), and that of
-    other pictures is larger. Measured by ``benchmarks/draft.py``: accuracy is the same.
+    other images is larger. Measured by ``benchmarks/draft.py``: accuracy is the same.
     """
     return math.ceil(img_size / math.sqrt(smallest_crop * _NARROWEST))
 

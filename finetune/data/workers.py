@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from finetune.stopping import end_with_parent
+from finetune.system.signals import end_with_parent
 
 MOST_WAITING = 0.1
 """Share of a pass that may be spent waiting for data before more processes decode the next one."""

@@ -1,1 +1,1 @@
-"""From a network and pictures to figures that can be stood behind."""
+"""From a network and images to figures that can be stood behind."""

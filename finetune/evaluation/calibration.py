@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.evaluation.intervals import compute_wilson
-from finetune.evaluation.predict import Predictions
+from finetune.evaluation.predictions import Predictions
 
 NUM_BINS = 15
 """Of equal width, as in the paper."""
@@ -111,8 +111,8 @@ def calibrate_apart(predictions: Predictions) -> Predictions:
     for part in range(NUM_PARTS):
         inside, others = parts == part, parts != part
         if inside.any() and others.any():
-            fitted = fit_temperature(Predictions(predictions.logits[others], predictions.labels[others]))
-            logits[inside] /= fitted
+            result = fit_temperature(Predictions(predictions.logits[others], predictions.labels[others]))
+            logits[inside] /= result
     return Predictions(logits, predictions.labels)
 
 

@@ -22,7 +22,7 @@ from finetune.evaluation.metrics import (
     compute_log_odds,
     find_top_k,
 )
-from finetune.evaluation.predict import Predictions
+from finetune.evaluation.predictions import Predictions
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2_000

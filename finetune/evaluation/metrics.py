@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from finetune.evaluation.predict import Predictions
+from finetune.evaluation.predictions import Predictions
 
 TOP5_CLASSES = 6
 """Top-5 accuracy means something from six classes on."""

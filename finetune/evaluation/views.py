@@ -1,13 +1,13 @@
-"""Several views of one picture: what the plain evaluation view leaves out is looked at as well.
+"""Several views of one image: what the plain evaluation view leaves out is looked at as well.
 
 ::
 
-    picture -> resized, short side S, for each scale S -> crops of the network's input size -> (V, 3, H, W)
+    image -> resized, short side S, for each scale S -> crops of the network's input size -> (V, 3, H, W)
 
 Five crops are the four corners and the centre; ten are these and their mirrors (AlexNet's; NIPS 2012). Scales
 are those of arXiv:1409.1556, section 3.2. Probabilities are averaged over views, as both did.
 
-Shape legend: B pictures, V views of each, K classes, H W pixels.
+Shape legend: B images, V views of each, K classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _Step = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True)
 class Views:
-    """The way from a picture to its views.
+    """The way from an image to its views.
 
     Attributes:
-        scales: short side in pixels that the picture is resized to, in order; ``()`` for the plain view.
+        scales: short side in pixels that the image is resized to, in order; ``()`` for the plain view.
         crops: of each scale.
     """
 
@@ -52,11 +52,11 @@ class Views:
 
     @property
     def num_views(self) -> int:
-        """Views of a picture (V)."""
+        """Views of an image (V)."""
         return max(1, len(self.scales)) * self.crops
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return the views of an RGB picture, uint8 (V, 3, H, W), contiguous.
+        """Return the views of an RGB image, uint8 (V, 3, H, W), contiguous.
 
         Scale by scale; of each: top left, top right, bottom left, bottom right, centre, then the mirrors in
         the same order.
@@ -65,7 +65,7 @@ class Views:
 
 
 def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[int] = ()) -> Views:
-    """Return what makes views of a picture.
+    """Return what makes views of an image.
 
     One crop at the default scale is the evaluation view, to the last bit. The default scale is that of the
     evaluation view; where that resizes to the input size itself (``crop_pct`` 1), all crops would be one, and
@@ -115,7 +115,7 @@ def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float =
     """Return probabilities (B, K) float32: softmax of logits over temperature, averaged over views.
 
     Args:
-        logits: (B * V, K), views of one picture side by side.
+        logits: (B * V, K), views of one image side by side.
         num_views: V.
         temperature: of the classifier (arXiv:1706.04599).
     """
@@ -127,15 +127,15 @@ def _check(img_size: int, crops: int, scales: Sequence[int]) -> None:
     if crops not in CROPS:
         raise UsageError(f"--crops {crops}", "there is no such number of crops", "Take 1, 5 or 10.")
     if small := [scale for scale in scales if scale < img_size]:
-        found = f"the network sees {img_size} x {img_size} pixels, more than a picture of that scale has"
+        found = f"the network sees {img_size} x {img_size} pixels, more than an image of that scale has"
         raise UsageError(f"--scales {small[0]}", found, f"Take scales of {img_size} pixels or more.")
     if large := [scale for scale in scales if scale > LARGEST_SCALE]:
-        found = f"a picture of {large[0]} x {large[0]} pixels and more would be made of each"
+        found = f"an image of {large[0]} x {large[0]} pixels and more would be made of each"
         raise UsageError(f"--scales {large[0]}", found, f"Take scales up to {LARGEST_SCALE} pixels.")
 
 
 def _build_resize(preprocessing: Preprocessing, scale: int) -> _Step:
-    """timm's own first step, of a network that would see the whole of the resized picture."""
+    """timm's own first step, of a network that would see the whole of the resized image."""
     whole = replace(preprocessing, img_size=scale, crop_pct=1.0)
     resize: _Step = _steps(whole)[0]
     return resize
@@ -148,7 +148,7 @@ def _steps(preprocessing: Preprocessing) -> list[Any]:
 
 
 def _fill_up(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Centre a picture with a side under the input size on the mean colour; only ``border`` leaves such."""
+    """Centre an image with a side under the input size on the mean colour; only ``border`` leaves such."""
     width, height = (max(side, preprocessing.img_size) for side in image.size)
     if (width, height) == image.size:
         return image

@@ -1,10 +1,10 @@
-"""Grad-CAM: which parts of a picture speak for a class (Selvaraju et al., arXiv:1610.02391).
+"""Grad-CAM: which parts of an image speak for a class (Selvaraju et al., arXiv:1610.02391).
 
-The gradient of the class's logit by the last features that still lie as in the picture, averaged over
+The gradient of the class's logit by the last features that still lie as in the image, averaged over
 positions, weighs the features; what is positive of their sum is the map. For a network that ends in global
 average pooling and one linear layer this is CAM (Zhou et al., arXiv:1512.04150).
 
-Class tokens have no place in the picture and are left out. Where the classifier reads a class token alone,
+Class tokens have no place in the image and are left out. Where the classifier reads a class token alone,
 the last block's patches have no gradient, and the place is before that block. A classifier on several stages
 (:mod:`pretrained.stage_classifier`) gets the sum of its stages' maps, each in units of the logit.
 
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.errors import UsageError
-from finetune.explain.places import Place, find_places
+from finetune.explain.positions import MapPosition, find_places
 from pretrained.graph.cuts import map_tensors
 from pretrained.graph.flow import tensors_in
 from pretrained.graph.layer import Layer
 from pretrained.graph.pooling import Form
-from pretrained.graph.recorder import Taps
+from pretrained.graph.recorder import FeatureRecorder
 from pretrained.stage_classifier import StageClassifier
 
-NO_MAP = "the network has no features that still lie as in the picture"
-NO_EVIDENCE = "nothing in the picture speaks for this class: the map has no positive value"
+NO_MAP = "the network has no features that still lie as in the image"
+NO_EVIDENCE = "nothing in the image speaks for this class: the map has no positive value"
 _FAINT = 1e-6
 """A map whose largest value is this small beside its most negative one has no positive value."""
 
@@ -58,7 +58,7 @@ class GradCam:
 
     Args:
         network: (B, 3, H, W) -> (B, K), in eval mode, on any device; left as it is.
-        input_size: (C, H, W) of its pictures.
+        input_size: (C, H, W) of its images.
 
     Attributes:
         reason: why the network can have no maps; empty where it can.
@@ -79,7 +79,7 @@ class GradCam:
             self.reason = "" if self._place else NO_MAP
 
     def __call__(self, images: Tensor, *classes: Sequence[int]) -> list[list[HeatMap]]:
-        """Return a map for each picture, for each list of classes.
+        """Return a map for each image, for each list of classes.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -113,7 +113,7 @@ class GradCam:
         assert self._place is not None
         return _forward_from(self._network, self._place, images)
 
-    def _find_place(self, input_size: tuple[int, int, int]) -> Place | None:
+    def _find_place(self, input_size: tuple[int, int, int]) -> MapPosition | None:
         """The deepest place with a gradient by position; none has one above a class token's last look."""
         weight = next(self._network.parameters())
         generator = torch.Generator().manual_seed(0)
@@ -133,7 +133,7 @@ class GradCam:
 # --- leaves in the middle of a network -----------------------------------------------------------
 
 
-def _forward_from(network: nn.Module, place: Place, images: Tensor) -> tuple[_Maps, Tensor]:
+def _forward_from(network: nn.Module, place: MapPosition, images: Tensor) -> tuple[_Maps, Tensor]:
     """Run the network; from the place on, autograd takes notes."""
     with _leaf_at(network, place) as leaves:
         logits = tensors_in(network(images))[0].float()
@@ -141,7 +141,7 @@ def _forward_from(network: nn.Module, place: Place, images: Tensor) -> tuple[_Ma
 
 
 @contextmanager
-def _leaf_at(network: nn.Module, place: Place) -> Iterator[list[Tensor]]:
+def _leaf_at(network: nn.Module, place: MapPosition) -> Iterator[list[Tensor]]:
     """Put a leaf of the autograd graph in the place of a tensor, while the block runs without gradients.
 
     The network goes on with a copy: an operation in place (a ReLU) would change what was kept.
@@ -181,7 +181,7 @@ def _leaf_at(network: nn.Module, place: Place) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-class _LeafTaps(Taps):
+class _LeafTaps(FeatureRecorder):
     """Taps that pool leaves of the autograd graph, so that each layer's own share in the logits is known."""
 
     leaves: _Maps

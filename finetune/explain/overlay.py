@@ -1,7 +1,7 @@
-"""Draw a heat map over the picture it explains.
+"""Draw a heat map over the image it explains.
 
 The colours are matplotlib's inferno: their lightness rises with the value, so that colour-blind people and
-grey printers see the same order. Where there is no evidence the picture stays as it is, in grey.
+grey printers see the same order. Where there is no evidence the image stays as it is, in grey.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 MOST_COVER = 0.75
-"""Share of the picture that the strongest evidence hides."""
+"""Share of the image that the strongest evidence hides."""
 _DARKEST = 0.25
 """Where in the colours the faintest evidence lies; below is near black, which looks like shadow."""
 
 
-def draw_overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Return the picture (RGB, of its own size) under its heat map.
+def draw_overlay(image: Image.Image, heat: Tensor) -> Image.Image:
+    """Return the image (RGB, of its own size) under its heat map.
 
     Args:
-        picture: what the network saw.
-        heat: (h, w) in [0, 1], over the whole picture.
+        image: what the network saw.
+        heat: (h, w) in [0, 1], over the whole image.
     """
-    values = np.clip(resize_heat(heat, picture.size), 0, 1)
-    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32)
+    values = np.clip(resize_heat(heat, image.size), 0, 1)
+    grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
     colours = _colours()[np.rint((_DARKEST + (1 - _DARKEST) * values) * 255).astype(np.intp)]
     cover = (MOST_COVER * np.sqrt(values))[..., None]
     mixed = grey * (1 - cover) + colours * cover

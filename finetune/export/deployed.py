@@ -16,13 +16,13 @@ from torch.export import Dim, ExportedProgram
 from finetune.data.transforms import Normalizer
 from finetune.errors import UsageError
 from pretrained.catalog import Card, Preprocessing
-from pretrained.graph.recorder import Taps
+from pretrained.graph.recorder import FeatureRecorder
 from pretrained.stage_classifier import StageClassifier
 
 Layout = Literal["nchw", "nhwc"]
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
 _TRACED = 2
-"""Pictures of the example; the exporter takes a single one for a fact."""
+"""Images of the example; the exporter takes a single one for a fact."""
 _HINT = 'For more information, run with TORCH_LOGS="+dynamic".'
 
 
@@ -31,7 +31,7 @@ class Interface:
     """What goes into a graph and what comes out.
 
     Attributes:
-        layout: of uint8 pictures that the graph normalises itself; None for float32 (B, 3, H, W) that were
+        layout: of uint8 images that the graph normalises itself; None for float32 (B, 3, H, W) that were
             normalised before.
         softmax: probabilities come out, softened by the card's temperature; else logits.
     """
@@ -107,7 +107,7 @@ class _WholeStageClassifier(nn.Module):
         super().__init__()
         assert isinstance(staged, StageClassifier)
         self.network, self.classifier = staged.network, staged.classifier
-        self._taps = Taps(staged.network, staged.taps.layers, staged.taps.pool, with_logits=True)
+        self._taps = FeatureRecorder(staged.network, staged.taps.layers, staged.taps.pool, with_logits=True)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classifier(torch.cat(self._taps(images)[:-1], dim=1))
@@ -115,7 +115,7 @@ class _WholeStageClassifier(nn.Module):
 
 
 def build_program(network: nn.Module, card: Card, interface: Interface) -> ExportedProgram:
-    """Trace a network for any number of pictures.
+    """Trace a network for any number of images.
 
     Args:
         network: on the CPU, in eval mode.
@@ -123,7 +123,7 @@ def build_program(network: nn.Module, card: Card, interface: Interface) -> Expor
         interface: what goes in and comes out.
 
     Raises:
-        UsageError: the network cannot be traced, or works for one number of pictures only.
+        UsageError: the network cannot be traced, or works for one number of images only.
     """
     deployed = Deployed(network, card, interface).eval()
     shape = (_TRACED, *interface.input_shape(card.preprocessing))
@@ -135,7 +135,7 @@ def build_program(network: nn.Module, card: Card, interface: Interface) -> Expor
                 deployed, (example,), dynamic_shapes={interface.input_name: {0: Dim("batch")}}
             )
     except Exception as error:  # any kind: it is the network's own code that is traced
-        raise cannot_export(card, "torch.export cannot trace it for any number of pictures", error) from None
+        raise cannot_export(card, "torch.export cannot trace it for any number of images", error) from None
     return _without_dead_end(program) if isinstance(network, StageClassifier) else program
 
 

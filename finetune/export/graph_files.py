@@ -111,7 +111,7 @@ def label_names(card: Card) -> list[str]:
 
 
 def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
-    """Return what must be done with a picture, what the graph does itself, and what comes out."""
+    """Return what must be done with an image, what the graph does itself, and what comes out."""
     view = card.preprocessing
     baked = interface.layout is not None
     normalise = [
@@ -140,7 +140,7 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
 
 
 def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
-    """Return the steps from a picture to the network's square, which timm's evaluation view takes."""
+    """Return the steps from an image to the network's square, which timm's evaluation view takes."""
     size = math.floor(view.img_size / view.crop_pct)
     resize: dict[str, Any] = {"step": "resize", "interpolation": view.interpolation, "library": "Pillow"}
     if view.crop_mode == "squash":

@@ -209,11 +209,11 @@ def _calibration_sentence(calibration: Mapping[str, Any]) -> str:
 
 def _limits(card: Card, metrics: Metrics) -> str:
     lines = [
-        f"It says which of these {card.num_classes} classes a picture shows. A picture of anything else gets "
+        f"It says which of these {card.num_classes} classes an image shows. An image of anything else gets "
         "one of them as well, often with a high probability.",
-        "Figures hold for pictures like those that were judged: same kind of camera, background and "
-        "selection. Other pictures need a look of their own (`finetune evaluate`).",
-        "It was not examined for fairness between groups of people, nor against pictures made to deceive it.",
+        "Figures hold for images like those that were judged: same kind of camera, background and "
+        "selection. Other images need a look of their own (`finetune evaluate`).",
+        "It was not examined for fairness between groups of people, nor against images made to deceive it.",
     ]
     if missing := metrics.get("classes_not_judged"):
         lines.append(f"No image judged these classes: {_names(missing)}.")

@@ -25,7 +25,7 @@ from finetune.data.transforms import Normalizer
 from finetune.errors import DiskError, InternalError
 from finetune.export import fresh
 from finetune.export.deployed import Interface
-from finetune.export.judged import Inputs
+from finetune.export.source import ProofInputs
 from pretrained.catalog import Card
 
 TOLERANCE = 1e-4
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OutputCheck:
     """Two tables of probabilities beside each other.
 
     Attributes:
@@ -60,7 +60,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> Comparison:
+def compare(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> OutputCheck:
     """Compare probabilities.
 
     Args:
@@ -72,7 +72,7 @@ def compare(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> Co
     near = (best[:, 0] - best[:, -1] < tolerance) if expected.shape[1] > 1 else best[:, 0] < 0
     others = expected.argmax(dim=1) != found.argmax(dim=1)
     difference = (expected.double() - found.double()).abs().nan_to_num(nan=1.0).max()
-    return Comparison(
+    return OutputCheck(
         float(difference),
         tolerance,
         not bool((others & ~near).any()),
@@ -90,7 +90,7 @@ def predict_here(network: nn.Module, card: Card, views: Tensor) -> Tensor:
 
 
 def predict_fresh(
-    loader: str, artefact: Path, inputs: Inputs, card: Card, interface: Interface
+    loader: str, artefact: Path, inputs: ProofInputs, card: Card, interface: Interface
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return probabilities (N, K) of an artefact that a fresh process has loaded, and facts of that process.
 
@@ -122,7 +122,7 @@ def predict_fresh(
 
 
 def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -> None:
-    """Part by part: normalised pictures take four times the memory of their bytes.
+    """Part by part: normalised images take four times the memory of their bytes.
 
     Not through a mapped file: there a full disk is no error but a signal, which ends the process.
     """
@@ -153,7 +153,7 @@ def _exchange() -> Iterator[Path]:
 
 def _no_room(place: str, found: str) -> DiskError:
     fix = "Free some space there, or set TMPDIR to another folder, and start the same command again."
-    return DiskError(f"writing pictures for the comparison into {place}", found, fix)
+    return DiskError(f"writing images for the comparison into {place}", found, fix)
 
 
 def _run(loader: str, artefact: Path, folder: Path) -> None:
@@ -175,7 +175,7 @@ def _run(loader: str, artefact: Path, folder: Path) -> None:
         )
 
 
-def check_comparison(asked: str, what: str, comparison: Comparison, num_inputs: int, source: str) -> None:
+def check_comparison(asked: str, what: str, comparison: OutputCheck, num_inputs: int, source: str) -> None:
     """Refuse an artefact that says something else.
 
     Args:

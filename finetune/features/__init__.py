@@ -1,1 +1,1 @@
-"""What a network makes of pictures: its features layer by layer, kept, written down, and judged."""
+"""What a network makes of images: its features layer by layer, kept, written down, and judged."""

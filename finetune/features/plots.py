@@ -1,9 +1,9 @@
-"""Drawings of features: accuracy against depth, a map of pictures, and the matrix of strategies.
+"""Drawings of features: accuracy against depth, a map of images, and the matrix of strategies.
 
 Drawn by matplotlib's objects, not by pyplot: nothing here leaves a global state, or asks for a screen.
 Colours are those of Okabe and Ito, which colour-blind people tell apart; a class has a marker as well.
 
-Shape legend: N pictures.
+Shape legend: N images.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def draw_map(
     names: tuple[str, str],
     shares: tuple[float, float] | None = None,
 ) -> None:
-    """Draw pictures as points, coloured by class.
+    """Draw images as points, coloured by class.
 
     Up to 20 classes have a colour and a marker of their own, and a legend. More are coloured by their index,
     which the title says. Names stand in the middle of their points where there is room.

@@ -11,16 +11,27 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from finetune.data.prepare import check_outside, create_new_folder, require_labels
 from finetune.errors import DataError
-from finetune.features.neighbours import classify
-from finetune.features.rows import Rows
+from finetune.features.extraction import Features, Source, open_features, open_images, open_source
+from finetune.features.network import open_network
+from finetune.features.plots import draw_probe
+from finetune.features.rows import Rows, SubsetRows
 from finetune.features.solvers import Kind, LinearClassifier, build_training_rows, choose_and_solve
-from finetune.runtime import derive_seed
+from finetune.features.transferability import classify
+from finetune.recipe import Recipe
+from finetune.runs.files import write_csv
+from finetune.runs.outcome import translated_errors
+from finetune.system.device import derive_seed
+from finetune.system.display import Display
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Pool
 
 Classifier = Literal["svm", "softmax", "logreg", "knn"]
 CLASSIFIERS: tuple[Classifier, ...] = get_args(Classifier)
@@ -142,3 +153,151 @@ def _mean_per_class(predicted: Tensor, labels: Tensor, num_classes: int) -> floa
     right = labels[predicted == labels].bincount(minlength=num_classes)
     judged = counts > 0
     return (right[judged].double() / counts[judged]).mean().item()
+
+
+# --- ``finetune probe``: which layer is best, as Zeiler and Fergus asked it (arXiv:1311.2901) ---
+
+
+COLUMNS = (
+    "layer",
+    "depth",
+    "num_features",
+    "classifier",
+    "mean_accuracy",
+    "std_accuracy",
+    "per_class",
+    "repeats",
+    "regularisation",
+)
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One classifier on one layer."""
+
+    layer: Layer
+    num_features: int
+    result: ProbeResult
+
+    def cells(self, per_class: int) -> tuple[Any, ...]:
+        """Return the row as ``probe.csv`` has it."""
+        result = self.result
+        strengths = " ".join(f"{strength:g}" for strength in result.strengths)
+        return (
+            self.layer.name,
+            self.layer.share,
+            self.num_features,
+            result.classifier,
+            result.mean,
+            result.std,
+            per_class,
+            len(result.accuracies),
+            strengths,
+        )
+
+    def to_dict(self, per_class: int) -> dict[str, Any]:
+        """Return the row with its columns' names."""
+        return dict(zip(COLUMNS, self.cells(per_class), strict=True))
+
+
+def probe(
+    recipe: Recipe,
+    wanted: Sequence[str],
+    per_class: int,
+    classifiers: Sequence[Classifier],
+    repeats: int,
+    output: Path,
+    pool: Pool,
+    display: Display,
+) -> list[ProbeRow]:
+    """Judge layers by linear classifiers and nearest neighbours on their features.
+
+    All labelled images are taken together, whatever their part; in each repeat some of each class train and
+    the rest are judged, by the mean over classes.
+
+    Args:
+        recipe: its backbone, data, input, cache, machine and seed count.
+        wanted: names, words and patterns of layers.
+        per_class: training images of each class.
+        classifiers: at least one.
+        repeats: draws of training images.
+        output: a new folder for ``probe.csv`` and ``probe.png``.
+        pool: of what layers give.
+        display: shows progress.
+
+    Raises:
+        FinetuneError: every refusal and failure.
+    """
+    with translated_errors():
+        network = open_network(recipe, display)
+        layers = network.layers.select(wanted, pool)
+        dataset = open_images(recipe, display)
+        require_labels(dataset, recipe)
+        check_outside(output, dataset)
+        every = torch.tensor([sample.label for sample in dataset.samples])
+        draw_parts(every, dataset.classes, per_class, recipe.seed, 0)  # refuses before anything is computed
+        source = open_source(recipe, network, dataset, display)
+        create_new_folder(output)
+        samples = source.dataset.samples
+        with open_features(source, layers, pool) as features:
+            usable = _leave_copies_out(features.usable(samples), source)
+            labels = torch.tensor([samples[index].label for index in usable.tolist()])
+            draws = [
+                draw_parts(labels, dataset.classes, per_class, recipe.seed, repeat)
+                for repeat in range(repeats)
+            ]
+            total = len(layers) * len(classifiers) * repeats
+            with display.track("judging layers", total) as advance:
+                rows = _judge(features, usable, labels, draws, classifiers, lambda: advance(1, ""))
+        write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
+        title = f"{network.backbone.card.name}, {per_class} training images a class"
+        _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
+        display.say(f"{output}/probe.csv, probe.png", style="bold")
+        return rows
+
+
+def _leave_copies_out(usable: Tensor, source: Source) -> Tensor:
+    """Return the indices of different images: by a copy, what is known by heart would be judged."""
+    samples = source.dataset.samples
+    first: dict[str, int] = {}
+    for index in usable.tolist():
+        first.setdefault(source.digests[samples[index].path], index)
+    if len(first) < len(usable):
+        said = (
+            "1 exact copy is"
+            if len(usable) - len(first) == 1
+            else f"{len(usable) - len(first)} exact copies are"
+        )
+        source.display.say(f"{said} left out: each image counts once")
+    return torch.tensor(list(first.values()), dtype=torch.int64)
+
+
+def _judge(
+    features: Features,
+    usable: Tensor,
+    labels: Tensor,
+    draws: Sequence[Draw],
+    classifiers: Sequence[Classifier],
+    on_done: Callable[[], None],
+) -> list[ProbeRow]:
+    num_classes = int(labels.max()) + 1
+    rows: list[ProbeRow] = []
+    for layer, whole in zip(features.layers, features.rows, strict=True):
+        results = probe_layer(SubsetRows(whole, usable), labels, num_classes, draws, classifiers, on_done)
+        rows += [ProbeRow(layer, whole.shape[1], result) for result in results]
+    return rows
+
+
+def _draw_curves(
+    rows: Sequence[ProbeRow],
+    layers: Sequence[Layer],
+    kinds: Sequence[Classifier],
+    chance: float,
+    title: str,
+    path: Path,
+) -> None:
+    curves = {}
+    for kind in kinds:
+        results = [row.result for row in rows if row.result.classifier == kind]
+        curves[str(kind)] = ([result.mean for result in results], [result.std for result in results])
+    draw_probe(path, [layer.name for layer in layers], curves, chance, title)

@@ -1,6 +1,6 @@
-"""Rows of numbers, one a picture, that are in memory or stay in their file.
+"""Rows of numbers, one an image, that are in memory or stay in their file.
 
-Shape legend: N pictures, B of them, D numbers for each.
+Shape legend: N images, B of them, D numbers for each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune.errors import DataError
 
 
 class Rows(Protocol):
-    """Rows (N, D) of pictures.
+    """Rows (N, D) of images.
 
     Attributes:
         shape: (N, D).
@@ -100,7 +100,7 @@ class FileRows:
         return rows
 
 
-class JoinedRows:
+class ChainRows:
     """Rows of several parts, one after the other.
 
     Args:
@@ -134,8 +134,8 @@ class JoinedRows:
         return rows if rows is not None else torch.empty(0, stop - start)
 
 
-class BesideRows:
-    """Rows of the same pictures from several layers, side by side.
+class ConcatRows:
+    """Rows of the same images from several layers, side by side.
 
     Args:
         layers: each (N, D), with the same N.
@@ -165,7 +165,7 @@ class BesideRows:
         return torch.cat(found, dim=1)
 
 
-class ChosenRows:
+class SubsetRows:
     """Some of the rows, in an order of their own.
 
     Args:

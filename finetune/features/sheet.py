@@ -1,4 +1,4 @@
-"""A contact sheet: a picture, and beside it those that were found to be like it."""
+"""A contact sheet: an image, and beside it those that were found to be like it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FEWEST_COLUMNS = 5
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found.
+    """An image that was found.
 
     Attributes:
-        file: of the picture; its name stands under it.
+        file: of the image; its name stands under it.
         similarity: to the query, -1 to 1.
         label: its class.
     """
@@ -48,11 +48,11 @@ def draw_sheet(query: Path, hits: Sequence[Hit]) -> Image.Image:
     """Return a sheet (RGB): the query on the left, and a grid of what was found, the first hit first.
 
     Under each stand its rank and similarity, its label and its file's name, shortened in the middle where
-    they are too long. The font has the letters of Europe and the Near East; others come as boxes. A picture
+    they are too long. The font has the letters of Europe and the Near East; others come as boxes. An image
     that cannot be read, or no longer, gives way to the reason.
 
     Args:
-        query: file of the picture that was asked about.
+        query: file of the image that was asked about.
         hits: in the order of their ranks.
     """
     columns = max(1, min(len(hits), max(FEWEST_COLUMNS, math.isqrt(len(hits)))))

@@ -147,7 +147,7 @@ class TrainingRows:
         classes = torch.arange(self.num_classes, device=self.labels.device)
         return _LOSSES[kind](torch.where(self.labels[:, None] == classes, 1.0, -1.0))
 
-    def judge(self, weights: Tensor) -> Tensor:
+    def summarize(self, weights: Tensor) -> Tensor:
         """Return whether weights (K, R + 1) give each image its class, (N,) bool."""
         return (self.matrix @ weights.T).argmax(dim=1) == self.labels
 
@@ -158,7 +158,7 @@ class TrainingRows:
         whether it is right.
         """
         if kind == "svm":
-            return self.judge(weights).double()
+            return self.summarize(weights).double()
         return -self._loss(kind).values(self.matrix @ weights.T).double()
 
     def restore(self, weights: Tensor, strength: float) -> LinearClassifier:
@@ -288,7 +288,7 @@ def cross_validate(
             part = training.select(~held)
             strength, start = _choose(part, kind, seed)
             weights = part.minimize(kind, strength, _SOLVED, start)
-            hits[held] = training.select(held).judge(weights)
+            hits[held] = training.select(held).summarize(weights)
     return hits.cpu()
 
 

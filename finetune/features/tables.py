@@ -1,8 +1,8 @@
-"""Feature tables: who a picture is, then its numbers layer by layer, as CSV, Parquet or NumPy's npz.
+"""Feature tables: who an image is, then its numbers layer by layer, as CSV, Parquet or NumPy's npz.
 
-A table is written whole or not at all, and in blocks: memory does not grow with the number of pictures.
+A table is written whole or not at all, and in blocks: memory does not grow with the number of images.
 
-Shape legend: N pictures of the table, B of them, D numbers of a layer for each.
+Shape legend: N images of the table, B of them, D numbers of a layer for each.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _REPORT = "Please report this, with the command."
 
 @dataclass(frozen=True)
 class LayerRows:
-    """What one layer makes of pictures.
+    """What one layer makes of images.
 
     Attributes:
         name: of the layer; its columns are ``<name>.0``, ``<name>.1`` and so on.
-        rows: (all pictures, D).
+        rows: (all images, D).
     """
 
     name: str
@@ -49,7 +49,7 @@ class LayerRows:
 
     @property
     def size(self) -> int:
-        """Numbers of a picture (D)."""
+        """Numbers of an image (D)."""
         return self.rows.shape[1]
 
 
@@ -64,7 +64,7 @@ class _Block(NamedTuple):
 class _Table:
     """What :func:`write_table` was asked for."""
 
-    pictures: Sequence[tuple[str, str, str]]
+    images: Sequence[tuple[str, str, str]]
     keep: Tensor
     layers: Sequence[LayerRows]
     advance: Callable[[int], None]
@@ -77,7 +77,7 @@ class _Table:
         """Yield rows, as many at a time as fit; ``advance`` hears of a block when it was used."""
         num_rows = max(1, BLOCK_BYTES // max(1, 4 * sum(layer.size for layer in layers)))
         for indices in torch.split(self.keep, num_rows):
-            who = [self.pictures[index] for index in indices.tolist()]
+            who = [self.images[index] for index in indices.tolist()]
             yield _Block(who, [_floats(layer, indices) for layer in layers])
             self.advance(len(indices) * len(layers))
 
@@ -130,12 +130,12 @@ def check_names(format: TableFormat, layers: Sequence[str]) -> None:
 def write_table(
     path: Path,
     format: TableFormat,
-    pictures: Sequence[tuple[str, str, str]],
+    images: Sequence[tuple[str, str, str]],
     keep: Tensor,
     layers: Sequence[LayerRows],
     advance: Callable[[int], None],
 ) -> None:
-    """Write a table of pictures aside and rename it.
+    """Write a table of images aside and rename it.
 
     ``csv``: ``path,label,split`` and the columns of each layer. Numbers read back to the same float32, and
     no spreadsheet takes a text for a formula (``unescape_formula`` gives it back as it was).
@@ -146,8 +146,8 @@ def write_table(
     Args:
         path: of the file; a file that is there gives way.
         format: one of the three.
-        pictures: path, label and split of every picture that the layers have a row of.
-        keep: (N,) int64, indices of the pictures that the table has, in its order.
+        images: path, label and split of every image that the layers have a row of.
+        keep: (N,) int64, indices of the images that the table has, in its order.
         layers: in the order of their columns.
         advance: told of rows that were written, N times the number of layers in all.
 
@@ -162,7 +162,7 @@ def write_table(
     check_names(format, [layer.name for layer in layers])
     writers: dict[TableFormat, Callable[[_Table], Iterator[bytes]]]
     writers = {"csv": _csv, "parquet": _parquet, "npz": _npz}
-    write_chunks(path, writers[format](_Table(pictures, keep, layers, advance)))
+    write_chunks(path, writers[format](_Table(images, keep, layers, advance)))
 
 
 def _csv(table: _Table) -> Iterator[bytes]:
@@ -207,7 +207,7 @@ def _npz(table: _Table) -> Iterator[bytes]:
     indices, pipe = table.keep.tolist(), Pipe()
     with ZipFile(pipe, "w") as archive:
         for place, name in enumerate(WHO):
-            texts = [table.pictures[index][place] for index in indices]
+            texts = [table.images[index][place] for index in indices]
             kind = f"<U{max([1, *map(len, texts)])}"
             parts = (np.array(texts[start : start + _TEXTS], kind) for start in range(0, len(texts), _TEXTS))
             yield from _array(archive, pipe, name, kind, (len(texts),), parts)

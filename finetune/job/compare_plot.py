@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from finetune.evaluation.compare import Comparison
+from finetune.evaluation.paired_tests import PairedTest
 from finetune.report.curves import Scale
 from finetune.report.svg import LETTER, Plot, element, find_ticks, line, shorten, text
 
@@ -39,7 +39,7 @@ class _Row:
     is_strong: bool
 
 
-def draw_comparison(runs: Sequence[Mapping[str, Any]], pairs: Sequence[Comparison]) -> Plot:
+def draw_comparison(runs: Sequence[Mapping[str, Any]], pairs: Sequence[PairedTest]) -> Plot:
     """Draw runs and pairs.
 
     Args:
@@ -67,7 +67,7 @@ def _describe_run(run: Mapping[str, Any]) -> _Row:
     return _Row(str(run["run"]), value, low, high, f"{value:.1f} % ({low:.1f} to {high:.1f})", True)
 
 
-def _describe_pair(pair: Comparison) -> _Row:
+def _describe_pair(pair: PairedTest) -> _Row:
     low, high = (100 * end for end in pair.interval)
     half = (_MOST_LETTERS - 3) // 2
     name = f"{shorten(pair.second, half)} \u2212 {shorten(pair.first, half)}"

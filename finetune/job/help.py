@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finetune.data.sample import Dataset
-from finetune.display import SilentDisplay
-from finetune.job.attempt import Clock, Work
-from finetune.job.fit import help_fit
-from finetune.job.outcome import translated_errors
-from finetune.job.prepare import place_network, prepare_help
+from finetune.data.dataset import Dataset
+from finetune.features.network import place_network
 from finetune.recipe import Recipe
+from finetune.run.context import Clock, Work
+from finetune.run.fit import help_fit
+from finetune.run.setup import prepare_help
 from finetune.runs.claim import Claim
-from finetune.stopping import StopSignal
-from finetune.training.parallel import share_weights
-from finetune.world import World
+from finetune.runs.outcome import translated_errors
+from finetune.system.display import SilentDisplay
+from finetune.system.distributed import Distributed
+from finetune.system.signals import StopSignal
+from finetune.training.ddp import share_weights
 from pretrained.catalog import Card
 
 
@@ -38,9 +39,9 @@ class _Orders:
     most_workers: int
 
 
-def share_work(work: Work | None, world: World) -> None:
+def share_work(work: Work | None, distributed: Distributed) -> None:
     """Tell the other processes what to help with, and give them the weights; None: there is nothing to do."""
-    if world.size == 1:
+    if distributed.size == 1:
         return
     orders = None
     if work is not None:
@@ -54,24 +55,24 @@ def share_work(work: Work | None, world: World) -> None:
             ready.source_card,
             ready.most_workers,
         )
-    world.share(lambda: orders)
+    distributed.share(lambda: orders)
     if work is not None:
-        share_weights(work.ready.backbone.network, world)
+        share_weights(work.ready.backbone.network, distributed)
 
 
-def help_run(world: World) -> None:
+def help_run(distributed: Distributed) -> None:
     """Wait for the main process of a run, and do this process's part of the work.
 
     Raises:
         FinetuneError: this process or another one has failed.
     """
-    with StopSignal() as stop, translated_errors(world=world):
+    with StopSignal() as stop, translated_errors(distributed=distributed):
         with stop.gently():  # the main process may be asked as well, and then says so
-            orders: _Orders | None = world.receive()
+            orders: _Orders | None = distributed.receive()
         if orders is None:
             return
-        ready = prepare_help(orders.recipe, orders.dataset, orders.card, orders.most_workers, world)
-        share_weights(ready.backbone.network, world)
+        ready = prepare_help(orders.recipe, orders.dataset, orders.card, orders.most_workers, distributed)
+        share_weights(ready.backbone.network, distributed)
         place_network(ready.backbone.network, ready.placement)
         help_fit(
             Work(
@@ -83,6 +84,6 @@ def help_run(world: World) -> None:
                 SilentDisplay(),
                 Clock(),
                 stop,
-                world=world,
+                distributed=distributed,
             )
         )

@@ -1,4 +1,4 @@
-"""Pictures on square tiles with words under them: what every sheet is made of."""
+"""Images on square tiles with words under them: what every sheet is made of."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _TEXT = 13
 def draw_tile(
     sheet: Image.Image, file: Path, corner: tuple[int, int], side: int, lines: Sequence[str]
 ) -> None:
-    """Draw a picture on a square tile, and lines under it; the last of them is faint."""
+    """Draw an image on a square tile, and lines under it; the last of them is faint."""
     draw, letters = ImageDraw.Draw(sheet), font()
     left, top = corner
     draw.rectangle((left, top, left + side - 1, top + side - 1), fill=_TILE)
     try:
-        picture = _fitted(decode_image(file, side), side)
-        sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+        image = _fitted(decode_image(file, side), side)
+        sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
     except BadImageError as error:
         middle = left + side / 2, top + side / 2
         said = textwrap.fill(error.reason, side // 9)
@@ -51,11 +51,11 @@ def font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)
 
 
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Return a picture whose longer side has so many pixels; small ones are enlarged."""
-    scale = side / max(picture.size)
-    width, height = (max(1, round(length * scale)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    """Return an image whose longer side has so many pixels; small ones are enlarged."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def shorten(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:

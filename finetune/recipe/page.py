@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from finetune.recipe.mistakes import describe_values, list_fields
 from finetune.recipe.schema import SECTIONS, Recipe, flatten
-from finetune.recipe.wording import describe_values, list_fields
 
 COMMAND = "python -m finetune.recipe.page docs/recipe.md"
 

@@ -72,7 +72,7 @@ class BackboneSettings(_Section):
 
 
 class DataSettings(_Section):
-    """Where the pictures are, and how the validation part is made when the folder has none."""
+    """Where the images are, and how the validation part is made when the folder has none."""
 
     path: str | None = Field(
         None,
@@ -107,12 +107,12 @@ class DataSettings(_Section):
         None, description="which of the folds is the validation part, from 1; the others are trained on"
     )
     allow_leaks: bool = Field(
-        False, description="go on where exact copies of a picture lie in two parts, with a warning"
+        False, description="go on where exact copies of an image lie in two parts, with a warning"
     )
 
 
 class InputSettings(_Section):
-    """How a picture becomes a tensor: the same for training, evaluation and the exported model."""
+    """How an image becomes a tensor: the same for training, evaluation and the exported model."""
 
     img_size: Annotated[int, Field(ge=16, le=4096)] | Auto = Field(
         "auto", description="height and width in pixels; auto: what the weights were trained at"
@@ -255,7 +255,7 @@ class CacheSettings(_Section):
         description="keep what comes out of the frozen trunk, where that pays and fits (freeze and top): "
         "it runs once for each image and view",
     )
-    pictures: bool = Field(True, description="keep decoded pictures, where they fit: each is decoded once")
+    pictures: bool = Field(True, description="keep decoded images, where they fit: each is decoded once")
     views: Annotated[int, Field(ge=1, le=1000)] | Auto = Field(
         "auto",
         description="random views of each training image that the trunk sees, cycled through the epochs; "

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.data.sample import SPLITS
+from finetune.data.dataset import SPLITS
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.files import read_rows, unescape_formula
@@ -31,7 +31,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One judged picture: path below the data folder, true and predicted class, confidence in the latter."""
+    """One judged image: path below the data folder, true and predicted class, confidence in the latter."""
 
     path: str
     label: str
@@ -45,7 +45,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Finding:
+class IssueFact:
     """Something that the look at the data found: error, warning or note, in words, with what to do."""
 
     severity: str
@@ -115,12 +115,12 @@ class Facts:
         return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
     @cached_property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[IssueFact]:
         """What the look at the data found, as far as it is told in words."""
         found = self.check.get("findings")
         rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
         return [
-            Finding(
+            IssueFact(
                 str(row.get("severity", "warning")),
                 str(row["message"]),
                 str(row.get("fix") or ""),

@@ -21,7 +21,7 @@ GAP = 1.5
 MISCALIBRATED = 0.05
 SURE = 0.95
 WAITING = 0.3
-"""Share of the training time spent waiting for pictures."""
+"""Share of the training time spent waiting for images."""
 
 Step = tuple[str, str]
 """What to try, and the numbers it follows from."""

@@ -19,12 +19,10 @@ from markupsafe import Markup, escape
 from finetune import __version__
 from finetune.report import sections
 from finetune.report.facts import Facts
-from finetune.report.mistakes import Mistake
+from finetune.report.images import Album, Mistake
 from finetune.report.next_steps import suggest_steps
-from finetune.report.pictures import Album
-from finetune.report.rejects import list_rejects, say_rejects
 from finetune.report.svg import Plot, load_part
-from finetune.report.variants import list_variants
+from finetune.report.tables import list_rejects, list_variants, say_rejects
 
 MOST_FINDINGS = 30
 MOST_PATHS = 4
@@ -44,8 +42,8 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
 
     Args:
         facts: what its files say.
-        album: makes the sample pictures.
-        mistakes: with their pictures.
+        album: makes the sample images.
+        mistakes: with their images.
         command: that started it, where that is known.
     """
     drawn = {

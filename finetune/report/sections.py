@@ -11,8 +11,8 @@ from finetune.errors import sanitize
 from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
 from finetune.report.curves import draw_curves, draw_intervals
 from finetune.report.facts import JUDGED, Facts, Row, finite
+from finetune.report.images import Album, InlineImage
 from finetune.report.matrix import MOST_CLASSES, draw_matrix
-from finetune.report.pictures import Album, Picture
 from finetune.report.svg import Plot
 
 FIGURES = {
@@ -32,7 +32,7 @@ MORE_FIGURES = {
 PARTS = {"val": "validation", "test": "test", "train": "training", "all": JUDGED}
 MOST_PAIRS = 15
 MOST_SAMPLES = 120
-"""Sample pictures on the page, over all classes."""
+"""Sample images on the page, over all classes."""
 SHOWN_CLASSES = 30
 _SAMPLE_SIDE = 104
 _CLASS_COLUMNS = ("precision", "recall", "f1", "support", "predicted")
@@ -112,11 +112,11 @@ def plot_figures(facts: Facts) -> Plot | None:
 
 @dataclass(frozen=True)
 class ClassSamples:
-    """A class with some of its pictures."""
+    """A class with some of its images."""
 
     label: str
     counts: str
-    pictures: tuple[tuple[str, Picture], ...]
+    images: tuple[tuple[str, InlineImage], ...]
 
 
 def choose_classes(facts: Facts) -> list[str]:
@@ -138,7 +138,7 @@ def finite_text(text: str) -> float | None:
 
 
 def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
-    """Return classes with pictures: of training where the files say which, else of the judged part."""
+    """Return classes with images: of training where the files say which, else of the judged part."""
     labels = choose_classes(facts)
     each = min(8, max(3, MOST_SAMPLES // max(len(labels), 1)))
     rows = [(row["path"], row["label"]) for row in facts.split if row["split"] == "train"]
@@ -150,8 +150,8 @@ def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
     shown = []
     for label, all_of_them in paths.items():
         chosen = spread(all_of_them, each)
-        pictures = tuple((path, album.show_file(path, _SAMPLE_SIDE)) for path in chosen)
-        shown.append(ClassSamples(label, _say_counts(facts, label), pictures))
+        images = tuple((path, album.show_file(path, _SAMPLE_SIDE)) for path in chosen)
+        shown.append(ClassSamples(label, _say_counts(facts, label), images))
     return shown
 
 
@@ -249,7 +249,7 @@ def plot_confusion(facts: Facts) -> Plot | None:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConfusedPair:
     """How often one class was taken for another."""
 
     label: str
@@ -258,10 +258,10 @@ class Pair:
     share: str
 
 
-def list_confused(facts: Facts) -> list[Pair]:
+def list_confused(facts: Facts) -> list[ConfusedPair]:
     """Return the most frequent mistakes, from the metrics or else from the matrix."""
     found = [
-        Pair(str(row["label"]), str(row["predicted"]), int(count), percent(share))
+        ConfusedPair(str(row["label"]), str(row["predicted"]), int(count), percent(share))
         for row in facts.rows("most_confused")
         if {"label", "predicted"} <= set(row)
         and (count := finite(row.get("count"))) is not None
@@ -270,7 +270,7 @@ def list_confused(facts: Facts) -> list[Pair]:
     if found:
         return found[:MOST_PAIRS]
     return [
-        Pair(label, guess, count, percent(count / total))
+        ConfusedPair(label, guess, count, percent(count / total))
         for label, guess, count, total in facts.confused[:MOST_PAIRS]
     ]
 

@@ -15,11 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from finetune.display import Display
 from finetune.errors import EnvironmentFaultError, InterruptedRunError
 from finetune.recipe import Recipe, TrackerName
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
+from finetune.system.display import Display
 from finetune.tracking.tracker import End, Tracker, describe_run, pick_figures
 
 CLIENTS: dict[TrackerName, str] = {

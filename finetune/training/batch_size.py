@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from finetune.data.loader import Batch, Placement
-from finetune.memory import is_out_of_memory, release_memory
-from finetune.runtime import Precision
-from finetune.strategy.freeze import freeze, set_train_mode
-from finetune.strategy.matrix import Plan
-from finetune.training.gradient import Gradient, least_part
+from finetune.system.device import Precision, is_out_of_memory, release_memory
+from finetune.training.freeze import freeze, set_train_mode
+from finetune.training.plan import Plan
+from finetune.training.step import Gradient, least_part
 
 HEADROOM = 1.25
 """Of a trial batch over the one that is taken: optimiser state and fragments need room as well."""
@@ -34,8 +33,8 @@ def fit_batch_size(
     Args:
         network: on its device; weights, modes and buffers are left as they were.
         plan: what learns.
-        input_size: (C, H, W) of the pictures.
-        placement: device and layout of the pictures.
+        input_size: (C, H, W) of the images.
+        placement: device and layout of the images.
         wanted: that suits the number of images.
     """
     modes = {module: module.training for module in network.modules()}

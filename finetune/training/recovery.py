@@ -23,8 +23,7 @@ from finetune.data.loader import Batch
 from finetune.errors import DiskError, DivergedError
 from finetune.runs.files import write_bytes
 from finetune.runs.folder import RunFolder
-from finetune.training.progress import Checkpoint, Progress, Snapshot
-from finetune.training.state import State
+from finetune.training.state import Checkpoint, Progress, Snapshot, State
 
 SKIPS_IN_A_ROW = 3
 SKIPS_IN_ALL = 10

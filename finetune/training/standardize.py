@@ -19,11 +19,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from finetune.data.feed import Feed
-from finetune.display import Advance
-from finetune.evaluation.predict import InParts, autocast
-from finetune.runtime import Precision, seed_everything
-from finetune.training.gradient import is_learnable
+from finetune.data.feed import BatchLoader
+from finetune.system.device import Precision, seed_everything
+from finetune.system.display import Advance
+from finetune.system.forward import InParts, autocast
+from finetune.training.step import is_learnable
 from pretrained.graph.classifier import classifier_layers
 
 NUM_MEASURED = 256
@@ -53,7 +53,7 @@ class Standardize:
 
 def measure_features(
     network: nn.Module,
-    feed: Feed,
+    feed: BatchLoader,
     precision: Precision,
     seed: int,
     advance: Advance,

@@ -33,34 +33,27 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from finetune.data.check import refuse_many_lost
 from finetune.data.loader import Batch
-from finetune.display import Display
+from finetune.data.scan import refuse_many_lost
 from finetune.errors import InterruptedRunError
-from finetune.evaluation.predict import InParts, Predictions, predict
+from finetune.evaluation.predictions import Predictions, predict
 from finetune.recipe import TrainingSettings
 from finetune.runs.bad_images import add_lost_images
 from finetune.runs.folder import RunFolder
-from finetune.runtime import Precision
-from finetune.strategy.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
+from finetune.system.device import Precision
+from finetune.system.display import Display
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.forward import InParts
 from finetune.training import recovery
-from finetune.training.checkpoint import CheckpointStore
-from finetune.training.compiled import build_forward
-from finetune.training.finite import compute_norm, is_finite
-from finetune.training.gradient import Gradient, KeptBuffers, is_learnable, least_part
-from finetune.training.history import Listener, add_row, write_history
-from finetune.training.narrator import Narrator
-from finetune.training.optimizer import build_mixer, build_optimizer
-from finetune.training.pace import Pace, estimate_bytes
-from finetune.training.parallel import Replicas, agree, average_statistics, find_share
-from finetune.training.progress import Checkpoint, Progress, Snapshot
-from finetune.training.schedule import Schedule
-from finetune.training.selection import is_over, observe
+from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
+from finetune.training.ddp import Replicas, agree, average_statistics, find_share
+from finetune.training.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
+from finetune.training.optim import Schedule, build_mixer, build_optimizer, is_over, observe
+from finetune.training.reporting import Listener, ProgressReporter, add_row, write_history
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
-from finetune.training.state import State
-from finetune.training.task import Task, choose_microbatch
-from finetune.training.tries import Tries
-from finetune.world import SINGLE, World
+from finetune.training.state import Checkpoint, Progress, Snapshot, State, compute_norm, is_finite
+from finetune.training.step import Gradient, KeptBuffers, MicrobatchRunner, is_learnable, least_part
+from finetune.training.task import Task, build_forward, choose_microbatch
 
 
 class Trainer:
@@ -93,11 +86,11 @@ class Trainer:
         display: Display,
         stop_asked: Callable[[], bool] = lambda: False,
         on_history: Listener = lambda _: None,
-        world: World = SINGLE,
+        distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
         self.task, self.settings, self.precision, self.seed = task, settings, precision, seed
         self.folder, self.store, self.display = folder, store, display
-        self.stop_asked, self.on_history, self.world = stop_asked, on_history, world
+        self.stop_asked, self.on_history, self.distributed = stop_asked, on_history, distributed
         self.device = task.train.placement.device
         freeze(task.network, task.plan)
         groups = build_param_groups(task.network, task.plan, settings.weight_decay)
@@ -107,15 +100,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         mixer = build_mixer(settings, task.num_classes)
         forward = build_forward(task, settings.compile, display)
-        replicas = Replicas(task.network, forward, world) if world.size > 1 else None
+        replicas = Replicas(task.network, forward, distributed) if distributed.size > 1 else None
         self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, forward, replicas)
-        self.tries = Tries(task, self.gradient, self.optimizer, seed, world, display)
+        self.microbatches = MicrobatchRunner(task, self.gradient, self.optimizer, seed, distributed, display)
         decay = settings.ema_decay
         self.ema = ModelEmaV3(task.network, decay, use_warmup=True) if decay else None
         average = self.ema.module if self.ema is not None else None
         self.state = State(task.network, self.optimizer, average, frozen_tensors(task.network, task.plan))
         self.progress = Progress(microbatch=settings.microbatch or choose_microbatch(task))
-        self.narrator = Narrator(display, settings.epochs, len(task.train.samples))
+        self.reporter = ProgressReporter(display, settings.epochs, len(task.train.samples))
         self._start, self._best = start, start.best if start else None
         self._saved: Snapshot | None = None
         self._best_predictions: Predictions | None = None
@@ -133,7 +126,7 @@ class Trainer:
         if self._start is not None:
             moments = self._start.now.under("moments.")
         else:
-            moments = self.world.share(self._measure_features)
+            moments = self.distributed.share(self._measure_features)
         self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
         for network in {self.task.network, self.judged}:
             attach(network, self._moments, keep)
@@ -192,10 +185,10 @@ class Trainer:
             self._epoch_start = self._take()
         self._start = None
         num_bytes = estimate_bytes(self._epoch_start, self.settings)
-        if self.world.is_main:
+        if self.distributed.is_main:
             self.store.check_space(num_bytes)
-        self.pace = Pace(num_bytes)
-        self.narrator.begin(self.progress)
+        self.pace = CheckpointInterval(num_bytes)
+        self.reporter.begin(self.progress)
 
     def _train_epoch(self) -> bool:
         """Train the rest of an epoch; false when it was left to begin again."""
@@ -204,30 +197,32 @@ class Trainer:
         self._buffers = KeptBuffers(self.task.network)
         began = time.perf_counter()
         seconds_before, waited_before = progress.epoch_seconds, progress.wait_seconds
-        with self.narrator.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
+        with self.reporter.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
             for batch in loader.batches(progress.epoch, start=progress.batch):
                 if not self._train_step(batch):
                     return False
                 progress.epoch_seconds = seconds_before + time.perf_counter() - began
                 progress.wait_seconds = waited_before + loader.wait_seconds
-                self.display.pulse.step = progress.step
-                advance(len(batch.labels), self.narrator.words(progress))
+                self.display.heartbeat.step = progress.step
+                advance(len(batch.labels), self.reporter.words(progress))
                 self._save_or_stop()
         return True
 
     def _train_step(self, batch: Batch) -> bool:
         """Learn from one batch; false when training went back to the start of the epoch."""
         least, mixes = least_part(self.task.network), self.gradient.mixer is not None
-        share = find_share(self.world, batch, self.task.loss, mixes, least)
+        share = find_share(self.distributed, batch, self.task.loss, mixes, least)
         if share.lost:
             self._note_lost(share.lost)
         if is_learnable(self.task.network, share.num_images, bool(share.lost)):
             self._set_rates()
             self._buffers.keep()
-            loss = self.tries.compute(share, self.progress, self._buffers)
-            loss, usable = agree(self.world, loss, self._is_usable(loss))
+            loss = self.microbatches.compute(share, self.progress, self._buffers)
+            loss, usable = agree(self.distributed, loss, self._is_usable(loss))
             if usable:
-                average_statistics(self.world, self.task.network, len(share.batch.labels), share.num_images)
+                average_statistics(
+                    self.distributed, self.task.network, len(share.batch.labels), share.num_images
+                )
                 self._update()
                 self._loss_sum += loss.double() * share.num_images
                 self.progress.num_seen += share.num_images
@@ -271,7 +266,7 @@ class Trainer:
         for path in lost.keys() - self.progress.lost.keys():
             self.display.warn(f"{path} cannot be read any more ({lost[path]}); training goes on without it")
         self.progress.lost |= lost
-        if self.world.is_main:
+        if self.distributed.is_main:
             add_lost_images(self.folder, self.progress.lost)
         refuse_many_lost(self.progress.lost, len(self.task.train.samples))
 
@@ -287,7 +282,7 @@ class Trainer:
             self.progress.skipped_in_row += 1
             self.display.warn(f"the {found}; this step is skipped")
             return True
-        if way is recovery.Way.STOP and self.world.is_main:
+        if way is recovery.Way.STOP and self.distributed.is_main:
             recovery.capture(self.folder, batch, self.state.take(), self.progress)
         self._go_back(way, found)
         return False
@@ -325,7 +320,7 @@ class Trainer:
             self._save_or_stop()
 
     def _judge(self) -> Predictions:
-        with self.narrator.bar(self.progress, "validating", len(self.task.val.samples)) as advance:
+        with self.reporter.bar(self.progress, "validating", len(self.task.val.samples)) as advance:
 
             def on_batch(done: int) -> None:
                 advance(done, "")
@@ -333,16 +328,16 @@ class Trainer:
                     self._save_and_leave()
 
             forward = self.task.forward(self.judged)
-            return predict(self.judged, self.task.val, self.precision, on_batch, forward, self.world)
+            return predict(self.judged, self.task.val, self.precision, on_batch, forward, self.distributed)
 
     def _record(self, figures: dict[str, float]) -> None:
         progress = self.progress
         row = add_row(progress, figures, self._loss_sum.item())
         self._tell_history()
-        self.narrator.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
+        self.reporter.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
 
     def _tell_history(self) -> None:
-        if self.world.is_main:
+        if self.distributed.is_main:
             write_history(self.folder.history, self.progress, self.on_history)
 
     def _begin_next_epoch(self) -> None:
@@ -362,7 +357,7 @@ class Trainer:
 
     def _go_to(self, snapshot: Snapshot) -> None:
         self.progress = snapshot.progress.copy()
-        self.display.pulse.step = self.progress.step
+        self.display.heartbeat.step = self.progress.step
         self.state.give_back(snapshot.tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
@@ -370,27 +365,27 @@ class Trainer:
 
     def _is_stop_asked(self) -> bool:
         """Processes stop after the same step, whichever of them was asked to."""
-        return self.world.any(self.stop_asked())
+        return self.distributed.any(self.stop_asked())
 
     def _save_or_stop(self) -> None:
         """Write a checkpoint when one is due; when a stop was asked for, write one and leave."""
         if self._is_stop_asked():
             self._save_and_leave()
-        if self.world.is_main and self.pace.is_due(inside_epoch=self.progress.batch > 0):
+        if self.distributed.is_main and self.pace.is_due(inside_epoch=self.progress.batch > 0):
             self._save()
 
     def _save_and_leave(self) -> None:
         self._save()
-        self.world.wait()  # a process that ends early looks like one that failed
+        self.distributed.wait()  # a process that ends early looks like one that failed
         raise self._interrupted()
 
     def _save(self) -> None:
         """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
         now = self._take() if self.progress.batch and self.state.is_finite() else self._epoch_start
-        if self.world.is_main:
-            self.display.pulse.tell({"saving": True})
+        if self.distributed.is_main:
+            self.display.heartbeat.tell({"saving": True})
             self.store.save(Checkpoint(now, self._epoch_start, self._best))
-            self.display.pulse.tell({"saving": False})
+            self.display.heartbeat.tell({"saving": False})
         self.pace.wrote(self.store.seconds)
         self._saved = now
 

@@ -1,26 +1,30 @@
 """Where the frozen trunk ends, and whether keeping what it gives is worth the room.
 
-In ``freeze`` and ``top`` the stages under those that learn are constant: what they make of a picture is the
+In ``freeze`` and ``top`` the stages under those that learn are constant: what they make of an image is the
 same in every epoch. So the network is cut where the learning begins, and the trunk runs once for each
-picture and view. The best cut saves the most work, and carries the fewest numbers of those that save as much.
+image and view. The best cut saves the most work, and carries the fewest numbers of those that save as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from finetune.data.loader import Placement
+from finetune.data.dataset import Sample
+from finetune.data.loader import Batch, Placement, plan_epoch, take_share
 from finetune.errors import UsageError
-from finetune.evaluation.predict import autocast
+from finetune.features.rows import Rows
 from finetune.recipe import Recipe
-from finetune.runtime import Precision
-from finetune.strategy.freeze import set_train_mode
-from finetune.strategy.matrix import Plan
+from finetune.system.device import Precision
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.forward import autocast
+from finetune.training.freeze import set_train_mode
+from finetune.training.plan import Plan
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
 from pretrained.graph.split import Split, split_at
 
@@ -52,7 +56,7 @@ def find_reason_against(recipe: Recipe, plan: Plan) -> str | None:
     if not recipe.cache.trunk or not plan.frozen:
         return ""
     if recipe.training.mixup or recipe.training.cutmix:
-        return "every epoch runs the whole network: mixup and cutmix mix pictures, not features"
+        return "every epoch runs the whole network: mixup and cutmix mix images, not features"
     return None
 
 
@@ -69,8 +73,8 @@ def choose_split(
     Args:
         network: on its device; left as it was.
         plan: what learns.
-        input_size: (C, H, W) of the pictures.
-        placement: device and layout of the pictures.
+        input_size: (C, H, W) of the images.
+        placement: device and layout of the images.
         precision: of the forward pass.
         find_obstacle: says why what a cut carries has no room; nothing where it has.
     """
@@ -103,16 +107,78 @@ def _try(
 ) -> Choice:
     """Take the first cut that has room and holds."""
     obstacles: list[str] = []
-    tries = 0
+    microbatches = 0
     for cut in cuts:
-        if cut.share < LEAST_SHARE or tries == MOST_TRIES:
+        if cut.share < LEAST_SHARE or microbatches == MOST_TRIES:
             break
         if obstacle := find_obstacle(cut):
             obstacles.append(f"the features at {cut.name} take {obstacle}")
             continue
-        tries += 1
+        microbatches += 1
         if split := split_at(network, trace, cut, images, to_train_mode):
             words = f"cut at {cut.name}, which saves {cut.share:.0%} of the forward"
             return Choice(split, words + (f" ({obstacles[0]})" if obstacles else ""))
-    why = obstacles[0] if obstacles else f"none of {tries} cuts gives what the whole network gives"
+    why = obstacles[0] if obstacles else f"none of {microbatches} cuts gives what the whole network gives"
     return Choice(None, f"every epoch runs the whole network: {why}")
+
+
+# --- Batches of kept rows, as training takes them ---
+
+
+class FeatureLoader:
+    """Batches of kept rows: a :class:`finetune.data.feed.Feed` whose images are rows (B, D).
+
+    Args:
+        views: rows (N, D) of each view; epoch by epoch the next one is taken.
+        samples: their images.
+        batch_size: rows a batch.
+        placement: device of the batches.
+        seed: of the order.
+        shuffle: a new order every epoch; otherwise that of ``samples``.
+        world: processes that share the batches.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Rows],
+        samples: Sequence[Sample],
+        *,
+        batch_size: int,
+        placement: Placement,
+        seed: int,
+        shuffle: bool,
+        distributed: Distributed = SINGLE_PROCESS,
+    ) -> None:
+        self.views, self.samples = tuple(views), tuple(samples)
+        self.batch_size, self.placement = batch_size, placement
+        self.seed, self.shuffle, self.distributed = seed, shuffle, distributed
+        self.wait_seconds = 0.0
+        self.input_size: tuple[int, int, int] | None = None
+        self._labels = torch.tensor([sample.label for sample in self.samples])
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Return how many batches a pass has."""
+        return len(self._plan(epoch))
+
+    def batches(
+        self, epoch: int = 0, start: int = 0, stop: int | None = None, whole: bool = False
+    ) -> Iterator[Batch]:
+        """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``."""
+        rows = self.views[epoch % len(self.views)]
+        self.wait_seconds = 0.0
+        plan = self._plan(epoch)[start:stop]
+        for batch in plan if whole else take_share(plan, self.distributed, self.shuffle):
+            began = time.perf_counter()
+            indices = torch.tensor(batch, dtype=torch.int64)
+            images, labels = self._place(rows[indices]), self._place(self._labels[indices])
+            self.wait_seconds += time.perf_counter() - began
+            yield Batch(images, labels, indices, {})
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        return plan_epoch(len(self.samples), self.batch_size, self.seed if self.shuffle else None, epoch)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        device = self.placement.device
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Where a network can be cut in two: the module calls that everything from the picture to the logits passes.
+"""Where a network can be cut in two: the module calls that everything from the image to the logits passes.
 
 A forward of the meta twin (:mod:`pretrained.graph.flow`) notes every call of a module, and which tensors of
 the autograd graph went in and came out. A call is a *place to cut* when no path from the image to an output
@@ -23,7 +23,7 @@ from finetune.errors import UsageError
 from pretrained.graph.flow import Graph, Value, cut_values, graph_of, meta_twin, tensors_in, values_of
 
 BATCHES = (2, 3)
-"""Numbers of pictures that are traced; shapes in between and beyond follow in a straight line."""
+"""Numbers of images that are traced; shapes in between and beyond follow in a straight line."""
 MOST_TENSORS = 16
 """That a cut may carry."""
 
@@ -39,17 +39,17 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
     def of(self, batch: int) -> tuple[int, ...]:
-        """Return the shape for so many pictures."""
+        """Return the shape for so many images."""
         return tuple(grows * batch + fixed for grows, fixed in zip(self.grows, self.fixed, strict=True))
 
     @property
     def numel(self) -> int:
-        """Numbers in it for one picture."""
+        """Numbers in it for one image."""
         return torch.Size(self.of(1)).numel()
 
     @property
-    def is_by_picture(self) -> bool:
-        """Whether the first axis alone grows, from nothing: so rows of pictures can be told apart."""
+    def is_by_image(self) -> bool:
+        """Whether the first axis alone grows, from nothing: so rows of images can be told apart."""
         return bool(self.grows) and self.grows[0] > 0 and self.fixed[0] == 0 and not any(self.grows[1:])
 
 
@@ -62,7 +62,7 @@ class Call:
         number: how many calls of that module came before.
         began: on the clock of the forward.
         ended: on the same clock.
-        multiplied: multiplications and additions of the forward before it and up to its end, by picture.
+        multiplied: multiplications and additions of the forward before it and up to its end, by image.
         outputs: what it returned.
         argument: its first positional argument, where that is a tensor.
         came: the tensor of the graph that the argument is.
@@ -111,7 +111,7 @@ class Cut:
 
     @property
     def numel(self) -> int:
-        """Numbers that it carries for one picture."""
+        """Numbers that it carries for one image."""
         return sum(shape.numel for shape in shapes_in(self.carries))
 
 
@@ -153,10 +153,10 @@ def trace_calls(network: nn.Module, input_size: tuple[int, int, int]) -> Trace:
 def _trace(twin: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     trace = Trace()
     leaf = torch.empty(BATCHES[0], *input_size, dtype=_dtype(twin), requires_grad=True)
-    picture = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
+    image = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
     with _noted(twin, trace, lambda: 0):
-        logits = twin(picture)
-    [trace.source] = values_of([picture])
+        logits = twin(image)
+    [trace.source] = values_of([image])
     trace.sinks = values_of(tensors_in(logits))
     trace.graph = graph_of([node for node, _ in trace.sinks])
     trace.names = {id(parameter): name for name, parameter in twin.named_parameters()}
@@ -239,7 +239,7 @@ def _merge(trace: Trace, other: Trace) -> None:
     """Put what the second forward tells into the calls of the first."""
     for one, two in zip(trace.calls, other.calls, strict=True):
         if (one.name, one.number) != (two.name, two.number):
-            raise ValueError("other modules are called for another number of pictures")
+            raise ValueError("other modules are called for another number of images")
         one.outputs = _merge_shapes(one.outputs, shapes_in(two.outputs))
         if one.argument is not None and two.argument is not None:
             one.argument = _line(one.argument, two.argument)
@@ -282,8 +282,8 @@ def find_cuts(trace: Trace, trained: Collection[str]) -> list[Cut]:
     weighty = sorted(call.ended for call in trace.calls if call.name in owners)
     found = []
     for values, cut in _places(trace, weighty):
-        by_picture = all(shape.is_by_picture for shape in shapes_in(cut.carries))
-        if not by_picture or not cut.depth or any(node in tainted for node, _ in values):
+        by_image = all(shape.is_by_image for shape in shapes_in(cut.carries))
+        if not by_image or not cut.depth or any(node in tainted for node, _ in values):
             continue
         if values <= passed or (1 < len(values) <= MOST_TENSORS and _is_passed(trace, values)):
             found.append(cut)
@@ -329,7 +329,7 @@ def _tainted(trace: Trace, trained: Collection[str]) -> set[Any]:
 
 
 def _is_passed(trace: Trace, values: Collection[Value]) -> bool:
-    """Whether no path from an output back to the picture goes around these tensors."""
+    """Whether no path from an output back to the image goes around these tensors."""
     stack = [sink for sink in trace.sinks if sink not in values]
     seen = set(stack)
     while stack:

@@ -1,13 +1,13 @@
-"""How a picture flows through a network: the tensors that everything passes, and the order of the weights.
+"""How an image flows through a network: the tensors that everything passes, and the order of the weights.
 
 The forward runs on a *meta twin*: the same tree of modules with weights that have a shape but no numbers, so
 nothing is computed and the network itself is never touched. Its autograd graph is then read backwards.
 
-    picture --> o --> o --+--> o --+--> o --> logits
+    image --> o --> o --+--> o --+--> o --> logits
                 ^    ^    +--------+    ^
                cut  cut   (a residual)  cut
 
-A *cut* is a tensor that every path from picture to output goes through. The cuts divide the network into
+A *cut* is a tensor that every path from image to output goes through. The cuts divide the network into
 *segments*; segment i ends at cut i. A parameter belongs to the first segment whose end depends on it.
 
 Shapes: B batch, C channels, H W pixels, L tokens, D width, K classes.
@@ -29,7 +29,7 @@ from finetune.errors import UsageError
 from pretrained.graph.pooling import TRUE_TO_FORM, skew
 
 BATCH = 2
-"""Two pictures: enough to tell where tokens or windows are folded into the batch axis."""
+"""Two images: enough to tell where tokens or windows are folded into the batch axis."""
 
 Value: TypeAlias = tuple[Node, int]  # one tensor of the graph: what made it, and which of its outputs it is
 Graph: TypeAlias = dict[Node, tuple[Value, ...]]  # every node with the values it reads, inputs before outputs
@@ -42,9 +42,9 @@ class Flow:
     Attributes:
         segments: for every parameter that an output depends on, by name, the segment that reads it first.
         grids: for every segment, the number of positions (H*W or L) of the tensor at its end; 0 for a plain
-            vector a picture, ``(B, D)``.
+            vector an image, ``(B, D)``.
         calls: for every module that was called, by name, the rank of its first call.
-        is_classifier: whether an output is one vector a picture, ``(B, K)``.
+        is_classifier: whether an output is one vector an image, ``(B, K)``.
     """
 
     segments: Mapping[str, int]
@@ -54,10 +54,10 @@ class Flow:
 
 
 def trace_flow(network: nn.Module, input_size: tuple[int, int, int]) -> Flow:
-    """Trace one eval forward of ``network`` on pictures of ``input_size`` (C, H, W), without touching it.
+    """Trace one eval forward of ``network`` on images of ``input_size`` (C, H, W), without touching it.
 
     Raises:
-        UsageError: the forward fails at that size, or no output depends on the picture.
+        UsageError: the forward fails at that size, or no output depends on the image.
     """
     asked = f"the stages of {type(network).__name__} at input size {'x'.join(map(str, input_size))}"
     try:
@@ -71,7 +71,7 @@ def trace_flow(network: nn.Module, input_size: tuple[int, int, int]) -> Flow:
         raise UsageError(asked, _reason(error), _FIX) from error
     graph = graph_of([node for node, _ in sinks])
     if source[0] not in graph:
-        raise UsageError(asked, "none of its outputs depends on the picture", _FIX)
+        raise UsageError(asked, "none of its outputs depends on the image", _FIX)
     cuts = cut_values(graph, source, sinks)
     # What follows the last cut (nothing, where the output is itself a cut) ends at the outputs.
     ends = [*cuts, sinks[0]]
@@ -85,7 +85,7 @@ def trace_flow(network: nn.Module, input_size: tuple[int, int, int]) -> Flow:
 
 _FIX = (
     "Give the size (channels, height, width) that the network takes; its forward must run on a batch of "
-    "pictures and return class scores."
+    "images and return class scores."
 )
 
 
@@ -142,7 +142,7 @@ def _torch_hooks(table: dict[int, object]) -> dict[int, object]:
 
 
 def _forward(twin: nn.Module, input_size: tuple[int, int, int]) -> tuple[Value, list[Value], dict[str, int]]:
-    """Run the twin once; return the picture, the outputs that depend on anything, and the order of calls."""
+    """Run the twin once; return the image, the outputs that depend on anything, and the order of calls."""
     calls: dict[str, int] = {}
     names = {module: name for name, module in twin.named_modules()}
 
@@ -153,9 +153,9 @@ def _forward(twin: nn.Module, input_size: tuple[int, int, int]) -> tuple[Value, 
         module.register_forward_pre_hook(note)
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     leaf = torch.empty(BATCH, *input_size, dtype=dtype, device="meta", requires_grad=True)
-    picture = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
-    [source] = values_of([picture])
-    sinks = values_of(tensors_in(twin(picture)))
+    image = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
+    [source] = values_of([image])
+    sinks = values_of(tensors_in(twin(image)))
     return source, sinks, calls
 
 
@@ -262,7 +262,7 @@ def _is_vector(shape: tuple[int, ...]) -> bool:
 
 
 def grid_of(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> int:
-    """The number of positions a picture in a tensor of ``shape`` (batch of two); 0 for a vector ``(B, D)``.
+    """The number of positions an image in a tensor of ``shape`` (batch of two); 0 for a vector ``(B, D)``.
 
     Understands ``(B, C, H, W)``, ``(B, H, W, C)``, ``(B, windows, L, D)``, ``(B, L, D)`` and the same with
     windows or tokens folded into the batch axis, as Swin and every linear layer do it.

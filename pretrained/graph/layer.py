@@ -50,12 +50,12 @@ class Layer:
         return "token" if self.has_token and all(form.prefix for form in self.forms) else "avg"
 
     def num_features(self, pool: Pool) -> int:
-        """Return how many numbers a picture gets."""
+        """Return how many numbers an image gets."""
         return sum(form.num_features(self.pool_of(pool)) for form in self.forms)
 
     @property
     def size(self) -> str:
-        """What it gives for one picture, for people: ``512x7x7``, ``197x192``, ``512``."""
+        """What it gives for one image, for people: ``512x7x7``, ``197x192``, ``512``."""
         return " + ".join(_describe(form) for form in self.forms)
 
 

@@ -27,7 +27,7 @@ from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
 from pretrained.graph.layer import Layer, TapPoint
 from pretrained.graph.pooling import Pool, check_pool, find_form
-from pretrained.graph.recorder import Taps
+from pretrained.graph.recorder import FeatureRecorder
 from pretrained.graph.stages import Stage
 
 WORDS = ("all", "last", "pre_logits")
@@ -40,7 +40,7 @@ class Layers:
     Args:
         network: in eval mode; left as it is.
         stages: of the network, from stem to head.
-        input_size: (C, H, W) of the pictures.
+        input_size: (C, H, W) of the images.
 
     Attributes:
         stages: a layer for each stage but the head, from stem up.
@@ -83,12 +83,14 @@ class Layers:
 
     @torch.no_grad()
     def _are_alike(self, one: Layer, other: Layer) -> bool:
-        """Whether two layers give the same numbers for some picture."""
+        """Whether two layers give the same numbers for some image."""
         weight = next(self._network.parameters())
         if weight.is_meta:
             return True
         noise = torch.randn(2, *self._input_size, generator=torch.Generator().manual_seed(0))
-        first, second = Taps(self._network, [one, other], "auto")(noise.to(weight.device, weight.dtype))
+        first, second = FeatureRecorder(self._network, [one, other], "auto")(
+            noise.to(weight.device, weight.dtype)
+        )
         return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * second.abs().max().item())
 
     def reads_head(self, layer: Layer) -> bool:
@@ -100,7 +102,7 @@ class Layers:
         return began is not None and (call.began if layer.at_input else call.ended) > began
 
     def modules(self) -> dict[str, Layer]:
-        """Return a layer for each module that gives tensors by picture, in the order of the forward."""
+        """Return a layer for each module that gives tensors by image, in the order of the forward."""
         calls: dict[str, Layer] = {}
         for call in sorted(self._trace.calls, key=lambda call: call.ended):
             if call.name and (layer := self._layer_of(call.name, call, False, call.outputs)):
@@ -165,9 +167,7 @@ class Layers:
             return UsageError("--layers pre_logits", "the network has no classifier", "Take --layers last.")
         if name and name in dict(self._network.named_modules()):
             called = any(call.name == name for call in self._trace.calls)
-            found = (
-                "it gives no tensor with a row for each picture" if called else "the forward never calls it"
-            )
+            found = "it gives no tensor with a row for each image" if called else "the forward never calls it"
             return UsageError(f"--layers {name}", found, f"Take a layer around it; {fix}")
         found = f"there is no stage and no module of that name{suggest(name, known)}"
         return UsageError(f"--layers {name}", found, fix)
@@ -209,7 +209,7 @@ class Layers:
 
     def _layer_of(self, name: str, call: Call, at_input: bool, carries: Structure) -> Layer | None:
         shapes = [shape for shape in shapes_in(carries) if shape.dtype.is_floating_point]
-        if not shapes or not all(shape.is_by_picture for shape in shapes):
+        if not shapes or not all(shape.is_by_image for shape in shapes):
             return None
         forms = [find_form(shape.of(1), self._input_size, self._prefix) for shape in shapes]
         known = tuple(form for form in forms if form is not None)
@@ -234,7 +234,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def count_prefix_tokens(network: nn.Module) -> int:
-    """Return how many class and register tokens stand before those of the picture."""
+    """Return how many class and register tokens stand before those of the image."""
     declared = getattr(network, "num_prefix_tokens", None)
     if isinstance(declared, int):
         return declared

@@ -1,7 +1,7 @@
-"""From what a layer gives to one row of numbers a picture.
+"""From what a layer gives to one row of numbers an image.
 
 =========  ==========================================================  =================================
-pool       of a map (B, C, H, W) or tokens (B, L, D)                   numbers a picture
+pool       of a map (B, C, H, W) or tokens (B, L, D)                   numbers an image
 =========  ==========================================================  =================================
 ``auto``   the class token where the classifier reads one, else avg    C or D
 ``token``  the class token                                             D
@@ -30,9 +30,9 @@ from finetune.errors import UsageError
 
 Pool = Literal["auto", "token", "avg", "max", "avgmax", "grid2", "flatten"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
-Order = Literal["vector", "channels_first", "channels_last", "tokens"]
+LaunchSpec = Literal["vector", "channels_first", "channels_last", "tokens"]
 TRUE_TO_FORM = 1.5
-"""Sides that are farther than this from the picture's proportions, as a factor, are no height and width."""
+"""Sides that are farther than this from the image's proportions, as a factor, are no height and width."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class Form:
     Attributes:
         order: ``vector`` (B, D), ``channels_first`` (B, C, H, W), ``channels_last`` (B, H, W, C) or
             ``tokens`` (B, L, D); windows that are folded into the batch axis count as tokens.
-        prefix: class and register tokens that come before those of the picture.
+        prefix: class and register tokens that come before those of the image.
         size: (H, W) of the positions; None where they are no rectangle.
         width: C or D.
     """
 
-    order: Order
+    order: LaunchSpec
     prefix: int
     size: tuple[int, int] | None
     width: int
 
     @property
     def num_positions(self) -> int:
-        """Of the picture itself; 1 for a vector."""
+        """Of the image itself; 1 for a vector."""
         return math.prod(self.size) if self.size else 1
 
     def num_features(self, pool: Pool) -> int:
-        """Return how many numbers a picture gets."""
+        """Return how many numbers an image gets."""
         if pool == "flatten":
             return self.width * (self.num_positions + self.prefix)
         return 4 * self.width if pool == "grid2" and self.order != "vector" else self.width
@@ -68,12 +68,12 @@ def find_form(shape: tuple[int, ...], input_size: tuple[int, int, int], num_pref
     """Read the axes of a tensor.
 
     Args:
-        shape: for one picture: the first axis holds its windows, and is 1 where there are none.
-        input_size: (C, H, W) of the pictures.
-        num_prefix: class and register tokens that the network puts before the picture's.
+        shape: for one image: the first axis holds its windows, and is 1 where there are none.
+        input_size: (C, H, W) of the images.
+        num_prefix: class and register tokens that the network puts before the image's.
 
     Returns:
-        None for a tensor that cannot be told apart by picture.
+        None for a tensor that cannot be told apart by image.
     """
     if len(shape) < 2:
         return None
@@ -97,7 +97,7 @@ def _tokens(shape: tuple[int, ...], input_size: tuple[int, int, int], num_prefix
 
 
 def _rectangle(length: int, input_size: tuple[int, int, int]) -> tuple[int, int] | None:
-    """The rectangle of so many positions with the picture's proportions."""
+    """The rectangle of so many positions with the image's proportions."""
     height = round(math.sqrt(max(length, 0) * input_size[1] / input_size[2]))
     if height and length % height == 0 and skew((height, length // height), input_size) <= TRUE_TO_FORM:
         return height, length // height
@@ -105,7 +105,7 @@ def _rectangle(length: int, input_size: tuple[int, int, int]) -> tuple[int, int]
 
 
 def skew(pair: tuple[int, ...], input_size: tuple[int, int, int]) -> float:
-    """Return how far the sides of ``pair`` are from the picture's proportions, as a factor of at least 1."""
+    """Return how far the sides of ``pair`` are from the image's proportions, as a factor of at least 1."""
     ratio = (pair[0] * input_size[2]) / max(pair[1] * input_size[1], 1)
     return max(ratio, 1 / ratio) if ratio else math.inf
 

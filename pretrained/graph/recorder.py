@@ -2,7 +2,7 @@
 
 A layer's tensor is pooled the moment it is there: a ReLU in place after it would overwrite it.
 
-Shape legend: B batch, D numbers of a layer for one picture.
+Shape legend: B batch, D numbers of a layer for one image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pretrained.graph.pooling import Pool, pool_tensor
 
 
 class _Reached(Exception):  # noqa: N818 - it ends a forward, and is no error
-    def __init__(self, owner: Taps) -> None:
+    def __init__(self, owner: FeatureRecorder) -> None:
         super().__init__()
         self.owner = owner
 
 
-class Taps:
+class FeatureRecorder:
     """Calls a network, and returns what its layers gave.
 
     Args:

@@ -9,7 +9,7 @@ Nothing of the network is copied or rewritten: both parts are its own forward.
 What the skipped calls return must not reach the output. :func:`split_at` fills it with NaN and looks, in the
 modes of training and of evaluation, before a cut is used.
 
-Shape legend: B batch, D numbers that the cut carries for one picture.
+Shape legend: B batch, D numbers that the cut carries for one image.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _CutReached(Exception):  # noqa: N818 - it ends a forward, and is no error
 
 @dataclass(frozen=True)
 class Packing:
-    """How what a cut carries lies in one row of numbers for each picture.
+    """How what a cut carries lies in one row of numbers for each image.
 
     Attributes:
         carries: its structure.
@@ -69,7 +69,7 @@ class Packing:
         return sum(shape.numel for shape in shapes_in(self.carries))
 
     def pack(self, carried: Any, batch: int) -> Tensor:
-        """Return rows (B, D) of what a trunk gave for ``batch`` pictures."""
+        """Return rows (B, D) of what a trunk gave for ``batch`` images."""
         tensors = zip(tensors_in(carried), self.orders, strict=True)
         parts = [tensor.permute(0, *order).reshape(batch, -1) for tensor, order in tensors]
         return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=1)
@@ -111,7 +111,7 @@ class Trunk:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Any:
-        """Return what the cut carries for a batch of pictures.
+        """Return what the cut carries for a batch of images.
 
         Raises:
             CutNotReachedError: the forward takes another way than the traced one.
@@ -144,7 +144,7 @@ class Rest:
         trace: of the network.
         cut: where it begins.
         packing: of the rows that it takes.
-        input_size: (C, H, W) of the pictures.
+        input_size: (C, H, W) of the images.
         filler: what skipped calls return; memory as it comes, since nobody reads it.
     """
 
@@ -172,8 +172,8 @@ class Rest:
         """Return the logits (B, K) of what a trunk gave, as rows (B, D)."""
         with self._replayed(self.packing.unpack(rows), len(rows), rows.device):
             dtype = self.packing.dtypes[0] if self.packing.dtypes[0].is_floating_point else torch.float32
-            picture = self._filler((len(rows), *self._input_size), dtype=dtype, device=rows.device)
-            logits: Tensor = self.network(picture)
+            image = self._filler((len(rows), *self._input_size), dtype=dtype, device=rows.device)
+            logits: Tensor = self.network(image)
         return logits
 
     @contextmanager
@@ -258,7 +258,7 @@ class Split:
         network: that is cut.
         trace: of it.
         cut: the place.
-        input_size: (C, H, W) of the pictures.
+        input_size: (C, H, W) of the images.
         packing: of what the cut carries.
     """
 
@@ -269,7 +269,7 @@ class Split:
         self._trunk = Trunk(network, cut)
 
     def trunk(self, images: Tensor) -> Tensor:
-        """Return rows (B, D) for pictures (B, C, H, W); the frozen part alone runs, without gradients."""
+        """Return rows (B, D) for images (B, C, H, W); the frozen part alone runs, without gradients."""
         return self.packing.pack(self._trunk(images), len(images))
 
     def rest(self, network: nn.Module, filler: Callable[..., Tensor] = torch.empty) -> Rest:
@@ -286,7 +286,7 @@ def split_at(
         network: on its device; its modes and buffers are left as they were.
         trace: of it.
         cut: the place.
-        images: (B, C, H, W) a few pictures to try it on; what they show does not matter.
+        images: (B, C, H, W) a few images to try it on; what they show does not matter.
         set_train_mode: puts the network into the modes of training.
 
     Returns:

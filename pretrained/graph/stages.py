@@ -60,7 +60,7 @@ def find_stages(
 
     Args:
         network: a network of timm, of torchvision or of anybody, on any device; it is left as it was.
-        input_size: channels, height and width of the pictures it takes.
+        input_size: channels, height and width of the images it takes.
         head: names of the head's parameters; found when not given.
 
     Returns:

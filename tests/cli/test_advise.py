@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import InterruptedRunError
 from finetune.export.folder import load_exported
-from finetune.features.kept import KeptRows
-from finetune.job import fit as fitting
+from finetune.features.store import KeptRows
+from finetune.run import fit as fitting
 from finetune.training.trainer import Trainer
 from tests.conftest import COLOURS, Cli, draw, draw_folder
 
@@ -48,11 +48,11 @@ def features_of(cli: Cli, tiny: Path, data: Path, path: Path, layers: str) -> pd
 
 @pytest.mark.parametrize("layers", ["last", "layer1", "all"])
 def test_a_solved_head_is_scikit_learns_optimum(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, layers: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
 ) -> None:
     words = ("--strategy", "freeze", "--set", f"strategy.features={layers}")
-    metrics = run(cli, tiny, pictures, tmp_path / "run", *words)
-    table = features_of(cli, tiny, pictures, tmp_path / "f.csv", layers)
+    metrics = run(cli, tiny, image_folder, tmp_path / "run", *words)
+    table = features_of(cli, tiny, image_folder, tmp_path / "f.csv", layers)
     train, val = table[table["split"] == "train"], table[table["split"] == "val"]
     mean, std = train.iloc[:, 3:].mean(), train.iloc[:, 3:].std(ddof=0)
     std = np.maximum(std, 0.1 * std.mean())
@@ -67,71 +67,75 @@ def test_a_solved_head_is_scikit_learns_optimum(
 
 @pytest.mark.parametrize("layers", ["last", "layer1", "all"])
 def test_the_exported_model_says_what_the_figures_say(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, layers: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
 ) -> None:
     from timm.data import create_transform
 
     from pretrained.catalog import find_card
 
     words = ("--strategy", "freeze", "--set", f"strategy.features={layers}")
-    run(cli, tiny, pictures, tmp_path / "run", *words)
+    run(cli, tiny, image_folder, tmp_path / "run", *words)
     network = load_exported(tmp_path / "run/model")
     card = find_card(str(tmp_path / "run"))
     view = create_transform(**card.preprocessing.to_timm(), is_training=False)
     with (tmp_path / "run/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))[::5]
     for row in rows:
-        with Image.open(pictures / row["path"]) as image, torch.no_grad():
+        with Image.open(image_folder / row["path"]) as image, torch.no_grad():
             said = network(view(image.convert("RGB")).unsqueeze(0)).softmax(1)[0]
         wanted = [float(row[f"prob_{name}"]) for name in card.label_names]
         assert np.allclose(said.numpy(), wanted, atol=1e-3)
 
 
-def test_a_solved_run_can_be_given_more_epochs(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_solved_run_can_be_given_more_epochs(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
     words = ("--strategy", "freeze", "--set", "strategy.features=last")
-    before = run(cli, tiny, pictures, tmp_path / "run", *words)
-    assert run(cli, tiny, pictures, tmp_path / "run", *words, "--epochs", 20)["loss"] == before["loss"]
+    before = run(cli, tiny, image_folder, tmp_path / "run", *words)
+    assert run(cli, tiny, image_folder, tmp_path / "run", *words, "--epochs", 20)["loss"] == before["loss"]
 
 
 @pytest.mark.parametrize("command", ["probe", "map", "advise"])
-def test_nothing_is_written_among_the_images(cli: Cli, tiny: Path, pictures: Path, command: str) -> None:
+def test_nothing_is_written_among_the_images(cli: Cli, tiny: Path, image_folder: Path, command: str) -> None:
     words = ("--per-class", 3) if command == "probe" else ()
-    result = cli(command, "-b", tiny, "-d", pictures, "-o", pictures / "out", *words, *WORDS)
+    result = cli(command, "-b", tiny, "-d", image_folder, "-o", image_folder / "out", *words, *WORDS)
     assert result.exit_code == 2 and "lies in the data" in result.stderr
-    assert not (pictures / "out").exists()
+    assert not (image_folder / "out").exists()
 
 
 def test_a_backbone_without_a_classifier_is_advised_by_depth(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     other = shutil.copytree(tiny, tmp_path / "encoder")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_classes": 0}))
-    result = cli("advise", "-b", other, "-d", pictures, "--json", *WORDS)
+    result = cli("advise", "-b", other, "-d", image_folder, "--json", *WORDS)
     assert result.exit_code == 0, result.stderr
     advice = json.loads(result.stdout)
     assert advice["normalised_leep"] is None and advice["similarity"] in ("unsure", "different")
 
 
 def test_a_classifier_on_stages_gives_features_and_advice(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    run(cli, tiny, pictures, tmp_path / "one", "--strategy", "freeze", "--set", "strategy.features=layer2")
-    result = cli("extract", "-b", tmp_path / "one", "-d", pictures, "-o", tmp_path / "f.csv", *WORDS)
+    run(
+        cli, tiny, image_folder, tmp_path / "one", "--strategy", "freeze", "--set", "strategy.features=layer2"
+    )
+    result = cli("extract", "-b", tmp_path / "one", "-d", image_folder, "-o", tmp_path / "f.csv", *WORDS)
     assert result.exit_code == 0, result.stderr
-    run(cli, tmp_path / "one", pictures, tmp_path / "auto", "--strategy", "auto")
+    run(cli, tmp_path / "one", image_folder, tmp_path / "auto", "--strategy", "auto")
     words = ("--strategy", "freeze", "--set", "strategy.features=all", "-o", tmp_path / "no")
-    result = cli("run", "-b", tmp_path / "one", "-d", pictures, *WORDS, *words)
+    result = cli("run", "-b", tmp_path / "one", "-d", image_folder, *WORDS, *words)
     assert result.exit_code == 2 and "itself a classifier on stages" in result.stderr
 
 
 def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
-    before = run(cli, tiny, pictures, tmp_path / "one", *words)
+    before = run(cli, tiny, image_folder, tmp_path / "one", *words)
     kept = run(
-        cli, tmp_path / "one", pictures, tmp_path / "two", "--strategy", "full", "--epochs", 1, "--lr", 1e-7,
+        cli, tmp_path / "one", image_folder, tmp_path / "two", "--strategy", "full", "--epochs", 1, "--lr", 1e-7,
         "--set", "strategy.head=keep",
     )  # fmt: skip
     assert kept["accuracy"] == pytest.approx(before["accuracy"], abs=0.06)
@@ -140,11 +144,11 @@ def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
 
 
 def test_best_is_chosen_without_validation_images(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--strategy", "freeze", "--set", "strategy.features=best")
-    one = run(cli, tiny, pictures, tmp_path / "one", *words)
-    shutil.copytree(pictures, tmp_path / "data")
+    one = run(cli, tiny, image_folder, tmp_path / "one", *words)
+    shutil.copytree(image_folder, tmp_path / "data")
     folders = [tmp_path / "data/val" / name for name in COLOURS]
     for folder, other in zip(folders, folders[1:] + folders[:1], strict=True):
         folder.rename(folder.with_name(f"{other.name}-new"))
@@ -156,18 +160,19 @@ def test_best_is_chosen_without_validation_images(
 
 
 def test_a_killed_solution_ends_in_the_same_bits(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
-    run(cli, tiny, pictures, tmp_path / "whole", *words)
+    run(cli, tiny, image_folder, tmp_path / "whole", *words)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
-    for place in ("finetune.job.solve.fit", "finetune.job.main.write_figures"):
+    for place in ("finetune.run.linear_head.fit", "finetune.run.run.write_figures"):
         with mock.patch(place, side_effect=KeyboardInterrupt):
             assert (
-                cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "cut", *WORDS, *words).exit_code == 75
+                cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "cut", *WORDS, *words).exit_code
+                == 75
             )
     with mock.patch.object(KeptRows, "_compute", side_effect=AssertionError("computed again")):
-        run(cli, tiny, pictures, tmp_path / "cut", *words)
+        run(cli, tiny, image_folder, tmp_path / "cut", *words)
     for name in ("predictions.csv", "model/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -187,9 +192,9 @@ def test_a_killed_solution_ends_in_the_same_bits(
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: tuple[str, ...], said: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
-    result = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *WORDS, *words)
+    result = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, *words)
     assert result.exit_code == 2 and said in result.stderr, result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -198,12 +203,12 @@ def test_keys_that_do_not_go_together_are_refused(
 
 
 def test_training_that_does_not_beat_its_floor_is_not_handed_over(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--strategy", "full", "--epochs", 1, "--lr", 1e-7, "--set", "strategy.floor=all")
-    floored = run(cli, tiny, pictures, tmp_path / "floor", *words)
+    floored = run(cli, tiny, image_folder, tmp_path / "floor", *words)
     solved = run(
-        cli, tiny, pictures, tmp_path / "all", "--strategy", "freeze", "--set", "strategy.features=all"
+        cli, tiny, image_folder, tmp_path / "all", "--strategy", "freeze", "--set", "strategy.features=all"
     )
     assert floored["features"] == solved["features"] and floored["epochs"] == 0
     assert floored["accuracy"] == solved["accuracy"]
@@ -213,13 +218,13 @@ def test_training_that_does_not_beat_its_floor_is_not_handed_over(
 
 
 def test_training_that_beats_its_floor_is_handed_over(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     with mock.patch.object(fitting, "_beats", return_value=True):
         metrics = run(
             cli,
             tiny,
-            pictures,
+            image_folder,
             tmp_path / "run",
             "--strategy",
             "top",
@@ -231,12 +236,19 @@ def test_training_that_beats_its_floor_is_handed_over(
     assert metrics["epochs"] == 1 and metrics["features"] is None
 
 
-def test_a_head_begins_as_the_solution(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_head_begins_as_the_solution(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     solved = run(
-        cli, tiny, pictures, tmp_path / "solved", "--strategy", "freeze", "--set", "strategy.features=last"
+        cli,
+        tiny,
+        image_folder,
+        tmp_path / "solved",
+        "--strategy",
+        "freeze",
+        "--set",
+        "strategy.features=last",
     )
     started = run(
-        cli, tiny, pictures, tmp_path / "run", "--strategy", "top", "--epochs", 1, "--lr", 1e-9,
+        cli, tiny, image_folder, tmp_path / "run", "--strategy", "top", "--epochs", 1, "--lr", 1e-9,
         "--set", "strategy.probe_first=true", "--set", "strategy.norm=eval",
     )  # fmt: skip
     assert started["epochs"] == 1
@@ -252,15 +264,15 @@ class Stopping(Trainer):
 
 
 def test_a_run_with_a_floor_goes_on_to_the_same_bits(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--strategy", "top", "--epochs", 3)
     words += ("--set", "strategy.probe_first=true", "--set", "strategy.floor=all")
-    run(cli, tiny, pictures, tmp_path / "whole", *words)
+    run(cli, tiny, image_folder, tmp_path / "whole", *words)
     with mock.patch.object(fitting, "Trainer", Stopping):
-        result = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "cut", *WORDS, *words)
+        result = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "cut", *WORDS, *words)
     assert result.exit_code == 75, result.stderr
-    run(cli, tiny, pictures, tmp_path / "cut", *words)
+    run(cli, tiny, image_folder, tmp_path / "cut", *words)
     for name in ("predictions.csv", "model/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -269,10 +281,10 @@ def test_a_run_with_a_floor_goes_on_to_the_same_bits(
 
 
 def test_advice_says_where_the_data_stand(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.job.source.LEAST_SOURCE_CLASSES", 10)
-    result = cli("advise", "-b", tiny, "-d", pictures, "-o", tmp_path / "advice", *WORDS)
+    monkeypatch.setattr("finetune.features.network.LEAST_SOURCE_CLASSES", 10)
+    result = cli("advise", "-b", tiny, "-d", image_folder, "-o", tmp_path / "advice", *WORDS)
     assert result.exit_code == 0, result.stderr
     assert "-> little," in result.stdout and "What would change this" in result.stdout
     advice = json.loads((tmp_path / "advice/advice.json").read_text())
@@ -286,9 +298,9 @@ def test_advice_says_where_the_data_stand(
 
 
 def test_auto_runs_what_advice_says_and_computes_it_once(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    advised = json.loads(cli("advise", "-b", tiny, "-d", pictures, "--json", *WORDS).stdout)
+    advised = json.loads(cli("advise", "-b", tiny, "-d", image_folder, "--json", *WORDS).stdout)
     seen: list[str] = []
     rows = KeptRows.rows
 
@@ -299,7 +311,7 @@ def test_auto_runs_what_advice_says_and_computes_it_once(
         return found
 
     with mock.patch.object(KeptRows, "rows", spy):
-        metrics = run(cli, tiny, pictures, tmp_path / "run", "--strategy", "auto")
+        metrics = run(cli, tiny, image_folder, tmp_path / "run", "--strategy", "auto")
     assert set(seen) == {"features of val images"}  # those of training images were there
     saved = json.loads((tmp_path / "run/advice.json").read_text())
     assert saved["strategy"] == advised["strategy"]
@@ -309,25 +321,27 @@ def test_auto_runs_what_advice_says_and_computes_it_once(
 
 
 def test_auto_keeps_its_strategy_when_it_goes_on(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *WORDS, "--strategy", "auto")
-    with mock.patch("finetune.job.main.write_figures", side_effect=KeyboardInterrupt):
+    words = ("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, "--strategy", "auto")
+    with mock.patch("finetune.run.run.write_figures", side_effect=KeyboardInterrupt):
         assert cli(*words).exit_code == 75
-    with mock.patch("finetune.job.auto.advise", side_effect=AssertionError("decided again")):
+    with mock.patch("finetune.run.auto.advise", side_effect=AssertionError("decided again")):
         assert cli(*words).exit_code == 0
         assert "finished" in cli(*words).stderr  # and once it is done
 
 
-def test_a_brief_training_can_overrule(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    result = cli("advise", "-b", tiny, "-d", pictures, "--json", "--set", "advise.verify=true", *WORDS)
+def test_a_brief_training_can_overrule(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+    result = cli("advise", "-b", tiny, "-d", image_folder, "--json", "--set", "advise.verify=true", *WORDS)
     assert result.exit_code == 0, result.stderr
     advice = json.loads(result.stdout)
     top, linear = advice["verified"]["top"], advice["verified"]["freeze"]
     assert 0 < top <= 1 and 0 < linear <= 1
     assert advice["strategy"]["name"] == ("top" if top > linear else "freeze")
-    with mock.patch("finetune.job.verify._try_top", return_value=1.01):
-        result = cli("advise", "-b", tiny, "-d", pictures, "--json", "--set", "advise.verify=true", *WORDS)
+    with mock.patch("finetune.run.verify._try_top", return_value=1.01):
+        result = cli(
+            "advise", "-b", tiny, "-d", image_folder, "--json", "--set", "advise.verify=true", *WORDS
+        )
     strategy = json.loads(result.stdout)["strategy"]
     assert strategy["name"] == "top" and strategy["probe_first"] and strategy["floor"]
 
@@ -342,14 +356,14 @@ def test_shuffled_labels_are_flagged(cli: Cli, tiny: Path, tmp_path: Path) -> No
     assert any("look at the labels" in warning for warning in advice["warnings"])
 
 
-def test_backbones_are_ranked_by_neighbours(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_backbones_are_ranked_by_neighbours(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny, tmp_path / "worse")
     from safetensors.torch import load_file, save_file
 
     state = load_file(other / "model.safetensors")
     save_file({key: torch.zeros_like(value) if "layer4" in key else value for key, value in state.items()},
               other / "model.safetensors")  # fmt: skip
-    result = cli("advise", "--backbones", f"{other},{tiny}", "-d", pictures, "--json", *WORDS)
+    result = cli("advise", "--backbones", f"{other},{tiny}", "-d", image_folder, "--json", *WORDS)
     assert result.exit_code == 0, result.stderr
     ranked = json.loads(result.stdout)
     assert [str(tiny) in one["backbone"] for one in ranked] == [True, False]
@@ -357,15 +371,15 @@ def test_backbones_are_ranked_by_neighbours(cli: Cli, tiny: Path, pictures: Path
 
 
 @pytest.mark.parametrize("command", ["advise", "probe"])
-def test_pictures_without_labels_are_refused(cli: Cli, tiny: Path, tmp_path: Path, command: str) -> None:
+def test_images_without_labels_are_refused(cli: Cli, tiny: Path, tmp_path: Path, command: str) -> None:
     draw_folder(tmp_path / "data", {"one": 3})
     result = cli(command, "-b", tiny, "-d", tmp_path / "data", "-o", tmp_path / "out", *WORDS)
     assert result.exit_code == 65 and "no image has a label" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupted_advice_leaves_nothing(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_interrupted_advice_leaves_nothing(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     error = InterruptedRunError("the run", "it was stopped", "Again.")
-    with mock.patch("finetune.job.advise.decide", side_effect=error):
-        result = cli("advise", "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *WORDS)
+    with mock.patch("finetune.run.advise.decide", side_effect=error):
+        result = cli("advise", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *WORDS)
     assert result.exit_code == 75 and not (tmp_path / "out").exists()

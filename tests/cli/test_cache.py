@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.cache.blocks import BlockFile
-from finetune.cache.shelf import Shelf
+from finetune.runs.cache_dir import FeatureCacheDir
 from tests.conftest import Cli
 
 FACTS = {"kind": "trunk", "backbone": "timm/resnet18", "cut": "layer3", "view": 2, "num_images": 40}
@@ -18,7 +18,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keep() -> BlockFile:
-    file = BlockFile(Shelf().place(FACTS), FACTS, 1)
+    file = BlockFile(FeatureCacheDir().place(FACTS), FACTS, 1)
     file.append(bytes(2_500_000))
     return file
 

@@ -118,8 +118,8 @@ def test_what_is_written(cli: Cli, make: Make, tmp_path: Path) -> None:
     assert again.exit_code == ExitCode.USAGE and "not empty" in again.stderr
 
 
-def test_real_runs(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    quick = ("-b", tiny, "-d", pictures, "--workers", 0, "--batch-size", 8)
+def test_real_runs(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    quick = ("-b", tiny, "-d", image_folder, "--workers", 0, "--batch-size", 8)
     for name, epochs in (("a", 1), ("b", 3)):
         output = ("-o", tmp_path / name, "--epochs", epochs)
         assert cli("run", *quick, *output, "--set", "input.augmentation=none").exit_code == 0
@@ -223,7 +223,7 @@ def test_another_content_under_the_same_name(cli: Cli, make: Make) -> None:
     path = IMAGES[7][0]
     first, second = make("a", digests={path: "1"}), make("b", digests={path: "2"})
     found = refusal(cli, ExitCode.DATA, first, second)
-    assert f"{path} is not the same picture in both" in found
+    assert f"{path} is not the same image in both" in found
     assert cli("compare", make("c"), make("d")).exit_code == 0
 
 
@@ -243,14 +243,14 @@ def test_images_of_unknown_content_are_not_compared(cli: Cli, make: Make, how: s
         assert "finetune evaluate" in found or how == "no column"
 
 
-def test_evaluations_of_other_pictures_with_the_same_names(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_evaluations_of_other_images_with_the_same_names(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     for name, seed in (("x", 1), ("y", 2), ("z", 1)):
         for label in range(2):
             draw(tmp_path / name / str(label) / "1.jpg", (90, 90, 90), seed=seed + 10 * label)
         result = cli("evaluate", tiny, "--data", tmp_path / name, "-o", tmp_path / f"of-{name}")
         assert result.exit_code == 0, result.output
     found = refusal(cli, ExitCode.DATA, tmp_path / "of-x", tmp_path / "of-y")
-    assert "is not the same picture in both" in found
+    assert "is not the same image in both" in found
     same = cli("compare", tmp_path / "of-x", tmp_path / "of-z", "--json")
     assert same.exit_code == 0, same.output
     (pair,) = json.loads(same.stdout)["pairs"]

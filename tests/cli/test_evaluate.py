@@ -1,4 +1,4 @@
-"""``finetune evaluate``: the same figures as the run's, on the right pictures, or a refusal."""
+"""``finetune evaluate``: the same figures as the run's, on the right images, or a refusal."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_an_image_that_cannot_be_read_is_refused(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data / "test", tmp_path / "new")
-    (tmp_path / "new" / "red" / "000.jpg").write_bytes(b"no picture")
+    (tmp_path / "new" / "red" / "000.jpg").write_bytes(b"no image")
     result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out")
     assert result.exit_code == 65
     assert "red/000.jpg" in result.stderr
@@ -294,7 +294,7 @@ def test_a_name_is_no_folder_that_happens_to_be_here(
     runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library's name has no folder above it; the working folder is not its run."""
-    from finetune.job.seen import find_run
+    from finetune.data.provenance import find_run
 
     monkeypatch.chdir(runs[0])
     assert find_run(Path("resnet50")) is None

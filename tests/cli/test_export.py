@@ -25,23 +25,23 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from finetune.cli.app import app
-from finetune.data.sample import Dataset
+from finetune.data.dataset import Dataset
+from finetune.data.prepare import check_outside
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
 from finetune.export import folder
 from finetune.export.hub import check_push, push_folder
-from finetune.job.data import check_outside
-from finetune.job.exportable import open_model
+from finetune.export.source import open_model
 from tests.conftest import Cli
 
 TOKEN = "hf_" + "abcdefghij" * 3
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, pictures: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, image_folder: Path) -> Path:
     from typer.testing import CliRunner
 
     folder = tmp_path_factory.mktemp("exported") / "run"
-    words = ["run", "-b", tiny, "-d", pictures, "-o", folder, "-s", "full", "--epochs", 2, "--workers", 0]
+    words = ["run", "-b", tiny, "-d", image_folder, "-o", folder, "-s", "full", "--epochs", 2, "--workers", 0]
     result = CliRunner().invoke(app, [str(word) for word in [*words, "--device", "cpu"]])
     assert result.exit_code == 0, result.output
     return folder
@@ -52,7 +52,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run, tmp_path / "copy")
 
 
-def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, image_folder: Path, tmp_path: Path) -> None:
     """The oracle is plain timm: its transform, its network, its softmax."""
     output = tmp_path / "out"
     result = cli("export", run, "--format", "timm", "-o", output, "--json")
@@ -72,7 +72,7 @@ def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, pictures: Path,
     network = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(network), is_training=False)
     rows = pd.read_csv(run / "predictions.csv")
-    images = torch.stack([transform(Image.open(pictures / path)) for path in rows.path])
+    images = torch.stack([transform(Image.open(image_folder / path)) for path in rows.path])
     temperature = json.loads((output / "config.json").read_text())["finetune"]["temperature"]
     with torch.no_grad():
         found = (network(images) / temperature).softmax(1).numpy()
@@ -81,7 +81,7 @@ def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, pictures: Path,
 
 
 def test_onnx_takes_bytes_and_gives_probabilities(
-    cli: Cli, run: Path, pictures: Path, tmp_path: Path
+    cli: Cli, run: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     import onnxruntime
 
@@ -100,11 +100,11 @@ def test_onnx_takes_bytes_and_gives_probabilities(
     rows = pd.read_csv(run / "predictions.csv")
     session = onnxruntime.InferenceSession(output / "model.onnx")
     for path, sure in list(zip(rows.path, rows.confidence, strict=True))[:3]:
-        picture = Image.open(pictures / path)
-        width = int(size * picture.width / picture.height)
-        picture = picture.resize((width, size), Image.Resampling.BILINEAR)
+        image = Image.open(image_folder / path)
+        width = int(size * image.width / image.height)
+        image = image.resize((width, size), Image.Resampling.BILINEAR)
         left, top = round((width - 32) / 2), round((size - 32) / 2)
-        pixels = np.asarray(picture.crop((left, top, left + 32, top + 32)))
+        pixels = np.asarray(image.crop((left, top, left + 32, top + 32)))
         assert session.run(None, {"images": pixels[None]})[0].max() == pytest.approx(sure, abs=1e-4)
 
 
@@ -148,7 +148,7 @@ def test_an_artefact_that_says_something_else_is_not_kept(
         state["fc.bias"][0] += 0.01
         save_file(state, path / "model.safetensors")
 
-    monkeypatch.setattr("finetune.job.export.write_model", spoil)
+    monkeypatch.setattr("finetune.export.export.write_model", spoil)
     result = cli("export", run, "-o", tmp_path / "out")
     assert result.exit_code == ExitCode.INTERNAL
     assert "its probabilities differ from the network's by up to 0.00" in result.stderr
@@ -194,9 +194,9 @@ def test_a_run_that_is_not_finished_is_refused(cli: Cli, copy: Path, tmp_path: P
 
 
 @pytest.fixture
-def own_data(copy: Path, pictures: Path, tmp_path: Path) -> Path:
+def own_data(copy: Path, image_folder: Path, tmp_path: Path) -> Path:
     """The run's images again, for a test that changes them."""
-    data = shutil.copytree(pictures, tmp_path / "pictures")
+    data = shutil.copytree(image_folder, tmp_path / "pictures")
     repoint(copy, data)
     return data
 
@@ -265,7 +265,7 @@ def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch
 
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: None)  # a test that fails must not end the others
-    monkeypatch.setattr("finetune.job.export.predict_fresh", stop)
+    monkeypatch.setattr("finetune.export.export.predict_fresh", stop)
     try:
         result = cli("export", run, "-o", tmp_path / "out")
     finally:
@@ -306,20 +306,20 @@ def test_damaged_models_are_refused(cli: Cli, copy: Path, tmp_path: Path) -> Non
     assert (result.exit_code, "there is no model in it" in result.stderr) == (ExitCode.USAGE, True)
 
 
-def test_places_that_are_refused(cli: Cli, run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_places_that_are_refused(cli: Cli, run: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for words, said in (
         ((run, "-o", tmp_path / "full"), "the folder is not empty"),
         ((run, "-o", tmp_path / "full" / "x"), "it is a file"),
-        ((run, "-o", pictures / "out"), "it lies in the data"),
+        ((run, "-o", image_folder / "out"), "it lies in the data"),
         ((tmp_path / "no", "-o", tmp_path / "out"), "there is no such folder"),
         ((tmp_path / "full", "-o", tmp_path / "out"), "there is no model in it"),
         (("resnet18", "-o", tmp_path / "out"), "there is no such folder"),
     ):
         result = cli("export", *words)
         assert (result.exit_code, said in result.stderr) == (ExitCode.USAGE, True), result.stderr
-    assert not (pictures / "out").exists()
+    assert not (image_folder / "out").exists()
     assert not (tmp_path / "out").exists()
 
 

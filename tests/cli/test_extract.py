@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
-from finetune.features.kept import KeptRows
-from finetune.job import source
+from finetune.features import extraction as source
+from finetune.features.store import KeptRows
 from pretrained.catalog import find_card
 from tests.conftest import Cli, draw_folder
 
@@ -36,8 +36,10 @@ def extract(cli: Cli, tiny: Path, data: Path, output: Path, *words: object) -> A
     return cli("extract", "--backbone", tiny, "--data", data, "--output", output, *words)
 
 
-def test_a_table_for_each_stage_and_an_index(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    result = extract(cli, tiny, pictures, tmp_path / "out", "--json")
+def test_a_table_for_each_stage_and_an_index(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    result = extract(cli, tiny, image_folder, tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
     index = pd.read_csv(tmp_path / "out/index.csv")
     assert json.loads(result.stdout)["num_images"] == 54
@@ -50,18 +52,18 @@ def test_a_table_for_each_stage_and_an_index(cli: Cli, tiny: Path, pictures: Pat
         assert not table.isna().any().any()
 
 
-def test_numbers_are_the_networks_own(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    """Against the plain network, picture by picture, with timm's own transform."""
+def test_numbers_are_the_networks_own(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+    """Against the plain network, image by image, with timm's own transform."""
     import timm
     from timm.data import create_transform
 
-    assert extract(cli, tiny, pictures, tmp_path / "f.csv", "--layers", "pre_logits").exit_code == 0
+    assert extract(cli, tiny, image_folder, tmp_path / "f.csv", "--layers", "pre_logits").exit_code == 0
     table = pd.read_csv(tmp_path / "f.csv")
     network = timm.create_model(f"local-dir:{tiny}", pretrained=True).eval()
     card = find_card(str(tiny))
     view = create_transform(**card.preprocessing.to_timm(), is_training=False)
     for row in table.iloc[[0, 20, 53]].itertuples(index=False):
-        with Image.open(pictures / row[0]) as image, torch.no_grad():
+        with Image.open(image_folder / row[0]) as image, torch.no_grad():
             features = network.forward_head(  # type: ignore[operator]
                 network.forward_features(view(image.convert("RGB")).unsqueeze(0)),
                 pre_logits=True,  # type: ignore[operator]
@@ -70,17 +72,17 @@ def test_numbers_are_the_networks_own(cli: Cli, tiny: Path, pictures: Path, tmp_
         assert row[1] == row[0].split("/")[1] and row[2] == row[0].split("/")[0]
 
 
-def test_three_lines_of_scikit_learn(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    assert extract(cli, tiny, pictures, tmp_path / "f.csv", "--layers", "all").exit_code == 0
+def test_three_lines_of_scikit_learn(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+    assert extract(cli, tiny, image_folder, tmp_path / "f.csv", "--layers", "all").exit_code == 0
     table = pd.read_csv(tmp_path / "f.csv")
     train, val = table[table["split"] == "train"], table[table["split"] == "val"]
     classifier = LogisticRegression(max_iter=1000).fit(train.iloc[:, 3:], train["label"])
     assert classifier.score(val.iloc[:, 3:], val["label"]) > 0.8
 
 
-def test_formats_hold_the_same_bits(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_formats_hold_the_same_bits(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     for name in ("f.csv", "f.parquet", "f.npz"):
-        result = extract(cli, tiny, pictures, tmp_path / name, "-l", "layer1,layer4")
+        result = extract(cli, tiny, image_folder, tmp_path / name, "-l", "layer1,layer4")
         assert result.exit_code == 0, result.stderr
     csv = pd.read_csv(tmp_path / "f.csv", dtype=dict.fromkeys(_number_columns(tmp_path), np.float32))
     parquet = pd.read_parquet(tmp_path / "f.parquet")
@@ -95,7 +97,7 @@ def _number_columns(folder: Path) -> list[str]:
     return list(pd.read_csv(folder / "f.csv", nrows=0).columns[3:])
 
 
-def test_pictures_without_labels(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_images_without_labels(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     draw_folder(tmp_path / "flat", {"inner/red": 3})
     shutil.copy(tmp_path / "flat/inner/red/000.jpg", tmp_path / "flat/top.jpg")
     result = extract(cli, tiny, tmp_path / "flat", tmp_path / "f.csv", "-l", "last")
@@ -129,7 +131,7 @@ def test_a_bad_image_is_listed_and_has_no_row(cli: Cli, tiny: Path, tmp_path: Pa
     data = draw_folder(tmp_path / "data", {"red": 20, "blue": 5})
     good = tmp_path / "good.csv"
     assert extract(cli, tiny, data, good, "-l", "all").exit_code == 0
-    (data / "red/004.jpg").write_bytes(b"no picture at all")
+    (data / "red/004.jpg").write_bytes(b"no image at all")
     whole = (data / "blue/001.jpg").read_bytes()
     (data / "blue/001.jpg").write_bytes(whole[: len(whole) // 2])
     result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "all")
@@ -153,7 +155,7 @@ def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path)
 def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """Kept rows know contents, not names: a renamed folder finds them, and the hole in them."""
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
-    (data / "blue/003.jpg").write_bytes(b"no picture at all")
+    (data / "blue/003.jpg").write_bytes(b"no image at all")
     assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "last").exit_code == 0
     (data / "blue").rename(data / "azure")
     result = extract(cli, tiny, data, tmp_path / "two.csv", "-l", "last")
@@ -163,22 +165,22 @@ def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("gone", [True, False])
-def test_a_picture_that_changes_on_the_way_is_not_kept(
+def test_a_image_that_changes_on_the_way_is_not_kept(
     cli: Cli, tiny: Path, tmp_path: Path, gone: bool
 ) -> None:
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
-    picture = data / "blue/003.jpg"
-    content = picture.read_bytes()
-    taps = source.Taps
+    image = data / "blue/003.jpg"
+    content = image.read_bytes()
+    taps = source.FeatureRecorder
 
     def change(*arguments: Any, **keys: Any) -> Any:
-        picture.unlink() if gone else shutil.copy(data / "red/000.jpg", picture)
+        image.unlink() if gone else shutil.copy(data / "red/000.jpg", image)
         return taps(*arguments, **keys)
 
     with mock.patch.object(source, "Taps", change):
         result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last", "--workers", 0)
     assert result.exit_code == 65 and "changed or removed meanwhile" in result.stderr
-    picture.write_bytes(content)
+    image.write_bytes(content)
     assert extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last").exit_code == 0
     assert len(pd.read_csv(tmp_path / "f.csv")) == 12
 
@@ -204,22 +206,24 @@ def test_features_of_the_classifier_know_its_weights(cli: Cli, tiny: Path, tmp_p
     assert np.allclose(two, 2 * one, rtol=1e-4, atol=1e-5)
 
 
-def test_the_second_time_nothing_is_computed(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    assert extract(cli, tiny, pictures, tmp_path / "one.csv", "-l", "layer1,layer4").exit_code == 0
+def test_the_second_time_nothing_is_computed(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    assert extract(cli, tiny, image_folder, tmp_path / "one.csv", "-l", "layer1,layer4").exit_code == 0
     with mock.patch.object(KeptRows, "_compute", side_effect=AssertionError("computed again")):
-        result = extract(cli, tiny, pictures, tmp_path / "two.csv", "-l", "layer4,layer1")
+        result = extract(cli, tiny, image_folder, tmp_path / "two.csv", "-l", "layer4,layer1")
         assert result.exit_code == 0, result.stderr
-    assert extract(cli, tiny, pictures, tmp_path / "three.csv", "-l", "layer4,layer2").exit_code == 0
+    assert extract(cli, tiny, image_folder, tmp_path / "three.csv", "-l", "layer4,layer2").exit_code == 0
     one, three = pd.read_csv(tmp_path / "one.csv"), pd.read_csv(tmp_path / "three.csv")
     both = [name for name in one.columns if name.startswith("layer4.")]
     assert one[both].equals(three[both])  # kept, or computed beside another layer: the same bits
 
 
-def test_a_finished_folder_is_left_alone(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_is_left_alone(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert extract(cli, tiny, pictures, out, "-l", "last").exit_code == 0
+    assert extract(cli, tiny, image_folder, out, "-l", "last").exit_code == 0
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    result = extract(cli, tiny, pictures, out, "-l", "last")
+    result = extract(cli, tiny, image_folder, out, "-l", "last")
     assert result.exit_code == 0 and "already" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
@@ -228,23 +232,23 @@ def test_a_finished_folder_is_left_alone(cli: Cli, tiny: Path, pictures: Path, t
     "words", [("-l", "layer1"), ("-l", "last", "--pool", "max"), ("-l", "last", "--format", "npz")]
 )
 def test_another_extraction_is_not_overwritten(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: tuple[str, ...]
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
-    assert extract(cli, tiny, pictures, out, "-l", "last").exit_code == 0
+    assert extract(cli, tiny, image_folder, out, "-l", "last").exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    result = extract(cli, tiny, pictures, out, *words)
+    result = extract(cli, tiny, image_folder, out, *words)
     assert result.exit_code == 2 and "another extraction" in result.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_text("mine")
-    result = extract(cli, tiny, pictures, tmp_path / "f.csv")
+    result = extract(cli, tiny, image_folder, tmp_path / "f.csv")
     assert result.exit_code == 2 and (tmp_path / "f.csv").read_text() == "mine"
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    result = extract(cli, tiny, pictures, tmp_path / "out")
+    result = extract(cli, tiny, image_folder, tmp_path / "out")
     assert result.exit_code == 2 and [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
@@ -259,15 +263,15 @@ def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, pictures: Path,
     ],
 )
 def test_bad_words_are_refused_before_anything_is_written(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: tuple[str, ...], code: int, said: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...], code: int, said: str
 ) -> None:
-    result = extract(cli, tiny, pictures, tmp_path / "out", *words)
+    result = extract(cli, tiny, image_folder, tmp_path / "out", *words)
     assert result.exit_code == code and said in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_the_output_does_not_lie_in_the_data(cli: Cli, tiny: Path, pictures: Path) -> None:
-    result = extract(cli, tiny, pictures, pictures / "out")
+def test_the_output_does_not_lie_in_the_data(cli: Cli, tiny: Path, image_folder: Path) -> None:
+    result = extract(cli, tiny, image_folder, image_folder / "out")
     assert result.exit_code == 2 and "lies in the data" in result.stderr
 
 
@@ -286,21 +290,21 @@ def test_the_list_of_layers(cli: Cli, tiny: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_under_the_final_name(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     error = OSError(28, "No space left on device")
     with mock.patch("finetune.runs.files.os.fsync", side_effect=error):
-        result = extract(cli, tiny, pictures, tmp_path / "f.csv", "-l", "last")
+        result = extract(cli, tiny, image_folder, tmp_path / "f.csv", "-l", "last")
     assert result.exit_code == 74, result.stderr
     assert not (tmp_path / "f.csv").exists()
-    assert extract(cli, tiny, pictures, tmp_path / "f.csv", "-l", "last").exit_code == 0
+    assert extract(cli, tiny, image_folder, tmp_path / "f.csv", "-l", "last").exit_code == 0
 
 
 def test_features_without_room_in_the_cache_lie_beside_the_output(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("-l", "last", "--set", "cache.max_gb=0.000001")
-    result = extract(cli, tiny, pictures, tmp_path / "f.csv", *words)
+    result = extract(cli, tiny, image_folder, tmp_path / "f.csv", *words)
     assert result.exit_code == 0, result.stderr
     assert "not kept for other commands" in result.stderr
     assert len(pd.read_csv(tmp_path / "f.csv")) == 54

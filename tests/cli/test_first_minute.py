@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from finetune.job import default_backbone
+from finetune.features import network as default_backbone
 from finetune.recipe import load_recipe
 from pretrained.bundle import list_bundled
 from pretrained.catalog import find_card
@@ -32,16 +32,16 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (BUNDLED, "sample:digits")
     assert f"Weights started from `{BUNDLED}` (apache-2.0" in (run / "model" / "README.md").read_text("utf-8")
-    # What reads the run's pictures again finds them.
+    # What reads the run's images again finds them.
     assert cli("evaluate", run, "--output", tmp_path / "judged").exit_code == 0
     assert cli("predict", run, "sample:digits", "--output", tmp_path / "all.csv").exit_code == 0
     assert len((tmp_path / "all.csv").read_text("utf-8").splitlines()) == 1798
 
 
 def test_a_run_that_was_begun_keeps_its_backbone(
-    cli: Cli, tmp_path: Path, pictures: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("run", "--data", pictures, "--strategy", "freeze", "--output", tmp_path / "run")
+    words = ("run", "--data", image_folder, "--strategy", "freeze", "--output", tmp_path / "run")
     assert cli(*words, "--backbone", tiny, "--epochs", 1).exit_code == 0
     monkeypatch.setattr(default_backbone, "choose_best", lambda _: pytest.fail("chosen anew"))
     done = cli(*words, "--epochs", 2)
@@ -49,8 +49,8 @@ def test_a_run_that_was_begun_keeps_its_backbone(
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).backbone.name == str(tiny)
 
 
-def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, pictures: Path, tiny: Path) -> None:
-    words = ("run", "--data", pictures, "--strategy", "freeze", "--output", tmp_path / "run")
+def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path) -> None:
+    words = ("run", "--data", image_folder, "--strategy", "freeze", "--output", tmp_path / "run")
     file = tmp_path / "others.safetensors"
     state = {name: tensor + 0.01 for name, tensor in load_file(tiny / "model.safetensors").items()}
     save_file(state, file)
@@ -61,33 +61,35 @@ def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, pictures: Path, tiny
 
 
 def test_a_series_has_one_backbone(
-    cli: Cli, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is fetched while it goes on."""
     choices = iter([choose_best(False), *[None] * 5])
     monkeypatch.setattr(default_backbone, "choose_best", lambda _: next(choices))
-    words = ("run", "--data", pictures, "--strategy", "freeze", "--epochs", 1, "--repeats", 2)
+    words = ("run", "--data", image_folder, "--strategy", "freeze", "--epochs", 1, "--repeats", 2)
     done = cli(*words, "--output", tmp_path / "series")
     assert done.exit_code == 0, done.output
     names = [load_recipe(str(path)).backbone.name for path in sorted(tmp_path.glob("series/*/recipe.yaml"))]
     assert names == [BUNDLED, BUNDLED]
 
 
-def test_random_weights_need_a_name(cli: Cli, pictures: Path) -> None:
-    done = cli("run", "--data", pictures, "--strategy", "scratch")
+def test_random_weights_need_a_name(cli: Cli, image_folder: Path) -> None:
+    done = cli("run", "--data", image_folder, "--strategy", "scratch")
     assert done.exit_code == 2
     assert "no backbone was named" in done.output
 
 
 def test_what_is_here_and_was_not_taken_is_named(
-    cli: Cli, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = tuple(
         (find_card(f"timm/{name}"), "large")
         for name in ("vgg16", "vgg19", "resnet152", "beit_base_patch16_224")
     )
     monkeypatch.setattr(default_backbone, "choose_best", lambda _: Choice(choose_best(False).best, others))
-    done = cli("run", "--data", pictures, "--strategy", "freeze", "--epochs", 1, "--output", tmp_path / "run")
+    done = cli(
+        "run", "--data", image_folder, "--strategy", "freeze", "--epochs", 1, "--output", tmp_path / "run"
+    )
     said = " ".join(done.output.split())
     assert "here too, if you name it: timm/vgg16" in said and "1 more" in said
     assert "finetune pull" not in said
@@ -100,15 +102,15 @@ def test_no_data_is_said_before_anything_is_looked_for(cli: Cli, monkeypatch: py
     assert "no data was named" in done.output
 
 
-def test_weights_belong_to_a_backbone(cli: Cli, pictures: Path, tiny: Path) -> None:
-    done = cli("run", "--data", pictures, "--weights", tiny)
+def test_weights_belong_to_a_backbone(cli: Cli, image_folder: Path, tiny: Path) -> None:
+    done = cli("run", "--data", image_folder, "--weights", tiny)
     assert done.exit_code == 2
     assert "no backbone was named" in done.output
     assert "--backbone NAME" in done.output
 
 
-def test_features_without_a_backbone(cli: Cli, tmp_path: Path, pictures: Path) -> None:
-    done = cli("extract", "--data", pictures, "--layers", "last", "--output", tmp_path / "features")
+def test_features_without_a_backbone(cli: Cli, tmp_path: Path, image_folder: Path) -> None:
+    done = cli("extract", "--data", image_folder, "--layers", "last", "--output", tmp_path / "features")
     assert done.exit_code == 0, done.output
     assert BUNDLED in done.output
 

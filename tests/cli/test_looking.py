@@ -15,9 +15,9 @@ from tests.conftest import Cli, draw_folder
 WORDS = ("--device", "cpu", "--workers", 0)
 
 
-def test_a_probe_of_every_layer(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_probe_of_every_layer(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     words = ("--per-class", 8, "--repeats", 3, "--classifiers", "softmax,knn,svm,logreg")
-    result = cli("probe", "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *words, *WORDS)
+    result = cli("probe", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *words, *WORDS)
     assert result.exit_code == 0, result.stderr
     table = pd.read_csv(tmp_path / "out/probe.csv")
     assert set(table["classifier"]) == {"softmax", "knn", "svm", "logreg"}
@@ -29,14 +29,14 @@ def test_a_probe_of_every_layer(cli: Cli, tiny: Path, pictures: Path, tmp_path: 
     assert "softmax" in result.stdout and "layer4" in result.stdout
 
 
-def test_a_probe_is_the_same_twice(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_probe_is_the_same_twice(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     words = ("-l", "layer4", "--per-class", 5, "--repeats", 2, "--json", *WORDS)
     given = [
-        json.loads(cli("probe", "-b", tiny, "-d", pictures, "-o", tmp_path / name, *words).stdout)
+        json.loads(cli("probe", "-b", tiny, "-d", image_folder, "-o", tmp_path / name, *words).stdout)
         for name in ("one", "two")
     ]
     assert given[0] == given[1]
-    other = cli("probe", "-b", tiny, "-d", pictures, "-o", tmp_path / "three", *words, "--seed", 1)
+    other = cli("probe", "-b", tiny, "-d", image_folder, "-o", tmp_path / "three", *words, "--seed", 1)
     assert json.loads(other.stdout) != given[0]
 
 
@@ -50,19 +50,19 @@ def test_a_probe_is_the_same_twice(cli: Cli, tiny: Path, pictures: Path, tmp_pat
     ],
 )
 def test_probes_that_cannot_be(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: tuple[object, ...], code: int, said: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[object, ...], code: int, said: str
 ) -> None:
-    result = cli("probe", "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *words, *WORDS)
+    result = cli("probe", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *words, *WORDS)
     assert result.exit_code == code and said in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_the_most_similar_pictures_are_of_the_same_colour(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+def test_the_most_similar_images_are_of_the_same_colour(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    query = pictures / "val/red/003.jpg"
+    query = image_folder / "val/red/003.jpg"
     words = ("--layer", "layer1", "--top", 6, "--json", *WORDS)
-    result = cli("similar", query, "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *words)
+    result = cli("similar", query, "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *words)
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert [row["rank"] for row in found] == [1, 2, 3, 4, 5, 6]
@@ -75,31 +75,35 @@ def test_the_most_similar_pictures_are_of_the_same_colour(
     assert Image.open(tmp_path / "out/similar.png").size[0] > 300
 
 
-def test_a_copy_of_the_query_is_found_first(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    shutil.copy(pictures / "train/blue/009.jpg", tmp_path / "query.jpg")
+def test_a_copy_of_the_query_is_found_first(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(image_folder / "train/blue/009.jpg", tmp_path / "query.jpg")
     words = ("-l", "layer4", "--top", 1, "--json", *WORDS)
     result = cli(
-        "similar", tmp_path / "query.jpg", "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *words
+        "similar", tmp_path / "query.jpg", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *words
     )
     [found] = json.loads(result.stdout)
     assert found["path"] == "train/blue/009.jpg" and found["similarity"] == pytest.approx(1, abs=1e-4)
 
 
-def test_queries_that_cannot_be(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_queries_that_cannot_be(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "no.jpg").write_bytes(b"nothing")
     for name in ("no.jpg", "missing.jpg"):
-        result = cli("similar", tmp_path / name, "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *WORDS)
+        result = cli(
+            "similar", tmp_path / name, "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *WORDS
+        )
         assert result.exit_code == 65 and name in result.stderr, result.stderr
-    result = cli("similar", pictures / "val/red/003.jpg", "-b", tiny, "-d", pictures, "-l", "layer*", *WORDS)
+    result = cli(
+        "similar", image_folder / "val/red/003.jpg", "-b", tiny, "-d", image_folder, "-l", "layer*", *WORDS
+    )
     assert result.exit_code == 2 and "it means 4 layers" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_map_has_a_point_for_each_picture(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, labelled: bool
+def test_a_map_has_a_point_for_each_image(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, labelled: bool
 ) -> None:
-    data = pictures if labelled else draw_folder(tmp_path / "data", {"red": 5})
+    data = image_folder if labelled else draw_folder(tmp_path / "data", {"red": 5})
     result = cli("map", "-b", tiny, "-d", data, "-o", tmp_path / "out", *WORDS)
     assert result.exit_code == 0, result.stderr
     table = pd.read_csv(tmp_path / "out/map.csv")
@@ -107,9 +111,11 @@ def test_a_map_has_a_point_for_each_picture(
     assert Image.open(tmp_path / "out/map.png").size[0] > 500
 
 
-def test_results_are_not_written_over_others(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_results_are_not_written_over_others(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    result = cli("map", "-b", tiny, "-d", pictures, "-o", tmp_path / "out", *WORDS)
+    result = cli("map", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *WORDS)
     assert result.exit_code == 2 and "not empty" in result.stderr
-    assert "umap" in cli("map", "-b", tiny, "-d", pictures, "--method", "tsne").stderr
+    assert "umap" in cli("map", "-b", tiny, "-d", image_folder, "--method", "tsne").stderr

@@ -32,7 +32,7 @@ def run(cli: Cli, weights: Path, photographs: Path, output: Path, *words: object
     return metrics
 
 
-def test_small_pictures_are_enough_for_ants_and_bees(
+def test_small_images_are_enough_for_ants_and_bees(
     cli: Cli, squeezenet_weights: Path, hymenoptera: Path, tmp_path: Path
 ) -> None:
     quick = ("-s", "freeze", "--epochs", 3, "--img-size", 128, "--set", "input.augmentation=none")

@@ -13,7 +13,7 @@ from tests.conftest import Cli
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(image_folder: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on three colours."""
     from finetune.job import run
     from finetune.recipe import load_recipe
@@ -23,7 +23,7 @@ def trained(pictures: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory
         None,
         {
             "backbone.name": str(tiny),
-            "data.path": str(pictures),
+            "data.path": str(image_folder),
             "data.workers": 0,
             "training.epochs": 2,
             "training.batch_size": 12,
@@ -34,11 +34,13 @@ def trained(pictures: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_a_runs_own_predictions_come_again(cli: Cli, trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_runs_own_predictions_come_again(
+    cli: Cli, trained: Path, image_folder: Path, tmp_path: Path
+) -> None:
     """On validation images, from run folder and model folder: labels, probabilities, the temperature."""
     own = {row["path"]: row for row in read_rows(trained / "predictions.csv")}
     for number, model in enumerate((trained, trained / "model", f"local-dir:{trained}/model")):
-        result = cli("predict", model, pictures / "val", "--output", tmp_path / f"{number}.csv", "--json")
+        result = cli("predict", model, image_folder / "val", "--output", tmp_path / f"{number}.csv", "--json")
         assert result.exit_code == 0, result.output
         done = json.loads(result.stdout)
         assert (done["num_images"], done["num_bad"], done["state"]) == (18, 0, "done")
@@ -51,19 +53,23 @@ def test_a_runs_own_predictions_come_again(cli: Cli, trained: Path, pictures: Pa
                 assert float(row[name]) == pytest.approx(float(before[name]), abs=1e-4)
 
 
-def test_two_lines_of_python_say_the_same(cli: Cli, trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_lines_of_python_say_the_same(
+    cli: Cli, trained: Path, image_folder: Path, tmp_path: Path
+) -> None:
     import finetune
 
-    picture = pictures / "val" / "red" / "003.jpg"
-    assert cli("predict", trained, picture, "-o", tmp_path / "one.jsonl").exit_code == 0
+    image = image_folder / "val" / "red" / "003.jpg"
+    assert cli("predict", trained, image, "-o", tmp_path / "one.jsonl").exit_code == 0
     row = json.loads((tmp_path / "one.jsonl").read_text())
-    one = finetune.load(trained).predict(picture)
-    assert (row["path"], row["label"]) == (str(picture), one.label)
+    one = finetune.load(trained).predict(image)
+    assert (row["path"], row["label"]) == (str(image), one.label)
     assert row["confidence"] == pytest.approx(one.confidence, abs=1e-6)
 
 
-def test_bad_images_warn_and_none_is_an_error(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(pictures / "val" / "red", tmp_path / "photos")
+def test_bad_images_warn_and_none_is_an_error(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_folder / "val" / "red", tmp_path / "photos")
     (tmp_path / "photos" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     result = cli("predict", tiny, tmp_path / "photos", "--output", tmp_path / "out.csv", "--json")
     assert result.exit_code == 0
@@ -89,9 +95,9 @@ def test_bad_images_warn_and_none_is_an_error(cli: Cli, tiny: Path, pictures: Pa
     ],
 )
 def test_refusals(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: list[str], code: int, said: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: list[str], code: int, said: str
 ) -> None:
-    places = {"tiny": tiny, "photos": pictures / "val", "out": tmp_path / "out.csv"}
+    places = {"tiny": tiny, "photos": image_folder / "val", "out": tmp_path / "out.csv"}
     result = cli("predict", *(word.format(**places) for word in words))
     assert result.exit_code == code, result.output
     assert said in result.output
@@ -99,12 +105,12 @@ def test_refusals(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_paths_from_standard_input(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_paths_from_standard_input(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from finetune.cli.app import app
 
-    paths = sorted(str(path) for path in (pictures / "val").rglob("*.jpg"))
+    paths = sorted(str(path) for path in (image_folder / "val").rglob("*.jpg"))
     for flag, end in (([], "\n"), (["-0"], "\0")):
         output = tmp_path / f"out{len(flag)}.csv"
         words = ["predict", str(tiny), "-", "-o", str(output), *flag]
@@ -114,9 +120,12 @@ def test_paths_from_standard_input(cli: Cli, tiny: Path, pictures: Path, tmp_pat
 
 
 def test_a_closed_standard_input_matters_only_where_it_is_named(
-    tiny: Path, pictures: Path, tmp_path: Path
+    tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    for words, code, said in ((pictures / "val", 0, "18 images"), ("-", 2, "standard input: it is closed")):
+    for words, code, said in (
+        (image_folder / "val", 0, "18 images"),
+        ("-", 2, "standard input: it is closed"),
+    ):
         line = f'exec "$0" -m finetune predict "{tiny}" "{words}" -o "{tmp_path}/out{code}.csv" <&-'
         found = subprocess.run(
             ["sh", "-c", line, sys.executable], capture_output=True, text=True, check=False

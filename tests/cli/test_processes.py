@@ -102,7 +102,7 @@ def test_features_and_predictions_are_the_same_bytes(
         if name != "index.csv":
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
-    (data / "val" / "red" / "torn.jpg").write_bytes(b"no picture")
+    (data / "val" / "red" / "torn.jpg").write_bytes(b"no image")
     try:
         predict = ["predict", tiny, data / "val", "--batch-size", 4]
         assert cli(*predict, "-o", tmp_path / "one.csv").exit_code == 0
@@ -125,25 +125,25 @@ def test_features_and_predictions_are_the_same_bytes(
     ],
 )
 def test_options_that_contradict_each_other(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, words: list[object], said: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: list[object], said: str
 ) -> None:
-    done = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *words)
+    done = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *words)
     assert done.exit_code == 2
     assert said in done.stderr
 
 
-def test_gpus_that_are_not_there(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    done = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "--gpus", 64)
+def test_gpus_that_are_not_there(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+    done = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--gpus", 64)
     assert done.exit_code == 78
     assert "--gpus 64: this machine shows" in done.stderr
 
 
 def test_processes_under_a_launcher(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run"]
+    words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run"]
     done = cli(*words, "--processes", 2)
     assert (done.exit_code, "has started the processes of this job already" in done.stderr) == (2, True)
     done = cli(*words, "--repeats", 2)
@@ -176,8 +176,8 @@ def test_a_series_needs_a_process_that_watches(cli: Cli, tiny: Path, data: Path,
 def test_a_process_that_is_asked_to_stop_ends_no_list() -> None:
     """Its last answer would look like the last of all."""
     from finetune.errors import InterruptedRunError
-    from finetune.job.predict import _until_stopped
-    from finetune.stopping import StopSignal
+    from finetune.evaluation.predict_files import _until_stopped
+    from finetune.system.signals import StopSignal
 
     stop = StopSignal()
     answers = _until_stopped(iter(["one", "two"]), stop)  # type: ignore[arg-type]

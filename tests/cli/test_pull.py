@@ -131,7 +131,7 @@ IJEPA = "vit_huge_patch14_gap_224.in1k_ijepa"
 
 
 def test_fetched_now_and_found_later(
-    server: Server, machine: Machine, content: bytes, pictures: Path, tmp_path: Path
+    server: Server, machine: Machine, content: bytes, image_folder: Path, tmp_path: Path
 ) -> None:
     server.files = {on_hub("test_resnet"): content, "/mirror/IN1K-vit.h.14-300e.pth.tar": b"anything"}
     pull, again, absent, refused, broken = machine.run(
@@ -172,7 +172,7 @@ def test_fetched_now_and_found_later(
         "pull test_resnet",
         "pull test_vit",
         "backbones --search test_ --json",
-        f"run -b test_resnet -d {pictures} -o {tmp_path / 'run'} -s freeze --epochs 1 --workers 0",
+        f"run -b test_resnet -d {image_folder} -o {tmp_path / 'run'} -s freeze --epochs 1 --workers 0",
         HF_HUB_OFFLINE="1",
     )
     assert (here.code, here.stdout) == (0, again.stdout)

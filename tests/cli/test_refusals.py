@@ -27,8 +27,8 @@ def refused(cli: Cli, code: ExitCode, *words: object) -> str:
 
 
 @pytest.fixture
-def run_words(pictures: Path, tiny: Path, tmp_path: Path) -> list[object]:
-    return ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", *QUICK]
+def run_words(image_folder: Path, tiny: Path, tmp_path: Path) -> list[object]:
+    return ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *QUICK]
 
 
 # --- usage: 2 ------------------------------------------------------------------------------------
@@ -69,8 +69,8 @@ def test_unknown_words_of_the_command_line(cli: Cli, run_words: list[object]) ->
     assert cli(*run_words, "--batch-size", "many").exit_code == ExitCode.USAGE
 
 
-def test_unknown_backbone_names_the_nearest(cli: Cli, pictures: Path) -> None:
-    said = refused(cli, ExitCode.USAGE, "run", "-b", "resnet5", "-d", pictures)
+def test_unknown_backbone_names_the_nearest(cli: Cli, image_folder: Path) -> None:
+    said = refused(cli, ExitCode.USAGE, "run", "-b", "resnet5", "-d", image_folder)
     assert "did you mean 'resnet50'" in said
 
 
@@ -185,14 +185,14 @@ def test_cuda_without_a_device(cli: Cli, run_words: list[object]) -> None:
 
 
 def test_weights_that_are_not_here_offline(
-    cli: Cli, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    said = refused(cli, ExitCode.ENVIRONMENT, "run", "-b", "squeezenet1_1", "-d", pictures, "--offline")
+    said = refused(cli, ExitCode.ENVIRONMENT, "run", "-b", "squeezenet1_1", "-d", image_folder, "--offline")
     assert "squeezenet1_1-b8a52dc0.pth" in said
     assert str(tmp_path / "cache") in said
     assert "FINETUNE_MIRROR" in said
-    said = refused(cli, ExitCode.ENVIRONMENT, "run", "-b", "resnet18", "-d", pictures, "--offline")
+    said = refused(cli, ExitCode.ENVIRONMENT, "run", "-b", "resnet18", "-d", image_folder, "--offline")
     assert "model.safetensors" in said
     assert "HF_ENDPOINT" in said
 
@@ -217,21 +217,23 @@ def test_our_own_fault_is_said_and_logged(
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr("finetune.job.fit.build_loss", break_down)
+    monkeypatch.setattr("finetune.run.fit.build_loss", break_down)
     said = refused(cli, ExitCode.INTERNAL, *run_words)
     assert "ZeroDivisionError: on purpose" in said
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["exit_code"] == 70
 
 
-def test_a_huge_rate_diverges_with_its_own_code(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
+def test_a_huge_rate_diverges_with_its_own_code(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
     said = refused(cli, ExitCode.DIVERGED, *words, "--batch-size", 4, "--epochs", 5, "--lr", 1e30)
     assert "with a rate of" in said
     assert (tmp_path / "run" / "diverged.safetensors").is_file()
 
 
-def test_cmyk_and_16_bit_pictures_train(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_cmyk_and_16_bit_images_train(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 4, "blue": 4})
     Image.new("CMYK", (40, 40), (0, 200, 200, 0)).save(data / "red" / "cmyk.jpg")
     Image.new("I;16", (40, 40), 30000).save(data / "blue" / "deep.png")
@@ -292,9 +294,9 @@ def test_a_mended_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path
 
 
 def test_other_workers_are_no_other_run(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "--epochs", 1, "--batch-size", 8]
+    words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--epochs", 1, "--batch-size", 8]
     start_and_fail(cli, [*words, "--workers", 1], monkeypatch)
     assert cli(*words, "--workers", 0).exit_code == 0
 

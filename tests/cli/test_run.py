@@ -1,4 +1,4 @@
-"""The main job from the command line, on pictures that a tiny network can tell apart."""
+"""The main job from the command line, on images that a tiny network can tell apart."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 
 @pytest.mark.parametrize("strategy", ["freeze", "top", "full", "scratch"])
 def test_every_strategy_ends_in_a_complete_folder(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    monkeypatch.setattr("finetune.training.pace.SHARE", 1e-9)  # only the last checkpoint is ever due
+    monkeypatch.setattr("finetune.training.checkpoint.SHARE", 1e-9)  # only the last checkpoint is ever due
     output = tmp_path / "run"
     result = cli(
-        "run", "-b", tiny, "-d", pictures, "-s", strategy, "--epochs", 2, "-o", output, "--json", *QUICK
+        "run", "-b", tiny, "-d", image_folder, "-s", strategy, "--epochs", 2, "-o", output, "--json", *QUICK
     )
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
@@ -61,10 +61,12 @@ def test_every_strategy_ends_in_a_complete_folder(
     assert json.loads((output / "outcome.json").read_text())["state"] == "done"
 
 
-def test_colours_are_learnt_and_the_files_agree(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+def test_colours_are_learnt_and_the_files_agree(
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     result = cli(
-        "run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 5, "-o", output, "--json", *QUICK
+        "run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 5, "-o", output, "--json", *QUICK
     )
     metrics = json.loads(result.stdout)
     assert metrics["accuracy"] >= 0.9
@@ -112,7 +114,7 @@ def test_six_classes_have_a_top5_accuracy(cli: Cli, tiny: Path, tmp_path: Path) 
     assert split.groupby("label").split.value_counts().unstack().val.tolist() == [1] * 6
 
 
-def test_the_saved_recipe_repeats_the_run(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+def test_the_saved_recipe_repeats_the_run(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     words = (
         "--set",
@@ -123,7 +125,9 @@ def test_the_saved_recipe_repeats_the_run(cli: Cli, pictures: Path, tiny: Path, 
         "input.augmentation=medium",
     )
     assert (
-        cli("run", "-b", tiny, "-d", pictures, "--epochs", 2, "-o", first, "--workers", 0, *words).exit_code
+        cli(
+            "run", "-b", tiny, "-d", image_folder, "--epochs", 2, "-o", first, "--workers", 0, *words
+        ).exit_code
         == 0
     )
     assert cli("run", "--recipe", first / "recipe.yaml", "-o", second).exit_code == 0
@@ -133,7 +137,7 @@ def test_the_saved_recipe_repeats_the_run(cli: Cli, pictures: Path, tiny: Path, 
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_workers_do_not_change_a_bit(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_a_bit(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     runs = []
     for workers in (0, 2):
         runs.append(tmp_path / str(workers))
@@ -143,7 +147,7 @@ def test_workers_do_not_change_a_bit(cli: Cli, pictures: Path, tiny: Path, tmp_p
                 "-b",
                 tiny,
                 "-d",
-                pictures,
+                image_folder,
                 "-s",
                 "full",
                 "--epochs",
@@ -160,8 +164,8 @@ def test_workers_do_not_change_a_bit(cli: Cli, pictures: Path, tiny: Path, tmp_p
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_a_finished_run_is_left_alone(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
+def test_a_finished_run_is_left_alone(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("run", "-b", tiny, "-d", image_folder, "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
     first = cli(*words)
     before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
     second = cli(*words)
@@ -170,8 +174,10 @@ def test_a_finished_run_is_left_alone(cli: Cli, pictures: Path, tiny: Path, tmp_
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_run_is_the_backbone_of_the_next(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "a", *QUICK).exit_code == 0
+def test_a_run_is_the_backbone_of_the_next(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    assert (
+        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 1, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    )
     draw_folder(tmp_path / "data", {"light": 6, "dark": 6})
     result = cli(
         "run", "-b", tmp_path / "a", "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "b", *QUICK
@@ -180,11 +186,13 @@ def test_a_run_is_the_backbone_of_the_next(cli: Cli, pictures: Path, tiny: Path,
     assert "0 missing" in result.stderr
 
 
-def test_keep_goes_on_with_the_same_labels(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
+def test_keep_goes_on_with_the_same_labels(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    assert (
+        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    )
     keep = ("--set", "strategy.head=keep", "--lr", 1e-9, "-s", "freeze")
     result = cli(
-        "run", "-b", tmp_path / "a", "-d", pictures, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK
+        "run", "-b", tmp_path / "a", "-d", image_folder, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK
     )
     assert result.exit_code == 0, result.output
     one, two = (pd.read_csv(tmp_path / run / "predictions.csv") for run in "ab")
@@ -192,21 +200,24 @@ def test_keep_goes_on_with_the_same_labels(cli: Cli, pictures: Path, tiny: Path,
 
 
 def test_nothing_is_written_into_the_data_folder(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in image_folder.rglob("*")}
     assert (
-        cli("run", "-b", tiny, "-d", pictures, "--epochs", 1, "-o", tmp_path / "run", *QUICK).exit_code == 0
+        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 1, "-o", tmp_path / "run", *QUICK).exit_code
+        == 0
     )
-    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in image_folder.rglob("*")} == before
 
 
 def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    assert cli("run", "-b", tiny, "-d", pictures, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    assert (
+        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
+    )
     words = ("--set", "strategy.head=keep", "-s", "freeze", "--epochs", 1, *QUICK)
-    assert cli("run", "-b", tmp_path / "a", "-d", pictures, "-o", tmp_path / "b", *words).exit_code == 0
+    assert cli("run", "-b", tmp_path / "a", "-d", image_folder, "-o", tmp_path / "b", *words).exit_code == 0
     one, two = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in "ab")
     assert two["accuracy"] >= one["accuracy"] - 0.06
 
@@ -241,8 +252,8 @@ def test_a_backbone_that_has_seen_the_judged_images_is_refused(cli: Cli, tiny: P
     assert json.loads(same.stdout)["num_seen_by_backbone"] == 0
 
 
-def test_allowed_leaks_are_counted(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_allowed_leaks_are_counted(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
     shutil.copy(data / "train" / "red" / "000.jpg", data / "val" / "red" / "copy.jpg")
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK, "-o", tmp_path / "run")
     assert cli(*words).exit_code == 65

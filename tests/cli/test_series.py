@@ -18,8 +18,8 @@ from tests.conftest import Cli, draw_folder
 QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 
 
-def test_seeds_give_a_mean_and_a_deviation(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 1, "--repeats", 3, *QUICK)
+def test_seeds_give_a_mean_and_a_deviation(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 1, "--repeats", 3, *QUICK)
     result = cli(*words, "--seed", 4, "-o", tmp_path / "s", "--json")
     assert result.exit_code == 0, result.output
     series = json.loads(result.stdout)
@@ -59,8 +59,8 @@ def test_a_run_that_fails_ends_the_series(cli: Cli, tiny: Path, tmp_path: Path) 
     assert not (tmp_path / "s" / "series.json").exists()
 
 
-def test_what_cannot_be_meant(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 1, *QUICK)
+def test_what_cannot_be_meant(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "--repeats", 2, "--folds", 2, "-o", tmp_path / "s").exit_code == 2
     assert cli(*words, "-o", tmp_path / "one").exit_code == 0
     result = cli(*words, "--repeats", 2, "-o", tmp_path / "one")
@@ -68,8 +68,8 @@ def test_what_cannot_be_meant(cli: Cli, pictures: Path, tiny: Path, tmp_path: Pa
     assert "it holds a single run" in result.stderr
 
 
-def test_every_run_of_a_series_is_watched_over(pictures: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ["run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", "1", "--repeats", "2", *QUICK]
+def test_every_run_of_a_series_is_watched_over(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ["run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", "1", "--repeats", "2", *QUICK]
     words += ["--stall-timeout", "300", "-o", tmp_path / "s", "--json"]
     command = [sys.executable, "-m", "finetune", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
@@ -82,7 +82,7 @@ def test_every_run_of_a_series_is_watched_over(pictures: Path, tiny: Path, tmp_p
 @pytest.mark.parametrize("words", [("--set", "seed=7"), ("--seed", 7), ("--recipe", "seven.yaml")])
 def test_seeds_begin_with_the_one_that_was_given(
     cli: Cli,
-    pictures: Path,
+    image_folder: Path,
     tiny: Path,
     tmp_path: Path,
     words: tuple[object, ...],
@@ -90,7 +90,7 @@ def test_seeds_begin_with_the_one_that_was_given(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("seven.yaml").write_text("seed: 7\n")
-    result = cli("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--epochs", 1, *QUICK, *words,
+    result = cli("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 1, *QUICK, *words,
                  "--repeats", 2, "-o", "s")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in Path("s").iterdir() if path.is_dir()) == ["seed-7", "seed-8"]
@@ -104,9 +104,22 @@ def test_a_command_line_loses_its_seed() -> None:
 
 
 def test_an_old_result_does_not_outlive_a_series_that_fails(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "--repeats", 2, *QUICK, "-o", tmp_path / "s")
+    words = (
+        "run",
+        "-b",
+        tiny,
+        "-d",
+        image_folder,
+        "-s",
+        "freeze",
+        "--repeats",
+        2,
+        *QUICK,
+        "-o",
+        tmp_path / "s",
+    )
     assert cli(*words, "--epochs", 1).exit_code == 0
     (tmp_path / "s" / "seed-1" / "recipe.yaml").write_text("nonsense: 1\n")
     assert cli(*words, "--epochs", 2).exit_code != 0

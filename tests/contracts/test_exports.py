@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.display import SilentDisplay
 from finetune.errors import UsageError
+from finetune.export.export import export, read_wanted
 from finetune.export.folder import export_model
-from finetune.export.wanted import read_wanted
-from finetune.job.export import export
+from finetune.system.display import SilentDisplay
 from pretrained.backbone import load_backbone
 from pretrained.catalog import find_card
 from tests.contracts.families import SMALLEST

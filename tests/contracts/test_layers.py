@@ -1,4 +1,4 @@
-"""Every family gives features by stage: in order, apart by picture, and what its classifier reads.
+"""Every family gives features by stage: in order, apart by image, and what its classifier reads.
 
 Real networks with random weights, on the CPU. All families take some minutes (``-m slow``).
 """
@@ -14,7 +14,7 @@ from pretrained.backbone import _stages_of
 from pretrained.catalog import find_card
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.layers import Layers
-from pretrained.graph.recorder import Taps
+from pretrained.graph.recorder import FeatureRecorder
 from pretrained.network import build_network
 from tests.contracts.test_splits import QUICK, SLOW
 
@@ -33,7 +33,7 @@ def check(name: str) -> None:
     assert layers.pre_logits is not None
     images = torch.randn(3, *card.preprocessing.input_size, generator=torch.Generator().manual_seed(1))
     everything = [*chosen, layers.pre_logits]
-    taps = Taps(network, everything, "auto", with_logits=True)
+    taps = FeatureRecorder(network, everything, "auto", with_logits=True)
     with torch.no_grad():
         rows, single = taps(images), taps(images[1:2])
     for layer, together, alone in zip(everything, rows, single, strict=False):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.recipe import StrategySettings
-from finetune.strategy.freeze import freeze, set_train_mode
-from finetune.strategy.matrix import Plan, build_plan
+from finetune.training.freeze import freeze, set_train_mode
+from finetune.training.plan import Plan, build_plan
 from pretrained.catalog import Card, find_card
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
 from pretrained.graph.split import Split, split_at
@@ -91,7 +91,7 @@ def check(name: str, strategy: str) -> Split:
     network.eval()
     rest = split.rest(network)
     with torch.no_grad():
-        rows = split.trunk(images)  # another number of pictures than the one it was tried on
+        rows = split.trunk(images)  # another number of images than the one it was tried on
         assert torch.equal(rest(rows), network(images))
     set_train_mode(network, plan)
     torch.manual_seed(2)

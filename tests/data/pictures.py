@@ -1,4 +1,4 @@
-"""Small pictures as files and as bytes, shared by the tests of the decoder."""
+"""Small images as files and as bytes, shared by the tests of the decoder."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import archive, made_once
+from finetune.data import archive
+from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
-from finetune.data.sample import Dataset
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError, DiskError, ExitCode
+from finetune.runs import cache_dir as made_once
 
 PLAIN = tuple(f"{name}/{n}.jpg" for name in ("ant", "bee") for n in range(4))
 Entry = str | tuple[str | zipfile.ZipInfo, bytes]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.data import check
-from finetune.data.check import BadImage, check_bad, check_images
+from finetune.data import scan as check
+from finetune.data.dataset import Dataset, Sample, Split
 from finetune.data.decode import BadImageError
 from finetune.data.discover import discover
-from finetune.data.sample import Dataset, Sample, Split
+from finetune.data.scan import BadImage, check_bad, check_images
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError, ExitCode
 

@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the right RGB, every kind of damage a BadImageError."""
+"""Every kind of image becomes the right RGB, every kind of damage a BadImageError."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
 
 from finetune.data import decode
 from finetune.data.decode import EXTENSIONS, FORMATS, BadImageError, decode_image, probe_image
-from tests.data.pictures import encoded, near, noise, palette, pixel, reason, saved, written
 
 # What must be read
 
@@ -32,7 +32,7 @@ def test_the_content_counts_not_the_extension(tmp_path: Path) -> None:
     assert pixel(decode_image(path), 0, 0) == (9, 9, 9)
 
 
-def test_multi_picture_jpeg_of_a_phone(tmp_path: Path) -> None:
+def test_multi_image_jpeg_of_a_phone(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     first.save(path, "MPO", save_all=True, append_images=[second])
@@ -82,13 +82,13 @@ def test_mirrored_orientations_are_told_from_rotations(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"II*\0\x08\0\0\0\xff\xff" + bytes(range(40)), b"no TIFF header at all"])
-def test_broken_exif_leaves_the_picture_as_it_is(tmp_path: Path, exif: bytes) -> None:
+def test_broken_exif_leaves_the_image_as_it_is(tmp_path: Path, exif: bytes) -> None:
     path = written(tmp_path / "x.jpg", encoded(noise(), "JPEG", exif=b"Exif\0\0" + exif))
     probe_image(path)
     assert decode_image(path).size == (64, 48)
 
 
-def test_exif_that_pillow_gives_up_on_is_no_fault_of_the_picture(
+def test_exif_that_pillow_gives_up_on_is_no_fault_of_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "x.png", noise())
@@ -268,7 +268,7 @@ def test_a_file_of_gigabytes_is_refused_at_once(tmp_path: Path) -> None:
     assert reason(path) == "file of 513 MB, more than 512 MB"
 
 
-def test_a_picture_of_200_megapixels_is_too_large_and_not_damaged(tmp_path: Path) -> None:
+def test_a_image_of_200_megapixels_is_too_large_and_not_damaged(tmp_path: Path) -> None:
     """The largest that phones take; 108 megapixels pass."""
     data = bytearray(encoded(noise(), "JPEG"))
     place = data.index(b"\xff\xc0") + 5

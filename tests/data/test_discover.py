@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.data.dataset import Dataset, Sample, Split
 from finetune.data.discover import discover
-from finetune.data.sample import Dataset, Sample, Split
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError, ExitCode
 

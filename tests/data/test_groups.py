@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import groups
+from finetune.data import split as groups
 from finetune.data.discover import discover, survey
 from finetune.data.split import SplitConfig, draw_folds, find_fold_fault
 from finetune.errors import DataError, UsageError
@@ -17,7 +17,7 @@ PATIENTS = range(8)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, eight patients with three pictures of each class."""
+    """Two classes, eight patients with three images of each class."""
     for kind, colour in (("sick", (200, 30, 30)), ("well", (30, 200, 30))):
         for patient in PATIENTS:
             for shot in range(3):
@@ -114,7 +114,7 @@ def test_more_folds_than_groups_are_refused(folder: Path) -> None:
 def test_images_without_a_group_are_told_of(folder: Path) -> None:
     draw(folder / "sick" / "other.jpg", (1, 2, 3), 99)
     dataset = discover(folder, SplitConfig(0.25, 0, group_by=r"patient(\d)"))
-    assert [remark.code for remark in dataset.remarks] == ["group-missing"]
+    assert [issue.code for issue in dataset.issues] == ["group-missing"]
     assert "1 of 49 images" in dataset.warnings[0]
 
 
@@ -136,7 +136,7 @@ def test_empty_cells_of_a_column_are_told_of(table: Path) -> None:
     rows[3] = ",".join([*rows[3].split(",")[:2], "", ""])
     table.write_text("\n".join(rows) + "\n")
     dataset = discover(table, SplitConfig(0.25, 0, group_by="patient"))
-    assert [remark.code for remark in dataset.remarks] == ["group-missing"]
+    assert [issue.code for issue in dataset.issues] == ["group-missing"]
     assert "1 of 48 images" in dataset.warnings[0]
 
 
@@ -146,9 +146,9 @@ def test_a_column_that_only_faulty_rows_fill_is_no_pattern(table: Path) -> None:
         *(",".join([*row.split(",")[:2], ""]) for row in table.read_text().split()[1:]),
     ]
     table.write_text("\n".join([*rows, "gone.jpg,sick,7"]) + "\n")
-    dataset, remarks = survey(table, SplitConfig(0.25, 0, group_by="sick"))
+    dataset, issues = survey(table, SplitConfig(0.25, 0, group_by="sick"))
     assert dataset is not None and not any(sample.group for sample in dataset.samples)
-    assert {remark.code for remark in remarks} == {"row-unusable", "group-missing"}
+    assert {issue.code for issue in issues} == {"row-unusable", "group-missing"}
 
 
 @pytest.mark.parametrize("fold", [1, 2, 3])
@@ -163,5 +163,5 @@ def test_a_class_in_one_fold_is_refused_whichever_is_held_out(tmp_path: Path, fo
             draw(tmp_path / name / f"{'x' if name == 'a' else number}_{number}.jpg", (1, 2, 3), number)
     with pytest.raises(DataError, match="belong to one group"):
         discover(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3, fold=fold))
-    dataset, remarks = survey(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3))
-    assert dataset is not None and {"group-single", "fold-empty"} <= {remark.code for remark in remarks}
+    dataset, issues = survey(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3))
+    assert dataset is not None and {"group-single", "fold-empty"} <= {issue.code for issue in issues}

@@ -11,12 +11,12 @@ import torch
 
 from finetune.data import loader as loader_module
 from finetune.data.discover import discover
-from finetune.data.loader import Batch, Loader, Placement, plan_epoch
+from finetune.data.loader import Batch, ImageLoader, Placement, plan_epoch
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_train_transform
 from finetune.data.workers import choose_workers
 from finetune.errors import DataError
-from finetune.runtime import BATCHES_PER_WORKER
+from finetune.system.device import BATCHES_PER_WORKER
 from pretrained.catalog import Preprocessing
 from tests.conftest import draw_folder
 
@@ -28,9 +28,9 @@ def build_loader(
     shuffle: bool = True,
     batch_size: int = 5,
     most_workers: int = 0,
-) -> Loader:
+) -> ImageLoader:
     dataset = discover(root, SplitConfig(0.2, 0))
-    return Loader(
+    return ImageLoader(
         dataset,
         dataset.of("train"),
         build_train_transform(Preprocessing(img_size=16), "heavy"),
@@ -51,33 +51,33 @@ def assert_same(one: list[Batch], two: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_history_leave_no_trace(pictures: Path, workers: int) -> None:
-    here, there = build_loader(pictures, workers=0), build_loader(pictures, workers=workers)
+def test_workers_and_history_leave_no_trace(image_folder: Path, workers: int) -> None:
+    here, there = build_loader(image_folder, workers=0), build_loader(image_folder, workers=workers)
     list(here.batches(epoch=0))  # draws from every generator
     torch.rand(3)
     assert_same(list(here.batches(epoch=3)), list(there.batches(epoch=3)))
     there.close()
 
 
-def test_an_epoch_can_begin_anywhere(pictures: Path) -> None:
-    loader = build_loader(pictures)
+def test_an_epoch_can_begin_anywhere(image_folder: Path) -> None:
+    loader = build_loader(image_folder)
     assert_same(list(loader.batches(epoch=2))[4:], list(loader.batches(epoch=2, start=4)))
     assert_same(list(loader.batches(epoch=2))[:2], list(loader.batches(epoch=2, stop=2)))
 
 
-def test_epochs_and_seeds_differ_in_order_and_views(pictures: Path) -> None:
-    loader = build_loader(pictures, batch_size=36)
+def test_epochs_and_seeds_differ_in_order_and_views(image_folder: Path) -> None:
+    loader = build_loader(image_folder, batch_size=36)
     (first,), (second,) = loader.batches(0), loader.batches(1)
     assert not first.indices.equal(second.indices)
     view = {int(index): image for index, image in zip(first.indices, first.images, strict=True)}
     again = {int(index): image for index, image in zip(second.indices, second.images, strict=True)}
     assert sum(view[index].equal(again[index]) for index in view) < 3
-    (other,) = build_loader(pictures, seed=1, batch_size=36).batches(0)
+    (other,) = build_loader(image_folder, seed=1, batch_size=36).batches(0)
     assert not other.indices.equal(first.indices)
 
 
-def test_batches_are_normalised_and_in_the_asked_layout(pictures: Path) -> None:
-    batch = next(build_loader(pictures).batches())
+def test_batches_are_normalised_and_in_the_asked_layout(image_folder: Path) -> None:
+    batch = next(build_loader(image_folder).batches())
     assert batch.images.shape == (5, 3, 16, 16)
     assert batch.images.dtype == torch.float32
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -99,8 +99,8 @@ def test_evaluation_keeps_order_and_size() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_picture_lost_on_the_way_is_named(tmp_path: Path, workers: int, shuffle: bool) -> None:
-    """Training may go on without it; a figure over fewer pictures is refused."""
+def test_a_image_lost_on_the_way_is_named(tmp_path: Path, workers: int, shuffle: bool) -> None:
+    """Training may go on without it; a figure over fewer images is refused."""
     draw_folder(tmp_path / "data", {"blue": 4, "red": 4})
     loader = build_loader(tmp_path / "data", workers=workers, shuffle=shuffle)
     lost = loader.samples[2].path
@@ -115,8 +115,8 @@ def test_a_picture_lost_on_the_way_is_named(tmp_path: Path, workers: int, shuffl
     assert sorted(kept) == [index for index in range(len(loader.samples)) if index != 2]
 
 
-def test_waiting_is_measured(pictures: Path) -> None:
-    loader = build_loader(pictures)
+def test_waiting_is_measured(image_folder: Path) -> None:
+    loader = build_loader(image_folder)
     list(loader.batches())
     assert loader.wait_seconds > 0
 
@@ -153,12 +153,12 @@ class Clock:
 
 
 @pytest.fixture
-def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loader]:
+def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageLoader]:
     """Make a pass in which every batch is waited for, and trained on, for so long."""
     clock, fetch = Clock(), loader_module.fetch
     monkeypatch.setattr(loader_module, "time", clock)
 
-    def make_pass(loader: Loader, first: float, waiting: float, training: float) -> Loader:
+    def make_pass(loader: ImageLoader, first: float, waiting: float, training: float) -> ImageLoader:
         waits = iter([first])
 
         def slow(*arguments: Any) -> Any:
@@ -175,10 +175,10 @@ def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loader]:
 
 
 def test_a_loader_that_was_waited_for_gets_more_processes(
-    pictures: Path, pass_over: Callable[..., Loader]
+    image_folder: Path, pass_over: Callable[..., ImageLoader]
 ) -> None:
-    loader = build_loader(pictures, workers=1, most_workers=2)
-    plain = list(build_loader(pictures).batches(epoch=1))
+    loader = build_loader(image_folder, workers=1, most_workers=2)
+    plain = list(build_loader(image_folder).batches(epoch=1))
     assert pass_over(loader, first=50.0, waiting=0.1, training=1.0).workers == 1  # they had to start
     assert loader.wait_seconds == pytest.approx(50.6)
     assert pass_over(loader, first=0.0, waiting=1.0, training=1.0).workers == 2
@@ -190,22 +190,22 @@ def test_a_loader_that_was_waited_for_gets_more_processes(
 
 @pytest.mark.parametrize(("shuffle", "most"), [(False, 3), (True, 0)])
 def test_the_number_stays_for_evaluation_and_where_the_user_has_named_it(
-    pictures: Path, pass_over: Callable[..., Loader], shuffle: bool, most: int
+    image_folder: Path, pass_over: Callable[..., ImageLoader], shuffle: bool, most: int
 ) -> None:
-    loader = build_loader(pictures, workers=1, shuffle=shuffle, most_workers=most)
+    loader = build_loader(image_folder, workers=1, shuffle=shuffle, most_workers=most)
     assert pass_over(loader, first=0.0, waiting=9.0, training=1.0).workers == 1
     loader.close()
 
 
-def test_no_more_batches_lie_in_shared_memory_than_were_reckoned_with(pictures: Path) -> None:
+def test_no_more_batches_lie_in_shared_memory_than_were_reckoned_with(image_folder: Path) -> None:
     """Two that wait for each process, and the one that it makes."""
-    assert build_loader(pictures, workers=2)._loader.prefetch_factor == BATCHES_PER_WORKER - 1
-    assert build_loader(pictures)._loader.prefetch_factor is None
+    assert build_loader(image_folder, workers=2)._loader.prefetch_factor == BATCHES_PER_WORKER - 1
+    assert build_loader(image_folder)._loader.prefetch_factor is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bytes_travel_and_floats_arrive(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     fetched = []
     fetch = loader_module.fetch
@@ -216,7 +216,7 @@ def test_bytes_travel_and_floats_arrive(
         return batch
 
     monkeypatch.setattr(loader_module, "fetch", recorded)
-    loader = build_loader(pictures, workers=workers)
+    loader = build_loader(image_folder, workers=workers)
     (batch, *_) = loader.batches(stop=1)
     assert fetched[0].images.dtype == torch.uint8 and batch.images.dtype == torch.float32
     assert fetched[0].images.is_shared() == (workers > 0)

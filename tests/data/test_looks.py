@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data import check, looks
-from finetune.data.check import Checked, check_images
+from finetune.data import scan as check
+from finetune.data import scan_cache as looks
+from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
-from finetune.data.looks import LookStore
-from finetune.data.sample import Dataset
+from finetune.data.scan import Checked, check_images
+from finetune.data.scan_cache import ScanCache
 from finetune.data.split import SplitConfig
 from tests.conftest import draw_folder
 
@@ -26,7 +27,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def look(data: Dataset, decode: bool = True) -> Checked:
-    return check_images(data, decode=decode, store=LookStore(data.root))
+    return check_images(data, decode=decode, store=ScanCache(data.root))
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_damaged_file_counts_as_none(
     data: Dataset, probed: list[Path], damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = look(data)
-    path = LookStore(data.root).path
+    path = ScanCache(data.root).path
     content = bytearray(path.read_bytes())
     if damage == "bit":
         content[-100] ^= 1
@@ -115,7 +116,7 @@ def test_two_tables_of_one_folder_share_a_file(data: Dataset, probed: list[Path]
     few = data.without({sample.path for sample in data.samples[:5]})
     many = data.without({sample.path for sample in data.samples[5:]})
     for part in (few, many, few, many):
-        check_images(part, store=LookStore(part.root, keep_others=True))
+        check_images(part, store=ScanCache(part.root, keep_others=True))
     assert len(probed) == 12
 
 
@@ -146,7 +147,7 @@ def test_a_row_says_what_is_in_the_file(tmp_path: Path) -> None:
 def test_the_hash_is_that_of_imagehash(tmp_path: Path) -> None:
     import imagehash
 
-    from tests.preflight.spoilt import photo
+    from tests.data.quality.spoilt import photo
 
     for number in range(4):
         (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
@@ -163,7 +164,7 @@ def test_the_hash_is_that_of_imagehash(tmp_path: Path) -> None:
 )
 def test_a_hostile_file_of_looks_counts_for_nothing(data: Dataset, head: bytes) -> None:
     look(data)
-    store = LookStore(data.root)
+    store = ScanCache(data.root)
     store.path.write_bytes(head + b"\n" + store.path.read_bytes())
-    assert len(LookStore(data.root)._known) == 0
-    assert len(look(data).looks) == 12 and len(LookStore(data.root)._known) == 12
+    assert len(ScanCache(data.root)._known) == 0
+    assert len(look(data).looks) == 12 and len(ScanCache(data.root)._known) == 12

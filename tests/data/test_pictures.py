@@ -1,4 +1,4 @@
-"""Kept pictures leave no trace in a batch, and only true ones are kept."""
+"""Kept images leave no trace in a batch, and only true ones are kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.cache.shelf import Shelf
-from finetune.data import pictures as pictures_module
+from finetune.data import image_cache as images_module
 from finetune.data import transforms as transforms_module
-from finetune.data.check import check_images
+from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
-from finetune.data.loader import Loader, Placement
-from finetune.data.pictures import PER_BLOCK, Pictures, keep_pictures
-from finetune.data.sample import Dataset
+from finetune.data.image_cache import PER_BLOCK, ImageCache, keep_images
+from finetune.data.loader import ImageLoader, Placement
+from finetune.data.scan import check_images
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import Transform, build_train_transform
-from finetune.display import SilentDisplay
+from finetune.runs.cache_dir import FeatureCacheDir
+from finetune.system.display import SilentDisplay
 from pretrained.catalog import Preprocessing
 from tests.data.test_loader import assert_same
 
@@ -46,7 +46,7 @@ def view_of(augmentation: str, img_size: int = 16) -> Transform:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Dataset:
-    """76 training pictures of many sizes, so three blocks; some larger than twice 16 pixels."""
+    """76 training images of many sizes, so three blocks; some larger than twice 16 pixels."""
     random = np.random.default_rng(0)
     for number in range(94):
         folder = tmp_path / "photos" / "ab"[number % 2]
@@ -57,12 +57,12 @@ def photos(tmp_path: Path) -> Dataset:
     return discover(tmp_path / "photos", SplitConfig(0.2, 0))
 
 
-Keep = Callable[..., Pictures | None]
+Keep = Callable[..., ImageCache | None]
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(1e9, tmp_path / "kept")
+def cache_dir(tmp_path: Path) -> FeatureCacheDir:
+    return FeatureCacheDir(1e9, tmp_path / "kept")
 
 
 @pytest.fixture
@@ -71,19 +71,19 @@ def listener() -> Listener:
 
 
 @pytest.fixture
-def keep(photos: Dataset, shelf: Shelf, listener: Listener) -> Iterator[Keep]:
+def keep(photos: Dataset, cache_dir: FeatureCacheDir, listener: Listener) -> Iterator[Keep]:
     made = []
 
     def keep_some(
         view: Transform | None = None,
         dataset: Dataset = photos,
-        shelf: Shelf = shelf,
+        cache_dir: FeatureCacheDir = cache_dir,
         passes: int = 9,
         digests: dict[str, str] | None = None,
-    ) -> Pictures | None:
+    ) -> ImageCache | None:
         digests = check_images(dataset).digests if digests is None else digests
         samples = dataset.of("train")
-        kept = keep_pictures(dataset, samples, digests, view or view_of("light"), shelf, listener, passes)
+        kept = keep_images(dataset, samples, digests, view or view_of("light"), cache_dir, listener, passes)
         made.append(kept)
         return kept
 
@@ -110,11 +110,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def build(
     dataset: Dataset,
     view: Transform,
-    pictures: Pictures | None = None,
+    images: ImageCache | None = None,
     workers: int = 0,
     shuffle: bool = True,
-) -> Loader:
-    return Loader(
+) -> ImageLoader:
+    return ImageLoader(
         dataset,
         dataset.of("train"),
         view,
@@ -123,7 +123,7 @@ def build(
         workers=workers,
         seed=0,
         shuffle=shuffle,
-        pictures=pictures,
+        images=images,
     )
 
 
@@ -132,7 +132,7 @@ def build(
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kept_pictures_leave_no_trace(
+def test_kept_images_leave_no_trace(
     photos: Dataset, keep: Keep, opened: list[str], augmentation: str, workers: int
 ) -> None:
     view = view_of(augmentation)
@@ -162,7 +162,7 @@ def test_the_next_run_decodes_nothing(keep: Keep, opened: list[str]) -> None:
     assert again is not None and opened == []
 
 
-def test_only_large_pictures_are_reduced(photos: Dataset, keep: Keep) -> None:
+def test_only_large_images_are_reduced(photos: Dataset, keep: Keep) -> None:
     kept = keep()
     assert kept is not None
     for index, sample in enumerate(photos.of("train")):
@@ -181,18 +181,18 @@ def test_a_process_that_is_not_forked_opens_the_file_again(keep: Keep) -> None:
     assert all(np.array_equal(there[index], kept[index]) for index in range(len(kept)))
 
 
-def test_a_picture_at_the_end_of_a_file_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+def test_a_image_at_the_end_of_a_file_that_is_larger_than_the_memory(tmp_path: Path) -> None:
     number = 1 + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (3 * 4000**2)
     with (tmp_path / "x.bin").open("wb") as file:
         file.truncate(3 * 4000**2 * number)  # takes no room on the disk
-    pixels = Pictures(tmp_path / "x.bin", np.array([[4000, 4000, 3]] * number))[number - 1]
+    pixels = ImageCache(tmp_path / "x.bin", np.array([[4000, 4000, 3]] * number))[number - 1]
     assert pixels is not None and pixels[-1, -1, -1] == 0
     assert not pixels.flags.writeable
 
 
-def test_a_picture_that_was_cut_off_is_decoded(tmp_path: Path) -> None:
+def test_a_image_that_was_cut_off_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(bytes(30))
-    kept = Pictures(tmp_path / "x.bin", np.array([[2, 3, 3], [2, 2, 3]]))
+    kept = ImageCache(tmp_path / "x.bin", np.array([[2, 3, 3], [2, 2, 3]]))
     os.truncate(tmp_path / "x.bin", 25)
     assert kept[0] is not None and kept[1] is None
 
@@ -207,7 +207,7 @@ def test_the_file_depends_on_images_order_view_and_versions(
     view, fixed = view_of("light"), view_of("none")
 
     def place(view: Transform = view, order: int = 1, **changed: str) -> Path:
-        return Shelf().place(pictures_module._describe(samples[::order], digests | changed, view))
+        return FeatureCacheDir().place(images_module._describe(samples[::order], digests | changed, view))
 
     border = replace(fixed, preprocessing=replace(fixed.preprocessing, crop_mode="border"))
     places = [
@@ -220,10 +220,10 @@ def test_the_file_depends_on_images_order_view_and_versions(
         place(border),
         place(view_of("none", 24)),
     ]
-    monkeypatch.setattr("finetune.data.pictures.metadata.version", lambda name: "99")
+    monkeypatch.setattr("finetune.data.image_cache.metadata.version", lambda name: "99")
     places.append(place())
     assert len(set(places)) == len(places)
-    assert place(view_of("medium")) == place(view)  # drawn from the same pictures
+    assert place(view_of("medium")) == place(view)  # drawn from the same images
     assert place(**{photos.of("val")[0].path: "other"}) == place()
 
 
@@ -240,12 +240,12 @@ def test_an_image_that_changed_is_decoded_again(photos: Dataset, keep: Keep, ope
 
 
 def test_a_changed_byte_is_found_and_everything_decoded_again(
-    photos: Dataset, shelf: Shelf, keep: Keep, opened: list[str], listener: Listener
+    photos: Dataset, cache_dir: FeatureCacheDir, keep: Keep, opened: list[str], listener: Listener
 ) -> None:
     first = keep()
     assert first is not None
     first.close()
-    (path,) = shelf.folder.glob("*.bin")
+    (path,) = cache_dir.folder.glob("*.bin")
     with path.open("r+b") as file:
         file.seek(50_000)
         byte = file.read(1)
@@ -263,14 +263,14 @@ def test_a_changed_byte_is_found_and_everything_decoded_again(
 def test_a_fill_that_was_interrupted_goes_on(
     keep: Keep, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = pictures_module._submit_blocks
+    blocks = images_module._submit_blocks
 
     def interrupted(*arguments: object) -> Iterator[object]:
         yield from list(blocks(*arguments))[:1]  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pictures_module, "_submit_blocks", interrupted)
+        patch.setattr(images_module, "_submit_blocks", interrupted)
         keep()
     opened.clear()
     assert keep() is not None
@@ -278,7 +278,7 @@ def test_a_fill_that_was_interrupted_goes_on(
 
 
 @pytest.mark.parametrize("how", ["vanished", "changed"])
-def test_a_picture_that_is_no_more_what_was_checked_is_not_kept(
+def test_a_image_that_is_no_more_what_was_checked_is_not_kept(
     photos: Dataset, keep: Keep, listener: Listener, how: str
 ) -> None:
     digests = check_images(photos).digests
@@ -286,12 +286,12 @@ def test_a_picture_that_is_no_more_what_was_checked_is_not_kept(
     victim.unlink() if how == "vanished" else Image.new("RGB", (20, 20)).save(victim)
     assert keep(digests=digests) is None
     (line,) = listener.said
-    assert line.startswith("train pictures are decoded in every pass: ") and victim.name in line
+    assert line.startswith("train images are decoded in every pass: ") and victim.name in line
     assert ("file not found" if how == "vanished" else "has changed") in line
 
 
-def test_a_picture_that_an_earlier_attempt_lost_keeps_its_place(photos: Dataset, keep: Keep) -> None:
-    """The loader tells of it, as it does without kept pictures."""
+def test_a_image_that_an_earlier_attempt_lost_keeps_its_place(photos: Dataset, keep: Keep) -> None:
+    """The loader tells of it, as it does without kept images."""
     lost = photos.of("train")[40]
     photos.file(lost).unlink()
     kept, view = keep(), view_of("light")
@@ -301,37 +301,43 @@ def test_a_picture_that_an_earlier_attempt_lost_keeps_its_place(photos: Dataset,
     assert_same(batches, list(build(photos, view).batches()))
 
 
-def test_pictures_are_kept_only_where_that_pays(keep: Keep, shelf: Shelf, opened: list[str]) -> None:
+def test_images_are_kept_only_where_that_pays(
+    keep: Keep, cache_dir: FeatureCacheDir, opened: list[str]
+) -> None:
     assert keep(passes=1) is None
-    assert opened == [] and not shelf.folder.exists()
+    assert opened == [] and not cache_dir.folder.exists()
 
 
-def test_pictures_are_kept_only_where_they_fit(keep: Keep, shelf: Shelf, listener: Listener) -> None:
-    assert keep(shelf=Shelf(100_000, shelf.folder)) is None
+def test_images_are_kept_only_where_they_fit(
+    keep: Keep, cache_dir: FeatureCacheDir, listener: Listener
+) -> None:
+    assert keep(cache_dir=FeatureCacheDir(100_000, cache_dir.folder)) is None
     (line,) = listener.said
     assert "0.00039 GB" in line and "cache.max_gb" in line
 
 
-def test_the_size_is_known_before(photos: Dataset, keep: Keep, shelf: Shelf) -> None:
+def test_the_size_is_known_before(photos: Dataset, keep: Keep, cache_dir: FeatureCacheDir) -> None:
     for view, error in ((view_of("light"), 0.1), (view_of("none"), 0.0)):
-        estimate = pictures_module._estimate_bytes(photos, photos.of("train"), view)
+        estimate = images_module._estimate_bytes(photos, photos.of("train"), view)
         keep(view)
-        size = max(shelf.list(), key=lambda kept: kept.used).num_bytes
+        size = max(cache_dir.list(), key=lambda kept: kept.used).num_bytes
         assert size <= estimate <= (1 + error) * size
 
 
-def test_a_full_disk_leaves_nothing_behind(keep: Keep, shelf: Shelf, listener: Listener) -> None:
+def test_a_full_disk_leaves_nothing_behind(
+    keep: Keep, cache_dir: FeatureCacheDir, listener: Listener
+) -> None:
     with mock.patch(
         "finetune.cache.blocks.BlockFile.append", side_effect=OSError(28, "No space left on device")
     ):
         assert keep() is None
     (line,) = listener.said
     assert "No space left on device" in line
-    assert list(shelf.folder.iterdir()) == []
+    assert list(cache_dir.folder.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_said(keep: Keep, tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    assert keep(shelf=Shelf(1e9, tmp_path / "closed" / "kept")) is None
+    assert keep(cache_dir=FeatureCacheDir(1e9, tmp_path / "closed" / "kept")) is None
     assert "Permission denied" in listener.said[0]

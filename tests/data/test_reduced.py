@@ -1,4 +1,4 @@
-"""Pictures at a half, a quarter ... of their size: never less than is needed, whoever does it."""
+"""Images at a half, a quarter ... of their size: never less than is needed, whoever does it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from tests.data.images import encoded, near, noise, pixel, saved, written
 
 from finetune.data.decode import BadImageError, compute_factor, decode_image, read_size
-from tests.data.pictures import encoded, near, noise, pixel, saved, written
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def rebuilt(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A picture without detail, which no way of reducing may change much."""
+    """An image without detail, which no way of reducing may change much."""
     return noise(4, 3, mode).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -38,7 +38,7 @@ def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
     ("short_side", "factor"),
     [(300, 1), (151, 1), (150, 2), (76, 2), (75, 4), (38, 4), (37, 8), (19, 8), (18, 16), (5, 32)],
 )
-def test_a_picture_comes_as_small_as_it_may_and_no_smaller(
+def test_a_image_comes_as_small_as_it_may_and_no_smaller(
     tmp_path: Path, rebuilt: list[tuple[int, int]], kind: str, short_side: int, factor: int
 ) -> None:
     image = decode_image(saved(tmp_path / f"x.{kind}", smooth(401, 300)), short_side)
@@ -59,7 +59,7 @@ def test_without_a_short_side_every_pixel_is_rebuilt(tmp_path: Path, rebuilt: li
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 @pytest.mark.parametrize("short_side", [25, 48, 49, 1000])
-def test_a_picture_that_is_not_twice_as_large_keeps_every_pixel(
+def test_a_image_that_is_not_twice_as_large_keeps_every_pixel(
     tmp_path: Path, kind: str, short_side: int
 ) -> None:
     path = saved(tmp_path / f"x.{kind}", noise(64, 48))

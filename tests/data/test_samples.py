@@ -1,4 +1,4 @@
-"""Samples are real pictures, the same everywhere, and data like any others."""
+"""Samples are real images, the same everywhere, and data like any others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from sklearn.datasets import load_digits
 
 from finetune.data.archive import find_root
 from finetune.data.discover import discover
-from finetune.data.inputs import find_inputs
-from finetune.data.labelled import find_labelled
+from finetune.data.inputs import find_inputs, find_labelled
 from finetune.data.samples import SAMPLES, is_sample, open_sample
 from finetune.data.split import SplitConfig
 from finetune.errors import DiskError, UsageError

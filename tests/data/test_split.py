@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.sample import SPLITS, Dataset, Sample
+from finetune.data.dataset import SPLITS, Dataset, Sample
 from finetune.data.split import SplitConfig, draw_folds, find_undividable, keep_copies_together, split_off
 from finetune.errors import DataError
 
@@ -121,7 +121,7 @@ def parts_of(dataset: Dataset) -> dict[str, str]:
 
 
 def doubled(number: int) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Paths of two classes and digests: every picture twice."""
+    """Paths of two classes and digests: every image twice."""
     paths = {name: [f"{name}/{n}{copy}" for n in range(number) for copy in "ab"] for name in ("ant", "bee")}
     return paths, {path: path[:-1] for own in paths.values() for path in own}
 
@@ -130,7 +130,7 @@ def parts_for(paths: dict[str, list[str]], taken: set[str]) -> dict[str, str]:
     return {path: "val" if path in taken else "train" for own in paths.values() for path in own}
 
 
-def test_where_every_picture_is_there_twice_the_part_keeps_its_size() -> None:
+def test_where_every_image_is_there_twice_the_part_keeps_its_size() -> None:
     paths, digests = doubled(100)
     first = drawn(parts_for(paths, split_off(paths, 0.2, 0)))
     dataset, moved = keep_copies_together(first, digests, SplitConfig(0.2, 0))

@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform, build_train_transform
-from finetune.runtime import seed_everything
+from finetune.system.device import seed_everything
 from pretrained.catalog import Preprocessing, find_card
 
 CPU = torch.device("cpu")
@@ -24,9 +24,9 @@ def photograph(width: int = 90, height: int = 60) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def seen(view: Transform, picture: Image.Image) -> torch.Tensor:
-    """What a network gets of a picture: (3, H, W) float32."""
-    pixels = view(picture)
+def seen(view: Transform, image: Image.Image) -> torch.Tensor:
+    """What a network gets of an image: (3, H, W) float32."""
+    pixels = view(image)
     assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
     return Normalizer(view.preprocessing, CPU)(pixels[None])[0]
 
@@ -38,8 +38,8 @@ def test_the_evaluation_view_is_torchvisions_own(name: str) -> None:
     reference = tv.get_model_weights(name).DEFAULT.transforms()
     ours = build_eval_transform(find_card(f"torchvision/{name}").preprocessing)
     for size in ((400, 300), (301, 500), (230, 231)):
-        picture = photograph(*size)
-        torch.testing.assert_close(seen(ours, picture), reference(picture))
+        image = photograph(*size)
+        torch.testing.assert_close(seen(ours, image), reference(image))
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
@@ -49,12 +49,12 @@ def test_the_evaluation_view_is_timms_to_the_last_bit(crop_mode: str, interpolat
     own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation=interpolation)
     inception = replace(own, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     clip = replace(own, mean=(0.4815, 0.4578, 0.4082), std=(0.2686, 0.2613, 0.2758))
-    pictures = [photograph(100, 75), photograph(40, 90), Image.new("RGB", (50, 50), (255, 0, 1))]
+    images = [photograph(100, 75), photograph(40, 90), Image.new("RGB", (50, 50), (255, 0, 1))]
     for preprocessing in (own, inception, clip):
         plain = create_transform(**preprocessing.to_timm(), is_training=False)
         ours = build_eval_transform(preprocessing)
-        batch = torch.stack([ours(picture) for picture in pictures])
-        expected = torch.stack([plain(picture) for picture in pictures])
+        batch = torch.stack([ours(image) for image in images])
+        expected = torch.stack([plain(image) for image in images])
         assert Normalizer(preprocessing, CPU)(batch).equal(expected)
 
 
@@ -79,11 +79,11 @@ def test_normalising_is_within_a_few_bits_of_torchvisions_newer_transforms() -> 
 @pytest.mark.parametrize("augmentation", ["light", "medium", "heavy"])
 def test_training_views_repeat_with_the_seed_and_differ_without(augmentation: str) -> None:
     view = build_train_transform(Preprocessing(img_size=32), augmentation)  # type: ignore[arg-type]
-    picture = photograph()
+    image = photograph()
 
     def draw(seed: int) -> torch.Tensor:
         seed_everything(seed)
-        return seen(view, picture)
+        return seen(view, image)
 
     views = [draw(seed) for seed in range(8)]
     assert all(one.equal(draw(seed)) for seed, one in enumerate(views))
@@ -92,9 +92,9 @@ def test_training_views_repeat_with_the_seed_and_differ_without(augmentation: st
 
 
 def test_none_is_the_evaluation_view() -> None:
-    picture = photograph()
-    plain = build_eval_transform(Preprocessing(img_size=32))(picture)
-    assert build_train_transform(Preprocessing(img_size=32), "none")(picture).equal(plain)
+    image = photograph()
+    plain = build_eval_transform(Preprocessing(img_size=32))(image)
+    assert build_train_transform(Preprocessing(img_size=32), "none")(image).equal(plain)
 
 
 def test_normalisation_is_the_preprocessings() -> None:
@@ -109,10 +109,10 @@ def test_normalisation_is_the_preprocessings() -> None:
 def test_five_hundred_views_are_plain_bytes(augmentation: str) -> None:
     """A rare strength of one operation must not stop a run after an hour."""
     view = build_train_transform(Preprocessing(img_size=16), augmentation)  # type: ignore[arg-type]
-    picture = photograph(24, 20)
+    image = photograph(24, 20)
     for seed in range(500):
         torch.manual_seed(seed)
-        tensor = view(picture)
+        tensor = view(image)
         assert type(tensor) is torch.Tensor
         assert tensor.dtype == torch.uint8 and tensor.shape == (3, 16, 16)
 
@@ -132,20 +132,20 @@ def test_a_quarter_of_heavy_views_has_a_rectangle_of_noise() -> None:
     assert noise.std().item() == pytest.approx(256 / math.sqrt(12), abs=1)
 
 
-# --- the picture that views are drawn from -------------------------------------------------------
+# --- the image that views are drawn from -------------------------------------------------------
 
 
 @pytest.mark.parametrize(("augmentation", "smallest"), [("light", 0.5), ("medium", 0.5), ("heavy", 0.2)])
-def test_no_random_crop_of_a_reduced_picture_is_enlarged(augmentation: str, smallest: float) -> None:
+def test_no_random_crop_of_a_reduced_image_is_enlarged(augmentation: str, smallest: float) -> None:
     view = build_train_transform(Preprocessing(img_size=50), augmentation)  # type: ignore[arg-type]
     assert view.short_side is not None
     assert f"scale=({smallest}, 1.0)" in repr(view.draw)
     crop = v2.RandomResizedCrop(50, scale=(smallest, smallest))
     for width, height in ((1, 1), (4, 3), (3, 5), (9, 1)):
         unit = view.short_side // min(width, height) + 1
-        picture = Image.new("L", (unit * width, unit * height))
+        image = Image.new("L", (unit * width, unit * height))
         for _ in range(100):
-            made = crop.make_params([picture])
+            made = crop.make_params([image])
             assert min(made["width"], made["height"]) >= 50
 
 
@@ -159,5 +159,5 @@ def test_the_evaluation_view_is_drawn_from_every_pixel(tmp_path: Path) -> None:
 
 
 def test_nearest_neighbours_are_taken_from_every_pixel() -> None:
-    """Whoever asks for them wants no colour that the picture does not have."""
+    """Whoever asks for them wants no colour that the image does not have."""
     assert build_train_transform(Preprocessing(interpolation="nearest"), "light").short_side is None

@@ -15,8 +15,8 @@ from finetune.evaluation.calibration import (
     fit_temperature,
     measure_reliability,
 )
-from finetune.evaluation.judgement import judge
-from finetune.evaluation.predict import Predictions
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.summary import summarize
 
 
 def draw(num_images: int, seed: int, sharpness: float = 1.0, num_classes: int = 4) -> Predictions:
@@ -113,9 +113,9 @@ def test_a_threshold_says_what_it_gives_on_other_images() -> None:
 
 def test_a_judgement_changes_no_prediction() -> None:
     raw = draw(200, 7, 4.0)
-    judgement = judge(raw, None, "abcd")
-    assert judgement.predictions.predicted.equal(raw.predicted)
-    assert judgement.temperature > 2
-    assert judgement.metrics["loss"] == raw.loss
-    assert judgement.metrics["accuracy"] == raw.accuracy
-    assert [one["precision"] for one in judgement.metrics["reject"]] == [0.9, 0.95, 0.99]
+    summary = summarize(raw, None, "abcd")
+    assert summary.predictions.predicted.equal(raw.predicted)
+    assert summary.temperature > 2
+    assert summary.metrics["loss"] == raw.loss
+    assert summary.metrics["accuracy"] == raw.accuracy
+    assert [one["precision"] for one in summary.metrics["reject"]] == [0.9, 0.95, 0.99]

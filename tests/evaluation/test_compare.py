@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, false_discovery_control, multinomial, norm
 
-from finetune.evaluation.compare import (
-    Comparison,
+from finetune.evaluation.paired_tests import (
+    PairedTest,
     Rights,
     compare_pairs,
     compute_interval,
@@ -22,7 +22,7 @@ def answers(both: int, only_first: int, only_second: int, neither: int) -> tuple
     return np.array(first), np.array(second)
 
 
-def compare(both: int, only_first: int, only_second: int, neither: int) -> Comparison:
+def compare(both: int, only_first: int, only_second: int, neither: int) -> PairedTest:
     first, second = answers(both, only_first, only_second, neither)
     (pair,) = compare_pairs([("a", first, "b", second)])
     return pair
@@ -189,10 +189,10 @@ def test_no_difference_that_may_be_claimed() -> None:
 
 def test_a_small_p_value_is_not_enough() -> None:
     """The interval must leave 0 out as well, and 0 lies in one that ends there."""
-    pair = Comparison("a", "b", 100, 1, 9, 0.8, 0.88, (0.0, 0.15), 0.021, 0.021)
+    pair = PairedTest("a", "b", 100, 1, 9, 0.8, 0.88, (0.0, 0.15), 0.021, 0.021)
     assert not pair.is_claimed
-    assert Comparison("a", "b", 100, 1, 9, 0.8, 0.88, (0.01, 0.15), 0.021, 0.021).is_claimed
-    assert not Comparison("a", "b", 100, 1, 9, 0.8, 0.88, (0.01, 0.15), 0.021, 0.05).is_claimed
+    assert PairedTest("a", "b", 100, 1, 9, 0.8, 0.88, (0.01, 0.15), 0.021, 0.021).is_claimed
+    assert not PairedTest("a", "b", 100, 1, 9, 0.8, 0.88, (0.01, 0.15), 0.021, 0.05).is_claimed
 
 
 def test_a_tiny_p_value_has_no_digits() -> None:

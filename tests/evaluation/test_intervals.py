@@ -14,7 +14,7 @@ from finetune.evaluation.intervals import (
     compute_wilson,
 )
 from finetune.evaluation.metrics import compute_confusion, compute_roc_auc, compute_shares
-from finetune.evaluation.predict import Predictions
+from finetune.evaluation.predictions import Predictions
 
 
 def draw(rng: np.random.Generator, num_images: int, accuracy: float, num_classes: int = 3) -> Predictions:

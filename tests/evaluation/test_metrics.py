@@ -16,7 +16,7 @@ from finetune.evaluation.metrics import (
     find_most_confused,
     list_by_class,
 )
-from finetune.evaluation.predict import Predictions
+from finetune.evaluation.predictions import Predictions
 
 
 def draw_predictions(num_images: int, num_classes: int, seed: int, present: int | None = None) -> Predictions:
@@ -110,7 +110,7 @@ def test_confused_pairs_come_with_their_share() -> None:
 
 
 def test_roc_auc_of_a_network_that_is_very_sure() -> None:
-    """Its probabilities are all 1 or 0 in float32; which picture it is surer of still counts."""
+    """Its probabilities are all 1 or 0 in float32; which image it is surer of still counts."""
     gaps = torch.linspace(-60, 60, 100)
     predictions = Predictions(torch.stack([gaps, -gaps], dim=1) + 40, (gaps < 20).long())
     assert compute_roc_auc(predictions) == 1.0

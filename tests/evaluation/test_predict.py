@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.evaluation.predict import predict
+from finetune.evaluation.predictions import predict
 from tests.training.helpers import SmallNet, build_trainer
 
 
-def test_prediction_is_in_order_and_leaves_the_modes(pictures: Path, tmp_path: Path) -> None:
+def test_prediction_is_in_order_and_leaves_the_modes(image_folder: Path, tmp_path: Path) -> None:
     network = SmallNet(dropout=0.5).train()
     network.stage1.eval()
-    loader = build_trainer(pictures, tmp_path, network=network, batch_size=4).task.val
+    loader = build_trainer(image_folder, tmp_path, network=network, batch_size=4).task.val
     modes = [module.training for module in network.modules()]
     seen: list[int] = []
     predictions = predict(network, loader, "float32", seen.append)
@@ -24,7 +24,7 @@ def test_prediction_is_in_order_and_leaves_the_modes(pictures: Path, tmp_path: P
     torch.testing.assert_close(predictions.probabilities.sum(1), torch.ones(18))
 
 
-def test_modes_are_restored_after_an_error(pictures: Path, tmp_path: Path) -> None:
+def test_modes_are_restored_after_an_error(image_folder: Path, tmp_path: Path) -> None:
     class Failing(SmallNet):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             if not self.training and images.shape[0] == 4 and torch.is_inference_mode_enabled():
@@ -32,7 +32,7 @@ def test_modes_are_restored_after_an_error(pictures: Path, tmp_path: Path) -> No
             return super().forward(images)
 
     network = Failing().train()
-    loader = build_trainer(pictures, tmp_path, network=network, batch_size=4).task.val
+    loader = build_trainer(image_folder, tmp_path, network=network, batch_size=4).task.val
     with pytest.raises(RuntimeError, match="on purpose"):
         predict(network, loader, "float32")
     assert all(module.training for module in network.modules())

@@ -22,9 +22,9 @@ SIZES = [(100, 75), (40, 90), (48, 48), (55, 55), (33, 300)]
 MODES = ["center", "squash", "border"]
 
 
-def timms(picture: Image.Image, own: Preprocessing, crop_pct: float) -> torch.Tensor:
+def timms(image: Image.Image, own: Preprocessing, crop_pct: float) -> torch.Tensor:
     words = own.to_timm() | {"crop_pct": crop_pct}
-    view: torch.Tensor = create_transform(**words, is_training=False, normalize=False)(picture)
+    view: torch.Tensor = create_transform(**words, is_training=False, normalize=False)(image)
     return view
 
 
@@ -55,16 +55,16 @@ def test_the_centre_of_a_scale_is_timms_view_of_that_scale(crop_mode: str, size:
 
 def test_ten_crops_are_torchvisions() -> None:
     own = Preprocessing(img_size=48)
-    picture = photograph(100, 75)
-    resized = F.resize(picture, [54], F.InterpolationMode.BICUBIC)
+    image = photograph(100, 75)
+    resized = F.resize(image, [54], F.InterpolationMode.BICUBIC)
     expected = torch.stack([F.pil_to_tensor(crop) for crop in F.ten_crop(resized, [48, 48])])
     mirrored = [6, 5, 8, 7, 9]  # torchvision mirrors first: its top left is the mirror of the top right
-    assert build_views(own, 10)(picture).equal(torch.cat([expected[:5], expected[mirrored]]))
-    assert build_views(own, 5)(picture).equal(expected[:5])
+    assert build_views(own, 10)(image).equal(torch.cat([expected[:5], expected[mirrored]]))
+    assert build_views(own, 5)(image).equal(expected[:5])
     assert build_views(own, 10).num_views == 10
 
 
-def test_corners_of_a_bordered_picture_reach_into_every_corner_of_it() -> None:
+def test_corners_of_a_bordered_image_reach_into_every_corner_of_it() -> None:
     own = Preprocessing(img_size=48, crop_mode="border", crop_pct=0.5, mean=(0.0, 0.0, 0.0))
     wide = Image.new("RGB", (400, 100), (255, 255, 255))  # 96 x 24 with its longer side at 96
     made = build_views(own, 5)(wide)

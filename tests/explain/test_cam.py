@@ -163,12 +163,12 @@ def check(name: str) -> None:
 
 
 def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]) -> None:
-    """A change in one quarter of the picture changes that quarter of the features most."""
+    """A change in one quarter of the image changes that quarter of the features most."""
     from finetune.explain.cam import _forward_from, _to_positions
 
     assert cam._place is not None
-    picture = noise(size, 1)
-    changed = picture.repeat(4, 1, 1, 1)
+    image = noise(size, 1)
+    changed = image.repeat(4, 1, 1, 1)
     half_h, half_w = size[1] // 2, size[2] // 2
     other = torch.randn(size, generator=torch.Generator().manual_seed(2))
     corners = [(top, left) for top in (0, half_h) for left in (0, half_w)]
@@ -176,7 +176,7 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
         window = (slice(None), slice(top, top + half_h), slice(left, left + half_w))
         changed[number][window] = other[window]
     with torch.no_grad():
-        [(leaf, form)], _ = _forward_from(network, cam._place, torch.cat([picture, changed]))
+        [(leaf, form)], _ = _forward_from(network, cam._place, torch.cat([image, changed]))
     if form.order == "channels_first":
         return  # there is no order to get wrong, and random attention mixes everything
     grid = _to_positions(leaf, form).detach()

@@ -1,4 +1,4 @@
-"""Heat maps over pictures."""
+"""Heat maps over images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetune.explain.overlay import draw_overlay, resize_heat
 def test_evidence_is_where_it_belongs() -> None:
     heat = torch.zeros(4, 4)
     heat[0, 3] = 1.0  # top right
-    picture = Image.new("RGB", (80, 40), (120, 120, 120))
-    pixels = np.asarray(draw_overlay(picture, heat)).astype(int)
+    image = Image.new("RGB", (80, 40), (120, 120, 120))
+    pixels = np.asarray(draw_overlay(image, heat)).astype(int)
     assert pixels.shape == (40, 80, 3)
     assert np.ptp(pixels[5, 75]) > 60  # coloured
     assert (pixels[30:, :30] == 120).all()  # as it was
@@ -31,6 +31,6 @@ def test_more_evidence_is_lighter() -> None:
     assert light == sorted(light) and light[-1] > light[0] + 50
 
 
-def test_without_evidence_the_picture_is_grey() -> None:
+def test_without_evidence_the_image_is_grey() -> None:
     pixels = np.asarray(draw_overlay(Image.new("RGB", (8, 8), (200, 30, 30)), torch.zeros(3, 3)))
     assert (pixels == pixels[..., :1]).all()

@@ -37,15 +37,13 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("softmax", [False, True])
-def test_pictures_in_answers_out(
-    card: Card, network: nn.Module, layout: Layout | None, softmax: bool
-) -> None:
-    """The oracle is timm's own transform on the picture, and softmax(logits / T) written out."""
+def test_images_in_answers_out(card: Card, network: nn.Module, layout: Layout | None, softmax: bool) -> None:
+    """The oracle is timm's own transform on the image, and softmax(logits / T) written out."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 90, 70, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(one) for one in pixels]
+    images = [Image.fromarray(one) for one in pixels]
     transform = create_transform(**card.preprocessing.to_timm(), is_training=False)
-    normalised: Tensor = torch.stack([transform(picture) for picture in pictures])
-    views = torch.stack([build_eval_transform(card.preprocessing)(picture) for picture in pictures])
+    normalised: Tensor = torch.stack([transform(image) for image in images])
+    views = torch.stack([build_eval_transform(card.preprocessing)(image) for image in images])
     interface = Interface(layout, softmax)
     given = interface.arrange(views, card.preprocessing)
     assert given.shape[1:] == interface.input_shape(card.preprocessing)
@@ -93,6 +91,6 @@ class ByValue(nn.Module):
 
 @pytest.mark.parametrize("network", [OneSize(), ByValue()])
 def test_what_cannot_be_traced_is_refused(card: Card, network: nn.Module) -> None:
-    with pytest.raises(UsageError, match=r"cannot trace it for any number of pictures \(\w+: .+\)") as caught:
+    with pytest.raises(UsageError, match=r"cannot trace it for any number of images \(\w+: .+\)") as caught:
         build_program(network, card, Interface())
     assert "--format timm" in caught.value.fix

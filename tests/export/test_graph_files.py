@@ -125,7 +125,7 @@ def test_the_steps_are_those_that_timm_takes(mode: str, crop_pct: float) -> None
     """Somebody who follows ``preprocessing.json`` with Pillow alone gets timm's pixels."""
     view = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=mode, interpolation="bilinear")
     pixels = np.random.default_rng(1).integers(0, 256, (80, 120, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     _, resize, crop = describe_view(view)
     if "shorter_side" in resize:
         scale = resize["shorter_side"] / 80
@@ -134,8 +134,8 @@ def test_the_steps_are_those_that_timm_takes(mode: str, crop_pct: float) -> None
         size = (resize["longer_side"], round(80 * resize["longer_side"] / 120))
     else:
         size = (resize["width"], resize["height"])
-    small = picture.resize(size, Image.Resampling.BILINEAR)
+    small = image.resize(size, Image.Resampling.BILINEAR)
     page = Image.new("RGB", (crop["width"], crop["height"]), tuple(crop.get("pad_with", (0, 0, 0))))
     page.paste(small, (round((48 - size[0]) / 2), round((48 - size[1]) / 2)))
-    expected = create_transform(**view.to_timm(), is_training=False, normalize=False)(picture)
+    expected = create_transform(**view.to_timm(), is_training=False, normalize=False)(image)
     assert np.array_equal(np.asarray(page).transpose(2, 0, 1), expected.numpy())

@@ -12,8 +12,8 @@ from PIL import Image
 
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import DataError
-from finetune.export import judged as module
-from finetune.export.judged import Inputs, load_judged
+from finetune.export import source as module
+from finetune.export.source import ProofInputs, load_judged
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from pretrained.catalog import Card, find_card
@@ -44,9 +44,9 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def load(run: RunFolder, card: Card) -> Inputs:
+def load(run: RunFolder, card: Card) -> ProofInputs:
     found = load_judged(run, run.path.parent / "data", card)
-    assert isinstance(found, Inputs), found
+    assert isinstance(found, ProofInputs), found
     return found
 
 
@@ -68,7 +68,7 @@ def test_many_are_drawn_evenly(run: RunFolder, card: Card, monkeypatch: pytest.M
     assert (len(found.views), found.num_judged) == (5, 10)
 
 
-def test_large_pictures_are_fewer(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_fewer(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 3 * 3 * 32 * 32)
     assert len(load(run, card).views) == 3
 

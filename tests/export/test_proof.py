@@ -17,8 +17,8 @@ from finetune.errors import DiskError, InternalError
 from finetune.export import fresh, proof
 from finetune.export.deployed import Interface, build_program
 from finetune.export.graph_files import write_program
-from finetune.export.judged import Inputs, draw_random
 from finetune.export.proof import check_comparison, compare, predict_fresh, predict_here
+from finetune.export.source import ProofInputs, draw_random
 from pretrained.catalog import Card, find_card
 
 SURE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
@@ -86,7 +86,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Card, torch.nn.Mo
 
 def test_a_fresh_process_says_the_same(written: tuple[Card, torch.nn.Module, Path]) -> None:
     card, network, path = written
-    inputs = Inputs(draw_random(card, "").views[:5], None, 0)
+    inputs = ProofInputs(draw_random(card, "").views[:5], None, 0)
     found, facts = predict_fresh("torch-export", path, inputs, card, Interface())
     assert facts["loaded"] == []
     expected = predict_here(network, card, inputs.views)
@@ -106,7 +106,7 @@ def test_what_cannot_be_loaded_fails_with_its_words(
 ) -> None:
     card = written[0]
     (tmp_path / "model.pt2").write_bytes(b"nothing")
-    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    inputs = ProofInputs(draw_random(card, "").views[:1], None, 0)
     with pytest.raises(InternalError, match=r"a fresh process could not load and run it: .+"):
         predict_fresh("torch-export", tmp_path / "model.pt2", inputs, card, Interface())
 
@@ -122,7 +122,7 @@ def test_a_process_that_imports_finetune_proves_nothing(
     program.write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setattr(fresh, "__file__", str(program))
-    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    inputs = ProofInputs(draw_random(card, "").views[:1], None, 0)
     with pytest.raises(InternalError, match="imported finetune, so it proves nothing"):
         predict_fresh("torch-export", path, inputs, card, Interface())
 
@@ -135,7 +135,7 @@ def test_too_few_answers_are_seen(
     text = Path(fresh.__file__).read_text().replace("np.concatenate(outputs)", "np.concatenate(outputs)[1:]")
     program.write_text(text)
     monkeypatch.setattr(fresh, "__file__", str(program))
-    inputs = Inputs(draw_random(card, "").views[:2], None, 0)
+    inputs = ProofInputs(draw_random(card, "").views[:2], None, 0)
     with pytest.raises(InternalError, match=r"gave \(1, 1000\) for 2 inputs"):
         predict_fresh("torch-export", path, inputs, card, Interface())
 
@@ -149,8 +149,8 @@ def test_a_full_disk_is_no_fault_of_the_artefact(
     (tmp_path / "given" / file).parent.mkdir()
     (tmp_path / "given" / file).symlink_to("/dev/full")
     monkeypatch.setattr(proof, "TemporaryDirectory", lambda **_: nullcontext(tmp_path / "given"))
-    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
-    with pytest.raises(DiskError, match="writing pictures for the comparison into") as caught:
+    inputs = ProofInputs(draw_random(card, "").views[:1], None, 0)
+    with pytest.raises(DiskError, match="writing images for the comparison into") as caught:
         predict_fresh("torch-export", path, inputs, card, Interface())
     assert "TMPDIR" in caught.value.fix
 
@@ -160,7 +160,7 @@ def test_without_a_place_for_temporary_files_that_is_said(
 ) -> None:
     card, _, path = written
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    inputs = Inputs(draw_random(card, "").views[:1], None, 0)
+    inputs = ProofInputs(draw_random(card, "").views[:1], None, 0)
     with pytest.raises(DiskError, match="into /nowhere: No such file"):
         predict_fresh("torch-export", path, inputs, card, Interface())
 

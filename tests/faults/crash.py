@@ -23,7 +23,7 @@ When = Literal["before", "after", "torn"]
 
 
 @dataclass(frozen=True)
-class Order:
+class LaunchSpec:
     """A command for a fork.
 
     Attributes:
@@ -63,7 +63,7 @@ class Crasher:
     def run(self, *words: object, kill: int = -1, when: When = "before", number: int = signal.SIGKILL) -> End:
         """Run ``finetune`` with these words."""
         assert self._process.stdin and self._process.stdout
-        order = Order([str(word) for word in words], kill, when, int(number))
+        order = LaunchSpec([str(word) for word in words], kill, when, int(number))
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
         return End(**json.loads(self._process.stdout.readline()))
@@ -84,13 +84,13 @@ def open_crasher() -> Iterator[Crasher]:
 # --- in the fork -----------------------------------------------------------------------------------
 
 
-def patch_calls(order: Order, calls: list[str]) -> None:
+def patch_calls(order: LaunchSpec, calls: list[str]) -> None:
     """Count the calls that change the disk, and send a signal to this process at one of them."""
     for name in CALLS:
         setattr(os, name, _counted(name, getattr(os, name), order, calls))
 
 
-def _counted(name: str, call: Callable[..., Any], order: Order, calls: list[str]) -> Callable[..., Any]:
+def _counted(name: str, call: Callable[..., Any], order: LaunchSpec, calls: list[str]) -> Callable[..., Any]:
     def counted(*arguments: Any, **keys: Any) -> Any:
         number = len(calls)
         calls.append(f"{name} {_target(name, arguments)}")
@@ -121,10 +121,10 @@ def _tear(descriptor: int) -> None:
         os.truncate(path, size // 2)
 
 
-def run_fork(order: Order, report: Path) -> None:
+def run_fork(order: LaunchSpec, report: Path) -> None:
     """Run the command line here and end; the report tells of the calls even when a kill comes first."""
     from finetune.cli.app import main
-    from finetune.training import pace
+    from finetune.training import checkpoint as pace
 
     pace.SHARE = 1e9  # a checkpoint after every epoch, however short
     calls: list[str] = []
@@ -151,7 +151,7 @@ def serve() -> None:
     assert finetune.job
     torch.set_num_threads(1)
     for line in sys.stdin:
-        order = Order(**json.loads(line))
+        order = LaunchSpec(**json.loads(line))
         with tempfile.TemporaryDirectory() as folder:
             said, report = Path(folder) / "said", Path(folder) / "calls"
             child = os.fork()

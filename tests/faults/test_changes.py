@@ -22,8 +22,8 @@ BITS = ("model/model.safetensors", "predictions.csv")
 
 
 @pytest.fixture
-def data(pictures: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pictures, tmp_path / "data")
+def data(image_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(image_folder, tmp_path / "data")
 
 
 @pytest.fixture

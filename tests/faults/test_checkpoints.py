@@ -18,7 +18,7 @@ import pytest
 
 from finetune.errors import DataError, DiskError, ExitCode
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.progress import Checkpoint, Progress, Snapshot
+from finetune.training.state import Checkpoint, Progress, Snapshot
 from tests.training.helpers import assert_same_end, build_trainer, corrupt, fit_until, saved, warnings
 from tests.training.stores import (
     BEST,
@@ -146,16 +146,16 @@ def test_a_state_of_another_version_says_so(tmp_path: Path) -> None:
     ("name", "damage"), [(STATE, flip_bit), (EPOCH, truncate), (BEST, Path.unlink), (MANIFEST, empty)]
 )
 def test_training_goes_on_from_the_one_before_to_the_same_bits(
-    pictures: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
+    image_folder: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     settings: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 0.05, "dropout": 0.2, "ema_decay": 0.9}
-    build_trainer(pictures, tmp_path / "whole", **settings).fit()
+    build_trainer(image_folder, tmp_path / "whole", **settings).fit()
     # 5 steps an epoch: both inside the second, where there is a best
-    fit_until(build_trainer(pictures, tmp_path / "parts", **settings), lambda at: at.step >= 7)
-    fit_until(build_trainer(pictures, tmp_path / "parts", **settings), lambda at: at.step >= 8)
+    fit_until(build_trainer(image_folder, tmp_path / "parts", **settings), lambda at: at.step >= 7)
+    fit_until(build_trainer(image_folder, tmp_path / "parts", **settings), lambda at: at.step >= 8)
     store = CheckpointStore(tmp_path / "parts" / "checkpoints")
     damage(store.folder / store.names()[-1] / name)
-    last = build_trainer(pictures, tmp_path / "parts", **settings)
+    last = build_trainer(image_folder, tmp_path / "parts", **settings)
     assert [name in said for said in warnings(last)] == [True]
     last.fit()
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
@@ -173,17 +173,17 @@ PLACES: dict[str, Callable[[Progress], bool]] = {
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_way_back_leads_to_the_same_start_after_an_interruption(
-    pictures: Path, tmp_path: Path, optimizer: str, place: str
+    image_folder: Path, tmp_path: Path, optimizer: str, place: str
 ) -> None:
     """Two ways back to the start of the second epoch: no step may have moved what is kept of it."""
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.05, "ema_decay": 0.9}
     settings |= {"optimizer": optimizer}
     settings |= {"trainer_type": corrupt(lambda at: at.rollbacks < 2 and at.step in (6, 7, 8, 9))}
-    build_trainer(pictures, tmp_path / "whole", **settings).fit()
-    fit_until(build_trainer(pictures, tmp_path / "parts", **settings), PLACES[place])
+    build_trainer(image_folder, tmp_path / "whole", **settings).fit()
+    fit_until(build_trainer(image_folder, tmp_path / "parts", **settings), PLACES[place])
     found = saved(tmp_path / "parts")
     assert (found.now is found.epoch_start) == (place == "between the two")
-    last = build_trainer(pictures, tmp_path / "parts", **settings)
+    last = build_trainer(image_folder, tmp_path / "parts", **settings)
     assert last.fit().rollbacks == 2
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 

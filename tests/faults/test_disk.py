@@ -30,13 +30,13 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tiny: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from typer.testing import CliRunner
 
     from finetune.cli.app import app
 
     output = tmp_path_factory.mktemp("whole") / "run"
-    result = CliRunner().invoke(app, [str(word) for word in words_of(tiny, pictures, output)])
+    result = CliRunner().invoke(app, [str(word) for word in words_of(tiny, image_folder, output)])
     assert result.exit_code == 0, result.output
     return output
 
@@ -111,20 +111,20 @@ def test_a_disk_that_is_full_for_one_file_costs_nothing_but_a_second_start(
     cli: Cli,
     undisturbed: Path,
     tiny: Path,
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
     output = tmp_path / "run"
-    monkeypatch.setattr("finetune.training.pace.Pace.is_due", lambda *_, **__: True)  # every step
+    monkeypatch.setattr("finetune.training.checkpoint.Pace.is_due", lambda *_, **__: True)  # every step
     disk = FullDisk(monkeypatch, name)
-    result = cli(*words_of(tiny, pictures, output))
+    result = cli(*words_of(tiny, image_folder, output))
     assert_disk_refusal(output, result.exit_code, result.stderr)
     assert "No space left on device" in result.stderr
     assert outcome_of(output) == ("failed", "disk", True)
     disk.full = False
-    assert cli(*words_of(tiny, pictures, output)).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     assert_nothing_half(output)
     assert_same_result(output, undisturbed)
 
@@ -134,7 +134,7 @@ def test_an_outcome_that_cannot_be_written_is_an_error_too(
     cli: Cli,
     undisturbed: Path,
     tiny: Path,
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     good: int,
@@ -142,22 +142,22 @@ def test_an_outcome_that_cannot_be_written_is_an_error_too(
     """It is written when the folder is taken, when work begins, and at the end."""
     output = tmp_path / "run"
     disk = FullDisk(monkeypatch, ".outcome.json", good)
-    result = cli(*words_of(tiny, pictures, output))
+    result = cli(*words_of(tiny, image_folder, output))
     assert_disk_refusal(output, result.exit_code, result.stderr)
     assert not (output / "outcome.json").exists() or outcome_of(output)[0] == "running"
     disk.full = False
-    assert cli(*words_of(tiny, pictures, output)).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     assert outcome_of(output)[0] == "done"
     assert_same_result(output, undisturbed)
 
 
 def test_too_little_space_for_one_checkpoint_is_refused_before_training(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(files_module.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(Trainer, "_train_epoch", lambda _: pytest.fail("training began"))
-    result = cli(*words_of(tiny, pictures, tmp_path / "run"))
+    result = cli(*words_of(tiny, image_folder, tmp_path / "run"))
     assert result.exit_code == ExitCode.DISK, result.stderr
     assert re.search("a checkpoint may need [3-9] MB, and 1 MB are free", result.stderr)
     assert "Free some space, or choose another disk with --output." in result.stderr
@@ -193,34 +193,34 @@ def execute(command: list[str], words: list[object]) -> tuple[int, str]:
 
 
 def test_a_limit_on_file_sizes(
-    cli: Cli, undisturbed: Path, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, undisturbed: Path, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """A checkpoint has 3 MB, and EFBIG comes in the middle of it; the outcome is small enough."""
     output = tmp_path / "run"
-    code, said = execute([sys.executable, "-c", LIMITED], words_of(tiny, pictures, output))
+    code, said = execute([sys.executable, "-c", LIMITED], words_of(tiny, image_folder, output))
     assert_disk_refusal(output, code, said)
     assert "File too large" in said
     assert outcome_of(output) == ("failed", "disk", True)
-    assert cli(*words_of(tiny, pictures, output)).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     assert_same_result(output, undisturbed)
 
 
 @needs_mounts
 @pytest.mark.parametrize("size", ["5m", pytest.param("4m", marks=slow), pytest.param("12k", marks=slow)])
 def test_a_disk_that_is_really_full(
-    cli: Cli, undisturbed: Path, tiny: Path, pictures: Path, tmp_path: Path, size: str
+    cli: Cli, undisturbed: Path, tiny: Path, image_folder: Path, tmp_path: Path, size: str
 ) -> None:
     """Room for a checkpoint and not for the model; not for a checkpoint; for next to nothing."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     script = f'mount -t tmpfs -o size={size} tmpfs {disk} && "$@"; code=$?; cp -a {disk}/. {kept}; exit $code'
     command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-m", "finetune"]
-    code, said = execute(command, words_of(tiny, pictures, disk / "run"))
+    code, said = execute(command, words_of(tiny, image_folder, disk / "run"))
     assert code == ExitCode.DISK, said
     assert said.count("error: ") == 1 and "Free some space" in said and "Traceback" not in said
     assert_nothing_half(kept / "run")
     shutil.move(kept / "run", disk / "run")
-    result = cli(*words_of(tiny, pictures, disk / "run"))
+    result = cli(*words_of(tiny, image_folder, disk / "run"))
     assert result.exit_code == 0, result.output
     assert_same_result(disk / "run", undisturbed)
 
@@ -238,19 +238,19 @@ def in_read_only(way: str, folder: Path) -> list[str]:
 @needs_mounts
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
 @pytest.mark.parametrize("way", READ_ONLY)
-def test_a_folder_that_may_not_be_written(tiny: Path, pictures: Path, tmp_path: Path, way: str) -> None:
+def test_a_folder_that_may_not_be_written(tiny: Path, image_folder: Path, tmp_path: Path, way: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    code, said = execute(in_read_only(way, folder), words_of(tiny, pictures, folder))
+    code, said = execute(in_read_only(way, folder), words_of(tiny, image_folder, folder))
     assert_disk_refusal(folder, code, said, "Choose a folder you may write to with --output")
     assert list(folder.iterdir()) == []
 
 
 @needs_mounts
 def test_a_finished_run_on_a_read_only_disk_is_still_finished(
-    undisturbed: Path, tiny: Path, pictures: Path
+    undisturbed: Path, tiny: Path, image_folder: Path
 ) -> None:
-    code, said = execute(in_read_only("mount", undisturbed), words_of(tiny, pictures, undisturbed))
+    code, said = execute(in_read_only("mount", undisturbed), words_of(tiny, image_folder, undisturbed))
     assert code == 0, said
     assert "holds this run already" in said
 
@@ -269,24 +269,29 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
     cli: Cli,
     undisturbed: Path,
     tiny: Path,
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The result matters more than what was said on the way to it; the user is told once."""
     monkeypatch.setattr(RunFolder, "log", Full())
-    result = cli(*words_of(tiny, pictures, tmp_path / "run"))
+    result = cli(*words_of(tiny, image_folder, tmp_path / "run"))
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("warning: /dev/full cannot be written") == 1
     assert_same_result(tmp_path / "run", undisturbed)
 
 
 def test_an_stderr_that_cannot_be_written_does_not_end_the_run(
-    undisturbed: Path, tiny: Path, pictures: Path, tmp_path: Path
+    undisturbed: Path, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """As ``finetune run ... 2>log`` on a full disk."""
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "finetune", *map(str, words_of(tiny, pictures, tmp_path / "run"))]
+        command = [
+            sys.executable,
+            "-m",
+            "finetune",
+            *map(str, words_of(tiny, image_folder, tmp_path / "run")),
+        ]
         result = subprocess.run(command, stderr=full, check=False, cwd=ROOT)
     assert result.returncode == 0
     assert_same_result(tmp_path / "run", undisturbed)

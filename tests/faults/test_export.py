@@ -29,13 +29,13 @@ def zero_tail(file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, pictures: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, image_folder: Path) -> Path:
     from typer.testing import CliRunner
 
     from finetune.cli.app import app
 
     run = tmp_path_factory.mktemp("trained") / "run"
-    words = ["run", "-b", tiny, "-d", pictures, "-o", run, "-s", "freeze", "--epochs", 1, "--workers", 0]
+    words = ["run", "-b", tiny, "-d", image_folder, "-o", run, "-s", "freeze", "--epochs", 1, "--workers", 0]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return run
@@ -43,14 +43,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, pictures: Path
 
 @pytest.mark.parametrize("damage", [cut, flip, zero_tail])
 def test_a_damaged_model_is_no_backbone(
-    cli: Cli, trained: Path, pictures: Path, tmp_path: Path, damage: Callable[[Path], None]
+    cli: Cli, trained: Path, image_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     """Neither torch nor safetensors notices a flipped bit."""
     file = trained / "model" / "model.safetensors"
     whole = file.read_bytes()
     damage(file)
     try:
-        result = cli("run", "-b", trained, "-d", pictures, "-o", tmp_path / "next", "--epochs", 1)
+        result = cli("run", "-b", trained, "-d", image_folder, "-o", tmp_path / "next", "--epochs", 1)
     finally:
         file.write_bytes(whole)
     assert result.exit_code == ExitCode.USAGE
@@ -59,12 +59,12 @@ def test_a_damaged_model_is_no_backbone(
 
 
 def test_a_model_that_was_changed_on_purpose_is_taken(
-    cli: Cli, trained: Path, pictures: Path, tmp_path: Path
+    cli: Cli, trained: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(trained / "model", tmp_path / "model")
     flip(copy / "model.safetensors")
     config = json.loads((copy / "config.json").read_text())
     del config["finetune"]["sha256"]
     (copy / "config.json").write_text(json.dumps(config))
-    words = ["run", "-b", copy, "-d", pictures, "-o", tmp_path / "next", "--epochs", 1, "--workers", 0]
+    words = ["run", "-b", copy, "-d", image_folder, "-o", tmp_path / "next", "--epochs", 1, "--workers", 0]
     assert cli(*words, "-s", "freeze").exit_code == 0

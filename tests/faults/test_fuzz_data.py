@@ -1,4 +1,4 @@
-"""Whatever bytes and names come in: a data set whose every path lies in it, an RGB picture, or a refusal.
+"""Whatever bytes and names come in: a data set whose every path lies in it, an RGB image, or a refusal.
 
 Thousands of cases, the same ones on every machine (``derandomize``). What they found once has a plain test
 of its own, in ``tests/data``.
@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.data.images import encoded, noise, palette
 
+from finetune.data.dataset import Dataset
 from finetune.data.decode import FORMATS, BadImageError, decode_image, probe_image
 from finetune.data.discover import discover
-from finetune.data.sample import Dataset
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError
-from tests.data.pictures import encoded, noise, palette
 
 fuzz = settings(
     max_examples=2000,
@@ -164,7 +164,7 @@ def test_tables(table: Path) -> None:
     assert seen["table read"] > 100 and seen["table refused"] > 500, seen  # both sides are reached
 
 
-# Pictures
+# Images
 
 
 def kinds() -> list[bytes]:
@@ -226,21 +226,21 @@ def read(reader: Callable[[Path], Any], path: Path) -> Any:
 
 @fuzz
 @given(data=PICTURES)
-def fuzz_pictures(folder: Path, data: bytes) -> None:
+def fuzz_images(folder: Path, data: bytes) -> None:
     path = folder / "x.jpg"
     path.write_bytes(data)
     image, probed = read(decode_image, path), read(probe_image, path)
     if not isinstance(image, BadImageError):
         assert image.mode == "RGB" and len(image.tobytes()) == 3 * image.width * image.height
     assert isinstance(image, BadImageError) == isinstance(probed, BadImageError), (image, probed)
-    note("picture refused" if isinstance(image, BadImageError) else "picture read")
+    note("image refused" if isinstance(image, BadImageError) else "image read")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     seen.clear()
-    fuzz_pictures(tmp_path)
-    assert seen["picture read"] > 100 and seen["picture refused"] > 500, seen
+    fuzz_images(tmp_path)
+    assert seen["image read"] > 100 and seen["image refused"] > 500, seen
 
 
 # Names of folders and files

@@ -20,7 +20,7 @@ KEYS = [key for key, _ in flatten(Recipe().to_dict())]
 many = settings(max_examples=400, deadline=None, derandomize=True, database=None)
 
 
-class Desk:
+class Mailbox:
     """A file that is written anew for every case, and how the cases ended."""
 
     def __init__(self, path: Path) -> None:
@@ -30,9 +30,9 @@ class Desk:
         """Load a recipe, and hold what must be true of either end."""
         raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
         self.path.write_bytes(raw)
-        return self.judge(str(self.path), overrides)
+        return self.summarize(str(self.path), overrides)
 
-    def judge(self, source: str | None, overrides: Mapping[str, Any] | None) -> Recipe | None:
+    def summarize(self, source: str | None, overrides: Mapping[str, Any] | None) -> Recipe | None:
         try:
             recipe = load_recipe(source, overrides)
         except UsageError as error:
@@ -53,8 +53,8 @@ def check_refusal(error: UsageError) -> None:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    return Desk(tmp_path_factory.mktemp("recipe") / "mine.yaml")
+def mailbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mailbox]:
+    return Mailbox(tmp_path_factory.mktemp("recipe") / "mine.yaml")
 
 
 # --- what is written -----------------------------------------------------------------------------
@@ -198,34 +198,34 @@ def changed(key: str, new: str, value: str) -> str:
 
 @many
 @given(st.one_of(st.text(), st.text(st.characters(codec=None)), st.text(" \n-:[]{}&*!|>'\"%@`#,?a1.~\t")))
-def test_any_text(desk: Desk, text: str) -> None:
-    desk.load(text)
+def test_any_text(mailbox: Mailbox, text: str) -> None:
+    mailbox.load(text)
 
 
 @many
 @given(st.one_of(st.binary(), st.binary().map(lambda raw: b"training:\n  lr: " + raw)))
-def test_any_bytes(desk: Desk, raw: bytes) -> None:
-    desk.load(raw)
+def test_any_bytes(mailbox: Mailbox, raw: bytes) -> None:
+    mailbox.load(raw)
 
 
 @many
 @given(st.one_of(DOCUMENTS, DEEP), st.one_of(st.just({}), OVERRIDES))
-def test_what_looks_like_yaml(desk: Desk, text: str, overrides: dict[str, Any]) -> None:
-    desk.load(text, overrides)
+def test_what_looks_like_yaml(mailbox: Mailbox, text: str, overrides: dict[str, Any]) -> None:
+    mailbox.load(text, overrides)
 
 
 @many
 @given(OVERRIDES)
-def test_any_overrides(desk: Desk, overrides: dict[str, Any]) -> None:
-    desk.judge(None, overrides)
+def test_any_overrides(mailbox: Mailbox, overrides: dict[str, Any]) -> None:
+    mailbox.summarize(None, overrides)
 
 
 @many
 @given(st.sampled_from(KEYS), st.data())
-def test_a_recipe_with_one_change(desk: Desk, key: str, data: st.DataObject) -> None:
+def test_a_recipe_with_one_change(mailbox: Mailbox, key: str, data: st.DataObject) -> None:
     name = key.rpartition(".")[2]
     new = data.draw(st.one_of(st.just(name), WORDS))
-    desk.load(changed(key, new, data.draw(VALUES) if new == name else "1"))
+    mailbox.load(changed(key, new, data.draw(VALUES) if new == name else "1"))
 
 
 @many
@@ -234,35 +234,35 @@ def test_a_recipe_with_one_change(desk: Desk, key: str, data: st.DataObject) -> 
         st.one_of(st.text(), st.tuples(st.sampled_from(KEYS), st.just("="), VALUES).map("".join)), max_size=3
     )
 )
-def test_any_assignments(desk: Desk, words: list[str]) -> None:
+def test_any_assignments(mailbox: Mailbox, words: list[str]) -> None:
     try:
         overrides = parse_assignments(words)
     except UsageError as error:
         check_refusal(error)
     else:
-        desk.judge(None, overrides)
+        mailbox.summarize(None, overrides)
 
 
 @many
 @given(
     st.sampled_from(["data.path", "backbone.name", "backbone.weights"]), st.text(st.characters(codec=None))
 )
-def test_any_path_comes_back(desk: Desk, key: str, path: str) -> None:
-    recipe = desk.judge(None, {key: path})
+def test_any_path_comes_back(mailbox: Mailbox, key: str, path: str) -> None:
+    recipe = mailbox.summarize(None, {key: path})
     assert recipe is not None
     assert dict(flatten(recipe.to_dict()))[key] == path
 
 
 @many
 @given(st.text(st.characters(codec=None), max_size=20))
-def test_any_name_of_a_recipe(desk: Desk, name: str) -> None:
-    desk.judge(name, None)
+def test_any_name_of_a_recipe(mailbox: Mailbox, name: str) -> None:
+    mailbox.summarize(name, None)
 
 
 def test_the_cases_reach_both_ends(tmp_path: Path) -> None:
     """An unchanged recipe is read; what ``changed`` makes differs from it in one place only."""
-    desk = Desk(tmp_path / "mine.yaml")
-    assert desk.load(changed("seed", "seed", "0")) == Recipe()
-    assert desk.load(changed("training.lr", "lr", "0.5")) == load_recipe(None, {"training.lr": 0.5})
-    assert desk.load(changed("training.lr", "lrr", "0.5")) is None
-    assert desk.ends == {"read": 2, "refused": 1}
+    mailbox = Mailbox(tmp_path / "mine.yaml")
+    assert mailbox.load(changed("seed", "seed", "0")) == Recipe()
+    assert mailbox.load(changed("training.lr", "lr", "0.5")) == load_recipe(None, {"training.lr": 0.5})
+    assert mailbox.load(changed("training.lr", "lrr", "0.5")) is None
+    assert mailbox.ends == {"read": 2, "refused": 1}

@@ -1,6 +1,6 @@
 """Every kind of damage an image file can have: whole and right pixels, or a refusal in a few words.
 
-Half a picture padded with grey is the one outcome that nobody would notice, so nothing may end in it.
+Half an image padded with grey is the one outcome that nobody would notice, so nothing may end in it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image, ImageFile
+from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
 
 from finetune.data.decode import FORMATS, BadImageError, decode_image, probe_image
-from tests.data.pictures import encoded, near, noise, palette, pixel, reason, saved, written
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -59,7 +59,7 @@ def bytes_of(make: Callable[[], bytes]) -> Callable[[Path], object]:
 
 
 def cut(kind: str, missing: int | float, **options: Any) -> Callable[[Path], object]:
-    """A picture that lacks its last bytes (a whole number) or a share of them."""
+    """An image that lacks its last bytes (a whole number) or a share of them."""
 
     def make(path: Path) -> None:
         data = encoded(noise(300, 200), kind, **options)
@@ -132,7 +132,7 @@ def test_what_cannot_be_read_is_refused_in_a_few_words(tmp_path: Path, case: Cas
     assert said[0].isascii() and said[0].isprintable()
 
 
-def test_the_bomb_is_a_sound_picture_of_a_small_file() -> None:
+def test_the_bomb_is_a_sound_image_of_a_small_file() -> None:
     """Without the limit it would unpack: the refusal is of its size, and not of some damage."""
     data = bomb()
     assert 300_000 < len(data) < 500_000
@@ -174,7 +174,7 @@ def test_a_file_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def turned(path: Path) -> None:
-    """A blue picture with a red left half, stored lying on its side."""
+    """A blue image with a red left half, stored lying on its side."""
     stored = Image.new("RGB", (40, 20), "blue")
     stored.paste(RED, (0, 0, 20, 20))
     exif = Image.Exif()

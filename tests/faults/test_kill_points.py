@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from finetune.data.looks import SETTLED_SECONDS
+from finetune.data.scan_cache import SETTLED_SECONDS
 from tests.conftest import draw_folder
 from tests.faults.crash import Crasher, When, open_crasher
 from tests.faults.results import assert_same_run, fault_of
@@ -46,7 +46,7 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
 def whole(crasher: Crasher, tiny: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, with the calls that it made in ``calls.json`` beside it.
 
-    Another one comes before it: the first look at pictures that have settled is kept, which is a call or two
+    Another one comes before it: the first look at images that have settled is kept, which is a call or two
     that no later run makes.
     """
     output = tmp_path_factory.mktemp("whole") / "run"

@@ -22,9 +22,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.data import loader as loader_module
 from finetune.data import transforms as transforms_module
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.discover import discover
-from finetune.data.loader import Batch, Loader, Placement
-from finetune.data.sample import Dataset, Sample
+from finetune.data.loader import Batch, ImageLoader, Placement
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_train_transform
 from finetune.data.workers import start_worker
@@ -45,13 +45,13 @@ def quick_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def photos(pictures: Path) -> Dataset:
-    return discover(pictures, SplitConfig(0.2, 0))
+def photos(image_folder: Path) -> Dataset:
+    return discover(image_folder, SplitConfig(0.2, 0))
 
 
 @dataclass(frozen=True)
 class FaultyDataset(Dataset):
-    """A data set where the way to some pictures breaks the process, as often as each has tokens."""
+    """A data set where the way to some images breaks the process, as often as each has tokens."""
 
     at: tuple[str, ...] = ()
     tokens: Path = Path()
@@ -85,12 +85,12 @@ def fail_with(error: Exception) -> Callable[[], None]:
     return fail
 
 
-Build = Callable[..., Loader]
+Build = Callable[..., ImageLoader]
 
 
 @pytest.fixture
 def build(photos: Dataset, tmp_path: Path) -> Iterator[Build]:
-    """Loaders of 36 pictures in 8 batches; ``said`` is told what the user is."""
+    """Loaders of 36 images in 8 batches; ``said`` is told what the user is."""
     loaders = []
 
     def build_one(
@@ -99,14 +99,14 @@ def build(photos: Dataset, tmp_path: Path) -> Iterator[Build]:
         at: tuple[int, ...] = (17,),
         workers: int = 2,
         said: list[str] | None = None,
-    ) -> Loader:
+    ) -> ImageLoader:
         tokens = tmp_path / "tokens"
         tokens.mkdir(exist_ok=True)
         for position, number in product(range(len(at)), range(times)):
             (tokens / f"{position}-{number}").touch()
         samples = photos.of("train")
         facts = {"at": tuple(samples[index].path for index in at), "fault": fault, "home": os.getpid()}
-        loader = Loader(
+        loader = ImageLoader(
             FaultyDataset(photos.root, photos.classes, photos.samples, tokens=tokens, **facts),  # type: ignore[arg-type]
             samples,
             build_train_transform(Preprocessing(img_size=16), "medium"),
@@ -303,9 +303,9 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends them")
 def test_no_decoding_process_outlives_a_killed_trainer_nor_keeps_its_lock(
-    pictures: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", HOLD, str(pictures), str(tmp_path)]
+    command = [sys.executable, "-c", HOLD, str(image_folder), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         workers = [int(word) for word in process.stdout.readline().split()]
@@ -348,9 +348,9 @@ def assert_same_result(one: Path, two: Path) -> None:
 
 
 def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli(*words_of(tiny, pictures, tmp_path / "whole")).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, tmp_path / "whole")).exit_code == 0
     decode, home, token = transforms_module.decode_image, os.getpid(), tmp_path / "token"
     token.touch()
 
@@ -361,7 +361,7 @@ def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
         return decode(path, short_side)
 
     monkeypatch.setattr(transforms_module, "decode_image", die_once)
-    result = cli(*words_of(tiny, pictures, tmp_path / "killed"))
+    result = cli(*words_of(tiny, image_folder, tmp_path / "killed"))
     assert result.exit_code == 0, result.output
     assert result.stderr.count("warning: a decoding process ended") == 1
     assert_same_result(tmp_path / "whole", tmp_path / "killed")
@@ -369,13 +369,13 @@ def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unforeseen_error_leaves_its_traceback_in_the_log(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     def a_bug_of_ours(*arguments: object) -> None:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(transforms_module, "decode_image", a_bug_of_ours)
-    result = cli(*words_of(tiny, pictures, tmp_path / "run"), "--workers", workers)
+    result = cli(*words_of(tiny, image_folder, tmp_path / "run"), "--workers", workers)
     assert result.exit_code == ExitCode.INTERNAL == 70
     assert "RuntimeError: no such thing" in result.stderr
     assert "Traceback" not in result.stderr
@@ -390,12 +390,12 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not can_mount(), reason="mounts are not for this user")
 def test_a_run_with_a_tiny_dev_shm_goes_on_by_decoding_itself(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """The queue of a decoding process would swallow this error, and the run would wait for ever."""
-    assert cli(*words_of(tiny, pictures, tmp_path / "whole")).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, tmp_path / "whole")).exit_code == 0
     script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
-    words = [sys.executable, "-m", "finetune", *map(str, words_of(tiny, pictures, tmp_path / "small"))]
+    words = [sys.executable, "-m", "finetune", *map(str, words_of(tiny, image_folder, tmp_path / "small"))]
     command = ["unshare", "-m", "sh", "-c", script, "sh", *words]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -22,11 +22,10 @@ from torchvision.transforms import v2
 
 from finetune.data.loader import Batch
 from finetune.errors import EnvironmentFaultError, ExitCode
-from finetune.evaluation.predict import predict
-from finetune.job.outcome import translated_errors
-from finetune.memory import is_out_of_memory
-from finetune.runtime import seed_everything
-from finetune.training.gradient import Gradient
+from finetune.evaluation.predictions import predict
+from finetune.runs.outcome import translated_errors
+from finetune.system.device import is_out_of_memory, seed_everything
+from finetune.training.step import Gradient
 from finetune.training.trainer import Trainer
 from tests.training.helpers import (
     NormFree,
@@ -101,18 +100,18 @@ def limited(trainer: Trainer, most: int, place: str = "entry", training: bool = 
 
 
 @pytest.mark.parametrize("place", ["entry", "stage2", "head", "backward"])
-def test_a_failed_attempt_leaves_no_trace(pictures: Path, tmp_path: Path, place: str) -> None:
+def test_a_failed_attempt_leaves_no_trace(image_folder: Path, tmp_path: Path, place: str) -> None:
     """Bit for bit as if batches had gone through in parts from the start: random numbers, BatchNorm, all."""
-    one = build_trainer(pictures, tmp_path / "one", **EVERYTHING_ON)
+    one = build_trainer(image_folder, tmp_path / "one", **EVERYTHING_ON)
     limited(one, 4, place)
-    two = build_trainer(pictures, tmp_path / "two", **EVERYTHING_ON)
+    two = build_trainer(image_folder, tmp_path / "two", **EVERYTHING_ON)
     two.progress.microbatch = 4
     assert one.fit().microbatch == two.fit().microbatch == 4
     assert_same_end(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_batch_is_halved_until_it_fits_and_stays_so(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=12, lr=0.05)
+def test_a_batch_is_halved_until_it_fits_and_stays_so(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, epochs=1, batch_size=12, lr=0.05)
     limit = limited(trainer, 3)
     trainer.fit()
     assert limit.sizes[True] == [12, 6, *[3] * 12]
@@ -120,10 +119,10 @@ def test_a_batch_is_halved_until_it_fits_and_stays_so(pictures: Path, tmp_path: 
     assert "batches of 12 now go through in parts of 3" in warnings(trainer)[1]
 
 
-def test_batchnorm_is_warned_of_and_nothing_else(pictures: Path, tmp_path: Path) -> None:
+def test_batchnorm_is_warned_of_and_nothing_else(image_folder: Path, tmp_path: Path) -> None:
     said = {}
     for name, network in (("with", SmallNet()), ("without", NormFree())):
-        trainer = build_trainer(pictures, tmp_path / name, network=network, epochs=1, batch_size=8)
+        trainer = build_trainer(image_folder, tmp_path / name, network=network, epochs=1, batch_size=8)
         limited(trainer, 4)
         trainer.fit()
         said[name] = warnings(trainer)
@@ -131,23 +130,23 @@ def test_batchnorm_is_warned_of_and_nothing_else(pictures: Path, tmp_path: Path)
     assert ["BatchNorm" in text for text in said["without"]] == [False]
 
 
-def test_a_run_that_goes_on_does_not_try_again(pictures: Path, tmp_path: Path) -> None:
-    limited(build := build_trainer(pictures, tmp_path / "whole", **EVERYTHING_ON), 4)
+def test_a_run_that_goes_on_does_not_try_again(image_folder: Path, tmp_path: Path) -> None:
+    limited(build := build_trainer(image_folder, tmp_path / "whole", **EVERYTHING_ON), 4)
     build.fit()
-    first = build_trainer(pictures, tmp_path / "parts", **EVERYTHING_ON)
+    first = build_trainer(image_folder, tmp_path / "parts", **EVERYTHING_ON)
     limited(first, 4)
     fit_until(first, lambda at: at.step >= 3)
     assert saved(tmp_path / "parts").now.progress.microbatch == 4
-    second = build_trainer(pictures, tmp_path / "parts", **EVERYTHING_ON)
+    second = build_trainer(image_folder, tmp_path / "parts", **EVERYTHING_ON)
     limit = limited(second, 4)
     second.fit()
     assert max(limit.sizes[True]) == 4
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_way_back_keeps_the_parts(pictures: Path, tmp_path: Path) -> None:
+def test_a_way_back_keeps_the_parts(image_folder: Path, tmp_path: Path) -> None:
     trouble = corrupt(lambda at: at.rollbacks == 0 and at.step >= 1)
-    trainer = build_trainer(pictures, tmp_path, trainer_type=trouble, epochs=1, batch_size=8)
+    trainer = build_trainer(image_folder, tmp_path, trainer_type=trouble, epochs=1, batch_size=8)
     limit = limited(trainer, 4)
     assert trainer.fit().rollbacks == 1
     assert limit.sizes[True].count(8) == 1
@@ -155,10 +154,10 @@ def test_a_way_back_keeps_the_parts(pictures: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("network", "least"), [(SmallNet, 2), (NormFree, 1)])
 def test_where_the_least_is_too_much_the_end_is_clear(
-    pictures: Path, tmp_path: Path, network: Callable[[], nn.Module], least: int
+    image_folder: Path, tmp_path: Path, network: Callable[[], nn.Module], least: int
 ) -> None:
     """Two images for BatchNorm, which cannot train on a single value; else one."""
-    trainer = build_trainer(pictures, tmp_path, network=network(), epochs=1, batch_size=8)
+    trainer = build_trainer(image_folder, tmp_path, network=network(), epochs=1, batch_size=8)
     before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
     limit = limited(trainer, least - 1, "head")
     with pytest.raises(EnvironmentFaultError, match=f"with {least} images? at a time: {CUDA}") as ended:
@@ -170,21 +169,23 @@ def test_where_the_least_is_too_much_the_end_is_clear(
     assert [name for name in before if not before[name].equal(after[name])] == []
 
 
-def test_another_error_is_not_tried_again(pictures: Path, tmp_path: Path) -> None:
-    trainer, tries = build_trainer(pictures, tmp_path, epochs=1, batch_size=8), []
+def test_another_error_is_not_tried_again(image_folder: Path, tmp_path: Path) -> None:
+    trainer, microbatches = build_trainer(image_folder, tmp_path, epochs=1, batch_size=8), []
 
     def fail(*_: object) -> None:
-        tries.append(1)
+        microbatches.append(1)
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     trainer.task.network.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="device-side assert"):
         trainer.fit()
-    assert len(tries) == 1
+    assert len(microbatches) == 1
 
 
-def test_activations_of_a_failed_attempt_are_freed_before_the_next(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
+def test_activations_of_a_failed_attempt_are_freed_before_the_next(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    trainer = build_trainer(image_folder, tmp_path, epochs=1, batch_size=8)
     kept: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
@@ -218,7 +219,7 @@ MIXERS = {"no mixing": None, "mixup": v2.MixUp(num_classes=3), "cutmix": v2.CutM
 
 
 def compute(network: nn.Module, loss: str, mixer: str, microbatch: int) -> tuple[Tensor, Tensor]:
-    """The loss of seven pictures, and the whole gradient in one row."""
+    """The loss of seven images, and the whole gradient in one row."""
     torch.manual_seed(0)
     images, labels = torch.randn(7, 3, 32, 32), torch.tensor([0, 0, 1, 2, 2, 1, 2])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -243,11 +244,11 @@ def test_parts_give_the_loss_and_the_gradient_of_the_whole_batch(name: str, mixe
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_a_training_in_parts_ends_where_the_whole_one_does(pictures: Path, tmp_path: Path) -> None:
+def test_a_training_in_parts_ends_where_the_whole_one_does(image_folder: Path, tmp_path: Path) -> None:
     """With an average of the weights, a gradient that is clipped, and everything else."""
     settings = EVERYTHING_ON | {"dropout": 0.0, "optimizer": "sgd"}
-    whole = build_trainer(pictures, tmp_path / "whole", network=norm_free(), **settings)
-    parts = build_trainer(pictures, tmp_path / "parts", network=norm_free(), **settings)
+    whole = build_trainer(image_folder, tmp_path / "whole", network=norm_free(), **settings)
+    parts = build_trainer(image_folder, tmp_path / "parts", network=norm_free(), **settings)
     limited(parts, 3, "backward")
     whole.fit()
     assert parts.fit().microbatch == 2
@@ -258,10 +259,10 @@ def test_a_training_in_parts_ends_where_the_whole_one_does(pictures: Path, tmp_p
 # --- without a gradient --------------------------------------------------------------------------
 
 
-def test_validation_goes_through_in_parts(pictures: Path, tmp_path: Path) -> None:
-    one = build_trainer(pictures, tmp_path / "one", epochs=2, batch_size=8, lr=0.05)
+def test_validation_goes_through_in_parts(image_folder: Path, tmp_path: Path) -> None:
+    one = build_trainer(image_folder, tmp_path / "one", epochs=2, batch_size=8, lr=0.05)
     limit = limited(one, 1, training=False)
-    two = build_trainer(pictures, tmp_path / "two", epochs=2, batch_size=8, lr=0.05)
+    two = build_trainer(image_folder, tmp_path / "two", epochs=2, batch_size=8, lr=0.05)
     one.fit()
     two.fit()
     assert limit.sizes[False] == 2 * [8, 4, 2, *18 * [1]]  # it is found out once in a pass
@@ -271,8 +272,8 @@ def test_validation_goes_through_in_parts(pictures: Path, tmp_path: Path) -> Non
         assert row["eval_accuracy"] == other["eval_accuracy"]
 
 
-def test_predictions_in_parts_are_those_of_whole_batches_in_order(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, batch_size=8)
+def test_predictions_in_parts_are_those_of_whole_batches_in_order(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, batch_size=8)
     expected = predict(trainer.judged, trainer.task.val, "float32")
     limited(trainer, 3, training=False)
     done: list[int] = []
@@ -282,8 +283,8 @@ def test_predictions_in_parts_are_those_of_whole_batches_in_order(pictures: Path
     assert done == [8, 8, 2]
 
 
-def test_one_image_that_is_too_much_to_predict_ends_clearly(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, batch_size=8)
+def test_one_image_that_is_too_much_to_predict_ends_clearly(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, batch_size=8)
     limited(trainer, 0, training=False)
     with pytest.raises(EnvironmentFaultError, match=CUDA) as ended, translated_errors():
         predict(trainer.judged, trainer.task.val, "float32")
@@ -291,10 +292,10 @@ def test_one_image_that_is_too_much_to_predict_ends_clearly(pictures: Path, tmp_
     assert trainer.task.network.training
 
 
-def test_features_are_measured_in_parts(pictures: Path, tmp_path: Path) -> None:
+def test_features_are_measured_in_parts(image_folder: Path, tmp_path: Path) -> None:
     moments = []
     for name, most in (("whole", 8), ("parts", 3)):
-        trainer = build_trainer(pictures, tmp_path / name, network=norm_free(), batch_size=8)
+        trainer = build_trainer(image_folder, tmp_path / name, network=norm_free(), batch_size=8)
         limited(trainer, most)
         trainer.standardize_head()
         moments.append(trainer._moments)
@@ -360,10 +361,10 @@ print(trainer.fit().microbatch, *warnings(trainer), sep="|")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits a process's memory")
-def test_a_process_without_memory_trains_on(pictures: Path, tmp_path: Path) -> None:
+def test_a_process_without_memory_trains_on(image_folder: Path, tmp_path: Path) -> None:
     """18 images need 600 MB and more in one go; there are 500."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, pictures, tmp_path],
+        [sys.executable, "-c", SCRIPT, image_folder, tmp_path],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from finetune.data.loader import Batch
 from finetune.errors import DivergedError, ExitCode
-from finetune.evaluation.predict import Predictions
-from finetune.training.pace import Pace
-from finetune.training.progress import Progress
+from finetune.evaluation.predictions import Predictions
+from finetune.training.checkpoint import CheckpointInterval
 from finetune.training.recovery import go_back
+from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
 from tests.training.helpers import (
     NormFree,
@@ -39,7 +39,7 @@ from tests.training.helpers import (
 
 EVERYTHING_ON: dict[str, Any] = {
     "epochs": 3,
-    "batch_size": 8,  # 36 pictures are 5 steps an epoch
+    "batch_size": 8,  # 36 images are 5 steps an epoch
     "lr": 0.05,
     "augmentation": "light",
     "dropout": 0.2,
@@ -105,11 +105,13 @@ FAULTS: dict[str, Callable[[When], type[Trainer]]] = {
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_skipped_step_leaves_no_trace(pictures: Path, tmp_path: Path, fault: str, optimizer: str) -> None:
+def test_a_skipped_step_leaves_no_trace(
+    image_folder: Path, tmp_path: Path, fault: str, optimizer: str
+) -> None:
     """Weights, running statistics, optimiser and average are those of a run without that step."""
     settings, when = EVERYTHING_ON | {"optimizer": optimizer, "epochs": 2}, at_steps(7)
-    one = build_trainer(pictures, tmp_path / "one", trainer_type=FAULTS[fault](when), **settings)
-    two = build_trainer(pictures, tmp_path / "two", trainer_type=leave_out(when), **settings)
+    one = build_trainer(image_folder, tmp_path / "one", trainer_type=FAULTS[fault](when), **settings)
+    two = build_trainer(image_folder, tmp_path / "two", trainer_type=leave_out(when), **settings)
     assert (one.fit().skipped, two.fit().skipped) == (1, 0)
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
     assert_finite(saved(tmp_path / "one").now.tensors)
@@ -117,26 +119,26 @@ def test_a_skipped_step_leaves_no_trace(pictures: Path, tmp_path: Path, fault: s
     assert "at step 8 (epoch 2, batch 3); this step is skipped" in warnings(one)[0]
 
 
-def test_the_very_first_step_may_be_skipped(pictures: Path, tmp_path: Path) -> None:
+def test_the_very_first_step_may_be_skipped(image_folder: Path, tmp_path: Path) -> None:
     """Before it there is no optimiser state that could be given back."""
     for name, trainer_type in (("one", corrupt(at_steps(0))), ("two", leave_out(at_steps(0)))):
-        build_trainer(pictures, tmp_path / name, trainer_type=trainer_type, **EVERYTHING_ON).fit()
+        build_trainer(image_folder, tmp_path / name, trainer_type=trainer_type, **EVERYTHING_ON).fit()
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
 
 
-def test_three_in_a_row_are_skipped_at_the_seam_of_two_epochs_too(pictures: Path, tmp_path: Path) -> None:
+def test_three_in_a_row_are_skipped_at_the_seam_of_two_epochs_too(image_folder: Path, tmp_path: Path) -> None:
     when = at_steps(3, 4, 5, 9, 10, 11)
-    one = build_trainer(pictures, tmp_path / "one", trainer_type=corrupt(when), **EVERYTHING_ON)
-    build_trainer(pictures, tmp_path / "two", trainer_type=leave_out(when), **EVERYTHING_ON).fit()
+    one = build_trainer(image_folder, tmp_path / "one", trainer_type=corrupt(when), **EVERYTHING_ON)
+    build_trainer(image_folder, tmp_path / "two", trainer_type=leave_out(when), **EVERYTHING_ON).fit()
     progress = one.fit()
     assert (progress.skipped, progress.skipped_in_row, progress.rollbacks) == (6, 0, 0)
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
 
 
-def test_images_of_a_skipped_step_do_not_count(pictures: Path, tmp_path: Path) -> None:
+def test_images_of_a_skipped_step_do_not_count(image_folder: Path, tmp_path: Path) -> None:
     """The mean training loss of an epoch is over the images that were learnt from."""
     trainer = build_trainer(
-        pictures, tmp_path, trainer_type=corrupt(at_steps(0, 1, 2)), epochs=1, batch_size=8, lr=1e-9
+        image_folder, tmp_path, trainer_type=corrupt(at_steps(0, 1, 2)), epochs=1, batch_size=8, lr=1e-9
     )
     assert trainer.fit().history[0]["train_loss"] == pytest.approx(1.1, abs=0.3)
 
@@ -156,11 +158,11 @@ class HalvedInTheSecond(Trainer):
 
 
 def test_a_fourth_in_a_row_leads_back_to_the_start_of_the_epoch_with_half_the_rate(
-    pictures: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
     trouble = corrupt(lambda at: at.rollbacks == 0 and at.step in (6, 7, 8, 9))
-    one = build_trainer(pictures, tmp_path / "one", trainer_type=trouble, **EVERYTHING_ON)
-    two = build_trainer(pictures, tmp_path / "two", trainer_type=HalvedInTheSecond, **EVERYTHING_ON)
+    one = build_trainer(image_folder, tmp_path / "one", trainer_type=trouble, **EVERYTHING_ON)
+    two = build_trainer(image_folder, tmp_path / "two", trainer_type=HalvedInTheSecond, **EVERYTHING_ON)
     progress, _ = one.fit(), two.fit()
     assert (progress.rollbacks, progress.rate_factor, progress.skipped) == (1, 0.5, 0)
     assert ["skipped" in text for text in warnings(one)] == [True, True, True, False]
@@ -168,21 +170,21 @@ def test_a_fourth_in_a_row_leads_back_to_the_start_of_the_epoch_with_half_the_ra
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
 
 
-def test_an_eleventh_in_all_leads_back_too(pictures: Path, tmp_path: Path) -> None:
+def test_an_eleventh_in_all_leads_back_too(image_folder: Path, tmp_path: Path) -> None:
     trouble = corrupt(lambda at: at.rollbacks == 0 and at.step % 2 == 1)
-    trainer = build_trainer(pictures, tmp_path, trainer_type=trouble, epochs=5, batch_size=8, lr=0.01)
+    trainer = build_trainer(image_folder, tmp_path, trainer_type=trouble, epochs=5, batch_size=8, lr=0.01)
     progress = trainer.fit()
     assert ["skipped" in text for text in warnings(trainer)] == [True] * 10 + [False]
     assert (progress.rollbacks, progress.step) == (1, 25)
     assert progress.skipped == 10  # those of the four epochs before; step 21 was the eleventh
 
 
-def test_a_way_back_works_beside_decoding_processes(pictures: Path, tmp_path: Path) -> None:
+def test_a_way_back_works_beside_decoding_processes(image_folder: Path, tmp_path: Path) -> None:
     """They have decoded batches ahead by then, which belong to a pass that was given up."""
     trouble = corrupt(lambda at: at.rollbacks == 0 and at.step < 4)
     settings: dict[str, Any] = {"epochs": 1, "batch_size": 5, "lr": 0.05, "trainer_type": trouble}
     for name, workers in (("one", 0), ("two", 1)):
-        trainer = build_trainer(pictures, tmp_path / name, workers=workers, **settings)
+        trainer = build_trainer(image_folder, tmp_path / name, workers=workers, **settings)
         assert trainer.fit().rollbacks == 1
         trainer.task.train.close()
     assert_same_end(tmp_path / "one", tmp_path / "two")
@@ -207,19 +209,21 @@ class BadlyJudged(Trainer):
         return replace(predictions, logits=predictions.logits * float("nan")) if spoil else predictions
 
 
-def test_a_validation_loss_of_nan_leads_back(pictures: Path, tmp_path: Path) -> None:
-    one = build_trainer(pictures, tmp_path / "one", trainer_type=BadlyJudged, **EVERYTHING_ON)
-    two = build_trainer(pictures, tmp_path / "two", trainer_type=HalvedInTheSecond, **EVERYTHING_ON)
+def test_a_validation_loss_of_nan_leads_back(image_folder: Path, tmp_path: Path) -> None:
+    one = build_trainer(image_folder, tmp_path / "one", trainer_type=BadlyJudged, **EVERYTHING_ON)
+    two = build_trainer(image_folder, tmp_path / "two", trainer_type=HalvedInTheSecond, **EVERYTHING_ON)
     assert (one.fit().rollbacks, two.fit().rollbacks) == (1, 0)
     assert "validation loss became nan after epoch 2; back to the start of epoch 2" in warnings(one)[0]
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
 
 
-def test_patience_and_plateau_do_not_count_an_epoch_that_was_given_up(pictures: Path, tmp_path: Path) -> None:
+def test_patience_and_plateau_do_not_count_an_epoch_that_was_given_up(
+    image_folder: Path, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {"epochs": 8, "batch_size": 12, "lr": 1e-9, "patience": 4}
     settings |= {"schedule": "plateau", "decay_epochs": 2}
-    one = build_trainer(pictures, tmp_path / "one", trainer_type=BadlyJudged, **settings)
-    two = build_trainer(pictures, tmp_path / "two", trainer_type=HalvedInTheSecond, **settings)
+    one = build_trainer(image_folder, tmp_path / "one", trainer_type=BadlyJudged, **settings)
+    two = build_trainer(image_folder, tmp_path / "two", trainer_type=HalvedInTheSecond, **settings)
     assert one.fit().plateau_factor == two.fit().plateau_factor < 1
     assert figures(one.progress) == figures(two.progress)
     assert one.progress.bad_epochs == two.progress.bad_epochs == 4
@@ -228,9 +232,9 @@ def test_patience_and_plateau_do_not_count_an_epoch_that_was_given_up(pictures: 
 # --- training ends -------------------------------------------------------------------------------
 
 
-def test_trouble_without_end_ends_as_diverged(pictures: Path, tmp_path: Path) -> None:
+def test_trouble_without_end_ends_as_diverged(image_folder: Path, tmp_path: Path) -> None:
     trainer = build_trainer(
-        pictures, tmp_path, trainer_type=corrupt(lambda at: at.step >= 6), **EVERYTHING_ON
+        image_folder, tmp_path, trainer_type=corrupt(lambda at: at.step >= 6), **EVERYTHING_ON
     )
     with pytest.raises(DivergedError, match="loss became nan at step 10") as ended:
         trainer.fit()
@@ -245,11 +249,11 @@ def test_trouble_without_end_ends_as_diverged(pictures: Path, tmp_path: Path) ->
 
 
 def test_a_network_that_diverged_is_back_at_the_start_of_its_epoch(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "is_due", lambda *_, **__: True)
+    monkeypatch.setattr(CheckpointInterval, "is_due", lambda *_, **__: True)
     trainer = build_trainer(
-        pictures, tmp_path, trainer_type=corrupt(lambda at: at.step >= 6), **EVERYTHING_ON
+        image_folder, tmp_path, trainer_type=corrupt(lambda at: at.step >= 6), **EVERYTHING_ON
     )
     with pytest.raises(DivergedError):
         trainer.fit()
@@ -261,7 +265,7 @@ def test_a_network_that_diverged_is_back_at_the_start_of_its_epoch(
 @pytest.mark.parametrize("network", [SmallNet, NormFree])
 @pytest.mark.parametrize("rate", [1e10, 1e30, 1e38])
 def test_a_huge_rate_ends_as_diverged_and_leaves_nothing_infinite(
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rate: float,
@@ -269,9 +273,9 @@ def test_a_huge_rate_ends_as_diverged_and_leaves_nothing_infinite(
     ema_decay: float | None,
 ) -> None:
     """Even with a checkpoint after every step."""
-    monkeypatch.setattr(Pace, "is_due", lambda *_, **__: True)
+    monkeypatch.setattr(CheckpointInterval, "is_due", lambda *_, **__: True)
     settings: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": rate, "ema_decay": ema_decay}
-    trainer = build_trainer(pictures, tmp_path, network=network(), **settings)
+    trainer = build_trainer(image_folder, tmp_path, network=network(), **settings)
     with pytest.raises(DivergedError):
         trainer.fit()
     assert_finite(trainer.task.network.state_dict())
@@ -280,8 +284,8 @@ def test_a_huge_rate_ends_as_diverged_and_leaves_nothing_infinite(
         assert_finite(checkpoint.tensors)
 
 
-def test_what_ended_a_training_can_be_replayed(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, epochs=3, batch_size=8, lr=1e30)
+def test_what_ended_a_training_can_be_replayed(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, epochs=3, batch_size=8, lr=1e30)
     with pytest.raises(DivergedError):
         trainer.fit()
     met = safetensors.torch.load_file(tmp_path / "diverged.safetensors")
@@ -306,22 +310,22 @@ class Overflowing(Trainer):
             self.task.network.get_parameter("stage1.1.bias").data[0] = -float("inf")  # ReLU makes it 0
 
 
-def test_a_weight_that_overflows_unseen_leads_back(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, trainer_type=Overflowing, epochs=2, batch_size=8, lr=0.05)
+def test_a_weight_that_overflows_unseen_leads_back(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, trainer_type=Overflowing, epochs=2, batch_size=8, lr=0.05)
     assert trainer.fit().rollbacks == 1
     assert warnings(trainer)[0].startswith("the weights became infinite after epoch 2; back to the start")
     assert_finite(saved(tmp_path).now.tensors)
 
 
-def test_no_checkpoint_holds_a_weight_that_overflowed(pictures: Path, tmp_path: Path) -> None:
+def test_no_checkpoint_holds_a_weight_that_overflowed(image_folder: Path, tmp_path: Path) -> None:
     """Instead it is of the start of the epoch, from where the same steps lead to the same end."""
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.05, "trainer_type": Overflowing}
-    build_trainer(pictures, tmp_path / "whole", **settings).fit()
-    fit_until(build_trainer(pictures, tmp_path / "parts", **settings), lambda at: at.step >= 10)
+    build_trainer(image_folder, tmp_path / "whole", **settings).fit()
+    fit_until(build_trainer(image_folder, tmp_path / "parts", **settings), lambda at: at.step >= 10)
     found = saved(tmp_path / "parts")
     assert found.now.progress.step == 5
     assert_finite(found.now.tensors)
-    build_trainer(pictures, tmp_path / "parts", **settings).fit()
+    build_trainer(image_folder, tmp_path / "parts", **settings).fit()
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -335,13 +339,13 @@ def all_kinds_of_trouble(at: Progress) -> bool:
 
 @pytest.mark.parametrize("steps", [2, 3, 6, 8, 10, 12, 14])
 def test_an_interruption_in_the_middle_of_trouble_changes_nothing(
-    pictures: Path, tmp_path: Path, steps: int
+    image_folder: Path, tmp_path: Path, steps: int
 ) -> None:
     settings = EVERYTHING_ON | {"trainer_type": corrupt(all_kinds_of_trouble)}
-    whole = build_trainer(pictures, tmp_path / "whole", **settings).fit()
+    whole = build_trainer(image_folder, tmp_path / "whole", **settings).fit()
     assert (whole.skipped, whole.rollbacks) == (5, 1)
-    fit_until(build_trainer(pictures, tmp_path / "parts", **settings), lambda at: at.step >= steps)
-    build_trainer(pictures, tmp_path / "parts", **settings).fit()
+    fit_until(build_trainer(image_folder, tmp_path / "parts", **settings), lambda at: at.step >= steps)
+    build_trainer(image_folder, tmp_path / "parts", **settings).fit()
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -350,34 +354,34 @@ def test_an_interruption_in_the_middle_of_trouble_changes_nothing(
 HALF: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.05, "precision": "float16", "ema_decay": 0.9}
 
 
-def test_float16_finds_its_scale_without_counting_that_as_trouble(pictures: Path, tmp_path: Path) -> None:
+def test_float16_finds_its_scale_without_counting_that_as_trouble(image_folder: Path, tmp_path: Path) -> None:
     trouble = spoil_gradient(lambda at: at.step < 6)
-    trainer = build_trainer(pictures, tmp_path, trainer_type=trouble, clip_grad=1.0, **HALF)
+    trainer = build_trainer(image_folder, tmp_path, trainer_type=trouble, clip_grad=1.0, **HALF)
     progress = trainer.fit()
     assert (progress.skipped, progress.rollbacks, warnings(trainer)) == (0, 0, [])
     assert progress.scaler["scale"] == 65536 / 2**6
     assert_finite(saved(tmp_path).now.tensors)
 
 
-def test_float16_skips_a_loss_of_nan_as_any_other(pictures: Path, tmp_path: Path) -> None:
+def test_float16_skips_a_loss_of_nan_as_any_other(image_folder: Path, tmp_path: Path) -> None:
     for name, kind in (("one", corrupt), ("two", leave_out)):
-        build_trainer(pictures, tmp_path / name, trainer_type=kind(at_steps(7)), **HALF).fit()
+        build_trainer(image_folder, tmp_path / name, trainer_type=kind(at_steps(7)), **HALF).fit()
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=(*COUNTERS, "scaler"))
     assert saved(tmp_path / "one").now.progress.skipped == 1
     assert saved(tmp_path / "one").now.progress.scaler["scale"] == 32768
 
 
-def test_float16_gradients_that_stay_infinite_end_as_diverged(pictures: Path, tmp_path: Path) -> None:
+def test_float16_gradients_that_stay_infinite_end_as_diverged(image_folder: Path, tmp_path: Path) -> None:
     trouble = spoil_gradient(lambda at: True)
-    trainer = build_trainer(pictures, tmp_path, trainer_type=trouble, **HALF | {"epochs": 5})
+    trainer = build_trainer(image_folder, tmp_path, trainer_type=trouble, **HALF | {"epochs": 5})
     with pytest.raises(DivergedError):
         trainer.fit()
 
 
-def test_an_interruption_keeps_the_scale(pictures: Path, tmp_path: Path) -> None:
+def test_an_interruption_keeps_the_scale(image_folder: Path, tmp_path: Path) -> None:
     settings = HALF | {"trainer_type": spoil_gradient(at_steps(1, 2, 6))}
-    build_trainer(pictures, tmp_path / "whole", **settings).fit()
-    fit_until(build_trainer(pictures, tmp_path / "parts", **settings), lambda at: at.step >= 4)
-    build_trainer(pictures, tmp_path / "parts", **settings).fit()
+    build_trainer(image_folder, tmp_path / "whole", **settings).fit()
+    fit_until(build_trainer(image_folder, tmp_path / "parts", **settings), lambda at: at.step >= 4)
+    build_trainer(image_folder, tmp_path / "parts", **settings).fit()
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     assert saved(tmp_path / "parts").now.progress.scaler["scale"] == 8192

@@ -28,7 +28,7 @@ FORMS = (
 
 SCRIPT = """
 import json, sys, time
-import finetune.job.main as job
+import finetune.run.run as job
 from finetune.cli.app import main
 
 address, token, commands = sys.argv[1:]
@@ -128,9 +128,9 @@ def leave(folder: Path, endpoint: str, *commands: list[str], **more: str) -> Tra
     return Traces(json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr, files)
 
 
-def words(pictures: Path, backbone: object, *more: object) -> list[str]:
+def words(image_folder: Path, backbone: object, *more: object) -> list[str]:
     sizes = ["--epochs", "1", "--workers", "0", "--json"]
-    return ["--backbone", str(backbone), "--data", str(pictures), *sizes, *map(str, more)]
+    return ["--backbone", str(backbone), "--data", str(image_folder), *sizes, *map(str, more)]
 
 
 @pytest.mark.parametrize(
@@ -169,22 +169,22 @@ def test_the_search_finds_what_it_must(tmp_path: Path) -> None:
         assert Traces([], "", {"run.log": f"x{text}x".encode()}).holding_the_canary() == ["run.log"]
 
 
-def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     address = f"{mirror.url}/weights.pth"
     cases = [
-        (0, "", words(pictures, tiny, "--output", "runs/whole")),
-        (70, "check_figures", words(pictures, tiny, "--output", "runs/broken")),
-        (70, "prepare", words(pictures, tiny, "--output", "runs/early")),
-        (78, "", words(pictures, "hf-hub:org/absent")),
-        (78, "", words(pictures, "hf-hub:org/closed")),
-        (78, "", words(pictures, "hf-hub:org/broken")),
-        (78, "", words(pictures, "timm/test_vit")),
-        (78, "", words(pictures, "torchvision/squeezenet1_0")),
-        (2, "", words(pictures, tiny, "--weights", address)),
-        (2, "", words(pictures, address)),
+        (0, "", words(image_folder, tiny, "--output", "runs/whole")),
+        (70, "check_figures", words(image_folder, tiny, "--output", "runs/broken")),
+        (70, "prepare", words(image_folder, tiny, "--output", "runs/early")),
+        (78, "", words(image_folder, "hf-hub:org/absent")),
+        (78, "", words(image_folder, "hf-hub:org/closed")),
+        (78, "", words(image_folder, "hf-hub:org/broken")),
+        (78, "", words(image_folder, "timm/test_vit")),
+        (78, "", words(image_folder, "torchvision/squeezenet1_0")),
+        (2, "", words(image_folder, tiny, "--weights", address)),
+        (2, "", words(image_folder, address)),
         (65, "", words(address, tiny)),
-        (2, "", words(pictures, tiny, "--recipe", address)),
-        (2, "", words(pictures, tiny, "--set", f"training.lr={address}")),
+        (2, "", words(image_folder, tiny, "--recipe", address)),
+        (2, "", words(image_folder, tiny, "--set", f"training.lr={address}")),
     ]
     commands = [[broken, *command] for _, broken, command in cases]
     traces = leave(tmp_path, mirror.url, *commands, HTTPS_PROXY=f"http://{USERINFO}127.0.0.1:9")
@@ -199,12 +199,12 @@ def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, pictures: Path
     assert b"Traceback" in log and said.encode() in log
 
 
-def test_a_mirror_and_a_proxy_that_refuse(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_mirror_and_a_proxy_that_refuse(tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     names = ("timm/test_vit", "torchvision/squeezenet1_0", "hf-hub:org/name")
     traces = leave(
         tmp_path,
         f"https://{USERINFO}127.0.0.1:9",
-        *(["", *words(pictures, name)] for name in names),
+        *(["", *words(image_folder, name)] for name in names),
         HTTPS_PROXY=f"http://{USERINFO}127.0.0.1:9",
     )
     assert traces.codes == [78, 78, 78]

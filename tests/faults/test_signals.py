@@ -51,13 +51,13 @@ def test_sigterm_at_any_call_to_the_disk(crasher: Crasher, tiny: Path, tmp_path:
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_stop_in_the_middle_of_a_validation(
-    pictures: Path, tmp_path: Path, ema_decay: float | None
+    image_folder: Path, tmp_path: Path, ema_decay: float | None
 ) -> None:
     """It does not wait for the end of the validation, which may outlast the grace time."""
     settings: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 0.05, "ema_decay": ema_decay}
-    whole = build_trainer(pictures, tmp_path / "whole", **settings)
+    whole = build_trainer(image_folder, tmp_path / "whole", **settings)
     whole.fit()
-    first = build_trainer(pictures, tmp_path / "parts", **settings)
+    first = build_trainer(image_folder, tmp_path / "parts", **settings)
     judged = 0
 
     def stop_asked() -> bool:
@@ -69,7 +69,7 @@ def test_a_stop_in_the_middle_of_a_validation(
     with pytest.raises(InterruptedRunError):
         first.fit()
     assert (first.progress.epoch, first.progress.batch) == (1, 5)
-    second = build_trainer(pictures, tmp_path / "parts", **settings)
+    second = build_trainer(image_folder, tmp_path / "parts", **settings)
     second.fit()
     assert all(
         tensor.equal(second.judged.state_dict()[name]) for name, tensor in whole.judged.state_dict().items()

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
+from finetune.launch.supervisor import Supervisor
 from finetune.runs.folder import RunFolder
-from finetune.supervisor import Supervisor
 
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from finetune.pulse import Pulse, find_parent
+from finetune.system.heartbeat import Pulse, find_parent
 from finetune.runs.folder import Outcome, RunFolder
-from finetune.stopping import end_with_parent
+from finetune.system.signals import end_with_parent
 
 descriptor, parent = find_parent()
 end_with_parent(parent)
@@ -183,9 +183,7 @@ def test_an_outcome_that_is_not_the_childs_own_stays(trial: Start, written: str)
 
 def test_words_that_nobody_reads_change_no_exit_code() -> None:
     """As in ``finetune run ... 2>&1 | head``: the reader has left before the end."""
-    code = (
-        "from finetune.cli.refusals import say, hand_over; say('x' * 9); hand_over('y'); raise SystemExit(7)"
-    )
+    code = "from finetune.cli.output import say, hand_over; say('x' * 9); hand_over('y'); raise SystemExit(7)"
     script = f"import os, sys\nos.close(0)\n{code}"
     reading, writing = os.pipe()
     os.close(reading)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import ExitCode
-from finetune.job import main as job_main
+from finetune.run import run as job_main
 from finetune.runs import claim as claim_module
 from finetune.runs.claim import locked
 from finetune.runs.folder import Outcome, RunFolder
@@ -55,7 +55,7 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_second_process_is_refused_and_the_first_is_unharmed(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claim_module, "LOCK_WAIT", 0.1)
     output = tmp_path / "run"
@@ -64,17 +64,17 @@ def test_a_second_process_is_refused_and_the_first_is_unharmed(
     def start_another() -> None:
         before = snapshot(output)
         code = "import finetune.runs.claim as c; c.LOCK_WAIT = 0.1; from finetune.cli.app import main; main()"
-        command = [sys.executable, "-c", code, *map(str, words_of(tiny, pictures, output))]
+        command = [sys.executable, "-c", code, *map(str, words_of(tiny, image_folder, output))]
         refused.append(subprocess.run(command, capture_output=True, text=True, check=False))
         assert snapshot(output) == before
 
     with monkeypatch.context() as patch:
         after_epoch(patch, 1, start_another)
-        assert cli(*words_of(tiny, pictures, output)).exit_code == 0
+        assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     (second,) = refused
     assert second.returncode == ExitCode.USAGE == 2, second.stderr
     assert f"--output {output}: another process is at work in it" in second.stderr
-    assert cli(*words_of(tiny, pictures, tmp_path / "alone")).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, tmp_path / "alone")).exit_code == 0
     one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "alone"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -92,7 +92,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_taken_over_writes_nothing_more(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locks do not reach over every network; the number of the attempt does."""
     output, seen = tmp_path / "run", {}
@@ -103,7 +103,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
 
     with monkeypatch.context() as patch:
         after_epoch(patch, 1, take_over)
-        result = cli(*words_of(tiny, pictures, output))
+        result = cli(*words_of(tiny, image_folder, output))
     assert result.exit_code == ExitCode.USAGE == 2
     assert "another process has taken it over (attempt 2, and this is 1)" in result.stderr
     assert "Leave the run to that process." in result.stderr
@@ -113,7 +113,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
 
 
 def test_a_failure_does_not_overwrite_the_outcome_of_the_process_that_took_over(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
 
@@ -122,12 +122,12 @@ def test_a_failure_does_not_overwrite_the_outcome_of_the_process_that_took_over(
         raise ZeroDivisionError
 
     monkeypatch.setattr(job_main, "collect_metrics", take_over_and_fail)
-    assert cli(*words_of(tiny, pictures, output)).exit_code == ExitCode.INTERNAL
+    assert cli(*words_of(tiny, image_folder, output)).exit_code == ExitCode.INTERNAL
     assert json.loads((output / "outcome.json").read_text())["message"] == "another process"
 
 
 def test_a_finished_run_does_not_declare_done_what_another_process_took_over(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
 
@@ -135,18 +135,18 @@ def test_a_finished_run_does_not_declare_done_what_another_process_took_over(
         RunFolder(output).write_outcome(Outcome("running", "another process", attempt=2))
 
     monkeypatch.setattr(job_main, "say_result", take_over)
-    result = cli(*words_of(tiny, pictures, output))
+    result = cli(*words_of(tiny, image_folder, output))
     assert result.exit_code == ExitCode.USAGE, result.stderr
     assert json.loads((output / "outcome.json").read_text())["message"] == "another process"
 
 
 def test_a_clock_that_jumps_changes_neither_result_nor_seconds(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli(*words_of(tiny, pictures, tmp_path / "calm")).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, tmp_path / "calm")).exit_code == 0
     real, jumps = time.time, iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: real() - 1e6 * (next(jumps) % 2))
-    result = cli(*words_of(tiny, pictures, tmp_path / "jumpy"))
+    result = cli(*words_of(tiny, image_folder, tmp_path / "jumpy"))
     assert result.exit_code == 0, result.output
     for name in ("model/model.safetensors", "predictions.csv"):
         assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "jumpy" / name).read_bytes()

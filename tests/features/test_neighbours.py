@@ -11,9 +11,9 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from finetune.features import neighbours
-from finetune.features.neighbours import classify, leave_one_out
+from finetune.features import transferability as neighbours
 from finetune.features.rows import FileRows, MemoryRows
+from finetune.features.transferability import classify, leave_one_out
 
 
 def draw(num_rows: int, width: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def test_leaving_one_out_is_scikit_learns() -> None:
     assert hits.tolist() == (predicted == labels.numpy()).tolist()
 
 
-def test_only_the_chosen_pictures_count() -> None:
+def test_only_the_chosen_images_count() -> None:
     rows, labels = draw(90, 12, 4, 4)
     chosen = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:50]
     alone = leave_one_out(MemoryRows(rows[chosen]), torch.arange(50), labels[chosen], 4)
@@ -65,7 +65,7 @@ def test_blocks_change_nothing(num_bytes: int, monkeypatch: pytest.MonkeyPatch, 
     assert leave_one_out(kept, torch.arange(70), labels, 4).equal(whole)
 
 
-def test_of_equally_near_pictures_the_first_vote() -> None:
+def test_of_equally_near_images_the_first_vote() -> None:
     rows = torch.eye(3)[torch.tensor([0] * 9 + [1] * 3)]  # nine in one direction, three in another
     train = torch.arange(12)
     labels = torch.tensor([2, 1, 2, 1, 2, 0, 0, 0, 0, 3, 3, 3])
@@ -80,19 +80,19 @@ def test_of_equal_votes_the_lowest_class_wins() -> None:
     assert classify(rows, torch.arange(4), torch.tensor([3, 1, 3, 1]), torch.tensor([4]), 4).tolist() == [1]
 
 
-def test_near_pictures_outvote_many_far_ones() -> None:
+def test_near_images_outvote_many_far_ones() -> None:
     angles = torch.tensor([0.0, 0.02, 1.0, 1.0, 1.0, 1.0])
     rows = MemoryRows(torch.stack([angles.cos(), angles.sin()], dim=1))
     train = torch.arange(1, 6)
     assert classify(rows, train, torch.tensor([0, 1, 1, 1, 1]), torch.tensor([0]), 2).tolist() == [0]
 
 
-def test_fewer_pictures_than_neighbours() -> None:
+def test_fewer_images_than_neighbours() -> None:
     rows = MemoryRows(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]))
     assert leave_one_out(rows, torch.arange(3), torch.tensor([0, 0, 1]), 2).tolist() == [True, True, False]
 
 
-def test_a_picture_without_features_is_near_to_none() -> None:
+def test_a_image_without_features_is_near_to_none() -> None:
     rows = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     found = classify(MemoryRows(rows), torch.arange(1, 4), torch.tensor([2, 1, 0]), torch.tensor([0]), 3)
     assert found.tolist() == [0]  # three equal votes, and no number that is none

@@ -183,7 +183,7 @@ def test_names_on_a_map_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
     assert not any(one.overlaps(two) for place, one in enumerate(boxes) for two in boxes[:place])
 
 
-def test_a_class_without_pictures(tmp_path: Path) -> None:
+def test_a_class_without_images(tmp_path: Path) -> None:
     draw_map(tmp_path / "map.png", torch.zeros(3, 2), [0, 0, 2], ["a", "b", "c"], "t", ("x", "y"))
     size_of(tmp_path / "map.png")
 

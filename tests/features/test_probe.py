@@ -12,10 +12,10 @@ from torch import Tensor
 
 from finetune.errors import DataError
 from finetune.features import probe
-from finetune.features.neighbours import classify
 from finetune.features.probe import CLASSIFIERS, Draw, ProbeResult, draw_parts, probe_layer
 from finetune.features.rows import MemoryRows
 from finetune.features.solvers import fit
+from finetune.features.transferability import classify
 
 CLASSES = ("cat", "dog", "owl")
 

@@ -1,4 +1,4 @@
-"""Alike pictures and planes, against NumPy's brute force and scikit-learn."""
+"""Alike images and planes, against NumPy's brute force and scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from finetune.errors import EnvironmentFaultError, InternalError, UsageError
-from finetune.features import retrieve
-from finetune.features.retrieve import Plane, count_reads, find_nearest, find_plane, find_umap_plane
+from finetune.features import retrieval as retrieve
+from finetune.features.retrieval import Plane, count_reads, find_nearest, find_plane, find_umap_plane
 from finetune.features.rows import FileRows, MemoryRows, Rows
 
 
@@ -42,7 +42,7 @@ def in_file(folder: Path, rows: torch.Tensor) -> FileRows:
     return FileRows(folder / "rows", (rows.shape[0], rows.shape[1]), rows.dtype)
 
 
-# --- alike pictures ------------------------------------------------------------------------------
+# --- alike images ------------------------------------------------------------------------------
 
 
 def by_brute_force(rows: torch.Tensor, indices: torch.Tensor, query: torch.Tensor, top: int) -> list[int]:
@@ -69,7 +69,7 @@ def test_nearest_are_those_of_brute_force(tmp_path: Path, top: int, dtype: torch
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_equal_pictures_come_by_their_index() -> None:
+def test_equal_images_come_by_their_index() -> None:
     rows = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).repeat(60, 1)
     rows[31] *= 7  # as like as the others: the angle counts
     rows[32] = -rows[32]
@@ -94,7 +94,7 @@ def test_large_and_small_numbers_do_not_overflow() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_every_picture_is_told() -> None:
+def test_every_image_is_told() -> None:
     told: list[int] = []
     rows = MemoryRows(torch.rand(50, 40))
     find_nearest(rows, torch.arange(40), torch.rand(40), 3, told.append)
@@ -187,14 +187,14 @@ def test_silent_features_are_not_amplified(size: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [torch.ones(8, 20), torch.ones(30, 4), torch.ones(1, 4), torch.zeros(2, 1)])
-def test_pictures_that_are_all_the_same(rows: torch.Tensor) -> None:
+def test_images_that_are_all_the_same(rows: torch.Tensor) -> None:
     plane = find_plane(MemoryRows(rows), torch.arange(len(rows)), silent)
     assert torch.equal(plane.points, torch.zeros(len(rows), 2))
     assert plane.shares == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("size", [1, 50])
-def test_pictures_on_a_line(size: int) -> None:
+def test_images_on_a_line(size: int) -> None:
     rows = torch.linspace(0, 1, 20)[:, None] * torch.linspace(1, 2, size)
     plane = find_plane(MemoryRows(rows), torch.arange(20), silent)
     assert plane.shares == pytest.approx((1.0, 0.0), abs=1e-6)
@@ -203,7 +203,7 @@ def test_pictures_on_a_line(size: int) -> None:
 
 
 def test_too_many_for_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axes come from some pictures, evenly spaced, and all are laid on them."""
+    """Axes come from some images, evenly spaced, and all are laid on them."""
     rows = drawn(600, 90)
     whole = find_plane(MemoryRows(rows), torch.arange(600), silent)
     monkeypatch.setattr(retrieve, "LARGEST_MATRIX", 80)
@@ -266,7 +266,7 @@ def test_umap_is_given_principal_components(monkeypatch: pytest.MonkeyPatch, siz
 
 def test_umap_of_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=FakeUmap))
-    with pytest.raises(UsageError, match="needs 16 pictures, and there are 15"):
+    with pytest.raises(UsageError, match="needs 16 images, and there are 15"):
         find_umap_plane(MemoryRows(torch.rand(20, 4)), torch.arange(15), silent)
 
 

@@ -1,4 +1,4 @@
-"""Contact sheets: every picture is in its place, whatever its shape, and every name is drawn."""
+"""Contact sheets: every image is in its place, whatever its shape, and every name is drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RED, GREEN, BLUE = (200, 30, 30), (30, 160, 30), (30, 30, 200)
 LEFT = QUERY + 3 * GAP
 
 
-def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (60, 40)) -> Path:
+def image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (60, 40)) -> Path:
     Image.new("RGB", size, colour).save(path)
     return path
 
@@ -48,9 +48,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_every_picture_is_in_its_place(tmp_path: Path) -> None:
-    query = picture(tmp_path / "q.png", RED)
-    hits = [Hit(picture(tmp_path / f"{n}.png", (0, 20 * n, 100)), 1 - n / 20, "a") for n in range(12)]
+def test_every_image_is_in_its_place(tmp_path: Path) -> None:
+    query = image(tmp_path / "q.png", RED)
+    hits = [Hit(image(tmp_path / f"{n}.png", (0, 20 * n, 100)), 1 - n / 20, "a") for n in range(12)]
     sheet = draw_sheet(query, hits)
     assert sheet.mode == "RGB"
     assert sheet.size == (LEFT + 5 * (CELL + GAP), GAP + 3 * (CELL + 3 * LINE + GAP))
@@ -60,8 +60,8 @@ def test_every_picture_is_in_its_place(tmp_path: Path) -> None:
 
 
 def test_captions(tmp_path: Path, written: list[str]) -> None:
-    query = picture(tmp_path / "asked.png", RED)
-    hits = [Hit(picture(tmp_path / "one.png", RED), 0.98765, "ants"), Hit(query, -0.5, "bees")]
+    query = image(tmp_path / "asked.png", RED)
+    hits = [Hit(image(tmp_path / "one.png", RED), 0.98765, "ants"), Hit(query, -0.5, "bees")]
     draw_sheet(query, hits)
     assert written == [
         "query",
@@ -76,8 +76,8 @@ def test_captions(tmp_path: Path, written: list[str]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2000, 3), (1000, 800), (32, 32)])
-def test_pictures_of_any_shape_fit_their_tile(tmp_path: Path, size: tuple[int, int]) -> None:
-    query = picture(tmp_path / "q.png", GREEN, size)
+def test_images_of_any_shape_fit_their_tile(tmp_path: Path, size: tuple[int, int]) -> None:
+    query = image(tmp_path / "q.png", GREEN, size)
     sheet = draw_sheet(query, [Hit(query, 1, "a")])
     green = Image.new("1", sheet.size)
     green.putdata([colour == GREEN for colour in sheet.get_flattened_data()])
@@ -90,7 +90,7 @@ def test_pictures_of_any_shape_fit_their_tile(tmp_path: Path, size: tuple[int, i
     assert abs(LEFT + (box[0] + box[2]) / 2 - x) <= 1 and abs((box[1] + box[3]) / 2 - y) <= 1
 
 
-def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
+def test_a_image_is_turned_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (60, 40), RED)
     image.paste(BLUE, (30, 0, 60, 40))
     exif = Image.Exif()
@@ -101,9 +101,9 @@ def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
     assert pixel(sheet, GAP + QUERY / 2, GAP + 3 * QUERY / 4) == BLUE
 
 
-def test_pictures_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, written: list[str]) -> None:
+def test_images_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, written: list[str]) -> None:
     (tmp_path / "text.jpg").write_text("hello")
-    good = picture(tmp_path / "good.png", GREEN)
+    good = image(tmp_path / "good.png", GREEN)
     hits = [Hit(tmp_path / "gone.jpg", 0.9, "a"), Hit(tmp_path / "text.jpg", 0.8, "b"), Hit(good, 0.7, "c")]
     sheet = draw_sheet(tmp_path / "gone.jpg", hits)
     assert written.count("file not found") == 2
@@ -113,7 +113,7 @@ def test_pictures_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, wri
 
 @pytest.mark.parametrize(("num", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 5, 2), (100, 10, 10)])
 def test_the_grid_grows_both_ways(tmp_path: Path, num: int, columns: int, rows: int) -> None:
-    query = picture(tmp_path / "q.png", RED, (4, 4))
+    query = image(tmp_path / "q.png", RED, (4, 4))
     sheet = draw_sheet(query, [Hit(query, 0.5, "a")] * num)
     assert sheet.width == LEFT + columns * (CELL + GAP)
     assert sheet.height == GAP + max(QUERY + 2 * LINE + GAP, rows * (CELL + 3 * LINE + GAP))
@@ -136,7 +136,7 @@ def test_any_name_is_shortened_to_fit(name: str) -> None:
 
 
 def test_a_sheet_of_hostile_labels(tmp_path: Path) -> None:
-    query = picture(tmp_path / "q.png", RED, (4, 4))
+    query = image(tmp_path / "q.png", RED, (4, 4))
     draw_sheet(query, [Hit(query, 0.5, name) for name in NAMES])
 
 
@@ -148,7 +148,7 @@ def test_accents_have_letters() -> None:
 
 
 def test_a_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    query = picture(tmp_path / "q.png", RED)
+    query = image(tmp_path / "q.png", RED)
     write_sheet(tmp_path / "sheet.png", query, [Hit(query, 1, "a")])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"

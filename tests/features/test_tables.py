@@ -82,7 +82,7 @@ def assert_bits(found: Any, expected: np.ndarray[Any, np.dtype[np.float32]]) -> 
     assert (found.view(np.uint32) == expected.view(np.uint32)).all()
 
 
-def assert_pictures(frame: pd.DataFrame) -> None:
+def assert_images(frame: pd.DataFrame) -> None:
     found = list(zip(frame["path"], frame["label"], frame["split"], strict=True))
     assert found == [PICTURES[index] for index in KEEP.tolist()]
 
@@ -99,7 +99,7 @@ def test_csv(tmp_path: Path, layers: list[LayerRows]) -> None:
     assert_bits(frame[second].to_numpy(np.float64).astype(np.float32), SECOND[KEEP])
     for name in ("path", "label"):
         frame[name] = frame[name].map(unescape_formula)
-    assert_pictures(frame)
+    assert_images(frame)
     assert b"'=cmd(),train," in path.read_bytes()
 
 
@@ -131,7 +131,7 @@ def test_csv_to_the_byte(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path, layers: list[LayerRows]) -> None:
     path = write(tmp_path, "parquet", layers)
     frame = pd.read_parquet(path)
-    assert_pictures(frame)
+    assert_images(frame)
     assert_bits(frame[[f"layer1.0.{i}" for i in range(9)]].to_numpy(), FIRST[KEEP])
     assert_bits(frame[[f"=fc.{i}" for i in range(4)]].to_numpy(), SECOND[KEEP])
     file = pq.ParquetFile(path)
@@ -143,7 +143,7 @@ def test_npz(tmp_path: Path, layers: list[LayerRows]) -> None:
     path = write(tmp_path, "npz", layers)
     with np.load(path, allow_pickle=False) as arrays:
         assert set(arrays) == {"path", "label", "split", "layer1.0", "=fc"}
-        assert_pictures(pd.DataFrame({name: arrays[name] for name in ("path", "label", "split")}))
+        assert_images(pd.DataFrame({name: arrays[name] for name in ("path", "label", "split")}))
         assert_bits(arrays["layer1.0"], FIRST[KEEP])
         assert_bits(arrays["=fc"], SECOND[KEEP])
     with zipfile.ZipFile(path) as archive:
@@ -210,11 +210,9 @@ def test_memory_does_not_grow_with_the_rows(
     import tracemalloc
 
     monkeypatch.setattr(tables, "BLOCK_BYTES", 400_000)
-    rows, pictures = BigRows(), [("a", "b", "train")] * 50_000
+    rows, images = BigRows(), [("a", "b", "train")] * 50_000
     tracemalloc.start()
-    write_table(
-        tmp_path / "a", format, pictures, torch.arange(25_000), [LayerRows("x", rows)], lambda _: None
-    )
+    write_table(tmp_path / "a", format, images, torch.arange(25_000), [LayerRows("x", rows)], lambda _: None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows.most == 500

@@ -13,10 +13,10 @@ import torch
 
 from finetune.data.loader import Batch
 from finetune.recipe import TrainingSettings
-from finetune.runtime import resolve_device, resolve_precision
-from finetune.training.finite import compute_norm, is_finite
-from finetune.training.gradient import Gradient
-from finetune.training.optimizer import build_optimizer
+from finetune.system.device import resolve_device, resolve_precision
+from finetune.training.optim import build_optimizer
+from finetune.training.state import compute_norm, is_finite
+from finetune.training.step import Gradient
 from tests.conftest import Cli
 
 pytestmark = [
@@ -34,16 +34,18 @@ def test_auto_takes_the_gpu_and_half_precision() -> None:
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "float16"])
 def test_a_run_on_the_gpu_is_complete(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, precision: str
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, precision: str
 ) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "full", "-o", tmp_path / "run", "--json", *QUICK)
+    words = ("run", "-b", tiny, "-d", image_folder, "-s", "full", "-o", tmp_path / "run", "--json", *QUICK)
     result = cli(*words, "--set", f"training.precision={precision}", "--set", "training.ema_decay=0.9")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["gpu"]
     assert "device: cuda:0" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
-def test_float32_on_the_gpu_agrees_with_the_cpu(cli: Cli, pictures: Path, tiny: Path, tmp_path: Path) -> None:
+def test_float32_on_the_gpu_agrees_with_the_cpu(
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
+) -> None:
     losses = []
     for device in ("cpu", "cuda"):
         words = (
@@ -51,7 +53,7 @@ def test_float32_on_the_gpu_agrees_with_the_cpu(cli: Cli, pictures: Path, tiny: 
             "-b",
             tiny,
             "-d",
-            pictures,
+            image_folder,
             "-s",
             "freeze",
             "-o",
@@ -73,7 +75,7 @@ def test_the_finite_check_reads_loss_and_gradient() -> None:
 
 
 def test_memory_that_runs_out_halves_the_microbatch(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real allocation fails, once, in the middle of a real step."""
     plain, calls = Gradient.compute, []
@@ -85,7 +87,7 @@ def test_memory_that_runs_out_halves_the_microbatch(
         return plain(self, batch, microbatch)
 
     monkeypatch.setattr(Gradient, "compute", exhaust)
-    result = cli("run", "-b", tiny, "-d", pictures, "-o", tmp_path / "run", "--json", *QUICK)
+    result = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--json", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert calls[2] > 0
     assert json.loads(result.stdout)["microbatch"] == calls[2]
@@ -93,12 +95,24 @@ def test_memory_that_runs_out_halves_the_microbatch(
 
 @pytest.mark.parametrize("strategy", ["freeze", "top"])
 def test_kept_features_on_the_gpu(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     losses = []
     for cache in ("kept", "found", "off"):
-        words = ("run", "-b", tiny, "-d", pictures, "-s", strategy, "-o", tmp_path / cache, "--json", *QUICK)
+        words = (
+            "run",
+            "-b",
+            tiny,
+            "-d",
+            image_folder,
+            "-s",
+            strategy,
+            "-o",
+            tmp_path / cache,
+            "--json",
+            *QUICK,
+        )
         words += ("--set", "input.augmentation=none", *(("--set", "cache=off") if cache == "off" else ()))
         result = cli(*words, "--set", "training.precision=float32")
         assert result.exit_code == 0, result.output
@@ -108,9 +122,9 @@ def test_kept_features_on_the_gpu(
 
 
 def test_the_optimiser_is_one_kernel_and_goes_on(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "full", "-o", tmp_path / "run", "--json")
+    words = ("run", "-b", tiny, "-d", image_folder, "-s", "full", "-o", tmp_path / "run", "--json")
     words += ("--set", "training.optimizer=adamw", "--set", "training.precision=float16")
     words += ("--set", "training.clip_grad=1.0", "--workers", 2)
     assert cli(*words, "--epochs", 1).exit_code == 0
@@ -123,11 +137,11 @@ def test_the_optimiser_is_one_kernel_and_goes_on(
 
 @pytest.mark.parametrize("features", ["last", "all"])
 def test_a_solved_head_on_the_gpu_agrees_with_the_cpu(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path, features: str
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, features: str
 ) -> None:
     losses = []
     for device in ("cpu", "cuda"):
-        words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / device, "--json")
+        words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "-o", tmp_path / device, "--json")
         result = cli(*words, "--device", device, "--set", f"strategy.features={features}", "--workers", 2)
         assert result.exit_code == 0, result.output
         losses.append(json.loads(result.stdout)["val_loss"])
@@ -135,12 +149,14 @@ def test_a_solved_head_on_the_gpu_agrees_with_the_cpu(
 
 
 def test_features_of_the_gpu_agree_with_those_of_the_cpu(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
     tables = []
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.csv"
-        result = cli("extract", "-b", tiny, "-d", pictures, "-o", path, "--device", device, "--workers", 2)
+        result = cli(
+            "extract", "-b", tiny, "-d", image_folder, "-o", path, "--device", device, "--workers", 2
+        )
         assert result.exit_code == 0, result.output
         tables.append(pd.read_csv(path))
     assert list(tables[0]["path"]) == list(tables[1]["path"])
@@ -148,14 +164,14 @@ def test_features_of_the_gpu_agree_with_those_of_the_cpu(
 
 
 def test_predictions_of_a_gpu_are_those_of_the_cpu(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / "run", *QUICK)
+    words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "-o", tmp_path / "run", *QUICK)
     assert cli(*words).exit_code == 0
     tables = []
     for device in ("cpu", "cuda"):
         output = tmp_path / f"{device}.csv"
-        done = cli("predict", tmp_path / "run", pictures / "val", "-o", output, "--device", device)
+        done = cli("predict", tmp_path / "run", image_folder / "val", "-o", output, "--device", device)
         assert done.exit_code == 0, done.output
         tables.append(pd.read_csv(output))
     assert tables[0]["path"].tolist() == tables[1]["path"].tolist()
@@ -163,9 +179,9 @@ def test_predictions_of_a_gpu_are_those_of_the_cpu(
 
 
 def test_an_evaluation_on_the_gpu_is_the_runs_own(
-    cli: Cli, pictures: Path, tiny: Path, tmp_path: Path
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("run", "-b", tiny, "-d", pictures, "-s", "freeze", "-o", tmp_path / "run", "--json", *QUICK)
+    words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "-o", tmp_path / "run", "--json", *QUICK)
     run = json.loads(cli(*words).stdout)
     assert run["peak_gpu_memory_bytes"] > 0
     done = cli("evaluate", tmp_path / "run", "-o", tmp_path / "out", "--device", "cuda", "--json")

@@ -20,8 +20,8 @@ pytestmark = [
 two = pytest.mark.skipif(NUM_GPUS < 2, reason="this machine has no two CUDA devices")
 
 
-def run(tiny: Path, pictures: Path, output: Path, *words: object) -> None:
-    command = [sys.executable, "-m", "finetune", "run", "-b", tiny, "-d", pictures, "-o", output]
+def run(tiny: Path, image_folder: Path, output: Path, *words: object) -> None:
+    command = [sys.executable, "-m", "finetune", "run", "-b", tiny, "-d", image_folder, "-o", output]
     command += ["--epochs", 2, "--batch-size", 8, "--workers", 1, "--set", "training.precision=float32"]
     done = subprocess.run(
         [str(word) for word in (*command, *words)],
@@ -41,9 +41,9 @@ def assert_near(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "full"])
-def test_one_gpu_under_the_launcher(tiny: Path, pictures: Path, tmp_path: Path, strategy: str) -> None:
-    run(tiny, pictures, tmp_path / "plain", "-s", strategy)
-    run(tiny, pictures, tmp_path / "launched", "-s", strategy, "--gpus", 1)
+def test_one_gpu_under_the_launcher(tiny: Path, image_folder: Path, tmp_path: Path, strategy: str) -> None:
+    run(tiny, image_folder, tmp_path / "plain", "-s", strategy)
+    run(tiny, image_folder, tmp_path / "launched", "-s", strategy, "--gpus", 1)
     assert_near(tmp_path / "plain", tmp_path / "launched")
 
 
@@ -54,8 +54,8 @@ def test_one_gpu_under_the_launcher(tiny: Path, pictures: Path, tmp_path: Path, 
     ids=["freeze", "full"],
 )
 def test_two_gpus_learn_what_one_learns(
-    tiny: Path, pictures: Path, tmp_path: Path, words: tuple[str, ...]
+    tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    run(tiny, pictures, tmp_path / "one", *words)
-    run(tiny, pictures, tmp_path / "two", *words, "--gpus", 2)
+    run(tiny, image_folder, tmp_path / "one", *words)
+    run(tiny, image_folder, tmp_path / "two", *words, "--gpus", 2)
     assert_near(tmp_path / "one", tmp_path / "two")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from finetune.data.discover import discover
-from finetune.data.loader import Loader
+from finetune.data.loader import ImageLoader
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_eval_transform
 from pretrained.catalog import Preprocessing
@@ -21,7 +21,7 @@ from tests.training.helpers import build_trainer, place
 EPOCHS, BATCH, RATE = 3, 5, 0.05
 
 
-def plain_loop(network: nn.Module, loader: Loader, decay: float) -> list[float]:
+def plain_loop(network: nn.Module, loader: ImageLoader, decay: float) -> list[float]:
     """What a tutorial would write: three groups, momentum, cosine."""
     stages = (network.stage1, network.stage2, network.head)
     groups = [
@@ -51,9 +51,9 @@ def plain_loop(network: nn.Module, loader: Loader, decay: float) -> list[float]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_losses_equal_those_of_a_plain_loop(pictures: Path, tmp_path: Path, decay: float) -> None:
+def test_losses_equal_those_of_a_plain_loop(image_folder: Path, tmp_path: Path, decay: float) -> None:
     trainer = build_trainer(
-        pictures,
+        image_folder,
         tmp_path,
         epochs=EPOCHS,
         batch_size=BATCH,
@@ -62,8 +62,8 @@ def test_losses_equal_those_of_a_plain_loop(pictures: Path, tmp_path: Path, deca
         strategy="full",
     )
     network = copy.deepcopy(trainer.task.network)
-    dataset = discover(pictures, SplitConfig(0.2, 0))
-    loader = Loader(
+    dataset = discover(image_folder, SplitConfig(0.2, 0))
+    loader = ImageLoader(
         dataset,
         dataset.of("train"),
         build_eval_transform(Preprocessing(img_size=16)),

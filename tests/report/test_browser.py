@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune.display import SilentDisplay
-from finetune.job.report import write_run_report
+from finetune.report.write_report import write_run_report
+from finetune.system.display import SilentDisplay
 from tests.report.folders import HOSTILE, HOSTILE_FILE, write_folder
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from finetune.display import SilentDisplay
 from finetune.errors import UsageError
-from finetune.job.report import write_run_report
 from finetune.report.facts import load_facts
+from finetune.report.write_report import write_run_report
 from finetune.runs.folder import RunFolder
+from finetune.system.display import SilentDisplay
 from tests.conftest import Cli
 from tests.report.folders import HOSTILE, write_folder
 
@@ -80,8 +80,8 @@ def test_the_heat_maps_lie_beside_it(made: RunFolder) -> None:
     assert mistakes
     files = sorted(made.plots.glob("mistake-*.jpg"))
     assert files
-    with Image.open(files[0]) as picture:
-        assert picture.mode == "RGB" and min(picture.size) > 100
+    with Image.open(files[0]) as image:
+        assert image.mode == "RGB" and min(image.size) > 100
     html = made.report.read_text(encoding="utf-8")
     embedded = base64.b64encode(files[0].read_bytes()).decode()
     assert embedded in html
@@ -211,7 +211,7 @@ def test_what_a_threshold_achieved(copy: RunFolder) -> None:
     assert "hosen on these images" not in remake(copy)
 
 
-def test_pictures_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
+def test_images_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
     copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {tmp_path / 'nowhere'}\n")
     html = remake(copy)
     assert "data:image" not in html and ">gone</span>" in html
@@ -279,8 +279,8 @@ def test_many_classes_stay_readable_and_small(tmp_path: Path) -> None:
     assert len(html) < 2_000_000
 
 
-def test_no_picture_fits_an_album_that_is_full(made: RunFolder) -> None:
-    from finetune.report.pictures import Album
+def test_no_image_fits_an_album_that_is_full(made: RunFolder) -> None:
+    from finetune.report.images import Album
 
     album = Album(made.path.parent / "data", most_bytes=3000)
     shown = [album.show_file(row["path"], 104) for row in load_facts(made).split]

@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 
 from finetune.errors import EnvironmentFaultError, ExitCode
-from finetune.job.main import run as run_job
 from finetune.recipe import load_recipe
+from finetune.run.run import run as run_job
 from finetune.runs.folder import RunFolder
 from finetune.tracking import trackers as trackers_module
 from finetune.tracking.tracker import EPOCH_FIGURES, describe_run, pick_figures
@@ -79,16 +79,16 @@ def assert_every_epoch_once(output: Path, epochs: int) -> None:
 
 @pytest.mark.usefixtures("needs_wandb")
 def test_all_are_told_everything_and_no_bit_changes(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_API_TOKEN", "tiny-secret-0815")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with_all, without = tmp_path / "with-tiny-secret-0815", tmp_path / "without"
-    result = cli(*words_of(tiny, pictures, with_all), "--json")
+    result = cli(*words_of(tiny, image_folder, with_all), "--json")
     assert result.exit_code == 0, result.output
     assert "warning" not in result.stderr
     metrics = json.loads(result.stdout)  # and nothing else is there
-    assert cli(*words_of(tiny, pictures, without, to=())).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, without, to=())).exit_code == 0
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     for name in ("model/model.safetensors", "predictions.csv"):
         assert (with_all / name).read_bytes() == (without / name).read_bytes()
@@ -115,28 +115,28 @@ def test_all_are_told_everything_and_no_bit_changes(
 
 @pytest.mark.usefixtures("needs_wandb")
 def test_a_run_that_goes_on_is_the_same_run_and_tells_each_epoch_once(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         after_epoch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert cli(*words_of(tiny, pictures, output)).exit_code == ExitCode.INTERRUPTED
+        assert cli(*words_of(tiny, image_folder, output)).exit_code == ExitCode.INTERRUPTED
     _, run = read_mlflow((output / "tracking" / "mlflow").as_uri())
     assert run.info.status == "KILLED"
     time.sleep(1.1)  # wandb names the folder of an attempt by the second
-    assert cli(*words_of(tiny, pictures, output)).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     assert_every_epoch_once(output, 3)
     assert len({run.run_id for run in read_wandb(output / "tracking")[1]}) == 1
     assert read_mlflow((output / "tracking" / "mlflow").as_uri())[1].info.status == "FINISHED"
 
 
 def test_a_tracker_that_comes_late_is_told_what_was_before(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """Whom a run tells makes it no other run; one that is done is made longer here."""
     output = tmp_path / "run"
-    assert cli(*words_of(tiny, pictures, output, epochs=1, to=())).exit_code == 0
-    result = cli(*words_of(tiny, pictures, output, epochs=2, to=("tensorboard",)))
+    assert cli(*words_of(tiny, image_folder, output, epochs=1, to=())).exit_code == 0
+    result = cli(*words_of(tiny, image_folder, output, epochs=2, to=("tensorboard",)))
     assert result.exit_code == 0, result.output
     scalars, _ = read_tensorboard(output / "tracking" / "tensorboard")
     assert {step: len(values) for step, values in scalars["train_loss"].items()} == {1: 1, 2: 1}
@@ -208,10 +208,10 @@ def test_a_tracker_that_fails_is_warned_of_once_and_dropped(
 
 
 def test_a_tracker_that_fails_does_not_fail_the_run(
-    tiny: Path, pictures: Path, tmp_path: Path, break_at: Any
+    tiny: Path, image_folder: Path, tmp_path: Path, break_at: Any
 ) -> None:
     break_at(2)
-    overrides = {"backbone.name": str(tiny), "data.path": str(pictures), "data.workers": 0}
+    overrides = {"backbone.name": str(tiny), "data.path": str(image_folder), "data.workers": 0}
     recipe = load_recipe(None, overrides | {"training.epochs": 2, "tracking.to": ["wandb"]})
     display = Listener()
     assert run_job(recipe, tmp_path / "run", display).metrics["epochs"] == 2
@@ -222,7 +222,7 @@ def test_a_tracker_that_fails_does_not_fail_the_run(
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from finetune.display import Display
+from finetune.system.display import Display
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.tracking.trackers import Trackers
@@ -252,10 +252,10 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, name: str) -> None:
 
 
 def test_a_server_that_is_not_there(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    result = cli(*words_of(tiny, pictures, tmp_path / "run", epochs=1, to=("mlflow",)))
+    result = cli(*words_of(tiny, image_folder, tmp_path / "run", epochs=1, to=("mlflow",)))
     assert result.exit_code == 0
     assert result.stderr.count("mlflow cannot be told of the run any more") == 1
 
@@ -298,12 +298,12 @@ def test_damaged_notes_are_no_notes(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_client_that_is_not_installed(
-    cli: Cli, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     missing = [module for module in sys.modules if module.partition(".")[0] == name]
     for module in {name, *missing}:
         monkeypatch.setitem(sys.modules, module, None)
-    result = cli(*words_of(tiny, pictures, tmp_path / "run", to=(name,)))
+    result = cli(*words_of(tiny, image_folder, tmp_path / "run", to=(name,)))
     assert result.exit_code == ExitCode.ENVIRONMENT == 78
     assert f'pip install "finetune[{name}]"' in result.stderr
     assert not (tmp_path / "run").exists()
@@ -315,9 +315,11 @@ def test_a_client_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
         check_trackers(["wandb"])
 
 
-def test_off_by_default_and_no_client_is_loaded(cli: Cli, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_off_by_default_and_no_client_is_loaded(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
     """(timm imports wandb wherever it is installed.)"""
-    assert cli(*words_of(tiny, pictures, tmp_path / "run", epochs=1, to=())).exit_code == 0
+    assert cli(*words_of(tiny, image_folder, tmp_path / "run", epochs=1, to=())).exit_code == 0
     assert not {client.rpartition(".")[0] for client in CLIENTS.values()} & set(sys.modules)
     assert not (tmp_path / "run" / "tracking").exists()
 

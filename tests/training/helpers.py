@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.discover import discover
-from finetune.data.loader import Batch, Loader, Placement
+from finetune.data.loader import Batch, ImageLoader, Placement
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import Augmentation, build_eval_transform, build_train_transform
-from finetune.display import SilentDisplay
 from finetune.errors import InterruptedRunError
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.folder import RunFolder
-from finetune.runtime import Precision
-from finetune.strategy.matrix import build_plan
+from finetune.system.device import Precision
+from finetune.system.display import SilentDisplay
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.optimizer import build_loss
-from finetune.training.progress import Checkpoint, Progress
+from finetune.training.optim import build_loss
+from finetune.training.plan import build_plan
+from finetune.training.state import Checkpoint, Progress
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
-from finetune.world import SINGLE, World
 from pretrained.catalog import Preprocessing
 from pretrained.graph.stages import find_stages
 
@@ -76,7 +76,7 @@ def place() -> Placement:
 
 
 def build_trainer(
-    pictures: Path,
+    image_folder: Path,
     folder: Path,
     *,
     strategy: str = "full",
@@ -88,10 +88,10 @@ def build_trainer(
     norm: str = "train",
     top_stages: int = 1,
     precision: Precision = "float32",
-    world: World = SINGLE,
+    distributed: Distributed = SINGLE_PROCESS,
     **training: Any,
 ) -> Trainer:
-    """A trainer of SmallNet on pictures, 16 pixels; ``training`` are keys of that section of the recipe."""
+    """A trainer of SmallNet on images, 16 pixels; ``training`` are keys of that section of the recipe."""
     recipe = load_recipe(
         None,
         {"strategy.name": strategy, "strategy.norm": norm, "strategy.top_stages": top_stages}
@@ -104,7 +104,7 @@ def build_trainer(
     run = RunFolder(folder)
     store, listener = CheckpointStore(run.checkpoints), Listener()
     return trainer_type(
-        _task(recipe, pictures, network, augmentation, workers, world),
+        _task(recipe, image_folder, network, augmentation, workers, distributed),
         recipe.training,
         precision=precision,
         seed=recipe.seed,
@@ -112,26 +112,26 @@ def build_trainer(
         store=store,
         start=store.load(listener.warn),
         display=listener,
-        world=world,
+        distributed=distributed,
     )
 
 
 def _task(
     recipe: Recipe,
-    pictures: Path,
+    image_folder: Path,
     network: nn.Module,
     augmentation: Augmentation,
     workers: int,
-    world: World = SINGLE,
+    distributed: Distributed = SINGLE_PROCESS,
 ) -> Task:
-    dataset = discover(pictures, SplitConfig(0.2, 0))
+    dataset = discover(image_folder, SplitConfig(0.2, 0))
     preprocessing = Preprocessing(img_size=16)
     views = {
         "train": build_train_transform(preprocessing, augmentation),
         "val": build_eval_transform(preprocessing),
     }
     loaders = {
-        split: Loader(
+        split: ImageLoader(
             dataset,
             dataset.of(split),  # type: ignore[arg-type]
             view,
@@ -140,7 +140,7 @@ def _task(
             workers=workers,
             seed=recipe.seed,
             shuffle=split == "train",
-            world=world,
+            distributed=distributed,
         )
         for split, view in views.items()
     }

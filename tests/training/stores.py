@@ -9,7 +9,7 @@ import torch
 
 from finetune.errors import DataError
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.progress import Checkpoint, Progress, Snapshot
+from finetune.training.state import Checkpoint, Progress, Snapshot
 
 STATE, EPOCH, BEST = "state.safetensors", "epoch.safetensors", "best.safetensors"
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ import torch
 
 from finetune.data.loader import Batch
 from finetune.training.batch_size import find_batch_size, fit_batch_size
-from finetune.training.gradient import Gradient
+from finetune.training.step import Gradient
 from tests.training.helpers import build_trainer, place
 
 
@@ -19,8 +19,8 @@ def test_halves_until_it_fits(limit: int, least: int, found: int) -> None:
     assert find_batch_size(lambda size: size <= limit, 64, least) == found
 
 
-def test_a_trial_leaves_no_trace(pictures: Path, tmp_path: Path) -> None:
-    task = build_trainer(pictures, tmp_path, strategy="full").task
+def test_a_trial_leaves_no_trace(image_folder: Path, tmp_path: Path) -> None:
+    task = build_trainer(image_folder, tmp_path, strategy="full").task
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
     modes = [module.training for module in task.network.modules()]
     compute = Gradient.compute
@@ -40,7 +40,7 @@ def test_a_trial_leaves_no_trace(pictures: Path, tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in task.network.parameters())
 
 
-def test_other_errors_pass(pictures: Path, tmp_path: Path) -> None:
-    task = build_trainer(pictures, tmp_path, strategy="full").task
+def test_other_errors_pass(image_folder: Path, tmp_path: Path) -> None:
+    task = build_trainer(image_folder, tmp_path, strategy="full").task
     with mock.patch.object(Gradient, "compute", side_effect=ValueError), pytest.raises(ValueError):
         fit_batch_size(task.network, task.plan, (3, 16, 16), place(), 64)

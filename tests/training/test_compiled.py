@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import EnvironmentFaultError
-from finetune.training import compiled
-from finetune.training.compiled import Compiled
+from finetune.training import task as compiled
+from finetune.training.task import Compiled
 from tests.training.helpers import SmallNet, build_trainer
 
 
@@ -46,7 +46,9 @@ def test_a_failed_compilation_is_one_message() -> None:
     assert "training.compile" in caught.value.fix
 
 
-def test_training_uses_it_when_asked(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_uses_it_when_asked(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
 
     class Spy(Compiled):
@@ -57,20 +59,20 @@ def test_training_uses_it_when_asked(pictures: Path, tmp_path: Path, monkeypatch
             calls.append(len(images))
             return super().__call__(images)
 
-    plain = build_trainer(pictures, tmp_path / "plain", epochs=1)
+    plain = build_trainer(image_folder, tmp_path / "plain", epochs=1)
     plain.fit()
     monkeypatch.setattr(compiled, "Compiled", Spy)
-    asked = build_trainer(pictures, tmp_path / "asked", epochs=1, compile=True)
+    asked = build_trainer(image_folder, tmp_path / "asked", epochs=1, compile=True)
     asked.fit()
     assert sum(calls) == 36
     for one, two in zip(plain.judged.state_dict().values(), asked.judged.state_dict().values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
-def test_a_classifier_sees_standardised_features_when_compiled(pictures: Path, tmp_path: Path) -> None:
+def test_a_classifier_sees_standardised_features_when_compiled(image_folder: Path, tmp_path: Path) -> None:
     """Features are measured before training, so that the hook comes after the first call."""
-    plain = build_trainer(pictures, tmp_path / "plain", epochs=1)
-    asked = build_trainer(pictures, tmp_path / "asked", epochs=1)
+    plain = build_trainer(image_folder, tmp_path / "plain", epochs=1)
+    asked = build_trainer(image_folder, tmp_path / "asked", epochs=1)
     asked.gradient.forward = Compiled(asked.task.network, "eager")
     for trainer in (plain, asked):
         trainer.standardize_head()

@@ -11,13 +11,13 @@ from torch import nn
 
 from finetune.data.loader import Batch
 from finetune.training import trainer as trainer_module
-from finetune.training.gradient import Gradient, KeptBuffers, halve, is_learnable
+from finetune.training.step import Gradient, KeptBuffers, halve, is_learnable
 from finetune.training.task import choose_microbatch
 from tests.training.helpers import NormFree, SmallNet, build_trainer
 
 
 def batch_of(number: int, lost: int = 0) -> Batch:
-    """A batch of so many pictures, out of more that are gone."""
+    """A batch of so many images, out of more that are gone."""
     labels = torch.arange(number) % 3
     return Batch(torch.randn(number, 3, 16, 16), labels, labels, {f"{n}.jpg": "gone" for n in range(lost)})
 
@@ -39,10 +39,10 @@ def test_a_batch_of_which_too_much_was_lost_is_left_out(
 
 
 def test_a_step_without_images_counts_and_learns_nothing(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "refuse_many_lost", lambda *_: None)
-    trainer = build_trainer(pictures, tmp_path, epochs=1, batch_size=8)
+    trainer = build_trainer(image_folder, tmp_path, epochs=1, batch_size=8)
     before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
     assert trainer._train_step(batch_of(1, lost=7))
     after = trainer.task.network.state_dict()
@@ -105,14 +105,14 @@ def test_a_running_statistic_that_is_no_number_is_found(value: float) -> None:
     assert not kept.add_up()[0].isfinite()
 
 
-def test_a_recipe_can_ask_for_parts(pictures: Path, tmp_path: Path) -> None:
+def test_a_recipe_can_ask_for_parts(image_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network, sizes = NormFree(), list[int]()
     one = copy.deepcopy(network)
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    whole = build_trainer(pictures, tmp_path / "whole", network=one, epochs=1, batch_size=12)
+    whole = build_trainer(image_folder, tmp_path / "whole", network=one, epochs=1, batch_size=12)
     parts = build_trainer(
-        pictures, tmp_path / "parts", network=network, epochs=1, batch_size=12, microbatch=4
+        image_folder, tmp_path / "parts", network=network, epochs=1, batch_size=12, microbatch=4
     )
     assert parts.fit().microbatch == 4
     assert sizes[:9] == [4] * 9
@@ -126,16 +126,18 @@ def test_a_recipe_can_ask_for_parts(pictures: Path, tmp_path: Path) -> None:
     [(NormFree(), 100, 64), (NormFree(), 64, 0), (SmallNet(), 100, 0), (NormFree(), 8, 0)],
 )
 def test_a_cpu_takes_parts_that_fit_where_that_is_exact(
-    pictures: Path, tmp_path: Path, network: SmallNet, batch_size: int, size: int
+    image_folder: Path, tmp_path: Path, network: SmallNet, batch_size: int, size: int
 ) -> None:
-    task = build_trainer(pictures, tmp_path, network=network, batch_size=batch_size).task
+    task = build_trainer(image_folder, tmp_path, network=network, batch_size=batch_size).task
     assert choose_microbatch(task) == size
 
 
-def test_dropout_keeps_batches_whole(pictures: Path, tmp_path: Path) -> None:
+def test_dropout_keeps_batches_whole(image_folder: Path, tmp_path: Path) -> None:
     network = NormFree()
     network.stage2[3].p = 0.1
-    task = build_trainer(pictures, tmp_path, network=network, batch_size=100).task
+    task = build_trainer(image_folder, tmp_path, network=network, batch_size=100).task
     assert choose_microbatch(task) == 0
-    frozen = build_trainer(pictures, tmp_path / "f", network=network, batch_size=100, strategy="freeze").task
+    frozen = build_trainer(
+        image_folder, tmp_path / "f", network=network, batch_size=100, strategy="freeze"
+    ).task
     assert choose_microbatch(frozen) == 64

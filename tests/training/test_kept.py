@@ -18,15 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.cache.blocks import BlockFile, journal_of
-from finetune.cache.shelf import cache_folder
+from finetune.data.dataset import Sample
 from finetune.data.loader import Placement
-from finetune.data.sample import Sample
 from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
-from finetune.features.kept import KeptRows
 from finetune.features.rows import FileRows, MemoryRows, Rows
-from finetune.job import Run, feeds, main, run
+from finetune.features.store import KeptRows
+from finetune.job import Run, run
 from finetune.recipe import load_recipe
-from finetune.training.row_loader import RowLoader
+from finetune.run import batches as loaders
+from finetune.run import run as main
+from finetune.runs.cache_dir import cache_folder
+from finetune.training.trunk import FeatureLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
 from tests.training.helpers import Listener
@@ -38,7 +40,7 @@ ARCHITECTURES = ("test_resnet", "test_vit", "test_convnext", "test_nfnet", "mobi
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And several batches for the trunk, the last of them a smaller one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("finetune.features.kept.compute_part_size", lambda *_: 12)
+    monkeypatch.setattr("finetune.features.store.compute_part_size", lambda *_: 12)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def fit(tiny: Path, few: Path, tmp_path: Path) -> Fit:
 
 @pytest.fixture
 def computed() -> Iterator[list[int]]:
-    """Pictures that went through a trunk, batch by batch."""
+    """Images that went through a trunk, batch by batch."""
     seen: list[int] = []
     with mock.patch.object(KeptRows, "_compute", _counting(KeptRows._compute, seen)):
         yield seen
@@ -151,7 +153,7 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
     ("key", "number"),
     [
         ({"input.img_size": 40}, 50),
-        ({"input.augmentation": "medium"}, 40),  # validation pictures know none
+        ({"input.augmentation": "medium"}, 40),  # validation images know none
         ({"input.mean": [0.5, 0.5, 0.5]}, 50),
         ({"training.channels_last": False}, 50),
         ({"deterministic": True}, 50),
@@ -161,14 +163,14 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
 def test_what_features_depend_on_makes_others(
     fit: Fit, computed: list[int], monkeypatch: pytest.MonkeyPatch, key: dict[str, Any], number: int
 ) -> None:
-    monkeypatch.setattr("finetune.job.prepare.set_deterministic", lambda _: None)  # for the whole process
+    monkeypatch.setattr("finetune.run.setup.set_deterministic", lambda _: None)  # for the whole process
     fit("one", keys={"training.channels_last": True, "training.epochs": 1})
     computed.clear()
     fit("two", keys={"training.channels_last": True, "training.epochs": 1} | key)
     assert sum(computed) == number
 
 
-def test_another_picture_makes_others(fit: Fit, few: Path, computed: list[int], tmp_path: Path) -> None:
+def test_another_image_makes_others(fit: Fit, few: Path, computed: list[int], tmp_path: Path) -> None:
     shutil.copytree(few, tmp_path / "data")
     keys = {"data.path": str(tmp_path / "data"), "training.epochs": 1}
     fit("one", keys=keys)
@@ -243,7 +245,7 @@ def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None
     listener = Listener()
     with (
         mock.patch.object(BlockFile, "append", no_space),
-        mock.patch("finetune.features.kept.MEMORY_BYTES", 0),
+        mock.patch("finetune.features.store.MEMORY_BYTES", 0),
     ):
         plain = fit("plain", listener=listener)
     assert trunk_of(plain)["cut"] is None
@@ -254,7 +256,7 @@ def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None
 def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) -> None:
     """A row has 96 numbers: the first view fits, the second does not."""
     full = mock.patch.object(BlockFile, "append", no_space)
-    with full, mock.patch("finetune.features.kept.MEMORY_BYTES", 60 * 96 * 4):
+    with full, mock.patch("finetune.features.store.MEMORY_BYTES", 60 * 96 * 4):
         plain = fit("plain")
     assert trunk_of(plain)["cut"] is None
     assert "No space left" in trunk_of(plain)["reason"]
@@ -262,7 +264,7 @@ def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) 
 
 def test_rows_that_stay_in_their_file_are_the_same(fit: Fit) -> None:
     whole = fit("whole", "top")
-    with mock.patch("finetune.features.kept.MEMORY_BYTES", 0):
+    with mock.patch("finetune.features.store.MEMORY_BYTES", 0):
         mapped = fit("mapped", "top")
     assert_same_run(whole.folder.path, mapped.folder.path)
 
@@ -293,7 +295,7 @@ def test_a_cut_that_has_no_room_makes_way_for_one_that_has(fit: Fit) -> None:
         sizes.append(numel)
         return 10**9 if numel == sizes[0] else 4 * numel
 
-    with mock.patch("finetune.job.feeds.row_bytes", row_bytes):
+    with mock.patch("finetune.run.batches.row_bytes", row_bytes):
         other = fit("other", "top")
     assert trunk_of(other)["cut"] not in (None, trunk_of(deepest)["cut"])
     assert trunk_of(deepest)["cut"] in trunk_of(other)["reason"]
@@ -320,7 +322,7 @@ def test_a_run_goes_on_by_the_plain_loop_where_it_began_so(fit: Fit, computed: l
     stopped = mock.patch("finetune.training.trainer.Trainer.fit", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(InterruptedRunError):
         fit("one", keys=keys)
-    with mock.patch("finetune.cache.shelf.Shelf.find_obstacle", return_value=""):
+    with mock.patch("finetune.runs.cache_dir.FeatureCacheDir.find_obstacle", return_value=""):
         again = fit("one", keys=keys)
     assert trunk_of(again)["cut"] is None
     assert computed == []
@@ -329,11 +331,11 @@ def test_a_run_goes_on_by_the_plain_loop_where_it_began_so(fit: Fit, computed: l
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def loader_of(views: int, **keys: Any) -> RowLoader:
+def loader_of(views: int, **keys: Any) -> FeatureLoader:
     rows = [torch.arange(10.0).view(10, 1) + 100 * view for view in range(views)]
     samples = [Sample(f"{number}.jpg", number % 3, "train") for number in range(10)]
     placement = Placement(torch.device("cpu"), channels_last=False)
-    return RowLoader(
+    return FeatureLoader(
         rows, samples, **({"batch_size": 4, "placement": placement, "seed": 3, "shuffle": True} | keys)
     )
 
@@ -381,18 +383,18 @@ def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
         kept[indices]
 
 
-def test_a_picture_that_changes_on_the_way_is_not_kept_under_its_old_name(
+def test_a_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     fit: Fit, tmp_path: Path, few: Path
 ) -> None:
     shutil.copytree(few, tmp_path / "data")
-    choose = feeds.choose_split
+    choose = loaders.choose_split
 
     def change_and_choose(*arguments: Any) -> Any:
         shutil.copy(tmp_path / "data/val/red/001.jpg", tmp_path / "data/val/red/002.jpg")
         return choose(*arguments)
 
     listener = Listener()
-    with mock.patch.object(feeds, "choose_split", change_and_choose):
+    with mock.patch.object(loaders, "choose_split", change_and_choose):
         plain = fit("plain", keys={"data.path": str(tmp_path / "data")}, listener=listener)
     assert trunk_of(plain)["cut"] is None
     assert "was changed meanwhile" in trunk_of(plain)["reason"]
@@ -407,7 +409,7 @@ def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) ->
     full = mock.patch.object(BlockFile, "append", no_space)
     with (
         full,
-        mock.patch("finetune.features.kept.MEMORY_BYTES", 0),
+        mock.patch("finetune.features.store.MEMORY_BYTES", 0),
         pytest.raises(DiskError, match="kept features"),
     ):
         fit("one")
@@ -418,7 +420,7 @@ def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) ->
 def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> None:
     error = PermissionError(errno.EACCES, "Permission denied")
     listener = Listener()
-    with mock.patch("finetune.features.kept.BlockFile", side_effect=error):
+    with mock.patch("finetune.features.store.BlockFile", side_effect=error):
         run = fit("one", listener=listener)
     assert trunk_of(run)["cut"]
     assert [warning for warning in listener.warnings if "Permission denied" in warning]
@@ -432,6 +434,6 @@ def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) ->
         sizes.append(len(images))
         check(network, predictions, images, *others)
 
-    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.job.fit.FEW", 4):
+    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.run.fit.FEW", 4):
         fit("one", keys={"training.batch_size": 40})
     assert sizes == [4]

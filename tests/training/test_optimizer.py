@@ -6,7 +6,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from finetune.recipe import load_recipe
-from finetune.training.optimizer import build_loss, build_mixer, build_optimizer, compute_class_weights
+from finetune.training.optim import build_loss, build_mixer, build_optimizer, compute_class_weights
 
 
 def settings(**training: object):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from finetune.data.loader import Batch, plan_epoch, take_share
 from finetune.errors import EnvironmentFaultError, InterruptedRunError, LostProcessError
-from finetune.rank import Rank
-from finetune.training.parallel import find_share, synchronize_batch_norm, waits_in_forward
-from finetune.training.progress import Progress
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.rank import RankInfo
+from finetune.training.ddp import find_share, synchronize_batch_norm, waits_in_forward
+from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
-from finetune.world import SINGLE, World
 from tests.conftest import draw_folder
 from tests.processes import together
 from tests.training.helpers import (
@@ -34,15 +34,15 @@ from tests.training.helpers import (
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """57 and 9 pictures: with batches of 32 the last one has 25, with batches of 8 it has 1, which joins."""
+    """57 and 9 images: with batches of 32 the last one has 25, with batches of 8 it has 1, which joins."""
     root = tmp_path_factory.mktemp("uneven")
     draw_folder(root / "train", {"red": 30, "green": 17, "blue": 10})
     draw_folder(root / "val", dict.fromkeys(("red", "green", "blue"), 3))
     return root
 
 
-def place(rank: int, size: int) -> World:
-    return World(Rank(rank, size, rank, size))
+def place(rank: int, size: int) -> Distributed:
+    return Distributed(RankInfo(rank, size, rank, size))
 
 
 def net(kind: type[SmallNet] = NormFree) -> nn.Module:
@@ -53,11 +53,11 @@ def net(kind: type[SmallNet] = NormFree) -> nn.Module:
 Ended = tuple[Mapping[str, Tensor], list[dict[str, float]], Progress, list[str], Tensor]
 
 
-def train(world: World, data: Path, folder: Path, **words: Any) -> Ended:
+def train(distributed: Distributed, data: Path, folder: Path, **words: Any) -> Ended:
     """Weights, history, progress, warnings and validation logits of a training."""
     torch.manual_seed(1)
     words = {"epochs": 5, "batch_size": 32, "lr": 0.05, "network": net()} | words
-    trainer = build_trainer(data, folder / str(world.rank), world=world, **words)
+    trainer = build_trainer(data, folder / str(distributed.rank), distributed=distributed, **words)
     progress = trainer.fit()
     weights = {name: tensor.clone() for name, tensor in trainer.judged.state_dict().items()}
     return weights, figures(progress), progress, warnings(trainer), trainer.predictions.logits
@@ -77,7 +77,7 @@ def assert_close(one: Ended, two: Ended, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 15, 16, 17, 33, 100])
-def test_every_picture_is_learnt_from_once(num_samples: int, size: int) -> None:
+def test_every_image_is_learnt_from_once(num_samples: int, size: int) -> None:
     plan = plan_epoch(num_samples, 16, 0, 0)
     shares = [take_share(plan, place(rank, size), shuffled=True) for rank in range(size)]
     for number, batch in enumerate(plan):
@@ -90,7 +90,7 @@ def test_every_picture_is_learnt_from_once(num_samples: int, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_samples", [1, 16, 33, 100])
-def test_every_picture_is_judged_once(num_samples: int, size: int) -> None:
+def test_every_image_is_judged_once(num_samples: int, size: int) -> None:
     plan = plan_epoch(num_samples, 16, None, 0)
     shares = [take_share(plan, place(rank, size), shuffled=False) for rank in range(size)]
     assert sorted(chain(*shares)) == plan  # whole batches: the same neighbours
@@ -113,8 +113,8 @@ def test_every_picture_is_judged_once(num_samples: int, size: int) -> None:
 )
 def test_two_processes_learn_what_one_learns(uneven: Path, tmp_path: Path, words: dict[str, Any]) -> None:
     """Ten steps of 2 x 16 (and of other settings) are those of 1 x 32, to 1e-5."""
-    one = train(SINGLE, uneven, tmp_path / "one", **words)
-    first, second = together(lambda world: train(world, uneven, tmp_path / "two", **words))
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one", **words)
+    first, second = together(lambda distributed: train(distributed, uneven, tmp_path / "two", **words))
     assert one[2].step >= 10
     assert_close(one, first)
     assert all(tensor.equal(second[0][name]) for name, tensor in first[0].items())
@@ -122,18 +122,20 @@ def test_two_processes_learn_what_one_learns(uneven: Path, tmp_path: Path, words
     assert not (tmp_path / "two" / "1" / "history.csv").exists()  # one writer
 
 
-def test_three_processes_of_which_one_has_no_picture_of_the_last_batch(uneven: Path, tmp_path: Path) -> None:
+def test_three_processes_of_which_one_has_no_image_of_the_last_batch(uneven: Path, tmp_path: Path) -> None:
     words = {"batch_size": 9, "epochs": 2}  # 57 = 6 x 9 + 3
-    one = train(SINGLE, uneven, tmp_path / "one", **words)
-    assert_close(one, together(lambda world: train(world, uneven, tmp_path / "three", **words), 3)[0])
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one", **words)
+    assert_close(
+        one, together(lambda distributed: train(distributed, uneven, tmp_path / "three", **words), 3)[0]
+    )
 
 
 def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: Path, tmp_path: Path) -> None:
-    def still(world: World) -> Ended:
+    def still(distributed: Distributed) -> Ended:
         words: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9, "epochs": 1}
-        return train(world, uneven, tmp_path / str(world.size), **words)
+        return train(distributed, uneven, tmp_path / str(distributed.size), **words)
 
-    one = still(SINGLE)
+    one = still(SINGLE_PROCESS)
     first, second = together(still)
     assert all(tensor.equal(second[0][name]) for name, tensor in first[0].items())
     mean, variance = "stage1.1.running_mean", "stage1.1.running_var"
@@ -142,8 +144,10 @@ def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: 
 
 
 def test_dropout_draws_another_mask_in_each_process(uneven: Path, tmp_path: Path) -> None:
-    def work(world: World) -> list[float]:
-        trainer = build_trainer(uneven, tmp_path / str(world.rank), world=world, dropout=0.5, batch_size=32)
+    def work(distributed: Distributed) -> list[float]:
+        trainer = build_trainer(
+            uneven, tmp_path / str(distributed.rank), distributed=distributed, dropout=0.5, batch_size=32
+        )
         seen: list[float] = []
         drop = trainer.task.network.get_submodule("stage1.3")
 
@@ -161,7 +165,7 @@ def test_dropout_draws_another_mask_in_each_process(uneven: Path, tmp_path: Path
 
 
 class _WithUnused(NormFree):
-    """Has weights that no picture reaches."""
+    """Has weights that no image reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,8 +173,10 @@ class _WithUnused(NormFree):
 
 
 def test_weights_that_learn_nothing_are_no_obstacle(uneven: Path, tmp_path: Path) -> None:
-    one = train(SINGLE, uneven, tmp_path / "one", network=net(_WithUnused))
-    first, _ = together(lambda world: train(world, uneven, tmp_path / "two", network=net(_WithUnused)))
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one", network=net(_WithUnused))
+    first, _ = together(
+        lambda distributed: train(distributed, uneven, tmp_path / "two", network=net(_WithUnused))
+    )
     assert_close(one, first)
 
 
@@ -178,10 +184,10 @@ def test_where_processes_wait_in_the_forward_nothing_is_rehearsed(
     uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SyncBatchNorm itself works on GPUs only."""
-    monkeypatch.setattr("finetune.training.tries.waits_in_forward", lambda _: True)
-    monkeypatch.setattr("finetune.training.tries.Tries._rehearse", None)
-    one = train(SINGLE, uneven, tmp_path / "one")
-    assert_close(one, together(lambda world: train(world, uneven, tmp_path / "two"))[0])
+    monkeypatch.setattr("finetune.training.step.waits_in_forward", lambda _: True)
+    monkeypatch.setattr("finetune.training.step.MicrobatchRunner._rehearse", None)
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one")
+    assert_close(one, together(lambda distributed: train(distributed, uneven, tmp_path / "two"))[0])
 
 
 def test_sync_batch_norm_is_known_where_it_is() -> None:
@@ -196,10 +202,10 @@ def test_sync_batch_norm_is_known_where_it_is() -> None:
 # --- trouble in one of them ----------------------------------------------------------------------
 
 
-def test_lost_pictures_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_images_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.training.trainer.refuse_many_lost", lambda *_: None)
 
-    def lose_one(world: World, folder: Path) -> Ended:
+    def lose_one(distributed: Distributed, folder: Path) -> Ended:
         class Losing(Trainer):
             def _begin(self) -> None:
                 super()._begin()
@@ -217,23 +223,23 @@ def test_lost_pictures_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch:
 
                 monkeypatch.setattr(type(loader._views), "__getitem__", get)
 
-        return train(world, uneven, folder, trainer_type=Losing)
+        return train(distributed, uneven, folder, trainer_type=Losing)
 
-    first, second = together(lambda world: lose_one(world, tmp_path / "two"))
-    one = lose_one(SINGLE, tmp_path / "one")
+    first, second = together(lambda distributed: lose_one(distributed, tmp_path / "two"))
+    one = lose_one(SINGLE_PROCESS, tmp_path / "one")
     assert_close(one, first)
     assert first[2].lost == second[2].lost == one[2].lost != {}
 
 
-def test_a_picture_that_is_left_alone_is_not_learnt_from(uneven: Path) -> None:
+def test_a_image_that_is_left_alone_is_not_learnt_from(uneven: Path) -> None:
     """BatchNorm cannot train on a single value."""
 
-    def work(world: World) -> tuple[int, int, float]:
-        number = 4 if world.rank == 0 else 1
-        lost = {} if world.rank == 0 else {"a.jpg": "gone"}
+    def work(distributed: Distributed) -> tuple[int, int, float]:
+        number = 4 if distributed.rank == 0 else 1
+        lost = {} if distributed.rank == 0 else {"a.jpg": "gone"}
         labels = torch.zeros(number, dtype=torch.int64)
         batch = Batch(torch.zeros(number, 3, 8, 8), labels, labels, lost)
-        share = find_share(world, batch, nn.CrossEntropyLoss(), mixes=False, least=2)
+        share = find_share(distributed, batch, nn.CrossEntropyLoss(), mixes=False, least=2)
         assert share.lost == {"a.jpg": "gone"}
         return len(share.batch.labels), share.num_images, share.factor
 
@@ -241,7 +247,7 @@ def test_a_picture_that_is_left_alone_is_not_learnt_from(uneven: Path) -> None:
 
 
 def out_of_memory(trainer: Trainer, most: int, when: Callable[[Progress], bool] = lambda _: True) -> None:
-    """Let a forward of more pictures than ``most`` run out of memory."""
+    """Let a forward of more images than ``most`` run out of memory."""
 
     def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
         if len(inputs[0]) > most and torch.is_grad_enabled() and when(trainer.progress):
@@ -251,35 +257,43 @@ def out_of_memory(trainer: Trainer, most: int, when: Callable[[Progress], bool] 
 
 
 def train_short_of_memory(
-    world: World, data: Path, folder: Path, most: int, when: Callable[[Progress], bool] = lambda _: True
+    distributed: Distributed,
+    data: Path,
+    folder: Path,
+    most: int,
+    when: Callable[[Progress], bool] = lambda _: True,
 ) -> Ended:
     class Short(Trainer):
         def _begin(self) -> None:
             super()._begin()
-            if world.rank == world.size - 1:
+            if distributed.rank == distributed.size - 1:
                 out_of_memory(self, most, when)
 
-    return train(world, data, folder, trainer_type=Short)
+    return train(distributed, data, folder, trainer_type=Short)
 
 
 def test_memory_that_runs_out_in_one_halves_the_parts_of_all(uneven: Path, tmp_path: Path) -> None:
-    one = train(SINGLE, uneven, tmp_path / "one")
-    first, second = together(lambda world: train_short_of_memory(world, uneven, tmp_path / "two", 5))
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one")
+    first, second = together(
+        lambda distributed: train_short_of_memory(distributed, uneven, tmp_path / "two", 5)
+    )
     assert first[2].microbatch == second[2].microbatch == 4
     assert len(first[3]) == 2  # 16 -> 8 -> 4
     assert_close(one, first)
 
 
 def test_memory_that_runs_out_for_good_ends_all_for_the_same_reason(uneven: Path, tmp_path: Path) -> None:
-    ended = together(lambda world: train_short_of_memory(world, uneven, tmp_path / "two", 0))
+    ended = together(lambda distributed: train_short_of_memory(distributed, uneven, tmp_path / "two", 0))
     assert [type(error) for error in ended] == [EnvironmentFaultError] * 2
 
 
 def test_memory_that_runs_out_later_is_a_process_lost(uneven: Path, tmp_path: Path) -> None:
     """The others wait for its gradient, and nothing calls them back: the job begins again, and rehearses."""
 
-    def work(world: World) -> Ended:
-        return train_short_of_memory(world, uneven, tmp_path / "two", 5, lambda progress: progress.step == 6)
+    def work(distributed: Distributed) -> Ended:
+        return train_short_of_memory(
+            distributed, uneven, tmp_path / "two", 5, lambda progress: progress.step == 6
+        )
 
     assert [type(error) for error in together(work)] == [LostProcessError] * 2
 
@@ -288,11 +302,11 @@ def test_a_loss_that_is_no_number_in_one_is_skipped_by_all(uneven: Path, tmp_pat
     def at_four(progress: Progress) -> bool:
         return progress.step == 4
 
-    one = train(SINGLE, uneven, tmp_path / "one", trainer_type=corrupt(at_four))
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one", trainer_type=corrupt(at_four))
 
-    def work(world: World) -> Ended:
-        kind = corrupt(at_four) if world.rank == 1 else Trainer
-        return train(world, uneven, tmp_path / "two", trainer_type=kind)
+    def work(distributed: Distributed) -> Ended:
+        kind = corrupt(at_four) if distributed.rank == 1 else Trainer
+        return train(distributed, uneven, tmp_path / "two", trainer_type=kind)
 
     first, second = together(work)
     assert first[2].skipped == second[2].skipped == 1
@@ -303,21 +317,21 @@ def test_a_loss_that_is_no_number_in_one_is_skipped_by_all(uneven: Path, tmp_pat
 def test_a_stop_that_one_hears_stops_all_and_they_go_on_to_the_same_bits(
     uneven: Path, tmp_path: Path, asked: int
 ) -> None:
-    def build(world: World, folder: Path) -> Trainer:
+    def build(distributed: Distributed, folder: Path) -> Trainer:
         words: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 0.05, "dropout": 0.3}
         # Only the main process's folder is the run's; the others read it.
-        return build_trainer(uneven, folder, world=world, **words)
+        return build_trainer(uneven, folder, distributed=distributed, **words)
 
-    def stop(world: World) -> int:
-        trainer = build(world, tmp_path / "parts")
-        if world.rank == asked:
+    def stop(distributed: Distributed) -> int:
+        trainer = build(distributed, tmp_path / "parts")
+        if distributed.rank == asked:
             stop_after(trainer, 6)
         with pytest.raises(InterruptedRunError):
             trainer.fit()
         return trainer.progress.step
 
-    def finish(folder: Path) -> Callable[[World], int]:
-        return lambda world: build(world, folder).fit().step
+    def finish(folder: Path) -> Callable[[Distributed], int]:
+        return lambda distributed: build(distributed, folder).fit().step
 
     assert together(stop) == [6, 6]
     assert together(finish(tmp_path / "parts")) == together(finish(tmp_path / "whole"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.recipe import load_recipe
-from finetune.training.schedule import Plateau, Schedule
+from finetune.training.optim import Plateau, Schedule
 
 
 def schedule(**training: object) -> Schedule:

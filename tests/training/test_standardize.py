@@ -43,8 +43,8 @@ def test_folding_works_on_convolutions_and_copies() -> None:
     torch.testing.assert_close(network(images), expected)  # the original still has its hook
 
 
-def test_measured_moments_are_those_of_the_features(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, batch_size=10)
+def test_measured_moments_are_those_of_the_features(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, batch_size=10)
     network = trainer.task.network.eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     found = measure_features(network, trainer.task.train, "float32", 0, lambda *_: None)
@@ -63,13 +63,13 @@ def test_measured_moments_are_those_of_the_features(pictures: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 300.0])
-def test_one_rate_serves_features_of_any_scale(pictures: Path, tmp_path: Path, scale: float) -> None:
+def test_one_rate_serves_features_of_any_scale(image_folder: Path, tmp_path: Path, scale: float) -> None:
     torch.manual_seed(1)
     network = SmallNet()
     norm = network.stage2[1]
     nn.init.constant_(norm.weight, scale)
     trainer = build_trainer(
-        pictures,
+        image_folder,
         tmp_path,
         network=network,
         strategy="freeze",
@@ -84,16 +84,16 @@ def test_one_rate_serves_features_of_any_scale(pictures: Path, tmp_path: Path, s
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_judged_network_is_plain(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, epochs=2, batch_size=8, ema_decay=0.5)
+def test_the_judged_network_is_plain(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, epochs=2, batch_size=8, ema_decay=0.5)
     trainer.standardize_head()
     best = trainer.fit().best
     assert all(not layer._forward_pre_hooks for layer in trainer.judged.modules())
     assert trainer._judge().loss == pytest.approx(best["loss"], abs=1e-5)
 
 
-def test_measuring_in_train_mode_leaves_the_statistics(pictures: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(pictures, tmp_path, strategy="full", batch_size=9)
+def test_measuring_in_train_mode_leaves_the_statistics(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(image_folder, tmp_path, strategy="full", batch_size=9)
     before = {name: tensor.clone() for name, tensor in trainer.task.network.state_dict().items()}
     trainer.standardize_head()
     assert trainer.task.network.stage2[1].training

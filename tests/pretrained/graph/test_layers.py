@@ -16,7 +16,7 @@ from pretrained.graph.classifier import head_parameters
 from pretrained.graph.layer import TapPoint
 from pretrained.graph.layers import Layers
 from pretrained.graph.pooling import Form, Pool, check_pool, find_form, pool_tensor
-from pretrained.graph.recorder import Taps
+from pretrained.graph.recorder import FeatureRecorder
 from pretrained.graph.stages import find_stages
 
 SIZE = (3, 64, 64)
@@ -52,7 +52,7 @@ def images(number: int = 2) -> Tensor:
 def take(network: nn.Module, names: list[str], pool: Pool = "auto") -> dict[str, Tensor]:
     layers = layers_of(network).select(names, pool)
     with torch.no_grad():
-        rows = Taps(network, layers, pool)(images())
+        rows = FeatureRecorder(network, layers, pool)(images())
     return {layer.name: row for layer, row in zip(layers, rows, strict=True)}
 
 
@@ -144,7 +144,7 @@ def test_unknown_layers_are_refused_with_the_nearest(resnet: nn.Module, name: st
 
 
 class Odd(nn.Module):
-    """One module that nobody calls, and one that gives no tensor with a row a picture."""
+    """One module that nobody calls, and one that gives no tensor with a row an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_layers_that_give_no_tensor_are_refused() -> None:
     layers = layers_of(Odd().eval())
     with pytest.raises(UsageError, match="never calls it"):
         layers.select(["unused"])
-    with pytest.raises(UsageError, match="no tensor with a row for each picture"):
+    with pytest.raises(UsageError, match="no tensor with a row for each image"):
         layers.select(["summed"])
 
 
@@ -225,8 +225,8 @@ def test_channels_last_and_tokens_pool_as_channels_first(pool: Pool) -> None:
     assert torch.allclose(pool_tensor(prefixed, tokens, pool, 2), wanted, atol=1e-6)
 
 
-def test_windows_in_the_batch_axis_come_back_to_their_picture() -> None:
-    tokens = torch.randn(2, 4, 4, 5)  # two pictures of four windows of four tokens
+def test_windows_in_the_batch_axis_come_back_to_their_image() -> None:
+    tokens = torch.randn(2, 4, 4, 5)  # two images of four windows of four tokens
     form = find_form((4, 4, 5), (3, 16, 16), 0)
     assert form == Form("tokens", 0, (4, 4), 5)
     assert form is not None
@@ -278,7 +278,7 @@ def test_all_layers_come_from_one_forward(resnet: nn.Module, monkeypatch: pytest
         count += 1
         return forward(x)
 
-    taps = Taps(resnet, layers_of(resnet).all, "auto", with_logits=True)
+    taps = FeatureRecorder(resnet, layers_of(resnet).all, "auto", with_logits=True)
     monkeypatch.setattr(resnet, "forward", counted)
     with torch.no_grad():
         *rows, logits = taps(images())

@@ -241,7 +241,7 @@ class Picky(Backwards):
 
     def forward(self, x: Tensor) -> Tensor:
         super().forward(x)
-        raise ValueError("no pictures of this kind\nand a long explanation")
+        raise ValueError("no images of this kind\nand a long explanation")
 
 
 def state(network: nn.Module) -> list[object]:
@@ -287,16 +287,16 @@ def test_the_network_is_left_as_it_was(kind: type[Backwards]) -> None:
 def test_a_forward_that_fails() -> None:
     with pytest.raises(UsageError) as refusal:
         find_stages(Picky(), (3, 32, 32))
-    assert refusal.value.found == "a trial forward failed with ValueError: no pictures of this kind"
+    assert refusal.value.found == "a trial forward failed with ValueError: no images of this kind"
     assert refusal.value.asked == "the stages of Picky at input size 3x32x32"
 
 
-def test_a_forward_that_ignores_the_picture() -> None:
+def test_a_forward_that_ignores_the_image() -> None:
     class Constant(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return self.weight
 
-    with pytest.raises(UsageError, match="none of its outputs depends on the picture"):
+    with pytest.raises(UsageError, match="none of its outputs depends on the image"):
         find_stages(Constant(2, 3), (3, 8, 8))
 
 

@@ -1,0 +1,91 @@
+"""One error path for every command: a sentence on stderr, the documented exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+import typer
+
+from finetune.errors import ExitCode, FinetuneError, sanitize
+from finetune.launch.platforms import write_failure
+
+DEBUG_VARIABLE = "FINETUNE_DEBUG"
+
+
+@contextmanager
+def refusals(as_json: bool = False) -> Iterator[None]:
+    """Turn errors into messages and exit codes.
+
+    Args:
+        as_json: stdout must carry one JSON object even now.
+    """
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except FinetuneError as error:
+        _fail(error.message, error.fix, error.exit_code, as_json)
+    except KeyboardInterrupt:
+        _fail("interrupted", "Give the same command again.", ExitCode.INTERRUPTED, as_json)
+    except BrokenPipeError:  # the reader of stdout has left, as `head` does
+        _silence(sys.stdout)
+        raise typer.Exit(ExitCode.DONE) from None
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        fix = f"This is our fault: please report it with what {DEBUG_VARIABLE}=1 prints."
+        _fail(sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL, as_json)
+
+
+def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
+    if code == ExitCode.INTERRUPTED:  # everything is saved and said: more of the same adds nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    say(typer.style(f"error: {message}", fg="red"))
+    say(fix)
+    if code != ExitCode.INTERRUPTED:
+        write_failure(message, fix)
+    if as_json:
+        state = "interrupted" if code == ExitCode.INTERRUPTED else "failed"
+        hand_over(
+            json.dumps({"state": state, "message": message, "hint": fix, "exit_code": int(code)}) + "\n"
+        )
+    raise typer.Exit(int(code))
+
+
+def say(line: str) -> None:
+    """Write to stderr; where nobody can read it, the exit code still says what happened."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def hand_over(text: str | bytes) -> None:
+    """Write to stdout; an exit code must not depend on whether anybody reads it."""
+    try:
+        typer.echo(text, nl=False)
+    except OSError:
+        _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let whatever is left to be written go nowhere, instead of into an error while Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# --- Tables on stdout ---
+
+
+def print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
+    """Plain columns on stdout, so that grep, sort and less work on them."""
+    table = [list(columns), *rows]
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    for row in table:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

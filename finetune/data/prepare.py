@@ -1,0 +1,160 @@
+"""The data of a run: every image looked at, the unreadable listed, the split recorded."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from finetune.data.dataset import SPLITS, Dataset, Sample, Split, describe_images
+from finetune.data.dataset import Split as Part
+from finetune.data.scan import Checked, check_images
+from finetune.data.scan_cache import ScanCache
+from finetune.data.split import SplitConfig, keep_copies_together
+from finetune.errors import DataError, UsageError
+from finetune.recipe import Recipe, load_recipe
+from finetune.runs.claim import create_folder, read_split
+from finetune.runs.files import write_csv, write_text
+from finetune.runs.folder import RunFolder
+from finetune.system.device import derive_seed
+from finetune.system.display import Display
+
+
+def draw_copies_together(
+    dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
+) -> Dataset:
+    """Return a drawn data set in which no image is both trained on and judged, and say what moved."""
+    dataset, moved = keep_copies_together(dataset, digests, SplitConfig.of(recipe))
+    if moved:
+        images = "1 image" if moved == 1 else f"{moved} images"
+        display.say(f"exact copies stay in one part: {images} moved between train and val")
+    return dataset
+
+
+def _place(sample: Sample) -> tuple[int, str]:
+    return SPLITS.index(sample.split), sample.path
+
+
+def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
+    """Return the data set with the parts that an earlier attempt drew, if it was to draw the same.
+
+    Where the data name no validation part, it is drawn from what is there; an image that has vanished since
+    would change the draw.
+    """
+    if not dataset.val_was_drawn or not folder.recipe.exists():
+        return dataset
+    if SplitConfig.of(load_recipe(str(folder.recipe))) != SplitConfig.of(recipe):
+        return dataset
+    rows = [(row.get("path"), row.get("split")) for row in read_split(folder)]
+    drawn = {path: split for path, part in rows for split in SPLITS if split == part}
+    samples = [replace(sample, split=drawn.get(sample.path, sample.split)) for sample in dataset.samples]
+    settled = frozenset(sample.path for sample in samples if sample.path in drawn)
+    return replace(dataset, samples=tuple(sorted(samples, key=_place)), settled=settled)
+
+
+def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -> None:
+    """Write which image is in which class and part, and what it held."""
+    write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
+    rows = [(path, *facts) for path, facts in describe_images(dataset, digests).items()]
+    write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
+
+
+def describe_data(dataset: Dataset) -> str:
+    """Return one sentence: classes, and images of each part."""
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
+    fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
+    spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{dataset.num_classes} classes, {parts}; {spread} training images a class"
+
+
+def check_outside(output: Path, dataset: Dataset) -> None:
+    """Refuse to write among the images: nothing is ever written into the user's data.
+
+    Raises:
+        UsageError: the output is the data folder, or lies in it (in a folder with images, for a CSV file).
+    """
+    holders = {Path(sample.path).parts[0] for sample in dataset.samples if "/" in sample.path}
+    inside = Path(os.path.realpath(output))
+    tops = [dataset.root] if dataset.is_folder else [dataset.root / name for name in holders]
+    if any(inside.is_relative_to(os.path.realpath(top)) for top in tops):
+        fix = "Name an --output outside of it."
+        raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
+
+
+def create_new_folder(path: Path) -> None:
+    """Create a folder for results, where there is none or an empty one.
+
+    Raises:
+        UsageError: something is there already.
+        DiskError: it cannot be created.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
+    create_folder(path)
+
+
+def require_labels(dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse images without labels.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not dataset.is_labelled:
+        found = "holds images but no class folders, so that no image has a label"
+        fix = "Put the images of each class into a folder with the name of the class."
+        raise DataError(f"--data {recipe.data.path}", found, fix)
+
+
+def draw_evenly(dataset: Dataset, most: int, seed: int) -> Dataset:
+    """Return the training images, or so many of them, drawn class by class in turns."""
+    train = dataset.of("train")
+    if len(train) <= most:
+        return replace(dataset, samples=train)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "advise"))
+    turns: list[tuple[int, int, Sample]] = []
+    for label in range(dataset.num_classes):
+        own = [sample for sample in train if sample.label == label]
+        order = torch.randperm(len(own), generator=generator).tolist()
+        turns += [(turn, label, own[place]) for turn, place in enumerate(order)]
+    chosen = {sample.path for _, _, sample in sorted(turns, key=lambda one: one[:2])[:most]}
+    return replace(dataset, samples=tuple(sample for sample in train if sample.path in chosen))
+
+
+# --- One reading of all images, for every command but ``run``: their digests, and their final parts ---
+
+
+def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> tuple[Dataset, Checked]:
+    """Take the digest of every image, and bring exact copies to one side of a draw, as a run does.
+
+    Copies across parts that were given are told of: what is learnt by heart would be judged.
+    """
+    with display.track("reading images", len(dataset.samples)) as advance:
+        done = 0
+
+        def tell(now: int) -> None:
+            nonlocal done
+            advance(now - done, "")
+            done = now
+
+        store = ScanCache(dataset.root)
+        checked = check_images(dataset, tell, decode=False, store=store)
+    if dataset.val_was_drawn and dataset.is_labelled:
+        dataset = draw_copies_together(dataset, checked.digests, recipe, display)
+    if shared := _count_shared(dataset, checked.digests):
+        said = "1 image lies" if shared == 1 else f"{shared} images lie"
+        display.warn(f"{said} in more than one part, byte for byte the same (`finetune check` names them).")
+    return dataset, checked
+
+
+def _count_shared(dataset: Dataset, digests: Mapping[str, str]) -> int:
+    """Return how many images lie in two parts or more."""
+    parts: defaultdict[str, set[Part]] = defaultdict(set)
+    for sample in dataset.samples:
+        if sample.path in digests:
+            parts[digests[sample.path]].add(sample.split)
+    return sum(len(found) > 1 for found in parts.values())

@@ -1,0 +1,108 @@
+"""``finetune check``: what can be known of a data set before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from finetune.data.dataset import Dataset, Issue
+from finetune.data.discover import survey
+from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.quality.report import inspect, to_check
+from finetune.data.quality.sheet import find_sections, write_sections
+from finetune.data.scan import Checked, check_images
+from finetune.data.scan_cache import ScanCache
+from finetune.data.split import SplitConfig, keep_copies_together
+from finetune.errors import DataError, UsageError
+from finetune.recipe import Recipe
+from finetune.runs.files import write_csv, write_json
+from finetune.runs.outcome import translated_errors
+from finetune.system.display import Display
+
+CHECK, FOLDS, SHEET = "check.json", "folds.csv", "check.png"
+
+
+def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
+    """Look at every image of a data set, and write everything that is found.
+
+    Args:
+        recipe: its data and seed count. With folds, the first is the validation part of the figures.
+        output: a new folder for ``check.json``, ``check.png`` and, with folds, ``folds.csv``.
+        display: shows progress.
+
+    Returns:
+        The content of ``check.json``.
+
+    Raises:
+        FinetuneError: the output cannot be written. What is wrong with the data is in the result.
+    """
+    settings = recipe.data
+    if not settings.path:
+        raise UsageError("finetune check", "no data was named", "Name a folder, a .zip or a CSV file.")
+    with translated_errors():
+        with display.count(f"reading {settings.path}") as tell:
+            config = SplitConfig.of(recipe)
+            dataset, issues = survey(Path(settings.path), config, settings.follow_links, tell)
+        _create_output(output, dataset, Path(settings.path))
+        if dataset is None:
+            result = to_check(issues, {})
+        else:
+            result = _look(recipe, dataset, issues, output, display)
+        write_json(output / CHECK, result)
+        return result
+
+
+def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:
+    if dataset is not None:
+        check_outside(output, dataset)
+    elif data.is_dir():
+        check_outside(output, Dataset(data.absolute(), (), ()))
+    create_new_folder(output)
+
+
+def _look(
+    recipe: Recipe, dataset: Dataset, issues: tuple[Issue, ...], output: Path, display: Display
+) -> dict[str, Any]:
+    checked = look_at(dataset, display)
+    if dataset.val_was_drawn:
+        dataset, issues = _settle(dataset, checked, recipe, issues)
+    report = inspect(dataset, checked, recipe.data.allow_leaks, issues)
+    write_sections(output / SHEET, find_sections(report))
+    result = report.to_dict()
+    if any(sample.fold for sample in dataset.samples):
+        result["summary"]["folds"] = _write_folds(dataset, output)
+    return result
+
+
+def look_at(dataset: Dataset, display: Display) -> Checked:
+    """Decode every image once, or take what is known of it from the last look."""
+    store = ScanCache(dataset.root, keep_others=not dataset.is_folder)
+    with display.track("looking at images", len(dataset.samples)) as advance:
+        return check_images(dataset, lambda _: advance(1, ""), store=store)
+
+
+def _settle(
+    dataset: Dataset, checked: Checked, recipe: Recipe, issues: tuple[Issue, ...]
+) -> tuple[Dataset, tuple[Issue, ...]]:
+    """Keep exact copies in one part, as a run does."""
+    try:
+        dataset, moved = keep_copies_together(dataset, checked.digests, SplitConfig.of(recipe))
+    except DataError as error:
+        return dataset, (*issues, Issue("class-copies", "error", error.found, error.fix))
+    if moved:
+        said = f"{moved} of the drawn images changed sides, so that exact copies stay in one part."
+        issues = (*issues, Issue("draw-moved", "note", said, "Nothing needs to be done.", moved))
+    return dataset, issues
+
+
+def _write_folds(dataset: Dataset, output: Path) -> dict[str, dict[str, int]]:
+    """Write which image is held out in which fold; return images by fold and class."""
+    samples = sorted((sample for sample in dataset.samples if sample.fold), key=lambda one: one.path)
+    rows = [(sample.path, dataset.classes[sample.label], sample.fold) for sample in samples]
+    write_csv(output / FOLDS, rows, ("path", "label", "fold"))
+    counts = Counter((sample.fold, sample.label) for sample in samples)
+    return {
+        str(fold): {name: counts[fold, label] for label, name in enumerate(dataset.classes)}
+        for fold in sorted({sample.fold for sample in samples})
+    }

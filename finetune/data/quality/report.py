@@ -1,0 +1,135 @@
+"""Everything that one look at a data set says, for a person, a program and the sheet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import SPLITS, Dataset, Issue
+from finetune.data.quality.classes import compute_imbalance, judge_classes, judge_groups
+from finetune.data.quality.copies import Copies, find_copies, judge_copies
+from finetune.data.quality.files import Oddities, find_oddities, judge_oddities, judge_unreadable
+from finetune.data.quality.near import NearCopies, find_near, judge_near
+from finetune.data.quality.subject import ScannedDataset
+from finetune.data.scan import Checked
+
+_ORDER = ("error", "warning", "note")
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What was found.
+
+    Attributes:
+        remarks: errors first.
+        summary: the data set in figures.
+        seen: the images.
+        copies: exact copies.
+        near: near copies.
+        oddities: images that stand out.
+    """
+
+    issues: tuple[Issue, ...]
+    summary: dict[str, Any]
+    seen: ScannedDataset
+    copies: Copies
+    near: NearCopies
+    oddities: Oddities
+
+    @property
+    def errors(self) -> tuple[Issue, ...]:
+        """What a run refuses."""
+        return tuple(issue for issue in self.issues if issue.severity == "error")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``check.json`` holds."""
+        return to_check(self.issues, self.summary)
+
+
+def to_check(issues: Sequence[Issue], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``check.json`` holds."""
+    numbers = {severity: sum(one.severity == severity for one in issues) for severity in _ORDER}
+    return {
+        "errors": numbers["error"],
+        "warnings": numbers["warning"],
+        "notes": numbers["note"],
+        "findings": [issue.to_dict() for issue in sort_issues(issues)],
+        "summary": summary,
+    }
+
+
+def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
+    """Return remarks with errors first and notes last."""
+    return tuple(sorted(issues, key=lambda issue: _ORDER.index(issue.severity)))
+
+
+def inspect(dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequence[Issue] = ()) -> Report:
+    """Judge a data set by one look at its files.
+
+    Args:
+        dataset: with its final parts.
+        checked: what the look gave.
+        allow_leaks: exact copies in two parts are a warning, not an error.
+        said: what reading the data has found already.
+    """
+    seen = ScannedDataset(dataset, checked)
+    copies, near, oddities = find_copies(seen), find_near(seen), find_oddities(seen)
+    issues = [
+        *said,
+        *judge_unreadable(seen),
+        *judge_copies(seen, copies, allow_leaks),
+        *judge_near(seen, near),
+        *judge_groups(dataset),
+        *judge_classes(dataset),
+        *judge_oddities(seen, oddities),
+    ]
+    return Report(sort_issues(issues), summarise(seen), seen, copies, near, oddities)
+
+
+# --- What a data set is, in figures: sizes, formats, modes, shapes, classes of each part ---
+
+
+def summarise(seen: ScannedDataset) -> dict[str, Any]:
+    """Return plain JSON; docs/check.md describes it."""
+    dataset, rows = seen.dataset, seen.looks.rows
+    places = range(len(seen.samples))
+    widths, heights = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
+    return {
+        "num_images": len(dataset.samples),
+        "num_classes": dataset.num_classes,
+        "num_unreadable": len(seen.checked.bad),
+        "num_groups": len({sample.group for sample in dataset.samples if sample.group}),
+        "val_was_drawn": dataset.val_was_drawn,
+        "parts": {
+            split: {
+                "num_images": len(dataset.of(split)),
+                "classes": dict(zip(dataset.classes, dataset.counts(split), strict=True)),
+                "imbalance_ratio": compute_imbalance(dataset.counts(split)),
+            }
+            for split in SPLITS
+            if dataset.of(split)
+        },
+        "formats": _counted(seen.looks.format_of(place) for place in places),
+        "modes": _counted(seen.looks.mode_of(place) for place in places),
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "aspect_ratio": _spread(widths / heights),
+        "bytes": _spread(rows["num_bytes"].astype(np.float64)) | {"total": int(rows["num_bytes"].sum())},
+    }
+
+
+def _counted(values: Any) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _spread(values: NDArray[np.float64]) -> dict[str, float | int | None]:
+    """Return the smallest, the median and the largest."""
+    if not len(values):
+        return {"min": None, "median": None, "max": None}
+    found = {"min": values.min(), "median": np.median(values), "max": values.max()}
+    return {name: round(float(value), 4) for name, value in found.items()}

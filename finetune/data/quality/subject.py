@@ -1,0 +1,68 @@
+"""A data set beside what a look at its files showed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import SPLITS, Dataset, Sample, Split
+from finetune.data.scan import Checked
+from finetune.data.scan_cache import ScanResult
+
+SHOWN_PATHS = 20
+"""Images that a remark names, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScannedDataset:
+    """Images that could be decoded, their rows, and the others.
+
+    Attributes:
+        dataset: all images.
+        checked: what the look gave.
+    """
+
+    dataset: Dataset
+    checked: Checked
+
+    @cached_property
+    def samples(self) -> Sequence[Sample]:
+        """Images that could be decoded, in the order of the data set."""
+        return [sample for sample in self.dataset.samples if sample.path in self.checked.looks]
+
+    @cached_property
+    def looks(self) -> ScanResult:
+        """Their rows, in the same order."""
+        return self.checked.looks.select(sample.path for sample in self.samples)
+
+    @cached_property
+    def parts(self) -> NDArray[np.int8]:
+        """Their parts, as places in ``SPLITS``."""
+        place: Mapping[Split, int] = {split: number for number, split in enumerate(SPLITS)}
+        return np.array([place[sample.split] for sample in self.samples], np.int8)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Their classes."""
+        return np.array([sample.label for sample in self.samples], np.int64)
+
+    @cached_property
+    def contrasts(self) -> NDArray[np.float32]:
+        """Standard deviations of their thumbnails, in grey levels (0 to 127.5)."""
+        thumbnails: NDArray[Any] = self.looks.rows["thumbnail"].reshape(len(self.samples), -1)
+        found: NDArray[np.float32] = thumbnails.std(axis=1, dtype=np.float32)
+        return found
+
+    def paths(self, places: Iterable[int]) -> tuple[str, ...]:
+        """Return the first few of some images' paths."""
+        return tuple(self.samples[place].path for place, _ in zip(places, range(SHOWN_PATHS), strict=False))
+
+    def words(self, place: int) -> str:
+        """Return ``train, ants``."""
+        sample = self.samples[place]
+        return f"{sample.split}, {self.dataset.classes[sample.label]}"

@@ -1,0 +1,227 @@
+"""Decode every image once before training, so that a broken file is a list at the start, not a crash later.
+
+Training may go on without a few unreadable images. Validation and test may not: a figure over fewer images
+than the user counted would look like any other figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data.decode import BadImageError, probe_image
+from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row
+from finetune.errors import DataError
+from finetune.system.device import available_cores
+
+_SHOWN = 5
+_ALLOWED_PERCENT = 1  # of the training images
+_CHUNK = 4096  # tasks queued at a time: a million at once would cost gigabytes
+# Pillow decodes outside Python's lock, so threads do spread over cores.
+_THREADS = min(16, available_cores())
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be decoded, and why."""
+
+    path: str
+    split: Split
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a look at every image gave.
+
+    Attributes:
+        bad: images that cannot be decoded, in the order of the data set.
+        digests: sha256 of every file that could be read, by path.
+        looks: what decoding them showed; empty where they were only read.
+    """
+
+    bad: tuple[BadImage, ...]
+    digests: dict[str, str]
+    looks: ScanResult = field(default_factory=ScanResult)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A good image: its digest and, where it was decoded, its row."""
+
+    digest: str
+    row: NDArray[np.void] | None
+
+
+def check_images(
+    dataset: Dataset,
+    on_progress: Callable[[int], None] | None = None,
+    threads: int = _THREADS,
+    decode: bool = True,
+    store: ScanCache | None = None,
+) -> Checked:
+    """Read and decode every image once.
+
+    Args:
+        dataset: the images to check, all parts.
+        on_progress: called in this thread after each image with the number checked so far.
+        threads: images decoded at the same time, 1 or more.
+        decode: false only reads the files, for their digests.
+        store: what earlier looks gave; a file that is what it was is not read again.
+
+    An interrupt (or an error in ``on_progress``) drops what is queued and waits only for the images
+    being decoded at that moment.
+    """
+    bad: list[BadImage] = []
+    digests: dict[str, str] = {}
+    paths: list[str] = []
+    rows = np.zeros(len(dataset.samples) if decode else 0, ROW)
+    look = partial(_look, dataset, decode, store)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
+    try:
+        for start in range(0, len(dataset.samples), _CHUNK):
+            chunk = dataset.samples[start : start + _CHUNK]
+            for done, (sample, found) in enumerate(zip(chunk, pool.map(look, chunk), strict=True), start + 1):
+                if isinstance(found, BadImage):
+                    bad.append(found)
+                else:
+                    digests[sample.path] = found.digest
+                    if decode and found.row is not None:
+                        rows[len(paths)] = found.row
+                        paths.append(sample.path)
+                if on_progress:
+                    on_progress(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    looks = ScanResult(tuple(paths), rows[: len(paths)])
+    if store is not None and decode:
+        store.save(looks)
+    return Checked(tuple(bad), digests, looks)
+
+
+def _look(dataset: Dataset, decode: bool, store: ScanCache | None, sample: Sample) -> BadImage | _Seen:
+    """Return what a good image holds and the fault of a bad one."""
+    path = dataset.file(sample)
+    try:
+        status = _status(path)
+        if store is not None and status is not None:
+            row = store.find(sample.path, status)
+            if row is not None:
+                return _Seen(bytes(row["sha256"]).hex(), row)
+        probe: Any = (
+            probe_image(path) if decode else None
+        )  # first: it knows what to say of a pipe or a folder
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        row = None if probe is None or status is None else build_row(probe, digest.digest(), status)
+        return _Seen(digest.hexdigest(), row)
+    except BadImageError as error:
+        return BadImage(sample.path, sample.split, error.reason)
+    except OSError as error:
+        return BadImage(sample.path, sample.split, (error.strerror or str(error)).lower())
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return what the file system says before a file is read: a change while it is read shows later."""
+    with suppress(OSError):
+        return path.stat()
+    return None
+
+
+def check_bad(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
+    """Return the data set without its unreadable images, with a warning that names them.
+
+    Raises:
+        DataError: a validation or test image is among them, they are 1 % of the training images or more,
+            or a class would be left without a training image.
+    """
+    if not bad:
+        return dataset
+    _refuse_outside_training(dataset, bad)
+    _refuse_many(dataset, bad)
+    kept = dataset.without({image.path for image in bad})
+    _refuse_emptied(dataset, kept, bad)
+    warning = f"{_count(bad, 'training image')} cannot be read and will not be trained on: {_one_line(bad)}."
+    return replace(kept, warnings=(*kept.warnings, warning))
+
+
+def _refuse_outside_training(dataset: Dataset, bad: Sequence[BadImage]) -> None:
+    judged = [image for image in bad if image.split != "train"]
+    if judged:
+        raise DataError(
+            f"data in {dataset.root}",
+            f"{_count(judged, 'validation or test image')} cannot be read:{_lines(judged)}",
+            "Replace these files, or remove them yourself: leaving them out here would change what the "
+            "reported numbers are measured on.",
+        )
+
+
+def _refuse_many(dataset: Dataset, bad: Sequence[BadImage]) -> None:
+    total = len(dataset.of("train"))
+    if 100 * len(bad) >= _ALLOWED_PERCENT * total:
+        raise DataError(
+            f"data in {dataset.root}",
+            f"{len(bad)} of {total} training images cannot be read:{_lines(bad)}",
+            f"Replace or remove these files; fewer than {_ALLOWED_PERCENT} % are left out with a warning.",
+        )
+
+
+def refuse_many_lost(lost: Mapping[str, str], num_train: int) -> None:
+    """Refuse to train on without images that vanished, where they are too many.
+
+    Args:
+        lost: reasons by path.
+        num_train: images that training began with.
+
+    Raises:
+        DataError: they are 1 % of the training images or more.
+    """
+    if 100 * len(lost) >= _ALLOWED_PERCENT * num_train:
+        bad = [BadImage(path, "train", reason) for path, reason in lost.items()]
+        raise DataError(
+            "training",
+            f"{len(bad)} of {num_train} training images cannot be read any more:{_lines(bad)}",
+            f"Restore these files and start the same command again; fewer than {_ALLOWED_PERCENT} % are "
+            "left out with a warning.",
+        )
+
+
+def _refuse_emptied(before: Dataset, after: Dataset, bad: Sequence[BadImage]) -> None:
+    empty = [name for name, left in zip(after.classes, after.counts("train"), strict=True) if left == 0]
+    if empty:
+        labels = {sample.path: before.classes[sample.label] for sample in before.of("train")}
+        raise DataError(
+            f"data in {before.root}",
+            f"class {empty[0]!r} has no training image that can be read:"
+            f"{_lines([image for image in bad if labels[image.path] == empty[0]])}",
+            "Replace these files, or remove the class.",
+        )
+
+
+def _count(bad: Sequence[BadImage], what: str) -> str:
+    return f"{len(bad)} {what}{'' if len(bad) == 1 else 's'}"
+
+
+def _lines(bad: Sequence[BadImage]) -> str:
+    """Return the first few as an indented list with reasons, and how many more there are."""
+    shown = [f"{image.path} ({image.reason})" for image in bad[:_SHOWN]]
+    return "".join(f"\n  {line}" for line in [*shown, *_rest(bad)])
+
+
+def _one_line(bad: Sequence[BadImage]) -> str:
+    return ", ".join([*(f"{image.path} ({image.reason})" for image in bad[:_SHOWN]), *_rest(bad)])
+
+
+def _rest(bad: Sequence[BadImage]) -> list[str]:
+    return [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []

@@ -1,0 +1,214 @@
+"""What one look at every image gave, in rows, and the file that keeps them between looks.
+
+::
+
+    <cache>/looks/<sha256 of the root>.looks
+        a line of JSON: format, decoders' versions, number of images, sha256 of what follows
+        the paths, UTF-8, with a zero byte between
+        the rows, one an image
+
+A row counts as long as size, times and inode of the file are what they were. A file that is cut, changed or
+of other versions counts as none. Files that changed a moment ago are not kept: a change in the same tick of
+the clock would not be seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import features
+
+from finetune.data.decode import FORMATS, PROBE_SIDE, Probe
+from finetune.errors import DiskError
+from finetune.runs.cache_dir import cache_folder
+from finetune.runs.files import write_chunks
+
+SIDE = 16
+"""Pixels of a thumbnail's sides."""
+SETTLED_SECONDS = 3.0
+"""Age of a file's last change from which its row is kept: the coarsest clocks of file systems tick in 2 s."""
+
+ROW = np.dtype(
+    [
+        ("num_bytes", "<i8"),
+        ("mtime_ns", "<i8"),
+        ("ctime_ns", "<i8"),
+        ("inode", "<u8"),
+        ("sha256", "u1", 32),
+        ("format", "u1"),
+        ("mode", "S8"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("is_animated", "?"),
+        ("phash", "<u8"),
+        ("thumbnail", "u1", (SIDE, SIDE)),
+    ]
+)
+"""What is known of an image. ``format`` counts in ``FORMATS``; the thumbnail is grey, upright, squashed."""
+
+_FORMAT = 1
+_MOST_HEADER = 2**16
+
+
+def build_row(probe: Probe, digest: bytes, status: os.stat_result) -> NDArray[np.void]:
+    """Return what a probe showed as one row, shape ().
+
+    The perceptual hash is ImageHash's ``phash``: 64 signs of the lowest frequencies of the image, which
+    survive another size, another compression and grey; unlike images differ in about 32 of them.
+    """
+    import imagehash
+
+    row = np.zeros((), ROW)
+    row["num_bytes"], row["mtime_ns"], row["ctime_ns"], row["inode"] = stamp(status)
+    row["sha256"] = np.frombuffer(digest, np.uint8)
+    row["format"], row["mode"] = FORMATS.index(probe.format), probe.mode
+    row["width"], row["height"], row["is_animated"] = probe.width, probe.height, probe.is_animated
+    bits = imagehash.phash(probe.grey).hash
+    row["phash"] = np.packbits(bits.reshape(-1)).view(">u8")[0]
+    row["thumbnail"] = np.asarray(probe.grey.reduce(PROBE_SIDE // SIDE))
+    return row
+
+
+def stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what changes whenever a file's content does: size, times and inode."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """Rows of images that could be decoded.
+
+    Attributes:
+        paths: of the images, below the root.
+        rows: (N,) of ``ROW``, in the order of the paths.
+    """
+
+    paths: tuple[str, ...] = ()
+    rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, ROW))
+
+    @cached_property
+    def place(self) -> Mapping[str, int]:
+        """Where a path's row is."""
+        return {path: place for place, path in enumerate(self.paths)}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.place
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def format_of(self, place: int) -> str:
+        """Return the format in the file, as Pillow calls it."""
+        return FORMATS[int(self.rows["format"][place])]
+
+    def mode_of(self, place: int) -> str:
+        """Return the mode in the file, as Pillow calls it."""
+        return bytes(self.rows["mode"][place]).decode()
+
+    def select(self, paths: Iterable[str]) -> ScanResult:
+        """Return the rows of those paths that have one, in their order."""
+        chosen = [path for path in paths if path in self]
+        return ScanResult(tuple(chosen), self.rows[[self.place[path] for path in chosen]])
+
+
+def clear_scans() -> tuple[int, int]:
+    """Remove the rows of every root; return how many files that were, and their bytes."""
+    number = num_bytes = 0
+    with suppress(OSError):
+        for path in cache_folder("looks").glob("*.looks"):
+            size = path.stat().st_size
+            path.unlink()
+            number, num_bytes = number + 1, num_bytes + size
+    return number, num_bytes
+
+
+class ScanCache:
+    """The file that keeps the rows of one root; what cannot be read or written is as if it were not there.
+
+    Args:
+        root: that paths are relative to.
+        keep_others: keep rows of images that are not among those looked at: another table of the same
+            folder may name them.
+    """
+
+    def __init__(self, root: Path, keep_others: bool = False) -> None:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+        self.path = cache_folder("looks") / f"{name}.looks"
+        self._keep_others = keep_others
+        self._known = self._load()
+        self._now = time.time()
+
+    def find(self, path: str, status: os.stat_result) -> NDArray[np.void] | None:
+        """Return the row of an image whose file is what it was; shape ()."""
+        place = self._known.place.get(path)
+        if place is None:
+            return None
+        row = self._known.rows[place]
+        kept = row["num_bytes"], row["mtime_ns"], row["ctime_ns"], row["inode"]
+        return row if tuple(map(int, kept)) == stamp(status) else None
+
+    def save(self, looks: ScanResult) -> None:
+        """Keep rows for the next look, in place of those that were kept."""
+        settled = np.maximum(looks.rows["mtime_ns"], looks.rows["ctime_ns"]) < int(
+            (self._now - SETTLED_SECONDS) * 1e9
+        )
+        paths = [path for path, is_settled in zip(looks.paths, settled.tolist(), strict=True) if is_settled]
+        rows = looks.rows[settled]
+        if self._keep_others:
+            others = [place for path, place in self._known.place.items() if path not in looks]
+            paths += [self._known.paths[place] for place in others]
+            rows = np.concatenate([rows, self._known.rows[others]])
+        if tuple(paths) == self._known.paths and rows.tobytes() == self._known.rows.tobytes():
+            return
+        with suppress(OSError, DiskError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_chunks(self.path, _encode(paths, rows))
+
+    def _load(self) -> ScanResult:
+        try:
+            with self.path.open("rb") as file:
+                head = json.loads(file.readline(_MOST_HEADER))
+                num_bytes = head["path_bytes"]
+                if not 0 <= num_bytes <= os.fstat(file.fileno()).st_size:  # it would be set aside at once
+                    return ScanResult()
+                names, rows = file.read(num_bytes), file.read()
+            if head != _head(names, rows, head["num_images"]):
+                return ScanResult()
+            paths = tuple(names.decode().split("\0")) if names else ()
+            found = ScanResult(paths, np.frombuffer(rows, ROW))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError):
+            return ScanResult()
+        return found if len(found.rows) == len(paths) == head["num_images"] else ScanResult()
+
+
+def _encode(paths: Sequence[str], rows: NDArray[Any]) -> Iterator[bytes]:
+    names, content = "\0".join(paths).encode(), rows.tobytes()
+    yield json.dumps(_head(names, content, len(paths))).encode() + b"\n"
+    yield names
+    yield content
+
+
+def _head(names: bytes, rows: bytes, num_images: int) -> dict[str, Any]:
+    digest = hashlib.sha256(names)
+    digest.update(rows)
+    codecs = {name: features.version(name) for name in ("jpg", "zlib", "webp", "libtiff")}
+    versions = {name: metadata.version(name) for name in ("pillow", "ImageHash", "scipy")}
+    return {
+        "format": _FORMAT,
+        "versions": versions | codecs,
+        "num_images": num_images,
+        "path_bytes": len(names),
+        "sha256": digest.hexdigest(),
+    }

@@ -1,0 +1,168 @@
+"""What a finished run, or an evaluation, said of each image: read back, and held against its own figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DataError, UsageError
+from finetune.runs.claim import read_split
+from finetune.runs.files import read_rows, unescape_formula
+from finetune.runs.folder import RunFolder
+
+_COLUMNS = ["path", "label", "predicted"]
+_NUMBERS = ("balanced_accuracy", "f1_macro", "loss", "trained_on")
+_INNER_NUMBERS = (("calibration", "ece_calibrated"), ("seconds", "total"))
+_KINDS: dict[str, type] = {
+    "intervals": dict,
+    "calibration": dict,
+    "seconds": dict,
+    "models": list,
+    "features": list,
+    "backbone": str,
+    "strategy": str,
+    "split": str,
+}
+_TOLERANCE = 1e-6
+"""Of an accuracy that is counted again."""
+
+
+@dataclass(frozen=True)
+class RunAnswers:
+    """One folder of figures.
+
+    Attributes:
+        name: by which it is spoken of.
+        folder: of the run or the evaluation.
+        metrics: content of ``metrics.json``.
+        classes: names in index order.
+        answers: true and predicted class by path, of every judged image.
+        digests: sha256 by path, of every judged image at least.
+        trained_on: paths and sha256 of a run's training images; empty for an evaluation.
+    """
+
+    name: str
+    folder: RunFolder
+    metrics: Mapping[str, Any]
+    classes: tuple[str, ...]
+    answers: Mapping[str, tuple[str, str]]
+    digests: Mapping[str, str]
+    trained_on: frozenset[tuple[str, str]]
+
+    @property
+    def num_learned(self) -> int | None:
+        """Parameters that were trained; None where no plan says it."""
+        try:
+            rows = read_rows(self.folder.plan)
+            return sum(int(row["parameters"]) for row in rows if row["trained"] == "True")
+        except (OSError, ValueError, KeyError, DataError):
+            return None
+
+
+def load_judged(path: Path, name: str) -> RunAnswers:
+    """Read a folder of ``finetune run`` or ``finetune evaluate``.
+
+    Raises:
+        UsageError: there is none.
+        DataError: it is not finished, or its files are damaged or do not belong together.
+    """
+    folder = RunFolder(path)
+    missing = [file.name for file in (folder.metrics, folder.predictions) if not file.is_file()]
+    if missing:
+        found = f"there is no {' and no '.join(missing)}" if path.is_dir() else "there is no such folder"
+        fix = "Name folders of finished runs (`finetune run`), or of `finetune evaluate`."
+        raise UsageError(str(path), found, fix)
+    _check_done(folder)
+    metrics = _read_metrics(folder)
+    classes, answers = _read_answers(folder)
+    accuracy = sum(label == predicted for label, predicted in answers.values()) / len(answers)
+    if abs(accuracy - metrics["accuracy"]) > _TOLERANCE:
+        found = f"accuracy is {metrics['accuracy']:.4f} there, and {accuracy:.4f} in predictions.csv"
+        raise DataError(
+            str(folder.metrics), found, "Make the folder again: its files do not belong together."
+        )
+    split = read_split(folder)
+    digests = {row["path"]: row["sha256"] for row in split}
+    _check_known(folder, answers, digests)
+    learned = [row for row in split if row["split"] == "train"] if folder.recipe.is_file() else []
+    trained_on = frozenset((row["path"], row["sha256"]) for row in learned)
+    return RunAnswers(name, folder, metrics, classes, answers, digests, trained_on)
+
+
+def _check_known(folder: RunFolder, answers: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Two folders may have other images under the same names: only their content says which was judged."""
+    unknown = [path for path in answers if not digests.get(path)]
+    if unknown:
+        found = f"split.csv has no sha256 of {len(unknown)} of its {len(answers)} judged images"
+        fix = "Judge it again with this version (`finetune evaluate RUN --data FOLDER`), and compare that."
+        raise DataError(str(folder.path), f"{found} ({unknown[0]} for one)", fix)
+
+
+def _check_done(folder: RunFolder) -> None:
+    state = folder.read_outcome().get("state", "done")  # an evaluation has no outcome
+    if state != "done":
+        fix = f"Give its command again, with --output {folder.path}, to go on with it."
+        raise DataError(str(folder.path), f"the run is not finished ({state}); its figures are old", fix)
+
+
+def _read_metrics(folder: RunFolder) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
+        _check_shape(metrics)
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        raise _damaged(folder.metrics, error) from None
+    return metrics
+
+
+def _check_shape(metrics: Any) -> None:
+    """What is there has the form that a run gives it; anything but the accuracy may be absent or null."""
+    if not isinstance(metrics, dict) or not _is_number(metrics.get("accuracy")):
+        raise ValueError("it holds no accuracy")
+    for key, kind in _KINDS.items():
+        if metrics.get(key) is not None and not isinstance(metrics[key], kind):
+            raise ValueError(f"{key} is {metrics[key]!r}")
+    inner = {f"{key}.{name}": (metrics.get(key) or {}).get(name) for key, name in _INNER_NUMBERS}
+    numbers = {key: metrics.get(key) for key in _NUMBERS} | inner
+    for key, value in numbers.items():
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{key} is {value!r}, and no finite number")
+    limits = (metrics.get("intervals") or {}).get("accuracy")
+    is_pair = isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))
+    if limits is not None and not is_pair:
+        raise ValueError(f"intervals.accuracy is {limits!r}, and no two finite numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_answers(folder: RunFolder) -> tuple[tuple[str, ...], dict[str, tuple[str, str]]]:
+    """Return class names, and the answers by path; probabilities of many classes are passed over."""
+    answers: dict[str, tuple[str, str]] = {}
+    try:
+        with folder.predictions.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows)
+            if header[:3] != _COLUMNS:
+                raise ValueError(f"its columns do not begin with {', '.join(_COLUMNS)}")
+            for row in rows:
+                path, label, predicted = (unescape_formula(cell) for cell in row[:3])
+                if path in answers:
+                    raise ValueError(f"{path} is there twice")
+                answers[path] = label, predicted
+    except (OSError, ValueError, StopIteration, csv.Error) as error:
+        raise _damaged(folder.predictions, error) from None
+    if not answers:
+        raise _damaged(folder.predictions, ValueError("it holds no image"))
+    classes = tuple(name.removeprefix("prob_") for name in header if name.startswith("prob_"))
+    return classes, answers
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(str(path), f"it cannot be read ({said})", "Make the folder again.")

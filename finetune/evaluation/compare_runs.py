@@ -1,0 +1,241 @@
+"""``finetune compare``: which of several runs is better, as far as the images that all judged can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data.prepare import create_new_folder
+from finetune.errors import DataError, UsageError, sanitize
+from finetune.evaluation.answers import RunAnswers, load_judged
+from finetune.evaluation.paired_tests import PairedTest, Rights, compare_pairs
+from finetune.job.compare_plot import draw_comparison
+from finetune.runs.files import write_csv, write_json, write_text
+from finetune.system.display import Display
+
+MOST_FOR_ALL_PAIRS = 4
+"""Runs; of more than these each is compared with the first only."""
+
+_PAIR_COLUMNS = (
+    "first",
+    "second",
+    "images",
+    "only_first",
+    "only_second",
+    "difference",
+    "low",
+    "high",
+    "p_value",
+    "p_corrected",
+    "claimed",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison found.
+
+    Attributes:
+        rows: of the table, one a run; None where a run does not say.
+        pairs: each with its test.
+        warnings: what speaks against taking the figures at their word.
+    """
+
+    rows: list[dict[str, Any]]
+    pairs: list[PairedTest]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``comparison.json``."""
+        pairs = [
+            asdict(pair)
+            | {"difference": pair.difference, "claimed": pair.is_claimed, "sentence": pair.sentence}
+            for pair in self.pairs
+        ]
+        return {"runs": self.rows, "pairs": pairs, "warnings": self.warnings}
+
+
+def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -> Result:
+    """Compare finished runs or evaluations on the images that they share.
+
+    Args:
+        paths: of two folders or more; the first is what others are compared with where they are many.
+        output: a new folder for ``runs.csv``, ``pairs.csv``, ``comparison.json`` and ``comparison.svg``; None
+            writes nothing.
+        display: where warnings are said.
+
+    Raises:
+        UsageError: there are fewer than two folders, one is none or given twice; or the output is not new.
+        DataError: the folders cannot be compared: other classes, labels or contents, no image in common.
+    """
+    runs = _load(paths)
+    _check_classes(runs)
+    with_first = [(runs[0], other) for other in runs[1:]]
+    chosen = list(combinations(runs, 2)) if len(runs) <= MOST_FOR_ALL_PAIRS else with_first
+    warnings = _find_faults(runs)
+    rights = []
+    for first, second in chosen:
+        shared = _find_shared(first, second)
+        warnings += _describe_left_out(first, second, len(shared)) + _compare_training(first, second)
+        rights.append((first.name, _rights(first, shared), second.name, _rights(second, shared)))
+    result = Result([_describe(run) for run in runs], compare_pairs(rights), warnings)
+    for warning in warnings:
+        display.warn(warning)
+    if output is not None:
+        _write(result, output)
+        display.say(f"{output}/runs.csv, pairs.csv, comparison.json, comparison.svg", style="bold")
+    return result
+
+
+def _load(paths: Sequence[Path]) -> list[RunAnswers]:
+    if len(paths) < 2:
+        raise UsageError("finetune compare", f"{len(paths)} run was named", "Name two runs or more.")
+    places = [path.resolve() for path in paths]
+    for number, path in enumerate(paths):
+        if places[number] in places[:number]:
+            raise UsageError(str(path), "it is given twice", "Name each run once.")
+    last = [place.name for place in places]
+    return [
+        load_judged(path, sanitize(str(path) if last.count(name) > 1 else name))
+        for path, name in zip(paths, last, strict=True)
+    ]
+
+
+# --- what can be compared ------------------------------------------------------------------------
+
+
+def _check_classes(runs: Sequence[RunAnswers]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        if set(run.classes) != set(first.classes):
+            others = sorted(set(run.classes) ^ set(first.classes))
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            found = f"only one of them knows {', '.join(map(repr, others[:3]))}{more}"
+            fix = "Compare runs that were trained on the same classes."
+            raise DataError(f"comparing {first.name} and {run.name}", found, fix)
+
+
+def _find_shared(first: RunAnswers, second: RunAnswers) -> list[str]:
+    """Return the images that both have judged, in order.
+
+    Raises:
+        DataError: there is none, or one has another label or another content.
+    """
+    asked = f"comparing {first.name} and {second.name}"
+    shared = sorted(first.answers.keys() & second.answers.keys())
+    if not shared:
+        found = f"no image was judged by both ({min(first.answers)} and {min(second.answers)}, for two)"
+        fix = "Judge both by the same folder (`finetune evaluate RUN --data FOLDER`), and compare these."
+        raise DataError(asked, found, fix)
+    fix = "Judge both by the same images (`finetune evaluate RUN --data FOLDER`), and compare these."
+    for path in shared:
+        labels = first.answers[path][0], second.answers[path][0]
+        if labels[0] != labels[1]:
+            raise DataError(asked, f"{path} has the labels {labels[0]!r} and {labels[1]!r}", fix)
+        if first.digests[path] != second.digests[path]:
+            raise DataError(asked, f"{path} is not the same image in both (by its sha256)", fix)
+    return shared
+
+
+def _rights(run: RunAnswers, paths: Sequence[str]) -> Rights:
+    """Return (N,) which images a run got right."""
+    return np.array([run.answers[path][0] == run.answers[path][1] for path in paths])
+
+
+# --- what speaks against the figures -------------------------------------------------------------
+
+
+def _find_faults(runs: Sequence[RunAnswers]) -> list[str]:
+    warnings = []
+    choosers = [run.name for run in runs if run.metrics.get("split_chose_checkpoint")]
+    if choosers:
+        warnings.append(
+            f"the images that judge {_join(choosers)} also chose the epoch: accuracies are a little kind, "
+            "more so where there were many to choose from"
+        )
+    for run in runs:
+        if trained := run.metrics.get("trained_on"):
+            warnings.append(f"{run.name} was trained on {trained} of the images that judge it")
+    parts = {str(run.metrics.get("split")) for run in runs}
+    if len(parts) > 1:
+        said = ", ".join(f"{run.name} {run.metrics.get('split')}" for run in runs)
+        warnings.append(f"the judged parts are not the same ({said})")
+    return warnings
+
+
+def _describe_left_out(first: RunAnswers, second: RunAnswers, num_shared: int) -> list[str]:
+    left = [(run.name, len(run.answers) - num_shared) for run in (first, second)]
+    said = " and ".join(f"{count} images that only {name} judged" for name, count in left if count)
+    return [f"{said} are left out; {num_shared} are compared"] if said else []
+
+
+def _compare_training(first: RunAnswers, second: RunAnswers) -> list[str]:
+    if not first.trained_on or not second.trained_on or first.trained_on == second.trained_on:
+        return []
+    sizes = f"{len(first.trained_on)} and {len(second.trained_on)}"
+    both = len(first.trained_on & second.trained_on)
+    return [
+        f"{first.name} and {second.name} were trained on different images ({sizes}, {both} of them in both): "
+        "a difference may come from these"
+    ]
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# --- the table and the files ---------------------------------------------------------------------
+
+
+def _describe(run: RunAnswers) -> dict[str, Any]:
+    metrics = run.metrics
+    models = metrics.get("models")
+    seconds, calibration = metrics.get("seconds") or {}, metrics.get("calibration") or {}
+    low, high = (metrics.get("intervals") or {}).get("accuracy") or (None, None)
+    return {
+        "run": run.name,
+        "path": str(run.folder.path),
+        "backbone": metrics.get("backbone") or (" + ".join(map(str, models)) if models else None),
+        "strategy": metrics.get("strategy"),
+        "solved_on": ", ".join(map(str, metrics.get("features") or ())) or None,
+        "split": metrics.get("split"),
+        "images": len(run.answers),
+        "accuracy": metrics["accuracy"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "balanced_accuracy": metrics.get("balanced_accuracy"),
+        "f1_macro": metrics.get("f1_macro"),
+        "loss": metrics.get("loss"),
+        "ece": calibration.get("ece_calibrated"),
+        "seconds": seconds.get("total"),
+        "learned": run.num_learned,
+    }
+
+
+def _write(result: Result, output: Path) -> None:
+    create_new_folder(output)
+    rows = result.rows
+    write_csv(output / "runs.csv", [tuple(row.values()) for row in rows], tuple(rows[0]))
+    pairs = [
+        (
+            pair.first,
+            pair.second,
+            pair.num_images,
+            pair.only_first,
+            pair.only_second,
+            pair.difference,
+            *pair.interval,
+            pair.p_value,
+            pair.p_corrected,
+            "yes" if pair.is_claimed else "no",
+        )
+        for pair in result.pairs
+    ]
+    write_csv(output / "pairs.csv", pairs, _PAIR_COLUMNS)
+    write_json(output / "comparison.json", result.to_dict())
+    write_text(output / "comparison.svg", draw_comparison(rows, result.pairs).file)

@@ -1,0 +1,180 @@
+"""Judge finished models on labelled images: one, several together, with one view of an image or many.
+
+::
+
+    models, images -> probabilities, of each model and way of looking -> figures of the last, gains of all
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import __version__
+from finetune.data.dataset import describe_images
+from finetune.data.inputs import Part
+from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.provenance import read_metrics
+from finetune.evaluation.calibration import calibrate_apart, compare_calibration, measure_thresholds
+from finetune.evaluation.eval_set import Overlap, find_judged, find_overlap
+from finetune.evaluation.intervals import compute_intervals
+from finetune.evaluation.metrics import compute_metrics
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.summary import write_figures
+from finetune.evaluation.variants import Model, Variant, check_same_classes, load_model, look, write_variants
+from finetune.evaluation.views import build_views
+from finetune.report.write_report import add_report
+from finetune.runs.files import write_csv, write_json
+from finetune.runs.folder import RunFolder
+from finetune.system.device import describe_environment
+from finetune.system.display import Display
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What was asked for.
+
+    Attributes:
+        models: runs, or other models, at least one; several are an ensemble.
+        data: labelled images; None for those that the first run was judged by.
+        part: of the data; None for test where there is one, else val, else all.
+        crops: 1, 5 or 10.
+        scales: short sides in pixels; none for the default.
+        output: a new folder.
+        device: that computes.
+        batch_size: images at a time; None for the default.
+        workers: decoding threads; None for the default.
+        offline: never ask the network.
+        follow_links: read images through links that lead out of the data.
+        allow_leaks: judge by images that a model was trained on all the same.
+    """
+
+    models: tuple[str, ...]
+    data: Path | None
+    part: Part | None
+    crops: int
+    scales: tuple[int, ...]
+    output: Path
+    device: str = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    offline: bool = False
+    follow_links: bool = False
+    allow_leaks: bool = False
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = ["finetune", "evaluate", *self.models]
+        words += ["--data", str(self.data)] if self.data is not None else []
+        words += ["--split", self.part] if self.part is not None else []
+        words += ["--crops", str(self.crops)] if self.crops > 1 else []
+        words += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
+        words += ["--device", self.device] if self.device != "auto" else []
+        words += ["--batch-size", str(self.batch_size)] if self.batch_size else []
+        words += ["--follow-links"] if self.follow_links else []
+        words += ["--allow-leaks"] if self.allow_leaks else []
+        return shlex.join(words)
+
+
+def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any]:
+    """Judge models, and write their figures into a new folder.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        UsageError: there is no such model, models know different classes, or the folder is not empty.
+        DataError: images cannot be used, or a model was trained on them.
+    """
+    with display.busy("loading models"):
+        models = [
+            load_model(name, request.device, request.batch_size, request.workers, request.offline)
+            for name in request.models
+        ]
+    classes = models[0].predictor.classes
+    check_same_classes(models)
+    for model in models:
+        build_views(model.predictor.card.preprocessing, request.crops, request.scales)  # refuses bad ones
+    judged = find_judged(models[0], request.data, request.part, request.follow_links, display)
+    dataset = judged.dataset
+    check_outside(request.output, dataset)
+    is_allowed = request.allow_leaks or request.part in ("train", "all")
+    overlap = find_overlap(models, judged, is_allowed, display)
+    create_new_folder(request.output)
+    variants = list(look(models, dataset, request.crops, request.scales, display))
+    folder = RunFolder(request.output)
+    metrics = _figures(models, variants, classes, overlap) | {"split": judged.part}
+    metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
+    if len(models) == 1 and models[0].predictor.card.place == "folder":
+        metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
+    metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
+    metrics["variants"] = write_variants(folder, variants, display)
+    write_figures(folder, dataset.samples, variants[-1].predictions, classes)
+    rows = [(path, *row) for path, row in describe_images(dataset, dict(judged.digests)).items()]
+    write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
+    write_json(folder.environment, describe_environment(models[0].predictor.device))
+    write_json(folder.metrics, metrics)
+    _say(metrics, folder, display)
+    add_report(folder, display, request.command)
+    return metrics
+
+
+def _say(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
+    low, high = metrics["intervals"]["accuracy"]
+    display.say(
+        f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
+        f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
+        f"{metrics['num_samples']} {metrics['split']} images",
+        style="bold",
+    )
+    display.say(f"figures {folder.path}")
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _figures(
+    models: Sequence[Model], variants: Sequence[Variant], classes: Sequence[str], overlap: Overlap
+) -> dict[str, Any]:
+    final = variants[-1]
+    judged = final.raw or final.predictions
+    figures = compute_metrics(judged, classes)
+    figures["intervals"] = {name: list(limits) for name, limits in compute_intervals(judged).items()}
+    figures["calibration"] = _calibration(models, final, overlap)
+    if len(models) == 1:
+        figures["reject"] = _thresholds(models[0], final.predictions)
+    known = overlap.is_known
+    return figures | {
+        "num_classes": len(classes),
+        "trained_on": overlap.trained if overlap.trained or known else None,
+        "split_chose_checkpoint": bool(overlap.chose) if overlap.chose or known else None,
+    }
+
+
+def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
+    """Return what is known of calibration; of means of probabilities only how they are, not how they were."""
+    num_images = len(final.predictions.labels)
+    facts = {
+        "temperature": models[0].predictor.card.temperature if len(models) == 1 else None,
+        "fitted_on": "val",
+        "same_images": bool(overlap.result),
+    }
+    after = final.predictions
+    if final.raw is None:
+        measured = compare_calibration(after, after)
+        return facts | {key: value for key, value in measured.items() if key.endswith("_calibrated")}
+    if overlap.result == num_images and facts["temperature"] != 1.0:
+        after = calibrate_apart(final.raw)
+    return facts | compare_calibration(final.raw, after)
+
+
+def _thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
+    rows = read_metrics(model.run).get("reject") if model.run is not None else None
+    try:
+        return measure_thresholds(rows or [], predictions)
+    except (LookupError, TypeError):  # edited by hand, or of another version
+        return []

@@ -1,0 +1,188 @@
+"""Whether one classifier is better than another: a paired test on the images that both have judged.
+
+McNemar's test (1947), exact: of the images that only one of the two gets right, each is as likely to be the
+one's as the other's where the two are equally good. The two-sided p-value is twice the smaller tail of that
+binomial distribution, at most 1; not the mid-p value, which is a little smaller and may be too small. The
+interval of the difference is Tango's score interval for paired proportions (Statistics in Medicine 17, 1998,
+891-908): all differences that the score test does not reject. Unlike that of resampling, it has a width where
+the two were right and wrong on the same images: of other images, that says no more than that they seldom
+differ. Several pairs are corrected by Holm's method (1979).
+
+Shape legend: N images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+SIGNIFICANCE = 0.05
+_QUANTILE = 1.959963984540054
+"""Of the standard normal distribution, that leaves out 2.5 % at either side."""
+_HALVINGS = 60
+"""Of a range of at most 2, after which nothing is left of it in float64."""
+
+Rights = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """How two classifiers differ on the same images. Accuracies and their difference are fractions.
+
+    Attributes:
+        first: name of the one.
+        second: name of the other.
+        num_images: that both have judged.
+        only_first: of these, how many only the first got right.
+        only_second: how many only the second got right.
+        first_accuracy: on these images.
+        second_accuracy: on these images.
+        interval: 95 % interval of the difference, of this pair alone.
+        p_value: of McNemar's exact test, of this pair alone.
+        p_corrected: the same, corrected for as many pairs as were compared.
+        num_pairs: that were compared.
+    """
+
+    first: str
+    second: str
+    num_images: int
+    only_first: int
+    only_second: int
+    first_accuracy: float
+    second_accuracy: float
+    interval: tuple[float, float]
+    p_value: float
+    p_corrected: float
+    num_pairs: int = 1
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the second less that of the first, in [-1, 1]."""
+        return (self.only_second - self.only_first) / self.num_images
+
+    @property
+    def is_claimed(self) -> bool:
+        """A difference may be claimed: the corrected p-value is small, and the interval leaves 0 out."""
+        low, high = self.interval
+        return self.p_corrected < SIGNIFICANCE and not low <= 0 <= high
+
+    @property
+    def sentence(self) -> str:
+        """What may be said of the two, in words."""
+        first, second, points, (low, high) = self.first, self.second, self.difference, self.interval
+        if points < 0:
+            first, second, points, low, high = second, first, -points, -high, -low
+        numbers = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {self._say_p()}"
+        if self.is_claimed:
+            return f"{second} is better than {first} by {100 * points:.1f} points ({numbers})"
+        has = f"{second} has {100 * points:.1f} points more" if points else "their accuracies are equal"
+        return f"no difference can be claimed between {self.first} and {self.second} ({has}; {numbers})"
+
+    def _say_p(self) -> str:
+        alone = f"McNemar {_say(self.p_value)}"
+        if self.num_pairs == 1:
+            return alone
+        return f"{alone}, corrected for {self.num_pairs} comparisons {_say(self.p_corrected)}"
+
+
+def _say(p_value: float) -> str:
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
+
+
+def compare_pairs(rights: Sequence[tuple[str, Rights, str, Rights]]) -> list[PairedTest]:
+    """Compare pairs of classifiers, with p-values that are corrected for how many pairs there are.
+
+    Args:
+        rights: of each pair the name of the first and which images it got right (N,), at least one, and the
+            same of the second, for the same images in the same order.
+    """
+    alone = [_compare(*pair) for pair in rights]
+    corrected = correct_holm([pair.p_value for pair in alone])
+    return [
+        replace(pair, p_corrected=p_value, num_pairs=len(alone))
+        for pair, p_value in zip(alone, corrected, strict=True)
+    ]
+
+
+def _compare(first: str, first_right: Rights, second: str, second_right: Rights) -> PairedTest:
+    only_first = int((first_right & ~second_right).sum())
+    only_second = int((second_right & ~first_right).sum())
+    num_images = len(first_right)
+    p_value = compute_mcnemar(only_first, only_second)
+    return PairedTest(
+        first,
+        second,
+        num_images,
+        only_first,
+        only_second,
+        float(first_right.mean()),
+        float(second_right.mean()),
+        compute_interval(only_first, only_second, num_images),
+        p_value,
+        p_value,
+    )
+
+
+def compute_mcnemar(only_first: int, only_second: int) -> float:
+    """Return the exact two-sided p-value of two numbers of images that only one classifier got right."""
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    log_factorials = np.concatenate(([0.0], np.log(np.arange(1, total + 1)).cumsum()))
+    tail = np.arange(fewer + 1)
+    log_choices = log_factorials[total] - log_factorials[tail] - log_factorials[total - tail]
+    return min(1.0, 2 * float(np.exp(log_choices - total * np.log(2)).sum()))
+
+
+def compute_interval(only_first: int, only_second: int, num_images: int) -> tuple[float, float]:
+    """Return Tango's 95 % interval of the second accuracy less the first, in [-1, 1].
+
+    Args:
+        only_first: images that only the first got right.
+        only_second: images that only the second got right.
+        num_images: all that both have judged, at least one.
+    """
+    estimate = (only_second - only_first) / num_images
+    low, high = (_find_limit(only_first, only_second, num_images, end) for end in (-1.0, 1.0))
+    return min(low, estimate), max(high, estimate)
+
+
+def _find_limit(only_first: int, only_second: int, num_images: int, end: float) -> float:
+    """Return where, from the estimate towards an end of [-1, 1], the score test begins to reject."""
+    kept, rejected = (only_second - only_first) / num_images, end
+    for _ in range(_HALVINGS):
+        middle = (kept + rejected) / 2
+        if _is_rejected(middle, only_first, only_second, num_images):
+            rejected = middle
+        else:
+            kept = middle
+    return kept
+
+
+def _is_rejected(difference: float, only_first: int, only_second: int, num_images: int) -> bool:
+    """Tell whether the score test rejects a true difference at 5 %.
+
+    The variance is that of the likeliest shares that differ by so much: the share of images that only the
+    first gets right is then the larger root of a quadratic equation (Tango 1998).
+    """
+    linear = (2 * num_images + only_first - only_second) * difference - only_first - only_second
+    constant = -only_first * difference * (1 - difference)
+    root = math.sqrt(max(0.0, linear**2 - 8 * num_images * constant))
+    share = (root - linear) / (4 * num_images)
+    variance = num_images * (2 * share + difference * (1 - difference))
+    return (only_second - only_first - num_images * difference) ** 2 > _QUANTILE**2 * variance
+
+
+def correct_holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values so corrected that 5 % is the chance of even one false claim among all of them.
+
+    The smallest is multiplied by their number, the next by one less and so on; none becomes smaller than one
+    before it, or larger than 1.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected

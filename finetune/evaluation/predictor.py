@@ -1,0 +1,327 @@
+"""A trained network that answers: images in, labels and probabilities out.
+
+::
+
+    import finetune
+
+    print(finetune.load("runs/ants").predict("photo.jpg").label)
+
+::
+
+    image -> views, uint8 (V, 3, H, W)     -> logits (V, K) -> probabilities (K,)
+               threads, as evaluation sees it   the network      over temperature, averaged over views
+
+Shape legend: B images, V views of each, K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune.data.decode import BadImageError, convert_image, decode_image
+from finetune.data.transforms import Normalizer
+from finetune.errors import DataError, FinetuneError, UsageError
+from finetune.evaluation.views import Views, build_views, compute_mean_over_views
+from finetune.system.device import available_cores, compute_part_size, resolve_device
+from finetune.system.forward import InParts
+from pretrained.backbone import load_source
+from pretrained.catalog import Card, find_card
+from pretrained.network import is_convolutional
+
+Floats = npt.NDArray[np.float32]
+ImageInput = str | PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+"""A file, a Pillow image, or RGB pixels (H, W, 3) uint8."""
+T = TypeVar("T")
+CPU_BATCH, GPU_BATCH = 32, 128
+_AHEAD = 2
+"""Batches that are decoded while the network has another: more would wait in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the network says of one image.
+
+    Attributes:
+        label: the likeliest class.
+        confidence: its probability, in [0, 1].
+        values: (K,) float32, the probability of each class in the order of ``classes``.
+        classes: their names.
+    """
+
+    label: str
+    confidence: float
+    values: Floats = field(repr=False)
+    classes: tuple[str, ...] = field(repr=False)
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """The probability of each class by name."""
+        return dict(zip(self.classes, self.values.tolist(), strict=True))
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """Return the ``k`` likeliest classes with their probabilities, the likeliest first."""
+        return [(self.classes[index], float(self.values[index])) for index in find_likeliest(self.values, k)]
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What came of a batch.
+
+    Attributes:
+        asked: all of it, in order.
+        probabilities: (G, K) float32 of the G that could be read, in order.
+        faults: why, for the place of each of the others.
+    """
+
+    asked: Sequence[T]
+    probabilities: Floats
+    faults: dict[int, str]
+
+
+class Predictor:
+    """A network with everything that it needs to be asked; :func:`load` makes one.
+
+    Threads may share it: they take turns at the network.
+
+    Args:
+        network: with its classifier; it is put into eval mode and onto the device.
+        card: its preprocessing, classes and temperature.
+        device: that computes.
+        batch_size: images a batch.
+        workers: threads that decode.
+        views: of each image.
+
+    Attributes:
+        card: the network's passport.
+        classes: names in index order, each of them once; plain indices as text where there are no names.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        card: Card,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        views: Views,
+    ) -> None:
+        self.card, self.device, self.batch_size = card, device, batch_size
+        self.classes = resolve_names(card)
+        self._layout = torch.channels_last if is_convolutional(network) else torch.contiguous_format
+        placed = network.eval().to(device, memory_format=self._layout)  # type: ignore[call-overload]
+        self.network: nn.Module = placed
+        self._views, self._workers = views, max(1, workers)
+        self._normalize = Normalizer(card.preprocessing, device)
+        img_size = card.preprocessing.img_size
+        most = compute_part_size(img_size, img_size) if device.type == "cpu" else batch_size
+        self._in_parts = InParts(self.network, most)
+        self._turn = threading.Lock()
+
+    @property
+    def num_views(self) -> int:
+        """Views of an image (V)."""
+        return self._views.num_views
+
+    def without_temperature(self) -> Predictor:
+        """Return the same network with probabilities as it was trained to give them."""
+        card = replace(self.card, temperature=1.0)
+        return Predictor(self.network, card, self.device, self.batch_size, self._workers, self._views)
+
+    def with_views(self, crops: int, scales: Sequence[int] = ()) -> Predictor:
+        """Return the same network with other views (:func:`finetune.evaluation.views.build_views`)."""
+        views = build_views(self.card.preprocessing, crops, scales)
+        return Predictor(self.network, self.card, self.device, self.batch_size, self._workers, views)
+
+    @overload
+    def predict(self, images: ImageInput) -> Prediction: ...  # type: ignore[overload-overlap] # texts are one file
+
+    @overload
+    def predict(self, images: Iterable[ImageInput]) -> list[Prediction]: ...
+
+    def predict(self, images: ImageInput | Iterable[ImageInput]) -> Prediction | list[Prediction]:
+        """Return what the network says of one image, or of several in their order.
+
+        Args:
+            images: files, Pillow images, or arrays of RGB pixels (H, W, 3) uint8; one, or any iterable.
+
+        Raises:
+            DataError: an image cannot be read.
+            UsageError: something that is no image.
+        """
+        if isinstance(images, str | PathLike | Image.Image | np.ndarray):
+            return self._predict([images])[0]
+        if isinstance(images, bytes | bytearray | memoryview) or not isinstance(images, Iterable):
+            raise _no_image(images)
+        return self._predict(images)
+
+    def _predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
+        found: list[Prediction] = []
+        for answer in self.answer(split_batches(images, self.batch_size), _open):
+            for place, reason in answer.faults.items():
+                fix = "Leave it out, or mend it; `finetune predict` lists such images and goes on."
+                raise DataError(_name(answer.asked[place]), f"it cannot be read: {reason}", fix)
+            found += [self._describe(values) for values in answer.probabilities]
+        return found
+
+    def _describe(self, values: Floats) -> Prediction:
+        best = int(values.argmax())
+        return Prediction(self.classes[best], float(values[best]), values, self.classes)
+
+    def answer(self, batches: Iterable[Sequence[T]], open: Callable[[T], Image.Image]) -> Iterator[Answer[T]]:
+        """Yield what comes of each batch, in order, while the next ones are decoded.
+
+        Args:
+            batches: taken as they are needed, a few ahead.
+            open: gives an RGB image; called in several threads. A BadImageError becomes a fault.
+        """
+        waiting: deque[tuple[Sequence[T], list[Future[Tensor | str]]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        try:
+            for batch in batches:
+                waiting.append((batch, [pool.submit(self._view, open, one) for one in batch]))
+                if len(waiting) > _AHEAD:
+                    yield self._answer(*waiting.popleft())
+            while waiting:
+                yield self._answer(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _view(self, open: Callable[[T], Image.Image], one: T) -> Tensor | str:
+        try:
+            return self._views(open(one))
+        except BadImageError as error:
+            return error.reason
+
+    def _answer(self, batch: Sequence[T], futures: list[Future[Tensor | str]]) -> Answer[T]:
+        made = [future.result() for future in futures]
+        faults = {place: view for place, view in enumerate(made) if isinstance(view, str)}
+        views = [view for view in made if isinstance(view, Tensor)]
+        return Answer(batch, self.compute(views), faults)
+
+    def compute(self, views: Sequence[Tensor]) -> Floats:
+        """Return probabilities (B, K) of the views (V, 3, H, W) uint8 of each image."""
+        if not views:
+            return np.empty((0, len(self.classes)), np.float32)
+        with self._turn, torch.inference_mode():
+            images = self._normalize(torch.cat(list(views)).to(self.device)).to(memory_format=self._layout)
+            logits = self._in_parts(images)
+            mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature)
+        if not mean.isfinite().all():
+            found, fix = (
+                "its probabilities are no finite numbers",
+                "Its weights are damaged: take another model.",
+            )
+            raise UsageError(f"the model {self.card.name}", found, fix)
+        found_values: Floats = mean.cpu().numpy()
+        return found_values
+
+
+def load(
+    model: str | PathLike[str],
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    crops: int = 1,
+    offline: bool = False,
+) -> Predictor:
+    """Load what a run, an exported folder or a library's name stands for.
+
+    Args:
+        model: folder of a finished run, its ``model`` folder, any folder in timm's format, or a name with
+            published weights (``timm/...``, ``torchvision/...``, ``hf-hub:...``).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        batch_size: images that go through the network at a time; by default 32, on a GPU 128.
+        workers: threads that decode; by default as many as there are cores.
+        crops: 1, 5 or 10 views of each image (:mod:`finetune.evaluation.views`).
+        offline: never ask the network for published weights.
+
+    Raises:
+        UsageError: there is no such model, or it has no classifier.
+        EnvironmentFaultError: this machine lacks the device or the weights.
+    """
+    place = resolve_device(device)
+    network, card = _load_network(str(model), offline)
+    size = batch_size or (CPU_BATCH if place.type == "cpu" else GPU_BATCH)
+    views = build_views(card.preprocessing, crops)
+    return Predictor(network, card, place, size, workers or available_cores(), views)
+
+
+def _load_network(model: str, offline: bool) -> tuple[nn.Module, Card]:
+    try:
+        card = find_card(model, offline)
+        backbone = load_source(card, offline=offline)
+    except UsageError as error:  # in words of ours: nobody gave a --backbone
+        raise UsageError(f"the model {model}", error.found, error.fix) from None
+    match = backbone.match
+    if not match.head or match.head_replaced or match.missing:
+        found = (
+            "its weights hold no classifier that fits"
+            if not match.missing
+            else f"weights are missing: {match}"
+        )
+        raise UsageError(
+            f"the model {model}", found, "Name a finished run, or a network with its own classifier."
+        )
+    return backbone.network, card
+
+
+def split_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield so many items at a time, and what is left at the end."""
+    source = iter(items)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def resolve_names(card: Card) -> tuple[str, ...]:
+    """Return a card's classes; an index tells apart those of one name (ImageNet has two cranes)."""
+    if len(card.label_names) != card.num_classes:
+        return tuple(map(str, range(card.num_classes)))
+    times = Counter(card.label_names)
+    return tuple(
+        f"{name} ({index})" if times[name] > 1 else name for index, name in enumerate(card.label_names)
+    )
+
+
+def find_likeliest(values: Floats, k: int) -> list[int]:
+    """Return the places of the ``k`` largest, the largest first; of equals the first."""
+    order: list[int] = np.argsort(-values, kind="stable")[:k].tolist()
+    return order
+
+
+def _open(image: ImageInput) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return convert_image(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise _no_image(image)
+        return Image.fromarray(np.ascontiguousarray(image))
+    if isinstance(image, str | PathLike):
+        return decode_image(Path(image))
+    raise _no_image(image)
+
+
+def _no_image(thing: Any) -> FinetuneError:
+    kind = type(thing).__name__
+    if isinstance(thing, np.ndarray):
+        kind = f"an array of shape {thing.shape} and type {thing.dtype}"
+    fix = "Give paths, Pillow images, or RGB pixels (H, W, 3) as uint8 from 0 to 255."
+    return UsageError("predict", f"{kind} is no image", fix)
+
+
+def _name(image: ImageInput) -> str:
+    return str(image) if isinstance(image, str | PathLike) else f"the {type(image).__name__}"

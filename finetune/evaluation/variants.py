@@ -1,0 +1,196 @@
+"""Ways to look at images: each model with one view, with several, and all models together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.data.dataset import Dataset
+from finetune.data.decode import decode_image
+from finetune.data.provenance import SeenImages, find_run, find_seen
+from finetune.errors import DataError, UsageError
+from finetune.evaluation.calibration import measure_reliability
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.predictor import Predictor, load
+from finetune.runs.files import write_csv
+from finetune.runs.folder import RunFolder
+from finetune.system.display import Display
+
+VARIANT_COLUMNS = ("model", "views", "accuracy", "gain", "loss", "ece", "milliseconds", "cost")
+_SMALLEST = 1e-30
+"""Probability that counts as none: its logarithm is finite in float32."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and the run that it comes from.
+
+    Attributes:
+        name: as the user gave it.
+        predictor: with one view of an image.
+        run: None where there is none.
+    """
+
+    name: str
+    predictor: Predictor
+    run: RunFolder | None
+
+    @cached_property
+    def seen(self) -> SeenImages:
+        """The images that it has seen."""
+        return find_seen(self.run)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to look at the images, and what it gave.
+
+    Attributes:
+        model: name, or how many of them.
+        views: of each image.
+        predictions: calibrated.
+        raw: before calibration; None for a mean of probabilities, which are calibrated already.
+        seconds: that it took, decoding included.
+    """
+
+    model: str
+    views: int
+    predictions: Predictions
+    raw: Predictions | None
+    seconds: float
+
+
+def load_model(name: str, device: str, batch_size: int | None, workers: int | None, offline: bool) -> Model:
+    """Load a model, with the run that it comes from.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    predictor = load(name, device=device, batch_size=batch_size, workers=workers, offline=offline)
+    is_folder = predictor.card.place == "folder"
+    return Model(name, predictor, find_run(Path(predictor.card.location)) if is_folder else None)
+
+
+def check_same_classes(models: Sequence[Model]) -> None:
+    """Refuse to put models together that know different classes, or are one.
+
+    Raises:
+        UsageError: they do, or one is named twice.
+    """
+    if len({model.predictor.card.location or model.name for model in models}) < len(models):
+        raise UsageError("finetune evaluate", "one model is named twice", "Name each once.")
+    first = set(models[0].predictor.classes)
+    for model in models[1:]:
+        if others := first.symmetric_difference(model.predictor.classes):
+            found = f"it and {models[0].name} do not know the same classes ({', '.join(sorted(others)[:3])})"
+            raise UsageError(f"the model {model.name}", found, "Judge them apart.")
+
+
+def look(
+    models: Sequence[Model], dataset: Dataset, crops: int, scales: Sequence[int], display: Display
+) -> Iterator[Variant]:
+    """Yield each model with one view, then what several views add, and last what all models say together.
+
+    Args:
+        models: at least one; all know the same classes.
+        dataset: its labels count as the first model's classes do.
+        crops: 1, 5 or 10.
+        scales: short sides in pixels; none for the default.
+        display: shows progress.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    labels = torch.tensor([sample.label for sample in dataset.samples])
+    classes = models[0].predictor.classes
+    last: list[Variant] = []
+    for model in models:
+        order = torch.tensor([model.predictor.classes.index(name) for name in classes])
+        own = _predict(model, model.predictor, dataset, labels, order, display)
+        yield own
+        if crops > 1 or scales:
+            many = model.predictor.with_views(crops, scales)
+            own = _predict(model, many, dataset, labels, order, display)
+            yield own
+        last.append(own)
+    if len(models) > 1:
+        yield _put_together(last, labels)
+
+
+def _predict(
+    model: Model, predictor: Predictor, dataset: Dataset, labels: Tensor, order: Tensor, display: Display
+) -> Variant:
+    is_plain = predictor.num_views == 1  # a mean over views is one of calibrated probabilities
+    temperature = predictor.card.temperature
+    predictor = predictor.without_temperature() if is_plain else predictor
+    size, samples = predictor.batch_size, dataset.samples
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+    began, parts = time.perf_counter(), []
+    with display.track(f"looking with {Path(model.name).name}", len(samples)) as advance:
+        for answer in predictor.answer(batches, lambda sample: decode_image(dataset.file(sample))):
+            for place, reason in answer.faults.items():
+                fix = "Restore the file, and start again."
+                raise DataError(answer.asked[place].path, f"it could be read before: {reason}", fix)
+            parts.append(torch.from_numpy(answer.probabilities))
+            advance(len(answer.asked), "")
+    probabilities = torch.cat(parts)[:, order]
+    seconds = time.perf_counter() - began
+    given = _from_probabilities(probabilities, labels)
+    softened = given.soften(temperature) if is_plain else given
+    return Variant(model.name, predictor.num_views, softened, given if is_plain else None, seconds)
+
+
+def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
+    """The mean of probabilities, as the lectures' winners did."""
+    mean = torch.stack([variant.predictions.probabilities for variant in variants]).mean(dim=0)
+    together = _from_probabilities(mean, labels)
+    views, seconds = sum(one.views for one in variants), sum(one.seconds for one in variants)
+    return Variant(f"{len(variants)} together", views, together, None, seconds)
+
+
+def _from_probabilities(probabilities: Tensor, labels: Tensor) -> Predictions:
+    """Logarithms of probabilities are logits of them."""
+    return Predictions(probabilities.clamp_min(_SMALLEST).log(), labels)
+
+
+def write_variants(folder: RunFolder, variants: Sequence[Variant], display: Display) -> list[dict[str, Any]]:
+    """Write and show what each way of looking gave, against the first and what it cost against it."""
+    rows = [_row(one, variants[0]) for one in variants]
+    if len(rows) > 1:
+        write_csv(folder.path / "variants.csv", [tuple(row.values()) for row in rows], VARIANT_COLUMNS)
+        display.table(VARIANT_COLUMNS, [_cells(row) for row in rows], numbers=VARIANT_COLUMNS[1:])
+    return rows
+
+
+def _row(one: Variant, first: Variant) -> dict[str, Any]:
+    values = (
+        one.model,
+        one.views,
+        one.predictions.accuracy,
+        one.predictions.accuracy - first.predictions.accuracy,
+        one.predictions.loss,
+        measure_reliability(one.predictions).ece,
+        1000 * one.seconds / len(one.predictions.labels),
+        one.seconds / first.seconds,
+    )
+    return dict(zip(VARIANT_COLUMNS, values, strict=True))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["model"],
+        str(row["views"]),
+        f"{row['accuracy']:.4f}",
+        f"{100 * row['gain']:+.1f} points",
+        f"{row['loss']:.4f}",
+        f"{row['ece']:.3f}",
+        f"{row['milliseconds']:.1f}",
+        f"{row['cost']:.1f} x",
+    ]

@@ -1,0 +1,349 @@
+"""``finetune export`` and ``finetune push``: a model for others, proved before it has a name.
+
+::
+
+    run or model folder -> network -> artefact, aside -> fresh process -> compared -> in place
+                           its judged images ------------^
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from torch import Tensor
+
+from finetune import __version__
+from finetune.data.dataset import Dataset
+from finetune.data.prepare import check_outside
+from finetune.errors import UsageError, suggest
+from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE
+from finetune.export.config import loads_in_timm
+from finetune.export.deployed import LAYOUTS, Interface, Layout, build_program
+from finetune.export.folder import WEIGHTS_FILE, staged_alone, write_model
+from finetune.export.graph_files import OPSETS, read_opset, write_companions, write_onnx, write_program
+from finetune.export.hub import Pushed, check_push, push_folder
+from finetune.export.model_card import TrainingData, build_readme
+from finetune.export.proof import (
+    TOLERANCE,
+    OutputCheck,
+    check_comparison,
+    compare,
+    predict_fresh,
+    predict_here,
+)
+from finetune.export.source import Exportable, ProofInputs, draw_random, load_judged, open_model
+from finetune.recipe import Recipe
+from finetune.runs.claim import create_folder, read_split
+from finetune.runs.files import disk_error, write_json
+from finetune.runs.folder import RunFolder
+from finetune.strategies import starts_random
+from finetune.system.display import Display
+
+REPORT_FILE = "export.json"
+
+
+def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[str, Any]:
+    """Write a model in a form for others, and prove it in a fresh process.
+
+    Args:
+        path: a finished run, or a model folder.
+        wanted: form.
+        output: a new folder.
+        display: what the user sees.
+
+    Returns:
+        The content of ``export.json``.
+
+    Raises:
+        UsageError: no model there, an output that is taken or lies in the data, a network that the form
+            cannot hold.
+        DataError: a run that is not finished, or whose files are damaged.
+        InternalError: the artefact says something else than the network; nothing is kept.
+        DiskError: it cannot be written.
+    """
+    place = _resolve_output(output)
+    source = open_model(path)
+    if isinstance(source.images, Dataset):
+        check_outside(output, source.images)
+    create_folder(place.parent)
+    with staged_alone(place) as part:
+        report = _make(source, wanted, part, display)
+    display.say(f"{wanted.format} {output}", style="bold")
+    return report
+
+
+def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
+    """Export a model in timm's format, prove it, and upload it to a repository of the Hugging Face hub.
+
+    Args:
+        path: a finished run, or a model folder.
+        repo_id: ``ORG/NAME``, or a name of the user's own; created where there is none.
+        private: create it so that nobody else sees it.
+        display: what the user sees.
+
+    Raises:
+        UsageError: no model there, or no name of a repository.
+        DataError: as :func:`export`.
+        EnvironmentFaultError: offline mode, no network, or a hub that refuses.
+        InternalError: as :func:`export`.
+    """
+    check_push(repo_id)
+    source = open_model(path)
+    with TemporaryDirectory(prefix="finetune-push-") as name:
+        folder = Path(name)
+        try:
+            _make(source, Wanted("timm", Interface()), folder, display)
+        except OSError as error:
+            raise disk_error(folder, error) from None
+        with display.busy("uploading"):
+            return push_folder(folder, repo_id, private)
+
+
+def _resolve_output(output: Path) -> Path:
+    """Return the output as an absolute path without links and dots; it must be new, or an empty folder.
+
+    Raises:
+        UsageError: it cannot be taken, or not be replaced.
+        DiskError: it cannot be looked at.
+    """
+    place = Path(os.path.realpath(output))
+    try:
+        if os.path.exists(place) and not os.path.isdir(place):  # noqa: PTH110, PTH112 (Path's may raise)
+            found = "it is a file"
+        elif os.path.isdir(place) and any(place.iterdir()):  # noqa: PTH112
+            found = "the folder is not empty"
+        elif place == Path.cwd():
+            found = "it is the folder that you are in"
+        elif os.path.ismount(place):
+            found = "something is mounted there"
+        else:
+            return place
+    except OSError as error:
+        raise disk_error(output, error) from None
+    raise UsageError(f"--output {output}", found, "Name a new folder.")
+
+
+# --- making and proving --------------------------------------------------------------------------
+
+
+def _make(source: Exportable, wanted: Wanted, folder: Path, display: Display) -> dict[str, Any]:
+    """Write the artefact and its report into a folder, or raise."""
+    start = time.monotonic()
+    with display.busy(f"exporting {wanted.format}"):
+        artefact, loader = _write(source, wanted, folder)
+    written = time.monotonic()
+    if loader == "finetune":
+        display.warn(f"no library but finetune loads {source.card.architecture} as it is from this folder")
+    inputs = _find_inputs(source, display)
+    with display.busy("comparing in a fresh process"):
+        expected = predict_here(source.network, source.card, inputs.views)
+        found, facts = predict_fresh(loader, artefact, inputs, source.card, wanted.interface)
+    comparisons = _check(source, wanted, inputs, expected, found)
+    _say(inputs, comparisons, display)
+    seconds = {"export": round(written - start, 3), "compare": round(time.monotonic() - written, 3)}
+    report = _describe(source, wanted, artefact, loader, facts) | _describe_proof(inputs, comparisons)
+    report |= {"seconds": seconds}
+    write_json(folder / REPORT_FILE, report)
+    return report
+
+
+def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]:
+    """Return the artefact and what loads it."""
+    card = source.card
+    if wanted.format == "timm":
+        metrics = _read_metrics(source.run)
+        started = "" if starts_random(str(metrics.get("strategy"))) else card.name
+        write_model(
+            folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
+        )
+        return folder, "timm" if loads_in_timm(card) else "finetune"
+    program = build_program(source.network, card, wanted.interface)
+    write_companions(folder, card, wanted.interface)
+    if wanted.format == "onnx":
+        return write_onnx(program, folder, card, wanted.interface, wanted.opset), "onnx"
+    return write_program(program, folder), "torch-export"
+
+
+def _read_metrics(run: RunFolder | None) -> Mapping[str, Any]:
+    try:
+        metrics = json.loads(run.metrics.read_text(encoding="utf-8")) if run else {}
+    except (OSError, ValueError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def _describe_data(source: Exportable) -> TrainingData:
+    if source.run is None:
+        return TrainingData()
+    counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in source.card.label_names}
+    for row in read_split(source.run):
+        counts.setdefault(row["label"], defaultdict(int))[row["split"]] += 1
+    path = source.recipe.data.path if source.recipe else None
+    return TrainingData(Path(path).name if path else "", counts)
+
+
+def _find_inputs(source: Exportable, display: Display) -> ProofInputs:
+    """The judged images of the run, or noise, and never noise in silence."""
+    inputs = _load_inputs(source, display)
+    if isinstance(inputs, str):
+        inputs = draw_random(source.card, inputs)
+        display.warn(f"{inputs.notes[0]}: compared on random inputs instead of the run's judged images")
+        return inputs
+    for note in inputs.notes:
+        display.warn(note)
+    return inputs
+
+
+def _load_inputs(source: Exportable, display: Display) -> ProofInputs | str:
+    if source.run is None or isinstance(source.images, str):
+        return str(source.images)
+    with display.busy("reading judged images"):
+        return load_judged(source.run, source.images.root, source.card)
+
+
+def _check(
+    source: Exportable, wanted: Wanted, inputs: ProofInputs, expected: Tensor, found: Tensor
+) -> dict[str, OutputCheck]:
+    """Compare with the network itself, and with what the run wrote down."""
+    asked = f"exporting {wanted.format} of {source.path}"
+    comparisons = {"network": compare(expected, found)}
+    if inputs.recorded is not None:
+        comparisons["predictions.csv"] = compare(inputs.recorded, found, _recorded_tolerance(source.recipe))
+    for what, comparison in comparisons.items():
+        name = "the network's" if what == "network" else "those of the run's predictions.csv"
+        check_comparison(asked, name, comparison, len(inputs.views), inputs.source)
+    return comparisons
+
+
+def _recorded_tolerance(recipe: Recipe | None) -> float:
+    """What a run wrote down in coarse numbers, or on a GPU, is not met more closely than it was written."""
+    if recipe is None or recipe.training.precision == "auto":
+        return max(FIGURES_TOLERANCE.values())
+    kinds = {recipe.training.precision, recipe.cache.dtype}
+    least = TOLERANCE if recipe.device == "cpu" else GPU_TOLERANCE
+    return least if kinds == {"float32"} else max(least, *(FIGURES_TOLERANCE[kind] for kind in kinds))
+
+
+def _say(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: Display) -> None:
+    for what, comparison in comparisons.items():
+        same = "likeliest class identical"
+        if comparison.num_near_ties:
+            others, ties = comparison.num_top1_differences, comparison.num_near_ties
+            same += f" (another one for {others} of {ties} near ties)"
+        display.say(
+            f"a fresh process against {'the network' if what == 'network' else what}, {len(inputs.views)} "
+            f"{inputs.source}: largest difference of a probability {comparison.max_difference:.2g}, {same}"
+        )
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def _describe(
+    source: Exportable, wanted: Wanted, artefact: Path, loader: str, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    card, face = source.card, wanted.interface
+    versions = {key: facts[key] for key in ("onnxruntime",) if key in facts}
+    if wanted.format == "onnx":
+        import onnx
+
+        versions["onnx"] = onnx.__version__
+    return {
+        "format": wanted.format,
+        "file": artefact.name if artefact.is_file() else WEIGHTS_FILE,
+        "loads_with": {"onnx": "onnxruntime", "torch-export": "torch"}.get(loader, loader),
+        "architecture": card.architecture,
+        "num_classes": card.num_classes,
+        "temperature": card.temperature,
+        "versions": {
+            "finetune": __version__,
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            **versions,
+        },
+        "opset": read_opset(artefact) if wanted.format == "onnx" else None,
+        "inputs": [
+            {
+                "name": face.input_name,
+                "dtype": face.input_dtype,
+                "shape": ["batch", *face.input_shape(card.preprocessing)],
+            }
+        ],
+        "outputs": [{"name": face.output_name, "dtype": "float32", "shape": ["batch", card.num_classes]}],
+    }
+
+
+def _describe_proof(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck]) -> dict[str, Any]:
+    recorded = comparisons.get("predictions.csv")
+    return {
+        "compared_on": inputs.source,
+        "num_images": len(inputs.views),
+        "num_judged": inputs.num_judged,
+        "notes": list(inputs.notes),
+        **comparisons["network"].to_dict(),
+        "predictions_csv": recorded.to_dict() if recorded else None,
+    }
+
+
+# --- What is to be exported: words of a command line, and which of them go together ---
+
+
+Format = Literal["timm", "onnx", "torch-export"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made.
+
+    Attributes:
+        format: of the artefact.
+        interface: of a graph; timm's format holds weights, and has none.
+        opset: of ONNX.
+    """
+
+    format: Format
+    interface: Interface
+    opset: int = OPSETS[0]
+
+
+def read_wanted(format: str, layout: str | None, softmax: bool, opset: int | None) -> Wanted:
+    """Return what words of the command line mean.
+
+    Raises:
+        UsageError: an unknown word, or two that do not go together.
+    """
+    known = next((one for one in FORMATS if one == format), None)
+    if known is None:
+        found = f"there is no such format{suggest(format, FORMATS)}"
+        raise UsageError(f"--format {format}", found, f"Take {', '.join(FORMATS)}.")
+    if known == "timm" and (layout or softmax):
+        flag = "--with-preprocessing" if layout else "--with-softmax"
+        fix = "Take --format onnx or torch-export."
+        raise UsageError(flag, "timm's format holds weights, and no graph to put that into", fix)
+    if opset is not None and known != "onnx":
+        raise UsageError(f"--opset {opset}", f"--format {known} has none", "Leave it out.")
+    if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
+        fix = f"Take {OPSETS[0]} to {OPSETS[1]}."
+        raise UsageError(f"--opset {opset}", "torch's exporter does not write it", fix)
+    return Wanted(known, Interface(_read_layout(layout), softmax), opset or OPSETS[0])
+
+
+def _read_layout(word: str | None) -> Layout | None:
+    found = next((layout for layout in LAYOUTS if layout == word), None)
+    if word is not None and found is None:
+        fix = f"Take {' or '.join(LAYOUTS)}."
+        raise UsageError(f"--with-preprocessing {word}", "there is no such layout of images", fix)
+    return found

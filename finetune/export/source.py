@@ -1,0 +1,227 @@
+"""A model that is to be exported, and what is known of it: its run, and the images of that run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.archive import find_root
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.decode import BadImageError
+from finetune.data.transforms import Transform, build_eval_transform
+from finetune.errors import DataError, FinetuneError, UsageError
+from finetune.export.folder import WEIGHTS_FILE, load_exported
+from finetune.recipe import Recipe, load_recipe
+from finetune.runs.claim import read_split
+from finetune.runs.files import read_rows
+from finetune.runs.folder import RunFolder
+from finetune.system.device import resolve_threads
+from pretrained.catalog import Card, find_card
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model on this machine.
+
+    Attributes:
+        path: that the user named.
+        card: of the network.
+        network: on the CPU, in eval mode.
+        run: that it comes from; None for a model folder alone.
+        recipe: of the run; None where there is none that can be read.
+        images: that the run began with, whether they are still there or not; else why there are none.
+    """
+
+    path: Path
+    card: Card
+    network: nn.Module
+    run: RunFolder | None
+    recipe: Recipe | None
+    images: Dataset | str
+
+
+def open_model(path: Path) -> Exportable:
+    """Load a model and find what is known of it.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+        DataError: its run is not finished, or ``split.csv`` is damaged.
+    """
+    files = ("config.json", WEIGHTS_FILE)
+    if not any(all((folder / file).is_file() for file in files) for folder in (path / "model", path)):
+        found = "there is no model in it" if path.is_dir() else "there is no such folder"
+        raise UsageError(f"model {path}", found, "Name a finished run, or a model folder.")
+    run = _find_run(path)
+    if run is not None:
+        _check_done(run)
+    card = find_card(f"local-dir:{path}")
+    try:
+        network = load_exported(Path(card.location))
+    except RuntimeError as error:  # load_state_dict's
+        found = f"its weights belong to another network: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"model {path}", found, "Export it again.") from None
+    recipe = _read_recipe(run)
+    return Exportable(path, card, network, run, recipe, _find_images(run, recipe))
+
+
+def _find_run(path: Path) -> RunFolder | None:
+    """The run of a folder: itself, or the one that the model folder lies in."""
+    for folder in (RunFolder(path), RunFolder(path.absolute().parent)):
+        if folder.recipe.is_file() and folder.model.absolute() in (
+            path.absolute(),
+            (path / "model").absolute(),
+        ):
+            return folder
+    return None
+
+
+def _check_done(run: RunFolder) -> None:
+    """A model of an earlier end beside figures of a later one would be told as if they belonged together."""
+    state = run.read_outcome().get("state", "done")
+    if state != "done":
+        found = f"the run is not finished ({state}), and its model and figures may not belong together"
+        raise DataError(
+            f"model {run.path}", found, "Give the run's command again to finish it, and export then."
+        )
+
+
+def _read_recipe(run: RunFolder | None) -> Recipe | None:
+    try:
+        return load_recipe(str(run.recipe)) if run else None
+    except FinetuneError:  # of another version, perhaps
+        return None
+
+
+def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
+    """The images that the run recorded; what else lies among the data by now is no concern of its model."""
+    if run is None:
+        return "it is a model without a run"
+    if recipe is None or recipe.data.path is None:
+        return f"{run.recipe} cannot be read"
+    data = Path(recipe.data.path)
+    try:
+        root = find_root(data)
+    except FinetuneError as error:
+        return f"the run's data cannot be read ({error.message})"
+    if root is None:
+        return f"the run's data, {data}, are not there any more"
+    samples = tuple(Sample(row["path"], -1, "train") for row in read_split(run))
+    return Dataset(root, (), samples, is_folder=root != data.parent)
+
+
+# --- What an exported model is compared on: the run's judged images, or noise where there are none ---
+#
+# Shape legend: N images, K classes, H W pixels.
+
+
+MOST_IMAGES = 512
+"""Compared; more of them cost time and would hardly say more."""
+MOST_BYTES = 256 * 2**20
+"""Of their pixels, for networks with large inputs."""
+NUM_RANDOM = 32
+_PROBABILITY = "prob_"
+
+
+@dataclass(frozen=True)
+class ProofInputs:
+    """Views of images, and what the run said of them.
+
+    Attributes:
+        views: uint8 (N, 3, H, W), as the network's evaluation transform makes them.
+        recorded: probabilities (N, K) of ``predictions.csv``; None where there are none.
+        num_judged: images that the run judged; 0 for noise.
+        notes: what was left out, and why, a sentence each.
+    """
+
+    views: Tensor
+    recorded: Tensor | None
+    num_judged: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """``judged images`` or ``random inputs``."""
+        return "judged images" if self.num_judged else "random inputs"
+
+
+def draw_random(card: Card, note: str) -> ProofInputs:
+    """Return noise, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_most(card, NUM_RANDOM), *card.preprocessing.input_size)
+    views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return ProofInputs(views, None, 0, (note,))
+
+
+def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
+    """Return views of the judged images, drawn evenly, or say why there are none.
+
+    Args:
+        run: a finished one.
+        root: that its paths are relative to.
+        card: of its model.
+
+    Raises:
+        DataError: ``predictions.csv`` or ``split.csv`` is damaged.
+    """
+    if not run.predictions.is_file():
+        return f"{run.predictions} is not there"
+    rows = read_rows(run.predictions, ("path",))
+    chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
+    digests = {row.get("path"): row.get("sha256") for row in read_split(run)}
+    transform = build_eval_transform(card.preprocessing)
+
+    def look(row: dict[str, str]) -> Tensor | str:
+        return _open(root / row["path"], digests.get(row["path"]), transform)
+
+    with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="judged") as pool:
+        found = list(pool.map(look, chosen))
+    kept = [(row, view) for row, view in zip(chosen, found, strict=True) if isinstance(view, Tensor)]
+    gone = [f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    if not kept:
+        return f"none of its {len(rows)} judged images is as it was: {gone[0]}" if gone else "it judged none"
+    notes = [f"{len(gone)} of {len(chosen)} judged images are not as they were: {gone[0]}"] if gone else []
+    recorded = _read_probabilities([row for row, _ in kept], card)
+    if recorded is None:
+        what = f"probabilities of the model's {card.num_classes} classes in their order"
+        notes.append(f"{run.predictions.name} holds no {what}: it is not compared")
+    return ProofInputs(torch.stack([view for _, view in kept]), recorded, len(rows), tuple(notes))
+
+
+def _most(card: Card, wanted: int) -> int:
+    return min(wanted, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
+
+
+def _draw_evenly(rows: Sequence[dict[str, str]], most: int) -> list[dict[str, str]]:
+    """Every n-th: the rows are in the order of the classes."""
+    count = min(most, len(rows))
+    return [rows[place * len(rows) // count] for place in range(count)]
+
+
+def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
+    """The view of an image that is the one it was, else what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return "it has changed"
+        return transform(transform.open(path))
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    except BadImageError as error:
+        return error.reason
+
+
+def _read_probabilities(rows: Sequence[dict[str, str]], card: Card) -> Tensor | None:
+    columns = [name for name in rows[0] if name.startswith(_PROBABILITY)]
+    named = [f"{_PROBABILITY}{name}" for name in card.label_names]
+    if len(columns) != card.num_classes or (named and columns != named):
+        return None
+    try:
+        return torch.tensor([[float(row[name]) for name in columns] for row in rows])
+    except ValueError:
+        return None

@@ -1,0 +1,85 @@
+"""``finetune advise --backbones``: several backbones on the same images, by nearest neighbours.
+
+Of 24 ways to rank backbones without training, the accuracy of nearest neighbours was the best over 16 data
+sets (arXiv:2503.18528); LEEP, LogME and H-scores rank worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finetune.data.prepare import draw_evenly, read_images, require_labels
+from finetune.features.extraction import open_features, open_images, open_source
+from finetune.features.network import open_network
+from finetune.features.transferability import MOST_IMAGES, leave_one_out
+from finetune.recipe import Recipe
+from finetune.runs.outcome import translated_errors
+from finetune.system.display import Display
+from pretrained.catalog import find_card
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One backbone.
+
+    Attributes:
+        backbone: its name.
+        accuracy: leave-one-out, of the five nearest neighbours by cosine, on its last features.
+        error: standard error of the accuracy.
+        num_features: numbers an image.
+        num_parameters: of the network with its own classifier.
+        num_images: training images that were looked at.
+    """
+
+    backbone: str
+    accuracy: float
+    error: float
+    num_features: int
+    num_parameters: int
+    num_images: int
+
+
+def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
+    """Return backbones with the nearest neighbours that are right most often first.
+
+    Args:
+        recipe: its backbone is not read.
+        names: at least one.
+        display: shows progress.
+    """
+    for name in names:
+        find_card(name, recipe.backbone.offline)  # refuses before anything is computed
+    with translated_errors():
+        return _rank(recipe, names, display)
+
+
+def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
+    dataset = open_images(recipe, display)
+    require_labels(dataset, recipe)
+    dataset, checked = read_images(recipe, dataset, display)
+    few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
+    ranked = []
+    for name in names:
+        backbone = recipe.backbone.model_copy(update={"name": name})
+        network = open_network(recipe.model_copy(update={"backbone": backbone}), display)
+        source = open_source(recipe, network, few, display, checked)
+        last = network.layers.all[-1]
+        with open_features(source, [last], "auto", parts=("train",)) as features:
+            samples = source.dataset.of("train")
+            usable = features.usable(samples)
+            labels = torch.tensor([samples[index].label for index in usable.tolist()])
+            hits = leave_one_out(features.rows[0], usable, labels, dataset.num_classes).double()
+        ranked.append(
+            Ranked(
+                network.backbone.card.name,
+                hits.mean().item(),
+                hits.std(correction=0).item() / len(hits) ** 0.5,
+                last.num_features("auto"),
+                sum(parameter.numel() for parameter in network.backbone.network.parameters()),
+                len(hits),
+            )
+        )
+    return sorted(ranked, key=lambda one: -one.accuracy)

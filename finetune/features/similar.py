@@ -1,0 +1,185 @@
+"""``finetune similar`` and ``finetune map``: which images are alike, and how all of them lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune.data.dataset import Sample
+from finetune.data.decode import BadImageError
+from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.transforms import Normalizer, build_eval_transform
+from finetune.errors import DataError, UsageError
+from finetune.features.extraction import Source, open_features, open_images, open_source
+from finetune.features.network import Network, open_network
+from finetune.features.plots import draw_map
+from finetune.features.retrieval import (
+    check_umap,
+    count_reads,
+    find_nearest,
+    find_plane,
+    find_umap_plane,
+)
+from finetune.features.sheet import Hit, write_sheet
+from finetune.recipe import Recipe
+from finetune.runs.files import write_csv
+from finetune.runs.outcome import translated_errors
+from finetune.system.display import Display
+from pretrained.graph.layer import Layer
+from pretrained.graph.pooling import Pool
+from pretrained.graph.recorder import FeatureRecorder
+
+Method = Literal["pca", "umap"]
+_SIMILAR_COLUMNS = ("rank", "path", "label", "similarity")
+
+
+def find_similar(
+    recipe: Recipe, image: Path, layer: str, top: int, output: Path, pool: Pool, display: Display
+) -> list[dict[str, Any]]:
+    """Find the images that are most like one, and draw them on a sheet.
+
+    The image itself is left out where it is among them.
+
+    Args:
+        recipe: its backbone, data, input, cache and machine count.
+        image: the image that is asked about.
+        layer: whose features are compared, by the cosine of their angle. Low ones see texture, high ones
+            meaning.
+        top: how many.
+        output: a new folder for ``similar.csv`` and ``similar.png``.
+        pool: of what the layer gives.
+        display: shows progress.
+
+    Returns:
+        The rows of ``similar.csv``.
+
+    Raises:
+        FinetuneError: every refusal and failure.
+    """
+    with translated_errors():
+        network = open_network(recipe, display)
+        chosen = _one(network, layer, pool)
+        query = _see(network, image, chosen, pool)
+        source = _open(recipe, network, output, display)
+        samples = source.dataset.samples
+        with open_features(source, [chosen], pool) as features:
+            usable = features.usable(samples)
+            others = [i for i in usable.tolist() if not _is_same(source.dataset.file(samples[i]), image)]
+            with display.track("comparing", len(others)) as advance:
+                found = find_nearest(
+                    features.rows[0],
+                    torch.tensor(others, dtype=torch.int64),
+                    query,
+                    top,
+                    lambda done: advance(done, ""),
+                )
+        rows = [
+            {"rank": rank, "path": samples[i].path, "label": _label(source, samples[i]), "similarity": cosine}
+            for rank, (i, cosine) in enumerate(found, 1)
+        ]
+        write_csv(output / "similar.csv", [tuple(row.values()) for row in rows], _SIMILAR_COLUMNS)
+        hits = [
+            Hit(source.dataset.file(samples[i]), cosine, _label(source, samples[i])) for i, cosine in found
+        ]
+        write_sheet(output / "similar.png", image, hits)
+        display.say(f"{output}/similar.csv, similar.png", style="bold")
+        return rows
+
+
+def _open(recipe: Recipe, network: Network, output: Path, display: Display) -> Source:
+    dataset = open_images(recipe, display)
+    check_outside(output, dataset)
+    source = open_source(recipe, network, dataset, display)
+    create_new_folder(output)
+    return source
+
+
+def _is_same(file: Path, image: Path) -> bool:
+    try:
+        return os.path.samefile(file, image)  # noqa: PTH121
+    except OSError:
+        return False
+
+
+def _one(network: Network, layer: str, pool: Pool) -> Layer:
+    layers = network.layers.select([layer], pool)
+    if len(layers) != 1:
+        found = f"it means {len(layers)} layers"
+        raise UsageError(f"--layer {layer}", found, "Name one (`finetune extract --layers list`).")
+    return layers[0]
+
+
+def _see(network: Network, image: Path, layer: Layer, pool: Pool) -> Tensor:
+    """Return the features (D,) of one image."""
+    preprocessing = network.backbone.card.preprocessing
+    transform = build_eval_transform(preprocessing)
+    try:
+        view = transform(transform.open(image))
+    except BadImageError as error:
+        raise DataError(str(image), error.reason, "Name an image that can be decoded.") from None
+    device = network.placement.device
+    pixels = Normalizer(preprocessing, device)(view.unsqueeze(0).to(device))
+    with torch.inference_mode():
+        [row] = FeatureRecorder(network.backbone.network, [layer], pool)(pixels)
+    return row[0].cpu()
+
+
+def _label(source: Source, sample: Sample) -> str:
+    return source.dataset.classes[sample.label] if source.dataset.is_labelled else ""
+
+
+def draw_feature_map(
+    recipe: Recipe, layer: str, method: Method, output: Path, pool: Pool, display: Display
+) -> None:
+    """Draw all images as points of a plane, coloured by class.
+
+    Args:
+        recipe: its backbone, data, input, cache, machine and seed count.
+        layer: whose features are drawn.
+        method: ``pca``: the two principal components, standardised; ``umap``: arXiv:1802.03426.
+        output: a new folder for ``map.csv`` and ``map.png``.
+        pool: of what the layer gives.
+        display: shows progress.
+
+    Raises:
+        FinetuneError: every refusal and failure.
+    """
+    with translated_errors():
+        if method == "umap":
+            check_umap()
+        network = open_network(recipe, display)
+        chosen = _one(network, layer, pool)
+        source = _open(recipe, network, output, display)
+        samples = source.dataset.samples
+        with open_features(source, [chosen], pool) as features:
+            usable = features.usable(samples)
+            find = find_plane if method == "pca" else find_umap_plane
+            with display.track(
+                f"finding a plane ({method})", count_reads(features.rows[0], usable)
+            ) as advance:
+                plane = find(features.rows[0], usable, lambda done: advance(done, ""))
+        shown = [samples[index] for index in usable.tolist()]
+        rows = [
+            (sample.path, _label(source, sample), sample.split, x, y)
+            for sample, (x, y) in zip(shown, plane.points.tolist(), strict=True)
+        ]
+        write_csv(output / "map.csv", rows, ("path", "label", "split", "x", "y"))
+        title = f"{network.backbone.card.name}, {chosen.name}, {len(shown):,} images"
+        names = ("component 1", "component 2") if method == "pca" else ("UMAP 1", "UMAP 2")
+        draw_map(
+            output / "map.png", plane.points, _classes(shown), _names(source), title, names, plane.shares
+        )
+        display.say(f"{output}/map.csv, map.png", style="bold")
+
+
+def _classes(samples: Sequence[Sample]) -> list[int]:
+    return [max(sample.label, 0) for sample in samples]
+
+
+def _names(source: Source) -> tuple[str, ...]:
+    return source.dataset.classes or ("no labels",)

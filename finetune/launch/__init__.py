@@ -1,0 +1,1 @@
+"""How processes start: the supervising parent, several processes on a machine, Ray, managed platforms."""

@@ -1,0 +1,181 @@
+"""Small images inside the page, as many as it can hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, ImageOps
+from torch import device, nn
+
+from finetune.data.decode import BadImageError, decode_image
+from finetune.data.transforms import Normalizer, Transform, build_eval_transform
+from finetune.explain.cam import GradCam, HeatMap
+from finetune.explain.overlay import draw_overlay
+from finetune.report.facts import Facts, Prediction
+from pretrained.catalog import Card
+
+MOST_BYTES = 3_000_000
+"""Of all images of a page together, before base64 makes four bytes of three."""
+_QUALITY = 78
+
+
+@dataclass(frozen=True)
+class InlineImage:
+    """An image of the page, or the reason why there is none.
+
+    Attributes:
+        source: a ``data:`` address; empty where there is none.
+        gone: why there is none, in a few words.
+    """
+
+    source: str
+    gone: str = ""
+
+
+class Album:
+    """Makes images for one page.
+
+    Args:
+        root: folder that paths are relative to; None where it is unknown or gone.
+        most_bytes: of all images together; what comes later is left out.
+
+    Attributes:
+        left_out: how many found no room.
+    """
+
+    def __init__(self, root: Path | None, most_bytes: int = MOST_BYTES) -> None:
+        self._root, self._room, self.left_out = root, most_bytes, 0
+
+    def find(self, path: str) -> Path | None:
+        """Return where an image of the data lies; None where it cannot, or would lie outside."""
+        pure = PurePosixPath(path)
+        if self._root is None or pure.is_absolute() or ".." in pure.parts:
+            return None
+        return self._root / pure
+
+    def show_file(self, path: str, side: int) -> InlineImage:
+        """Return the middle square of an image of the data, ``side`` pixels wide."""
+        file = self.find(path)
+        if file is None:
+            return InlineImage("", "gone")
+        try:
+            image = decode_image(file, side)
+        except BadImageError as error:
+            return InlineImage("", f"gone: {error.reason}")
+        return self.show(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+
+    def show(self, image: Image.Image) -> InlineImage:
+        """Return an image as it is."""
+        return self.show_bytes(encode(image))
+
+    def show_bytes(self, content: bytes) -> InlineImage:
+        """Return a JPEG file as it is."""
+        if len(content) > self._room:
+            self.left_out += 1
+            return InlineImage("", "left out: the page is full")
+        self._room -= len(content)
+        return InlineImage("data:image/jpeg;base64," + base64.b64encode(content).decode())
+
+
+def encode(image: Image.Image) -> bytes:
+    """Return a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    return buffer.getvalue()
+
+
+# --- The surest mistakes: what the network saw, and where it saw what it said ---
+
+
+MOST_MISTAKES = 12
+_SIDE = 208
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One image of a mistake: what it shows, and its file among the plots."""
+
+    words: str
+    image: InlineImage
+    name: str = ""
+    content: bytes = b""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong prediction with its images: the view, and a heat map for each of the two classes."""
+
+    prediction: Prediction
+    panels: tuple[Panel, ...]
+
+
+class Explainer:
+    """Shows mistakes of one network.
+
+    Args:
+        network: in eval mode, on the CPU.
+        card: with class names and preprocessing.
+    """
+
+    def __init__(self, network: nn.Module, card: Card) -> None:
+        self._labels = {name: index for index, name in enumerate(card.label_names)}
+        self._cam = GradCam(network, card.preprocessing.input_size)
+        self._normalize = Normalizer(card.preprocessing, device("cpu"))
+        self.transform: Transform = build_eval_transform(card.preprocessing)
+
+    def explain(self, image: Image.Image, classes: list[str]) -> tuple[Image.Image, list[HeatMap]]:
+        """Return the network's view of an image, and a map for each class."""
+        view = self.transform(image)
+        seen = Image.fromarray(view.permute(1, 2, 0).numpy())
+        if any(name not in self._labels for name in classes):
+            return seen, [HeatMap(None, "the model does not know the class")] * len(classes)
+        indices = [[self._labels[name]] for name in classes]
+        return seen, [maps[0] for maps in self._cam(self._normalize(view[None]), *indices)]
+
+
+def show_mistakes(
+    facts: Facts, album: Album, explainer: Explainer | None, advance: Callable[[], None]
+) -> list[Mistake]:
+    """Return the surest mistakes, the surest first.
+
+    Args:
+        facts: of the run.
+        album: makes the images.
+        explainer: None where there is no model; then there are no heat maps.
+        advance: called after each.
+    """
+    shown = []
+    for number, prediction in enumerate(facts.mistakes[:MOST_MISTAKES], start=1):
+        shown.append(Mistake(prediction, _panels(number, prediction, album, explainer)))
+        advance()
+    return shown
+
+
+def _panels(
+    number: int, prediction: Prediction, album: Album, explainer: Explainer | None
+) -> tuple[Panel, ...]:
+    file = album.find(prediction.path)
+    if explainer is None or file is None:
+        return (Panel("picture", album.show_file(prediction.path, _SIDE)),)
+    try:
+        image = explainer.transform.open(file)
+    except BadImageError as error:
+        return (Panel("picture", InlineImage("", f"gone: {error.reason}")),)
+    seen, maps = explainer.explain(image, [prediction.predicted, prediction.label])
+    scale = _SIDE / max(seen.size)
+    small = seen.resize((round(seen.width * scale), round(seen.height * scale)), Image.Resampling.LANCZOS)
+    panels = [Panel("what it saw", album.show(small))]
+    wanted = (("predicted", prediction.predicted), ("true", prediction.label))
+    for (kind, label), heat in zip(wanted, maps, strict=True):
+        words = f"evidence for {label}"
+        if heat.values is None:
+            panels.append(Panel(words, InlineImage("", heat.reason)))
+            continue
+        content = encode(draw_overlay(small, heat.values))
+        name = f"mistake-{number:02}-{kind}.jpg"
+        panels.append(Panel(words, album.show_bytes(content), name, content))
+    return tuple(panels)

@@ -1,0 +1,97 @@
+"""Predictions that had better go to a person: from which confidence on, and what that gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.report.facts import Facts, finite
+from finetune.report.sections import percent
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A threshold under which an image had better go to a person, as words.
+
+    Attributes:
+        wanted: share of right predictions above it.
+        threshold: confidence.
+        answered: share of the judged images above it.
+        achieved: share of these that is right, and how many they are.
+        at_least: what that share is at least, by the images that chose the threshold; empty where unknown.
+    """
+
+    wanted: str
+    threshold: str
+    answered: str
+    achieved: str
+    at_least: str
+
+
+def list_rejects(facts: Facts) -> list[Reject]:
+    """Return thresholds, with what they gave."""
+    return [
+        _describe_reject(row, wanted, facts.number("num_samples"))
+        for row in facts.rows("reject")
+        if (wanted := finite(row.get("precision"))) is not None
+    ]
+
+
+def _describe_reject(row: Mapping[str, Any], wanted: float, judged: float | None) -> Reject:
+    threshold, coverage, achieved, low, chose = (
+        finite(row.get(key)) for key in ("threshold", "coverage", "achieved", "low", "num_images")
+    )
+    if threshold is None:
+        return Reject(f"{100 * wanted:.0f} %", "cannot be had", percent(coverage or 0.0), "", "")
+    kept = "" if judged is None or coverage is None else f" of {round(coverage * judged):,} images"
+    limit = "" if low is None else percent(low) + ("" if chose is None else f", by {chose:,.0f} images")
+    return Reject(
+        f"{100 * wanted:.0f} %",
+        f"{threshold:.4f}" if threshold > 0 else "any",
+        "" if coverage is None else percent(coverage),
+        "" if achieved is None else percent(achieved) + kept,
+        limit,
+    )
+
+
+def say_rejects(facts: Facts) -> str:
+    """Return what the shares of right predictions are worth."""
+    calibration = facts.metrics.get("calibration")
+    chosen = isinstance(calibration, Mapping) and calibration.get("same_images") is True
+    said = " Chosen on these images, so that what was achieved is a little kind." if chosen else ""
+    if any(one.at_least for one in list_rejects(facts)):
+        said += (
+            " At least: the lower one-sided 95 % limit of that share, by the images that chose the threshold."
+        )
+    return said.strip()
+
+
+# --- What several views of an image, and several models, added to an evaluation ---
+
+
+def list_variants(facts: Facts) -> list[list[str]]:
+    """Return model, views, accuracy, gain, loss, ECE, time and cost of each way of looking, as text.
+
+    Nothing where there was only one, or where a row is not what an evaluation writes.
+    """
+    rows = facts.metrics.get("variants")
+    if not isinstance(rows, list) or len(rows) < 2:
+        return []
+    try:
+        return [_cells(row) for row in rows]
+    except (LookupError, TypeError, ValueError):
+        return []
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        str(row["model"]),
+        f"{row['views']:,}",
+        f"{100 * row['accuracy']:.1f} %",
+        f"{100 * row['gain']:+.1f} points",
+        f"{row['loss']:.3f}",
+        f"{row['ece']:.3f}",
+        f"{row['milliseconds']:.1f} ms",
+        f"{row['cost']:.1f} x",
+    ]

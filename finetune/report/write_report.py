@@ -1,0 +1,105 @@
+"""``report.html`` of a run or an evaluation, made from nothing but its files and the images they name."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+from finetune.data.archive import find_root
+from finetune.errors import DiskError, FinetuneError, UsageError
+from finetune.export.folder import load_exported, staged
+from finetune.report.facts import Facts, load_facts
+from finetune.report.images import MOST_MISTAKES, Album, Explainer, Mistake, show_mistakes
+from finetune.report.render import Page, build_page
+from finetune.runs.files import write_text
+from finetune.runs.folder import RunFolder
+from finetune.system.display import Display
+from pretrained.catalog import find_card
+
+
+def write_run_report(folder: RunFolder, display: Display, *, command: str | None = None) -> None:
+    """Write ``report.html`` and ``plots/``, in the place of older ones.
+
+    What the folder does not hold is left out; an image or a model that is gone leaves a word in its place.
+
+    Args:
+        folder: of a run or an evaluation.
+        display: shows progress.
+        command: that started it, to be shown.
+
+    Raises:
+        UsageError: the folder holds neither figures nor predictions.
+        DiskError: something cannot be written.
+    """
+    facts = load_facts(folder)
+    if not facts.metrics and not facts.predictions:
+        fix = "Name the folder of a finished run, or of an evaluation."
+        raise UsageError(f"a report of {folder.path}", "it holds no metrics.json and no predictions.csv", fix)
+    with display.busy("making the report"):
+        album, explainer = Album(_find_root(facts)), _open_explainer(facts, display)
+    with display.track("making the report", min(len(facts.mistakes), MOST_MISTAKES) + 1) as advance:
+        mistakes = show_mistakes(facts, album, explainer, lambda: advance(1, "heat maps"))
+        page = build_page(facts, album, mistakes, command)
+        advance(1, "")
+    _write(folder, page, mistakes)
+    display.say(f"report {folder.report}")
+
+
+def add_report(folder: RunFolder, display: Display, command: str | None = None) -> None:
+    """Write the report of work that is done: for want of an image of it, nothing of that is lost.
+
+    Args:
+        folder: as for :func:`write_run_report`.
+        display: shows progress.
+        command: that started it.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    try:
+        write_run_report(folder, display, command=command)
+    except DiskError:
+        raise
+    except Exception as error:
+        display.note(traceback.format_exc())
+        display.warn(
+            f"the report could not be made ({type(error).__name__}: {error}); `finetune report` tries again"
+        )
+
+
+def _find_root(facts: Facts) -> Path | None:
+    """The folder that the images' paths are relative to; None where it is unknown or gone."""
+    named = facts.metrics.get("data") or (facts.recipe.data.path if facts.recipe else None)
+    try:
+        return find_root(Path(named)) if isinstance(named, str) else None
+    except FinetuneError:
+        return None
+
+
+def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
+    """The model, where there are mistakes to explain: of the folder, or the one that was evaluated."""
+    if not facts.mistakes:
+        return None
+    named = facts.metrics.get("model")
+    model = facts.folder.model
+    if not model.is_dir() and isinstance(named, str):
+        model = Path(named)
+    if not model.is_dir():
+        return None
+    try:
+        card = find_card(str(model))
+        return Explainer(load_exported(Path(card.location)), card)
+    except FinetuneError as error:
+        display.warn(f"the report has no heat maps: {error.message}")
+        return None
+
+
+def _write(folder: RunFolder, page: Page, mistakes: list[Mistake]) -> None:
+    """The drawings first, so that a page is never older than what lies beside it."""
+    with staged(folder.plots) as plots:
+        for plot in page.plots:
+            (plots / f"{plot.name}.svg").write_text(plot.file, encoding="utf-8")
+        for panel in (panel for mistake in mistakes for panel in mistake.panels):
+            if panel.content:
+                (plots / panel.name).write_bytes(panel.content)
+    write_text(folder.report, page.html)

@@ -1,0 +1,284 @@
+"""``finetune advise`` and ``--strategy auto``: what is counted and measured, and what follows from it.
+
+::
+
+    training images, at most 2,000      -> size
+    one forward of the published network -> its own classifier's words: normalised LEEP
+                                         -> features by depth: nearest neighbours, linear classifiers
+    finetune/run/rule.py           -> cell of the matrix, strategy, features, rates
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.prepare import check_outside, draw_evenly, read_images, require_labels
+from finetune.features.extraction import Features, open_features, open_images, open_source
+from finetune.features.network import Network, open_network
+from finetune.features.rows import ConcatRows
+from finetune.features.solvers import cross_validate
+from finetune.features.transferability import MOST_IMAGES, leave_one_out, normalised_leep
+from finetune.recipe import BASE_RATES, Recipe, compute_views
+from finetune.run.rule import CELLS, Candidate, Decision, Evidence, decide
+from finetune.run.verify import verify
+from finetune.system.display import Display
+from finetune.training.plan import Plan, lay_plan
+from pretrained.graph.layer import Layer
+
+BACKWARD = 3
+"""What a training step costs, in forward passes: the gradient takes two more."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One layer's linear classifier and nearest neighbours, on training images.
+
+    Attributes:
+        layer: its name.
+        num_features: numbers an image.
+        neighbours: leave-one-out accuracy of the five nearest, by cosine.
+        accuracy: of a linear classifier, cross-validated.
+    """
+
+    layer: str
+    num_features: int
+    neighbours: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Everything that ``advice.json`` holds.
+
+    Attributes:
+        backbone: its name.
+        evidence: counted and measured.
+        decision: what follows.
+        depths: from stem up.
+        plan: what would learn, and how fast.
+        num_trained: numbers that each strategy would train.
+        seconds: that each strategy would take, estimated.
+        num_looked_at: training images that were measured.
+        verified: what a brief training said, where that was asked for.
+    """
+
+    backbone: str
+    evidence: Evidence
+    decision: Decision
+    depths: tuple[Depth, ...]
+    plan: Plan
+    num_trained: Mapping[str, int]
+    seconds: Mapping[str, float]
+    num_looked_at: int
+    verified: Mapping[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        decision, evidence = self.decision, self.evidence
+        return {
+            "backbone": self.backbone,
+            "strategy": dict(decision.keys),
+            "size": decision.size,
+            "similarity": decision.similarity,
+            "reasons": list(decision.reasons),
+            "would_change": list(decision.changes),
+            "warnings": list(decision.warnings),
+            "num_images": evidence.num_images,
+            "num_classes": evidence.num_classes,
+            "smallest_class": evidence.smallest_class,
+            "num_looked_at": self.num_looked_at,
+            "normalised_leep": evidence.leep,
+            "neighbours_gap": evidence.gap,
+            "neighbours_gap_error": evidence.gap_error,
+            "candidates": [vars(candidate) for candidate in evidence.candidates],
+            "depths": [vars(depth) for depth in self.depths],
+            "plan": [dict(zip(_PLAN_KEYS, row.cells(), strict=True)) for row in self.plan.rows],
+            "num_trained": dict(self.num_trained),
+            "seconds_estimated": dict(self.seconds),
+            "verified": None if self.verified is None else dict(self.verified),
+        }
+
+
+_PLAN_KEYS = ("group", "stage", "parameters", "trained", "rate", "norm")
+
+
+def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advice:
+    """Measure a folder with a backbone, and choose a strategy.
+
+    Args:
+        recipe: its strategy is not read, but for what the choice leaves open.
+        display: shows progress.
+        output: where something will be written, which must not be among the images.
+
+    Raises:
+        DataError: the images have no labels.
+        FinetuneError: every other refusal and failure.
+    """
+    network = open_network(recipe, display)
+    dataset = open_images(recipe, display)
+    require_labels(dataset, recipe)
+    if output is not None:
+        check_outside(output, dataset)
+    dataset, checked = read_images(recipe, dataset, display)
+    few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
+    source = open_source(recipe, network, few, display, checked)
+    layers = network.layers.all
+    if network.backbone.card.taps:  # a classifier on stages takes no other features
+        layers = layers[-1:]
+    with open_features(
+        source, layers, "auto", with_logits=network.has_classifier, parts=("train",)
+    ) as features:
+        samples = source.dataset.of("train")
+        usable = features.usable(samples)
+        evidence, depths = _measure(features, samples, usable, dataset, recipe.seed, display)
+    decision, verified = decide(evidence), None
+    if recipe.advise.verify:
+        decision, verified = verify(recipe, evidence, decision, display)
+    settings = recipe.strategy.model_copy(update=dict(decision.keys))
+    rate = recipe.training.lr
+    rate = BASE_RATES[recipe.training.optimizer] if rate == "auto" else rate
+    plan = lay_plan(network.backbone.network, network.backbone.stages, settings, rate, recipe.training.epochs)
+    return Advice(
+        network.backbone.card.name,
+        evidence,
+        decision,
+        depths,
+        plan,
+        _count_trained(network, recipe, dataset.num_classes),
+        _estimate(network, recipe, len(dataset.of("train"))),
+        len(usable),
+        verified,
+    )
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def _measure(
+    features: Features,
+    samples: Sequence[Sample],
+    usable: Tensor,
+    dataset: Dataset,
+    seed: int,
+    display: Display,
+) -> tuple[Evidence, tuple[Depth, ...]]:
+    labels = torch.tensor([samples[index].label for index in usable.tolist()])
+    num_classes = dataset.num_classes
+    neighbours, hits = [], []
+    with display.track("judging layers", 2 * len(features.layers) + 1) as advance:
+        for rows in features.rows:
+            neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
+            advance(1, "")
+        for rows in (*features.rows, ConcatRows(features.rows)):
+            hits.append(cross_validate(rows, usable, labels, num_classes, "softmax", seed).double())
+            advance(1, "")
+    depths = tuple(
+        Depth(layer.name, rows.shape[1], near.mean().item(), hit.mean().item())
+        for layer, rows, near, hit in zip(
+            features.layers, features.rows, neighbours, hits[: len(neighbours)], strict=True
+        )
+    )
+    leep = _measure_leep(features, usable, labels, num_classes, seed)
+    gap, gap_error = _gap(neighbours)
+    counts = dataset.counts("train")
+    evidence = Evidence(
+        len(dataset.of("train")),
+        num_classes,
+        min(counts),
+        leep,
+        gap,
+        gap_error,
+        _candidates(features.layers, hits),
+    )
+    return evidence, depths
+
+
+def _measure_leep(
+    features: Features, usable: Tensor, labels: Tensor, num_classes: int, seed: int
+) -> float | None:
+    if features.logits is None:
+        return None
+    probabilities = features.logits[usable].softmax(dim=1)
+    return normalised_leep(probabilities, labels, num_classes, seed)
+
+
+def _gap(neighbours: Sequence[Tensor]) -> tuple[float, float]:
+    """The best earlier layer's lead over the last, and its standard error."""
+    if len(neighbours) < 2:
+        return 0.0, 0.0
+    best = max(neighbours[:-1], key=lambda hits: hits.mean().item())
+    return _lead(best, neighbours[-1])
+
+
+def _lead(one: Tensor, other: Tensor) -> tuple[float, float]:
+    difference = one - other
+    return difference.mean().item(), difference.std(correction=0).item() / math.sqrt(len(difference))
+
+
+def _candidates(layers: Sequence[Layer], hits: Sequence[Tensor]) -> tuple[Candidate, ...]:
+    """The last features, the best single layer where that is another one, and all together."""
+    *single, together = hits
+    last = single[-1]
+    best = max(range(len(single)), key=lambda place: (single[place].mean().item(), place))
+    found = [Candidate("last", last.mean().item(), 0.0, 0.0)]
+    if best < len(single) - 1:
+        found.append(Candidate(layers[best].name, single[best].mean().item(), *_lead(single[best], last)))
+    if len(single) > 1:
+        found.append(Candidate("all", together.mean().item(), *_lead(together, last)))
+    return tuple(found)
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[str, int]:
+    """Numbers that each strategy trains, with a linear classifier for these classes."""
+    head = (network.layers.all[-1].num_features("auto") + 1) * num_classes
+    counts = {}
+    for name in dict.fromkeys(cell.name for cell in CELLS.values()):
+        settings = recipe.strategy.model_copy(update={"name": name})
+        plan = lay_plan(network.backbone.network, network.backbone.stages, settings, 1.0, 1)
+        counts[name] = head + sum(row.num_parameters for row in plan.trained if row.group != "head")
+    return counts
+
+
+def _estimate(network: Network, recipe: Recipe, num_train: int) -> dict[str, float]:
+    """Seconds by strategy, from the measured time of one forward pass."""
+    forward = _time_forward(network)
+    below = network.layers.stages[-1 - recipe.strategy.top_stages :][:1]
+    trunk = below[0].share if below else 0.0
+    epochs = recipe.training.epochs
+    views = recipe.cache.views
+    views = compute_views("top", recipe.input.augmentation) if views == "auto" else views
+    rest = BACKWARD * epochs * (1 - trunk)
+    times = {
+        "freeze": 1.0,
+        "top": min(views, epochs) * trunk + rest,
+        "full": float(BACKWARD * epochs),
+    }
+    return {name: round(num_train * forward * passes, 1) for name, passes in times.items()}
+
+
+def _time_forward(network: Network, num_images: int = 8) -> float:
+    """Seconds of a forward pass for one image, the second of two."""
+    layout = torch.channels_last if network.placement.channels_last else torch.contiguous_format
+    size = network.backbone.card.preprocessing.input_size
+    images = torch.zeros(num_images, *size, device=network.placement.device).to(memory_format=layout)
+    seconds = 0.0
+    with torch.inference_mode():
+        for _ in range(2):
+            began = time.perf_counter()
+            network.backbone.network(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+    return seconds / num_images

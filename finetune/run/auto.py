@@ -1,0 +1,98 @@
+"""``--strategy auto`` in a run: decided once, and then a recipe like any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.data.prepare import create_new_folder
+from finetune.errors import UsageError
+from finetune.features.plots import draw_matrix, draw_probe
+from finetune.recipe import Recipe, StrategySettings, flatten, load_recipe
+from finetune.run.advise import Advice, advise
+from finetune.run.rule import CELLS
+from finetune.runs.files import write_json
+from finetune.runs.folder import RunFolder
+from finetune.system.display import Display
+
+_DECIDED = ("features", "probe_first", "floor", "head_factor", "body_factor")
+"""Keys of the section ``strategy`` that are the advice's to set."""
+
+
+def choose_strategy(recipe: Recipe, output: Path | None, display: Display) -> tuple[Recipe, Advice | None]:
+    """Return the recipe with a strategy, and the advice that led to it.
+
+    A run that was begun before keeps its strategy; no advice comes with it then.
+
+    Raises:
+        UsageError: keys are given that are the advice's to set.
+        FinetuneError: as ``advise``.
+    """
+    for key in _DECIDED:
+        if (value := getattr(recipe.strategy, key)) != getattr(StrategySettings(), key):
+            found = "--strategy auto decides that itself"
+            raise UsageError(f"strategy.{key}={value}", found, "Drop the key, or name the strategy.")
+    if recipe.strategy.head != "replace":
+        found = "--strategy auto puts a new linear classifier on the network as it is"
+        fix = "Name the strategy: --strategy top, say."
+        raise UsageError(f"strategy.head={recipe.strategy.head}", found, fix)
+    before = _read_keys(output)
+    if before is not None:
+        return _with_keys(recipe, before), None
+    advice = advise(recipe, display, output)
+    for reason in advice.decision.reasons:
+        display.say(f"  {reason}")
+    for warning in advice.decision.warnings:
+        display.warn(warning)
+    display.say(f"strategy: {describe_keys(advice.decision.keys)}", style="bold")
+    return _with_keys(recipe, advice.decision.keys), advice
+
+
+def describe_keys(keys: Mapping[str, Any]) -> str:
+    """Return ``freeze, features last``."""
+    others = [f"{key} {value}" for key, value in keys.items() if key != "name"]
+    return ", ".join([str(keys["name"]), *others])
+
+
+def _with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
+    changes = {f"strategy.{key}": value for key, value in keys.items()}
+    return load_recipe(None, dict(flatten(recipe.to_dict())) | changes)
+
+
+def _read_keys(output: Path | None) -> Mapping[str, Any] | None:
+    """The keys of the advice that a run in this folder began with."""
+    if output is None:
+        return None
+    try:
+        keys = json.loads(RunFolder(output).advice.read_text(encoding="utf-8"))["strategy"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return keys if isinstance(keys, dict) and "name" in keys else None
+
+
+# --- ``advice.json`` and its two images ---
+
+
+def write_advice(advice: Advice, folder: Path) -> None:
+    """Write the advice into a folder.
+
+    Raises:
+        UsageError: something is there already.
+        DiskError: it cannot be written.
+    """
+    create_new_folder(folder)
+    write_json(folder / "advice.json", advice.to_dict())
+    names = [depth.layer for depth in advice.depths]
+    error = [(one.accuracy * (1 - one.accuracy) / advice.num_looked_at) ** 0.5 for one in advice.depths]
+    near = [(one.neighbours * (1 - one.neighbours) / advice.num_looked_at) ** 0.5 for one in advice.depths]
+    curves = {
+        "linear classifier": ([one.accuracy for one in advice.depths], error),
+        "nearest neighbours": ([one.neighbours for one in advice.depths], near),
+    }
+    chance = 1 / advice.evidence.num_classes
+    draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
+    cells: dict[tuple[str, str], str] = {place: cell.words for place, cell in CELLS.items()}
+    place = (advice.decision.size, advice.decision.similarity)
+    draw_matrix(folder / "matrix.png", cells, place, "Which strategy")

@@ -1,0 +1,213 @@
+"""A linear classifier on kept features, solved to its optimum, as a network that can be judged and exported.
+
+::
+
+    strategy.features    last | best | all | a layer's name
+      -> layers          best: of the highest cross-validated accuracy on training images
+      -> softmax         regularisation by cross-validation on training images, solved by L-BFGS
+      -> network         the backbone's own with this head, or a StageClassifier where other layers are read
+
+Validation images choose nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.dataset import Dataset
+from finetune.data.dataset import Split as Part
+from finetune.errors import DataError
+from finetune.evaluation.predictions import Predictions
+from finetune.features.extraction import Features, Source, open_features
+from finetune.features.network import Network
+from finetune.features.rows import ConcatRows, Rows
+from finetune.features.solvers import LinearClassifier, cross_validate, fit
+from finetune.run.context import Work
+from finetune.run.setup import Ready
+from pretrained.backbone import Backbone
+from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.layer import Layer
+from pretrained.graph.layers import Layers
+from pretrained.heads import change_head
+from pretrained.stage_classifier import StageClassifier
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear classifier and what it says.
+
+    Attributes:
+        layers: whose features it reads, side by side.
+        is_last: they are what the backbone's own classifier reads.
+        classifier: on the features as they are.
+        predictions: of validation and test images.
+    """
+
+    layers: tuple[Layer, ...]
+    is_last: bool
+    classifier: LinearClassifier
+    predictions: Mapping[Part, Predictions]
+
+    @property
+    def words(self) -> str:
+        """``a linear classifier on layer3 (1,024 numbers, C = 0.1)``."""
+        names = ", ".join(layer.name for layer in self.layers)
+        shape = f"{self.classifier.weight.shape[1]:,} numbers, C = {self.classifier.strength:.3g}"
+        return f"a linear classifier on {names} ({shape})"
+
+
+@contextmanager
+def open_solvable(work: Work, choice: str) -> Iterator[tuple[Features, tuple[Layer, ...]]]:
+    """Give the features that a choice of layers needs, in every process, and the last layer of all.
+
+    Args:
+        work: its backbone is pretrained.
+        choice: ``last``, ``best``, ``all`` or a layer's name.
+
+    Raises:
+        DataError: an image cannot be read any more.
+    """
+    ready, backbone = work.ready, work.ready.backbone
+    network = backbone.network.eval()
+    layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
+    source = Source(
+        Network(backbone, ready.placement, layers),
+        _find_left(work),
+        dict(work.digests),
+        (),
+        ready.recipe,
+        work.display,
+    )
+    wanted = layers.all if choice in ("best", "all") else layers.all[-1:]
+    if choice not in ("last", "best", "all"):
+        wanted = layers.select([choice])
+    with open_features(source, wanted, "auto", distributed=work.distributed.machine) as features:
+        _refuse_lost(features)
+        yield features, layers.all[-1:]
+
+
+def _find_left(work: Work) -> Dataset:
+    """Return the images without those that an earlier attempt has lost."""
+    return work.dataset.without({one.path for one in work.dataset.samples if one.path not in work.digests})
+
+
+def solve_head(work: Work, choice: str) -> LinearHead:
+    """Solve a linear classifier on features of training images.
+
+    The arguments are those of :func:`open_solvable`.
+
+    Raises:
+        DataError: an image cannot be read any more.
+    """
+    dataset, seed = _find_left(work), work.ready.recipe.seed
+    with open_solvable(work, choice) as (features, last):
+        total = 1 + (len(features.layers) if choice == "best" else 0)
+        with work.display.track("solving linear classifiers", total) as advance:
+            chosen = _choose(features, dataset, choice, seed, lambda: advance(1, ""))
+            rows = _beside(features, chosen)
+            indices = _indices_of(dataset, "train")
+            labels = _labels(dataset, indices)
+            classifier = fit(rows, indices, labels, dataset.num_classes, "softmax", seed)
+            advance(1, "")
+            parts: list[Part] = ["val", "test"]
+            predictions = {
+                part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)
+            }
+    return LinearHead(tuple(chosen), chosen == last, classifier, predictions)
+
+
+def _refuse_lost(features: Features) -> None:
+    if features.lost:
+        found = "; ".join(f"{path} ({reason})" for path, reason in features.lost.items())
+        fix = "Restore or remove the file, and start again."
+        raise DataError("reading an image that was readable before", found, fix)
+
+
+def _choose(
+    features: Features, dataset: Dataset, choice: str, seed: int, on_done: Callable[[], None]
+) -> tuple[Layer, ...]:
+    """Take the stage of the highest cross-validated accuracy for ``best``; of equals, the last."""
+    if choice != "best":
+        return features.layers
+    indices = _indices_of(dataset, "train")
+    labels = _labels(dataset, indices)
+    accuracies = []
+    for rows in features.rows:
+        hits = cross_validate(rows, indices, labels, dataset.num_classes, "softmax", seed)
+        accuracies.append(hits.double().mean().item())
+        on_done()
+    best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))
+    return (features.layers[best],)
+
+
+def _beside(features: Features, chosen: Sequence[Layer]) -> Rows:
+    rows = [features.rows[features.layers.index(layer)] for layer in chosen]
+    return rows[0] if len(rows) == 1 else ConcatRows(rows)
+
+
+def _indices_of(dataset: Dataset, part: Part) -> Tensor:
+    return torch.tensor([i for i, sample in enumerate(dataset.samples) if sample.split == part])
+
+
+def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
+    return torch.tensor([dataset.samples[index].label for index in indices.tolist()])
+
+
+def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Part) -> Predictions:
+    indices = _indices_of(dataset, part)
+    logits = torch.cat([classifier.scores(rows[some]) for some in torch.split(indices, 1024)])
+    return Predictions(logits.float().cpu(), _labels(dataset, indices))
+
+
+# --- the network ---------------------------------------------------------------------------------
+
+
+def find_plain_head(network: nn.Module, solution: LinearHead) -> nn.Linear | nn.Conv2d | None:
+    """Return the network's own classifier layer, where it can hold a solution."""
+    layers = classifier_layers(network)
+    if not solution.is_last or len(layers) != 1 or layers[0].bias is None:
+        return None
+    width = layers[0].weight.flatten(1).shape[1]
+    return layers[0] if width == solution.classifier.weight.shape[1] else None
+
+
+@torch.no_grad()
+def fill_head(layer: nn.Linear | nn.Conv2d, solution: LinearHead) -> None:
+    """Put a solution into a classifier layer."""
+    assert layer.bias is not None
+    layer.weight.copy_(solution.classifier.weight.view_as(layer.weight))
+    layer.bias.copy_(solution.classifier.bias)
+
+
+def build_solved(ready: Ready, solution: LinearHead) -> Backbone:
+    """Return the pretrained backbone with a solution as its classifier, in eval mode."""
+    backbone = ready.backbone
+    head = find_plain_head(backbone.network, solution)
+    if head is not None:
+        fill_head(head, solution)
+        backbone.network.eval()
+        return backbone
+    weight = solution.classifier.weight
+    _drop_head(backbone.network)
+    network = StageClassifier(backbone.network, solution.layers, "auto", len(weight))
+    device = ready.placement.device
+    network.classifier.to(device)
+    fill_head(network.classifier, solution)
+    points = (layer.point for layer in solution.layers)
+    taps = tuple((point.module, point.number, point.at_input) for point in points)
+    card = replace(backbone.card, taps=taps)
+    return replace(backbone, network=network.eval(), card=card)
+
+
+@torch.no_grad()
+def _drop_head(network: nn.Module) -> None:
+    """Leave the least of a classifier that nothing reaches: one class, of zeros."""
+    change_head(network, 1, "replace")
+    for layer in classifier_layers(network):
+        for parameter in layer.parameters():
+            parameter.zero_()

@@ -1,0 +1,142 @@
+"""The figures of a finished run, and the files that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.dataset import Dataset
+from finetune.data.feed import BatchLoader
+from finetune.errors import InternalError
+from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE, Predictions, predict
+from finetune.evaluation.summary import Summary
+from finetune.run.linear_head import LinearHead
+from finetune.run.setup import Ready
+from finetune.runs.folder import RunFolder
+from finetune.system.device import Precision
+from finetune.system.display import Advance, Display
+from finetune.system.forward import autocast
+from finetune.training.state import Progress
+from finetune.training.trainer import Trainer
+
+
+def evaluate(trainer: Trainer, feed: BatchLoader, display: Display) -> Predictions:
+    """Predict the judged part with the judged network."""
+    forward = trainer.task.forward(trainer.judged)
+    with display.track("evaluating", len(feed.samples)) as advance:
+        on_batch = partial(_advance, advance)
+        return predict(trainer.judged, feed, trainer.precision, on_batch, forward, trainer.distributed)
+
+
+def _advance(advance: Advance, done: int) -> None:
+    advance(done, "")
+
+
+def check_figures(
+    network: nn.Module, predictions: Predictions, images: Tensor, precision: Precision, dtype: Precision
+) -> None:
+    """Predict the first images once more, with the whole network as it is handed over, and compare.
+
+    Figures come from kept features and from a classifier that sees standardised ones; neither may tell tales.
+
+    Args:
+        network: that is handed over.
+        predictions: the figures' own.
+        images: (B, 3, H, W) the first images of the same part.
+        precision: of the forward pass.
+        dtype: of the kept features.
+
+    Raises:
+        InternalError: the whole network says something else.
+    """
+    with torch.inference_mode(), autocast(images.device, precision):
+        whole = network.eval()(images).float().softmax(dim=1).cpu()
+    difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
+    most = max(FIGURES_TOLERANCE[precision], FIGURES_TOLERANCE[dtype])
+    most = max(most, GPU_TOLERANCE) if images.is_cuda else most
+    if not difference <= most:  # so that NaN is refused as well
+        found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"
+        fix = "Run `finetune cache clear`, or set cache.trunk to false; and please report this."
+        raise InternalError("comparing figures and model", found, fix)
+
+
+def collect_metrics(
+    ready: Ready, dataset: Dataset, summary: Summary, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
+    return summary.metrics | {
+        "split": dataset.judged_split,
+        **facts,
+        "backbone": ready.backbone.card.name,
+        "strategy": ready.recipe.strategy.name,
+        "num_classes": dataset.num_classes,
+        "num_train": len(dataset.of("train")),
+    }
+
+
+def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
+    """Return what ``metrics.json`` says of epochs."""
+    seconds = sum(row["seconds"] for row in progress.history)
+    num_seen = len(dataset.of("train")) * progress.epoch
+    return {
+        "split_chose_checkpoint": dataset.judged_split == "val",
+        "features": None,
+        "val_accuracy": progress.best["accuracy"],
+        "val_loss": progress.best["loss"],
+        "best_epoch": progress.best_epoch + 1,
+        "epochs": progress.epoch,
+        "images_per_second": round(num_seen / max(seconds, 1e-9), 2),
+        "data_wait_fraction": round(_mean_wait(progress), 4),
+        "lost_images": len(progress.lost),
+        "skipped_steps": progress.skipped,
+        "rollbacks": progress.rollbacks,
+        "microbatch": progress.microbatch or None,
+    }
+
+
+def describe_solution(ready: Ready, dataset: Dataset, solution: LinearHead) -> dict[str, Any]:
+    """Return what ``metrics.json`` says of a linear classifier.
+
+    Validation images chose it only where it is handed over instead of a training that it beat on them.
+    """
+    was_floor = ready.recipe.strategy.features is None
+    val = solution.predictions["val"]
+    return {
+        "split_chose_checkpoint": was_floor and dataset.judged_split == "val",
+        "features": [layer.name for layer in solution.layers],
+        "num_features": solution.classifier.weight.shape[1],
+        "regularisation": solution.classifier.strength,
+        "val_accuracy": val.accuracy,
+        "val_loss": val.loss,
+        "best_epoch": None,
+        "epochs": 0,
+    }
+
+
+def _mean_wait(progress: Progress) -> float:
+    """The share of the training time that was spent waiting for data."""
+    rows = progress.history
+    waited = sum(row["seconds"] * row["data_wait_fraction"] for row in rows)
+    return waited / max(sum(row["seconds"] for row in rows), 1e-9)
+
+
+def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
+    """Say the figures, what they are worth, and where everything is."""
+    how = "the epoch" if metrics["epochs"] else "between this and training"
+    chosen = f" (which also chose {how})" if metrics["split_chose_checkpoint"] else ""
+    came = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
+    if not metrics["epochs"]:
+        came = f"a linear classifier on {', '.join(metrics['features'])}"
+    low, high = metrics["intervals"]["accuracy"]
+    display.say(
+        f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
+        f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
+        f"{metrics['num_samples']} {metrics['split']} images{chosen}; "
+        f"{came}, {metrics['seconds']['total']:.0f} s",
+        style="bold",
+    )
+    display.say(f"run {folder.path}  model {folder.model}")

@@ -1,0 +1,144 @@
+"""``advise.verify``: a brief training of the last stage against the linear classifier, by cross-validation.
+
+Both learn from what is kept: the frozen trunk runs once over the training images, and every fold takes its
+rows from there. Full fine-tuning has no frozen trunk, so it cannot be tried this way; where the rule chose
+it, nothing is verified.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from finetune.data.prepare import draw_evenly, read_images
+from finetune.data.scan import check_images
+from finetune.features.network import place_network
+from finetune.features.rows import SubsetRows
+from finetune.features.solvers import draw_folds
+from finetune.recipe import Recipe
+from finetune.run.batches import Source, open_loaders
+from finetune.run.rule import TOP, Decision, Evidence
+from finetune.run.setup import Ready, prepare
+from finetune.runs.folder import RunFolder
+from finetune.system.display import Display, SilentDisplay
+from finetune.training.checkpoint import CheckpointStore
+from finetune.training.freeze import digest_frozen
+from finetune.training.optim import build_loss
+from finetune.training.task import Task
+from finetune.training.trainer import Trainer
+from finetune.training.trunk import FeatureLoader
+from pretrained.graph.split import Split
+
+NUM_FOLDS = 3
+EPOCHS = 5
+"""Of the brief training. Its last one is judged: the best would be chosen by the images that judge it."""
+MOST_IMAGES = 2_000
+"""Training images of all folds together."""
+
+
+def verify(
+    recipe: Recipe, evidence: Evidence, decision: Decision, display: Display
+) -> tuple[Decision, dict[str, float] | None]:
+    """Return the decision for the better of its linear classifier and a briefly trained last stage.
+
+    Args:
+        recipe: of the run.
+        evidence: of the rule.
+        decision: of the rule.
+        display: shows progress.
+
+    Returns:
+        The decision, and the accuracies of the two; None where nothing could be tried.
+    """
+    if decision.cell.name == "full":
+        display.say("nothing is verified: full fine-tuning learns from no kept features")
+        return decision, None
+    trained = _try_top(recipe, display)
+    if trained is None:
+        display.say("nothing is verified: the network cannot be cut below its last stage")
+        return decision, None
+    solved = next(one for one in evidence.candidates if one.features == decision.features).accuracy
+    reason = f"verified: last stage trained briefly {trained:.3f}, linear classifier {solved:.3f}"
+    if trained > solved:
+        keys = {"name": "top", **TOP.keys, "probe_first": True, "floor": decision.features}
+    else:
+        keys = {"name": "freeze", "features": decision.features}
+    decision = replace(decision, keys=keys, reasons=(*decision.reasons, reason))
+    return decision, {"top": trained, "freeze": solved}
+
+
+def _try_top(recipe: Recipe, display: Display) -> float | None:
+    """Cross-validated accuracy of the last stage, trained briefly; None where it has no trunk."""
+    changes = {
+        "strategy": recipe.strategy.model_copy(update={"name": "top"}),
+        "input": recipe.input.model_copy(update={"augmentation": "none"}),
+        "training": recipe.training.model_copy(update={"epochs": EPOCHS}),
+    }
+    ready = prepare(recipe.model_copy(update=changes), display)
+    place_network(ready.backbone.network, ready.placement)
+    settled, _ = read_images(recipe, ready.dataset, display)
+    few = draw_evenly(settled, MOST_IMAGES, recipe.seed)
+    with display.track("checking images", len(few.samples)) as advance:
+        checked = check_images(few, lambda _: advance(1, ""))
+    dataset = few.without({image.path for image in checked.bad})
+    frozen = digest_frozen(ready.backbone.network, ready.plan)
+    with TemporaryDirectory() as folder:
+        source = Source(replace(ready, dataset=dataset), dataset, checked.digests, frozen)
+        with open_loaders(source, RunFolder(Path(folder)), display) as loaders:
+            whole = loaders.loaders["train"]
+            if not isinstance(whole, FeatureLoader) or loaders.split is None:
+                return None
+            labels = torch.tensor([sample.label for sample in whole.samples])
+            before = copy.deepcopy(ready.backbone.network.state_dict())
+            folds = draw_folds(labels, NUM_FOLDS, recipe.seed)
+            hits, total = 0.0, int((folds >= 0).sum())
+            with display.track("training briefly", int(folds.max()) + 1) as advance:
+                for fold in range(int(folds.max()) + 1):
+                    ready.backbone.network.load_state_dict(before)
+                    train, held = _part(whole, folds != fold, True), _part(whole, folds == fold, False)
+                    task = _task(ready, train, held, dataset.num_classes, loaders.split)
+                    hits += _train(ready, task, Path(folder) / str(fold)) * len(held.samples)
+                    advance(1, "")
+            return hits / max(total, 1)
+
+
+def _part(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:
+    indices = chosen.nonzero().flatten()
+    return FeatureLoader(
+        [SubsetRows(whole.views[0], indices)],
+        [whole.samples[index] for index in indices.tolist()],
+        batch_size=whole.batch_size,
+        placement=whole.placement,
+        seed=whole.seed,
+        shuffle=shuffle,
+    )
+
+
+def _task(ready: Ready, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: Split) -> Task:
+    counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
+    loss = build_loss(ready.recipe.training, counts.clamp_min(1).tolist()).to(ready.placement.device)
+    return Task(ready.backbone.network, ready.plan, loss, train, held, num_classes, split)
+
+
+def _train(ready: Ready, task: Task, path: Path) -> float:
+    """Accuracy of the last epoch on the images that were held out."""
+    folder = RunFolder(path)
+    folder.checkpoints.mkdir(parents=True)
+    precision = ready.recipe.training.precision
+    assert precision != "auto"
+    trainer = Trainer(
+        task,
+        ready.recipe.training,
+        precision=precision,
+        seed=ready.recipe.seed,
+        folder=folder,
+        store=CheckpointStore(folder.checkpoints, 1, lambda: None),
+        display=SilentDisplay(),
+    )
+    trainer.standardize_head()
+    return trainer.fit().history[-1]["eval_accuracy"]

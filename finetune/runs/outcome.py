@@ -1,0 +1,126 @@
+"""Everything that can end a run becomes an outcome: a reason, a remedy, an exit code, a file."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from finetune.errors import (
+    EnvironmentFaultError,
+    FinetuneError,
+    InternalError,
+    InterruptedRunError,
+    LostProcessError,
+    TakenOverError,
+)
+from finetune.runs.claim import RUNNING, Claim
+from finetune.runs.files import disk_error
+from finetune.runs.folder import Outcome
+from finetune.system.device import is_out_of_memory
+from finetune.system.display import Display
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
+
+
+@contextmanager
+def translated_errors(output: str = "", distributed: Distributed = SINGLE_PROCESS) -> Iterator[None]:
+    """Everything that can end a run becomes a FinetuneError with a reason and a remedy.
+
+    Args:
+        output: names the run folder in a remedy.
+        world: whose other processes are told.
+    """
+    try:
+        with _translated(output, distributed):
+            yield
+    except FinetuneError as error:
+        distributed.publish(error)
+        raise
+
+
+@contextmanager
+def explained(distributed: Distributed) -> Iterator[None]:
+    """Turn what nobody foresaw in a process that helps into words for the main one."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        where = " ".join(traceback.format_tb(error.__traceback__)[-1].split("\n")[0].split())
+        fix = "This is our fault: please report it."
+        internal = InternalError("the run", f"{_last_line(error)} ({where})", fix)
+        distributed.publish(internal)
+        raise internal from error
+
+
+@contextmanager
+def _translated(output: str, distributed: Distributed) -> Iterator[None]:
+    try:
+        with distributed.translated():
+            yield
+    except KeyboardInterrupt:
+        if failure := distributed.read_failure():  # the launcher ends the others when one has failed
+            raise failure from None
+        found = "it was stopped at once; what the last checkpoint holds is kept"
+        fix = f"Give the same command again{f', with --output {output},' if output else ''} to go on."
+        raise InterruptedRunError("the run", found, fix) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise disk_error(Path(error.filename or "."), error) from None
+    except (RuntimeError, MemoryError) as error:
+        known = _known_fault(error)
+        if known is None:
+            raise
+        raise known from None
+
+
+def _known_fault(error: BaseException) -> FinetuneError | None:
+    """Return the refusal for what torch says in words of its own."""
+    said = " ".join(str(error).split())[:200] or "there is no memory left"
+    if is_out_of_memory(error):
+        return EnvironmentFaultError("the run", said, "Lower --batch-size, --img-size or --workers.")
+    if "deterministic implementation" in said:
+        fix = "Take another backbone, or --set deterministic=false."
+        return EnvironmentFaultError("deterministic: true", said, fix)
+    return None
+
+
+@contextmanager
+def recorded_outcome(
+    claim: Claim, display: Display, distributed: Distributed = SINGLE_PROCESS
+) -> Iterator[None]:
+    """Write ``outcome.json`` for every end, and the traceback of an unforeseen one to the log."""
+    folder = claim.folder
+    folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
+    try:
+        with _translated(str(folder.path), distributed):  # the others are told when it is written
+            yield
+            claim.check_owner()
+    except TakenOverError:
+        raise  # the folder belongs to another process, and so does its outcome
+    except FinetuneError as error:
+        display.heartbeat.tell({"lost": isinstance(error, LostProcessError)})
+        _write_failure(claim, error, display.heartbeat.step)
+        raise
+    except Exception as error:
+        display.note(traceback.format_exc())
+        fix = f"This is our fault: please report it with {folder.log}."
+        internal = InternalError("the run", _last_line(error), fix)
+        _write_failure(claim, internal, display.heartbeat.step)
+        raise internal from error
+    folder.write_outcome(Outcome("done", "finished", step=display.heartbeat.step, attempt=claim.attempt))
+
+
+def _last_line(error: Exception) -> str:
+    """An error from a decoding process carries its whole traceback; its last line says what it was."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
+
+
+def _write_failure(claim: Claim, error: FinetuneError, step: int) -> None:
+    with suppress(FinetuneError):  # the disk may be what failed
+        claim.check_owner()
+        claim.folder.write_outcome(Outcome.of(error, step, claim.attempt))

@@ -1,0 +1,160 @@
+"""Optimisers, losses and mixed batches, built from plain settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from finetune.recipe import TrainingSettings
+from finetune.training.state import Progress
+
+
+def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Return SGD with momentum, or AdamW, over named groups that carry their own rate and decay.
+
+    On a GPU one kernel updates all weights.
+    """
+    fused = all(weight.is_cuda for group in groups for weight in group["params"]) or None
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused)
+
+
+def build_loss(settings: TrainingSettings, counts: Sequence[int]) -> nn.CrossEntropyLoss:
+    """Return the cross entropy of the recipe.
+
+    Args:
+        settings: label smoothing and class weights.
+        counts: training images of each class.
+    """
+    weights = compute_class_weights(counts) if settings.class_weights == "balanced" else None
+    return nn.CrossEntropyLoss(weight=weights, label_smoothing=settings.label_smoothing)
+
+
+def compute_class_weights(counts: Sequence[int]) -> Tensor:
+    """Return inverse class frequencies, scaled so that their mean is 1: (K,) float32."""
+    inverse = 1.0 / torch.tensor(counts, dtype=torch.float64).clamp_min(1)
+    return (inverse / inverse.mean()).float()
+
+
+def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | None:
+    """Return mixup, cutmix, or one of them at random a batch; None when both are off.
+
+    The mixer takes images (B, 3, H, W) and labels (B,), and gives images and soft labels (B, K).
+    """
+    kinds = ((settings.mixup, v2.MixUp), (settings.cutmix, v2.CutMix))
+    mixers = [kind(alpha=alpha, num_classes=num_classes) for alpha, kind in kinds if alpha > 0]
+    if not mixers:
+        return None
+    mixer: nn.Module = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
+    return mixer
+
+
+# --- Learning rates as a function of the step ---
+#
+# timm's schedulers are not used here: their warm-up start and their floor are absolute rates shared by
+# all groups, which would undo the 1 : 1/10 : 1/100 between groups while they act. One factor for all
+# groups keeps the proportions at every step.
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The factor that multiplies every group's base rate.
+
+    Attributes:
+        kind: constant, cosine, step or plateau.
+        epochs: in the whole run.
+        warmup_epochs: of linear growth from nearly zero.
+        decay_epochs: of the step schedule.
+        decay_rate: of the step schedule.
+    """
+
+    kind: str
+    epochs: int
+    warmup_epochs: float
+    decay_epochs: int
+    decay_rate: float
+
+    @classmethod
+    def from_settings(cls, settings: TrainingSettings) -> Schedule:
+        """Read it off a recipe's section."""
+        return cls(
+            settings.schedule,
+            settings.epochs,
+            min(settings.warmup_epochs, settings.epochs),
+            settings.decay_epochs,
+            settings.decay_rate,
+        )
+
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """Return the factor of a step, counted from 0, in (0, 1]. The plateau's own factor comes on top."""
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if self.kind == "cosine":
+            total = max(1, self.epochs * steps_per_epoch - warmup_steps)
+            return (1 + math.cos(math.pi * (step - warmup_steps) / total)) / 2
+        if self.kind == "step":
+            return self.decay_rate ** (step // steps_per_epoch // self.decay_epochs)
+        return 1.0
+
+
+@dataclass
+class Plateau:
+    """Multiplies by ``rate`` after ``patience`` epochs without improvement.
+
+    Attributes:
+        factor: product of the decays so far.
+        bad_epochs: since the best one or the last decay.
+    """
+
+    patience: int
+    rate: float
+    factor: float = 1.0
+    bad_epochs: int = 0
+
+    def observe(self, improved: bool) -> None:
+        """Take note of an epoch."""
+        self.bad_epochs = 0 if improved else self.bad_epochs + 1
+        if self.bad_epochs >= self.patience:
+            self.factor *= self.rate
+            self.bad_epochs = 0
+
+
+# --- After each epoch: is it the best one, what does the plateau say, is patience over? ---
+
+
+def is_better(figures: Mapping[str, float], best: Mapping[str, float], monitor: str) -> bool:
+    """Higher accuracy, a lower loss among equals; or the lower loss alone."""
+    if not best:
+        return True
+    if monitor == "loss":
+        return figures["loss"] < best["loss"]
+    return (figures["accuracy"], -figures["loss"]) > (best["accuracy"], -best["loss"])
+
+
+def observe(progress: Progress, figures: dict[str, float], settings: TrainingSettings) -> bool:
+    """Take note of an epoch's validation figures, and return whether it is the best so far."""
+    improved = is_better(figures, progress.best, settings.monitor)
+    progress.bad_epochs = 0 if improved else progress.bad_epochs + 1
+    if improved:
+        progress.best, progress.best_epoch = figures, progress.epoch
+    if settings.schedule == "plateau":
+        plateau = Plateau(
+            settings.decay_epochs, settings.decay_rate, progress.plateau_factor, progress.plateau_bad_epochs
+        )
+        plateau.observe(improved)
+        progress.plateau_factor, progress.plateau_bad_epochs = plateau.factor, plateau.bad_epochs
+    return improved
+
+
+def is_over(progress: Progress, settings: TrainingSettings) -> bool:
+    """Return whether all epochs are trained, or patience is at its end."""
+    out_of_patience = settings.patience is not None and progress.bad_epochs >= settings.patience
+    return progress.epoch >= settings.epochs or out_of_patience

@@ -1,0 +1,107 @@
+"""What training says while it goes on: bars, words beside them, and one line an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.runs.files import write_csv
+from finetune.system.display import Advance, Display
+from finetune.training.state import Progress
+
+
+class ProgressReporter:
+    """Tells a training's progress.
+
+    Args:
+        display: where it is shown.
+        num_epochs: of the whole run.
+        num_images: of one epoch.
+    """
+
+    def __init__(self, display: Display, num_epochs: int, num_images: int) -> None:
+        self.display, self.num_epochs, self.num_images = display, num_epochs, num_images
+        self._began, self._done_before = time.perf_counter(), 0.0
+
+    def begin(self, progress: Progress) -> None:
+        """Start the clock of the time left; a run that goes on begins in the middle."""
+        self._began, self._done_before = time.perf_counter(), self._done(progress)
+        if progress.step:
+            self.display.say(f"going on at epoch {progress.epoch + 1}, step {progress.step}")
+
+    @contextmanager
+    def bar(self, progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Draw a bar over ``total`` images, ``done`` of which were before."""
+        name = f"epoch {progress.epoch + 1}/{self.num_epochs} {what}"
+        with self.display.track(name, total) as advance:
+            advance(done, "")
+            yield advance
+
+    def words(self, progress: Progress) -> str:
+        """Speed, share of time spent waiting for data, and when the run ends."""
+        seconds = max(progress.epoch_seconds, 1e-9)
+        speed, waiting = progress.num_seen / seconds, progress.wait_seconds / seconds
+        return f"{speed:.0f} images/s, waiting {waiting:.0%}, run ends in {self._time_left(progress)}"
+
+    def _done(self, progress: Progress) -> float:
+        """Share of the run's training that is done, in [0, 1]."""
+        return min((progress.epoch + progress.num_seen / self.num_images) / self.num_epochs, 1.0)
+
+    def _time_left(self, progress: Progress) -> str:
+        """Minutes and seconds at the pace since this process began to train."""
+        done = self._done(progress)
+        seconds = (time.perf_counter() - self._began) * (1 - done) / max(done - self._done_before, 1e-9)
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02}"
+
+    def say_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
+        """Say a row of the history; a star marks the best epoch so far."""
+        self.display.say(
+            f"epoch {row['epoch']:>3}/{self.num_epochs}  lr {row['lr']:.2e}  "
+            f"train loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
+            f"val accuracy {row['eval_accuracy']:.4f}  {row['images_per_second']:.0f} images/s  "
+            f"waiting {row['data_wait_fraction']:.0%}  {row['seconds']:.1f} s{' *' if is_best else ''}"
+        )
+
+
+# --- One row an epoch ---
+
+
+Listener = Callable[[Sequence[Mapping[str, float]]], None]
+"""Told all rows whenever there is a new one, and when training goes on."""
+
+HISTORY_COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "eval_loss",
+    "eval_accuracy",
+    "seconds",
+    "images_per_second",
+    "data_wait_fraction",
+)
+
+
+def add_row(progress: Progress, figures: Mapping[str, float], loss_sum: float) -> dict[str, float]:
+    """Add the epoch that has just been judged to the history, and return its row."""
+    seconds = max(progress.epoch_seconds, 1e-9)
+    row = {
+        "epoch": progress.epoch + 1,
+        "lr": progress.lr,
+        "train_loss": loss_sum / max(progress.num_seen, 1),
+        "eval_loss": figures["loss"],
+        "eval_accuracy": figures["accuracy"],
+        "seconds": round(seconds, 3),
+        "images_per_second": round(progress.num_seen / seconds, 2),
+        "data_wait_fraction": round(progress.wait_seconds / seconds, 4),
+    }
+    progress.history.append(row)
+    return row
+
+
+def write_history(path: Path, progress: Progress, listener: Listener) -> None:
+    """Write all rows, over what a killed process may have written further, and tell them."""
+    write_csv(path, [tuple(row.values()) for row in progress.history], HISTORY_COLUMNS)
+    listener(progress.history)
