@@ -18,7 +18,7 @@ from pathlib import Path
 SECONDS = 30.0
 """In which a sign has to come. The image asks three times before it says that something is wrong."""
 PULSE = re.compile(rb"(?:^|\0)FINETUNE_PULSE=[^\0]*:(\d+)(?:\0|$)")
-"""What the watching process gives to the one that works: a pipe, and its own number (`finetune/system/heartbeat.py`)."""
+"""The supervisor sets it for its child: a pipe, and its own process number (finetune/system/heartbeat.py)."""
 
 
 def find_watchers(processes: Path) -> set[int]:

@@ -65,6 +65,8 @@ def evaluate_command(
         display = Display()
         with display.busy("loading torch"):
             from finetune.evaluation.evaluate import EvaluateRequest, evaluate_models
+            from finetune.report.write_report import add_report
+            from finetune.runs.folder import RunFolder
         request = EvaluateRequest(
             models=tuple(models),
             data=data,
@@ -80,6 +82,7 @@ def evaluate_command(
             allow_leaks=allow_leaks,
         )
         metrics = evaluate_models(request, display)
+        add_report(RunFolder(request.output), display, request.command)
         if as_json:
             hand_over(json.dumps({"output": str(request.output), **metrics}) + "\n")
 

@@ -26,7 +26,6 @@ from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.summary import write_figures
 from finetune.evaluation.variants import Model, Variant, check_same_classes, load_model, look, write_variants
 from finetune.evaluation.views import build_views
-from finetune.report.write_report import add_report
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.system.device import describe_environment
@@ -119,7 +118,6 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)
     _say(metrics, folder, display)
-    add_report(folder, display, request.command)
     return metrics
 
 

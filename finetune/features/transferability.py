@@ -55,8 +55,8 @@ def normalised_leep(probabilities: Tensor, labels: Tensor, num_classes: int, see
 
 # --- Nearest neighbours by the cosine of their angle: a classifier that learns nothing ---
 #
-# The five nearest vote for their classes, with the weight exp(cosine / 0.07), as in the evaluation of features
-# that were learned without labels (arXiv:1805.01978).
+# The five nearest neighbours vote for their classes, each with the weight exp(cosine / 0.07), as in the
+# evaluation of self-supervised features (arXiv:1805.01978).
 #
 # Images are compared over some of the features at a time, so that neither many images nor many features
 # have to be in memory together.

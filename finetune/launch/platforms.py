@@ -94,7 +94,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-# --- Amazon SageMaker training jobs: ``docker run image train``, and everything else in files below /opt/ml ---
+# --- Amazon SageMaker training jobs: ``docker run IMAGE train``, the rest in files below /opt/ml ---
 #
 # =========================================  =================================================================
 # ``input/config/hyperparameters.json``      flags and keys of the recipe, as text

@@ -18,8 +18,8 @@ from typing import IO, Any
 
 from finetune import __version__
 from finetune.errors import EnvironmentFaultError, ExitCode, InterruptedRunError, UsageError
+from finetune.launch.mailbox import Kind, LaunchSpec, Mailbox, Message
 from finetune.launch.processes import end_by
-from finetune.launch.ray_worker import Kind, LaunchSpec, Mailbox, Message
 from finetune.system.heartbeat import Heartbeat, find_parent
 from finetune.system.signals import ECHO, signals_to_stop
 

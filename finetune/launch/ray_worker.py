@@ -9,10 +9,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ray.train.backend import Backend, BackendConfig
 
 from finetune import __version__
 from finetune.errors import ExitCode
+from finetune.launch.mailbox import Kind, LaunchSpec, Message
 from finetune.launch.processes import REPORT
 from finetune.launch.supervisor import own_command
 from finetune.system.heartbeat import VARIABLE
@@ -209,67 +209,3 @@ class _Pipes:
                     self._selector.unregister(key.fileobj)
             if not ready or (seconds and time.monotonic() >= deadline):
                 return
-
-
-# --- Where the driver and the workers leave word for each other: an actor on the driver's machine ---
-
-
-class Kind(StrEnum):
-    """What a letter holds."""
-
-    STARTED = "started"
-    STDOUT = "stdout"
-    STDERR = "stderr"
-    PULSE = "pulse"
-    EXIT = "exit"
-
-
-@dataclass(frozen=True)
-class Message:
-    """From the process of one rank.
-
-    Attributes:
-        rank: of the process.
-        kind: what it holds.
-        content: bytes that the process wrote, or its exit code in decimal digits.
-    """
-
-    rank: int
-    kind: Kind
-    content: bytes = b""
-
-
-@dataclass(frozen=True)
-class LaunchSpec:
-    """What every worker is to start.
-
-    Attributes:
-        arguments: of the command, as they stand after ``finetune``.
-        folder: the driver's working folder, from which relative paths count.
-        environment: variables of the driver that count everywhere.
-        version: of finetune, which has to be the same everywhere.
-    """
-
-    arguments: Sequence[str]
-    folder: str
-    environment: Mapping[str, str]
-    version: str
-
-
-class Mailbox:
-    """Keeps letters until the driver collects them, and tells the workers how often to stop."""
-
-    def __init__(self) -> None:
-        self._letters: list[Message] = []
-        self._stops = 0
-
-    def post(self, letters: Sequence[Message]) -> int:
-        """Leave letters; return how many times the processes have been asked to stop."""
-        self._letters.extend(letters)
-        return self._stops
-
-    def collect(self, stops: int) -> list[Message]:
-        """Return the letters that came in, and keep how many times the processes are asked to stop."""
-        self._stops = stops
-        letters, self._letters = self._letters, []
-        return letters

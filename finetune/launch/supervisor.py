@@ -6,9 +6,9 @@
       '- finetune run ...      the work, in a session of its own
          '- decoding processes
 
-The parent hears signs of life (:mod:`finetune.system.heartbeat`), passes signals on, ends what has stopped giving any,
-and starts again what may succeed the second time. The child goes on from its last checkpoint, so that a new
-start costs minutes at most and changes nothing in the result.
+The parent reads heartbeats (:mod:`finetune.system.heartbeat`), passes signals on, ends a child whose
+heartbeat stops, and starts it again where a second attempt may succeed. The child resumes from its last
+checkpoint, so a restart costs minutes at most and does not change the result.
 """
 
 from __future__ import annotations

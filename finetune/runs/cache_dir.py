@@ -117,7 +117,7 @@ class FeatureCacheDir:
         return len(removed), sum(one.num_bytes for one in removed)
 
 
-# --- While another process writes a file that this one needs: say so once, and stay alive as long as it does ---
+# --- Waiting while another process writes a file that this one needs ---
 
 
 _LOOKS = 5

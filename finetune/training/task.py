@@ -74,9 +74,9 @@ def _drops(module: nn.Module) -> bool:
 
 # --- ``torch.compile`` for the forward pass of training, as an option ---
 #
-# One graph for every shape, and none for shapes in general: which graph a batch meets must not depend on the
-# batches before it, or a run that was interrupted would end in other bits. Random numbers are eager torch's, so
-# that dropout draws what it draws without compiling.
+# Each shape gets a graph of its own, without dynamic shapes: which graph a batch runs must not depend on
+# earlier batches, or a resumed run would end in other bits. Random numbers come from eager torch, so that
+# dropout draws the same masks as without compiling.
 
 
 def build_forward(task: Task, compiled: bool, display: Display) -> Callable[[Tensor], Tensor]:

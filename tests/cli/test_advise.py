@@ -135,8 +135,8 @@ def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
     before = run(cli, tiny, image_folder, tmp_path / "one", *words)
     kept = run(
-        cli, tmp_path / "one", image_folder, tmp_path / "two", "--strategy", "full", "--epochs", 1, "--lr", 1e-7,
-        "--set", "strategy.head=keep",
+        cli, tmp_path / "one", image_folder, tmp_path / "two", "--strategy", "full",
+        "--epochs", 1, "--lr", 1e-7, "--set", "strategy.head=keep",
     )  # fmt: skip
     assert kept["accuracy"] == pytest.approx(before["accuracy"], abs=0.06)
     other = draw_folder(tmp_path / "other", {"blue": 12, "red": 12})

@@ -45,12 +45,9 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
             config = SplitConfig.of(recipe)
             dataset, issues = survey(Path(settings.path), config, settings.follow_links, tell)
         _create_output(output, dataset, Path(settings.path))
-        if dataset is None:
-            result = to_check(issues, {})
-        else:
-            result = _look(recipe, dataset, issues, output, display)
-        write_json(output / CHECK, result)
-        return result
+        found = to_check(issues, {}) if dataset is None else _look(recipe, dataset, issues, output, display)
+        write_json(output / CHECK, found)
+        return found
 
 
 def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:

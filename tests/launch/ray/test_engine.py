@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import EnvironmentFaultError, InterruptedRunError, UsageError
+from finetune.launch.mailbox import Kind, LaunchSpec, Mailbox, Message
 from finetune.launch.ray import _check_size, _Job, _order, launch_on_ray
-from finetune.launch.ray_worker import Kind, LaunchSpec, Mailbox, Message
 from tests.conftest import Cli
 
 
