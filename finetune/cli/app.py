@@ -29,7 +29,6 @@ app = typer.Typer(
     name="finetune",
     help="Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
