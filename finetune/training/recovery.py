@@ -20,7 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from finetune.data.loader import Batch
-from finetune.errors import DiskError, DivergedError
+from finetune.errors import DiskError, DivergedError, InterruptedRunError
 from finetune.runs.files import write_bytes
 from finetune.runs.folder import RunFolder
 from finetune.training.state import Checkpoint, Progress, Snapshot, State
@@ -89,6 +89,13 @@ def diverged(progress: Progress, found: str) -> DivergedError:
     """Return the end of a training that no way back has helped."""
     fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
     return DivergedError("training", f"the {found}, with a rate of {progress.lr:g}", fix)
+
+
+def interrupted(progress: Progress, folder: RunFolder) -> InterruptedRunError:
+    """Return the end of a training that was asked to stop, and has written a checkpoint."""
+    found = f"it was interrupted after step {progress.step}, in epoch {progress.epoch + 1}"
+    fix = f"Give the same command again, with --output {folder.path}, to go on from there."
+    return InterruptedRunError("training", found, fix)
 
 
 def capture(folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress) -> None:

@@ -4,6 +4,7 @@
 
     fit
       for each epoch
+      |  another phase?  freeze anew, with a new optimizer
       |  for each batch ------------------------------------------------.
       |  |  rates  = base rates x schedule(step)                        |
       |  |  images = mixup or cutmix                     (if asked for) |
@@ -35,7 +36,6 @@ from torch import Tensor, nn
 
 from finetune.data.loader import Batch
 from finetune.data.scan import refuse_many_lost
-from finetune.errors import InterruptedRunError
 from finetune.evaluation.predictions import Predictions, predict
 from finetune.recipe import TrainingSettings
 from finetune.runs.bad_images import add_lost_images
@@ -47,11 +47,12 @@ from finetune.system.forward import InParts
 from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
 from finetune.training.ddp import Replicas, agree, average_statistics, find_share
-from finetune.training.freeze import build_param_groups, freeze, frozen_tensors, set_train_mode
-from finetune.training.optim import Schedule, build_mixer, build_optimizer, is_over, observe
+from finetune.training.freeze import frozen_tensors, set_train_mode
+from finetune.training.optim import Schedule, build_mixer, is_over, observe
+from finetune.training.phase_optimizer import PhaseOptimizer
 from finetune.training.reporting import Listener, ProgressReporter, add_row, write_history
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
-from finetune.training.state import Checkpoint, Progress, Snapshot, State, compute_norm, is_finite
+from finetune.training.state import Checkpoint, Progress, Snapshot, State
 from finetune.training.step import Gradient, KeptBuffers, MicrobatchRunner, is_learnable, least_part
 from finetune.training.task import Task, build_forward, choose_microbatch
 
@@ -92,22 +93,17 @@ class Trainer:
         self.folder, self.store, self.display = folder, store, display
         self.stop_asked, self.on_history, self.distributed = stop_asked, on_history, distributed
         self.device = task.train.placement.device
-        freeze(task.network, task.plan)
-        groups = build_param_groups(task.network, task.plan, settings.weight_decay)
-        self.optimizer = build_optimizer(groups, settings)
-        self._learning = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self.schedule = Schedule.from_settings(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
-        mixer = build_mixer(settings, task.num_classes)
-        forward = build_forward(task, settings.compile, display)
-        replicas = Replicas(task.network, forward, distributed) if distributed.size > 1 else None
-        self.gradient = Gradient(task.network, task.loss, mixer, self.scaler, precision, forward, replicas)
-        self.microbatches = MicrobatchRunner(task, self.gradient, self.optimizer, seed, distributed, display)
+        self._mixer = build_mixer(settings, task.num_classes)
+        self._forward = build_forward(task, settings.compile, display)
+        self.progress = Progress(microbatch=settings.microbatch or choose_microbatch(task))
+        self._enter_phase()
         decay = settings.ema_decay
         self.ema = ModelEmaV3(task.network, decay, use_warmup=True) if decay else None
         average = self.ema.module if self.ema is not None else None
-        self.state = State(task.network, self.optimizer, average, frozen_tensors(task.network, task.plan))
-        self.progress = Progress(microbatch=settings.microbatch or choose_microbatch(task))
+        frozen = frozen_tensors(task.network, task.plan)
+        self.state = State(task.network, self.phase.optimizer, average, frozen)
         self.reporter = ProgressReporter(display, settings.epochs, len(task.train.samples))
         self._start, self._best = start, start.best if start else None
         self._saved: Snapshot | None = None
@@ -133,7 +129,7 @@ class Trainer:
 
     def _measure_features(self) -> dict[str, Tensor]:
         network, loader = self.task.network, self.task.train
-        set_train_mode(network, self.task.plan)
+        set_train_mode(network, self.phase.plan)
         with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
             parts = InParts(self.task.forward(network), self.progress.microbatch)
             return measure_features(network, loader, self.precision, self.seed, advance, parts)
@@ -164,10 +160,11 @@ class Trainer:
         while not is_over(self.progress, self.settings):
             if self._train_epoch():
                 self._finish_epoch()
+        self.phase.check_frozen()
         if self._saved is not self._epoch_start:
             self._save()  # what follows, figures and export, may be killed too
         if self._is_stop_asked():
-            raise self._interrupted()
+            raise recovery.interrupted(self.progress, self.folder)
         assert self._best is not None
         self.state.give_back_judged(self._best.tensors)
         if self._best_predictions is None:  # they came from a process that is gone; these are the same bits
@@ -193,7 +190,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train the rest of an epoch; false when it was left to begin again."""
         progress, loader = self.progress, self.task.train
-        set_train_mode(self.task.network, self.task.plan)
+        self.phase.begin_epoch()
         self._buffers = KeptBuffers(self.task.network)
         began = time.perf_counter()
         seconds_before, waited_before = progress.epoch_seconds, progress.wait_seconds
@@ -237,25 +234,13 @@ class Trainer:
         progress = self.progress
         factor = self.schedule.factor(progress.step, progress.steps_per_epoch)
         factor *= progress.plateau_factor * progress.rate_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        progress.lr = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
+        progress.lr = self.phase.set_lr(factor)
 
     def _is_usable(self, loss: Tensor) -> bool:
-        if self.scaler.is_enabled():
-            # An infinite gradient is how float16 finds its scale: the scaler itself skips the step.
-            self.scaler.unscale_(self.optimizer)
-            return is_finite(loss, *self._buffers.add_up()) and self.scaler.get_scale() >= 1.0
-        self._norm = compute_norm(self._learning)
-        return is_finite(loss, self._norm, *self._buffers.add_up())
+        return self.phase.is_usable(loss, self._buffers.add_up())
 
     def _update(self) -> None:
-        if self.settings.clip_grad is not None:
-            if self.scaler.is_enabled():
-                self._norm = compute_norm(self._learning)
-            nn.utils.clip_grads_with_norm_(self._learning, self.settings.clip_grad, self._norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.phase.step()
         if self.ema is not None:
             self.ema.update(self.task.network, step=self.progress.step)
 
@@ -273,9 +258,7 @@ class Trainer:
     def _recover(self, batch: Batch, loss: Tensor) -> bool:
         """Leave out a step that cannot be made; false when training went back to the start of the epoch."""
         self._buffers.give_back()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        self.phase.skip()
         way, found = recovery.choose_way(self.progress), recovery.describe(self.progress, loss)
         if way is recovery.Way.SKIP:
             self.progress.skipped += 1
@@ -345,6 +328,28 @@ class Trainer:
         progress.epoch, progress.batch, progress.num_seen = progress.epoch + 1, 0, 0
         progress.epoch_seconds = progress.wait_seconds = 0.0
         self._loss_sum.zero_()
+        self._follow_plan()
+
+    # --- phases ----------------------------------------------------------------------------------
+
+    def _enter_phase(self) -> None:
+        """Freeze as the plan says of this epoch, and learn with a new optimizer from now on."""
+        task, distributed, scaler, forward = self.task, self.distributed, self.scaler, self._forward
+        self.phase = PhaseOptimizer(task.network, task.plan, self.progress.epoch, self.settings, scaler)
+        replicas = Replicas(task.network, forward, distributed) if distributed.size > 1 else None
+        self.gradient = Gradient(
+            task.network, task.loss, self._mixer, scaler, self.precision, forward, replicas
+        )
+        self.microbatches = MicrobatchRunner(
+            task, self.gradient, self.phase.optimizer, self.seed, distributed, self.display
+        )
+
+    def _follow_plan(self) -> None:
+        """Enter the phase of this epoch where it is another one."""
+        if self.task.plan.at(self.progress.epoch) is not self.phase.plan:
+            self.phase.check_frozen()
+            self._enter_phase()
+            self.state.optimizer = self.phase.optimizer
 
     # --- stopping and going on -------------------------------------------------------------------
 
@@ -357,6 +362,7 @@ class Trainer:
 
     def _go_to(self, snapshot: Snapshot) -> None:
         self.progress = snapshot.progress.copy()
+        self._follow_plan()
         self.display.heartbeat.step = self.progress.step
         self.state.give_back(snapshot.tensors)
         if self.progress.scaler:
@@ -377,7 +383,7 @@ class Trainer:
     def _save_and_leave(self) -> None:
         self._save()
         self.distributed.wait()  # a process that ends early looks like one that failed
-        raise self._interrupted()
+        raise recovery.interrupted(self.progress, self.folder)
 
     def _save(self) -> None:
         """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
@@ -388,8 +394,3 @@ class Trainer:
             self.display.heartbeat.tell({"saving": False})
         self.pace.wrote(self.store.seconds)
         self._saved = now
-
-    def _interrupted(self) -> InterruptedRunError:
-        found = f"it was interrupted after step {self.progress.step}, in epoch {self.progress.epoch + 1}"
-        fix = f"Give the same command again, with --output {self.folder.path}, to go on from there."
-        return InterruptedRunError("training", found, fix)

@@ -1,0 +1,100 @@
+"""One phase of training: what is frozen in it, and the update of what learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finetune.recipe import TrainingSettings
+from finetune.training.freeze import (
+    build_param_groups,
+    check_frozen,
+    digest_frozen,
+    freeze,
+    set_train_mode,
+)
+from finetune.training.optim import build_optimizer
+from finetune.training.plan import Plan
+from finetune.training.state import compute_norm, is_finite
+
+
+class PhaseOptimizer:
+    """Freezes a network for one phase, and updates what learns; it begins without momentum.
+
+    Args:
+        network: on its device; frozen at once.
+        plan: of the whole run.
+        epoch: from 0; the phase is that of this epoch.
+        settings: the recipe's section.
+        scaler: of the loss, for float16.
+
+    Attributes:
+        plan: of the phase.
+        optimizer: of what learns in it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Plan,
+        epoch: int,
+        settings: TrainingSettings,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self.network, self.plan = network, plan.at(epoch)
+        self._clip, self._scaler = settings.clip_grad, scaler
+        freeze(network, self.plan)
+        network.zero_grad(set_to_none=True)  # of what learned in the phase before
+        groups = build_param_groups(network, self.plan, settings.weight_decay)
+        self.optimizer = build_optimizer(groups, settings)
+        self._weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        self._is_only = self.plan is plan  # then the caller checks what is frozen in the whole run
+        self._frozen: dict[str, str] = {}
+
+    def begin_epoch(self) -> None:
+        """Set the modes of the layers; before the phase's first epoch, note what must not change."""
+        set_train_mode(self.network, self.plan)
+        if not self._is_only and not self._frozen:
+            self._frozen = digest_frozen(self.network, self.plan)
+
+    def set_lr(self, factor: float) -> float:
+        """Multiply the lr of every group by a factor, and return that of the uppermost stage."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        lr: float = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
+        return lr
+
+    def is_usable(self, loss: Tensor, statistics: Sequence[Tensor]) -> bool:
+        """Return whether loss, gradient and sums of running statistics are finite."""
+        if self._scaler.is_enabled():
+            # An infinite gradient is how float16 finds its scale: the scaler itself skips the step.
+            self._scaler.unscale_(self.optimizer)
+            return is_finite(loss, *statistics) and self._scaler.get_scale() >= 1.0
+        self._norm = compute_norm(self._weights)
+        return is_finite(loss, self._norm, *statistics)
+
+    def step(self) -> None:
+        """Clip the gradient where that was asked for, and update the weights; after :meth:`is_usable`."""
+        if self._clip is not None:
+            if self._scaler.is_enabled():
+                self._norm = compute_norm(self._weights)
+            nn.utils.clip_grads_with_norm_(self._weights, self._clip, self._norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def skip(self) -> None:
+        """Leave a step out."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._scaler.is_enabled():
+            self._scaler.update()
+
+    def check_frozen(self) -> None:
+        """Assert that nothing frozen has changed since the phase's first epoch began.
+
+        Raises:
+            InternalError: something has.
+        """
+        if self._frozen:
+            check_frozen(self.network, self.plan, self._frozen)
