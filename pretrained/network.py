@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice
-from pretrained.graph.layer import TapPoint
+from pretrained.graph.recorder import FeaturePoint
 from pretrained.heads import change_head
 from pretrained.stage_classifier import build_stage_classifier
 
@@ -47,7 +47,7 @@ def _build_stage_classifier(card: Card) -> nn.Module:
     """The network below has a classifier that nothing reaches: one class is the least that it can have."""
     head: HeadChoice = "replace" if card.head == "keep" else card.head
     network = build_network(replace(card, taps=(), num_classes=1, head=head))
-    points = [TapPoint(*tap) for tap in card.taps]
+    points = [FeaturePoint(*tap) for tap in card.taps]
     return build_stage_classifier(network, points, card.pool, card.num_classes, card.preprocessing.input_size)
 
 

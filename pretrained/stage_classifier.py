@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
-from pretrained.graph.layer import Layer, TapPoint
-from pretrained.graph.layers import Layers
+from pretrained.graph.layers import FeatureExtractor, Layer, Layers
 from pretrained.graph.pooling import Pool, check_pool
-from pretrained.graph.recorder import FeatureRecorder
+from pretrained.graph.recorder import FeaturePoint
 
 MOST_FEATURES = 1_000_000
 """That a classifier from a file may read; all stages of wide networks together have some ten thousand."""
@@ -37,13 +36,13 @@ class StageClassifier(nn.Module):
     def __init__(self, network: nn.Module, layers: Sequence[Layer], pool: Pool, num_classes: int) -> None:
         super().__init__()
         self.network = network
-        self.taps = FeatureRecorder(network, layers, pool)
+        self.extractor = FeatureExtractor(network, layers, pool)
         self.num_features = sum(layer.num_features(pool) for layer in layers)
         self.classifier = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K)."""
-        features = torch.cat(self.taps(images), dim=1)
+        features = torch.cat(self.extractor(images), dim=1)
         logits: Tensor = self.classifier(features)
         return logits
 
@@ -59,7 +58,7 @@ class StageClassifier(nn.Module):
 
 def build_stage_classifier(
     network: nn.Module,
-    points: Sequence[TapPoint],
+    points: Sequence[FeaturePoint],
     pool: Pool,
     num_classes: int,
     input_size: tuple[int, int, int],

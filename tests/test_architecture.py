@@ -219,6 +219,29 @@ def test_what_an_import_does_not_load(module: str, absent: set[str]) -> None:
     assert result.stdout.split() == []
 
 
+# --- one owner of hooks --------------------------------------------------------------------------
+
+HOOKS_ALLOWED = {
+    "pretrained.graph.recorder": "observes, records and replaces values, and removes its hooks",
+    "finetune.training.standardize": "standardised features are part of the network until they are folded in",
+}
+
+
+def registers_hooks(tree: ast.Module) -> bool:
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return any(name.startswith("register_") and name.endswith("hook") for name in names)
+
+
+def test_a_hook_is_seen() -> None:
+    for method in ("forward_hook", "forward_pre_hook", "full_backward_hook", "module_forward_hook", "hook"):
+        assert registers_hooks(ast.parse(f"module.register_{method}(note)"))
+    assert not registers_hooks(ast.parse("module.register_buffer('mean', mean)"))
+
+
+def test_one_module_owns_the_hooks() -> None:
+    assert {name for name, tree in modules().items() if registers_hooks(tree)} == set(HOOKS_ALLOWED)
+
+
 # --- nothing that is read can run ----------------------------------------------------------------
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}

@@ -23,7 +23,7 @@ from finetune.errors import UsageError
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from finetune.system.distributed import Distributed
-    from pretrained.graph.layer import Layer
+    from pretrained.graph.layers import Layer
 
 
 @takes_source
@@ -107,7 +107,7 @@ def _facts(kind: str, layer: Layer) -> dict[str, object]:
     return {
         "layer": layer.name,
         "kind": kind if layer.name != "pre_logits" else "head input",
-        "from": f"{'input of ' if layer.at_input else ''}{layer.module}",
+        "from": f"{'input of ' if layer.point.at_input else ''}{layer.point.module}",
         "size": layer.size,
         "num_features": layer.num_features("auto"),
         "pool": layer.pool_of("auto"),

@@ -13,7 +13,6 @@ Shape legend: B batch, C channels, H W pixels, h w positions of the map, L posit
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +24,9 @@ from torch.nn import functional as F
 
 from finetune.errors import UsageError
 from finetune.explain.positions import MapPosition, find_places
-from pretrained.graph.cuts import map_tensors
-from pretrained.graph.flow import tensors_in
-from pretrained.graph.layer import Layer
 from pretrained.graph.pooling import Form
-from pretrained.graph.recorder import FeatureRecorder
+from pretrained.graph.recorder import FeatureRecorder, replace_value
+from pretrained.graph.structures import map_tensors, tensors_in
 from pretrained.stage_classifier import StageClassifier
 
 NO_MAP = "the network has no features that still lie as in the image"
@@ -67,7 +64,7 @@ class GradCam:
     def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
         self._network, self._place, self.reason = network, None, ""
         if isinstance(network, StageClassifier):
-            forms = [form for layer in network.taps.layers for form in layer.forms]
+            forms = [form for layer in network.extractor.layers for form in layer.forms]
             if not any(form.num_positions > 1 for form in forms):
                 self.reason = NO_MAP
             return
@@ -105,11 +102,7 @@ class GradCam:
     def _forward(self, images: Tensor) -> tuple[_Maps, Tensor]:
         """Return leaves of the autograd graph with their forms, and the logits (B, K) above them."""
         if isinstance(self._network, StageClassifier):
-            taps = _LeafTaps(self._network.network, self._network.taps.layers, self._network.taps.pool)
-            rows = taps(images)
-            with torch.enable_grad():
-                logits = self._network.classifier(torch.cat(rows, dim=1))
-            return [(leaf, form) for leaf, form in taps.leaves if form.num_positions > 1], logits
+            return _forward_stages(self._network, images)
         assert self._place is not None
         return _forward_from(self._network, self._place, images)
 
@@ -144,59 +137,49 @@ def _forward_from(network: nn.Module, place: MapPosition, images: Tensor) -> tup
 def _leaf_at(network: nn.Module, place: MapPosition) -> Iterator[list[Tensor]]:
     """Put a leaf of the autograd graph in the place of a tensor, while the block runs without gradients.
 
-    The network goes on with a copy: an operation in place (a ReLU) would change what was kept.
+    The network goes on with a copy: an operation in place (a ReLU) would change the leaf.
     """
     leaves: list[Tensor] = []
-    calls: Counter[bool] = Counter()
 
     def exchange(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         torch.set_grad_enabled(True)  # the caller's no_grad() ends it
-        leaves.append(tensor.detach().clone().requires_grad_())
+        leaves.append(_leaf_of(tensor))
         return leaves[-1].clone()
 
-    def take(at_input: bool, item: Any) -> Any:
-        number = calls[at_input]
-        calls[at_input] += 1
-        if (number, at_input) == (place.point.number, place.point.at_input):
-            return map_tensors(exchange, item)
-        return None
-
-    module = network.get_submodule(place.point.module)
-
-    def before(_: nn.Module, arguments: Any) -> Any:
-        first = take(True, arguments[:1])
-        return None if first is None else (*first, *arguments[1:])
-
-    handles = [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(lambda _, __, outputs: take(False, outputs)),
-    ]
     try:
-        yield leaves
+        with replace_value(network, place.point, lambda value: map_tensors(exchange, value)):
+            yield leaves
     finally:
         torch.set_grad_enabled(False)
-        for handle in handles:
-            handle.remove()
 
 
-class _LeafTaps(FeatureRecorder):
-    """Taps that pool leaves of the autograd graph, so that each layer's own share in the logits is known."""
+def _leaf_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
 
-    leaves: _Maps
 
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        """Return rows (B, D) float32 of each layer, above ``leaves``."""
-        self.leaves = []
-        return super().__call__(images)
+def _forward_stages(staged: StageClassifier, images: Tensor) -> tuple[_Maps, Tensor]:
+    """Run a classifier on stages; autograd records what follows each stage, and not the network below.
 
-    def _pool(self, layer: Layer, item: Any, num_images: int) -> Tensor:
-        found = [tensor for tensor in tensors_in(item) if tensor.is_floating_point()]
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in found]
-        self.leaves += zip(leaves, layer.forms, strict=True)
-        with torch.enable_grad():
-            return super()._pool(layer, leaves, num_images)
+    The gradient by a stage is then its own share in the logits, without what it gives through later stages.
+    """
+    layers, pool = staged.extractor.layers, staged.extractor.pool
+    recorder = FeatureRecorder(staged.network, [layer.point for layer in layers], [_leaves_of] * len(layers))
+    leaves = recorder.record(images)
+    with torch.enable_grad():
+        rows = [layer.pooled(found, pool, len(images)) for layer, found in zip(layers, leaves, strict=True)]
+        logits = staged.classifier(torch.cat(rows, dim=1))
+    maps = [
+        (leaf, form)
+        for layer, found in zip(layers, leaves, strict=True)
+        for leaf, form in zip(found, layer.forms, strict=True)
+    ]
+    return [(leaf, form) for leaf, form in maps if form.num_positions > 1], logits
+
+
+def _leaves_of(value: Any) -> list[Tensor]:
+    return [_leaf_of(tensor) for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 # --- from gradients to maps ----------------------------------------------------------------------

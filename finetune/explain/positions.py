@@ -14,10 +14,11 @@ from itertools import groupby
 from torch import nn
 
 from pretrained.graph.classifier import classifier_layers
-from pretrained.graph.cuts import Cut, Trace, find_cuts, shapes_in, trace_calls
-from pretrained.graph.layer import TapPoint
+from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
 from pretrained.graph.layers import count_prefix_tokens
 from pretrained.graph.pooling import Form, find_form
+from pretrained.graph.recorder import FeaturePoint
+from pretrained.graph.structures import shapes_in
 
 LEAST_SHARE = 0.5
 """Of the network's work, done at a place: what comes before knows edges and colours only. (Where branches run
@@ -33,7 +34,7 @@ class MapPosition:
         form: of the tensor; it has more than one position.
     """
 
-    point: TapPoint
+    point: FeaturePoint
     form: Form
 
 
@@ -56,7 +57,7 @@ def find_places(network: nn.Module, input_size: tuple[int, int, int]) -> Iterato
         ]
         if places:
             cut, form = max(places, key=lambda pair: (pair[1].num_positions, pair[0].time))
-            yield MapPosition(TapPoint(cut.call.name, cut.call.number, cut.at_input), form)
+            yield MapPosition(cut.point, form)
 
 
 def _head_began(network: nn.Module, trace: Trace) -> int:

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from finetune.data.transforms import Normalizer
 from finetune.errors import UsageError
 from pretrained.catalog import Card, Preprocessing
-from pretrained.graph.recorder import FeatureRecorder
+from pretrained.graph.layers import FeatureExtractor
 from pretrained.stage_classifier import StageClassifier
 
 Layout = Literal["nchw", "nhwc"]
@@ -107,10 +107,11 @@ class _WholeStageClassifier(nn.Module):
         super().__init__()
         assert isinstance(staged, StageClassifier)
         self.network, self.classifier = staged.network, staged.classifier
-        self._taps = FeatureRecorder(staged.network, staged.taps.layers, staged.taps.pool, with_logits=True)
+        extractor = staged.extractor
+        self._extract = FeatureExtractor(staged.network, extractor.layers, extractor.pool, with_logits=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(torch.cat(self._taps(images)[:-1], dim=1))
+        logits: Tensor = self.classifier(torch.cat(self._extract(images)[:-1], dim=1))
         return logits
 
 

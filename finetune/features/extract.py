@@ -45,7 +45,7 @@ from finetune.runs.files import write_csv, write_json
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from pretrained.graph.layer import Layer
+from pretrained.graph.layers import Layer
 from pretrained.graph.pooling import Pool
 
 FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
@@ -232,7 +232,15 @@ def _write(
     tables = _write_tables(source, features, order, target, display)
     if target.is_folder:
         rows = [
-            (one.name, path.name, one.module, one.size, one.num_features(pool), one.pool_of(pool), len(order))
+            (
+                one.name,
+                path.name,
+                one.point.module,
+                one.size,
+                one.num_features(pool),
+                one.pool_of(pool),
+                len(order),
+            )
             for one, path in zip(features.layers, tables, strict=True)
         ]
         write_csv(target.path / "index.csv", rows, INDEX_COLUMNS)

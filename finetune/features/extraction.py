@@ -52,9 +52,8 @@ from finetune.system.device import Precision, describe_environment, release_memo
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from pretrained.catalog import Card
-from pretrained.graph.layer import Layer
+from pretrained.graph.layers import FeatureExtractor, Layer
 from pretrained.graph.pooling import Pool
-from pretrained.graph.recorder import FeatureRecorder
 
 _PRECISION: Precision = "float32"
 """Of features: they are numbers that people read, and half of their digits are no saving."""
@@ -255,8 +254,8 @@ def _rows_of_part(
 
     def open_forward(missing: Sequence[int]) -> Callable[[Tensor], Tensor]:
         wanted = [layers[number] for number in missing if number < len(layers)]
-        taps = FeatureRecorder(network, wanted, pool, with_logits=len(layers) in missing)
-        return lambda images: torch.cat(taps(images), dim=1)
+        extract = FeatureExtractor(network, wanted, pool, with_logits=len(layers) in missing)
+        return lambda images: torch.cat(extract(images), dim=1)
 
     open_loader = cache(partial(_open_loader, source, part, kept.batch_size, kept.distributed, stack))
     return kept.rows(places, open_forward, open_loader, 0, f"features of {part} images")
@@ -300,7 +299,7 @@ def _places(
     whole = shared | {"weights": source.network.weights}
     for layer in layers:
         width = layer.num_features(pool)
-        facts = {"layer": [layer.module, layer.number, layer.at_input], "pool": layer.pool_of(pool)}
+        facts = {"layer": [*layer.point], "pool": layer.pool_of(pool)}
         own = whole if source.network.layers.reads_head(layer) else shared
         yield RowSpec({"kind": "layer"} | facts | {"numel": width} | own, width)
 

@@ -30,7 +30,7 @@ from finetune.runs.files import write_csv
 from finetune.runs.outcome import translated_errors
 from finetune.system.device import derive_seed
 from finetune.system.display import Display
-from pretrained.graph.layer import Layer
+from pretrained.graph.layers import Layer
 from pretrained.graph.pooling import Pool
 
 Classifier = Literal["svm", "softmax", "logreg", "knn"]

@@ -30,9 +30,8 @@ from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
-from pretrained.graph.layer import Layer
+from pretrained.graph.layers import FeatureExtractor, Layer
 from pretrained.graph.pooling import Pool
-from pretrained.graph.recorder import FeatureRecorder
 
 Method = Literal["pca", "umap"]
 _SIMILAR_COLUMNS = ("rank", "path", "label", "similarity")
@@ -125,7 +124,7 @@ def _see(network: Network, image: Path, layer: Layer, pool: Pool) -> Tensor:
     device = network.placement.device
     pixels = Normalizer(preprocessing, device)(view.unsqueeze(0).to(device))
     with torch.inference_mode():
-        [row] = FeatureRecorder(network.backbone.network, [layer], pool)(pixels)
+        [row] = FeatureExtractor(network.backbone.network, [layer], pool)(pixels)
     return row[0].cpu()
 
 

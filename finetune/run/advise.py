@@ -32,7 +32,7 @@ from finetune.run.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.run.verify import verify
 from finetune.system.display import Display
 from finetune.training.plan import Plan, lay_plan
-from pretrained.graph.layer import Layer
+from pretrained.graph.layers import Layer
 
 BACKWARD = 3
 """What a training step costs, in forward passes: the gradient takes two more."""

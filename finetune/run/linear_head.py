@@ -31,8 +31,7 @@ from finetune.run.context import Work
 from finetune.run.setup import Ready
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers
-from pretrained.graph.layer import Layer
-from pretrained.graph.layers import Layers
+from pretrained.graph.layers import Layer, Layers
 from pretrained.heads import change_head
 from pretrained.stage_classifier import StageClassifier
 

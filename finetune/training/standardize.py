@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from finetune.system.display import Advance
 from finetune.system.forward import InParts, autocast
 from finetune.training.step import is_learnable
 from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.recorder import observe_calls
 
 NUM_MEASURED = 256
 """Images that are enough for means and deviations (of which they give the latter to 5 %)."""
@@ -108,15 +110,11 @@ def _kept_buffers(network: nn.Module) -> Iterator[None]:
 def _recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def record(name: str) -> object:
-        return lambda _, args: inputs[name].append(args[0].detach().float().flatten(1))
+    def record(name: str, arguments: tuple[Any, ...]) -> None:
+        inputs[name].append(arguments[0].detach().float().flatten(1))
 
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]  # type: ignore[arg-type]
-    try:
+    with observe_calls(layers, before=record):
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attach(network: nn.Module, moments: Mapping[str, Tensor], keep: bool = False) -> None:

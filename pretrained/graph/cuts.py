@@ -10,47 +10,26 @@ Shapes: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.errors import UsageError
-from pretrained.graph.flow import Graph, Value, cut_values, graph_of, meta_twin, tensors_in, values_of
+from pretrained.graph.flow import Graph, Value, cut_values, graph_of, meta_twin, values_of
+from pretrained.graph.recorder import FeaturePoint, observe_calls
+from pretrained.graph.structures import Shape, Structure, map_tensors, shapes_in, tensors_in
 
 BATCHES = (2, 3)
 """Numbers of images that are traced; shapes in between and beyond follow in a straight line."""
 MOST_TENSORS = 16
 """That a cut may carry."""
-
-Structure: TypeAlias = Any
-"""Nested tuples, lists and dicts, with :class:`Shape` in the place of tensors."""
-
-
-class Shape(NamedTuple):
-    """The shape of a tensor for any batch: each axis has ``grows * B + fixed`` positions."""
-
-    grows: tuple[int, ...]
-    fixed: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, batch: int) -> tuple[int, ...]:
-        """Return the shape for so many images."""
-        return tuple(grows * batch + fixed for grows, fixed in zip(self.grows, self.fixed, strict=True))
-
-    @property
-    def numel(self) -> int:
-        """Numbers in it for one image."""
-        return torch.Size(self.of(1)).numel()
-
-    @property
-    def is_by_image(self) -> bool:
-        """Whether the first axis alone grows, from nothing: so rows of images can be told apart."""
-        return bool(self.grows) and self.grows[0] > 0 and self.fixed[0] == 0 and not any(self.grows[1:])
 
 
 @dataclass
@@ -99,10 +78,14 @@ class Cut:
     depth: int
 
     @property
+    def point(self) -> FeaturePoint:
+        """Where it is in a forward pass."""
+        return FeaturePoint(self.call.name, self.call.number, self.at_input)
+
+    @property
     def name(self) -> str:
         """``layer3``, or ``input of heads`` for an argument."""
-        again = f" (call {self.call.number + 1})" if self.call.number else ""
-        return f"{'input of ' if self.at_input else ''}{self.call.name or 'the network'}{again}"
+        return str(self.point)
 
     @property
     def time(self) -> int:
@@ -180,14 +163,13 @@ def _dtype(network: nn.Module) -> torch.dtype:
 @contextmanager
 def _noted(twin: nn.Module, trace: Trace, count: Callable[[], int]) -> Iterator[None]:
     """Note every call while the block runs."""
-    names = {module: name for name, module in twin.named_modules()}
-    numbers: dict[str, int] = {}
+    numbers: Counter[str] = Counter()
     open_calls: list[Call] = []
-    clock = iter(range(2**62))
+    clock = itertools.count()
 
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        call = Call(names[module], numbers.get(names[module], 0), next(clock))
-        numbers[call.name] = call.number + 1
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        call = Call(name, numbers[name], next(clock))
+        numbers[name] += 1
         call.multiplied = (count(), 0)
         if arguments and isinstance(arguments[0], Tensor):
             call.argument = _shape_of(arguments[0])
@@ -195,44 +177,19 @@ def _noted(twin: nn.Module, trace: Trace, count: Callable[[], int]) -> Iterator[
         trace.calls.append(call)
         open_calls.append(call)
 
-    def after(module: nn.Module, _: tuple[Any, ...], outputs: Any) -> None:
+    def after(name: str, outputs: Any) -> None:
         call = open_calls.pop()
-        while call.name != names[module]:  # left by an exception, as a forward that knows enough leaves
+        while call.name != name:  # left by an exception, as a forward that knows enough leaves
             call = open_calls.pop()
         call.ended, call.multiplied = next(clock), (call.multiplied[0], count())
         call.outputs, call.went = map_tensors(_shape_of, outputs), tuple(values_of(tensors_in(outputs)))
 
-    handles = [module.register_forward_pre_hook(before) for module in names]
-    handles += [module.register_forward_hook(after) for module in names]
-    try:
+    with observe_calls(dict(twin.named_modules()), before, after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _shape_of(tensor: Tensor) -> Shape:
     return Shape(tuple(tensor.shape), (0,) * tensor.ndim, tensor.dtype)
-
-
-def map_tensors(change: Callable[[Any], Any], item: Any) -> Any:
-    """Return nested tuples, lists and dicts with every tensor (or shape) changed."""
-    if isinstance(item, (Tensor, Shape)):
-        return change(item)
-    if isinstance(item, Mapping):
-        return type(item)((key, map_tensors(change, value)) for key, value in item.items())  # type: ignore[call-arg]
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(map_tensors(change, part) for part in item))
-    if isinstance(item, (list, tuple)):
-        return type(item)(map_tensors(change, part) for part in item)
-    return item
-
-
-def shapes_in(item: Structure) -> list[Shape]:
-    """Return every shape of a structure, in order."""
-    found: list[Shape] = []
-    map_tensors(found.append, item)
-    return found
 
 
 def _merge(trace: Trace, other: Trace) -> None:

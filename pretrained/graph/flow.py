@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -27,6 +27,8 @@ from torch.autograd.graph import Node
 
 from finetune.errors import UsageError
 from pretrained.graph.pooling import TRUE_TO_FORM, skew
+from pretrained.graph.recorder import observe_calls
+from pretrained.graph.structures import tensors_in
 
 BATCH = 2
 """Two images: enough to tell where tokens or windows are folded into the batch axis."""
@@ -144,37 +146,22 @@ def _torch_hooks(table: dict[int, object]) -> dict[int, object]:
 def _forward(twin: nn.Module, input_size: tuple[int, int, int]) -> tuple[Value, list[Value], dict[str, int]]:
     """Run the twin once; return the image, the outputs that depend on anything, and the order of calls."""
     calls: dict[str, int] = {}
-    names = {module: name for name, module in twin.named_modules()}
 
-    def note(module: nn.Module, _: object) -> None:
-        calls.setdefault(names[module], len(calls))
+    def note(name: str, _: object) -> None:
+        calls.setdefault(name, len(calls))
 
-    for module in names:
-        module.register_forward_pre_hook(note)
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     leaf = torch.empty(BATCH, *input_size, dtype=dtype, device="meta", requires_grad=True)
     image = leaf * 1  # a forward may begin with an operation in place, which a leaf forbids
     [source] = values_of([image])
-    sinks = values_of(tensors_in(twin(image)))
+    with observe_calls(dict(twin.named_modules()), before=note):
+        sinks = values_of(tensors_in(twin(image)))
     return source, sinks, calls
 
 
 def values_of(tensors: Iterable[Tensor]) -> list[Value]:
     """Return what the graph calls these tensors; those that depend on nothing are left out."""
     return [(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None]
-
-
-def tensors_in(item: object) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, dicts and dataclasses."""
-    if isinstance(item, Tensor):
-        return [item]
-    if isinstance(item, Mapping):
-        return tensors_in(list(item.values()))
-    if is_dataclass(item):
-        return tensors_in([getattr(item, field.name) for field in fields(item)])
-    if isinstance(item, (list, tuple)):
-        return [tensor for part in item for tensor in tensors_in(part)]
-    return []
 
 
 # --------------------------------------------------------------------------------------------- the graph

@@ -16,22 +16,115 @@ before anything of the next stage. On AlexNet these are the layers 1 to 7 of Zei
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.errors import UsageError, suggest
 from pretrained.graph.classifier import classifier_layers
-from pretrained.graph.cuts import Call, Cut, Structure, find_cuts, shapes_in, trace_calls
-from pretrained.graph.layer import Layer, TapPoint
-from pretrained.graph.pooling import Pool, check_pool, find_form
-from pretrained.graph.recorder import FeatureRecorder
+from pretrained.graph.cuts import Call, Cut, find_cuts, trace_calls
+from pretrained.graph.pooling import Form, Pool, check_pool, find_form, pool_tensor
+from pretrained.graph.recorder import FeaturePoint, FeatureRecorder
 from pretrained.graph.stages import Stage
+from pretrained.graph.structures import Structure, shapes_in, tensors_in
 
 WORDS = ("all", "last", "pre_logits")
 _NO_HEAD = Stage("head", "head", (), ())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A point of a network whose features can be taken, and how to read them.
+
+    Attributes:
+        name: in options and tables.
+        point: where it is in a forward pass.
+        forms: of its tensors; more than one in networks with parallel branches.
+        share: of the network's multiplications that are done by then, in [0, 1].
+        has_token: the network's classifier reads a class token (``auto`` takes it).
+    """
+
+    name: str
+    point: FeaturePoint
+    forms: tuple[Form, ...]
+    share: float
+    has_token: bool
+
+    def pool_of(self, pool: Pool) -> Pool:
+        """Return what ``auto`` means here."""
+        if pool != "auto":
+            return pool
+        return "token" if self.has_token and all(form.prefix for form in self.forms) else "avg"
+
+    def num_features(self, pool: Pool) -> int:
+        """Return the number of features of one image, D."""
+        return sum(form.num_features(self.pool_of(pool)) for form in self.forms)
+
+    def pooled(self, value: Any, pool: Pool, num_images: int) -> Tensor:
+        """Return rows (B, D) float32 of the value that was recorded at its point.
+
+        Args:
+            value: one tensor, or a nested structure of tensors.
+            pool: how a map becomes a row.
+            num_images: B.
+        """
+        tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+        rows = [
+            pool_tensor(tensor, form, self.pool_of(pool), num_images)
+            for tensor, form in zip(tensors, self.forms, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    @property
+    def size(self) -> str:
+        """The shape of one image's features for display: ``512x7x7``, ``197x192``, ``512``."""
+        return " + ".join(_describe(form) for form in self.forms)
+
+
+def _describe(form: Form) -> str:
+    if form.order == "vector" or form.size is None:
+        return str(form.width)
+    if form.order == "tokens":
+        return f"{form.num_positions + form.prefix}x{form.width}"
+    return f"{form.width}x{form.size[0]}x{form.size[1]}"
+
+
+class FeatureExtractor:
+    """The pooled features of several layers from one forward pass.
+
+    A tensor is pooled as soon as it is computed, so that only rows are kept in memory.
+
+    Args:
+        network: (B, 3, H, W) -> (B, K).
+        layers: at least one, unless only the logits are wanted.
+        pool: how a map becomes a row.
+        with_logits: run the complete forward pass, and return the logits (B, K) as well, last. Otherwise the
+            pass ends at the last of the layers.
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: Sequence[Layer], pool: Pool, with_logits: bool = False
+    ) -> None:
+        self.network, self.layers, self.pool, self.with_logits = network, tuple(layers), pool, with_logits
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Return rows (B, D) float32 of each layer.
+
+        Raises:
+            PointNotReachedError: the forward pass does not reach every layer.
+        """
+        num_images = images.shape[0]  # len() would fix the batch size of a traced network
+        points = [layer.point for layer in self.layers]
+        pools = [partial(layer.pooled, pool=self.pool, num_images=num_images) for layer in self.layers]
+        recorder = FeatureRecorder(self.network, points, pools)
+        if not self.with_logits:
+            return recorder.record(images)
+        rows, output = recorder.record_all(images)
+        return [*rows, tensors_in(output)[0].float()]
 
 
 class Layers:
@@ -88,9 +181,8 @@ class Layers:
         if weight.is_meta:
             return True
         noise = torch.randn(2, *self._input_size, generator=torch.Generator().manual_seed(0))
-        first, second = FeatureRecorder(self._network, [one, other], "auto")(
-            noise.to(weight.device, weight.dtype)
-        )
+        extract = FeatureExtractor(self._network, [one, other], "auto")
+        first, second = extract(noise.to(weight.device, weight.dtype))
         return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * second.abs().max().item())
 
     def reads_head(self, layer: Layer) -> bool:
@@ -98,8 +190,8 @@ class Layers:
         owners = {name.rpartition(".")[0] for name in self._head.parameters}
         calls = {(call.name, call.number): call for call in self._trace.calls}
         began = min((call.began for call in calls.values() if call.name in owners), default=None)
-        call = calls[layer.module, layer.number]
-        return began is not None and (call.began if layer.at_input else call.ended) > began
+        call = calls[layer.point.module, layer.point.number]
+        return began is not None and (call.began if layer.point.at_input else call.ended) > began
 
     def modules(self) -> dict[str, Layer]:
         """Return a layer for each module that gives tensors by image, in the order of the forward."""
@@ -110,7 +202,7 @@ class Layers:
                 calls[call.name] = layer
         return calls
 
-    def at(self, point: TapPoint) -> Layer:
+    def at(self, point: FeaturePoint) -> Layer:
         """Return the layer at a place.
 
         Raises:
@@ -216,7 +308,8 @@ class Layers:
         if len(known) < len(forms):
             return None
         share = call.multiplied[0 if at_input else 1] / max(self._trace.flops, 1)
-        return Layer(name, call.name, call.number, at_input, known, share, self._has_token)
+        point = FeaturePoint(call.name, call.number, at_input)
+        return Layer(name, point, known, share, self._has_token)
 
 
 def _preference(layer: Layer) -> tuple[bool, bool, bool]:
@@ -225,7 +318,7 @@ def _preference(layer: Layer) -> tuple[bool, bool, bool]:
     What the next stage takes may be folded already (Swin merges patches before its first weight).
     """
     is_map = all(form.num_positions > 1 for form in layer.forms)
-    return len(layer.forms) == 1, is_map, not layer.at_input
+    return len(layer.forms) == 1, is_map, not layer.point.at_input
 
 
 def _matches(name: str, pattern: str) -> bool:

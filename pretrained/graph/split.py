@@ -24,22 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrained.graph.cuts import Call, Cut, Shape, Structure, Trace, map_tensors, shapes_in
-from pretrained.graph.flow import tensors_in
+from pretrained.graph.cuts import Call, Cut, Trace
+from pretrained.graph.recorder import FeaturePoint, FeatureRecorder, PointNotReachedError, replace_value
+from pretrained.graph.structures import Shape, Structure, map_tensors, shapes_in, tensors_in
 
 TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest logit. Bit-equal nearly everywhere; some networks
 take other kernels where their trunk needs no gradients."""
-
-
-class CutNotReachedError(Exception):
-    """A forward that ended without its cut: it takes other ways in other modes."""
-
-
-class _CutReached(Exception):  # noqa: N818 - it ends a forward, and is no error
-    def __init__(self, carried: Any) -> None:
-        super().__init__()
-        self.carried = carried
 
 
 @dataclass(frozen=True)
@@ -106,34 +97,18 @@ class Trunk:
     """
 
     def __init__(self, network: nn.Module, cut: Cut) -> None:
-        self.network, self.cut = network, cut
-        self._module = network.get_submodule(cut.call.name)
+        # No copy: the forward pass ends here, so nothing overwrites the value.
+        self._recorder = FeatureRecorder(network, [cut.point], [lambda value: value])
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Any:
         """Return what the cut carries for a batch of images.
 
         Raises:
-            CutNotReachedError: the forward takes another way than the traced one.
+            PointNotReachedError: the forward pass does not reach the cut.
         """
-        calls = itertools.count()
-
-        def leave(_: nn.Module, arguments: Any, outputs: Any = None) -> None:
-            if next(calls) == self.cut.call.number:
-                raise _CutReached(arguments[0] if self.cut.at_input else outputs)
-
-        # Before hooks of others, which belong to the rest.
-        if self.cut.at_input:
-            handle = self._module.register_forward_pre_hook(leave, prepend=True)
-        else:
-            handle = self._module.register_forward_hook(leave, prepend=True)
-        try:
-            self.network(images)
-        except _CutReached as reached:
-            return reached.carried
-        finally:
-            handle.remove()
-        raise CutNotReachedError(f"the forward ended without reaching {self.cut.name}")
+        [carried] = self._recorder.record(images)
+        return carried
 
 
 class Rest:
@@ -187,8 +162,8 @@ class Rest:
 
         with ExitStack() as undo:
             if self.cut.at_input:
-                hook = self._feed(carried)
-                undo.callback(self._cut_module.register_forward_pre_hook(hook, prepend=True).remove)
+                place = FeaturePoint(self.cut.call.name, self._fed, True)
+                undo.enter_context(replace_value(self.network, place, lambda _: carried))
             for module, skipped in self._stand_ins:
                 is_cut = module is self._cut_module and not self.cut.at_input
                 returns: dict[int, Callable[[], Any]] = {
@@ -199,15 +174,6 @@ class Rest:
                 undo.callback(_give_back_forward, module, vars(module).get("forward"))
                 module.forward = _stand_in(module.forward, returns)
             yield
-
-    def _feed(self, carried: Any) -> Callable[..., Any]:
-        """A hook that changes the first argument, before hooks of others, which belong to the rest."""
-        calls = itertools.count()
-
-        def feed(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (carried, *arguments[1:]) if next(calls) == self._fed else arguments
-
-        return feed
 
 
 def _give_back_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
@@ -293,7 +259,7 @@ def split_at(
         The parts; None where something goes around the cut, or where what is above it changes in training
         (a dropout, a normalisation that learns).
     """
-    with _left_alone(network, images.device), suppress(CutNotReachedError):
+    with _left_alone(network, images.device), suppress(PointNotReachedError):
         network.eval()
         carried = Trunk(network, cut)(images)
         split = Split(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]

@@ -171,13 +171,13 @@ def test_a_image_that_changes_on_the_way_is_not_kept(
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
     image = data / "blue/003.jpg"
     content = image.read_bytes()
-    taps = source.FeatureRecorder
+    extractor = source.FeatureExtractor
 
     def change(*arguments: Any, **keys: Any) -> Any:
         image.unlink() if gone else shutil.copy(data / "red/000.jpg", image)
-        return taps(*arguments, **keys)
+        return extractor(*arguments, **keys)
 
-    with mock.patch.object(source, "Taps", change):
+    with mock.patch.object(source, "FeatureExtractor", change):
         result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last", "--workers", 0)
     assert result.exit_code == 65 and "changed or removed meanwhile" in result.stderr
     image.write_bytes(content)

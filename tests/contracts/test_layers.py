@@ -13,8 +13,7 @@ import torch
 from pretrained.backbone import _stages_of
 from pretrained.catalog import find_card
 from pretrained.graph.classifier import classifier_layers
-from pretrained.graph.layers import Layers
-from pretrained.graph.recorder import FeatureRecorder
+from pretrained.graph.layers import FeatureExtractor, Layers
 from pretrained.network import build_network
 from tests.contracts.test_splits import QUICK, SLOW
 
@@ -33,9 +32,9 @@ def check(name: str) -> None:
     assert layers.pre_logits is not None
     images = torch.randn(3, *card.preprocessing.input_size, generator=torch.Generator().manual_seed(1))
     everything = [*chosen, layers.pre_logits]
-    taps = FeatureRecorder(network, everything, "auto", with_logits=True)
+    extract = FeatureExtractor(network, everything, "auto", with_logits=True)
     with torch.no_grad():
-        rows, single = taps(images), taps(images[1:2])
+        rows, single = extract(images), extract(images[1:2])
     for layer, together, alone in zip(everything, rows, single, strict=False):
         assert together.shape == (3, layer.num_features("auto")), layer.name
         assert together.dtype == torch.float32 and together.isfinite().all()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from finetune.explain.cam import NO_EVIDENCE, NO_MAP, GradCam
 from pretrained.catalog import find_card
 from pretrained.graph.classifier import classifier_layers
-from pretrained.graph.layer import TapPoint
+from pretrained.graph.recorder import FeaturePoint
 from pretrained.heads import change_head, init_classifier
 from pretrained.network import build_network
 from pretrained.stage_classifier import build_stage_classifier
@@ -101,7 +101,7 @@ def test_a_relu_in_place_after_the_map_changes_nothing() -> None:
 
 def test_a_solved_head_on_stages_gets_the_sum_of_its_stages() -> None:
     network, size = build("test_resnet")
-    points = [TapPoint("layer3", 0, False), TapPoint("layer4", 0, False)]
+    points = [FeaturePoint("layer3", 0, False), FeaturePoint("layer4", 0, False)]
     solved = build_stage_classifier(network, points, "avg", 3, size).eval()
     init_classifier(solved.classifier)
     images = noise(size)

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from finetune.errors import UsageError
 from pretrained.graph.classifier import head_parameters
-from pretrained.graph.layer import TapPoint
-from pretrained.graph.layers import Layers
+from pretrained.graph.layers import FeatureExtractor, Layers
 from pretrained.graph.pooling import Form, Pool, check_pool, find_form, pool_tensor
-from pretrained.graph.recorder import FeatureRecorder
+from pretrained.graph.recorder import FeaturePoint
 from pretrained.graph.stages import find_stages
 
 SIZE = (3, 64, 64)
@@ -52,7 +51,7 @@ def images(number: int = 2) -> Tensor:
 def take(network: nn.Module, names: list[str], pool: Pool = "auto") -> dict[str, Tensor]:
     layers = layers_of(network).select(names, pool)
     with torch.no_grad():
-        rows = FeatureRecorder(network, layers, pool)(images())
+        rows = FeatureExtractor(network, layers, pool)(images())
     return {layer.name: row for layer, row in zip(layers, rows, strict=True)}
 
 
@@ -92,7 +91,7 @@ def test_alexnets_stages_and_modules_are_the_layers_of_zeiler_and_fergus() -> No
     torch.manual_seed(0)
     network = tv.alexnet(num_classes=5).eval()
     layers = layers_of(network, (3, 224, 224))
-    points = [layer.module for layer in layers.stages]
+    points = [layer.point.module for layer in layers.stages]
     assert points == ["features.2", "features.5", "avgpool", "classifier.5"]
     assert layers.stages[-1].num_features("avg") == 4096
 
@@ -111,8 +110,8 @@ def test_a_relu_in_place_does_not_change_what_comes_before_it(squeezenet: nn.Mod
 
 def test_a_stage_comes_before_a_module_of_its_name(squeezenet: nn.Module) -> None:
     layers = layers_of(squeezenet)
-    assert layers.select(["features.0"])[0].module == "features.2"
-    assert layers.select(["features.[0]"])[0].module == "features.0"
+    assert layers.select(["features.0"])[0].point.module == "features.2"
+    assert layers.select(["features.[0]"])[0].point.module == "features.0"
     with pytest.raises(UsageError, match="a stage here and a module there"):
         layers.select(["features.0", "features.[0]"])
 
@@ -124,7 +123,7 @@ def test_words_names_and_patterns(resnet: nn.Module) -> None:
     assert [layer.name for layer in layers.select(["layer4.*"])] == ["layer4.0", "layer4.1"]
     assert layers.select(["layer3", "all", "layer3"])[0].name == "layer3"
     assert len(layers.select(["all", "layer3"])) == 5
-    assert layers.select(["pre_logits"])[0].module == "fc"
+    assert layers.select(["pre_logits"])[0].point.module == "fc"
 
 
 def test_a_module_that_is_called_again_counts_by_its_last_call() -> None:
@@ -192,7 +191,7 @@ def test_a_place_is_found_again(resnet: nn.Module) -> None:
         again = layers.at(layer.point)
         assert (again.point, again.forms) == (layer.point, layer.forms)
     with pytest.raises(UsageError, match="no features there"):
-        layers.at(TapPoint("layer4", 7, False))
+        layers.at(FeaturePoint("layer4", 7, False))
 
 
 # --- pooling -------------------------------------------------------------------------------------
@@ -252,7 +251,7 @@ def test_pools_that_a_layer_has_nothing_for_are_refused() -> None:
     check_pool("head", Form("vector", 0, None, 8), "grid2")
 
 
-# --- taps ----------------------------------------------------------------------------------------
+# --- extraction ----------------------------------------------------------------------------------------
 
 
 def test_the_forward_ends_where_the_last_layer_was_reached(resnet: nn.Module) -> None:
@@ -278,9 +277,9 @@ def test_all_layers_come_from_one_forward(resnet: nn.Module, monkeypatch: pytest
         count += 1
         return forward(x)
 
-    taps = FeatureRecorder(resnet, layers_of(resnet).all, "auto", with_logits=True)
+    extract = FeatureExtractor(resnet, layers_of(resnet).all, "auto", with_logits=True)
     monkeypatch.setattr(resnet, "forward", counted)
     with torch.no_grad():
-        *rows, logits = taps(images())
+        *rows, logits = extract(images())
     assert count == 1 and len(rows) == 5
     assert torch.equal(logits, forward(images()))
