@@ -209,6 +209,7 @@ def test_a_recipe_needs_no_torch() -> None:
         ),
         ("finetune.recipe", {"torch", "timm", "torchvision", "pandas", "numpy", "PIL"}),
         ("finetune.runs.folder", {"torch", "timm", "torchvision"}),
+        ("finetune.targets", {"torch", "numpy", "pandas", "sklearn"}),
     ],
 )
 def test_what_an_import_does_not_load(module: str, absent: set[str]) -> None:
@@ -306,6 +307,78 @@ def test_unsafe_code_is_seen() -> None:
 
 def test_nothing_can_run_what_it_reads() -> None:
     assert [fault for name, tree in modules().items() for fault in unsafe(name, tree)] == []
+
+
+# --- what a label is --------------------------------------------------------------------------------
+
+OF_LABELS = {
+    "softmax",
+    "log_softmax",
+    "Softmax",
+    "LogSoftmax",
+    "argmax",
+    "cross_entropy",
+    "CrossEntropyLoss",
+    "nll_loss",
+    "NLLLoss",
+    "BCEWithLogitsLoss",
+    "binary_cross_entropy_with_logits",
+    "topk",
+}
+"""Operations that depend on what a label is, under the names of torch and numpy."""
+
+NOT_OF_LABELS = {
+    ("finetune.features.minimize", "Softmax"): "a loss with its derivatives, one of three of the solver",
+    ("finetune.features.solvers", "Softmax"): "the same, by name",
+    ("finetune.features.solvers", "softmax"): "the name under which a user asks for it",
+    ("finetune.features.probe", "softmax"): "the name under which a user asks for it",
+    ("finetune.features.transferability", "topk"): "the nearest images by cosine",
+    ("finetune.features.retrieval", "argmax"): "the sign of a principal axis",
+}
+"""Where another thing has such a name, and what it is."""
+
+
+def words_of_labels(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield each of these operations that a module defines, imports, calls or names in a string."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=word) | ast.Name(id=word) | ast.Constant(value=str(word)):
+                words = {word}
+            case ast.ClassDef(name=word) | ast.FunctionDef(name=word) | ast.arg(arg=word):
+                words = {word}
+            case ast.alias(name=word):
+                words = {word.rpartition(".")[2]}
+            case ast.keyword(arg=str(word)):
+                words = {word}
+            case _:
+                continue
+        yield from ((word, node.lineno) for word in words & OF_LABELS)
+
+
+def test_what_depends_on_labels_is_seen() -> None:
+    for line in (
+        "logits.softmax(dim=1)",
+        "torch.argmax(scores, 1)",
+        "from torch.nn.functional import cross_entropy",
+        "from torch.nn import CrossEntropyLoss as Loss",
+        "getattr(torch, 'log_softmax')(logits)",
+        "fit(rows, 'softmax')",
+        "def f(softmax): ...",
+        "Interface(softmax=True)",
+    ):
+        assert list(words_of_labels(ast.parse(line))), line
+    assert not list(words_of_labels(ast.parse('"""The softmax of logits."""\noption = "--with-softmax"')))
+
+
+def test_only_targets_says_what_follows_from_a_label() -> None:
+    found = {
+        (name, word): f"{name}:{line} {word}"
+        for name, tree in modules().items()
+        for word, line in words_of_labels(tree)
+        if name != "finetune.targets"
+    }
+    assert not [place for key, place in found.items() if key not in NOT_OF_LABELS]
+    assert set(NOT_OF_LABELS) <= set(found), "these exceptions are not needed any more"
 
 
 # --- the files -----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def export_command(
             show_default="float32, normalised before",
         ),
     ] = None,
-    softmax: Annotated[
+    with_probabilities: Annotated[
         bool, typer.Option("--with-softmax", help="The graph gives probabilities, temperature applied.")
     ] = False,
     opset: Annotated[
@@ -43,7 +43,7 @@ def export_command(
         display = Display()
         with display.busy("loading torch"):
             from finetune.export.export import export, read_wanted
-        report = export(run, read_wanted(format, layout, softmax, opset), output, display)
+        report = export(run, read_wanted(format, layout, with_probabilities, opset), output, display)
         if as_json:
             hand_over(json.dumps(report | {"output": str(output)}) + "\n")
 

@@ -14,8 +14,9 @@ from finetune.errors import DataError, UsageError
 from finetune.runs.claim import read_split
 from finetune.runs.files import read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
+from finetune.targets import PREDICTION_COLUMNS, read_classes
 
-_COLUMNS = ["path", "label", "predicted"]
+_COLUMNS = list(PREDICTION_COLUMNS[:3])
 _NUMBERS = ("balanced_accuracy", "f1_macro", "loss", "trained_on")
 _INNER_NUMBERS = (("calibration", "ece_calibrated"), ("seconds", "total"))
 _KINDS: dict[str, type] = {
@@ -159,7 +160,7 @@ def _read_answers(folder: RunFolder) -> tuple[tuple[str, ...], dict[str, tuple[s
         raise _damaged(folder.predictions, error) from None
     if not answers:
         raise _damaged(folder.predictions, ValueError("it holds no image"))
-    classes = tuple(name.removeprefix("prob_") for name in header if name.startswith("prob_"))
+    classes = tuple(read_classes(header))
     return classes, answers
 
 

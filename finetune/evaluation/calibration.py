@@ -20,6 +20,7 @@ from torch import Tensor
 
 from finetune.evaluation.intervals import compute_wilson
 from finetune.evaluation.predictions import Predictions
+from finetune.targets import decide_with_confidence, to_probabilities
 
 NUM_BINS = 15
 """Of equal width, as in the paper."""
@@ -50,9 +51,7 @@ class Reliability:
 
 def measure_reliability(predictions: Predictions) -> Reliability:
     """Return how well confidences fit."""
-    sure, guess = predictions.probabilities.double().max(dim=1)
-    right = (guess == predictions.labels).numpy()
-    confidence = sure.numpy()
+    confidence, right = _confidence_and_truth(predictions)
     edges = np.linspace(0, 1, NUM_BINS + 1)
     place = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, NUM_BINS - 1)
     bins: list[dict[str, float | int | None]] = []
@@ -88,7 +87,7 @@ def fit_temperature(predictions: Predictions) -> float:
     wanted = float((num_images * own + logits.mean()) / (num_images + 1))
     low, high, sharpness = 1 / HOTTEST, 1 / COLDEST, 1.0
     for _ in range(_MOST_STEPS):
-        weighed = (sharpness * logits).softmax(dim=1) * logits
+        weighed = to_probabilities(sharpness * logits) * logits
         mean = weighed.sum(dim=1)
         slope = float(mean.mean()) - wanted
         bend = float(((weighed * logits).sum(dim=1) - mean**2).mean())
@@ -243,5 +242,5 @@ def find_threshold(
 def _confidence_and_truth(
     predictions: Predictions,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    sure, guess = predictions.probabilities.double().max(dim=1)
-    return sure.numpy(), (guess == predictions.labels).numpy()
+    confidence, predicted = decide_with_confidence(predictions.probabilities)
+    return confidence.double().numpy(), (predicted == predictions.labels).numpy()

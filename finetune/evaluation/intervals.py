@@ -12,17 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from torch.nn.functional import cross_entropy
 
-from finetune.evaluation.metrics import (
-    TOP5_CLASSES,
-    Counts,
-    Floats,
-    compute_confusion,
-    compute_log_odds,
-    find_top_k,
-)
+from finetune.evaluation.metrics import Counts, Floats, compute_confusion
 from finetune.evaluation.predictions import Predictions
+from finetune.targets import TOP5_CLASSES, compute_log_odds, compute_losses, find_in_top_k
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2_000
@@ -47,10 +40,10 @@ def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Inte
     """
     rng = np.random.default_rng(seed)
     intervals = _intervals_of_shares(compute_confusion(predictions), rng)
-    losses = cross_entropy(predictions.logits.double(), predictions.labels, reduction="none").numpy()
-    intervals["loss"] = _middle(_resample_mean(losses, rng))
+    losses = compute_losses(predictions.logits, predictions.labels)
+    intervals["loss"] = _middle(_resample_mean(losses.numpy(), rng))
     if predictions.logits.shape[1] >= TOP5_CLASSES:
-        top5 = find_top_k(predictions, 5).astype(float)
+        top5 = find_in_top_k(predictions.logits, predictions.labels, 5).double().numpy()
         drawn = _middle(_resample_mean(top5, rng))
         intervals["top5_accuracy"] = _join(drawn, compute_wilson(int(top5.sum()), len(top5)))
     areas = _resample_roc_auc(predictions, rng)
@@ -148,7 +141,7 @@ def _resample_roc_auc(predictions: Predictions, rng: np.random.Generator) -> Flo
     num_resamples = min(NUM_RESAMPLES, _MOST_NUMBERS // (num_images * len(present)))
     if len(present) < 2 or num_resamples < _FEWEST_RESAMPLES:
         return np.empty(0)
-    scores = compute_log_odds(predictions)
+    scores = compute_log_odds(predictions.logits)
     even = np.full(num_images, 1 / num_images)
     rows = max(1, _CHUNK // num_images)
     parts = []

@@ -36,6 +36,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import translated_errors
 from finetune.strategies import starts_random
 from finetune.system.display import Display
+from finetune.targets import LINEAR_CLASSIFIER, decide, to_probabilities
 
 _ROUNDING = 1e-6
 """Under a threshold that still counts as reached: probabilities are float32."""
@@ -48,11 +49,11 @@ def find_label_issues(labels: Tensor, probabilities: Tensor) -> Tensor:
         labels: (N,) int64, as given.
         probabilities: (N, K), by classifiers that have not seen the image.
     """
-    likeliest = probabilities.argmax(dim=1)
+    likeliest = decide(probabilities)
     reached = probabilities >= compute_thresholds(labels, probabilities) - _ROUNDING
     number = reached.sum(dim=1)
     # Of several classes that are reached, the likeliest of all counts, as in the paper.
-    guess = torch.where(number > 1, likeliest, reached.int().argmax(dim=1))
+    guess = torch.where(number > 1, likeliest, decide(reached.int()))
     issues = ((number > 0) & (guess != labels) & (likeliest != labels)).nonzero().flatten()
     own = probabilities[issues, labels[issues]]
     return issues[own.argsort(stable=True)]
@@ -226,8 +227,8 @@ def _judge(
         for fold in range(1, NUM_FOLDS + 1):
             held = folds == fold
             if held.any():
-                classifier = fit(rows, usable[~held], labels[~held], num_classes, "softmax", seed)
-                probabilities[held] = classifier.scores(rows[usable[held]]).softmax(dim=1).cpu()
+                classifier = fit(rows, usable[~held], labels[~held], num_classes, LINEAR_CLASSIFIER, seed)
+                probabilities[held] = to_probabilities(classifier.scores(rows[usable[held]])).cpu()
             advance(1, "")
     return probabilities
 
@@ -239,13 +240,14 @@ def _collect(dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabi
         raise DataError("suspected labels", found, "Add images.")
     labels = torch.tensor([samples[index].label for index in judged.tolist()])
     known = probabilities[judged]
+    predicted = decide(known)
     rows = []
     for place in find_label_issues(labels, known).tolist():
-        sample, suggested = samples[int(judged[place])], int(known[place].argmax())
+        sample, suggested = samples[int(judged[place])], int(predicted[place])
         own, other = known[place, sample.label].item(), known[place, suggested].item()
         names = dataset.classes[sample.label], dataset.classes[suggested]
         rows.append((sample.path, *names, own, other, sample.split))
-    accuracy = (known.argmax(dim=1) == labels).double().mean().item()
+    accuracy = (predicted == labels).double().mean().item()
     return Suspects(rows, len(judged), len(samples), accuracy)
 
 

@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args
 
 from finetune.data.inputs import Input
 from finetune.errors import EnvironmentFaultError, UsageError, suggest
-from finetune.evaluation.predictor import Floats, find_likeliest
+from finetune.evaluation.predictor import Floats
 from finetune.features.tables import Pipe
 from finetune.runs.files import FLOAT_FORMAT, escape_formula, format_csv_line, write_chunks
+from finetune.targets import name_answer_columns, rank_classes
 
 RowFormat = Literal["csv", "jsonl", "parquet"]
 FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
@@ -84,9 +85,7 @@ class PredictionRows:
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
-        rejected = [] if self.reject_below is None else ["rejected"]
-        more = [f"{what}_{place}" for place in range(2, self.top + 1) for what in ("label", "confidence")]
-        return ["path", "label", "confidence", *rejected, *more, *(f"prob_{name}" for name in self.classes)]
+        return name_answer_columns(self.classes, self.top, self.reject_below is not None)
 
     def is_rejected(self, values: Floats) -> bool:
         """Tell whether probabilities (K,) are too even for a label."""
@@ -111,7 +110,7 @@ class PredictionRows:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
     def _cells(self, path: str, values: Floats) -> list[Cell]:
-        best = [(self.classes[place], float(values[place])) for place in find_likeliest(values, self.top)]
+        best = [(self.classes[place], float(values[place])) for place in rank_classes(values, self.top)]
         is_rejected = self.is_rejected(values)
         cells: list[Cell] = [path, None if is_rejected else best[0][0], best[0][1]]
         if self.reject_below is not None:

@@ -11,8 +11,8 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from finetune import targets
 from finetune.data.feed import BatchLoader
 from finetune.system.device import Precision, compute_part_size
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
@@ -33,8 +33,8 @@ class Predictions:
 
     @property
     def probabilities(self) -> Tensor:
-        """Softmax of the logits, (N, K)."""
-        return self.logits.softmax(dim=1)
+        """Of each class, (N, K)."""
+        return targets.to_probabilities(self.logits)
 
     def soften(self, temperature: float) -> Predictions:
         """Return the same with logits divided by a temperature."""
@@ -43,7 +43,7 @@ class Predictions:
     @property
     def predicted(self) -> Tensor:
         """The likeliest class of each image, (N,)."""
-        return self.logits.argmax(dim=1)
+        return targets.decide(self.logits)
 
     @property
     def accuracy(self) -> float:
@@ -52,8 +52,8 @@ class Predictions:
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy in nats, without smoothing and class weights."""
-        return F.cross_entropy(self.logits.double(), self.labels).item()
+        """Mean over images in nats, without smoothing and class weights."""
+        return targets.compute_mean_loss(self.logits, self.labels)
 
 
 def predict(

@@ -38,6 +38,7 @@ from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.views import Views, build_views, compute_mean_over_views
 from finetune.system.device import available_cores, compute_part_size, resolve_device
 from finetune.system.forward import InParts
+from finetune.targets import rank_classes
 from pretrained.backbone import load_source
 from pretrained.catalog import Card, find_card
 from pretrained.network import is_convolutional
@@ -74,7 +75,7 @@ class Prediction:
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """Return the ``k`` likeliest classes with their probabilities, the likeliest first."""
-        return [(self.classes[index], float(self.values[index])) for index in find_likeliest(self.values, k)]
+        return [(self.classes[index], float(self.values[index])) for index in rank_classes(self.values, k)]
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Predictor:
         return found
 
     def _describe(self, values: Floats) -> Prediction:
-        best = int(values.argmax())
+        best = rank_classes(values, 1)[0]
         return Prediction(self.classes[best], float(values[best]), values, self.classes)
 
     def answer(self, batches: Iterable[Sequence[T]], open: Callable[[T], Image.Image]) -> Iterator[Answer[T]]:
@@ -295,12 +296,6 @@ def resolve_names(card: Card) -> tuple[str, ...]:
     return tuple(
         f"{name} ({index})" if times[name] > 1 else name for index, name in enumerate(card.label_names)
     )
-
-
-def find_likeliest(values: Floats, k: int) -> list[int]:
-    """Return the places of the ``k`` largest, the largest first; of equals the first."""
-    order: list[int] = np.argsort(-values, kind="stable")[:k].tolist()
-    return order
 
 
 def _open(image: ImageInput) -> Image.Image:

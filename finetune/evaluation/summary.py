@@ -9,10 +9,16 @@ from typing import Any
 from finetune.data.dataset import Sample
 from finetune.evaluation.calibration import calibrate, find_thresholds
 from finetune.evaluation.intervals import compute_intervals
-from finetune.evaluation.metrics import PER_CLASS_COLUMNS, compute_confusion, compute_metrics, list_by_class
+from finetune.evaluation.metrics import compute_confusion, compute_metrics, list_by_class
 from finetune.evaluation.predictions import Predictions
 from finetune.runs.files import FLOAT_FORMAT, escape_formula, format_csv_line, write_chunks, write_csv
 from finetune.runs.folder import RunFolder
+from finetune.targets import (
+    CLASS_METRICS,
+    PREDICTION_COLUMNS,
+    decide_with_confidence,
+    name_probabilities,
+)
 
 WANTED_PRECISIONS = (0.9, 0.95, 0.99)
 """For which a threshold is looked for, under which an image had better go to a person."""
@@ -68,18 +74,19 @@ def write_figures(
     confusion = compute_confusion(predictions)
     table = [(name, *counts) for name, counts in zip(classes, confusion.tolist(), strict=True)]
     write_csv(folder.confusion_matrix, table, ("label", *classes))
-    write_csv(folder.per_class, list_by_class(confusion, classes), PER_CLASS_COLUMNS)
+    write_csv(folder.per_class, list_by_class(predictions, classes), ("label", *CLASS_METRICS))
 
 
 def _prediction_lines(
     samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
 ) -> Iterator[bytes]:
     """Yield the lines of ``predictions.csv``: one template for all numbers of a row, perhaps thousands."""
-    columns = ("path", "label", "predicted", "confidence", *(f"prob_{name}" for name in classes))
+    columns = (*PREDICTION_COLUMNS, *name_probabilities(classes))
     yield format_csv_line([escape_formula(column) for column in columns]).encode()
     numbers = f",{FLOAT_FORMAT}" * (1 + len(classes)) + "\n"
-    for sample, values in zip(samples, predictions.probabilities, strict=True):
-        sure, guess = values.max(dim=0)
-        texts = (sample.path, classes[sample.label], classes[int(guess)])
+    probabilities = predictions.probabilities
+    decided = decide_with_confidence(probabilities)
+    for sample, values, confidence, predicted in zip(samples, probabilities, *decided, strict=True):
+        texts = (sample.path, classes[sample.label], classes[int(predicted)])
         who = format_csv_line([escape_formula(text) for text in texts]).removesuffix("\n")
-        yield (who + numbers % (sure.item(), *values.tolist())).encode()
+        yield (who + numbers % (confidence.item(), *values.tolist())).encode()

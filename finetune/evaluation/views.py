@@ -25,6 +25,7 @@ from torchvision.transforms import functional
 
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import UsageError
+from finetune.targets import to_probabilities
 from pretrained.catalog import Preprocessing
 
 CROPS = (1, 5, 10)
@@ -112,14 +113,14 @@ def resolve_scale(preprocessing: Preprocessing) -> int:
 
 
 def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float = 1.0) -> Tensor:
-    """Return probabilities (B, K) float32: softmax of logits over temperature, averaged over views.
+    """Return probabilities (B, K) float32 of logits over temperature, averaged over views.
 
     Args:
         logits: (B * V, K), views of one image side by side.
         num_views: V.
         temperature: of the classifier (arXiv:1706.04599).
     """
-    probabilities = (logits.float() / temperature).softmax(dim=1)
+    probabilities = to_probabilities(logits.float() / temperature)
     return probabilities.view(-1, num_views, logits.shape[1]).mean(dim=1)
 
 

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from finetune.data.transforms import Normalizer
 from finetune.errors import UsageError
+from finetune.targets import to_probabilities
 from pretrained.catalog import Card, Preprocessing
 from pretrained.graph.layers import FeatureExtractor
 from pretrained.stage_classifier import StageClassifier
@@ -33,11 +34,11 @@ class Interface:
     Attributes:
         layout: of uint8 images that the graph normalises itself; None for float32 (B, 3, H, W) that were
             normalised before.
-        softmax: probabilities come out, softened by the card's temperature; else logits.
+        is_calibrated: probabilities come out, softened by the card's temperature; else logits.
     """
 
     layout: Layout | None = None
-    softmax: bool = False
+    is_calibrated: bool = False
 
     @property
     def input_name(self) -> str:
@@ -47,7 +48,7 @@ class Interface:
     @property
     def output_name(self) -> str:
         """Of the one output."""
-        return "probabilities" if self.softmax else "logits"
+        return "probabilities" if self.is_calibrated else "logits"
 
     @property
     def input_dtype(self) -> str:
@@ -94,7 +95,7 @@ class Deployed(nn.Module):
         if self.interface.layout is not None:  # the very operations of Normalizer, in its order
             images = ((images.float() / 255.0) - self.mean) / self.std
         logits: Tensor = self.network(images)
-        return (logits / self.temperature).softmax(dim=1) if self.interface.softmax else logits
+        return to_probabilities(logits / self.temperature) if self.interface.is_calibrated else logits
 
 
 class _WholeStageClassifier(nn.Module):

@@ -319,7 +319,7 @@ class Wanted:
     opset: int = OPSETS[0]
 
 
-def read_wanted(format: str, layout: str | None, softmax: bool, opset: int | None) -> Wanted:
+def read_wanted(format: str, layout: str | None, with_probabilities: bool, opset: int | None) -> Wanted:
     """Return what words of the command line mean.
 
     Raises:
@@ -329,7 +329,7 @@ def read_wanted(format: str, layout: str | None, softmax: bool, opset: int | Non
     if known is None:
         found = f"there is no such format{suggest(format, FORMATS)}"
         raise UsageError(f"--format {format}", found, f"Take {', '.join(FORMATS)}.")
-    if known == "timm" and (layout or softmax):
+    if known == "timm" and (layout or with_probabilities):
         flag = "--with-preprocessing" if layout else "--with-softmax"
         fix = "Take --format onnx or torch-export."
         raise UsageError(flag, "timm's format holds weights, and no graph to put that into", fix)
@@ -338,7 +338,7 @@ def read_wanted(format: str, layout: str | None, softmax: bool, opset: int | Non
     if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
         fix = f"Take {OPSETS[0]} to {OPSETS[1]}."
         raise UsageError(f"--opset {opset}", "torch's exporter does not write it", fix)
-    return Wanted(known, Interface(_read_layout(layout), softmax), opset or OPSETS[0])
+    return Wanted(known, Interface(_read_layout(layout), with_probabilities), opset or OPSETS[0])
 
 
 def _read_layout(word: str | None) -> Layout | None:

@@ -26,6 +26,7 @@ from finetune.errors import UsageError
 from finetune.export.config import build_config
 from finetune.export.model_card import build_readme
 from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json, write_text
+from finetune.targets import to_probabilities
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
 from pretrained.network import build_network
@@ -99,7 +100,7 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
     network.eval()
     try:
         with torch.inference_mode():
-            difference = network(images).softmax(1) - reloaded(images).softmax(1)
+            difference = to_probabilities(network(images)) - to_probabilities(reloaded(images))
     finally:
         for module, training in modes.items():
             module.training = training

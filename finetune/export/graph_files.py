@@ -132,7 +132,7 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
             "name": interface.output_name,
             "shape": ["batch", card.num_classes],
             "temperature": card.temperature,
-            "temperature_applied": interface.softmax,
+            "temperature_applied": interface.is_calibrated,
         },
         "label_names": label_names(card),
         "timm": view.to_timm(),

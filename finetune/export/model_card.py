@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.export.config import find_base_model, loads_in_timm
+from finetune.targets import CARD_METRICS, METRIC_NAMES
 from pretrained.catalog import Card
 
 Metrics = Mapping[str, Any]
@@ -34,16 +35,7 @@ HUB_LICENSES = frozenset(
     }
 )
 """Of timm's and torchvision's weights, those that the hub knows by this word; others are ``other`` there."""
-_FIGURES = {
-    "accuracy": "accuracy",
-    "top5_accuracy": "top-5 accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "precision_macro": "macro precision",
-    "recall_macro": "macro recall",
-    "f1_macro": "macro F1",
-    "roc_auc": "ROC AUC (macro, one against the rest)",
-    "loss": "log loss (nats)",
-}
+_METRICS = METRIC_NAMES | {"roc_auc": "ROC AUC (macro, one against the rest)", "loss": "log loss (nats)"}
 _HUB_TYPES = {"f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall"}
 """What the hub calls a figure, where that is another word than ours."""
 _MOST_ROWS = 50
@@ -117,12 +109,12 @@ def _license(card: Card) -> dict[str, str]:
 
 def _results(metrics: Metrics, data: TrainingData) -> list[dict[str, Any]]:
     """The hub's ``model-index``: one task, one data set, its figures."""
-    measured = [(key, metrics[key]) for key in _FIGURES if _is_number(metrics.get(key))]
+    measured = [(key, metrics[key]) for key in CARD_METRICS if _is_number(metrics.get(key))]
     if not measured:
         return []
     dataset = {"name": data.name or "images of the user", "type": "imagefolder", "split": metrics["split"]}
     found = [
-        {"type": _HUB_TYPES.get(key, key), "value": round(value, 6), "name": _FIGURES[key]}
+        {"type": _HUB_TYPES.get(key, key), "value": round(value, 6), "name": _METRICS[key]}
         for key, value in measured
     ]
     task = {"type": "image-classification", "name": "Image classification"}
@@ -147,8 +139,8 @@ def _figures(metrics: Metrics) -> str:
         return "None came with this model."
     intervals = metrics.get("intervals") or {}
     rows = [
-        (name, f"{metrics[key]:.4f}", _interval(intervals.get(key)))
-        for key, name in _FIGURES.items()
+        (_METRICS[key], f"{metrics[key]:.4f}", _interval(intervals.get(key)))
+        for key in CARD_METRICS
         if _is_number(metrics.get(key))
     ]
     calibration = metrics.get("calibration") or {}

@@ -26,6 +26,7 @@ from finetune.errors import DiskError, InternalError
 from finetune.export import fresh
 from finetune.export.deployed import Interface
 from finetune.export.source import ProofInputs
+from finetune.targets import compute_margins, decide, to_probabilities
 from pretrained.catalog import Card
 
 TOLERANCE = 1e-4
@@ -68,9 +69,8 @@ def compare(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> Ou
         found: (N, K); a NaN differs from everything.
         tolerance: of a probability.
     """
-    best = expected.topk(min(2, expected.shape[1]), dim=1).values
-    near = (best[:, 0] - best[:, -1] < tolerance) if expected.shape[1] > 1 else best[:, 0] < 0
-    others = expected.argmax(dim=1) != found.argmax(dim=1)
+    near = compute_margins(expected) < tolerance
+    others = decide(expected) != decide(found)
     difference = (expected.double() - found.double()).abs().nan_to_num(nan=1.0).max()
     return OutputCheck(
         float(difference),
@@ -86,7 +86,7 @@ def predict_here(network: nn.Module, card: Card, views: Tensor) -> Tensor:
     normalize = Normalizer(card.preprocessing, torch.device("cpu"))
     with torch.inference_mode():
         logits = [network.eval()(normalize(part)) for part in torch.split(views, fresh.MOST)]
-    return (torch.cat(logits) / card.temperature).softmax(dim=1)
+    return to_probabilities(torch.cat(logits) / card.temperature)
 
 
 def predict_fresh(
@@ -118,7 +118,7 @@ def predict_fresh(
         raise InternalError(
             f"exporting {artefact.name}", found, "Please report this with the backbone's name."
         )
-    return outputs if interface.softmax else (outputs / card.temperature).softmax(dim=1), facts
+    return outputs if interface.is_calibrated else to_probabilities(outputs / card.temperature), facts
 
 
 def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -> None:

@@ -22,6 +22,7 @@ from finetune.runs.claim import read_split
 from finetune.runs.files import read_rows
 from finetune.runs.folder import RunFolder
 from finetune.system.device import resolve_threads
+from finetune.targets import name_probabilities, read_classes
 from pretrained.catalog import Card, find_card
 
 
@@ -125,7 +126,6 @@ MOST_IMAGES = 512
 MOST_BYTES = 256 * 2**20
 """Of their pixels, for networks with large inputs."""
 NUM_RANDOM = 32
-_PROBABILITY = "prob_"
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,10 @@ def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
 
 
 def _read_probabilities(rows: Sequence[dict[str, str]], card: Card) -> Tensor | None:
-    columns = [name for name in rows[0] if name.startswith(_PROBABILITY)]
-    named = [f"{_PROBABILITY}{name}" for name in card.label_names]
-    if len(columns) != card.num_classes or (named and columns != named):
+    classes = read_classes(list(rows[0]))
+    if len(classes) != card.num_classes or (card.label_names and classes != list(card.label_names)):
         return None
+    columns = name_probabilities(classes)
     try:
         return torch.tensor([[float(row[name]) for name in columns] for row in rows])
     except ValueError:

@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune.targets import to_probabilities
+
 MOST_STEPS = 1000
 """Steps after which the weights are taken as they are; twenty to a hundred are usual."""
 _MEMORY = 5
@@ -99,16 +101,16 @@ class Softmax(Loss):
 
     def slopes(self, scores: Tensor) -> Tensor:
         """Return p - 1 for the true class and p for others, (N, K)."""
-        return scores.softmax(dim=1) - (self.signs > 0).to(scores)
+        return to_probabilities(scores) - (self.signs > 0).to(scores)
 
     def curvatures(self, scores: Tensor) -> Tensor:
         """Return p(1 - p), (N, K)."""
-        likely = scores.softmax(dim=1)
+        likely = to_probabilities(scores)
         return likely * (1 - likely)
 
     def bends(self, scores: Tensor, change: Tensor) -> Tensor:
         """Return the sum of the variances of the change under p, (1, 1)."""
-        likely = scores.softmax(dim=1)
+        likely = to_probabilities(scores)
         centred = change - (likely * change).sum(dim=1, keepdim=True)
         return (likely * centred.square()).sum().view(1, 1)
 

@@ -30,6 +30,7 @@ from finetune.runs.files import write_csv
 from finetune.runs.outcome import translated_errors
 from finetune.system.device import derive_seed
 from finetune.system.display import Display
+from finetune.targets import decide
 from pretrained.graph.layers import Layer
 from pretrained.graph.pooling import Pool
 
@@ -144,7 +145,7 @@ def probe_layer(
 def _predict(classifier: LinearClassifier, rows: Rows, indices: Tensor) -> Tensor:
     """Return the classes of rows, (M,) int64."""
     parts = indices.split(max(1, _BLOCK_BYTES // (4 * rows.shape[1])))  # type: ignore[no-untyped-call]
-    return torch.cat([classifier.scores(rows[part]).argmax(dim=1).cpu() for part in parts])
+    return torch.cat([decide(classifier.scores(rows[part])).cpu() for part in parts])
 
 
 def _mean_per_class(predicted: Tensor, labels: Tensor, num_classes: int) -> float:

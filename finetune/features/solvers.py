@@ -38,6 +38,7 @@ from finetune.features.minimize import (
     minimize,
 )
 from finetune.features.rows import Rows
+from finetune.targets import decide
 
 Kind = Literal["softmax", "svm", "logreg"]
 """Multinomial logistic regression; of each class against the rest, squared hinges and logistic losses."""
@@ -149,7 +150,7 @@ class TrainingRows:
 
     def summarize(self, weights: Tensor) -> Tensor:
         """Return whether weights (K, R + 1) give each image its class, (N,) bool."""
-        return (self.matrix @ weights.T).argmax(dim=1) == self.labels
+        return decide(self.matrix @ weights.T) == self.labels
 
     def score(self, kind: Kind, weights: Tensor) -> Tensor:
         """Return how well weights (K, R + 1) judge each image, (N,) float64: more is better.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from finetune.features.rows import Rows
 from finetune.system.device import derive_seed
+from finetune.targets import decide
 
 PER_CLASS = 20
 """Images of a class that LEEP sees. It falls with their number (ants and bees are at 0.98 with 10 a class, at
@@ -115,7 +116,7 @@ def _vote(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: 
         for neighbour in range(places.shape[1]):  # one at a time: sums have the same order on every device
             one = slice(neighbour, neighbour + 1)
             votes.scatter_add_(1, classes[:, one], weights[:, one])
-        found.append(votes.argmax(dim=1))
+        found.append(decide(votes))
     return torch.cat(found).cpu()
 
 

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
 from finetune.strategies import AUTO, STRATEGIES
+from finetune.targets import ClassWeights, Monitor
 
 Auto = Literal["auto"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
@@ -224,10 +225,10 @@ class TrainingSettings(_Section):
     patience: Annotated[int, Field(ge=1)] | None = Field(
         None, description="stop after this many epochs without improvement; null: never"
     )
-    monitor: Literal["accuracy", "loss"] = Field(
+    monitor: Monitor = Field(
         "accuracy", description="validation figure that chooses the best epoch (accuracy ties go to the loss)"
     )
-    class_weights: Literal["none", "balanced"] = Field(
+    class_weights: ClassWeights = Field(
         "none", description="balanced weighs the loss by inverse class frequency, mean 1"
     )
     precision: Precision | Auto = Field(

@@ -21,6 +21,7 @@ from finetune.errors import FinetuneError
 from finetune.recipe import Recipe, load_recipe
 from finetune.runs.files import read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
+from finetune.targets import PREDICTION_COLUMNS
 
 JUDGED = "judged"
 """The part that images are in of which it is not known, or does not matter, which one they were in."""
@@ -257,7 +258,7 @@ def _read_predictions(path: Path) -> tuple[Prediction, ...]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         header = next(rows)
-        if header[:4] != ["path", "label", "predicted", "confidence"]:
+        if tuple(header[:4]) != PREDICTION_COLUMNS:
             raise ValueError("other columns")
         return tuple(_to_predictions(rows))
 

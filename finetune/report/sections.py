@@ -14,28 +14,14 @@ from finetune.report.facts import JUDGED, Facts, Row, finite
 from finetune.report.images import Album, InlineImage
 from finetune.report.matrix import MOST_CLASSES, draw_matrix
 from finetune.report.svg import Plot
+from finetune.targets import CLASS_METRICS, DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
 
-FIGURES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1_macro": "macro F1",
-    "top5_accuracy": "top-5 accuracy",
-    "roc_auc": "ROC AUC",
-}
-MORE_FIGURES = {
-    "error": "error",
-    "top5_error": "top-5 error",
-    "precision_macro": "macro precision",
-    "recall_macro": "macro recall",
-    "loss": "log loss",
-}
 PARTS = {"val": "validation", "test": "test", "train": "training", "all": JUDGED}
 MOST_PAIRS = 15
 MOST_SAMPLES = 120
 """Sample images on the page, over all classes."""
 SHOWN_CLASSES = 30
 _SAMPLE_SIDE = 104
-_CLASS_COLUMNS = ("precision", "recall", "f1", "support", "predicted")
 
 
 def percent(share: float) -> str:
@@ -60,12 +46,12 @@ class Figure:
 def list_figures(facts: Facts) -> list[Figure]:
     """Return the figures in the order of their weight."""
     found = []
-    for key, name in (FIGURES | MORE_FIGURES).items():
+    for key in (*HEADLINE_METRICS, *DETAIL_METRICS):
         value, pair = facts.number(key), facts.interval(key)
         if value is not None:
             show = (lambda number: f"{number:.3f}") if key in ("loss", "roc_auc") else percent
             said = f"{show(pair[0])} to {show(pair[1])}" if pair else ""
-            found.append(Figure(name, show(value), said))
+            found.append(Figure(METRIC_NAMES[key], show(value), said))
     return found
 
 
@@ -100,8 +86,8 @@ def say_whence(facts: Facts) -> str:
 def plot_figures(facts: Facts) -> Plot | None:
     """Return the figures in [0, 1] with their intervals."""
     rows = [
-        (name, value, facts.interval(key))
-        for key, name in FIGURES.items()
+        (METRIC_NAMES[key], value, facts.interval(key))
+        for key in HEADLINE_METRICS
         if (value := facts.number(key)) is not None and 0 <= value <= 1
     ]
     return draw_intervals(rows) if rows else None
@@ -292,7 +278,7 @@ def list_classes(facts: Facts) -> list[tuple[str, list[Cell]]]:
 
 def class_columns(facts: Facts) -> list[str]:
     """Return the columns of numbers that the table has."""
-    return [column for column in _CLASS_COLUMNS if facts.per_class and column in facts.per_class[0]]
+    return [column for column in CLASS_METRICS if facts.per_class and column in facts.per_class[0]]
 
 
 def _cell(row: Row, column: str) -> Cell:

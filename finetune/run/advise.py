@@ -31,6 +31,7 @@ from finetune.recipe import BASE_RATES, Recipe, compute_views
 from finetune.run.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.run.verify import verify
 from finetune.system.display import Display
+from finetune.targets import LINEAR_CLASSIFIER, to_probabilities
 from finetune.training.plan import Plan, lay_plan
 from pretrained.graph.layers import Layer
 
@@ -179,7 +180,7 @@ def _measure(
             neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
             advance(1, "")
         for rows in (*features.rows, ConcatRows(features.rows)):
-            hits.append(cross_validate(rows, usable, labels, num_classes, "softmax", seed).double())
+            hits.append(cross_validate(rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed).double())
             advance(1, "")
     depths = tuple(
         Depth(layer.name, rows.shape[1], near.mean().item(), hit.mean().item())
@@ -207,7 +208,7 @@ def _measure_leep(
 ) -> float | None:
     if features.logits is None:
         return None
-    probabilities = features.logits[usable].softmax(dim=1)
+    probabilities = to_probabilities(features.logits[usable])
     return normalised_leep(probabilities, labels, num_classes, seed)
 
 

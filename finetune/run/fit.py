@@ -34,10 +34,10 @@ from finetune.run.setup import Ready, reload_backbone
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.strategies import starts_random
 from finetune.system.device import Precision
+from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.ddp import share_weights, synchronize_batch_norm
 from finetune.training.freeze import check_frozen, digest_frozen
-from finetune.training.optim import build_loss
 from finetune.training.recovery import restart_epoch
 from finetune.training.state import Checkpoint
 from finetune.training.task import Task
@@ -196,7 +196,8 @@ def _build_trainer(work: Work, loaders: DataLoaders) -> Trainer:
     ready, settings = work.ready, work.ready.recipe.training
     precision = settings.precision
     assert precision != "auto"
-    loss = build_loss(settings, work.dataset.counts("train")).to(ready.placement.device)
+    counts = work.dataset.counts("train")
+    loss = build_loss(counts, settings.class_weights, settings.label_smoothing).to(ready.placement.device)
     train, val = loaders.loaders["train"], loaders.loaders["val"]
     task = Task(ready.backbone.network, ready.plan, loss, train, val, work.dataset.num_classes, loaders.split)
     store = CheckpointStore(work.folder.checkpoints, work.claim.attempt, work.claim.check_owner)

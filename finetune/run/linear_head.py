@@ -29,6 +29,7 @@ from finetune.features.rows import ConcatRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
 from finetune.run.context import Work
 from finetune.run.setup import Ready
+from finetune.targets import LINEAR_CLASSIFIER
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.layers import Layer, Layers
@@ -111,7 +112,7 @@ def solve_head(work: Work, choice: str) -> LinearHead:
             rows = _beside(features, chosen)
             indices = _indices_of(dataset, "train")
             labels = _labels(dataset, indices)
-            classifier = fit(rows, indices, labels, dataset.num_classes, "softmax", seed)
+            classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed)
             advance(1, "")
             parts: list[Part] = ["val", "test"]
             predictions = {
@@ -137,7 +138,7 @@ def _choose(
     labels = _labels(dataset, indices)
     accuracies = []
     for rows in features.rows:
-        hits = cross_validate(rows, indices, labels, dataset.num_classes, "softmax", seed)
+        hits = cross_validate(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed)
         accuracies.append(hits.double().mean().item())
         on_done()
     best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))

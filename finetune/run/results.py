@@ -20,6 +20,9 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Advance, Display
 from finetune.system.forward import autocast
+from finetune.targets import (
+    to_probabilities,
+)
 from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
 
@@ -54,7 +57,7 @@ def check_figures(
         InternalError: the whole network says something else.
     """
     with torch.inference_mode(), autocast(images.device, precision):
-        whole = network.eval()(images).float().softmax(dim=1).cpu()
+        whole = to_probabilities(network.eval()(images).float()).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
     most = max(FIGURES_TOLERANCE[precision], FIGURES_TOLERANCE[dtype])
     most = max(most, GPU_TOLERANCE) if images.is_cuda else most

@@ -13,8 +13,8 @@ from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
+from finetune.targets import SERIES_METRICS
 
-FIGURES = ("accuracy", "balanced_accuracy", "f1_macro", "loss", "roc_auc", "top5_accuracy")
 _KIND = {"repeats": "seed", "folds": "fold"}
 
 
@@ -45,7 +45,7 @@ def finish_series(output: Path, kind: str, runs: Mapping[str, Mapping[str, Any]]
     Returns:
         The content of ``series.json``.
     """
-    figures = [name for name in FIGURES if all(run.get(name) is not None for run in runs.values())]
+    figures = [name for name in SERIES_METRICS if all(run.get(name) is not None for run in runs.values())]
     columns = ("run", *figures, "best_epoch", "seconds")
     rows = [
         (name, *(run[key] for key in figures), run["best_epoch"], run["seconds"]["total"])

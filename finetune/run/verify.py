@@ -26,9 +26,9 @@ from finetune.run.rule import TOP, Decision, Evidence
 from finetune.run.setup import Ready, prepare
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display, SilentDisplay
+from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.freeze import digest_frozen
-from finetune.training.optim import build_loss
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from finetune.training.trunk import FeatureLoader
@@ -121,7 +121,9 @@ def _part(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:
 
 def _task(ready: Ready, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: Split) -> Task:
     counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
-    loss = build_loss(ready.recipe.training, counts.clamp_min(1).tolist()).to(ready.placement.device)
+    settings = ready.recipe.training
+    loss = build_loss(counts.tolist(), settings.class_weights, settings.label_smoothing)
+    loss = loss.to(ready.placement.device)
     return Task(ready.backbone.network, ready.plan, loss, train, held, num_classes, split)
 
 

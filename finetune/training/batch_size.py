@@ -9,6 +9,7 @@ from torch import nn
 
 from finetune.data.loader import Batch, Placement
 from finetune.system.device import Precision, is_out_of_memory, release_memory
+from finetune.targets import build_loss
 from finetune.training.freeze import freeze, set_train_mode
 from finetune.training.plan import Plan
 from finetune.training.step import Gradient, least_part
@@ -64,7 +65,7 @@ def _fits(network: nn.Module, input_size: tuple[int, int, int], placement: Place
         images = torch.zeros(size, *input_size, device=placement.device).to(memory_format=layout)
         labels = torch.zeros(size, dtype=torch.int64, device=placement.device)
         batch = Batch(images, labels, labels, {})
-        Gradient(network, nn.CrossEntropyLoss(), None, scaler, precision).compute(batch)
+        Gradient(network, build_loss(), None, scaler, precision).compute(batch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -1,17 +1,17 @@
-"""Optimisers, losses and mixed batches, built from plain settings."""
+"""Optimisers and mixed batches, built from plain settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from finetune.recipe import TrainingSettings
+from finetune.targets import is_better
 from finetune.training.state import Progress
 
 
@@ -24,23 +24,6 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) ->
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, fused=fused)
     return torch.optim.AdamW(groups, fused=fused)
-
-
-def build_loss(settings: TrainingSettings, counts: Sequence[int]) -> nn.CrossEntropyLoss:
-    """Return the cross entropy of the recipe.
-
-    Args:
-        settings: label smoothing and class weights.
-        counts: training images of each class.
-    """
-    weights = compute_class_weights(counts) if settings.class_weights == "balanced" else None
-    return nn.CrossEntropyLoss(weight=weights, label_smoothing=settings.label_smoothing)
-
-
-def compute_class_weights(counts: Sequence[int]) -> Tensor:
-    """Return inverse class frequencies, scaled so that their mean is 1: (K,) float32."""
-    inverse = 1.0 / torch.tensor(counts, dtype=torch.float64).clamp_min(1)
-    return (inverse / inverse.mean()).float()
 
 
 def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | None:
@@ -128,15 +111,6 @@ class Plateau:
 
 
 # --- After each epoch: is it the best one, what does the plateau say, is patience over? ---
-
-
-def is_better(figures: Mapping[str, float], best: Mapping[str, float], monitor: str) -> bool:
-    """Higher accuracy, a lower loss among equals; or the lower loss alone."""
-    if not best:
-        return True
-    if monitor == "loss":
-        return figures["loss"] < best["loss"]
-    return (figures["accuracy"], -figures["loss"]) > (best["accuracy"], -best["loss"])
 
 
 def observe(progress: Progress, figures: dict[str, float], settings: TrainingSettings) -> bool:

@@ -22,6 +22,7 @@ from finetune.system.device import Precision, is_out_of_memory, release_memory, 
 from finetune.system.display import Display
 from finetune.system.distributed import Distributed
 from finetune.system.forward import autocast
+from finetune.targets import compute_share
 from finetune.training.ddp import REHEARSALS, Replicas, Share, waits_in_forward
 from finetune.training.state import Progress, add_up
 from finetune.training.task import Task
@@ -32,7 +33,7 @@ class Gradient:
 
     Args:
         network: (B, 3, H, W) -> (B, K).
-        loss: cross entropy of (logits, labels (B,) or soft labels (B, K)).
+        loss: of (logits, labels (B,) or soft labels (B, K)).
         mixer: of whole batches, before they are split.
         scaler: of the loss, for float16.
         precision: of the forward pass.
@@ -75,19 +76,11 @@ class Gradient:
             with nullcontext() if together or self.replicas is None else self.replicas.alone():
                 with autocast(images.device, self.precision):
                     loss: Tensor = self.loss(self.forward(part).float(), part_labels)
-                loss = loss * self._share(part_labels, labels) if number > 1 else loss
+                loss = loss * compute_share(self.loss, part_labels, labels) if number > 1 else loss
                 loss = loss * factor if factor != 1.0 else loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total
-
-    def _share(self, part: Tensor, whole: Tensor) -> Tensor | float:
-        """A part's weight in the mean: hard labels with class weights are divided by the sum of these."""
-        weight = getattr(self.loss, "weight", None)
-        if weight is None or whole.ndim > 1:
-            return len(part) / len(whole)
-        share: Tensor = weight[part].sum() / weight[whole].sum()
-        return share
 
 
 def learns_batch_statistics(network: nn.Module) -> bool:

@@ -8,7 +8,7 @@
       |  for each batch ------------------------------------------------.
       |  |  rates  = base rates x schedule(step)                        |
       |  |  images = mixup or cutmix                     (if asked for) |
-      |  |  loss   = cross entropy(network(images)), and its gradient   |
+      |  |  loss   = loss(network(images), labels), and its gradient    |
       |  |           in smaller parts when memory runs out,             |
       |  |           added up over processes where there are several    |
       |  |  finite?  no: skip, go back to the epoch's start, or stop    |
@@ -44,6 +44,7 @@ from finetune.system.device import Precision
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.forward import InParts
+from finetune.targets import compute_monitored
 from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
 from finetune.training.ddp import Replicas, agree, average_statistics, find_share
@@ -286,7 +287,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         predictions = self._judge()
-        figures = {"accuracy": predictions.accuracy, "loss": predictions.loss}
+        figures = compute_monitored(predictions.logits, predictions.labels)
         if fault := recovery.find_fault(figures["loss"], self.state):
             self._go_back(
                 recovery.choose_way_back(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"

@@ -36,15 +36,17 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
-@pytest.mark.parametrize("softmax", [False, True])
-def test_images_in_answers_out(card: Card, network: nn.Module, layout: Layout | None, softmax: bool) -> None:
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_images_in_answers_out(
+    card: Card, network: nn.Module, layout: Layout | None, is_calibrated: bool
+) -> None:
     """The oracle is timm's own transform on the image, and softmax(logits / T) written out."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 90, 70, 3), dtype=np.uint8)
     images = [Image.fromarray(one) for one in pixels]
     transform = create_transform(**card.preprocessing.to_timm(), is_training=False)
     normalised: Tensor = torch.stack([transform(image) for image in images])
     views = torch.stack([build_eval_transform(card.preprocessing)(image) for image in images])
-    interface = Interface(layout, softmax)
+    interface = Interface(layout, is_calibrated)
     given = interface.arrange(views, card.preprocessing)
     assert given.shape[1:] == interface.input_shape(card.preprocessing)
     assert str(given.dtype) == f"torch.{interface.input_dtype}"
@@ -53,7 +55,7 @@ def test_images_in_answers_out(card: Card, network: nn.Module, layout: Layout | 
         logits = network(normalised)
         found = program(given)
         alone = program(given[:1])
-    expected = (logits / 2.5).exp() / (logits / 2.5).exp().sum(1, keepdim=True) if softmax else logits
+    expected = (logits / 2.5).exp() / (logits / 2.5).exp().sum(1, keepdim=True) if is_calibrated else logits
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(alone, expected[:1], atol=1e-6)
 

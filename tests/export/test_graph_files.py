@@ -47,7 +47,7 @@ def network() -> nn.Module:
 def test_onnx_carries_its_labels_view_and_temperature(
     card: Card, network: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    interface = Interface("nhwc", softmax=True)
+    interface = Interface("nhwc", is_calibrated=True)
     path = write_onnx(build_program(network, card, interface), tmp_path, card, interface, 20)
     assert capfd.readouterr().out == ""  # stdout belongs to results
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]

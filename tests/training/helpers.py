@@ -21,8 +21,8 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import SilentDisplay
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.optim import build_loss
 from finetune.training.plan import build_plan
 from finetune.training.state import Checkpoint, Progress
 from finetune.training.task import Task
@@ -147,7 +147,7 @@ def _task(
     stages = find_stages(network, preprocessing.input_size)
     rate = recipe.training.lr if isinstance(recipe.training.lr, float) else 0.01
     plan = build_plan(network, stages, recipe.strategy, rate, recipe.training.epochs)
-    loss = build_loss(recipe.training, dataset.counts("train"))
+    loss = build_loss(dataset.counts("train"), recipe.training.class_weights, recipe.training.label_smoothing)
     return Task(network, plan, loss, loaders["train"], loaders["val"], dataset.num_classes)
 
 

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 
 from finetune.recipe import load_recipe
-from finetune.training.optim import build_loss, build_mixer, build_optimizer, compute_class_weights
+from finetune.training.optim import build_mixer, build_optimizer
 
 
 def settings(**training: object):
@@ -31,25 +29,6 @@ def test_optimisers_take_rate_and_decay_from_the_groups() -> None:
     adamw = build_optimizer([dict(group) for group in groups], settings(optimizer="adamw"))
     assert isinstance(adamw, torch.optim.AdamW)
     assert (adamw.param_groups[0]["lr"], adamw.param_groups[0]["weight_decay"]) == (0.3, 0.2)
-
-
-def test_class_weights_have_sklearns_proportions_and_mean_one() -> None:
-    counts = [10, 30, 60]
-    labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    reference = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    weights = compute_class_weights(counts).double().numpy()
-    assert weights.mean() == pytest.approx(1)
-    assert weights / weights[0] == pytest.approx(reference / reference[0])
-
-
-def test_loss_reads_the_recipe() -> None:
-    plain = build_loss(settings(), [1, 9])
-    assert plain.weight is None
-    assert plain.label_smoothing == 0
-    weighted = build_loss(settings(class_weights="balanced", label_smoothing=0.1), [1, 9])
-    assert weighted.weight is not None
-    assert weighted.weight.tolist() == pytest.approx([1.8, 0.2])
-    assert weighted.label_smoothing == 0.1
 
 
 def test_mixers_give_soft_labels_that_sum_to_one() -> None:

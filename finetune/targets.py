@@ -1,0 +1,235 @@
+"""What a label is, and everything that follows from it. Today a label is one class index for each image.
+
+The training loss, the activation, the decision, the names of metrics and the columns of prediction files
+depend on the kind of label. They are defined here and nowhere else (tests/test_architecture.py holds it), so
+that another kind of label, such as several classes or a number for an image, is added to this file.
+
+A library is imported where it computes: a recipe or a table can be read without torch and numpy.
+
+Shape legend: B batch, N images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor, nn
+
+# --- the training loss ---------------------------------------------------------------------------
+
+ClassWeights = Literal["none", "balanced"]
+LINEAR_CLASSIFIER: Final = "softmax"
+"""The linear classifier of :mod:`finetune.features.solvers` that has the training loss, and gives logits."""
+
+
+def build_loss(
+    counts: Sequence[int] = (), class_weights: ClassWeights = "none", label_smoothing: float = 0.0
+) -> nn.Module:
+    """Return the mean cross entropy of (logits (B, K), labels (B,) int64 or soft labels (B, K)), in nats.
+
+    Args:
+        counts: training images of each class; only read for balanced weights.
+        class_weights: ``balanced`` weighs each class by its inverse frequency.
+        label_smoothing: share of a label that is spread over all classes, in [0, 1).
+    """
+    from torch import nn
+
+    weights = compute_class_weights(counts) if class_weights == "balanced" else None
+    return nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
+
+
+def compute_class_weights(counts: Sequence[int]) -> Tensor:
+    """Return inverse class frequencies, scaled so that their mean is 1: (K,) float32."""
+    import torch
+
+    inverse = 1.0 / torch.tensor(counts, dtype=torch.float64).clamp_min(1)
+    return (inverse / inverse.mean()).float()
+
+
+def compute_share(loss: nn.Module, part: Tensor, whole: Tensor) -> Tensor | float:
+    """Return the weight of a part of a batch in the mean loss of the whole batch.
+
+    With class weights, the mean over hard labels is divided by the sum of their weights.
+
+    Args:
+        loss: of :func:`build_loss`.
+        part: labels of the part.
+        whole: labels of the batch.
+    """
+    weight = getattr(loss, "weight", None)
+    if weight is None or whole.ndim > 1:
+        return len(part) / len(whole)
+    share: Tensor = weight[part].sum() / weight[whole].sum()
+    return share
+
+
+# --- activation and decision ---------------------------------------------------------------------
+
+
+def to_probabilities(logits: Tensor) -> Tensor:
+    """Return the probability of each class, (N, K), from logits (N, K)."""
+    return logits.softmax(dim=1)
+
+
+def compute_log_odds(logits: Tensor) -> npt.NDArray[np.float64]:
+    """Return log(p / (1 - p)) of each class, (N, K), rounded to nine decimals.
+
+    It sorts images as p does, but has no ties where a network is so sure that p is 1 in any float. Rounding
+    makes equal what differs by the last bits only.
+
+    Args:
+        logits: (N, K), K at least 2.
+    """
+    import torch
+
+    logits = logits.double()
+    likeliest = logits.argmax(dim=1, keepdim=True)
+    others = logits.scatter(1, likeliest, float("-inf")).logsumexp(dim=1, keepdim=True)
+    logs = logits.log_softmax(dim=1)
+    small = logs - torch.log1p(-logs.exp())  # of the other classes, whose p is at most a half
+    odds: npt.NDArray[np.float64] = small.scatter(1, likeliest, logits.gather(1, likeliest) - others).numpy()
+    return odds.round(9)
+
+
+def decide(scores: Tensor) -> Tensor:
+    """Return the class of the highest logit, probability or number of votes (N, K): (N,) int64."""
+    return scores.argmax(dim=1)
+
+
+def decide_with_confidence(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest probability (N,) in [0, 1], and its class (N,) int64, of probabilities (N, K)."""
+    confidence, predicted = probabilities.max(dim=1)
+    return confidence, predicted
+
+
+def compute_margins(probabilities: Tensor) -> Tensor:
+    """Return how far the highest probability lies above the second, (N,); infinite for a single class."""
+    if probabilities.shape[1] < 2:
+        return probabilities[:, 0] + float("inf")
+    best = probabilities.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> list[int]:
+    """Return the ``k`` likeliest classes of one image, the likeliest first; of equals, the lower index first.
+
+    Args:
+        probabilities: (K,).
+        k: at most so many.
+    """
+    order: list[int] = (-probabilities).argsort(kind="stable")[:k].tolist()
+    return order
+
+
+# --- metrics of single images --------------------------------------------------------------------
+
+
+def compute_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each image in nats, (N,) float64, without smoothing and class weights."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(logits.double(), labels, reduction="none")
+
+
+def compute_mean_loss(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean cross entropy in nats, without smoothing and class weights."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(logits.double(), labels).item()
+
+
+def find_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return whether the label of each image is among its ``k`` likeliest classes, (N,) bool."""
+    return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
+
+
+# --- names of metrics ----------------------------------------------------------------------------
+
+Monitor = Literal["accuracy", "loss"]
+"""Validation metrics that can choose the best epoch."""
+TOP5_CLASSES = 6
+"""Classes from which on top-5 accuracy means something."""
+METRIC_NAMES: dict[str, str] = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1_macro": "macro F1",
+    "precision_macro": "macro precision",
+    "recall_macro": "macro recall",
+    "top5_accuracy": "top-5 accuracy",
+    "roc_auc": "ROC AUC",
+    "loss": "log loss",
+    "error": "error",
+    "top5_error": "top-5 error",
+}
+"""Metrics of ``metrics.json`` by key, as people call them."""
+HEADLINE_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "top5_accuracy", "roc_auc")
+"""Those that say most, in the order of their weight."""
+DETAIL_METRICS = ("error", "top5_error", "precision_macro", "recall_macro", "loss")
+"""The others."""
+CARD_METRICS = (
+    "accuracy",
+    "top5_accuracy",
+    "balanced_accuracy",
+    "precision_macro",
+    "recall_macro",
+    "f1_macro",
+    "roc_auc",
+    "loss",
+)
+"""Those of a model card, in its order."""
+SERIES_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss", "roc_auc", "top5_accuracy")
+"""Those that are averaged over the runs of a series."""
+CLASS_METRICS = ("precision", "recall", "f1", "support", "predicted")
+"""Of one class, in ``per_class.csv`` after its label."""
+
+
+def compute_monitored(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics that are computed after each epoch: ``accuracy`` in [0, 1] and ``loss`` in nats."""
+    accuracy = (decide(logits) == labels).double().mean().item()
+    return {"accuracy": accuracy, "loss": compute_mean_loss(logits, labels)}
+
+
+def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: Monitor) -> bool:
+    """Return whether an epoch's validation metrics are better than the best so far (``{}``: there is none).
+
+    ``accuracy``: a higher one, or a lower loss at the same; ``loss``: a lower one.
+    """
+    if not best:
+        return True
+    if monitor == "loss":
+        return metrics["loss"] < best["loss"]
+    return (metrics["accuracy"], -metrics["loss"]) > (best["accuracy"], -best["loss"])
+
+
+# --- columns of prediction files -----------------------------------------------------------------
+
+PREDICTION_COLUMNS = ("path", "label", "predicted", "confidence")
+"""First columns of ``predictions.csv``; those of :func:`name_probabilities` follow."""
+_PROBABILITY = "prob_"
+
+
+def name_probabilities(classes: Sequence[str]) -> list[str]:
+    """Return the column of each class's probability."""
+    return [f"{_PROBABILITY}{name}" for name in classes]
+
+
+def read_classes(columns: Sequence[str]) -> list[str]:
+    """Return the classes whose probabilities a table holds, in its order."""
+    return [name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY)]
+
+
+def name_answer_columns(classes: Sequence[str], top: int = 1, with_rejected: bool = False) -> list[str]:
+    """Return the columns of ``finetune predict``, which does not know the true class.
+
+    Args:
+        classes: in index order.
+        top: how many classes are named, the likeliest first.
+        with_rejected: a column says whether the prediction was rejected.
+    """
+    rejected = ["rejected"] if with_rejected else []
+    more = [f"{what}_{place}" for place in range(2, top + 1) for what in ("label", "confidence")]
+    return ["path", "label", "confidence", *rejected, *more, *name_probabilities(classes)]

@@ -1,0 +1,123 @@
+"""What follows from one class index an image, against torch, scikit-learn and formulas written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+
+from finetune import targets
+
+
+def test_class_weights_have_sklearns_proportions_and_mean_one() -> None:
+    counts = [10, 30, 60]
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    reference = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    weights = targets.compute_class_weights(counts).double().numpy()
+    assert weights.mean() == pytest.approx(1)
+    assert weights / weights[0] == pytest.approx(reference / reference[0])
+
+
+def test_the_loss_weighs_classes_and_smooths_labels() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0])
+    first, second = math.log1p(math.exp(-2)), math.log1p(math.exp(1))
+    assert targets.build_loss()(logits, labels).item() == pytest.approx((first + second) / 2)
+    smooth = targets.build_loss(label_smoothing=0.1)(logits[:1], labels[:1]).item()
+    assert smooth == pytest.approx(0.95 * first + 0.05 * (first + 2))
+    mixed = torch.tensor([0, 1])
+    balanced = targets.build_loss([1, 9], "balanced")(logits, mixed).item()
+    assert balanced == pytest.approx(0.9 * first + 0.1 * (second - 1))
+    assert targets.build_loss([1, 9])(logits, mixed).item() == pytest.approx((first + second - 1) / 2)
+
+
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_shares_of_parts_put_the_mean_loss_together_again(
+    class_weights: targets.ClassWeights, soft: bool
+) -> None:
+    loss = targets.build_loss([4, 1, 2], class_weights, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(7, 3, generator=generator), torch.tensor([0, 0, 1, 2, 0, 2, 0])
+    wanted = nn.functional.one_hot(labels, 3) * 0.7 + 0.1 if soft else labels
+    parts = [slice(0, 3), slice(3, 5), slice(5, 7)]
+    summed = sum(
+        float(loss(logits[part], wanted[part]) * targets.compute_share(loss, wanted[part], wanted))
+        for part in parts
+    )
+    assert summed == pytest.approx(loss(logits, wanted).item())
+
+
+def test_probabilities_decision_and_confidence_belong_together() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0], [1.0, -1.0]])
+    probabilities = targets.to_probabilities(logits)
+    assert probabilities[0].tolist() == pytest.approx([0.25, 0.75])
+    confidence, predicted = targets.decide_with_confidence(probabilities)
+    assert predicted.tolist() == targets.decide(logits).tolist() == [1, 0, 0]
+    assert confidence.equal(probabilities.gather(1, predicted[:, None])[:, 0])
+    assert targets.compute_margins(probabilities).tolist()[:2] == pytest.approx([0.5, 0.0])
+    assert targets.compute_margins(torch.ones(2, 1)).tolist() == [math.inf, math.inf]
+
+
+def test_classes_are_ranked_with_the_lower_index_first_among_equals() -> None:
+    probabilities = np.array([0.1, 0.4, 0.4, 0.1], np.float32)
+    assert targets.rank_classes(probabilities, 3) == [1, 2, 0]
+    assert targets.rank_classes(probabilities, 9) == [1, 2, 0, 3]
+
+
+def test_log_odds_are_those_of_probabilities() -> None:
+    logits = 2 * torch.randn(30, 6, generator=torch.Generator().manual_seed(2))
+    chances = logits.double().softmax(1).numpy()
+    assert targets.compute_log_odds(logits) == pytest.approx(np.log(chances / (1 - chances)), abs=1e-8)
+
+
+def test_losses_of_images_have_the_mean_loss() -> None:
+    logits, labels = torch.tensor([[0.0, 0.0], [300.0, 0.0]]), torch.tensor([0, 1])
+    losses = targets.compute_losses(logits, labels)
+    assert losses.dtype == torch.float64
+    assert losses.tolist() == pytest.approx([math.log(2), 300])  # not cut off at some least probability
+    assert targets.compute_mean_loss(logits, labels) == pytest.approx(losses.mean().item())
+    assert targets.compute_monitored(logits, labels) == {
+        "accuracy": 0.5,
+        "loss": targets.compute_mean_loss(logits, labels),
+    }
+
+
+def test_top_1_is_the_decision_and_all_classes_hold_every_label() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, labels = torch.randn(50, 6, generator=generator), torch.randint(6, (50,), generator=generator)
+    assert targets.find_in_top_k(logits, labels, 1).equal(targets.decide(logits) == labels)
+    assert targets.find_in_top_k(logits, labels, 6).all()
+    assert 0 < targets.find_in_top_k(logits, labels, 5).sum() < 50
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "by_accuracy", "by_loss"),
+    [(0.9, 0.5, True, False), (0.8, 0.2, True, True), (0.8, 0.4, False, False), (0.7, 0.1, False, True)],
+)
+def test_the_best_epoch(accuracy: float, loss: float, by_accuracy: bool, by_loss: bool) -> None:
+    best, new = {"accuracy": 0.8, "loss": 0.3}, {"accuracy": accuracy, "loss": loss}
+    assert targets.is_better(new, best, "accuracy") == by_accuracy
+    assert targets.is_better(new, best, "loss") == by_loss
+    assert targets.is_better(new, {}, "loss")
+
+
+def test_columns_of_probabilities_give_the_classes_back() -> None:
+    classes = ["ant", "prob_bee", "no. 3"]
+    columns = [*targets.PREDICTION_COLUMNS, *targets.name_probabilities(classes)]
+    assert columns[:4] == ["path", "label", "predicted", "confidence"]
+    assert columns[4:] == ["prob_ant", "prob_prob_bee", "prob_no. 3"]
+    assert targets.read_classes(columns) == classes
+    assert targets.name_answer_columns(["a", "b"], 2, with_rejected=True) == [
+        "path", "label", "confidence", "rejected", "label_2", "confidence_2", "prob_a", "prob_b",
+    ]  # fmt: skip
+
+
+def test_every_listed_metric_has_a_name() -> None:
+    listed = {*targets.HEADLINE_METRICS, *targets.DETAIL_METRICS}
+    assert listed == set(targets.METRIC_NAMES)
+    assert {*targets.CARD_METRICS, *targets.SERIES_METRICS} <= listed
