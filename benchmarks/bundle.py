@@ -10,9 +10,7 @@ sizes.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,9 +25,9 @@ from finetune.data.decode import decode_image
 from finetune.data.transforms import Normalizer, build_eval_transform
 from finetune.export.config import build_config
 from finetune.export.folder import WEIGHTS_FILE, load_exported, portable_state
-from finetune.recipe import load_recipe
 from finetune.runs.files import write_bytes, write_json, write_text
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from pretrained.backbone import load_source
 from pretrained.catalog import Card, Preprocessing, find_card
 
@@ -60,9 +58,8 @@ def write_bundle(run: RunFolder, folder: Path, img_size: int) -> Card:
 
 def read_judged(run: RunFolder, data: Path) -> tuple[list[Path], Tensor]:
     """Return the validation images of a run, and their labels (N,)."""
-    names = run.classes.read_text(encoding="utf-8").split()
-    with run.split.open(encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["split"] == "val"]
+    reader = RunReader(run)
+    names, rows = reader.classes, [row for row in reader.split if row["split"] == "val"]
     return [data / row["path"] for row in rows], torch.tensor([names.index(row["label"]) for row in rows])
 
 
@@ -83,8 +80,8 @@ def measure(card: Card, view: Preprocessing, images: Sequence[Path], labels: Ten
 
 def build_card(run: RunFolder, folder: Path, card: Card, sizes: Mapping[int, tuple[float, float]]) -> str:
     """Return README.md: what the weights are, in facts of the run that made them."""
-    metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
-    recipe = load_recipe(str(run.recipe))
+    metrics, recipe = RunReader(run).metrics, RunReader(run).recipe
+    assert recipe is not None
     size, trained_at = card.preprocessing.img_size, recipe.input.img_size
     number_each = metrics["num_samples"] // card.num_classes
     content = (folder / WEIGHTS_FILE).read_bytes()

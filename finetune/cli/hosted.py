@@ -27,6 +27,7 @@ from finetune.errors import ExitCode, UsageError, sanitize
 from finetune.launch.platforms import Platform, find_platform, is_main
 from finetune.runs.files import disk_error, write_chunks
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 
 TOLD = "FINETUNE_PLATFORM"
 """Environment variable: a process above has done all this already."""
@@ -218,7 +219,7 @@ def _explain(platform: Platform, folder: RunFolder, code: int, began: float, com
     if platform.failure is None:
         return
     written = _changed(platform.failure)
-    outcome = folder.read_outcome()
+    outcome = RunReader(folder, tolerant=True).outcome
     if outcome.get("exit_code") == code and _changed(folder.outcome) >= max(began - 1, written):
         platform.write_failure(str(outcome.get("message")), str(outcome.get("hint")))
     elif not written:

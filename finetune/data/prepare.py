@@ -16,10 +16,11 @@ from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError
-from finetune.recipe import Recipe, load_recipe
-from finetune.runs.claim import create_folder, read_split
+from finetune.recipe import Recipe
+from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_text
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import SPLIT_COLUMNS, RunReader
 from finetune.system.device import derive_seed
 from finetune.system.display import Display
 
@@ -45,12 +46,12 @@ def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     Where the data name no validation part, it is drawn from what is there; an image that has vanished since
     would change the draw.
     """
-    if not dataset.val_was_drawn or not folder.recipe.exists():
+    if not dataset.val_was_drawn:
         return dataset
-    if SplitConfig.of(load_recipe(str(folder.recipe))) != SplitConfig.of(recipe):
+    run = RunReader(folder)
+    if run.recipe is None or SplitConfig.of(run.recipe) != SplitConfig.of(recipe):
         return dataset
-    rows = [(row.get("path"), row.get("split")) for row in read_split(folder)]
-    drawn = {path: split for path, part in rows for split in SPLITS if split == part}
+    drawn = {row["path"]: split for row in run.split for split in SPLITS if split == row["split"]}
     samples = [replace(sample, split=drawn.get(sample.path, sample.split)) for sample in dataset.samples]
     settled = frozenset(sample.path for sample in samples if sample.path in drawn)
     return replace(dataset, samples=tuple(sorted(samples, key=_place)), settled=settled)
@@ -60,7 +61,7 @@ def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -
     """Write which image is in which class and part, and what it held."""
     write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
     rows = [(path, *facts) for path, facts in describe_images(dataset, digests).items()]
-    write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
+    write_csv(folder.split, rows, SPLIT_COLUMNS)
 
 
 def describe_data(dataset: Dataset) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dataset import Dataset
-from finetune.errors import DataError, FinetuneError
-from finetune.recipe import Recipe, load_recipe
-from finetune.runs.claim import read_split
+from finetune.errors import DataError
+from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
 
@@ -49,9 +49,10 @@ def find_seen(run: RunFolder | None) -> SeenImages:
     if run is None:
         return SeenImages()
     own = _parts(run)
-    metrics = read_metrics(run)
+    reader = RunReader(run, tolerant=True)
+    metrics = reader.metrics
     is_choosing = bool(metrics.get("epochs")) or bool(metrics.get("split_chose_checkpoint"))
-    above = find_ancestors(_read_recipe(run))
+    above = find_ancestors(reader.recipe)
     return SeenImages(
         trained=own["train"] | above.trained,
         chose=(own["val"] if is_choosing else frozenset()) | above.chose,
@@ -127,13 +128,13 @@ def _ancestors(recipe: Recipe | None) -> Iterator[RunFolder | None]:
         yield run
         if run is None:
             return
-        recipe = _read_recipe(run)
+        recipe = RunReader(run, tolerant=True).recipe
 
 
 def _is_ours(folder: Path) -> bool:
     """A folder that a run has exported, or one that is gone; others hold published weights."""
     files = (folder / "config.json", folder / "model" / "config.json")
-    configs = [_read_json(file) for file in files if file.is_file()]
+    configs = [_read_config(file) for file in files if file.is_file()]
     return not configs or any("finetune" in config for config in configs)
 
 
@@ -146,12 +147,7 @@ def find_run(folder: Path) -> RunFolder | None:
     return None
 
 
-def read_metrics(run: RunFolder) -> Mapping[str, Any]:
-    """Return the figures of a run, empty where there are none that can be read."""
-    return _read_json(run.metrics)
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -159,15 +155,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read_recipe(run: RunFolder) -> Recipe | None:
-    try:
-        return load_recipe(str(run.recipe))
-    except (FinetuneError, OSError):
-        return None
-
-
 def _parts(run: RunFolder) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
-    for row in read_split(run):
+    for row in RunReader(run).split:
         found.setdefault(row["split"], set()).add(row["sha256"])
     return {part: frozenset(digests) for part, digests in found.items()}

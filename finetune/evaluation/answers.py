@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError, UsageError
-from finetune.runs.claim import read_split
-from finetune.runs.files import read_rows, unescape_formula
+from finetune.runs.files import damaged_file
 from finetune.runs.folder import RunFolder
-from finetune.targets import PREDICTION_COLUMNS, read_classes
+from finetune.runs.reader import RunReader
 
-_COLUMNS = list(PREDICTION_COLUMNS[:3])
 _NUMBERS = ("balanced_accuracy", "f1_macro", "loss", "trained_on")
 _INNER_NUMBERS = (("calibration", "ece_calibrated"), ("seconds", "total"))
 _KINDS: dict[str, type] = {
@@ -58,10 +54,10 @@ class RunAnswers:
     @property
     def num_learned(self) -> int | None:
         """Parameters that were trained; None where no plan says it."""
+        rows = RunReader(self.folder, tolerant=True).plan
         try:
-            rows = read_rows(self.folder.plan)
-            return sum(int(row["parameters"]) for row in rows if row["trained"] == "True")
-        except (OSError, ValueError, KeyError, DataError):
+            return sum(int(row["parameters"]) for row in rows if row["trained"] == "True") if rows else None
+        except ValueError:
             return None
 
 
@@ -79,20 +75,22 @@ def load_judged(path: Path, name: str) -> RunAnswers:
         fix = "Name folders of finished runs (`finetune run`), or of `finetune evaluate`."
         raise UsageError(str(path), found, fix)
     _check_done(folder)
-    metrics = _read_metrics(folder)
-    classes, answers = _read_answers(folder)
+    run = RunReader(folder)
+    try:
+        _check_shape(run.metrics)
+    except (ValueError, OverflowError) as error:
+        raise damaged_file(folder.metrics, error) from None
+    metrics, answers = run.metrics, _collect_answers(run)
     accuracy = sum(label == predicted for label, predicted in answers.values()) / len(answers)
     if abs(accuracy - metrics["accuracy"]) > _TOLERANCE:
         found = f"accuracy is {metrics['accuracy']:.4f} there, and {accuracy:.4f} in predictions.csv"
         raise DataError(
             str(folder.metrics), found, "Make the folder again: its files do not belong together."
         )
-    split = read_split(folder)
-    digests = {row["path"]: row["sha256"] for row in split}
-    _check_known(folder, answers, digests)
-    learned = [row for row in split if row["split"] == "train"] if folder.recipe.is_file() else []
+    _check_known(folder, answers, run.digests)
+    learned = [row for row in run.split if row["split"] == "train"] if folder.recipe.is_file() else []
     trained_on = frozenset((row["path"], row["sha256"]) for row in learned)
-    return RunAnswers(name, folder, metrics, classes, answers, digests, trained_on)
+    return RunAnswers(name, folder, metrics, run.predicted_classes, answers, run.digests, trained_on)
 
 
 def _check_known(folder: RunFolder, answers: Mapping[str, Any], digests: Mapping[str, str]) -> None:
@@ -105,24 +103,15 @@ def _check_known(folder: RunFolder, answers: Mapping[str, Any], digests: Mapping
 
 
 def _check_done(folder: RunFolder) -> None:
-    state = folder.read_outcome().get("state", "done")  # an evaluation has no outcome
+    state = RunReader(folder, tolerant=True).state
     if state != "done":
         fix = f"Give its command again, with --output {folder.path}, to go on with it."
         raise DataError(str(folder.path), f"the run is not finished ({state}); its figures are old", fix)
 
 
-def _read_metrics(folder: RunFolder) -> dict[str, Any]:
-    try:
-        metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
-        _check_shape(metrics)
-    except (OSError, ValueError, OverflowError, RecursionError) as error:
-        raise _damaged(folder.metrics, error) from None
-    return metrics
-
-
-def _check_shape(metrics: Any) -> None:
+def _check_shape(metrics: Mapping[str, Any]) -> None:
     """What is there has the form that a run gives it; anything but the accuracy may be absent or null."""
-    if not isinstance(metrics, dict) or not _is_number(metrics.get("accuracy")):
+    if not _is_number(metrics.get("accuracy")):
         raise ValueError("it holds no accuracy")
     for key, kind in _KINDS.items():
         if metrics.get(key) is not None and not isinstance(metrics[key], kind):
@@ -142,28 +131,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read_answers(folder: RunFolder) -> tuple[tuple[str, ...], dict[str, tuple[str, str]]]:
-    """Return class names, and the answers by path; probabilities of many classes are passed over."""
+def _collect_answers(run: RunReader) -> dict[str, tuple[str, str]]:
+    """Return true and predicted class by path."""
     answers: dict[str, tuple[str, str]] = {}
-    try:
-        with folder.predictions.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows)
-            if header[:3] != _COLUMNS:
-                raise ValueError(f"its columns do not begin with {', '.join(_COLUMNS)}")
-            for row in rows:
-                path, label, predicted = (unescape_formula(cell) for cell in row[:3])
-                if path in answers:
-                    raise ValueError(f"{path} is there twice")
-                answers[path] = label, predicted
-    except (OSError, ValueError, StopIteration, csv.Error) as error:
-        raise _damaged(folder.predictions, error) from None
+    for one in run.predictions:
+        if one.path in answers:
+            raise damaged_file(run.folder.predictions, ValueError(f"{one.path} is there twice"))
+        answers[one.path] = one.label, one.predicted
     if not answers:
-        raise _damaged(folder.predictions, ValueError("it holds no image"))
-    classes = tuple(read_classes(header))
-    return classes, answers
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    said = " ".join(str(error).split())[:200] or type(error).__name__
-    return DataError(str(path), f"it cannot be read ({said})", "Make the folder again.")
+        raise damaged_file(run.folder.predictions, ValueError("it holds no image"))
+    return answers

@@ -14,8 +14,8 @@ from finetune.errors import DataError, UsageError
 from finetune.evaluation.variants import Model
 from finetune.features.extraction import open_images
 from finetune.recipe import load_recipe
-from finetune.runs.claim import read_split
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 
@@ -52,16 +52,15 @@ def find_judged(
         DataError: images are gone or cannot be read, or have a class that the model does not know.
     """
     run, classes = first.run, first.predictor.classes
-    if data is None and run is None:
-        raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
     if run is not None and (data is None or _is_own(run, data)):
         if _has_part(run, part):
             dataset = _images_of_run(run, classes, part, display)
             digests = _check_images(dataset, display)
             _refuse_changed(run, digests)
             return EvalSet(dataset, digests, _name_part(dataset, part))
-        data = Path(load_recipe(str(run.recipe)).data.path or "")
-    assert data is not None
+        data = _data_of(run)
+    if data is None:
+        raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
     with display.count(f"reading {data}") as tell:
         dataset = find_labelled(data, classes, part, follow_links, tell)
     for warning in dataset.warnings:
@@ -70,7 +69,7 @@ def find_judged(
 
 
 def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
-    before = {row["path"]: row["sha256"] for row in read_split(run)}
+    before = RunReader(run).digests
     changed = sorted(path for path, digest in digests.items() if before.get(path) != digest)
     if changed:
         found = f"{len(changed)} of {len(digests)} images have another content now ({changed[0]} for one)"
@@ -80,13 +79,18 @@ def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
 
 def _is_own(run: RunFolder, data: Path) -> bool:
     """The very folder that the run was trained on: only its own split says what is what in it."""
-    own = load_recipe(str(run.recipe)).data.path if run.recipe.is_file() else None
-    return data.resolve() in (run.path.resolve(), Path(own).resolve() if own is not None else None)
+    own = _data_of(run)
+    return data.resolve() in (run.path.resolve(), own.resolve() if own is not None else None)
+
+
+def _data_of(run: RunFolder) -> Path | None:
+    recipe = RunReader(run).recipe
+    return Path(recipe.data.path) if recipe is not None and recipe.data.path is not None else None
 
 
 def _has_part(run: RunFolder, part: Part | None) -> bool:
     """Whether the run knew of such a part: a test part may have come since."""
-    return part in (None, "all") or any(row["split"] == part for row in read_split(run))
+    return part in (None, "all") or any(row["split"] == part for row in RunReader(run).split)
 
 
 def _images_of_run(run: RunFolder, classes: Sequence[str], part: Part | None, display: Display) -> Dataset:
@@ -96,7 +100,7 @@ def _images_of_run(run: RunFolder, classes: Sequence[str], part: Part | None, di
         DataError: some of them are gone, or there is none.
     """
     found = open_images(load_recipe(None, {"data": {"path": str(run.path)}}), display)
-    rows = read_split(run)
+    rows = RunReader(run).split
     wanted = part or ("test" if any(row["split"] == "test" for row in rows) else "val")
     index = {name: number for number, name in enumerate(classes)}
     known = {row["path"]: row for row in rows if wanted in ("all", row["split"])}

@@ -17,7 +17,6 @@ from finetune import __version__
 from finetune.data.dataset import describe_images
 from finetune.data.inputs import Part
 from finetune.data.prepare import check_outside, create_new_folder
-from finetune.data.provenance import read_metrics
 from finetune.evaluation.calibration import calibrate_apart, compare_calibration, measure_thresholds
 from finetune.evaluation.eval_set import Overlap, find_judged, find_overlap
 from finetune.evaluation.intervals import compute_intervals
@@ -28,6 +27,7 @@ from finetune.evaluation.variants import Model, Variant, check_same_classes, loa
 from finetune.evaluation.views import build_views
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.device import describe_environment
 from finetune.system.display import Display
 
@@ -171,7 +171,7 @@ def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> d
 
 
 def _thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
-    rows = read_metrics(model.run).get("reject") if model.run is not None else None
+    rows = RunReader(model.run, tolerant=True).metrics.get("reject") if model.run is not None else None
     try:
         return measure_thresholds(rows or [], predictions)
     except (LookupError, TypeError):  # edited by hand, or of another version

@@ -29,11 +29,11 @@ from finetune.features.extraction import Source, open_features, open_images, ope
 from finetune.features.network import open_network
 from finetune.features.rows import Rows
 from finetune.features.solvers import fit
-from finetune.recipe import Recipe, load_recipe
-from finetune.runs.claim import read_split
+from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import translated_errors
+from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
 from finetune.targets import LINEAR_CLASSIFIER, decide, to_probabilities
@@ -147,10 +147,10 @@ def find_suspects(run: Path, output: Path, display: Display) -> Suspects:
 
 def _read_recipe(path: Path) -> Recipe:
     run = RunFolder(path)
-    if not (run.split.is_file() and run.recipe.is_file()):
+    recipe = RunReader(run).recipe if run.split.is_file() and run.recipe.is_file() else None
+    if recipe is None:
         found = "it is no run folder, or the run has not begun to train"
         raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
-    recipe = load_recipe(str(run.recipe))
     if starts_random(recipe.strategy.name):
         found = "it was trained from random weights, so that there is no network that has not seen the labels"
         raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
@@ -164,7 +164,7 @@ def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> Data
     Raises:
         DataError: none is left.
     """
-    recorded = {row.get("path"): row.get("sha256") for row in read_split(run)}
+    recorded = RunReader(run).digests
     digests = source.digests
     changed = [one.path for one in source.dataset.samples if recorded.get(one.path) != digests[one.path]]
     if changed:

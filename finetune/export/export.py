@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -44,9 +43,9 @@ from finetune.export.proof import (
 )
 from finetune.export.source import Exportable, ProofInputs, draw_random, load_judged, open_model
 from finetune.recipe import Recipe
-from finetune.runs.claim import create_folder, read_split
+from finetune.runs.claim import create_folder
 from finetune.runs.files import disk_error, write_json
-from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
 
@@ -162,7 +161,7 @@ def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]
     """Return the artefact and what loads it."""
     card = source.card
     if wanted.format == "timm":
-        metrics = _read_metrics(source.run)
+        metrics = RunReader(source.run, tolerant=True).metrics if source.run is not None else {}
         started = "" if starts_random(str(metrics.get("strategy"))) else card.name
         write_model(
             folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
@@ -175,19 +174,11 @@ def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]
     return write_program(program, folder), "torch-export"
 
 
-def _read_metrics(run: RunFolder | None) -> Mapping[str, Any]:
-    try:
-        metrics = json.loads(run.metrics.read_text(encoding="utf-8")) if run else {}
-    except (OSError, ValueError):
-        return {}
-    return metrics if isinstance(metrics, dict) else {}
-
-
 def _describe_data(source: Exportable) -> TrainingData:
     if source.run is None:
         return TrainingData()
     counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in source.card.label_names}
-    for row in read_split(source.run):
+    for row in RunReader(source.run).split:
         counts.setdefault(row["label"], defaultdict(int))[row["split"]] += 1
     path = source.recipe.data.path if source.recipe else None
     return TrainingData(Path(path).name if path else "", counts)

@@ -17,10 +17,9 @@ from finetune.data.decode import BadImageError
 from finetune.data.transforms import Transform, build_eval_transform
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.export.folder import WEIGHTS_FILE, load_exported
-from finetune.recipe import Recipe, load_recipe
-from finetune.runs.claim import read_split
-from finetune.runs.files import read_rows
+from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import Row, RunReader
 from finetune.system.device import resolve_threads
 from finetune.targets import name_probabilities, read_classes
 from pretrained.catalog import Card, find_card
@@ -67,7 +66,7 @@ def open_model(path: Path) -> Exportable:
     except RuntimeError as error:  # load_state_dict's
         found = f"its weights belong to another network: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"model {path}", found, "Export it again.") from None
-    recipe = _read_recipe(run)
+    recipe = RunReader(run, tolerant=True).recipe if run is not None else None  # of another version, perhaps
     return Exportable(path, card, network, run, recipe, _find_images(run, recipe))
 
 
@@ -84,19 +83,12 @@ def _find_run(path: Path) -> RunFolder | None:
 
 def _check_done(run: RunFolder) -> None:
     """A model of an earlier end beside figures of a later one would be told as if they belonged together."""
-    state = run.read_outcome().get("state", "done")
+    state = RunReader(run, tolerant=True).state
     if state != "done":
         found = f"the run is not finished ({state}), and its model and figures may not belong together"
         raise DataError(
             f"model {run.path}", found, "Give the run's command again to finish it, and export then."
         )
-
-
-def _read_recipe(run: RunFolder | None) -> Recipe | None:
-    try:
-        return load_recipe(str(run.recipe)) if run else None
-    except FinetuneError:  # of another version, perhaps
-        return None
 
 
 def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
@@ -112,7 +104,7 @@ def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
         return f"the run's data cannot be read ({error.message})"
     if root is None:
         return f"the run's data, {data}, are not there any more"
-    samples = tuple(Sample(row["path"], -1, "train") for row in read_split(run))
+    samples = tuple(Sample(row["path"], -1, "train") for row in RunReader(run).split)
     return Dataset(root, (), samples, is_folder=root != data.parent)
 
 
@@ -171,13 +163,13 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     """
     if not run.predictions.is_file():
         return f"{run.predictions} is not there"
-    rows = read_rows(run.predictions, ("path",))
+    reader = RunReader(run)
+    rows = reader.prediction_rows
     chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
-    digests = {row.get("path"): row.get("sha256") for row in read_split(run)}
     transform = build_eval_transform(card.preprocessing)
 
-    def look(row: dict[str, str]) -> Tensor | str:
-        return _open(root / row["path"], digests.get(row["path"]), transform)
+    def look(row: Row) -> Tensor | str:
+        return _open(root / row["path"], reader.digests.get(row["path"]), transform)
 
     with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="judged") as pool:
         found = list(pool.map(look, chosen))
@@ -197,7 +189,7 @@ def _most(card: Card, wanted: int) -> int:
     return min(wanted, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
 
 
-def _draw_evenly(rows: Sequence[dict[str, str]], most: int) -> list[dict[str, str]]:
+def _draw_evenly(rows: Sequence[Row], most: int) -> list[Row]:
     """Every n-th: the rows are in the order of the classes."""
     count = min(most, len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]
@@ -216,7 +208,7 @@ def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
         return error.reason
 
 
-def _read_probabilities(rows: Sequence[dict[str, str]], card: Card) -> Tensor | None:
+def _read_probabilities(rows: Sequence[Row], card: Card) -> Tensor | None:
     classes = read_classes(list(rows[0]))
     if len(classes) != card.num_classes or (card.label_names and classes != list(card.label_names)):
         return None

@@ -44,10 +44,10 @@ from finetune.features.store import (
     describe_images,
     row_bytes,
 )
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
-from finetune.runs.claim import read_split
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.device import Precision, describe_environment, release_memory, resolve_workers
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
@@ -68,17 +68,15 @@ def open_images(recipe: Recipe, display: Display) -> Dataset:
     """
     if not recipe.data.path:
         raise UsageError("finetune", "no data was named", "Add --data FOLDER.")
-    path, own = Path(recipe.data.path), recipe
-    run = RunFolder(path)
-    is_run = run.split.is_file() and run.recipe.is_file()
-    if is_run:
-        own = load_recipe(str(run.recipe))
+    run = RunReader(RunFolder(Path(recipe.data.path)))
+    began = run.recipe if run.folder.split.is_file() and run.folder.recipe.is_file() else None
+    own = began or recipe
     with display.count(f"reading {own.data.path}") as tell:
         data = Path(own.data.path or "")
         dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell)
-    if is_run:
-        dataset = keep_split(dataset, run, own)
-        known = {row.get("path") for row in read_split(run)}
+    if began is not None:
+        dataset = keep_split(dataset, run.folder, own)
+        known = run.digests.keys()
         dataset = dataset.without({sample.path for sample in dataset.samples if sample.path not in known})
     for warning in dataset.warnings:
         display.warn(warning)

@@ -12,9 +12,10 @@ from torch import nn
 
 from finetune.data.loader import Placement
 from finetune.errors import FinetuneError, UsageError, sanitize
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe
 from finetune.recipe.schema import BackboneSettings
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.device import (
     resolve_device,
@@ -133,13 +134,10 @@ def _check_choosable(recipe: Recipe) -> None:
 
 def _read_begun(output: Path | None) -> BackboneSettings | None:
     """The backbone of a run that was begun in this folder."""
-    if output is None or not RunFolder(output).recipe.is_file():
+    if output is None:
         return None
-    try:
-        began = load_recipe(str(RunFolder(output).recipe)).backbone
-    except (FinetuneError, OSError):  # the claim refuses a damaged one, in its own words
-        return None
-    return began if began.name else None
+    began = RunReader(RunFolder(output), tolerant=True).recipe  # the claim refuses a damaged one
+    return began.backbone if began is not None and began.backbone.name else None
 
 
 def _describe(choice: Choice) -> str:

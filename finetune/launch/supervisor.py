@@ -30,6 +30,7 @@ from typing import Any
 
 from finetune.errors import ExitCode, FinetuneError
 from finetune.runs.folder import Outcome, RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.heartbeat import VARIABLE
 from finetune.system.signals import ECHO, signals_to_stop
 
@@ -307,7 +308,7 @@ def _write_outcome(outcome: Outcome, attempt: Attempt) -> None:
     """Write the outcome that a killed child could not; what it, or another process, has written stays."""
     if attempt.folder is None:
         return
-    written = attempt.folder.read_outcome()
+    written = RunReader(attempt.folder, tolerant=True).outcome
     if (written.get("state"), written.get("attempt")) == ("running", attempt.number):
         with suppress(FinetuneError):
             attempt.folder.write_outcome(outcome)

@@ -6,43 +6,21 @@ absent is None or empty, and the page leaves it out.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from finetune.data.dataset import SPLITS
-from finetune.errors import FinetuneError
-from finetune.recipe import Recipe, load_recipe
-from finetune.runs.files import read_rows, unescape_formula
+from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
-from finetune.targets import PREDICTION_COLUMNS
+from finetune.runs.reader import Prediction, Row, RunReader
 
 JUDGED = "judged"
 """The part that images are in of which it is not known, or does not matter, which one they were in."""
 _TOLERANCE = 1e-6
-T = TypeVar("T")
-Row = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One judged image: path below the data folder, true and predicted class, confidence in the latter."""
-
-    path: str
-    label: str
-    predicted: str
-    confidence: float
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the true class was predicted."""
-        return self.label == self.predicted
 
 
 @dataclass(frozen=True)
@@ -183,87 +161,23 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
-_Confusion = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
-_NO_CONFUSION: _Confusion = ((), ())
-
-
 def load_facts(folder: RunFolder) -> Facts:
     """Return what the files say; one that is damaged counts as absent, and is named."""
-    damaged: list[str] = []
-
-    def read(path: Path, reader: Callable[[Path], T], absent: T) -> T:
-        if not path.is_file():
-            return absent
-        try:
-            return reader(path)
-        except (OSError, ValueError, KeyError, TypeError, csv.Error, RecursionError, FinetuneError):
-            damaged.append(path.name)
-            return absent
-
-    nothing: Mapping[str, Any] = {}
-    labels, confusion = read(folder.confusion_matrix, _read_confusion, _NO_CONFUSION)
-    metrics = read(folder.metrics, _read_json, nothing)
+    run = RunReader(folder, tolerant=True)
+    labels, confusion = run.confusion
     return Facts(
         folder=folder,
-        metrics=metrics,
-        classes=labels or read(folder.classes, _read_lines, ()),
+        metrics=run.metrics,
+        classes=labels or run.classes,
         confusion=confusion,
-        per_class=read(folder.per_class, _rows_with("label", "recall", "support"), ()),
-        predictions=read(folder.predictions, _read_predictions, ()),
-        history=read(folder.history, _read_history, ()),
-        plan=read(folder.plan, _rows_with("group", "stage", "parameters", "trained", "rate"), ()),
-        split=read(folder.split, _rows_with("path", "label", "split"), ()) if folder.recipe.is_file() else (),
-        check=read(folder.check, _read_json, nothing),
-        environment=read(folder.environment, _read_json, nothing),
-        advice=read(folder.advice, _read_json, nothing),
-        recipe=read(folder.recipe, lambda path: load_recipe(str(path)), None),
-        damaged=tuple(damaged),
+        per_class=run.per_class,
+        predictions=run.predictions,
+        history=run.history,
+        plan=run.plan,
+        split=run.split if folder.recipe.is_file() else (),
+        check=run.check,
+        environment=run.environment,
+        advice=run.advice,
+        recipe=run.recipe,
+        damaged=tuple(run.damaged),
     )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("no object")
-    return content
-
-
-def _read_lines(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-
-
-def _rows_with(*columns: str) -> Callable[[Path], tuple[Row, ...]]:
-    def read(path: Path) -> tuple[Row, ...]:
-        return tuple(read_rows(path, columns))
-
-    return read
-
-
-def _read_history(path: Path) -> tuple[Mapping[str, float], ...]:
-    return tuple({key: float(value) for key, value in row.items() if value} for row in read_rows(path))
-
-
-def _read_confusion(path: Path) -> _Confusion:
-    with path.open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    labels = tuple(unescape_formula(cell) for cell in header[1:])
-    counts = tuple(tuple(int(cell) for cell in row[1:]) for row in rows)
-    if [len(row) for row in counts] != [len(labels)] * len(labels):
-        raise ValueError("the table is not square")
-    return labels, counts
-
-
-def _read_predictions(path: Path) -> tuple[Prediction, ...]:
-    """The first columns only: a thousand classes have a thousand more."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows)
-        if tuple(header[:4]) != PREDICTION_COLUMNS:
-            raise ValueError("other columns")
-        return tuple(_to_predictions(rows))
-
-
-def _to_predictions(rows: Iterable[list[str]]) -> Iterable[Prediction]:
-    for path, label, predicted, confidence, *_ in rows:
-        names = [unescape_formula(cell) for cell in (path, label, predicted)]
-        yield Prediction(names[0], names[1], names[2], float(confidence))

@@ -15,7 +15,8 @@ from finetune.data.decode import BadImageError, decode_image
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.explain.cam import GradCam, HeatMap
 from finetune.explain.overlay import draw_overlay
-from finetune.report.facts import Facts, Prediction
+from finetune.report.facts import Facts
+from finetune.runs.reader import Prediction
 from pretrained.catalog import Card
 
 MOST_BYTES = 3_000_000

@@ -10,10 +10,11 @@ from typing import Any
 from finetune.errors import sanitize
 from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
 from finetune.report.curves import draw_curves, draw_intervals
-from finetune.report.facts import JUDGED, Facts, Row, finite
+from finetune.report.facts import JUDGED, Facts, finite
 from finetune.report.images import Album, InlineImage
 from finetune.report.matrix import MOST_CLASSES, draw_matrix
 from finetune.report.svg import Plot
+from finetune.runs.reader import Row
 from finetune.targets import CLASS_METRICS, DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
 
 PARTS = {"val": "validation", "test": "test", "train": "training", "all": JUDGED}

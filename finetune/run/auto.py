@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from finetune.run.advise import Advice, advise
 from finetune.run.rule import CELLS
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 _DECIDED = ("features", "probe_first", "floor", "head_factor", "body_factor")
@@ -65,10 +65,7 @@ def _read_keys(output: Path | None) -> Mapping[str, Any] | None:
     """The keys of the advice that a run in this folder began with."""
     if output is None:
         return None
-    try:
-        keys = json.loads(RunFolder(output).advice.read_text(encoding="utf-8"))["strategy"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    keys = RunReader(RunFolder(output), tolerant=True).advice.get("strategy")
     return keys if isinstance(keys, dict) and "name" in keys else None
 
 

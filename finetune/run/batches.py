@@ -22,6 +22,7 @@ from finetune.features.store import FORMAT, KeptRows, RowSpec, compute_batch_siz
 from finetune.run.setup import Ready
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.device import release_memory
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
@@ -230,7 +231,8 @@ def _transform(source: Source, part: Part) -> Transform:
 
 def _choose_together(source: Source, cache_dir: FeatureCacheDir, folder: RunFolder) -> Choice:
     """Let the main process choose, and every other one cut at the same place."""
-    own = _choose(source, cache_dir, folder.read_trunk()) if source.distributed.is_main else Choice(None, "")
+    before = RunReader(folder, tolerant=True).trunk
+    own = _choose(source, cache_dir, before) if source.distributed.is_main else Choice(None, "")
     said = source.distributed.share(lambda: _describe(own))
     choice = own if source.distributed.is_main else _choose(source, cache_dir, said)
     if _describe(choice)["cut"] != said["cut"]:
@@ -282,7 +284,7 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
         DiskError: it has.
     """
     found = error.found if isinstance(error, DataError) else error.strerror or str(error)
-    if folder.read_trunk().get("cut") is not None:
+    if RunReader(folder, tolerant=True).trunk.get("cut") is not None:
         fix = "Make room for them (`finetune cache clear`), and give the same command again."
         raise DiskError(f"going on with {folder.path}, which learns from kept features", found, fix)
     return f"features cannot be kept ({found}); every epoch runs the whole network"

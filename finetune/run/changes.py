@@ -9,8 +9,8 @@ from finetune.data.dataset import Dataset, describe_images
 from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.errors import DataError
-from finetune.runs.bad_images import read_bad_images
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
+from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 WEIGHTS = "weights_sha256"
@@ -50,7 +50,7 @@ class RunChanges:
     def find_changes(self, claim: Claim) -> list[str]:
         """Say what an earlier attempt had otherwise: recipe, images, weights."""
         # Images that were bad, or vanished while the run went on, are no surprise; mended ones are.
-        excused = {row["path"] for row in read_bad_images(claim.folder)}
+        excused = {row["path"] for row in RunReader(claim.folder).bad_images}
         if claim.finished:
             digests = self.read.digests
         else:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from finetune.runs.claim import Claim, claim_folder, create_folder, locked
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import recorded_outcome, translated_errors
+from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO, starts_random
 from finetune.system.device import describe_environment, measure_peak_memory
 from finetune.system.display import Display, SilentDisplay
@@ -172,11 +172,10 @@ def _read_run(job: Job) -> Run | None:
     folder = job.folder
     if job.comparison.find_changes(job.claim):
         return None
-    try:
-        metrics: dict[str, Any] = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    metrics = dict(RunReader(folder, tolerant=True).metrics)
+    if not metrics:
         fix = "Start it again with another --output."
-        raise DataError(f"--output {folder.path}", "its metrics.json is gone or damaged", fix) from None
+        raise DataError(f"--output {folder.path}", "its metrics.json is gone or damaged", fix)
     said = f"{folder.path} holds this run already, finished, with an accuracy of {metrics['accuracy']:.4f}"
     job.display.say(f"{said}; name another --output, or more --epochs, to train again")
     return Run(folder, metrics)

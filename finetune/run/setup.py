@@ -14,10 +14,11 @@ from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.samples import check_sample, is_sample
 from finetune.data.split import SplitConfig
-from finetune.errors import EnvironmentFaultError, FinetuneError, UsageError
+from finetune.errors import EnvironmentFaultError, UsageError
 from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
-from finetune.recipe import Facts, Recipe, compute_batch_size, load_recipe, resolve_recipe
+from finetune.recipe import Facts, Recipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO, find_strategy, join_names, starts_random
 from finetune.system.device import (
     find_lack_of_shared_memory,
@@ -143,10 +144,8 @@ def fit_batches(ready: Ready, folder: RunFolder) -> Ready:
 
 
 def _read_batch_size(folder: RunFolder) -> int | None:
-    try:
-        size = load_recipe(str(folder.recipe)).training.batch_size if folder.recipe.exists() else None
-    except (FinetuneError, OSError):  # the claim refuses a damaged one, in its own words
-        return None
+    before = RunReader(folder, tolerant=True).recipe  # the claim refuses a damaged one
+    size = before.training.batch_size if before is not None else None
     return size if isinstance(size, int) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import TakenOverError, UsageError
-from finetune.recipe import Change, Recipe, changed_keys, load_recipe
-from finetune.runs.files import disk_error, read_rows, write_text
+from finetune.recipe import Change, Recipe, changed_keys
+from finetune.runs.files import disk_error, write_text
 from finetune.runs.folder import Outcome, RunFolder
+from finetune.runs.reader import RunReader
 
 RUNNING = "the run is going on, or was killed"
-SPLIT_COLUMNS = ("path", "label", "split", "sha256")
 
 NO_EFFECT = (
     "data.workers",
@@ -59,7 +58,7 @@ class Claim:
         Raises:
             TakenOverError: one has.
         """
-        latest = self.folder.read_attempt()
+        latest = RunReader(self.folder, tolerant=True).attempt
         if latest > self.attempt:
             found = f"another process has taken it over (attempt {latest}, and this is {self.attempt})"
             raise TakenOverError(f"--output {self.folder.path}", found, "Leave the run to that process.")
@@ -118,7 +117,7 @@ def find_changed_images(
     """
     if not folder.split.exists():
         return ""
-    rows = [row for row in read_split(folder) if row["path"] not in known_bad]
+    rows = [row for row in RunReader(folder).split if row["path"] not in known_bad]
     before = {row["path"]: (row["label"], row["split"], row["sha256"]) for row in rows}
     came, went = sorted(images.keys() - before.keys()), sorted(before.keys() - images.keys())
     both = sorted(images.keys() & before.keys())
@@ -135,20 +134,10 @@ def find_changed_images(
 
 def find_changed_environment(folder: RunFolder, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what of weights, versions and hardware is another than when the run was last worked on."""
-    try:
-        before = json.loads(folder.environment.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    before = RunReader(folder, tolerant=True).environment
+    if not before:
         return {}
     return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
-
-
-def read_split(folder: RunFolder) -> list[dict[str, str]]:
-    """Return the images that a run began with: path, label, part and sha256 of each.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    return read_rows(folder.split, SPLIT_COLUMNS) if folder.split.exists() else []
 
 
 def _some(paths: list[str], what: str) -> str:
@@ -193,32 +182,31 @@ def claim_folder(
     folder = RunFolder(path)
     create_folder(path)
     try:
-        begun = folder.recipe.exists()
-        changes = _changes(folder, recipe) if begun else _check_empty(folder)
+        before = _read_begun(folder)
+        changes = _changes(before, recipe) if before is not None else _check_empty(folder)
         others = [change.line for change in changes if not change.is_extension]
         if others and not allow_changed:
             raise _another_run(path, others)
-        done = folder.read_outcome().get("state") == "done"
+        earlier = RunReader(folder, tolerant=True)
+        done = earlier.outcome.get("state") == "done"
         finished, longer = done and not changes, done and bool(changes)
-        claim = Claim(folder, folder.read_attempt() + 1, finished, longer, tuple(others))
-        if begun:
+        claim = Claim(folder, earlier.attempt + 1, finished, longer, tuple(others))
+        if before is not None:
             check(claim)
         if not finished:
-            _begin_attempt(claim, recipe, begun, bool(changes) or (begun and _allows_more(folder, recipe)))
+            _begin_attempt(claim, recipe, before, bool(changes))
     except OSError as error:
         raise disk_error(path, error) from None
     return claim
 
 
-def _allows_more(folder: RunFolder, recipe: Recipe) -> bool:
-    """No result depends on whether leaks are allowed, but whoever repeats the run must know of it."""
-    return load_recipe(str(folder.recipe)).data.allow_leaks != recipe.data.allow_leaks
-
-
-def _begin_attempt(claim: Claim, recipe: Recipe, begun: bool, changed: bool) -> None:
+def _begin_attempt(claim: Claim, recipe: Recipe, before: Recipe | None, changed: bool) -> None:
     folder = claim.folder
-    if not begun:
+    if before is None:
         write_text(folder.recipe, recipe.to_yaml())  # first: with it the folder is ours, whatever comes
+    # No result depends on whether leaks are allowed, but whoever repeats the run must know of it.
+    elif before.data.allow_leaks != recipe.data.allow_leaks:
+        changed = True
     folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
     if changed:  # last: a kill in between must not make a longer run look finished
         write_text(folder.recipe, recipe.to_yaml())
@@ -234,13 +222,17 @@ def _check_empty(folder: RunFolder) -> list[Change]:
     return []
 
 
-def _changes(folder: RunFolder, recipe: Recipe) -> list[Change]:
-    """Return what the run's recipe and this one differ in, but for keys on which no result depends."""
+def _read_begun(folder: RunFolder) -> Recipe | None:
+    """Return the recipe that a run in the folder began with; None where none has begun."""
     try:
-        before = load_recipe(str(folder.recipe))
+        return RunReader(folder).recipe if folder.recipe.exists() else None
     except UsageError as error:
         found = f"it holds a run whose recipe.yaml is damaged ({error.found})"
         raise UsageError(f"--output {folder.path}", found, "Name a new folder with --output.") from None
+
+
+def _changes(before: Recipe, recipe: Recipe) -> list[Change]:
+    """Return what the run's recipe and this one differ in, but for keys on which no result depends."""
     return [change for change in changed_keys(before, recipe) if change.key not in NO_EFFECT]
 
 

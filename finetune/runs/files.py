@@ -127,9 +127,15 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
             if len(row) != len(header):
                 raise ValueError(f"a row has {len(row)} cells, and there are {len(header)} columns: {row[0]}")
     except (ValueError, csv.Error) as error:
-        found = f"it cannot be read ({' '.join(str(error).split())[:200]})"
-        raise DataError(str(path), found, "Restore the file as it was, or make its folder again.") from None
+        raise damaged_file(path, error) from None
     return [dict(zip(header, map(unescape_formula, row), strict=True)) for row in rows]
+
+
+def damaged_file(path: Path, error: Exception) -> DataError:
+    """Return the refusal of a file that is there and cannot be read."""
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    fix = "Restore the file as it was, or make its folder again."
+    return DataError(str(path), f"it cannot be read ({said})", fix)
 
 
 def format_csv_line(cells: Sequence[str]) -> str:

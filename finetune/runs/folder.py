@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,19 +184,6 @@ class RunFolder:
         """How it ended."""
         return self.path / "outcome.json"
 
-    def read_attempt(self) -> int:
-        """Return the number of the last process that claimed the run; 0 where there was none."""
-        attempt = self.read_outcome().get("attempt")
-        return attempt if isinstance(attempt, int) else 0
-
-    def read_outcome(self) -> Mapping[str, Any]:
-        """Return the outcome, empty when there is none that can be read."""
-        return _read_json(self.outcome)
-
-    def read_trunk(self) -> Mapping[str, Any]:
-        """Return how an earlier attempt cut the network, empty when there is nothing that can be read."""
-        return _read_json(self.trunk)
-
     def write_trunk(self, content: Mapping[str, Any]) -> None:
         """Record how the network is cut: ``cut`` (null: not at all) and ``reason``."""
         write_json(self.trunk, content)
@@ -205,11 +191,3 @@ class RunFolder:
     def write_outcome(self, outcome: Outcome) -> None:
         """Record how the run stands or ended."""
         write_json(self.outcome, outcome.to_dict())
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -16,6 +16,7 @@ import pytest
 
 from finetune.errors import InterruptedRunError
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from tests.conftest import draw_folder
 from tests.faults.crash import Crasher, open_crasher
 from tests.faults.results import assert_same_run, fault_of
@@ -108,7 +109,7 @@ def test_a_supervised_run_saves_and_leaves(tiny: Path, tmp_path: Path) -> None:
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    outcome = RunFolder(output).read_outcome()
+    outcome = RunReader(RunFolder(output)).outcome
     assert (outcome["state"], outcome["class"], outcome["retryable"]) == ("interrupted", "interrupted", True)
     (newest,) = [max((output / "checkpoints").iterdir())]
     assert json.loads((newest / "manifest.json").read_text())["step"] == outcome["step"] > 0
@@ -124,5 +125,5 @@ def test_a_stopped_decoding_process_is_no_hang_for_ever(tiny: Path, tmp_path: Pa
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "no sign of life for 15 s" in said
-    outcome = RunFolder(output).read_outcome()
+    outcome = RunReader(RunFolder(output)).outcome
     assert (outcome["state"], outcome["attempt"]) == ("done", 2)

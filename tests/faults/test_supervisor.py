@@ -16,6 +16,7 @@ import pytest
 
 from finetune.launch.supervisor import Supervisor
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 
 CHILD = """
 import os, signal, sys, time
@@ -78,7 +79,7 @@ class Trial:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        return dict(self.folder.read_outcome())
+        return dict(RunReader(self.folder, tolerant=True).outcome)
 
 
 Start = Callable[..., Trial]
@@ -274,7 +275,7 @@ def test_a_child_that_does_not_leave_is_ended_after_the_grace_time(tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75
-    outcome = RunFolder(tmp_path / "run").read_outcome()
+    outcome = RunReader(RunFolder(tmp_path / "run")).outcome
     assert (outcome["state"], outcome["class"], outcome["exit_code"]) == ("interrupted", "interrupted", 75)
 
 
@@ -283,7 +284,7 @@ def test_a_save_may_take_longer_than_the_grace_time(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75
-    assert RunFolder(tmp_path / "run").read_outcome()["state"] == "running"  # the child left by itself
+    assert RunReader(RunFolder(tmp_path / "run")).outcome["state"] == "running"  # the child left by itself
 
 
 def test_a_second_signal_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:

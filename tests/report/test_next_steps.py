@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from finetune.report.facts import Facts, Prediction
+from finetune.report.facts import Facts
 from finetune.report.next_steps import suggest_steps
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import Prediction
 
 QUIET: dict[str, Any] = {
     "num_samples": 2000, "split_chose_checkpoint": False, "best_epoch": 3, "epochs": 5,

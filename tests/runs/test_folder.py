@@ -12,6 +12,7 @@ from finetune.recipe import Facts, Recipe, load_recipe, resolve_recipe
 from finetune.runs import claim as claim_module
 from finetune.runs.claim import Claim, claim_folder
 from finetune.runs.folder import Outcome, RunFolder, State
+from finetune.runs.reader import RunReader
 
 
 def recipe(**overrides: Any) -> Recipe:
@@ -89,7 +90,7 @@ def test_a_finished_run_is_known_as_finished(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, recipe()).folder
     folder.write_outcome(Outcome("done", "finished"))
     assert claim_folder(tmp_path, recipe()) == Claim(folder, attempt=2, finished=True)
-    assert folder.read_outcome()["state"] == "done"
+    assert RunReader(folder).outcome["state"] == "done"
 
 
 def test_more_epochs_are_the_same_run(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_more_epochs_are_the_same_run(tmp_path: Path) -> None:
     folder.write_outcome(Outcome("done", "finished"))
     assert claim_folder(tmp_path, recipe(training__epochs=5)) == Claim(folder, 2, was_finished=True)
     assert load_recipe(str(folder.recipe)).training.epochs == 5
-    assert folder.read_outcome()["state"] == "running"
+    assert RunReader(folder).outcome["state"] == "running"
     assert "training.epochs: 5 -> 4" in refusal(tmp_path, recipe(training__epochs=4)).found
 
 
@@ -243,7 +244,7 @@ def test_after_a_kill_in_the_middle_of_a_claim_the_same_command_goes_on(tmp_path
 def test_an_outcome_comes_back(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_outcome(Outcome.of(DivergedError("it", "broke", "mend it"), step=7, attempt=3))
-    assert folder.read_outcome() == {
+    assert RunReader(folder).outcome == {
         "state": "failed",
         "class": "diverged",
         "retryable": False,
@@ -263,7 +264,7 @@ def test_a_damaged_outcome_counts_as_none(tmp_path: Path, content: bytes | None)
     folder.outcome.unlink()
     if content is not None:
         folder.outcome.write_bytes(content)
-    assert folder.read_outcome() == {}
+    assert RunReader(folder, tolerant=True).outcome == {}
     assert claim_folder(tmp_path, recipe()) == Claim(folder)
 
 

@@ -28,6 +28,7 @@ from finetune.recipe import load_recipe
 from finetune.run import batches as loaders
 from finetune.run import run as main
 from finetune.runs.cache_dir import cache_folder
+from finetune.runs.reader import RunReader
 from finetune.training.trunk import FeatureLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
@@ -97,7 +98,7 @@ def _counting(compute: Callable[..., None], seen: list[int]) -> Callable[..., No
 
 
 def trunk_of(run: Run) -> dict[str, Any]:
-    return {"cut": None, "reason": "", **run.folder.read_trunk()}
+    return {"cut": None, "reason": "", **RunReader(run.folder).trunk}
 
 
 def make_backbone(folder: Path, name: str) -> Path:

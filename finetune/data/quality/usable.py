@@ -13,10 +13,10 @@ from finetune.data.scan import BadImage, Checked, check_bad
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.recipe.schema import DataSettings
-from finetune.runs.bad_images import read_bad_images, write_bad_images
-from finetune.runs.claim import read_split
+from finetune.runs.bad_images import write_bad_images
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 SHOWN = 5
@@ -73,12 +73,13 @@ def _look_over(
 
 def _lost_before(dataset: Dataset, checked: Checked, folder: RunFolder) -> dict[str, tuple[BadImage, Sample]]:
     """Return the training images that an earlier attempt began with and lost, and that are still lost."""
-    began = {row["path"]: row["label"] for row in read_split(folder)}
+    run = RunReader(folder)
+    began = {row["path"]: row["label"] for row in run.split}
     return {
         row["path"]: (
             BadImage(row["path"], "train", row["reason"]),
             Sample(row["path"], dataset.classes.index(began[row["path"]]), "train"),
         )
-        for row in read_bad_images(folder)
+        for row in run.bad_images
         if began.get(row["path"]) in dataset.classes and row["path"] not in checked.digests
     }

@@ -1,0 +1,249 @@
+"""RunReader: the one reader of a run folder.
+
+An evaluation's folder has fewer files than a run's, and a run that goes on has not written all of them yet.
+So a file that is absent reads as None or as empty; what must be there, the caller asks for.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finetune.errors import FinetuneError
+from finetune.runs.files import damaged_file, read_rows, unescape_formula
+from finetune.runs.folder import RunFolder
+from finetune.targets import PREDICTION_COLUMNS, read_classes
+
+if TYPE_CHECKING:  # the process that watches over a run reads its outcome, and must stay small
+    from finetune.recipe import Recipe
+
+T = TypeVar("T")
+Row = Mapping[str, str]
+Confusion = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
+"""Class names, and counts (K, K): a row a true class, a column a predicted one."""
+
+SPLIT_COLUMNS = ("path", "label", "split", "sha256")
+BAD_IMAGES_COLUMNS = ("path", "split", "reason")
+_PLAN_COLUMNS = ("group", "stage", "parameters", "trained", "rate")
+_PER_CLASS_COLUMNS = ("label", "recall", "support")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One judged image: path below the data folder, true and predicted class, confidence in the latter."""
+
+    path: str
+    label: str
+    predicted: str
+    confidence: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the true class was predicted."""
+        return self.label == self.predicted
+
+
+class RunReader:
+    """The content of a run's or an evaluation's files, each read once, when it is first asked for.
+
+    Args:
+        folder: of the run.
+        tolerant: a damaged file counts as absent, and its name is added to :attr:`damaged`.
+
+    Every property raises DataError (``recipe``: UsageError) for a file that is damaged, unless the reader is
+    tolerant.
+
+    Attributes:
+        damaged: names of the files that were asked for and could not be read.
+    """
+
+    def __init__(self, folder: RunFolder, *, tolerant: bool = False) -> None:
+        self.folder, self.damaged = folder, list[str]()
+        self._tolerant = tolerant
+
+    def _read(self, path: Path, read: Callable[[Path], T], absent: T) -> T:
+        try:
+            return read(path) if path.exists() else absent
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
+            refusal: FinetuneError = damaged_file(path, error)
+        except FinetuneError as error:
+            refusal = error
+        if not self._tolerant:
+            raise refusal from None
+        self.damaged.append(path.name)
+        return absent
+
+    def _object(self, path: Path) -> Mapping[str, Any]:
+        nothing: Mapping[str, Any] = {}
+        return self._read(path, _read_object, nothing)
+
+    def _rows(self, path: Path, *columns: str) -> tuple[Row, ...]:
+        return self._read(path, lambda path: tuple(read_rows(path, columns)), ())
+
+    # --- the run ---------------------------------------------------------------------------------
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """What the run does, with every "auto" decided; None before it has begun."""
+        return self._read(self.folder.recipe, _load_recipe, None)
+
+    @cached_property
+    def outcome(self) -> Mapping[str, Any]:
+        """How the run stands or ended; empty for an evaluation."""
+        return self._object(self.folder.outcome)
+
+    @property
+    def state(self) -> str:
+        """``done``, ``running``, ``interrupted`` or ``failed``; an evaluation is done."""
+        return str(self.outcome.get("state", "done"))
+
+    @property
+    def attempt(self) -> int:
+        """How many processes have claimed the run; 0 where none has."""
+        attempt = self.outcome.get("attempt")
+        return attempt if isinstance(attempt, int) else 0
+
+    @cached_property
+    def environment(self) -> Mapping[str, Any]:
+        """Versions and hardware that the run was last worked on with."""
+        return self._object(self.folder.environment)
+
+    @cached_property
+    def advice(self) -> Mapping[str, Any]:
+        """Why ``--strategy auto`` chose what it chose."""
+        return self._object(self.folder.advice)
+
+    @cached_property
+    def trunk(self) -> Mapping[str, Any]:
+        """How the network was cut so that its frozen part runs once: ``cut`` and ``reason``."""
+        return self._object(self.folder.trunk)
+
+    @cached_property
+    def plan(self) -> tuple[Row, ...]:
+        """What learns, and how fast, one row a stage."""
+        return self._rows(self.folder.plan, *_PLAN_COLUMNS)
+
+    @cached_property
+    def history(self) -> tuple[Mapping[str, float], ...]:
+        """One row an epoch; a cell that is empty is absent."""
+        return self._read(self.folder.history, _read_history, ())
+
+    # --- its images ------------------------------------------------------------------------------
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in index order."""
+        return self._read(self.folder.classes, _read_lines, ())
+
+    @cached_property
+    def split(self) -> tuple[Row, ...]:
+        """Path, label, split and sha256 of each image that the run began with.
+
+        That of an evaluation names what it judged, and nothing that was trained on.
+        """
+        return self._rows(self.folder.split, *SPLIT_COLUMNS)
+
+    @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """Sha256 of each image that the run began with, by path."""
+        return {row["path"]: row["sha256"] for row in self.split}
+
+    @cached_property
+    def bad_images(self) -> tuple[Row, ...]:
+        """Path, split and reason of each image that could not be read."""
+        return self._rows(self.folder.bad_images, *BAD_IMAGES_COLUMNS)
+
+    @cached_property
+    def check(self) -> Mapping[str, Any]:
+        """What the look at the data found."""
+        return self._object(self.folder.check)
+
+    # --- its results -----------------------------------------------------------------------------
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Any]:
+        """The final metrics."""
+        return self._object(self.folder.metrics)
+
+    @cached_property
+    def per_class(self) -> tuple[Row, ...]:
+        """Precision, recall, F1 and support, one row a class."""
+        return self._rows(self.folder.per_class, *_PER_CLASS_COLUMNS)
+
+    @cached_property
+    def confusion(self) -> Confusion:
+        """Class names and the confusion matrix."""
+        nothing: Confusion = (), ()
+        return self._read(self.folder.confusion_matrix, _read_confusion, nothing)
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """One of each judged image, in the order of the file, without probabilities."""
+        return self._predictions[1]
+
+    @property
+    def predicted_classes(self) -> tuple[str, ...]:
+        """Names of the classes whose probabilities ``predictions.csv`` holds, in index order."""
+        return self._predictions[0]
+
+    @cached_property
+    def _predictions(self) -> tuple[tuple[str, ...], tuple[Prediction, ...]]:
+        nothing: tuple[tuple[str, ...], tuple[Prediction, ...]] = (), ()
+        return self._read(self.folder.predictions, _read_predictions, nothing)
+
+    @property
+    def prediction_rows(self) -> tuple[Row, ...]:
+        """All columns of ``predictions.csv`` as text; read anew each time, for they may be large."""
+        return self._rows(self.folder.predictions, "path")
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
+def _load_recipe(path: Path) -> Recipe | None:
+    from finetune.recipe import load_recipe
+
+    return load_recipe(str(path))
+
+
+def _read_lines(path: Path) -> tuple[str, ...]:
+    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+
+
+def _read_history(path: Path) -> tuple[Mapping[str, float], ...]:
+    return tuple({key: float(value) for key, value in row.items() if value} for row in read_rows(path))
+
+
+def _read_confusion(path: Path) -> Confusion:
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    labels = tuple(unescape_formula(cell) for cell in header[1:])
+    counts = tuple(tuple(int(cell) for cell in row[1:]) for row in rows)
+    if [len(row) for row in counts] != [len(labels)] * len(labels):
+        raise ValueError("the table is not square")
+    return labels, counts
+
+
+def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[Prediction, ...]]:
+    """Return class names, and the first columns of each row: a thousand classes have a thousand more."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        if tuple(header[:4]) != PREDICTION_COLUMNS:
+            raise ValueError(f"its columns do not begin with {', '.join(PREDICTION_COLUMNS)}")
+        return tuple(read_classes(header)), tuple(_to_predictions(rows))
+
+
+def _to_predictions(rows: Iterator[list[str]]) -> Iterator[Prediction]:
+    for path, label, predicted, confidence, *_ in rows:
+        names = [unescape_formula(cell) for cell in (path, label, predicted)]
+        yield Prediction(names[0], names[1], names[2], float(confidence))
