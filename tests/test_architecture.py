@@ -34,6 +34,7 @@ FLOORS = (
     ("finetune.report",),
     ("finetune.run",),
     ("finetune.job",),
+    ("finetune.api",),
     ("finetune.cli",),
     ("finetune.__main__",),
 )

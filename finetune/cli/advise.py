@@ -10,7 +10,6 @@ import typer
 
 from finetune.cli.options import (
     JsonOption,
-    split_words,
     takes_source,
 )
 from finetune.cli.output import hand_over, print_table
@@ -40,9 +39,13 @@ def advise_command(
     same, and then runs it.
     """
     if backbones is not None:
+        from finetune.api import split_words
+
         _rank(recipe, split_words(backbones), as_json)
         return
-    advice = _advise(recipe, output)
+    from finetune import api
+
+    advice = api.advise(recipe=recipe, output=output)
     if as_json:
         hand_over(json.dumps(advice.to_dict()) + "\n")
     else:
@@ -76,22 +79,6 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
         for one in ranked
     ]
     print_table(("backbone", "nearest neighbours", "features", "parameters"), rows)
-
-
-def _advise(recipe: Recipe, output: Path | None) -> Advice:
-    from finetune.system.display import Display
-
-    display = Display()
-    with display.busy("loading torch"):
-        from finetune.run.advise import advise
-        from finetune.run.auto import write_advice
-        from finetune.runs.outcome import translated_errors
-    with translated_errors():
-        advice = advise(recipe, display, output)
-        if output is not None:
-            write_advice(advice, output)
-            display.say(f"{output}/advice.json, probe.png, matrix.png")
-    return advice
 
 
 def _print(advice: Advice) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.options import JsonOption, OutputOption, default_folder
+from finetune.cli.options import JsonOption, OutputOption
 from finetune.cli.output import hand_over, print_table, refusals
 from finetune.errors import ExitCode, UsageError, sanitize
 
 if TYPE_CHECKING:
-    from finetune.recipe import Recipe
+    pass
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": None}
 _SHOWN = 20
@@ -61,6 +61,8 @@ def check_command(
     Ends with 0 when a run would accept the data, and with 65 when it would not.
     """
     with refusals(as_json):
+        from finetune.runs.folder import default_folder
+
         folder = output or default_folder("check")
         if run is not None:
             if data is not None:
@@ -78,40 +80,25 @@ def check_command(
                 raise UsageError(", ".join(given), found, "Drop one of the two.")
             _check_run(run, folder, as_json)
             return
-        flags = {
-            "data.path": data,
-            "data.group_by": group_by,
-            "data.folds": folds,
-            "data.val_fraction": val_fraction,
-            "data.allow_leaks": allow_leaks or None,
-            "seed": seed,
-        }
-        result = _check(_read(flags, assignments or []), folder)
+        from finetune import api
+        from finetune.recipe import parse_assignments
+
+        result = api.check(
+            data=data,
+            group_by=group_by,
+            folds=folds,
+            val_fraction=val_fraction,
+            allow_leaks=allow_leaks or None,
+            seed=seed,
+            settings=parse_assignments(assignments or []),
+            output=folder,
+        )
         if as_json:
             hand_over(json.dumps(result) + "\n")
         else:
             _print(result, folder)
         if result["errors"]:
             raise typer.Exit(int(ExitCode.DATA))
-
-
-def _read(flags: dict[str, Any], assignments: list[str]) -> Recipe:
-    from finetune.recipe import load_recipe, merge_override, parse_assignments
-
-    overrides = parse_assignments(assignments)
-    for key, value in flags.items():
-        if value is not None:
-            merge_override(overrides, key, value)
-    return load_recipe(None, overrides)
-
-
-def _check(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    from finetune.system.display import Display
-
-    display = Display()
-    with display.busy("loading"):
-        from finetune.data.quality.check import check
-    return check(recipe, folder, display)
 
 
 def _print(result: dict[str, Any], folder: Path) -> None:

@@ -43,12 +43,9 @@ def compare_command(
     Up to four runs are compared each with each other, more with the first one.
     """
     with refusals(as_json):
-        from finetune.system.display import Display
+        from finetune import api
 
-        display = Display()
-        with display.busy("loading torch"):
-            from finetune.evaluation.compare_runs import compare_runs
-        result = compare_runs(runs, output, display)
+        result = api.compare(runs, output)
         if as_json:
             hand_over(json.dumps(result.to_dict()) + "\n")
         else:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli.options import JsonOption, OutputOption, default_folder, split_words
+from finetune.cli.options import JsonOption, OutputOption
 from finetune.cli.output import hand_over, refusals
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.data.inputs import Part
-
-_PARTS: dict[str, Part] = {"train": "train", "val": "val", "test": "test", "all": "all"}
+    pass
 
 
 def evaluate_command(
@@ -59,21 +57,15 @@ def evaluate_command(
     Several models are an ensemble, several crops and scales are averaged: what each adds and costs is shown.
     """
     with refusals(as_json):
-        from finetune.system.display import Display
+        from finetune import api
 
-        part, sides = _read_part(split), _read_scales(scales)
-        display = Display()
-        with display.busy("loading torch"):
-            from finetune.evaluation.evaluate import EvaluateRequest, evaluate_models
-            from finetune.report.write_report import add_report
-            from finetune.runs.folder import RunFolder
-        request = EvaluateRequest(
-            models=tuple(models),
+        metrics = api.evaluate(
+            models,
             data=data,
-            part=part,
+            split=split,
             crops=crops,
-            scales=sides,
-            output=output or default_folder("evaluate"),
+            scales=_read_scales(scales),
+            output=output,
             device=device,
             batch_size=batch_size,
             workers=workers,
@@ -81,21 +73,13 @@ def evaluate_command(
             follow_links=follow_links,
             allow_leaks=allow_leaks,
         )
-        metrics = evaluate_models(request, display)
-        add_report(RunFolder(request.output), display, request.command)
         if as_json:
-            hand_over(json.dumps({"output": str(request.output), **metrics}) + "\n")
-
-
-def _read_part(word: str | None) -> Part | None:
-    if word is None:
-        return None
-    if word not in _PARTS:
-        raise UsageError(f"--split {word}", "there is no such part", f"Take {', '.join(_PARTS)}.")
-    return _PARTS[word]
+            hand_over(json.dumps(metrics) + "\n")
 
 
 def _read_scales(text: str | None) -> tuple[int, ...]:
+    from finetune.api import split_words
+
     words = split_words(text or "")
     if not all(word.isdecimal() and len(word) < 6 for word in words):
         raise UsageError(f"--scales {text}", "these are no numbers of pixels", "Take --scales 256,288.")

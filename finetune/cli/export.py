@@ -37,13 +37,10 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model for others, and prove in a fresh process that it predicts what the run predicted."""
-    from finetune.system.display import Display
+    with refusals(as_json):
+        from finetune import api
 
-    with refusals(as_json), StopSignal():
-        display = Display()
-        with display.busy("loading torch"):
-            from finetune.export.export import export, read_wanted
-        report = export(run, read_wanted(format, layout, with_probabilities, opset), output, display)
+        report = api.export(run, output, format=format, preprocessing=layout, probabilities=with_probabilities, opset=opset)
         if as_json:
             hand_over(json.dumps(report | {"output": str(output)}) + "\n")
 

@@ -12,8 +12,6 @@ import typer
 from finetune.cli.options import (
     JsonOption,
     PoolOption,
-    read_pool,
-    split_words,
     takes_source,
 )
 from finetune.cli.output import hand_over, print_table
@@ -55,6 +53,8 @@ def extract_command(
 
     All layers come from one forward pass. An extraction that was killed goes on where it stopped.
     """
+    from finetune.api import split_words
+
     wanted = split_words(layers)
     if wanted == ["list"]:
         _list(recipe, as_json)
@@ -84,6 +84,7 @@ def _extract(
     display = Display() if distributed.is_main else SilentDisplay()
     with display.busy("loading torch"):
         from finetune.features.extract import extract
+        from pretrained.graph.pooling import read_pool
     return extract(recipe, wanted, output, read_pool(pool), format, display, distributed)
 
 

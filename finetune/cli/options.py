@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -12,11 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from finetune.cli.output import refusals
-from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from pretrained.graph.pooling import Pool
 
 OutputOption = Annotated[
     Path | None,
@@ -28,7 +25,7 @@ PoolOption = Annotated[
     typer.Option("--pool", help="auto, token, avg, max, avgmax, grid2 or flatten (docs/features.md)."),
 ]
 
-_FLAGS: dict[str, tuple[Any, Any, str | None]] = {
+_FLAGS: dict[str, tuple[Any, Any]] = {
     "backbone": (
         Annotated[
             str | None,
@@ -40,14 +37,12 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
             ),
         ],
         None,
-        "backbone.name",
     ),
     "weights": (
         Annotated[
             str | None, typer.Option("--weights", help="A .safetensors or .pth file, or a folder with one.")
         ],
         None,
-        "backbone.weights",
     ),
     "data": (
         Annotated[
@@ -59,7 +54,6 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
             ),
         ],
         None,
-        "data.path",
     ),
     "img_size": (
         Annotated[
@@ -67,24 +61,20 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
             typer.Option("--img-size", help="Height and width in pixels.", show_default="the weights' own"),
         ],
         None,
-        "input.img_size",
     ),
     "workers": (
         Annotated[int | None, typer.Option("--workers", help="Decoding processes.", show_default="auto")],
         None,
-        "data.workers",
     ),
     "seed": (
         Annotated[int | None, typer.Option("--seed", help="Same seed, same numbers.", show_default="0")],
         None,
-        "seed",
     ),
     "device": (
         Annotated[
             str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto")
         ],
         None,
-        "device",
     ),
     "assignments": (
         Annotated[
@@ -94,15 +84,13 @@ _FLAGS: dict[str, tuple[Any, Any, str | None]] = {
             ),
         ],
         None,
-        None,
     ),
     "offline": (
         Annotated[bool, typer.Option("--offline", help="Never ask the network.")],
         False,
-        "backbone.offline",
     ),
 }
-"""Annotation, default, and the key of the recipe that each flag sets."""
+"""Annotation and default of each flag."""
 
 
 def takes_source(command: Callable[..., None]) -> Callable[..., None]:
@@ -118,7 +106,7 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     ]
     shared = [
         Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
-        for name, (annotation, default, _) in _FLAGS.items()
+        for name, (annotation, default) in _FLAGS.items()
     ]
 
     @wraps(command)
@@ -136,35 +124,9 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
 
 def _read(flags: dict[str, Any]) -> Recipe:
     """A flag that was not given stays at its default."""
-    from finetune.recipe import load_recipe, merge_override, parse_assignments
+    from finetune.recipe import parse_assignments
+    from finetune.recipe.flags import build_recipe
 
-    overrides = parse_assignments(flags["assignments"] or [])
-    for name, (_, default, key) in _FLAGS.items():
-        if key is not None and flags[name] != default:
-            merge_override(overrides, key, flags[name])
-    return load_recipe(None, overrides)
-
-
-def read_pool(word: str) -> Pool:
-    """Return the pool that a word means.
-
-    Raises:
-        UsageError: there is none.
-    """
-    from pretrained.graph.pooling import POOLS
-
-    for pool in POOLS:
-        if pool == word:
-            return pool
-    found = f"there is no such pool{suggest(word, POOLS)}"
-    raise UsageError(f"--pool {word}", found, f"Take {', '.join(POOLS)}.")
-
-
-def split_words(text: str) -> list[str]:
-    """Return the parts of a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def default_folder(command: str) -> Path:
-    """Return ``runs/<time>-<command>``."""
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
+    overrides = parse_assignments(flags.pop("assignments") or [])
+    given = {name: value for name, value in flags.items() if value != _FLAGS[name][1]}
+    return build_recipe(None, given, overrides)

@@ -11,16 +11,12 @@ from finetune.cli.options import (
     JsonOption,
     OutputOption,
     PoolOption,
-    default_folder,
-    read_pool,
-    split_words,
     takes_source,
 )
 from finetune.cli.output import hand_over, print_table
-from finetune.errors import UsageError, suggest
 
 if TYPE_CHECKING:
-    from finetune.features.probe import Classifier, ProbeRow
+    from finetune.features.probe import ProbeRow
     from finetune.recipe import Recipe
 
 
@@ -43,36 +39,26 @@ def probe_command(
     as_json: JsonOption = False,
 ) -> None:
     """Judge each layer by classifiers on its features: mean accuracy over classes, over several draws."""
-    from finetune.system.display import Display
+    from finetune import api
 
-    display = Display()
-    with display.busy("loading torch"):
-        from finetune.features.probe import probe
-    kinds = _read_classifiers(split_words(classifiers))
-    folder = output or default_folder("probe")
-    wanted = split_words(layers)
-    rows = probe(recipe, wanted, per_class, kinds, repeats, folder, read_pool(pool), display)
+    rows = api.probe(
+        recipe=recipe,
+        layers=layers,
+        per_class=per_class,
+        classifiers=classifiers,
+        repeats=repeats,
+        output=output,
+        pool=pool,
+    )
     if as_json:
         hand_over(json.dumps([row.to_dict(per_class) for row in rows]) + "\n")
     else:
-        _print(rows, kinds)
+        _print(rows)
 
 
-def _read_classifiers(words: list[str]) -> list[Classifier]:
-    from finetune.features.probe import CLASSIFIERS
-
-    known = {str(kind): kind for kind in CLASSIFIERS}
-    for word in words:
-        if word not in known:
-            found = f"there is no such classifier{suggest(word, known)}"
-            raise UsageError(f"--classifiers {word}", found, f"Take {', '.join(known)}.")
-    if not words:
-        raise UsageError("--classifiers", "none was named", f"Take {', '.join(known)}.")
-    return [known[word] for word in dict.fromkeys(words)]
-
-
-def _print(rows: list[ProbeRow], kinds: list[Classifier]) -> None:
+def _print(rows: list[ProbeRow]) -> None:
     """A line a layer, a column a classifier: mean and standard deviation in percent."""
+    kinds = list(dict.fromkeys(row.result.classifier for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         result = row.result

@@ -12,8 +12,6 @@ from finetune.cli.options import (
     JsonOption,
     OutputOption,
     PoolOption,
-    default_folder,
-    read_pool,
     takes_source,
 )
 from finetune.cli.output import hand_over, print_table
@@ -44,6 +42,8 @@ def similar_command(
     display = Display()
     with display.busy("loading torch"):
         from finetune.features.similar import find_similar
+        from finetune.runs.folder import default_folder
+        from pretrained.graph.pooling import read_pool
     rows = find_similar(
         recipe, image, layer, top, output or default_folder("similar"), read_pool(pool), display
     )
@@ -70,6 +70,8 @@ def map_command(
     display = Display()
     with display.busy("loading torch"):
         from finetune.features.similar import draw_feature_map
+        from finetune.runs.folder import default_folder
+        from pretrained.graph.pooling import read_pool
     folder = output or default_folder("map")
     kind: Method = "umap" if method == "umap" else "pca"
     draw_feature_map(recipe, layer, kind, folder, read_pool(pool), display)

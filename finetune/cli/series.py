@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from finetune.cli.options import default_folder
 from finetune.cli.output import hand_over, say
 from finetune.errors import UsageError
 from finetune.launch.supervisor import Supervisor
@@ -74,6 +73,8 @@ def find_series(repeats: int, folds: int, find_seed: Callable[[], int], output: 
         return None
     kind = "folds" if folds > 1 else "repeats"
     members = tuple(_seeds(repeats, find_seed()) if kind == "repeats" else _folds(folds))
+    from finetune.runs.folder import default_folder
+
     return Series(kind, members, output or default_folder(kind))
 
 

@@ -181,6 +181,20 @@ Part = Literal["train", "val", "test", "all"]
 PARTS: tuple[Part, ...] = (*SPLITS, "all")
 
 
+def read_split_name(word: str | None) -> Part | None:
+    """Return the split of a name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    names: dict[str, Part] = {"train": "train", "val": "val", "test": "test", "all": "all"}
+    if word is None:
+        return None
+    if word not in names:
+        raise UsageError(f"--split {word}", "there is no such split", f"Take {', '.join(names)}.")
+    return names[word]
+
+
 def find_labelled(
     data: Path,
     classes: Sequence[str],

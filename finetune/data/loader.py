@@ -194,7 +194,7 @@ class ImageLoader:
         images: kept ones of these samples. They change no bit of a batch.
         most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
         allow_lost: batches may lack images that cannot be read; shuffled ones always may.
-        world: processes that share the batches.
+        distributed: processes that share the batches.
 
     Attributes:
         input_size: (3, H, W) of the images.

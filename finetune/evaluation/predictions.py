@@ -74,7 +74,7 @@ def predict(
         precision: of the forward pass; logits come back in float32.
         on_batch: told how many images each batch had; equally often in all processes.
         forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
-        world: processes that share the feed.
+        distributed: processes that share the feed.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()

@@ -129,7 +129,7 @@ def extract(
         pool: of what layers give.
         format: ``csv``, ``parquet`` or ``npz``; None takes the suffix, else CSV.
         display: what the user sees.
-        world: processes that share the work.
+        distributed: processes that share the work.
 
     Returns:
         Counts and paths, as ``--json`` prints them.

@@ -193,7 +193,7 @@ def open_features(
         with_logits: and what the network's own classifier says.
         parts: whose images.
         shelf: where rows are kept.
-        world: processes of this machine that share the work; all get the rows.
+        distributed: processes of this machine that share the work; all get the rows.
 
     Raises:
         DataError: no image can be decoded.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.prepare import check_outside, create_new_folder, require_labels
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError, suggest
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.network import open_network
 from finetune.features.plots import draw_probe
@@ -39,6 +39,22 @@ CLASSIFIERS: tuple[Classifier, ...] = get_args(Classifier)
 _KINDS: dict[Classifier, Kind] = {"svm": "svm", "softmax": "softmax", "logreg": "logreg"}
 _BLOCK_BYTES = 256 * 2**20
 """Of the features of test images whose scores are computed at a time."""
+
+
+def read_classifiers(words: Sequence[str]) -> list[Classifier]:
+    """Return the classifiers of some names, each once.
+
+    Raises:
+        UsageError: a name is unknown, or there is none.
+    """
+    known = {str(kind): kind for kind in CLASSIFIERS}
+    for word in words:
+        if word not in known:
+            found = f"there is no such classifier{suggest(word, known)}"
+            raise UsageError(f"--classifiers {word}", found, f"Take {', '.join(known)}.")
+    if not words:
+        raise UsageError("--classifiers", "none was named", f"Take {', '.join(known)}.")
+    return [known[word] for word in dict.fromkeys(words)]
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ class KeptRows:
         num_computed: images that went through the network.
         num_found: rows of the first place that were there.
         lost: why, for the index of each image that could not be decoded. Its rows are NaN.
-        world: processes of this machine. The batches that are missing go through in turns; the main process
-            keeps them, and all get the same rows.
+        distributed: processes of this machine. They compute missing batches in turns; the main process keeps
+            them, and all get the same rows.
     """
 
     cache_dir: FeatureCacheDir

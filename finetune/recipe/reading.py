@@ -31,23 +31,26 @@ LARGEST_FILE = 2**16
 """Bytes. A recipe is a page; a file of more is something else, named by mistake."""
 
 
-def load_recipe(source: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe and lay the overrides over it.
 
     Args:
-        source: name of a shipped recipe, path of a YAML file, or None for the defaults.
+        source: a recipe, the name of a shipped one, the path of a YAML file, or None for the defaults.
         overrides: dotted keys and their values, such as ``{"training.lr": 0.01}``.
 
     Raises:
         UsageError: no such recipe, not YAML, or a recipe that does not hold; all mistakes in one message.
     """
-    values = {} if source is None else read_recipe(source)
+    if isinstance(source, Recipe):
+        values, name = source.to_dict(), None
+    else:
+        values, name = {} if source is None else read_recipe(source), source
     for key, value in flatten(overrides or {}):
         set_dotted(values, key, value)
     try:
         return validate(values)
     except ValidationError as error:
-        raise explain(error, values, source) from None
+        raise explain(error, values, name) from None
 
 
 def validate(values: dict[str, Any]) -> Recipe:

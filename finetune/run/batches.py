@@ -58,7 +58,7 @@ class Source:
         dataset: the usable images.
         digests: sha256 of each image, by path.
         frozen: sha256 of each frozen tensor.
-        world: processes that share the work.
+        distributed: processes that share the work.
     """
 
     ready: Ready

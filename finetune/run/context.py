@@ -69,7 +69,7 @@ class Work:
         clock: of the phases.
         stop: what asks this process to stop.
         on_history: told the rows of the history.
-        world: the processes.
+        distributed: the processes.
     """
 
     ready: Ready

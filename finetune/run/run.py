@@ -79,7 +79,7 @@ def run(
             very run goes on where it stopped.
         display: what the user sees; nothing by default.
         allow_changed: go on with a run that began with another recipe, other images or other weights.
-        world: the processes of the run.
+        distributed: the processes of the run.
 
     Returns:
         The run, finished.

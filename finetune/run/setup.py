@@ -110,7 +110,7 @@ def prepare_help(
         dataset: the usable images.
         card: of the backbone, as it was published.
         most_workers: of :class:`Ready`.
-        world: the processes.
+        distributed: the processes.
     """
     device = prepare_machine(recipe, distributed)
     seed_everything(recipe.seed, "head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,3 +192,6 @@ class RunFolder:
     def write_outcome(self, outcome: Outcome) -> None:
         """Record how the run stands or ended."""
         write_json(self.outcome, outcome.to_dict())
+def default_folder(command: str) -> Path:
+    """Return ``runs/<time>-<command>``."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"

@@ -30,7 +30,7 @@ def translated_errors(output: str = "", distributed: Distributed = SINGLE_PROCES
 
     Args:
         output: names the run folder in a remedy.
-        world: whose other processes are told.
+        distributed: whose other processes are told.
     """
     try:
         with _translated(output, distributed):

@@ -59,7 +59,7 @@ def find_share(distributed: Distributed, batch: Batch, loss: nn.Module, mixes: b
     """Return a process's share of a batch, as all processes know it.
 
     Args:
-        world: the processes.
+        distributed: the processes.
         batch: this process's images of it; none is possible.
         loss: whose class weights count, unless labels are mixed.
         mixes: labels become soft.
@@ -97,7 +97,7 @@ class Replicas:
     Args:
         network: its weights are those of the main process from :meth:`connect` on.
         forward: what makes logits of a batch with it.
-        world: the processes.
+        distributed: the processes.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ def agree(distributed: Distributed, loss: Tensor, usable: bool) -> tuple[Tensor,
     """Return the loss of the whole batch, and whether the step can be made in every process.
 
     Args:
-        world: the processes.
+        distributed: the processes.
         loss: of this one, weighed by its share's factor.
         usable: loss, gradient and statistics of this process are finite.
     """
@@ -152,7 +152,7 @@ def average_statistics(distributed: Distributed, network: nn.Module, num_images:
     Every process goes on with the same ones, and a checkpoint of one holds those of all.
 
     Args:
-        world: the processes.
+        distributed: the processes.
         network: after a step.
         num_images: of this process in the step.
         total: of all processes.

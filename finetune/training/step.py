@@ -173,7 +173,7 @@ class MicrobatchRunner:
         gradient: of one batch.
         optimizer: whose weights learn.
         seed: of the random numbers of every step.
-        world: the processes.
+        distributed: the processes.
         display: told of smaller parts.
     """
 

@@ -72,7 +72,7 @@ class Trainer:
         display: where progress is shown.
         stop_asked: read after every step; true means save and leave.
         on_history: told the rows of the history.
-        world: processes that train it together; the first one writes.
+        distributed: processes that train it together; the first one writes.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class FeatureLoader:
         placement: device of the batches.
         seed: of the order.
         shuffle: a new order every epoch; otherwise that of ``samples``.
-        world: processes that share the batches.
+        distributed: processes that share the batches.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.errors import UsageError
+from finetune.errors import UsageError, suggest
 
 Pool = Literal["auto", "token", "avg", "max", "avgmax", "grid2", "flatten"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -161,3 +161,16 @@ def _pool(positions: Tensor, form: Form, pool: Pool) -> Tensor:
         grid = positions.reshape(*positions.shape[:2], *form.size)
         return F.adaptive_avg_pool2d(grid, 2).flatten(1)
     return positions.mean(dim=2)
+
+
+def read_pool(word: str) -> Pool:
+    """Return the pool of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for pool in POOLS:
+        if pool == word:
+            return pool
+    found = f"there is no such pool{suggest(word, POOLS)}"
+    raise UsageError(f"--pool {word}", found, f"Take {', '.join(POOLS)}.")

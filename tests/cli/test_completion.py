@@ -12,7 +12,9 @@ def complete(words: str, position: int) -> list[str]:
     asked = {"_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
     code = "import sys; sys.argv[0] = 'finetune'; from finetune.cli.app import main; main()"
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=os.environ | asked, capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        command, env=os.environ | asked, capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_commands_and_flags_are_completed() -> None:

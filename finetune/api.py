@@ -1,0 +1,410 @@
+"""What the command line does, as functions: each command is a thin layer over one of them.
+
+Arguments have the names of the flags::
+
+    run = finetune.run(data="./photos", backbone="resnet50", strategy="top", epochs=5)
+    run.metrics["accuracy"]
+
+``settings`` takes every other key of a recipe, dotted as for ``--set``; ``recipe`` is a whole one. Progress
+goes to stderr, or nowhere with ``display=SilentDisplay()``. A refusal is a ``finetune.errors.FinetuneError``.
+Functions run in the calling process, which no supervisor restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from finetune.recipe import Recipe
+from finetune.recipe.flags import Flags, build_recipe
+from finetune.runs.folder import default_folder
+from finetune.system.display import Display
+from finetune.system.signals import StopSignal
+
+if TYPE_CHECKING:
+    from finetune.evaluation.compare_runs import Result
+    from finetune.features.probe import ProbeRow
+    from finetune.run.advise import Advice
+    from finetune.run.run import Run
+    from finetune.system.distributed import Distributed
+
+AnyPath = str | PathLike[str]
+
+
+def run(
+    *,
+    recipe: Recipe | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: AnyPath | None = None,
+    allow_changed: bool = False,
+    display: Display | None = None,
+    distributed: Distributed | None = None,
+    **flags: Unpack[Flags],
+) -> Run:
+    """Fine-tune a backbone on a folder of images, as ``finetune run`` does.
+
+    Args:
+        recipe: a whole recipe, the name of a shipped one, or the path of a YAML file.
+        settings: other keys of the recipe, such as ``{"training.weight_decay": 0.0}``.
+        output: the run folder; by default ``runs/<time>-<backbone>-<strategy>``. A folder that holds this
+            very run is resumed where it stopped.
+        allow_changed: resume a run although its recipe, images or weights have changed.
+        display: where progress is shown; stderr by default.
+        distributed: the processes that share the work; by default this one alone.
+        flags: ``data``, ``backbone``, ``strategy``, ``epochs``, ``lr`` and so on
+            (:class:`finetune.recipe.flags.Flags`).
+
+    Returns:
+        The finished run: its folder, and the content of its ``metrics.json``.
+
+    Raises:
+        FinetuneError: every refusal and failure; its ``exit_code`` is documented in docs/errors.md.
+    """
+    wanted = _recipe(recipe, settings, flags)
+    with _loading(display) as shown:
+        from finetune.run.run import run as run_recipe
+        from finetune.system.distributed import SINGLE_PROCESS
+    return run_recipe(wanted, _path(output), shown, allow_changed, distributed or SINGLE_PROCESS)
+
+
+def advise(
+    *,
+    recipe: Recipe | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: AnyPath | None = None,
+    display: Display | None = None,
+    **flags: Unpack[Flags],
+) -> Advice:
+    """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
+
+    Args:
+        recipe: see :func:`run`.
+        settings: see :func:`run`.
+        output: a folder for ``advice.json``, ``probe.png`` and ``matrix.png``; None writes nothing.
+        display: see :func:`run`.
+        flags: see :func:`run`.
+
+    Raises:
+        DataError: the images have no labels.
+        FinetuneError: every other refusal and failure.
+    """
+    wanted, folder = _recipe(recipe, settings, flags), _path(output)
+    with _loading(display) as shown:
+        from finetune.run.advise import advise as advise_strategy
+        from finetune.run.auto import write_advice
+        from finetune.runs.outcome import translated_errors
+    with translated_errors():
+        advice = advise_strategy(wanted, shown, folder)
+        if folder is not None:
+            write_advice(advice, folder)
+            shown.say(f"{folder}/advice.json, probe.png, matrix.png")
+    return advice
+
+
+def check(
+    *,
+    recipe: Recipe | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: AnyPath | None = None,
+    display: Display | None = None,
+    **flags: Unpack[Flags],
+) -> dict[str, Any]:
+    """Look at every image of a data set, and list what would make a metric misleading.
+
+    Args:
+        recipe: see :func:`run`.
+        settings: see :func:`run`.
+        output: a new folder for ``check.json`` and ``check.png``; by default ``runs/<time>-check``.
+        display: see :func:`run`.
+        flags: see :func:`run`; ``data``, ``group_by``, ``folds``, ``val_fraction``, ``seed`` and
+            ``allow_leaks`` count.
+
+    Returns:
+        The content of ``check.json``. A run would accept the data where ``errors`` is 0.
+    """
+    wanted = _recipe(recipe, settings, flags)
+    with _loading(display) as shown:
+        from finetune.data.quality.check import check as check_data
+    return check_data(wanted, _path(output) or default_folder("check"), shown)
+
+
+def extract(
+    *,
+    output: AnyPath,
+    layers: str | Sequence[str] = "all",
+    pool: str = "auto",
+    format: str | None = None,
+    recipe: Recipe | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    display: Display | None = None,
+    distributed: Distributed | None = None,
+    **flags: Unpack[Flags],
+) -> dict[str, Any]:
+    """Write the features of a network's layers as tables, all from one forward pass.
+
+    Args:
+        output: a folder, which gets a table for each layer, or a ``.csv``, ``.parquet`` or ``.npz`` file.
+        layers: stages, modules and patterns; ``all``, ``last`` or ``pre_logits``.
+        pool: how a feature map becomes a row: one of :data:`pretrained.graph.pooling.POOLS`.
+        format: ``csv``, ``parquet`` or ``npz``; by default that of the output's suffix, else CSV.
+        recipe: see :func:`run`.
+        settings: see :func:`run`.
+        display: see :func:`run`.
+        distributed: see :func:`run`.
+        flags: see :func:`run`.
+
+    Returns:
+        Counts and paths.
+    """
+    wanted = _recipe(recipe, settings, flags)
+    with _loading(display) as shown:
+        from finetune.features.extract import extract as extract_features
+        from finetune.system.distributed import SINGLE_PROCESS
+        from pretrained.graph.pooling import read_pool
+    return extract_features(
+        wanted,
+        split_words(layers),
+        Path(fspath(output)),
+        read_pool(pool),
+        format,
+        shown,
+        distributed or SINGLE_PROCESS,
+    )
+
+
+def probe(
+    *,
+    output: AnyPath | None = None,
+    layers: str | Sequence[str] = "all",
+    per_class: int = 30,
+    classifiers: str | Sequence[str] = "svm,softmax,knn",
+    repeats: int = 5,
+    pool: str = "auto",
+    recipe: Recipe | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    display: Display | None = None,
+    **flags: Unpack[Flags],
+) -> list[ProbeRow]:
+    """Find out which layer is best: train classifiers on the features of each.
+
+    Args:
+        output: a new folder for ``probe.csv`` and ``probe.png``; by default ``runs/<time>-probe``.
+        layers: see :func:`extract`.
+        per_class: training images of each class; the others are tested.
+        classifiers: of ``svm``, ``softmax``, ``logreg`` and ``knn``.
+        repeats: draws of training images.
+        pool: see :func:`extract`.
+        recipe: see :func:`run`.
+        settings: see :func:`run`.
+        display: see :func:`run`.
+        flags: see :func:`run`.
+    """
+    wanted = _recipe(recipe, settings, flags)
+    with _loading(display) as shown:
+        from finetune.features.probe import probe as probe_layers
+        from finetune.features.probe import read_classifiers
+        from pretrained.graph.pooling import read_pool
+    kinds = read_classifiers(split_words(classifiers))
+    folder = _path(output) or default_folder("probe")
+    return probe_layers(
+        wanted, split_words(layers), per_class, kinds, repeats, folder, read_pool(pool), shown
+    )
+
+
+def evaluate(
+    models: AnyPath | Sequence[AnyPath],
+    *,
+    data: AnyPath | None = None,
+    split: str | None = None,
+    crops: int = 1,
+    scales: Sequence[int] = (),
+    output: AnyPath | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    offline: bool = False,
+    follow_links: bool = False,
+    allow_leaks: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Test finished models on labelled images, and write metrics, predictions and a report.
+
+    Args:
+        models: finished runs or model folders; several are an ensemble.
+        data: a folder, archive or CSV with labels; by default the images of the first model's run.
+        split: ``train``, ``val``, ``test`` or ``all``; by default the split that the data offer.
+        crops: 1, 5 or 10 views of each image, averaged.
+        scales: short sides in pixels to which each image is resized as well.
+        output: a new folder; by default ``runs/<time>-evaluate``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        batch_size: images that go through the network at a time.
+        workers: decoding threads.
+        offline: never ask the network.
+        follow_links: read images through links that lead out of the folder.
+        allow_leaks: also test on images that a model was trained on.
+        display: see :func:`run`.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    with _loading(display) as shown:
+        from finetune.data.inputs import read_split_name
+        from finetune.evaluation.evaluate import EvaluateRequest, evaluate_models
+        from finetune.report.write_report import add_report
+        from finetune.runs.folder import RunFolder
+    listed = [models] if isinstance(models, str | PathLike) else models
+    request = EvaluateRequest(
+        models=tuple(fspath(one) for one in listed),
+        data=_path(data),
+        part=read_split_name(split),
+        crops=crops,
+        scales=tuple(scales),
+        output=_path(output) or default_folder("evaluate"),
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        offline=offline,
+        follow_links=follow_links,
+        allow_leaks=allow_leaks,
+    )
+    metrics = evaluate_models(request, shown)
+    add_report(RunFolder(request.output), shown, request.command)
+    return {"output": str(request.output), **metrics}
+
+
+def predict(
+    model: AnyPath,
+    images: AnyPath,
+    output: AnyPath,
+    *,
+    format: str | None = None,
+    top: int = 1,
+    reject_below: float | None = None,
+    crops: int = 1,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    null: bool = False,
+    follow_links: bool = False,
+    offline: bool = False,
+    display: Display | None = None,
+    distributed: Distributed | None = None,
+) -> dict[str, Any]:
+    """Predict any number of images, and write one row for each; :func:`load` predicts in memory.
+
+    Args:
+        model: a finished run, an exported folder, or a name with published weights.
+        images: a file, a folder, a CSV with a column ``path``, a pattern, or ``-`` for paths on stdin.
+        output: a ``.csv``, ``.jsonl`` or ``.parquet`` file. An interrupted prediction is resumed.
+        format: ``csv``, ``jsonl`` or ``parquet``; by default that of the output's suffix, else CSV.
+        top: classes to name, the most probable first.
+        reject_below: no label under this confidence, in [0, 1].
+        crops: 1, 5 or 10 views of each image, averaged.
+        batch_size: images that go through the network at a time.
+        workers: decoding threads.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        null: paths on stdin end with a zero byte.
+        follow_links: read images through links that lead out of the folder.
+        offline: never ask the network.
+        display: see :func:`run`.
+        distributed: see :func:`run`.
+
+    Returns:
+        Counts, paths and speed.
+    """
+    with _loading(display) as shown:
+        from finetune.evaluation.predict_files import PredictRequest, predict_files
+        from finetune.system.distributed import SINGLE_PROCESS
+    request = PredictRequest(
+        model=fspath(model),
+        input=fspath(images),
+        output=Path(fspath(output)),
+        format=format,
+        top=top,
+        reject_below=reject_below,
+        crops=crops,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        nul=null,
+        follow_links=follow_links,
+        offline=offline,
+    )
+    return predict_files(request, shown, distributed or SINGLE_PROCESS)
+
+
+def export(
+    run: AnyPath,
+    output: AnyPath,
+    *,
+    format: str = "timm",
+    preprocessing: str | None = None,
+    probabilities: bool = False,
+    opset: int | None = None,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Write a model for others, and prove in a fresh process that it predicts what the run predicted.
+
+    Args:
+        run: a finished run, or a model folder.
+        output: a new folder.
+        format: ``timm``, ``onnx`` or ``torch-export``.
+        preprocessing: ``nchw`` or ``nhwc``: the graph takes uint8 RGB images of the network's size and
+            normalises them; None: it takes normalised float32.
+        probabilities: the graph gives probabilities instead of logits, with the temperature applied.
+        opset: of ONNX, 18 to 23.
+        display: see :func:`run`.
+
+    Returns:
+        The content of ``export.json``.
+    """
+    with StopSignal():
+        with _loading(display) as shown:
+            from finetune.export.export import export as export_model
+            from finetune.export.export import read_wanted
+        wanted = read_wanted(format, preprocessing, probabilities, opset)
+        return export_model(Path(fspath(run)), wanted, Path(fspath(output)), shown)
+
+
+def compare(
+    runs: Sequence[AnyPath], output: AnyPath | None = None, *, display: Display | None = None
+) -> Result:
+    """Compare runs on the images that all of them tested: a table, and a paired test for each pair.
+
+    Args:
+        runs: folders of at least two runs or evaluations.
+        output: a new folder for tables and a drawing; None writes nothing.
+        display: see :func:`run`.
+    """
+    with _loading(display) as shown:
+        from finetune.evaluation.compare_runs import compare_runs
+    return compare_runs([Path(fspath(one)) for one in runs], _path(output), shown)
+
+
+# --- what they share -----------------------------------------------------------------------------
+
+
+def split_words(words: str | Sequence[str]) -> list[str]:
+    """Return the words of a comma-separated list; a sequence is such a list already."""
+    given = words.split(",") if isinstance(words, str) else words
+    return [word.strip() for word in given if word.strip()]
+
+
+def _recipe(recipe: Recipe | str | None, settings: Mapping[str, Any] | None, flags: Flags) -> Recipe:
+    named = {name: fspath(value) if isinstance(value, PathLike) else value for name, value in flags.items()}
+    return build_recipe(recipe, named, settings)
+
+
+def _path(path: AnyPath | None) -> Path | None:
+    return None if path is None else Path(fspath(path))
+
+
+@contextmanager
+def _loading(display: Display | None) -> Iterator[Display]:
+    """Give the display; the block's imports take seconds, and it says so."""
+    shown = display or Display()
+    with shown.busy("loading torch"):
+        yield shown

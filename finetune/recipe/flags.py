@@ -1,0 +1,74 @@
+"""Flags: short names for the recipe keys that people set most, on the command line and in Python alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from finetune.errors import UsageError, suggest
+from finetune.recipe.reading import load_recipe, merge_override
+from finetune.recipe.schema import Recipe
+
+FLAGS = {
+    "backbone": "backbone.name",
+    "weights": "backbone.weights",
+    "offline": "backbone.offline",
+    "data": "data.path",
+    "val_fraction": "data.val_fraction",
+    "group_by": "data.group_by",
+    "folds": "data.folds",
+    "allow_leaks": "data.allow_leaks",
+    "workers": "data.workers",
+    "img_size": "input.img_size",
+    "strategy": "strategy.name",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "lr": "training.lr",
+    "seed": "seed",
+    "device": "device",
+}
+"""Each flag, and the key of the recipe that it sets."""
+
+
+class Flags(TypedDict, total=False):
+    """The flags as keyword arguments; what each means stands in docs/recipe.md, under its key."""
+
+    backbone: str | None
+    weights: str | None
+    offline: bool | None
+    data: str | None
+    val_fraction: float | None
+    group_by: str | None
+    folds: int | None
+    allow_leaks: bool | None
+    workers: int | None
+    img_size: int | None
+    strategy: str | None
+    epochs: int | None
+    batch_size: int | None
+    lr: float | None
+    seed: int | None
+    device: str | None
+
+
+def build_recipe(
+    source: Recipe | str | None, flags: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe, and lay overrides and flags over it.
+
+    Args:
+        source: a recipe, the name of a shipped one, the path of a YAML file, or None for the defaults.
+        flags: by name; None stands for a flag that was not given.
+        overrides: dotted keys and their values.
+
+    Raises:
+        UsageError: there is no such flag, a flag contradicts an override, or the recipe is refused.
+    """
+    values = dict(overrides or {})
+    for name, value in flags.items():
+        if name not in FLAGS:
+            fix = f"Take one of {', '.join(FLAGS)}, or settings={{'section.key': value}}."
+            raise UsageError(f"{name}={value}", f"there is no such argument{suggest(name, FLAGS)}", fix)
+        if value is not None:
+            merge_override(values, FLAGS[name], value)
+    return load_recipe(source, values)
