@@ -40,7 +40,9 @@ def export_command(
     with refusals(as_json):
         from finetune import api
 
-        report = api.export(run, output, format=format, preprocessing=layout, probabilities=with_probabilities, opset=opset)
+        report = api.export(
+            run, output, format=format, preprocessing=layout, probabilities=with_probabilities, opset=opset
+        )
         if as_json:
             hand_over(json.dumps(report | {"output": str(output)}) + "\n")
 

@@ -192,6 +192,8 @@ class RunFolder:
     def write_outcome(self, outcome: Outcome) -> None:
         """Record how the run stands or ended."""
         write_json(self.outcome, outcome.to_dict())
+
+
 def default_folder(command: str) -> Path:
     """Return ``runs/<time>-<command>``."""
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
