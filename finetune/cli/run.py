@@ -70,7 +70,7 @@ def run_command(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option("--strategy", "-s", help=f"{join_names(lambda _: True, AUTO)}.", show_default="top"),
+        typer.Option("--strategy", "-s", help=f"{join_names(AUTO)}.", show_default="top"),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="A .safetensors or .pth file to start from, or a folder with one.")

@@ -260,7 +260,8 @@ class CacheSettings(_Section):
     views: Annotated[int, Field(ge=1, le=1000)] | Auto = Field(
         "auto",
         description="random views of each training image that the trunk sees, cycled through the epochs; "
-        "auto: 2 for freeze, 4 for top, 1 without augmentation",
+        f"auto: {', '.join(f'{one.views} for {one.name}' for one in STRATEGIES.values() if one.views > 1)}, "
+        "1 without augmentation",
     )
     dtype: Precision = Field(
         "float32", description="of what the trunk gave; the halves take half of the space, and are not exact"

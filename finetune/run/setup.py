@@ -197,7 +197,7 @@ def _check_strategy(recipe: Recipe) -> None:
     kind = find_strategy(strategy.name)
     if strategy.features is not None and not kind.solvable:
         found = f"--strategy {strategy.name} trains the stages that these features come from"
-        fix = f"Take --strategy {join_names(lambda one: one.solvable)}."
+        fix = f"Take --strategy {join_names(accept=lambda one: one.solvable)}."
         raise UsageError(f"strategy.features={strategy.features}", found, fix)
     if strategy.features is not None and strategy.head == "keep":
         found = "a classifier that is kept is not solved anew"
@@ -206,7 +206,7 @@ def _check_strategy(recipe: Recipe) -> None:
     for key, value in given.items():
         if value and not kind.fine_tunes:
             found = f"--strategy {strategy.name} fine-tunes no pretrained stage"
-            fix = f"Take --strategy {join_names(lambda one: one.fine_tunes)}."
+            fix = f"Take --strategy {join_names(accept=lambda one: one.fine_tunes)}."
             raise UsageError(f"strategy.{key}={value}", found, fix)
 
 

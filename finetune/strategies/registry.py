@@ -42,7 +42,7 @@ def find_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def join_names(accept: Callable[[Strategy], bool] = lambda _: True, *more: str) -> str:
+def join_names(*more: str, accept: Callable[[Strategy], bool] = lambda _: True) -> str:
     """Return the names of the strategies that ``accept`` takes, and more words, as ``a, b or c``."""
     *most, last = (*(name for name, strategy in STRATEGIES.items() if accept(strategy)), *more)
     return f"{', '.join(most)} or {last}" if most else last
