@@ -124,14 +124,14 @@ def graph_of(**sources: str) -> list[Import]:
 def test_an_upward_import_is_seen() -> None:
     wrong = graph_of(
         finetune__data__loader="def load():\n    from finetune.training.trainer import Trainer",
-        finetune__runtime="import finetune.system.display",
+        finetune__runs__files="import finetune.data.loader",
         pretrained__zoo="from finetune.recipe import Recipe",
-        finetune__cli="import finetune.job",
+        finetune__cli="import finetune.run",
         finetune__recipe__reading="from finetune import __version__",
     )
     assert upward(wrong) == [
         "finetune.data.loader:2 imports finetune.training.trainer",
-        "finetune.system.device:1 imports finetune.system.display",
+        "finetune.runs.files:1 imports finetune.data.loader",
         "pretrained.zoo:1 imports finetune.recipe",
     ]
 

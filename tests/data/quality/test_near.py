@@ -139,5 +139,5 @@ def test_many_near_copies_in_one_part_do_not_hide_a_leak(
 def test_many_pairs_are_one_finding(tmp_path: Path) -> None:
     build_clean(tmp_path, {"a": 300})
     seen = see(tmp_path)
-    pairs = tuple(near.Pair(one, other, 1.0) for one in range(300) for other in range(one))
+    pairs = tuple(near.NearCopy(one, other, 1.0) for one in range(300) for other in range(one))
     assert [one.count for one in judge_near(seen, NearCopies(pairs, "all"))] == [44850]
