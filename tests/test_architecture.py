@@ -23,7 +23,6 @@ FLOORS = (
     ("finetune.system", "finetune.strategies"),
     ("finetune.recipe",),
     ("finetune.runs",),
-    ("finetune.cache",),
     ("finetune.plots", "finetune.launch", "finetune.tracking"),
     ("finetune.data",),
     ("finetune.preflight",),

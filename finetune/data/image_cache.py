@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from finetune.cache.blocks import BlockFile, remove_unused
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import BadImageError, compute_factor, read_size
 from finetune.data.transforms import Transform
+from finetune.runs.block_file import BlockFile, remove_unused
 from finetune.runs.cache_dir import FeatureCacheDir, wait_for_writer
 from finetune.system.device import available_cores
 from finetune.system.display import Display

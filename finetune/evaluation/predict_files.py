@@ -33,8 +33,8 @@ from finetune.evaluation.prediction_rows import Fingerprint, PredictionProgress,
 from finetune.evaluation.predictor import Answer, Predictor, load, split_batches
 from finetune.runs.claim import create_folder
 from finetune.runs.files import escape_formula, format_csv_line
-from finetune.runs.growing import ResumableWriter, bad_of, check_free, find_finished, open_writer
 from finetune.runs.outcome import translated_errors
+from finetune.runs.resumable_writer import ResumableWriter, bad_of, check_free, find_finished, open_writer
 from finetune.system.device import available_cores, resolve_device, resolve_threads
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed

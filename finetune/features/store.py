@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.cache.blocks import BlockFile
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, ImageLoader
 from finetune.errors import DataError
 from finetune.features.rows import FileRows, MemoryRows, Rows
+from finetune.runs.block_file import BlockFile
 from finetune.runs.cache_dir import FeatureCacheDir, wait_for_writer
 from finetune.system.device import DTYPES, Precision, compute_part_size
 from finetune.system.display import Display

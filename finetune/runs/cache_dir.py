@@ -19,8 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from finetune.cache.blocks import facts_of, is_in_use, journal_of, remove_unused
 from finetune.errors import DiskError
+from finetune.runs.block_file import facts_of, is_in_use, journal_of, remove_unused
 from finetune.runs.files import disk_error, free_bytes, sync_folder
 from finetune.runs.journal import FORMAT
 from finetune.system.display import Display

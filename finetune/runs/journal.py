@@ -10,8 +10,8 @@ next block is written. Every block is compared with its sha256 when the journal 
 is used only if all of them are what they were. A journal of another format counts as none.
 
 The process that has locked the journal for itself alone may write. Features and decoded images that are
-kept between runs (:mod:`finetune.cache.blocks`) and the output of ``predict``
-(:mod:`finetune.runs.growing`) are files of this kind.
+kept between runs (:mod:`finetune.runs.block_file`) and the output of ``predict``
+(:mod:`finetune.runs.resumable_writer`) are files of this kind.
 """
 
 from __future__ import annotations

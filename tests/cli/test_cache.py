@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cache.blocks import BlockFile
+from finetune.runs.block_file import BlockFile
 from finetune.runs.cache_dir import FeatureCacheDir
 from tests.conftest import Cli
 

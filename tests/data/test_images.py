@@ -328,7 +328,7 @@ def test_a_full_disk_leaves_nothing_behind(
     keep: Keep, cache_dir: FeatureCacheDir, listener: Listener
 ) -> None:
     with mock.patch(
-        "finetune.cache.blocks.BlockFile.append", side_effect=OSError(28, "No space left on device")
+        "finetune.runs.block_file.BlockFile.append", side_effect=OSError(28, "No space left on device")
     ):
         assert keep() is None
     (line,) = listener.said

@@ -17,7 +17,7 @@ import pytest
 import finetune
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.predict_files import PredictRequest, predict_files
-from finetune.runs import growing
+from finetune.runs import resumable_writer
 from finetune.runs.files import read_rows
 from finetune.runs.journal import read_journal
 from finetune.system.display import SilentDisplay
@@ -348,17 +348,17 @@ def test_formats_that_cannot_be_meant_are_refused(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """A power cut after some batches, each of which was saved."""
-    monkeypatch.setattr(growing, "SAVE_SECONDS", 0)
-    save, seen = growing.ResumableWriter.save, []
+    monkeypatch.setattr(resumable_writer, "SAVE_SECONDS", 0)
+    save, seen = resumable_writer.ResumableWriter.save, []
 
-    def cut(self: growing.ResumableWriter, progress: Any, *, now: bool = False) -> None:
+    def cut(self: resumable_writer.ResumableWriter, progress: Any, *, now: bool = False) -> None:
         save(self, progress, now=now)
         seen.append(1)
         if len(seen) == batches:
             self.write(b"half a row", b"half a line")
             raise ConnectionAbortedError("the power is gone")
 
-    monkeypatch.setattr(growing.ResumableWriter, "save", cut)
+    monkeypatch.setattr(resumable_writer.ResumableWriter, "save", cut)
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet"])

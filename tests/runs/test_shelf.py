@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from finetune.cache.blocks import BlockFile, journal_of
+from finetune.runs.block_file import BlockFile, journal_of
 from finetune.runs.cache_dir import FeatureCacheDir, cache_folder
 
 

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.cache.blocks import BlockFile, journal_of
 from finetune.data.dataset import Sample
 from finetune.data.loader import Placement
 from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
@@ -27,6 +26,7 @@ from finetune.job import Run, run
 from finetune.recipe import load_recipe
 from finetune.run import batches as loaders
 from finetune.run import run as main
+from finetune.runs.block_file import BlockFile, journal_of
 from finetune.runs.cache_dir import cache_folder
 from finetune.runs.reader import RunReader
 from finetune.training.trunk import FeatureLoader

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from finetune.cache.blocks import BlockFile, facts_of, is_in_use, journal_of, remove_unused
+from finetune.runs.block_file import BlockFile, facts_of, is_in_use, journal_of, remove_unused
 
 FACTS = {"kind": "test", "cut": "layer3"}
 CONTENT = [b"one", b"", b"three" * 1000]
@@ -158,7 +158,7 @@ def test_a_damaged_file_that_others_read_is_begun_anew_beside_them(tmp_path: Pat
 def test_a_killed_writer_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     code = (
-        "import os, signal, sys, pathlib; from finetune.cache.blocks import BlockFile\n"
+        "import os, signal, sys, pathlib; from finetune.runs.block_file import BlockFile\n"
         f"file = BlockFile(pathlib.Path(sys.argv[1]), {FACTS!r}, 3)\n"
         "file.append(b'one'); os.kill(os.getpid(), signal.SIGKILL)"
     )

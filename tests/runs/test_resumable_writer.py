@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import DiskError, UsageError
-from finetune.runs import growing
-from finetune.runs.growing import bad_of, check_free, find_finished, journal_of, open_writer
+from finetune.runs import resumable_writer
+from finetune.runs.resumable_writer import bad_of, check_free, find_finished, journal_of, open_writer
 
 FACTS = {"model": "a", "numbers": (1, 2)}
 
@@ -118,11 +118,11 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
 
 
 def test_saves_are_some_time_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "SAVE_SECONDS", 3600)
+    monkeypatch.setattr(resumable_writer, "SAVE_SECONDS", 3600)
     with open_writer(tmp_path / "out", FACTS) as files:
         files.save({"done": 1})
     assert names(tmp_path) == set()
-    monkeypatch.setattr(growing, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(resumable_writer, "SAVE_SECONDS", 0)
     with open_writer(tmp_path / "out", FACTS) as files:
         files.save({"done": 1})
     assert journal_of(tmp_path / "out").exists()

@@ -1,1 +1,0 @@
-"""What is kept between runs so that nothing is computed twice: files that prove their content."""
