@@ -1,1 +1,1 @@
-"""What it costs, beside what else there is: `python -m benchmarks run`."""
+"""Benchmarks of speed, memory and accuracy: ``python -m benchmarks NAME``; one file a question."""

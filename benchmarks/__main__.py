@@ -1,10 +1,9 @@
-"""The benchmark suite.
+"""Measure what a question needs, and print its table.
 
-    python -m benchmarks run [--quick] [--cases freeze-squeezenet-20,second-*]
-    python -m benchmarks page
-    python -m benchmarks list
+    python -m benchmarks NAME [NAME ...] [--quick] [--only PATTERN,PATTERN] [--page docs/benchmarks.md]
 
-Every timed process is kept at once in a file of results; the same command goes on after what is there.
+Every measurement is kept at once in a file of results, and the same command goes on after what is there.
+``speed`` stands for all questions of docs/benchmarks.md; the names are those of the files.
 """
 
 from __future__ import annotations
@@ -12,82 +11,100 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
-from benchmarks.cases import expand, pick
-from benchmarks.data import Store
+from benchmarks.harness import Bench, Case, Question, run
 from benchmarks.machine import ROOT, count_cores, describe_machine
-from benchmarks.page import write_page
-from benchmarks.peers_env import PeersEnvironmentError, build_environment, find_python, read_versions
+from benchmarks.page import fill_page, write_section
+from benchmarks.peers_env import PeersEnvironmentError, build_environment, read_versions
 from benchmarks.results import DifferentMachineError, Results
-from benchmarks.suite import run_suite
-from benchmarks.tools import Shop
 
-
-def default_cache() -> Path:
-    """Return where images, the peers' environment and results are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
+SPEED = ("startup", "limits", "pipeline", "overhead", "extract", "gpu", "scaling", "commands")
+NAMES = (*SPEED, "predict", "safety", "draft", "strategies", "transfer")
 
 
 def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with every default filled in."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("command", choices=("run", "page", "list"))
-    parser.add_argument("--quick", action="store_true", help="small cases, once: to see that it works")
-    parser.add_argument("--cases", help="names or patterns, parted by commas; all by default")
-    parser.add_argument("--repeats", type=int, help="turns of each case, 3 by default")
+    parser.epilog = f"names: {', '.join((*NAMES, 'speed'))}"
+    parser.add_argument("names", nargs="+", choices=(*NAMES, "speed"), metavar="NAME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: to see that it works")
+    parser.add_argument("--only", default="*", help="names or patterns of cases, separated by commas")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases, measure nothing")
+    parser.add_argument("--show", action="store_true", help="print what the file holds, measure nothing")
+    parser.add_argument("--repeats", type=int, help="turns of each case (seeds), 3 by default")
     parser.add_argument("--again", action="store_true", help="start over instead of going on")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of originals"
-    )
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="images, environment, results")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="original images")
+    parser.add_argument("--cache", type=Path, default=cache, help="images, environment, results")
     parser.add_argument("--results", type=Path, help="file of results; by default in the cache")
-    parser.add_argument("--page", type=Path, help="page to write, docs/benchmarks.md by default")
+    parser.add_argument("--page", type=Path, help="put the tables into this page of docs")
     parser.add_argument("--threads", type=int, default=count_cores(), help="of every tool")
     parser.add_argument("--workers", type=int, default=max(1, count_cores() // 2), help="of every tool")
     options = parser.parse_args(words)
-    name = "quick" if options.quick else "results"
     options.cache = options.cache.absolute()
-    options.results = options.results or options.cache / f"{name}.jsonl"
-    options.page = options.page or (
-        options.cache / "quick.md" if options.quick else ROOT / "docs/benchmarks.md"
-    )
+    options.results = options.results or options.cache / ("quick.jsonl" if options.quick else "results.jsonl")
     options.repeats = options.repeats or (1 if options.quick else 3)
+    every = [SPEED if name == "speed" else (name,) for name in options.names]
+    options.names = list(dict.fromkeys(name for some in every for name in some))
     return options
 
 
-def run(options: argparse.Namespace) -> None:
-    """Time the cases."""
-    python = build_environment(options.cache / "env")
+def plan(questions: list[Question], bench: Bench, patterns: str) -> list[tuple[Question, Case]]:
+    """Return the cases whose names match one of the patterns.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    cases = [(question, case) for question in questions for case in question.plan(bench)]
+    for word in patterns.split(","):
+        if cases and not any(fnmatch(case.name, word) for _, case in cases):
+            raise ValueError(
+                f"no case is called {word}; there are {', '.join(case.name for _, case in cases)}"
+            )
+    return [pair for pair in cases if any(fnmatch(pair[1].name, word) for word in patterns.split(","))]
+
+
+def measure(options: argparse.Namespace, questions: list[Question]) -> None:
+    """Measure the cases that are asked for and not in the file yet, or print their names."""
     machine = describe_machine(options.threads, options.workers, options.quick)
-    machine["fastai"] = read_versions(python)["fastai"]
-    cases = pick(expand(options.quick, machine["gpu"] is not None), options.cases)
+    source, cuda = options.data.absolute(), machine["gpu"] is not None
+    bench = Bench(source, options.cache, options.threads, options.workers, options.quick, cuda)
+    cases = plan(questions, bench, options.only)
+    if options.list:
+        sys.stdout.write("".join(f"{case.name}\n" for _, case in cases))
+        return
+    if {"commands", "extract"} & set(options.names):
+        machine["fastai"] = read_versions(build_environment(bench.peers_folder))["fastai"]
     if options.again:
         options.results.unlink(missing_ok=True)
     results = Results(options.results)
     results.begin(machine)
-    store = Store(options.data.absolute(), options.cache / "pictures", options.quick)
-    work = options.cache / "work"
-    shop = Shop(store, python, work, options.threads, options.workers, options.quick)
-    run_suite(cases, shop, results, options.repeats)
+    for question, case in cases:
+        run(question, case, bench, results, options.repeats)
 
 
-def main() -> int:
-    """Carry out the command."""
-    options = read_arguments()
+def main(words: list[str] | None = None) -> int:
+    """Measure and print."""
+    options = read_arguments(words)
+    questions: list[Question] = [import_module(f"benchmarks.{name}").QUESTION for name in options.names]
     try:
-        if options.command == "list":
-            names = [case.name for case in pick(expand(options.quick, cuda=True), options.cases)]
-            sys.stdout.write("\n".join(names) + "\n")
-            return 0
-        if options.command == "run":
-            run(options)
-        write_page(Results(options.results), options.page, find_python(options.cache / "env"))
+        if not options.show:
+            measure(options, questions)
+        results = Results(options.results)
+        if options.page:
+            fill_page(questions, results, options.page)
+        elif not options.list:
+            for question in questions:
+                sys.stdout.write(
+                    "\n".join(["", f"# {question.name}", "", *write_section(question, results), ""])
+                )
     except (ValueError, DifferentMachineError, PeersEnvironmentError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stderr.write(f"{options.page}\n")
     return 0
 
 

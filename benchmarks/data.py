@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import zipfile
@@ -10,13 +9,52 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-TINY_IMAGENET = "tiny-imagenet-train.zip"
+from benchmarks.harness import Bench
+
 SQUEEZENET = "squeezenet1_0-imagenet.safetensors"
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network, and the images it learns on.
+
+    Attributes:
+        arch: torchvision's name.
+        data: ``photographs`` or ``cifar``.
+        img_size: pixels.
+        batch_size: images a step.
+    """
+
+    arch: str
+    data: str
+    img_size: int
+    batch_size: int
+
+
+NETWORKS = {
+    "squeezenet": Network("squeezenet1_0", "photographs", 224, 16),
+    "resnet18": Network("resnet18", "cifar", 64, 32),
+    "resnet50": Network("resnet50", "cifar", 64, 32),
+    "resnet50-gpu": Network("resnet50", "cifar", 224, 256),
+}
+ON_CPU = ("squeezenet", "resnet18", "resnet50")
+
+
+def list_networks(bench: Bench) -> tuple[str, ...]:
+    """Return the networks that are measured on a CPU."""
+    return ON_CPU[:1] if bench.quick else ON_CPU
+
+
+def find_network(name: str, bench: Bench) -> Network:
+    """Return a network, a smaller input where it should be quick."""
+    network = NETWORKS[name]
+    return Network(network.arch, network.data, 64, 8) if bench.quick else network
+
+
 def make_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return the target, made aside and renamed, so that it is never half there."""
+    """Return the target, made aside and renamed, so that it never exists in part."""
     if not target.exists():
         aside = target.with_name(f"{target.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
@@ -26,91 +64,54 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
     return target
 
 
-@dataclass(frozen=True)
-class Store:
-    """Where the images and weights are.
-
-    Attributes:
-        source: the folder with the originals.
-        cache: where copies and subsets are made.
-        quick: small subsets.
-    """
-
-    source: Path
-    cache: Path
-    quick: bool = False
-
-    def folder(self, name: str) -> Path:
-        """Return a data folder: ``photographs``, ``two-thousand``, or a number of images for ``scaling``."""
-        if name == "photographs":
-            most = 16 if self.quick else None
-            return make_once(self._place(name), lambda to: copy_photographs(self.source, to, most))
-        if name == "two-thousand":
-            parts = (8, 4) if self.quick else (160, 40)
-            return make_once(self._place(name), lambda to: take_classes(self._archive, to, 10, parts))
-        number = int(name)
-        return make_once(self._place(name), lambda to: take_of_each(self._archive, to, number // 200))
-
-    def weights(self, arch: str) -> Path:
-        """Return the weights of a network: real ones of SqueezeNet, seeded random ones of others."""
-        if arch == "squeezenet1_0":
-            return self.source / SQUEEZENET
-        return make_once(self.cache / f"{arch}-random.safetensors", lambda to: save_random(arch, to))
-
-    def small_network(self) -> Path:
-        """Return a folder in timm's format with a very small network."""
-        return make_once(self.cache / "test_resnet", save_small_network)
-
-    @property
-    def _archive(self) -> Path:
-        return self.source / TINY_IMAGENET
-
-    def _place(self, name: str) -> Path:
-        return self.cache / f"{name}{'-quick' if self.quick else ''}"
+def find_folder(network: Network, bench: Bench) -> Path:
+    """Return the data folder of a network, with ``train`` and ``val``."""
+    target = bench.cache / f"{network.data}{'-quick' if bench.quick else ''}"
+    if network.data == "photographs":
+        return make_once(target, lambda to: _copy_photographs(bench, to))
+    return make_once(target, lambda to: _take_cifar(bench, to))
 
 
-def copy_photographs(source: Path, target: Path, most: int | None) -> None:
+def _copy_photographs(bench: Bench, target: Path) -> None:
     """Copy the JPEG files of ants and bees; a GIF among them, a placeholder, is not read by every peer."""
-    for folder in sorted((source / "hymenoptera").glob("*/*")):
+    for folder in sorted((bench.source / "hymenoptera").glob("*/*")):
         goal = target / folder.parent.name / folder.name
         goal.mkdir(parents=True)
-        for file in sorted(folder.glob("*.jp*g"))[:most]:
+        for file in sorted(folder.glob("*.jp*g"))[: 16 if bench.quick else None]:
             shutil.copyfile(file, goal / file.name)
 
 
-def list_archive(archive: zipfile.ZipFile) -> dict[str, list[str]]:
-    """Return the members of each class folder, in the order of their numbers."""
-    members: defaultdict[str, list[str]] = defaultdict(list)
-    for name in archive.namelist():
-        if name.endswith(".webp"):
-            members[Path(name).parts[-2]].append(name)
-    return {label: sorted(members[label], key=lambda name: int(Path(name).stem)) for label in sorted(members)}
-
-
-def take_classes(archive: Path, target: Path, num_classes: int, parts: tuple[int, int]) -> None:
-    """Write ``train`` and ``val`` of a few classes, as JPEG: not every peer looks for WebP."""
-    from PIL import Image
-
-    with zipfile.ZipFile(archive) as opened:
-        for label, names in list(list_archive(opened).items())[:num_classes]:
-            for number, name in enumerate(names[: sum(parts)]):
-                folder = target / ("train" if number < parts[0] else "val") / label
+def _take_cifar(bench: Bench, target: Path) -> None:
+    """Write 160 training and 40 test images of each class of CIFAR-10."""
+    taken: defaultdict[Path, int] = defaultdict(int)
+    with zipfile.ZipFile(bench.source / "cifar10.zip") as archive:
+        for name in sorted(name for name in archive.namelist() if name.endswith(".jpg")):
+            part, label = Path(name).parts[-3:-1]
+            folder = target / ("train" if part == "train" else "val") / label
+            taken[folder] += 1
+            if taken[folder] <= (160 if part == "train" else 40):
                 folder.mkdir(parents=True, exist_ok=True)
-                image = Image.open(io.BytesIO(opened.read(name))).convert("RGB")
-                image.save(folder / f"{Path(name).stem}.jpg", quality=95)
+                (folder / Path(name).name).write_bytes(archive.read(name))
 
 
-def take_of_each(archive: Path, target: Path, number: int) -> None:
-    """Write class folders with the first ``number`` files of every class, as they are."""
-    with zipfile.ZipFile(archive) as opened:
-        for label, names in list_archive(opened).items():
-            (target / label).mkdir(parents=True)
-            for name in names[:number]:
-                (target / label / Path(name).name).write_bytes(opened.read(name))
+def find_sets(bench: Bench) -> Path:
+    """Return the folder with the five unpacked sets, each with ``train`` and ``val``."""
+
+    def unpack(target: Path) -> None:
+        with zipfile.ZipFile(bench.source / "sets.zip") as archive:
+            archive.extractall(target)
+
+    return make_once(bench.cache / "sets", unpack)
 
 
-def save_random(arch: str, target: Path) -> None:
-    """Write the seeded random weights of one of torchvision's networks."""
+def find_weights(arch: str, bench: Bench) -> Path:
+    """Return the weights of a network: real ones of SqueezeNet, seeded random ones of others."""
+    if arch == "squeezenet1_0":
+        return bench.source / SQUEEZENET
+    return make_once(bench.cache / f"{arch}-random.safetensors", lambda to: _save_random(arch, to))
+
+
+def _save_random(arch: str, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from torchvision import models
@@ -119,8 +120,29 @@ def save_random(arch: str, target: Path) -> None:
     save_file(getattr(models, arch)(weights=None).state_dict(), target)
 
 
-def save_small_network(target: Path) -> None:
-    """Write timm's ``test_resnet`` with seeded random weights."""
+def find_recipe(network: Network, bench: Bench) -> dict[str, Any]:
+    """Return the keys of a recipe that say network, data and sizes."""
+    return {
+        "backbone.name": f"torchvision/{network.arch}",
+        "backbone.weights": str(find_weights(network.arch, bench)),
+        "data.path": str(find_folder(network, bench)),
+        "data.workers": 1,
+        "input.img_size": network.img_size,
+        "training.batch_size": network.batch_size,
+    }
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the training images of a data folder."""
+    return sorted(path for path in (folder / "train").rglob("*") if path.is_file())
+
+
+def find_small_network(bench: Bench) -> Path:
+    """Return a folder in timm's format with ``test_resnet``, a very small network, and random weights."""
+    return make_once(bench.cache / "test_resnet", _save_small_network)
+
+
+def _save_small_network(target: Path) -> None:
     import timm
     import torch
     from safetensors.torch import save_file
@@ -131,3 +153,20 @@ def save_small_network(target: Path) -> None:
     given = {"input_size": [3, 32, 32], "classifier": "fc", "first_conv": "conv1.0", "license": "apache-2.0"}
     config = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": given}
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def find_blobs(number: int, bench: Bench) -> Path:
+    """Return a folder with so many drawn images of 32 pixels in ten classes: for counting, not to learn."""
+    return make_once(bench.cache / f"blobs-{number}", lambda to: _draw_blobs(number, to))
+
+
+def _draw_blobs(number: int, target: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(number):
+        folder = target / f"class{index % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(folder / f"{index:06}.jpg", quality=90)

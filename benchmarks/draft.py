@@ -1,7 +1,4 @@
-"""What it does to accuracy, and to the time of decoding, that training views come from reduced images.
-
-    python -m benchmarks.draft --data ../shared/data/hymenoptera \
-        --weights ../shared/data/squeezenet1_0-imagenet.safetensors
+"""What it does to accuracy, and to decoding time, that training views come from reduced images.
 
 Training takes a large image at a half, a quarter or an eighth of its size, which a JPEG's decoder gives for
 less than the whole. Each seed trains twice, with that and from every pixel, and nothing else differs between
@@ -11,71 +8,64 @@ are reduced as those of a phone are for 224 pixels.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 from unittest import mock
 
+from benchmarks.data import NETWORKS, find_recipe, list_images
+from benchmarks.harness import Bench, Case, Question, Turn
+from benchmarks.results import Figures, Results
+from benchmarks.text import points, table
 from finetune.data import transforms
-from finetune.data.discover import discover
-from finetune.data.split import SplitConfig
+from finetune.data.decode import decode_image
 from finetune.job import run
 from finetune.recipe import load_recipe
 from pretrained.catalog import Preprocessing
 
-FIGURES = ("accuracy", "loss")
-COLUMNS = ("size", "accuracy", "loss", "difference of accuracy", "of loss", "reduced", "decoding", "view")
+WHOLE, REDUCED, TIME = "whole", "reduced", "time"
 
 
-def train(options: argparse.Namespace, img_size: int, seed: int, whole: bool) -> dict[str, Any]:
-    """Return the figures of one run."""
-    recipe = load_recipe(
-        None,
-        {
-            "backbone.name": options.backbone,
-            "backbone.weights": str(options.weights),
-            "strategy.name": "freeze",
-            "data.path": str(options.data),
-            "data.workers": 1,
-            "input.img_size": img_size,
-            "training.epochs": options.epochs,
-            "cache.trunk": False,
-            "cache.pictures": False,
-            "seed": seed,
-        },
-    )
+def plan(bench: Bench) -> list[Case]:
+    """Return a case for each image size."""
+    epochs, sizes = (1, (64,)) if bench.quick else (8, (64, 96))
+    return [Case(f"draft-{size}", (WHOLE, REDUCED, TIME), size=size, epochs=epochs) for size in sizes]
+
+
+def measure(turn: Turn) -> Figures:
+    """Return the metrics of one run, or what decoding takes."""
+    recipe = find_recipe(replace(NETWORKS["squeezenet"], img_size=turn.case.size), turn.bench)
+    if turn.tool == TIME:
+        return measure_time(list_images(Path(str(recipe["data.path"]))), turn.case.size)
+    recipe |= {"strategy.name": "freeze", "training.epochs": turn.case.epochs, "seed": turn.repeat}
+    recipe |= {"cache.trunk": False, "cache.pictures": False}
     every_pixel = mock.patch.object(transforms, "_compute_short_side", return_value=None)
-    with tempfile.TemporaryDirectory() as folder, every_pixel if whole else nullcontext():
-        return run(recipe, Path(folder) / "run").metrics
+    with every_pixel if turn.tool == WHOLE else nullcontext():
+        metrics = run(load_recipe(None, recipe), turn.place / "run").metrics
+    return {name: metrics[name] for name in ("accuracy", "loss")}
 
 
-def measure_time(data: Path, img_size: int) -> tuple[float, float, float]:
+def measure_time(files: Sequence[Path], img_size: int) -> Figures:
     """Return the share of training images that are reduced, and what decoding and whole views then take.
 
     Both as shares of the processor time that every pixel takes; the best of three passes over all images.
     """
-    dataset = discover(data, SplitConfig(0.2, 0))
     view = transforms.build_train_transform(Preprocessing(img_size=img_size), "light")
-    files = [dataset.file(sample) for sample in dataset.of("train")]
-    images = [transforms.decode_image(file) for file in files]
-    sizes = [view.open(file).size for file in files]
-    share = sum(size != image.size for size, image in zip(sizes, images, strict=True)) / len(files)
-    passes: list[Callable[[Path], Any]] = [
+    passes: tuple[Callable[[Path], Any], ...] = (
         view.open,
-        transforms.decode_image,
+        decode_image,
         lambda file: view(view.open(file)),
-        lambda file: view(transforms.decode_image(file)),
-    ]
-    reduced, whole, reduced_view, whole_view = (
+        lambda file: view(decode_image(file)),
+    )
+    decoding, decoding_whole, views, views_whole = (
         min(time_pass(work, files) for _ in range(3)) for work in passes
     )
-    return share, reduced / whole, reduced_view / whole_view
+    reduced = mean(view.open(file).size != decode_image(file).size for file in files)
+    return {"reduced": reduced, "decoding": decoding / decoding_whole, "view": views / views_whole}
 
 
 def time_pass(work: Callable[[Path], Any], files: Sequence[Path]) -> float:
@@ -86,37 +76,17 @@ def time_pass(work: Callable[[Path], Any], files: Sequence[Path]) -> float:
     return time.process_time() - began
 
 
-def compare(options: argparse.Namespace, img_size: int) -> list[str]:
-    """Return a row: figures from every pixel, and by how much those from reduced images differ."""
-    pairs = [
-        [train(options, img_size, seed, whole) for whole in (True, False)] for seed in range(options.seeds)
-    ]
-    cells = [f"{img_size}"]
-    for name in FIGURES:
-        values = [whole[name] for whole, _ in pairs]
-        cells.append(f"{mean(values):.4f} ± {stdev(values):.4f}")
-    for name in FIGURES:
-        differences = [reduced[name] - whole[name] for whole, reduced in pairs]
-        cells.append(f"{mean(differences):+.4f} ± {stdev(differences) / len(pairs) ** 0.5:.4f}")
-    share, decoding, view = measure_time(options.data, img_size)
-    return [*cells, f"{share:.0%}", f"{decoding:.2f}", f"{view:.2f}"]
+def write(results: Results) -> Iterable[str]:
+    """Return a row a size: means and deviations over seeds, and those of the paired differences."""
+    rows = []
+    for case in dict.fromkeys(case for case, tool in results.measured("draft-") if tool == REDUCED):
+        pairs = [list(results.pairs(case, REDUCED, WHOLE, name)) for name in ("accuracy", "loss")]
+        cells = [points([whole for _, whole in some]) for some in pairs]
+        cells += [points([reduced - whole for reduced, whole in some], "+") for some in pairs]
+        timed = [results.figure(case, TIME, name) for name in ("reduced", "decoding", "view")]
+        rows.append([case, *cells, *(f"{value.middle:.2f}" if value else "-" for value in timed)])
+    head = ("size", "accuracy, %", "loss x 100", "difference of accuracy", "of loss", "reduced")
+    return table((*head, "decoding", "view"), rows)
 
 
-def main() -> None:
-    """Print one row a size: mean and deviation over seeds, and mean and standard error of differences."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--backbone", default="squeezenet1_0")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=8)
-    options = parser.parse_args()
-    sys.stdout.write(f"| {' | '.join(COLUMNS)} |\n")
-    for img_size in options.sizes:
-        sys.stdout.write(f"| {' | '.join(compare(options, img_size))} |\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+QUESTION = Question("draft", plan, measure, write=write)

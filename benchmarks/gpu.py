@@ -1,6 +1,4 @@
-"""How near a GPU comes to its own limit: resnet50 at 224 pixels in bfloat16, channels-last.
-
-    python -m benchmarks.gpu --arch resnet50 --img-size 224 --batch-size 256
+"""How near a GPU comes to its own limit: ResNet-50 at 224 pixels in bfloat16, channels-last.
 
 The limit is not a number from a data sheet, but the rate at which this very GPU multiplies large bfloat16
 matrices. Operations of the network are counted by torch, forward and backward. Images lie on the GPU.
@@ -8,24 +6,45 @@ matrices. Operations of the network are counted by torch, forward and backward. 
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import models
 
-from benchmarks.limits import read_arguments
+from benchmarks.data import find_network
+from benchmarks.harness import Bench, Case, Question, Turn
+from benchmarks.limits import BARE, build
+from benchmarks.results import Figures
 
 MATRIX = 8192
 
 
-def time_steps(act: Callable[[], None], seconds: float) -> float:
+def plan(bench: Bench) -> list[Case]:
+    """Return the one case where there is a GPU."""
+    return [Case("gpu-resnet50", (BARE,), "resnet50-gpu")] * bench.cuda
+
+
+def measure(turn: Turn) -> Figures:
+    """Return the matrix rate in Tflop/s, and images a second with their share of it in percent."""
+    network, seconds = find_network(turn.case.network, turn.bench), 1.0 if turn.bench.quick else 10.0
+    module, images, labels = build(network, torch.channels_last, torch.device("cuda"))
+    left, right = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * MATRIX**3 / time_steps(lambda: torch.mm(left, right), seconds)
+    figures: Figures = {"matrix_rate": rate / 1e12}
+    for name, training in (("forward", False), ("training", True)):
+        step = build_step(module.train(training), images, labels)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        took = time_steps(step, seconds)
+        figures[f"{name}_images_per_second"] = len(labels) / took
+        figures[f"{name}_percent"] = 100 * counter.get_total_flops() / took / rate
+    return figures
+
+
+def time_steps(act: Callable[[], object], seconds: float) -> float:
     """Return the seconds of one call, over many, after a warm-up."""
     for _ in range(5):
         act()
@@ -39,25 +58,14 @@ def time_steps(act: Callable[[], None], seconds: float) -> float:
     return (time.perf_counter() - began) / steps
 
 
-def measure_matrix_rate(seconds: float) -> float:
-    """Return operations a second in a large product of bfloat16 matrices."""
-    left, right = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * MATRIX**3 / time_steps(lambda: torch.mm(left, right), seconds)  # type: ignore[arg-type]
-
-
-def build_step(options: argparse.Namespace, training: bool) -> Callable[[], None]:
-    """Return one step: forward, or forward, backward and SGD."""
-    network: nn.Module = getattr(models, options.arch)(weights=None)
-    network = network.cuda().to(memory_format=torch.channels_last).train(training)
-    shape = (options.batch_size, 3, options.img_size, options.img_size)
-    images = torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, shape[:1], device="cuda")
+def build_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Return one step: forward, or of a network in training mode forward, backward and SGD."""
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(training):
+        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(network.training):
             loss = cross_entropy(network(images), labels)
-        if training:
+        if network.training:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -65,26 +73,11 @@ def build_step(options: argparse.Namespace, training: bool) -> Callable[[], None
     return step
 
 
-def count_operations(step: Callable[[], None]) -> int:
-    """Return the floating point operations of a step: two for each multiplication and addition."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
-
-
-def main() -> None:
-    """Measure, and print one line."""
-    options = read_arguments()
-    seconds = 1.0 if options.quick else 10.0
-    matrix_rate = measure_matrix_rate(seconds)
-    figures: dict[str, float | str] = {"gpu": torch.cuda.get_device_name(), "matrix_rate": matrix_rate}
-    for name, training in (("forward", False), ("training", True)):
-        step = build_step(options, training)
-        operations, took = count_operations(step), time_steps(step, seconds)
-        figures[f"{name}_images_per_second"] = options.batch_size / took
-        figures[f"{name}_share"] = operations / took / matrix_rate
-    sys.stdout.write(json.dumps(figures) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+COLUMNS = {
+    "matrix rate, Tflop/s": "matrix_rate",
+    "forward, images/s": "forward_images_per_second",
+    "% of the matrix rate": "forward_percent",
+    "training, images/s": "training_images_per_second",
+    "% of it": "training_percent",
+}
+QUESTION = Question("gpu", plan, measure, COLUMNS)

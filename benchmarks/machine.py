@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -57,8 +56,8 @@ def _revision() -> str:
 
 
 def _gpu() -> str | None:
-    """In a process of its own: torch and a CUDA context would stay in this one."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    words = [sys.executable, "-c", code]
-    said = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
-    return said.stdout.strip() or None
+    """Return the name of the GPU, without a CUDA context in this process."""
+    tool = shutil.which("nvidia-smi")
+    words = [tool or "", "--query-gpu=name", "--format=csv,noheader"]
+    said = subprocess.run(words, capture_output=True, text=True, check=False) if tool else None  # noqa: S603
+    return (said.stdout.strip().partition("\n")[0] or None) if said else None

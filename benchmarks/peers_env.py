@@ -14,19 +14,13 @@ REQUIREMENTS = PEERS / "requirements.txt"
 _VERSIONS = """
 import json, sys
 from importlib.metadata import version
-names = ("torch", "torchvision", "timm", "fastai", "matplotlib")
+names = ("torch", "torchvision", "timm", "fastai")
 json.dump({name: version(name) for name in names}, sys.stdout)
 """
 
 
 class PeersEnvironmentError(Exception):
     """The environment cannot be made, or holds another torch."""
-
-
-def find_python(folder: Path) -> Path | None:
-    """Return the environment's Python, or None before it is made."""
-    python = folder / "bin" / "python"
-    return python if python.exists() and (folder / "requirements.txt").exists() else None
 
 
 def build_environment(folder: Path) -> Path:

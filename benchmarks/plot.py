@@ -1,74 +1,43 @@
-"""Draws seconds against epochs. A script of the peers' environment, which has matplotlib.
-
-python plot.py benchmarks.png < panels.json
-"""
+"""Lines with error bars in a grid of panels."""
 
 from __future__ import annotations
 
-import json
-import sys
+from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
-STYLES = {  # colours of Okabe and Ito, told apart in every kind of colour vision; shapes for print
-    "finetune": ("#0072B2", "o", 2.6),
-    "fastai": ("#D55E00", "s", 1.6),
-    "plain": ("#009E73", "^", 1.6),
-    "timm": ("#CC79A7", "D", 1.6),
-}
-TITLES = {
-    "squeezenet": "SqueezeNet, 244 photographs, 224 px",
-    "resnet18": "ResNet-18, 1,600 images, 64 px",
-    "resnet50": "ResNet-50, 1,600 images, 64 px",
-}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
+"""Of Okabe and Ito: told apart in every kind of colour vision."""
+MARKERS = "os^Dx"
+Panels = dict[str, dict[str, list[tuple[float, float, float, float]]]]
+"""By title and by line: ``(x, middle, low, high)`` of each point."""
 
 
-def draw_panel(axes: Any, panel: dict[str, Any]) -> None:
-    """Draw one line a tool; bars go from the fastest to the slowest turn."""
-    for line in panel["lines"]:
-        colour, marker, width = STYLES[line["tool"]]
-        epochs, middle, low, high = zip(*line["points"], strict=True)
-        below = [m - x for m, x in zip(middle, low, strict=True)]
-        above = [x - m for m, x in zip(middle, high, strict=True)]
-        keys = {"color": colour, "marker": marker, "linewidth": width, "markersize": 6, "capsize": 3}
-        axes.errorbar(epochs, middle, yerr=[below, above], label=line["tool"], **keys)
-    axes.set_title(panel["strategy"], fontsize=11)
-    axes.set_xlabel("epochs")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.grid(visible=True, color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+def draw_panels(panels: Panels, labels: tuple[str, str], path: Path) -> None:
+    """Write a PNG file of all panels, three a row; nothing without any.
 
+    Args:
+        panels: what is drawn.
+        labels: of the two axes.
+        path: the file.
+    """
+    from matplotlib.figure import Figure
 
-def main() -> None:
-    """Draw a row of panels a network."""
-    panels = json.load(sys.stdin)
-    networks = list(dict.fromkeys(panel["network"] for panel in panels))
-    strategies = list(dict.fromkeys(panel["strategy"] for panel in panels))
-    size = (4.0 * len(strategies), 3.4 * len(networks) + 0.5)
-    figure, grid = plt.subplots(len(networks), len(strategies), figsize=size, squeeze=False)
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for panel in panels:
-        column = strategies.index(panel["strategy"])
-        axes = grid[networks.index(panel["network"])][column]
-        axes.set_visible(True)
-        draw_panel(axes, panel)
-        if column == 0:
-            axes.set_ylabel(f"{TITLES[panel['network']]}\nseconds, whole command", fontsize=9)
-    handles = {
-        handle.get_label(): handle for axes in grid.flat for handle in axes.get_legend_handles_labels()[0]
-    }
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / size[1]))
-    figure.savefig(sys.argv[1], dpi=120)
-
-
-if __name__ == "__main__":
-    main()
+    if not panels:
+        return
+    rows, columns = -(-len(panels) // 3), min(3, len(panels))
+    figure = Figure(figsize=(4 * columns, 3.4 * rows + 0.5), layout="constrained")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    handles: dict[str, Any] = {}
+    for place, (title, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place, title=title, xlabel=labels[0], ylabel=labels[1])
+        for name, points in lines.items():
+            x, middle, low, high = zip(*points, strict=True)
+            ends = [[m - a for m, a in zip(middle, low, strict=True)]]
+            ends += [[b - m for m, b in zip(middle, high, strict=True)]]
+            index = names.index(name) % len(COLOURS)
+            colour, marker = COLOURS[index], MARKERS[index]
+            handles[name] = axes.errorbar(x, middle, yerr=ends, capsize=3, color=colour, marker=marker)
+        axes.grid(visible=True, color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(list(handles.values()), names, loc="outside upper center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,7 +1,5 @@
 """What the promises of docs/faults.md cost in training time.
 
-    python -m benchmarks.safety --data ../shared/data/hymenoptera
-
 Every part of the trainer that a bare loop does not have is timed where it runs, on a CPU, where nothing is
 asynchronous; the share is of the whole time spent in ``Trainer.fit`` without validation. Machines are noisy,
 but numerator and denominator come from the same seconds.
@@ -9,17 +7,17 @@ but numerator and denominator come from the same seconds.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
+import csv
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.data import NETWORKS, find_folder
+from benchmarks.harness import Bench, Case, Question, Turn
+from benchmarks.results import Figures
 from finetune.job import run
 from finetune.recipe import load_recipe
 from finetune.system.heartbeat import Heartbeat
@@ -33,14 +31,19 @@ PARTS: dict[str, list[tuple[type, str]]] = {
     "finite checks": [(Trainer, "_is_usable"), (State, "is_finite")],
     "copies of the state, an epoch": [(State, "take"), (State, "take_judged")],
     "checkpoints": [(CheckpointStore, "save")],
-    "signs of life": [(Heartbeat, "beat")],
+    "heartbeat": [(Heartbeat, "beat")],
 }
 CASES = (
-    ("resnet18", 16),
-    ("vit_tiny_patch16_224", 16),
-    ("mobilenetv3_small_050", 16),
-    ("mobilenetv3_small_050", 4),
+    Case("safety-resnet18-16", network="resnet18", size=16, epochs=4),
+    Case("safety-vit_tiny_patch16_224-16", network="vit_tiny_patch16_224", size=16, epochs=4),
+    Case("safety-mobilenetv3_small_050-16", network="mobilenetv3_small_050", size=16, epochs=4),
+    Case("safety-mobilenetv3_small_050-4", network="mobilenetv3_small_050", size=4, epochs=4),
 )
+
+
+def plan(bench: Bench) -> list[Case]:
+    """Return a case for each backbone and batch size."""
+    return [Case(CASES[-1].name, network=CASES[-1].network, size=4)] if bench.quick else list(CASES)
 
 
 class Stopwatch:
@@ -78,43 +81,31 @@ def timed_parts() -> Iterator[Stopwatch]:
         yield watch
 
 
-def measure(backbone: str, batch_size: int, data: Path, epochs: int) -> dict[str, float]:
+def measure(turn: Turn) -> Figures:
     """Return the share of each part in the training time, and that time."""
     recipe = load_recipe(
         None,
         {
-            "backbone.name": backbone,
+            "backbone.name": turn.case.network,
             "strategy.name": "scratch",  # everything learns: the largest checkpoints, and no weights needed
-            "data.path": str(data),
-            "training.epochs": epochs,
-            "training.batch_size": batch_size,
+            "data.path": str(find_folder(NETWORKS["squeezenet"], turn.bench)),
+            "training.epochs": turn.case.epochs,
+            "training.batch_size": turn.case.size,
             "data.workers": 1,
         },
     )
-    with tempfile.TemporaryDirectory() as folder, timed_parts() as watch:
-        finished = run(recipe, Path(folder) / "run")
-        history = (finished.folder.history).read_text().splitlines()
-    column = history[0].split(",").index("seconds")
-    total = sum(float(line.split(",")[column]) for line in history[1:])
+    with timed_parts() as watch:
+        finished = run(recipe, turn.place / "run")
+    with finished.folder.history.open(encoding="utf-8", newline="") as file:
+        total = sum(float(row["seconds"]) for row in csv.DictReader(file))
     total += watch.seconds["checkpoints"] + watch.seconds["copies of the state, an epoch"]
-    return {name: watch.seconds[name] / total for name in PARTS} | {"seconds": total}
+    shares = {name: 100 * watch.seconds[name] / total for name in PARTS}
+    return shares | {"together": sum(shares.values()), "seconds": total}
 
 
-def main() -> None:
-    """Print one row a case."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=4)
-    options = parser.parse_args()
-    sys.stdout.write(f"| case | {' | '.join(PARTS)} | together | training |\n")
-    for backbone, batch_size in CASES:
-        shares = measure(backbone, batch_size, options.data, options.epochs)
-        cells = [f"{shares[name]:.2%}" for name in PARTS]
-        together = sum(shares[name] for name in PARTS)
-        row = [f"{backbone}, batches of {batch_size}", *cells, f"{together:.2%}"]
-        sys.stdout.write(f"| {' | '.join(row)} | {shares['seconds']:.0f} s |\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+QUESTION = Question(
+    "safety",
+    plan,
+    measure,
+    {f"{name}, %": name for name in (*PARTS, "together")} | {"training, s": "seconds"},
+)

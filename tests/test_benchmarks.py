@@ -1,136 +1,166 @@
-"""The benchmark suite: which processes it starts, how it goes on, and what it makes of their figures."""
+"""The benchmarks: what they measure, how they go on, and what they make of the figures."""
 
 from __future__ import annotations
 
 import json
 import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the suite is not installed, it runs from the checkout
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # the benchmarks are not installed, they run from the checkout
 
-from benchmarks import peers_env, suite
-from benchmarks.__main__ import read_arguments
-from benchmarks.cases import NETWORKS, TOOLS, Case, expand, pick, plan_turns
-from benchmarks.data import Store
-from benchmarks.goals import Row, summarize
-from benchmarks.page import build_page, collect_panels, write_page
-from benchmarks.results import DifferentMachineError, Result, Results
-from benchmarks.timing import Command, run_timed
-from benchmarks.tools import Shop, read_run
+from benchmarks import __main__ as command
+from benchmarks import accuracy, harness, peers_env, safety, strategies, transfer
+from benchmarks.data import SQUEEZENET, find_folder, find_network
+from benchmarks.harness import Bench, Case, Question, Turn, measure_apart, plan_turns
+from benchmarks.page import fill_page, write_section
+from benchmarks.results import DifferentMachineError, Figures, Result, Results
+from benchmarks.timing import ProcessFailedError, run_timed
 
 MACHINE = {"processor": "a processor", "cores": 2, "memory_gb": 8, "torch": "2.15.0", "threads": 2}
 MACHINE |= {"system": "Linux", "revision": "abc", "finetune": "0.1.0", "workers": 1, "when": "2026-01-01"}
+MACHINE |= {"gpu": None, "python": "3.11"}
 
 
-def result(case: str, tool: str, repeat: int = 0, wall: float = 1.0, **more: Any) -> Result:
-    return Result(case, tool, repeat, wall, **more)
+def load(name: str) -> Question:
+    question: Question = __import__(f"benchmarks.{name}", fromlist=["QUESTION"]).QUESTION
+    return question
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (90, 70)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size).save(path)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The original images and weights in small, and our own Python in place of the peers'."""
+    import torch
+    from safetensors.torch import save_file
+    from torchvision import models
+
+    source, cache = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("cache")
+    for seed in range(40):
+        split = "train" if seed < 28 else "val"
+        draw(source / "hymenoptera" / split / ("ants", "bees")[seed % 2] / f"{seed}.jpg", seed)
+    (source / "hymenoptera" / "train" / "ants" / "imageNotFound.gif").write_bytes(b"GIF")
+    with zipfile.ZipFile(source / "sets.zip", "w") as archive:
+        for seed in range(36):
+            split, label = "train" if seed < 30 else "val", f"class{seed % 2}"
+            draw(source / "image.png", 100 + seed)
+            archive.write(source / "image.png", f"wbc4/{split}/{label}/{seed}.png")
+    torch.manual_seed(0)
+    save_file(models.squeezenet1_0(weights=None).state_dict(), source / SQUEEZENET)
+    python = cache / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return Bench(source, cache, quick=True)
+
+
+# --- results ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
-    """Three turns of a case that is won, and one of a case that is lost."""
     results = Results(tmp_path / "results.jsonl")
     results.begin(MACHINE)
-    walls = {
-        "finetune": (10, 20, 10),
-        "fastai": (200, 220, 180),
-        "plain": (110, 190, 130),
-        "timm": (90, 90, 90),
-    }
-    accuracies = {"finetune": 0.94, "fastai": 0.93, "plain": 0.95, "timm": 0.9}
-    for tool in TOOLS:
-        for repeat, wall in enumerate(walls[tool]):
-            facts = {"accuracy": accuracies[tool], "seconds": {"training": wall / 2}}
-            peak = 500.0 if tool == "finetune" else 600.0
-            results.add(result("freeze-squeezenet-20", tool, repeat, wall, facts=facts, peak_mb=peak))
-        slow = 30.0 if tool == "finetune" else 25.0
-        results.add(result("full-squeezenet-20", tool, wall=slow, facts={"accuracy": 0.9}))
+    for tool, walls in {"finetune": (10, 20, 10), "fastai": (200, 220, 180)}.items():
+        for repeat, wall in enumerate(walls):
+            figures = {"wall": wall, "accuracy": 0.9, "training": wall / 2}
+            results.add(Result("commands-freeze-squeezenet-20", tool, repeat, figures))
     return results
 
 
-def find(rows: list[Row], *words: str) -> Row:
-    (row,) = [row for row in rows if all(word in row.goal for word in words)]
-    return row
+def test_ratios_are_of_the_same_turn(results: Results) -> None:
+    case = "commands-freeze-squeezenet-20"
+    ratios = results.ratios(case, "fastai", "finetune")
+    assert ratios == (18.0, 11.0, 20.0)  # of 20, 11 and 18; the ratio of the medians would be 20
+    results.add(Result(case, "fastai", 3, {"wall": 9999}))
+    assert results.ratios(case, "fastai", "finetune") == ratios
+    assert results.ratios("commands-top-squeezenet-20", "fastai", "finetune") is None
 
 
-# --- cases -----------------------------------------------------------------------------------------
+def test_a_line_that_was_cut_off_is_measured_again_and_spoils_no_other(results: Results) -> None:
+    results.path.write_text(results.path.read_text()[:-30])
+    again = Results(results.path)
+    assert not again.has("commands-freeze-squeezenet-20", "fastai", 2)
+    again.add(Result("commands-freeze-squeezenet-20", "fastai", 2, {"wall": 1}))
+    assert Results(results.path).has("commands-freeze-squeezenet-20", "fastai", 2)
 
 
-def test_every_strategy_network_and_number_of_epochs_is_a_case() -> None:
-    names = [case.name for case in expand(quick=False, cuda=False)]
-    trained = {f"{s}-{n}-{e}" for s in ("freeze", "top", "full") for n in NETWORKS for e in (1, 5, 20)}
-    assert trained <= set(names)
-    assert {"startup", "second-squeezenet-50", "scaling-100000", "limit-resnet50"} <= set(names)
-    assert len(names) == len(set(names))
+def test_another_machine_does_not_go_on(results: Results) -> None:
+    results.begin(MACHINE | {"when": "later", "revision": "def"})
+    with pytest.raises(DifferentMachineError, match="threads 2 -> 1"):
+        results.begin(MACHINE | {"threads": 1})
 
 
-def test_a_gpu_adds_its_cases_and_quick_leaves_most_out() -> None:
-    plain, cuda, quick = (expand(*asked) for asked in ((False, False), (False, True), (True, False)))
-    assert [case.name for case in cuda if case not in plain] == ["gpu-resnet50", "overhead-resnet50"]
-    assert len(quick) < len(plain) / 2
-    assert {case.kind for case in quick} == {case.kind for case in plain}
+# --- the harness -----------------------------------------------------------------------------------------
 
 
-def test_cases_are_picked_by_pattern_and_a_misspelt_one_is_refused() -> None:
-    cases = expand(quick=False, cuda=False)
-    assert [case.name for case in pick(cases, "top-resnet18-*, startup")] == [
-        "startup",
-        *(f"top-resnet18-{epochs}" for epochs in (1, 5, 20)),
+def test_tools_take_turns_and_what_failed_is_tried_again(
+    results: Results, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, started = Case("commands-freeze-squeezenet-20", ("finetune", "fastai")), []
+    results.add(Result(case.name, "finetune", 1, {}, "exit status 1"))
+
+    def measure(question: Question, turn: Turn) -> Result:
+        started.append((turn.tool, turn.repeat))
+        return Result(turn.case.name, turn.tool, turn.repeat, {"wall": 1.0})
+
+    monkeypatch.setattr(harness, "measure_apart", measure)
+    assert [(turn.repeat, turn.tool) for turn in plan_turns(case, 2, bench)] == [
+        (0, "finetune"),
+        (0, "fastai"),
+        (1, "finetune"),
+        (1, "fastai"),
     ]
-    assert pick(cases, None) == cases
-    with pytest.raises(ValueError, match="frieze"):
-        pick(cases, "startup,frieze-*")
+    harness.run(load("commands"), case, bench, Results(results.path), 4)
+    assert started == [("finetune", 1), ("finetune", 3), ("fastai", 3)]
+    harness.run(load("commands"), case, bench, Results(results.path), 4)
+    assert len(started) == 3
 
 
-def test_tools_take_turns() -> None:
-    case = Case("a", "train", ("x", "y"))
-    assert list(plan_turns(case, 2)) == [(0, "x"), (0, "y"), (1, "x"), (1, "y")]
-    assert len(list(plan_turns(Case("a", "startup", ("x",), repeats=5), 2))) == 5
+def test_a_measurement_that_fails_says_why_and_leaves_nothing(bench: Bench) -> None:
+    case = Case("startup-second-2", network="no such network")
+    result = measure_apart(load("startup"), Turn(case, "finetune", 0, bench.cache / "work" / "failed", bench))
+    assert result.failed.startswith("KeyError") and result.figures == {}
+    assert not (bench.cache / "work" / "failed").exists()
 
 
-# --- command lines ---------------------------------------------------------------------------------
+def test_every_question_plans_cases_of_its_own_name(bench: Bench) -> None:
+    for name in command.NAMES:
+        question = load(name)
+        for quick in (False, True):
+            cases = question.plan(replace(bench, quick=quick, cuda=True))
+            assert cases and question.name == name
+            assert all(case.name.startswith(f"{name}-") and case.tools for case in cases)
+            assert len({case.name for case in cases}) == len(cases)
 
 
-@pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    monkeypatch.setattr(Store, "folder", lambda _, name: tmp_path / name)
-    monkeypatch.setattr(Store, "weights", lambda _, arch: tmp_path / f"{arch}.safetensors")
-    return Shop(Store(tmp_path, tmp_path), Path("python"), tmp_path / "work", 3, 2, quick=False)
+def test_a_misspelt_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["comands"])
+    words = ["--cache", str(tmp_path), "--list"]
+    assert command.main(["commands", "transfer", "--only", "*-resnet18-*,frieze", *words]) == 2
+    assert "frieze" in capsys.readouterr().err
+    assert command.main(["commands", "--only", "*top-resnet18-*", *words]) == 0
+    assert capsys.readouterr().out.split() == [f"commands-top-resnet18-{number}" for number in (1, 5, 20)]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool_gets_the_same(tool: str, shop: Shop, tmp_path: Path) -> None:
-    (case,) = pick(expand(quick=False, cuda=False), "top-resnet18-5")
-    command = shop.command(case, tool, repeat=1)
-    given = dict(zip(command.words, command.words[1:], strict=False))
-    expected = {"--epochs": "5", "--batch-size": "32", "--img-size": "64", "--workers": "2"}
-    expected |= {"--strategy": "top", "--data": str(tmp_path / "two-thousand")}
-    expected |= {"--weights": str(tmp_path / "resnet18.safetensors")}
-    assert given | expected == given
-    assert command.environment["OMP_NUM_THREADS"] == "3"
-    assert Path(command.environment["XDG_CACHE_HOME"]).is_relative_to(command.folder)  # empty at first
-
-
-def test_the_second_run_finds_what_the_first_kept(shop: Shop) -> None:
-    (case,) = pick(expand(quick=False, cuda=False), "second-*")
-    first, second = shop.warm_up(case), shop.command(case, "finetune", 0)
-    assert first.environment["XDG_CACHE_HOME"] == second.environment["XDG_CACHE_HOME"]
-    assert set(first.words) - set(second.words) == {"--lr", "0.02", str(first.folder / "out")}
-    assert second.watch == second.folder / "out" / "history.csv"
-
-
-def test_training_is_everything_between_the_check_and_the_figures(tmp_path: Path) -> None:
-    seconds = {"load": 1.0, "trunk": 2.0, "measure": 4.0, "train": 8.0, "export": 16.0}
-    metrics = {"val_accuracy": 0.5, "num_train": 3, "seconds": seconds}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "outcome.json").write_text('{"attempt": 1}')
-    rows = "seconds,images_per_second,data_wait_fraction\n5,10,0.5\n4,20,0.5\n3,60,0.5\n"
-    (tmp_path / "history.csv").write_text(rows)
-    facts = read_run(tmp_path)
-    assert (facts["seconds"]["training"], facts["images_per_second"]) == (14.0, 20.0)
+def test_a_quick_run_does_not_mix_with_a_whole_one() -> None:
+    quick, whole = (command.read_arguments(["speed", *more]) for more in (["--quick"], []))
+    assert quick.results != whole.results and (quick.repeats, whole.repeats) == (1, 3)
+    assert whole.names == list(command.SPEED)
 
 
 def test_the_peers_are_pinned_and_bring_no_torch() -> None:
@@ -140,121 +170,192 @@ def test_the_peers_are_pinned_and_bring_no_torch() -> None:
     assert "fastai" in names and not {"torch", "torchvision", "timm"} & set(names)
 
 
-# --- results ---------------------------------------------------------------------------------------
+# --- pages -----------------------------------------------------------------------------------------------
 
 
-def test_a_suite_goes_on_after_what_is_there(
-    results: Results, shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case("freeze-squeezenet-20", "train", TOOLS)
-    results.add(result(case.name, "plain", 3, failed="exit status 1"))
-    results.add(result(case.name, "timm", 3))
-    again = Results(results.path)
-    started: list[tuple[str, int]] = []
-
-    def run_one(case: Case, tool: str, repeat: int, _: Shop) -> Result:
-        started.append((tool, repeat))
-        return result(case.name, tool, repeat)
-
-    monkeypatch.setattr(suite, "run_one", run_one)
-    suite.run_suite([case], shop, again, repeats=4)
-    assert started == [("finetune", 3), ("fastai", 3), ("plain", 3)]  # what failed is tried again
-    assert not Results(results.path).failed()
-    suite.run_suite([case], shop, Results(results.path), repeats=4)
-    assert len(started) == 3
+def test_a_page_gets_its_tables_and_keeps_its_words(results: Results, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- measured: commands -->\nold\n<!-- end -->\nAfter <!-- end -->.\n")
+    results.add(Result("commands-top-squeezenet-20", "fastai", 0, {}, "exit status 1: a | b\nc"))
+    fill_page([load("commands")], results, page)
+    text = page.read_text()
+    assert text.startswith("Before.") and text.endswith("After <!-- end -->.\n") and "old" not in text
+    row = (
+        "| freeze-squeezenet-20 | fastai | 18.00x [11.00..20.00] | 200 [180..220] | 100 [90.0..110] | 0.90 |"
+    )
+    assert row.replace("18.00x [11.00..20.00]", "18.0x [11.0..20.0]") in text
+    assert "| commands-top-squeezenet-20 | fastai | 0 | exit status 1: a / b c |" in text
+    with Image.open(page.with_suffix(".png")) as image:
+        assert min(image.size) > 100
+    with pytest.raises(ValueError, match="measured: limits"):
+        fill_page([load("limits")], results, page)
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_spoils_no_other(results: Results) -> None:
-    whole = results.path.read_text()
-    results.path.write_text(whole[:-30])
-    again = Results(results.path)
-    assert not again.has("full-squeezenet-20", "timm", 0)
-    again.add(result("full-squeezenet-20", "timm"))
-    assert Results(results.path).has("full-squeezenet-20", "timm", 0)
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("benchmarks", command.SPEED),
+        ("transfer", ["transfer"]),
+        ("advise", ["strategies"]),
+        ("faults", ["safety"]),
+        ("data", ["draft"]),
+        ("predict", ["predict"]),
+    ],
+)
+def test_every_question_has_its_place_in_docs(page: str, names: list[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text("utf-8")
+    for name in names:
+        assert text.count(f"<!-- measured: {name} -->\n") == 1, name
+    assert text.count("<!-- measured: ") == text.count("<!-- end -->")
 
 
-def test_another_machine_does_not_go_on(results: Results) -> None:
-    results.begin(MACHINE | {"when": "later", "revision": "def"})
-    with pytest.raises(DifferentMachineError, match="threads 2 -> 1"):
-        results.begin(MACHINE | {"threads": 1})
-
-
-def test_ratios_are_of_the_same_turn(results: Results) -> None:
-    ratios = results.ratios("freeze-squeezenet-20", "fastai")
-    assert ratios == (18.0, 11.0, 20.0)  # of 20, 11 and 18; the ratio of the medians would be 20
-    results.add(result("freeze-squeezenet-20", "fastai", repeat=3, wall=9999))
-    assert results.ratios("freeze-squeezenet-20", "fastai") == ratios
-    assert results.ratios("top-squeezenet-20", "fastai") is None
-
-
-# --- goals and page --------------------------------------------------------------------------------
-
-
-def test_goals_are_met_missed_or_not_measured(results: Results) -> None:
-    rows = summarize(results)
-    assert find(rows, "freeze, 20 epochs, squeezenet: faster than fastai").met is True
-    assert find(rows, "freeze, 20 epochs, squeezenet: faster than plain").met is True
-    assert find(rows, "freeze, 20 epochs, squeezenet: accuracy").met is False  # the plain loop's is higher
-    assert find(rows, "freeze, 20 epochs, squeezenet: peak memory").met is True
-    assert find(rows, "full, 20 epochs, squeezenet: the fastest peer").met is False
-    assert find(rows, "top, 20 epochs, squeezenet: faster than plain").met is None
-    assert find(rows, "second freeze run").met is None
-
-
-def test_a_straight_line_is_told_from_a_bend(results: Results) -> None:
-    for size, wall, peak in ((1_000, 10.0, 500.0), (10_000, 19.0, 509.0), (100_000, 109.0, 599.0)):
-        results.add(result(f"scaling-{size}", "finetune", wall=wall, peak_mb=peak))
-    assert find(summarize(results), "among 100,000").met is True
-    assert find(summarize(results), "memory for a further image").measured == "1,000 bytes"
-    results.add(result("scaling-100000", "finetune", wall=150.0, peak_mb=900.0))
-    assert find(summarize(results), "among 100,000").met is False
-    assert find(summarize(results), "memory for a further image").met is False
-
-
-def test_the_page_holds_the_figures_and_says_what_is_missing(results: Results) -> None:
-    results.add(result("top-squeezenet-20", "fastai", failed="exit status 1: a | b\nc"))
-    page = "\n".join(build_page(results, "plot.png"))
-    won = "| freeze | 20 | **finetune** | 10.0 [10.0..20.0] | 1 | 5.00 [5.00..10.0] | 0.940 | 500 |"
-    assert won in page
-    assert "| freeze | 20 | fastai | 200 [180..220] | 18.00x [11.00..20.00] |" in page
-    assert "a processor, 2 cores" in page and "![" in page and "(plot.png)" in page
-    assert "| top-squeezenet-20 | fastai | 0 | exit status 1: a / b c |" in page
-    assert page.partition("## On a GPU")[2].lstrip().startswith("Not measured.")
-    for line in page.splitlines():
-        assert not line.startswith("|") or line.endswith("|"), line
-
-
-def test_a_page_without_matplotlib_has_no_plot(results: Results, tmp_path: Path) -> None:
-    panels = list(collect_panels(results))
-    assert [panel["strategy"] for panel in panels] == ["freeze", "full"]
-    assert panels[0]["lines"][0] == {"tool": "finetune", "points": [(20, 10.0, 10.0, 20.0)]}
-    write_page(results, tmp_path / "page.md", python=None)
-    assert "![" not in (tmp_path / "page.md").read_text()
-    with pytest.raises(ValueError, match="holds no results"):
-        write_page(Results(tmp_path / "none.jsonl"), tmp_path / "other.md", None)
-
-
-def test_a_quick_run_writes_no_page_of_the_docs() -> None:
-    quick, whole = read_arguments(["run", "--quick"]), read_arguments(["run"])
-    assert whole.page.parts[-2:] == ("docs", "benchmarks.md")
-    assert quick.page != whole.page and quick.results != whole.results
-    assert (quick.repeats, whole.repeats) == (1, 3)
-
-
-# --- one process -----------------------------------------------------------------------------------
+# --- one process -----------------------------------------------------------------------------------------
 
 
 def test_a_process_is_watched_to_its_end(tmp_path: Path) -> None:
-    code = "import sys, pathlib; pathlib.Path('here').touch(); print(input.__name__); sys.exit(3)"
-    command = Command((sys.executable, "-c", code), {}, tmp_path / "place", tmp_path / "place" / "here")
-    timed = run_timed(command)
-    assert (timed.code, timed.stdout) == (3, "input\n")
-    assert timed.appeared is not None and 0 < timed.appeared <= timed.wall
-    assert timed.rss_mb > 1
-    failed = suite.to_result(Case("a", "train", ("x",)), "x", 0, tmp_path, timed).failed
-    assert failed.startswith("exit status 3")
+    code = "import pathlib, time; pathlib.Path('here').touch(); time.sleep(0.2); print(input.__name__)"
+    figures, said = run_timed((sys.executable, "-c", code), tmp_path, tmp_path / "here")
+    assert said == "input\n" and 0 < figures["appeared"] < figures["wall"]
+    assert figures["rss_mb"] > 1 and figures["peak_mb"] > 1
+    with pytest.raises(ProcessFailedError, match="exit status 3: the reason"):
+        code = "import sys; sys.stderr.write('the reason'); sys.exit(3)"
+        run_timed((sys.executable, "-c", code), tmp_path)
+    with pytest.raises(ProcessFailedError, match="exit status -9"):
+        run_timed((sys.executable, "-c", "import time; time.sleep(60)"), tmp_path, limit=0.1)
 
 
-def test_a_process_that_does_not_end_is_killed(tmp_path: Path) -> None:
-    words = (sys.executable, "-c", "import time; time.sleep(60)")
-    assert run_timed(Command(words, {}, tmp_path / "place"), limit=0.1).code == -9
+# --- data sets and accuracy ------------------------------------------------------------------------------
+
+
+def names(folder: Path, split: str) -> set[str]:
+    return {str(path.relative_to(folder / split)) for path in (folder / split).glob("*/*")}
+
+
+def test_photographs_are_those_that_every_peer_reads(bench: Bench) -> None:
+    folder = find_folder(find_network("squeezenet", bench), bench)
+    assert len(names(folder, "train")) == 28 and len(names(folder, "val")) == 12
+
+
+def test_what_judges_does_not_depend_on_what_is_learned_from(bench: Bench) -> None:
+    few, every, other = (
+        accuracy.make_folder("wbc4", size, seed, bench)
+        for size, seed in ((3, 0), (accuracy.EVERY, 0), (3, 1))
+    )
+    assert names(few, "train") < names(every, "train")
+    assert (len(names(few, "train")), len(names(every, "train")), len(names(few, "val"))) == (6, 20, 10)
+    assert names(few, "test") == names(every, "test") == names(other, "test") and len(names(few, "test")) == 6
+    assert names(few, "val") == names(every, "val") != names(other, "val")
+    assert not names(every, "val") & names(every, "train")
+
+
+def record(results: Results, case: str, values: dict[str, tuple[float, ...]], **more: object) -> Results:
+    for tool, accuracies in values.items():
+        for seed, value in enumerate(accuracies):
+            figures: Figures = {"accuracy": value, "val_accuracy": float(tool == "top"), "strategy": tool}
+            figures |= {"num_train": 40, "num_test": 100, "cpu": 1.0} | more
+            results.add(Result(case, tool, seed, figures))
+    return results
+
+
+def test_regret_is_against_the_best_by_mean_and_against_the_best_of_each_seed(tmp_path: Path) -> None:
+    values = {"freeze": (0.8, 0.6), "top": (0.7, 0.9), "auto": (0.8, 0.7)}
+    results = record(Results(tmp_path / "a.jsonl"), "strategies-wbc4-10-20", values)
+    (runs,) = accuracy.collect(results, "strategies").values()
+    assert strategies.regrets(runs, "auto") == (pytest.approx(0.05), pytest.approx(0.1))
+    record(results, "strategies-wbc4-10-20", {"full": (1.0,)})
+    (runs,) = accuracy.collect(results, "strategies").values()  # seeds that all have finished
+    assert {len(some) for some in runs.values()} == {1}
+
+
+def test_the_table_of_strategies(tmp_path: Path) -> None:
+    results = Results(tmp_path / "a.jsonl")
+    record(results, "strategies-wbc4-10-20", {"freeze": (0.8, 0.8), "top": (0.9, 0.9)})
+    record(results, "strategies-coffee5-10-20", {"freeze": (0.6, 0.6), "top": (0.5, 0.5)})
+    record(results, "strategies-wbc4-10-20", {"auto": (0.9, 0.88)}, strategy="top")
+    record(results, "strategies-coffee5-10-20", {"auto": (0.6, 0.5)}, strategy="freeze")
+    text = "\n".join(write_section(load("strategies"), results))
+    assert "| wbc4-10-20 | 40 | 2 | 100 | 3.0 | 80.0 | **90.0** | 89.0 | top | +1.0 | +1.0 |" in text
+    assert "- always `freeze`: 5.00 ± 5.00 and 5.00 ± 5.00" in text
+    assert "- `auto`: 3.00 ± 2.00 and 3.00 ± 2.00" in text
+    assert "In 3 of 4 runs" in text and "in 2 none was better" in text
+
+
+def test_the_table_of_transfer(tmp_path: Path) -> None:
+    spread: Callable[[float], tuple[float, ...]] = lambda value: (value, value + 0.01, value + 0.02)  # noqa: E731
+    values = {"freeze": 0.6, "top": 0.5, "full": 0.4, "scratch": 0.3, "random": 0.2}
+    results = record(
+        Results(tmp_path / "a.jsonl"),
+        "transfer-digits-10-20",
+        {tool: spread(one) for tool, one in values.items()},
+    )
+    text = "\n".join(write_section(load("transfer"), results))
+    assert "| digits-10-20 | 40 | 3 | **61.0 ± 1.0** | 51.0 ± 1.0 | 41.0 ± 1.0 | 31.0 ± 1.0 |" in text
+    assert "| +20.0 ± 0.0 (`top`) |" in text, "chosen by validation images, not by the test images"
+    transfer.draw(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+# --- a small pass of each --------------------------------------------------------------------------------
+
+
+def measure_quickly(name: str, bench: Bench, tool: str | None = None) -> Figures:
+    """Return what a process of its own found for the last case."""
+    question = load(name)
+    case = question.plan(bench)[-1]
+    turn = Turn(case, tool or case.tools[0], 0, bench.cache / "work" / f"{name}-{tool}", bench)
+    result = measure_apart(question, turn)
+    assert not result.failed, result.failed
+    assert json.loads(json.dumps(result.figures)) == result.figures
+    assert set(question.columns.values()) - {"accuracy", "images_per_second", "training"} <= set(
+        result.figures
+    )
+    return result.figures
+
+
+def test_parts_that_safety_times_are_there() -> None:
+    with safety.timed_parts() as watch:
+        assert not watch.seconds
+
+
+def test_bare_speed(bench: Bench) -> None:
+    assert min(measure_quickly("limits", bench).values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["pillow", "finetune-training", "plain-training", "timm-training"])
+def test_pipeline(bench: Bench, tool: str) -> None:
+    assert measure_quickly("pipeline", bench, tool)["images_per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["finetune", "plain", "timm"])  # fastai is not among our requirements
+def test_commands(bench: Bench, tool: str) -> None:
+    figures = measure_quickly("commands", bench, tool)
+    assert 0 <= figures["accuracy"] <= 1 and 0 < figures["training"] <= figures["wall"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["finetune", "torchvision"])
+def test_extract(bench: Bench, tool: str) -> None:
+    assert measure_quickly("extract", bench, tool)["wall"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["startup", "scaling", "overhead", "safety", "predict"])
+def test_a_small_pass(name: str, bench: Bench) -> None:
+    assert all(isinstance(value, int | float) for value in measure_quickly(name, bench).values())
+
+
+@pytest.mark.slow
+def test_reduced_images(bench: Bench) -> None:
+    assert set(measure_quickly("draft", bench, "whole")) == {"accuracy", "loss"}
+    assert 0 <= measure_quickly("draft", bench, "time")["reduced"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tool"), [("strategies", "auto"), ("transfer", "scratch"), ("transfer", "random")]
+)
+def test_a_small_run_on_digits(name: str, tool: str, bench: Bench) -> None:
+    figures = measure_quickly(name, bench, tool)
+    assert (figures["num_train"], figures["num_test"]) == (100, 600)

@@ -8,13 +8,13 @@ average and maximum, and weight decay is decoupled.
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from functools import partial
 from typing import Any
 
 warnings.filterwarnings("ignore")
 
-from common import HEAD, LAST_STAGE, Phases, load_network, read_arguments, report  # noqa: E402
 from fastai.vision.all import (  # noqa: E402
     SGD,
     Flip,
@@ -28,6 +28,8 @@ from fastai.vision.all import (  # noqa: E402
     params,
     vision_learner,
 )
+
+from benchmarks.peers.common import HEAD, LAST_STAGE, load_network, read_arguments, report  # noqa: E402
 
 
 def build_learner(options: argparse.Namespace) -> Learner:
@@ -81,15 +83,13 @@ def split(model: Any, position: tuple[int, ...]) -> Any:
 
 def main() -> None:
     """Train, and report."""
-    options, phases = read_arguments(), Phases()
-    with phases.phase("load"):
-        learner = build_learner(options)
-    rate = options.lr if options.strategy == "freeze" else slice(options.lr / 100, options.lr)
-    with phases.phase("train"), learner.no_bar(), learner.no_logging():
-        learner.fit_one_cycle(options.epochs, rate)
+    options = read_arguments()
+    learner, began = build_learner(options), time.perf_counter()
+    lr = options.lr if options.strategy == "freeze" else slice(options.lr / 100, options.lr)
+    with learner.no_bar(), learner.no_logging():
+        learner.fit_one_cycle(options.epochs, lr)
         learner.save("final")
-    judged = [row[-1] for row in learner.recorder.values]
-    report(float(max(judged)), len(learner.dls.train_ds), phases)
+    report(float(max(row[-1] for row in learner.recorder.values)), began)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,23 @@ one learning rate for whatever learns, 0.001, times 0.1 every 7 epochs, and no c
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
-from common import MEAN, STD, Phases, learning_parts, load_network, read_arguments, replace_head, report
 from torch import nn, optim
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
+
+from benchmarks.peers.common import (
+    MEAN,
+    STD,
+    learning_parts,
+    load_network,
+    read_arguments,
+    replace_head,
+    report,
+)
 
 
 def build_loaders(options: argparse.Namespace) -> dict[str, DataLoader]:  # type: ignore[type-arg]
@@ -77,18 +87,17 @@ def train(
 
 def main() -> None:
     """Train, and report."""
-    options, phases = read_arguments(), Phases()
-    with phases.phase("load"):
-        loaders = build_loaders(options)
-        network = load_network(options.arch, options.weights)
-        network.requires_grad_(options.strategy == "full")
-        replace_head(network, options.arch, len(loaders["train"].dataset.classes))  # type: ignore[attr-defined]
-        parts = learning_parts(network, options.arch, options.strategy)
-        weights = [weight for part in parts for weight in part.requires_grad_().parameters()]
-        optimizer = optim.SGD(weights, lr=options.lr, momentum=0.9)
-    with phases.phase("train"):
-        best = train(network, loaders, optimizer, options.epochs, options.output / "best.pt")
-    report(best, len(loaders["train"].dataset), phases)  # type: ignore[arg-type]
+    options = read_arguments()
+    loaders = build_loaders(options)
+    network = load_network(options.arch, options.weights)
+    network.requires_grad_(options.strategy == "full")
+    replace_head(network, options.arch, len(loaders["train"].dataset.classes))  # type: ignore[attr-defined]
+    parts = learning_parts(network, options.arch, options.strategy)
+    weights = [weight for part in parts for weight in part.requires_grad_().parameters()]
+    optimizer = optim.SGD(weights, lr=options.lr, momentum=0.9)
+    began = time.perf_counter()
+    best = train(network, loaders, optimizer, options.epochs, options.output / "best.pt")
+    report(best, began)
 
 
 if __name__ == "__main__":

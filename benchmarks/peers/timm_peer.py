@@ -7,10 +7,10 @@ switch of its script. timm has no SqueezeNet: there its pieces train torchvision
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import torch
-from common import LAST_STAGE, Phases, learning_parts, load_network, read_arguments, replace_head, report
 from safetensors.torch import load_file
 from timm import create_model
 from timm.data import create_dataset, create_loader
@@ -21,11 +21,20 @@ from timm.task.evaluator import ClassificationEvaluator
 from timm.utils import AverageMeter
 from torch import nn
 
+from benchmarks.peers.common import (
+    LAST_STAGE,
+    learning_parts,
+    load_network,
+    read_arguments,
+    replace_head,
+    report,
+)
+
 CPU = torch.device("cpu")
 
 
 def build_loaders(options: argparse.Namespace) -> dict[str, Any]:
-    """Return timm's loaders of both parts."""
+    """Return timm's loaders of both splits."""
     loaders = {}
     for split, training in (("train", True), ("val", False)):
         dataset = create_dataset("", root=str(options.data), split=split, is_training=training)
@@ -73,8 +82,8 @@ def train_one_epoch(task: ClassificationTask, loader: Any, optimizer: Any, sched
 
 
 @torch.inference_mode()
-def summarize(network: nn.Module, loader: Any) -> float:
-    """Return the accuracy on the validation part."""
+def evaluate(network: nn.Module, loader: Any) -> float:
+    """Return the accuracy on the validation images."""
     evaluator = ClassificationEvaluator(CPU)
     network.eval()
     for inputs, target in loader:
@@ -84,24 +93,21 @@ def summarize(network: nn.Module, loader: Any) -> float:
 
 def main() -> None:
     """Train, and report."""
-    options, phases = read_arguments(), Phases()
-    with phases.phase("load"):
-        loaders = build_loaders(options)
-        num_classes = len(loaders["train"].dataset.reader.class_to_idx)
-        network = build_network(options, num_classes)
-        task = ClassificationTask(network, criterion=nn.CrossEntropyLoss(), device=CPU, verbose=False)
-        optimizer = create_optimizer_v2(network, opt="sgd", lr=options.lr, weight_decay=1e-4, momentum=0.9)
-        scheduler, epochs = create_scheduler_v2(
-            optimizer, "cosine", num_epochs=options.epochs, warmup_epochs=0, step_on_epochs=True
-        )
-    done, judged = 0, []
-    with phases.phase("train"):
-        for epoch in range(epochs):
-            done = train_one_epoch(task, loaders["train"], optimizer, scheduler, done)
-            judged.append(summarize(network, loaders["val"]))
-            scheduler.step(epoch + 1, judged[-1])
-        torch.save(network.state_dict(), options.output / "final.pt")
-    report(max(judged), len(loaders["train"].dataset), phases)
+    options = read_arguments()
+    loaders = build_loaders(options)
+    network = build_network(options, len(loaders["train"].dataset.reader.class_to_idx))
+    task = ClassificationTask(network, criterion=nn.CrossEntropyLoss(), device=CPU, verbose=False)
+    optimizer = create_optimizer_v2(network, opt="sgd", lr=options.lr, weight_decay=1e-4, momentum=0.9)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=options.epochs, warmup_epochs=0, step_on_epochs=True
+    )
+    began, done, accuracies = time.perf_counter(), 0, []
+    for epoch in range(epochs):
+        done = train_one_epoch(task, loaders["train"], optimizer, scheduler, done)
+        accuracies.append(evaluate(network, loaders["val"]))
+        scheduler.step(epoch + 1, accuracies[-1])
+    torch.save(network.state_dict(), options.output / "final.pt")
+    report(max(accuracies), began)
 
 
 if __name__ == "__main__":
