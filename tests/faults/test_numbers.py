@@ -153,7 +153,7 @@ class HalvedInTheSecond(Trainer):
         super()._set_rates()
         if self.progress.epoch:
             self.progress.lr /= 2
-            for group in self.optimizer.param_groups:
+            for group in self.phase.optimizer.param_groups:
                 group["lr"] /= 2
 
 
