@@ -70,6 +70,10 @@ def compute_share(loss: nn.Module, part: Tensor, whole: Tensor) -> Tensor | floa
 # --- activation and decision ---------------------------------------------------------------------
 
 
+ACTIVATION = "softmax"
+"""What turns logits into probabilities, in the words of a model card."""
+
+
 def to_probabilities(logits: Tensor) -> Tensor:
     """Return the probability of each class, (N, K), from logits (N, K)."""
     return logits.softmax(dim=1)

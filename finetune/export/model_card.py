@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.export.config import find_base_model, loads_in_timm
-from finetune.targets import CARD_METRICS, METRIC_NAMES
+from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES
 from pretrained.catalog import Card
 
 Metrics = Mapping[str, Any]
@@ -250,11 +250,11 @@ def _input_sentence(card: Card) -> str:
 
 def _output_sentence(card: Card) -> str:
     if card.temperature == 1.0:
-        return "Output: logits; softmax gives the probabilities behind the figures."
+        return f"Output: logits; {ACTIVATION} gives the probabilities behind the figures."
     return (
-        f"Output: logits; divided by {card.temperature:.6g} (the temperature), then softmax gives calibrated "
-        "probabilities. No figure but those with the temperature depends on it: the log loss without that "
-        "word is that of softmax alone."
+        f"Output: logits; divided by {card.temperature:.6g} (the temperature), then {ACTIVATION} gives "
+        "calibrated probabilities. No figure but those with the temperature depends on it: the log loss "
+        f"without that word is that of {ACTIVATION} alone."
     )
 
 

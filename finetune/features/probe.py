@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,7 +154,7 @@ def probe_layer(
                 classifier = choose_and_solve(training, _KINDS[kind], draw.seed)
                 predicted = _predict(classifier, rows, draw.test)
                 strengths[kind].append(classifier.strength)
-            accuracies[kind].append(_mean_per_class(predicted, labels[draw.test], num_classes))
+            accuracies[kind].append(_mean_per_class(predicted, labels[draw.test]))
             on_done()
     return [ProbeResult(kind, tuple(accuracies[kind]), tuple(strengths[kind])) for kind in classifiers]
 
@@ -164,12 +165,11 @@ def _predict(classifier: LinearClassifier, rows: Rows, indices: Tensor) -> Tenso
     return torch.cat([decide(classifier.scores(rows[part])).cpu() for part in parts])
 
 
-def _mean_per_class(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+def _mean_per_class(predicted: Tensor, labels: Tensor) -> float:
     """Return the mean recall of the classes that have test images."""
-    counts = labels.bincount(minlength=num_classes)
-    right = labels[predicted == labels].bincount(minlength=num_classes)
-    judged = counts > 0
-    return (right[judged].double() / counts[judged]).mean().item()
+    from sklearn.metrics import recall_score
+
+    return float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
 
 
 # --- ``finetune probe``: which layer is best, as Zeiler and Fergus asked it (arXiv:1311.2901) ---

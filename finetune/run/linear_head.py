@@ -4,7 +4,7 @@
 
     strategy.features    last | best | all | a layer's name
       -> layers          best: of the highest cross-validated accuracy on training images
-      -> softmax         regularisation by cross-validation on training images, solved by L-BFGS
+      -> linear head     regularisation by cross-validation on training images, solved by L-BFGS
       -> network         the backbone's own with this head, or a StageClassifier where other layers are read
 
 Validation images choose nothing here.
