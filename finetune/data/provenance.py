@@ -36,7 +36,7 @@ class SeenImages:
 
     trained: frozenset[str] = frozenset()
     chose: frozenset[str] = frozenset()
-    result: frozenset[str] = frozenset()
+    fitted: frozenset[str] = frozenset()
     is_known: bool = False
 
 
@@ -56,7 +56,7 @@ def find_seen(run: RunFolder | None) -> SeenImages:
     return SeenImages(
         trained=own["train"] | above.trained,
         chose=(own["val"] if is_choosing else frozenset()) | above.chose,
-        result=own["val"],
+        fitted=own["val"],
         is_known=bool(metrics) and run.split.is_file() and above.is_known,
     )
 

@@ -144,7 +144,7 @@ class Overlap:
 
     trained: int
     chose: int
-    result: int
+    fitted: int
     is_known: bool
 
 
@@ -171,7 +171,7 @@ def find_overlap(models: Sequence[Model], judged: EvalSet, allow_leaks: bool, di
     overlap = Overlap(
         trained=sum(any(image in model.seen.trained for model in models) for image in images),
         chose=sum(any(image in model.seen.chose for model in models) for image in images),
-        result=sum(any(image in model.seen.result for model in models) for image in images),
+        fitted=sum(any(image in model.seen.fitted for model in models) for image in images),
         is_known=all(model.seen.is_known for model in models),
     )
     if overlap.trained:

@@ -159,13 +159,13 @@ def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> d
     facts = {
         "temperature": models[0].predictor.card.temperature if len(models) == 1 else None,
         "fitted_on": "val",
-        "same_images": bool(overlap.result),
+        "same_images": bool(overlap.fitted),
     }
     after = final.predictions
     if final.raw is None:
         measured = compare_calibration(after, after)
         return facts | {key: value for key, value in measured.items() if key.endswith("_calibrated")}
-    if overlap.result == num_images and facts["temperature"] != 1.0:
+    if overlap.fitted == num_images and facts["temperature"] != 1.0:
         after = calibrate_apart(final.raw)
     return facts | compare_calibration(final.raw, after)
 
