@@ -25,7 +25,6 @@ FLOORS = (
     ("finetune.runs",),
     ("finetune.plots", "finetune.launch", "finetune.tracking"),
     ("finetune.data",),
-    ("finetune.preflight",),
     ("finetune.data.quality",),
     ("finetune.features",),
     ("finetune.evaluation",),

@@ -14,7 +14,8 @@ from finetune.data.prepare import create_new_folder
 from finetune.errors import DataError, UsageError, sanitize
 from finetune.evaluation.answers import RunAnswers, load_judged
 from finetune.evaluation.paired_tests import PairedTest, Rights, compare_pairs
-from finetune.job.compare_plot import draw_comparison
+from finetune.plots.intervals import Difference, Estimate, draw_comparison
+from finetune.plots.svg import Plot
 from finetune.runs.files import write_csv, write_json, write_text
 from finetune.system.display import Display
 
@@ -238,4 +239,19 @@ def _write(result: Result, output: Path) -> None:
     ]
     write_csv(output / "pairs.csv", pairs, _PAIR_COLUMNS)
     write_json(output / "comparison.json", result.to_dict())
-    write_text(output / "comparison.svg", draw_comparison(rows, result.pairs).file)
+    write_text(output / "comparison.svg", _draw(result).file)
+
+
+def _draw(result: Result) -> Plot:
+    accuracies = [_estimate(row) for row in result.rows]
+    differences = [
+        Difference(pair.first, pair.second, pair.difference, pair.interval, pair.is_claimed)
+        for pair in result.pairs
+    ]
+    return draw_comparison(accuracies, differences)
+
+
+def _estimate(row: dict[str, Any]) -> Estimate:
+    low, high = row["accuracy_low"], row["accuracy_high"]
+    interval = None if low is None or high is None else (float(low), float(high))
+    return str(row["run"]), float(row["accuracy"]), interval

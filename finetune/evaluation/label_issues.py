@@ -22,13 +22,14 @@ from torch import Tensor
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.prepare import check_outside, create_new_folder, require_labels
 from finetune.data.provenance import find_ancestors
-from finetune.data.quality.sheet import Section, Tile, write_sections
 from finetune.data.split import draw_folds, join_copies
+from finetune.data.thumbnail import load_thumbnail
 from finetune.errors import DataError, UsageError
 from finetune.features.extraction import Source, open_features, open_images, open_source
 from finetune.features.network import open_network
 from finetune.features.rows import Rows
 from finetune.features.solvers import fit
+from finetune.plots.sheet import CELL, Section, Tile, write_sections
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
@@ -254,7 +255,7 @@ def _collect(dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabi
 def _sections(dataset: Dataset, found: Suspects) -> list[Section]:
     tiles = [
         Tile(
-            dataset.root / path,
+            load_thumbnail(dataset.root / path, CELL),
             (f"{label}: {own:.3f}", f"{suggested}: {other:.3f}", Path(path).name),
         )
         for path, label, suggested, own, other, _ in found.rows[:SHOWN]

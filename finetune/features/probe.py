@@ -22,10 +22,10 @@ from finetune.data.prepare import check_outside, create_new_folder, require_labe
 from finetune.errors import DataError, UsageError, suggest
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.network import open_network
-from finetune.features.plots import draw_probe
 from finetune.features.rows import Rows, SubsetRows
 from finetune.features.solvers import Kind, LinearClassifier, build_training_rows, choose_and_solve
 from finetune.features.transferability import classify
+from finetune.plots.features import draw_probe
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.outcome import translated_errors

@@ -13,11 +13,11 @@ from torch import Tensor
 from finetune.data.dataset import Sample
 from finetune.data.decode import BadImageError
 from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.thumbnail import load_thumbnail
 from finetune.data.transforms import Normalizer, build_eval_transform
 from finetune.errors import DataError, UsageError
 from finetune.features.extraction import Source, open_features, open_images, open_source
 from finetune.features.network import Network, open_network
-from finetune.features.plots import draw_map
 from finetune.features.retrieval import (
     check_umap,
     count_reads,
@@ -25,7 +25,8 @@ from finetune.features.retrieval import (
     find_plane,
     find_umap_plane,
 )
-from finetune.features.sheet import Hit, write_sheet
+from finetune.plots.features import draw_map
+from finetune.plots.sheet import CELL, QUERY, Tile, write_retrieval
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.outcome import translated_errors
@@ -83,11 +84,17 @@ def find_similar(
         ]
         write_csv(output / "similar.csv", [tuple(row.values()) for row in rows], _SIMILAR_COLUMNS)
         hits = [
-            Hit(source.dataset.file(samples[i]), cosine, _label(source, samples[i])) for i, cosine in found
+            _draw_hit(source.dataset.file(samples[i]), rank, cosine, _label(source, samples[i]))
+            for rank, (i, cosine) in enumerate(found, 1)
         ]
-        write_sheet(output / "similar.png", image, hits)
+        query_tile = Tile(load_thumbnail(image, QUERY), ("query", image.name))
+        write_retrieval(output / "similar.png", query_tile, hits)
         display.say(f"{output}/similar.csv, similar.png", style="bold")
         return rows
+
+
+def _draw_hit(file: Path, rank: int, similarity: float, label: str) -> Tile:
+    return Tile(load_thumbnail(file, CELL), (f"{rank}.  {similarity:.3f}", label, file.name))
 
 
 def _open(recipe: Recipe, network: Network, output: Path, display: Display) -> Source:
@@ -171,7 +178,13 @@ def draw_feature_map(
         title = f"{network.backbone.card.name}, {chosen.name}, {len(shown):,} images"
         names = ("component 1", "component 2") if method == "pca" else ("UMAP 1", "UMAP 2")
         draw_map(
-            output / "map.png", plane.points, _classes(shown), _names(source), title, names, plane.shares
+            output / "map.png",
+            plane.points.numpy(),
+            _classes(shown),
+            _names(source),
+            title,
+            names,
+            plane.shares,
         )
         display.say(f"{output}/map.csv, map.png", style="bold")
 

@@ -14,7 +14,7 @@ from torch import device, nn
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.explain.cam import GradCam, HeatMap
-from finetune.explain.overlay import draw_overlay
+from finetune.plots.overlay import draw_overlay
 from finetune.report.facts import Facts
 from finetune.runs.reader import Prediction
 from pretrained.catalog import Card
@@ -176,7 +176,7 @@ def _panels(
         if heat.values is None:
             panels.append(Panel(words, InlineImage("", heat.reason)))
             continue
-        content = encode(draw_overlay(small, heat.values))
+        content = encode(draw_overlay(small, heat.values.numpy()))
         name = f"mistake-{number:02}-{kind}.jpg"
         panels.append(Panel(words, album.show_bytes(content), name, content))
     return tuple(panels)

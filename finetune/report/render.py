@@ -10,6 +10,8 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from pathlib import PurePath
 from typing import Any
 
@@ -17,11 +19,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from finetune import __version__
+from finetune.plots.svg import Plot, load_style
 from finetune.report import sections
 from finetune.report.facts import Facts
 from finetune.report.images import Album, Mistake
 from finetune.report.next_steps import suggest_steps
-from finetune.report.svg import Plot, load_part
 from finetune.report.tables import list_rejects, list_variants, say_rejects
 
 MOST_FINDINGS = 30
@@ -53,7 +55,7 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
         "calibration": sections.plot_calibration(facts),
         "seconds": _listed(sections.plot_seconds(facts)),
     }
-    style, script = load_part("plot.css") + load_part("page.css"), load_part("sort.js")
+    style, script = load_style() + _load_part("page.css"), _load_part("sort.js")
     html = (
         _environment()
         .get_template("report.html")
@@ -80,6 +82,12 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
         )
     )
     return Page(html, [plot for plots in drawn.values() for plot in plots])
+
+
+@cache
+def _load_part(name: str) -> str:
+    """Return a part of the page that is the same for all runs: a style sheet, a script."""
+    return resources.files("finetune.report").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _environment() -> Environment:

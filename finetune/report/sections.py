@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import sanitize
-from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
-from finetune.report.curves import draw_curves, draw_intervals
+from finetune.plots.bars import ReliabilityBin, draw_reliability, draw_seconds, format_seconds
+from finetune.plots.confusion import MOST_CLASSES, draw_confusion_matrix
+from finetune.plots.curves import draw_curves
+from finetune.plots.intervals import draw_intervals
+from finetune.plots.svg import Plot
 from finetune.report.facts import JUDGED, Facts, finite
 from finetune.report.images import Album, InlineImage
-from finetune.report.matrix import MOST_CLASSES, draw_matrix
-from finetune.report.svg import Plot
 from finetune.runs.reader import Row
 from finetune.targets import CLASS_METRICS, DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
 
@@ -232,7 +233,7 @@ def plot_confusion(facts: Facts) -> Plot | None:
     """Return the matrix, where its cells can be read."""
     if not facts.confusion or len(facts.classes) > MOST_CLASSES:
         return None
-    return draw_matrix(facts.classes, facts.confusion)
+    return draw_confusion_matrix(facts.classes, facts.confusion)
 
 
 @dataclass(frozen=True)
@@ -301,11 +302,23 @@ def plot_calibration(facts: Facts) -> list[Plot]:
     )
     plots = []
     for name, key, error, words in wanted:
-        bins, value = facts.rows("calibration", key), facts.number("calibration", error)
+        bins, value = _read_bins(facts.rows("calibration", key)), facts.number("calibration", error)
         if bins:
             heading = words if value is None else f"{words}: ECE {value:.3f}"
             plots.append(draw_reliability(name, heading, bins))
     return plots
+
+
+def _read_bins(rows: Sequence[Mapping[str, Any]]) -> list[ReliabilityBin]:
+    """Return the bins whose limits are numbers."""
+    bins = []
+    for row in rows:
+        low, high, confidence, accuracy = (
+            finite(row.get(key)) for key in ("low", "high", "confidence", "accuracy")
+        )
+        if low is not None and high is not None:
+            bins.append(ReliabilityBin(low, high, int(finite(row.get("count")) or 0), confidence, accuracy))
+    return bins
 
 
 def say_calibration(facts: Facts) -> str:

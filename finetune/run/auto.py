@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.data.prepare import create_new_folder
 from finetune.errors import UsageError
-from finetune.features.plots import draw_matrix, draw_probe
+from finetune.plots.features import draw_probe, draw_strategy_matrix
 from finetune.recipe import Recipe, StrategySettings, flatten, load_recipe
 from finetune.run.advise import Advice, advise
 from finetune.run.rule import CELLS
@@ -92,4 +92,4 @@ def write_advice(advice: Advice, folder: Path) -> None:
     draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
     cells: dict[tuple[str, str], str] = {place: cell.words for place, cell in CELLS.items()}
     place = (advice.decision.size, advice.decision.similarity)
-    draw_matrix(folder / "matrix.png", cells, place, "Which strategy")
+    draw_strategy_matrix(folder / "matrix.png", cells, place, "Which strategy")

@@ -10,11 +10,12 @@ from finetune.data.dataset import Dataset, Issue
 from finetune.data.discover import survey
 from finetune.data.prepare import check_outside, create_new_folder
 from finetune.data.quality.report import inspect, to_check
-from finetune.data.quality.sheet import find_sections, write_sections
+from finetune.data.quality.sheet import find_sections
 from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError
+from finetune.plots.sheet import write_sections
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.outcome import translated_errors

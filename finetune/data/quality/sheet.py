@@ -2,81 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-
-from PIL import Image, ImageDraw
 
 from finetune.data.quality.copies import Group
 from finetune.data.quality.near import NearCopy
 from finetune.data.quality.report import Report
 from finetune.data.quality.subject import ScannedDataset
-from finetune.preflight.tiles import CELL, FAINT, GAP, INK, LINE, PAPER, draw_tile, font
-from finetune.runs.files import write_bytes
+from finetune.data.thumbnail import load_thumbnail
+from finetune.plots.sheet import CELL, Section, Tile
 
-LEAST_COLUMNS, COLUMNS = 4, 6
 MOST_TILES = 12
 """Of a section: two rows."""
-_WORDS = 3
-"""Lines under a tile."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """An image and what stands under it."""
-
-    file: Path
-    lines: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Section:
-    """Images of one kind.
-
-    Attributes:
-        title: what they are.
-        total: how many there are in all.
-        tiles: some of them.
-    """
-
-    title: str
-    total: int
-    tiles: Sequence[Tile]
-
-
-def write_sections(path: Path, sections: Sequence[Section]) -> bool:
-    """Draw sections and write them as PNG; return whether there was anything to draw.
-
-    Raises:
-        DiskError: the disk is full, or the folder cannot be written.
-    """
-    if not sections:
-        return False
-    buffer = io.BytesIO()
-    draw_sections(sections).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
-    return True
-
-
-def draw_sections(sections: Sequence[Section]) -> Image.Image:
-    """Return a sheet (RGB): a title and rows of tiles for each section."""
-    step = CELL + GAP, CELL + _WORDS * LINE + GAP
-    columns = min(COLUMNS, max(LEAST_COLUMNS, *(len(section.tiles) for section in sections)))
-    heights = [2 * LINE + -(-len(section.tiles) // columns) * step[1] + GAP for section in sections]
-    sheet = Image.new("RGB", (GAP + columns * step[0], GAP + sum(heights)), PAPER)
-    draw, top = ImageDraw.Draw(sheet), GAP
-    for section, height in zip(sections, heights, strict=True):
-        draw.text((GAP, top), section.title, INK, font())
-        shown = f"{len(section.tiles)} of {section.total} shown" if section.total > len(section.tiles) else ""
-        draw.text((sheet.width - GAP, top), shown, FAINT, font(), anchor="ra")
-        for place, tile in enumerate(section.tiles):
-            corner = GAP + place % columns * step[0], top + 2 * LINE + place // columns * step[1]
-            draw_tile(sheet, tile.file, corner, CELL, tile.lines)
-        top += height
-    return sheet
 
 
 def find_sections(report: Report) -> list[Section]:
@@ -134,7 +72,8 @@ def _described(seen: ScannedDataset, places: Iterable[int]) -> Iterator[Tile]:
 
 def _tile(seen: ScannedDataset, place: int, words: str) -> Tile:
     sample = seen.samples[place]
-    return Tile(seen.dataset.file(sample), (seen.words(place), words, Path(sample.path).name))
+    image = load_thumbnail(seen.dataset.file(sample), CELL)
+    return Tile(image, (seen.words(place), words, Path(sample.path).name))
 
 
 def _size(seen: ScannedDataset, place: int) -> str:

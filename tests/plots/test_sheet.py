@@ -10,9 +10,21 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from finetune.data.thumbnail import load_thumbnail
 from finetune.errors import DiskError
-from finetune.features.sheet import QUERY, Hit, draw_sheet, write_sheet
-from finetune.preflight.tiles import CELL, GAP, LINE, font, shorten
+from finetune.plots.sheet import (
+    CELL,
+    GAP,
+    LINE,
+    QUERY,
+    Section,
+    Tile,
+    draw_retrieval,
+    draw_sections,
+    fit_text,
+    load_font,
+    write_retrieval,
+)
 
 RED, GREEN, BLUE = (200, 30, 30), (30, 160, 30), (30, 30, 200)
 LEFT = QUERY + 3 * GAP
@@ -48,10 +60,18 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+def query_of(path: Path) -> Tile:
+    return Tile(load_thumbnail(path, QUERY), ("query", path.name))
+
+
+def hit_of(path: Path, *lines: str) -> Tile:
+    return Tile(load_thumbnail(path, CELL), (*lines, path.name))
+
+
 def test_every_image_is_in_its_place(tmp_path: Path) -> None:
     query = image(tmp_path / "q.png", RED)
-    hits = [Hit(image(tmp_path / f"{n}.png", (0, 20 * n, 100)), 1 - n / 20, "a") for n in range(12)]
-    sheet = draw_sheet(query, hits)
+    hits = [hit_of(image(tmp_path / f"{n}.png", (0, 20 * n, 100)), "a") for n in range(12)]
+    sheet = draw_retrieval(query_of(query), hits)
     assert sheet.mode == "RGB"
     assert sheet.size == (LEFT + 5 * (CELL + GAP), GAP + 3 * (CELL + 3 * LINE + GAP))
     assert pixel(sheet, GAP + QUERY / 2, GAP + QUERY / 2) == RED
@@ -61,24 +81,28 @@ def test_every_image_is_in_its_place(tmp_path: Path) -> None:
 
 def test_captions(tmp_path: Path, written: list[str]) -> None:
     query = image(tmp_path / "asked.png", RED)
-    hits = [Hit(image(tmp_path / "one.png", RED), 0.98765, "ants"), Hit(query, -0.5, "bees")]
-    draw_sheet(query, hits)
-    assert written == [
-        "query",
-        "asked.png",
-        "1.  0.988",
-        "ants",
-        "one.png",
-        "2.  -0.500",
-        "bees",
-        "asked.png",
+    draw_retrieval(query_of(query), [hit_of(image(tmp_path / "one.png", RED), "1.  0.988", "ants")])
+    assert written == ["query", "asked.png", "1.  0.988", "ants", "one.png"]
+
+
+def test_sections_have_rows_of_tiles() -> None:
+    tiles = [
+        Tile(Image.new("RGB", (CELL, CELL), (30 * n, 100, 50)), ("one", "two", str(n))) for n in range(8)
     ]
+    sheet = draw_sections([Section("first", 1, tiles[:1]), Section("second", 99, tiles[1:])])
+    step = CELL + GAP
+    first = 2 * LINE + CELL + 3 * LINE + GAP + GAP
+    for place in range(7):
+        x = GAP + place % 6 * step + CELL // 2
+        y = GAP + first + 2 * LINE + place // 6 * (CELL + 3 * LINE + GAP) + CELL // 2
+        assert sheet.getpixel((x, y)) == (30 * (place + 1), 100, 50)
+    assert sheet.getpixel((GAP + CELL // 2, GAP + 2 * LINE + CELL // 2)) == (0, 100, 50)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2000, 3), (1000, 800), (32, 32)])
 def test_images_of_any_shape_fit_their_tile(tmp_path: Path, size: tuple[int, int]) -> None:
     query = image(tmp_path / "q.png", GREEN, size)
-    sheet = draw_sheet(query, [Hit(query, 1, "a")])
+    sheet = draw_retrieval(query_of(query), [hit_of(query)])
     green = Image.new("1", sheet.size)
     green.putdata([colour == GREEN for colour in sheet.get_flattened_data()])
     box = green.crop((LEFT, 0, sheet.width, sheet.height)).getbbox()
@@ -90,13 +114,13 @@ def test_images_of_any_shape_fit_their_tile(tmp_path: Path, size: tuple[int, int
     assert abs(LEFT + (box[0] + box[2]) / 2 - x) <= 1 and abs((box[1] + box[3]) / 2 - y) <= 1
 
 
-def test_a_image_is_turned_upright(tmp_path: Path) -> None:
+def test_an_image_is_turned_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (60, 40), RED)
     image.paste(BLUE, (30, 0, 60, 40))
     exif = Image.Exif()
     exif[0x0112] = 6  # the right half belongs at the bottom
     image.save(tmp_path / "q.png", exif=exif)
-    sheet = draw_sheet(tmp_path / "q.png", [])
+    sheet = draw_retrieval(query_of(tmp_path / "q.png"), [])
     assert pixel(sheet, GAP + QUERY / 2, GAP + QUERY / 4) == RED
     assert pixel(sheet, GAP + QUERY / 2, GAP + 3 * QUERY / 4) == BLUE
 
@@ -104,8 +128,8 @@ def test_a_image_is_turned_upright(tmp_path: Path) -> None:
 def test_images_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, written: list[str]) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     good = image(tmp_path / "good.png", GREEN)
-    hits = [Hit(tmp_path / "gone.jpg", 0.9, "a"), Hit(tmp_path / "text.jpg", 0.8, "b"), Hit(good, 0.7, "c")]
-    sheet = draw_sheet(tmp_path / "gone.jpg", hits)
+    hits = [hit_of(file) for file in (tmp_path / "gone.jpg", tmp_path / "text.jpg", good)]
+    sheet = draw_retrieval(query_of(tmp_path / "gone.jpg"), hits)
     assert written.count("file not found") == 2
     assert 'not an image (starts with "hello")' in [line.replace("\n", " ") for line in written]
     assert pixel(sheet, *middle_of(2)) == GREEN
@@ -114,7 +138,7 @@ def test_images_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, writt
 @pytest.mark.parametrize(("num", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 5, 2), (100, 10, 10)])
 def test_the_grid_grows_both_ways(tmp_path: Path, num: int, columns: int, rows: int) -> None:
     query = image(tmp_path / "q.png", RED, (4, 4))
-    sheet = draw_sheet(query, [Hit(query, 0.5, "a")] * num)
+    sheet = draw_retrieval(query_of(query), [hit_of(query)] * num)
     assert sheet.width == LEFT + columns * (CELL + GAP)
     assert sheet.height == GAP + max(QUERY + 2 * LINE + GAP, rows * (CELL + 3 * LINE + GAP))
 
@@ -125,31 +149,31 @@ NAMES = ["", "é名🦊", "a\nb\tc", "\x1b[31m", "שלום", "=cmd()", "W" * 200
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_is_shortened_to_fit(name: str) -> None:
     for width in (10, 60, CELL, QUERY):
-        text = shorten(name, width, font())
-        assert font().getlength(text) <= max(width, font().getlength("..."))
+        text = fit_text(name, width, load_font())
+        assert load_font().getlength(text) <= max(width, load_font().getlength("..."))
         assert text.isprintable()
         if text != name and name.isprintable():
             start, end = text.split("...")
             assert name.startswith(start) and name.endswith(end)
             longer = name[: len(start) + 1] + "..." + name[len(name) - len(end) - 1 :]
-            assert font().getlength(longer) > width, "more would have fitted"
+            assert load_font().getlength(longer) > width, "more would have fitted"
 
 
 def test_a_sheet_of_hostile_labels(tmp_path: Path) -> None:
     query = image(tmp_path / "q.png", RED, (4, 4))
-    draw_sheet(query, [Hit(query, 0.5, name) for name in NAMES])
+    draw_retrieval(query_of(query), [hit_of(query, name) for name in NAMES])
 
 
 def test_accents_have_letters() -> None:
     """Pillow's own font draws the same box for each of them."""
-    drawn = {bytes(font().getmask(letter)) for letter in "éüñßøčжλ"}
+    drawn = {bytes(load_font().getmask(letter)) for letter in "éüñßøčжλ"}
     assert len(drawn) == 8
-    assert isinstance(font(), ImageFont.FreeTypeFont)
+    assert isinstance(load_font(), ImageFont.FreeTypeFont)
 
 
 def test_a_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     query = image(tmp_path / "q.png", RED)
-    write_sheet(tmp_path / "sheet.png", query, [Hit(query, 1, "a")])
+    write_retrieval(tmp_path / "sheet.png", query_of(query), [hit_of(query)])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"
         assert pixel(sheet.convert("RGB"), *middle_of(0)) == RED
@@ -160,6 +184,6 @@ def test_a_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DiskError):
-        write_sheet(tmp_path / "sheet.png", query, [])
+        write_retrieval(tmp_path / "sheet.png", query_of(query), [])
     assert (tmp_path / "sheet.png").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q.png", "sheet.png"]

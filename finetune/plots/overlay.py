@@ -1,7 +1,7 @@
-"""Draw a heat map over the image it explains.
+"""A heat map over the image that it explains.
 
-The colours are matplotlib's inferno: their lightness rises with the value, so that colour-blind people and
-grey printers see the same order. Where there is no evidence the image stays as it is, in grey.
+The colours are matplotlib's inferno: their lightness rises with the value, so that colour-blind readers and
+grey prints show the same order. Where there is no evidence the image stays as it is, in grey.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 MOST_COVER = 0.75
-"""Share of the image that the strongest evidence hides."""
+"""Opacity of the heat map where the evidence is strongest."""
 _DARKEST = 0.25
-"""Where in the colours the faintest evidence lies; below is near black, which looks like shadow."""
+"""Position in the colour map of the weakest evidence; lower ones are near black and look like shadow."""
 
 
-def draw_overlay(image: Image.Image, heat: Tensor) -> Image.Image:
-    """Return the image (RGB, of its own size) under its heat map.
+def draw_overlay(image: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
+    """Return an image (RGB, of the same size) below its heat map.
 
     Args:
-        image: what the network saw.
+        image: the network's input.
         heat: (h, w) in [0, 1], over the whole image.
     """
     values = np.clip(resize_heat(heat, image.size), 0, 1)
@@ -34,15 +33,15 @@ def draw_overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
-def resize_heat(heat: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
-    """Return a map (h, w) as (height, width) of ``size`` (width, height), smooth between positions."""
-    small = Image.fromarray(heat.numpy().astype(np.float32))
+def resize_heat(heat: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Return a heat map (h, w) as (height, width), interpolated to ``size`` (width, height)."""
+    small = Image.fromarray(heat.astype(np.float32))
     return np.asarray(small.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
 
 
 @cache
 def _colours() -> NDArray[np.float32]:
-    """(256, 3), 0 to 255."""
+    """Return the colour map: (256, 3), 0 to 255."""
     import matplotlib
 
     table = matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))

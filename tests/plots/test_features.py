@@ -12,14 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from finetune.errors import DiskError
-from finetune.features import plots
-from finetune.features.plots import Curve, draw_map, draw_matrix, draw_probe
+from finetune.plots import features
+from finetune.plots.features import Curve, draw_map, draw_probe, draw_strategy_matrix
 
 ROOT = Path(__file__).parents[2]
 LAYERS = ["conv1", "layer1", "layer2", "layer3", "layer4"]
@@ -36,10 +37,13 @@ CELLS = {
 HOSTILE = ["$x$", r"$\frac{$", "_hidden", "a\x1b[31mb", "名前🦊", "", "a\nb", "x" * 255, "%s {0}", "<b>"]
 
 
-def points_of(num_classes: int, each: int = 5) -> tuple[torch.Tensor, list[int]]:
+Points = npt.NDArray[np.float64]
+
+
+def points_of(num_classes: int, each: int = 5) -> tuple[Points, list[int]]:
     labels = [index for index in range(num_classes) for _ in range(each)]
-    middles = torch.tensor([[index % 6, index // 6] for index in labels]) * 10.0
-    return middles + torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(0)), labels
+    middles = np.array([[index % 6, index // 6] for index in labels]) * 10.0
+    return middles + np.random.default_rng(0).normal(size=middles.shape), labels
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -55,7 +59,7 @@ def size_of(path: Path) -> tuple[int, int]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Drawings, which are not written."""
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "_write", lambda _, figure: figures.append(figure))
+    monkeypatch.setattr(features, "_write", lambda _, figure: figures.append(figure))
     return figures
 
 
@@ -174,7 +178,7 @@ def test_more_classes_are_coloured_by_their_index(drawn: list[Figure]) -> None:
 
 
 def test_names_on_a_map_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
-    points = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    points = np.random.default_rng(0).normal(size=(300, 2))
     labels = [index % 30 for index in range(300)]
     draw_map(Path("unused"), points, labels, [f"class {index}" for index in range(30)], "t", ("x", "y"))
     drawn[0].draw_without_rendering()
@@ -184,7 +188,7 @@ def test_names_on_a_map_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
 
 
 def test_a_class_without_images(tmp_path: Path) -> None:
-    draw_map(tmp_path / "map.png", torch.zeros(3, 2), [0, 0, 2], ["a", "b", "c"], "t", ("x", "y"))
+    draw_map(tmp_path / "map.png", np.zeros((3, 2)), [0, 0, 2], ["a", "b", "c"], "t", ("x", "y"))
     size_of(tmp_path / "map.png")
 
 
@@ -194,7 +198,7 @@ def test_a_class_without_images(tmp_path: Path) -> None:
 def test_a_matrix_is_written_with_its_cell_marked(tmp_path: Path) -> None:
     sizes, shares = set(), []
     for marked in CELLS:
-        draw_matrix(tmp_path / "matrix.png", CELLS, marked, "your data")
+        draw_strategy_matrix(tmp_path / "matrix.png", CELLS, marked, "your data")
         sizes.add(size_of(tmp_path / "matrix.png"))
         with Image.open(tmp_path / "matrix.png") as image:
             blue = image.convert("RGB").point(lambda value: value)
@@ -217,7 +221,7 @@ def test_text_stays_in_its_cell(drawn: list[Figure], rows: int, columns: int) ->
         * 2
     )
     cells = {(f"r{row}", f"c{column}"): long for row in range(rows) for column in range(columns)}
-    draw_matrix(Path("unused"), cells, ("r0", "c0"), "t")
+    draw_strategy_matrix(Path("unused"), cells, ("r0", "c0"), "t")
     drawn[0].draw_without_rendering()
     axes = drawn[0].axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == [f"r{row}" for row in range(rows)]
@@ -245,7 +249,7 @@ def map_of(path: Path, names: list[str]) -> None:
 
 
 def matrix_of(path: Path, names: list[str]) -> None:
-    draw_matrix(path, {(name, name): name for name in names}, (names[0], names[0]), "; ".join(names))
+    draw_strategy_matrix(path, {(name, name): name for name in names}, (names[0], names[0]), "; ".join(names))
 
 
 DRAWINGS: tuple[Draw, ...] = (probe_of, map_of, matrix_of)
@@ -290,15 +294,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 ALONE = """
 import sys
 from pathlib import Path
-import torch
-from finetune.features.plots import draw_map, draw_matrix, draw_probe
-assert "matplotlib" not in sys.modules, "an import of ours loads matplotlib"
+import numpy as np
+from finetune.plots.features import draw_map, draw_probe, draw_strategy_matrix
+assert not {"matplotlib", "torch"} & set(sys.modules), "importing a drawing loads them"
 import matplotlib
 before = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
 path = Path(sys.argv[1])
 draw_probe(path, ["a"], {"b": ([0.5], [0.1])}, 0.1, "t")
-draw_map(path, torch.rand(30, 2), list(range(30)), [str(n) for n in range(30)], "t", ("x", "y"))
-draw_matrix(path, {("a", "b"): "c"}, ("a", "b"), "t")
+draw_map(path, np.random.rand(30, 2), list(range(30)), [str(n) for n in range(30)], "t", ("x", "y"))
+draw_strategy_matrix(path, {("a", "b"): "c"}, ("a", "b"), "t")
 assert "matplotlib.pyplot" not in sys.modules, "pyplot"
 assert before == (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)), "settings"
 """

@@ -1,26 +1,43 @@
-"""Bars: reliability of the probabilities (arXiv:1706.04599), and time by phase."""
+"""Bars: the reliability diagram of the probabilities (arXiv:1706.04599), and the time of each phase."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from finetune.report.curves import Scale
-from finetune.report.facts import finite
-from finetune.report.svg import LETTER, Plot, element, line, text
+from finetune.plots.svg import LETTER_WIDTH, Plot, Scale, element, line, text
 
 _SIDE, _LEFT, _TOP, _STRIP = 250.0, 48.0, 28.0, 46.0
 
 
-def draw_reliability(name: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> Plot:
-    """Draw how often predictions of a confidence were right, and under it how many there were.
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Predictions whose confidence lies between two limits. All but ``count`` are in [0, 1].
+
+    Attributes:
+        low: lower limit of the confidence.
+        high: upper limit of the confidence.
+        count: number of predictions.
+        confidence: their mean confidence; None where it is not known.
+        accuracy: share of them that is right; None where there are none.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def draw_reliability(name: str, heading: str, bins: Sequence[ReliabilityBin]) -> Plot:
+    """Draw the accuracy of the predictions by their confidence, and below it how many there are.
 
     Args:
-        name: of the plot's file.
-        heading: a few words over the drawing.
-        bins: ``low``, ``high``, ``count``, ``confidence`` and ``accuracy`` of each.
+        name: file name without its ending.
+        heading: a few words above the drawing.
+        bins: in order of their confidence; empty ones are not drawn.
     """
     x, y = Scale(0, 1, _LEFT, _LEFT + _SIDE), Scale(0, 1, _TOP + _SIDE, _TOP)
     bottom = _TOP + _SIDE + 10 + _STRIP
@@ -29,9 +46,9 @@ def draw_reliability(name: str, heading: str, bins: Sequence[Mapping[str, Any]])
         parts.append(line(x(0), y(tick), x(1), y(tick), "grid"))
         parts.append(text(_LEFT - 6, y(tick) + 4, f"{100 * tick:.0f} %", "faint end"))
         parts.append(text(x(tick), bottom + 15, f"{100 * tick:.0f} %", "faint middle"))
-    most = max([*(_count(one) for one in bins), 1])
+    most = max([*(one.count for one in bins), 1])
     for one in bins:
-        parts.append(_bin(one, x, y, bottom, most))
+        parts.append(_draw_bin(one, x, y, bottom, most))
     parts.append(line(x(0), y(0), x(1), y(1), "guide"))
     parts.append(line(x(0), bottom, x(1), bottom, "axis"))
     parts.append(text(_LEFT + _SIDE / 2, bottom + 32, "confidence", "faint middle"))
@@ -42,41 +59,38 @@ def draw_reliability(name: str, heading: str, bins: Sequence[Mapping[str, Any]])
     return Plot(name, _LEFT + _SIDE + 24, bottom + 40, title, Markup("").join(parts))
 
 
-def _count(one: Mapping[str, Any]) -> int:
-    return int(finite(one.get("count")) or 0)
-
-
-def _bin(one: Mapping[str, Any], x: Scale, y: Scale, bottom: float, most: int) -> Markup:
-    low, high = finite(one.get("low")), finite(one.get("high"))
-    accuracy, sure, count = finite(one.get("accuracy")), finite(one.get("confidence")), _count(one)
-    if not count or low is None or high is None or accuracy is None:
+def _draw_bin(one: ReliabilityBin, x: Scale, y: Scale, bottom: float, most: int) -> Markup:
+    low, high, count, confidence, accuracy = one.low, one.high, one.count, one.confidence, one.accuracy
+    if not count or accuracy is None:
         return Markup("")
     left, width = x(low) + 1, max(x(high) - x(low) - 2, 1.0)
-    tall = max(_STRIP * count / most, 1.5)
-    said = f"{count} images of {100 * low:.0f} to {100 * high:.0f} % confidence, {100 * accuracy:.1f} % right"
+    height = max(_STRIP * count / most, 1.5)
+    tooltip = (
+        f"{count} images of {100 * low:.0f} to {100 * high:.0f} % confidence, {100 * accuracy:.1f} % right"
+    )
     parts = [
-        element("title", said),
+        element("title", tooltip),
         element("rect", x=left, y=y(accuracy), width=width, height=y(0) - y(accuracy), class_="soft"),
         line(left, y(accuracy), left + width, y(accuracy), "main"),
-        element("rect", x=left, y=bottom - tall, width=width, height=tall, class_="other-dot"),
+        element("rect", x=left, y=bottom - height, width=width, height=height, class_="other-dot"),
     ]
-    if sure is not None:
-        parts.append(element("circle", cx=x(sure), cy=y(accuracy), r=3.5, class_="ring"))
+    if confidence is not None:
+        parts.append(element("circle", cx=x(confidence), cy=y(accuracy), r=3.5, class_="ring"))
     return element("g", *parts)
 
 
 def draw_seconds(seconds: Mapping[str, float]) -> Plot:
     """Draw the time of each phase, in the order in which they ran; at least one."""
-    left = 16 + LETTER * max(map(len, seconds))
+    left = 16 + LETTER_WIDTH * max(map(len, seconds))
     width, step = 420.0, 26.0
     x = Scale(0, max([*seconds.values(), 1e-9]), left, width - 80)
     parts = []
     for number, (phase, value) in enumerate(seconds.items()):
         top = 6 + step * number
-        size = max(x(value) - left, 1.0)
+        length = max(x(value) - left, 1.0)
         parts.append(text(left - 8, top + 14, phase, "end"))
-        parts.append(element("rect", x=left, y=top + 3, width=size, height=15, rx=3, class_="bar"))
-        parts.append(text(left + size + 8, top + 14, format_seconds(value), "faint"))
+        parts.append(element("rect", x=left, y=top + 3, width=length, height=15, rx=3, class_="bar"))
+        parts.append(text(left + length + 8, top + 14, format_seconds(value), "faint"))
     title = "Time by phase: " + ", ".join(
         f"{phase} {format_seconds(value)}" for phase, value in seconds.items()
     )
@@ -84,7 +98,7 @@ def draw_seconds(seconds: Mapping[str, float]) -> Plot:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time for people: ``0.4 s``, ``21 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    """Return a duration for people: ``0.4 s``, ``21 s``, ``4 min 10 s``, ``2 h 5 min``."""
     if 0 < seconds < 0.05:
         return "under 0.1 s"
     if seconds < 10:

@@ -1,4 +1,4 @@
-"""Drawings: round axes, everything inside, text that is text."""
+"""SVG drawings: round ticks, every shape inside the drawing, text that is never markup."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from finetune.report.bars import draw_reliability, draw_seconds, format_seconds
-from finetune.report.curves import draw_curves, draw_intervals
-from finetune.report.matrix import draw_matrix
-from finetune.report.svg import Plot, element, find_ticks, shorten
+from finetune.plots.bars import ReliabilityBin, draw_reliability, draw_seconds, format_seconds
+from finetune.plots.confusion import draw_confusion_matrix
+from finetune.plots.curves import draw_curves
+from finetune.plots.intervals import Difference, draw_comparison, draw_intervals
+from finetune.plots.svg import Plot, element, find_ticks, shorten
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,26 @@ def test_intervals() -> None:
     inside(draw_intervals([("accuracy", 0.9, (0.85, 0.95)), ("F1", 0.0, None), ("AUC", 1.0, (1.0, 1.0))]))
 
 
+def test_a_comparison_is_grey_where_no_difference_can_be_claimed() -> None:
+    accuracies = [("<a>", 0.9, (0.85, 0.95)), ("b" * 60, 0.7, None)]
+    pairs = [
+        Difference("<a>", "b" * 60, -0.2, (-0.3, -0.1), True),
+        Difference("c", "d", 0.0, (-0.1, 0.1), False),
+    ]
+    plot = draw_comparison(accuracies, pairs)
+    inside(plot)
+    texts = {one.text: one for one in ElementTree.fromstring(plot.file).iter() if one.tag.endswith("text")}
+    assert texts["90.0 % (85.0 to 95.0)"].get("class") == "strong"
+    assert texts["\u221220.0 (\u221230.0 to \u221210.0)"].get("class") == "strong"
+    assert texts["+0.0 (\u221210.0 to +10.0)"].get("class") == "faint"
+    assert {"<a>", "70.0 %", "d \u2212 c"} <= set(texts)
+
+
 @pytest.mark.parametrize("count", [2, 7, 40])
 def test_a_matrix_shows_every_count(count: int) -> None:
     counts = [[row * count + column for column in range(count)] for row in range(count)]
     names = [f"a class with a long name {number}" for number in range(count)]
-    plot = draw_matrix(names, counts)
+    plot = draw_confusion_matrix(names, counts)
     inside(plot)
     shown = [one.text for one in ElementTree.fromstring(plot.file).iter() if one.tag.endswith("text")]
     assert {str(count * count - 1), "1", "2"} <= set(shown)
@@ -68,15 +84,12 @@ def test_a_matrix_shows_every_count(count: int) -> None:
 
 
 def test_a_class_without_images_is_an_empty_row() -> None:
-    inside(draw_matrix(["a", "b"], [[0, 0], [3, 1]]))
-    inside(draw_matrix(["a", "b"], [[0, 0], [0, 0]]))
+    inside(draw_confusion_matrix(["a", "b"], [[0, 0], [3, 1]]))
+    inside(draw_confusion_matrix(["a", "b"], [[0, 0], [0, 0]]))
 
 
 def test_reliability_skips_empty_bins() -> None:
-    bins = [
-        {"low": 0.0, "high": 0.5, "count": 0, "confidence": None, "accuracy": None},
-        {"low": 0.5, "high": 1.0, "count": 4, "confidence": 0.9, "accuracy": 1.0},
-    ]
+    bins = [ReliabilityBin(0.0, 0.5, 0, None, None), ReliabilityBin(0.5, 1.0, 4, 0.9, 1.0)]
     plot = draw_reliability("reliability", "before", bins)
     inside(plot)
     assert plot.file.count("<title>") == 1

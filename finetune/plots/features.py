@@ -1,7 +1,7 @@
-"""Drawings of features: accuracy against depth, a map of images, and the matrix of strategies.
+"""What features show: accuracy by depth, a map of images, and the matrix of strategies; as PNG.
 
-Drawn by matplotlib's objects, not by pyplot: nothing here leaves a global state, or asks for a screen.
-Colours are those of Okabe and Ito, which colour-blind people tell apart; a class has a marker as well.
+Drawn with matplotlib's objects, not with pyplot: no global state changes, and no display is needed. The
+colours are those of Okabe and Ito, which colour-blind readers can tell apart; a class has a marker as well.
 
 Shape legend: N images.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
 from finetune.runs.files import write_bytes
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
-"""Okabe and Ito's, without their yellow, which white paper swallows."""
+"""Okabe and Ito's, without yellow, which is hard to see on white."""
 MARKERS = ("o", "^", "s")
 MOST_CLASSES = 20
-"""Classes that have a colour and a marker of their own."""
+"""Classes up to which each has a colour and a marker of its own."""
 DPI = 150
 _INK, _FAINT, _GRID = "#222222", "#666666", "#e4e4e4"
 
@@ -40,14 +40,14 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def draw_probe(
     path: Path, layers: Sequence[str], curves: Mapping[str, Curve], chance: float, title: str
 ) -> None:
-    """Draw how well linear classifiers do on each layer, from the first to the last, and mark the best.
+    """Draw the accuracy of classifiers on the features of each layer, in order of depth; mark the best.
 
     Args:
         path: of the PNG.
         layers: names, in order of depth; at least one.
-        curves: by classifier, at least one and at most seven; each has as many numbers as there are layers.
-        chance: accuracy of a guess, 0 to 1.
-        title: over the drawing.
+        curves: by classifier, at least one and at most seven, each with a value for every layer.
+        chance: accuracy of a random guess, in [0, 1].
+        title: above the drawing.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -56,9 +56,9 @@ def draw_probe(
     figure, axes = _blank(width, 4.4)
     axes.grid(visible=False, axis="x")
     for number, (mean, std) in enumerate(curves.values()):
-        places = [place + _aside(number, len(curves)) for place in range(len(layers))]
+        positions = [place + _offset(number, len(curves)) for place in range(len(layers))]
         look: dict[str, Any] = {"color": COLOURS[number], "marker": "o", "markersize": 5, "linewidth": 1.8}
-        axes.errorbar(places, mean, std, capsize=2.5, elinewidth=1, **look)
+        axes.errorbar(positions, mean, std, capsize=2.5, elinewidth=1, **look)
     axes.axhline(chance, color=_FAINT, linestyle=(0, (5, 4)), linewidth=1.2)
     axes.set_xticks(range(len(layers)), [_label(layer) for layer in layers])
     if sum(map(len, layers)) > 11 * width - 30:
@@ -78,18 +78,18 @@ def draw_probe(
     _write(path, figure)
 
 
-def _aside(number: int, count: int) -> float:
-    """Return how far points of a curve stand beside their layer, so that none hides another's error bar."""
+def _offset(number: int, count: int) -> float:
+    """Return the horizontal shift of a curve's points, so that error bars do not hide each other."""
     return 0.12 * (number / (count - 1) - 0.5) if count > 1 else 0.0
 
 
 def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -> None:
-    """Draw a ring around the highest point of all, the first of equal ones, and say what it is."""
+    """Draw a ring around the highest point, the first of equal ones, and label it."""
     means = [mean for mean, _ in curves.values()]
     pairs = [(number, place) for place in range(len(layers)) for number in range(len(means))]
     number, place = max(pairs, key=lambda pair: means[pair[0]][pair[1]])
     value, error = means[number][place], list(curves.values())[number][1][place]
-    x, colour = place + _aside(number, len(means)), COLOURS[number]
+    x, colour = place + _offset(number, len(means)), COLOURS[number]
     axes.plot([x], [value], "o", markersize=13, fillstyle="none", color=colour, markeredgewidth=1.6)
     axes.annotate(
         f"best: {_label(layers[place])}, {value:.3f}",
@@ -104,9 +104,9 @@ def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -
 
 
 def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
-    """Write names beside the right ends of lines, moved apart where they would lie on each other.
+    """Write names beside the right ends of lines, moved apart where they would overlap.
 
-    The last name is that of chance.
+    The last name is that of the line of chance.
     """
     low, high = axes.get_ylim()
     room = (high - low) * 0.06
@@ -133,7 +133,7 @@ def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None
 
 def draw_map(
     path: Path,
-    points: Tensor,
+    points: NDArray[np.floating],
     labels: Sequence[int],
     classes: Sequence[str],
     title: str,
@@ -142,31 +142,31 @@ def draw_map(
 ) -> None:
     """Draw images as points, coloured by class.
 
-    Up to 20 classes have a colour and a marker of their own, and a legend. More are coloured by their index,
-    which the title says. Names stand in the middle of their points where there is room.
+    Up to 20 classes have a colour and a marker each, and a legend. More are coloured by their index, which
+    the title says. The name of a class stands at the median of its points, where there is room.
 
     Args:
         path: of the PNG.
         points: (N, 2).
-        labels: class index of each point.
+        labels: N class indices.
         classes: names in index order.
-        title: over the drawing.
+        title: above the drawing.
         names: of the two axes.
-        shares: of all variance along them, 0 to 1; None where axes mean nothing, and have no numbers then.
+        shares: of the variance along each axis, in [0, 1]; None for axes without a unit, which get no ticks.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
     """
     figure, axes = _blank(8.6, 6.0)
-    places, owners = points.detach().cpu().double().numpy(), np.asarray(labels)
+    points, indices = points.astype(np.float64), np.asarray(labels)
     axes.set_aspect("equal", adjustable="datalim")
-    size = min(36.0, max(5.0, 30_000 / max(1, len(places))))
+    size = min(36.0, max(5.0, 30_000 / max(1, len(points))))
     if len(classes) <= MOST_CLASSES:
-        _draw_classes(axes, places, owners, classes, size)
+        _draw_classes(axes, points, indices, classes, size)
     else:
         title += f"\n{len(classes)} classes, coloured by their index"
-        _draw_many_classes(axes, places, owners, len(classes), size)
-    _name_classes(axes, places, owners, classes)
+        _draw_many_classes(axes, points, indices, len(classes), size)
+    _name_classes(axes, points, indices, classes)
     said = [_label(name) for name in names]
     if shares is None:
         axes.set_xticks([])
@@ -210,10 +210,10 @@ def _draw_many_classes(axes: Axes, points: Any, labels: Any, num_classes: int, s
 
 
 def _name_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str]) -> None:
-    """Write the name of each class where the middle of its points (N, 2) is, unless one stands there."""
+    """Write the name of each class at the median of its points, unless it would overlap another name."""
     from matplotlib.patheffects import withStroke
 
-    axes.apply_aspect()  # as drawing would; texts have their places from here on
+    axes.apply_aspect()  # as drawing does; only now the extents of texts are final
     taken: list[Any] = []
     for index, name in enumerate(classes):
         here = points[labels == index]
@@ -231,17 +231,17 @@ def _name_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str]) 
             taken.append(box)
 
 
-def draw_matrix(
+def draw_strategy_matrix(
     path: Path, cells: Mapping[tuple[str, str], str], marked: tuple[str, str], title: str
 ) -> None:
-    """Draw the lectures' matrix of strategies, and mark the cell that holds for the user's data.
+    """Draw the matrix of strategies by amount of data and similarity, and mark one cell.
 
     Args:
         path: of the PNG.
-        cells: text by (amount of data, similarity), a row an amount and a column a similarity, both in the
-            order in which they come first.
-        marked: a key of ``cells``.
-        title: over the drawing.
+        cells: text by (amount of data, similarity); a row for each amount, a column for each similarity,
+            in order of first appearance.
+        marked: a key of ``cells``: the cell of the user's data.
+        title: above the drawing.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -298,7 +298,7 @@ def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> No
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return an empty drawing, in inches, with a light grid."""
+    """Return an empty drawing with a light grid; sizes are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -315,7 +315,7 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _write(path: Path, figure: Figure) -> None:
-    """Write a drawing as PNG, cut to what is drawn, whole or not at all."""
+    """Write a drawing as PNG, cropped to its content, atomically."""
     buffer = io.BytesIO()
     with _quiet():
         figure.savefig(
@@ -326,24 +326,24 @@ def _write(path: Path, figure: Figure) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let letters that the font lacks come as boxes without a warning for each."""
+    """Draw characters that the font lacks as boxes, without a warning for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         yield
 
 
 def _label(text: str, length: int = 40) -> str:
-    """Return text for one line, of so many characters at most: the middle of a longer one gives way."""
+    """Return text of at most ``length`` characters: an ellipsis replaces the middle of a longer one."""
     half = length // 2 - 1
     return _plain(text if len(text) <= length else f"{text[:half]}…{text[-half:]}")
 
 
 def _wrapped(text: str, length: int) -> str:
-    """Return text in lines of so many characters at most; its own line breaks stay."""
+    """Return text in lines of at most ``length`` characters; its own line breaks stay."""
     return "\n".join(_plain(textwrap.fill(line, length)) for line in text.split("\n"))
 
 
 def _plain(text: str) -> str:
-    """Return text that matplotlib draws as it stands: no formula between dollars, no hidden characters."""
+    """Return text that matplotlib draws literally: no formulas between dollar signs, no unprintable ones."""
     seen = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
     return seen.replace("$", r"\$")

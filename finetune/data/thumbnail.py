@@ -1,0 +1,23 @@
+"""Small images for contact sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from finetune.data.decode import BadImageError, decode_image
+
+
+def load_thumbnail(path: Path, side: int) -> Image.Image | str:
+    """Return an image (RGB) scaled so that its longer side has ``side`` pixels; small ones are enlarged.
+
+    For a file that cannot be decoded, return the reason in a few words.
+    """
+    try:
+        image = decode_image(path, side)
+    except BadImageError as error:
+        return error.reason
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,1 +1,0 @@
-"""The preflight room: what one look at a data set says of its files, copies, classes and parts."""
