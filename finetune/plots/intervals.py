@@ -59,7 +59,7 @@ def draw_intervals(rows: Sequence[Estimate]) -> Plot:
             )
         parts.append(element("circle", cx=x(value), cy=middle, r=4.5, class_="dot"))
     bars = ", their 95 % intervals as bars" if any(pair for _, _, pair in rows) else ""
-    title = f"Figures as dots{bars}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value, _ in rows)
+    title = f"Metrics as dots{bars}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value, _ in rows)
     return Plot("intervals", width, bottom + 22, title, Markup("").join(parts))
 
 
