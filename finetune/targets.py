@@ -72,11 +72,18 @@ def compute_share(loss: nn.Module, part: Tensor, whole: Tensor) -> Tensor | floa
 
 ACTIVATION = "softmax"
 """What turns logits into probabilities, in the words of a model card."""
+_SMALLEST = 1e-30
+"""Probability that counts as none: its logarithm is finite in float32."""
 
 
 def to_probabilities(logits: Tensor) -> Tensor:
     """Return the probability of each class, (N, K), from logits (N, K)."""
     return logits.softmax(dim=1)
+
+
+def to_logits(probabilities: Tensor) -> Tensor:
+    """Return logits (N, K) that have these probabilities (N, K) float32; they are finite where one is 0."""
+    return probabilities.clamp_min(_SMALLEST).log()
 
 
 def compute_log_odds(logits: Tensor) -> npt.NDArray[np.float64]:

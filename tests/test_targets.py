@@ -63,6 +63,13 @@ def test_probabilities_decision_and_confidence_belong_together() -> None:
     assert targets.compute_margins(torch.ones(2, 1)).tolist() == [math.inf, math.inf]
 
 
+def test_logits_of_probabilities_give_them_back() -> None:
+    probabilities = torch.tensor([[0.25, 0.75, 0.0], [0.2, 0.3, 0.5]])
+    logits = targets.to_logits(probabilities)
+    assert logits.isfinite().all()
+    assert targets.to_probabilities(logits).tolist() == [pytest.approx(row) for row in probabilities.tolist()]
+
+
 def test_classes_are_ranked_with_the_lower_index_first_among_equals() -> None:
     probabilities = np.array([0.1, 0.4, 0.4, 0.1], np.float32)
     assert targets.rank_classes(probabilities, 3) == [1, 2, 0]

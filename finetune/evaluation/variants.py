@@ -22,10 +22,9 @@ from finetune.evaluation.predictor import Predictor, load
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
+from finetune.targets import to_logits
 
 VARIANT_COLUMNS = ("model", "views", "accuracy", "gain", "loss", "ece", "milliseconds", "cost")
-_SMALLEST = 1e-30
-"""Probability that counts as none: its logarithm is finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _predict(
             advance(len(answer.asked), "")
     probabilities = torch.cat(parts)[:, order]
     seconds = time.perf_counter() - began
-    given = _from_probabilities(probabilities, labels)
+    given = Predictions(to_logits(probabilities), labels)
     softened = given.soften(temperature) if is_plain else given
     return Variant(model.name, predictor.num_views, softened, given if is_plain else None, seconds)
 
@@ -150,14 +149,9 @@ def _predict(
 def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
     """The mean of probabilities, as the lectures' winners did."""
     mean = torch.stack([variant.predictions.probabilities for variant in variants]).mean(dim=0)
-    together = _from_probabilities(mean, labels)
+    together = Predictions(to_logits(mean), labels)
     views, seconds = sum(one.views for one in variants), sum(one.seconds for one in variants)
     return Variant(f"{len(variants)} together", views, together, None, seconds)
-
-
-def _from_probabilities(probabilities: Tensor, labels: Tensor) -> Predictions:
-    """Logarithms of probabilities are logits of them."""
-    return Predictions(probabilities.clamp_min(_SMALLEST).log(), labels)
 
 
 def write_variants(folder: RunFolder, variants: Sequence[Variant], display: Display) -> list[dict[str, Any]]:
