@@ -170,8 +170,8 @@ def extract(
         Path(fspath(output)),
         read_pool(pool),
         format,
-        shown,
-        distributed or SINGLE_PROCESS,
+        display=shown,
+        distributed=distributed or SINGLE_PROCESS,
     )
 
 

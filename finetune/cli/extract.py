@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +19,6 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
-    from finetune.system.distributed import Distributed
     from pretrained.graph.layers import Layer
 
 
@@ -59,33 +57,22 @@ def extract_command(
     if wanted == ["list"]:
         _list(recipe, as_json)
         return
-    start_processes(processes, gpus, recipe.device)
-    work = partial(_extract, recipe, wanted, output, pool, format)
-    with joined_processes("cuda" if gpus else recipe.device, 0, work) as distributed:
-        done = work(distributed)
-        if as_json:
-            hand_over(json.dumps(done) + "\n")
-
-
-def _extract(
-    recipe: Recipe,
-    wanted: list[str],
-    output: Path | None,
-    pool: str,
-    format: str | None,
-    distributed: Distributed,
-) -> dict[str, object]:
-    from finetune.system.display import Display, SilentDisplay
-
     if output is None:
-        raise UsageError(
-            "finetune extract", "no output was named", "Add --output FOLDER or --output FILE.csv."
+        fix = "Add --output FOLDER or --output FILE.csv."
+        raise UsageError("finetune extract", "no output was named", fix)
+    start_processes(processes, gpus, recipe.device)
+    with joined_processes("cuda" if gpus else recipe.device, 0) as distributed:
+        from finetune.system.display import Display, SilentDisplay
+
+        display = Display() if distributed.is_main else SilentDisplay()
+        with display.busy("loading torch"):
+            from finetune.features.extract import extract
+            from pretrained.graph.pooling import read_pool
+        done = extract(
+            recipe, wanted, output, read_pool(pool), format, display=display, distributed=distributed
         )
-    display = Display() if distributed.is_main else SilentDisplay()
-    with display.busy("loading torch"):
-        from finetune.features.extract import extract
-        from pretrained.graph.pooling import read_pool
-    return extract(recipe, wanted, output, read_pool(pool), format, display, distributed)
+        if as_json and distributed.is_main:
+            hand_over(json.dumps(done) + "\n")
 
 
 def _list(recipe: Recipe, as_json: bool) -> None:

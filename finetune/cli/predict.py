@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from finetune.cli.options import JsonOption
 from finetune.cli.output import hand_over, refusals
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
-
-if TYPE_CHECKING:
-    from finetune.system.distributed import Distributed
 
 
 def predict_command(
@@ -60,8 +57,7 @@ def predict_command(
     with refusals(as_json):
         start_processes(processes, gpus, device)
         device = "cuda" if gpus else device
-
-        def work(distributed: Distributed) -> dict[str, Any]:
+        with joined_processes(device, 0) as distributed:
             from finetune.system.display import Display, SilentDisplay
 
             display = Display() if distributed.is_main else SilentDisplay()
@@ -71,20 +67,17 @@ def predict_command(
                 model,
                 input,
                 output,
-                format,
-                top,
-                reject_below,
-                crops,
-                batch_size,
-                workers,
-                device,
-                nul,
-                follow_links,
-                offline,
+                format=format,
+                top=top,
+                reject_below=reject_below,
+                crops=crops,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                nul=nul,
+                follow_links=follow_links,
+                offline=offline,
             )
-            return predict_files(request, display, distributed)
-
-        with joined_processes(device, 0, work) as distributed:
-            done = work(distributed)
-            if as_json:
+            done = predict_files(request, display, distributed)
+            if as_json and distributed.is_main:
                 hand_over(json.dumps(done) + "\n")

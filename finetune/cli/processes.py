@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -72,15 +72,12 @@ def start_processes(
 
 
 @contextmanager
-def joined_processes(
-    device: str, timeout: float, help: Callable[[Distributed], object]
-) -> Iterator[Distributed]:
-    """Give the main process its world; the others help, and end here.
+def joined_processes(device: str, timeout: float) -> Iterator[Distributed]:
+    """Join the processes of a job while the block runs; the main one alone says how that ended.
 
     Args:
         device: that the work is done on.
         timeout: seconds that a process may let the others wait; 0 takes the default.
-        help: what the others do.
     """
     is_main = not is_in_job() or os.environ["RANK"] == "0"
     if is_in_job():
@@ -89,24 +86,23 @@ def joined_processes(
         from finetune.system.distributed import SINGLE_PROCESS, join_distributed
 
         distributed = join_distributed(device, timeout or DEFAULT_TIMEOUT) if is_in_job() else SINGLE_PROCESS
-        if not is_main:
-            _help(distributed, help)
-        yield distributed
+        with nullcontext() if is_main else _silent_failures(distributed):
+            yield distributed
 
 
-def _help(distributed: Distributed, help: Callable[[Distributed], object]) -> NoReturn:
-    """Help in silence: what goes wrong here, the main process says."""
+@contextmanager
+def _silent_failures(distributed: Distributed) -> Iterator[None]:
+    """Leave with the exit code of an error, and its words to the main process."""
     from finetune.runs.outcome import explained
     from finetune.system.distributed import leave_distributed
 
     try:
         with explained(distributed):
-            help(distributed)
+            yield
     except FinetuneError as error:
         leave_distributed(distributed)  # so that the others notice
         time.sleep(_LEAVE_SECONDS)
         raise typer.Exit(int(error.exit_code)) from None
-    raise typer.Exit
 
 
 def leave(code: int) -> NoReturn:

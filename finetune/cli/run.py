@@ -194,10 +194,10 @@ def run_command(
             end_with_parent(parent[1])
         settings = _read(recipe, flags, words)
         start_processes(processes, gpus, device or "auto", engine)
-        with joined_processes(settings.device, stall_timeout, _help) as distributed:
-            heartbeat = Heartbeat(parent[0] if parent is not None else None)
+        with joined_processes(settings.device, stall_timeout) as distributed:
+            heartbeat = Heartbeat(parent[0] if parent is not None and distributed.is_main else None)
             metrics = _run(settings, output, heartbeat, allow_changed, distributed)
-            if as_json:
+            if as_json and distributed.is_main:
                 hand_over(json.dumps(metrics) + "\n")
 
 
@@ -218,12 +218,6 @@ def _read(recipe: str | None, flags: dict[str, Any], assignments: list[str]) -> 
     return load_recipe(recipe, overrides)
 
 
-def _help(distributed: Distributed) -> None:
-    from finetune.job.help import help_run
-
-    help_run(distributed)
-
-
 def _run(
     recipe: Recipe,
     output: Path | None,
@@ -231,9 +225,9 @@ def _run(
     allow_changed: bool,
     distributed: Distributed | None = None,
 ) -> dict[str, Any]:
-    from finetune.system.display import Display
+    from finetune.system.display import Display, SilentDisplay
 
-    display = Display(heartbeat=heartbeat)
+    display = Display(heartbeat=heartbeat) if distributed is None or distributed.is_main else SilentDisplay()
     with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
         from finetune.job import run
         from finetune.system.distributed import SINGLE_PROCESS

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -70,15 +70,21 @@ def predict_files(
 ) -> dict[str, Any]:
     """Write one row for each image that can be read, and list the others.
 
-    Of several processes the main one writes; batches go through all of them in turns.
+    Every process calls this with the same request: batches go through all of them in turns, and the main one
+    writes.
+
+    Args:
+        request: what the user wants.
+        display: what the user sees; silent in all but the main process.
+        distributed: the processes.
 
     Returns:
-        Counts, paths and speed, as ``--json`` prints them.
+        Counts, paths and speed, as ``--json`` prints them; nothing in all but the main process.
 
     Raises:
         FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
     """
-    with translated_errors(distributed=distributed):
+    with translated_errors(distributed=distributed), ExitStack() as files:
         format = find_format(request.output, request.format)
         inputs = _find_inputs(request, distributed)
         with display.busy(f"loading {request.model}"):
@@ -86,34 +92,26 @@ def predict_files(
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
         rows = PredictionRows(predictor.classes, format, request.top, request.reject_below)
         _check_top(request.top, len(predictor.classes))
-        if not distributed.is_main:
-            return _help(inputs, predictor, distributed)
-        facts = _describe(request, predictor, rows)
-        if before := find_finished(request.output, facts):
-            distributed.share(lambda: None)
-            display.say(f"{request.output} holds these predictions already")
-            return _summarise(request, PredictionProgress(**before), 0.0)
-        check_free(request.output)
-        total = _count(inputs, display)
-        create_folder(request.output.parent)
-        with open_writer(request.output, facts) as writer:
-            return _Work(request, inputs, predictor, rows, writer, display, total, distributed).run()
-
-
-def _help(inputs: Inputs, predictor: Predictor, distributed: Distributed) -> dict[str, Any]:
-    """Answer every batch whose turn this process has, from where the main one begins."""
-    with StopSignal() as stop, stop.gently():
-        start: int | None = distributed.receive()
-        if start is not None:
-            batches = split_batches(islice(inputs.open(), start, None), predictor.batch_size)
-            own = islice(batches, distributed.rank, None, distributed.size)
-            answers = predictor.answer(own, _open)
-            list(distributed.merge(_until_stopped(answers, stop)))
-    return {}
+        table = _Table(request, inputs, predictor, rows, display)
+        with StopSignal(gentle=not distributed.is_main) as stop:
+            start = distributed.share(lambda: table.open(files))
+            if start is None:
+                return table.summarise(0.0) if distributed.is_main else {}
+            began = time.perf_counter()
+            with stop.gently(), table.bar() as advance:
+                answers = predictor.answer(table.batches(start, distributed), _open)
+                try:
+                    for answer in distributed.merge(_until_stopped(answers, stop)):
+                        table.write(answer)
+                        speed = (table.progress.done - start) / (time.perf_counter() - began)
+                        advance(len(answer.asked), f"{speed:.1f} images/s")
+                except InterruptedRunError as error:
+                    raise table.keep_interrupted(error) from None
+        return table.finish(start, time.perf_counter() - began) if distributed.is_main else {}
 
 
 def _until_stopped(answers: Iterator[Answer[Input]], stop: StopSignal) -> Iterator[Answer[Input]]:
-    """Give answers on; whoever asks this process to stop asks for the end of all, and of no list."""
+    """Pass answers on until this process is asked to stop; then all end, and no list counts as complete."""
     for answer in answers:
         yield answer
         if stop.asked:
@@ -210,43 +208,51 @@ def _no_images(inputs: Inputs) -> DataError:
 
 
 @dataclass
-class _Work:
-    """One attempt at a file of predictions."""
+class _Table:
+    """One attempt at a file of predictions, which the main process alone opens and writes."""
 
     request: PredictRequest
     inputs: Inputs
     predictor: Predictor
     rows: PredictionRows
-    writer: ResumableWriter
     display: Display
-    total: int | None
-    distributed: Distributed
     progress: PredictionProgress = field(default_factory=PredictionProgress)
-    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    _fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    _taken: deque[tuple[list[Input], str]] = field(default_factory=deque)
+    _writer: ResumableWriter | None = None
+    _left: Iterator[Input] = field(default_factory=lambda: iter(()))
+    _total: int | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Look at every image that an earlier attempt has not, and give the files their names."""
-        source = self._go_on()
-        self.distributed.share(lambda: self.progress.done)
-        began_at, began = self.progress.done, time.perf_counter()
-        if not began_at:
+    @property
+    def writer(self) -> ResumableWriter:
+        """The files; of the main process."""
+        assert self._writer is not None
+        return self._writer
+
+    def open(self, files: ExitStack) -> int | None:
+        """Open the files, as far as an earlier attempt came; they are closed with the stack.
+
+        Returns:
+            How many images an earlier attempt has predicted; None where these predictions are complete.
+
+        Raises:
+            UsageError: there is something else of that name, or another process writes it.
+            DataError: there are no images.
+        """
+        output = self.request.output
+        facts = _describe(self.request, self.predictor, self.rows)
+        if before := find_finished(output, facts):
+            self.display.say(f"{output} holds these predictions already")
+            self.progress = PredictionProgress(**before)
+            return None
+        check_free(output)
+        self._total = _count(self.inputs, self.display)
+        create_folder(output.parent)
+        self._writer = files.enter_context(open_writer(output, facts))
+        self._left = self._go_on()
+        if not self.progress.done:
             self.writer.write(self.rows.header())
-        with StopSignal() as stop, stop.gently(), self._bar() as advance:
-            try:
-                for answer in self._answers(source):
-                    self._write(answer)
-                    self.writer.save(self.progress.to_dict())
-                    speed = (self.progress.done - began_at) / (time.perf_counter() - began)
-                    advance(len(answer.asked), f"{speed:.1f} images/s")
-                    if stop.asked:
-                        raise self._interrupted()
-            except InterruptedRunError as error:
-                found = self._interrupted()  # keeps what there is
-                raise error if isinstance(error, LostProcessError) else found from None
-        seconds = time.perf_counter() - began
-        self._finish()
-        self._report(seconds, began_at)
-        return _summarise(self.request, self.progress, (self.progress.done - began_at) / max(seconds, 1e-9))
+        return self.progress.done
 
     def _go_on(self) -> Iterator[Input]:
         """Return the images that are left, after those that an earlier attempt looked at."""
@@ -258,44 +264,54 @@ class _Work:
         before = PredictionProgress(**self.writer.before)
         number = 0
         while number < before.done and (one := next(source, None)):
-            self.fingerprint.add(one)
+            self._fingerprint.add(one)
             seen.append(one)
             number += 1
         rest = next(source, None)
         is_cut_here = rest is None or number % self.predictor.batch_size == 0
-        if number == before.done and self.fingerprint.value() == before.digest and is_cut_here:
+        if number == before.done and self._fingerprint.value() == before.digest and is_cut_here:
             self.display.say(f"going on after {number:,} images")
             self.progress = before
             return chain([] if rest is None else [rest], source)
         self.display.say("the images are not those of an earlier attempt: starting anew")
         self.writer.start_anew()
-        self.fingerprint = Fingerprint()
+        self._fingerprint = Fingerprint()
         if self.inputs.is_countable:
             return self.inputs.open()
         return chain(seen, [] if rest is None else [rest], source)
 
-    def _answers(self, source: Iterator[Input]) -> Iterator[Answer[Input]]:
-        """Yield what comes of each batch; by then, ``progress`` counts it."""
-        taken: deque[tuple[list[Input], str]] = deque()
+    def batches(self, start: int, distributed: Distributed) -> Iterator[list[Input]]:
+        """Yield the batches whose turn this process has; the main one takes note of all.
 
-        def batches() -> Iterator[list[Input]]:
-            for number, batch in enumerate(split_batches(source, self.predictor.batch_size)):
+        Args:
+            start: images that an earlier attempt has predicted.
+            distributed: the processes.
+        """
+        left = self._left if distributed.is_main else islice(self.inputs.open(), start, None)
+        for number, batch in enumerate(split_batches(left, self.predictor.batch_size)):
+            if distributed.is_main:
                 for one in batch:
-                    self.fingerprint.add(one)
-                taken.append((batch, self.fingerprint.value()))
-                if number % self.distributed.size == 0:  # the others have theirs from their own walk
-                    yield batch
+                    self._fingerprint.add(one)
+                self._taken.append((batch, self._fingerprint.value()))
+            if number % distributed.size == distributed.rank:
+                yield batch
 
-        for answer in self.distributed.merge(self.predictor.answer(batches(), _open)):
-            batch, digest = taken.popleft()
-            if list(answer.asked) != batch:
-                fix = "Leave the images alone while they are predicted, and give the same command again."
-                raise DataError(self.inputs.asked, "images came or went meanwhile", fix)
-            self.progress.done += len(batch)
-            self.progress.digest = digest
-            yield answer
+    def write(self, answer: Answer[Input]) -> None:
+        """Write the rows of the next batch, and save them now and then.
 
-    def _write(self, answer: Answer[Input]) -> None:
+        Raises:
+            DataError: the images are not those that this process has found.
+        """
+        batch, digest = self._taken.popleft()
+        if list(answer.asked) != batch:
+            fix = "Leave the images alone while they are predicted, and give the same command again."
+            raise DataError(self.inputs.asked, "images came or went meanwhile", fix)
+        self.progress.done += len(batch)
+        self.progress.digest = digest
+        self._write_rows(answer)
+        self.writer.save(self.progress.to_dict())
+
+    def _write_rows(self, answer: Answer[Input]) -> None:
         good = (one for place, one in enumerate(answer.asked) if place not in answer.faults)
         lines = [
             self.rows.line(one.path, values) for one, values in zip(good, answer.probabilities, strict=True)
@@ -310,7 +326,16 @@ class _Work:
         self.progress.bad += len(bad)
         self.progress.rejected += sum(map(self.rows.is_rejected, answer.probabilities))
 
-    def _finish(self) -> None:
+    def finish(self, start: int, seconds: float) -> dict[str, Any]:
+        """Give the files their names, and say what is in them.
+
+        Args:
+            start: images that an earlier attempt had predicted.
+            seconds: that the others took.
+
+        Raises:
+            DataError: there were no images, or none could be read.
+        """
         progress = self.progress
         if not progress.done:
             raise _no_images(self.inputs)
@@ -321,8 +346,11 @@ class _Work:
             fix = f"Why is in {self.writer.bad_target}."
             raise DataError(self.inputs.asked, found, fix)
         self.writer.finish(self.rows.convert if self.rows.format == "parquet" else None)
+        speed = (progress.done - start) / max(seconds, 1e-9)
+        self._report(speed)
+        return self.summarise(speed)
 
-    def _report(self, seconds: float, began_at: int) -> None:
+    def _report(self, speed: float) -> None:
         progress, display = self.progress, self.display
         if progress.bad:
             images = "image has" if progress.bad == 1 else "images have"
@@ -331,18 +359,35 @@ class _Work:
             display.say(
                 f"{progress.rejected:,} images have no label: confidence below {self.request.reject_below:g}"
             )
-        speed = (progress.done - began_at) / max(seconds, 1e-9)
         rows = progress.done - progress.bad
         display.say(f"{rows:,} images, {speed:.1f} images/s: {self.request.output}", style="bold")
 
-    def _interrupted(self) -> InterruptedRunError:
+    def summarise(self, speed: float) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        progress = self.progress
+        return {
+            "state": "done",
+            "output": str(self.request.output),
+            "num_images": progress.done - progress.bad,
+            "num_bad": progress.bad,
+            "num_rejected": progress.rejected,
+            "bad_images": str(bad_of(self.request.output)) if progress.bad else None,
+            "images_per_second": round(speed, 2),
+        }
+
+    def keep_interrupted(self, error: InterruptedRunError) -> InterruptedRunError:
+        """Save what there is, in the main process, and return how the attempt ended."""
+        if self._writer is None:
+            return error
         self.writer.save(self.progress.to_dict(), now=True)
-        of = f" of {self.total:,}" if self.total is not None else ""
+        if isinstance(error, LostProcessError):
+            return error
+        of = f" of {self._total:,}" if self._total is not None else ""
         found = f"it was stopped after {self.progress.done:,}{of} images, which are kept"
         return InterruptedRunError("predicting", found, "Give the same command again to go on.")
 
     @contextmanager
-    def _bar(self) -> Iterator[Callable[[int, str], None]]:
+    def bar(self) -> Iterator[Callable[[int, str], None]]:
         """Show progress: a bar on a terminal, a line a minute elsewhere."""
         if self.display.console.is_terminal:
             with self._terminal_bar() as advance:
@@ -353,7 +398,7 @@ class _Work:
         def tell(_: int, words: str) -> None:
             nonlocal last
             if time.monotonic() - last >= LINE_SECONDS:
-                of = f" of {self.total:,}" if self.total is not None else ""
+                of = f" of {self._total:,}" if self._total is not None else ""
                 self.display.say(f"{self.progress.done:,}{of} images, {words}")
                 last = time.monotonic()
 
@@ -361,8 +406,8 @@ class _Work:
 
     @contextmanager
     def _terminal_bar(self) -> Iterator[Callable[[int, str], None]]:
-        if self.total is not None:
-            with self.display.track("predicting", self.total) as advance:
+        if self._total is not None:
+            with self.display.track("predicting", self._total) as advance:
                 advance(self.progress.done, "")
                 yield advance
             return
@@ -374,16 +419,3 @@ def _open(one: Input) -> Image.Image:
     if one.fault:
         raise BadImageError(one.fault)
     return decode_image(one.file)
-
-
-def _summarise(request: PredictRequest, progress: PredictionProgress, speed: float) -> dict[str, Any]:
-    bad = bad_of(request.output)
-    return {
-        "state": "done",
-        "output": str(request.output),
-        "num_images": progress.done - progress.bad,
-        "num_bad": progress.bad,
-        "num_rejected": progress.rejected,
-        "bad_images": str(bad) if progress.bad else None,
-        "images_per_second": round(speed, 2),
-    }

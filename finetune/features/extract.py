@@ -115,12 +115,13 @@ def extract(
     output: Path,
     pool: Pool,
     format: str | None,
+    *,
     display: Display,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Write the features of some layers.
 
-    Of several processes the main one writes; all compute.
+    Every process calls this with the same arguments: all compute, and the main one writes.
 
     Args:
         recipe: its backbone, data, input, cache and machine count.
@@ -128,11 +129,11 @@ def extract(
         output: a folder, or a file whose suffix names the format.
         pool: of what layers give.
         format: ``csv``, ``parquet`` or ``npz``; None takes the suffix, else CSV.
-        display: what the user sees.
-        distributed: processes that share the work.
+        display: what the user sees; silent in all but the main process.
+        world: processes that share the work.
 
     Returns:
-        Counts and paths, as ``--json`` prints them.
+        Counts and paths, as ``--json`` prints them; nothing in all but the main process.
 
     Raises:
         FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
@@ -154,7 +155,7 @@ def extract(
             display.say(f"{output} holds these features already")
             return before
         with _open_kept(source, layers, pool, target, distributed) as features:
-            return _write(source, features, pool, target, facts, display) if distributed.is_main else {}
+            return _write(source, features, pool, target, facts) if distributed.is_main else {}
 
 
 def _read_images(recipe: Recipe, output: Path, display: Display) -> tuple[Dataset, Checked]:
@@ -222,9 +223,9 @@ def _open_kept(
 
 
 def _write(
-    source: Source, features: Features, pool: Pool, target: Target, facts: dict[str, Any], display: Display
+    source: Source, features: Features, pool: Pool, target: Target, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    samples = source.dataset.samples
+    samples, display = source.dataset.samples, source.display
     bad = {image.path: image.reason for image in source.unreadable} | features.lost
     usable = features.usable(samples)
     order = torch.tensor(sorted(usable.tolist(), key=lambda index: samples[index].path))

@@ -6,12 +6,18 @@ from functools import cached_property
 from typing import Any
 
 from finetune.data.dataset import Dataset, describe_images
+from finetune.data.prepare import keep_split
 from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.errors import DataError
+from finetune.run.setup import RunSetup
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
+from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
+from finetune.strategies import starts_random
+from finetune.system.device import describe_environment
 from finetune.system.display import Display
+from finetune.training.freeze import digest_weights
 
 WEIGHTS = "weights_sha256"
 _HARMLESS = ("platform", "cores", "device")
@@ -21,14 +27,35 @@ _HARMLESS = ("platform", "cores", "device")
 class RunChanges:
     """Says how a run differs from what an earlier attempt at it began with.
 
+    Everything is looked at when it is first asked for, which the main process of a run alone does.
+
     Args:
-        dataset: the images there are now.
-        environment: versions, hardware and the digest of the weights.
+        setup: what was decided for this attempt.
+        found: the images there are now.
+        folder: of the run.
         display: shows how far the look at the images is.
+        num_processes: that share the run.
     """
 
-    def __init__(self, dataset: Dataset, environment: dict[str, Any], display: Display) -> None:
-        self.dataset, self.environment, self._display = dataset, environment, display
+    def __init__(
+        self, setup: RunSetup, found: Dataset, folder: RunFolder, display: Display, num_processes: int
+    ) -> None:
+        self._setup, self._found, self._folder = setup, found, folder
+        self._display, self._num_processes = display, num_processes
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The images there are now, with the split that an earlier attempt drew."""
+        return keep_split(self._found, self._folder, self._setup.recipe)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, hardware, and the digest of the weights."""
+        setup = self._setup
+        random = starts_random(setup.recipe.strategy.name)
+        weights = None if random else digest_weights(setup.backbone.network, setup.plan)
+        machine = describe_environment(setup.placement.device)
+        return machine | {"processes": self._num_processes, WEIGHTS: weights}
 
     @cached_property
     def checked(self) -> Checked:

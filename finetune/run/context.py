@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from finetune.data.dataset import Dataset
-from finetune.run.changes import RunChanges
-from finetune.run.setup import Ready
+from finetune.data.dataset import SPLITS, Dataset, Split
+from finetune.run.setup import RunSetup
 from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.signals import StopSignal
-from finetune.tracking.trackers import Trackers
 from finetune.training.reporting import Listener
 
 
@@ -36,54 +34,39 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything that one attempt at a run works with."""
-
-    ready: Ready
-    claim: Claim
-    comparison: RunChanges
-    allow_changed: bool
-    display: Display
-    clock: Clock
-    stop: StopSignal
-    trackers: Trackers
-    distributed: Distributed = SINGLE_PROCESS
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run's."""
-        return self.claim.folder
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every process of a run needs to fit its network.
+class FitContext:
+    """What is running: one attempt at a run, in every process alike.
 
     Attributes:
-        ready: with the network on its device.
-        dataset: the usable images.
-        digests: sha256 of each.
-        changed: something is otherwise than it was in an earlier attempt, and allowed to be.
+        setup: what was decided before it began; the network is on its device.
+        dataset: the usable images, prepared.
+        digests: sha256 of each image, by path.
         claim: on the run folder, where only the main process writes.
-        display: what the user sees.
-        clock: of the phases.
-        stop: what asks this process to stop.
-        on_history: told the rows of the history.
+        display: what the user sees; silent in all but the main process.
+        changed: the data or the recipe changed since the last attempt, which the user has allowed.
+        clock: measures the phases.
+        stop: notes the signals that ask this process to stop.
+        on_history: told the rows of the history, in the main process.
         distributed: the processes.
     """
 
-    ready: Ready
+    setup: RunSetup
     dataset: Dataset
     digests: Mapping[str, str]
-    changed: bool
     claim: Claim
     display: Display
-    clock: Clock
-    stop: StopSignal
+    changed: bool = False
+    clock: Clock = field(default_factory=Clock)
+    stop: StopSignal = field(default_factory=StopSignal)
     on_history: Listener = lambda _: None
     distributed: Distributed = SINGLE_PROCESS
 
     @property
     def folder(self) -> RunFolder:
-        """The run's."""
+        """The folder of the run."""
         return self.claim.folder
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits that have images."""
+        return [split for split in SPLITS if self.dataset.of(split)]

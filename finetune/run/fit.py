@@ -16,27 +16,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from finetune.data.loader import ImageLoader
 from finetune.evaluation.predictions import Predictions
 from finetune.features.network import place_network
 from finetune.recipe import StrategySettings
-from finetune.run.batches import FEW, DataLoaders, LoaderFactory, Source, open_loaders
-from finetune.run.context import Work
+from finetune.run.batches import FEW, DataLoaders, LoaderFactory, open_loaders
+from finetune.run.context import FitContext
 from finetune.run.linear_head import (
     LinearHead,
     build_solved,
     fill_head,
     find_plain_head,
-    open_solvable,
     solve_head,
 )
 from finetune.run.results import describe_solution, describe_training, evaluate
-from finetune.run.setup import Ready, reload_backbone
+from finetune.run.setup import reload_backbone
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.strategies import starts_random
 from finetune.system.device import Precision
 from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
-from finetune.training.ddp import share_weights, synchronize_batch_norm
+from finetune.training.ddp import synchronize_batch_norm
 from finetune.training.freeze import check_frozen, digest_frozen
 from finetune.training.recovery import restart_epoch
 from finetune.training.state import Checkpoint
@@ -53,7 +53,7 @@ class FitResult:
         backbone: network and card, as they are handed over.
         predictions: of the judged part, uncalibrated.
         val: of the validation part, where that is another one.
-        images: (B, 3, H, W) its first images.
+        images: (B, 3, H, W) its first images, on the device.
         precision: of the forward pass that the predictions come from.
         dtype: of the features that they come from.
         facts: for ``metrics.json``.
@@ -68,36 +68,24 @@ class FitResult:
     facts: Mapping[str, Any]
 
 
-def fit_network(work: Work) -> FitResult:
-    """Solve, or train, as the strategy says: in the main process, while the others :func:`help_fit`."""
-    strategy = work.ready.recipe.strategy
+def fit_network(context: FitContext) -> FitResult:
+    """Solve, or train, as the strategy says: in every process alike."""
+    setup, strategy = context.setup, context.setup.recipe.strategy
     if strategy.features is not None:
-        network, plan = work.ready.backbone.network, work.ready.plan
-        digests = digest_frozen(network, plan)
-        solved = _hand_over(work, _solve(work, strategy.features), work.ready)
-        check_frozen(network, plan, digests)
+        digests = digest_frozen(setup.backbone.network, setup.plan)
+        solved = _hand_over(context, _solve(context, strategy.features), setup.backbone)
+        check_frozen(setup.backbone.network, setup.plan, digests)
         return solved
-    solutions = {choice: _solve(work, choice) for choice in _choices(strategy)}
+    solutions = {choice: _solve(context, choice) for choice in _choices(strategy)}
     floor = solutions.get(strategy.floor or "")
-    trained, val = _train(work, solutions["last"] if strategy.probe_first else None)
+    trained, val = _train(context, solutions["last"] if strategy.probe_first else None)
     if floor is None or _beats(val, floor.predictions["val"]):
         return trained
     gave = f"training gave {val.accuracy:.4f} on validation, and {floor.words} gave"
-    work.display.say(f"{gave} {floor.predictions['val'].accuracy:.4f}: the classifier is handed over")
-    ready = replace(work.ready, backbone=reload_backbone(work.ready, work.dataset))
-    place_network(ready.backbone.network, ready.placement)
-    return _hand_over(work, floor, ready)
-
-
-def help_fit(work: Work) -> None:
-    """Do what the other processes of a run do while the main one runs :func:`fit_network`."""
-    strategy = work.ready.recipe.strategy
-    for choice in _choices(strategy) if strategy.features is None else [strategy.features]:
-        with open_solvable(work, choice):
-            pass
-    if strategy.features is None:
-        with ExitStack() as stack:
-            _train_together(work, None, stack)
+    context.display.say(f"{gave} {floor.predictions['val'].accuracy:.4f}: the classifier is handed over")
+    backbone = reload_backbone(setup, context.dataset.classes, context.distributed)
+    place_network(backbone.network, setup.placement)
+    return _hand_over(context, floor, backbone)
 
 
 def _choices(strategy: StrategySettings) -> list[str]:
@@ -113,74 +101,90 @@ def _beats(trained: Predictions, floor: Predictions) -> bool:
 # --- solved --------------------------------------------------------------------------------------
 
 
-def _solve(work: Work, choice: str) -> LinearHead:
-    with work.clock.phase("solve"):
-        solution = solve_head(work, choice)
+def _solve(context: FitContext, choice: str) -> LinearHead:
+    with context.clock.phase("solve"):
+        solution = solve_head(context, choice)
     accuracy = solution.predictions["val"].accuracy
-    work.display.say(f"{solution.words}: {accuracy:.4f} on validation")
+    context.display.say(f"{solution.words}: {accuracy:.4f} on validation")
     return solution
 
 
-def _hand_over(work: Work, solution: LinearHead, ready: Ready) -> FitResult:
-    dataset = work.dataset
-    part = dataset.judged_split
-    backbone = build_solved(ready, solution)
+def _hand_over(context: FitContext, solution: LinearHead, backbone: Backbone) -> FitResult:
+    """Put a solution on a pretrained backbone."""
+    setup = replace(context.setup, backbone=backbone)
+    dataset, part = context.dataset, context.dataset.judged_split
+    solved = build_solved(setup, solution)
+
     with ExitStack() as stack:
-        source = Source(ready, dataset, work.digests, {})
-        loader = LoaderFactory(source, FeatureCacheDir(), work.display, stack).loader(part, here=True)
-        images = next(loader.batches()).images[:FEW].clone()
-    facts = describe_solution(ready, dataset, solution)
-    val = solution.predictions["val"] if part != "val" else None
-    return FitResult(backbone, solution.predictions[part], val, images, "float32", "float32", facts)
+        factory = LoaderFactory(replace(context, setup=setup), stack, FeatureCacheDir())
+        images = _take_first_images(context, factory.loader(part, here=True))
+    return FitResult(
+        solved,
+        solution.predictions[part],
+        solution.predictions["val"] if part != "val" else None,
+        images,
+        precision="float32",
+        dtype="float32",
+        facts=describe_solution(setup, dataset, solution),
+    )
+
+
+def _take_first_images(context: FitContext, loader: ImageLoader) -> Tensor:
+    """Return the first images of a loader on the device, the same ones in every process."""
+
+    def take() -> Tensor:
+        return next(loader.batches()).images[:FEW].cpu()
+
+    return context.distributed.share(take).to(context.setup.placement.device)
 
 
 # --- trained -------------------------------------------------------------------------------------
 
 
-def _train(work: Work, first: LinearHead | None) -> tuple[FitResult, Predictions]:
-    """Train by epochs; return what is judged, and what was said of validation images."""
-    ready, dataset = work.ready, work.dataset
+def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Predictions]:
+    """Train by epochs, and evaluate the network of the best one.
+
+    Args:
+        context: of the run.
+        first: that the head begins as.
+
+    Returns:
+        What is handed over, and the predictions on the validation split.
+    """
+    setup, dataset, clock, distributed = context.setup, context.dataset, context.clock, context.distributed
+    network, recipe = setup.backbone.network, setup.recipe
+    part = dataset.judged_split
+    digests = digest_frozen(network, setup.plan)
     with ExitStack() as stack:
-        trainer, loaders, predictions = _train_together(work, first, stack)
-        of_best = trainer.predictions  # nothing is computed twice
-        images = next(loaders.images[dataset.judged_split].batches()).images[:FEW].clone()
-    backbone = replace(ready.backbone, network=trainer.judged)
-    facts = describe_training(dataset, trainer.progress)
-    val = of_best if dataset.judged_split != "val" else None
-    dtype = ready.recipe.cache.dtype
-    return FitResult(backbone, predictions, val, images, trainer.precision, dtype, facts), of_best
-
-
-def _train_together(
-    work: Work, first: LinearHead | None, stack: ExitStack
-) -> tuple[Trainer, DataLoaders, Predictions]:
-    """Train and judge, in every process; the trainer ends at its best, and predicts the judged part."""
-    ready, clock, distributed = work.ready, work.clock, work.distributed
-    network, plan, recipe = ready.backbone.network, ready.plan, ready.recipe
-    digests = digest_frozen(network, plan)
-    source = Source(ready, work.dataset, work.digests, digests, distributed)
-    with clock.phase("trunk"):
-        loaders = stack.enter_context(open_loaders(source, work.folder, work.display))
-    keeps = distributed.share(lambda: recipe.strategy.head == "keep" or _start_head(network, first))
-    if recipe.strategy.probe_first:  # the main process has solved the head
-        share_weights(network, distributed)
-    trainer = _build_trainer(work, loaders)
-    with clock.phase("measure"):
-        if not starts_random(recipe.strategy.name):  # random features are not worth measuring
-            trainer.standardize_head(keep=keeps)
-    if recipe.training.sync_batch_norm and distributed.size > 1:
-        synchronize_batch_norm(network)  # not before features are measured by one
-    distributed.wait()  # one machine may have been faster
-    with clock.phase("train"), work.stop.gently():
-        trainer.fit()
-    if distributed.is_main:
-        work.claim.check_owner()
-    check_frozen(trainer.judged, plan, digests)
-    with clock.phase("evaluate"):
-        part = work.dataset.judged_split
-        of_best = trainer.predictions
-        judged = of_best if part == "val" else evaluate(trainer, loaders.loaders[part], work.display)
-    return trainer, loaders, judged
+        with clock.phase("trunk"):
+            loaders = stack.enter_context(open_loaders(context, digests))
+        keeps_head = recipe.strategy.head == "keep" or _start_head(network, first)
+        trainer = _build_trainer(context, loaders)
+        with clock.phase("measure"):
+            if not starts_random(recipe.strategy.name):  # random features are not worth measuring
+                trainer.standardize_head(keep=keeps_head)
+        if recipe.training.sync_batch_norm and distributed.size > 1:
+            synchronize_batch_norm(network)  # not before features are measured by one
+        distributed.wait()  # one machine may have been faster
+        with clock.phase("train"), context.stop.gently():
+            trainer.fit()
+        if distributed.is_main:
+            context.claim.check_owner()
+        check_frozen(trainer.judged, setup.plan, digests)
+        with clock.phase("evaluate"):
+            of_best = trainer.predictions  # nothing is computed twice
+            judged = of_best if part == "val" else evaluate(trainer, loaders.batches[part], context.display)
+        images = _take_first_images(context, loaders.images[part])
+    result = FitResult(
+        replace(setup.backbone, network=trainer.judged),
+        judged,
+        of_best if part != "val" else None,
+        images,
+        precision=trainer.precision,
+        dtype=recipe.cache.dtype,
+        facts=describe_training(dataset, trainer.progress),
+    )
+    return result, of_best
 
 
 def _start_head(network: nn.Module, first: LinearHead | None) -> bool:
@@ -192,37 +196,44 @@ def _start_head(network: nn.Module, first: LinearHead | None) -> bool:
     return True
 
 
-def _build_trainer(work: Work, loaders: DataLoaders) -> Trainer:
-    ready, settings = work.ready, work.ready.recipe.training
+def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
+    setup, settings, dataset = context.setup, context.setup.recipe.training, context.dataset
     precision = settings.precision
     assert precision != "auto"
-    counts = work.dataset.counts("train")
-    loss = build_loss(counts, settings.class_weights, settings.label_smoothing).to(ready.placement.device)
-    train, val = loaders.loaders["train"], loaders.loaders["val"]
-    task = Task(ready.backbone.network, ready.plan, loss, train, val, work.dataset.num_classes, loaders.split)
-    store = CheckpointStore(work.folder.checkpoints, work.claim.attempt, work.claim.check_owner)
+    counts, train = dataset.counts("train"), loaders.batches["train"]
+    loss = build_loss(counts, settings.class_weights, settings.label_smoothing)
+    task = Task(
+        setup.backbone.network,
+        setup.plan,
+        loss.to(setup.placement.device),
+        train=train,
+        val=loaders.batches["val"],
+        num_classes=dataset.num_classes,
+        split=loaders.split,
+    )
+    store = CheckpointStore(context.folder.checkpoints, context.claim.attempt, context.claim.check_owner)
     return Trainer(
         task,
         settings,
         precision=precision,
-        seed=ready.recipe.seed,
-        folder=work.folder,
+        seed=setup.recipe.seed,
+        folder=context.folder,
         store=store,
-        start=work.distributed.share(lambda: _find_start(work, store, train.num_batches())),
-        display=work.display,
-        stop_asked=lambda: work.stop.asked,
-        on_history=work.on_history,
-        distributed=work.distributed,
+        start=context.distributed.share(lambda: _find_start(context, store, train.num_batches())),
+        display=context.display,
+        stop_asked=lambda: context.stop.asked,
+        on_history=context.on_history,
+        distributed=context.distributed,
     )
 
 
-def _find_start(work: Work, store: CheckpointStore, steps: int) -> Checkpoint | None:
+def _find_start(context: FitContext, store: CheckpointStore, steps: int) -> Checkpoint | None:
     """Return where an earlier attempt was; at the start of an epoch where anything has changed since."""
-    start = store.load(work.display.warn)
-    if start is None and work.claim.attempt > 1:
-        work.display.say("no checkpoint was written before: training begins anew")
+    start = store.load(context.display.warn)
+    if start is None and context.claim.attempt > 1:
+        context.display.say("no checkpoint was written before: training begins anew")
     # Steps as well: after a kill in between, the next attempt finds nothing changed.
-    if start is not None and (work.changed or start.now.progress.steps_per_epoch != steps):
+    if start is not None and (context.changed or start.now.progress.steps_per_epoch != steps):
         start = restart_epoch(start, steps)
         store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
     return start

@@ -12,8 +12,7 @@ Validation images choose nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +26,8 @@ from finetune.features.extraction import Features, Source, open_features
 from finetune.features.network import Network
 from finetune.features.rows import ConcatRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
-from finetune.run.context import Work
-from finetune.run.setup import Ready
+from finetune.run.context import FitContext
+from finetune.run.setup import RunSetup
 from finetune.targets import LINEAR_CLASSIFIER
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers
@@ -44,7 +43,7 @@ class LinearHead:
     Attributes:
         layers: whose features it reads, side by side.
         is_last: they are what the backbone's own classifier reads.
-        classifier: on the features as they are.
+        classifier: on the features as they are; its tensors lie on the CPU.
         predictions: of validation and test images.
     """
 
@@ -61,64 +60,57 @@ class LinearHead:
         return f"a linear classifier on {names} ({shape})"
 
 
-@contextmanager
-def open_solvable(work: Work, choice: str) -> Iterator[tuple[Features, tuple[Layer, ...]]]:
-    """Give the features that a choice of layers needs, in every process, and the last layer of all.
+def solve_head(context: FitContext, choice: str) -> LinearHead:
+    """Solve a linear classifier on features of training images: all processes compute them, one solves.
 
     Args:
-        work: its backbone is pretrained.
+        context: of a run whose backbone is pretrained.
         choice: ``last``, ``best``, ``all`` or a layer's name.
 
     Raises:
         DataError: an image cannot be read any more.
     """
-    ready, backbone = work.ready, work.ready.backbone
+    setup, backbone = context.setup, context.setup.backbone
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
+    dataset = _find_left(context)
     source = Source(
-        Network(backbone, ready.placement, layers),
-        _find_left(work),
-        dict(work.digests),
-        (),
-        ready.recipe,
-        work.display,
+        Network(backbone, setup.placement, layers),
+        dataset,
+        dict(context.digests),
+        unreadable=(),
+        recipe=setup.recipe,
+        display=context.display,
     )
     wanted = layers.all if choice in ("best", "all") else layers.all[-1:]
     if choice not in ("last", "best", "all"):
         wanted = layers.select([choice])
-    with open_features(source, wanted, "auto", distributed=work.distributed.machine) as features:
+    with open_features(source, wanted, "auto", distributed=context.distributed.machine) as features:
         _refuse_lost(features)
-        yield features, layers.all[-1:]
+        return context.distributed.share(lambda: _solve(source, features, choice))
 
 
-def _find_left(work: Work) -> Dataset:
+def _find_left(context: FitContext) -> Dataset:
     """Return the images without those that an earlier attempt has lost."""
-    return work.dataset.without({one.path for one in work.dataset.samples if one.path not in work.digests})
+    lost = {one.path for one in context.dataset.samples if one.path not in context.digests}
+    return context.dataset.without(lost)
 
 
-def solve_head(work: Work, choice: str) -> LinearHead:
-    """Solve a linear classifier on features of training images.
-
-    The arguments are those of :func:`open_solvable`.
-
-    Raises:
-        DataError: an image cannot be read any more.
-    """
-    dataset, seed = _find_left(work), work.ready.recipe.seed
-    with open_solvable(work, choice) as (features, last):
-        total = 1 + (len(features.layers) if choice == "best" else 0)
-        with work.display.track("solving linear classifiers", total) as advance:
-            chosen = _choose(features, dataset, choice, seed, lambda: advance(1, ""))
-            rows = _beside(features, chosen)
-            indices = _indices_of(dataset, "train")
-            labels = _labels(dataset, indices)
-            classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed)
-            advance(1, "")
-            parts: list[Part] = ["val", "test"]
-            predictions = {
-                part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)
-            }
-    return LinearHead(tuple(chosen), chosen == last, classifier, predictions)
+def _solve(source: Source, features: Features, choice: str) -> LinearHead:
+    dataset, seed = source.dataset, source.recipe.seed
+    total = 1 + (len(features.layers) if choice == "best" else 0)
+    with source.display.track("solving linear classifiers", total) as advance:
+        chosen = _choose(features, dataset, choice, seed, lambda: advance(1, ""))
+        rows = _beside(features, chosen)
+        indices = _indices_of(dataset, "train")
+        labels = _labels(dataset, indices)
+        classifier = fit(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
+        advance(1, "")
+        parts: list[Part] = ["val", "test"]
+        predictions = {part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)}
+    is_last = chosen == source.network.layers.all[-1:]
+    classifier = replace(classifier, weight=classifier.weight.cpu(), bias=classifier.bias.cpu())
+    return LinearHead(chosen, is_last, classifier, predictions)
 
 
 def _refuse_lost(features: Features) -> None:
@@ -138,7 +130,7 @@ def _choose(
     labels = _labels(dataset, indices)
     accuracies = []
     for rows in features.rows:
-        hits = cross_validate(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed)
+        hits = cross_validate(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
         accuracies.append(hits.double().mean().item())
         on_done()
     best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))
@@ -184,9 +176,9 @@ def fill_head(layer: nn.Linear | nn.Conv2d, solution: LinearHead) -> None:
     layer.bias.copy_(solution.classifier.bias)
 
 
-def build_solved(ready: Ready, solution: LinearHead) -> Backbone:
+def build_solved(setup: RunSetup, solution: LinearHead) -> Backbone:
     """Return the pretrained backbone with a solution as its classifier, in eval mode."""
-    backbone = ready.backbone
+    backbone = setup.backbone
     head = find_plain_head(backbone.network, solution)
     if head is not None:
         fill_head(head, solution)
@@ -195,7 +187,7 @@ def build_solved(ready: Ready, solution: LinearHead) -> Backbone:
     weight = solution.classifier.weight
     _drop_head(backbone.network)
     network = StageClassifier(backbone.network, solution.layers, "auto", len(weight))
-    device = ready.placement.device
+    device = setup.placement.device
     network.classifier.to(device)
     fill_head(network.classifier, solution)
     points = (layer.point for layer in solution.layers)

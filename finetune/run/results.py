@@ -15,7 +15,7 @@ from finetune.errors import InternalError
 from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE, Predictions, predict
 from finetune.evaluation.summary import Summary
 from finetune.run.linear_head import LinearHead
-from finetune.run.setup import Ready
+from finetune.run.setup import RunSetup
 from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Advance, Display
@@ -68,14 +68,14 @@ def check_figures(
 
 
 def collect_metrics(
-    ready: Ready, dataset: Dataset, summary: Summary, facts: Mapping[str, Any]
+    setup: RunSetup, dataset: Dataset, summary: Summary, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
     return summary.metrics | {
         "split": dataset.judged_split,
         **facts,
-        "backbone": ready.backbone.card.name,
-        "strategy": ready.recipe.strategy.name,
+        "backbone": setup.backbone.card.name,
+        "strategy": setup.recipe.strategy.name,
         "num_classes": dataset.num_classes,
         "num_train": len(dataset.of("train")),
     }
@@ -101,12 +101,12 @@ def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
     }
 
 
-def describe_solution(ready: Ready, dataset: Dataset, solution: LinearHead) -> dict[str, Any]:
+def describe_solution(setup: RunSetup, dataset: Dataset, solution: LinearHead) -> dict[str, Any]:
     """Return what ``metrics.json`` says of a linear classifier.
 
     Validation images chose it only where it is handed over instead of a training that it beat on them.
     """
-    was_floor = ready.recipe.strategy.features is None
+    was_floor = setup.recipe.strategy.features is None
     val = solution.predictions["val"]
     return {
         "split_chose_checkpoint": was_floor and dataset.judged_split == "val",

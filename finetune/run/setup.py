@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from finetune.system.device import (
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.training.batch_size import fit_batch_size
+from finetune.training.ddp import share_weights
 from finetune.training.plan import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.bundle import find_bundled
@@ -39,21 +41,19 @@ from pretrained.network import is_convolutional
 
 
 @dataclass(frozen=True)
-class Ready:
-    """Everything that is decided before the output folder is taken.
+class RunSetup:
+    """What is decided before the run folder is taken.
 
     Attributes:
         recipe: without any "auto".
-        dataset: that was found.
         backbone: with its weights.
         placement: device and layout of images.
         plan: what learns, and how fast.
         most_workers: decoding processes that there may be where their number was left to the program.
-        source_card: of the backbone as it was published.
+        source_card: of the backbone as it was published, at the size of the run's images.
     """
 
     recipe: Recipe
-    dataset: Dataset
     backbone: Backbone
     placement: Placement
     plan: Plan
@@ -61,86 +61,61 @@ class Ready:
     source_card: Card
 
 
-def prepare(recipe: Recipe, display: Display, distributed: Distributed = SINGLE_PROCESS) -> Ready:
-    """Find data and backbone, load the weights, and decide every "auto"."""
-    name, data = str(recipe.backbone.name), recipe.data.path
+def prepare(
+    recipe: Recipe, display: Display, distributed: Distributed = SINGLE_PROCESS
+) -> tuple[RunSetup, Dataset]:
+    """Find data and backbone, load the weights, and decide every "auto".
+
+    The main process finds and decides; the others need neither the file of the weights nor a cache.
+
+    Args:
+        recipe: names its data and its backbone.
+        display: what the user sees.
+        distributed: the processes of the run.
+
+    Returns:
+        What was decided, and the images that were found.
+    """
     device = prepare_machine(recipe, distributed)
-    with display.count(f"reading {data}") as tell:
-        dataset = discover(Path(data or ""), SplitConfig.of(recipe), recipe.data.follow_links, tell)
-    card = find_card(name, recipe.backbone.offline)
-    if not starts_random(recipe.strategy.name) and not recipe.backbone.weights:
-        fetch(card, recipe.backbone.offline, display)
-    with display.busy(f"loading {name}"):
-        card = card.with_input(resolve_preprocessing(recipe, card))
-        backbone = _load_backbone(recipe, card, dataset)
+    found, card = distributed.share(lambda: (_find_images(recipe, display), _find_card(recipe, display)))
+    card = card.with_input(resolve_preprocessing(recipe, card))
+    with display.busy(f"loading {recipe.backbone.name}"):
+        backbone = _load_backbone(recipe, card, found.classes, distributed)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
     if backbone.match.missing:
         display.warn(f"{len(backbone.match.missing)} tensors of the backbone stay random")
-    _check_features(recipe, backbone)
-    num_train = len(dataset.of("train"))
-    facts = Facts(
-        device=str(device),
-        precision=resolve_precision(device),
-        channels_last=is_convolutional(backbone.network),
-        workers=resolve_workers(
-            device, _batch_bytes(recipe, num_train, card, distributed), distributed.machine.size
-        ),
-        num_train=num_train,
-        preprocessing=card.preprocessing.to_dict(),
-    )
-    resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
+
+    def decide() -> tuple[Recipe, int]:
+        _check_features(recipe, backbone)
+        facts = _collect_facts(recipe, backbone, device, len(found.of("train")), distributed)
+        resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
+        assert resolved.training.batch_size != "auto"
+        batch_bytes = _batch_bytes(resolved.training.batch_size, backbone, distributed)
+        return resolved, _limit_workers(recipe, batch_bytes, device, distributed, display)
+
+    resolved, most_workers = distributed.share(decide)
     placement = Placement(device, bool(resolved.training.channels_last))
     plan = _plan(resolved, backbone)
-    batch_bytes, processes = _batch_bytes(resolved, num_train, card, distributed), distributed.machine.size
-    asked = None if recipe.data.workers == "auto" else recipe.data.workers
-    if lack := find_lack_of_shared_memory(asked, device, batch_bytes, processes):
-        display.warn(lack)
-    most_workers = resolve_most_workers(batch_bytes, processes) if asked is None else 0
     _check_batch_norm(resolved, device, distributed)
-    return Ready(resolved, dataset, backbone, placement, plan, most_workers, card)
+    return RunSetup(resolved, backbone, placement, plan, most_workers, card), found
 
 
-def prepare_help(
-    recipe: Recipe, dataset: Dataset, card: Card, most_workers: int, distributed: Distributed
-) -> Ready:
-    """Return what the main process has prepared, for another one; the weights are random as yet.
-
-    Args:
-        recipe: without any "auto".
-        dataset: the usable images.
-        card: of the backbone, as it was published.
-        most_workers: of :class:`Ready`.
-        distributed: the processes.
-    """
-    device = prepare_machine(recipe, distributed)
-    seed_everything(recipe.seed, "head")
-    sized = card.with_input(resolve_preprocessing(recipe, card))
-    backbone = load_backbone(
-        sized,
-        classes=dataset.classes,
-        head=recipe.strategy.head,
-        dropout=recipe.strategy.dropout,
-        offline=True,
-        pretrained=False,
-    )
-    placement = Placement(device, bool(recipe.training.channels_last))
-    return Ready(recipe, dataset, backbone, placement, _plan(recipe, backbone), most_workers, card)
-
-
-def fit_batches(ready: Ready, folder: RunFolder) -> Ready:
+def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:
     """Halve the batch size until a step fits on the device; an earlier attempt's choice stays.
 
     What else runs on a GPU changes, and the run must not.
     """
-    size = _read_batch_size(folder)
-    if size is None:
-        wanted = ready.recipe.training.batch_size
-        assert wanted != "auto"
-        input_size = ready.backbone.card.preprocessing.input_size
-        network = place_network(ready.backbone.network, ready.placement)
-        size = fit_batch_size(network, ready.plan, input_size, ready.placement, wanted)
-    training = ready.recipe.training.model_copy(update={"batch_size": size})
-    return replace(ready, recipe=ready.recipe.model_copy(update={"training": training}))
+    size = distributed.share(lambda: _read_batch_size(folder) or _find_batch_size(setup))
+    training = setup.recipe.training.model_copy(update={"batch_size": size})
+    return replace(setup, recipe=setup.recipe.model_copy(update={"training": training}))
+
+
+def _find_batch_size(setup: RunSetup) -> int:
+    wanted = setup.recipe.training.batch_size
+    assert wanted != "auto"
+    network = place_network(setup.backbone.network, setup.placement)
+    input_size = setup.backbone.card.preprocessing.input_size
+    return fit_batch_size(network, setup.plan, input_size, setup.placement, wanted)
 
 
 def _read_batch_size(folder: RunFolder) -> int | None:
@@ -149,11 +124,50 @@ def _read_batch_size(folder: RunFolder) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _batch_bytes(recipe: Recipe, num_train: int, card: Card, distributed: Distributed) -> int:
-    """Bytes of one process's part of a batch of images, in uint8."""
+def _find_images(recipe: Recipe, display: Display) -> Dataset:
+    with display.count(f"reading {recipe.data.path}") as tell:
+        path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)
+        return discover(path, config, recipe.data.follow_links, tell)
+
+
+def _find_card(recipe: Recipe, display: Display) -> Card:
+    """Return the card of the backbone; fetch its weights where they are not here."""
+    card = find_card(str(recipe.backbone.name), recipe.backbone.offline)
+    if not starts_random(recipe.strategy.name) and not recipe.backbone.weights:
+        fetch(card, recipe.backbone.offline, display)
+    return card
+
+
+def _collect_facts(
+    recipe: Recipe, backbone: Backbone, device: torch.device, num_train: int, distributed: Distributed
+) -> Facts:
     asked = recipe.training.batch_size
     batch_size = compute_batch_size(num_train) if asked == "auto" else asked
-    return math.ceil(batch_size / distributed.size) * math.prod(card.preprocessing.input_size)
+    batch_bytes = _batch_bytes(batch_size, backbone, distributed)
+    return Facts(
+        device=str(device),
+        precision=resolve_precision(device),
+        channels_last=is_convolutional(backbone.network),
+        workers=resolve_workers(device, batch_bytes, distributed.machine.size),
+        num_train=num_train,
+        preprocessing=backbone.card.preprocessing.to_dict(),
+    )
+
+
+def _limit_workers(
+    recipe: Recipe, batch_bytes: int, device: torch.device, distributed: Distributed, display: Display
+) -> int:
+    """Return the most decoding processes of the program's choice, and warn where they lack shared memory."""
+    asked = None if recipe.data.workers == "auto" else recipe.data.workers
+    processes = distributed.machine.size
+    if lack := find_lack_of_shared_memory(asked, device, batch_bytes, processes):
+        display.warn(lack)
+    return resolve_most_workers(batch_bytes, processes) if asked is None else 0
+
+
+def _batch_bytes(batch_size: int, backbone: Backbone, distributed: Distributed) -> int:
+    """Bytes of one process's part of a batch of images, in uint8."""
+    return math.ceil(batch_size / distributed.size) * math.prod(backbone.card.preprocessing.input_size)
 
 
 def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distributed) -> None:
@@ -210,17 +224,20 @@ def _check_strategy(recipe: Recipe) -> None:
             raise UsageError(f"strategy.{key}={value}", found, fix)
 
 
-def _load_backbone(recipe: Recipe, card: Card, dataset: Dataset) -> Backbone:
+def _load_backbone(recipe: Recipe, card: Card, classes: Sequence[str], distributed: Distributed) -> Backbone:
+    """Load the weights in the main process, and give them to all others."""
     seed_everything(recipe.seed, "head")
-    return load_backbone(
+    backbone = load_backbone(
         card,
-        classes=dataset.classes,
+        classes=classes,
         head=recipe.strategy.head,
         dropout=recipe.strategy.dropout,
         weights=recipe.backbone.weights,
-        offline=recipe.backbone.offline,
-        pretrained=not starts_random(recipe.strategy.name),
+        offline=recipe.backbone.offline or not distributed.is_main,
+        pretrained=not starts_random(recipe.strategy.name) and distributed.is_main,
     )
+    share_weights(backbone.network, distributed)
+    return backbone
 
 
 def _check_features(recipe: Recipe, backbone: Backbone) -> None:
@@ -246,9 +263,11 @@ def _check_features(recipe: Recipe, backbone: Backbone) -> None:
             raise UsageError(f"strategy.{key}={name}", found, "Take last, or a layer before it.")
 
 
-def reload_backbone(ready: Ready, dataset: Dataset) -> Backbone:
-    """Return the backbone as it was before training."""
-    return _load_backbone(ready.recipe, ready.source_card, dataset)
+def reload_backbone(
+    setup: RunSetup, classes: Sequence[str], distributed: Distributed = SINGLE_PROCESS
+) -> Backbone:
+    """Return the backbone as it was before training, in every process."""
+    return _load_backbone(setup.recipe, setup.source_card, classes, distributed)
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

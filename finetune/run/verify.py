@@ -21,9 +21,11 @@ from finetune.features.network import place_network
 from finetune.features.rows import SubsetRows
 from finetune.features.solvers import draw_folds
 from finetune.recipe import Recipe
-from finetune.run.batches import Source, open_loaders
+from finetune.run.batches import open_loaders
+from finetune.run.context import FitContext
 from finetune.run.rule import TOP, Decision, Evidence
-from finetune.run.setup import Ready, prepare
+from finetune.run.setup import RunSetup, prepare
+from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display, SilentDisplay
 from finetune.targets import build_loss
@@ -79,30 +81,29 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
         "input": recipe.input.model_copy(update={"augmentation": "none"}),
         "training": recipe.training.model_copy(update={"epochs": EPOCHS}),
     }
-    ready = prepare(recipe.model_copy(update=changes), display)
-    place_network(ready.backbone.network, ready.placement)
-    settled, _ = read_images(recipe, ready.dataset, display)
+    setup, found = prepare(recipe.model_copy(update=changes), display)
+    network = place_network(setup.backbone.network, setup.placement)
+    settled, _ = read_images(recipe, found, display)
     few = draw_evenly(settled, MOST_IMAGES, recipe.seed)
     with display.track("checking images", len(few.samples)) as advance:
         checked = check_images(few, lambda _: advance(1, ""))
     dataset = few.without({image.path for image in checked.bad})
-    frozen = digest_frozen(ready.backbone.network, ready.plan)
     with TemporaryDirectory() as folder:
-        source = Source(replace(ready, dataset=dataset), dataset, checked.digests, frozen)
-        with open_loaders(source, RunFolder(Path(folder)), display) as loaders:
-            whole = loaders.loaders["train"]
+        context = FitContext(setup, dataset, checked.digests, Claim(RunFolder(Path(folder))), display)
+        with open_loaders(context, digest_frozen(network, setup.plan)) as loaders:
+            whole = loaders.batches["train"]
             if not isinstance(whole, FeatureLoader) or loaders.split is None:
                 return None
             labels = torch.tensor([sample.label for sample in whole.samples])
-            before = copy.deepcopy(ready.backbone.network.state_dict())
+            before = copy.deepcopy(network.state_dict())
             folds = draw_folds(labels, NUM_FOLDS, recipe.seed)
             hits, total = 0.0, int((folds >= 0).sum())
             with display.track("training briefly", int(folds.max()) + 1) as advance:
                 for fold in range(int(folds.max()) + 1):
-                    ready.backbone.network.load_state_dict(before)
+                    network.load_state_dict(before)
                     train, held = _part(whole, folds != fold, True), _part(whole, folds == fold, False)
-                    task = _task(ready, train, held, dataset.num_classes, loaders.split)
-                    hits += _train(ready, task, Path(folder) / str(fold)) * len(held.samples)
+                    task = _task(setup, train, held, dataset.num_classes, loaders.split)
+                    hits += _train(setup, task, Path(folder) / str(fold)) * len(held.samples)
                     advance(1, "")
             return hits / max(total, 1)
 
@@ -119,25 +120,25 @@ def _part(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:
     )
 
 
-def _task(ready: Ready, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: Split) -> Task:
+def _task(setup: RunSetup, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: Split) -> Task:
     counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
-    settings = ready.recipe.training
+    settings = setup.recipe.training
     loss = build_loss(counts.tolist(), settings.class_weights, settings.label_smoothing)
-    loss = loss.to(ready.placement.device)
-    return Task(ready.backbone.network, ready.plan, loss, train, held, num_classes, split)
+    loss = loss.to(setup.placement.device)
+    return Task(setup.backbone.network, setup.plan, loss, train, held, num_classes=num_classes, split=split)
 
 
-def _train(ready: Ready, task: Task, path: Path) -> float:
+def _train(setup: RunSetup, task: Task, path: Path) -> float:
     """Accuracy of the last epoch on the images that were held out."""
     folder = RunFolder(path)
     folder.checkpoints.mkdir(parents=True)
-    precision = ready.recipe.training.precision
+    precision = setup.recipe.training.precision
     assert precision != "auto"
     trainer = Trainer(
         task,
-        ready.recipe.training,
+        setup.recipe.training,
         precision=precision,
-        seed=ready.recipe.seed,
+        seed=setup.recipe.seed,
         folder=folder,
         store=CheckpointStore(folder.checkpoints, 1, lambda: None),
         display=SilentDisplay(),

@@ -2,7 +2,8 @@
 
 Whoever started them (torchrun, ``srun``, Kubeflow's Trainer, Ray Train, ``finetune run --gpus N``) has set
 what torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Every process runs the
-same program. The first one, of rank 0, decides, writes and speaks; the others help it.
+same program, call for call. What one alone can decide, the first one (rank 0) decides for all with
+:meth:`Distributed.share`; it alone writes and speaks.
 
 A process that is alone is a world of its own: nothing is sent, and nothing costs anything.
 """
@@ -101,11 +102,6 @@ class Distributed:
             raise error
         made: T = found
         return made
-
-    def receive(self) -> Any:
-        """Return what the main process shares next; for the others."""
-        nothing: Any = None
-        return self.share(lambda: nothing)
 
     def first(self, make: Callable[[], T]) -> T:
         """Return what each process makes for itself, the main one first: what it fetches is there for all.

@@ -34,11 +34,15 @@ class StopSignal:
     saved; the second, and any signal outside, raises KeyboardInterrupt at once. Batch systems send the same
     signal to every process of a job, and the parent passes its own on: two within half a second are one.
     Handlers belong to the main thread: elsewhere this does nothing.
+
+    Args:
+        gentle: the first signal only sets :attr:`asked`, outside :meth:`gently` as well. For the processes of
+            a job that wait for its main one, which gets the same signal and says why all of them stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gentle: bool = False) -> None:
         self.asked = False
-        self._gentle = False
+        self._gentle = gentle
         self._last = -math.inf
         self._before: dict[int, Any] = {}
 
@@ -63,11 +67,11 @@ class StopSignal:
     @contextmanager
     def gently(self) -> Iterator[None]:
         """Let the block end in its own time."""
-        self._gentle = True
+        before, self._gentle = self._gentle, True
         try:
             yield
         finally:
-            self._gentle = False
+            self._gentle = before
 
 
 _PR_SET_PDEATHSIG = 1

@@ -17,19 +17,20 @@ from finetune.system.display import SilentDisplay
 def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     """As on a GPU, where the memory that is free changes from one attempt to the next."""
     recipe = load_recipe(None, {"backbone.name": str(tiny), "data.path": str(image_folder)})
-    ready, folder = prepare(recipe, SilentDisplay()), RunFolder(tmp_path)
+    setup, _ = prepare(recipe, SilentDisplay())
+    folder = RunFolder(tmp_path)
     with mock.patch("finetune.run.setup.fit_batch_size", side_effect=[8, 4]) as fit:
-        first = fit_batches(ready, folder)
+        first = fit_batches(setup, folder)
         assert first.recipe.training.batch_size == 8
         folder.recipe.write_text(first.recipe.to_yaml())
-        assert fit_batches(ready, folder) == replace(ready, recipe=first.recipe)
+        assert fit_batches(setup, folder) == replace(setup, recipe=first.recipe)
         folder.recipe.write_text("{")
-        assert fit_batches(ready, folder).recipe.training.batch_size == 4
+        assert fit_batches(setup, folder).recipe.training.batch_size == 4
     assert fit.call_count == 2
 
 
 @pytest.mark.parametrize("size", [8, 64])
 def test_a_number_of_the_user_is_taken(image_folder: Path, tiny: Path, size: int) -> None:
     keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "training.batch_size": size}
-    ready = prepare(load_recipe(None, keys), SilentDisplay())
-    assert ready.recipe.training.batch_size == size
+    setup, _ = prepare(load_recipe(None, keys), SilentDisplay())
+    assert setup.recipe.training.batch_size == size
