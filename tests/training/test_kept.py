@@ -164,7 +164,7 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
 def test_what_features_depend_on_makes_others(
     fit: Fit, computed: list[int], monkeypatch: pytest.MonkeyPatch, key: dict[str, Any], number: int
 ) -> None:
-    monkeypatch.setattr("finetune.run.setup.set_deterministic", lambda _: None)  # for the whole process
+    monkeypatch.setattr("finetune.features.network.set_deterministic", lambda _: None)  # for the whole process
     fit("one", keys={"training.channels_last": True, "training.epochs": 1})
     computed.clear()
     fit("two", keys={"training.channels_last": True, "training.epochs": 1} | key)
