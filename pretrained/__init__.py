@@ -1,6 +1,6 @@
-"""What can be fine-tuned: names, weights, networks cut into stages; nothing of data folders or training."""
+"""Networks that can be fine-tuned: names, weights, stages and layers; independent of data and training."""
 
 import os
 
-# No telemetry: the hub's client reads this when it is first imported, by timm for one.
+# No telemetry. The hub's client reads this at its first import, for example by timm.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

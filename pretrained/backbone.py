@@ -1,4 +1,4 @@
-"""Backbone: a network with its card, its ordered stages and the record of how its weights fitted."""
+"""Load a backbone: a network with its card, its stages and a report of the loaded weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pretrained.weights import Match, find_weights, load_weights
 
 @dataclass(frozen=True)
 class Backbone:
-    """Everything a strategy needs to know of a network.
+    """A network with all facts that a strategy needs.
 
     Attributes:
         network: float32, on the CPU, in train mode; (B, 3, H, W) -> (B, K).
-        card: its passport, with the preprocessing and number of classes it now has.
-        stages: from stem to head, every parameter in exactly one.
-        match: how its weights fitted.
+        card: its metadata, with its current preprocessing and number of classes.
+        stages: from stem to head; every parameter is in exactly one.
+        match: which of its tensors were loaded.
     """
 
     network: nn.Module
@@ -45,26 +45,26 @@ def load_backbone(
     offline: bool = False,
     pretrained: bool = True,
 ) -> Backbone:
-    """Build a network for these classes and fill it with its weights.
+    """Build a network for these classes and load its weights.
 
     Args:
-        card: which network, with the preprocessing it will be used at.
+        card: the network, with the preprocessing that it will be used with.
         classes: names in index order.
         head: ``replace``, ``keep`` (same labels) or ``drop_fc`` (VGG, AlexNet).
-        dropout: rate before a new classifier.
-        weights: file or folder instead of the card's own.
-        offline: never ask the network.
-        pretrained: False leaves every weight random (``scratch``).
+        dropout: dropout rate before a new classifier.
+        weights: file or folder to use instead of the card's weights.
+        offline: never access the internet.
+        pretrained: False keeps random weights (strategy ``scratch``).
 
     Raises:
-        UsageError: the head cannot be made or kept, or the weights belong to another network.
-        EnvironmentFaultError: the weights are not here and cannot be had.
+        UsageError: the head cannot be replaced or kept, or the weights belong to another network.
+        EnvironmentFaultError: the weights are not on this machine and cannot be downloaded.
     """
     if head == "keep":
         check_same_labels(card, classes)
     elif card.head == "drop_fc":
-        head = "replace"  # its fully connected layers are gone already, and stay so
-    if not card.num_classes:  # published without a classifier: built with the new one, if it can have one
+        head = "replace"  # its fully connected layers were dropped already
+    if not card.num_classes:  # published without a classifier: build it with the new one, if possible
         card = replace(card, num_classes=len(classes))
     network = build_network(card, None if head == "keep" else dropout)
     if not classifier_layers(network):
@@ -92,18 +92,18 @@ def load_backbone(
 
 
 def load_source(card: Card, weights: str | None = None, offline: bool = False) -> Backbone:
-    """Build a network as it was published, with its own classifier, and fill it with its weights.
+    """Build a network as it was published, with its own classifier, and load its weights.
 
-    Where the file holds no classifier that fits, ``match.head_replaced`` says so.
+    ``match.head_replaced`` is True if the file has no classifier that fits.
 
     Args:
-        card: which network, with the preprocessing it will be used at.
-        weights: file or folder instead of the card's own.
-        offline: never ask the network.
+        card: the network, with the preprocessing that it will be used with.
+        weights: file or folder to use instead of the card's weights.
+        offline: never access the internet.
 
     Raises:
         UsageError: the weights belong to another network.
-        EnvironmentFaultError: the weights are not here and cannot be had.
+        EnvironmentFaultError: the weights are not on this machine and cannot be downloaded.
     """
     path = find_weights(card, weights, offline)
     if weights is None:
@@ -118,29 +118,29 @@ def load_source(card: Card, weights: str | None = None, offline: bool = False) -
 
 
 def _without_weights(card: Card) -> Card:
-    """The card of an architecture alone: nothing is owed to weights that were not used."""
+    """Return the card of the architecture alone, without licence and origin of weights that are not used."""
     name = f"{card.library}/{card.architecture}"
     return replace(card, name=name, tag="", place="none", location="", license="", origin="")
 
 
 def describe_stages(card: Card) -> tuple[tuple[Stage, ...], dict[str, int]]:
-    """Return a network's stages with its own classifier, and the size of each parameter."""
+    """Return the stages of a network with its own classifier, and the size of each parameter."""
     network = build_outline(card)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     return _stages_of(network, card.preprocessing), sizes
 
 
 def _stages_of(network: nn.Module, preprocessing: Preprocessing) -> tuple[Stage, ...]:
-    """timm networks know their classifier, and what else runs after it (VOLO has a second one)."""
+    """Find stages; of timm networks the head too, as more may run after the classifier (VOLO)."""
     head = None if hasattr(network, "get_classifier") else head_parameters(network)
     return find_stages(network, preprocessing.input_size, head=head)
 
 
 def check_same_labels(card: Card, classes: Sequence[str]) -> None:
-    """Refuse to keep a classifier whose outputs do not mean these classes.
+    """Refuse to keep a classifier whose outputs are other classes.
 
     Raises:
-        UsageError: the numbers differ, or the network's labels are known from an earlier run and differ.
+        UsageError: the number of classes differs, or the network has other label names from an earlier run.
     """
     if card.num_classes != len(classes):
         found = f"the network's classifier has {card.num_classes} outputs, the data {len(classes)} classes"

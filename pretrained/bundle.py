@@ -1,8 +1,7 @@
-"""The backbones that come with the installation: trained by this project, and loaded as any others.
+"""The backbones that are part of the installation. They were trained by this project.
 
-Each is a folder of ``pretrained/bundled`` in timm's format (``config.json``, ``model.safetensors``), with a
-README.md that says what it was trained on, how, and how good it is. Its name is ``finetune/`` and the
-folder's.
+Each is a folder in ``pretrained/bundled`` in timm's format (``config.json``, ``model.safetensors``), with a
+README.md about its training data, training and accuracy. Its name is ``finetune/FOLDER``.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ def list_bundled() -> tuple[str, ...]:
 
 
 def find_bundled(name: str) -> Path | None:
-    """Return the folder of a bundled backbone (with ``finetune/`` or without), None where there is none."""
+    """Return the folder of a bundled backbone (with or without ``finetune/``), None if there is none."""
     bare = name.removeprefix(f"{LIBRARY}/")
     return _root() / bare if bare in list_bundled() else None
 
 
 def _root() -> Path:
-    """The package is installed as files: torch, which it needs, cannot be run from an archive either."""
+    """The package is installed as files: it needs torch, which cannot run from an archive either."""
     return Path(str(resources.files("pretrained"))) / "bundled"

@@ -1,14 +1,14 @@
-"""Every name that can be fine-tuned, where it comes from, and its card.
+"""The catalog of backbones: resolve a name to a card.
 
-A name resolves in this order, and the first that fits wins:
+A name is resolved in this order; the first match is taken:
 
-1. one that comes with the installation, ``finetune/NAME`` or NAME;
-2. a folder on this machine: a finished run, or its ``model`` folder (with ``local-dir:`` or without);
-3. a prefix that says where to look: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
-4. a bare name, with or without a tag (``resnet50.a1_in1k``), known to timm (names of its past releases too);
-5. a bare name known to torchvision.
+1. a bundled backbone, ``finetune/NAME`` or NAME;
+2. a folder on this machine: a finished run, or its ``model`` folder (with or without ``local-dir:``);
+3. a prefix that names the source: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
+4. a name of timm, also of its earlier releases, with or without a tag (``resnet50.a1_in1k``);
+5. a name of torchvision.
 
-So ``resnet50`` is timm's and ``squeezenet1_0`` is torchvision's, which alone has it.
+For example, ``resnet50`` is timm's, and ``squeezenet1_0`` is torchvision's, because timm has none.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from finetune.errors import UsageError, suggest
 from pretrained import bundle
 from pretrained.config import (
     TEMPERATURES,
-    check_view,
-    describe_fault,
+    check_preprocessing,
+    describe_invalid_value,
     read_arguments,
     read_config,
     read_label_names,
@@ -53,15 +53,15 @@ HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a tensor. One object for training, evaluation and export.
+    """How an image becomes a tensor. Training, evaluation and export use the same object.
 
     Attributes:
-        img_size: height and width in pixels of the square the network sees.
-        crop_pct: share of the resized short side that the centre crop keeps, in (0, 1].
-        crop_mode: ``center``, ``squash`` or ``border``, as timm means them.
-        interpolation: Pillow filter name in lower case.
-        mean: subtracted from each channel of an RGB image in [0, 1].
-        std: each channel is divided by it.
+        img_size: height and width of the network's input in pixels.
+        crop_pct: side of the centre crop relative to the resized short side, in (0, 1].
+        crop_mode: ``center``, ``squash`` or ``border``, as in timm.
+        interpolation: name of a Pillow filter in lower case.
+        mean: subtracted from the channels of an RGB image in [0, 1].
+        std: divisor of the channels.
     """
 
     img_size: int = 224
@@ -77,11 +77,11 @@ class Preprocessing:
         return (3, self.img_size, self.img_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values under the recipe's own names (section ``input``)."""
+        """Return the values with the recipe's keys (section ``input``)."""
         return asdict(self)
 
     def to_timm(self) -> dict[str, Any]:
-        """Return the values under timm's names (``data_config``)."""
+        """Return the values with timm's keys (``data_config``)."""
         values = self.to_dict() | {"input_size": self.input_size}
         del values["img_size"]
         return values
@@ -89,22 +89,21 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Card:
-    """A network's passport: what builds it, where its weights are, how its input is made.
+    """The metadata of a network: how it is built, where its weights are, and its preprocessing.
 
     Attributes:
-        name: the full name, which resolves to this card again.
-        architecture: what the library calls the network.
-        tag: which of its weights, ``""`` for none.
-        location: hub id, URL or folder of the weights, after ``place``.
-        num_classes: outputs of its own classifier.
-        label_names: of its own classifier in index order, where they are known.
-        head: how the classifier differs from the library's, for networks that we exported.
-        sha256: of the weights file, for networks that we exported.
-        taps: places whose features the classifier reads, where those are not the last ones (module, number
-            of the call, whether it is what the call takes).
-        pool: of these features.
-        temperature: logits are divided by it before they become probabilities (arXiv:1706.04599); 1 changes
-            nothing.
+        name: the full name; it resolves to this card.
+        architecture: name of the network in its library.
+        tag: name of its weights, ``""`` for none.
+        location: hub id, URL or folder of the weights, depending on ``place``.
+        num_classes: number of outputs of its own classifier.
+        label_names: class names of its own classifier in index order, if known.
+        head: how the classifier of an exported network differs from the library's.
+        sha256: digest of the weights file of an exported network.
+        taps: points whose features the classifier reads, if these are not the last ones: module, number of
+            the call, and whether it is the input of the call.
+        pool: how these features are pooled.
+        temperature: divisor of the logits before the softmax (arXiv:1706.04599).
     """
 
     name: str
@@ -135,15 +134,15 @@ class Card:
 
 
 def find_card(name: str, offline: bool = False) -> Card:
-    """Return the card of a backbone by name (the order is in the module's docstring).
+    """Return the card of a backbone by name, in the order of the module's docstring.
 
     Args:
-        name: what the user gave.
-        offline: never ask the network; only ``hf-hub:`` names ever do, for their ``config.json``.
+        name: name, folder or hub id from the user.
+        offline: never access the internet; only ``hf-hub:`` names do, to get their ``config.json``.
 
     Raises:
-        UsageError: no such name; the message lists the nearest ones.
-        EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name is not here and cannot be had.
+        UsageError: there is no such backbone; the message lists similar names.
+        EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name cannot be downloaded.
     """
     if (bundled := bundle.find_bundled(name)) is not None:
         return _card_from_bundle(bundled)
@@ -182,7 +181,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    """A folder that happens to be called as a network does not hide it."""
+    """Whether it names a network; such a name has precedence over a folder without a model."""
     return is_model(name) or name.partition(".")[0] in torchvision_names()
 
 
@@ -193,7 +192,7 @@ def _nearest(name: str) -> str:
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Return torchvision's image classifiers, without the quantised copies."""
+    """Return the names of torchvision's image classifiers, without quantised ones."""
     return tuple(tv.list_models(module=tv))
 
 
@@ -245,7 +244,7 @@ def _interpolation(name: str) -> str:
 
 
 def _three(values: Any) -> tuple[float, float, float]:
-    """One value per channel; cards of single-channel networks give one for all."""
+    """Return one value per channel; configurations of single-channel networks have one value."""
     first, second, third = values if len(values) == 3 else (values[0],) * 3
     return (float(first), float(second), float(third))
 
@@ -282,7 +281,7 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
     view = weights.transforms()
     crop, resize = view.crop_size[0], view.resize_size[0]
     crop_pct = crop / resize
-    if math.floor(crop / crop_pct) != resize:  # the resize is computed back from this share by flooring
+    if math.floor(crop / crop_pct) != resize:  # the size to resize to is computed from this by flooring
         crop_pct = math.nextafter(crop_pct, 0)
     return Preprocessing(
         img_size=crop,
@@ -314,7 +313,7 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
     try:
         return _card_from_values(name, config, place, location)
     except (AttributeError, LookupError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
-        raise UsageError(f"--backbone {name}", describe_fault(error), "Export it again.") from None
+        raise UsageError(f"--backbone {name}", describe_invalid_value(error), "Export it again.") from None
 
 
 def _card_from_values(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
@@ -331,7 +330,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
     if head not in get_args(HeadChoice):
         raise ValueError(f"head {head!r}")
     preprocessing = _timm_preprocessing(inner)
-    check_view(preprocessing.to_dict())
+    check_preprocessing(preprocessing.to_dict())
     return Card(
         name=name,
         library=library,
@@ -364,7 +363,7 @@ def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
 
 
 def list_names(search: str = "") -> Iterator[str]:
-    """Yield every full name that holds ``search`` (case does not matter): bundled, timm's, torchvision's."""
+    """Yield every full name that contains ``search`` (case-insensitive): bundled, timm, torchvision."""
     tagged = timm.list_pretrained()
     bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged}
     timm_names = (f"timm/{name}" for name in sorted([*tagged, *bare]))
@@ -385,9 +384,8 @@ def _sizes() -> dict[tuple[str, str, int], int]:
 
 
 def num_parameters(card: Card) -> int | None:
-    """Return the number of parameters with the network's own classifier, None where it is not tabulated.
+    """Return the number of parameters with the network's own classifier, None if it is not in the table.
 
-    Counted once for every architecture and number of classes by ``python -m pretrained.sizes``, since
-    building 1,400 networks to print a list takes minutes.
+    ``python -m pretrained.sizes`` writes the table, because building 1,400 networks takes minutes.
     """
     return _sizes().get((card.library, card.architecture, card.num_classes))

@@ -1,7 +1,7 @@
-"""Read the ``config.json`` of a folder or a hub page, which a stranger may have written.
+"""Read the ``config.json`` of a folder or a hub repository. Its content is not trusted.
 
-It decides what is built, so nothing of it is taken that no network has: a number of classes or of pixels
-beyond all measure would fill the memory before a single weight is read.
+It decides what is built. Every value has bounds, because a huge number of classes or pixels would fill the
+memory before any weight is read.
 """
 
 from __future__ import annotations
@@ -15,58 +15,62 @@ from typing import Any
 from finetune.errors import UsageError
 from pretrained.graph.pooling import POOLS, Pool
 
-LARGEST_CONFIG = 2**24
-"""Bytes. Ten thousand long label names take one megabyte, and few networks know more."""
-MOST_CLASSES = 200_000
-"""Ten times what any published classifier has."""
-LARGEST_ARGUMENT = 20_000
-"""Of numbers that shape a network: widths, depths, pixels."""
-MOST_ARGUMENTS = 200
-LONGEST_TEXT = 200
-"""Characters of a licence, an origin or a tag; they are shown, and written into model cards."""
-MOST_TAPS = 1_000
-"""Places whose features a classifier reads; no network has as many stages."""
+MAX_CONFIG_BYTES = 2**24
+"""10,000 long label names take one megabyte."""
+MAX_CLASSES = 200_000
+"""Ten times as many as the largest published classifier has."""
+MAX_ARGUMENT = 20_000
+"""Largest number among the arguments of a network: widths, depths, pixels."""
+MAX_ARGUMENTS = 200
+MAX_TEXT_LENGTH = 200
+"""In characters: licence, origin and tag are displayed, and written into model cards."""
+MAX_TAPS = 1_000
+"""Points whose features a classifier reads; no network has as many stages."""
 TEMPERATURES = (0.01, 100.0)
-"""Least and largest that probabilities may be softened by."""
+"""Smallest and largest temperature."""
 _CROP_MODES = ("center", "squash", "border")
 
 
 def read_config(asked: str, path: Path) -> dict[str, Any]:
-    """Return the content of a ``config.json`` that names an architecture.
+    """Return the content of a ``config.json``.
+
+    Args:
+        asked: the user's request, for the error message.
+        path: the file.
 
     Raises:
-        UsageError: it is too large, no JSON, or names none.
+        UsageError: it is too large, no JSON, or has no architecture.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_CONFIG + 1)
-        if len(content) > LARGEST_CONFIG:
-            found = f"{path} is larger than {LARGEST_CONFIG:,} bytes, and no network's config"
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            found = f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes, and no network's config"
             raise UsageError(asked, found, "Name a folder in timm's format or of a finished run.")
         config = json.loads(content.decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(asked, f"{path} cannot be read: {_short(error)}", "Export it again.") from None
+        raise UsageError(asked, f"{path} cannot be read: {_shorten(error)}", "Export it again.") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         fix = "Name a folder in timm's format or of a finished run."
         raise UsageError(asked, f"{path} names no architecture", fix)
     return config
 
 
-def describe_fault(error: Exception) -> str:
-    """Say in a few words what is wrong with a value."""
-    return f"its config.json holds a value of the wrong kind ({type(error).__name__}: {_short(error)})"
+def describe_invalid_value(error: Exception) -> str:
+    """Return a message for a value of the wrong type or range."""
+    return f"its config.json holds a value of the wrong kind ({type(error).__name__}: {_shorten(error)})"
 
 
-def _short(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+    return text if len(text) <= MAX_TEXT_LENGTH else f"{text[:MAX_TEXT_LENGTH]}..."
 
 
-# --- values, each with its bounds; a ValueError names the key ------------------------------------
+# --- values with bounds; each function raises a ValueError that names the key -------------------
 
 
-def check_view(view: Mapping[str, Any]) -> None:
-    """Hold preprocessing to what a recipe may say (section ``input``)."""
+def check_preprocessing(view: Mapping[str, Any]) -> None:
+    """Check preprocessing against the bounds of a recipe (section ``input``)."""
     read_number("input_size", view["img_size"], 16, 4096)
     holds = {
         "input_size": isinstance(view["img_size"], int),
@@ -81,20 +85,20 @@ def check_view(view: Mapping[str, Any]) -> None:
 
 
 def read_number(key: str, value: Any, low: float, high: float) -> float:
-    """Return a number within bounds, both included."""
+    """Return a number in [low, high]."""
     if type(value) not in (int, float) or not low <= value <= high:
         raise ValueError(f"{key} is {repr(value)[:40]}, not a number between {low} and {high}")
     return float(value)
 
 
 def read_num_classes(config: Mapping[str, Any], inner: Mapping[str, Any]) -> int:
-    """Return the outputs of the classifier; 0 is a network without one."""
+    """Return the number of outputs of the classifier; 0 for a network without one."""
     value = config.get("num_classes", inner.get("num_classes", 1000))
-    return int(read_number("num_classes", value, 0, MOST_CLASSES))
+    return int(read_number("num_classes", value, 0, MAX_CLASSES))
 
 
 def read_label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a list, or ``{index: name}``; ``labels`` is timm's former word."""
+    """Return label names from a list or ``{index: name}``; earlier releases of timm call them ``labels``."""
     names = config.get("label_names") or config.get("labels") or ()
     found = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
     if not all(isinstance(name, (str, int)) for name in found):
@@ -103,13 +107,13 @@ def read_label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_arguments(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return ``model_args``, which the library's factory takes, with bounds on every number in it."""
+    """Return ``model_args``, the arguments of timm's factory, after a check of every number in it."""
     arguments = config.get("model_args") or {}
     numbers = [value for value in _leaves(arguments) if type(value) in (int, float)]
-    if len(numbers) > MOST_ARGUMENTS:
+    if len(numbers) > MAX_ARGUMENTS:
         raise ValueError(f"model_args hold {len(numbers):,} numbers")
     for value in numbers:
-        read_number("a number of model_args", value, -1, LARGEST_ARGUMENT)
+        read_number("a number of model_args", value, -1, MAX_ARGUMENT)
     return tuple(arguments.items())
 
 
@@ -123,9 +127,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def read_taps(value: Any) -> tuple[tuple[str, int, bool], ...]:
-    """Return places in a network, ``[[module, number of the call, is what it takes], ...]``."""
+    """Return points of a network from ``[[module, number of the call, whether its input], ...]``."""
     taps = value or []
-    if not isinstance(taps, list) or len(taps) > MOST_TAPS:
+    if not isinstance(taps, list) or len(taps) > MAX_TAPS:
         raise ValueError("taps are no list of places")
     for tap in taps:
         if not isinstance(tap, list) or [type(part) for part in tap] != [str, int, bool]:
@@ -145,6 +149,6 @@ def read_pool(value: Any) -> Pool:
 
 
 def read_text(value: Any) -> str:
-    """Return text of one line, shortened: it is shown to people."""
+    """Return text for display: printable characters of one line, shortened."""
     joined = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
-    return "".join(letter for letter in joined if letter.isprintable())[:LONGEST_TEXT]
+    return "".join(letter for letter in joined if letter.isprintable())[:MAX_TEXT_LENGTH]

@@ -1,9 +1,9 @@
-"""Exchange the classifier of a network for a new one.
+"""Replace the classifier of a network.
 
-A new head is what the lectures call the linear classifier: pooled features, optional dropout, one
-linear layer, whatever the network's own head looked like. It starts with small weights and no bias,
-so that the first loss is ln(num_classes) and every gradient is alive. (SqueezeNet's own head ends in
-a ReLU: swapping only its last convolution, as tutorials do, leaves it half dead at birth.)
+A new head is a linear classifier for any network: pooled features, optional dropout, one linear layer. Its
+weights are small and its bias is zero at first, so that the first loss is about ln(num_classes) and no
+gradient vanishes. (SqueezeNet's own head ends in a ReLU. If only its last convolution is replaced, as some
+tutorials do, about half of its activations have no gradient at first.)
 
 Shape legend: B batch, C channels, H W pixels, K classes.
 """
@@ -23,8 +23,8 @@ HEAD_STD = 0.01
 """Standard deviation of a new classifier's weights, as in VGG (arXiv:1409.1556)."""
 
 HEAD_PARTS = ("use_mlp_head", "use_aux_head")
-"""Arguments of timm networks whose own head is more than a linear layer: MetaFormers have two layers, VOLO
-classifies every patch as well (and returns a tuple while it trains). A new head has none of it."""
+"""Arguments of timm networks whose own head is more than a linear layer; a new head is built without them.
+MetaFormers have two layers. VOLO also classifies every patch, and returns a tuple in training mode."""
 
 
 class PooledHead(nn.Sequential):
@@ -37,31 +37,31 @@ class PooledHead(nn.Sequential):
 
 
 class DropoutLinear(nn.Sequential):
-    """Dropout, then one linear layer: (B, C) -> (B, K). Stands where a bare linear classifier was."""
+    """Dropout, then one linear layer: (B, C) -> (B, K). It replaces a linear classifier without dropout."""
 
     def __init__(self, num_features: int, num_classes: int, dropout: float) -> None:
         super().__init__(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
 
     @property
     def in_features(self) -> int:
-        """Features that enter, C."""
+        """Number of input features, C."""
         layer = self[1]
         assert isinstance(layer, nn.Linear)
         return layer.in_features
 
 
 def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropout: float = 0.0) -> None:
-    """Give a network a classifier for ``num_classes``, in place.
+    """Replace the classifier of a network in place.
 
     Args:
         network: a network of :func:`build_network`.
-        num_classes: outputs of the new classifier.
-        choice: ``replace`` or ``drop_fc``; ``keep`` leaves the network alone.
-        dropout: rate before the new linear layer.
+        num_classes: number of outputs of the new classifier.
+        choice: ``replace`` or ``drop_fc``; ``keep`` changes nothing.
+        dropout: dropout rate before the new linear layer.
 
     Raises:
-        UsageError: ``drop_fc`` on a network without fully connected layers under its classifier, or a
-            network that gives features only.
+        UsageError: ``drop_fc`` for a network without fully connected layers before its classifier, or a
+            network that cannot have a classifier.
     """
     if choice == "keep":
         return
@@ -80,7 +80,7 @@ def change_head(network: nn.Module, num_classes: int, choice: HeadChoice, dropou
 
 
 def init_classifier(layer: nn.Linear | nn.Conv2d) -> None:
-    """Start a linear classifier small and unbiased."""
+    """Initialise a linear classifier with small weights and zero bias."""
     nn.init.trunc_normal_(layer.weight, std=HEAD_STD)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -96,7 +96,10 @@ def _change_timm_head(network: Any, num_classes: int, choice: HeadChoice, dropou
     parts = [part for part in HEAD_PARTS if getattr(network, part, False)]
     for part in parts:
         setattr(network, part, False)
-    network.left_out = [*getattr(network, "left_out", ()), *parts]  # for the export: timm does not notice
+    network.left_out = [
+        *getattr(network, "left_out", ()),
+        *parts,
+    ]  # for the export; timm keeps no record
     network.reset_classifier(num_classes)
 
 
@@ -120,7 +123,7 @@ def _change_torchvision_head(
 
 
 def _linear(num_features: int, num_classes: int, dropout: float, after: list[nn.Module]) -> nn.Module:
-    """A linear layer whose dropout is either the network's own layer before it, or a new one."""
+    """Return a linear layer; its dropout is the network's own layer before it if there is one."""
     if after and isinstance(after[-1], nn.Dropout):
         after[-1].p = dropout
     elif dropout:
@@ -134,7 +137,7 @@ def _last_in_features(head: nn.Module) -> int:
 
 
 def _dropped(network: nn.Module, layers: list[nn.Module], num_classes: int, dropout: float) -> nn.Module:
-    """The head without any of its fully connected layers: what stood before them, dropout, linear."""
+    """Return a head without the fully connected layers: the layers before them, dropout, linear."""
     linear = [index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if len(linear) < 2:
         raise _nothing_to_drop(type(network).__name__)
@@ -146,7 +149,7 @@ def _dropped(network: nn.Module, layers: list[nn.Module], num_classes: int, drop
 
 
 def _flattened_positions(network: nn.Module) -> int:
-    """VGG and AlexNet flatten a grid of features for fc6: pool it to one position; return how many it had."""
+    """Pool the grid that VGG and AlexNet flatten for fc6 to one position; return its number of positions."""
     pool = getattr(network, "avgpool", None)
     if not isinstance(pool, nn.AdaptiveAvgPool2d):
         return 1

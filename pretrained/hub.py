@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: from the cache, else by download, else a refusal that says what to do."""
+"""Find files of the Hugging Face hub in the cache, or download them. Errors tell how to get the file."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from tqdm import tqdm
 from finetune.errors import EnvironmentFaultError, UsageError
 
 Progress = Callable[[int, int], None]
-"""Told the bytes that are there, and how many there will be (0 where nobody knows)."""
+"""Called with the bytes downloaded so far and in total (0 if unknown)."""
 NETWORK_TIMEOUT_SECONDS = 10.0
 OFFLINE = "offline mode is on"
 _CHUNK = 2**15
-"""Bytes: what a broken connection can lose, and what a slow one needs for a sign of life."""
-_MOST_RESTARTS = 3
-_LONGEST_WAIT_SECONDS = 30
-"""That a server may ask for before it is asked again; the client would wait for hours."""
+"""In bytes. Small chunks lose little on a broken connection, and show progress on a slow one."""
+_MAX_RESTARTS = 3
+_MAX_WAIT_SECONDS = 30
+"""Largest accepted Retry-After of a server; the client would wait for hours."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 _REVISION = re.compile(r"(?!.*\.\.)[\w./-]{0,200}", re.ASCII)
-"""A branch, tag or commit, which becomes a path in the cache."""
+"""A branch, tag or commit. It becomes a path in the cache."""
 
 
-def no_answer(where: str, problem: str) -> str:
-    """Say that a server has not given a file, and whether it was asked at all."""
-    return f"{where} {'was not asked' if problem == OFFLINE else 'gave none'} ({problem})"
+def describe_failure(where: str, problem: str) -> str:
+    """Return the part of an error message that tells whether a server was asked, and its problem."""
+    if problem == OFFLINE:
+        return f"{where} was not contacted ({problem})"
+    return f"the download from {where} failed ({problem})"
 
 
 def find_hub_file(
@@ -47,19 +49,19 @@ def find_hub_file(
     fix: str = "name a local folder",
     on_progress: Progress | None = None,
 ) -> Path:
-    """Return the first of ``names`` that a hub repository holds, from the cache or by download.
+    """Return the first of ``names`` in a hub repository, from the cache or by download.
 
     Args:
-        asked: what the user asked for, for the message.
-        hub_id: ``ORG/NAME``, with ``@REVISION`` or without.
-        names: in order of preference.
-        offline: never ask the network.
-        fix: what to do with a file fetched elsewhere, for the message.
-        on_progress: told of a download as it comes.
+        asked: the user's request, for the error message.
+        hub_id: ``ORG/NAME``, with or without ``@REVISION``.
+        names: file names in order of preference.
+        offline: never access the internet.
+        fix: how to use a file from another machine, for the error message.
+        on_progress: called during a download.
 
     Raises:
-        UsageError: ``hub_id`` is no name of a repository.
-        EnvironmentFaultError: none can be had.
+        UsageError: ``hub_id`` is not the name of a repository.
+        EnvironmentFaultError: none of the files can be downloaded.
     """
     from huggingface_hub import hf_hub_url
 
@@ -75,8 +77,8 @@ def find_hub_file(
     problem = _unreachable(hf_hub_url(repo, next(iter(names)), revision=revision or None))
     if problem:
         raise _no_hub_file(asked, hub_id, names, problem, fix)
-    with _tamed_client():
-        fetched = _fetch(repo, revision or None, names, _bar_of(on_progress))
+    with _configured_client():
+        fetched = _fetch(repo, revision or None, names, _progress_bar(on_progress))
     if isinstance(fetched, str):
         raise _no_hub_file(asked, hub_id, names, fetched, fix)
     return fetched
@@ -94,11 +96,11 @@ def _is_hub_id(hub_id: str) -> bool:
     return _REVISION.fullmatch(revision) is not None
 
 
-def _bar_of(on_progress: Progress | None) -> type[Any]:
-    """Return what the client takes for a bar: it draws nothing, and tells how far the file is.
+def _progress_bar(on_progress: Progress | None) -> type[Any]:
+    """Return a progress bar class for the client that reports progress and draws nothing.
 
-    The client opens a second one where it counts what came over the line apart from what was written. It
-    takes bytes back when a server sends the file from its beginning again, and would let it do so for ever.
+    The client may open a second bar, for bytes received as opposed to bytes written. It subtracts bytes when
+    a server restarts a file from the beginning, without a limit: here the number of restarts is limited.
     """
     furthest = restarts = 0
 
@@ -110,7 +112,7 @@ def _bar_of(on_progress: Progress | None) -> type[Any]:
             nonlocal furthest, restarts
             was_shown: bool | None = super().update(n)
             restarts += (n or 0) < 0
-            if restarts > _MOST_RESTARTS:
+            if restarts > _MAX_RESTARTS:
                 found = f"the connection broke {restarts} times, the last time after {-int(n or 0):,} bytes"
                 raise ConnectionError(f"{found}, and the server does not go on where it broke")
             furthest = max(furthest, int(self.n))
@@ -122,7 +124,7 @@ def _bar_of(on_progress: Progress | None) -> type[Any]:
 
 
 def _fetch(repo: str, revision: str | None, names: Collection[str], bar: type[Any]) -> Path | str:
-    """Download the first of ``names`` that is there and whole, or return the problem."""
+    """Download the first of ``names`` that exists, and verify it; return a problem as text."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -132,23 +134,23 @@ def _fetch(repo: str, revision: str | None, names: Collection[str], bar: type[An
                 repo, name, revision=revision, etag_timeout=NETWORK_TIMEOUT_SECONDS, tqdm_class=bar
             )
             return _verify(Path(file))
-        except LocalEntryNotFoundError as error:  # the library's "no network"; a kind of the next one
+        except LocalEntryNotFoundError as error:  # no connection; a subclass of the next one
             return _root_cause(error)
         except EntryNotFoundError:
             continue
-        except Exception as error:  # the client's error classes change with every release
-            return f"{_root_cause(error)}{_meaning(error)}"
+        except Exception as error:  # the error classes of the client differ between releases
+            return f"{_root_cause(error)}{_access_hint(error)}"
     return "the repository holds none of these files"
 
 
 def _verify(file: Path) -> Path | str:
-    """Return a downloaded file, or remove it where it is not what the hub said it would be.
+    """Return a downloaded file; remove it and return a problem if its sha256 is not the hub's.
 
-    The client compares sizes only. It stores a large file under its sha256, as the hub names it.
+    The client compares sizes only. It stores a large file under the sha256 that the hub states.
     """
-    if not file.is_symlink():  # a file system without links, where nothing tells the hash
+    if not file.is_symlink():  # a file system without links: the hash is unknown
         return file
-    stored = file.parent / file.readlink()  # itself a link, maybe, to a file that is named by another hash
+    stored = file.parent / file.readlink()  # may itself be a link to a file with another hash in its name
     if not _SHA256.fullmatch(stored.name):
         return file
     with stored.open("rb") as content:
@@ -161,11 +163,11 @@ def _verify(file: Path) -> Path | str:
 
 
 @contextmanager
-def _tamed_client() -> Iterator[None]:
-    """Let the client say nothing, and take a file in small parts.
+def _configured_client() -> Iterator[None]:
+    """Silence the client's log, and let it download in small chunks.
 
-    It writes addresses to stderr with their passwords; its errors say what went wrong as well. Of its parts
-    of 10 MB a slow server needs minutes for one, and one that breaks off earlier loses all of it each time.
+    The log contains URLs with passwords, and the errors have the same information. With the client's chunks
+    of 10 MB a slow server shows no progress for minutes, and a broken connection loses a whole chunk.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
@@ -181,29 +183,29 @@ def _tamed_client() -> Iterator[None]:
 
 
 def _unreachable(url: str) -> str:
-    """Say why a server gives no answer, ``""`` when it does: the hub's client would try again for minutes."""
+    """Return why a server does not answer, ``""`` if it does; the hub's client would retry for minutes."""
     try:
         request = Request(without_user(url), method="HEAD")  # noqa: S310  # the user's own mirror, or the hub
         with urlopen(request, timeout=NETWORK_TIMEOUT_SECONDS):  # noqa: S310
             return ""
-    except HTTPError as error:  # an answer; the client says what it means
+    except HTTPError as error:  # the server answers; the client reports what it means
         wait = error.headers.get("Retry-After", "")
-        is_long = wait.isascii() and wait.isdecimal() and int(wait) > _LONGEST_WAIT_SECONDS
+        is_long = wait.isascii() and wait.isdecimal() and int(wait) > _MAX_WAIT_SECONDS
         return f"{error}, to be asked again in {int(wait):,} s" if is_long else ""
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        # The client brings certificates of its own, and may trust what the system does not.
+        # The client has its own certificates, and may trust servers that the system does not.
         return "" if isinstance(reason, ssl.SSLError) else f"{type(error).__name__}: {reason}"
 
 
 def without_user(url: str) -> str:
-    """Return an address without ``user:password@``, which urllib takes for a part of the host's name."""
+    """Return a URL without ``user:password@``, which urllib would read as part of the host name."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _meaning(error: Exception) -> str:
-    """What an account has to do with it: the hub gives 401 for what is closed, and for what is not there."""
+def _access_hint(error: Exception) -> str:
+    """Return a hint about access rights: the hub answers 401 for private and for missing repositories."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -221,7 +223,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def cached_on_hub(hub_id: str, names: Collection[str]) -> Path | None:
-    """Return the first of ``names`` that the cache holds of a repository, else None."""
+    """Return the first of ``names`` of a repository that is in the cache, else None."""
     from huggingface_hub import try_to_load_from_cache
 
     repo, _, revision = hub_id.partition("@")
@@ -233,7 +235,7 @@ def cached_on_hub(hub_id: str, names: Collection[str]) -> Path | None:
 
 
 def offline_by_environment() -> bool:
-    """Return whether HF_HUB_OFFLINE is set, as the hub's own client reads it."""
+    """Return whether HF_HUB_OFFLINE is set, with the same values as in the hub's client."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
@@ -243,10 +245,10 @@ def _no_hub_file(
     from huggingface_hub import constants
 
     file = " or ".join(names)
-    where = f"{constants.ENDPOINT}/{hub_id.partition('@')[0]}"
+    failure = describe_failure(f"{constants.ENDPOINT}/{hub_id.partition('@')[0]}", problem)
     return EnvironmentFaultError(
         asked,
-        f"its file {file} is not in the cache ({constants.HF_HUB_CACHE}), and {no_answer(where, problem)}",
+        f"its file {file} is not in the cache ({constants.HF_HUB_CACHE}), and {failure}",
         f"Fetch it where there is a network and {fix}, copy that machine's cache here, "
         "or name a mirror in HF_ENDPOINT.",
     )

@@ -1,4 +1,4 @@
-"""Build a network from its card, with random weights and the classifier that the card says."""
+"""Build a network from its card, with random weights and the card's classifier."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pretrained.heads import change_head
 from pretrained.stage_classifier import build_stage_classifier
 
 _NOT_FOR_CONFIGS = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
-"""Arguments of timm's factory that fetch or read weights: a stranger's config.json must not ask for that."""
+"""Arguments of timm's factory that download or read weights; an untrusted config.json must not set them."""
 
 
 def build_network(card: Card, dropout: float | None = None) -> nn.Module:
     """Return the card's network with random weights, in float32, with ``card.num_classes`` outputs.
 
     Args:
-        card: which network; a card of an exported run also says how its head was changed.
-        dropout: rate before the classifier for libraries that build it in, instead of the card's own.
+        card: the network; the card of an exported run also describes its changed head.
+        dropout: dropout rate of a timm classifier, instead of the card's.
 
     Raises:
-        UsageError: the network cannot take ``card.preprocessing.img_size``.
+        UsageError: the network does not support ``card.preprocessing.img_size``.
     """
     if card.taps:
         return _build_stage_classifier(card)
@@ -44,7 +44,7 @@ def build_network(card: Card, dropout: float | None = None) -> nn.Module:
 
 
 def _build_stage_classifier(card: Card) -> nn.Module:
-    """The network below has a classifier that nothing reaches: one class is the least that it can have."""
+    """The classifier of the network itself is never executed, so it has one class only."""
     head: HeadChoice = "replace" if card.head == "keep" else card.head
     network = build_network(replace(card, taps=(), num_classes=1, head=head))
     points = [FeaturePoint(*tap) for tap in card.taps]
@@ -52,21 +52,24 @@ def _build_stage_classifier(card: Card) -> nn.Module:
 
 
 def build_outline(card: Card) -> nn.Module:
-    """Return the card's network on the meta device, without memory for its weights, where that can be."""
+    """Return the card's network on the meta device, without memory for its weights, if possible."""
     try:
         with torch.device("meta"):
             return build_network(card)
-    except (RuntimeError, NotImplementedError):  # torchvision's RegNet computes with its tensors in building
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # torchvision's RegNet computes in its constructor
         return build_network(card)
 
 
 def timm_name(card: Card) -> str:
-    """Return the name that timm knows: tags of folders and of other people's hub pages are not timm's."""
+    """Return the name in timm; timm does not know the tags of folders and of other hub repositories."""
     return card.name.removeprefix("timm/") if card.name.startswith("timm/") else card.architecture
 
 
 def timm_arguments(card: Card) -> dict[str, Any]:
-    """Return what ``timm.create_model`` must be told beside the name."""
+    """Return the arguments of ``timm.create_model`` besides the name."""
     given = {key: value for key, value in card.model_args if key not in _NOT_FOR_CONFIGS}
     kwargs: dict[str, Any] = given | {"num_classes": card.num_classes}
     config = timm.get_pretrained_cfg(timm_name(card))
@@ -80,12 +83,12 @@ def _build_timm(card: Card, dropout: float | None) -> nn.Module:
     kwargs = timm_arguments(card) | ({} if dropout is None else {"drop_rate": dropout})
     try:
         network: nn.Module = timm.create_model(timm_name(card), **kwargs)
-    except TypeError as error:  # encoders know no drop_rate
+    except TypeError as error:  # encoders have no argument drop_rate
         found = f"timm cannot build it with a classifier: {error}"
         raise UsageError(
             f"backbone {card.name}", found, "Take another one (see `finetune backbones`)."
         ) from None
-    except Exception as error:  # arguments of a stranger's config.json fail in any way they like
+    except Exception as error:  # arguments of an untrusted config.json may raise anything
         raise _cannot_build(card, error) from None
     return network
 
@@ -104,19 +107,19 @@ def _cannot_build(card: Card, error: Exception) -> UsageError:
 def _build_torchvision(card: Card) -> nn.Module:
     kwargs: dict[str, Any] = {"num_classes": card.num_classes if card.head == "keep" else 1000}
     if card.architecture in ("googlenet", "inception_v3"):
-        # The auxiliary heads serve training from scratch only; init_weights draws with slow SciPy.
+        # Auxiliary heads are for training from scratch only; init_weights is slow (SciPy).
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     if card.architecture.startswith("vit_"):
         kwargs["image_size"] = card.preprocessing.img_size
     try:
         network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
-    except (AssertionError, ValueError, ArithmeticError) as error:  # RuntimeError is for build_outline
+    except (AssertionError, ValueError, ArithmeticError) as error:  # build_outline handles RuntimeError
         raise _cannot_build(card, error) from None
     return network
 
 
 def is_convolutional(network: nn.Module) -> bool:
-    """Return whether convolutions hold most of a network's weights: those gain from channels-last memory."""
+    """Return whether most weights are those of convolutions: such networks are faster in channels-last."""
     total = sum(parameter.numel() for parameter in network.parameters())
     layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     return 2 * sum(layer.weight.numel() for layer in layers) > total

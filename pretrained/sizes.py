@@ -1,6 +1,6 @@
-"""Write ``sizes.csv``: parameters of every architecture at each of its numbers of classes.
+"""Write ``sizes.csv``: the number of parameters of every architecture for each number of classes.
 
-Run ``python -m pretrained.sizes`` after raising the version of timm or torchvision (about ten minutes).
+Run ``python -m pretrained.sizes`` after an upgrade of timm or torchvision; it takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pretrained.network import build_outline
 
 
 def count_parameters(card: Card) -> int:
-    """Return the number of parameters of the card's network, built without memory where it can be."""
+    """Return the number of parameters of the card's network, built on the meta device if possible."""
     return sum(parameter.numel() for parameter in build_outline(card).parameters())
 
 
 def main() -> None:
-    """Count them all and replace the table beside this file."""
+    """Count the parameters of all networks, and replace the table."""
     cards = {
         (card.library, card.architecture, card.num_classes): card for card in map(find_card, list_names())
     }

@@ -1,10 +1,10 @@
-"""A linear classifier on features of other layers than the last: one stage's, or several together.
+"""A linear classifier on the features of one or several layers, which need not be the last.
 
-The network below is the backbone's own, and its forward ends where the last of these features is there. With
-few images that are very different from ImageNet this is the lectures' hard cell; all stages together are
-Head2Toe without its selection (arXiv:2201.03529).
+The forward pass of the backbone ends at the last of these layers. Earlier features serve small data sets
+that are very different from ImageNet. All stages together are Head2Toe without feature selection
+(arXiv:2201.03529).
 
-Shape legend: B batch, D numbers of all layers for one image, K classes.
+Shape legend: B batch, D features of all layers, K classes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pretrained.graph.layers import FeatureExtractor, Layer, Layers
 from pretrained.graph.pooling import Pool, check_pool
 from pretrained.graph.recorder import FeaturePoint
 
-MOST_FEATURES = 1_000_000
-"""That a classifier from a file may read; all stages of wide networks together have some ten thousand."""
+MAX_FEATURES = 1_000_000
+"""Limit for a classifier from a file; all stages of a wide network together have some ten thousand."""
 
 
 class StageClassifier(nn.Module):
-    """Features of some layers, side by side, and one linear layer: (B, 3, H, W) -> (B, K).
+    """One linear layer on the concatenated features of some layers: (B, 3, H, W) -> (B, K).
 
     Args:
-        network: the backbone; its own classifier is never reached.
-        layers: of that network, at least one.
-        pool: of what they give.
+        network: the backbone; its own classifier is never executed.
+        layers: layers of the network, at least one.
+        pool: how their features are pooled.
         num_classes: K.
     """
 
@@ -47,7 +47,7 @@ class StageClassifier(nn.Module):
         return logits
 
     def get_classifier(self) -> nn.Module:
-        """Return the linear layer, as timm's networks do."""
+        """Return the linear layer, like the networks of timm."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -63,16 +63,16 @@ def build_stage_classifier(
     num_classes: int,
     input_size: tuple[int, int, int],
 ) -> StageClassifier:
-    """Put a classifier on layers that are known by their place in the network.
+    """Build a classifier on the layers at some points of a network.
 
     Raises:
-        UsageError: the network has no such places.
+        UsageError: the network has no features there, or the classifier would be too large.
     """
     layers = Layers(network, (), input_size)
     chosen = [layers.at(point) for point in points]
     for layer in chosen:
         for form in layer.forms:
             check_pool(layer.name, form, layer.pool_of(pool))
-    if (total := sum(layer.num_features(pool) for layer in chosen)) > MOST_FEATURES:
-        raise UsageError("its classifier", f"it reads {total:,} numbers an image", "Export the run again.")
+    if (total := sum(layer.num_features(pool) for layer in chosen)) > MAX_FEATURES:
+        raise UsageError("its classifier", f"it reads {total:,} features per image", "Export the run again.")
     return StageClassifier(network, chosen, pool, num_classes)

@@ -1,4 +1,4 @@
-"""Read a state dict from a file, and nothing but tensors: safetensors, or PyTorch files with weights_only."""
+"""Read a state dict from safetensors, or from PyTorch files with weights_only: only tensors are read."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from torch import Tensor, nn
 
 from finetune.errors import UsageError
 
-LARGEST_FILE = 2**36
-"""Bytes, 64 GiB: four times the largest image classifier there is. Looked at before a file is opened."""
-LARGEST_RATIO = 10
-"""Of unpacked to packed bytes. PyTorch does not pack at all; zeros packed by others may fill any memory."""
-DEEPEST_WRAPPER = 8
+MAX_FILE_BYTES = 2**36
+"""64 GiB, four times the largest image classifier. Checked before a file is opened."""
+MAX_UNPACK_RATIO = 10
+"""Largest ratio of unpacked to packed bytes. PyTorch does not compress; packed zeros could fill memory."""
+MAX_WRAPPERS = 8
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 _FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
-"""What a pickle would import, in the words of PyTorch's refusal."""
+"""Finds what a pickle would import in PyTorch's error message."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, unwrapping what training scripts and ``torch.compile`` put around it.
+    """Read a state dict, without the wrappers of training scripts and ``torch.compile``.
 
     Raises:
-        UsageError: the file is too large, damaged, holds more than tensors, or holds none.
+        UsageError: the file is too large or damaged, contains other objects than tensors, or no tensors.
     """
     asked = f"weights {path}"
     try:
@@ -41,16 +41,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = _read(path)
     except UsageError:
         raise
-    except Exception as error:  # torch.load lets errors of six kinds through
-        if isinstance(error, UnpicklingError) and (more := _more_than_tensors(error, path)):
+    except Exception as error:  # torch.load raises errors of six kinds
+        if isinstance(error, UnpicklingError) and (more := _forbidden_content(error, path)):
             found = f"it holds more than tensors ({more}), and nothing else is ever loaded or run"
             raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
         found = f"the file cannot be read: {_reason(error, path)}"
         raise UsageError(asked, found, "Fetch or save the file again.") from None
-    tensors = {_clean(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
+    tensors = {_clean_key(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UsageError(asked, "it holds no tensors", "Name a file with a state dict.")
-    odd = next((key for key, value in tensors.items() if not _is_plain(value)), None)
+    odd = next((key for key, value in tensors.items() if not _is_dense(value)), None)
     if odd is not None:
         found = f"its tensor {odd[:100]!r} is sparse, quantised or without content"
         raise UsageError(asked, found, "Save its state_dict with plain tensors.")
@@ -59,30 +59,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_size(asked: str, path: Path) -> None:
     size = path.stat().st_size
-    if size > LARGEST_FILE:
-        found = f"it has {size:,} bytes, more than {LARGEST_FILE:,}"
+    if size > MAX_FILE_BYTES:
+        found = f"it has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
         raise UsageError(asked, found, "Name the weights of an image classifier.")
     if path.suffix == ".safetensors" or not is_zipfile(path):
         return
     try:
         with ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except BadZipFile:  # of some other kind, which the reader judges
+    except BadZipFile:  # another format; the reader decides
         return
-    if unpacked > LARGEST_RATIO * size:
-        found = f"its {size:,} bytes unpack to {unpacked:,}, more than {LARGEST_RATIO} times as many"
+    if unpacked > MAX_UNPACK_RATIO * size:
+        found = f"its {size:,} bytes unpack to {unpacked:,}, more than {MAX_UNPACK_RATIO} times as many"
         raise UsageError(asked, found, "Save its state_dict as safetensors.")
 
 
 def check_digest(path: Path, sha256: str) -> None:
-    """Refuse a file that is not the one it was: no reader notices a bit that has flipped in a weight.
+    """Refuse a file that changed since it was written; no reader notices a flipped bit in a weight.
 
     Args:
-        path: of the weights.
-        sha256: that was noted when they were written; ``""`` where nothing was.
+        path: file with weights.
+        sha256: digest from the time of writing; ``""`` if there is none.
 
     Raises:
-        UsageError: it has another one.
+        UsageError: the file has another digest.
     """
     with path.open("rb") as file:
         if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -93,18 +93,18 @@ def check_digest(path: Path, sha256: str) -> None:
             raise UsageError(f"weights {path}", found, fix)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
 
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    with warnings.catch_warnings(action="ignore"):  # of odd files, which the errors below name better
+    with warnings.catch_warnings(action="ignore"):  # the errors below are clearer
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _more_than_tensors(error: UnpicklingError, path: Path) -> str:
+def _forbidden_content(error: UnpicklingError, path: Path) -> str:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden:
         return forbidden[1]
@@ -113,7 +113,7 @@ def _more_than_tensors(error: UnpicklingError, path: Path) -> str:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """What is wrong with a file, without PyTorch's advice to read it unsafely."""
+    """Why a file cannot be read, without PyTorch's advice to read it unsafely."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     if path.stat().st_size == 0:
@@ -126,22 +126,28 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _unwrap(content: Any) -> Mapping[str, Any]:
-    """Take off the wrappers, so many and no more: a pickle may hold itself."""
-    for _ in range(DEEPEST_WRAPPER):
+    """Remove wrappers, up to a limit, because a pickle may contain itself."""
+    for _ in range(MAX_WRAPPERS):
         inner = (content.get(key) for key in _WRAPPERS) if isinstance(content, Mapping) else ()
         content = next((value for value in inner if isinstance(value, Mapping)), content)
     return content if isinstance(content, Mapping) else {}
 
 
-def _clean(key: str) -> str:
-    """Take away what wrappers put before a name, and ``torch.compile`` before any part of it."""
+def _clean_key(key: str) -> str:
+    """Remove the prefixes of wrappers, and those of ``torch.compile`` in any part of a name."""
     while str(key).startswith(_PREFIXES):
         key = key.partition(".")[2]
     return str(key).replace("._orig_mod.", ".")
 
 
 def digest_tensors(network: nn.Module, without: Collection[str], modules: Collection[str] = ()) -> str:
-    """Return one sha256 of parameters and buffers, less those named and those of some modules."""
+    """Return one sha256 of all parameters and buffers.
+
+    Args:
+        network: any network.
+        without: names of tensors to leave out.
+        modules: names of modules whose own tensors are left out.
+    """
     whole = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if name not in without and name.rpartition(".")[0] not in modules:

@@ -1,11 +1,11 @@
-"""Find weights, read them safely, and say how they fit.
+"""Find or download weights, load them into a network, and report which tensors match.
 
-Only tensors are ever read: safetensors, or PyTorch files with ``weights_only=True`` and no fallback.
-Weights by name are taken from the libraries' own caches, else downloaded into them:
+Only tensors are read: safetensors, or PyTorch files with ``weights_only=True``, without a fallback.
+Published weights are taken from the caches of their libraries, and downloaded into them:
 
-- timm: the Hugging Face cache (``HF_HOME``), from the hub or the mirror that ``HF_ENDPOINT`` names;
-- torchvision: ``$TORCH_HOME/hub/checkpoints``, from its server or the mirror that
-  ``FINETUNE_MIRROR`` names (a folder URL that holds files of the same names).
+- timm: the Hugging Face cache (``HF_HOME``), from the hub or the mirror in ``HF_ENDPOINT``;
+- torchvision: ``$TORCH_HOME/hub/checkpoints``, from its server or the mirror in ``FINETUNE_MIRROR`` (the URL
+  of a folder with files of the same names).
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from pretrained.network import timm_arguments, timm_name
 from pretrained.state_dict import read_weights
 
 MIRROR_VARIABLE = "FINETUNE_MIRROR"
-SMALLEST_MATCH = 0.9
-"""Share of a backbone's tensors that weights must fill; below it they belong to another network."""
+MIN_MATCHED_SHARE = 0.9
+"""Smallest share of the backbone's tensors that must match; otherwise the weights are of another network."""
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_COUNTER = "num_batches_tracked"
-"""A buffer of BatchNorm that says nothing of what was learned; files of before 2018 have none."""
+_BATCH_COUNTER = "num_batches_tracked"
+"""A buffer of BatchNorm without learned values; files from before 2018 do not have it."""
 _LEFTOVER_SECONDS = 3600
 _CHUNK = 2**17
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
-"""First digits of a file's SHA-256, where its name tells them."""
+"""The first digits of a file's sha256 in its name."""
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 @dataclass(frozen=True)
 class Match:
-    """How weights fitted a network.
+    """Which tensors of a network were loaded from a file.
 
     Attributes:
-        source: file or name the weights came from; ``""`` for random weights.
-        matched: backbone tensors that were filled.
-        total: backbone tensors there are (parameters and buffers, without the classifier's and counters).
+        source: the file; ``""`` for random weights.
+        matched: number of backbone tensors that were loaded.
+        total: number of backbone tensors: parameters and buffers, without the classifier and counters.
         missing: backbone tensors that kept their random values.
-        head: classifier tensors, all of them replaced by a new head or all kept.
-        head_replaced: whether a new head took their place.
-        unused: tensors of the file that the network has no place for.
+        head: tensors of the classifier.
+        head_replaced: whether a new head replaces them, otherwise all are kept.
+        unused: tensors of the file that the network does not have.
     """
 
     source: str
@@ -79,14 +79,16 @@ class Match:
         if not self.source:
             return f"random weights: {self.total} tensors, none loaded"
         head = "replaced" if self.head_replaced else "kept"
-        missing = f", {len(self.missing)} missing ({_some(self.missing)})" if self.missing else ", 0 missing"
-        unused = f", {len(self.unused)} unused in the file ({_some(self.unused)})" if self.unused else ""
+        missing = (
+            f", {len(self.missing)} missing ({_some_of(self.missing)})" if self.missing else ", 0 missing"
+        )
+        unused = f", {len(self.unused)} unused in the file ({_some_of(self.unused)})" if self.unused else ""
         backbone = f"{self.matched} of {self.total} tensors matched"
-        classifier = f"{len(self.head)} {head} (the head: {_some(self.head)})"
+        classifier = f"{len(self.head)} {head} (the head: {_some_of(self.head)})"
         return f"{backbone}, {classifier}{missing}{unused}; from {self.source}"
 
 
-def _some(names: Collection[str]) -> str:
+def _some_of(names: Collection[str]) -> str:
     shown = ", ".join(name[:100] for name in list(names)[:3])
     return f"{shown}, ..." if len(names) > 3 else shown or "none"
 
@@ -97,22 +99,22 @@ def _some(names: Collection[str]) -> str:
 def find_weights(
     card: Card, weights: str | None = None, offline: bool = False, on_progress: Progress | None = None
 ) -> Path:
-    """Return the file that holds a backbone's weights, downloading it when it must and may.
+    """Return the file with a backbone's weights; download it if necessary and allowed.
 
     Args:
-        card: whose weights.
-        weights: a file or folder the user named, None for the card's own.
-        offline: never ask the network.
-        on_progress: told of a download as it comes.
+        card: the backbone.
+        weights: a file or folder from the user, None for the card's own weights.
+        offline: never access the internet.
+        on_progress: called during a download.
 
     Raises:
-        UsageError: the named file or folder is not there or holds no weights, or the card has none.
-        EnvironmentFaultError: they are not on this machine and cannot be had.
+        UsageError: the file or folder does not exist or has no weights, or none were published.
+        EnvironmentFaultError: they are not on this machine and cannot be downloaded.
     """
     if weights is not None:
-        return _file_of(f"--weights {weights}", Path(weights))
+        return _file_in(f"--weights {weights}", Path(weights))
     if card.place in ("folder", "bundled"):
-        return _file_of(f"--backbone {card.name}", Path(card.location))
+        return _file_in(f"--backbone {card.name}", Path(card.location))
     if card.place == "none":
         found = f"no weights were ever published for {card.name}"
         fix = "Give --weights FILE, take a backbone that has some, or --strategy scratch."
@@ -129,7 +131,7 @@ def find_weights(
 
 
 def find_cached(card: Card) -> Path | None:
-    """Return the card's weights file when it is on this machine already, else None."""
+    """Return the card's weights file if it is on this machine, else None."""
     if card.place in ("folder", "bundled"):
         return next((path for path in _weight_files(Path(card.location))), None)
     if card.place == "url":
@@ -140,7 +142,7 @@ def find_cached(card: Card) -> Path | None:
     return None
 
 
-def _file_of(asked: str, path: Path) -> Path:
+def _file_in(asked: str, path: Path) -> Path:
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises on a name that is too long
         return path
     if not os.path.exists(path):  # noqa: PTH110
@@ -149,7 +151,7 @@ def _file_of(asked: str, path: Path) -> Path:
     if not files:
         raise UsageError(asked, f"the folder holds no {', '.join(_SUFFIXES)} file", "Name the file itself.")
     if len(files) > 1 and files[0].name != _HUB_FILES[0]:
-        found = f"the folder holds several weight files: {_some([file.name for file in files])}"
+        found = f"the folder holds several weight files: {_some_of([file.name for file in files])}"
         raise UsageError(asked, found, "Name one of them.")
     return files[0]
 
@@ -167,19 +169,19 @@ def _torch_file(card: Card) -> Path:
 
 
 def _download(card: Card, on_progress: Progress | None) -> Path:
-    """Fetch into torch.hub's cache; a part file is renamed only when its hash fits its name."""
+    """Download into torch.hub's cache; the partial file is renamed after its hash was checked."""
     target = _torch_file(card)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        with _signed_in(_url_of(card)) as url:
+        with _with_login(_url_of(card)) as url:
             digest = _copy(url, part, on_progress)
         expected = _DIGEST.search(target.name)
         if expected and not digest.startswith(expected[1]):
             raise ValueError(f"invalid hash value: {digest[:16]}..., and its name says {expected[1]}")
         part.replace(target)
-    except (OSError, ValueError, HTTPException) as error:  # ValueError: the mirror is no URL, too
+    except (OSError, ValueError, HTTPException) as error:  # ValueError also if the mirror is no URL
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(
                 f"writing {target}", "there is no room for it", "Make room on the disk."
@@ -191,7 +193,7 @@ def _download(card: Card, on_progress: Progress | None) -> Path:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed downloads left behind: parts that nothing has been written into for an hour."""
+    """Remove partial files of killed downloads: those that were not written for an hour."""
     for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > _LEFTOVER_SECONDS:
@@ -199,12 +201,12 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _copy(url: str, part: Path, on_progress: Progress | None) -> str:
-    """Write what a server sends into a file, and return its sha256."""
+    """Download a URL into a file, and return the sha256 of its content."""
     digest, done = hashlib.sha256(), 0
-    # The address is a mirror that the user named, or the library's own.
+    # The URL is the library's own, or a mirror from the user.
     with request.urlopen(url, timeout=hub.NETWORK_TIMEOUT_SECONDS) as answer, part.open("wb") as file:  # noqa: S310
         total = int(answer.headers.get("Content-Length") or 0)
-        while chunk := answer.read1(_CHUNK):  # what is there: a slow server needs long for a whole one
+        while chunk := answer.read1(_CHUNK):  # the available bytes; a whole chunk can take long
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)
@@ -223,8 +225,8 @@ def _url_of(card: Card) -> str:
 
 
 @contextmanager
-def _signed_in(url: str) -> Iterator[str]:
-    """Yield an address without its ``user:password@``, which urllib, unable to read them there, is told."""
+def _with_login(url: str) -> Iterator[str]:
+    """Yield a URL without ``user:password@``, and give both to urllib, which does not read them in URLs."""
     parts = urlsplit(url)
     if parts.username is None:
         yield url
@@ -241,10 +243,10 @@ def _signed_in(url: str) -> Iterator[str]:
 
 
 def _no_url_file(card: Card, problem: str) -> EnvironmentFaultError:
-    target = _torch_file(card)
+    target, failure = _torch_file(card), hub.describe_failure(_url_of(card), problem)
     return EnvironmentFaultError(
         f"--backbone {card.name}",
-        f"its weights file {target.name} is not on this machine, and {hub.no_answer(_url_of(card), problem)}",
+        f"its weights file {target.name} is not on this machine, and {failure}",
         f"Put the file at {target}, or give --weights FILE, or name a mirror in {MIRROR_VARIABLE}.",
     )
 
@@ -253,17 +255,18 @@ def _no_url_file(card: Card, problem: str) -> EnvironmentFaultError:
 
 
 def load_weights(network: nn.Module, card: Card, path: Path, head: Collection[str], load_head: bool) -> Match:
-    """Fill a network's backbone, and its classifier when asked, from a file.
+    """Load a network's backbone, and its classifier if wanted, from a file.
 
     Args:
-        network: built from ``card``, still with the classifier of the weights.
-        card: names the library, whose converters for older layouts are used where names do not fit.
+        network: built from ``card``, with the classifier of the weights.
+        card: names the library, whose converters for older layouts are applied.
         path: a file of :func:`find_weights`.
         head: names of the classifier's parameters.
-        load_head: the classifier is kept, so its tensors must fit too.
+        load_head: the classifier is kept, so its tensors must match too.
 
     Raises:
-        UsageError: under 90 % of the backbone's tensors match, or the kept classifier does not.
+        UsageError: less than 90 % of the backbone's tensors match, some are not finite, or the classifier to
+            keep does not match.
     """
     state = _converted(network, card, read_weights(path))
     match = _compare(network, state, head, str(path), load_head)
@@ -283,36 +286,36 @@ def _compare(
 ) -> Match:
     own = network.state_dict()
     in_head = set(_head_state(own, head))
-    backbone = [key for key in own if key not in in_head and not key.endswith(_COUNTER)]
+    backbone = [key for key in own if key not in in_head and not key.endswith(_BATCH_COUNTER)]
     fitting = _fitting(network, state)
     return Match(
         source=source,
         matched=sum(key in fitting for key in backbone),
         total=len(backbone),
         missing=tuple(key for key in backbone if key not in fitting),
-        head=tuple(key for key in own if key in in_head and not key.endswith(_COUNTER)),
+        head=tuple(key for key in own if key in in_head and not key.endswith(_BATCH_COUNTER)),
         head_replaced=not load_head,
         unused=tuple(key for key in state if key not in own),
     )
 
 
 def _head_state(own: Mapping[str, Tensor], head: Collection[str]) -> list[str]:
-    """The classifier's parameters, and buffers of the same layers (LeViT normalises in its head)."""
+    """The classifier's parameters, and the buffers of its layers (LeViT has a batch norm in its head)."""
     layers = {name.rpartition(".")[0] for name in head}
     return [key for key in own if key in head or key.rpartition(".")[0] in layers]
 
 
 def _converted(network: nn.Module, card: Card, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """Rename what older or original releases call otherwise, and resize position embeddings.
+    """Convert names of older or original releases, and resize position embeddings.
 
-    A file that the converter cannot make sense of comes back as it is, and is judged by its names.
+    If the converter fails, the state dict is returned unchanged, and the check of matching names decides.
     """
-    if card.taps:  # ours, under its own names
+    if card.taps:  # an exported run, with current names
         return state
     try:
         convert = _find_timm_filter(card) if card.library == "timm" else _convert_for_torchvision
         return convert(dict(state), network)
-    except Exception:  # converters index into what they expect: a foreign file fails in any way it likes
+    except Exception:  # converters do not check their input, and may raise anything
         return state
 
 
@@ -320,10 +323,10 @@ _Convert = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]]
 
 
 def _find_timm_filter(card: Card) -> _Convert:
-    """Return what timm does to a state dict before loading it; each architecture brings its own.
+    """Return the function with which timm converts a state dict of this architecture before loading.
 
-    timm hands the filter to its loader and tells it to nobody else, so a stand-in for the loader takes it
-    while the network is built a second time, on the meta device.
+    timm passes it only to its internal loader. So the loader is replaced by one that keeps the function,
+    while the network is built a second time on the meta device.
     """
     filters: list[_Convert] = []
     overlay = {"state_dict": {"": None}, "source": "", "custom_load": False}
@@ -357,7 +360,7 @@ def _convert_for_torchvision(state: dict[str, Tensor], network: nn.Module) -> Ma
 
 def _check_match(match: Match, card: Card, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     share = match.matched / max(match.total, 1)
-    if share < SMALLEST_MATCH:
+    if share < MIN_MATCHED_SHARE:
         found = (
             f"only {match.matched} of the backbone's {match.total} tensors match "
             f"({math.floor(100 * share)} %, under 90 %)"
@@ -369,9 +372,9 @@ def _check_match(match: Match, card: Card, network: nn.Module, state: Mapping[st
         key for key, _ in network.named_parameters() if key in fitting and not fitting[key].isfinite().all()
     ]
     if broken:
-        found = f"{len(broken)} of its tensors hold NaN or infinity ({_some(broken)})"
+        found = f"{len(broken)} of its tensors hold NaN or infinity ({_some_of(broken)})"
         raise UsageError(f"weights {match.source} for {card.name}", found, "Take other weights.")
     absent = [key for key in match.head if key not in fitting]
     if absent and not match.head_replaced:
-        found = f"the classifier does not fit: {_some(absent)}"
+        found = f"the classifier does not fit: {_some_of(absent)}"
         raise UsageError(f"strategy.head=keep with {match.source}", found, "Take head=replace.")

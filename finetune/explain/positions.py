@@ -72,7 +72,7 @@ def _find_map(cut: Cut, input_size: tuple[int, int, int], prefix: int) -> Form |
     Windows that are folded into the batch axis lie in an order of the network's own.
     """
     shapes = [shape for shape in shapes_in(cut.carries) if shape.dtype.is_floating_point]
-    if len(shapes) != 1 or shapes[0].grows[0] != 1:
+    if len(shapes) != 1 or shapes[0].growth[0] != 1:
         return None
     form = find_form(shapes[0].of(1), input_size, prefix)
     return form if form is not None and form.num_positions > 1 and 1 not in (form.size or ()) else None

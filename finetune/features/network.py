@@ -26,9 +26,9 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import Card, Preprocessing, find_card
+from pretrained.default_backbone import DefaultChoice, choose_best
 from pretrained.graph.layers import Layers
 from pretrained.network import is_convolutional
-from pretrained.present import Choice, choose_best
 from pretrained.state_dict import digest_tensors
 from pretrained.weights import find_cached, find_weights
 
@@ -140,18 +140,18 @@ def _read_begun(output: Path | None) -> BackboneSettings | None:
     return began.backbone if began is not None and began.backbone.name else None
 
 
-def _describe(choice: Choice) -> str:
+def _describe(choice: DefaultChoice) -> str:
     """Say why it is this one, and which others are here."""
     if choice.best.accuracy is not None:
         reason = f"the best whose weights are on this machine ({choice.best.accuracy:.1f} % on ImageNet)"
-    elif choice.passed_over:
+    elif choice.skipped:
         reason = "which comes with the installation"
     else:
         return "which comes with the installation (`finetune pull NAME` fetches a larger one)"
-    if not choice.passed_over:
+    if not choice.skipped:
         return reason
-    shown = [f"{card.name} ({why})" for card, why in choice.passed_over[:_SHOWN]]
-    more = [f"{len(choice.passed_over) - _SHOWN} more"] if len(choice.passed_over) > _SHOWN else []
+    shown = [f"{card.name} ({why})" for card, why in choice.skipped[:_SHOWN]]
+    more = [f"{len(choice.skipped) - _SHOWN} more"] if len(choice.skipped) > _SHOWN else []
     return f"{reason}; here too, if you name it: {', '.join([*shown, *more])}"
 
 

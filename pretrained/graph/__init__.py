@@ -1,1 +1,1 @@
-"""How data flows through a network: its stages and layers, where it can be cut, and what they compute."""
+"""The graph of a network: data flow, stages, layers and cuts, and recording of features."""

@@ -1,4 +1,4 @@
-"""Find the classifier of a network: by identity, and not by the spelling of names."""
+"""Find the classifier of a network from its modules, independent of the names of parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 
 
 def head_parameters(network: nn.Module) -> frozenset[str]:
-    """Return the names of the classifier's parameters, by identity and not by spelling."""
+    """Return the names of the classifier's parameters."""
     classifier = {id(parameter) for layer in _classifiers(network) for parameter in layer.parameters()}
     return frozenset(name for name, parameter in network.named_parameters() if id(parameter) in classifier)
 
@@ -25,7 +25,7 @@ def _classifiers(network: nn.Module) -> list[nn.Module]:
 
 
 def _with_norm(network: nn.Module, layer: nn.Module) -> nn.Module:
-    """The normalisation that timm makes anew with a linear layer (EfficientViT, SHViT) belongs to it."""
+    """Include the normalisation that timm replaces together with a linear layer (EfficientViT, SHViT)."""
     around = (module for module in network.modules() if type(module).__name__ == "NormLinear")
     return next((module for module in around if layer in module.children()), layer)
 
@@ -42,9 +42,9 @@ def last_linear_layer(head: nn.Module) -> nn.Linear | nn.Conv2d:
 
 
 def classifier_layers(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """Return the layers that give the logits: one, or several in networks with parallel heads.
+    """Return the layers that compute the logits: one, or several in networks with parallel heads.
 
-    A convolution among them has a 1 x 1 kernel and sees pooled features.
+    A convolution among them has a 1 x 1 kernel; its input is pooled.
     """
     candidates = [list(_linear_layers(classifier)) for classifier in _classifiers(network)]
     return [layers[-1] for layers in candidates if layers]

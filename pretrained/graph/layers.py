@@ -1,16 +1,16 @@
-"""The layers of a network that features are taken from, by name: stages, modules, and what the head reads.
+"""The layers of a network by name: stages, modules, and the input of the classifier.
 
-A *stage's* features are the last tensor of its stretch of the network: after activation and pooling, and
-before anything of the next stage. On AlexNet these are the layers 1 to 7 of Zeiler and Fergus' table
-(arXiv:1311.2901). A *module's* features are what it returns, of its last call where it is called again.
+The features of a *stage* are the last tensor that belongs to it: after activation and pooling, and before any
+operation of the next stage. On AlexNet these are the layers 1 to 7 of Zeiler and Fergus' table
+(arXiv:1311.2901). The features of a *module* are the output of its last call.
 
 ::
 
-    all          every stage but the head, and pre_logits where that is something else
-    last         the last stage under the head
-    pre_logits   what the classifier reads
-    layer4.1     a module, by its name in network.named_modules(); a stage of that name comes first
-    blocks.*     a pattern over module names; a star does not cross a dot
+    all          every stage except the head, and pre_logits if it differs from the last stage
+    last         the last stage before the head
+    pre_logits   the input of the classifier
+    layer4.1     a module, by its name in network.named_modules(); a stage of that name takes precedence
+    blocks.*     a pattern over module names; a star matches no dot
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Layer:
     Attributes:
         name: in options and tables.
         point: where it is in a forward pass.
-        forms: of its tensors; more than one in networks with parallel branches.
-        share: of the network's multiplications that are done by then, in [0, 1].
-        has_token: the network's classifier reads a class token (``auto`` takes it).
+        forms: axes of its tensors; there are several in networks with parallel branches.
+        share: share of the network's floating-point operations up to this point, in [0, 1].
+        has_token: whether the network's classifier reads a class token, which ``auto`` then takes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Layer:
     has_token: bool
 
     def pool_of(self, pool: Pool) -> Pool:
-        """Return what ``auto`` means here."""
+        """Return the pool that ``auto`` stands for at this layer."""
         if pool != "auto":
             return pool
         return "token" if self.has_token and all(form.prefix for form in self.forms) else "avg"
@@ -131,16 +131,16 @@ class Layers:
     """Every layer of a network, by name.
 
     Args:
-        network: in eval mode; left as it is.
-        stages: of the network, from stem to head.
+        network: in eval mode; it does not change.
+        stages: stages of the network, from stem to head.
         input_size: (C, H, W) of the images.
 
     Attributes:
-        stages: a layer for each stage but the head, from stem up.
-        pre_logits: what the classifier reads; None for a network without one.
+        stages: one layer for each stage except the head, from the stem on.
+        pre_logits: the input of the classifier; None for a network without one.
 
     Raises:
-        UsageError: a trial forward fails at that size.
+        UsageError: a forward pass fails at that size.
     """
 
     def __init__(self, network: nn.Module, stages: Sequence[Stage], input_size: tuple[int, int, int]) -> None:
@@ -155,16 +155,15 @@ class Layers:
 
     @property
     def last(self) -> Layer:
-        """The last stage under the head."""
+        """The last stage before the head."""
         return self.stages[-1]
 
     @cached_property
     def all(self) -> tuple[Layer, ...]:
-        """The stages; the last layer of all is what the classifier reads.
+        """The stages, and ``pre_logits`` if the classifier does not read the pooled last stage.
 
-        Nearly always that is the last stage, pooled. Where it is not (torchvision's DenseNet has a ReLU in
-        between that is no module, CrossViT has two classifiers), it stands after the stages, as
-        ``pre_logits``.
+        It differs in few networks: torchvision's DenseNet applies a ReLU that is no module, and CrossViT has
+        two classifiers.
         """
         extra = self.pre_logits
         if extra is None:
@@ -176,7 +175,7 @@ class Layers:
 
     @torch.no_grad()
     def _are_alike(self, one: Layer, other: Layer) -> bool:
-        """Whether two layers give the same numbers for some image."""
+        """Whether two layers have the same features for a random image."""
         weight = next(self._network.parameters())
         if weight.is_meta:
             return True
@@ -194,19 +193,19 @@ class Layers:
         return began is not None and (call.began if layer.point.at_input else call.ended) > began
 
     def modules(self) -> dict[str, Layer]:
-        """Return a layer for each module that gives tensors by image, in the order of the forward."""
+        """Return a layer for each module whose output has rows per image, in the order of execution."""
         calls: dict[str, Layer] = {}
         for call in sorted(self._trace.calls, key=lambda call: call.ended):
             if call.name and (layer := self._layer_of(call.name, call, False, call.outputs)):
-                calls.pop(call.name, None)  # the last call counts, at its own place
+                calls.pop(call.name, None)  # a later call replaces an earlier one, also in the order
                 calls[call.name] = layer
         return calls
 
     def at(self, point: FeaturePoint) -> Layer:
-        """Return the layer at a place.
+        """Return the layer at a point.
 
         Raises:
-            UsageError: the network has no such place.
+            UsageError: the network has no features at that point.
         """
         for call in self._trace.calls:
             if (call.name, call.number) == (point.module, point.number):
@@ -219,10 +218,10 @@ class Layers:
     # --- by name ---------------------------------------------------------------------------------
 
     def select(self, wanted: Sequence[str], pool: Pool = "auto") -> tuple[Layer, ...]:
-        """Return layers by names, words and patterns, each once, in the order in which they were asked for.
+        """Return layers by names, keywords and patterns, each once, in the order of ``wanted``.
 
         Raises:
-            UsageError: there is no such layer, it gives no tensor, or nothing to pool as asked.
+            UsageError: there is no such layer, it has no rows per image, or the pool does not fit.
         """
         modules = self.modules()
         chosen: dict[str, Layer] = {}
@@ -267,13 +266,13 @@ class Layers:
     # --- finding ---------------------------------------------------------------------------------
 
     def _find_stage(self, stage: Stage, stages: Sequence[Stage]) -> Layer | None:
-        """What everything passes last after a stage and before the next; else its last module's tensor."""
+        """The last tensor of a stage that is on every path, else the output of its last module."""
         place = stages.index(stage)
         later = [name for other in stages[place + 1 :] for name in other.parameters]
         before = [name for other in stages[place:] for name in other.parameters]
         cuts = find_cuts(self._trace, later)
         floor = max((cut.depth for cut in find_cuts(self._trace, before)), default=0)
-        # Several tensors where one will do are a residual and its branch, say: nobody means those.
+        # Only the deepest cuts: an earlier one of several tensors is, for example, a residual and its branch.
         cuts = [cut for cut in cuts if cut.depth == cuts[0].depth > floor]
         layers = [(cut, self._layer_at(stage.name, cut)) for cut in cuts]
         usable = [(cut, layer) for cut, layer in layers if layer is not None]
@@ -301,21 +300,21 @@ class Layers:
 
     def _layer_of(self, name: str, call: Call, at_input: bool, carries: Structure) -> Layer | None:
         shapes = [shape for shape in shapes_in(carries) if shape.dtype.is_floating_point]
-        if not shapes or not all(shape.is_by_image for shape in shapes):
+        if not shapes or not all(shape.is_per_image for shape in shapes):
             return None
         forms = [find_form(shape.of(1), self._input_size, self._prefix) for shape in shapes]
         known = tuple(form for form in forms if form is not None)
         if len(known) < len(forms):
             return None
-        share = call.multiplied[0 if at_input else 1] / max(self._trace.flops, 1)
+        share = call.flops[0 if at_input else 1] / max(self._trace.flops, 1)
         point = FeaturePoint(call.name, call.number, at_input)
         return Layer(name, point, known, share, self._has_token)
 
 
 def _preference(layer: Layer) -> tuple[bool, bool, bool]:
-    """One tensor before several, a map before what was pooled from it, and what a module returns.
+    """Sort key: prefer one tensor to several, a map to a pooled one, and the output of a module to an input.
 
-    What the next stage takes may be folded already (Swin merges patches before its first weight).
+    The input of the next stage may be reshaped already (Swin merges patches before its first weight).
     """
     is_map = all(form.num_positions > 1 for form in layer.forms)
     return len(layer.forms) == 1, is_map, not layer.point.at_input
@@ -327,7 +326,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def count_prefix_tokens(network: nn.Module) -> int:
-    """Return how many class and register tokens stand before those of the image."""
+    """Return the number of class and register tokens before the tokens of the image."""
     declared = getattr(network, "num_prefix_tokens", None)
     if isinstance(declared, int):
         return declared

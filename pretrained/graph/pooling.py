@@ -1,18 +1,18 @@
-"""From what a layer gives to one row of numbers an image.
+"""Pool the tensor of a layer into one row of features per image.
 
 =========  ==========================================================  =================================
-pool       of a map (B, C, H, W) or tokens (B, L, D)                   numbers an image
+pool       of a map (B, C, H, W) or tokens (B, L, D)                   features per image
 =========  ==========================================================  =================================
-``auto``   the class token where the classifier reads one, else avg    C or D
+``auto``   the class token if the classifier reads one, else avg       C or D
 ``token``  the class token                                             D
-``avg``    mean over positions, class and register tokens left out     C or D
+``avg``    mean over positions, without class and register tokens      C or D
 ``max``    maximum over the same positions                             C or D
-``avgmax`` mean of avg and max, as timm means it                       C or D
-``grid2``  means of four quarters, channel by channel                  4 C or 4 D
-``flatten`` every number, class token included                         C x H x W or L x D
+``avgmax`` mean of avg and max, as in timm                             C or D
+``grid2``  means of the four quadrants                                 4 C or 4 D
+``flatten`` all elements, including the class token                    C x H x W or L x D
 =========  ==========================================================  =================================
 
-A plain vector (B, D) stays as it is, whatever the pool.
+A vector (B, D) is not changed by any pool.
 
 Shape legend: B batch, C channels, H W positions, L tokens, D width.
 """
@@ -30,50 +30,50 @@ from finetune.errors import UsageError, suggest
 
 Pool = Literal["auto", "token", "avg", "max", "avgmax", "grid2", "flatten"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
-LaunchSpec = Literal["vector", "channels_first", "channels_last", "tokens"]
-TRUE_TO_FORM = 1.5
-"""Sides that are farther than this from the image's proportions, as a factor, are no height and width."""
+AxisOrder = Literal["vector", "channels_first", "channels_last", "tokens"]
+MAX_SKEW = 1.5
+"""Two axes whose ratio differs from the image's by more than this factor are not height and width."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the axes of a layer's tensor are to be read.
+    """The meaning of the axes of a layer's tensor.
 
     Attributes:
         order: ``vector`` (B, D), ``channels_first`` (B, C, H, W), ``channels_last`` (B, H, W, C) or
             ``tokens`` (B, L, D); windows that are folded into the batch axis count as tokens.
-        prefix: class and register tokens that come before those of the image.
-        size: (H, W) of the positions; None where they are no rectangle.
+        prefix: number of class and register tokens before the tokens of the image.
+        size: (H, W) of the positions; None for a vector.
         width: C or D.
     """
 
-    order: LaunchSpec
+    order: AxisOrder
     prefix: int
     size: tuple[int, int] | None
     width: int
 
     @property
     def num_positions(self) -> int:
-        """Of the image itself; 1 for a vector."""
+        """Number of positions of the image; 1 for a vector."""
         return math.prod(self.size) if self.size else 1
 
     def num_features(self, pool: Pool) -> int:
-        """Return how many numbers an image gets."""
+        """Return the number of features per image."""
         if pool == "flatten":
             return self.width * (self.num_positions + self.prefix)
         return 4 * self.width if pool == "grid2" and self.order != "vector" else self.width
 
 
 def find_form(shape: tuple[int, ...], input_size: tuple[int, int, int], num_prefix: int) -> Form | None:
-    """Read the axes of a tensor.
+    """Find the meaning of the axes of a tensor.
 
     Args:
-        shape: for one image: the first axis holds its windows, and is 1 where there are none.
+        shape: for one image; the first axis holds its windows, and is 1 without windows.
         input_size: (C, H, W) of the images.
-        num_prefix: class and register tokens that the network puts before the image's.
+        num_prefix: number of class and register tokens before the image's.
 
     Returns:
-        None for a tensor that cannot be told apart by image.
+        The form; None for a tensor with fewer than two axes.
     """
     if len(shape) < 2:
         return None
@@ -81,7 +81,7 @@ def find_form(shape: tuple[int, ...], input_size: tuple[int, int, int], num_pref
         return Form("vector", 0, None, shape[1]) if shape[0] == 1 else _tokens(shape, input_size, 0)
     if len(shape) == 4 and shape[0] == 1:
         first, last = (skew(pair, input_size) for pair in (shape[1:3], shape[2:4]))
-        if last <= min(first, TRUE_TO_FORM):
+        if last <= min(first, MAX_SKEW):
             return Form("channels_first", 0, (shape[2], shape[3]), shape[1])
         return Form("channels_last", 0, (shape[1], shape[2]), shape[3])
     return _tokens(shape, input_size, num_prefix)
@@ -89,7 +89,7 @@ def find_form(shape: tuple[int, ...], input_size: tuple[int, int, int], num_pref
 
 def _tokens(shape: tuple[int, ...], input_size: tuple[int, int, int], num_prefix: int) -> Form:
     length, width = math.prod(shape[:-1]), shape[-1]
-    for prefix in (num_prefix, 0, 1):  # networks that do not tell may still have a class token
+    for prefix in (num_prefix, 0, 1):  # a network without num_prefix_tokens may still have a class token
         size = _rectangle(length - prefix, input_size)
         if size is not None:
             return Form("tokens", prefix, size, width)
@@ -97,24 +97,24 @@ def _tokens(shape: tuple[int, ...], input_size: tuple[int, int, int], num_prefix
 
 
 def _rectangle(length: int, input_size: tuple[int, int, int]) -> tuple[int, int] | None:
-    """The rectangle of so many positions with the image's proportions."""
+    """The (H, W) with this product that is close to the image's aspect ratio, else None."""
     height = round(math.sqrt(max(length, 0) * input_size[1] / input_size[2]))
-    if height and length % height == 0 and skew((height, length // height), input_size) <= TRUE_TO_FORM:
+    if height and length % height == 0 and skew((height, length // height), input_size) <= MAX_SKEW:
         return height, length // height
     return None
 
 
 def skew(pair: tuple[int, ...], input_size: tuple[int, int, int]) -> float:
-    """Return how far the sides of ``pair`` are from the image's proportions, as a factor of at least 1."""
+    """Return the factor, at least 1, between the aspect ratios of ``pair`` and of the image."""
     ratio = (pair[0] * input_size[2]) / max(pair[1] * input_size[1], 1)
     return max(ratio, 1 / ratio) if ratio else math.inf
 
 
 def check_pool(name: str, form: Form, pool: Pool) -> None:
-    """Refuse a pool that a layer has nothing for.
+    """Refuse a pool that does not fit a layer.
 
     Raises:
-        UsageError: no class token, or positions that have no quarters.
+        UsageError: the layer has no class token, or fewer than 2 x 2 positions.
     """
     if pool == "token" and not form.prefix and form.order != "vector":
         found = "the layer has no class token"
@@ -128,8 +128,8 @@ def pool_tensor(tensor: Tensor, form: Form, pool: Pool, num_images: int) -> Tens
     """Return rows (B, D) float32 that share no memory with the tensor.
 
     Args:
-        tensor: of a layer; (B, ...), or with windows folded into the first axis.
-        form: how to read it.
+        tensor: tensor of a layer, (B, ...), or with windows folded into the first axis.
+        form: meaning of its axes.
         pool: ``auto`` takes the class token of a tensor that has one.
         num_images: B.
     """
@@ -145,7 +145,7 @@ def pool_tensor(tensor: Tensor, form: Form, pool: Pool, num_images: int) -> Tens
 
 
 def _to_positions(tensor: Tensor, form: Form, num_images: int) -> Tensor:
-    """(B, C, L) of any order."""
+    """Return (B, C, L) for any order of axes."""
     if form.order == "channels_first":
         return tensor.flatten(2)
     return tensor.reshape(num_images, -1, form.width).transpose(1, 2)

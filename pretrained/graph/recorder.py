@@ -1,4 +1,4 @@
-"""Observe, record or replace what a network computes: the only file that puts hooks on modules for a while.
+"""Observe, record and replace the values in a forward pass. All temporary hooks are registered here.
 
 All hooks are removed when the call or the ``with`` block ends, also after an error. They run before the hooks
 that others registered on the same modules, so they see what the module itself takes and returns.
@@ -38,7 +38,7 @@ class FeaturePoint(NamedTuple):
 class FeatureRecorder:
     """Run a network and return what it computes at some points.
 
-    Gradients flow through the recorded tensors where they are enabled.
+    Recorded tensors keep their autograd history if gradients are enabled.
 
     Args:
         network: takes images (B, C, H, W).

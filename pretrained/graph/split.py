@@ -1,15 +1,15 @@
-"""A network in two parts, trunk and rest, with ``rest(trunk(x)) == network(x)`` bit for bit.
+"""Split a network into trunk and rest, with ``rest(trunk(x)) == network(x)`` bit for bit.
 
-Nothing of the network is copied or rewritten: both parts are its own forward.
+No code or weight of the network is copied: both parts run the network's own forward.
 
-- The *trunk* is the forward, left as soon as the cut is reached.
-- The *rest* is the forward as well, with every module call that ended before the cut skipped: it returns an
-  empty tensor of the right shape, and what was carried over is put in at the cut.
+- The *trunk* is a forward pass that ends as soon as it reaches the cut.
+- The *rest* is a forward pass in which module calls that end before the cut compute nothing: they return an
+  empty tensor of the right shape. The output of the trunk is inserted at the cut.
 
-What the skipped calls return must not reach the output. :func:`split_at` fills it with NaN and looks, in the
-modes of training and of evaluation, before a cut is used.
+What the skipped calls return must not affect the output. Before a split is used, :func:`split_at` checks this
+with NaN as their return value, in training and evaluation mode.
 
-Shape legend: B batch, D numbers that the cut carries for one image.
+Shape legend: B batch, D elements per image that the trunk passes on.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pretrained.graph.recorder import FeaturePoint, FeatureRecorder, PointNotRea
 from pretrained.graph.structures import Shape, Structure, map_tensors, shapes_in, tensors_in
 
 TOLERANCE = 1e-5
-"""Largest difference of logits, as a share of the largest logit. Bit-equal nearly everywhere; some networks
-take other kernels where their trunk needs no gradients."""
+"""Largest allowed difference of logits, relative to the largest logit. Most networks are bit-equal; some use
+other kernels if their trunk needs no gradients."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How what a cut carries lies in one row of numbers for each image.
+    """How the tensors that a trunk passes on are stored as one row per image.
 
     Attributes:
-        carries: its structure.
-        dtypes: of its tensors.
-        orders: their axes but the first, from the slowest to the fastest in memory. Kernels are chosen by
-            the order (channels-last, say), and with them the last bits.
+        carries: shapes of the tensors.
+        dtypes: dtypes of the tensors.
+        orders: their axes without the first, from slowest to fastest in memory. Kernels, and with them the
+            last bits of results, depend on the memory order (such as channels-last).
     """
 
     carries: Structure
@@ -50,23 +50,23 @@ class Packing:
 
     @classmethod
     def of(cls, cut: Cut, carried: Any) -> Packing:
-        """Return the packing for what a trunk gave."""
+        """Return the packing of a trunk's output."""
         tensors = tensors_in(carried)
         return cls(cut.carries, tuple(t.dtype for t in tensors), tuple(_order(t) for t in tensors))
 
     @property
     def numel(self) -> int:
-        """D."""
+        """Length of a row, D."""
         return sum(shape.numel for shape in shapes_in(self.carries))
 
     def pack(self, carried: Any, batch: int) -> Tensor:
-        """Return rows (B, D) of what a trunk gave for ``batch`` images."""
+        """Return a trunk's output for ``batch`` images as rows (B, D)."""
         tensors = zip(tensors_in(carried), self.orders, strict=True)
         parts = [tensor.permute(0, *order).reshape(batch, -1) for tensor, order in tensors]
         return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=1)
 
     def unpack(self, rows: Tensor) -> Any:
-        """Return what was carried from rows (B, D); a copy, for what comes next may work in place."""
+        """Return a copy of the trunk's output from rows (B, D); the rest may change it in place."""
         shapes = shapes_in(self.carries)
         columns = torch.split(rows, [shape.numel for shape in shapes], dim=1)
         parts = iter(zip(columns, self.dtypes, self.orders, strict=True))
@@ -82,14 +82,14 @@ class Packing:
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    """The axes but the first as they lie in memory; as they are counted where they do not lie densely."""
+    """The axes without the first in memory order; in their usual order if the tensor is not dense."""
     counted, strides = tuple(range(1, tensor.ndim)), tensor.stride()
     order = tuple(sorted(counted, key=lambda axis: -strides[axis]))
     return order if not tensor.is_contiguous() and tensor.permute(0, *order).is_contiguous() else counted
 
 
 class Trunk:
-    """The part of a network above a cut.
+    """The part of a network before a cut.
 
     Args:
         network: (B, 3, H, W) -> (B, K).
@@ -102,7 +102,7 @@ class Trunk:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Any:
-        """Return what the cut carries for a batch of images.
+        """Return the tensors at the cut for a batch of images.
 
         Raises:
             PointNotReachedError: the forward pass does not reach the cut.
@@ -112,15 +112,15 @@ class Trunk:
 
 
 class Rest:
-    """The part of a network below a cut; it learns, and keeps its modes, with the network itself.
+    """The part of a network after a cut. It shares weights and modes with the network.
 
     Args:
         network: (B, 3, H, W) -> (B, K).
-        trace: of the network.
+        trace: trace of the network.
         cut: where it begins.
-        packing: of the rows that it takes.
+        packing: layout of the rows that it takes.
         input_size: (C, H, W) of the images.
-        filler: what skipped calls return; memory as it comes, since nobody reads it.
+        filler: creates the return values of skipped calls; uninitialised memory by default.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Rest:
         self._stand_ins = [(network.get_submodule(name), calls) for name, calls in skipped.items()]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return the logits (B, K) of what a trunk gave, as rows (B, D)."""
+        """Return logits (B, K) for a trunk's output as rows (B, D)."""
         with self._replayed(self.packing.unpack(rows), len(rows), rows.device):
             dtype = self.packing.dtypes[0] if self.packing.dtypes[0].is_floating_point else torch.float32
             image = self._filler((len(rows), *self._input_size), dtype=dtype, device=rows.device)
@@ -153,7 +153,7 @@ class Rest:
 
     @contextmanager
     def _replayed(self, carried: Any, batch: int, device: torch.device) -> Iterator[None]:
-        """Let modules skip their calls above the cut, and take what was carried at it, during the block."""
+        """During the block, skip module calls before the cut, and insert the trunk's output at the cut."""
 
         def fill(shape: Shape) -> Tensor:
             if not shape.dtype.is_floating_point:
@@ -171,13 +171,13 @@ class Rest:
                 }
                 if is_cut:
                     returns[self._fed] = lambda: carried
-                undo.callback(_give_back_forward, module, vars(module).get("forward"))
+                undo.callback(_restore_forward, module, vars(module).get("forward"))
                 module.forward = _stand_in(module.forward, returns)
             yield
 
 
-def _give_back_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
-    """Undo a stand-in; some modules (timm's FasterNet) choose a forward of their own."""
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Restore the forward of a module; some (timm's FasterNet) have one as an attribute of the instance."""
     if own is None:
         del module.forward
     else:
@@ -185,7 +185,7 @@ def _give_back_forward(module: nn.Module, own: Callable[..., Any] | None) -> Non
 
 
 def _stand_in(forward: Callable[..., Any], returns: Mapping[int, Callable[[], Any]]) -> Callable[..., Any]:
-    """A forward whose calls of these numbers compute nothing."""
+    """A forward whose calls with these numbers return a given value and compute nothing."""
     calls = itertools.count()
 
     def stand_in(*arguments: Any, **keys: Any) -> Any:
@@ -196,10 +196,10 @@ def _stand_in(forward: Callable[..., Any], returns: Mapping[int, Callable[[], An
 
 
 def _plan_replay(calls: Sequence[Call], cut: Cut) -> tuple[list[tuple[Call, int]], int]:
-    """Which calls are skipped: the outermost that end before the cut; those inside of them never happen.
+    """Return the calls to skip: the outermost ones that end before the cut. Calls inside them do not happen.
 
     Returns:
-        Each with its number among the calls of its module that do happen, and the number of the cut's own.
+        Each with its number among the calls of its module that happen, and the number of the cut's own call.
     """
     happened: dict[str, int] = {}
     skipped: list[tuple[Call, int]] = []
@@ -214,18 +214,18 @@ def _plan_replay(calls: Sequence[Call], cut: Cut) -> tuple[list[tuple[Call, int]
         if call.ended < cut.time:
             inside_until = call.ended
             skipped.append((call, number))
-    raise ValueError(f"{cut.name} is no place of this forward")
+    raise ValueError(f"{cut.name} is not a call of this forward pass")
 
 
 class Split:
-    """A network cut in two.
+    """A network split in two.
 
     Args:
-        network: that is cut.
-        trace: of it.
-        cut: the place.
+        network: the complete network.
+        trace: trace of the network.
+        cut: where it is split.
         input_size: (C, H, W) of the images.
-        packing: of what the cut carries.
+        packing: layout of the trunk's output as rows.
     """
 
     def __init__(
@@ -235,31 +235,31 @@ class Split:
         self._trunk = Trunk(network, cut)
 
     def trunk(self, images: Tensor) -> Tensor:
-        """Return rows (B, D) for images (B, C, H, W); the frozen part alone runs, without gradients."""
+        """Return rows (B, D) for images (B, C, H, W); only the trunk runs, without gradients."""
         return self.packing.pack(self._trunk(images), len(images))
 
     def rest(self, network: nn.Module, filler: Callable[..., Tensor] = torch.empty) -> Rest:
-        """Return the rest of the network, or of a copy of it (an average of its weights)."""
+        """Return the rest of the network, or of a copy of it with other weights (EMA)."""
         return Rest(network, self._trace, self.cut, self.packing, self._input_size, filler)
 
 
 def split_at(
     network: nn.Module, trace: Trace, cut: Cut, images: Tensor, set_train_mode: Callable[[], None]
 ) -> Split | None:
-    """Cut a network in two, and try whether the parts do what the whole does.
+    """Split a network in two, and check that the parts compute what the network computes.
 
     Args:
-        network: on its device; its modes and buffers are left as they were.
-        trace: of it.
-        cut: the place.
-        images: (B, C, H, W) a few images to try it on; what they show does not matter.
-        set_train_mode: puts the network into the modes of training.
+        network: on its device; its modes and buffers do not change.
+        trace: trace of the network.
+        cut: where to split.
+        images: a few images (B, C, H, W) for the check, of any content.
+        set_train_mode: sets the network's modes for training.
 
     Returns:
-        The parts; None where something goes around the cut, or where what is above it changes in training
-        (a dropout, a normalisation that learns).
+        The parts; None if something bypasses the cut, or if the trunk's output differs in training (dropout,
+        a batch norm in training mode).
     """
-    with _left_alone(network, images.device), suppress(PointNotReachedError):
+    with _preserved(network, images.device), suppress(PointNotReachedError):
         network.eval()
         carried = Trunk(network, cut)(images)
         split = Split(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]
@@ -273,7 +273,7 @@ def split_at(
 
 
 def _agrees(network: nn.Module, split: Split, images: Tensor, rows: Tensor) -> bool:
-    """Whether the parts, in the modes the network has, give what it gives, and the trunk what it gave."""
+    """Whether, in the network's current modes, the parts give its output and the trunk gives ``rows``."""
     buffers = [buffer.clone() for buffer in network.buffers()]
     state = torch.random.get_rng_state()
     unchanged = torch.equal(split.trunk(images), rows) and torch.equal(torch.random.get_rng_state(), state)
@@ -284,7 +284,7 @@ def _agrees(network: nn.Module, split: Split, images: Tensor, rows: Tensor) -> b
     try:
         parts = split.rest(network, _nan)(rows)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return False  # a forward that looks at what was skipped
+        return False  # the forward reads what a skipped call returned
     for buffer, before in zip(network.buffers(), buffers, strict=True):
         buffer.copy_(before)
     torch.manual_seed(0)
@@ -300,8 +300,8 @@ def _nan(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 @contextmanager
-def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Give modes, buffers and random states back after the block."""
+def _preserved(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore modes, buffers and random states after the block."""
     modes = {module: module.training for module in network.modules()}
     buffers = [buffer.clone() for buffer in network.buffers()]
     devices = [device] if device.type == "cuda" else []

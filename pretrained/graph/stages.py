@@ -1,13 +1,13 @@
-"""The stages of any network, from stem to head: the parts that are frozen or given a learning rate together.
+"""Divide any network into stages, from stem to head. A stage is frozen, or has a learning rate, as a whole.
 
-The order is that of the data (:mod:`pretrained.graph.flow`), never of names or of registration. The labels
-come from timm's own ``group_matcher`` where there is one, else from the grid that a layer works on:
+The order is that of the data flow (:mod:`pretrained.graph.flow`), not of names or registration. The division
+follows timm's own ``group_matcher`` if the network has one, otherwise the grids on which layers work:
 
     resnet18   conv1 | layer1 | layer2 | layer3 | layer4 | head
     vgg16      features.0-2 | features.5-7 | ... | features.24-28 | neck (fc6, fc7) | head
     vit_tiny   patch_embed | blocks.0-2 | blocks.3-5 | blocks.6-8 | blocks.9-11 | head
 
-A network of many like blocks is folded, so that a stage means about the same on every backbone.
+Many equal blocks are merged into a few stages, so that stages are comparable between backbones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import nn
 
 from finetune.errors import UsageError, suggest
 from pretrained.graph.division import (
-    Anatomy,
-    Draft,
     Labels,
+    ParameterInfo,
     Part,
     Role,
+    StageDraft,
     ancestors,
     divide,
     find_head,
@@ -41,10 +41,10 @@ class Stage:
     """One stage of a network.
 
     Attributes:
-        name: unique in its network: ``layer4``, ``blocks.9-11``, ``neck``, ``head``.
-        role: the first stage is the ``stem``; a ``neck`` stands between the last grid and the ``head``.
+        name: unique in the network: ``layer4``, ``blocks.9-11``, ``neck``, ``head``.
+        role: the first stage is the ``stem``; a ``neck`` is between the last grid and the ``head``.
         parameters: names as in ``network.named_parameters()``.
-        modules: names, as in ``network.named_modules()``, of the modules that live wholly in this stage.
+        modules: names, as in ``network.named_modules()``, of modules whose parameters are all in this stage.
     """
 
     name: str
@@ -59,26 +59,27 @@ def find_stages(
     """Divide ``network`` into ordered stages; every parameter is in exactly one.
 
     Args:
-        network: a network of timm, of torchvision or of anybody, on any device; it is left as it was.
-        input_size: channels, height and width of the images it takes.
-        head: names of the head's parameters; found when not given.
+        network: any network, on any device; it does not change.
+        input_size: (C, H, W) of its images.
+        head: names of the head's parameters; by default they are found.
 
     Returns:
-        Stem first, head last. A network without a classifier has no head, one without parameters no stages.
+        Stages from stem to head. A network without a classifier has no head, and one without parameters has
+        no stages.
 
     Raises:
-        UsageError: a trial forward fails at ``input_size``, or ``head`` names what is no parameter.
+        UsageError: a forward pass fails at ``input_size``, or a name in ``head`` is no parameter.
     """
     _check_names(network, head)
     flow = trace_flow(network, input_size)
-    anatomy = Anatomy(network, flow)
-    heads = frozenset(find_head(anatomy) if head is None else head)
+    info = ParameterInfo(network, flow)
+    heads = frozenset(find_head(info) if head is None else head)
     labels = timm_labels(network)
-    body, neck = divide(anatomy, heads, labels, input_size)
-    drafts = _drafts(body, neck, tuple(name for name in anatomy.shapes if name in heads))
-    drafts = _with_unused(anatomy, drafts, labels)
-    modules = _assign_modules(anatomy, drafts)
-    names = name_stages(anatomy, drafts)
+    body, neck = divide(info, heads, labels, input_size)
+    drafts = _make_drafts(body, neck, tuple(name for name in info.shapes if name in heads))
+    drafts = _with_unused(info, drafts, labels)
+    modules = _assign_modules(info, drafts)
+    names = name_stages(info, drafts)
     return tuple(
         Stage(name, draft.role, draft.parameters, tuple(held))
         for name, draft, held in zip(names, drafts, modules, strict=True)
@@ -98,29 +99,31 @@ def _check_names(network: nn.Module, head: Collection[str] | None) -> None:
 # --------------------------------------------------------------------------------------------- the drafts
 
 
-def _drafts(body: Sequence[Part], neck: tuple[str, ...], head: tuple[str, ...]) -> list[Draft]:
-    drafts = [Draft("body", part.parameters) for part in body]
+def _make_drafts(body: Sequence[Part], neck: tuple[str, ...], head: tuple[str, ...]) -> list[StageDraft]:
+    drafts = [StageDraft("body", part.parameters) for part in body]
     if drafts:
         drafts[0] = replace(drafts[0], role="stem")
     ends: tuple[tuple[Role, tuple[str, ...]], ...] = (("neck", neck), ("head", head))
-    return drafts + [Draft(role, names) for role, names in ends if names]
+    return drafts + [StageDraft(role, names) for role, names in ends if names]
 
 
-def _with_unused(anatomy: Anatomy, drafts: Sequence[Draft], labels: Labels | None) -> list[Draft]:
-    """Give what no output depends on (mask tokens, auxiliary heads) to its kin."""
+def _with_unused(
+    info: ParameterInfo, drafts: Sequence[StageDraft], labels: Labels | None
+) -> list[StageDraft]:
+    """Add parameters that no output depends on (mask tokens, auxiliary heads) to related stages."""
     place = {name: index for index, draft in enumerate(drafts) for name in draft.parameters}
-    lost = [name for name in anatomy.shapes if name not in place]
+    lost = [name for name in info.shapes if name not in place]
     if lost and not drafts:
-        return [Draft("stem", tuple(lost))]
-    place |= {name: _place_of_kin(name, place, labels) for name in lost}
+        return [StageDraft("stem", tuple(lost))]
+    place |= {name: _nearest_draft(name, place, labels) for name in lost}
     return [
-        replace(draft, parameters=tuple(name for name in anatomy.shapes if place[name] == index))
+        replace(draft, parameters=tuple(name for name in info.shapes if place[name] == index))
         for index, draft in enumerate(drafts)
     ]
 
 
-def _place_of_kin(name: str, place: Mapping[str, int], labels: Labels | None) -> int:
-    """The stage of timm's label, else of the nearest module above ``name`` that is in one, else the stem."""
+def _nearest_draft(name: str, place: Mapping[str, int], labels: Labels | None) -> int:
+    """The stage of its timm group, else of the innermost module around it that has a stage, else the stem."""
     if labels is not None and labels.of[name] != labels.rest:
         for other, index in place.items():
             if labels.of[other] == labels.of[name]:
@@ -135,35 +138,35 @@ def _place_of_kin(name: str, place: Mapping[str, int], labels: Labels | None) ->
 # --------------------------------------------------------------------------------------------- the modules
 
 
-def _assign_modules(anatomy: Anatomy, drafts: Sequence[Draft]) -> list[list[str]]:
-    """The modules of every stage. Those without parameters follow the module around them, else the calls."""
-    parameters = dict(anatomy.network.named_parameters())
+def _assign_modules(info: ParameterInfo, drafts: Sequence[StageDraft]) -> list[list[str]]:
+    """The modules of every stage; one without parameters follows its parent, else the order of calls."""
+    parameters = dict(info.network.named_parameters())
     place = {id(parameters[name]): index for index, draft in enumerate(drafts) for name in draft.parameters}
     places = {
         name: {place[id(parameter)] for parameter in module.parameters()}
-        for name, module in anatomy.network.named_modules()
+        for name, module in info.network.named_modules()
     }
-    timetable = _timetable(anatomy, places)
+    timetable = _timetable(info, places)
     held: list[list[str]] = [[] for _ in drafts]
     for name in filter(None, places):
         found = places[name] or next((places[above] for above in ancestors(name) if places[above]), set())
         if len(found) == 1:
             held[next(iter(found))].append(name)
-        elif not places[name] and name in anatomy.flow.calls and timetable:
-            held[_next_place(timetable, anatomy.flow.calls[name])].append(name)
+        elif not places[name] and name in info.flow.calls and timetable:
+            held[_next_place(timetable, info.flow.calls[name])].append(name)
     return held
 
 
-def _timetable(anatomy: Anatomy, places: Mapping[str, set[int]]) -> list[tuple[int, int]]:
-    """``(rank of the call, stage)`` of each called module that owns parameters, all of one stage."""
-    owners = {owner(name) for name in anatomy.shapes} - {""}
-    calls = anatomy.flow.calls
+def _timetable(info: ParameterInfo, places: Mapping[str, set[int]]) -> list[tuple[int, int]]:
+    """``(rank of the call, stage)`` of each called module whose own parameters are in one stage."""
+    owners = {owner(name) for name in info.shapes} - {""}
+    calls = info.flow.calls
     alone = (name for name in owners if name in calls and len(places[name]) == 1)
     return sorted((calls[name], next(iter(places[name]))) for name in alone)
 
 
 def _next_place(timetable: Sequence[tuple[int, int]], call: int) -> int:
-    """The stage of the first owner called after ``call``, or of the last owner."""
+    """The stage of the first module of the timetable that is called after ``call``, or of the last one."""
     following = bisect_right(timetable, (call, len(timetable)))
     return timetable[min(following, len(timetable) - 1)][1]
 
@@ -171,16 +174,16 @@ def _next_place(timetable: Sequence[tuple[int, int]], call: int) -> int:
 # ----------------------------------------------------------------------------------------------- the names
 
 
-def name_stages(anatomy: Anatomy, drafts: Sequence[Draft]) -> list[str]:
-    """A unique name for every stage, after the modules that hold its parameters."""
+def name_stages(info: ParameterInfo, drafts: Sequence[StageDraft]) -> list[str]:
+    """Return a unique name for every stage, after the modules that hold its parameters."""
     names: list[str] = []
     taken = {"neck", "head"}
     for draft in drafts:
         if draft.role in ("neck", "head"):
             names.append(draft.role)
             continue
-        used = [name for name in anatomy.used if name in set(draft.parameters)] or list(draft.parameters)
-        name = _free(_name_of(anatomy, used, draft.role == "stem") or draft.role, taken)
+        used = [name for name in info.used if name in set(draft.parameters)] or list(draft.parameters)
+        name = _free(_name_of(info, used, draft.role == "stem") or draft.role, taken)
         taken.add(name)
         names.append(name)
     return names
@@ -191,21 +194,20 @@ def _free(name: str, taken: Collection[str]) -> str:
     return next(free for free in (name, *numbered) if free not in taken)
 
 
-def _name_of(anatomy: Anatomy, names: Sequence[str], is_stem: bool) -> str:
-    """``layer4`` for a whole module, ``blocks.0-2`` for some of its children, else after one of them.
+def _name_of(info: ParameterInfo, names: Sequence[str], is_stem: bool) -> str:
+    """Name a whole module (``layer4``), a range of its children (``blocks.0-2``), or one of the children.
 
-    That is the first for a stem (``patch_embed``), else the one of most layers (``denseblock1``).
+    The one child is the first for a stem (``patch_embed``), else the one with the most weights
+    (``denseblock1``).
     """
-    outside = {above for name in set(anatomy.shapes) - set(names) for above in ancestors(name)} | {""}
+    outside = {above for name in set(info.shapes) - set(names) for above in ancestors(name)} | {""}
     part = list(names)
     while True:
         above = _common_module(part)
-        if above not in outside:  # a whole module: the highest one that is
+        if above not in outside:  # a whole module: take the outermost one that is whole
             return list(takewhile(lambda module: module not in outside, ancestors(f"{above}.")))[-1]
         children = _children(above, part)
-        weights = {
-            child: sum(anatomy.holds_weight([name]) for name in held) for child, held in children.items()
-        }
+        weights = {child: sum(info.holds_weight([name]) for name in held) for child, held in children.items()}
         run = _range([child for child, count in weights.items() if count])
         if run or not children:
             return ".".join(filter(None, (above, run)))
@@ -218,7 +220,7 @@ def _common_module(names: Sequence[str]) -> str:
 
 
 def _children(above: str, names: Sequence[str]) -> dict[str, list[str]]:
-    """The parameters below each child module of ``above``; its own parameters are left out."""
+    """The parameters in each child module of ``above``, without its own parameters."""
     children: dict[str, list[str]] = {}
     for name in names:
         child, dot, _ = name[len(above) + bool(above) :].partition(".")
@@ -228,7 +230,7 @@ def _children(above: str, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _range(children: Sequence[str]) -> str | None:
-    """``block0-2`` for ``block0, block1, block2``; nothing for fewer than two, or names that do not count."""
+    """``block0-2`` for ``block0, block1, block2``; None for fewer than two or names without numbers."""
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*children, strict=False))
     shared = "".join(letters[0] for letters in same).rstrip("0123456789")
     rest = [child.removeprefix(shared) for child in children]

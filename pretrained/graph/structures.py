@@ -1,4 +1,4 @@
-"""Nested tuples, lists and dicts of tensors: what modules take and return.
+"""Nested tuples, lists and dicts of tensors, as modules take and return them.
 
 Shape legend: B batch.
 """
@@ -13,33 +13,33 @@ import torch
 from torch import Tensor
 
 Structure: TypeAlias = Any
-"""Nested tuples, lists and dicts, with :class:`Shape` in the place of tensors."""
+"""Nested tuples, lists and dicts with a :class:`Shape` in place of each tensor."""
 
 
 class Shape(NamedTuple):
-    """The shape of a tensor for any batch: each axis has ``grows * B + fixed`` positions."""
+    """The shape of a tensor for any batch size: an axis has ``growth * B + fixed`` elements."""
 
-    grows: tuple[int, ...]
+    growth: tuple[int, ...]
     fixed: tuple[int, ...]
     dtype: torch.dtype
 
     def of(self, batch: int) -> tuple[int, ...]:
-        """Return the shape for so many images."""
-        return tuple(grows * batch + fixed for grows, fixed in zip(self.grows, self.fixed, strict=True))
+        """Return the shape for a batch size."""
+        return tuple(growth * batch + fixed for growth, fixed in zip(self.growth, self.fixed, strict=True))
 
     @property
     def numel(self) -> int:
-        """Numbers in it for one image."""
+        """Number of elements per image."""
         return torch.Size(self.of(1)).numel()
 
     @property
-    def is_by_image(self) -> bool:
-        """Whether the first axis alone grows, from nothing: so rows of images can be told apart."""
-        return bool(self.grows) and self.grows[0] > 0 and self.fixed[0] == 0 and not any(self.grows[1:])
+    def is_per_image(self) -> bool:
+        """Whether only the first axis depends on the batch size, and is a multiple of it."""
+        return bool(self.growth) and self.growth[0] > 0 and self.fixed[0] == 0 and not any(self.growth[1:])
 
 
 def map_tensors(change: Callable[[Any], Any], item: Any) -> Any:
-    """Return nested tuples, lists and dicts with every tensor (or shape) changed."""
+    """Return nested tuples, lists and dicts with ``change`` applied to every tensor (or shape)."""
     if isinstance(item, (Tensor, Shape)):
         return change(item)
     if isinstance(item, Mapping):
@@ -59,7 +59,7 @@ def shapes_in(item: Structure) -> list[Shape]:
 
 
 def tensors_in(item: object) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, dicts and dataclasses."""
+    """Return every tensor in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(item, Tensor):
         return [item]
     if isinstance(item, Mapping):

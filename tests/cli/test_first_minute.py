@@ -12,7 +12,7 @@ from finetune.features import network as default_backbone
 from finetune.recipe import load_recipe
 from pretrained.bundle import list_bundled
 from pretrained.catalog import find_card
-from pretrained.present import Choice, choose_best
+from pretrained.default_backbone import DefaultChoice, choose_best
 from tests.conftest import Cli
 
 BUNDLED = f"finetune/{list_bundled()[0]}"
@@ -86,7 +86,9 @@ def test_what_is_here_and_was_not_taken_is_named(
         (find_card(f"timm/{name}"), "large")
         for name in ("vgg16", "vgg19", "resnet152", "beit_base_patch16_224")
     )
-    monkeypatch.setattr(default_backbone, "choose_best", lambda _: Choice(choose_best(False).best, others))
+    monkeypatch.setattr(
+        default_backbone, "choose_best", lambda _: DefaultChoice(choose_best(False).best, others)
+    )
     done = cli(
         "run", "--data", image_folder, "--strategy", "freeze", "--epochs", 1, "--output", tmp_path / "run"
     )

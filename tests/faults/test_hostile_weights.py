@@ -24,9 +24,9 @@ from finetune.errors import EnvironmentFaultError, FinetuneError, UsageError
 from pretrained import state_dict as module
 from pretrained.backbone import load_backbone
 from pretrained.catalog import find_card
-from pretrained.config import LARGEST_CONFIG, LONGEST_TEXT
+from pretrained.config import MAX_CONFIG_BYTES, MAX_TEXT_LENGTH
 from pretrained.hub import find_hub_file
-from pretrained.state_dict import LARGEST_FILE, read_weights
+from pretrained.state_dict import MAX_FILE_BYTES, read_weights
 
 # --- sizes ---------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ from pretrained.state_dict import LARGEST_FILE, read_weights
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.bin"])
 def test_a_file_too_large_is_not_opened(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / name).open("wb") as file:
-        file.truncate(LARGEST_FILE + 1)  # sparse: it takes no space
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse: it takes no space
     monkeypatch.setattr(module, "_read", lambda _: pytest.fail("it was opened"))
     with pytest.raises(UsageError, match=r"it has 68,719,476,737 bytes, more than 68,719,476,736"):
         read_weights(tmp_path / name)
@@ -42,7 +42,7 @@ def test_a_file_too_large_is_not_opened(tmp_path: Path, name: str, monkeypatch: 
 
 def test_the_limit_itself_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a": torch.ones(4)}, tmp_path / "w.safetensors")
-    monkeypatch.setattr(module, "LARGEST_FILE", (tmp_path / "w.safetensors").stat().st_size)
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", (tmp_path / "w.safetensors").stat().st_size)
     assert read_weights(tmp_path / "w.safetensors").keys() == {"a"}
 
 
@@ -309,7 +309,7 @@ def test_text_of_a_card_is_short_and_printable(config: Config) -> None:
     inner = {"license": evil, "tag": [evil], "paper_ids": [evil, 5]}
     card = find_card(config({"architecture": "test_resnet"}, inner))
     for text in (card.license, card.tag, card.origin):
-        assert text.isprintable() and 0 < len(text) <= LONGEST_TEXT
+        assert text.isprintable() and 0 < len(text) <= MAX_TEXT_LENGTH
 
 
 def test_label_names_are_compared_and_never_written(config: Config) -> None:
@@ -323,7 +323,7 @@ def test_a_config_too_large_is_not_parsed(tmp_path: Path, monkeypatch: pytest.Mo
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(2**40)  # sparse
     began = time.process_time()
-    with pytest.raises(UsageError, match=f"config.json is larger than {LARGEST_CONFIG:,} bytes"):
+    with pytest.raises(UsageError, match=f"config.json is larger than {MAX_CONFIG_BYTES:,} bytes"):
         find_card(str(tmp_path))
     assert time.process_time() - began < 2
 

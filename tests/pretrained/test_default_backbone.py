@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 
-from pretrained import present
+from pretrained import default_backbone
 from pretrained.catalog import Card, find_card
-from pretrained.present import choose_best, find_downloaded, published_accuracy
+from pretrained.default_backbone import choose_best, find_downloaded, published_accuracy
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def find_cached(card: Card) -> Path | None:
         return Path("somewhere") if card.name in names else None
 
-    monkeypatch.setattr(present, "find_cached", find_cached)
+    monkeypatch.setattr(default_backbone, "find_cached", find_cached)
     return names
 
 
@@ -34,7 +34,7 @@ def test_nothing_but_the_bundled_one(here: list[str]) -> None:
     choice = choose_best(on_gpu=False)
     assert choice.best.accuracy is None
     assert choice.best.card.name.startswith("finetune/")
-    assert not choice.passed_over
+    assert not choice.skipped
 
 
 def test_the_higher_published_accuracy_wins(here: list[str]) -> None:
@@ -60,7 +60,7 @@ def test_what_is_large_for_a_laptop_is_left_to_gpus(here: list[str]) -> None:
     here += ["timm/convnext_base.fb_in1k", "timm/resnet18.tv_in1k"]
     choice = choose_best(on_gpu=False)
     assert choice.best.card.name == "timm/resnet18.tv_in1k"
-    ((card, why),) = choice.passed_over
+    ((card, why),) = choice.skipped
     assert card.name == "timm/convnext_base.fb_in1k"
     assert "89 million parameters" in why and "without a GPU" in why
     assert choose_best(on_gpu=True).best.card.name == "timm/convnext_base.fb_in1k"
@@ -70,7 +70,7 @@ def test_weights_of_unknown_worth_are_named_and_not_taken(here: list[str]) -> No
     here += ["timm/vit_small_patch14_dinov2.lvd142m"]
     choice = choose_best(on_gpu=False)
     assert choice.best.card.place == "bundled"
-    ((card, why),) = choice.passed_over
+    ((card, why),) = choice.skipped
     assert (card.name, why) == (here[0], "no published accuracy on ImageNet")
 
 
@@ -101,7 +101,7 @@ def test_a_cache_is_searched(tmp_path: Path) -> None:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("c0ffee")
     (folder / "snapshots" / "c0ffee" / "model.safetensors").write_bytes(b"weights")
-    script = "from pretrained.present import choose_best; print(choose_best(False).best.card.name)"
+    script = "from pretrained.default_backbone import choose_best; print(choose_best(False).best.card.name)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)},

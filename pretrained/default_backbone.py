@@ -1,13 +1,13 @@
-"""The best backbone whose weights are on this machine, for whoever names none.
+"""The default backbone: the best one whose weights are on this machine.
 
-Better means a higher top-1 accuracy on ImageNet's validation part, as published: it goes with the accuracy
-after transfer (Kornblith et al., "Do better ImageNet models transfer better?", arXiv:1805.08974), and less so
-for features that stay frozen, which the same paper found to suffer from some of what raises that figure.
-``finetune advise --backbones`` measures instead. Networks that are large for the machine are not taken
-unasked; parameters and pixels are a rough measure of that.
+The criterion is the published top-1 accuracy on the validation split of ImageNet. It correlates with the
+accuracy after transfer (Kornblith et al., "Do better ImageNet models transfer better?", arXiv:1805.08974),
+but less for frozen features, because some regularisers that raise it make features worse for transfer.
+``finetune advise --backbones`` measures the accuracy on the user's data. Networks that are large for the
+machine are not chosen by default; the number of parameters and pixels is a rough measure of that.
 
-``imagenet.csv`` holds the weights of up to 100 million parameters of timm's ``results/results-imagenet.csv``
-(Apache-2.0; its commit 0173a139).
+``imagenet.csv`` contains the networks with at most 100 million parameters of timm's
+``results/results-imagenet.csv`` (Apache-2.0; its commit 0173a139).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pretrained.weights import find_cached
 
 @dataclass(frozen=True)
 class Limit:
-    """What a machine is asked to train when nobody names a backbone.
+    """The size of a default backbone.
 
     Attributes:
-        parameters: at most.
-        img_size: in pixels, at most.
-        machine: in words.
+        parameters: largest number of parameters.
+        img_size: largest input size in pixels.
+        machine: reason for the limit, for messages.
     """
 
     parameters: int
@@ -44,18 +44,18 @@ class Limit:
 
 LIMITS = {
     False: Limit(30_000_000, 288, "large for a machine without a GPU"),
-    True: Limit(100_000_000, 384, "large to take unasked"),
+    True: Limit(100_000_000, 384, "too large to choose by default"),
 }
-"""Without and with a GPU: ResNet-50 and ConvNeXt-Tiny, or ConvNeXt-Base, are inside."""
+"""Without and with a GPU. ResNet-50 and ConvNeXt-Tiny, or ConvNeXt-Base, are within the limit."""
 
 
 @dataclass(frozen=True)
-class Present:
+class LocalBackbone:
     """A backbone whose weights are on this machine.
 
     Attributes:
-        card: its passport.
-        accuracy: published top-1 on ImageNet-1k in percent; None where none is known.
+        card: its metadata.
+        accuracy: published top-1 accuracy on ImageNet-1k in percent; None if unknown.
     """
 
     card: Card
@@ -63,43 +63,47 @@ class Present:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What is taken, and what is not.
+class DefaultChoice:
+    """The default backbone, and the ones that were skipped.
 
     Attributes:
-        best: downloaded, else bundled.
-        passed_over: others that were downloaded and cannot be ranked or are too large, and why.
+        best: the best downloaded backbone, else the bundled one.
+        skipped: downloaded backbones that have no published accuracy or are too large, with the reason.
     """
 
-    best: Present
-    passed_over: tuple[tuple[Card, str], ...] = ()
+    best: LocalBackbone
+    skipped: tuple[tuple[Card, str], ...] = ()
 
 
-def choose_best(on_gpu: bool) -> Choice:
-    """Return the best backbone whose weights are on this machine: downloaded, else bundled.
+def choose_best(on_gpu: bool) -> DefaultChoice:
+    """Return the best backbone whose weights are on this machine: a downloaded one, else the bundled one.
 
     Args:
-        on_gpu: what there is to train it.
+        on_gpu: whether it will be trained on a GPU.
 
     Raises:
-        EnvironmentFaultError: the installation lacks the bundled one.
+        EnvironmentFaultError: the bundled backbone is missing from the installation.
     """
-    ranked: list[Present] = []
-    passed_over: list[tuple[Card, str]] = []
+    ranked: list[LocalBackbone] = []
+    skipped: list[tuple[Card, str]] = []
     for card in find_downloaded():
         accuracy = published_accuracy(card)
-        why = "no published accuracy on ImageNet" if accuracy is None else _find_excess(card, LIMITS[on_gpu])
+        why = (
+            "no published accuracy on ImageNet"
+            if accuracy is None
+            else _describe_excess(card, LIMITS[on_gpu])
+        )
         if why:
-            passed_over.append((card, why))
+            skipped.append((card, why))
         else:
-            ranked.append(Present(card, accuracy))
+            ranked.append(LocalBackbone(card, accuracy))
     best = max(ranked, key=lambda one: (one.accuracy, one.card.name)) if ranked else _bundled()
-    return Choice(best, tuple(passed_over))
+    return DefaultChoice(best, tuple(skipped))
 
 
-def _bundled() -> Present:
+def _bundled() -> LocalBackbone:
     for name in list_bundled():
-        return Present(find_card(f"{LIBRARY}/{name}"), None)
+        return LocalBackbone(find_card(f"{LIBRARY}/{name}"), None)
     fix = "Install the package again, or add --backbone NAME."
     raise EnvironmentFaultError("finetune", "the bundled backbone is missing from the installation", fix)
 
@@ -112,8 +116,8 @@ def find_downloaded() -> Iterator[Card]:
         yield from filter(find_cached, (find_card(f"torchvision/{name}.{tag}") for tag in tags))
 
 
-def _find_excess(card: Card, limit: Limit) -> str:
-    """Say in what a network is over a limit, ``""`` where it is not."""
+def _describe_excess(card: Card, limit: Limit) -> str:
+    """Return by what a network exceeds a limit, ``""`` if it does not."""
     size = num_parameters(card)
     if size is not None and size <= limit.parameters and card.preprocessing.img_size <= limit.img_size:
         return ""
@@ -122,10 +126,10 @@ def _find_excess(card: Card, limit: Limit) -> str:
 
 
 def published_accuracy(card: Card) -> float | None:
-    """Return the published top-1 accuracy on ImageNet-1k in percent, None where none is known.
+    """Return the published top-1 accuracy on ImageNet-1k in percent, None if unknown.
 
-    timm's are from its table of results (each at the size it was tested at there), torchvision's from its
-    weights' own metadata.
+    For timm it is from the table of results, at the input size stated there; for torchvision it is from the
+    metadata of the weights.
     """
     if not card.tag:
         return None
