@@ -34,7 +34,6 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: to see that it works")
     parser.add_argument("--only", default="*", help="names or patterns of cases, separated by commas")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases, measure nothing")
     parser.add_argument("--show", action="store_true", help="print what the file holds, measure nothing")
     parser.add_argument("--repeats", type=int, help="turns of each case (seeds), 3 by default")
     parser.add_argument("--again", action="store_true", help="start over instead of going on")
@@ -69,14 +68,11 @@ def plan(questions: list[Question], bench: Bench, patterns: str) -> list[tuple[Q
 
 
 def measure(options: argparse.Namespace, questions: list[Question]) -> None:
-    """Measure the cases that are asked for and not in the file yet, or print their names."""
+    """Measure the cases that are asked for and not in the file yet."""
     machine = describe_machine(options.threads, options.workers, options.quick)
     source, cuda = options.data.absolute(), machine["gpu"] is not None
     bench = Bench(source, options.cache, options.threads, options.workers, options.quick, cuda)
     cases = plan(questions, bench, options.only)
-    if options.list:
-        sys.stdout.write("".join(f"{case.name}\n" for _, case in cases))
-        return
     if {"commands", "extract"} & set(options.names):
         machine["fastai"] = read_versions(build_environment(bench.peers_folder))["fastai"]
     if options.again:
@@ -97,7 +93,7 @@ def main(words: list[str] | None = None) -> int:
         results = Results(options.results)
         if options.page:
             fill_page(questions, results, options.page)
-        elif not options.list:
+        else:
             for question in questions:
                 sys.stdout.write(
                     "\n".join(["", f"# {question.name}", "", *write_section(question, results), ""])

@@ -54,29 +54,25 @@ def build_job(turn: Turn) -> list[str]:
     network = find_network(turn.case.network, turn.bench)
     words = ["--data", str(find_folder(network, turn.bench)), "--img-size", str(network.img_size)]
     words += ["--weights", str(find_weights(network.arch, turn.bench))]
-    return [*words, "--workers", str(turn.bench.workers), "--batch-size", str(network.batch_size)]
+    return [*words, "--workers", str(turn.bench.workers)]
 
 
 def build_run(turn: Turn, output: Path) -> list[str]:
     """Return the command line of a run of ours."""
-    arch = find_network(turn.case.network, turn.bench).arch
-    words = [find_finetune(), "run", "--offline", "--device", "cpu", "--backbone", f"torchvision/{arch}"]
+    network = find_network(turn.case.network, turn.bench)
+    words = [find_finetune(), "run", "--offline", "--device", "cpu"]
+    words += ["--backbone", f"torchvision/{network.arch}"]
     words += ["--strategy", turn.case.strategy, "--epochs", str(turn.case.epochs), *build_job(turn)]
-    return [*words, "--output", str(output)]
+    return [*words, "--batch-size", str(network.batch_size), "--output", str(output)]
 
 
 def build_peer(turn: Turn, network: Network, output: Path) -> list[str]:
     """Return the command line of another tool."""
-    words = [
-        str(turn.bench.peers_folder / "bin" / "python"),
-        "-m",
-        f"benchmarks.peers.{SCRIPTS[turn.tool]}",
-        "--arch",
-        network.arch,
-    ]
+    python = str(turn.bench.peers_folder / "bin" / "python")
+    words = [python, "-m", f"benchmarks.peers.{SCRIPTS[turn.tool]}", "--arch", network.arch]
     words += ["--lr", f"{choose_lr(turn.tool, network):g}", "--threads", str(turn.bench.threads)]
     words += ["--strategy", turn.case.strategy, "--epochs", str(turn.case.epochs), *build_job(turn)]
-    return [*words, "--output", str(output)]
+    return [*words, "--batch-size", str(network.batch_size), "--output", str(output)]
 
 
 def choose_lr(tool: str, network: Network) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -38,6 +37,8 @@ COLUMNS = {
     "network and decoding alone, ms": "alone_ms",
     "peak MB": "rss_mb",
 }
+Pace = tuple[float, float]
+"""Images a second, and milliseconds of processor time an image."""
 
 
 def plan(bench: Bench) -> list[Case]:
@@ -57,11 +58,11 @@ def measure(turn: Turn) -> Figures:
     used, speed = run_command(turn, model, images, turn.case.size)
     return {
         "images_per_second": speed,
-        "network_per_second": network.speed,
-        "decoding_per_second": decoding.speed,
-        "limit_per_second": 1 / (1 / network.speed + 1 / decoding.speed),
+        "network_per_second": network[0],
+        "decoding_per_second": decoding[0],
+        "limit_per_second": 1 / (1 / network[0] + 1 / decoding[0]),
         "processor_ms": 1000 * (used["cpu"] - start["cpu"]) / turn.case.size,
-        "alone_ms": network.milliseconds + decoding.milliseconds,
+        "alone_ms": network[1] + decoding[1],
         "rss_mb": used["rss_mb"],
     }
 
@@ -70,13 +71,6 @@ def _train(data: Path, target: Path) -> None:
     """Leave a finished run with random weights: they change no time."""
     keys = {"backbone.name": BACKBONE, "strategy.name": "scratch", "data.path": str(data), "data.workers": 1}
     run(load_recipe(None, keys | {"training.epochs": 1}), target)
-
-
-class Pace(NamedTuple):
-    """Images a second, and milliseconds of processor time an image."""
-
-    speed: float
-    milliseconds: float
 
 
 def measure_parts(predictor: Predictor, images: list[Path], workers: int, seconds: float) -> list[Pace]:
@@ -97,7 +91,7 @@ def measure_pace(work: Callable[[], int], seconds: float) -> Pace:
     began, used, number = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:
         number += work()
-    return Pace(number / (time.perf_counter() - began), 1000 * (time.process_time() - used) / number)
+    return number / (time.perf_counter() - began), 1000 * (time.process_time() - used) / number
 
 
 def run_command(turn: Turn, model: Path, images: list[Path], number: int) -> tuple[Figures, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -46,39 +45,30 @@ def plan(bench: Bench) -> list[Case]:
     return [Case(CASES[-1].name, network=CASES[-1].network, size=4)] if bench.quick else list(CASES)
 
 
-class Stopwatch:
-    """Seconds by name; calls inside of a timed call count for the outer one."""
+@contextmanager
+def timed_parts() -> Iterator[dict[str, float]]:
+    """Add up the seconds of every part while the block runs; calls inside of a timed call count for it."""
+    seconds, running = dict.fromkeys(PARTS, 0.0), [False]
 
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._running = False
-
-    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the call, with its seconds added to a name."""
-
+    def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **keys: Any) -> Any:
-            if self._running:
+            if running[0]:
                 return call(*arguments, **keys)
-            self._running, began = True, time.perf_counter()
+            running[0], began = True, time.perf_counter()
             try:
                 return call(*arguments, **keys)
             finally:
-                self.seconds[name] += time.perf_counter() - began
-                self._running = False
+                seconds[name] += time.perf_counter() - began
+                running[0] = False
 
         return timed
 
-
-@contextmanager
-def timed_parts() -> Iterator[Stopwatch]:
-    """Time every part while the block runs."""
-    watch = Stopwatch()
     with ExitStack() as stack:
         for name, methods in PARTS.items():
             for owner, method in methods:
-                timed = watch.wrap(name, getattr(owner, method))
+                timed = wrap(name, getattr(owner, method))
                 stack.enter_context(mock.patch.object(owner, method, timed))
-        yield watch
+        yield seconds
 
 
 def measure(turn: Turn) -> Figures:
@@ -94,12 +84,12 @@ def measure(turn: Turn) -> Figures:
             "data.workers": 1,
         },
     )
-    with timed_parts() as watch:
+    with timed_parts() as seconds:
         finished = run(recipe, turn.place / "run")
     with finished.folder.history.open(encoding="utf-8", newline="") as file:
         total = sum(float(row["seconds"]) for row in csv.DictReader(file))
-    total += watch.seconds["checkpoints"] + watch.seconds["copies of the state, an epoch"]
-    shares = {name: 100 * watch.seconds[name] / total for name in PARTS}
+    total += seconds["checkpoints"] + seconds["copies of the state, an epoch"]
+    shares = {name: 100 * seconds[name] / total for name in PARTS}
     return shares | {"together": sum(shares.values()), "seconds": total}
 
 

@@ -15,31 +15,25 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-from fastai.vision.all import (  # noqa: E402
-    SGD,
-    Flip,
-    ImageDataLoaders,
-    L,
-    Learner,
-    RandomResizedCrop,
-    accuracy,
-    model_meta,
-    models,
-    params,
-    vision_learner,
+from fastai.vision import all as vision  # noqa: E402
+
+from benchmarks.peers.common import (  # noqa: E402
+    HEAD,
+    LAST_STAGE,
+    load_network,
+    read_arguments,
+    report,
 )
 
-from benchmarks.peers.common import HEAD, LAST_STAGE, load_network, read_arguments, report  # noqa: E402
 
-
-def build_learner(options: argparse.Namespace) -> Learner:
+def build_learner(options: argparse.Namespace) -> Any:
     """Return a learner with the given weights, frozen as the strategy says."""
-    loaders = ImageDataLoaders.from_folder(
+    loaders = vision.ImageDataLoaders.from_folder(
         options.data,
         train="train",
         valid="val",
-        item_tfms=RandomResizedCrop(options.img_size, min_scale=0.35),
-        batch_tfms=Flip(),
+        item_tfms=vision.RandomResizedCrop(options.img_size, min_scale=0.35),
+        batch_tfms=vision.Flip(),
         bs=options.batch_size,
         num_workers=options.workers,
         seed=options.seed,
@@ -49,12 +43,12 @@ def build_learner(options: argparse.Namespace) -> Learner:
     def arch(**_: Any) -> Any:
         return load_network(options.arch, options.weights)
 
-    model_meta[arch] = model_meta[getattr(models, options.arch)]
-    learner = vision_learner(
+    vision.model_meta[arch] = vision.model_meta[getattr(vision.models, options.arch)]
+    learner = vision.vision_learner(
         loaders,
         arch,
-        metrics=accuracy,
-        opt_func=partial(SGD, mom=0.9),
+        metrics=vision.accuracy,
+        opt_func=partial(vision.SGD, mom=0.9),
         wd=1e-4,
         splitter=partial(split, position=find_last_stage(options)),
         path=options.output,
@@ -78,7 +72,7 @@ def split(model: Any, position: tuple[int, ...]) -> Any:
     body = model[0]
     for index in position[:-1]:
         body = body[index]
-    return L(body[: position[-1]], body[position[-1] :], model[1:]).map(params)
+    return vision.L(body[: position[-1]], body[position[-1] :], model[1:]).map(vision.params)
 
 
 def main() -> None:
