@@ -1,20 +1,44 @@
-"""Fine-tune ImageNet backbones on a folder of images, and stand behind the number that comes out."""
+"""Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out.
+
+The functions of :mod:`finetune.api` are the package's own: ``finetune.run(data="./photos", strategy="top")``.
+"""
 
 import os
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ("Prediction", "Predictor", "load")
+
+_MODULES = {
+    "Prediction": "finetune.evaluation.predictor",
+    "Predictor": "finetune.evaluation.predictor",
+    "SilentDisplay": "finetune.system.display",
+    "advise": "finetune.api",
+    "check": "finetune.api",
+    "compare": "finetune.api",
+    "evaluate": "finetune.api",
+    "export": "finetune.api",
+    "extract": "finetune.api",
+    "load": "finetune.evaluation.predictor",
+    "predict": "finetune.api",
+    "probe": "finetune.api",
+    "run": "finetune.api",
+}
+__all__ = tuple(_MODULES)
 
 # No telemetry: the hub's client reads this when it is first imported, by timm for one.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> object:
-    """Look up what predicts when it is first asked for: it imports torch, and the rooms above (PEP 562).
+    """Import a public name when it is first asked for (PEP 562), so that ``finetune --help`` needs no torch.
 
     ``__init__.pyi`` tells type checkers.
     """
-    if name in __all__:
-        return getattr(import_module("finetune.evaluation.predictor"), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names that the package has, and those that it imports when they are asked for."""
+    return sorted({*globals(), *__all__})
