@@ -23,7 +23,7 @@ from benchmarks.data import find_sets, make_once
 from benchmarks.harness import Bench, Case, Turn
 from benchmarks.results import Figures, Results
 from finetune.data.samples import open_sample
-from finetune.job import run
+from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 
 Runs = dict[str, list[Figures]]

@@ -23,7 +23,7 @@ from benchmarks.results import Figures, Results
 from benchmarks.text import points, table
 from finetune.data import transforms
 from finetune.data.decode import decode_image
-from finetune.job import run
+from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 from pretrained.catalog import Preprocessing
 

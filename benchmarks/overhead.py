@@ -22,7 +22,7 @@ from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.limits import BARE
 from benchmarks.results import Figures
 from finetune.data.loader import Batch, ImageLoader
-from finetune.job import run
+from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 from finetune.training.trainer import Trainer
 

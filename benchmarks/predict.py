@@ -24,7 +24,7 @@ from benchmarks.results import Figures
 from benchmarks.timing import run_timed
 from finetune.data.transforms import build_eval_transform
 from finetune.evaluation.predictor import Predictor, load
-from finetune.job import run
+from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 
 BACKBONE = "timm/mobilenetv3_small_100"

@@ -17,7 +17,7 @@ from unittest import mock
 from benchmarks.data import NETWORKS, find_folder
 from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.results import Figures
-from finetune.job import run
+from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 from finetune.system.heartbeat import Heartbeat
 from finetune.training.checkpoint import CheckpointStore

@@ -27,8 +27,8 @@ from finetune.system.signals import StopSignal
 if TYPE_CHECKING:
     from finetune.evaluation.compare_runs import Result
     from finetune.features.probe import ProbeRow
-    from finetune.run.advise import Advice
-    from finetune.run.run import Run
+    from finetune.pipeline.advise import Advice
+    from finetune.pipeline.run import Run
     from finetune.system.distributed import Distributed
 
 AnyPath = str | PathLike[str]
@@ -65,7 +65,7 @@ def run(
     """
     wanted = _recipe(recipe, settings, flags)
     with _loading(display) as shown:
-        from finetune.run.run import run as run_recipe
+        from finetune.pipeline.run import run as run_recipe
         from finetune.system.distributed import SINGLE_PROCESS
     return run_recipe(wanted, _path(output), shown, allow_changed, distributed or SINGLE_PROCESS)
 
@@ -93,8 +93,8 @@ def advise(
     """
     wanted, folder = _recipe(recipe, settings, flags), _path(output)
     with _loading(display) as shown:
-        from finetune.run.advise import advise as advise_strategy
-        from finetune.run.auto import write_advice
+        from finetune.pipeline.advise import advise as advise_strategy
+        from finetune.pipeline.auto import write_advice
         from finetune.runs.outcome import translated_errors
     with translated_errors():
         advice = advise_strategy(wanted, shown, folder)
@@ -363,8 +363,8 @@ def export(
     """
     with StopSignal():
         with _loading(display) as shown:
-            from finetune.export.export import export as export_model
-            from finetune.export.export import read_wanted
+            from finetune.exporters.export import export as export_model
+            from finetune.exporters.export import read_wanted
         wanted = read_wanted(format, preprocessing, probabilities, opset)
         return export_model(Path(fspath(run)), wanted, Path(fspath(output)), shown)
 

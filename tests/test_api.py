@@ -22,7 +22,9 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", (DOCS / "api.md").read_text(encod
 FUNCTIONS = ("advise", "check", "compare", "evaluate", "export", "extract", "load", "predict", "probe", "run")
 
 
-def test_the_page_runs(image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_runs(
+    image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Word for word, but for the network: resnet50's weights are not on every machine."""
     monkeypatch.chdir(tmp_path)
     Path("photos").symlink_to(image_folder)

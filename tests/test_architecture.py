@@ -28,10 +28,9 @@ FLOORS = (
     ("finetune.data.quality",),
     ("finetune.features",),
     ("finetune.evaluation",),
-    ("finetune.training", "finetune.explain", "finetune.export"),
+    ("finetune.training", "finetune.explain", "finetune.exporters"),
     ("finetune.report",),
-    ("finetune.run",),
-    ("finetune.job",),
+    ("finetune.pipeline",),
     ("finetune.api",),
     ("finetune.cli",),
     ("finetune.__main__",),
@@ -124,7 +123,7 @@ def test_an_upward_import_is_seen() -> None:
         finetune__data__loader="def load():\n    from finetune.training.trainer import Trainer",
         finetune__runs__files="import finetune.data.loader",
         pretrained__zoo="from finetune.recipe import Recipe",
-        finetune__cli="import finetune.run",
+        finetune__cli="import finetune.pipeline",
         finetune__recipe__reading="from finetune import __version__",
     )
     assert upward(wrong) == [

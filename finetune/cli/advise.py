@@ -16,8 +16,8 @@ from finetune.cli.output import hand_over, print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
+    from finetune.pipeline.advise import Advice
     from finetune.recipe import Recipe
-    from finetune.run.advise import Advice
 
 
 @takes_source
@@ -82,7 +82,7 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
 
 
 def _print(advice: Advice) -> None:
-    from finetune.run.rule import CELLS, SIMILARITIES, SIZES
+    from finetune.pipeline.rule import CELLS, SIMILARITIES, SIZES
 
     decision = advice.decision
     for size in SIZES:
@@ -105,7 +105,7 @@ def _print(advice: Advice) -> None:
 
 
 def _print_plan(advice: Advice) -> None:
-    from finetune.run.auto import describe_keys
+    from finetune.pipeline.auto import describe_keys
 
     keys = advice.decision.keys
     typer.echo(f"strategy: {describe_keys(keys)}")

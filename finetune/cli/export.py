@@ -61,7 +61,7 @@ def push_command(
     with refusals(as_json), StopSignal():
         display = Display()
         with display.busy("loading torch"):
-            from finetune.export.export import push
+            from finetune.exporters.export import push
         pushed = push(run, repo_id, private, display)
         display.say(f"pushed {pushed.repo_id}, commit {pushed.commit[:12]}")
         hand_over(json.dumps(asdict(pushed)) + "\n" if as_json else f"{pushed.url}\n")

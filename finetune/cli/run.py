@@ -229,7 +229,7 @@ def _run(
 
     display = Display(heartbeat=heartbeat) if distributed is None or distributed.is_main else SilentDisplay()
     with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
-        from finetune.job import run
+        from finetune.pipeline.run import run
         from finetune.system.distributed import SINGLE_PROCESS
 
     finished = run(recipe, output, display, allow_changed, distributed or SINGLE_PROCESS)

@@ -87,7 +87,7 @@ def fix_backbone(series: Series, recipe: Recipe) -> Series:
     if recipe.backbone.name:
         return series
     from finetune.features.network import name_backbone
-    from finetune.run.setup import check_asked
+    from finetune.pipeline.setup import check_asked
     from finetune.system.display import Display
 
     check_asked(recipe)
@@ -138,7 +138,7 @@ def run_series(
         run_here: does that, and returns the member's figures.
         as_json: print ``series.json``.
     """
-    from finetune.run.series import create_series_folder, finish_series
+    from finetune.pipeline.series import create_series_folder, finish_series
     from finetune.system.display import Display
 
     create_series_folder(series.output)

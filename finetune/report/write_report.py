@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.data.archive import find_root
 from finetune.errors import DiskError, FinetuneError, UsageError
-from finetune.export.folder import load_exported, staged
+from finetune.exporters.folder import load_exported, staged
 from finetune.report.facts import Facts, load_facts
 from finetune.report.images import MOST_MISTAKES, Album, Explainer, Mistake, show_mistakes
 from finetune.report.render import Page, build_page

@@ -17,9 +17,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import InterruptedRunError
-from finetune.export.folder import load_exported
+from finetune.exporters.folder import load_exported
 from finetune.features.store import KeptRows
-from finetune.run import fit as fitting
+from finetune.pipeline import fit as fitting
 from finetune.training.trainer import Trainer
 from tests.conftest import COLOURS, Cli, draw, draw_folder
 
@@ -165,7 +165,7 @@ def test_a_killed_solution_ends_in_the_same_bits(
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
     run(cli, tiny, image_folder, tmp_path / "whole", *words)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
-    for place in ("finetune.run.linear_head.fit", "finetune.run.run.write_figures"):
+    for place in ("finetune.pipeline.linear_head.fit", "finetune.pipeline.run.write_figures"):
         with mock.patch(place, side_effect=KeyboardInterrupt):
             assert (
                 cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "cut", *WORDS, *words).exit_code
@@ -324,9 +324,9 @@ def test_auto_keeps_its_strategy_when_it_goes_on(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, "--strategy", "auto")
-    with mock.patch("finetune.run.run.write_figures", side_effect=KeyboardInterrupt):
+    with mock.patch("finetune.pipeline.run.write_figures", side_effect=KeyboardInterrupt):
         assert cli(*words).exit_code == 75
-    with mock.patch("finetune.run.auto.advise", side_effect=AssertionError("decided again")):
+    with mock.patch("finetune.pipeline.auto.advise", side_effect=AssertionError("decided again")):
         assert cli(*words).exit_code == 0
         assert "finished" in cli(*words).stderr  # and once it is done
 
@@ -338,7 +338,7 @@ def test_a_brief_training_can_overrule(cli: Cli, tiny: Path, image_folder: Path,
     top, linear = advice["verified"]["top"], advice["verified"]["freeze"]
     assert 0 < top <= 1 and 0 < linear <= 1
     assert advice["strategy"]["name"] == ("top" if top > linear else "freeze")
-    with mock.patch("finetune.run.verify._try_top", return_value=1.01):
+    with mock.patch("finetune.pipeline.verify._try_top", return_value=1.01):
         result = cli(
             "advise", "-b", tiny, "-d", image_folder, "--json", "--set", "advise.verify=true", *WORDS
         )
@@ -380,6 +380,6 @@ def test_images_without_labels_are_refused(cli: Cli, tiny: Path, tmp_path: Path,
 
 def test_interrupted_advice_leaves_nothing(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     error = InterruptedRunError("the run", "it was stopped", "Again.")
-    with mock.patch("finetune.run.advise.decide", side_effect=error):
+    with mock.patch("finetune.pipeline.advise.decide", side_effect=error):
         result = cli("advise", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *WORDS)
     assert result.exit_code == 75 and not (tmp_path / "out").exists()

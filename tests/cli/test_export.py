@@ -28,9 +28,9 @@ from finetune.cli.app import app
 from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
-from finetune.export import folder
-from finetune.export.hub import check_push, push_folder
-from finetune.export.source import open_model
+from finetune.exporters import folder
+from finetune.exporters.hub import check_push, push_folder
+from finetune.exporters.source import open_model
 from tests.conftest import Cli
 
 TOKEN = "hf_" + "abcdefghij" * 3
@@ -148,7 +148,7 @@ def test_an_artefact_that_says_something_else_is_not_kept(
         state["fc.bias"][0] += 0.01
         save_file(state, path / "model.safetensors")
 
-    monkeypatch.setattr("finetune.export.export.write_model", spoil)
+    monkeypatch.setattr("finetune.exporters.export.write_model", spoil)
     result = cli("export", run, "-o", tmp_path / "out")
     assert result.exit_code == ExitCode.INTERNAL
     assert "its probabilities differ from the network's by up to 0.00" in result.stderr
@@ -265,7 +265,7 @@ def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch
 
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: None)  # a test that fails must not end the others
-    monkeypatch.setattr("finetune.export.export.predict_fresh", stop)
+    monkeypatch.setattr("finetune.exporters.export.predict_fresh", stop)
     try:
         result = cli("export", run, "-o", tmp_path / "out")
     finally:
@@ -450,7 +450,7 @@ def test_no_network(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_token_that_can_be_none_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_geheimschlüssel")
-    monkeypatch.setattr("finetune.export.hub.offline_by_environment", lambda: False)
+    monkeypatch.setattr("finetune.exporters.hub.offline_by_environment", lambda: False)
     with pytest.raises(EnvironmentFaultError, match="has a letter that no token has") as caught:
         check_push("me/ants")
     assert "geheim" not in str(caught.value)

@@ -15,7 +15,7 @@ from tests.conftest import Cli
 @pytest.fixture(scope="module")
 def trained(image_folder: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on three colours."""
-    from finetune.job import run
+    from finetune.pipeline.run import run
     from finetune.recipe import load_recipe
 
     folder = tmp_path_factory.mktemp("runs") / "colours"

@@ -217,7 +217,7 @@ def test_our_own_fault_is_said_and_logged(
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr("finetune.run.fit.build_loss", break_down)
+    monkeypatch.setattr("finetune.pipeline.fit.build_loss", break_down)
     said = refused(cli, ExitCode.INTERNAL, *run_words)
     assert "ZeroDivisionError: on purpose" in said
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()

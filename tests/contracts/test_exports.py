@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from finetune.errors import UsageError
-from finetune.export.export import export, read_wanted
-from finetune.export.folder import export_model
+from finetune.exporters.export import export, read_wanted
+from finetune.exporters.folder import export_model
 from finetune.system.display import SilentDisplay
 from pretrained.backbone import load_backbone
 from pretrained.catalog import find_card

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
 
 from finetune.data import decode
 from finetune.data.decode import EXTENSIONS, FORMATS, BadImageError, decode_image, probe_image
+from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
 
 # What must be read
 

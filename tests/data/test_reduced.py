@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from tests.data.images import encoded, near, noise, pixel, saved, written
 
 from finetune.data.decode import BadImageError, compute_factor, decode_image, read_size
+from tests.data.images import encoded, near, noise, pixel, saved, written
 
 
 @pytest.fixture

@@ -146,9 +146,9 @@ def serve() -> None:
 
     import torch
 
-    import finetune.job
+    import finetune.pipeline.run
 
-    assert finetune.job
+    assert finetune.pipeline.run
     torch.set_num_threads(1)
     for line in sys.stdin:
         order = LaunchSpec(**json.loads(line))

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.data.images import encoded, noise, palette
 
 from finetune.data.dataset import Dataset
 from finetune.data.decode import FORMATS, BadImageError, decode_image, probe_image
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError
+from tests.data.images import encoded, noise, palette
 
 fuzz = settings(
     max_examples=2000,

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image, ImageFile
-from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
 
 from finetune.data.decode import FORMATS, BadImageError, decode_image, probe_image
+from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -28,7 +28,7 @@ FORMS = (
 
 SCRIPT = """
 import json, sys, time
-import finetune.run.run as job
+import finetune.pipeline.run as job
 from finetune.cli.app import main
 
 address, token, commands = sys.argv[1:]

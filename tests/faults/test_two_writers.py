@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import ExitCode
-from finetune.run import run as job_main
+from finetune.pipeline import run as job_main
 from finetune.runs import claim as claim_module
 from finetune.runs.claim import locked
 from finetune.runs.folder import Outcome, RunFolder

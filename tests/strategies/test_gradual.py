@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from finetune.errors import InterruptedRunError, UsageError
-from finetune.job import run
+from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.training.trainer import Trainer

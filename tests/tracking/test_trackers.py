@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 
 from finetune.errors import EnvironmentFaultError, ExitCode
+from finetune.pipeline.run import run as run_job
 from finetune.recipe import load_recipe
-from finetune.run.run import run as run_job
 from finetune.runs.folder import RunFolder
 from finetune.tracking import trackers as trackers_module
 from finetune.tracking.tracker import EPOCH_FIGURES, describe_run, pick_figures

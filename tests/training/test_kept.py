@@ -22,10 +22,10 @@ from finetune.data.loader import Placement
 from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
 from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.features.store import KeptRows
-from finetune.job import Run, run
+from finetune.pipeline import batches as loaders
+from finetune.pipeline import run as main
+from finetune.pipeline.run import Run, run
 from finetune.recipe import load_recipe
-from finetune.run import batches as loaders
-from finetune.run import run as main
 from finetune.runs.block_file import BlockFile, journal_of
 from finetune.runs.cache_dir import cache_folder
 from finetune.runs.reader import RunReader
@@ -164,7 +164,8 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
 def test_what_features_depend_on_makes_others(
     fit: Fit, computed: list[int], monkeypatch: pytest.MonkeyPatch, key: dict[str, Any], number: int
 ) -> None:
-    monkeypatch.setattr("finetune.features.network.set_deterministic", lambda _: None)  # for the whole process
+    # It would hold for the whole process.
+    monkeypatch.setattr("finetune.features.network.set_deterministic", lambda _: None)
     fit("one", keys={"training.channels_last": True, "training.epochs": 1})
     computed.clear()
     fit("two", keys={"training.channels_last": True, "training.epochs": 1} | key)
@@ -296,7 +297,7 @@ def test_a_cut_that_has_no_room_makes_way_for_one_that_has(fit: Fit) -> None:
         sizes.append(numel)
         return 10**9 if numel == sizes[0] else 4 * numel
 
-    with mock.patch("finetune.run.batches.row_bytes", row_bytes):
+    with mock.patch("finetune.pipeline.batches.row_bytes", row_bytes):
         other = fit("other", "top")
     assert trunk_of(other)["cut"] not in (None, trunk_of(deepest)["cut"])
     assert trunk_of(deepest)["cut"] in trunk_of(other)["reason"]
@@ -435,6 +436,6 @@ def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) ->
         sizes.append(len(images))
         check(network, predictions, images, *others)
 
-    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.run.fit.FEW", 4):
+    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.pipeline.fit.FEW", 4):
         fit("one", keys={"training.batch_size": 40})
     assert sizes == [4]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from finetune.pipeline import rule
+from finetune.pipeline.rule import CELLS, SIMILARITIES, SIZES, Candidate, Evidence, decide
 from finetune.recipe import load_recipe
-from finetune.run import rule
-from finetune.run.rule import CELLS, SIMILARITIES, SIZES, Candidate, Evidence, decide
 
 LAST = Candidate("last", 0.80, 0.0, 0.0)
 STAGE = Candidate("layer3", 0.85, 0.05, 0.02)

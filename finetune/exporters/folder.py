@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
-from finetune.export.config import build_config
-from finetune.export.model_card import build_readme
+from finetune.exporters.config import build_config
+from finetune.exporters.model_card import build_readme
 from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json, write_text
 from finetune.targets import to_probabilities
 from pretrained.backbone import Backbone

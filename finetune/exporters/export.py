@@ -27,13 +27,13 @@ from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside
 from finetune.errors import UsageError, suggest
 from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE
-from finetune.export.config import loads_in_timm
-from finetune.export.deployed import LAYOUTS, Interface, Layout, build_program
-from finetune.export.folder import WEIGHTS_FILE, staged_alone, write_model
-from finetune.export.graph_files import OPSETS, read_opset, write_companions, write_onnx, write_program
-from finetune.export.hub import Pushed, check_push, push_folder
-from finetune.export.model_card import TrainingData, build_readme
-from finetune.export.proof import (
+from finetune.exporters.config import loads_in_timm
+from finetune.exporters.deployed import LAYOUTS, Interface, Layout, build_program
+from finetune.exporters.folder import WEIGHTS_FILE, staged_alone, write_model
+from finetune.exporters.graph_files import OPSETS, read_opset, write_companions, write_onnx, write_program
+from finetune.exporters.hub import Pushed, check_push, push_folder
+from finetune.exporters.model_card import TrainingData, build_readme
+from finetune.exporters.proof import (
     TOLERANCE,
     OutputCheck,
     check_comparison,
@@ -41,7 +41,7 @@ from finetune.export.proof import (
     predict_fresh,
     predict_here,
 )
-from finetune.export.source import Exportable, ProofInputs, draw_random, load_judged, open_model
+from finetune.exporters.source import Exportable, ProofInputs, draw_random, load_judged, open_model
 from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder
 from finetune.runs.files import disk_error, write_json

@@ -15,9 +15,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from finetune.errors import DiskError
-from finetune.export import folder as module
-from finetune.export.config import build_config, loads_in_timm
-from finetune.export.folder import export_model, load_exported, measure_round_trip
+from finetune.exporters import folder as module
+from finetune.exporters.config import build_config, loads_in_timm
+from finetune.exporters.folder import export_model, load_exported, measure_round_trip
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import HeadChoice, find_card
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune import __version__
-from finetune.export.config import find_base_model, loads_in_timm
+from finetune.exporters.config import find_base_model, loads_in_timm
 from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES
 from pretrained.catalog import Card
 

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from finetune.export.config import find_base_model
-from finetune.export.folder import export_model
-from finetune.export.model_card import TrainingData, build_readme
+from finetune.exporters.config import find_base_model
+from finetune.exporters.folder import export_model
+from finetune.exporters.model_card import TrainingData, build_readme
 from pretrained.backbone import load_backbone
 from pretrained.catalog import Card, find_card
 

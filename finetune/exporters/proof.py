@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import finetune
 from finetune.data.transforms import Normalizer
 from finetune.errors import DiskError, InternalError
-from finetune.export import fresh
-from finetune.export.deployed import Interface
-from finetune.export.source import ProofInputs
+from finetune.exporters import fresh
+from finetune.exporters.deployed import Interface
+from finetune.exporters.source import ProofInputs
 from finetune.targets import compute_margins, decide, to_probabilities
 from pretrained.catalog import Card
 
@@ -95,7 +95,7 @@ def predict_fresh(
     """Return probabilities (N, K) of an artefact that a fresh process has loaded, and facts of that process.
 
     Args:
-        loader: of :data:`finetune.export.fresh.LOADERS`.
+        loader: of :data:`finetune.exporters.fresh.LOADERS`.
         artefact: file or folder.
         inputs: views.
         card: of the network.

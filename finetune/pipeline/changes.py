@@ -10,7 +10,7 @@ from finetune.data.prepare import keep_split
 from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.errors import DataError
-from finetune.run.setup import RunSetup
+from finetune.pipeline.setup import RunSetup
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from finetune.data.loader import ImageLoader
 from finetune.evaluation.predictions import Predictions
 from finetune.features.network import place_network
-from finetune.recipe import StrategySettings
-from finetune.run.batches import FEW, DataLoaders, LoaderFactory, open_loaders
-from finetune.run.context import FitContext
-from finetune.run.linear_head import (
+from finetune.pipeline.batches import FEW, DataLoaders, LoaderFactory, open_loaders
+from finetune.pipeline.context import FitContext
+from finetune.pipeline.linear_head import (
     LinearHead,
     build_solved,
     fill_head,
     find_plain_head,
     solve_head,
 )
-from finetune.run.results import describe_solution, describe_training, evaluate
-from finetune.run.setup import reload_backbone
+from finetune.pipeline.results import describe_solution, describe_training, evaluate
+from finetune.pipeline.setup import reload_backbone
+from finetune.recipe import StrategySettings
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.strategies import starts_random
 from finetune.system.device import Precision

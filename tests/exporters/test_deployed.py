@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import UsageError
-from finetune.export.deployed import LAYOUTS, Interface, Layout, build_program
+from finetune.exporters.deployed import LAYOUTS, Interface, Layout, build_program
 from pretrained.catalog import Card, find_card
 from pretrained.graph.classifier import head_parameters
 from pretrained.graph.layers import Layers

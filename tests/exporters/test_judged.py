@@ -12,8 +12,8 @@ from PIL import Image
 
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import DataError
-from finetune.export import source as module
-from finetune.export.source import ProofInputs, load_judged
+from finetune.exporters import source as module
+from finetune.exporters.source import ProofInputs, load_judged
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from pretrained.catalog import Card, find_card

@@ -20,11 +20,11 @@ from finetune.data.scan import check_images
 from finetune.features.network import place_network
 from finetune.features.rows import SubsetRows
 from finetune.features.solvers import draw_folds
+from finetune.pipeline.batches import open_loaders
+from finetune.pipeline.context import FitContext
+from finetune.pipeline.rule import TOP, Decision, Evidence
+from finetune.pipeline.setup import RunSetup, prepare
 from finetune.recipe import Recipe
-from finetune.run.batches import open_loaders
-from finetune.run.context import FitContext
-from finetune.run.rule import TOP, Decision, Evidence
-from finetune.run.setup import RunSetup, prepare
 from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display, SilentDisplay

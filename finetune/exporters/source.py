@@ -16,7 +16,7 @@ from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import BadImageError
 from finetune.data.transforms import Transform, build_eval_transform
 from finetune.errors import DataError, FinetuneError, UsageError
-from finetune.export.folder import WEIGHTS_FILE, load_exported
+from finetune.exporters.folder import WEIGHTS_FILE, load_exported
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import Row, RunReader

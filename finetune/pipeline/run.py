@@ -24,16 +24,16 @@ from finetune.data.provenance import check_seen
 from finetune.data.quality.usable import check_data
 from finetune.errors import DataError, InternalError
 from finetune.evaluation.summary import summarize, write_figures
-from finetune.export.folder import export_model, measure_round_trip
+from finetune.exporters.folder import export_model, measure_round_trip
 from finetune.features.network import name_backbone, place_network
+from finetune.pipeline.auto import choose_strategy
+from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
+from finetune.pipeline.context import Clock, FitContext
+from finetune.pipeline.fit import FitResult, fit_network
+from finetune.pipeline.results import check_figures, collect_metrics, say_result
+from finetune.pipeline.setup import RunSetup, check_asked, fit_batches, prepare
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
-from finetune.run.auto import choose_strategy
-from finetune.run.changes import RunChanges, accept, warn_of_versions
-from finetune.run.context import Clock, FitContext
-from finetune.run.fit import FitResult, fit_network
-from finetune.run.results import check_figures, collect_metrics, say_result
-from finetune.run.setup import RunSetup, check_asked, fit_batches, prepare
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder

@@ -14,11 +14,11 @@ import timm
 import torch
 
 from finetune.errors import DiskError, InternalError
-from finetune.export import fresh, proof
-from finetune.export.deployed import Interface, build_program
-from finetune.export.graph_files import write_program
-from finetune.export.proof import check_comparison, compare, predict_fresh, predict_here
-from finetune.export.source import ProofInputs, draw_random
+from finetune.exporters import fresh, proof
+from finetune.exporters.deployed import Interface, build_program
+from finetune.exporters.graph_files import write_program
+from finetune.exporters.proof import check_comparison, compare, predict_fresh, predict_here
+from finetune.exporters.source import ProofInputs, draw_random
 from pretrained.catalog import Card, find_card
 
 SURE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 
+from finetune.pipeline.setup import fit_batches, prepare
 from finetune.recipe import load_recipe
-from finetune.run.setup import fit_batches, prepare
 from finetune.runs.folder import RunFolder
 from finetune.system.display import SilentDisplay
 
@@ -19,7 +19,7 @@ def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path
     recipe = load_recipe(None, {"backbone.name": str(tiny), "data.path": str(image_folder)})
     setup, _ = prepare(recipe, SilentDisplay())
     folder = RunFolder(tmp_path)
-    with mock.patch("finetune.run.setup.fit_batch_size", side_effect=[8, 4]) as fit:
+    with mock.patch("finetune.pipeline.setup.fit_batch_size", side_effect=[8, 4]) as fit:
         first = fit_batches(setup, folder)
         assert first.recipe.training.batch_size == 8
         folder.recipe.write_text(first.recipe.to_yaml())

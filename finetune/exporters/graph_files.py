@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from finetune import __version__
 from finetune.errors import EnvironmentFaultError
-from finetune.export.deployed import Interface, cannot_export
+from finetune.exporters.deployed import Interface, cannot_export
 from finetune.runs.files import write_bytes, write_json, write_text
 from pretrained.catalog import Card, Preprocessing
 

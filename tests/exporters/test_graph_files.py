@@ -17,8 +17,8 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from finetune.errors import EnvironmentFaultError, UsageError
-from finetune.export.deployed import Interface, build_program
-from finetune.export.graph_files import (
+from finetune.exporters.deployed import Interface, build_program
+from finetune.exporters.graph_files import (
     describe_input,
     describe_view,
     read_opset,

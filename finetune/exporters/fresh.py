@@ -41,7 +41,7 @@ def load_timm(path: str) -> tuple[Answer, Facts]:
 def load_finetune(path: str) -> tuple[Answer, Facts]:
     """Load a folder that timm cannot build with the code that wrote it."""
     from finetune import __version__
-    from finetune.export.folder import load_exported
+    from finetune.exporters.folder import load_exported
 
     return _in_torch(load_exported(Path(path))), {"finetune": __version__}
 

@@ -14,8 +14,8 @@ from finetune.data.feed import BatchLoader
 from finetune.errors import InternalError
 from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE, Predictions, predict
 from finetune.evaluation.summary import Summary
-from finetune.run.linear_head import LinearHead
-from finetune.run.setup import RunSetup
+from finetune.pipeline.linear_head import LinearHead
+from finetune.pipeline.setup import RunSetup
 from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Advance, Display

@@ -19,8 +19,8 @@ from finetune.errors import DataError, DiskError, InternalError
 from finetune.features.extraction import describe_source, digest_of
 from finetune.features.rows import Rows
 from finetune.features.store import FORMAT, KeptRows, RowSpec, compute_batch_size, describe_images, row_bytes
-from finetune.run.context import FitContext
-from finetune.run.setup import RunSetup
+from finetune.pipeline.context import FitContext
+from finetune.pipeline.setup import RunSetup
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader

@@ -201,7 +201,7 @@ def check_asked(recipe: Recipe) -> None:
     if recipe.backbone.weights and starts_random(recipe.strategy.name):
         found = f"--strategy {recipe.strategy.name} starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
-    if recipe.strategy.name != AUTO:  # which has rules of its own (run/auto.py)
+    if recipe.strategy.name != AUTO:  # which has rules of its own (pipeline/auto.py)
         _check_strategy(recipe)
 
 

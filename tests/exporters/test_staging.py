@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UsageError
-from finetune.export.folder import STALE, staged_alone
+from finetune.exporters.folder import STALE, staged_alone
 
 
 def test_two_at_once_do_not_meet_and_the_first_stays(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from finetune.data.prepare import create_new_folder
 from finetune.errors import UsageError
+from finetune.pipeline.advise import Advice, advise
+from finetune.pipeline.rule import CELLS
 from finetune.plots.features import draw_probe, draw_strategy_matrix
 from finetune.recipe import Recipe, StrategySettings, flatten, load_recipe
-from finetune.run.advise import Advice, advise
-from finetune.run.rule import CELLS
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader

@@ -26,8 +26,8 @@ from finetune.features.extraction import Features, Source, open_features
 from finetune.features.network import Network
 from finetune.features.rows import ConcatRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
-from finetune.run.context import FitContext
-from finetune.run.setup import RunSetup
+from finetune.pipeline.context import FitContext
+from finetune.pipeline.setup import RunSetup
 from finetune.targets import LINEAR_CLASSIFIER
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers

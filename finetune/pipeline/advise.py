@@ -5,7 +5,7 @@
     training images, at most 2,000      -> size
     one forward of the published network -> its own classifier's words: normalised LEEP
                                          -> features by depth: nearest neighbours, linear classifiers
-    finetune/run/rule.py           -> cell of the matrix, strategy, features, rates
+    finetune/pipeline/rule.py           -> cell of the matrix, strategy, features, rates
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from finetune.features.network import Network, open_network
 from finetune.features.rows import ConcatRows
 from finetune.features.solvers import cross_validate
 from finetune.features.transferability import MOST_IMAGES, leave_one_out, normalised_leep
+from finetune.pipeline.rule import CELLS, Candidate, Decision, Evidence, decide
+from finetune.pipeline.verify import verify
 from finetune.recipe import BASE_RATES, Recipe, compute_views
-from finetune.run.rule import CELLS, Candidate, Decision, Evidence, decide
-from finetune.run.verify import verify
 from finetune.system.display import Display
 from finetune.targets import LINEAR_CLASSIFIER, to_probabilities
 from finetune.training.plan import Plan, lay_plan

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from finetune.data.dataset import SPLITS, Dataset, Split
-from finetune.run.setup import RunSetup
+from finetune.pipeline.setup import RunSetup
 from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
