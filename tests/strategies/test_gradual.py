@@ -15,6 +15,7 @@ from finetune.errors import InterruptedRunError, UsageError
 from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.training.trainer import Trainer
 from finetune.training.trunk import FeatureLoader
 from pretrained.state_dict import digest_tensors
@@ -124,7 +125,7 @@ def test_the_trunk_is_what_every_phase_freezes(train: Train, monkeypatch: pytest
     monkeypatch.setattr(Trainer, "fit", keep_feed)
     cut, whole = train("cut"), train("whole", **{"cache.trunk": False})
     assert [isinstance(feed, FeatureLoader) for feed in fed] == [True, False]
-    assert str(cut.read_trunk()["cut"]).startswith("input of layer3")
+    assert str(RunReader(cut).trunk["cut"]).startswith("input of layer3")
     one, two = pd.read_csv(cut.history), pd.read_csv(whole.history)
     assert len(one) == EPOCHS
     for column in ("train_loss", "eval_loss"):
