@@ -18,7 +18,7 @@ ARCH = "squeezenet1_0"
 IMG_SIZE = 96
 """128 have 1.8 times the area, and the time went into more data sets and seeds."""
 AUTO = "auto"
-STRATEGIES: dict[str, dict[str, str]] = {
+STRATEGIES: dict[str, dict[str, object]] = {
     "freeze": {"strategy.name": "freeze"},
     "probe": {"strategy.name": "freeze", "strategy.features": "last"},
     "top": {"strategy.name": "top"},
@@ -35,8 +35,9 @@ def plan(bench: Bench) -> list[Case]:
 
 def measure(turn: Turn) -> Figures:
     """Return what a strategy found."""
-    keys = {"backbone.name": f"torchvision/{ARCH}", "backbone.weights": str(find_weights(ARCH, turn.bench))}
-    return train(turn, keys | {"input.img_size": str(IMG_SIZE)} | STRATEGIES[turn.tool])
+    keys: dict[str, object] = {"backbone.name": f"torchvision/{ARCH}", "input.img_size": IMG_SIZE}
+    keys["backbone.weights"] = str(find_weights(ARCH, turn.bench))
+    return train(turn, keys | STRATEGIES[turn.tool])
 
 
 def best_of_each(runs: Runs) -> list[float]:
