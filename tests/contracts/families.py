@@ -116,4 +116,22 @@ ENCODERS = {
 # Torchvision's RegNets must be built with real weights; the five largest of fifteen take most of the time.
 HEAVY = {f"regnet_{size}" for size in ("x_16gf", "x_32gf", "y_16gf", "y_32gf", "y_128gf")}
 
+DEFAULT = (
+    "timm/test_resnet",
+    "timm/test_vit",
+    "timm/test_nfnet",  # no normalisation, weights standardised
+    "timm/mobilenetv3_small_050",  # pooling before the last layers of the head
+    "timm/efficientvim_m1",  # two tensors at the cut
+    "timm/crossvit_tiny_240",  # parallel branches to the end
+    "timm/levit_128s",  # two classifiers
+    "timm/test_coatnet",  # convolutions, then attention
+    "timm/swin_tiny_patch4_window7_224",  # channels last, windows in the batch axis
+    "torchvision/squeezenet1_0",  # a convolution as the classifier
+    "torchvision/mobilenet_v2",  # pooling in the forward itself
+    "torchvision/alexnet",  # dropout between fully connected layers
+)
+"""Twelve networks chosen for their differences; the others are tested with ``-m slow``."""
+DEFAULT_TIMM = [family for family, name in SMALLEST.items() if f"timm/{name}" in DEFAULT]
+
 TORCHVISION = sorted(set(torchvision.models.list_models(module=torchvision.models)) - HEAVY)
+DEFAULT_TORCHVISION = [name for name in TORCHVISION if f"torchvision/{name}" in DEFAULT]

@@ -16,7 +16,15 @@ from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.heads import change_head
 from pretrained.network import build_network
 from pretrained.weights import _find_timm_filter
-from tests.contracts.families import ENCODERS, HEAVY, SMALLEST, TORCHVISION
+from tests.contracts.families import (
+    DEFAULT_TIMM,
+    DEFAULT_TORCHVISION,
+    ENCODERS,
+    HEAVY,
+    SMALLEST,
+    TORCHVISION,
+)
+from tests.sweeps import slow_except
 
 NUM_CLASSES = 7
 PURE_ENCODERS = {
@@ -72,7 +80,7 @@ def check_logits(network: nn.Module, img_size: int) -> None:
     assert logits.shape == (2, NUM_CLASSES)
 
 
-@pytest.mark.parametrize("family", sorted(set(SMALLEST) - set(ENCODERS)))
+@pytest.mark.parametrize("family", slow_except(DEFAULT_TIMM, sorted(set(SMALLEST) - set(ENCODERS))))
 def test_timm_family(family: str) -> None:
     card = find_card(f"timm/{SMALLEST[family]}")
     size = SMALLER_INPUTS.get(family, card.preprocessing.img_size)
@@ -80,12 +88,12 @@ def test_timm_family(family: str) -> None:
     check_new_head(network, size)
 
 
-@pytest.mark.parametrize("family", sorted(SMALLEST))
+@pytest.mark.parametrize("family", slow_except(DEFAULT_TIMM, sorted(SMALLEST)))
 def test_the_converter_of_every_timm_family_is_found_without_weights(family: str) -> None:
     assert callable(_find_timm_filter(find_card(f"timm/{SMALLEST[family]}")))
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", slow_except(DEFAULT_TORCHVISION, TORCHVISION))
 def test_torchvision_classifier(name: str) -> None:
     card = find_card(f"torchvision/{name}")
     check_new_head(build(card), card.preprocessing.img_size)
@@ -95,7 +103,7 @@ def test_every_classifier_of_torchvision_is_here() -> None:
     assert set(TORCHVISION) | HEAVY == set(torchvision_names())
 
 
-@pytest.mark.parametrize("name", sorted(PURE_ENCODERS))
+@pytest.mark.parametrize("name", slow_except(["gemma4_vit_167m_enc"], sorted(PURE_ENCODERS)))
 def test_an_encoder_is_refused_before_anything_is_loaded(name: str) -> None:
     card = find_card(f"timm/{name}")
     with torch.device("meta"), pytest.raises(UsageError, match=r"cannot (hold|build it with) a classifier"):
@@ -106,7 +114,7 @@ def test_an_encoder_is_refused_before_anything_is_loaded(name: str) -> None:
             change_head(network, 7, "replace")
 
 
-@pytest.mark.parametrize("family", sorted(ENCODERS))
+@pytest.mark.parametrize("family", slow_except(["hieradet_sam2"], sorted(ENCODERS)))
 def test_a_network_without_a_classifier_is_built_with_one(family: str) -> None:
     card = find_card(f"timm/{SMALLEST[family]}")
     assert card.num_classes == 0

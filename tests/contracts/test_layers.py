@@ -1,6 +1,6 @@
 """Every family gives features by stage: in order, apart by image, and what its classifier reads.
 
-Real networks with random weights, on the CPU. All families take some minutes (``-m slow``).
+Real networks with random weights, on the CPU: twelve by default, all families with ``-m slow`` (minutes).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pretrained.catalog import find_card
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.layers import FeatureExtractor, Layers
 from pretrained.network import build_network
-from tests.contracts.test_splits import QUICK, SLOW
+from tests.contracts.families import DEFAULT
+from tests.contracts.test_splits import NAMES
+from tests.sweeps import slow_except
 
 
 def check(name: str) -> None:
@@ -49,12 +51,6 @@ def check(name: str) -> None:
         assert torch.allclose(rows[len(chosen) - 1], rows[len(chosen)], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_quick_families(name: str) -> None:
-    check(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SLOW if name not in QUICK])
-def test_all_families(name: str) -> None:
+@pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
+def test_features_of_every_layer(name: str) -> None:
     check(name)

@@ -1,8 +1,6 @@
 """Every family is cut in two, and the parts do what the whole does: logits bit for bit, gradients equal.
 
-Real networks with random weights, on the CPU. The quick ones are chosen for what is special in them: parallel
-branches, several tensors at the cut, patches in the batch axis, dropout, drop path, functional pooling. All
-families take some minutes (``-m slow``).
+Real networks with random weights, on the CPU: twelve by default, all families with ``-m slow`` (minutes).
 """
 
 from __future__ import annotations
@@ -22,21 +20,9 @@ from pretrained.graph.split import Split, split_at
 from pretrained.graph.stages import find_stages
 from pretrained.heads import change_head
 from pretrained.network import build_network
-from tests.contracts.families import ENCODERS, SMALLEST, TORCHVISION
+from tests.contracts.families import DEFAULT, ENCODERS, SMALLEST, TORCHVISION
+from tests.sweeps import slow_except
 
-QUICK = (
-    "test_resnet",
-    "test_vit",
-    "test_nfnet",
-    "mobilenetv3_small_050",
-    "efficientvim_m1",  # two tensors at the cut
-    "crossvit_tiny_240",  # parallel branches to the end
-    "levit_128s",
-    "test_coatnet",
-    "torchvision/squeezenet1_0",
-    "torchvision/mobilenet_v2",  # pooling in the forward itself
-    "torchvision/alexnet",  # dropout between fully connected layers
-)
 TOO_LARGE = ("mobilenetv5", "nasnet", "pnasnet", "beit", "naflexvit", "sequencer")
 """Families whose smallest model takes a minute each here; they are tried at no other place."""
 FIRST = (
@@ -46,7 +32,7 @@ FIRST = (
     *("squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_32", "wide_resnet50_2"),
 )
 """The smallest of each family of torchvision."""
-SLOW = [
+NAMES = [
     *(f"timm/{name}" for family, name in SMALLEST.items() if family not in {*ENCODERS, *TOO_LARGE}),
     *(f"torchvision/{name}" for name in TORCHVISION if name in FIRST),
 ]
@@ -114,13 +100,6 @@ def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "top"])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
 def test_the_parts_do_what_the_whole_does(name: str, strategy: str) -> None:
-    check(name, strategy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["freeze", "top"])
-@pytest.mark.parametrize("name", SLOW)
-def test_every_family(name: str, strategy: str) -> None:
     check(name, strategy)

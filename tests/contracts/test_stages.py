@@ -13,7 +13,8 @@ import torchvision
 from torch import nn
 
 from pretrained.graph.stages import Stage, find_stages
-from tests.contracts.families import ENCODERS, SMALLEST, TORCHVISION
+from tests.contracts.families import DEFAULT_TIMM, DEFAULT_TORCHVISION, ENCODERS, SMALLEST, TORCHVISION
+from tests.sweeps import slow_except
 
 # LSTMs are slow to trace; this grid is as good.
 SMALLER_INPUTS = {"sequencer": (3, 64, 64)}
@@ -82,7 +83,7 @@ def test_no_family_of_timm_is_missing() -> None:
     assert set(SMALLEST) == set(timm.list_modules())
 
 
-@pytest.mark.parametrize("family", sorted(SMALLEST))
+@pytest.mark.parametrize("family", slow_except(DEFAULT_TIMM, sorted(SMALLEST)))
 def test_timm_family(family: str) -> None:
     network, input_size = build_timm(SMALLEST[family])
     input_size = SMALLER_INPUTS.get(family, input_size)
@@ -93,7 +94,7 @@ def test_timm_family(family: str) -> None:
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", slow_except(DEFAULT_TORCHVISION, TORCHVISION))
 def test_torchvision_classifier(name: str) -> None:
     network, input_size = build_torchvision(name)
     stages = find_stages(network, input_size)

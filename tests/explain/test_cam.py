@@ -17,8 +17,8 @@ from pretrained.graph.recorder import FeaturePoint
 from pretrained.heads import change_head, init_classifier
 from pretrained.network import build_network
 from pretrained.stage_classifier import build_stage_classifier
-from tests.contracts.families import SMALLEST
-from tests.contracts.test_splits import QUICK
+from tests.contracts.families import DEFAULT, SMALLEST
+from tests.sweeps import slow_except
 
 
 def build(name: str, num_classes: int = 10) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -133,8 +133,9 @@ def _outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list
 
 # --- every family ----------------------------------------------------------------------------------
 
-MORE = ("coat_tiny", "swin_tiny_patch4_window7_224", "test_convnext", "gmlp_ti16_224", "hiera_tiny_224")
-REFUSED = {"crossvit_tiny_240", "efficientvim_m1"}
+NAMES = [f"timm/{name}" for name in SMALLEST.values()]
+NAMES += [name for name in DEFAULT if name.startswith("torchvision/")]
+REFUSED = {"timm/crossvit_tiny_240", "timm/efficientvim_m1"}
 """Branches side by side from early on; a state beside the map."""
 
 
@@ -187,14 +188,8 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
             assert quarter.argmax() == number, quarters
 
 
-@pytest.mark.parametrize("name", [*QUICK, *MORE])
-def test_quick_families(name: str) -> None:
-    check(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SMALLEST.values() if name not in (*QUICK, *MORE)])
-def test_all_families(name: str) -> None:
+@pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
+def test_families(name: str) -> None:
     check(name)
 
 
