@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,11 +15,29 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and more threads 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+
+
+for profile, examples in (("few", 100), ("full", 2000)):
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where slow tests are asked for, hypothesis draws its full number of examples."""
+    slow = re.search(r"(?<!not )\bslow\b", config.option.markexpr)
+    settings.load_profile("full" if slow else "few")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,14 +10,13 @@ from typing import Any
 from unicodedata import category
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import UsageError
 from finetune.recipe import Recipe, flatten, load_recipe, parse_assignments
 
 KEYS = [key for key, _ in flatten(Recipe().to_dict())]
-many = settings(max_examples=400, deadline=None, derandomize=True, database=None)
 
 
 class Mailbox:
@@ -196,31 +195,26 @@ def changed(key: str, new: str, value: str) -> str:
 # --- the cases -----------------------------------------------------------------------------------
 
 
-@many
 @given(st.one_of(st.text(), st.text(st.characters(codec=None)), st.text(" \n-:[]{}&*!|>'\"%@`#,?a1.~\t")))
 def test_any_text(mailbox: Mailbox, text: str) -> None:
     mailbox.load(text)
 
 
-@many
 @given(st.one_of(st.binary(), st.binary().map(lambda raw: b"training:\n  lr: " + raw)))
 def test_any_bytes(mailbox: Mailbox, raw: bytes) -> None:
     mailbox.load(raw)
 
 
-@many
 @given(st.one_of(DOCUMENTS, DEEP), st.one_of(st.just({}), OVERRIDES))
 def test_what_looks_like_yaml(mailbox: Mailbox, text: str, overrides: dict[str, Any]) -> None:
     mailbox.load(text, overrides)
 
 
-@many
 @given(OVERRIDES)
 def test_any_overrides(mailbox: Mailbox, overrides: dict[str, Any]) -> None:
     mailbox.summarize(None, overrides)
 
 
-@many
 @given(st.sampled_from(KEYS), st.data())
 def test_a_recipe_with_one_change(mailbox: Mailbox, key: str, data: st.DataObject) -> None:
     name = key.rpartition(".")[2]
@@ -228,7 +222,6 @@ def test_a_recipe_with_one_change(mailbox: Mailbox, key: str, data: st.DataObjec
     mailbox.load(changed(key, new, data.draw(VALUES) if new == name else "1"))
 
 
-@many
 @given(
     st.lists(
         st.one_of(st.text(), st.tuples(st.sampled_from(KEYS), st.just("="), VALUES).map("".join)), max_size=3
@@ -243,7 +236,6 @@ def test_any_assignments(mailbox: Mailbox, words: list[str]) -> None:
         mailbox.summarize(None, overrides)
 
 
-@many
 @given(
     st.sampled_from(["data.path", "backbone.name", "backbone.weights"]), st.text(st.characters(codec=None))
 )
@@ -253,7 +245,6 @@ def test_any_path_comes_back(mailbox: Mailbox, key: str, path: str) -> None:
     assert dict(flatten(recipe.to_dict()))[key] == path
 
 
-@many
 @given(st.text(st.characters(codec=None), max_size=20))
 def test_any_name_of_a_recipe(mailbox: Mailbox, name: str) -> None:
     mailbox.summarize(name, None)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -371,7 +371,6 @@ def test_a_revision_may_be_named(revision: str, tmp_path: Path) -> None:
         find_hub_file("--backbone x", f"org/name{revision}", ("config.json",), offline=True)
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from(["", "hf-hub:", "local-dir:", "timm/", "torchvision/", "resnet18.", "hf-hub:a/b@"]),
     st.one_of(
