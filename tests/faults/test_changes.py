@@ -17,6 +17,7 @@ from finetune.errors import ExitCode
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.trainer import Trainer
 from tests.conftest import COLOURS, Cli, draw, draw_folder
+from tests.sweeps import slow_except
 
 BITS = ("model/model.safetensors", "predictions.csv")
 
@@ -101,6 +102,7 @@ def test_a_finished_run_does_nothing_and_writes_nothing(cli: Cli, words: Words, 
     assert snapshot(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_deleted_checkpoints_of_an_interrupted_run_are_told_of(
     cli: Cli, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +131,7 @@ def test_damaged_checkpoints_are_never_started_over_in_silence(
 # --- more or fewer epochs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["constant", "step", "plateau"])
+@pytest.mark.parametrize("schedule", slow_except(["plateau"], ["constant", "step", "plateau"]))
 def test_more_epochs_give_the_bits_of_a_longer_run(
     cli: Cli, words: Words, tmp_path: Path, schedule: str
 ) -> None:
@@ -140,6 +142,7 @@ def test_more_epochs_give_the_bits_of_a_longer_run(
     assert_same_result(tmp_path / "longer", tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_more_epochs_of_a_cosine_go_on(cli: Cli, words: Words, tmp_path: Path) -> None:
     assert cli(*words()).exit_code == 0
     assert cli(*words(epochs=3)).exit_code == 0
@@ -199,8 +202,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("epochs", [2, 3])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("epochs", slow_except([2], [2, 3]))
+@pytest.mark.parametrize("change", slow_except(["edited", "weights"], CHANGES))
 def test_a_finished_run_with_other_inputs_is_refused_by_name(
     cli: Cli, words: Words, data: Path, tmp_path: Path, change: str, epochs: int
 ) -> None:
@@ -214,7 +217,7 @@ def test_a_finished_run_with_other_inputs_is_refused_by_name(
     assert snapshot(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", slow_except(["moved"], CHANGES))
 def test_an_interrupted_run_with_other_inputs_is_refused_by_name(
     cli: Cli, words: Words, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -235,7 +238,7 @@ def test_an_interrupted_run_with_other_inputs_is_refused_by_name(
         ({"batch_size": 4}, "training.batch_size: 8 -> 4"),
     ],
 )
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("finished", slow_except([False], [True, False]))
 def test_another_recipe_is_refused_by_name(
     cli: Cli,
     words: Words,
@@ -272,7 +275,9 @@ def test_other_images_may_be_allowed_and_are_told_of(
     assert cli(*words()).exit_code == 0  # these are its images from now on
 
 
-@pytest.mark.parametrize("died", [None, "trainer.Trainer.fit", "checkpoint.CheckpointStore.save"])
+@pytest.mark.parametrize(
+    "died", slow_except([None], [None, "trainer.Trainer.fit", "checkpoint.CheckpointStore.save"])
+)
 def test_another_batch_size_begins_the_epoch_again_and_counts_its_steps(
     cli: Cli, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: str | None
 ) -> None:
@@ -290,6 +295,7 @@ def test_another_batch_size_begins_the_epoch_again_and_counts_its_steps(
     assert len(checkpoint.now.progress.history) == 2
 
 
+@pytest.mark.slow
 def test_other_versions_are_told_of(
     cli: Cli, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +334,7 @@ def test_few_lost_images_are_left_out_and_told_of(
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["lost_images"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_an_image_may_be_interrupted_and_made_longer(
     cli: Cli, words: Words, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +356,7 @@ def test_a_run_that_lost_an_image_may_be_interrupted_and_made_longer(
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_lost_image_does_not_change_which_images_were_drawn_for_validation(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +379,7 @@ def test_a_lost_image_does_not_change_which_images_were_drawn_for_validation(
     assert split.read_text() == drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_many_lost_images_end_the_run(
     cli: Cli,
@@ -389,6 +398,7 @@ def test_many_lost_images_end_the_run(
     assert all(name in result.stderr and name in listed for name in names)
 
 
+@pytest.mark.slow
 def test_a_batch_that_lost_all_its_images_is_no_step_of_learning(
     cli: Cli, words: Words, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

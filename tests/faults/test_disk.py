@@ -20,6 +20,7 @@ from finetune.runs.folder import RunFolder
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.trainer import Trainer
 from tests.conftest import Cli
+from tests.sweeps import slow_except
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--epochs", 3, "--batch-size", 8, "--workers", 0, "-s", "full")
@@ -88,25 +89,27 @@ class FullDisk:
         self.fsync(descriptor)
 
 
-slow = pytest.mark.slow
 FILES = (
     "checkpoints/.checkpoint-000001.part/.state",
     "checkpoints/.checkpoint-000006.part/.best",
     "checkpoints/.checkpoint-000003.part/.manifest",
     ".split.csv",
-    pytest.param(".classes.txt", marks=slow),
+    ".classes.txt",
     ".plan.csv",
-    pytest.param(".environment.json", marks=slow),
+    ".environment.json",
     ".history.csv",
     ".predictions.csv",
-    pytest.param(".confusion_matrix.csv", marks=slow),
+    ".confusion_matrix.csv",
     ".metrics.json",
     ".model.part/.model.safetensors",
     ".model.part/.config.json",
 )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    slow_except(["checkpoints/.checkpoint-000003.part/.manifest", ".model.part/.model.safetensors"], FILES),
+)
 def test_a_disk_that_is_full_for_one_file_costs_nothing_but_a_second_start(
     cli: Cli,
     undisturbed: Path,
@@ -129,7 +132,7 @@ def test_a_disk_that_is_full_for_one_file_costs_nothing_but_a_second_start(
     assert_same_result(output, undisturbed)
 
 
-@pytest.mark.parametrize("good", [0, 1, 2])
+@pytest.mark.parametrize("good", slow_except([1], [0, 1, 2]))
 def test_an_outcome_that_cannot_be_written_is_an_error_too(
     cli: Cli,
     undisturbed: Path,
@@ -192,6 +195,7 @@ def execute(command: list[str], words: list[object]) -> tuple[int, str]:
     return result.returncode, result.stderr
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes(
     cli: Cli, undisturbed: Path, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -205,8 +209,9 @@ def test_a_limit_on_file_sizes(
     assert_same_result(output, undisturbed)
 
 
+@pytest.mark.slow
 @needs_mounts
-@pytest.mark.parametrize("size", ["5m", pytest.param("4m", marks=slow), pytest.param("12k", marks=slow)])
+@pytest.mark.parametrize("size", ["5m", "4m", "12k"])
 def test_a_disk_that_is_really_full(
     cli: Cli, undisturbed: Path, tiny: Path, image_folder: Path, tmp_path: Path, size: str
 ) -> None:
@@ -237,7 +242,7 @@ def in_read_only(way: str, folder: Path) -> list[str]:
 
 @needs_mounts
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
-@pytest.mark.parametrize("way", READ_ONLY)
+@pytest.mark.parametrize("way", slow_except(["mode"], READ_ONLY))
 def test_a_folder_that_may_not_be_written(tiny: Path, image_folder: Path, tmp_path: Path, way: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -246,6 +251,7 @@ def test_a_folder_that_may_not_be_written(tiny: Path, image_folder: Path, tmp_pa
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_a_finished_run_on_a_read_only_disk_is_still_finished(
     undisturbed: Path, tiny: Path, image_folder: Path
@@ -281,6 +287,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
     assert_same_result(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_an_stderr_that_cannot_be_written_does_not_end_the_run(
     undisturbed: Path, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -67,12 +67,33 @@ def points(whole: Path) -> list[tuple[int, When]]:
     return [*((number, "before") for number in range(len(calls))), *((number, "torn") for number in torn)]
 
 
+def test_one_kill_of_each_kind_leaves_no_trace(
+    crasher: Crasher, tiny: Path, few: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The middle call of each kind, and half of a file lost; all calls are slow."""
+    calls = [call.split()[0] for call in json.loads((whole.parent / "calls.json").read_text())]
+    kinds: dict[str, list[int]] = {}
+    for number, kind in enumerate(calls):
+        kinds.setdefault(kind, []).append(number)
+    middles = {kind: numbers[len(numbers) // 2] for kind, numbers in kinds.items()}
+    chosen: list[tuple[int, When]] = [(number, "before") for number in middles.values()]
+    chosen.append((next(number for number, when in points(whole)[::-1] if when == "torn"), "torn"))
+    assert_kills_leave_no_trace(crasher, tiny, few, whole, tmp_path, chosen)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_a_kill_at_any_call_leaves_no_trace(
     crasher: Crasher, tiny: Path, few: Path, whole: Path, tmp_path: Path, shard: int
 ) -> None:
+    assert_kills_leave_no_trace(crasher, tiny, few, whole, tmp_path, points(whole)[shard::SHARDS])
+
+
+def assert_kills_leave_no_trace(
+    crasher: Crasher, tiny: Path, few: Path, whole: Path, tmp_path: Path, chosen: list[tuple[int, When]]
+) -> None:
     faults = []
-    for number, when in points(whole)[shard::SHARDS]:
+    for number, when in chosen:
         output = tmp_path / f"{number}-{when}"
         killed = crasher.run(*words_of(tiny, few, output), kill=number, when=when)
         assert killed.code == -9
@@ -84,6 +105,7 @@ def test_a_kill_at_any_call_leaves_no_trace(
     assert faults == []
 
 
+@pytest.mark.slow
 def test_kills_one_after_another_leave_no_trace(
     crasher: Crasher, tiny: Path, few: Path, whole: Path, tmp_path: Path
 ) -> None:

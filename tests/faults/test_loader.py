@@ -301,6 +301,7 @@ def is_running(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends them")
 def test_no_decoding_process_outlives_a_killed_trainer_nor_keeps_its_lock(
     image_folder: Path, tmp_path: Path
@@ -388,6 +389,7 @@ def can_mount() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="mounts are not for this user")
 def test_a_run_with_a_tiny_dev_shm_goes_on_by_decoding_itself(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path

@@ -30,6 +30,7 @@ def crasher() -> Iterator[Crasher]:
         yield crasher
 
 
+@pytest.mark.slow
 def test_sigterm_at_any_call_to_the_disk(crasher: Crasher, tiny: Path, tmp_path: Path) -> None:
     """In the middle of every save, of the export and of the tables, among others."""
     data = draw_folder(tmp_path / "data", {"red": 8, "blue": 8})
@@ -102,6 +103,7 @@ def workers_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{child}/task/{child}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_supervised_run_saves_and_leaves(tiny: Path, tmp_path: Path) -> None:
     data, output = draw_folder(tmp_path / "data", {"red": 60, "blue": 60}), tmp_path / "run"
     process = start_run(tiny, data, output, FINETUNE_STALL_TIMEOUT="60")

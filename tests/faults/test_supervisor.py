@@ -118,6 +118,7 @@ def test_an_error_before_the_run_began_is_final(trial: Start) -> None:
     assert len(one.starts) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "fault"), [(signal.SIGKILL, 137, "killed"), (signal.SIGSEGV, 70, "crashed")]
 )
@@ -279,6 +280,7 @@ def test_a_child_that_does_not_leave_is_ended_after_the_grace_time(tmp_path: Pat
     assert (outcome["state"], outcome["class"], outcome["exit_code"]) == ("interrupted", "interrupted", 75)
 
 
+@pytest.mark.slow
 def test_a_save_may_take_longer_than_the_grace_time(tmp_path: Path) -> None:
     process = start(tmp_path / "run", SLOW, grace=1.0)
     process.send_signal(signal.SIGTERM)
@@ -304,6 +306,7 @@ def test_no_child_outlives_a_killed_parent(tmp_path: Path) -> None:
     wait_for(lambda: is_gone(child), seconds=5)
 
 
+@pytest.mark.slow
 def test_a_pause_of_both_is_no_hang(tmp_path: Path) -> None:
     """Ctrl-Z and fg: the time in between does not count."""
     process = start(tmp_path / "run", POLITE, stall=2.0)

@@ -140,6 +140,7 @@ def test_a_finished_run_does_not_declare_done_what_another_process_took_over(
     assert json.loads((output / "outcome.json").read_text())["message"] == "another process"
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_neither_result_nor_seconds(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
