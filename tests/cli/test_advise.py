@@ -87,6 +87,7 @@ def test_the_exported_model_says_what_the_figures_say(
         assert np.allclose(said.numpy(), wanted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_solved_run_can_be_given_more_epochs(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_backbone_without_a_classifier_is_advised_by_depth(
     assert advice["normalised_leep"] is None and advice["similarity"] in ("unsure", "different")
 
 
+@pytest.mark.slow
 def test_a_classifier_on_stages_gives_features_and_advice(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_classifier_on_stages_gives_features_and_advice(
     assert result.exit_code == 2 and "itself a classifier on stages" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +146,7 @@ def test_a_classifier_on_stages_is_the_backbone_of_the_next_run(
     run(cli, tmp_path / "one", other, tmp_path / "three", "--strategy", "top", "--epochs", 1, "--allow-leaks")
 
 
+@pytest.mark.slow
 def test_best_is_chosen_without_validation_images(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +221,7 @@ def test_training_that_does_not_beat_its_floor_is_not_handed_over(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_training_that_beats_its_floor_is_handed_over(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +241,7 @@ def test_training_that_beats_its_floor_is_handed_over(
     assert metrics["epochs"] == 1 and metrics["features"] is None
 
 
+@pytest.mark.slow
 def test_a_head_begins_as_the_solution(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     solved = run(
         cli,
@@ -263,6 +269,7 @@ class Stopping(Trainer):
         super().__init__(*arguments, **keys | {"stop_asked": lambda: next(steps, True)})
 
 
+@pytest.mark.slow
 def test_a_run_with_a_floor_goes_on_to_the_same_bits(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +327,7 @@ def test_auto_runs_what_advice_says_and_computes_it_once(
     assert metrics["features"] is not None
 
 
+@pytest.mark.slow
 def test_auto_keeps_its_strategy_when_it_goes_on(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -331,6 +339,7 @@ def test_auto_keeps_its_strategy_when_it_goes_on(
         assert "finished" in cli(*words).stderr  # and once it is done
 
 
+@pytest.mark.slow
 def test_a_brief_training_can_overrule(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     result = cli("advise", "-b", tiny, "-d", image_folder, "--json", "--set", "advise.verify=true", *WORDS)
     assert result.exit_code == 0, result.stderr
@@ -346,6 +355,7 @@ def test_a_brief_training_can_overrule(cli: Cli, tiny: Path, image_folder: Path,
     assert strategy["name"] == "top" and strategy["probe_first"] and strategy["floor"]
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_flagged(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     names = ["blue", "green", "red"]
     for number in range(45):

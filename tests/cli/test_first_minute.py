@@ -49,6 +49,7 @@ def test_a_run_that_was_begun_keeps_its_backbone(
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).backbone.name == str(tiny)
 
 
+@pytest.mark.slow
 def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path) -> None:
     words = ("run", "--data", image_folder, "--strategy", "freeze", "--output", tmp_path / "run")
     file = tmp_path / "others.safetensors"
@@ -60,6 +61,7 @@ def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, image_folder: Path, 
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).backbone.weights == str(file)
 
 
+@pytest.mark.slow
 def test_a_series_has_one_backbone(
     cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,7 @@ def test_random_weights_need_a_name(cli: Cli, image_folder: Path) -> None:
     assert "no backbone was named" in done.output
 
 
+@pytest.mark.slow
 def test_what_is_here_and_was_not_taken_is_named(
     cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +114,7 @@ def test_weights_belong_to_a_backbone(cli: Cli, image_folder: Path, tiny: Path) 
     assert "--backbone NAME" in done.output
 
 
+@pytest.mark.slow
 def test_features_without_a_backbone(cli: Cli, tmp_path: Path, image_folder: Path) -> None:
     done = cli("extract", "--data", image_folder, "--layers", "last", "--output", tmp_path / "features")
     assert done.exit_code == 0, done.output

@@ -119,6 +119,7 @@ def test_paths_from_standard_input(cli: Cli, tiny: Path, image_folder: Path, tmp
         assert [row["path"] for row in read_rows(output)] == paths
 
 
+@pytest.mark.slow
 def test_a_closed_standard_input_matters_only_where_it_is_named(
     tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import draw_folder
+from tests.sweeps import slow_except
 
 
 def start(*words: object, **keys: object) -> subprocess.Popen[str]:
@@ -86,7 +87,7 @@ def assert_same_result(one: Path, two: Path) -> None:
     assert (one / "predictions.csv").read_bytes() == (two / "predictions.csv").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_except([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]))
 def test_a_stopped_run_goes_on_to_the_same_bits(
     uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Pat
         assert noise not in done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_run(tiny: Path, data: Path, one: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = run(*words, "-m", "finetune", *words_of(tiny, data, tmp_path / "two"), "-s", "freeze")
@@ -88,6 +89,7 @@ def test_a_refusal_is_said_once_with_its_exit_code(tiny: Path, data: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_features_and_predictions_are_the_same_bytes(
     cli: Cli, tiny: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_process_that_is_asked_to_stop_ends_no_list() -> None:
         next(answers)
 
 
+@pytest.mark.slow
 def test_standard_input_cannot_be_shared(tiny: Path, tmp_path: Path) -> None:
     done = finetune("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2)
     assert done.returncode == 2, done.stderr

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from finetune.errors import ExitCode
 from tests.conftest import Cli, draw, draw_folder
+from tests.sweeps import slow_except
 
 QUICK = ("--workers", 0, "--epochs", 1, "--batch-size", 8)
 
@@ -126,7 +127,7 @@ def test_a_class_with_one_image(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert "blue" in refused_data(cli, tiny, data, tmp_path / "run")
 
 
-@pytest.mark.parametrize("fault", ["truncated", "empty", "html", "noise"])
+@pytest.mark.parametrize("fault", slow_except(["truncated"], ["truncated", "empty", "html", "noise"]))
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_unreadable_images(cli: Cli, tiny: Path, tmp_path: Path, fault: str, part: str) -> None:
     for name in ("train", "val"):
@@ -260,7 +261,7 @@ def start_and_fail(cli: Cli, words: list[object], monkeypatch: pytest.MonkeyPatc
         assert cli(*words).exit_code == ExitCode.INTERNAL
 
 
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("finished", slow_except([False], [True, False]))
 def test_images_that_changed_are_noticed(
     cli: Cli, tiny: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_test_part_is_what_the_figures_come_from(cli: Cli, tiny: Path, tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_six_classes_have_a_top5_accuracy(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     draw_folder(tmp_path / "data", {f"class{number}": 4 for number in range(6)})
     result = cli(
@@ -199,6 +200,7 @@ def test_keep_goes_on_with_the_same_labels(cli: Cli, image_folder: Path, tiny: P
     assert two.confidence.to_numpy() == pytest.approx(one.confidence.to_numpy(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_into_the_data_folder(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -222,6 +224,7 @@ def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
     assert two["accuracy"] >= one["accuracy"] - 0.06
 
 
+@pytest.mark.slow
 def test_the_data_are_named_as_they_were_given(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 5, "blue": 5})
     rows = [f"data/{path.parent.name}/{path.name},{path.parent.name}" for path in data.rglob("*.jpg")]
@@ -252,6 +255,7 @@ def test_a_backbone_that_has_seen_the_judged_images_is_refused(cli: Cli, tiny: P
     assert json.loads(same.stdout)["num_seen_by_backbone"] == 0
 
 
+@pytest.mark.slow
 def test_allowed_leaks_are_counted(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     data = shutil.copytree(image_folder, tmp_path / "data")
     shutil.copy(data / "train" / "red" / "000.jpg", data / "val" / "red" / "copy.jpg")

@@ -68,6 +68,7 @@ def test_what_cannot_be_meant(cli: Cli, image_folder: Path, tiny: Path, tmp_path
     assert "it holds a single run" in result.stderr
 
 
+@pytest.mark.slow
 def test_every_run_of_a_series_is_watched_over(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     words = ["run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", "1", "--repeats", "2", *QUICK]
     words += ["--stall-timeout", "300", "-o", tmp_path / "s", "--json"]
@@ -79,6 +80,7 @@ def test_every_run_of_a_series_is_watched_over(image_folder: Path, tiny: Path, t
     assert outcome["state"] == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--set", "seed=7"), ("--seed", 7), ("--recipe", "seven.yaml")])
 def test_seeds_begin_with_the_one_that_was_given(
     cli: Cli,
@@ -103,6 +105,7 @@ def test_a_command_line_loses_its_seed() -> None:
     assert drop_seed(["run", "--set", "data.path=seed"]) == ["run", "--set", "data.path=seed"]
 
 
+@pytest.mark.slow
 def test_an_old_result_does_not_outlive_a_series_that_fails(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:

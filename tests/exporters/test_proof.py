@@ -111,6 +111,7 @@ def test_what_cannot_be_loaded_fails_with_its_words(
         predict_fresh("torch-export", tmp_path / "model.pt2", inputs, card, Interface())
 
 
+@pytest.mark.slow
 def test_a_process_that_imports_finetune_proves_nothing(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_process_that_imports_finetune_proves_nothing(
         predict_fresh("torch-export", path, inputs, card, Interface())
 
 
+@pytest.mark.slow
 def test_too_few_answers_are_seen(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,6 +308,7 @@ assert before == (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=
 """
 
 
+@pytest.mark.slow
 def test_no_global_state_and_no_screen(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "MPLBACKEND": "tkagg"}
     command = [sys.executable, "-c", ALONE, str(tmp_path / "a.png")]
