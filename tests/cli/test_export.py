@@ -80,6 +80,7 @@ def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, image_folder: P
     assert "| `blue` | 12 | 6 |" in (output / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_onnx_takes_bytes_and_gives_probabilities(
     cli: Cli, run: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_onnx_takes_bytes_and_gives_probabilities(
         assert session.run(None, {"images": pixels[None]})[0].max() == pytest.approx(sure, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_export_with_data_gone_says_so(cli: Cli, copy: Path, tmp_path: Path) -> None:
     recipe = (copy / "recipe.yaml").read_text()
     line = next(line for line in recipe.splitlines() if line.strip().startswith("path:"))
@@ -126,6 +128,7 @@ def test_torch_export_with_data_gone_says_so(cli: Cli, copy: Path, tmp_path: Pat
     assert program(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_a_model_folder_alone_is_exported(cli: Cli, run: Path, tmp_path: Path) -> None:
     model = shutil.copytree(run / "model", tmp_path / "model")
     result = cli("export", model, "-o", tmp_path / "out")
@@ -134,11 +137,13 @@ def test_a_model_folder_alone_is_exported(cli: Cli, run: Path, tmp_path: Path) -
     assert "None came with this model." in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_model_folder_of_a_run_knows_its_run(cli: Cli, run: Path, tmp_path: Path) -> None:
     result = cli("export", run / "model", "-o", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["compared_on"] == "judged images"
 
 
+@pytest.mark.slow
 def test_an_artefact_that_says_something_else_is_not_kept(
     cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +160,7 @@ def test_an_artefact_that_says_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_predictions_of_another_model_are_seen(cli: Cli, copy: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(copy / "predictions.csv")
     rows["prob_blue"] = rows["prob_blue"] / 2
@@ -165,6 +171,7 @@ def test_predictions_of_another_model_are_seen(cli: Cli, copy: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_table_of_other_classes_is_not_compared(cli: Cli, copy: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(copy / "predictions.csv")
     rows.rename(columns={"prob_blue": "prob_red", "prob_red": "prob_blue"}).to_csv(
@@ -207,6 +214,7 @@ def repoint(run: Path, data: Path) -> None:
     (run / "recipe.yaml").write_text(recipe.replace(line, f"  path: {data}"))
 
 
+@pytest.mark.slow
 def test_what_was_added_to_the_data_is_no_reason_for_noise(
     cli: Cli, copy: Path, own_data: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +228,7 @@ def test_what_was_added_to_the_data_is_no_reason_for_noise(
     assert (result.exit_code, "it lies in the data" in result.stderr) == (ExitCode.USAGE, True)
 
 
+@pytest.mark.slow
 def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp_path: Path) -> None:
     (own_data / "images.csv").touch()
     repoint(copy, own_data / "images.csv")
@@ -258,6 +267,7 @@ def test_places_that_cannot_be_replaced(
     assert {path.name for path in tmp_path.iterdir()} == {"here", "empty", "link"}
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         assert any(tmp_path.iterdir())
@@ -390,6 +400,7 @@ def push(endpoint: str, *words: object, **environment: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_push_uploads_the_proved_folder(run: Path, hub: tuple[str, type[Hub]]) -> None:
     endpoint, handler = hub
     done = push(endpoint, run, "me/ants", "--private", "--json")

@@ -311,6 +311,7 @@ def test_features_without_room_in_the_cache_lie_beside_the_output(
     assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == ["f.csv"]
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_goes_on_and_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 200, "blue": 200})
     whole, killed = tmp_path / "whole", tmp_path / "killed"

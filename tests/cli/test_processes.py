@@ -82,6 +82,7 @@ def test_torchrun_starts_the_same_run(tiny: Path, data: Path, one: Path, tmp_pat
     assert_same_figures(one, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once_with_its_exit_code(tiny: Path, data: Path, tmp_path: Path) -> None:
     done = finetune(*words_of(tiny, tmp_path / "nowhere", tmp_path / "run"), "--processes", 2)
     assert done.returncode == 65, done.stderr

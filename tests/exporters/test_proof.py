@@ -101,6 +101,7 @@ def test_a_fresh_process_says_the_same(written: tuple[Card, torch.nn.Module, Pat
             network.fc.bias[3] -= 1  # type: ignore[operator,union-attr]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_fails_with_its_words(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path
 ) -> None:

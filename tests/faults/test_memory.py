@@ -360,6 +360,7 @@ print(trainer.fit().microbatch, *warnings(trainer), sep="|")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits a process's memory")
 def test_a_process_without_memory_trains_on(image_folder: Path, tmp_path: Path) -> None:
     """18 images need 600 MB and more in one go; there are 500."""

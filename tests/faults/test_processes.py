@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run
 
+pytestmark = pytest.mark.slow  # a run in two processes starts five interpreters
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -98,14 +100,7 @@ def kill_launcher(parent: subprocess.Popen[str]) -> None:
     os.kill(processes_of(parent)[0], signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(kill_rank(0), id="0", marks=pytest.mark.slow),
-        pytest.param(kill_rank(1), id="1"),
-        pytest.param(kill_launcher, id="launcher", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("fault", [kill_rank(0), kill_rank(1), kill_launcher], ids=["0", "1", "launcher"])
 def test_a_killed_process_costs_a_start(
     tiny: Path, data: Path, whole: Path, tmp_path: Path, fault: Fault
 ) -> None:
@@ -120,7 +115,6 @@ def test_a_killed_process_costs_a_start(
     assert_none_left(tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["parent", "launcher", "rank"])
 def test_sigterm_saves_and_leaves_with_75(
     tiny: Path, data: Path, whole: Path, tmp_path: Path, target: str
@@ -145,7 +139,6 @@ def test_sigterm_saves_and_leaves_with_75(
     assert_same_run(whole, tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_no_hang(tiny: Path, data: Path, whole: Path, tmp_path: Path, rank: int) -> None:
     process = start(tiny, data, tmp_path / "run", stall=15)
@@ -158,7 +151,6 @@ def test_a_stopped_process_is_no_hang(tiny: Path, data: Path, whole: Path, tmp_p
     assert_none_left(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_a_killed_parent_takes_all_with_it(tiny: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     process = start(tiny, data, tmp_path / "run")
     wait_for(tmp_path / "run", process)

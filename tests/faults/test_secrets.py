@@ -169,6 +169,7 @@ def test_the_search_finds_what_it_must(tmp_path: Path) -> None:
         assert Traces([], "", {"run.log": f"x{text}x".encode()}).holding_the_canary() == ["run.log"]
 
 
+@pytest.mark.slow
 def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     address = f"{mirror.url}/weights.pth"
     cases = [

@@ -208,6 +208,7 @@ def test_machines_that_do_not_know_of_each_other(
 # --- what it finds -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_from_beginning_to_end(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     """In processes of its own, with the parent that watches: what SageMaker starts is ``finetune train``."""
     parts = {"train": image_folder / "train", "validation": image_folder / "val"}
@@ -230,6 +231,7 @@ def test_a_job_from_beginning_to_end(image_folder: Path, tiny: Path, tmp_path: P
     assert not (base / "output" / "failure").exists()
 
 
+@pytest.mark.slow
 def test_a_spot_machine_that_is_taken_away(
     job: Callable[..., Path],
     call: Callable[..., int],
@@ -292,6 +294,7 @@ def test_a_word_that_does_not_exist_is_a_failure_with_a_reason(
     assert "No such option" in (base / "output" / "failure").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_a_failure_with_a_reason(
     tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:

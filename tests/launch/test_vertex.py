@@ -136,6 +136,7 @@ def test_a_damaged_cluster_spec(monkeypatch: pytest.MonkeyPatch, call: Callable[
     assert call("run") == ExitCode.USAGE
 
 
+@pytest.mark.slow
 def test_a_job_from_beginning_to_end(
     monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_run_refuses_copies_in_two_parts(cli: Cli, tiny: Path, leaky: Path, tm
     assert read(tmp_path / "run" / "check.json")["errors"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_own_draw_free_of_copies(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
     for name in COLOURS:
@@ -155,6 +156,7 @@ def test_wrong_labels_of_a_run_are_suspected(cli: Cli, tiny: Path, tmp_path: Pat
     assert (tmp_path / "out" / "label_issues.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_images_that_changed_since_are_left_out_and_a_run_as_backbone_is_told_of(
     cli: Cli, tiny: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_folds_that_cannot_all_be_held_out_end_with_65(cli: Cli, tmp_path: Path)
     assert "has every image of class 'red'" in json.loads(result.stdout)["findings"][0]["message"]
 
 
+@pytest.mark.slow
 def test_a_new_copy_joins_its_image_and_another_recipe_draws_anew(
     cli: Cli, tiny: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_a_new_copy_joins_its_image_and_another_recipe_draws_anew(
     assert all(len(parts) == 1 for parts in by_digest.values())
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_parts_of_a_run(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
     for name in COLOURS:

@@ -91,6 +91,7 @@ print(json.dumps([str(path), told]))
 """
 
 
+@pytest.mark.slow
 def test_every_piece_from_the_hub_is_told_of(server: Server, tmp_path: Path) -> None:
     """In a process of its own, since the client reads its environment once."""
     path = "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"

@@ -445,6 +445,7 @@ def done_of(journal: Path) -> int:
     return int(record.blocks[-1].note["done"]) if record and record.blocks else 0
 
 
+@pytest.mark.slow
 def test_sigkill_and_sigterm(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

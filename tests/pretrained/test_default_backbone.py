@@ -94,6 +94,7 @@ def test_the_table_is_of_weights_that_there_are() -> None:
     assert published_accuracy(find_card("timm/resnet50.a1_in1k")) == pytest.approx(80.2, abs=1.5)
 
 
+@pytest.mark.slow
 def test_a_cache_is_searched(tmp_path: Path) -> None:
     """In a process of its own: the hub's client reads its folder once."""
     folder = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"

@@ -246,6 +246,7 @@ def test_the_hub_then_its_cache_then_offline(server: Server, tmp_path: Path, con
     assert "offline mode is on" in unknown["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nobody there", "silent"])
 def test_no_network_is_said_at_once(silent: str, tmp_path: Path, kind: str) -> None:
     endpoint = silent if kind == "silent" else "http://127.0.0.1:9"

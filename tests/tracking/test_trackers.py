@@ -77,6 +77,7 @@ def assert_every_epoch_once(output: Path, epochs: int) -> None:
                 assert series[figure][epoch] == [pytest.approx(value, rel=1e-6)], (name, figure, epoch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("needs_wandb")
 def test_all_are_told_everything_and_no_bit_changes(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +114,7 @@ def test_all_are_told_everything_and_no_bit_changes(
     assert "tiny-secret" not in everything and "***" in everything
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("needs_wandb")
 def test_a_run_that_goes_on_is_the_same_run_and_tells_each_epoch_once(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,6 +243,7 @@ print("survived")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_a_disk_that_takes_no_more(tmp_path: Path, name: str) -> None:
     """Real files that cannot grow any more: the error comes to us, and not to a thread of theirs."""
