@@ -177,17 +177,16 @@ def _of_row(finding: LayoutReader, cell: str) -> Input:
 # --- Labelled images to judge a finished model by: nothing is trained, and the model's classes count ---
 
 
-Part = Literal["train", "val", "test", "all"]
-PARTS: tuple[Part, ...] = (*SPLITS, "all")
+EvalSplit = Literal["train", "val", "test", "all"]
 
 
-def read_split_name(word: str | None) -> Part | None:
+def read_split_name(word: str | None) -> EvalSplit | None:
     """Return the split of a name.
 
     Raises:
         UsageError: there is none of that name.
     """
-    names: dict[str, Part] = {"train": "train", "val": "val", "test": "test", "all": "all"}
+    names: dict[str, EvalSplit] = {"train": "train", "val": "val", "test": "test", "all": "all"}
     if word is None:
         return None
     if word not in names:
@@ -198,7 +197,7 @@ def read_split_name(word: str | None) -> Part | None:
 def find_labelled(
     data: Path,
     classes: Sequence[str],
-    part: Part | None = None,
+    part: EvalSplit | None = None,
     follow_links: bool = False,
     on_progress: Progress | None = None,
 ) -> Dataset:
@@ -225,7 +224,9 @@ def find_labelled(
     return Dataset(finding.root, tuple(classes), samples, tuple(finding.warnings), is_folder=not is_table)
 
 
-def _choose_parts(finding: LayoutReader, part: Part | None) -> Mapping[Split, Mapping[str, Sequence[str]]]:
+def _choose_parts(
+    finding: LayoutReader, part: EvalSplit | None
+) -> Mapping[Split, Mapping[str, Sequence[str]]]:
     given = [split for split in SPLITS if split in finding.parts]
     if part == "all":
         return finding.parts

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split, describe_images
-from finetune.data.dataset import Split as Part
 from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.data.split import SplitConfig, keep_copies_together
@@ -154,7 +153,7 @@ def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> tuple[Dat
 
 def _count_shared(dataset: Dataset, digests: Mapping[str, str]) -> int:
     """Return how many images lie in two parts or more."""
-    parts: defaultdict[str, set[Part]] = defaultdict(set)
+    parts: defaultdict[str, set[Split]] = defaultdict(set)
     for sample in dataset.samples:
         if sample.path in digests:
             parts[digests[sample.path]].add(sample.split)

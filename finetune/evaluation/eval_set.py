@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import Dataset
-from finetune.data.inputs import Part, find_labelled
+from finetune.data.inputs import EvalSplit, find_labelled
 from finetune.data.scan import check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.errors import DataError, UsageError
@@ -35,7 +35,7 @@ class EvalSet:
 
 
 def find_judged(
-    first: Model, data: Path | None, part: Part | None, follow_links: bool, display: Display
+    first: Model, data: Path | None, part: EvalSplit | None, follow_links: bool, display: Display
 ) -> EvalSet:
     """Find the images that models are judged by, and read every one of them.
 
@@ -88,12 +88,14 @@ def _data_of(run: RunFolder) -> Path | None:
     return Path(recipe.data.path) if recipe is not None and recipe.data.path is not None else None
 
 
-def _has_part(run: RunFolder, part: Part | None) -> bool:
+def _has_part(run: RunFolder, part: EvalSplit | None) -> bool:
     """Whether the run knew of such a part: a test part may have come since."""
     return part in (None, "all") or any(row["split"] == part for row in RunReader(run).split)
 
 
-def _images_of_run(run: RunFolder, classes: Sequence[str], part: Part | None, display: Display) -> Dataset:
+def _images_of_run(
+    run: RunFolder, classes: Sequence[str], part: EvalSplit | None, display: Display
+) -> Dataset:
     """Return the images of a run's own data in the part that it was judged by, or the one that was named.
 
     Raises:
@@ -185,7 +187,7 @@ def find_overlap(models: Sequence[Model], judged: EvalSet, allow_leaks: bool, di
     return overlap
 
 
-def _name_part(dataset: Dataset, part: Part | None) -> str:
+def _name_part(dataset: Dataset, part: EvalSplit | None) -> str:
     """Images that lie in no part were all looked at."""
     parts = {sample.split for sample in dataset.samples}
     is_plain = parts == {"train"} and part != "train"

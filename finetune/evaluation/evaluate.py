@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.data.dataset import describe_images
-from finetune.data.inputs import Part
+from finetune.data.inputs import EvalSplit
 from finetune.data.prepare import check_outside, create_new_folder
 from finetune.evaluation.calibration import calibrate_apart, compare_calibration, measure_thresholds
 from finetune.evaluation.eval_set import Overlap, find_judged, find_overlap
@@ -53,7 +53,7 @@ class EvaluateRequest:
 
     models: tuple[str, ...]
     data: Path | None
-    part: Part | None
+    part: EvalSplit | None
     crops: int
     scales: tuple[int, ...]
     output: Path

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import SPLITS, Dataset, Sample
-from finetune.data.dataset import Split as Part
+from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import find_images
 from finetune.data.image_cache import decoder_facts
 from finetune.data.loader import ImageLoader, Placement
@@ -180,7 +179,7 @@ def open_features(
     pool: Pool,
     *,
     with_logits: bool = False,
-    parts: Sequence[Part] = SPLITS,
+    parts: Sequence[Split] = SPLITS,
     cache_dir: FeatureCacheDir | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Iterator[Features]:
@@ -242,7 +241,7 @@ def _rows_of_part(
     layers: Sequence[Layer],
     pool: Pool,
     with_logits: bool,
-    part: Part,
+    part: Split,
     stack: ExitStack,
 ) -> list[Rows]:
     network = source.network.backbone.network
@@ -260,7 +259,7 @@ def _rows_of_part(
 
 
 def _open_loader(
-    source: Source, part: Part, batch_size: int, distributed: Distributed, stack: ExitStack
+    source: Source, part: Split, batch_size: int, distributed: Distributed, stack: ExitStack
 ) -> ImageLoader:
     network, recipe = source.network, source.recipe
     preprocessing = network.backbone.card.preprocessing
@@ -291,7 +290,7 @@ def _open_loader(
 
 
 def _places(
-    source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, part: Part
+    source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, part: Split
 ) -> Iterator[RowSpec]:
     shared = _shared_facts(source, kept, part, source.network.weights_below_head)
     whole = shared | {"weights": source.network.weights}
@@ -302,13 +301,13 @@ def _places(
         yield RowSpec({"kind": "layer"} | facts | {"numel": width} | own, width)
 
 
-def _place_of_logits(source: Source, kept: KeptRows, part: Part) -> RowSpec:
+def _place_of_logits(source: Source, kept: KeptRows, part: Split) -> RowSpec:
     width = source.network.backbone.card.num_classes
     shared = _shared_facts(source, kept, part, source.network.weights)
     return RowSpec({"kind": "logits", "numel": width} | shared, width)
 
 
-def _shared_facts(source: Source, kept: KeptRows, part: Part, weights: str) -> dict[str, Any]:
+def _shared_facts(source: Source, kept: KeptRows, part: Split, weights: str) -> dict[str, Any]:
     network, recipe = source.network, source.recipe
     card = network.backbone.card
     images = describe_images([source.digests[sample.path] for sample in source.dataset.of(part)])

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from finetune.data.dataset import Sample
-from finetune.data.dataset import Split as Part
+from finetune.data.dataset import Sample, Split
 from finetune.data.feed import BatchLoader
 from finetune.data.image_cache import ImageCache, keep_images
 from finetune.data.loader import ImageLoader
@@ -28,7 +27,7 @@ from finetune.system.device import release_memory
 from finetune.system.distributed import Distributed
 from finetune.training.trunk import Choice, FeatureLoader, choose_split, find_reason_against
 from pretrained.graph.cuts import Cut
-from pretrained.graph.split import Split
+from pretrained.graph.split import SplitNetwork
 
 FEW = 8
 """Images that figures and model are compared on: through the whole network, however large batches are."""
@@ -44,9 +43,9 @@ class DataLoaders:
         split: the network in two parts, where these batches hold what the trunk gave.
     """
 
-    batches: Mapping[Part, BatchLoader]
-    images: Mapping[Part, ImageLoader]
-    split: Split | None
+    batches: Mapping[Split, BatchLoader]
+    images: Mapping[Split, ImageLoader]
+    split: SplitNetwork | None
 
 
 @contextmanager
@@ -92,7 +91,7 @@ class LoaderFactory:
         self.cache_dir = cache_dir or FeatureCacheDir(context.setup.recipe.cache.max_gb * 1e9)
         self._warn = cache(context.display.warn)  # says the same thing once
 
-    def loader(self, part: Part, here: bool) -> ImageLoader:
+    def loader(self, part: Split, here: bool) -> ImageLoader:
         """Return batches as training and evaluation take them; ``here`` decodes in this process."""
         recipe = self.context.setup.recipe
         batch_size = recipe.training.batch_size
@@ -106,7 +105,7 @@ class LoaderFactory:
             distributed=self.context.distributed,
         )
 
-    def loader_for_trunk(self, part: Part, batch_size: int, passes: int) -> ImageLoader:
+    def loader_for_trunk(self, part: Split, batch_size: int, passes: int) -> ImageLoader:
         """Return batches for the trunk. Views have a seed of their own: a run with another one finds them."""
         distributed = self.context.distributed.machine
         return self._build(
@@ -114,7 +113,7 @@ class LoaderFactory:
         )
 
     def _build(
-        self, part: Part, *, batch_size: int, seed: int, passes: int, shuffle: bool, distributed: Distributed
+        self, part: Split, *, batch_size: int, seed: int, passes: int, shuffle: bool, distributed: Distributed
     ) -> ImageLoader:
         """Return a loader; one of no passes decodes here, and keeps no image."""
         setup, dataset = self.context.setup, self.context.dataset
@@ -138,7 +137,7 @@ class LoaderFactory:
         self.stack.callback(loader.close)
         return loader
 
-    def _keep_images(self, part: Part, transform: Transform, passes: int) -> ImageCache | None:
+    def _keep_images(self, part: Split, transform: Transform, passes: int) -> ImageCache | None:
         context = self.context
         if not context.setup.recipe.cache.pictures:
             return None
@@ -156,7 +155,7 @@ class LoaderFactory:
         return kept
 
 
-def _build_transform(setup: RunSetup, part: Part) -> Transform:
+def _build_transform(setup: RunSetup, part: Split) -> Transform:
     preprocessing = setup.backbone.card.preprocessing
     if part == "train":
         return build_train_transform(preprocessing, setup.recipe.input.augmentation)
@@ -173,7 +172,7 @@ def _num_views(context: FitContext) -> int:
     return min(recipe.cache.views, recipe.training.epochs)
 
 
-def _passes(context: FitContext) -> Iterator[tuple[Part, int]]:
+def _passes(context: FitContext) -> Iterator[tuple[Split, int]]:
     """Yield every split and view that a trunk would see."""
     for part in context.splits:
         for view in range(_num_views(context) if part == "train" else 1):
@@ -244,8 +243,8 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
 
 
 def _try_to_keep(
-    factory: LoaderFactory, split: Split, frozen: Mapping[str, str]
-) -> tuple[dict[Part, BatchLoader] | None, DataError | OSError | None]:
+    factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]
+) -> tuple[dict[Split, BatchLoader] | None, DataError | OSError | None]:
     """Return feeds of features, or why there are none: for all processes alike."""
     distributed = factory.context.distributed
     loaders, fault = None, None
@@ -258,7 +257,7 @@ def _try_to_keep(
     return (loaders, None) if fault is None else (None, fault)
 
 
-def _keep(factory: LoaderFactory, split: Split, frozen: Mapping[str, str]) -> dict[Part, BatchLoader]:
+def _keep(factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]) -> dict[Split, BatchLoader]:
     """Run the trunk over what is not kept yet.
 
     Raises:
@@ -318,7 +317,7 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
 
 
 def _describe_trunk(
-    setup: RunSetup, kept: KeptRows, split: Split, frozen: Mapping[str, str]
+    setup: RunSetup, kept: KeptRows, split: SplitNetwork, frozen: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what all features of a trunk depend on, but for the images and their view."""
     recipe, card = setup.recipe, setup.backbone.card
@@ -336,7 +335,7 @@ def _describe_trunk(
 
 
 def _rows_of(
-    factory: LoaderFactory, kept: KeptRows, split: Split, facts: dict[str, Any], part: Part
+    factory: LoaderFactory, kept: KeptRows, split: SplitNetwork, facts: dict[str, Any], part: Split
 ) -> list[Rows]:
     """Return the rows of each view of a split."""
     context = factory.context
@@ -353,7 +352,7 @@ def _rows_of(
     return rows
 
 
-def _say_kept(kept: KeptRows, split: Split, num_views: int) -> None:
+def _say_kept(kept: KeptRows, split: SplitNetwork, num_views: int) -> None:
     each = row_bytes(split.packing.numel, kept.dtype)
     total = kept.num_computed + kept.num_found
     views = f"{num_views} views of each training image, " if num_views > 1 else ""

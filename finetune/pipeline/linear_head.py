@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from finetune.data.dataset import Dataset
-from finetune.data.dataset import Split as Part
+from finetune.data.dataset import Dataset, Split
 from finetune.errors import DataError
 from finetune.evaluation.predictions import Predictions
 from finetune.features.extraction import Features, Source, open_features
@@ -50,7 +49,7 @@ class LinearHead:
     layers: tuple[Layer, ...]
     is_last: bool
     classifier: LinearClassifier
-    predictions: Mapping[Part, Predictions]
+    predictions: Mapping[Split, Predictions]
 
     @property
     def words(self) -> str:
@@ -106,7 +105,7 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
         labels = _labels(dataset, indices)
         classifier = fit(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
         advance(1, "")
-        parts: list[Part] = ["val", "test"]
+        parts: list[Split] = ["val", "test"]
         predictions = {part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)}
     is_last = chosen == source.network.layers.all[-1:]
     classifier = replace(classifier, weight=classifier.weight.cpu(), bias=classifier.bias.cpu())
@@ -142,7 +141,7 @@ def _beside(features: Features, chosen: Sequence[Layer]) -> Rows:
     return rows[0] if len(rows) == 1 else ConcatRows(rows)
 
 
-def _indices_of(dataset: Dataset, part: Part) -> Tensor:
+def _indices_of(dataset: Dataset, part: Split) -> Tensor:
     return torch.tensor([i for i, sample in enumerate(dataset.samples) if sample.split == part])
 
 
@@ -150,7 +149,7 @@ def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
     return torch.tensor([dataset.samples[index].label for index in indices.tolist()])
 
 
-def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Part) -> Predictions:
+def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Split) -> Predictions:
     indices = _indices_of(dataset, part)
     logits = torch.cat([classifier.scores(rows[some]) for some in torch.split(indices, 1024)])
     return Predictions(logits.float().cpu(), _labels(dataset, indices))

@@ -34,7 +34,7 @@ from finetune.training.freeze import digest_frozen
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from finetune.training.trunk import FeatureLoader
-from pretrained.graph.split import Split
+from pretrained.graph.split import SplitNetwork
 
 NUM_FOLDS = 3
 EPOCHS = 5
@@ -120,7 +120,9 @@ def _part(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:
     )
 
 
-def _task(setup: RunSetup, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: Split) -> Task:
+def _task(
+    setup: RunSetup, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: SplitNetwork
+) -> Task:
     counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
     settings = setup.recipe.training
     loss = build_loss(counts.tolist(), settings.class_weights, settings.label_smoothing)

@@ -16,7 +16,7 @@ from finetune.system.device import compute_part_size, is_out_of_memory
 from finetune.system.display import Display
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
-from pretrained.graph.split import Split
+from pretrained.graph.split import SplitNetwork
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Task:
     train: BatchLoader
     val: BatchLoader
     num_classes: int
-    split: Split | None = None
+    split: SplitNetwork | None = None
 
     def forward(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return what makes logits (B, K) of a batch: the network, or of a cut one the rest."""

@@ -26,7 +26,7 @@ from finetune.system.forward import autocast
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
-from pretrained.graph.split import Split, split_at
+from pretrained.graph.split import SplitNetwork, split_at
 
 LEAST_SHARE = 0.3
 """Of the forward's multiplications that a cut must save."""
@@ -43,7 +43,7 @@ class Choice:
         words: what was chosen and why, for people; empty where there is nothing to say.
     """
 
-    split: Split | None
+    split: SplitNetwork | None
     words: str
 
 

@@ -217,7 +217,7 @@ def _plan_replay(calls: Sequence[Call], cut: Cut) -> tuple[list[tuple[Call, int]
     raise ValueError(f"{cut.name} is not a call of this forward pass")
 
 
-class Split:
+class SplitNetwork:
     """A network split in two.
 
     Args:
@@ -245,7 +245,7 @@ class Split:
 
 def split_at(
     network: nn.Module, trace: Trace, cut: Cut, images: Tensor, set_train_mode: Callable[[], None]
-) -> Split | None:
+) -> SplitNetwork | None:
     """Split a network in two, and check that the parts compute what the network computes.
 
     Args:
@@ -262,7 +262,7 @@ def split_at(
     with _preserved(network, images.device), suppress(PointNotReachedError):
         network.eval()
         carried = Trunk(network, cut)(images)
-        split = Split(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]
+        split = SplitNetwork(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]
         rows = split.packing.pack(carried, len(images))
         for set_mode in (network.eval, set_train_mode):
             set_mode()
@@ -272,7 +272,7 @@ def split_at(
     return None
 
 
-def _agrees(network: nn.Module, split: Split, images: Tensor, rows: Tensor) -> bool:
+def _agrees(network: nn.Module, split: SplitNetwork, images: Tensor, rows: Tensor) -> bool:
     """Whether, in the network's current modes, the parts give its output and the trunk gives ``rows``."""
     buffers = [buffer.clone() for buffer in network.buffers()]
     state = torch.random.get_rng_state()

@@ -16,7 +16,7 @@ from finetune.training.freeze import freeze, set_train_mode
 from finetune.training.plan import Plan, build_plan
 from pretrained.catalog import Card, find_card
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
-from pretrained.graph.split import Split, split_at
+from pretrained.graph.split import SplitNetwork, split_at
 from pretrained.graph.stages import find_stages
 from pretrained.heads import change_head
 from pretrained.network import build_network
@@ -48,7 +48,7 @@ def build(card: Card, strategy: str) -> tuple[nn.Module, Plan]:
     return network, plan
 
 
-def cut(network: nn.Module, plan: Plan, images: Tensor) -> tuple[list[Cut], Trace, Split | None]:
+def cut(network: nn.Module, plan: Plan, images: Tensor) -> tuple[list[Cut], Trace, SplitNetwork | None]:
     trace = trace_calls(network, tuple(images.shape[1:]))  # type: ignore[arg-type]
     cuts = find_cuts(trace, {name for row in plan.trained for name in row.stage.parameters})
     for place in cuts:
@@ -66,7 +66,7 @@ def gradients(network: nn.Module, logits: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
-def check(name: str, strategy: str) -> Split:
+def check(name: str, strategy: str) -> SplitNetwork:
     card = find_card(name)
     network, plan = build(card, strategy)
     images = torch.randn(3, *card.preprocessing.input_size, generator=torch.Generator().manual_seed(1))
