@@ -15,13 +15,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and more threads 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+QUICK_RUN = ("--epochs", 5, "--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
-
 
 for profile, examples in (("few", 100), ("full", 2000)):
     settings.register_profile(
@@ -36,8 +37,18 @@ for profile, examples in (("few", 100), ("full", 2000)):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where slow tests are asked for, hypothesis draws its full number of examples."""
-    slow = re.search(r"(?<!not )\bslow\b", config.option.markexpr)
-    settings.load_profile("full" if slow else "few")
+    settings.load_profile("full" if _is_asked_for("slow", config) else "few")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests on a Ray cluster run only where they are named: ``slow or not slow`` is all but them."""
+    if not _is_asked_for("ray", config):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("ray")])
+        items[:] = [item for item in items if not item.get_closest_marker("ray")]
+
+
+def _is_asked_for(marker: str, config: pytest.Config) -> bool:
+    return re.search(rf"(?<!not )\b{marker}\b", config.option.markexpr) is not None
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,13 +84,37 @@ def draw_folder(root: Path, counts: Mapping[str, int]) -> Path:
     return root
 
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """``make_once(name, make)`` is a folder of this session, made once by one of pytest-xdist's workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make_folder(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = root / "once" / name, root / "once" / f"{name}.made"
+        made.parent.mkdir(exist_ok=True)
+        with FileLock(f"{made}.lock"):
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+
+    return make_folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(make_once: MakeOnce) -> Path:
     """``train`` and ``val`` of three colours, 12 and 6 images each. Read only."""
-    root = tmp_path_factory.mktemp("pictures")
-    draw_folder(root / "train", dict.fromkeys(COLOURS, 12))
-    draw_folder(root / "val", dict.fromkeys(COLOURS, 6))
-    return root
+
+    def make(root: Path) -> None:
+        draw_folder(root / "train", dict.fromkeys(COLOURS, 12))
+        draw_folder(root / "val", dict.fromkeys(COLOURS, 6))
+
+    return make_once("images", make)
 
 
 def make_tiny(folder: Path) -> Path:
@@ -110,9 +145,44 @@ def make_tiny(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """:func:`make_tiny`, once a session."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+def tiny(make_once: MakeOnce) -> Path:
+    """:func:`make_tiny`, once a session. Read only."""
+    return make_once("tiny", make_tiny)
+
+
+FinishedRun = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_once: MakeOnce, tiny: Path, image_folder: Path) -> FinishedRun:
+    """``finished_run("freeze")`` is the folder of a run of that strategy, made once a session. Read only.
+
+    Five epochs on ``image_folder``; what ``--json`` printed is in ``said.json`` beside the folder.
+    """
+    from finetune.cli.app import app
+
+    def make(strategy: str, folder: Path) -> None:
+        words = [
+            "run",
+            "-b",
+            tiny,
+            "-d",
+            image_folder,
+            "-o",
+            folder / "run",
+            "-s",
+            strategy,
+            *QUICK_RUN,
+            "--json",
+        ]
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        (folder / "said.json").write_text(result.stdout)
+
+    def find(strategy: str) -> Path:
+        return make_once(f"run-{strategy}", lambda folder: make(strategy, folder)) / "run"
+
+    return find
 
 
 Cli = Callable[..., Result]

@@ -24,27 +24,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
-from finetune.cli.app import app
 from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError
 from finetune.exporters import folder
 from finetune.exporters.hub import check_push, push_folder
 from finetune.exporters.source import open_model
-from tests.conftest import Cli
+from tests.conftest import Cli, FinishedRun
 
 TOKEN = "hf_" + "abcdefghij" * 3
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, image_folder: Path) -> Path:
-    from typer.testing import CliRunner
-
-    folder = tmp_path_factory.mktemp("exported") / "run"
-    words = ["run", "-b", tiny, "-d", image_folder, "-o", folder, "-s", "full", "--epochs", 2, "--workers", 0]
-    result = CliRunner().invoke(app, [str(word) for word in [*words, "--device", "cpu"]])
-    assert result.exit_code == 0, result.output
-    return folder
+@pytest.fixture
+def run(finished_run: FinishedRun) -> Path:
+    return finished_run("full")
 
 
 @pytest.fixture

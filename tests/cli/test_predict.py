@@ -9,29 +9,12 @@ from pathlib import Path
 import pytest
 
 from finetune.runs.files import read_rows
-from tests.conftest import Cli
+from tests.conftest import Cli, FinishedRun
 
 
-@pytest.fixture(scope="module")
-def trained(image_folder: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on three colours."""
-    from finetune.pipeline.run import run
-    from finetune.recipe import load_recipe
-
-    folder = tmp_path_factory.mktemp("runs") / "colours"
-    recipe = load_recipe(
-        None,
-        {
-            "backbone.name": str(tiny),
-            "data.path": str(image_folder),
-            "data.workers": 0,
-            "training.epochs": 2,
-            "training.batch_size": 12,
-            "strategy.name": "freeze",
-        },
-    )
-    run(recipe, folder)
-    return folder
+@pytest.fixture
+def trained(finished_run: FinishedRun) -> Path:
+    return finished_run("freeze")
 
 
 def test_a_runs_own_predictions_come_again(

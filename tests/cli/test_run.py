@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,22 +11,15 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import Cli, draw_folder
+from tests.conftest import QUICK_RUN, Cli, FinishedRun, draw_folder
 
 QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "top", "full", "scratch"])
-def test_every_strategy_ends_in_a_complete_folder(
-    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
-) -> None:
-    monkeypatch.setattr("finetune.training.checkpoint.SHARE", 1e-9)  # only the last checkpoint is ever due
-    output = tmp_path / "run"
-    result = cli(
-        "run", "-b", tiny, "-d", image_folder, "-s", strategy, "--epochs", 2, "-o", output, "--json", *QUICK
-    )
-    assert result.exit_code == 0, result.output
-    metrics = json.loads(result.stdout)
+def test_every_strategy_ends_in_a_complete_folder(finished_run: FinishedRun, strategy: str) -> None:
+    output = finished_run(strategy)
+    metrics = json.loads((output.parent / "said.json").read_text())
     assert metrics["run"] == str(output)
     assert metrics["strategy"] == strategy
     assert {key: value for key, value in metrics.items() if key != "run"} == json.loads(
@@ -34,6 +28,7 @@ def test_every_strategy_ends_in_a_complete_folder(
     drawn = {path for path in (output / "plots").iterdir() if path.suffix in (".svg", ".jpg")}
     files = {path for path in output.rglob("*") if path.is_file()}
     names = {path.relative_to(output).as_posix() for path in files - drawn}
+    names = {re.sub(r"checkpoint-\d{6}/", "checkpoint-N/", name) for name in names}
     assert (output / "plots" / "confusion_matrix.svg") in drawn
     assert names == {
         "recipe.yaml",
@@ -49,9 +44,9 @@ def test_every_strategy_ends_in_a_complete_folder(
         "confusion_matrix.csv",
         "per_class.csv",
         "report.html",
-        "checkpoints/checkpoint-000001/state.safetensors",
-        "checkpoints/checkpoint-000001/best.safetensors",
-        "checkpoints/checkpoint-000001/manifest.json",
+        "checkpoints/checkpoint-N/state.safetensors",
+        "checkpoints/checkpoint-N/best.safetensors",
+        "checkpoints/checkpoint-N/manifest.json",
         "model/config.json",
         "model/model.safetensors",
         "model/README.md",
@@ -61,14 +56,9 @@ def test_every_strategy_ends_in_a_complete_folder(
     assert json.loads((output / "outcome.json").read_text())["state"] == "done"
 
 
-def test_colours_are_learnt_and_the_files_agree(
-    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    result = cli(
-        "run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 5, "-o", output, "--json", *QUICK
-    )
-    metrics = json.loads(result.stdout)
+def test_colours_are_learnt_and_the_files_agree(finished_run: FinishedRun) -> None:
+    output = finished_run("freeze")
+    metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["accuracy"] >= 0.9
     assert metrics["split"] == "val"
     assert metrics["split_chose_checkpoint"] is True
@@ -165,38 +155,35 @@ def test_workers_do_not_change_a_bit(cli: Cli, image_folder: Path, tiny: Path, t
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_a_finished_run_is_left_alone(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ("run", "-b", tiny, "-d", image_folder, "--epochs", 1, "-o", tmp_path / "run", "--json", *QUICK)
-    first = cli(*words)
-    before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    second = cli(*words)
-    assert second.exit_code == 0
-    assert json.loads(second.stdout) == json.loads(first.stdout)
-    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before
+def test_a_finished_run_is_left_alone(
+    cli: Cli, finished_run: FinishedRun, image_folder: Path, tiny: Path, tmp_path: Path
+) -> None:
+    first = finished_run("freeze")
+    copy = shutil.copytree(first, tmp_path / "run")
+    before = (copy / "model" / "model.safetensors").stat().st_mtime_ns
+    again = cli("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "-o", copy, "--json", *QUICK_RUN)
+    assert again.exit_code == 0, again.output
+    said = json.loads((first.parent / "said.json").read_text())
+    assert json.loads(again.stdout) == said | {"run": str(copy)}
+    assert (copy / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_run_is_the_backbone_of_the_next(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
-    assert (
-        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 1, "-o", tmp_path / "a", *QUICK).exit_code == 0
-    )
+def test_a_run_is_the_backbone_of_the_next(cli: Cli, finished_run: FinishedRun, tmp_path: Path) -> None:
+    first = finished_run("full")
     draw_folder(tmp_path / "data", {"light": 6, "dark": 6})
-    result = cli(
-        "run", "-b", tmp_path / "a", "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "b", *QUICK
-    )
+    result = cli("run", "-b", first, "-d", tmp_path / "data", "--epochs", 1, "-o", tmp_path / "b", *QUICK)
     assert result.exit_code == 0, result.output
     assert "0 missing" in result.stderr
 
 
-def test_keep_goes_on_with_the_same_labels(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
-    assert (
-        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
-    )
+def test_keep_goes_on_with_the_same_labels(
+    cli: Cli, finished_run: FinishedRun, image_folder: Path, tmp_path: Path
+) -> None:
+    first = finished_run("freeze")
     keep = ("--set", "strategy.head=keep", "--lr", 1e-9, "-s", "freeze")
-    result = cli(
-        "run", "-b", tmp_path / "a", "-d", image_folder, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK
-    )
+    result = cli("run", "-b", first, "-d", image_folder, "--epochs", 1, "-o", tmp_path / "b", *keep, *QUICK)
     assert result.exit_code == 0, result.output
-    one, two = (pd.read_csv(tmp_path / run / "predictions.csv") for run in "ab")
+    one, two = (pd.read_csv(run / "predictions.csv") for run in (first, tmp_path / "b"))
     assert two.confidence.to_numpy() == pytest.approx(one.confidence.to_numpy(), abs=1e-4)
 
 
@@ -213,14 +200,12 @@ def test_nothing_is_written_into_the_data_folder(
 
 
 def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
-    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
+    cli: Cli, finished_run: FinishedRun, image_folder: Path, tmp_path: Path
 ) -> None:
-    assert (
-        cli("run", "-b", tiny, "-d", image_folder, "--epochs", 4, "-o", tmp_path / "a", *QUICK).exit_code == 0
-    )
+    first = finished_run("freeze")
     words = ("--set", "strategy.head=keep", "-s", "freeze", "--epochs", 1, *QUICK)
-    assert cli("run", "-b", tmp_path / "a", "-d", image_folder, "-o", tmp_path / "b", *words).exit_code == 0
-    one, two = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in "ab")
+    assert cli("run", "-b", first, "-d", image_folder, "-o", tmp_path / "b", *words).exit_code == 0
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in (first, tmp_path / "b"))
     assert two["accuracy"] >= one["accuracy"] - 0.06
 
 

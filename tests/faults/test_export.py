@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ExitCode
-from tests.conftest import Cli
+from tests.conftest import Cli, FinishedRun
 
 
 def cut(file: Path) -> None:
@@ -28,17 +28,9 @@ def zero_tail(file: Path) -> None:
     file.write_bytes(content[:-4096] + bytes(4096))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, image_folder: Path) -> Path:
-    from typer.testing import CliRunner
-
-    from finetune.cli.app import app
-
-    run = tmp_path_factory.mktemp("trained") / "run"
-    words = ["run", "-b", tiny, "-d", image_folder, "-o", run, "-s", "freeze", "--epochs", 1, "--workers", 0]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return run
+@pytest.fixture
+def trained(finished_run: FinishedRun, tmp_path: Path) -> Path:
+    return shutil.copytree(finished_run("freeze"), tmp_path / "trained")
 
 
 @pytest.mark.parametrize("damage", [cut, flip, zero_tail])
@@ -46,13 +38,8 @@ def test_a_damaged_model_is_no_backbone(
     cli: Cli, trained: Path, image_folder: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     """Neither torch nor safetensors notices a flipped bit."""
-    file = trained / "model" / "model.safetensors"
-    whole = file.read_bytes()
-    damage(file)
-    try:
-        result = cli("run", "-b", trained, "-d", image_folder, "-o", tmp_path / "next", "--epochs", 1)
-    finally:
-        file.write_bytes(whole)
+    damage(trained / "model" / "model.safetensors")
+    result = cli("run", "-b", trained, "-d", image_folder, "-o", tmp_path / "next", "--epochs", 1)
     assert result.exit_code == ExitCode.USAGE
     assert "it has changed since it was written (sha256)" in result.stderr
     assert not (tmp_path / "next").exists()
