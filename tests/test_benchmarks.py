@@ -317,6 +317,7 @@ def test_parts_that_safety_times_are_there() -> None:
         assert set(seconds) == set(safety.PARTS)
 
 
+@pytest.mark.slow
 def test_bare_speed(bench: Bench) -> None:
     assert min(measure_quickly("limits", bench).values()) > 0
 

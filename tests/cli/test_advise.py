@@ -22,6 +22,7 @@ from finetune.features.store import KeptRows
 from finetune.pipeline import fit as fitting
 from finetune.training.trainer import Trainer
 from tests.conftest import COLOURS, Cli, draw, draw_folder
+from tests.sweeps import slow_except
 
 WORDS = ("--device", "cpu", "--workers", 0)
 
@@ -46,7 +47,7 @@ def features_of(cli: Cli, tiny: Path, data: Path, path: Path, layers: str) -> pd
     return pd.read_csv(path)
 
 
-@pytest.mark.parametrize("layers", ["last", "layer1", "all"])
+@pytest.mark.parametrize("layers", slow_except(["all"], ["last", "layer1", "all"]))
 def test_a_solved_head_is_scikit_learns_optimum(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
 ) -> None:
@@ -65,7 +66,7 @@ def test_a_solved_head_is_scikit_learns_optimum(
     assert metrics["epochs"] == 0 and metrics["split_chose_checkpoint"] is False
 
 
-@pytest.mark.parametrize("layers", ["last", "layer1", "all"])
+@pytest.mark.parametrize("layers", slow_except(["all"], ["last", "layer1", "all"]))
 def test_the_exported_model_says_what_the_figures_say(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
 ) -> None:

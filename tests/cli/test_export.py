@@ -240,6 +240,7 @@ def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp
     assert "no zip archive" in str(open_model(copy).images)
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_replaced(
     cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def run(cli: Cli, weights: Path, photographs: Path, output: Path, *words: object
     return metrics
 
 
+@pytest.mark.slow
 def test_small_images_are_enough_for_ants_and_bees(
     cli: Cli, squeezenet_weights: Path, hymenoptera: Path, tmp_path: Path
 ) -> None:

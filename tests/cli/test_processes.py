@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from finetune.cli.app import app
 from tests.conftest import Cli, draw_folder
 from tests.faults.results import read_metrics
 
@@ -44,8 +46,8 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
 def one(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in one process; nothing in it sees a batch."""
     output = tmp_path_factory.mktemp("one") / "run"
-    done = finetune(*words_of(tiny, data, output), "-s", "freeze")
-    assert done.returncode == 0, done.stderr
+    result = CliRunner().invoke(app, [str(word) for word in [*words_of(tiny, data, output), "-s", "freeze"]])
+    assert result.exit_code == 0, result.output
     return output
 
 

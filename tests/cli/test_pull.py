@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import save
 
 from tests.hub_server import Fault, Server, serve
-from tests.sweeps import slow_except
 
 ROOT = Path(__file__).parents[2]
 CANARY = "Zx9CanaryOfTheMine7"
@@ -241,7 +240,8 @@ def test_every_fault_has_its_message_and_leaves_nothing(
     assert sorted(machine.files()) == sorted(2 * whole)
 
 
-@pytest.mark.parametrize("kind", slow_except(["hub"], ["hub", "mirror"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hub", "mirror"])
 def test_asked_to_stop_in_the_middle(server: Server, machine: Machine, content: bytes, kind: str) -> None:
     """Ctrl-C and SIGTERM: one line, the code for it, and nothing half fetched."""
     path, name, number = {

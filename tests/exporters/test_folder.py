@@ -93,9 +93,9 @@ def test_plain_timm_gives_the_same_numbers(
     ("name", "head"),
     [
         ("torchvision/squeezenet1_1", "replace"),
-        ("torchvision/alexnet", "drop_fc"),
-        ("timm/vgg11", "drop_fc"),
-        ("timm/poolformerv2_s12", "replace"),
+        pytest.param("torchvision/alexnet", "drop_fc", marks=pytest.mark.slow),
+        pytest.param("timm/vgg11", "drop_fc", marks=pytest.mark.slow),
+        pytest.param("timm/poolformerv2_s12", "replace", marks=pytest.mark.slow),
     ],
 )
 def test_every_folder_loads_with_its_head_kept(tmp_path: Path, name: str, head: HeadChoice) -> None:

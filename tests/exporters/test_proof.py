@@ -20,6 +20,7 @@ from finetune.exporters.graph_files import write_program
 from finetune.exporters.proof import check_comparison, compare, predict_fresh, predict_here
 from finetune.exporters.source import ProofInputs, draw_random
 from pretrained.catalog import Card, find_card
+from tests.sweeps import slow_except
 
 SURE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
 
@@ -143,7 +144,7 @@ def test_too_few_answers_are_seen(
         predict_fresh("torch-export", path, inputs, card, Interface())
 
 
-@pytest.mark.parametrize("file", ["inputs.npy", "outputs.npy", "facts.json"])
+@pytest.mark.parametrize("file", slow_except(["outputs.npy"], ["inputs.npy", "outputs.npy", "facts.json"]))
 def test_a_full_disk_is_no_fault_of_the_artefact(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:

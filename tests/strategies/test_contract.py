@@ -28,6 +28,7 @@ from finetune.training.plan import build_plan, find_first_epochs
 from pretrained.graph.classifier import head_parameters
 from pretrained.graph.stages import Stage, find_stages
 from tests.strategies.gradual import gradual_unfreezing
+from tests.sweeps import slow_except
 
 NAMES = (*STRATEGIES, "gradual")
 
@@ -48,7 +49,7 @@ def recipe_of(name: str, **keys: object) -> Recipe:
     return load_recipe(None, {"strategy.name": name} | {f"strategy.{k}": v for k, v in keys.items()})
 
 
-@pytest.mark.parametrize("epochs", [3, 10, 37])
+@pytest.mark.parametrize("epochs", slow_except([10], [3, 10, 37]))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_one_place_in_every_phase(network: nn.Module, name: str, epochs: int) -> None:
     """Each epoch has a phase, in order; what learns in it is in one group, and what does not in none."""

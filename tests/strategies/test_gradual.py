@@ -20,6 +20,7 @@ from finetune.training.trainer import Trainer
 from finetune.training.trunk import FeatureLoader
 from pretrained.state_dict import digest_tensors
 from tests.strategies.gradual import gradual_unfreezing
+from tests.sweeps import slow_except
 from tests.training.helpers import assert_same_end
 
 EPOCHS = 4
@@ -91,7 +92,9 @@ def test_what_is_frozen_in_a_phase_keeps_every_bit(train: Train, monkeypatch: py
     assert "phase 3, from epoch 4" in folder.log.read_text()
 
 
-@pytest.mark.parametrize("step", [3, 10, 13])  # 5 steps an epoch; the second phase begins after 10
+@pytest.mark.parametrize(
+    "step", slow_except([13], [3, 10, 13])
+)  # 5 steps an epoch; the second phase begins after 10
 def test_a_run_that_was_stopped_ends_in_the_same_bits(
     train: Train, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
