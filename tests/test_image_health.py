@@ -24,8 +24,8 @@ Supervisor([], 600, print, command=[sys.executable, "-c", sys.argv[1]]).run()
 """
 WORK = """
 import time
-from finetune.system.heartbeat import Pulse, find_parent
-pulse = Pulse(find_parent()[0])
+from finetune.system.heartbeat import Heartbeat, find_parent
+pulse = Heartbeat(find_parent()[0])
 print("working", flush=True)
 while True:
     pulse.beat()

@@ -188,7 +188,7 @@ def test_classes_are_known_by_name_not_by_place(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--split", "tset"), "there is no such part"),
+        (("--split", "tset"), "there is no such split"),
         (("--scales", "big"), "no numbers of pixels"),
         (("--crops", "3"), "no such number of crops"),
     ],

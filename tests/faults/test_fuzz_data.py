@@ -237,7 +237,7 @@ def fuzz_images(folder: Path, data: bytes) -> None:
 def test_images(tmp_path: Path) -> None:
     seen.clear()
     fuzz_images(tmp_path)
-    assert_both_sides("picture")
+    assert_both_sides("image")
 
 
 # Names of folders and files

@@ -21,13 +21,13 @@ from finetune.runs.reader import RunReader
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from finetune.system.heartbeat import Pulse, find_parent
+from finetune.system.heartbeat import Heartbeat, find_parent
 from finetune.runs.folder import Outcome, RunFolder
 from finetune.system.signals import end_with_parent
 
 descriptor, parent = find_parent()
 end_with_parent(parent)
-pulse = Pulse(descriptor)
+pulse = Heartbeat(descriptor)
 folder = Path({folder!r})
 starts = folder / "starts"
 number = len(starts.read_text().splitlines()) if starts.exists() else 0
