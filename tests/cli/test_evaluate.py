@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from finetune.cli.app import app
 from tests.conftest import Cli, draw, draw_folder
+from tests.sweeps import slow_except
 
 QUICK = ("--workers", "0", "--batch-size", "8", "--set", "input.augmentation=none")
 KINDS = ("blue", "green", "red")
@@ -254,7 +255,7 @@ def test_a_mean_of_probabilities_has_no_before(cli: Cli, runs: tuple[Path, Path]
     assert calibration["temperature"] is None
 
 
-@pytest.mark.parametrize("change", ["gone", "other"])
+@pytest.mark.parametrize("change", slow_except(["other"], ["gone", "other"]))
 def test_a_runs_own_images_must_be_what_they_were(cli: Cli, tiny: Path, tmp_path: Path, change: str) -> None:
     data = draw_folder(tmp_path / "data", {"blue": 8, "red": 8})
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)

@@ -25,6 +25,7 @@ from finetune.features import extraction as source
 from finetune.features.store import KeptRows
 from pretrained.catalog import find_card
 from tests.conftest import Cli, draw_folder
+from tests.sweeps import slow_except
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +109,7 @@ def test_images_without_labels(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert table.iloc[0, 3:].equals(table.iloc[3, 3:].set_axis(table.columns[3:]))
 
 
+@pytest.mark.slow
 def test_a_csv_and_a_runs_split(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     draw_folder(tmp_path / "data", {"red": 10, "blue": 10})
     rows = [f"data/red/{i:03}.jpg,red\n" for i in range(10)] + [
@@ -152,6 +154,7 @@ def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path)
     assert not (tmp_path / "f.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """Kept rows know contents, not names: a renamed folder finds them, and the hole in them."""
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
@@ -164,7 +167,7 @@ def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path
     assert "azure/003.jpg" not in set(pd.read_csv(tmp_path / "two.csv")["path"])
 
 
-@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("gone", slow_except([False], [True, False]))
 def test_a_image_that_changes_on_the_way_is_not_kept(
     cli: Cli, tiny: Path, tmp_path: Path, gone: bool
 ) -> None:
@@ -193,6 +196,7 @@ def test_other_labels_are_another_extraction(cli: Cli, tiny: Path, tmp_path: Pat
     assert result.exit_code == 2 and "another extraction" in result.stderr
 
 
+@pytest.mark.slow
 def test_features_of_the_classifier_know_its_weights(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 3, "blue": 3})
     state = load_file(tiny / "model.safetensors")
@@ -229,7 +233,11 @@ def test_a_finished_folder_is_left_alone(cli: Cli, tiny: Path, image_folder: Pat
 
 
 @pytest.mark.parametrize(
-    "words", [("-l", "layer1"), ("-l", "last", "--pool", "max"), ("-l", "last", "--format", "npz")]
+    "words",
+    slow_except(
+        [("-l", "layer1")],
+        [("-l", "layer1"), ("-l", "last", "--pool", "max"), ("-l", "last", "--format", "npz")],
+    ),
 )
 def test_another_extraction_is_not_overwritten(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...]
@@ -300,6 +308,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(
     assert extract(cli, tiny, image_folder, tmp_path / "f.csv", "-l", "last").exit_code == 0
 
 
+@pytest.mark.slow
 def test_features_without_room_in_the_cache_lie_beside_the_output(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:

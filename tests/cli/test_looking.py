@@ -29,6 +29,7 @@ def test_a_probe_of_every_layer(cli: Cli, tiny: Path, image_folder: Path, tmp_pa
     assert "softmax" in result.stdout and "layer4" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_probe_is_the_same_twice(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     words = ("-l", "layer4", "--per-class", 5, "--repeats", 2, "--json", *WORDS)
     given = [

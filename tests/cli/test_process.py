@@ -110,6 +110,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert_same_result(uninterrupted, output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ IJEPA = "vit_huge_patch14_gap_224.in1k_ijepa"
 """One of the few whose weights come from an address that tells no hash."""
 
 
+@pytest.mark.slow
 def test_fetched_now_and_found_later(
     server: Server, machine: Machine, content: bytes, image_folder: Path, tmp_path: Path
 ) -> None:

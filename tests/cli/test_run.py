@@ -199,6 +199,7 @@ def test_nothing_is_written_into_the_data_folder(
     assert {path: path.stat().st_mtime_ns for path in image_folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
     cli: Cli, finished_run: FinishedRun, image_folder: Path, tmp_path: Path
 ) -> None:

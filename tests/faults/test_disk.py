@@ -120,7 +120,8 @@ def test_a_disk_that_is_full_for_one_file_costs_nothing_but_a_second_start(
     name: str,
 ) -> None:
     output = tmp_path / "run"
-    monkeypatch.setattr("finetune.training.checkpoint.CheckpointInterval.is_due", lambda *_, **__: True)  # every step
+    every_step = "finetune.training.checkpoint.CheckpointInterval.is_due"
+    monkeypatch.setattr(every_step, lambda *_, **__: True)
     disk = FullDisk(monkeypatch, name)
     result = cli(*words_of(tiny, image_folder, output))
     assert_disk_refusal(output, result.exit_code, result.stderr)

@@ -27,6 +27,7 @@ from finetune.runs.outcome import translated_errors
 from finetune.system.device import is_out_of_memory, seed_everything
 from finetune.training.step import Gradient
 from finetune.training.trainer import Trainer
+from tests.sweeps import slow_except
 from tests.training.helpers import (
     NormFree,
     SmallNet,
@@ -99,7 +100,9 @@ def limited(trainer: Trainer, most: int, place: str = "entry", training: bool = 
 # --- a training step -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["entry", "stage2", "head", "backward"])
+@pytest.mark.parametrize(
+    "place", slow_except(["stage2", "backward"], ["entry", "stage2", "head", "backward"])
+)
 def test_a_failed_attempt_leaves_no_trace(image_folder: Path, tmp_path: Path, place: str) -> None:
     """Bit for bit as if batches had gone through in parts from the start: random numbers, BatchNorm, all."""
     one = build_trainer(image_folder, tmp_path / "one", **EVERYTHING_ON)

@@ -205,6 +205,7 @@ def ask(home: Path, endpoint: str, *requests: tuple[str, bool], **environment: s
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_the_hub_then_its_cache_then_offline(server: Server, tmp_path: Path, content: bytes) -> None:
     config = {"architecture": "test_resnet.mine", "num_classes": 1000, "pretrained_cfg": {"tag": "mine"}}
     mine = "/org/name/resolve/main"

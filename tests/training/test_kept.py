@@ -32,6 +32,7 @@ from finetune.runs.reader import RunReader
 from finetune.training.trunk import FeatureLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
+from tests.sweeps import slow_except
 from tests.training.helpers import Listener
 
 ARCHITECTURES = ("test_resnet", "test_vit", "test_convnext", "test_nfnet", "mobilenetv3_small_050")
@@ -122,7 +123,7 @@ def make_backbone(folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_except(["test_resnet", "test_vit"], ARCHITECTURES))
 def test_losses_are_those_of_the_plain_loop(name: str, fit: Fit, tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "backbone", name)
     keys = {"backbone.name": str(backbone), "input.augmentation": "none", "training.lr": 0.001}
@@ -153,12 +154,12 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
 @pytest.mark.parametrize(
     ("key", "number"),
     [
-        ({"input.img_size": 40}, 50),
+        pytest.param({"input.img_size": 40}, 50, marks=pytest.mark.slow),
         ({"input.augmentation": "medium"}, 40),  # validation images know none
-        ({"input.mean": [0.5, 0.5, 0.5]}, 50),
-        ({"training.channels_last": False}, 50),
-        ({"deterministic": True}, 50),
-        ({"cache.dtype": "float16"}, 50),
+        pytest.param({"input.mean": [0.5, 0.5, 0.5]}, 50, marks=pytest.mark.slow),
+        pytest.param({"training.channels_last": False}, 50, marks=pytest.mark.slow),
+        pytest.param({"deterministic": True}, 50, marks=pytest.mark.slow),
+        pytest.param({"cache.dtype": "float16"}, 50, marks=pytest.mark.slow),
     ],
 )
 def test_what_features_depend_on_makes_others(
@@ -232,6 +233,7 @@ def no_space(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_next_run_alone(fit: Fit) -> None:
     whole = fit("whole")
     for path in cache_folder("kept").glob("*.bin"):
@@ -264,6 +266,7 @@ def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) 
     assert "No space left" in trunk_of(plain)["reason"]
 
 
+@pytest.mark.slow
 def test_rows_that_stay_in_their_file_are_the_same(fit: Fit) -> None:
     whole = fit("whole", "top")
     with mock.patch("finetune.features.store.MEMORY_BYTES", 0):
@@ -289,6 +292,7 @@ def test_the_plain_loop_says_why(
     assert computed == []
 
 
+@pytest.mark.slow
 def test_a_cut_that_has_no_room_makes_way_for_one_that_has(fit: Fit) -> None:
     deepest = fit("deepest", "top")
     sizes: list[int] = []
@@ -402,6 +406,7 @@ def test_a_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     assert "was changed meanwhile" in trunk_of(plain)["reason"]
 
 
+@pytest.mark.slow
 def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) -> None:
     stopped = mock.patch("finetune.training.trainer.Trainer.fit", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(InterruptedRunError):
@@ -419,6 +424,7 @@ def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) ->
     assert trunk_of(again)["cut"]
 
 
+@pytest.mark.slow
 def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> None:
     error = PermissionError(errno.EACCES, "Permission denied")
     listener = Listener()
@@ -428,6 +434,7 @@ def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> N
     assert [warning for warning in listener.warnings if "Permission denied" in warning]
 
 
+@pytest.mark.slow
 def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) -> None:
     sizes: list[int] = []
     check = main.check_figures
