@@ -155,6 +155,7 @@ def test_a_process_that_is_killed_is_missed(killed: int) -> None:
     assert "has ended, or does not answer" in others[1 - killed]
 
 
+@pytest.mark.slow
 def test_waiting_outlasts_the_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.processes.TIMEOUT", 1.0)
 

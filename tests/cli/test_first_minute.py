@@ -18,11 +18,15 @@ from tests.conftest import Cli
 BUNDLED = f"finetune/{list_bundled()[0]}"
 
 
-def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def run_digits(cli: Cli, run: Path) -> str:
     done = cli("run", "--data", "sample:digits", "--strategy", "freeze", "--epochs", 2, "--output", run)
     assert done.exit_code == 0, done.output
-    said = " ".join(done.output.split())
+    return " ".join(done.output.split())
+
+
+def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = run_digits(cli, run)
     assert f"no backbone was named: {BUNDLED}, which comes with the installation" in said
     assert "report.html" in said
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
@@ -32,7 +36,12 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (BUNDLED, "sample:digits")
     assert f"Weights started from `{BUNDLED}` (apache-2.0" in (run / "model" / "README.md").read_text("utf-8")
-    # What reads the run's images again finds them.
+
+
+@pytest.mark.slow
+def test_what_reads_the_digits_again_finds_them(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_digits(cli, run)
     assert cli("evaluate", run, "--output", tmp_path / "judged").exit_code == 0
     assert cli("predict", run, "sample:digits", "--output", tmp_path / "all.csv").exit_code == 0
     assert len((tmp_path / "all.csv").read_text("utf-8").splitlines()) == 1798

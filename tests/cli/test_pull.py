@@ -205,6 +205,7 @@ FAULTS = {
 """A fault of each kind, and what is said; the first two are overcome."""
 
 
+@pytest.mark.slow
 def test_every_fault_has_its_message_and_leaves_nothing(
     server: Server, machine: Machine, content: bytes
 ) -> None:

@@ -245,6 +245,7 @@ def test_cmyk_and_16_bit_images_train(cli: Cli, tiny: Path, tmp_path: Path) -> N
 # --- the folder of a run that has begun ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_process_is_kept_out(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
     from finetune.runs.claim import locked
 

@@ -85,6 +85,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Card, torch.nn.Mo
     return card, network, write_program(build_program(network, card, Interface()), folder)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_the_same(written: tuple[Card, torch.nn.Module, Path]) -> None:
     card, network, path = written
     inputs = ProofInputs(draw_random(card, "").views[:5], None, 0)
@@ -144,6 +145,7 @@ def test_too_few_answers_are_seen(
         predict_fresh("torch-export", path, inputs, card, Interface())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", slow_except(["outputs.npy"], ["inputs.npy", "outputs.npy", "facts.json"]))
 def test_a_full_disk_is_no_fault_of_the_artefact(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str

@@ -241,6 +241,7 @@ def in_read_only(way: str, folder: Path) -> list[str]:
     return ["unshare", "-m", "sh", "-c", READ_ONLY[way](folder), "sh", sys.executable, "-m", "finetune"]
 
 
+@pytest.mark.slow
 @needs_mounts
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
 @pytest.mark.parametrize("way", slow_except(["mode"], READ_ONLY))

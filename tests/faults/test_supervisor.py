@@ -148,6 +148,7 @@ def test_a_hang_is_ended_and_tried_again(trial: Start, hang: str) -> None:
     assert "no sign of life for 1 s" in one.lines[0]
 
 
+@pytest.mark.slow
 def test_a_hang_for_ever_is_given_up(trial: Start) -> None:
     one = trial("claim(); time.sleep(60)", stall_timeout=0.5)
     assert one.run() == 78
@@ -161,6 +162,7 @@ def test_signs_of_life_are_heard(trial: Start) -> None:
     assert len(one.starts) == 1
 
 
+@pytest.mark.slow
 def test_a_silence_before_the_run_has_begun_is_no_hang(trial: Start) -> None:
     """A download may take its time; it has time limits of its own."""
     one = trial("time.sleep(2)", stall_timeout=0.5)
@@ -289,6 +291,7 @@ def test_a_save_may_take_longer_than_the_grace_time(tmp_path: Path) -> None:
     assert RunReader(RunFolder(tmp_path / "run")).outcome["state"] == "running"  # the child left by itself
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:
     process = start(tmp_path / "run", DEAF, grace=600)
     process.send_signal(signal.SIGTERM)

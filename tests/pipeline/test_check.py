@@ -70,6 +70,7 @@ def test_a_run_keeps_its_own_draw_free_of_copies(cli: Cli, tiny: Path, tmp_path:
     assert rows(tmp_path / "run" / "split.csv") == split
 
 
+@pytest.mark.slow
 def test_a_run_on_a_fold(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     held: list[str] = []
     for fold in (1, 2):

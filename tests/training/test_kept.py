@@ -173,6 +173,7 @@ def test_what_features_depend_on_makes_others(
     assert sum(computed) == number
 
 
+@pytest.mark.slow
 def test_another_image_makes_others(fit: Fit, few: Path, computed: list[int], tmp_path: Path) -> None:
     shutil.copytree(few, tmp_path / "data")
     keys = {"data.path": str(tmp_path / "data"), "training.epochs": 1}
@@ -183,6 +184,7 @@ def test_another_image_makes_others(fit: Fit, few: Path, computed: list[int], tm
     assert computed == [10]
 
 
+@pytest.mark.slow
 def test_weights_make_others(fit: Fit, computed: list[int], tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "backbone", "test_resnet")
     keys = {"backbone.name": str(backbone), "training.epochs": 1}
@@ -215,6 +217,7 @@ def test_an_interrupted_pass_goes_on(fit: Fit, computed: list[int], tmp_path: Pa
     assert_same_run(whole.folder.path, again.folder.path)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(fit: Fit, computed: list[int]) -> None:
     whole = fit("whole")
     for path in cache_folder("kept").glob("trunk-*.bin"):

@@ -287,6 +287,7 @@ def test_memory_that_runs_out_for_good_ends_all_for_the_same_reason(uneven: Path
     assert [type(error) for error in ended] == [EnvironmentFaultError] * 2
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_later_is_a_process_lost(uneven: Path, tmp_path: Path) -> None:
     """The others wait for its gradient, and nothing calls them back: the job begins again, and rehearses."""
 
