@@ -81,11 +81,9 @@ def advise(
     """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
 
     Args:
-        recipe: see :func:`run`.
-        settings: see :func:`run`.
+        recipe, settings: see :func:`run`.
         output: a folder for ``advice.json``, ``probe.png`` and ``matrix.png``; None writes nothing.
-        display: see :func:`run`.
-        flags: see :func:`run`.
+        display, flags: see :func:`run`.
 
     Raises:
         DataError: the images have no labels.
@@ -115,8 +113,7 @@ def check(
     """Look at every image of a data set, and list what would make a metric misleading.
 
     Args:
-        recipe: see :func:`run`.
-        settings: see :func:`run`.
+        recipe, settings: see :func:`run`.
         output: a new folder for ``check.json`` and ``check.png``; by default ``runs/<time>-check``.
         display: see :func:`run`.
         flags: see :func:`run`; ``data``, ``group_by``, ``folds``, ``val_fraction``, ``seed`` and
@@ -150,11 +147,7 @@ def extract(
         layers: stages, modules and patterns; ``all``, ``last`` or ``pre_logits``.
         pool: how a feature map becomes a row: one of :data:`pretrained.graph.pooling.POOLS`.
         format: ``csv``, ``parquet`` or ``npz``; by default that of the output's suffix, else CSV.
-        recipe: see :func:`run`.
-        settings: see :func:`run`.
-        display: see :func:`run`.
-        distributed: see :func:`run`.
-        flags: see :func:`run`.
+        recipe, settings, display, distributed, flags: see :func:`run`.
 
     Returns:
         Counts and paths.
@@ -197,10 +190,7 @@ def probe(
         classifiers: of ``svm``, ``softmax``, ``logreg`` and ``knn``.
         repeats: draws of training images.
         pool: see :func:`extract`.
-        recipe: see :func:`run`.
-        settings: see :func:`run`.
-        display: see :func:`run`.
-        flags: see :func:`run`.
+        recipe, settings, display, flags: see :func:`run`.
     """
     wanted = _recipe(recipe, settings, flags)
     with _loading(display) as shown:
@@ -309,8 +299,7 @@ def predict(
         null: paths on stdin end with a zero byte.
         follow_links: read images through links that lead out of the folder.
         offline: never ask the network.
-        display: see :func:`run`.
-        distributed: see :func:`run`.
+        display, distributed: see :func:`run`.
 
     Returns:
         Counts, paths and speed.

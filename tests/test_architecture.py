@@ -405,3 +405,15 @@ def test_git_keeps_every_source_file() -> None:
         if name.endswith((".py", ".yaml", ".csv", ".md", ".typed"))
     ]
     assert ignored == []
+
+
+MOST_FILES, MOST_LINES = 25, 400
+
+
+def test_folders_and_files_stay_small() -> None:
+    """A room that does not fit on a page, or a file that nobody reads whole, is two."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    crowded = {path.parent for path in files if len(list(path.parent.glob("*.py"))) > MOST_FILES}
+    assert crowded == set()
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {str(path.relative_to(ROOT)): n for path, n in lines.items() if n > MOST_LINES} == {}
