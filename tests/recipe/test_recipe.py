@@ -759,7 +759,7 @@ def test_words_that_are_declared_in_two_rooms_are_the_same() -> None:
 
 
 def test_which_recipes_are_shipped() -> None:
-    folder = Path(__file__).parents[1] / "recipes"
+    folder = Path(__file__).parents[2] / "recipes"
     assert list(shipped_recipes()) == sorted(path.stem for path in folder.glob("*.yaml"))
     assert {"freeze", "top", "full", "scratch"} <= set(shipped_recipes())
 
