@@ -1,8 +1,8 @@
-"""What can go wrong for a user, said in three parts, and the exit code that a script can rely on.
+"""Errors that a user can cause, each in three parts and with an exit code that scripts can rely on.
 
-Every refusal answers the same three questions: what was asked, what was found, what to do.
-Whatever is said passes :func:`sanitize`, so that no secret and no control character gets out.
-Nothing here imports anything of ours, so that every room may raise these.
+Every error answers the same three questions: what was asked, what was found, what to do.
+All text passes :func:`sanitize`, so that no secret and no control character reaches a terminal or a file.
+This module imports nothing else of finetune, so every other module may raise these errors.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from difflib import get_close_matches
 from enum import IntEnum
 
 _SHORTEST_SECRET = 8
-"""Characters; to hide ``KEY=1`` would spoil every number."""
+"""Characters. Replacing shorter values, such as that of ``KEY=1``, would garble ordinary text and numbers."""
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|_KEY|_PAT|_PASS)$")
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{0,15}://|https?:/)[^\s/?#]*@", re.IGNORECASE)
-"""User and password of a URL; a path library leaves one slash of the two."""
+"""User and password of a URL; :class:`pathlib.Path` reduces its two slashes to one."""
 _PASSWORD = re.compile(r"://[^\s/:@]*:([^\s/]+)@")
 _SIGNATURE = re.compile(
     r"([?&](?:X-Amz-[\w-]+|[\w-]*(?:signature|token|policy|sig))=)[^&\s'\"]+", re.IGNORECASE
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[\w.~+/=-]{20,}", re.IGNORECASE)
-_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves a cursor, colours a terminal, turns its direction, or cannot be written at all."""
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that control a terminal, change the direction of text, or cannot be encoded as UTF-8."""
 
 
 class ExitCode(IntEnum):
@@ -41,12 +41,12 @@ class ExitCode(IntEnum):
 
 
 class FinetuneError(Exception):
-    """A refusal or failure with its reason and its remedy.
+    """An error with its reason and its remedy.
 
     Args:
-        asked: what the user asked for, in the user's own words (``--data ./mydata``).
-        found: what was found instead (``the folder does not exist``).
-        fix: what to do about it, as an imperative sentence.
+        asked: the user's request, as the user wrote it (``--data ./mydata``).
+        found: the problem that was found (``the folder does not exist``).
+        fix: the remedy, as an imperative sentence.
     """
 
     exit_code: ExitCode = ExitCode.INTERNAL
@@ -57,7 +57,7 @@ class FinetuneError(Exception):
 
     @property
     def message(self) -> str:
-        """What was asked and what was found, in one line or a short list."""
+        """What was asked and what was found, as one line or a short list."""
         return f"{self.asked}: {self.found}"
 
     def __str__(self) -> str:
@@ -65,32 +65,32 @@ class FinetuneError(Exception):
 
 
 class UsageError(FinetuneError):
-    """A command line or recipe that cannot be meant as it stands (exit 2)."""
+    """The command line or the recipe is invalid (exit 2)."""
 
     exit_code = ExitCode.USAGE
 
 
 class TakenOverError(UsageError):
-    """Another process works on the run by now: this one must not write a byte more (exit 2)."""
+    """Another process has taken over the run folder: this one must not write to it any more (exit 2)."""
 
 
 class DataError(FinetuneError):
-    """Images, labels or splits that cannot give a trustworthy number (exit 65)."""
+    """The images, labels or splits do not allow a trustworthy result (exit 65)."""
 
     exit_code = ExitCode.DATA
 
 
 class InternalError(FinetuneError):
-    """A promise of ours that did not hold (exit 70)."""
+    """A bug in finetune: a guarantee of its own did not hold (exit 70)."""
 
     exit_code = ExitCode.INTERNAL
 
 
 class DiskError(FinetuneError):
-    """Output that could not be written (exit 74).
+    """Output could not be written (exit 74).
 
     Attributes:
-        is_full: for want of space, and nothing else.
+        is_full: whether the disk or the quota is full; False for every other reason.
     """
 
     exit_code = ExitCode.DISK
@@ -98,52 +98,52 @@ class DiskError(FinetuneError):
 
 
 class InterruptedRunError(FinetuneError):
-    """Stopped by the user or the system; the same command goes on from here (exit 75)."""
+    """The user or the system stopped the run; the same command resumes it (exit 75)."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class LostProcessError(InterruptedRunError):
-    """Another process of the job was killed, or does not answer; starting the job again may well succeed."""
+    """Another process of the job was killed or does not answer; restarting the job may help (exit 75)."""
 
 
 class DivergedError(FinetuneError):
-    """Losses or gradients that are no finite numbers, and stay so (exit 76)."""
+    """Losses or gradients became non-finite and stayed so at a lower learning rate (exit 76)."""
 
     exit_code = ExitCode.DIVERGED
 
 
 class EnvironmentFaultError(FinetuneError):
-    """A machine that lacks what was asked for: a device, a network, a weights file (exit 78)."""
+    """The machine lacks what was asked for: a device, a network connection, a weights file (exit 78)."""
 
     exit_code = ExitCode.ENVIRONMENT
 
 
 def sanitize(text: str) -> str:
-    """Return text as it may be shown and kept: without secrets, and with control characters escaped.
+    """Return text without secrets and with control characters escaped, so that it can be shown and stored.
 
-    User and password of an address, its signature, tokens, and the values of environment variables that
-    are called like secrets become ``***``. Doing it twice changes nothing.
+    User and password of a URL, its signature, tokens, and the values of environment variables whose names
+    sound like secrets (``..._TOKEN``, ``..._KEY``) become ``***``. The function is idempotent.
     """
-    for secret in sorted(_secrets(), key=len, reverse=True):  # one may hold another
+    for secret in sorted(_secrets(), key=len, reverse=True):  # one secret may contain another
         text = text.replace(secret, "***")
     text = _TOKEN.sub("***", _SIGNATURE.sub(r"\1***", _ADDRESS.sub(r"\1***@", text)))
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _secrets() -> Iterator[str]:
-    """Libraries quote what they were given in words of their own, so the values are looked for as well."""
+    """Yield secret values of the environment: a library's message may quote one anywhere in its text."""
     for name, value in os.environ.items():
-        words = [value] if _SECRET_NAME.search(name.upper()) else _PASSWORD.findall(value)
-        yield from (word for word in words if len(word) >= _SHORTEST_SECRET)
+        secrets = [value] if _SECRET_NAME.search(name.upper()) else _PASSWORD.findall(value)
+        yield from (secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
 
 
 def find_nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Return up to three of ``known`` that are spelt like ``word``, the nearest first."""
+    """Return up to three of ``known`` that are spelled like ``word``, the nearest first."""
     return get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'a' or 'b'?"`` for the nearest of ``known``, or ``""`` when none is near."""
+    """Return ``"; did you mean 'a' or 'b'?"`` for the nearest of ``known``, or ``""`` if none is near."""
     close = find_nearest(word, known)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

@@ -1,10 +1,10 @@
 """What a label is, and everything that follows from it. Today a label is one class index for each image.
 
 The training loss, the activation, the decision, the names of metrics and the columns of prediction files
-depend on the kind of label. They are defined here and nowhere else (tests/test_architecture.py holds it), so
-that another kind of label, such as several classes or a number for an image, is added to this file.
+depend on the kind of label. They are defined here and nowhere else (tests/test_architecture.py checks this),
+so another kind of label, such as several classes or a number for an image, is added by changing this file.
 
-A library is imported where it computes: a recipe or a table can be read without torch and numpy.
+torch is imported inside the functions that compute: a recipe or a table can be read without it.
 
 Shape legend: B batch, N images, K classes.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ClassWeights = Literal["none", "balanced"]
 LINEAR_CLASSIFIER: Final = "softmax"
-"""The linear classifier of :mod:`finetune.features.solvers` that has the training loss, and gives logits."""
+"""The linear classifier of :mod:`finetune.features.solvers` that has the training loss and gives logits."""
 
 
 def build_loss(
@@ -32,8 +32,8 @@ def build_loss(
     """Return the mean cross entropy of (logits (B, K), labels (B,) int64 or soft labels (B, K)), in nats.
 
     Args:
-        counts: training images of each class; only read for balanced weights.
-        class_weights: ``balanced`` weighs each class by its inverse frequency.
+        counts: number of training images of each class, (K,); only read for balanced weights.
+        class_weights: ``balanced`` weights each class by its inverse frequency.
         label_smoothing: share of a label that is spread over all classes, in [0, 1).
     """
     from torch import nn
@@ -51,14 +51,15 @@ def compute_class_weights(counts: Sequence[int]) -> Tensor:
 
 
 def compute_share(loss: nn.Module, part: Tensor, whole: Tensor) -> Tensor | float:
-    """Return the weight of a part of a batch in the mean loss of the whole batch.
+    """Return the weight of a part of a batch in the mean loss of the whole batch, in (0, 1].
 
-    With class weights, the mean over hard labels is divided by the sum of their weights.
+    Without class weights it is the share of the images. With them, the mean over hard labels is divided by
+    the sum of their weights, so it is the share of that sum.
 
     Args:
-        loss: of :func:`build_loss`.
-        part: labels of the part.
-        whole: labels of the batch.
+        loss: loss module made by :func:`build_loss`.
+        part: labels of the part, (B',) or (B', K).
+        whole: labels of the batch, (B,) or (B, K).
     """
     weight = getattr(loss, "weight", None)
     if weight is None or whole.ndim > 1:
@@ -71,9 +72,9 @@ def compute_share(loss: nn.Module, part: Tensor, whole: Tensor) -> Tensor | floa
 
 
 ACTIVATION = "softmax"
-"""What turns logits into probabilities, in the words of a model card."""
+"""The function that turns logits into probabilities, as a model card names it."""
 _SMALLEST = 1e-30
-"""Probability that counts as none: its logarithm is finite in float32."""
+"""Smallest probability whose logarithm is taken, so that the result stays finite in float32."""
 
 
 def to_probabilities(logits: Tensor) -> Tensor:
@@ -82,43 +83,43 @@ def to_probabilities(logits: Tensor) -> Tensor:
 
 
 def to_logits(probabilities: Tensor) -> Tensor:
-    """Return logits (N, K) that have these probabilities (N, K) float32; they are finite where one is 0."""
+    """Return logits (N, K) that have these probabilities (N, K) float32; finite even for probability 0."""
     return probabilities.clamp_min(_SMALLEST).log()
 
 
 def compute_log_odds(logits: Tensor) -> npt.NDArray[np.float64]:
     """Return log(p / (1 - p)) of each class, (N, K), rounded to nine decimals.
 
-    It sorts images as p does, but has no ties where a network is so sure that p is 1 in any float. Rounding
-    makes equal what differs by the last bits only.
+    It orders images as p does, but without the ties of images whose p rounds to 1. Rounding makes values
+    equal that differ in their last bits only.
 
     Args:
-        logits: (N, K), K at least 2.
+        logits: logits (N, K), K at least 2.
     """
     import torch
 
     logits = logits.double()
-    likeliest = logits.argmax(dim=1, keepdim=True)
-    others = logits.scatter(1, likeliest, float("-inf")).logsumexp(dim=1, keepdim=True)
+    best = logits.argmax(dim=1, keepdim=True)
+    others = logits.scatter(1, best, float("-inf")).logsumexp(dim=1, keepdim=True)
     logs = logits.log_softmax(dim=1)
-    small = logs - torch.log1p(-logs.exp())  # of the other classes, whose p is at most a half
-    odds: npt.NDArray[np.float64] = small.scatter(1, likeliest, logits.gather(1, likeliest) - others).numpy()
+    small = logs - torch.log1p(-logs.exp())  # exact for all classes but the best: their p is at most 1/2
+    odds: npt.NDArray[np.float64] = small.scatter(1, best, logits.gather(1, best) - others).numpy()
     return odds.round(9)
 
 
 def decide(scores: Tensor) -> Tensor:
-    """Return the class of the highest logit, probability or number of votes (N, K): (N,) int64."""
+    """Return the class of the highest logit, probability or vote count: (N, K) -> (N,) int64."""
     return scores.argmax(dim=1)
 
 
 def decide_with_confidence(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest probability (N,) in [0, 1], and its class (N,) int64, of probabilities (N, K)."""
+    """Return the highest probability (N,) in [0, 1] and its class (N,) int64 from probabilities (N, K)."""
     confidence, predicted = probabilities.max(dim=1)
     return confidence, predicted
 
 
 def compute_margins(probabilities: Tensor) -> Tensor:
-    """Return how far the highest probability lies above the second, (N,); infinite for a single class."""
+    """Return the highest minus the second highest probability, (N, K) -> (N,); infinite for one class."""
     if probabilities.shape[1] < 2:
         return probabilities[:, 0] + float("inf")
     best = probabilities.topk(2, dim=1).values
@@ -126,11 +127,11 @@ def compute_margins(probabilities: Tensor) -> Tensor:
 
 
 def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> list[int]:
-    """Return the ``k`` likeliest classes of one image, the likeliest first; of equals, the lower index first.
+    """Return the ``k`` most probable classes of one image, best first; ties go to the lower index.
 
     Args:
-        probabilities: (K,).
-        k: at most so many.
+        probabilities: probabilities of one image, (K,).
+        k: largest number of classes to return.
     """
     order: list[int] = (-probabilities).argsort(kind="stable")[:k].tolist()
     return order
@@ -140,30 +141,30 @@ def rank_classes(probabilities: npt.NDArray[np.float32], k: int) -> list[int]:
 
 
 def compute_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross entropy of each image in nats, (N,) float64, without smoothing and class weights."""
+    """Return the cross entropy of each image in nats, (N,) float64, without smoothing or class weights."""
     from torch.nn import functional as F
 
     return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
 def compute_mean_loss(logits: Tensor, labels: Tensor) -> float:
-    """Return the mean cross entropy in nats, without smoothing and class weights."""
+    """Return the mean cross entropy in nats, without smoothing or class weights."""
     from torch.nn import functional as F
 
     return F.cross_entropy(logits.double(), labels).item()
 
 
 def find_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return whether the label of each image is among its ``k`` likeliest classes, (N,) bool."""
+    """Return whether the label of each image is among its ``k`` most probable classes, (N,) bool."""
     return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
 
 
 # --- names of metrics ----------------------------------------------------------------------------
 
 Monitor = Literal["accuracy", "loss"]
-"""Validation metrics that can choose the best epoch."""
+"""Validation metrics that can select the best epoch."""
 TOP5_CLASSES = 6
-"""Classes from which on top-5 accuracy means something."""
+"""Smallest number of classes for which top-5 accuracy is reported."""
 METRIC_NAMES: dict[str, str] = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -176,11 +177,11 @@ METRIC_NAMES: dict[str, str] = {
     "error": "error",
     "top5_error": "top-5 error",
 }
-"""Metrics of ``metrics.json`` by key, as people call them."""
+"""Display name of each metric of ``metrics.json``, by key."""
 HEADLINE_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "top5_accuracy", "roc_auc")
-"""Those that say most, in the order of their weight."""
+"""The most important metrics, in order of importance."""
 DETAIL_METRICS = ("error", "top5_error", "precision_macro", "recall_macro", "loss")
-"""The others."""
+"""All other metrics."""
 CARD_METRICS = (
     "accuracy",
     "top5_accuracy",
@@ -191,11 +192,11 @@ CARD_METRICS = (
     "roc_auc",
     "loss",
 )
-"""Those of a model card, in its order."""
+"""The metrics of a model card, in its order."""
 SERIES_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss", "roc_auc", "top5_accuracy")
-"""Those that are averaged over the runs of a series."""
+"""The metrics that are averaged over the runs of a series (``--folds``, ``--repeats``)."""
 CLASS_METRICS = ("precision", "recall", "f1", "support", "predicted")
-"""Of one class, in ``per_class.csv`` after its label."""
+"""Columns of ``per_class.csv`` after the label: the metrics of one class."""
 
 
 def compute_monitored(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -205,9 +206,9 @@ def compute_monitored(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: Monitor) -> bool:
-    """Return whether an epoch's validation metrics are better than the best so far (``{}``: there is none).
+    """Return whether an epoch's validation metrics beat the best so far (``{}`` before the first epoch).
 
-    ``accuracy``: a higher one, or a lower loss at the same; ``loss``: a lower one.
+    ``accuracy``: higher accuracy wins, and at equal accuracy the lower loss; ``loss``: lower loss wins.
     """
     if not best:
         return True
@@ -219,27 +220,27 @@ def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: 
 # --- columns of prediction files -----------------------------------------------------------------
 
 PREDICTION_COLUMNS = ("path", "label", "predicted", "confidence")
-"""First columns of ``predictions.csv``; those of :func:`name_probabilities` follow."""
+"""First columns of ``predictions.csv``; the columns of :func:`name_probabilities` follow."""
 _PROBABILITY = "prob_"
 
 
 def name_probabilities(classes: Sequence[str]) -> list[str]:
-    """Return the column of each class's probability."""
+    """Return the column name of each class's probability."""
     return [f"{_PROBABILITY}{name}" for name in classes]
 
 
 def read_classes(columns: Sequence[str]) -> list[str]:
-    """Return the classes whose probabilities a table holds, in its order."""
+    """Return the classes whose probabilities a table holds, in the order of its columns."""
     return [name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY)]
 
 
 def name_answer_columns(classes: Sequence[str], top: int = 1, with_rejected: bool = False) -> list[str]:
-    """Return the columns of ``finetune predict``, which does not know the true class.
+    """Return the columns of ``finetune predict``, whose images have no known label.
 
     Args:
-        classes: in index order.
-        top: how many classes are named, the likeliest first.
-        with_rejected: a column says whether the prediction was rejected.
+        classes: class names in index order.
+        top: number of classes named for each image, the most probable first.
+        with_rejected: whether a column says if the prediction was rejected.
     """
     rejected = ["rejected"] if with_rejected else []
     more = [f"{what}_{place}" for place in range(2, top + 1) for what in ("label", "confidence")]

@@ -25,10 +25,10 @@ Supervisor([], 600, print, command=[sys.executable, "-c", sys.argv[1]]).run()
 WORK = """
 import time
 from finetune.system.heartbeat import Heartbeat, find_parent
-pulse = Heartbeat(find_parent()[0])
+heartbeat = Heartbeat(find_parent()[0])
 print("working", flush=True)
 while True:
-    pulse.beat()
+    heartbeat.beat()
     time.sleep(0.1)
 """
 

@@ -11,7 +11,7 @@ import typer
 from finetune.cli.output import print_table, refusals
 
 if TYPE_CHECKING:
-    from finetune.runs.cache_dir import Kept
+    from finetune.runs.cache_dir import CachedFile
 
 app = typer.Typer(help="List or remove what is kept between runs.", no_args_is_help=True)
 COLUMNS = ("kind", "of", "images", "size", "last used")
@@ -53,11 +53,11 @@ def clear() -> None:
         )
 
 
-def _facts(kept: Kept) -> dict[str, Any]:
+def _facts(kept: CachedFile) -> dict[str, Any]:
     return {"path": str(kept.path), "bytes": kept.num_bytes, "last_used": kept.used, **kept.facts}
 
 
-def _cells(kept: Kept) -> list[str]:
+def _cells(kept: CachedFile) -> list[str]:
     facts = kept.facts
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
     known = (facts[key] for key in ("backbone", "cut", "augmentation", "view") if key in facts)

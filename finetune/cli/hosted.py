@@ -24,7 +24,7 @@ from typer.main import get_command
 
 from finetune.cli.output import refusals, say
 from finetune.errors import ExitCode, UsageError, sanitize
-from finetune.launch.platforms import Platform, find_platform, is_main
+from finetune.launch.platforms import Platform, find_platform, is_main_process
 from finetune.runs.files import disk_error, write_chunks
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -65,13 +65,13 @@ def _serve(platform: Platform, app: typer.Typer) -> int:
             platform.check_writable()
     except typer.Exit as end:
         return end.exit_code
-    if is_main():
+    if is_main_process():
         say(sanitize(f"{platform.name}: finetune run {shlex.join(words)}"))
         if platform.warning:
             say(f"warning: {platform.warning}")
     sys.argv[1:] = ["run", *words]
     code = _run(app)
-    if not is_main():
+    if not is_main_process():
         return code
     folder = RunFolder(Path(_parse(run, words)["output"] or platform.output))  # none before a mistake
     code = _deliver(platform, folder, code)
@@ -108,7 +108,7 @@ def translate(platform: Platform, given: Sequence[str], run: Any) -> tuple[Platf
     asked = _parse(run, words)
     _check_machines(platform, bool(asked["output"]))
     if not asked["output"]:
-        platform = platform.settle()
+        platform = platform.resolve_output()
         words += ["--output", str(platform.output)]
     has_data = asked["data"] or any(word.startswith("data.path=") for word in asked["assignments"])
     if not has_data and (data := platform.find_data()):
@@ -174,8 +174,8 @@ def _copy_results(platform: Platform, folder: RunFolder) -> None:
     place = folder.path.absolute()
     if platform.results is not None and not place.is_relative_to(platform.results.absolute()):
         copy_files(place, platform.results, _LEFT_OUT)
-    if platform.boards is not None:
-        copy_files(folder.tracking / "tensorboard", platform.boards)
+    if platform.tensorboard is not None:
+        copy_files(folder.tracking / "tensorboard", platform.tensorboard)
 
 
 def _copy_model(folder: RunFolder, target: Path) -> None:

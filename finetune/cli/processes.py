@@ -93,11 +93,11 @@ def joined_processes(device: str, timeout: float) -> Iterator[Distributed]:
 @contextmanager
 def _silent_failures(distributed: Distributed) -> Iterator[None]:
     """Leave with the exit code of an error, and its words to the main process."""
-    from finetune.runs.outcome import explained
+    from finetune.runs.outcome import report_unexpected
     from finetune.system.distributed import leave_distributed
 
     try:
-        with explained(distributed):
+        with report_unexpected(distributed):
             yield
     except FinetuneError as error:
         leave_distributed(distributed)  # so that the others notice

@@ -118,7 +118,7 @@ def keep_images(
         None where keeping does not pay or is not possible: each image is decoded every time.
     """
     facts = _describe(samples, digests, transform)
-    path = cache_dir.place(facts)
+    path = cache_dir.path_for(facts)
     try:
         if passes < 2 and not path.exists():
             return None

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from finetune import targets
 from finetune.data.feed import BatchLoader
-from finetune.system.device import Precision, compute_part_size
+from finetune.system.device import Precision, compute_chunk_size
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.system.forward import InParts, autocast
+from finetune.system.forward import ChunkedForward, autocast
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def predict(
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    in_parts = InParts(forward or network, _most(feed))
+    chunked = ChunkedForward(forward or network, _most(feed))
     found: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.inference_mode(), autocast(feed.placement.device, precision):
             for batch in feed.batches():
-                found.append((in_parts(batch.images).float(), batch.labels))
+                found.append((chunked(batch.images).float(), batch.labels))
                 if on_batch is not None:
                     on_batch(len(batch.labels))
             if on_batch is not None and len(found) * distributed.size < feed.num_batches():
@@ -107,7 +107,7 @@ def _most(feed: BatchLoader) -> int:
     """Images go through a CPU in parts that fit its caches; kept features as they come."""
     if feed.placement.device.type != "cpu" or feed.input_size is None:
         return 0
-    return compute_part_size(*feed.input_size[1:])
+    return compute_chunk_size(*feed.input_size[1:])
 
 
 FIGURES_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}

@@ -36,8 +36,8 @@ from finetune.data.decode import BadImageError, convert_image, decode_image
 from finetune.data.transforms import Normalizer
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.views import Views, build_views, compute_mean_over_views
-from finetune.system.device import available_cores, compute_part_size, resolve_device
-from finetune.system.forward import InParts
+from finetune.system.device import available_cores, compute_chunk_size, resolve_device
+from finetune.system.forward import ChunkedForward
 from finetune.targets import rank_classes
 from pretrained.backbone import load_source
 from pretrained.catalog import Card, find_card
@@ -128,8 +128,8 @@ class Predictor:
         self._views, self._workers = views, max(1, workers)
         self._normalize = Normalizer(card.preprocessing, device)
         img_size = card.preprocessing.img_size
-        most = compute_part_size(img_size, img_size) if device.type == "cpu" else batch_size
-        self._in_parts = InParts(self.network, most)
+        most = compute_chunk_size(img_size, img_size) if device.type == "cpu" else batch_size
+        self._chunked = ChunkedForward(self.network, most)
         self._turn = threading.Lock()
 
     @property
@@ -219,7 +219,7 @@ class Predictor:
             return np.empty((0, len(self.classes)), np.float32)
         with self._turn, torch.inference_mode():
             images = self._normalize(torch.cat(list(views)).to(self.device)).to(memory_format=self._layout)
-            logits = self._in_parts(images)
+            logits = self._chunked(images)
             mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature)
         if not mean.isfinite().all():
             found, fix = (

@@ -19,7 +19,7 @@ from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.exporters.folder import WEIGHTS_FILE, load_exported
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
-from finetune.runs.reader import Row, RunReader
+from finetune.runs.reader import CsvRow, RunReader
 from finetune.system.device import resolve_threads
 from finetune.targets import name_probabilities, read_classes
 from pretrained.catalog import Card, find_card
@@ -168,7 +168,7 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
     transform = build_eval_transform(card.preprocessing)
 
-    def look(row: Row) -> Tensor | str:
+    def look(row: CsvRow) -> Tensor | str:
         return _open(root / row["path"], reader.digests.get(row["path"]), transform)
 
     with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="judged") as pool:
@@ -189,7 +189,7 @@ def _most(card: Card, wanted: int) -> int:
     return min(wanted, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
 
 
-def _draw_evenly(rows: Sequence[Row], most: int) -> list[Row]:
+def _draw_evenly(rows: Sequence[CsvRow], most: int) -> list[CsvRow]:
     """Every n-th: the rows are in the order of the classes."""
     count = min(most, len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]
@@ -208,7 +208,7 @@ def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
         return error.reason
 
 
-def _read_probabilities(rows: Sequence[Row], card: Card) -> Tensor | None:
+def _read_probabilities(rows: Sequence[CsvRow], card: Card) -> Tensor | None:
     classes = read_classes(list(rows[0]))
     if len(classes) != card.num_classes or (card.label_names and classes != list(card.label_names)):
         return None

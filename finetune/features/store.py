@@ -25,10 +25,10 @@ from finetune.errors import DataError
 from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.runs.block_file import BlockFile
 from finetune.runs.cache_dir import FeatureCacheDir, wait_for_writer
-from finetune.system.device import DTYPES, Precision, compute_part_size
+from finetune.system.device import DTYPES, Precision, compute_chunk_size
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.system.forward import InParts, autocast
+from finetune.system.forward import ChunkedForward, autocast
 
 FORMAT = 1
 GPU_BATCH = 128
@@ -46,7 +46,7 @@ def compute_batch_size(device: torch.device, input_size: tuple[int, int, int]) -
     Nothing but device and size decides, whatever the recipe's batch size is: last bits depend on it. (Only
     where a GPU's memory runs out even so, smaller parts go through.)
     """
-    return GPU_BATCH if device.type == "cuda" else compute_part_size(*input_size[1:])
+    return GPU_BATCH if device.type == "cuda" else compute_chunk_size(*input_size[1:])
 
 
 def row_bytes(numel: int, precision: Precision) -> int:
@@ -218,7 +218,7 @@ class KeptRows:
             self._read(store.file, store.memory)
 
     def _open_file(self, place: RowSpec, num_bytes: int, fits_memory: bool) -> BlockFile | None:
-        path = self.cache_dir.place(place.facts)
+        path = self.cache_dir.path_for(place.facts)
         if self._fault is not None:
             if not fits_memory:
                 raise self._fault
@@ -268,7 +268,7 @@ class KeptRows:
             autocast(self.device, self.precision),
         ):
             advance(done * self.batch_size, "")
-            own = self._run_all(loader, InParts(forward), widths, done, epoch)
+            own = self._run_all(loader, ChunkedForward(forward), widths, done, epoch)
             for number, (rows, lost) in enumerate(self.distributed.merge(own), done):
                 self.lost |= lost
                 for store, some in zip(stores, rows, strict=True):
@@ -277,7 +277,7 @@ class KeptRows:
                 advance(len(rows[0]), "")
 
     def _run_all(
-        self, loader: ImageLoader, forward: InParts, widths: list[int], done: int, epoch: int
+        self, loader: ImageLoader, forward: ChunkedForward, widths: list[int], done: int, epoch: int
     ) -> Iterator[tuple[list[Tensor], dict[int, str]]]:
         """Yield the rows of each place and what was lost, for every batch that is this process's turn."""
         batches = loader.batches(epoch, start=done)
@@ -288,7 +288,9 @@ class KeptRows:
             rows = self._run(forward, batch, start, len(samples), widths)
             yield rows, _find_lost(samples, start, batch.lost)
 
-    def _run(self, forward: InParts, batch: Batch, start: int, size: int, widths: list[int]) -> list[Tensor]:
+    def _run(
+        self, forward: ChunkedForward, batch: Batch, start: int, size: int, widths: list[int]
+    ) -> list[Tensor]:
         """Return rows (size, D) of each place, NaN in those of lost images."""
         dtype = DTYPES[self.dtype]
         whole = len(batch.indices) == size

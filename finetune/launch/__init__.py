@@ -1,1 +1,1 @@
-"""How processes start: the supervising parent, several processes on a machine, Ray, managed platforms."""
+"""How processes start: the supervisor, several processes on one machine, Ray, managed platforms."""

@@ -1,4 +1,4 @@
-"""Messages between the driver of a Ray run and its workers: an actor on the driver's machine."""
+"""Messages between the driver of a Ray run and its workers, through an actor on the driver's machine."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Kind(StrEnum):
+class MessageKind(StrEnum):
     """The kind of a message."""
 
     STARTED = "started"
     STDOUT = "stdout"
     STDERR = "stderr"
-    PULSE = "pulse"
+    HEARTBEAT = "pulse"
     EXIT = "exit"
 
 
 @dataclass(frozen=True)
 class Message:
-    """From the process of one rank.
+    """A message from the process of one rank.
 
     Attributes:
-        rank: of the process.
-        kind: the kind of the message.
+        rank: rank of the process, from 0.
+        kind: kind of the message.
         content: bytes that the process wrote, or its exit code in decimal digits.
     """
 
     rank: int
-    kind: Kind
+    kind: MessageKind
     content: bytes = b""
 
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """What every worker is to start.
+    """The command that every worker starts.
 
     Attributes:
-        arguments: of the command, as they stand after ``finetune``.
-        folder: the driver's working folder, from which relative paths count.
-        environment: variables of the driver that count everywhere.
-        version: of finetune, which has to be the same everywhere.
+        arguments: command-line arguments after ``finetune``.
+        folder: the driver's working folder; relative paths start from it.
+        environment: environment variables of the driver that every worker gets.
+        version: version of finetune, which must be the same on every machine.
     """
 
     arguments: Sequence[str]
@@ -50,19 +50,19 @@ class LaunchSpec:
 
 
 class Mailbox:
-    """Keeps letters until the driver collects them, and tells the workers how often to stop."""
+    """Keeps messages until the driver collects them, and counts how often workers were asked to stop."""
 
     def __init__(self) -> None:
-        self._letters: list[Message] = []
+        self._messages: list[Message] = []
         self._stops = 0
 
-    def post(self, letters: Sequence[Message]) -> int:
-        """Leave letters; return how many times the processes have been asked to stop."""
-        self._letters.extend(letters)
+    def post(self, messages: Sequence[Message]) -> int:
+        """Add messages; return how many times the processes have been asked to stop."""
+        self._messages.extend(messages)
         return self._stops
 
     def collect(self, stops: int) -> list[Message]:
-        """Return the letters that came in, and keep how many times the processes are asked to stop."""
+        """Return and remove all messages; store how many times the processes have been asked to stop."""
         self._stops = stops
-        letters, self._letters = self._letters, []
-        return letters
+        messages, self._messages = self._messages, []
+        return messages

@@ -2,12 +2,12 @@
 
 ::
 
-    finetune run --gpus 4      watches over the job (finetune.launch.supervisor), no torch
-      '- finetune run ...      torch's launcher: a store, and an eye on its processes
-         '- finetune run ...   four of them, each in a session of its own, with RANK and the rest set
+    finetune run --gpus 4      the supervisor (finetune.launch.supervisor), without torch
+      '- finetune run ...      torch's launcher: holds the store and watches its processes
+         '- finetune run ...   four of them, each in its own session, with RANK and the other variables set
 
-The launcher starts nothing again: torch's restart in place was seen to hang, for attempts share a store. A
-job that lost a process ends, and whoever watches over it starts all of it again.
+The launcher restarts nothing: torch's restart in place was seen to hang, because attempts share a store. A
+job that has lost a process ends, and the supervisor starts the whole job again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from finetune.launch.supervisor import own_command
 from finetune.system.heartbeat import VARIABLE, Heartbeat, find_parent
 
 REPORT = "FINETUNE_REPORT"
-"""Environment variable: the file into which the main process writes its exit code. Those of the others, and
-torch's own, say which process noticed first that another one was gone."""
+"""Environment variable: the file into which the main process writes its exit code. Those of the other processes
+and of torch's launcher only tell which process noticed first that another one was gone."""
 _SAVE_SECONDS = 3600
-"""That processes may take to leave after a signal: whoever watches over the job has a shorter patience."""
+"""Seconds that processes have to save and end after a signal; the supervisor's own limit is shorter."""
 
 
 def is_started_here() -> bool:
@@ -47,29 +47,30 @@ def is_in_job() -> bool:
 def check_processes(
     processes: int | None, gpus: int | None, device: str, elsewhere: bool = False
 ) -> int | None:
-    """Return how many processes are to be started; None where none are.
+    """Return how many processes to start; None to start none.
 
     Args:
-        processes: as the command says.
-        gpus: as the command says.
-        device: as the command says.
-        elsewhere: the GPUs are those of other machines, and are not counted here.
+        processes: the value of ``--processes``.
+        gpus: the value of ``--gpus``.
+        device: the value of ``--device``.
+        elsewhere: whether the GPUs belong to other machines, so that those of this machine are not counted.
 
     Raises:
-        UsageError: options contradict each other, or another launcher has started processes already.
-        EnvironmentFaultError: there are fewer GPUs.
+        UsageError: options contradict each other, or a launcher has started the processes already.
+        EnvironmentFaultError: this machine has fewer GPUs.
     """
     number = gpus if gpus is not None else processes
     if number is None or is_started_here():
         return None
     asked = f"--gpus {gpus}" if gpus is not None else f"--processes {processes}"
     if gpus is not None and processes is not None:
-        raise UsageError(f"{asked} --processes {processes}", "they ask for the same", "Drop one of the two.")
+        found = "both set the number of processes"
+        raise UsageError(f"{asked} --processes {processes}", found, "Drop one of the two.")
     if is_in_job():
-        found = "a launcher has started the processes of this job already (RANK is set)"
+        found = "a launcher has already started the processes of this job (RANK is set)"
         raise UsageError(asked, found, f"Drop {asked.partition(' ')[0]}, or start without the launcher.")
     if ":" in device or (gpus is not None and device == "cpu"):
-        found = "each process takes a GPU of its own"
+        found = "each process uses its own GPU"
         raise UsageError(f"{asked} --device {device}", found, "Drop --device.")
     if gpus is not None and not elsewhere:
         _check_gpus(gpus)
@@ -82,20 +83,19 @@ def _check_gpus(gpus: int) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < gpus:
         found = f"this machine shows {count} CUDA devices to torch {torch.__version__}"
-        fix = "Ask for fewer, look at the driver, or take --processes N --device cpu."
+        fix = "Ask for fewer, check the driver, or take --processes N --device cpu."
         raise EnvironmentFaultError(f"--gpus {gpus}", found, fix)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run this program's command in several processes, and return the exit code of all.
+    """Run the command in several processes, and return the exit code of the job.
 
     Args:
-        arguments: of the command, as they stand after ``finetune``. The processes know from their environment
-            that they have been started.
-        processes: at least one.
+        arguments: command-line arguments after ``finetune``. The processes see in their environment that a
+            launcher has started them.
+        processes: number of processes, at least 1.
     """
-    # torch's launcher says in its own words what the processes say in ours.
-    logging.disable(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # torch's launcher would repeat the errors that the processes show
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         report = Path(folder) / "exit"
         os.environ.update(_environment(report, processes))
@@ -103,7 +103,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def _run(arguments: Sequence[str], processes: int) -> tuple[ExitCode, Mapping[int, Any]]:
-    """Wait for all processes; return how it ended, and what torch says of those that failed."""
+    """Run all processes to their end; return the exit code, and torch's records of failures by rank."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -119,39 +119,39 @@ def _run(arguments: Sequence[str], processes: int) -> tuple[ExitCode, Mapping[in
         max_restarts=0,
         shutdown_timeout=_SAVE_SECONDS,
     )
-    command, *words = own_command()
+    program, *options = own_command()
     try:
-        elastic_launch(config, command)(*words, *arguments)
+        elastic_launch(config, program)(*options, *arguments)
     except ChildFailedError as error:
         return ExitCode.INTERNAL, error.failures
-    except SignalException:  # passed on to all processes, which have ended by now
+    except SignalException:  # forwarded to all processes, which have ended by now
         return ExitCode.INTERRUPTED, {}
     return ExitCode.DONE, {}
 
 
 def _environment(report: Path, processes: int) -> dict[str, str]:
-    """Return what the processes are told beside torch's own words."""
-    told = {REPORT: str(report)}
+    """Return the environment variables of the processes beside those that torch's launcher sets."""
+    variables = {REPORT: str(report)}
     if (parent := find_parent()) is not None:
-        # The pipe to whoever watches, which the launcher does not hand down: opened by its path (Linux).
-        told[VARIABLE] = f"/proc/{os.getpid()}/fd/{parent[0]}:{os.getpid()}"
+        # torch's launcher does not hand the supervisor's pipe down, so it is opened by its path (Linux).
+        variables[VARIABLE] = f"/proc/{os.getpid()}/fd/{parent[0]}:{os.getpid()}"
     if sys.platform == "linux":
-        # One machine needs no network; a container may have none, and a name that leads nowhere.
+        # Loopback: a container may have no network, or a host name that does not resolve.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            told[name] = os.environ.get(name, "lo")
+            variables[name] = os.environ.get(name, "lo")
     if "OMP_NUM_THREADS" not in os.environ:
         from finetune.system.device import available_cores
 
-        told["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
-    return told
+        variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
+    return variables
 
 
 def _conclude(report: Path, code: ExitCode, failures: Mapping[int, Any]) -> int:
-    """Return the main process's own exit code; without one, end as what failed first did."""
+    """Return the exit code that the main process reported, else that of the first failed process."""
     with suppress(OSError, ValueError):
         reported = int(report.read_text(encoding="utf-8"))
         if reported == ExitCode.INTERRUPTED and failures and (parent := find_parent()):
-            Heartbeat(parent[0]).tell({"lost": True})  # not by a signal from outside: a process has failed
+            Heartbeat(parent[0]).send({"lost": True})  # no signal came from outside: a process has failed
         return reported
     if not failures:
         return int(code)
@@ -162,7 +162,11 @@ def _conclude(report: Path, code: ExitCode, failures: Mapping[int, Any]) -> int:
 
 
 def end_by(number: int) -> None:
-    """End as the process did, so that whoever waits sees a crash as a crash."""
+    """End this process by a signal, so that its parent sees how the main process ended.
+
+    Args:
+        number: number of the signal.
+    """
     with suppress(OSError, ValueError):
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -170,7 +174,7 @@ def end_by(number: int) -> None:
 
 @contextmanager
 def reported_exit(is_main: bool) -> Iterator[None]:
-    """Leave the exit code of the main process to its launcher, whatever the block ends with."""
+    """Write the exit code of the main process for its launcher, however the block ends."""
     code = ExitCode.DONE
     try:
         yield

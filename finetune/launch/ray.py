@@ -1,4 +1,4 @@
-"""The driver of a run on a Ray cluster: connects, lets Ray Train place the workers, shows what they say."""
+"""The driver of a run on a Ray cluster: connects, lets Ray Train place workers, shows their output."""
 
 from __future__ import annotations
 
@@ -18,54 +18,54 @@ from typing import IO, Any
 
 from finetune import __version__
 from finetune.errors import EnvironmentFaultError, ExitCode, InterruptedRunError, UsageError
-from finetune.launch.mailbox import Kind, LaunchSpec, Mailbox, Message
+from finetune.launch.mailbox import LaunchSpec, Mailbox, Message, MessageKind
 from finetune.launch.processes import end_by
 from finetune.system.heartbeat import Heartbeat, find_parent
 from finetune.system.signals import ECHO, signals_to_stop
 
 _TICK = 0.2
 _CONNECT_SECONDS = 10.0
-_LOOK = "Look whether it runs (`ray status`), or set RAY_ADDRESS=local for one of this machine alone."
+_CHECK_CLUSTER = "Check that it runs (`ray status`), or set RAY_ADDRESS=local to start one on this machine."
 _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 24 * 3600),  # a full cluster is a queue
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # how Ray means to behave; it warns while this is not said
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(7 * 24 * 3600),  # wait a week for room on a full cluster
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; it warns if this is not set
 }
-_OWN = "FINETUNE_"
-_NOT_HANDED_DOWN = ("FINETUNE_PULSE", "FINETUNE_REPORT")
+_PREFIX = "FINETUNE_"
+_NOT_FORWARDED = ("FINETUNE_PULSE", "FINETUNE_REPORT")
 
 
 def launch_on_ray(arguments: Sequence[str], processes: int, on_gpu: bool, say: Callable[[str], None]) -> int:
-    """Run this program's command in several processes of a Ray cluster; return the exit code of all.
+    """Run the command in several processes of a Ray cluster; return the exit code of the job.
 
-    The cluster is the one of RAY_ADDRESS, or the one that runs on this machine; else one of this machine
-    is started for the run.
+    The cluster is the one of RAY_ADDRESS, or the one that runs on this machine; otherwise a cluster on this
+    machine is started for the run.
 
     Args:
-        arguments: of the command, as they stand after ``finetune``.
-        processes: at least one; each takes a processor of the cluster, as Ray counts them.
-        on_gpu: each takes a GPU as well.
+        arguments: command-line arguments after ``finetune``.
+        processes: number of processes, at least 1; each takes one CPU of the cluster, as Ray counts them.
+        on_gpu: whether each process takes a GPU as well.
         say: shows one line to the user.
 
     Raises:
-        UsageError: RAY_ADDRESS names what is no cluster's own address.
-        EnvironmentFaultError: Ray is not installed, or the cluster is not there, or too small.
+        UsageError: RAY_ADDRESS is the address of a service, not of the cluster itself.
+        EnvironmentFaultError: Ray is not installed, or the cluster cannot be reached, or is too small.
         InterruptedRunError: the command was stopped before a process had started.
     """
     address = _check_address()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no word of anybody's use of this leaves the house
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
     ray = _import_ray()
-    with tempfile.TemporaryDirectory(prefix="finetune-ray-") as home, _noted_signals() as (stops, note):
+    with tempfile.TemporaryDirectory(prefix="finetune-ray-") as home, _record_signals() as (stops, install):
         _connect(ray, processes, address)
-        note()  # Ray has taken SIGTERM for itself
+        install()  # ray.init has replaced the handler of SIGTERM
         try:
             _check_size(ray, processes, on_gpu)
             nodes = sum(node["Alive"] for node in ray.nodes())
-            say(f"a Ray cluster, nodes: {nodes}; starting {processes} processes as soon as it has room")
-            code = _Job(ray, Path(home), stops).run(_order(arguments), processes, on_gpu)
+            say(f"Ray cluster, nodes: {nodes}; {processes} processes start as soon as it has room")
+            code = _Job(ray, Path(home), stops).run(_build_spec(arguments), processes, on_gpu)
         finally:
             ray.shutdown()
     if code < 0:
@@ -86,14 +86,14 @@ def _import_ray() -> Any:
 def _check_address() -> str:
     address = os.environ.get("RAY_ADDRESS", "")
     if "://" in address:
-        fix = "Name the cluster's own address, HOST:PORT, and start the command on one of its machines."
-        raise UsageError(f"RAY_ADDRESS={address}", "that is the address of one of its services", fix)
+        fix = "Give the address of the cluster, HOST:PORT, and start the command on one of its machines."
+        raise UsageError(f"RAY_ADDRESS={address}", "this is the address of a service of the cluster", fix)
     host, _, port = address.rpartition(":")
     if port.isdecimal():
-        try:  # Ray itself would try for minutes, in silence
+        try:  # Ray itself would retry for minutes without a message
             socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         except OSError as error:
-            raise EnvironmentFaultError(f"RAY_ADDRESS={address}", f"{error}", _LOOK) from None
+            raise EnvironmentFaultError(f"RAY_ADDRESS={address}", f"{error}", _CHECK_CLUSTER) from None
     return address
 
 
@@ -105,62 +105,63 @@ def _connect(ray: Any, processes: int, address: str) -> None:
         try:
             _prepare_own_cluster()
             ray.init(num_cpus=processes, **quiet)
-        except ValueError:  # there is a cluster already, and its size is not ours to say
-            _restore(before)
+        except ValueError:  # a cluster runs already, and num_cpus is not allowed
+            _remove_variables_added_since(before)
             ray.init(**quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise EnvironmentFaultError(f"the Ray cluster {address or 'of this machine'}", said, _LOOK) from None
+        message = " ".join(str(error).split())[:300]
+        asked = f"the Ray cluster {address or 'of this machine'}"
+        raise EnvironmentFaultError(asked, message, _CHECK_CLUSTER) from None
 
 
 def _prepare_own_cluster() -> None:
-    """One machine needs no network; a container may have none, and a name that leads nowhere."""
+    """Use the loopback interface: a container may have no network, or a host name that does not resolve."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
 
 
-def _restore(before: dict[str, str]) -> None:
+def _remove_variables_added_since(before: dict[str, str]) -> None:
     for name in set(os.environ) - set(before):
         del os.environ[name]
 
 
 def _check_size(ray: Any, processes: int, on_gpu: bool) -> None:
-    """Refuse what no waiting can bring."""
+    """Refuse a job that is larger than the whole cluster, so that waiting could not help."""
     asked = f"--{'gpus' if on_gpu else 'processes'} {processes} --engine ray"
-    there = ray.cluster_resources()
+    resources = ray.cluster_resources()
     for kind in ("CPU", "GPU") if on_gpu else ("CPU",):
-        if there.get(kind, 0) < processes:
-            found = f"the Ray cluster has {there.get(kind, 0):g} {kind}s, and each process takes one"
+        if resources.get(kind, 0) < processes:
+            found = f"the Ray cluster has {resources.get(kind, 0):g} {kind}s, and each process takes one"
             raise EnvironmentFaultError(asked, found, "Ask for fewer, or add machines (`ray start`).")
 
 
-def _order(arguments: Sequence[str]) -> LaunchSpec:
-    told = {
+def _build_spec(arguments: Sequence[str]) -> LaunchSpec:
+    environment = {
         name: value
         for name, value in os.environ.items()
-        if (name.startswith(_OWN) and name not in _NOT_HANDED_DOWN) or name == "OMP_NUM_THREADS"
+        if (name.startswith(_PREFIX) and name not in _NOT_FORWARDED) or name == "OMP_NUM_THREADS"
     }
-    return LaunchSpec(list(arguments), str(Path.cwd()), told, __version__)
+    return LaunchSpec(list(arguments), str(Path.cwd()), environment, __version__)
 
 
 @contextmanager
-def _noted_signals() -> Iterator[tuple[list[float], Callable[[], None]]]:
-    """Note when the process is asked to stop, and give what takes the signals again from a library."""
+def _record_signals() -> Iterator[tuple[list[float], Callable[[], None]]]:
+    """Record when a stop is asked for; yield the times, and a function that reinstalls the handlers."""
     times: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's shape
         if not times or time.monotonic() - times[-1] > ECHO:
             times.append(time.monotonic())
 
-    def note() -> None:
+    def install() -> None:
         for number in signals:
             signal.signal(number, handle)
 
     signals = signals_to_stop()
     before = {number: signal.getsignal(number) for number in signals}
-    note()
+    install()
     try:
-        yield times, note
+        yield times, install
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -170,100 +171,99 @@ class _Job:
     """One run on the cluster.
 
     Args:
-        ray: the library.
-        home: a folder for what Ray Train writes, which nobody reads.
-        stops: when the command was asked to stop.
+        ray: the module ``ray``.
+        home: temporary folder for the files that Ray Train writes.
+        stops: times at which the command was asked to stop; grows while the job runs.
     """
 
     def __init__(self, ray: Any, home: Path, stops: list[float]) -> None:
         self._ray, self._home, self._stops = ray, home, stops
         self._started: set[int] = set()
         self._codes: dict[int, int] = {}
-        self._fault: Exception | None = None
-        self._rest = b""
+        self._ray_error: Exception | None = None
+        self._unfinished_line = b""
         parent = find_parent()
-        self._pulse = Heartbeat(parent[0] if parent is not None else None)
+        self._heartbeat = Heartbeat(parent[0] if parent is not None else None)
         self._pipe = parent[0] if parent is not None else None
 
-    def run(self, order: LaunchSpec, processes: int, on_gpu: bool) -> int:
-        """Return the exit code; negative for the signal that ended the main process."""
+    def run(self, spec: LaunchSpec, processes: int, on_gpu: bool) -> int:
+        """Run the job; return its exit code, negative for the signal that ended the main process."""
         here = self._ray.get_runtime_context().get_node_id()
         strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
         mailbox = self._ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=strategy).remote()
-        training = threading.Thread(target=self._train, args=(mailbox, order, processes, on_gpu), daemon=True)
+        training = threading.Thread(target=self._train, args=(mailbox, spec, processes, on_gpu), daemon=True)
         training.start()
         while training.is_alive():
             training.join(_TICK)
-            self._deliver(mailbox)
+            self._collect(mailbox)
             if self._stops and not self._started:
                 found = "it was stopped before its processes had started"
                 raise InterruptedRunError("the run", found, "Give the same command again.")
-        self._deliver(mailbox)
+        self._collect(mailbox)
         return self._conclude(processes)
 
-    def _train(self, mailbox: Any, order: LaunchSpec, processes: int, on_gpu: bool) -> None:
+    def _train(self, mailbox: Any, spec: LaunchSpec, processes: int, on_gpu: bool) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from finetune.launch.ray_worker import ContractConfig, work
+        from finetune.launch.ray_worker import RendezvousConfig, work
 
         failures = FailureConfig(max_failures=0, controller_failure_limit=0)
         trainer = DataParallelTrainer(
             work,
-            train_loop_config={"order": order, "desk": mailbox},
-            backend_config=ContractConfig(),
+            train_loop_config={"spec": spec, "mailbox": mailbox},
+            backend_config=RendezvousConfig(),
             scaling_config=ScalingConfig(num_workers=processes, use_gpu=on_gpu),
             run_config=RunConfig(name="run", storage_path=str(self._home), failure_config=failures),
         )
         try:
             trainer.fit()
-        except Exception as error:  # Ray's own family is wide
-            self._fault = error
+        except Exception as error:  # Ray raises errors of many types
+            self._ray_error = error
 
-    # --- letters ---------------------------------------------------------------------------------
+    # --- messages --------------------------------------------------------------------------------
 
-    def _deliver(self, mailbox: Any) -> None:
-        failed = any(self._codes.values())  # the others are to end as well, as with torch's launcher
-        letters = self._ray.get(mailbox.collect.remote(len(self._stops) + failed))
-        for letter in letters:
-            self._take(letter)
+    def _collect(self, mailbox: Any) -> None:
+        failed = any(self._codes.values())  # then the others are stopped as well, as by torch's launcher
+        for message in self._ray.get(mailbox.collect.remote(len(self._stops) + failed)):
+            self._handle(message)
 
-    def _take(self, letter: Message) -> None:
-        match letter.kind:
-            case Kind.STARTED:
-                self._started.add(letter.rank)
-            case Kind.STDOUT:
-                _write(sys.stdout.buffer, letter.content)
-            case Kind.STDERR:
-                _write(sys.stderr.buffer, letter.content)
-            case Kind.EXIT:
-                self._codes[letter.rank] = int(letter.content)
-            case Kind.PULSE if letter.rank == 0 and self._pipe is not None:
-                *lines, self._rest = (self._rest + letter.content).split(b"\n")
-                for line in lines:  # one by one, so that a full pipe swallows a whole one
+    def _handle(self, message: Message) -> None:
+        match message.kind:
+            case MessageKind.STARTED:
+                self._started.add(message.rank)
+            case MessageKind.STDOUT:
+                _write(sys.stdout.buffer, message.content)
+            case MessageKind.STDERR:
+                _write(sys.stderr.buffer, message.content)
+            case MessageKind.EXIT:
+                self._codes[message.rank] = int(message.content)
+            case MessageKind.HEARTBEAT if message.rank == 0 and self._pipe is not None:
+                *lines, self._unfinished_line = (self._unfinished_line + message.content).split(b"\n")
+                for line in lines:  # one write per line, so that a full pipe drops whole lines
                     with suppress(OSError):
                         os.write(self._pipe, line + b"\n")
 
     # --- the end ---------------------------------------------------------------------------------
 
     def _conclude(self, processes: int) -> int:
-        """Return the main process's exit code; without one, that of a process that was killed."""
+        """Return the main process's exit code; without one, -SIGKILL: it was killed."""
         code = self._codes.get(0)
         if code is None and not self._started:
-            said = " ".join(str(self._fault).split())[-300:]
-            fix = "Look at the logs of Ray; finetune has to be installed on every machine of the cluster."
-            raise EnvironmentFaultError(f"starting {processes} processes on the cluster", said, fix)
-        first = next((one for one in self._codes.values() if one), 0)
+            message = " ".join(str(self._ray_error).split())[-300:]
+            fix = "Look at the logs of Ray; finetune must be installed on every machine of the cluster."
+            raise EnvironmentFaultError(f"starting {processes} processes on the cluster", message, fix)
+        first = next((code for code in self._codes.values() if code), 0)
         if code == ExitCode.INTERRUPTED and first > 0 and not self._stops:
-            code = first  # the main process was only asked to leave
+            code = first  # the main process was stopped because this process had failed
         if (code is None or code == ExitCode.INTERRUPTED) and not self._stops:
-            self._pulse.tell({"lost": True})  # nobody has asked for it: a process, or a machine, is gone
+            self._heartbeat.send({"lost": True})  # without a request to stop: a process or machine is lost
         if code is None:
             return -signal.SIGKILL
         return code
 
 
 def _write(stream: IO[bytes], content: bytes) -> None:
-    with suppress(OSError, ValueError):  # nobody reads: no reason to end a run
+    with suppress(OSError, ValueError):  # a reader that is gone must not end the run
         stream.write(content)
         stream.flush()

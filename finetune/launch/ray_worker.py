@@ -1,4 +1,4 @@
-"""A Ray Train worker: starts one process of the run, passes on what it says, and ends with it."""
+"""A Ray Train worker: starts the process of one rank, forwards its output, and ends with it."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from ray.train.backend import Backend, BackendConfig
 
 from finetune import __version__
 from finetune.errors import ExitCode
-from finetune.launch.mailbox import Kind, LaunchSpec, Message
+from finetune.launch.mailbox import LaunchSpec, Message, MessageKind
 from finetune.launch.processes import REPORT
 from finetune.launch.supervisor import own_command
 from finetune.system.heartbeat import VARIABLE
 
 _TICK = 0.2
-"""Seconds between two looks at the desk."""
-_PATIENCE = 60.0
-"""Seconds that the desk may not answer before the driver counts as gone."""
+"""Seconds between two exchanges with the mailbox."""
+_TIMEOUT = 60.0
+"""Seconds without an answer of the mailbox after which the driver counts as gone."""
 
 
-class _Contract(Backend):  # type: ignore[misc]
-    """Tells every worker where the process of rank 0 is to be found: torch's MASTER_ADDR and MASTER_PORT.
+class _Rendezvous(Backend):  # type: ignore[misc]
+    """Gives every worker the address of rank 0: torch's MASTER_ADDR and MASTER_PORT.
 
-    Ray's own backend for torch would join the workers themselves as well, for nothing, and lay hold of the
+    Ray's own backend for torch would also connect the workers themselves, which is not needed and takes
     memory of their GPUs.
     """
 
-    share_cuda_visible_devices = True  # NCCL wants to see the GPUs of its neighbours
+    share_cuda_visible_devices = True  # NCCL needs to see the other GPUs of the machine
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:  # noqa: ARG002 - Ray's shape
-        """Ask the machine of rank 0 for a port, and tell all."""
+        """Find a free port on the machine of rank 0, and send the address to all workers."""
         worker_group.execute(_set_master, *worker_group.execute_single(0, _find_master))
 
 
-class ContractConfig(BackendConfig):  # type: ignore[misc]
-    """What a trainer needs to be given so that its workers know of each other."""
+class RendezvousConfig(BackendConfig):  # type: ignore[misc]
+    """Configuration that makes a Ray trainer use :class:`_Rendezvous`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """The backend."""
-        return _Contract
+        """The backend class."""
+        return _Rendezvous
 
 
 def _find_master() -> tuple[str, int]:
@@ -66,87 +66,88 @@ def _set_master(address: str, port: int) -> None:
 
 
 def work(config: dict[str, Any]) -> None:
-    """Run the process of this worker's rank to its end, however that comes.
+    """Run the process of this worker's rank to its end.
 
     Args:
-        config: ``order``, an :class:`Order`, and ``desk``, the actor to report to.
+        config: ``spec``, a :class:`~finetune.launch.mailbox.LaunchSpec`, and ``mailbox``, the actor to report
+            to.
     """
-    order: LaunchSpec = config["order"]
+    spec: LaunchSpec = config["spec"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    place = {
+    ranks = {
         "RANK": rank,
         "WORLD_SIZE": context.get_world_size(),
         "LOCAL_RANK": context.get_local_rank(),
         "LOCAL_WORLD_SIZE": context.get_local_world_size(),
     }
-    wire = _Wire(config["desk"], rank)
-    wire.put(Kind.STARTED)
-    if refusal := _find_refusal(order):
-        wire.put(Kind.STDERR, refusal.encode() + b"\n")
-        wire.put(Kind.EXIT, str(int(ExitCode.ENVIRONMENT)).encode())
-        wire.exchange()
+    connection = _Connection(config["mailbox"], rank)
+    connection.put(MessageKind.STARTED)
+    if error := _find_error(spec):
+        connection.put(MessageKind.STDERR, error.encode() + b"\n")
+        connection.put(MessageKind.EXIT, str(int(ExitCode.ENVIRONMENT)).encode())
+        connection.exchange()
         return
     with tempfile.TemporaryDirectory(prefix="finetune-") as home:
         report = Path(home) / "exit"
-        told = {name: str(value) for name, value in place.items()} | {REPORT: str(report)}
-        code = _run(order, told, wire)
+        variables = {name: str(value) for name, value in ranks.items()} | {REPORT: str(report)}
+        code = _run(spec, variables, connection)
         with suppress(OSError, ValueError):
             code = int(report.read_text(encoding="utf-8"))
-    wire.put(Kind.EXIT, str(code).encode())
-    wire.exchange()
+    connection.put(MessageKind.EXIT, str(code).encode())
+    connection.exchange()
 
 
-def _find_refusal(order: LaunchSpec) -> str | None:
-    """Return why this machine cannot take part."""
+def _find_error(spec: LaunchSpec) -> str | None:
+    """Return an error message if this machine cannot run the command."""
     here = socket.gethostname()
-    if order.version != __version__:
-        return f"error: {here} has finetune {__version__}, and the command is of {order.version}"
-    if not Path(order.folder).is_dir():
-        fix = "Every machine has to see the same files in the same places."
-        return f"error: {here} does not see the working folder {order.folder}\n{fix}"
+    if spec.version != __version__:
+        return f"error: {here} has finetune {__version__}, but the command was started with {spec.version}"
+    if not Path(spec.folder).is_dir():
+        fix = "Every machine must see the same files at the same paths."
+        return f"error: {here} does not see the working folder {spec.folder}\n{fix}"
     return None
 
 
 @dataclass
-class _Wire:
-    """To the desk, and what comes back from it."""
+class _Connection:
+    """The worker's connection to the mailbox."""
 
     mailbox: Any
     rank: int
 
     def __post_init__(self) -> None:
-        self._letters: list[Message] = []
+        self._messages: list[Message] = []
 
-    def put(self, kind: Kind, content: bytes = b"") -> None:
-        """Add a letter to the next post."""
-        self._letters.append(Message(self.rank, kind, content))
+    def put(self, kind: MessageKind, content: bytes = b"") -> None:
+        """Add a message that the next :meth:`exchange` sends."""
+        self._messages.append(Message(self.rank, kind, content))
 
     def exchange(self) -> int:
-        """Post what there is; return how many times the process was asked to stop.
+        """Send the messages; return how many times the process was asked to stop.
 
         Raises:
             RayError: the driver is gone.
         """
-        letters, self._letters = self._letters, []
-        stops: int = ray.get(self.mailbox.post.remote(letters), timeout=_PATIENCE)
+        messages, self._messages = self._messages, []
+        stops: int = ray.get(self.mailbox.post.remote(messages), timeout=_TIMEOUT)
         return stops
 
 
-def _run(order: LaunchSpec, told: dict[str, str], wire: _Wire) -> int:
-    """Start the process, pass on what it says and what it is told, and return its exit code.
+def _run(spec: LaunchSpec, variables: dict[str, str], connection: _Connection) -> int:
+    """Run the process, forward its output and the signals to it, and return its exit code.
 
     Raises:
         RayError: the driver is gone; the process has been killed.
     """
-    with _started(order, told) as (child, pipes):
-        stops, silent = 0, False
+    with _started(spec, variables) as (child, pipes):
+        stops, ended = 0, False
         try:
-            while not silent:
-                silent = child.poll() is not None
-                for kind, content in pipes.read(0.0 if silent else _TICK):
-                    wire.put(kind, content)
-                asked = wire.exchange()
+            while not ended:
+                ended = child.poll() is not None
+                for kind, content in pipes.read(0.0 if ended else _TICK):
+                    connection.put(kind, content)
+                asked = connection.exchange()
                 for _ in range(asked - stops):
                     child.send_signal(signal.SIGTERM)
                 stops = asked
@@ -157,18 +158,18 @@ def _run(order: LaunchSpec, told: dict[str, str], wire: _Wire) -> int:
 
 
 @contextmanager
-def _started(order: LaunchSpec, told: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], _Pipes]]:
+def _started(spec: LaunchSpec, variables: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], _Pipes]]:
     reading, writing = os.pipe()
-    own = dict(os.environ)
-    own.pop("OMP_NUM_THREADS", None)  # Ray sets it to the processors that it counts for a worker: one
-    own |= {**order.environment, **told}
-    own[VARIABLE] = f"{writing}:{os.getpid()}"
-    own.pop("RAY_AUTH_TOKEN", None)
+    environment = dict(os.environ)
+    environment.pop("OMP_NUM_THREADS", None)  # Ray sets it to the number of CPUs of a worker: 1
+    environment |= {**spec.environment, **variables}
+    environment[VARIABLE] = f"{writing}:{os.getpid()}"
+    environment.pop("RAY_AUTH_TOKEN", None)
     try:
-        child = subprocess.Popen(  # noqa: S603 - our own program, and the user's own words
-            [*own_command(), *order.arguments],
-            cwd=order.folder,
-            env=own,
+        child = subprocess.Popen(  # noqa: S603 - our own program, and the user's own arguments
+            [*own_command(), *spec.arguments],
+            cwd=spec.folder,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -180,24 +181,28 @@ def _started(order: LaunchSpec, told: dict[str, str]) -> Iterator[tuple[subproce
     with child, os.fdopen(reading, "rb", buffering=0) as heartbeat:
         assert child.stdout and child.stderr
         pipes = {
-            child.stdout.fileno(): Kind.STDOUT,
-            child.stderr.fileno(): Kind.STDERR,
-            heartbeat.fileno(): Kind.PULSE,
+            child.stdout.fileno(): MessageKind.STDOUT,
+            child.stderr.fileno(): MessageKind.STDERR,
+            heartbeat.fileno(): MessageKind.HEARTBEAT,
         }
         yield child, _Pipes(pipes)
 
 
 class _Pipes:
-    """What a process writes, by kind."""
+    """Reads the pipes of a process.
 
-    def __init__(self, kinds: dict[int, Kind]) -> None:
+    Args:
+        kinds: kind of the messages from each pipe, by file descriptor.
+    """
+
+    def __init__(self, kinds: dict[int, MessageKind]) -> None:
         self._selector = selectors.DefaultSelector()
         for pipe, kind in kinds.items():
             os.set_blocking(pipe, False)
             self._selector.register(pipe, selectors.EVENT_READ, kind)
 
-    def read(self, seconds: float) -> Iterator[tuple[Kind, bytes]]:
-        """Yield what comes in within so many seconds, and all that is there already."""
+    def read(self, seconds: float) -> Iterator[tuple[MessageKind, bytes]]:
+        """Yield what is in the pipes, and what arrives within ``seconds``."""
         deadline = time.monotonic() + seconds
         while True:
             ready = self._selector.select(max(0.0, deadline - time.monotonic()))

@@ -1,13 +1,13 @@
-"""A light process that watches over the one that works: no hang goes unnoticed, no crash is the end.
+"""The supervisor: a small parent process that detects hangs and restarts a run after a crash.
 
 ::
 
-    finetune run ...           this process: no torch, a few megabytes
-      '- finetune run ...      the work, in a session of its own
+    finetune run ...           the supervisor: no torch, a few megabytes
+      '- finetune run ...      the child, which does the work, in its own session
          '- decoding processes
 
-The parent reads heartbeats (:mod:`finetune.system.heartbeat`), passes signals on, ends a child whose
-heartbeat stops, and starts it again where a second attempt may succeed. The child resumes from its last
+The supervisor reads heartbeats (:mod:`finetune.system.heartbeat`), forwards signals, kills a child whose
+heartbeat stops, and starts it again if another attempt may succeed. The child resumes from its last
 checkpoint, so a restart costs minutes at most and does not change the result.
 """
 
@@ -35,23 +35,23 @@ from finetune.system.heartbeat import VARIABLE
 from finetune.system.signals import ECHO, signals_to_stop
 
 _GRACE_AT_ONCE = 5.0
-"""Seconds that a child has to leave after the second signal, or after it has saved."""
+"""Seconds that a child has to end after the second signal, or after it has saved."""
 _TICK = 0.2
 
 
 @dataclass
 class Attempt:
-    """What the parent knows of one child.
+    """What the supervisor knows of one child.
 
     Attributes:
-        folder: of the run, as soon as the child has found it.
-        number: of the attempt, as soon as the child has claimed the folder.
-        saving: it is writing a checkpoint, and must not be ended for taking its time.
-        step: of training that was reached.
-        code: exit code; negative for the signal that ended it.
-        stalled: it gave no sign of life for too long.
-        lost: one of several processes was gone, so that the others had to end.
-        output: what it wrote to stdout.
+        folder: run folder, as soon as the child has chosen it.
+        number: number of the attempt, as soon as the child has claimed the folder; 0 before.
+        saving: whether the child is writing a checkpoint, for which the deadline is extended.
+        step: training step that was reached.
+        code: exit code; negative for the signal that ended the child.
+        stalled: whether the child was killed because it sent no heartbeat for too long.
+        lost: whether the job has lost one of its processes.
+        output: what the child wrote to stdout.
     """
 
     folder: RunFolder | None = None
@@ -66,16 +66,15 @@ class Attempt:
 
 @dataclass
 class Supervisor:
-    """Runs a command in a child process until it ends for good.
+    """Runs a command in a child process, and starts it again until its end is final.
 
     Args:
-        arguments: of the command, as they stand after ``finetune``.
-        stall_timeout: seconds without a sign of life after which the child is ended.
+        arguments: command-line arguments after ``finetune``.
+        stall_timeout: seconds without a heartbeat after which the child is killed.
         say: shows one line to the user.
-        command: that starts ``finetune``; by default as this process was started.
-        waits: seconds before each new start; when they are used up without a step of progress, the run
-            has failed.
-        grace: seconds that a child has to save and leave after the first signal.
+        command: command that starts ``finetune``; by default :func:`own_command`.
+        waits: seconds before each restart; the run has failed when all are used up without progress.
+        grace: seconds that a child has to save and end after the first signal.
     """
 
     arguments: Sequence[str]
@@ -90,7 +89,7 @@ class Supervisor:
     _last_signal: float = 0.0
 
     def run(self) -> tuple[int, bytes]:
-        """Return the exit code, and what the last child wrote to stdout."""
+        """Run the command; return its exit code, and what the last child wrote to stdout."""
         starts, best_step, internal = 0, 0, 0
         with self._handled_signals():
             while True:
@@ -109,7 +108,7 @@ class Supervisor:
             return self._conclude(attempt), attempt.output
 
     def _is_final(self, attempt: Attempt, internal: int) -> bool:
-        """Ends that the child chose are final, but for an unforeseen one, which is tried once more."""
+        """Return whether to stop restarting: a child's own exit is final, an internal error is tried again."""
         if self._signals or attempt.folder is None:
             return True
         if attempt.stalled or attempt.lost or attempt.code < 0:
@@ -117,10 +116,10 @@ class Supervisor:
         return attempt.code != ExitCode.INTERNAL or internal > 1
 
     def _continue_in(self, attempt: Attempt) -> None:
-        """Name the folder that the child chose by the time of day."""
-        words = [word.partition("=")[0] for word in self.arguments]
-        short = any(word.startswith("-o") for word in words)
-        if "--output" not in words and not short and attempt.folder is not None:
+        """Add ``--output`` with the folder that the child chose, so that the next child resumes there."""
+        options = [argument.partition("=")[0] for argument in self.arguments]
+        short = any(option.startswith("-o") for option in options)
+        if "--output" not in options and not short and attempt.folder is not None:
             self.arguments = [*self.arguments, "--output", str(attempt.folder.path)]
 
     # --- one child -------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ class Supervisor:
         attempt = Attempt()
         try:
             with tempfile.TemporaryFile() as stdout:
-                with subprocess.Popen(  # noqa: S603 - our own program, and the user's own words
+                with subprocess.Popen(  # noqa: S603 - our own program, and the user's own arguments
                     command, env=environment, pass_fds=[writing], start_new_session=True, stdout=stdout
                 ) as child:
                     os.close(writing)
@@ -148,20 +147,20 @@ class Supervisor:
         return attempt
 
     def _watch(self, child: subprocess.Popen[bytes], pipe: int, attempt: Attempt) -> None:
-        """Wait for the child's end, and bring it about where that is due."""
-        signs = _Signs(pipe)
-        if self._signals:  # one came in while the child was being started
+        """Wait until the child ends; kill it if it stalls or does not end in time after a signal."""
+        heartbeats = _HeartbeatReader(pipe)
+        if self._signals:  # one arrived while the child was being started
             self._forward()
         while child.poll() is None:
-            for facts in signs.wait(_TICK):
-                _note(facts, attempt)
-            if attempt.folder is not None and signs.silence() > self.stall_timeout:
+            for facts in heartbeats.wait(_TICK):
+                _update(attempt, facts)
+            if attempt.folder is not None and heartbeats.silence() > self.stall_timeout:
                 attempt.stalled = True
                 _kill_group(child.pid)
             if self._overdue(attempt):
                 _kill_group(child.pid)
-        for facts in signs.wait(0):
-            _note(facts, attempt)
+        for facts in heartbeats.wait(0):
+            _update(attempt, facts)
         attempt.code = child.returncode
 
     # --- signals ---------------------------------------------------------------------------------
@@ -189,13 +188,13 @@ class Supervisor:
         self._forward()
 
     def _forward(self) -> None:
-        """Ask the child to stop; SIGTERM, since Python answers an early SIGINT with a traceback."""
+        """Ask the child to stop, by SIGTERM: Python would print a traceback for an early SIGINT."""
         if self._child is not None:
             with suppress(ProcessLookupError):
                 self._child.send_signal(signal.SIGTERM)
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Ctrl-Z stops both, and `fg` wakes both."""
+        """Suspend child and supervisor on Ctrl-Z, and resume both on `fg`."""
         if self._child is not None:
             self._child.send_signal(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -205,7 +204,7 @@ class Supervisor:
     def _overdue(self, attempt: Attempt) -> bool:
         now = time.monotonic()
         if attempt.saving and len(self._signals) == 1:
-            self._deadline = max(self._deadline, now + _GRACE_AT_ONCE)  # to leave, when it has saved
+            self._deadline = max(self._deadline, now + _GRACE_AT_ONCE)  # counts from the end of saving
         return bool(self._signals) and now > self._deadline
 
     def _sleep(self, seconds: float) -> None:
@@ -217,15 +216,15 @@ class Supervisor:
 
     def _describe(self, attempt: Attempt) -> str:
         if attempt.stalled:
-            return f"the run gave no sign of life for {self.stall_timeout:g} s, and was ended"
+            return f"the run sent no heartbeat for {self.stall_timeout:g} s and was killed"
         if attempt.lost:
             return "the run lost one of its processes"
         if attempt.code < 0:
             return f"the run was ended by {_signal_name(-attempt.code)}"
-        return "the run ended with an unforeseen error"
+        return "the run ended with an unexpected error"
 
     def _conclude(self, attempt: Attempt) -> int:
-        """Return the exit code, and write the outcome that a killed child could not."""
+        """Return the exit code; write the outcome if the child was killed before it could do so."""
         if not attempt.stalled and attempt.code >= 0:
             return attempt.code
         outcome = self._outcome(attempt)
@@ -236,49 +235,53 @@ class Supervisor:
         return outcome.exit_code
 
     def _outcome(self, attempt: Attempt) -> Outcome:
-        message, place = self._describe(attempt), {"step": attempt.step, "attempt": max(attempt.number, 1)}
-        again = "Give the same command again to go on from the last checkpoint."
+        message, progress = self._describe(attempt), {"step": attempt.step, "attempt": max(attempt.number, 1)}
+        resume = "Give the same command again to resume from the last checkpoint."
         if self._signals:
-            message = "the run was asked to stop, and ended before it had saved"
+            message = "the run was asked to stop and ended before it had saved"
             return Outcome(
-                "interrupted", message, again, int(ExitCode.INTERRUPTED), "interrupted", True, **place
+                "interrupted", message, resume, int(ExitCode.INTERRUPTED), "interrupted", True, **progress
             )
         if attempt.stalled:
-            hint = f"Look for a disk or network that does not answer, or raise --stall-timeout. {again}"
-            return Outcome("failed", message, hint, int(ExitCode.ENVIRONMENT), "stalled", False, **place)
+            hint = f"Look for a disk or network that does not answer, or raise --stall-timeout. {resume}"
+            return Outcome("failed", message, hint, int(ExitCode.ENVIRONMENT), "stalled", False, **progress)
         if attempt.code == -signal.SIGKILL:
-            hint = f"Memory that ran out is the usual reason: lower --workers or --batch-size. {again}"
-            return Outcome("failed", message, hint, 128 + signal.SIGKILL, "killed", True, **place)
-        return Outcome("failed", message, again, int(ExitCode.INTERNAL), "crashed", True, **place)
+            hint = f"The usual reason is a lack of memory: lower --workers or --batch-size. {resume}"
+            return Outcome("failed", message, hint, 128 + signal.SIGKILL, "killed", True, **progress)
+        return Outcome("failed", message, resume, int(ExitCode.INTERNAL), "crashed", True, **progress)
 
 
 def own_command() -> list[str]:
-    """Return the command that runs this very installation.
+    """Return the command that starts this installation of finetune.
 
-    Without ``-P`` Python would look into the working folder first, where a user may well keep a folder
-    called ``pretrained``; with it, it would not find a checkout that is run from its own folder.
+    Without ``-P`` Python would import from the working folder first, where a user may have a folder called
+    ``pretrained``; with it, Python would not find a checkout that is run from its own folder.
     """
     root = Path(__file__).parents[1]
     from_checkout = not sys.flags.safe_path and Path(sys.path[0] or ".").absolute() == root
     return [sys.executable, *([] if from_checkout else ["-P"]), "-m", "finetune"]
 
 
-class _Signs:
-    """Signs of life, read from a pipe."""
+class _HeartbeatReader:
+    """The receiving side of the heartbeat.
+
+    Args:
+        pipe: file descriptor of the pipe's reading end.
+    """
 
     def __init__(self, pipe: int) -> None:
-        self._pipe, self._rest = pipe, b""
-        self._last = self._heard = time.monotonic()
+        self._pipe, self._unfinished_line = pipe, b""
+        self._last_heartbeat = self._last_wait = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(pipe, selectors.EVENT_READ)
 
     def wait(self, seconds: float) -> list[dict[str, Any]]:
-        """Return the facts that came in, after waiting for them that long at most."""
+        """Return the facts that have arrived, after waiting at most ``seconds`` for them."""
         ready = self._selector.select(seconds)
         now = time.monotonic()
-        if now - self._heard > seconds + 1:  # this process itself was stopped, or starved
-            self._last = now
-        self._heard = now
+        if now - self._last_wait > seconds + 1:  # the supervisor itself was suspended or got no CPU time
+            self._last_heartbeat = now
+        self._last_wait = now
         content = b""
         if ready:
             with suppress(BlockingIOError):
@@ -286,16 +289,16 @@ class _Signs:
         if not content:
             time.sleep(0 if not ready else seconds)  # a closed pipe is ready all the time
             return []
-        self._last = time.monotonic()
-        *lines, self._rest = (self._rest + content).split(b"\n")
+        self._last_heartbeat = time.monotonic()
+        *lines, self._unfinished_line = (self._unfinished_line + content).split(b"\n")
         return [json.loads(line) for line in lines]
 
     def silence(self) -> float:
-        """Return the seconds since the last sign."""
-        return time.monotonic() - self._last
+        """Return the seconds since the last heartbeat."""
+        return time.monotonic() - self._last_heartbeat
 
 
-def _note(facts: dict[str, Any], attempt: Attempt) -> None:
+def _update(attempt: Attempt, facts: dict[str, Any]) -> None:
     if "folder" in facts:
         attempt.folder = RunFolder(Path(facts["folder"]))
     attempt.number = facts.get("attempt", attempt.number)
@@ -305,7 +308,7 @@ def _note(facts: dict[str, Any], attempt: Attempt) -> None:
 
 
 def _write_outcome(outcome: Outcome, attempt: Attempt) -> None:
-    """Write the outcome that a killed child could not; what it, or another process, has written stays."""
+    """Write the outcome of a killed child; one that the child or another process has written stays."""
     if attempt.folder is None:
         return
     written = RunReader(attempt.folder, tolerant=True).outcome
@@ -315,7 +318,7 @@ def _write_outcome(outcome: Outcome, attempt: Attempt) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    """Kill a process and its group; its decoding processes follow it, stopped ones too."""
+    """Kill a process and its group: its decoding processes end with it, suspended ones too."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 

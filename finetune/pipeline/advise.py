@@ -29,7 +29,7 @@ from finetune.features.solvers import cross_validate
 from finetune.features.transferability import MOST_IMAGES, leave_one_out, normalised_leep
 from finetune.pipeline.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.pipeline.verify import verify
-from finetune.recipe import BASE_RATES, Recipe, compute_views
+from finetune.recipe import BASE_LRS, Recipe, compute_views
 from finetune.system.display import Display
 from finetune.targets import LINEAR_CLASSIFIER, to_probabilities
 from finetune.training.plan import Plan, lay_plan
@@ -146,7 +146,7 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
         decision, verified = verify(recipe, evidence, decision, display)
     settings = recipe.strategy.model_copy(update=dict(decision.keys))
     rate = recipe.training.lr
-    rate = BASE_RATES[recipe.training.optimizer] if rate == "auto" else rate
+    rate = BASE_LRS[recipe.training.optimizer] if rate == "auto" else rate
     plan = lay_plan(network.backbone.network, network.backbone.stages, settings, rate, recipe.training.epochs)
     return Advice(
         network.backbone.card.name,

@@ -99,7 +99,7 @@ def run(
         comparison = RunChanges(setup, found, RunFolder(path), display, distributed.size)
         distributed.share(lambda: _create_folder(path, comparison))
         with locked(path) if distributed.is_main else nullcontext():
-            display.heartbeat.tell({"folder": str(path.absolute())})
+            display.heartbeat.send({"folder": str(path.absolute())})
             with clock.phase("check"):
                 claim = distributed.share(
                     lambda: _claim(path, setup.recipe, comparison, allow_changed, display)
@@ -175,7 +175,7 @@ def _claim(
 
     claim = claim_folder(path, recipe, allow_changed, check)
     if not claim.finished:
-        display.heartbeat.tell({"attempt": claim.attempt})
+        display.heartbeat.send({"attempt": claim.attempt})
     return claim
 
 

@@ -17,7 +17,7 @@ from finetune.data.samples import check_sample, is_sample
 from finetune.data.split import SplitConfig
 from finetune.errors import EnvironmentFaultError, UsageError
 from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
-from finetune.recipe import Facts, Recipe, compute_batch_size, resolve_recipe
+from finetune.recipe import AutoValues, Recipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO, find_strategy, join_names, starts_random
@@ -140,11 +140,11 @@ def _find_card(recipe: Recipe, display: Display) -> Card:
 
 def _collect_facts(
     recipe: Recipe, backbone: Backbone, device: torch.device, num_train: int, distributed: Distributed
-) -> Facts:
+) -> AutoValues:
     asked = recipe.training.batch_size
     batch_size = compute_batch_size(num_train) if asked == "auto" else asked
     batch_bytes = _batch_bytes(batch_size, backbone, distributed)
-    return Facts(
+    return AutoValues(
         device=str(device),
         precision=resolve_precision(device),
         channels_last=is_convolutional(backbone.network),

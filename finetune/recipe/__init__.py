@@ -20,8 +20,8 @@ from finetune.recipe.reading import (
     shipped_recipes,
 )
 from finetune.recipe.resolve import (
-    BASE_RATES,
-    Facts,
+    BASE_LRS,
+    AutoValues,
     compute_batch_size,
     compute_views,
     resolve_recipe,
@@ -45,14 +45,14 @@ from finetune.recipe.schema import (
 )
 
 __all__ = [
-    "BASE_RATES",
+    "BASE_LRS",
     "Augmentation",
     "Auto",
+    "AutoValues",
     "BackboneSettings",
     "CacheSettings",
     "Change",
     "DataSettings",
-    "Facts",
     "HeadChoice",
     "InputSettings",
     "Precision",

@@ -10,14 +10,14 @@ from finetune.recipe.reading import set_dotted, validate
 from finetune.recipe.schema import Augmentation, Precision, Recipe
 from finetune.strategies import find_strategy
 
-BASE_RATES = {"sgd": 0.01, "adamw": 0.001}
+BASE_LRS = {"sgd": 0.01, "adamw": 0.001}
 """Rate of a new head when ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
 0.001 for the top, 0.0001 below). AdamW normalises its steps, and a tenth of that is its usual base
 (Loshchilov and Hutter, arXiv:1711.05101)."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class AutoValues:
     """What the machine, the backbone and the data decide where the recipe says ``"auto"``."""
 
     device: str
@@ -28,12 +28,12 @@ class Facts:
     preprocessing: Mapping[str, Any]
 
 
-def resolve_recipe(recipe: Recipe, facts: Facts) -> Recipe:
+def resolve_recipe(recipe: Recipe, facts: AutoValues) -> Recipe:
     """Return a new recipe without any ``"auto"``."""
     decided = {
         "data.workers": facts.workers,
         "training.batch_size": compute_batch_size(facts.num_train),
-        "training.lr": BASE_RATES[recipe.training.optimizer],
+        "training.lr": BASE_LRS[recipe.training.optimizer],
         "training.precision": facts.precision,
         "training.channels_last": facts.channels_last,
         "cache.views": compute_views(recipe.strategy.name, recipe.input.augmentation),

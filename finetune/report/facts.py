@@ -16,7 +16,7 @@ from typing import Any
 from finetune.data.dataset import SPLITS
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
-from finetune.runs.reader import Prediction, Row, RunReader
+from finetune.runs.reader import CsvRow, PredictionRow, RunReader
 
 JUDGED = "judged"
 """The part that images are in of which it is not known, or does not matter, which one they were in."""
@@ -59,11 +59,11 @@ class Facts:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
-    per_class: tuple[Row, ...] = ()
-    predictions: tuple[Prediction, ...] = ()
+    per_class: tuple[CsvRow, ...] = ()
+    predictions: tuple[PredictionRow, ...] = ()
     history: tuple[Mapping[str, float], ...] = ()
-    plan: tuple[Row, ...] = ()
-    split: tuple[Row, ...] = ()
+    plan: tuple[CsvRow, ...] = ()
+    split: tuple[CsvRow, ...] = ()
     check: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     advice: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Facts:
         ]
 
     @cached_property
-    def mistakes(self) -> list[Prediction]:
+    def mistakes(self) -> list[PredictionRow]:
         """Wrong predictions, the surest first."""
         return sorted((one for one in self.predictions if not one.is_right), key=lambda one: -one.confidence)
 

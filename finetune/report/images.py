@@ -16,7 +16,7 @@ from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.explain.cam import GradCam, HeatMap
 from finetune.plots.overlay import draw_overlay
 from finetune.report.facts import Facts
-from finetune.runs.reader import Prediction
+from finetune.runs.reader import PredictionRow
 from pretrained.catalog import Card
 
 MOST_BYTES = 3_000_000
@@ -110,7 +110,7 @@ class Panel:
 class Mistake:
     """A wrong prediction with its images: the view, and a heat map for each of the two classes."""
 
-    prediction: Prediction
+    prediction: PredictionRow
     panels: tuple[Panel, ...]
 
 
@@ -157,7 +157,7 @@ def show_mistakes(
 
 
 def _panels(
-    number: int, prediction: Prediction, album: Album, explainer: Explainer | None
+    number: int, prediction: PredictionRow, album: Album, explainer: Explainer | None
 ) -> tuple[Panel, ...]:
     file = album.find(prediction.path)
     if explainer is None or file is None:

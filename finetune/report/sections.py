@@ -15,7 +15,7 @@ from finetune.plots.intervals import draw_intervals
 from finetune.plots.svg import Plot
 from finetune.report.facts import JUDGED, Facts, finite
 from finetune.report.images import Album, InlineImage
-from finetune.runs.reader import Row
+from finetune.runs.reader import CsvRow
 from finetune.targets import CLASS_METRICS, DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
 
 PARTS = {"val": "validation", "test": "test", "train": "training", "all": JUDGED}
@@ -283,7 +283,7 @@ def class_columns(facts: Facts) -> list[str]:
     return [column for column in CLASS_METRICS if facts.per_class and column in facts.per_class[0]]
 
 
-def _cell(row: Row, column: str) -> Cell:
+def _cell(row: CsvRow, column: str) -> Cell:
     number = finite_text(row[column])
     if number is None:
         return Cell("n/a", "")

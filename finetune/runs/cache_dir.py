@@ -37,7 +37,7 @@ def cache_folder(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedFile:
     """A kept file: what it was made from, its bytes, and when it was last used (seconds since 1970)."""
 
     path: Path
@@ -57,19 +57,19 @@ class FeatureCacheDir:
     def __init__(self, max_bytes: float = float("inf"), folder: Path | None = None) -> None:
         self.folder, self.max_bytes = folder or cache_folder("kept"), max_bytes
 
-    def place(self, facts: Mapping[str, Any]) -> Path:
+    def path_for(self, facts: Mapping[str, Any]) -> Path:
         """Return the path of the file with this content; ``facts["kind"]`` begins its name."""
         text = json.dumps({"journal": FORMAT, **facts}, sort_keys=True)
         return self.folder / f"{facts['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.bin"
 
-    def list(self) -> list[Kept]:
+    def list(self) -> list[CachedFile]:
         """Return every kept file, the longest unused first."""
         kept = []
         for journal in self._journals():
             path = journal.with_suffix(".bin")
             try:
                 num_bytes = path.stat().st_size if path.exists() else 0
-                kept.append(Kept(path, facts_of(path), num_bytes, journal.stat().st_mtime))
+                kept.append(CachedFile(path, facts_of(path), num_bytes, journal.stat().st_mtime))
             except OSError:  # removed in between
                 continue
         return sorted(kept, key=lambda one: one.used)

@@ -41,7 +41,7 @@ def translated_errors(output: str = "", distributed: Distributed = SINGLE_PROCES
 
 
 @contextmanager
-def explained(distributed: Distributed) -> Iterator[None]:
+def report_unexpected(distributed: Distributed) -> Iterator[None]:
     """Turn what nobody foresaw in a process that helps into words for the main one."""
     try:
         yield
@@ -102,7 +102,7 @@ def recorded_outcome(
     except TakenOverError:
         raise  # the folder belongs to another process, and so does its outcome
     except FinetuneError as error:
-        display.heartbeat.tell({"lost": isinstance(error, LostProcessError)})
+        display.heartbeat.send({"lost": isinstance(error, LostProcessError)})
         _write_failure(claim, error, display.heartbeat.step)
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the process that watches over a run reads its outcome, and 
     from finetune.recipe import Recipe
 
 T = TypeVar("T")
-Row = Mapping[str, str]
+CsvRow = Mapping[str, str]
 Confusion = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
 """Class names, and counts (K, K): a row a true class, a column a predicted one."""
 
@@ -34,7 +34,7 @@ _PER_CLASS_COLUMNS = ("label", "recall", "support")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionRow:
     """One judged image: path below the data folder, true and predicted class, confidence in the latter."""
 
     path: str
@@ -82,7 +82,7 @@ class RunReader:
         nothing: Mapping[str, Any] = {}
         return self._read(path, _read_object, nothing)
 
-    def _rows(self, path: Path, *columns: str) -> tuple[Row, ...]:
+    def _rows(self, path: Path, *columns: str) -> tuple[CsvRow, ...]:
         return self._read(path, lambda path: tuple(read_rows(path, columns)), ())
 
     # --- the run ---------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class RunReader:
         return self._object(self.folder.trunk)
 
     @cached_property
-    def plan(self) -> tuple[Row, ...]:
+    def plan(self) -> tuple[CsvRow, ...]:
         """What learns, and how fast, one row a stage."""
         return self._rows(self.folder.plan, *_PLAN_COLUMNS)
 
@@ -141,7 +141,7 @@ class RunReader:
         return self._read(self.folder.classes, _read_lines, ())
 
     @cached_property
-    def split(self) -> tuple[Row, ...]:
+    def split(self) -> tuple[CsvRow, ...]:
         """Path, label, split and sha256 of each image that the run began with.
 
         That of an evaluation names what it judged, and nothing that was trained on.
@@ -154,7 +154,7 @@ class RunReader:
         return {row["path"]: row["sha256"] for row in self.split}
 
     @cached_property
-    def bad_images(self) -> tuple[Row, ...]:
+    def bad_images(self) -> tuple[CsvRow, ...]:
         """Path, split and reason of each image that could not be read."""
         return self._rows(self.folder.bad_images, *BAD_IMAGES_COLUMNS)
 
@@ -171,7 +171,7 @@ class RunReader:
         return self._object(self.folder.metrics)
 
     @cached_property
-    def per_class(self) -> tuple[Row, ...]:
+    def per_class(self) -> tuple[CsvRow, ...]:
         """Precision, recall, F1 and support, one row a class."""
         return self._rows(self.folder.per_class, *_PER_CLASS_COLUMNS)
 
@@ -182,7 +182,7 @@ class RunReader:
         return self._read(self.folder.confusion_matrix, _read_confusion, nothing)
 
     @property
-    def predictions(self) -> tuple[Prediction, ...]:
+    def predictions(self) -> tuple[PredictionRow, ...]:
         """One of each judged image, in the order of the file, without probabilities."""
         return self._predictions[1]
 
@@ -192,12 +192,12 @@ class RunReader:
         return self._predictions[0]
 
     @cached_property
-    def _predictions(self) -> tuple[tuple[str, ...], tuple[Prediction, ...]]:
-        nothing: tuple[tuple[str, ...], tuple[Prediction, ...]] = (), ()
+    def _predictions(self) -> tuple[tuple[str, ...], tuple[PredictionRow, ...]]:
+        nothing: tuple[tuple[str, ...], tuple[PredictionRow, ...]] = (), ()
         return self._read(self.folder.predictions, _read_predictions, nothing)
 
     @property
-    def prediction_rows(self) -> tuple[Row, ...]:
+    def prediction_rows(self) -> tuple[CsvRow, ...]:
         """All columns of ``predictions.csv`` as text; read anew each time, for they may be large."""
         return self._rows(self.folder.predictions, "path")
 
@@ -233,7 +233,7 @@ def _read_confusion(path: Path) -> Confusion:
     return labels, counts
 
 
-def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[Prediction, ...]]:
+def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow, ...]]:
     """Return class names, and the first columns of each row: a thousand classes have a thousand more."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
@@ -243,7 +243,7 @@ def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[Prediction, ..
         return tuple(read_classes(header)), tuple(_to_predictions(rows))
 
 
-def _to_predictions(rows: Iterator[list[str]]) -> Iterator[Prediction]:
+def _to_predictions(rows: Iterator[list[str]]) -> Iterator[PredictionRow]:
     for path, label, predicted, confidence, *_ in rows:
         names = [unescape_formula(cell) for cell in (path, label, predicted)]
-        yield Prediction(names[0], names[1], names[2], float(confidence))
+        yield PredictionRow(names[0], names[1], names[2], float(confidence))

@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, seeds, and a record of all of them."""
+"""The machine: device, precision, threads, memory, seeds, and a record of versions and hardware."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's own place, not a temporary file
 BATCHES_PER_WORKER = 3
-"""Batches of one decoding process that lie in /dev/shm at a time: two that wait, one that is being made."""
+"""Batches that one decoding process holds in /dev/shm: two that are prefetched, one in preparation."""
 
 
 def resolve_device(name: str, distributed: Distributed = SINGLE_PROCESS) -> torch.device:
-    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, with its index.
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a GPU with its index.
 
-    Each of several processes has a GPU of its own.
+    Each of several processes gets its own GPU.
 
     Raises:
-        UsageError: another word.
+        UsageError: ``name`` is none of these.
         EnvironmentFaultError: this machine has no such device.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
@@ -54,15 +54,15 @@ def resolve_device(name: str, distributed: Distributed = SINGLE_PROCESS) -> torc
         fix = "Take --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
         raise EnvironmentFaultError(f"--device {name}", found, fix)
     return torch.device(
-        "cuda", int(index or 0) if distributed.size == 1 else choose_device(distributed.place)
+        "cuda", int(index or 0) if distributed.size == 1 else choose_device(distributed.rank_info)
     )
 
 
 def resolve_precision(device: torch.device) -> Precision:
-    """Return the number format that is fastest without harm: bfloat16 or float16 on a GPU, else float32.
+    """Return the fastest safe precision: bfloat16 on a GPU, float16 on an older one, float32 on a CPU.
 
-    Half precision on CPUs was measured to be slower than float32 wherever the processor lacks matrix
-    instructions for it, so a CPU gets it only when the recipe says so.
+    On CPUs without matrix instructions for half precision it was measured to be slower than float32, so a CPU
+    uses it only if the recipe asks for it.
     """
     if device.type != "cuda":
         return "float32"
@@ -71,37 +71,37 @@ def resolve_precision(device: torch.device) -> Precision:
 
 
 def available_cores() -> int:
-    """Return the processors this process may use (containers and batch systems give fewer than there are)."""
+    """Return the number of cores this process may use (containers and batch systems may limit it)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _quota_cores())
 
 
 def _quota_cores() -> int:
-    """``docker --cpus 2`` and a Kubernetes limit leave every processor in sight, and share out their time."""
+    """Return the limit of ``docker --cpus`` or Kubernetes: a CPU-time quota that hides no core."""
     try:
         quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
         return math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroups of version 2, or "max": no limit
+    except (OSError, ValueError):  # no cgroups v2, or "max": no limit
         return sys.maxsize
 
 
 def resolve_threads(processes: int = 1) -> int:
-    """Return the threads to compute with: what OMP_NUM_THREADS says, else all available cores.
+    """Return the number of compute threads: OMP_NUM_THREADS if set, else this process's share of the cores.
 
     Args:
-        processes: that share the cores.
+        processes: number of processes that share the cores.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, available_cores() // processes)
 
 
 def resolve_workers(device: torch.device, batch_bytes: int, processes: int = 1) -> int:
-    """Return how many processes should decode: all cores beside a GPU, half of them beside CPU training.
+    """Return the number of decoding processes: all cores, at most 8, for a GPU; half of them for a CPU.
 
     Args:
-        device: that trains.
-        batch_bytes: of one batch of images; where /dev/shm is too small for all, there are fewer.
-        processes: that train on this machine, each with so many of its own.
+        device: device that trains.
+        batch_bytes: size of one batch of images in bytes; the number is lower if /dev/shm is too small.
+        processes: number of training processes on this machine, each of which starts this many of its own.
     """
     return min(_wanted_workers(device, processes), resolve_most_workers(batch_bytes, processes))
 
@@ -112,7 +112,7 @@ def _wanted_workers(device: torch.device, processes: int) -> int:
 
 
 def resolve_most_workers(batch_bytes: int, processes: int = 1) -> int:
-    """Return how many processes may decode where training waits for data: all cores, if /dev/shm has room.
+    """Return the largest number of decoding processes: all cores, if /dev/shm has room for their batches.
 
     The arguments are those of :func:`resolve_workers`.
     """
@@ -123,13 +123,13 @@ def resolve_most_workers(batch_bytes: int, processes: int = 1) -> int:
 def find_lack_of_shared_memory(
     asked: int | None, device: torch.device, batch_bytes: int, processes: int = 1
 ) -> str:
-    """Return what /dev/shm is too small for, and the remedy; "" where it is large enough.
+    """Return a warning if /dev/shm is too small for the decoding processes, with a remedy; else "".
 
     Args:
-        asked: decoding processes that the user wants; None leaves their number to the program.
-        device: as the others, of :func:`resolve_workers`.
-        batch_bytes: as there.
-        processes: as there.
+        asked: number of decoding processes that the user asked for; None: :func:`resolve_workers` decides.
+        device: device that trains.
+        batch_bytes: size of one batch of images in bytes.
+        processes: number of training processes on this machine.
     """
     wanted = _wanted_workers(device, processes) if asked is None else asked
     needed, free = wanted * BATCHES_PER_WORKER * batch_bytes * processes, _shared_memory_bytes()
@@ -137,48 +137,49 @@ def find_lack_of_shared_memory(
         return ""
     fitting = resolve_most_workers(batch_bytes, processes)
     if asked is not None:
-        so = f"--workers {asked} may run out of it"
+        result = f"--workers {asked} may run out of it"
+    elif fitting:
+        result = f"{fitting} are used instead"
     else:
-        so = f"{fitting} will do it" if fitting else "the training process does it alone, which is slower"
-    free_words, needed_words = f"{free / 1e6:,.0f} MB free", f"{needed / 1e6:,.0f} MB"
+        result = "the training process decodes alone, which is slower"
     return (
-        f"{SHARED_MEMORY} has {free_words}, and {wanted * processes} decoding processes would take "
-        f"{needed_words} of it: {so}. Enlarge it (docker run --shm-size={math.ceil(needed / 2**30)}g; in "
-        f"Kubernetes an emptyDir with medium: Memory at {SHARED_MEMORY}), "
+        f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free, and {wanted * processes} decoding processes need "
+        f"{needed / 1e6:,.0f} MB of it: {result}. Enlarge it (docker run --shm-size="
+        f"{math.ceil(needed / 2**30)}g; in Kubernetes an emptyDir with medium: Memory at {SHARED_MEMORY}), "
         f"or take --workers {min(fitting, wanted)}"
     )
 
 
 def _shared_memory_bytes() -> int:
-    """Containers often have 64 MB of it, and a worker that runs out dies of a bus error."""
+    """Return the free bytes of /dev/shm. Containers often have 64 MB; a worker that runs out gets SIGBUS."""
     try:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
         return sys.maxsize
 
 
-PART_PIXELS = 8 * 224 * 224
-"""Of the images that go through a network at a time on a CPU. The activations of more do not fit its
-caches: measured on two cores, SqueezeNet's forward takes 10.7 ms an image in parts of 8 and 21.6 ms in parts
-of 32, and forward and backward 36 ms in parts of 8 and 46 ms in parts of 16."""
+CHUNK_PIXELS = 8 * 224 * 224
+"""Pixels of the images in one chunk on a CPU. The activations of more images do not fit into its caches:
+measured on two cores, SqueezeNet's forward takes 10.7 ms an image in chunks of 8 and 21.6 ms in chunks of 32,
+and forward and backward 36 ms in chunks of 8 and 46 ms in chunks of 16."""
 
 
-def compute_part_size(height: int, width: int) -> int:
-    """Return how many images of a size go through a network at a time on a CPU, where that is free."""
-    return max(4, min(64, PART_PIXELS // (height * width)))
+def compute_chunk_size(height: int, width: int) -> int:
+    """Return how many images of a size, in pixels, a chunk holds on a CPU: 4 to 64."""
+    return max(4, min(64, CHUNK_PIXELS // (height * width)))
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return 63 bits that depend on every part, so that no two uses of a seed draw the same numbers."""
+    """Return a 63-bit seed that depends on every part, so that each use of a seed draws its own numbers."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed torch, NumPy and Python from the parts: transforms draw from all three.
+    """Seed torch, NumPy and Python from the parts, since transforms draw from all three.
 
-    ``torch.manual_seed`` would also note the call, with its stack, for every kind of device that is not in
-    use: a third of a millisecond, and some memory, for each step and each view.
+    ``torch.manual_seed`` is not used: it also records the call with its stack for every backend that is not
+    initialised, which costs a third of a millisecond and some memory for each step and each view.
     """
     seed = derive_seed(*parts)
     torch.default_generator.manual_seed(seed)
@@ -189,15 +190,15 @@ def seed_everything(*parts: int | str) -> None:
 
 
 def set_deterministic(on: bool) -> None:
-    """Let torch take only kernels that give the same bits every time; call it before the GPU is used."""
-    if on:  # what the program around us has chosen stays otherwise
+    """Let torch use only kernels that give the same bits every time; call it before the GPU is used."""
+    if on:  # otherwise the settings of the calling program stay
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return versions and hardware. No environment variables: they hold secrets."""
+    """Return versions and hardware, but no environment variables: these may hold secrets."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow", "pandas", "safetensors", "huggingface-hub")
     return {
         "finetune": __version__,
@@ -222,10 +223,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# --- Know when memory ran out, on a GPU or on a CPU, and give back what can be given back ---
+# --- memory --------------------------------------------------------------------------------------
 
-
-_WORDS = (
+_OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
@@ -234,30 +234,30 @@ _WORDS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
 )
-"""Of errors that are plain RuntimeErrors: libraries of the GPU, and torch's own allocator on a CPU."""
+"""Fragments of out-of-memory messages that torch raises as plain RuntimeErrors, on a GPU and on a CPU."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def release_memory() -> None:
-    """Give cached blocks back to the device, and free ones of the C library back to the system.
+    """Return unused memory to the GPU and to the operating system.
 
-    Call it outside of the ``except`` block: inside, the traceback still holds every activation.
+    Call it outside of the ``except`` block: inside, the traceback still refers to every activation.
     """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # glibc's own; other libraries have no such call
+    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure_peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the most memory that this process has held so far, in bytes; and the most of its GPU."""
+    """Return the peak memory of this process so far, and of its GPU if it has one, in bytes."""
     peak = {"peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     if device.type == "cuda":
         peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -1,6 +1,6 @@
-"""Words and progress for people: to stderr, and the words to the run's log as well.
+"""Messages and progress bars for the user, on stderr; messages also go to the run's log.
 
-On a terminal, work that takes time draws a bar; in a pipe or a log file there are plain lines only.
+Progress bars are drawn on a terminal only; a pipe or a log file gets plain lines.
 """
 
 from __future__ import annotations
@@ -31,25 +31,22 @@ from finetune.errors import sanitize
 from finetune.system.heartbeat import Heartbeat
 
 Advance = Callable[[int, str], None]
-"""Takes how many units are done more, and a few words that stand beside the bar."""
-Tell = Callable[[int, int], None]
-"""Takes how many units are done, and how many there will be (0 where nobody knows)."""
+"""Takes the number of units done since the last call, and a short text that stands beside the bar."""
+OnProgress = Callable[[int, int], None]
+"""Takes the number of units done so far, and the total (0 if it is unknown)."""
 
 
-class _Steady:
-    """stderr, where words that cannot be written are lost: a full disk, a terminal or a reader that is gone.
-
-    None of these is a reason to end a run.
-    """
+class _SafeStderr:
+    """stderr that ignores write errors: a full disk or a reader that is gone must not end a run."""
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write text; an error is ignored."""
         with suppress(OSError, ValueError):
             return sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
+        """Flush; an error is ignored."""
         with suppress(OSError, ValueError):
             sys.stderr.flush()
 
@@ -58,34 +55,34 @@ class _Steady:
 
 
 class Display:
-    """What the user sees while something runs. Words that cannot be written are lost, and nothing else is.
+    """Shows messages, tables and progress bars. A message that cannot be written is dropped.
 
     Args:
-        console: where it goes; stderr by default, since stdout belongs to results.
-        pulse: told that the work goes on, with every unit of every bar.
+        console: where output goes; stderr by default, since stdout is for results.
+        heartbeat: heartbeat that every unit of every bar sends; by default nothing is sent.
     """
 
     def __init__(self, console: Console | None = None, heartbeat: Heartbeat | None = None) -> None:
-        self.console = console or Console(file=cast(TextIO, _Steady()), highlight=False, emoji=False)
+        self.console = console or Console(file=cast(TextIO, _SafeStderr()), highlight=False, emoji=False)
         self.heartbeat = heartbeat or Heartbeat()
         self._log: Path | None = None
 
     def log_to(self, path: Path) -> None:
-        """Append everything said from now on to a file, with the time of day."""
+        """Append every message from now on to a file, with date and time."""
         self._log = path
 
     def say(self, text: str, style: str = "") -> None:
-        """Say one line."""
+        """Show one message, and write it to the log."""
         text = sanitize(text)
         self.console.print(text, style=style or None, soft_wrap=True, markup=False)
         self.note(text)
 
     def warn(self, text: str) -> None:
-        """Say one line that should not be missed."""
+        """Show a warning, and write it to the log."""
         self.say(f"warning: {text}", style="yellow")
 
     def note(self, text: str) -> None:
-        """Write to the log only."""
+        """Write a message to the log only."""
         if self._log is None:
             return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -94,12 +91,12 @@ class Display:
                 file.writelines(f"{stamp} {line}\n" for line in sanitize(text).splitlines())
         except OSError as error:
             path, self._log = self._log, None
-            self.warn(f"{path} cannot be written ({error.strerror}); nothing more goes into it")
+            self.warn(f"{path} cannot be written ({error.strerror}); the log ends here")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
     ) -> None:
-        """Show a table; columns named in ``numbers`` are aligned to the right."""
+        """Show a table, and write it to the log; columns named in ``numbers`` are aligned to the right."""
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in columns:
             table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
@@ -111,7 +108,7 @@ class Display:
 
     @contextmanager
     def busy(self, description: str) -> Iterator[None]:
-        """Turn a wheel while the block runs, where nobody can say how long it takes; a terminal only."""
+        """Show a spinner while the block runs, for work of unknown length; on a terminal only."""
         if not self.console.is_terminal:
             yield
             return
@@ -120,35 +117,35 @@ class Display:
 
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:
-        """Draw a bar over ``total`` units while the block runs; a pipe sees nothing of it."""
+        """Draw a progress bar over ``total`` units while the block runs; yield a function to advance it."""
         with self._bar() as progress:
-            task = progress.add_task(description, total=total, words="")
+            task = progress.add_task(description, total=total, text="")
             self.heartbeat.beat()
 
-            def advance(done: int, words: str) -> None:
+            def advance(done: int, text: str) -> None:
                 self.heartbeat.beat()
-                progress.update(task, advance=done, words=words)
+                progress.update(task, advance=done, text=text)
 
             yield advance
 
-    def count(self, description: str) -> AbstractContextManager[Tell]:
-        """Draw a bar while the block runs, which learns on the way how far it is of how much."""
-        return self._told(description, self._bar())
+    def count(self, description: str) -> AbstractContextManager[OnProgress]:
+        """Draw a progress bar while the block runs; its total may become known on the way."""
+        return self._count(description, self._bar())
 
-    def fetch(self, description: str) -> AbstractContextManager[Tell]:
-        """Draw a bar over bytes while the block runs, with their rate; it is told as that of `count` is."""
-        return self._told(description, self._bar(DownloadColumn(), TransferSpeedColumn()))
+    def fetch(self, description: str) -> AbstractContextManager[OnProgress]:
+        """Draw a progress bar over bytes while the block runs, with the transfer rate; used like `count`."""
+        return self._count(description, self._bar(DownloadColumn(), TransferSpeedColumn()))
 
     @contextmanager
-    def _told(self, description: str, bar: Progress) -> Iterator[Tell]:
+    def _count(self, description: str, bar: Progress) -> Iterator[OnProgress]:
         with bar as progress:
-            task = progress.add_task(description, total=None, words="")
+            task = progress.add_task(description, total=None, text="")
 
-            def tell(done: int, total: int) -> None:
+            def on_progress(done: int, total: int) -> None:
                 self.heartbeat.beat()
                 progress.update(task, completed=done, total=total or None)
 
-            yield tell
+            yield on_progress
 
     def _bar(self, *numbers: ProgressColumn) -> Progress:
         columns = (
@@ -157,13 +154,13 @@ class Display:
             TaskProgressColumn(),
             *(numbers or [MofNCompleteColumn()]),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[text]}"),
         )
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
 
 class SilentDisplay(Display):
-    """A display that shows nothing, for use as a library."""
+    """A display that shows nothing, for use of finetune as a library."""
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))

@@ -1,11 +1,12 @@
-"""The processes of one job: who they are, and what they say to each other.
+"""The processes of one job: their ranks, and the communication between them.
 
-Whoever started them (torchrun, ``srun``, Kubeflow's Trainer, Ray Train, ``finetune run --gpus N``) has set
-what torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Every process runs the
-same program, call for call. What one alone can decide, the first one (rank 0) decides for all with
-:meth:`Distributed.share`; it alone writes and speaks.
+A launcher (torchrun, ``srun``, Kubeflow's Trainer, Ray Train, ``finetune run --gpus N``) has started them and
+set the variables that torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Every
+process runs the same program and makes the same calls in the same order. Decisions that only one process can
+make are made by the main process (rank 0) for all, with :meth:`Distributed.share`. Only the main process
+writes files and shows messages.
 
-A process that is alone is a world of its own: nothing is sent, and nothing costs anything.
+For a single process all of this sends nothing and costs nothing.
 """
 
 from __future__ import annotations
@@ -28,62 +29,69 @@ from finetune.system.rank import RankInfo, find_rank
 
 T = TypeVar("T")
 _FAILURE = "finetune/failure"
-_LOOK_SECONDS = 0.05
-_WORDS_SECONDS = 3.0
-"""That a process waits for the words of another one that has just failed."""
-_PLACE = re.compile(r"\[[^\]]*\.(cc|cpp|h):\d+\] ?")
-"""In torch's own sources, at the beginning of its words."""
-_OF_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-"""In the words of torch's plain RuntimeErrors, when another process is gone or does not answer."""
+_POLL_SECONDS = 0.05
+_FAILURE_SECONDS = 3.0
+"""How long a process waits for the reason of another process that has just failed."""
+_SOURCE_LOCATION = re.compile(r"\[[^\]]*\.(cc|cpp|h):\d+\] ?")
+"""The line of torch's C++ source at the beginning of its messages."""
+_PEER_FAILURES = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+)
+"""Fragments of the RuntimeErrors that torch raises when another process is gone or does not answer."""
 
 
 class Distributed:
-    """The processes of a job, or those of them that share a machine.
+    """A group of processes: all processes of a job, or those on one machine.
 
     Args:
-        place: of this process among them.
-        group: of torch.distributed, over sockets; None for a single process.
-        ranks: of its members in the whole job.
-        name: tells its messages from those of other worlds.
-        machine: those that share this machine; None where these are they.
+        rank_info: rank of this process within the group, and the size of the group.
+        group: process group of torch.distributed (gloo); None for a single process.
+        ranks: ranks of the members within the whole job.
+        name: name that keeps the group's keys in the store apart from those of other groups.
+        machine: the processes of the group on this machine; None if the whole group is on one machine.
     """
 
     def __init__(
         self,
-        place: RankInfo | None = None,
+        rank_info: RankInfo | None = None,
         group: Any = None,
         ranks: tuple[int, ...] = (0,),
         name: str = "job",
         machine: Distributed | None = None,
     ) -> None:
-        self.place = place or RankInfo()
+        self.rank_info = rank_info or RankInfo()
         self._group, self._ranks, self._name = group, ranks, name
         self.machine = machine or self
         self._shared = self._merged = 0
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
-        return self.place.rank
+        """Rank of this process, from 0."""
+        return self.rank_info.rank
 
     @property
     def size(self) -> int:
         """Number of processes."""
-        return self.place.size
+        return self.rank_info.size
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that decides, writes and speaks."""
+        """Whether this is the main process (rank 0), which decides, writes files and shows messages."""
         return self.rank == 0
 
-    # --- what one says to all --------------------------------------------------------------------
+    # --- from one process to all -----------------------------------------------------------------
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return what the main process makes, in every process; the others wait for it, however long.
+        """Call ``make`` in the main process, and return its result in every process.
+
+        The other processes wait as long as it takes: no time-out applies.
 
         Raises:
-            FinetuneError: it cannot be made, in every process; or another process has failed.
-            OSError: it cannot be made, in every process.
+            FinetuneError, OSError: ``make`` raised it (in every process), or another process has failed.
         """
         if self.size == 1:
             return make()
@@ -104,27 +112,29 @@ class Distributed:
         return made
 
     def first(self, make: Callable[[], T]) -> T:
-        """Return what each process makes for itself, the main one first: what it fetches is there for all.
+        """Call ``make`` in the main process first, then in all others, and return each process's own result.
+
+        Files that the main process downloads are then there for all.
 
         Raises:
-            FinetuneError: the main process cannot make it.
+            FinetuneError: ``make`` raised it in the main process.
         """
         made: list[T] = []
         self.share(lambda: made.append(make()))
         return made[0] if made else make()
 
     def _wait_for(self, key: str) -> None:
-        """Look for a key again and again: a collective would give up after its time-out."""
-        self._look_until(lambda: bool(self._store().check([key])))
+        """Wait until a key is in the store; a collective would give up after its time-out."""
+        self._poll_until(lambda: bool(self._store().check([key])))
 
-    def _look_until(self, is_there: Callable[[], bool]) -> None:
+    def _poll_until(self, is_done: Callable[[], bool]) -> None:
         with self.translated():
-            while not is_there():
+            while not is_done():
                 if error := self._read_failure():
                     raise error
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
 
-    # --- what all say to one, or to each other ---------------------------------------------------
+    # --- from all processes to one, or to each other ---------------------------------------------
 
     def sum(self, *values: float) -> list[float]:
         """Return the sum over all processes of each value, in every process."""
@@ -135,12 +145,12 @@ class Distributed:
             dist.all_reduce(total, group=self._group)
         return total.tolist()
 
-    def any(self, one: bool) -> bool:
-        """Return whether it is so in any process."""
-        return one if self.size == 1 else self.sum(float(one))[0] > 0
+    def any(self, value: bool) -> bool:
+        """Return, in every process, whether the value is true in any of them."""
+        return value if self.size == 1 else self.sum(float(value))[0] > 0
 
     def collect(self, value: T) -> list[T]:
-        """Return every process's value, by rank, in every process."""
+        """Return the values of all processes, in the order of their ranks, in every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -149,61 +159,61 @@ class Distributed:
         return values
 
     def merge(self, own: Iterator[T]) -> Iterator[T]:
-        """Yield what all processes make, in turns by rank, in the main process; nothing in the others.
+        """Yield the items of all processes in the main process, in turns by rank; nothing in the others.
 
-        Item ``i`` of the whole is made by process ``i`` modulo the size. An error of any of them is raised in
-        the main process, after all others have ended.
+        Item ``i`` of the result comes from rank ``i % size``. An error of any process is raised in the main
+        process, after all others have ended.
         """
         if self.size == 1:
             yield from own
             return
         self._merged += 1
-        enough = f"finetune/{self._name}/enough/{self._merged}"
+        stop_key = f"finetune/{self._name}/enough/{self._merged}"
         if self.is_main:
-            yield from self._receive_turns(own, enough)
+            yield from self._receive_turns(own, stop_key)
         else:
-            self._send_all(own, enough)
+            self._send_all(own, stop_key)
 
-    def _send_all(self, own: Iterator[T], enough: str) -> None:
+    def _send_all(self, own: Iterator[T], stop_key: str) -> None:
         try:
             for item in own:
                 self._send(("item", item))
-                if self._store().check([enough]):
+                if self._store().check([stop_key]):
                     break
             self._send(("end", None))
         except (FinetuneError, OSError) as error:
             self._send(("error", error))
 
-    def _receive_turns(self, own: Iterator[T], enough: str) -> Iterator[T]:
-        left = set(range(1, self.size))
+    def _receive_turns(self, own: Iterator[T], stop_key: str) -> Iterator[T]:
+        open_ranks = set(range(1, self.size))
         try:
             for item in own:
                 yield item
-                for rank in sorted(left):
-                    yield from self._receive(rank, left)
-            for rank in sorted(left):  # one more than here, where the last turn was not whole
-                yield from self._receive(rank, left)
+                for rank in sorted(open_ranks):
+                    yield from self._receive(rank, open_ranks)
+            for rank in sorted(open_ranks):  # an incomplete last turn: lower ranks have one more item
+                yield from self._receive(rank, open_ranks)
         finally:
-            if left:  # whoever stops listening tells the others, and lets them come to their end
-                self._store().set(enough, "1")
-            while left:
-                for rank in sorted(left):
+            if open_ranks:  # the caller stops early: tell the others to stop, and drain what they still send
+                self._store().set(stop_key, "1")
+            while open_ranks:
+                for rank in sorted(open_ranks):
                     with suppress(FinetuneError, OSError):
-                        list(self._receive(rank, left))
+                        list(self._receive(rank, open_ranks))
 
-    def _receive(self, rank: int, left: set[int]) -> Iterator[Any]:
+    def _receive(self, rank: int, open_ranks: set[int]) -> Iterator[Any]:
         box: list[Any] = [None]
         try:
             with self.translated():
                 dist.recv_object_list(box, src=self._ranks[rank], group=self._group)
         except BaseException:
-            left.clear()
+            open_ranks.clear()
             raise
         kind, content = box[0]
         if kind == "item":
             yield content
             return
-        left.discard(rank)
+        open_ranks.discard(rank)
         if kind == "error":
             raise content
 
@@ -212,22 +222,22 @@ class Distributed:
             dist.send_object_list([message], dst=self._ranks[0], group=self._group)
 
     def wait(self) -> None:
-        """Wait until every process is here, however long that takes."""
+        """Wait until every process has made this call; no time-out applies."""
         if self.size == 1:
             return
         self._shared += 1
         key = f"finetune/{self._name}/{self._shared}"
         with self.translated():
             self._store().add(key, 1)
-        self._look_until(lambda: self._store().add(key, 0) >= self.size)
+        self._poll_until(lambda: self._store().add(key, 0) >= self.size)
 
-    # --- when one of them fails ------------------------------------------------------------------
+    # --- when a process fails --------------------------------------------------------------------
 
     def publish(self, error: FinetuneError) -> None:
-        """Tell the others why this process ends, so that all do for the same reason; the first one counts."""
+        """Store why this process fails, so that the others end for the same reason; the first one counts."""
         if self.size == 1:
             return
-        words = {
+        failure = {
             "rank": dist.get_rank(),
             "asked": error.asked,
             "found": error.found,
@@ -235,40 +245,45 @@ class Distributed:
             "code": int(error.exit_code),
             "lost": isinstance(error, LostProcessError),
         }
-        with suppress(RuntimeError):  # a store that is gone has no readers
-            self._store().compare_set(_FAILURE, "", json.dumps(words))
+        with suppress(RuntimeError):  # the process that holds the store has ended
+            self._store().compare_set(_FAILURE, "", json.dumps(failure))
 
     @contextmanager
     def translated(self) -> Iterator[None]:
-        """Turn torch's words for a process that is gone into what that process said, or into a refusal."""
+        """Turn torch's error for a lost process into the error that this process published, if it did.
+
+        Raises:
+            FinetuneError: another process has published it.
+            LostProcessError: another process has ended without a reason, or does not answer.
+        """
         try:
             yield
         except RuntimeError as error:
-            if not is_of_peers(error):
+            if not is_peer_failure(error):
                 raise
-            said = " ".join(_PLACE.sub("", str(error)).split())
+            message = " ".join(_SOURCE_LOCATION.sub("", str(error)).split())
         else:
             return
-        raise self.find_failure(said) from None
+        raise self.find_failure(message) from None
 
-    def find_failure(self, said: str) -> FinetuneError:
-        """Return why another process has ended: in its words, or where it has left none, as a loss.
+    def find_failure(self, message: str) -> FinetuneError:
+        """Return why another process has ended: the error it published, or else a LostProcessError.
 
         Args:
-            said: by torch, of a process that does not answer.
+            message: torch's message about a process that does not answer.
         """
-        deadline = time.monotonic() + _WORDS_SECONDS
+        deadline = time.monotonic() + _FAILURE_SECONDS
         with suppress(RuntimeError):
             while time.monotonic() < deadline:
                 if error := self._read_failure():
                     return error
-                time.sleep(_LOOK_SECONDS)
-        found = f"another process of it has ended, or does not answer ({said[:160]})"
-        return LostProcessError(f"process {self.rank} of {self.size}", found, _AGAIN)
+                time.sleep(_POLL_SECONDS)
+        found = f"another process of the job has ended or does not answer ({message[:160]})"
+        return LostProcessError(f"process {self.rank} of {self.size}", found, _RESUME)
 
     def read_failure(self) -> FinetuneError | None:
-        """Return why another process has ended, where it has said so."""
-        with suppress(RuntimeError):  # a store that is gone says nothing
+        """Return the error that another process has published; None if there is none."""
+        with suppress(RuntimeError):  # the process that holds the store has ended
             return self._read_failure()
         return None
 
@@ -278,12 +293,12 @@ class Distributed:
         store = self._store()
         if not store.check([_FAILURE]):
             return None
-        words = json.loads(store.get(_FAILURE))
-        if words["rank"] == dist.get_rank():
+        failure = json.loads(store.get(_FAILURE))
+        if failure["rank"] == dist.get_rank():
             return None
-        kind = LostProcessError if words["lost"] else FinetuneError
-        error = kind(f"process {words['rank']}, {words['asked']}", words["found"], words["fix"])
-        error.exit_code = ExitCode(words["code"])
+        kind = LostProcessError if failure["lost"] else FinetuneError
+        error = kind(f"process {failure['rank']}, {failure['asked']}", failure["found"], failure["fix"])
+        error.exit_code = ExitCode(failure["code"])
         return error
 
     def _store(self) -> Any:
@@ -294,93 +309,95 @@ def _made_or_failed(make: Callable[[], Any]) -> list[Any]:
     try:
         return [make(), None]
     except LostProcessError:
-        raise  # there may be nobody left to tell
+        raise  # the other processes may be gone, so it cannot be sent to them
     except (FinetuneError, OSError) as error:
         return [None, error]
 
 
-_AGAIN = "Give the same command again, with the same --output, to go on."
+_RESUME = "Give the same command again, with the same --output, to resume."
 SINGLE_PROCESS = Distributed()
-"""The world of a process that is alone."""
+"""A job of a single process."""
 
 
-def is_of_peers(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Return whether an error says that another process is gone or does not answer."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_PEERS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_FAILURES)
 
 
 def join_distributed(device: str, timeout: float) -> Distributed:
-    """Join the processes that a launcher has started; a world of one where there is no launcher.
+    """Connect the processes that a launcher has started; :data:`SINGLE_PROCESS` if there is no launcher.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        timeout: seconds that a process may let the others wait.
+        timeout: time-out of collectives, in seconds.
 
     Raises:
-        UsageError: the launcher contradicts itself, or a single device is named for several processes.
+        UsageError: the launcher's variables contradict each other, or one device is named for several
+            processes.
         EnvironmentFaultError: there are fewer GPUs than processes.
-        LostProcessError: the others cannot be reached, or have not come in time.
+        LostProcessError: the other processes cannot be reached, or have not connected in time.
     """
-    place = find_rank()
-    if place is None or place.size == 1:
+    rank_info = find_rank()
+    if rank_info is None or rank_info.size == 1:
         return SINGLE_PROCESS
     if ":" in device:
-        fix = "Take --device cuda: each process takes a GPU of its own."
-        raise UsageError(f"--device {device}", f"there are {place.size} processes", fix)
+        fix = "Take --device cuda: each process uses its own GPU."
+        raise UsageError(f"--device {device}", f"there are {rank_info.size} processes", fix)
     limit, on_gpu = timedelta(seconds=timeout), device != "cpu" and torch.cuda.is_available()
     if not dist.is_initialized():
-        _connect(place, on_gpu, limit)
+        _connect(rank_info, on_gpu, limit)
     group: Any = dist.new_group(backend="gloo", timeout=limit)
-    everybody = tuple(range(place.size))
-    found: list[Any] = [None] * place.size
-    gpu = str(torch.cuda.get_device_properties(choose_device(place)).uuid) if on_gpu else ""
+    all_ranks = tuple(range(rank_info.size))
+    found: list[Any] = [None] * rank_info.size
+    gpu = str(torch.cuda.get_device_properties(choose_device(rank_info)).uuid) if on_gpu else ""
     dist.all_gather_object(found, (socket.gethostname(), gpu), group=group)
-    if on_gpu and len(set(found)) < place.size:  # NCCL would say so later, in words of its own
-        shown = f"{place.size} processes have {len(set(found))} GPUs between them"
-        raise EnvironmentFaultError("a GPU for each process", shown, "Start fewer, or take --device cpu.")
+    if on_gpu and len(set(found)) < rank_info.size:  # NCCL would fail later, with a less clear message
+        shown = f"{rank_info.size} processes share {len(set(found))} GPUs"
+        fix = "Start fewer processes, or take --device cpu."
+        raise EnvironmentFaultError("a GPU for each process", shown, fix)
     hosts = [host for host, _ in found]
-    machines = {host: tuple(rank for rank in everybody if hosts[rank] == host) for host in hosts}
+    machines = {host: tuple(rank for rank in all_ranks if hosts[rank] == host) for host in hosts}
     if len(machines) == 1:
-        return Distributed(place, group, everybody)
-    # Every process makes every group, in the same order: torch wants it so.
+        return Distributed(rank_info, group, all_ranks)
+    # torch requires every process to make every group, in the same order.
     groups = {host: dist.new_group(list(ranks), limit, "gloo") for host, ranks in machines.items()}
-    host = hosts[place.rank]
+    host = hosts[rank_info.rank]
     ranks = machines[host]
-    here = RankInfo(ranks.index(place.rank), len(ranks), place.local_rank, len(ranks))
+    here = RankInfo(ranks.index(rank_info.rank), len(ranks), rank_info.local_rank, len(ranks))
     return Distributed(
-        place, group, everybody, machine=Distributed(here, groups[host], ranks, f"machine-{host}")
+        rank_info, group, all_ranks, machine=Distributed(here, groups[host], ranks, f"machine-{host}")
     )
 
 
-def _connect(place: RankInfo, on_gpu: bool, timeout: timedelta) -> None:
+def _connect(rank_info: RankInfo, on_gpu: bool, timeout: timedelta) -> None:
     if on_gpu:
-        torch.cuda.set_device(choose_device(place))
+        torch.cuda.set_device(choose_device(rank_info))
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        said = " ".join(str(error).split())[:200]
-        fix = "Look whether the machines reach each other by that address; then start the job again."
-        raise LostProcessError(f"joining {place.size} processes at {where}", said, fix) from None
+        message = " ".join(str(error).split())[:200]
+        fix = "Check that the machines can reach each other at that address; then start the job again."
+        raise LostProcessError(f"connecting {rank_info.size} processes at {where}", message, fix) from None
 
 
-def choose_device(place: RankInfo) -> int:
-    """Return the index of the GPU of a process: its own, or the only one that its launcher lets it see.
+def choose_device(rank_info: RankInfo) -> int:
+    """Return the index of a process's GPU: its local rank, or 0 if its launcher shows it a single GPU.
 
     Raises:
         EnvironmentFaultError: there are fewer GPUs than processes.
     """
     count = torch.cuda.device_count()
-    if count != 1 and place.local_rank >= count:
-        found = f"this machine shows {count} CUDA devices, and {place.local_size} processes share it"
+    if count != 1 and rank_info.local_rank >= count:
+        found = f"this machine has {count} CUDA devices for {rank_info.local_size} processes"
         raise EnvironmentFaultError("a GPU for each process", found, "Start fewer processes: --gpus N.")
-    return 0 if count == 1 else place.local_rank
+    return 0 if count == 1 else rank_info.local_rank
 
 
 def leave_distributed(distributed: Distributed) -> None:
-    """Close the connections of a process that is done, as far as they are still there."""
+    """Close the connections to the other processes, if they are still open."""
     if distributed.size > 1 and dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()

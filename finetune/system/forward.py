@@ -1,4 +1,4 @@
-"""Run a forward pass: mixed precision, and smaller parts of a batch where memory runs out."""
+"""Run a forward pass: mixed precision, and smaller chunks of a batch after memory has run out."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ from torch import Tensor
 from finetune.system.device import DTYPES, Precision, is_out_of_memory, release_memory
 
 
-class InParts:
-    """Runs a forward without gradients, in smaller parts from where memory ran out.
+class ChunkedForward:
+    """A forward pass without gradients that halves its chunks of a batch whenever memory runs out.
 
-    In eval mode parts change nothing.
+    The network must be in eval mode, where chunks do not change the result.
 
     Args:
-        forward: (B, ...) -> (B, ...).
-        most: that go through at a time from the start; 0 takes all.
+        forward: function (B, ...) -> (B, ...).
+        chunk_size: largest number of images in a chunk at the start; 0 takes the whole batch.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], most: int = 0) -> None:
-        self.forward, self._most = forward, most
+    def __init__(self, forward: Callable[[Tensor], Tensor], chunk_size: int = 0) -> None:
+        self.forward, self._chunk_size = forward, chunk_size
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return what the forward makes of a batch; one image too many raises its error."""
-        logits: list[Tensor] = []
+        """Return the output for a batch.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: memory runs out for a single image.
+        """
+        outputs: list[Tensor] = []
         done = 0
         while done < len(images):
-            part = images[done : done + (self._most or len(images))]
+            chunk = images[done : done + (self._chunk_size or len(images))]
             try:
-                logits.append(self.forward(part))
+                outputs.append(self.forward(chunk))
             except Exception as error:
-                if len(part) == 1 or not is_out_of_memory(error):
+                if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
             else:
-                done += len(part)
+                done += len(chunk)
                 continue
-            self._most = -(-len(part) // 2)
+            self._chunk_size = -(-len(chunk) // 2)
             release_memory()
-        return torch.cat(logits)
+        return torch.cat(outputs)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

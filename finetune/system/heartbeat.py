@@ -1,7 +1,7 @@
-"""Signs of life, from the process that works to the one that watches over it.
+"""Heartbeats, sent by the process that works to its supervisor.
 
-Everything that draws a bar gives a sign with every unit that is done. Lines of JSON go through a pipe whose
-number the parent gives in an environment variable; without it, nothing is sent.
+Every progress bar sends a heartbeat with each unit of work. Heartbeats are lines of JSON, written to a pipe
+whose file descriptor the parent names in an environment variable; without that variable nothing is sent.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 
 VARIABLE = "FINETUNE_PULSE"
 INTERVAL = 0.2
+"""Shortest time between two heartbeats, in seconds."""
 
 
 class Heartbeat:
-    """The working side.
+    """The sending side of the heartbeat.
 
     Args:
-        descriptor: of the pipe's writing end (:func:`find_parent`); None sends nothing.
+        descriptor: file descriptor of the pipe's writing end (:func:`find_parent`); None sends nothing.
 
     Attributes:
-        step: of training that was reached, for the outcome.
+        step: the training step that was reached; the outcome records it.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
@@ -31,26 +32,26 @@ class Heartbeat:
         self.step = 0
         self._last = -INTERVAL
         if descriptor is not None:
-            os.set_blocking(descriptor, False)  # a parent that was stopped must not stop its child
+            os.set_blocking(descriptor, False)  # a suspended parent must not block its child
 
     def beat(self) -> None:
-        """Give a sign of life, a few times a second at most."""
+        """Send a heartbeat, unless the last one was sent less than :data:`INTERVAL` seconds ago."""
         now = time.monotonic()
         if now - self._last >= INTERVAL:
             self._last = now
-            self.tell({"step": self.step})
+            self.send({"step": self.step})
 
-    def tell(self, facts: dict[str, Any]) -> None:
-        """Send facts to the parent."""
+    def send(self, facts: dict[str, Any]) -> None:
+        """Send facts, such as ``{"step": 12}``, to the parent."""
         if self._descriptor is not None:
-            with suppress(OSError):  # a full pipe holds signs enough, and a dead parent needs none
+            with suppress(OSError):  # the pipe is full of unread heartbeats, or the parent has ended
                 os.write(self._descriptor, json.dumps(facts).encode() + b"\n")
 
 
 def find_parent() -> tuple[int, int] | None:
-    """Return the pipe's writing end and the process that this one works for; None where nobody watches.
+    """Return the descriptor of the pipe's writing end and the parent's process id; None without a supervisor.
 
-    The end is a number where it was handed down, and a path where a launcher stands in between.
+    The variable holds a descriptor that was inherited, or a path if a launcher runs between the two.
     """
     end, _, process = os.environ.get(VARIABLE, "").partition(":")
     if not process.isdecimal():

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: at once where nothing is lost, after the step where training would be.
+"""Stop on Ctrl-C and SIGTERM: after the current step while training, at once everywhere else.
 
-And no process outlives the one that it works for.
+:func:`end_with_parent` makes sure that no process outlives its parent.
 """
 
 from __future__ import annotations
@@ -18,26 +18,30 @@ from types import FrameType
 from typing import Any
 
 ECHO = 0.5
-"""Seconds in which a signal that comes again is the same one."""
+"""Seconds within which a repeated signal counts as the same one."""
 
 
 def signals_to_stop() -> list[signal.Signals]:
-    """Return the signals that ask a process to stop; SIGHUP is none of them under nohup."""
+    """Return the signals that ask a process to stop: SIGINT, SIGTERM and, except under nohup, SIGHUP."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 class StopSignal:
-    """Notes the signals that ask a process to stop.
+    """Handles the signals that ask a process to stop.
 
     Inside :meth:`gently` the first signal only sets :attr:`asked`, so that the step can be finished and
-    saved; the second, and any signal outside, raises KeyboardInterrupt at once. Batch systems send the same
-    signal to every process of a job, and the parent passes its own on: two within half a second are one.
-    Handlers belong to the main thread: elsewhere this does nothing.
+    saved; a second signal, and any signal outside, raises KeyboardInterrupt at once. Batch systems send the
+    same signal to every process of a job, and the supervisor forwards its own as well, so two signals within
+    half a second count as one. Python handles signals in the main thread only: in other threads this class
+    does nothing.
 
     Args:
-        gentle: the first signal only sets :attr:`asked`, outside :meth:`gently` as well. For the processes of
-            a job that wait for its main one, which gets the same signal and says why all of them stop.
+        gentle: whether the first signal only sets :attr:`asked` outside :meth:`gently` as well. Used for
+            ranks other than 0: rank 0 gets the same signal and tells them when to stop.
+
+    Attributes:
+        asked: whether a signal has asked the process to stop.
     """
 
     def __init__(self, gentle: bool = False) -> None:
@@ -53,7 +57,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():  # None: it was not Python's, and cannot be put back
+        for number, handler in self._before.items():  # None: not a Python handler, it cannot be restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signal module's shape
@@ -66,7 +70,7 @@ class StopSignal:
 
     @contextmanager
     def gently(self) -> Iterator[None]:
-        """Let the block end in its own time."""
+        """Let the block finish: the first signal only sets :attr:`asked`."""
         before, self._gentle = self._gentle, True
         try:
             yield
@@ -78,12 +82,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process as soon as its parent is gone, however that ended (Linux only).
+    """Let the kernel kill this process when its parent ends for any reason (Linux only).
 
-    A decoding process that is left over would hold memory, and a training process the run's lock.
+    Otherwise a decoding process would keep its memory, and a training process the lock of the run folder.
 
     Args:
-        parent: the parent's process number; it may have ended already.
+        parent: process id of the parent; it may have ended already.
     """
     if not sys.platform.startswith("linux"):
         return

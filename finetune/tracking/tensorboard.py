@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from finetune.tracking.tracker import EPOCH_FIGURES, End, Subject
+from finetune.tracking.tracker import EPOCH_METRICS, End, TrackedRun
 
 
 class TensorBoard:
@@ -24,21 +24,21 @@ class TensorBoard:
 
     run_id = ""
 
-    def __init__(self, subject: Subject, run_id: str) -> None:
+    def __init__(self, run_info: TrackedRun, run_id: str) -> None:
         del run_id  # the folder is the run
-        folder = subject.home / "tensorboard"
+        folder = run_info.home / "tensorboard"
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.getpid()}"  # readers sort by name
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
-        for tag, text in (("recipe", subject.recipe), ("folder", subject.folder)):
+        for tag, text in (("recipe", run_info.recipe), ("folder", run_info.folder)):
             block = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown shows it as it is
             self._write(summary=text_pb(tag, block))
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
         """Write one row of the history."""
-        self._scalars({name: row[name] for name in EPOCH_FIGURES}, int(row["epoch"]))
+        self._scalars({name: row[name] for name in EPOCH_METRICS}, int(row["epoch"]))
 
     def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
         """Write the final figures under ``final/``."""

@@ -13,14 +13,14 @@ from finetune.recipe import Recipe, flatten
 PROJECT = "finetune"
 """Project or experiment of runs for which the tracker's own variable names none."""
 
-EPOCH_FIGURES = ("train_loss", "eval_loss", "eval_accuracy", "lr", "images_per_second")
+EPOCH_METRICS = ("train_loss", "eval_loss", "eval_accuracy", "lr", "images_per_second")
 """Columns of ``history.csv`` that trackers are told, with the epoch as the step."""
 
 End = Literal["done", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrackedRun:
     """The run that a tracker is told of.
 
     Attributes:
@@ -55,12 +55,12 @@ class Tracker(Protocol):
         """Write what is left, and say how the run ended."""
 
 
-def describe_run(recipe: Recipe, folder: Path) -> Subject:
+def describe_run(recipe: Recipe, folder: Path) -> TrackedRun:
     """Return what trackers are told of a run before it begins: nothing that is secret."""
     path = folder.absolute()
     settings = {key: _clean(value) for key, value in flatten(recipe.to_dict())}
     lines = [sanitize(line) for line in recipe.to_yaml().splitlines()]  # which escapes a line end, too
-    return Subject(
+    return TrackedRun(
         sanitize(path.name), sanitize(str(path)), path / "tracking", settings, "\n".join(lines) + "\n"
     )
 
@@ -69,7 +69,7 @@ def _clean(value: Any) -> Any:
     return sanitize(value) if isinstance(value, str) else value
 
 
-def pick_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of ``metrics.json`` by dotted key: no lists, no truth values, nothing undefined."""
     return dict(_numbers(metrics, ""))
 

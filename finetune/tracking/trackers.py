@@ -20,7 +20,7 @@ from finetune.recipe import Recipe, TrackerName
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
-from finetune.tracking.tracker import End, Tracker, describe_run, pick_figures
+from finetune.tracking.tracker import End, Tracker, describe_run, flatten_metrics
 
 CLIENTS: dict[TrackerName, str] = {
     "tensorboard": "finetune.tracking.tensorboard.TensorBoard",
@@ -31,7 +31,7 @@ CLIENTS: dict[TrackerName, str] = {
 
 
 @dataclass
-class Told:
+class TrackerState:
     """What a tracker knows.
 
     Attributes:
@@ -75,7 +75,7 @@ class Trackers:
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
         self._recipe, self._folder, self._display = recipe, folder, display
         self._open: dict[TrackerName, Tracker] = {}
-        self._told: dict[str, Told] = {}
+        self._told: dict[str, TrackerState] = {}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -109,7 +109,7 @@ class Trackers:
         """Tell the numbers of ``metrics.json``."""
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
-                tracker.log_final(pick_figures(metrics), metrics["epochs"])
+                tracker.log_final(flatten_metrics(metrics), metrics["epochs"])
 
     def _begin(self) -> None:
         names = dict.fromkeys(self._recipe.tracking.to)
@@ -119,7 +119,7 @@ class Trackers:
         self._told = self._read()
         for name in names:
             with self._guarded(name):
-                told = self._told.setdefault(name, Told())
+                told = self._told.setdefault(name, TrackerState())
                 subject.home.mkdir(exist_ok=True)
                 self._open[name] = _find_client(name)(subject, told.run_id)
                 told.run_id = self._open[name].run_id
@@ -145,10 +145,12 @@ class Trackers:
     def _note(self) -> None:
         write_json(self._notes, {name: asdict(told) for name, told in self._told.items()})
 
-    def _read(self) -> dict[str, Told]:
+    def _read(self) -> dict[str, TrackerState]:
         """Return what an earlier attempt noted; nothing where that is damaged."""
         try:
             content = json.loads(self._notes.read_text(encoding="utf-8"))
-            return {str(n): Told(str(told["run_id"]), int(told["epoch"])) for n, told in content.items()}
+            return {
+                str(n): TrackerState(str(told["run_id"]), int(told["epoch"])) for n, told in content.items()
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}

@@ -14,7 +14,7 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while it is impo
 
 import wandb
 
-from finetune.tracking.tracker import EPOCH_FIGURES, PROJECT, End, Subject
+from finetune.tracking.tracker import EPOCH_METRICS, PROJECT, End, TrackedRun
 
 PATIENCE = 30.0
 """Seconds that a server has to answer before the run goes on without it."""
@@ -23,15 +23,15 @@ PATIENCE = 30.0
 class WeightsAndBiases:
     """Logs scalars by epoch, the recipe as configuration, and the final figures as summary."""
 
-    def __init__(self, subject: Subject, run_id: str) -> None:
-        subject.home.mkdir(exist_ok=True)  # or it would write to the system's temporary folder
+    def __init__(self, run_info: TrackedRun, run_id: str) -> None:
+        run_info.home.mkdir(exist_ok=True)  # or it would write to the system's temporary folder
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=os.environ.get("WANDB_NAME", subject.name),
+            name=os.environ.get("WANDB_NAME", run_info.name),
             id=run_id or secrets.token_hex(4),
             resume="allow",
-            dir=os.environ.get("WANDB_DIR", str(subject.home)),
-            config=dict(subject.settings) | {"run_folder": subject.folder},
+            dir=os.environ.get("WANDB_DIR", str(run_info.home)),
+            config=dict(run_info.settings) | {"run_folder": run_info.folder},
             settings=_settings(),
         )
 
@@ -42,7 +42,7 @@ class WeightsAndBiases:
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
         """Log one row of the history."""
-        self._run.log({name: row[name] for name in EPOCH_FIGURES}, step=int(row["epoch"]))
+        self._run.log({name: row[name] for name in EPOCH_METRICS}, step=int(row["epoch"]))
 
     def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
         """Put the final figures into the summary, under ``final/``."""

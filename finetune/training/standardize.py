@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from finetune.data.feed import BatchLoader
 from finetune.system.device import Precision, seed_everything
 from finetune.system.display import Advance
-from finetune.system.forward import InParts, autocast
+from finetune.system.forward import ChunkedForward, autocast
 from finetune.training.step import is_learnable
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.recorder import observe_calls
@@ -59,7 +59,7 @@ def measure_features(
     precision: Precision,
     seed: int,
     advance: Advance,
-    in_parts: InParts | None = None,
+    in_parts: ChunkedForward | None = None,
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 256 training images.
 
@@ -72,7 +72,7 @@ def measure_features(
     names = {layer: name for name, layer in network.named_modules()}
     # Without a bias there is nothing to fold a mean into (torchvision's own MaxViT classifier).
     layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
-    device, forward = feed.placement.device, in_parts or InParts(network)
+    device, forward = feed.placement.device, in_parts or ChunkedForward(network)
     with (
         _kept_buffers(network),
         _recorded_inputs(layers) as inputs,

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.feed import BatchLoader
 from finetune.errors import EnvironmentFaultError
-from finetune.system.device import compute_part_size, is_out_of_memory
+from finetune.system.device import compute_chunk_size, is_out_of_memory
 from finetune.system.display import Display
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
@@ -63,7 +63,7 @@ def choose_microbatch(task: Task) -> int:
     at_work = [module for module in task.network.modules() if module.training]
     if any(isinstance(module, _BatchNorm) or _drops(module) for module in at_work):
         return 0
-    size = compute_part_size(*feed.input_size[1:])
+    size = compute_chunk_size(*feed.input_size[1:])
     return size if size < feed.batch_size else 0
 
 

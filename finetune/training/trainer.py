@@ -43,7 +43,7 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.system.forward import InParts
+from finetune.system.forward import ChunkedForward
 from finetune.targets import compute_monitored
 from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
@@ -132,7 +132,7 @@ class Trainer:
         network, loader = self.task.network, self.task.train
         set_train_mode(network, self.phase.plan)
         with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
-            parts = InParts(self.task.forward(network), self.progress.microbatch)
+            parts = ChunkedForward(self.task.forward(network), self.progress.microbatch)
             return measure_features(network, loader, self.precision, self.seed, advance, parts)
 
     @property
@@ -390,8 +390,8 @@ class Trainer:
         """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
         now = self._take() if self.progress.batch and self.state.is_finite() else self._epoch_start
         if self.distributed.is_main:
-            self.display.heartbeat.tell({"saving": True})
+            self.display.heartbeat.send({"saving": True})
             self.store.save(Checkpoint(now, self._epoch_start, self._best))
-            self.display.heartbeat.tell({"saving": False})
+            self.display.heartbeat.send({"saving": False})
         self.pace.wrote(self.store.seconds)
         self._saved = now

@@ -18,7 +18,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keep() -> BlockFile:
-    file = BlockFile(FeatureCacheDir().place(FACTS), FACTS, 1)
+    file = BlockFile(FeatureCacheDir().path_for(FACTS), FACTS, 1)
     file.append(bytes(2_500_000))
     return file
 

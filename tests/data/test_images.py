@@ -207,7 +207,7 @@ def test_the_file_depends_on_images_order_view_and_versions(
     view, fixed = view_of("light"), view_of("none")
 
     def place(view: Transform = view, order: int = 1, **changed: str) -> Path:
-        return FeatureCacheDir().place(images_module._describe(samples[::order], digests | changed, view))
+        return FeatureCacheDir().path_for(images_module._describe(samples[::order], digests | changed, view))
 
     border = replace(fixed, preprocessing=replace(fixed.preprocessing, crop_mode="border"))
     places = [

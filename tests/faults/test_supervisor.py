@@ -27,7 +27,7 @@ from finetune.system.signals import end_with_parent
 
 descriptor, parent = find_parent()
 end_with_parent(parent)
-pulse = Heartbeat(descriptor)
+heartbeat = Heartbeat(descriptor)
 folder = Path({folder!r})
 starts = folder / "starts"
 number = len(starts.read_text().splitlines()) if starts.exists() else 0
@@ -35,13 +35,13 @@ with starts.open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 
 def claim(attempt=1):
-    pulse.tell({{"folder": str(folder)}})
+    heartbeat.send({{"folder": str(folder)}})
     RunFolder(folder).write_outcome(Outcome("running", "x", attempt=attempt))
-    pulse.tell({{"attempt": attempt}})
+    heartbeat.send({{"attempt": attempt}})
 
 def step(number):
-    pulse.step = number
-    pulse.tell({{"step": number}})
+    heartbeat.step = number
+    heartbeat.send({{"step": number}})
 
 def kill(number):
     os.kill(os.getpid(), number)
@@ -157,7 +157,7 @@ def test_a_hang_for_ever_is_given_up(trial: Start) -> None:
 
 
 def test_signs_of_life_are_heard(trial: Start) -> None:
-    one = trial("claim()\nfor number in range(10): time.sleep(0.3); pulse.beat()", stall_timeout=1.5)
+    one = trial("claim()\nfor number in range(10): time.sleep(0.3); heartbeat.beat()", stall_timeout=1.5)
     assert one.run() == 0
     assert len(one.starts) == 1
 
@@ -214,22 +214,22 @@ def leave(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, leave)
 claim()
-while True: time.sleep(0.05); pulse.beat()
+while True: time.sleep(0.05); heartbeat.beat()
 """
 SLOW = """
 def save(*_):
-    pulse.tell({"saving": True})
+    heartbeat.send({"saving": True})
     time.sleep(3)
-    pulse.tell({"saving": False})
+    heartbeat.send({"saving": False})
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 claim()
-while True: time.sleep(0.05); pulse.beat()
+while True: time.sleep(0.05); heartbeat.beat()
 """
 DEAF = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 claim()
-while True: time.sleep(0.05); pulse.beat()
+while True: time.sleep(0.05); heartbeat.beat()
 """
 
 

@@ -63,7 +63,7 @@ def test_buckets_are_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert platform is not None
     assert platform.output == tmp_path / "bucket/job/checkpoints/run"
     assert platform.model == tmp_path / "bucket/job/model"
-    assert platform.boards == tmp_path / "bucket/job/logs"
+    assert platform.tensorboard == tmp_path / "bucket/job/logs"
     assert not any(tmp_path.iterdir()), "to look changes nothing"
     platform = find_vertex()
     assert platform is not None and platform.model == Path("/gcs/bucket/job/model")

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 import pretrained.catalog
 from finetune.errors import UsageError
 from finetune.recipe import (
-    Facts,
+    AutoValues,
     HeadChoice,
     Precision,
     Recipe,
@@ -667,7 +667,7 @@ PREPROCESSING: dict[str, Any] = {
 }
 
 
-def facts(**changes: Any) -> Facts:
+def facts(**changes: Any) -> AutoValues:
     values = {
         "device": "cuda:1",
         "precision": "bfloat16",
@@ -676,7 +676,7 @@ def facts(**changes: Any) -> Facts:
         "num_train": 5_000,
         "preprocessing": PREPROCESSING,
     }
-    return Facts(**values | changes)
+    return AutoValues(**values | changes)
 
 
 def test_every_auto_is_decided() -> None:

@@ -10,7 +10,7 @@ import pytest
 from finetune.report.facts import Facts
 from finetune.report.next_steps import suggest_steps
 from finetune.runs.folder import RunFolder
-from finetune.runs.reader import Prediction
+from finetune.runs.reader import PredictionRow
 
 QUIET: dict[str, Any] = {
     "num_samples": 2000, "split_chose_checkpoint": False, "best_epoch": 3, "epochs": 5,
@@ -43,7 +43,7 @@ WEAK = tuple(
 )
 FINDINGS = [{"severity": one, "message": "odd"} for one in ("error", "warning", "note")]
 APART = tuple({**row, "train_loss": 0.1, "eval_loss": 0.8} for row in HISTORY)
-SURE = tuple(Prediction("x", "a", "b", 0.97) for _ in range(4))
+SURE = tuple(PredictionRow("x", "a", "b", 0.97) for _ in range(4))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_eight_mistakes_are_needed_to_speak_of_a_pair() -> None:
 
 @pytest.mark.parametrize("part", ["train", "all", None])
 def test_judged_images_are_no_training_images(part: str | None) -> None:
-    few = tuple(Prediction("x", name, name, 0.6) for name in "aaaaaab")
+    few = tuple(PredictionRow("x", name, name, 0.6) for name in "aaaaaab")
     assert suggest_steps(facts({"split": part}, split=(), predictions=few)) == []
 
 

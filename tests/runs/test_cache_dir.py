@@ -12,7 +12,7 @@ from finetune.runs.cache_dir import FeatureCacheDir, cache_folder
 
 def keep(cache_dir: FeatureCacheDir, name: str, num_bytes: int, used: float) -> Path:
     facts = {"kind": "test", "name": name}
-    path = cache_dir.place(facts)
+    path = cache_dir.path_for(facts)
     file = BlockFile(path, facts, 1)
     file.append(bytes(num_bytes))
     file.close()
@@ -27,9 +27,9 @@ def cache_dir(tmp_path: Path) -> FeatureCacheDir:
 
 def test_the_place_depends_on_every_fact(cache_dir: FeatureCacheDir) -> None:
     facts = {"kind": "test", "weights": "a", "images": 3}
-    assert cache_dir.place(facts) == cache_dir.place(dict(reversed(facts.items())))
-    assert len({cache_dir.place(facts | {key: "other"}) for key in ("weights", "images")}) == 2
-    assert cache_dir.place(facts).name.startswith("test-")
+    assert cache_dir.path_for(facts) == cache_dir.path_for(dict(reversed(facts.items())))
+    assert len({cache_dir.path_for(facts | {key: "other"}) for key in ("weights", "images")}) == 2
+    assert cache_dir.path_for(facts).name.startswith("test-")
 
 
 def test_the_longest_unused_makes_room(cache_dir: FeatureCacheDir) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import DiskError, DivergedError, ExitCode, FinetuneError, TakenOverError, UsageError
-from finetune.recipe import Facts, Recipe, load_recipe, resolve_recipe
+from finetune.recipe import AutoValues, Recipe, load_recipe, resolve_recipe
 from finetune.runs import claim as claim_module
 from finetune.runs.claim import Claim, claim_folder
 from finetune.runs.folder import Outcome, RunFolder, State
@@ -24,7 +24,7 @@ def recipe(**overrides: Any) -> Recipe:
         "mean": (0.1, 0.2, 0.3),
         "std": (0.4, 0.5, 0.6),
     }
-    facts = Facts("cpu", "float32", False, 0, 100, preprocessing)
+    facts = AutoValues("cpu", "float32", False, 0, 100, preprocessing)
     values = {key.replace("__", "."): value for key, value in overrides.items()}
     return resolve_recipe(load_recipe(None, {"data.path": "/data", **values}), facts)
 

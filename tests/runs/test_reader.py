@@ -10,7 +10,7 @@ from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.recipe import load_recipe
 from finetune.runs.files import write_csv, write_json, write_text
 from finetune.runs.folder import Outcome, RunFolder
-from finetune.runs.reader import Prediction, RunReader
+from finetune.runs.reader import PredictionRow, RunReader
 
 READERS: dict[str, Callable[[RunReader], Any]] = {
     "recipe.yaml": lambda run: run.recipe,
@@ -67,7 +67,7 @@ def test_every_file_is_read(folder: RunFolder) -> None:
     assert run.bad_images == ({"path": "a/2.jpg", "split": "train", "reason": "cut short"},)
     assert run.plan[0]["trained"] == "True" and run.per_class[0]["support"] == "1"
     assert run.history == ({"epoch": 1.0}, {"epoch": 2.0, "eval_loss": 0.5})
-    assert run.predictions == (Prediction("=a/1.jpg", "ants", "=bees", 0.75),)
+    assert run.predictions == (PredictionRow("=a/1.jpg", "ants", "=bees", 0.75),)
     assert run.prediction_rows[0]["prob_ants"] == "0.25"
 
 

@@ -152,7 +152,7 @@ def test_a_process_that_is_killed_is_missed(killed: int) -> None:
 
     others = together(work)
     assert others[killed] is None
-    assert "has ended, or does not answer" in others[1 - killed]
+    assert "has ended or does not answer" in others[1 - killed]
 
 
 @pytest.mark.slow

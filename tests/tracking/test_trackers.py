@@ -21,7 +21,7 @@ from finetune.pipeline.run import run as run_job
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.tracking import trackers as trackers_module
-from finetune.tracking.tracker import EPOCH_FIGURES, describe_run, pick_figures
+from finetune.tracking.tracker import EPOCH_METRICS, describe_run, flatten_metrics
 from finetune.tracking.trackers import CLIENTS, Trackers, check_trackers
 from tests.conftest import Cli
 from tests.faults.test_two_writers import after_epoch
@@ -71,7 +71,7 @@ def read_all(output: Path) -> Iterator[tuple[str, Series]]:
 def assert_every_epoch_once(output: Path, epochs: int) -> None:
     history = pd.read_csv(output / "history.csv")
     for name, series in read_all(output):
-        for figure in EPOCH_FIGURES:
+        for figure in EPOCH_METRICS:
             assert sorted(series[figure]) == list(range(1, epochs + 1)), (name, figure)
             for epoch, value in zip(history.epoch, history[figure], strict=True):
                 assert series[figure][epoch] == [pytest.approx(value, rel=1e-6)], (name, figure, epoch)
@@ -340,7 +340,7 @@ def test_what_a_list_of_trackers_is(cli: Cli, tmp_path: Path, value: str) -> Non
 
 def test_which_figures_are_told() -> None:
     metrics = {"a": 1, "b": 0.5, "c": None, "d": True, "e": [1, 2], "f": "text", "g": {"h": 2, "i": [1]}}
-    assert pick_figures(metrics) == {"a": 1.0, "b": 0.5, "g.h": 2.0}
+    assert flatten_metrics(metrics) == {"a": 1.0, "b": 0.5, "g.h": 2.0}
 
 
 def test_no_secret_of_the_recipe_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

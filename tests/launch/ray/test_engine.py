@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import EnvironmentFaultError, InterruptedRunError, UsageError
-from finetune.launch.mailbox import Kind, LaunchSpec, Mailbox, Message
+from finetune.launch.mailbox import LaunchSpec, Mailbox, Message, MessageKind
 from finetune.launch.ray import _check_size, _Job, _order, launch_on_ray
 from tests.conftest import Cli
 
@@ -128,11 +128,11 @@ def read(*letters: Message, stops: int = 0) -> tuple[_Job, Mailbox]:
 
 
 def exits(*codes: int) -> list[Message]:
-    return [Message(rank, Kind.EXIT, str(code).encode()) for rank, code in enumerate(codes)]
+    return [Message(rank, MessageKind.EXIT, str(code).encode()) for rank, code in enumerate(codes)]
 
 
 def started(*ranks: int) -> list[Message]:
-    return [Message(rank, Kind.STARTED) for rank in ranks]
+    return [Message(rank, MessageKind.STARTED) for rank in ranks]
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_lost_process_is_told_apart_from_a_stop(heartbeat: Any) -> None:
 
 def test_a_machine_that_cannot_take_part_gives_its_code(heartbeat: Any) -> None:
     """The main process was asked to leave for its sake."""
-    job, _ = read(*started(0, 1), Message(1, Kind.EXIT, b"78"), Message(0, Kind.EXIT, b"75"))
+    job, _ = read(*started(0, 1), Message(1, MessageKind.EXIT, b"78"), Message(0, MessageKind.EXIT, b"75"))
     assert (job._conclude(2), heartbeat()) == (78, b"")
 
 
@@ -188,19 +188,22 @@ def test_the_others_end_with_the_first_that_fails() -> None:
     job, mailbox = read(*exits(0))
     job._deliver(Local(mailbox))
     assert mailbox.post([]) == 0
-    job, mailbox = read(Message(1, Kind.EXIT, b"70"))
+    job, mailbox = read(Message(1, MessageKind.EXIT, b"70"))
     job._deliver(Local(mailbox))
     assert mailbox.post([]) == 1
 
 
 def test_signs_of_life_come_in_whole_lines(heartbeat: Any) -> None:
     parts = [b'{"step": 1}\n{"st', b'ep": 2}\n', b'{"step"']
-    read(*[Message(0, Kind.PULSE, part) for part in parts], Message(1, Kind.PULSE, b'{"step": 9}\n'))
+    read(
+        *[Message(0, MessageKind.HEARTBEAT, part) for part in parts],
+        Message(1, MessageKind.HEARTBEAT, b'{"step": 9}\n'),
+    )
     assert heartbeat() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_words_arrive_as_they_were_said(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    read(Message(0, Kind.STDOUT, b"{}\n"), Message(0, Kind.STDERR, "Größe\r".encode()))
+    read(Message(0, MessageKind.STDOUT, b"{}\n"), Message(0, MessageKind.STDERR, "Größe\r".encode()))
     out, err = capfdbinary.readouterr()
     assert (out, err) == (b"{}\n", "Größe\r".encode())
 
