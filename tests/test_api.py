@@ -62,6 +62,7 @@ def test_each_function_is_one_of_the_package(name: str) -> None:
     assert name in finetune.__all__ and name in dir(finetune)
 
 
+@pytest.mark.slow
 def test_a_function_stays_one_when_rooms_are_imported() -> None:
     """A package of the same name would take the function's place as soon as it is imported."""
     code = "import finetune, finetune.api, finetune.pipeline.run, finetune.exporters.export\n"

@@ -67,6 +67,7 @@ def test_a_job_that_works_is_well(watcher: subprocess.Popen[bytes]) -> None:
     assert not is_silent(watcher, 20)
 
 
+@pytest.mark.slow
 def test_a_job_that_was_stopped_is_not_and_then_is_again(watcher: subprocess.Popen[bytes]) -> None:
     assert not is_silent(watcher, 20)
     os.kill(children_of(watcher.pid)[0], signal.SIGSTOP)

@@ -47,6 +47,7 @@ def test_what_reads_the_digits_again_finds_them(cli: Cli, tmp_path: Path) -> Non
     assert len((tmp_path / "all.csv").read_text("utf-8").splitlines()) == 1798
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_keeps_its_backbone(
     cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,7 @@ def test_a_mended_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path
     assert not (tmp_path / "run" / "bad_images.csv").exists()
 
 
+@pytest.mark.slow
 def test_other_workers_are_no_other_run(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

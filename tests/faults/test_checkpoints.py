@@ -19,6 +19,7 @@ import pytest
 from finetune.errors import DataError, DiskError, ExitCode
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.state import Checkpoint, Progress, Snapshot
+from tests.sweeps import slow_except
 from tests.training.helpers import assert_same_end, build_trainer, corrupt, fit_until, saved, warnings
 from tests.training.stores import (
     BEST,
@@ -171,7 +172,7 @@ PLACES: dict[str, Callable[[Progress], bool]] = {
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_except(["between the two", "after one way back"], PLACES))
 def test_a_way_back_leads_to_the_same_start_after_an_interruption(
     image_folder: Path, tmp_path: Path, optimizer: str, place: str
 ) -> None:

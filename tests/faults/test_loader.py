@@ -145,6 +145,7 @@ def test_a_process_that_dies_in_an_epoch_leaves_no_trace(
     assert all("a decoding process ended" in line and "replaced" in line for line in said)
 
 
+@pytest.mark.slow
 def test_deaths_with_batches_between_them_do_not_add_up(build: Build, undisturbed: list[Batch]) -> None:
     said: list[str] = []
     first = tuple(batch[0] for batch in build().plan(1))

@@ -17,6 +17,7 @@ import pytest
 from finetune.launch.supervisor import Supervisor
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
+from tests.sweeps import slow_except
 
 CHILD = """
 import os, signal, sys, time
@@ -138,7 +139,9 @@ def test_a_crash_now_and_then_is_not_the_end_as_long_as_steps_are_made(trial: St
     assert len(one.starts) == 9
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(60)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+@pytest.mark.parametrize(
+    "hang", slow_except(["time.sleep(60)"], ["time.sleep(60)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+)
 def test_a_hang_is_ended_and_tried_again(trial: Start, hang: str) -> None:
     one = trial(f"claim(); step(3)\nif number == 0: {hang}", stall_timeout=1.0)
     began = time.monotonic()
@@ -156,6 +159,7 @@ def test_a_hang_for_ever_is_given_up(trial: Start) -> None:
     assert (one.outcome["class"], one.outcome["attempt"]) == ("stalled", 1)
 
 
+@pytest.mark.slow
 def test_signs_of_life_are_heard(trial: Start) -> None:
     one = trial("claim()\nfor number in range(10): time.sleep(0.3); heartbeat.beat()", stall_timeout=1.5)
     assert one.run() == 0
@@ -264,7 +268,9 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", slow_except([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+)
 def test_a_signal_lets_the_child_save(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path / "run", POLITE)
     process.send_signal(number)

@@ -20,6 +20,7 @@ from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
 from tests.conftest import draw_folder
 from tests.processes import together
+from tests.sweeps import slow_except
 from tests.training.helpers import (
     NormFree,
     SmallNet,
@@ -104,9 +105,12 @@ def test_every_image_is_judged_once(num_samples: int, size: int) -> None:
     [
         {},
         {"class_weights": "balanced", "label_smoothing": 0.1},
-        {"microbatch": 5, "class_weights": "balanced"},
-        {"batch_size": 8, "epochs": 2, "optimizer": "adamw", "lr": 0.003, "ema_decay": 0.9},
-        {"clip_grad": 0.05},
+        pytest.param({"microbatch": 5, "class_weights": "balanced"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"batch_size": 8, "epochs": 2, "optimizer": "adamw", "lr": 0.003, "ema_decay": 0.9},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"clip_grad": 0.05}, marks=pytest.mark.slow),
         {"strategy": "top", "augmentation": "light"},
     ],
     ids=str,
@@ -282,6 +286,7 @@ def test_memory_that_runs_out_in_one_halves_the_parts_of_all(uneven: Path, tmp_p
     assert_close(one, first)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_for_good_ends_all_for_the_same_reason(uneven: Path, tmp_path: Path) -> None:
     ended = together(lambda distributed: train_short_of_memory(distributed, uneven, tmp_path / "two", 0))
     assert [type(error) for error in ended] == [EnvironmentFaultError] * 2
@@ -314,7 +319,7 @@ def test_a_loss_that_is_no_number_in_one_is_skipped_by_all(uneven: Path, tmp_pat
     assert_close(one, first)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", slow_except([1], [0, 1]))
 def test_a_stop_that_one_hears_stops_all_and_they_go_on_to_the_same_bits(
     uneven: Path, tmp_path: Path, asked: int
 ) -> None:

@@ -138,6 +138,7 @@ def test_groups_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert result.exit_code == 0 and json.loads(result.stdout)["summary"]["num_groups"] == 10
 
 
+@pytest.mark.slow
 def test_wrong_labels_of_a_run_are_suspected(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 20))
     for number in (3, 7):
