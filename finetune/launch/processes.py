@@ -28,8 +28,8 @@ from finetune.launch.supervisor import own_command
 from finetune.system.heartbeat import VARIABLE, Heartbeat, find_parent
 
 REPORT = "FINETUNE_REPORT"
-"""Environment variable: the file into which the main process writes its exit code. Those of the other processes
-and of torch's launcher only tell which process noticed first that another one was gone."""
+"""Environment variable: the file into which the main process writes its exit code. Those of the other
+processes and of torch's launcher only tell which process noticed first that another one was gone."""
 _SAVE_SECONDS = 3600
 """Seconds that processes have to save and end after a signal; the supervisor's own limit is shorter."""
 

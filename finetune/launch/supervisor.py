@@ -108,7 +108,7 @@ class Supervisor:
             return self._conclude(attempt), attempt.output
 
     def _is_final(self, attempt: Attempt, internal: int) -> bool:
-        """Return whether to stop restarting: a child's own exit is final, an internal error is tried again."""
+        """Return whether to stop restarting: a child's own exit is final, an internal error is retried."""
         if self._signals or attempt.folder is None:
             return True
         if attempt.stalled or attempt.lost or attempt.code < 0:
