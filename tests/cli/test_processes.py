@@ -123,7 +123,7 @@ def test_features_and_predictions_are_the_same_bytes(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--gpus", 1, "--processes", 1], "they ask for the same"),
+        (["--gpus", 1, "--processes", 1], "both set the number of processes"),
         (["--processes", 2, "--device", "cuda:0"], "a GPU of its own"),
         (["--gpus", 2, "--device", "cpu"], "a GPU of its own"),
         (["--processes", 0], "Error"),
@@ -150,7 +150,7 @@ def test_processes_under_a_launcher(
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run"]
     done = cli(*words, "--processes", 2)
-    assert (done.exit_code, "has started the processes of this job already" in done.stderr) == (2, True)
+    assert (done.exit_code, "has already started the processes of this job" in done.stderr) == (2, True)
     done = cli(*words, "--repeats", 2)
     assert (done.exit_code, "the processes of one run" in done.stderr) == (2, True)
     assert cli("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2).exit_code == 2

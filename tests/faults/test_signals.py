@@ -126,6 +126,6 @@ def test_a_stopped_decoding_process_is_no_hang_for_ever(tiny: Path, tmp_path: Pa
     os.kill(workers_of(process.pid)[0], signal.SIGSTOP)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "no sign of life for 15 s" in said
+    assert "no heartbeat for 15 s" in said
     outcome = RunReader(RunFolder(output)).outcome
     assert (outcome["state"], outcome["attempt"]) == ("done", 2)

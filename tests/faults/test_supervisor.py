@@ -148,7 +148,7 @@ def test_a_hang_is_ended_and_tried_again(trial: Start, hang: str) -> None:
     assert one.run() == 0
     assert time.monotonic() - began < 20
     assert len(one.starts) == 2
-    assert "no sign of life for 1 s" in one.lines[0]
+    assert "no heartbeat for 1 s" in one.lines[0]
 
 
 @pytest.mark.slow
@@ -329,4 +329,4 @@ def test_a_pause_of_both_is_no_hang(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 75, errors
-    assert "no sign of life" not in said
+    assert "no heartbeat" not in said

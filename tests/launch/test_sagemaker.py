@@ -21,7 +21,7 @@ from finetune.errors import DiskError, ExitCode, UsageError
 from finetune.launch.platforms import (
     BASE,
     LONGEST_FAILURE,
-    PARTS,
+    SPLIT_CHANNELS,
     find_platform,
     find_sagemaker,
     write_failure,
@@ -149,7 +149,7 @@ def test_channels(job: Callable[..., Path], tmp_path: Path, channels: list[str],
 
 def test_channels_that_say_nothing(job: Callable[..., Path], tmp_path: Path) -> None:
     job({}, dict.fromkeys(["training", "validate"], no_images(tmp_path)))
-    with pytest.raises(UsageError, match="channels training, validate: it cannot be told") as refusal:
+    with pytest.raises(UsageError, match="channels training, validate: it is not clear") as refusal:
         words_of()
     assert refusal.value.exit_code == ExitCode.USAGE
 
@@ -168,7 +168,7 @@ def test_a_pipe_is_refused(job: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_parts_are_called_as_in_a_folder() -> None:
-    assert set(PARTS) == set(SPLIT_NAMES)
+    assert set(SPLIT_CHANNELS) == set(SPLIT_NAMES)
 
 
 def test_without_checkpoints_the_run_is_among_the_results(job: Callable[..., Path], tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     (base / "model").rmdir()
     (base / "model").write_text("a file, which root cannot write into either")
     assert call("train") == ExitCode.DISK == DiskError.exit_code
-    assert "looks for results" in capsys.readouterr().err
+    assert "expects results" in capsys.readouterr().err
 
 
 def test_other_commands_are_left_alone(

@@ -1,4 +1,4 @@
-"""`--engine ray` where no cluster is needed: what is refused, and how the driver reads its letters."""
+"""`--engine ray` where no cluster is needed: what is refused, and how the driver reads its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from finetune.errors import EnvironmentFaultError, InterruptedRunError, UsageError
 from finetune.launch.mailbox import LaunchSpec, Mailbox, Message, MessageKind
-from finetune.launch.ray import _check_size, _Job, _order, launch_on_ray
+from finetune.launch.ray import _build_spec, _check_size, _Job, launch_on_ray
 from tests.conftest import Cli
 
 
@@ -28,7 +28,7 @@ def test_a_number_of_processes_is_needed(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--processes", 2, "--gpus", 2], "they ask for the same"),
+        (["--processes", 2, "--gpus", 2], "both set the number of processes"),
         (["--gpus", 2, "--device", "cpu"], "each process takes a GPU of its own"),
         (["--processes", 2, "--device", "cuda:1"], "each process takes a GPU of its own"),
     ],
@@ -86,26 +86,28 @@ def test_what_the_processes_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     for name in ("FINETUNE_DEBUG", "FINETUNE_PULSE", "FINETUNE_REPORT", "OMP_NUM_THREADS", "HF_TOKEN"):
         monkeypatch.setenv(name, "3")
-    order = _order(["run", "--output", "x"])
-    assert order.arguments == ["run", "--output", "x"]
-    assert Path(order.folder) == tmp_path
-    assert {"FINETUNE_DEBUG", "OMP_NUM_THREADS"} <= set(order.environment)
-    assert not {"FINETUNE_PULSE", "FINETUNE_REPORT", "HF_TOKEN"} & set(order.environment)
+    spec = _build_spec(["run", "--output", "x"])
+    assert spec.arguments == ["run", "--output", "x"]
+    assert Path(spec.folder) == tmp_path
+    assert {"FINETUNE_DEBUG", "OMP_NUM_THREADS"} <= set(spec.environment)
+    assert not {"FINETUNE_PULSE", "FINETUNE_REPORT", "HF_TOKEN"} & set(spec.environment)
 
 
 def test_a_worker_that_cannot_take_part(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from finetune import __version__
-    from finetune.launch.ray_worker import _find_refusal
+    from finetune.launch.ray_worker import _find_error
 
-    assert _find_refusal(LaunchSpec([], str(tmp_path), {}, __version__)) is None
+    assert _find_error(LaunchSpec([], str(tmp_path), {}, __version__)) is None
     assert "does not see the working folder" in str(
-        _find_refusal(LaunchSpec([], str(tmp_path / "absent"), {}, __version__))
+        _find_error(LaunchSpec([], str(tmp_path / "absent"), {}, __version__))
     )
-    assert "the command is of 0.0.0" in str(_find_refusal(LaunchSpec([], str(tmp_path), {}, "0.0.0")))
+    assert "the command was started with 0.0.0" in str(
+        _find_error(LaunchSpec([], str(tmp_path), {}, "0.0.0"))
+    )
 
 
-# --- letters -------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 class Local:
@@ -119,11 +121,11 @@ class Local:
         return value
 
 
-def read(*letters: Message, stops: int = 0) -> tuple[_Job, Mailbox]:
+def read(*messages: Message, stops: int = 0) -> tuple[_Job, Mailbox]:
     mailbox = Mailbox()
-    mailbox.post(letters)
+    mailbox.post(messages)
     job = _Job(Local, Path(), [0.0] * stops)
-    job._deliver(Local(mailbox))
+    job._collect(Local(mailbox))
     return job, mailbox
 
 
@@ -179,17 +181,17 @@ def test_a_machine_that_cannot_take_part_gives_its_code(heartbeat: Any) -> None:
 
 def test_nothing_has_started() -> None:
     job, _ = read()
-    job._fault = RuntimeError("No module named 'finetune'")
+    job._ray_error = RuntimeError("No module named 'finetune'")
     with pytest.raises(EnvironmentFaultError, match="No module named 'finetune'"):
         job._conclude(2)
 
 
 def test_the_others_end_with_the_first_that_fails() -> None:
     job, mailbox = read(*exits(0))
-    job._deliver(Local(mailbox))
+    job._collect(Local(mailbox))
     assert mailbox.post([]) == 0
     job, mailbox = read(Message(1, MessageKind.EXIT, b"70"))
-    job._deliver(Local(mailbox))
+    job._collect(Local(mailbox))
     assert mailbox.post([]) == 1
 
 
