@@ -1,4 +1,4 @@
-"""The benchmarks: what they measure, how they go on, and what they make of the figures."""
+"""The benchmarks: what they measure, how they go on, and what they make of the metrics."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def check_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw.", show_default="0")] = None,
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Exact copies in two parts are only a warning.")
+        bool, typer.Option("--allow-leaks", help="Exact copies in two splits are only a warning.")
     ] = False,
     assignments: Annotated[
         list[str] | None,
@@ -56,7 +56,7 @@ def check_command(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at every image, and list what would spoil the figures: check.json, and check.png to look at.
+    """Look at every image, and list what would spoil the metrics: check.json, and check.png to look at.
 
     Ends with 0 when a run would accept the data, and with 65 when it would not.
     """
@@ -102,7 +102,7 @@ def check_command(
 
 
 def _print(result: dict[str, Any], folder: Path) -> None:
-    """A paragraph a finding: what, and what to do; then figures, and where everything is."""
+    """A paragraph a finding: what, and what to do; then counts, and where everything is."""
     for finding in result["findings"]:
         severity = finding["severity"]
         typer.echo(typer.style(f"{severity}: ", fg=_COLOURS[severity], bold=True), nl=False)

@@ -1,4 +1,4 @@
-"""``finetune evaluate``: figures of finished models on labelled images."""
+"""``finetune evaluate``: metrics of finished models on labelled images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluate_command(
         typer.Option(
             "--data",
             "-d",
-            help="A folder of class folders, with parts or without, a .zip, a CSV.",
+            help="A folder of class folders, with splits or without, a .zip, a CSV.",
             show_default="the run's own",
         ),
     ] = None,
@@ -52,7 +52,7 @@ def evaluate_command(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge finished models: figures with intervals, calibration, a report.
+    """Judge finished models: metrics with intervals, calibration, a report.
 
     Several models are an ensemble, several crops and scales are averaged: what each adds and costs is shown.
     """

@@ -4,7 +4,7 @@
 
     finetune train             what SageMaker says; hyperparameters and channels lie in files
       -> finetune run --backbone=... --data=... --output=...
-    the end                    model and figures are copied, or the reason of a failure is written
+    the end                    model and metrics are copied, or the reason of a failure is written
 
 The first process of a job does this once. Those that it starts get plain words.
 """
@@ -34,7 +34,7 @@ TOLD = "FINETUNE_PLATFORM"
 _PIECE = 1 << 20
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "null": False}
 _LEFT_OUT = ("checkpoints", "model")
-"""Of a run folder, where its figures are copied."""
+"""Of a run folder, where its metrics are copied."""
 
 
 def call(app: typer.Typer) -> None:

@@ -26,7 +26,7 @@ def predict_command(
         str | None,
         typer.Option("--format", help="csv, jsonl or parquet.", show_default="the output's suffix, else csv"),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to name, the likeliest first.")] = 1,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to name, the most probable first.")] = 1,
     reject_below: Annotated[
         float | None,
         typer.Option("--reject-below", min=0, max=1, help="No label under this confidence.", metavar="P"),

@@ -100,12 +100,12 @@ def run_command(
     group_by: Annotated[
         str | None,
         typer.Option(
-            help="Images that are drawn into one part: a column of the CSV, or a pattern in the path.",
+            help="Images that are drawn into one split: a column of the CSV, or a pattern in the path.",
             metavar="COLUMN|REGEX",
         ),
     ] = None,
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Go on where copies of an image lie in two parts.")
+        bool, typer.Option("--allow-leaks", help="Go on where copies of an image lie in two splits.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
     seed: Annotated[
@@ -143,12 +143,12 @@ def run_command(
         ),
     ] = 600.0,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the figures to stdout as one JSON object.")
+        bool, typer.Option("--json", help="Print the metrics to stdout as one JSON object.")
     ] = False,
 ) -> None:
     """Fine-tune a backbone on a folder of images.
 
-    Progress goes to stderr. The run folder holds the model, the figures, every prediction and the recipe
+    Progress goes to stderr. The run folder holds the model, the metrics, every prediction and the recipe
     that repeats the run. The same command with the same --output goes on where an interrupted run stopped.
     """
     flags = {

@@ -135,7 +135,7 @@ def run_series(
     Args:
         series: to be run.
         stall_timeout: seconds; 0 runs the members in this process.
-        run_here: does that, and returns the member's figures.
+        run_here: does that, and returns the member's metrics.
         as_json: print ``series.json``.
     """
     from finetune.pipeline.series import create_series_folder, finish_series

@@ -36,11 +36,11 @@ class Dataset:
 
     Attributes:
         root: folder that every ``Sample.path`` is relative to.
-        classes: class names in index order, from the training part only; none where nothing is labelled.
+        classes: class names in index order, from the training split only; none where nothing is labelled.
         samples: every image, ordered by part (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
         is_folder: the user named the root itself, and not a CSV file in it.
-        val_was_drawn: the validation part was taken from the training images, by chance.
+        val_was_drawn: the validation split was taken from the training images, by chance.
         remarks: the warnings again, for programs, and what a lenient reading left out.
         settled: paths whose parts an earlier attempt drew; they stay.
     """
@@ -65,7 +65,7 @@ class Dataset:
         return len(self.classes)
 
     def of(self, split: Split) -> tuple[Sample, ...]:
-        """Return the images of one part, in order."""
+        """Return the images of one split, in order."""
         return tuple(sample for sample in self.samples if sample.split == split)
 
     def file(self, sample: Sample) -> Path:
@@ -73,7 +73,7 @@ class Dataset:
         return self.root / sample.path
 
     def counts(self, split: Split) -> list[int]:
-        """Return the number of images per class in one part, in index order, zeros included."""
+        """Return the number of images per class in one split, in index order, zeros included."""
         counts = [0] * self.num_classes
         for sample in self.of(split):
             counts[sample.label] += 1
@@ -81,7 +81,7 @@ class Dataset:
 
     @property
     def judged_split(self) -> Split:
-        """The part that final figures come from: test where there is one, else val."""
+        """The part that final metrics come from: test where there is one, else val."""
         return "test" if self.of("test") else "val"
 
     def without(self, paths: Collection[str]) -> Dataset:

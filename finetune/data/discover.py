@@ -2,7 +2,7 @@
 
 Three layouts, one list: ``train/<class>/`` (with or without ``val/`` and ``test/``), ``<class>/`` alone, and
 a CSV file ``path,label[,split]``; the folders may come in a zip archive. The class list comes from the
-training part alone, so that a class that validation lacks shifts no index. Nothing is ever written into the
+training split alone, so that a class that validation lacks shifts no index. Nothing is ever written into the
 user's folder.
 """
 
@@ -245,9 +245,9 @@ def _split_off_validation(
     if singles := _singles(finding):
         finding.object(
             "class-single",
-            f"{count(len(singles), 'class has', 'classes have')} a single image and no validation part is "
+            f"{count(len(singles), 'class has', 'classes have')} a single image and no validation split is "
             f"given: {some(singles)}; one image cannot be both trained on and judged",
-            "Add images of these classes, or give your own validation part (val/, or split=val in the CSV).",
+            "Add images of these classes, or give your own validation split (val/, or split=val in the CSV).",
             len(singles),
         )
     _object_to_lonely(finding, train, groups, singles)
@@ -269,7 +269,7 @@ def _object_to_lonely(
             "group-single",
             f"all images of {count(len(lonely), 'class', 'classes')} {some(lonely)} belong to one group, "
             "or are one; they cannot be both trained on and judged",
-            "Add images of other groups, or give your own validation part.",
+            "Add images of other groups, or give your own validation split.",
             len(lonely),
         )
 
@@ -277,7 +277,7 @@ def _object_to_lonely(
 def _deal_folds(
     finding: LayoutReader, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
 ) -> dict[str, int]:
-    """Deal the images of training and validation into folds; one of them becomes the validation part."""
+    """Deal the images of training and validation into folds; one of them becomes the validation split."""
     pool: defaultdict[str, list[str]] = defaultdict(list)
     for split in ("train", "val"):
         for name, paths in finding.parts.get(split, {}).items():

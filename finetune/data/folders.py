@@ -35,7 +35,7 @@ def read_folder(finding: LayoutReader) -> None:
 
 
 def _read_parts(finding: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
-    """Read the class folders of each part."""
+    """Read the class folders of each split."""
     others = [name for name in folders if name not in splits.values()]
     if others:
         beside = splits.get("train", next(iter(splits.values())))
@@ -101,7 +101,7 @@ def _refuse_no_classes(
 def _read_classes(
     finding: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str], split: Split
 ) -> dict[str, list[str]]:
-    """Return the image paths of each class folder in one part; a class without images is left out."""
+    """Return the image paths of each class folder in one split; a class without images is left out."""
     classes: dict[str, list[str]] = {}
     empty: list[str] = []
     ignored: Counter[str] = Counter()

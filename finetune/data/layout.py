@@ -33,11 +33,11 @@ class LayoutReader:
     Attributes:
         asked: the user's own words, for every refusal.
         root: folder that all paths are relative to.
-        parts: paths of each class of each part; a part that is absent was not given.
+        parts: paths of each class of each split; a part that is absent was not given.
         follow_links: links may lead out of the root.
         links_out: links that lead out of the root though they may not, and where to.
         from_archive: the root is a folder of ours, which an archive was unpacked into.
-        to_judge: nothing will be trained on it, so that a training part need not be there.
+        to_judge: nothing will be trained on it, so that a training split need not be there.
         takes_any_name: names that are not UTF-8 are walked over like others.
         is_lenient: what would be refused is noted instead, where reading can go on.
         remarks: every warning, and every refusal that was noted.

@@ -274,7 +274,7 @@ class ImageLoader:
         images, which they name, where that is allowed.
 
         Raises:
-            DataError: an image cannot be read (it could when the run began), and none may be lost: figures
+            DataError: an image cannot be read (it could when the run began), and none may be lost: metrics
                 over fewer images than the user counted would look like any others.
             EnvironmentFaultError: decoding processes die again and again.
         """

@@ -31,7 +31,7 @@ def draw_copies_together(
     dataset, moved = keep_copies_together(dataset, digests, SplitConfig.of(recipe))
     if moved:
         images = "1 image" if moved == 1 else f"{moved} images"
-        display.say(f"exact copies stay in one part: {images} moved between train and val")
+        display.say(f"exact copies stay in one split: {images} moved between train and val")
     return dataset
 
 
@@ -42,7 +42,7 @@ def _place(sample: Sample) -> tuple[int, str]:
 def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     """Return the data set with the parts that an earlier attempt drew, if it was to draw the same.
 
-    Where the data name no validation part, it is drawn from what is there; an image that has vanished since
+    Where the data name no validation split, it is drawn from what is there; an image that has vanished since
     would change the draw.
     """
     if not dataset.val_was_drawn:
@@ -64,7 +64,7 @@ def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -
 
 
 def describe_data(dataset: Dataset) -> str:
-    """Return one sentence: classes, and images of each part."""
+    """Return one sentence: classes, and images of each split."""
     splits: tuple[Split, ...] = ("train", "val", "test")
     parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
     fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
@@ -147,12 +147,12 @@ def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> tuple[Dat
         dataset = draw_copies_together(dataset, checked.digests, recipe, display)
     if shared := _count_shared(dataset, checked.digests):
         said = "1 image lies" if shared == 1 else f"{shared} images lie"
-        display.warn(f"{said} in more than one part, byte for byte the same (`finetune check` names them).")
+        display.warn(f"{said} in more than one split, byte for byte the same (`finetune check` names them).")
     return dataset, checked
 
 
 def _count_shared(dataset: Dataset, digests: Mapping[str, str]) -> int:
-    """Return how many images lie in two parts or more."""
+    """Return how many images lie in two splits or more."""
     parts: defaultdict[str, set[Split]] = defaultdict(set)
     for sample in dataset.samples:
         if sample.path in digests:

@@ -1,8 +1,8 @@
 """Real images that every installation has at hand: ``--data sample:digits``.
 
-scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, the test part of "Optical Recognition of
+scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, the test split of "Optical Recognition of
 Handwritten Digits", UCI Machine Learning Repository, 1998), 8 x 8 pixels in 17 shades, as a folder of ten
-classes in the user's cache. They come from 13 writers, who are not told apart: a validation part holds
+classes in the user's cache. They come from 13 writers, who are not told apart: a validation split holds
 writers that were trained on.
 """
 

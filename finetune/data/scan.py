@@ -1,6 +1,6 @@
 """Decode every image once before training, so that a broken file is a list at the start, not a crash later.
 
-Training may go on without a few unreadable images. Validation and test may not: a figure over fewer images
+Training may go on without a few unreadable images. Validation and test may not: a metric over fewer images
 than the user counted would look like any other figure.
 """
 

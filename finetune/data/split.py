@@ -1,4 +1,4 @@
-"""Draw the validation part, or folds, from the training images, the same way on every machine.
+"""Draw the validation split, or folds, from the training images, the same way on every machine.
 
 The order of images comes from a hash of seed, class and path, so neither the order in which a file system
 lists them nor the library version of a random generator can move an image across. What is drawn are units: a
@@ -189,14 +189,14 @@ def find_fold_fault(
 def keep_copies_together(
     dataset: Dataset, digests: Mapping[str, str], config: SplitConfig
 ) -> tuple[Dataset, int]:
-    """Return a drawn data set in which copies of an image lie in one part, and how many images moved.
+    """Return a drawn data set in which copies of an image lie in one split, and how many images moved.
 
     Where there are copies, everything is drawn anew, with copies (and the groups that they join) as units;
     where there are none, the draw stays what it was. Where an earlier attempt drew, images that are new since
     join the parts of their copies, and all others stay.
 
     Args:
-        dataset: whose validation part was drawn; test images stay as they are.
+        dataset: whose validation split was drawn; test images stay as they are.
         digests: sha256 by path; images without one have no copies.
         config: of the draw.
 
@@ -243,7 +243,7 @@ def _join_settled(dataset: Dataset, pool: Sequence[Sample], units: Mapping[str, 
 
 
 def _assign(dataset: Dataset, taken: Collection[str], folds: Mapping[str, int]) -> tuple[Dataset, int]:
-    """Return a data set whose validation part are these paths, and how many images that moved."""
+    """Return a data set whose validation split are these paths, and how many images that moved."""
     samples = [
         one
         if one.split == "test"
@@ -292,7 +292,7 @@ def join_copies(pool: Sequence[Sample], digests: Mapping[str, str]) -> list[list
     return list(joined.values())
 
 
-# --- Images that belong together: a patient, a burst, a video. A draw puts a group into one part ---
+# --- Images that belong together: a patient, a burst, a video. A draw puts a group into one split ---
 #
 # Groups are named by a column of the CSV (``data/table.py``) or by a regular expression on the path.
 

@@ -228,7 +228,7 @@ def _recorded_tolerance(recipe: Recipe | None) -> float:
 
 def _say(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: Display) -> None:
     for what, comparison in comparisons.items():
-        same = "likeliest class identical"
+        same = "most probable class identical"
         if comparison.num_near_ties:
             others, ties = comparison.num_top1_differences, comparison.num_near_ties
             same += f" (another one for {others} of {ties} near ties)"

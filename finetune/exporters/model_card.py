@@ -1,6 +1,6 @@
 """``README.md`` of a model folder: the card that the Hugging Face hub shows, and people read.
 
-Figures that a run did not measure are left out; an older run has fewer.
+Metrics that a run did not measure are left out; an older run has fewer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HUB_LICENSES = frozenset(
 """Of timm's and torchvision's weights, those that the hub knows by this word; others are ``other`` there."""
 _METRICS = METRIC_NAMES | {"roc_auc": "ROC AUC (macro, one against the rest)", "loss": "log loss (nats)"}
 _HUB_TYPES = {"f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall"}
-"""What the hub calls a figure, where that is another word than ours."""
+"""What the hub calls a metric, where that is another word than ours."""
 _MOST_ROWS = 50
 """Classes of the table of images; a card is for reading."""
 
@@ -60,7 +60,7 @@ def build_readme(card: Card, metrics: Metrics, source: str, data: TrainingData |
 
     Args:
         card: of the trained network.
-        metrics: content of ``metrics.json``; empty for a model that came without figures.
+        metrics: content of ``metrics.json``; empty for a model that came without metrics.
         source: where its weights came from; ``""`` when they started at random.
         data: what else is known of the images.
     """
@@ -108,7 +108,7 @@ def _license(card: Card) -> dict[str, str]:
 
 
 def _results(metrics: Metrics, data: TrainingData) -> list[dict[str, Any]]:
-    """The hub's ``model-index``: one task, one data set, its figures."""
+    """The hub's ``model-index``: one task, one data set, its metrics."""
     measured = [(key, metrics[key]) for key in CARD_METRICS if _is_number(metrics.get(key))]
     if not measured:
         return []
@@ -165,8 +165,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _split_sentence(metrics: Metrics) -> str:
     if metrics["split_chose_checkpoint"]:
         return (
-            "The same images chose the best epoch, so these figures are a little kind; "
-            "a test part that chose nothing would say how kind."
+            "The same images chose the best epoch, so these metrics are optimistic; "
+            "a test split that chose nothing would show by how much."
         )
     return "These images chose nothing: neither weights nor the best epoch depend on them."
 
@@ -180,7 +180,7 @@ def _seen_sentences(metrics: Metrics) -> str:
     counts = {what: metrics[key] for key, what in learned.items() if _is_number(metrics.get(key))}
     return "\n\n".join(
         f"**Of the {metrics['num_samples']} judged images, {count} had an exact copy among those {what}: "
-        "these figures are too kind.**"
+        "these metrics are optimistic.**"
         for what, count in counts.items()
         if count > 0
     )
@@ -192,10 +192,10 @@ def _calibration_sentence(calibration: Mapping[str, Any]) -> str:
         return ""
     text = (
         f"Expected calibration error {before:.4f}; {after:.4f} with the temperature "
-        f"{calibration['temperature']:.4g} that divides the logits (fitted on the validation part)."
+        f"{calibration['temperature']:.4g} that divides the logits (fitted on the validation split)."
     )
     if calibration.get("same_images") is True:
-        text += " The judged images fitted it as well: figures with it are cross-fitted in five parts."
+        text += " The judged images fitted it as well: metrics with it are cross-fitted in five parts."
     return text
 
 
@@ -203,7 +203,7 @@ def _limits(card: Card, metrics: Metrics) -> str:
     lines = [
         f"It says which of these {card.num_classes} classes an image shows. An image of anything else gets "
         "one of them as well, often with a high probability.",
-        "Figures hold for images like those that were judged: same kind of camera, background and "
+        "Metrics hold for images like those that were judged: same kind of camera, background and "
         "selection. Other images need a look of their own (`finetune evaluate`).",
         "It was not examined for fairness between groups of people, nor against images made to deceive it.",
     ]
@@ -250,10 +250,10 @@ def _input_sentence(card: Card) -> str:
 
 def _output_sentence(card: Card) -> str:
     if card.temperature == 1.0:
-        return f"Output: logits; {ACTIVATION} gives the probabilities behind the figures."
+        return f"Output: logits; {ACTIVATION} gives the probabilities behind the metrics."
     return (
         f"Output: logits; divided by {card.temperature:.6g} (the temperature), then {ACTIVATION} gives "
-        "calibrated probabilities. No figure but those with the temperature depends on it: the log loss "
+        "calibrated probabilities. No metric but those with the temperature depends on it: the log loss "
         f"without that word is that of {ACTIVATION} alone."
     )
 

@@ -40,9 +40,9 @@ class OutputCheck:
     Attributes:
         max_difference: the largest difference of one probability.
         tolerance: that it must be under.
-        top1_identical: the likeliest class is the same for every input but near ties.
-        num_near_ties: inputs whose two likeliest classes are closer than the tolerance.
-        num_top1_differences: inputs with another likeliest class, near ties included.
+        top1_identical: the most probable class is the same for every input but near ties.
+        num_near_ties: inputs whose two most probable classes are closer than the tolerance.
+        num_top1_differences: inputs with another most probable class, near ties included.
     """
 
     max_difference: float
@@ -192,7 +192,7 @@ def check_comparison(asked: str, what: str, comparison: OutputCheck, num_inputs:
         return
     found = (
         f"on {num_inputs} {source} its probabilities differ from {what} by up to "
-        f"{comparison.max_difference:.3g} (under {comparison.tolerance:g} is allowed), and the likeliest "
+        f"{comparison.max_difference:.3g} (under {comparison.tolerance:g} is allowed), and the most probable "
         f"class of {comparison.num_top1_differences} is another"
     )
     raise InternalError(asked, found, "Nothing was kept. Please report this with the backbone's name.")

@@ -82,10 +82,10 @@ def _find_run(path: Path) -> RunFolder | None:
 
 
 def _check_done(run: RunFolder) -> None:
-    """A model of an earlier end beside figures of a later one would be told as if they belonged together."""
+    """A model of an earlier end beside metrics of a later one would be told as if they belonged together."""
     state = RunReader(run, tolerant=True).state
     if state != "done":
-        found = f"the run is not finished ({state}), and its model and figures may not belong together"
+        found = f"the run is not finished ({state}), and its model and metrics may not belong together"
         raise DataError(
             f"model {run.path}", found, "Give the run's command again to finish it, and export then."
         )

@@ -73,7 +73,7 @@ class BackboneSettings(_Section):
 
 
 class DataSettings(_Section):
-    """Where the images are, and how the validation part is made when the folder has none."""
+    """Where the images are, and how the validation split is made when the folder has none."""
 
     path: str | None = Field(
         None,
@@ -85,7 +85,7 @@ class DataSettings(_Section):
         0.2,
         gt=0,
         lt=1,
-        description="share of each class kept for validation when the data has no validation part",
+        description="share of each class kept for validation when the data has no validation split",
     )
     workers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="processes that decode images; 0 decodes in the training process"
@@ -95,20 +95,20 @@ class DataSettings(_Section):
     )
     group_by: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None,
-        description="images that belong together (a patient, a burst, a video) and are drawn into one part: "
+        description="images that belong together (a patient, a burst, a video) and are drawn into one split: "
         "a column of the CSV, or a regular expression whose first group (else whole match) in the path names "
         "them",
     )
     folds: Annotated[int, Field(ge=2, le=1000)] | None = Field(
         None,
-        description="parts of all images but test that take turns in being the validation part; null: no "
+        description="parts of all images but test that take turns in being the validation split; null: no "
         "turns",
     )
     fold: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="which of the folds is the validation part, from 1; the others are trained on"
+        None, description="which of the folds is the validation split, from 1; the others are trained on"
     )
     allow_leaks: bool = Field(
-        False, description="go on where exact copies of an image lie in two parts, with a warning"
+        False, description="go on where exact copies of an image lie in two splits, with a warning"
     )
 
 
@@ -226,7 +226,7 @@ class TrainingSettings(_Section):
         None, description="stop after this many epochs without improvement; null: never"
     )
     monitor: Monitor = Field(
-        "accuracy", description="validation figure that chooses the best epoch (accuracy ties go to the loss)"
+        "accuracy", description="validation metric that chooses the best epoch (accuracy ties go to the loss)"
     )
     class_weights: ClassWeights = Field(
         "none", description="balanced weighs the loss by inverse class frequency, mean 1"
@@ -285,7 +285,7 @@ class TrackingSettings(_Section):
     """Who else is told of the run (docs/tracking.md). No result depends on it."""
 
     to: tuple[TrackerName, ...] = Field(
-        (), description="experiment trackers that are told recipe, epochs and figures; none by default"
+        (), description="experiment trackers that are told recipe, epochs and metrics; none by default"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the files of a run say, as far as they are there; nothing here computes a figure anew.
+"""What the files of a run say, as far as they are there; nothing here computes a metric anew.
 
 An evaluation's folder has fewer files than a run's, and an old run's ``metrics.json`` fewer keys. What is
 absent is None or empty, and the page leaves it out.
@@ -127,7 +127,7 @@ class Facts:
 
     @cached_property
     def counts(self) -> dict[str, Counter[str]]:
-        """Images by part and class, the training part first; where no parts are known, what was judged."""
+        """Images by part and class, the training split first; where no parts are known, what was judged."""
         parts = {row["split"] for row in self.split}
         order = [*(part for part in SPLITS if part in parts), *sorted(parts - set(SPLITS))]
         found: dict[str, Counter[str]] = {part: Counter() for part in order}

@@ -46,7 +46,7 @@ class Figure:
 
 
 def list_figures(facts: Facts) -> list[Figure]:
-    """Return the figures in the order of their weight."""
+    """Return the metrics in the order of their weight."""
     found = []
     for key in (*HEADLINE_METRICS, *DETAIL_METRICS):
         value, pair = facts.number(key), facts.interval(key)
@@ -64,21 +64,21 @@ def name_part(facts: Facts) -> str:
 
 
 def say_whence(facts: Facts) -> str:
-    """Return a sentence on what the figures are worth, or nothing where the files do not say."""
+    """Return a sentence on what the metrics are worth, or nothing where the files do not say."""
     chose = facts.metrics.get("split_chose_checkpoint")
     leaked = (facts.number("num_leaked") or 0) + (facts.number("num_seen_by_backbone") or 0)
     if leaked:
-        return f"{leaked:,.0f} of them were trained on, here or by the backbone: these figures flatter."
+        return f"{leaked:,.0f} of them were trained on, here or by the backbone: these metrics are optimistic: the images leak into training."
     if trained := facts.number("trained_on"):
-        return f"{trained:,.0f} of them were trained on: these figures say nothing about new images."
+        return f"{trained:,.0f} of them were trained on: these metrics say nothing about new images."
     if "trained_on" in facts.metrics and facts.metrics["trained_on"] is None:
         return "Which images the model was trained on is not known; if these are among them, they flatter."
     if chose is True:
         is_solved = facts.number("epochs") == 0
         how = "between this classifier and a training" if is_solved else "the best epoch"
         return (
-            f"The same images also chose {how}, so the figures are a little kind. "
-            "A test part that chose nothing would say how kind."
+            f"The same images also chose {how}, so the metrics are optimistic. "
+            "A test split that chose nothing would show by how much."
         )
     if chose is False:
         return "These images chose nothing: neither weights nor the best epoch depend on them."
@@ -86,7 +86,7 @@ def say_whence(facts: Facts) -> str:
 
 
 def plot_figures(facts: Facts) -> Plot | None:
-    """Return the figures in [0, 1] with their intervals."""
+    """Return the metrics in [0, 1] with their intervals."""
     rows = [
         (METRIC_NAMES[key], value, facts.interval(key))
         for key in HEADLINE_METRICS
@@ -126,7 +126,7 @@ def finite_text(text: str) -> float | None:
 
 
 def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
-    """Return classes with images: of training where the files say which, else of the judged part."""
+    """Return classes with images: of training where the files say which, else of the judged split."""
     labels = choose_classes(facts)
     each = min(8, max(3, MOST_SAMPLES // max(len(labels), 1)))
     rows = [(row["path"], row["label"]) for row in facts.split if row["split"] == "train"]
@@ -272,7 +272,7 @@ class Cell:
 
 
 def list_classes(facts: Facts) -> list[tuple[str, list[Cell]]]:
-    """Return each class's figures, by the columns of ``class_columns``."""
+    """Return each class's metrics, by the columns of ``class_columns``."""
     return [
         (row["label"], [_cell(row, column) for column in class_columns(facts)]) for row in facts.per_class
     ]
@@ -336,10 +336,10 @@ def say_calibration(facts: Facts) -> str:
         said += f" The log loss went from {before:.3f} to {after:.3f}."
     error, error_after = facts.number("calibration", "ece"), facts.number("calibration", "ece_calibrated")
     if error is not None and error_after is not None and error_after > error:
-        said += f" The ECE rose from {error:.3f} to {error_after:.3f}; on few images it is a rough figure."
+        said += f" The ECE rose from {error:.3f} to {error_after:.3f}; on few images it is a rough estimate."
     calibration = facts.metrics["calibration"]
     if calibration.get("same_images") is True:
-        said += " The judged images also fitted it, so the figures after it are cross-fitted in five parts."
+        said += " The judged images also fitted it, so the metrics after it are cross-fitted in five parts."
     return said
 
 

@@ -59,7 +59,7 @@ def say_rejects(facts: Facts) -> str:
     """Return what the shares of right predictions are worth."""
     calibration = facts.metrics.get("calibration")
     chosen = isinstance(calibration, Mapping) and calibration.get("same_images") is True
-    said = " Chosen on these images, so that what was achieved is a little kind." if chosen else ""
+    said = " Chosen on these images, so that the achieved value is optimistic." if chosen else ""
     if any(one.at_least for one in list_rejects(facts)):
         said += (
             " At least: the lower one-sided 95 % limit of that share, by the images that chose the threshold."

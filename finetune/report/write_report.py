@@ -28,7 +28,7 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
         command: that started it, to be shown.
 
     Raises:
-        UsageError: the folder holds neither figures nor predictions.
+        UsageError: the folder holds neither metrics nor predictions.
         DiskError: something cannot be written.
     """
     facts = load_facts(folder)

@@ -122,7 +122,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The final figures."""
+        """The final metrics."""
         return self.path / "metrics.json"
 
     @property

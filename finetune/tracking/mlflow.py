@@ -43,7 +43,7 @@ class MLflow:
         self._log({name: row[name] for name in EPOCH_METRICS}, int(row["epoch"]))
 
     def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Log the final figures under ``final/``."""
+        """Log the final metrics under ``final/``."""
         self._log({f"final/{name}": value for name, value in figures.items()}, epoch)
 
     def close(self, end: End) -> None:

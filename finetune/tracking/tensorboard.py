@@ -41,7 +41,7 @@ class TensorBoard:
         self._scalars({name: row[name] for name in EPOCH_METRICS}, int(row["epoch"]))
 
     def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Write the final figures under ``final/``."""
+        """Write the final metrics under ``final/``."""
         self._scalars({f"final/{name}": value for name, value in figures.items()}, epoch)
 
     def close(self, end: End) -> None:

@@ -49,7 +49,7 @@ class Tracker(Protocol):
         """Tell one row of the history."""
 
     def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Tell the final figures, of so many epochs."""
+        """Tell the final metrics, of so many epochs."""
 
     def close(self, end: End) -> None:
         """Write what is left, and say how the run ended."""

@@ -21,7 +21,7 @@ PATIENCE = 30.0
 
 
 class WeightsAndBiases:
-    """Logs scalars by epoch, the recipe as configuration, and the final figures as summary."""
+    """Logs scalars by epoch, the recipe as configuration, and the final metrics as summary."""
 
     def __init__(self, run_info: TrackedRun, run_id: str) -> None:
         run_info.home.mkdir(exist_ok=True)  # or it would write to the system's temporary folder
@@ -45,7 +45,7 @@ class WeightsAndBiases:
         self._run.log({name: row[name] for name in EPOCH_METRICS}, step=int(row["epoch"]))
 
     def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Put the final figures into the summary, under ``final/``."""
+        """Put the final metrics into the summary, under ``final/``."""
         del epoch
         self._run.summary.update({f"final/{name}": value for name, value in figures.items()})
 

@@ -170,7 +170,7 @@ def test_other_training_images(cli: Cli, make: Make) -> None:
 
 
 def test_what_an_evaluation_judged_was_not_trained_on(cli: Cli, make: Make) -> None:
-    """Its split.csv may call its images a training part."""
+    """Its split.csv may call its images a training split."""
     rows = [(f"train/{number}.jpg", "ants", "train", str(number)) for number in range(9)]
     first, second = make("a", train=rows[:6]), make("b", train=rows[2:])
     (second / "recipe.yaml").unlink()

@@ -1,4 +1,4 @@
-"""``finetune evaluate``: the same figures as the run's, on the right images, or a refusal."""
+"""``finetune evaluate``: the same metrics as the run's, on the right images, or a refusal."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def test_the_data_are_named_as_they_were_given(cli: Cli, tiny: Path, tmp_path: P
 
 
 def test_a_backbone_that_has_seen_the_judged_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """Another seed draws another validation part: images that the first run was trained on."""
+    """Another seed draws another validation split: images that the first run was trained on."""
     data = draw_folder(tmp_path / "data", {"blue": 10, "red": 10})
     words = ("run", "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "-b", tiny, "-o", tmp_path / "one").exit_code == 0

@@ -100,7 +100,7 @@ def test_evaluation_keeps_order_and_size() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_image_lost_on_the_way_is_named(tmp_path: Path, workers: int, shuffle: bool) -> None:
-    """Training may go on without it; a figure over fewer images is refused."""
+    """Training may go on without it; a metric over fewer images is refused."""
     draw_folder(tmp_path / "data", {"blue": 4, "red": 4})
     loader = build_loader(tmp_path / "data", workers=workers, shuffle=shuffle)
     lost = loader.samples[2].path

@@ -1,4 +1,4 @@
-"""The validation part depends on names and seed alone."""
+"""The validation split depends on names and seed alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures against scikit-learn."""
+"""Metrics against scikit-learn."""
 
 from __future__ import annotations
 

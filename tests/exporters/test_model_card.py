@@ -112,7 +112,7 @@ def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
     plain = build_readme(card_of(), NEW, "weights.pth")
     assert "log loss with the temperature" not in plain
     assert "cross-fitted" not in plain
-    assert "Output: logits; softmax gives the probabilities behind the figures." in plain
+    assert "Output: logits; softmax gives the probabilities behind the metrics." in plain
 
 
 def test_images_that_were_learned_from_are_told() -> None:

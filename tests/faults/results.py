@@ -20,11 +20,11 @@ TIMED = (
     "wait_seconds",
     "peak_memory_bytes",
 )
-"""Figures that say how long something took, or how much memory."""
+"""Metrics that say how long something took, or how much memory."""
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Same weights, averages, optimiser, history, figures and predictions, bit for bit; nothing left over."""
+    """Same weights, averages, optimiser, history, metrics and predictions, bit for bit; nothing left over."""
     assert _tensors(one / "model" / "model.safetensors") == _tensors(two / "model" / "model.safetensors")
     for name in ("predictions.csv", "confusion_matrix.csv", "plan.csv", "split.csv", "classes.txt"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name

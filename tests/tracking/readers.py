@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Series = dict[str, dict[int, list[float]]]
-"""Figures by name and step; a step that was told twice has two."""
+"""Metrics by name and step; a step that was told twice has two."""
 
 BLOCK, HEADER = 32768, 7
 

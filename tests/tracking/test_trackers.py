@@ -205,7 +205,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_dropped(
         trackers.log_epochs([ROW])
         trackers.log_epochs([ROW, ROW | {"epoch": 2}])
         trackers.log_final({"accuracy": 1.0, "epochs": 2})
-    assert display.warnings == ([FAILURE] if fails_at <= 5 else [])  # made, twice an epoch, figures, closed
+    assert display.warnings == ([FAILURE] if fails_at <= 5 else [])  # made, twice an epoch, metrics, closed
     assert Broken.calls == min(fails_at, 5)
 
 

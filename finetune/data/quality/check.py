@@ -28,7 +28,7 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
     """Look at every image of a data set, and write everything that is found.
 
     Args:
-        recipe: its data and seed count. With folds, the first is the validation part of the figures.
+        recipe: its data and seed count. With folds, the first is the validation split of the metrics.
         output: a new folder for ``check.json``, ``check.png`` and, with folds, ``folds.csv``.
         display: shows progress.
 
@@ -83,13 +83,13 @@ def look_at(dataset: Dataset, display: Display) -> Checked:
 def _settle(
     dataset: Dataset, checked: Checked, recipe: Recipe, issues: tuple[Issue, ...]
 ) -> tuple[Dataset, tuple[Issue, ...]]:
-    """Keep exact copies in one part, as a run does."""
+    """Keep exact copies in one split, as a run does."""
     try:
         dataset, moved = keep_copies_together(dataset, checked.digests, SplitConfig.of(recipe))
     except DataError as error:
         return dataset, (*issues, Issue("class-copies", "error", error.found, error.fix))
     if moved:
-        said = f"{moved} of the drawn images changed sides, so that exact copies stay in one part."
+        said = f"{moved} of the drawn images changed sides, so that exact copies stay in one split."
         issues = (*issues, Issue("draw-moved", "note", said, "Nothing needs to be done.", moved))
     return dataset, issues
 

@@ -89,7 +89,7 @@ def _core(name: str) -> str:
     return bare[:-1] if len(bare) > 3 and bare.endswith("s") and not bare.endswith("ss") else bare or name
 
 
-# --- Groups (a patient, a burst, a video) that lie in more than one part ---
+# --- Groups (a patient, a burst, a video) that lie in more than one split ---
 
 
 def judge_groups(dataset: Dataset) -> Iterator[Issue]:
@@ -105,9 +105,9 @@ def judge_groups(dataset: Dataset) -> Iterator[Issue]:
         yield Issue(
             "group-leak",
             "warning",
-            f"{len(broken)} of {count(len(parts), 'group lies', 'groups lie')} in more than one part: "
+            f"{len(broken)} of {count(len(parts), 'group lies', 'groups lie')} in more than one split: "
             f"{some(broken)}.",
-            "Move each group into one part, or give no val/: then it is drawn by group.",
+            "Move each group into one split, or give no val/: then it is drawn by group.",
             len(broken),
             tuple(paths[:SHOWN_PATHS]),
         )

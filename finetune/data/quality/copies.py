@@ -26,10 +26,10 @@ class Copies:
     """Images that are there more than once, byte for byte; each a group of two images or more.
 
     Attributes:
-        leaks: in more than one part.
+        leaks: in more than one split.
         conflicts: under more than one label.
         repeated: ``REPEATED`` times or more.
-        within: more than once in one part, under one label.
+        within: more than once in one split, under one label.
     """
 
     leaks: tuple[Group, ...] = ()

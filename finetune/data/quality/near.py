@@ -30,7 +30,7 @@ MOST_COMPARISONS = 4_000_000_000
 """Of hashes: some ten seconds of one core. Beyond, images are compared across parts only, up to ten times
 as many, and then not at all."""
 MOST_PAIRS = 100_000
-"""Of parts that differ, and as many of one part: a long video must not hide a leak."""
+"""Of parts that differ, and as many of one split: a long video must not hide a leak."""
 _BLOCK = 2**22
 _STEP = 4096
 
@@ -59,7 +59,7 @@ class NearCopies:
     is_cut: bool = False
 
     def leaks(self, seen: ScannedDataset) -> list[NearCopy]:
-        """Return pairs that lie in two parts."""
+        """Return pairs that lie in two splits."""
         return [pair for pair in self.pairs if seen.parts[pair.first] != seen.parts[pair.second]]
 
     def conflicts(self, seen: ScannedDataset) -> list[NearCopy]:
@@ -67,7 +67,7 @@ class NearCopies:
         return [pair for pair in self.pairs if seen.labels[pair.first] != seen.labels[pair.second]]
 
     def others(self, seen: ScannedDataset) -> list[NearCopy]:
-        """Return pairs of one part and one label."""
+        """Return pairs of one split and one label."""
         told = {*self.leaks(seen), *self.conflicts(seen)}
         return [pair for pair in self.pairs if pair not in told]
 
@@ -178,7 +178,7 @@ def judge_near(seen: ScannedDataset, near: NearCopies) -> Iterator[Issue]:
         yield Issue(
             "near-duplicate",
             "note",
-            f"{count(len(others), 'pair', 'pairs')} of nearly the same images in one part and class.",
+            f"{count(len(others), 'pair', 'pairs')} of nearly the same images in one split and class.",
             "Keep one of each, if they should not weigh more than others.",
             len(others),
             seen.paths(_places(others)),

@@ -27,7 +27,7 @@ class Report:
 
     Attributes:
         remarks: errors first.
-        summary: the data set in figures.
+        summary: the data set in numbers.
         seen: the images.
         copies: exact copies.
         near: near copies.
@@ -74,7 +74,7 @@ def inspect(dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequenc
     Args:
         dataset: with its final parts.
         checked: what the look gave.
-        allow_leaks: exact copies in two parts are a warning, not an error.
+        allow_leaks: exact copies in two splits are a warning, not an error.
         said: what reading the data has found already.
     """
     seen = ScannedDataset(dataset, checked)
@@ -91,7 +91,7 @@ def inspect(dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequenc
     return Report(sort_issues(issues), summarise(seen), seen, copies, near, oddities)
 
 
-# --- What a data set is, in figures: sizes, formats, modes, shapes, classes of each part ---
+# --- A data set in numbers: sizes, formats, modes, shapes, classes of each split ---
 
 
 def summarise(seen: ScannedDataset) -> dict[str, Any]:

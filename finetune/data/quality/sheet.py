@@ -23,9 +23,9 @@ def find_sections(report: Report) -> list[Section]:
     near_leaks, near_conflicts = report.near.leaks(seen), report.near.conflicts(seen)
     plain = [place for place in odd.plain if place not in {*odd.odd, *odd.named}]
     every = [
-        _copies(seen, "The same image in two parts", report.copies.leaks),
+        _copies(seen, "The same image in two splits", report.copies.leaks),
         _copies(seen, "The same image under two labels", report.copies.conflicts),
-        _pairs(seen, "Nearly the same image in two parts (pairs)", near_leaks),
+        _pairs(seen, "Nearly the same image in two splits (pairs)", near_leaks),
         _pairs(seen, "Nearly the same image under two labels (pairs)", near_conflicts),
         _single(seen, "The same image again and again", [group[0] for group in report.copies.repeated]),
         _single(seen, "Placeholders, and unlike all others", dict.fromkeys([*odd.named, *odd.odd])),

@@ -48,7 +48,7 @@ def check_data(
 def _look_over(
     dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, settings: DataSettings
 ) -> None:
-    """Write ``check.json``, say what stands out, and refuse exact copies in two parts.
+    """Write ``check.json``, say what stands out, and refuse exact copies in two splits.
 
     Raises:
         DataError: there are some, and they are not allowed.

@@ -56,7 +56,7 @@ def test_a_run_keeps_its_own_draw_free_of_copies(cli: Cli, tiny: Path, tmp_path:
     words = ["run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK]
     result = cli(*words)
     assert result.exit_code == 0, result.output
-    assert "exact copies stay in one part" in result.stderr
+    assert "exact copies stay in one split" in result.stderr
     split = rows(tmp_path / "run" / "split.csv")
     parts: dict[str, set[str]] = {}
     for row in split:

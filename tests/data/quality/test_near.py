@@ -19,7 +19,7 @@ from tests.data.quality.spoilt import build_clean, photo
 
 
 def see(root: Path) -> ScannedDataset:
-    """All images below a folder; those called ``copy...`` are the validation part."""
+    """All images below a folder; those called ``copy...`` are the validation split."""
     paths = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     samples = [Sample(str(path), 0, "val" if path.name.startswith("copy") else "train") for path in paths]
     dataset = Dataset(root, ("a", "b"), tuple(sorted(samples, key=lambda one: (one.split, one.path))))

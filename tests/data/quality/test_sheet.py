@@ -15,9 +15,9 @@ from tests.data.quality.test_report import look
 def test_every_kind_has_its_section(tmp_path: Path) -> None:
     sections = find_sections(look(spoil(tmp_path / "data")))
     shown = {section.title: [tile.lines[-1] for tile in section.tiles] for section in sections}
-    assert shown["The same image in two parts"] == ["001.jpg", "copy.jpg"]
+    assert shown["The same image in two splits"] == ["001.jpg", "copy.jpg"]
     assert shown["The same image under two labels"] == ["003.jpg", "copy.jpg"]
-    assert shown["Nearly the same image in two parts (pairs)"] == ["001.jpg", "smaller.jpg"]
+    assert shown["Nearly the same image in two splits (pairs)"] == ["001.jpg", "smaller.jpg"]
     assert shown["Nearly the same image under two labels (pairs)"] == ["005.jpg", "near.jpg"]
     assert shown["Placeholders, and unlike all others"][0] == "imageNotFound.gif"
     assert len(sections) == 11

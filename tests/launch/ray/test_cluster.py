@@ -1,4 +1,4 @@
-"""One run over a real Ray cluster of two nodes: the same figures, whatever happens to its processes."""
+"""One run over a real Ray cluster of two nodes: the same metrics, whatever happens to its processes."""
 
 from __future__ import annotations
 
