@@ -68,11 +68,13 @@ def say_whence(facts: Facts) -> str:
     chose = facts.metrics.get("split_chose_checkpoint")
     leaked = (facts.number("num_leaked") or 0) + (facts.number("num_seen_by_backbone") or 0)
     if leaked:
-        return f"{leaked:,.0f} of them were trained on, here or by the backbone: these metrics are optimistic: the images leak into training."
+        return (
+            f"{leaked:,.0f} of them were trained on, here or by the backbone: these metrics are optimistic."
+        )
     if trained := facts.number("trained_on"):
         return f"{trained:,.0f} of them were trained on: these metrics say nothing about new images."
     if "trained_on" in facts.metrics and facts.metrics["trained_on"] is None:
-        return "Which images the model was trained on is not known; if these are among them, they flatter."
+        return "Which images the model was trained on is unknown; if these are among them, the metrics are optimistic."
     if chose is True:
         is_solved = facts.number("epochs") == 0
         how = "between this classifier and a training" if is_solved else "the best epoch"
