@@ -40,13 +40,13 @@ _FORMATS = {
 _GRAPHIC_MODES = frozenset({"1", "P", "PA"})
 """Of drawings: photographs have no palette."""
 _PLACEHOLDER = re.compile(
-    r"(?<![a-z])((image|img|photo|image|file|page)[ _-]?)?not[ _-]?(found|available)"
-    r"|(?<![a-z])no[ _-]?(image|photo|image)"
+    r"(?<![a-z])((image|img|photo|picture|file|page)[ _-]?)?not[ _-]?(found|available)"
+    r"|(?<![a-z])no[ _-]?(image|photo|picture)"
     r"|place[ _-]?holder|unavailable|coming[ _-]?soon"
-    r"|(?<![a-z])((image|photo|image)[ _-]?missing|missing[ _-]?(image|photo|image))",
+    r"|(?<![a-z])((image|photo|picture)[ _-]?missing|missing[ _-]?(image|photo|picture))",
     re.IGNORECASE,
 )
-"""Words of their own: a piano photo and a volcano image are none."""
+"""Matches whole words only: "piano photo" and "volcano picture" are not placeholders."""
 
 _REASONS = (
     ("file-empty", "empty file", "{} without a byte", "Copy or download them again."),

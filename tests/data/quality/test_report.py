@@ -172,12 +172,15 @@ def test_files_whose_names_say_no_format(tmp_path: Path) -> None:
     ("name", "is_one"),
     [
         ("piano_photo_1", False),
-        ("volcano image", False),
+        ("volcano picture", False),
         ("casino-image", False),
         ("imageNotFound", True),
         ("no_image", True),
         ("img-not-available", True),
         ("photo_missing", True),
+        ("no_picture", True),
+        ("picture-not-found", True),
+        ("missing picture", True),
         ("default.placeholder", True),
     ],
 )
