@@ -11,24 +11,26 @@ on an image's neighbours.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from finetune import __version__
-from finetune.data.decode import BadImageError, decode_image
-from finetune.data.inputs import Input, Inputs, find_inputs
+from finetune.data.inputs import Input, Inputs
 from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError
+from finetune.evaluation.prediction_inputs import (
+    count_inputs,
+    find_prediction_inputs,
+    no_images,
+    open_input,
+)
 from finetune.evaluation.prediction_rows import Fingerprint, PredictionProgress, PredictionRows, find_format
 from finetune.evaluation.predictor import Answer, Predictor, load, split_batches
 from finetune.runs.claim import create_folder
@@ -86,7 +88,13 @@ def predict_files(
     """
     with translated_errors(distributed=distributed), ExitStack() as files:
         format = find_format(request.output, request.format)
-        inputs = _find_inputs(request, distributed)
+        inputs = find_prediction_inputs(
+            request.input,
+            request.output,
+            distributed,
+            nul=request.nul,
+            follow_links=request.follow_links,
+        )
         with display.busy(f"loading {request.model}"):
             predictor = distributed.first(lambda: _load(request, distributed))
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
@@ -99,7 +107,7 @@ def predict_files(
                 return table.summarise(0.0) if distributed.is_main else {}
             began = time.perf_counter()
             with stop.gently(), table.bar() as advance:
-                answers = predictor.answer(table.batches(start, distributed), _open)
+                answers = predictor.answer(table.batches(start, distributed), open_input)
                 try:
                     for answer in distributed.merge(_until_stopped(answers, stop)):
                         table.write(answer)
@@ -117,19 +125,6 @@ def _until_stopped(answers: Iterator[Answer[Input]], stop: StopSignal) -> Iterat
         if stop.asked:
             found = "one of its processes was asked to stop"
             raise InterruptedRunError("predicting", found, "Give the same command again to go on.")
-
-
-def _find_inputs(request: PredictRequest, distributed: Distributed) -> Inputs:
-    """Return the images; where they are walked over, what lies beside the output is refused."""
-    if request.input == "-" and distributed.size > 1:
-        fix = "Name a folder, a CSV file or a pattern, or drop --processes."
-        raise UsageError("-", f"{distributed.size} processes cannot share standard input", fix)
-    stream = getattr(sys.stdin, "buffer", None)  # it may be closed
-    inputs = find_inputs(request.input, stream, nul=request.nul, follow_links=request.follow_links)
-    if inputs.folder:
-        _check_not_among(request.output, inputs.folder)
-        return inputs
-    return replace(inputs, open=lambda: _watch(inputs, request.output))
 
 
 def _load(request: PredictRequest, distributed: Distributed) -> Predictor:
@@ -166,42 +161,6 @@ def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRow
         "batch_size": predictor.batch_size,
         "device": predictor.device.type,
     }
-
-
-# --- where nothing may be written ----------------------------------------------------------------
-
-
-def _count(inputs: Inputs, display: Display) -> int | None:
-    """Walk over all images once, which finds what is refused before anything is computed."""
-    if not inputs.is_countable:
-        return None
-    with display.busy(f"looking through {inputs.asked}"):
-        number = sum(1 for _ in inputs.open())
-    if not number:
-        raise _no_images(inputs)
-    return number
-
-
-def _watch(inputs: Inputs, output: Path) -> Iterator[Input]:
-    """Give the images on, as long as the output does not lie in the folder of one."""
-    home, last = os.path.realpath(inputs.home), inputs.home
-    for one in inputs.open():
-        folder = one.file.parent
-        if folder != last and os.path.isfile(one.file):  # noqa: PTH113 - Path.is_file raises on long names
-            if os.path.realpath(folder) != home:
-                _check_not_among(output, folder)
-            last = folder
-        yield one
-
-
-def _check_not_among(output: Path, folder: Path) -> None:
-    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
-        found, fix = f"it lies among the images, in {folder}", "Name an --output outside of it."
-        raise UsageError(f"--output {output}", found, fix)
-
-
-def _no_images(inputs: Inputs) -> DataError:
-    return DataError(inputs.asked, "there are no images", "Name a file, a folder, a CSV file or a pattern.")
 
 
 # --- the work ------------------------------------------------------------------------------------
@@ -246,7 +205,7 @@ class _Table:
             self.progress = PredictionProgress(**before)
             return None
         check_free(output)
-        self._total = _count(self.inputs, self.display)
+        self._total = count_inputs(self.inputs, self.display)
         create_folder(output.parent)
         self._writer = files.enter_context(open_writer(output, facts))
         self._left = self._go_on()
@@ -338,7 +297,7 @@ class _Table:
         """
         progress = self.progress
         if not progress.done:
-            raise _no_images(self.inputs)
+            raise no_images(self.inputs)
         self.writer.save(progress.to_dict(), now=True)
         if progress.bad == progress.done:
             self.writer.discard()
@@ -413,9 +372,3 @@ class _Table:
             return
         with self.display.count("predicting") as tell:  # nobody knows how many more will come
             yield lambda *_: tell(self.progress.done, self.progress.done)
-
-
-def _open(one: Input) -> Image.Image:
-    if one.fault:
-        raise BadImageError(one.fault)
-    return decode_image(one.file)

@@ -218,7 +218,7 @@ def test_strange_lines_do_not_keep_work_from_going_on(
     (tmp_path / "new").mkdir()
     stdin(monkeypatch, names)
     _, lines = predict(tiny, "-", Path("out.csv"))
-    assert "going on after 8 images" in lines
+    assert "resuming after 8 images" in lines
 
 
 def test_rows_of_a_csv_stay_in_its_folder_unless_allowed(tiny: Path, folder: Path, tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_an_interrupted_file_ends_in_the_same_bytes(
             predict(tiny, folder, output)
         assert not output.exists()
         done, lines = predict(tiny, folder, output)
-        assert f"going on after {min(18, 4 * cut):,} images" in lines
+        assert f"resuming after {min(18, 4 * cut):,} images" in lines
         assert (done["num_images"], done["num_bad"]) == (16, 2)
         for suffix in ("", ".bad.csv"):
             there = (tmp_path / "whole" / f"{name}{suffix}").read_bytes()
@@ -420,7 +420,7 @@ def test_images_that_come_later_are_added(
         predict(tiny, folder, tmp_path / "out.csv")
     draw(folder / "red" / "zzz.jpg", (1, 2, 3), seed=9)
     _, lines = predict(tiny, folder, tmp_path / "out.csv")
-    assert "going on after 12 images" in lines
+    assert "resuming after 12 images" in lines
     predict(tiny, folder, tmp_path / "whole.csv")
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
@@ -429,7 +429,7 @@ def test_standard_input_goes_on_and_starts_anew(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [str(path) for path in sorted(folder.rglob("*.jpg"))]
-    for number, (paths, said) in enumerate([(names, "going on after 12"), (names[1:], "starting anew")]):
+    for number, (paths, said) in enumerate([(names, "resuming after 12"), (names[1:], "starting anew")]):
         output = tmp_path / f"{number}.csv"
         with monkeypatch.context() as patch, pytest.raises(FinetuneError):
             stop_after(patch, 3)
@@ -479,5 +479,5 @@ def test_sigkill_and_sigterm(
     assert f"it was stopped after {done} images" in said
     stdin(monkeypatch, "\n".join(names).encode())
     _, lines = predict(tiny, "-", output)
-    assert f"going on after {done} images" in lines
+    assert f"resuming after {done} images" in lines
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()

@@ -1,0 +1,97 @@
+"""The images that ``finetune predict`` reads, and the check that its output does not lie among them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from finetune.data.decode import BadImageError, decode_image
+from finetune.data.inputs import Input, Inputs, find_inputs
+from finetune.errors import DataError, UsageError
+from finetune.system.display import Display
+from finetune.system.distributed import Distributed
+
+
+def find_prediction_inputs(
+    asked: str, output: Path, distributed: Distributed, *, nul: bool = False, follow_links: bool = False
+) -> Inputs:
+    """Find the images to predict.
+
+    Args:
+        asked: the ``--input``: a file, a folder, a CSV file, a pattern, or ``-`` for paths on standard input.
+        output: the file of predictions; it must lie outside the folders of the images.
+        distributed: the processes that share the work.
+        nul: paths on standard input end in a NUL byte instead of a line break.
+        follow_links: read images through symbolic links that lead out of the folder.
+
+    Raises:
+        UsageError: the output lies among the images, or several processes would share standard input. Where
+            images are not in one folder, this is checked image by image while they are read.
+        DataError: the input does not exist or cannot be read.
+    """
+    if asked == "-" and distributed.size > 1:
+        fix = "Name a folder, a CSV file or a pattern, or drop --processes."
+        raise UsageError("-", f"{distributed.size} processes cannot share standard input", fix)
+    stream = getattr(sys.stdin, "buffer", None)  # standard input may be closed
+    inputs = find_inputs(asked, stream, nul=nul, follow_links=follow_links)
+    if inputs.folder:
+        _check_outside(output, inputs.folder)
+        return inputs
+    return replace(inputs, open=lambda: _open_checked(inputs, output))
+
+
+def count_inputs(inputs: Inputs, display: Display) -> int | None:
+    """Return the number of images, or None for a stream that can only be read once.
+
+    All images are walked over, so that refusals come before anything is computed.
+
+    Raises:
+        UsageError: the output lies among the images.
+        DataError: there are no images.
+    """
+    if not inputs.is_countable:
+        return None
+    with display.busy(f"looking through {inputs.asked}"):
+        number = sum(1 for _ in inputs.open())
+    if not number:
+        raise no_images(inputs)
+    return number
+
+
+def no_images(inputs: Inputs) -> DataError:
+    """Return the error for an input without images."""
+    return DataError(inputs.asked, "there are no images", "Name a file, a folder, a CSV file or a pattern.")
+
+
+def open_input(image: Input) -> Image.Image:
+    """Decode one image.
+
+    Raises:
+        BadImageError: it cannot be read or decoded.
+    """
+    if image.fault:
+        raise BadImageError(image.fault)
+    return decode_image(image.file)
+
+
+def _open_checked(inputs: Inputs, output: Path) -> Iterator[Input]:
+    """Yield the images; raise a UsageError at the first one whose folder contains the output."""
+    home, last = os.path.realpath(inputs.home), inputs.home
+    for image in inputs.open():
+        folder = image.file.parent
+        if folder != last and os.path.isfile(image.file):  # noqa: PTH113 - Path.is_file raises on long names
+            if os.path.realpath(folder) != home:
+                _check_outside(output, folder)
+            last = folder
+        yield image
+
+
+def _check_outside(output: Path, folder: Path) -> None:
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(folder)):
+        found, fix = f"it lies among the images, in {folder}", "Name an --output outside of it."
+        raise UsageError(f"--output {output}", found, fix)
