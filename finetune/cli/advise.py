@@ -25,7 +25,7 @@ def advise_command(
     recipe: Recipe,
     backbones: Annotated[
         str | None,
-        typer.Option("--backbones", help="Several names with commas between: rank them on these images."),
+        typer.Option("--backbones", help="Comma-separated names: rank them on these images."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -35,8 +35,8 @@ def advise_command(
 ) -> None:
     """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
 
-    Nothing is trained, but for linear classifiers on kept features. `finetune run --strategy auto` does the
-    same, and then runs it.
+    Only linear classifiers on cached features are trained. `finetune run --strategy auto` does the same, and
+    then trains with the chosen strategy.
     """
     if backbones is not None:
         from finetune.api import split_words

@@ -52,7 +52,7 @@ app.add_typer(cache.app, name="cache")
 
 
 @app.callback(invoke_without_command=True)
-def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     """Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out."""
     if version:
         typer.echo(__version__)

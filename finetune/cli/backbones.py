@@ -107,7 +107,7 @@ def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:
 
 
 def _layers(parameters: Iterable[str]) -> str:
-    """First and last layer of a stage, which say more than its hundred names."""
+    """The first and the last layer of a stage; it may have hundreds."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in parameters))
     return layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]}"
 

@@ -13,7 +13,7 @@ from finetune.cli.output import print_table, refusals
 if TYPE_CHECKING:
     from finetune.runs.cache_dir import CachedFile
 
-app = typer.Typer(help="List or remove what is kept between runs.", no_args_is_help=True)
+app = typer.Typer(help="List or clear the cache of features and decoded images.", no_args_is_help=True)
 COLUMNS = ("kind", "of", "images", "size", "last used")
 
 
@@ -21,7 +21,7 @@ COLUMNS = ("kind", "of", "images", "size", "last used")
 def list_kept(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array to stdout.")] = False,
 ) -> None:
-    """List kept features and decoded images, the longest unused first."""
+    """List cached features and decoded images, the least recently used first."""
     from finetune.runs.cache_dir import FeatureCacheDir
 
     with refusals():
@@ -38,7 +38,7 @@ def list_kept(
 
 @app.command("clear")
 def clear() -> None:
-    """Remove features and decoded images that no run is using; the next run makes anew what it needs."""
+    """Remove cached features and images that no run is using; the next run computes them again."""
     from finetune.data.scan_cache import clear_scans
     from finetune.runs.cache_dir import FeatureCacheDir
 

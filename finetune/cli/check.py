@@ -32,18 +32,18 @@ def check_command(
     group_by: Annotated[
         str | None,
         typer.Option(
-            help="What belongs together: a column of the CSV, or a pattern in the path.",
+            help="Images of one group (a patient, a video): a column of the CSV, or a pattern in the path.",
             metavar="COLUMN|REGEX",
         ),
     ] = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, help="Deal the images into folds, and write folds.csv.")
+        int | None, typer.Option(min=2, help="Split the images into folds, and write folds.csv.")
     ] = None,
     val_fraction: Annotated[
         float | None,
         typer.Option(help="Share of each class kept for validation if there is no val/.", show_default="0.2"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draw.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the split.", show_default="0")] = None,
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Exact copies in two splits are only a warning.")
     ] = False,
@@ -56,9 +56,9 @@ def check_command(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at every image, and list what would spoil the metrics: check.json, and check.png to look at.
+    """Read every image, and list what would make the metrics misleading: check.json, check.png.
 
-    Ends with 0 when a run would accept the data, and with 65 when it would not.
+    The exit code is 0 when a run would accept the data, and 65 when it would not.
     """
     with refusals(as_json):
         from finetune.runs.folder import default_folder

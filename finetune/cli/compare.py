@@ -38,9 +38,9 @@ def compare_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs on the images that all have judged: a table, and a paired test for each pair.
+    """Compare runs on the images that all of them were tested on: a table, and a paired test for each pair.
 
-    Up to four runs are compared each with each other, more with the first one.
+    Up to four runs are compared pairwise; more are compared with the first one.
     """
     with refusals(as_json):
         from finetune import api

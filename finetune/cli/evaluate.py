@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 def evaluate_command(
     models: Annotated[
         list[str],
-        typer.Argument(
-            help="A run, a model folder, a name; several are judged together.", metavar="MODEL..."
-        ),
+        typer.Argument(help="A run, a model folder, a name; several form an ensemble.", metavar="MODEL..."),
     ],
     data: Annotated[
         Path | None,
         typer.Option(
             "--data",
             "-d",
-            help="A folder of class folders, with splits or without, a .zip, a CSV.",
+            help="A folder of class folders, with or without splits, a .zip, a CSV.",
             show_default="the run's own",
         ),
     ] = None,
@@ -37,10 +35,10 @@ def evaluate_command(
     ] = None,
     crops: Annotated[int, typer.Option(help="1, 5 or 10 crops of each image.")] = 1,
     scales: Annotated[
-        str | None, typer.Option(help="Short sides in pixels, with commas between: 256,288.")
+        str | None, typer.Option(help="Short sides in pixels, comma-separated: 256,288.")
     ] = None,
     output: OutputOption = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
@@ -48,13 +46,13 @@ def evaluate_command(
         bool, typer.Option("--follow-links", help="Read images through links that lead out of the folder.")
     ] = False,
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Judge by images that the model was trained on.")
+        bool, typer.Option("--allow-leaks", help="Also test on images that the model was trained on.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge finished models: metrics with intervals, calibration, a report.
+    """Test finished models: metrics with intervals, calibration, a report.
 
-    Several models are an ensemble, several crops and scales are averaged: what each adds and costs is shown.
+    Several models form an ensemble; several crops and scales are averaged. What each adds and costs is shown.
     """
     with refusals(as_json):
         from finetune import api

@@ -29,14 +29,15 @@ def export_command(
         ),
     ] = None,
     with_probabilities: Annotated[
-        bool, typer.Option("--with-softmax", help="The graph gives probabilities, temperature applied.")
+        bool,
+        typer.Option("--with-softmax", help="The graph returns calibrated probabilities instead of logits."),
     ] = False,
     opset: Annotated[
-        int | None, typer.Option("--opset", help="Of ONNX: 18 to 23.", show_default="18")
+        int | None, typer.Option("--opset", help="ONNX opset, 18 to 23.", show_default="18")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model for others, and prove in a fresh process that it predicts what the run predicted."""
+    """Export a model, and prove in a fresh process that it predicts what the run predicted."""
     with refusals(as_json):
         from finetune import api
 
@@ -49,11 +50,11 @@ def export_command(
 
 def push_command(
     run: RunArgument,
-    repo_id: Annotated[str, typer.Argument(help="ORG/NAME; created where there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is for you alone.")] = False,
+    repo_id: Annotated[str, typer.Argument(help="ORG/NAME; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a model to the Hugging Face hub: exported in timm's format, and proved, first."""
+    """Export a model in timm's format, prove it, and upload it to the Hugging Face hub."""
     from dataclasses import asdict
 
     from finetune.system.display import Display

@@ -30,8 +30,7 @@ def extract_command(
         typer.Option(
             "--layers",
             "-l",
-            help="Stages, modules and patterns, with commas between; all, last, pre_logits; "
-            "list shows what there is.",
+            help="Comma-separated stages, modules and patterns; all, last, pre_logits; list shows them.",
         ),
     ] = "all",
     output: Annotated[
@@ -49,7 +48,7 @@ def extract_command(
 ) -> None:
     """Write the features of a network's layers as tables: path, label, split, then the numbers.
 
-    All layers come from one forward pass. An extraction that was killed goes on where it stopped.
+    All layers come from one forward pass. An interrupted extraction is resumed.
     """
     from finetune.api import split_words
 

@@ -67,7 +67,7 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "seed": (
-        Annotated[int | None, typer.Option("--seed", help="Same seed, same numbers.", show_default="0")],
+        Annotated[int | None, typer.Option("--seed", help="Random seed.", show_default="0")],
         None,
     ),
     "device": (

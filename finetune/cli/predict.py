@@ -26,24 +26,28 @@ def predict_command(
         str | None,
         typer.Option("--format", help="csv, jsonl or parquet.", show_default="the output's suffix, else csv"),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to name, the most probable first.")] = 1,
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="Number of classes to list, the most probable first.")
+    ] = 1,
     reject_below: Annotated[
         float | None,
-        typer.Option("--reject-below", min=0, max=1, help="No label under this confidence.", metavar="P"),
+        typer.Option(
+            "--reject-below", min=0, max=1, help="Leave the label empty below this confidence.", metavar="P"
+        ),
     ] = None,
     crops: Annotated[
-        int, typer.Option("--crops", help="1, 5 or 10 views of each image, averaged; as many times slower.")
+        int, typer.Option("--crops", help="1, 5 or 10 crops of each image, averaged; as many times slower.")
     ] = 1,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Images at a time.", show_default="32; GPU 128")
+        int | None, typer.Option("--batch-size", min=1, help="Batch size.", show_default="32; GPU 128")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Threads that decode.", show_default="cores")
+        int | None, typer.Option("--workers", min=1, help="Decoding threads.", show_default="cores")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     nul: Annotated[bool, typer.Option("-0", "--null", help="Paths on stdin end with a zero byte.")] = False,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Links may lead out of the folder.")
+        bool, typer.Option("--follow-links", help="Read images through links that lead out of the folder.")
     ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     gpus: GpusOption = None,
@@ -52,7 +56,7 @@ def predict_command(
 ) -> None:
     """Predict any number of images with a trained network: path, label, confidence, probabilities.
 
-    A prediction that was killed goes on where it stopped, with the same command.
+    The same command resumes an interrupted prediction.
     """
     with refusals(as_json):
         start_processes(processes, gpus, device)

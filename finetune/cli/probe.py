@@ -25,20 +25,22 @@ def probe_command(
     recipe: Recipe,
     layers: Annotated[
         str,
-        typer.Option("--layers", "-l", help="As of `finetune extract`."),
+        typer.Option("--layers", "-l", help="Layers, as in `finetune extract`."),
     ] = "all",
     per_class: Annotated[
-        int, typer.Option("--per-class", min=1, help="Training images of each class; the rest are judged.")
+        int, typer.Option("--per-class", min=1, help="Training images of each class; the rest are tested.")
     ] = 30,
     classifiers: Annotated[
-        str, typer.Option("--classifiers", help="Of svm, softmax, logreg and knn, with commas between.")
+        str, typer.Option("--classifiers", help="Comma-separated: svm, softmax, logreg, knn.")
     ] = "svm,softmax,knn",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Draws of training images.")] = 5,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Number of random draws of training images.")
+    ] = 5,
     output: OutputOption = None,
     pool: PoolOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Judge each layer by classifiers on its features: mean accuracy over classes, over several draws."""
+    """Train classifiers on the features of each layer: mean accuracy over classes, over several random draws."""
     from finetune import api
 
     rows = api.probe(

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 GpusOption = Annotated[
     int | None,
     typer.Option(
-        "--gpus", min=1, help="Share the work among so many GPUs of this machine.", show_default="1"
+        "--gpus", min=1, help="Number of GPUs of this machine that share the work.", show_default="1"
     ),
 ]
 ProcessesOption = Annotated[
     int | None,
-    typer.Option("--processes", min=1, help="Share the work among so many processes.", show_default="1"),
+    typer.Option("--processes", min=1, help="Number of processes that share the work.", show_default="1"),
 ]
 
 
@@ -40,7 +40,8 @@ class Engine(StrEnum):
 
 
 EngineOption = Annotated[
-    Engine, typer.Option("--engine", help="Start them on this machine (torch), or on a Ray cluster's (ray).")
+    Engine,
+    typer.Option("--engine", help="Start the processes on this machine (torch), or on a Ray cluster (ray)."),
 ]
 _LEAVE_SECONDS = 15.0
 """That the main process has to write why all end: launchers end it as soon as another one has ended."""

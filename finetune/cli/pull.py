@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 def pull_command(
     names: Annotated[list[str], typer.Argument(help="Backbones (see `finetune backbones`).")],
-    offline: Annotated[bool, typer.Option("--offline", help="Only say what is on this machine.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Only list what is on this machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")] = False,
 ) -> None:
     """Fetch the weights of backbones, check them, and show where they are kept.
 
-    From then on they are found without a network. HF_ENDPOINT and FINETUNE_MIRROR name mirrors. Where some
-    cannot be had, the others are fetched all the same, and the exit code is that of the first failure.
+    Later runs find them without a network. HF_ENDPOINT and FINETUNE_MIRROR name mirrors. If some downloads
+    fail, the others are still fetched, and the exit code is that of the first failure.
     """
     with refusals(as_json), StopSignal():
         from finetune.system.display import Display

@@ -27,7 +27,7 @@ def list_recipes(context: typer.Context) -> None:
 
 @app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")]) -> None:
-    """Print a recipe; save it to a file to make it yours."""
+    """Print a recipe; save it to a file to change it."""
     with refusals():
         from finetune.recipe import find_recipe
 

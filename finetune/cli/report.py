@@ -16,7 +16,7 @@ def report_command(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of an evaluation.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Make report.html and plots/ of a run again, from the files in its folder."""
+    """Write report.html and plots/ of a run again, from the files in its folder."""
     with refusals(as_json):
         from finetune.system.display import Display
 

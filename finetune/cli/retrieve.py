@@ -29,14 +29,14 @@ LayerOption = Annotated[
 @takes_source
 def similar_command(
     recipe: Recipe,
-    image: Annotated[Path, typer.Argument(help="The image that is asked about.")],
+    image: Annotated[Path, typer.Argument(help="The query image.")],
     layer: LayerOption = "last",
-    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many images.")] = 9,
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Number of images to find.")] = 9,
     output: OutputOption = None,
     pool: PoolOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Find the images that are most like one: similar.csv, and similar.png to look at."""
+    """Find the images most similar to a given one: similar.csv, similar.png."""
     from finetune.system.display import Display
 
     display = Display()
@@ -58,7 +58,7 @@ def similar_command(
 def map_command(
     recipe: Recipe,
     layer: LayerOption = "last",
-    method: Annotated[str, typer.Option("--method", help="pca, or umap where it is installed.")] = "pca",
+    method: Annotated[str, typer.Option("--method", help="pca, or umap if it is installed.")] = "pca",
     output: OutputOption = None,
     pool: PoolOption = "auto",
 ) -> None:

@@ -88,7 +88,7 @@ def run_command(
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.", show_default="10")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="auto")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Base learning rate, which the head gets.", show_default="auto")
+        float | None, typer.Option(help="Base learning rate, which the head uses.", show_default="auto")
     ] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Height and width in pixels.", show_default="the weights' own")
@@ -100,12 +100,12 @@ def run_command(
     group_by: Annotated[
         str | None,
         typer.Option(
-            help="Images that are drawn into one split: a column of the CSV, or a pattern in the path.",
+            help="Keep images of one group in one split: a column of the CSV, or a pattern in the path.",
             metavar="COLUMN|REGEX",
         ),
     ] = None,
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Go on where copies of an image lie in two splits.")
+        bool, typer.Option("--allow-leaks", help="Continue although copies of an image lie in two splits.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
     seed: Annotated[
@@ -116,20 +116,25 @@ def run_command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="The run folder.", show_default="runs/<time>-<backbone>-<strategy>"
-        ),
+        typer.Option("--output", "-o", help="Run folder.", show_default="runs/<time>-<backbone>-<strategy>"),
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Train so many seeds; report their mean and deviation.")
+        int, typer.Option(min=1, help="Train with so many seeds; report mean and standard deviation.")
     ] = 1,
     folds: Annotated[
-        int, typer.Option(min=1, help="Cross-validate: each of so many parts judges once.", show_default="1")
+        int,
+        typer.Option(
+            min=1,
+            help="Cross-validate: each of so many folds is the validation split once.",
+            show_default="1",
+        ),
     ] = 1,
     allow_changed: Annotated[
         bool,
-        typer.Option("--allow-changed", help="Go on with a run of another recipe, other images or weights."),
+        typer.Option(
+            "--allow-changed", help="Resume a run although its recipe, images or weights have changed."
+        ),
     ] = False,
     gpus: GpusOption = None,
     processes: ProcessesOption = None,
@@ -139,7 +144,7 @@ def run_command(
         typer.Option(
             min=0,
             envvar="FINETUNE_STALL_TIMEOUT",
-            help="Seconds without progress after which the run is started again; 0 does not watch over it.",
+            help="Seconds without progress after which the run is restarted; 0 starts no supervisor.",
         ),
     ] = 600.0,
     as_json: Annotated[
@@ -149,7 +154,7 @@ def run_command(
     """Fine-tune a backbone on a folder of images.
 
     Progress goes to stderr. The run folder holds the model, the metrics, every prediction and the recipe
-    that repeats the run. The same command with the same --output goes on where an interrupted run stopped.
+    that repeats the run. The same command with the same --output resumes an interrupted run.
     """
     flags = {
         "backbone": backbone,

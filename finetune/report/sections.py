@@ -74,7 +74,7 @@ def say_whence(facts: Facts) -> str:
     if trained := facts.number("trained_on"):
         return f"{trained:,.0f} of them were trained on: these metrics say nothing about new images."
     if "trained_on" in facts.metrics and facts.metrics["trained_on"] is None:
-        return "Which images the model was trained on is unknown; if these are among them, the metrics are optimistic."
+        return "The training images are unknown; if these are among them, the metrics are optimistic."
     if chose is True:
         is_solved = facts.number("epochs") == 0
         how = "between this classifier and a training" if is_solved else "the best epoch"
