@@ -229,7 +229,7 @@ class _Table:
         rest = next(source, None)
         is_cut_here = rest is None or number % self.predictor.batch_size == 0
         if number == before.done and self._fingerprint.value() == before.digest and is_cut_here:
-            self.display.say(f"going on after {number:,} images")
+            self.display.say(f"resuming after {number:,} images")
             self.progress = before
             return chain([] if rest is None else [rest], source)
         self.display.say("the images are not those of an earlier attempt: starting anew")
