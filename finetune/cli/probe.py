@@ -40,7 +40,7 @@ def probe_command(
     pool: PoolOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train classifiers on the features of each layer: mean accuracy over classes, over several random draws."""
+    """Train classifiers on the features of each layer: mean accuracy over classes and random draws."""
     from finetune import api
 
     rows = api.probe(
