@@ -78,7 +78,7 @@ def find_root(data: Path) -> Path | None:
 
     Raises:
         DataError: an archive cannot be unpacked any more.
-        UsageError: there is no such sample.
+        UsageError: there is no sample of this name.
     """
     if is_sample(data):
         return open_sample(data)
@@ -153,7 +153,7 @@ def _zip_faults(finding: LayoutReader) -> Iterator[None]:
         raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
     except Exception as error:
         said = printable(" ".join(str(error).split())[:120] or type(error).__name__)
-        found = f"is cut short, damaged or no zip archive ({said})"
+        found = f"is truncated, damaged or not a zip archive ({said})"
         raise finding.refuse(found, "Get it or make it again.") from None
 
 
@@ -189,7 +189,7 @@ class _Plan:
 
     def _add_file(self, entry: ZipInfo, path: str) -> str | None:
         if stat.S_IFMT(entry.external_attr >> 16) not in {0, stat.S_IFREG}:
-            return "is a link, or another thing that is no file"
+            return "is a link or another kind of entry that is not a file"
         if path in self.files or path in self.left_out:
             return "is in there twice"
         if os.path.splitext(path)[1].lower() not in EXTENSIONS | {".csv"}:  # noqa: PTH122
@@ -307,7 +307,7 @@ def _warn_left_out(finding: LayoutReader, folder: Path) -> None:
         others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))
         if others:
             finding.warnings.append(
-                f"Files in the archive that are no images are left out{extensions(others, ': ')}."
+                f"Files in the archive that are not images are left out{extensions(others, ': ')}."
             )
 
 

@@ -103,7 +103,7 @@ def read_data(
 
     Raises:
         DataError: it is none of them, or cannot be read.
-        UsageError: there is no such sample.
+        UsageError: there is no sample of this name.
     """
     if is_sample(data):
         finding.root = open_sample(data)
@@ -179,7 +179,7 @@ def _require_two(finding: LayoutReader, classes: Sequence[str]) -> None:
         fix = f"Did you mean --data {printable(inside)}?"
     if nested and finding.from_archive:  # a path into the cache is none that the user has seen
         fix = "Pack it so that the class folders, or train/, lie at the top."
-    found = f"has only one class, {classes[0]!r}, which leaves nothing to tell apart"
+    found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
     finding.object("class-one", found, fix)
 
 
@@ -202,7 +202,7 @@ def _compare_with_training(finding: LayoutReader, split: Split) -> None:
         finding.warn(
             "class-missing",
             f"{split} has no images of {count(len(missing), 'class', 'classes')} {some(missing)}, "
-            "so nothing can be said about it there.",
+            "so it cannot be tested there.",
             f"Add images of it to {split}.",
             len(missing),
         )
@@ -218,7 +218,7 @@ def _warn_look_alikes(finding: LayoutReader, classes: Sequence[str]) -> None:
             finding.warn(
                 "class-alike",
                 f"Classes {some(names)} differ only in letter case and are trained as different classes.",
-                "Put their images into one class if they are one.",
+                "Merge them if they are the same class.",
                 len(names),
             )
 
@@ -246,7 +246,7 @@ def _split_off_validation(
         finding.object(
             "class-single",
             f"{count(len(singles), 'class has', 'classes have')} a single image and no validation split is "
-            f"given: {some(singles)}; one image cannot be both trained on and judged",
+            f"given: {some(singles)}; one image cannot be both trained on and tested",
             "Add images of these classes, or give your own validation split (val/, or split=val in the CSV).",
             len(singles),
         )
@@ -268,7 +268,7 @@ def _object_to_lonely(
         finding.object(
             "group-single",
             f"all images of {count(len(lonely), 'class', 'classes')} {some(lonely)} belong to one group, "
-            "or are one; they cannot be both trained on and judged",
+            "or are one; they cannot be both trained on and tested",
             "Add images of other groups, or give your own validation split.",
             len(lonely),
         )

@@ -42,7 +42,7 @@ def _read_parts(finding: LayoutReader, folders: Sequence[str], splits: dict[Spli
         finding.warn(
             "ignored-folder",
             f"Beside {beside!r}, these folders are ignored: {some(others)}.",
-            "Remove them, or call them as a part (train, val, test).",
+            "Remove them, or name them after a split (train, val, test).",
             len(others),
         )
     for split, name in splits.items():
@@ -62,7 +62,7 @@ def _split_folders(finding: LayoutReader, folders: Sequence[str]) -> dict[Split,
             named[SPLIT_NAMES[name.lower()]].append(name)
     for split, names in named.items():
         if len(names) > 1:
-            found = f"has more than one {split} part: {some(names)}"
+            found = f"has more than one {split} folder: {some(names)}"
             finding.object("part-twice", found, "Keep one of these folders.", len(names))
     if named and "train" not in named and not finding.to_judge:
         raise finding.refuse(
@@ -81,7 +81,7 @@ def _refuse_same_folder(finding: LayoutReader, splits: dict[Split, str]) -> None
         twin = seen.setdefault(_identity(finding, name), name)
         if twin != name:
             found = f"{twin!r} and {name!r} are the same folder"
-            finding.object("part-repeated", found, "Give each part its own images.", 2)
+            finding.object("part-repeated", found, "Give each split its own images.", 2)
 
 
 def _refuse_no_classes(
@@ -149,7 +149,7 @@ def _warn_ignored(finding: LayoutReader, part: str, files: Sequence[str], others
     if others:
         finding.warn(
             "ignored-file",
-            f"Files in {where} that are no images are ignored{extensions(others, ': ')}.",
+            f"Files in {where} that are not images are ignored{extensions(others, ': ')}.",
             f"Convert images among them to one of {' '.join(sorted(EXTENSIONS))}.",
             sum(others.values()),
         )

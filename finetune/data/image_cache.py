@@ -192,7 +192,7 @@ def _estimate_bytes(dataset: Dataset, samples: Sequence[Sample], transform: Tran
 
 def _make_room(cache_dir: FeatureCacheDir, num_bytes: int) -> None:
     if obstacle := cache_dir.find_obstacle(num_bytes):
-        raise _CannotKeepError(f"kept, they would take {num_bytes / 1e9:.2g} GB, {obstacle}")
+        raise _CannotKeepError(f"the cache would need {num_bytes / 1e9:.2g} GB, {obstacle}")
     cache_dir.make_room(num_bytes)
 
 

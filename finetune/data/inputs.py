@@ -69,7 +69,7 @@ def find_inputs(
 
     Raises:
         DataError: there is no such file or folder.
-        UsageError: standard input is closed, or there is no such sample.
+        UsageError: standard input is closed, or there is no sample of this name.
     """
     path = Path(words)
     if words == STANDARD_INPUT:
@@ -119,7 +119,7 @@ def _of_lines(lines: list[bytes], end: bytes) -> Iterator[Input]:
     for line in lines:
         name = os.fsdecode(line.removesuffix(b"\r") if end == b"\n" else line)
         if "\0" in name:
-            yield Input(printable(name.replace("\0", "\\0")), Path(), "is no path: it holds a zero byte")
+            yield Input(printable(name.replace("\0", "\\0")), Path(), "is not a path: it holds a zero byte")
         elif name:
             yield _of_name(name)
 
@@ -167,7 +167,9 @@ def _of_row(finding: LayoutReader, cell: str) -> Input:
     path = cell.strip()
     shown = printable(path)
     if not path or "\0" in path:
-        return Input(shown, Path(), "the path is empty" if not path else "is no path: it holds a zero byte")
+        return Input(
+            shown, Path(), "the path is empty" if not path else "is not a path: it holds a zero byte"
+        )
     file = finding.root / path
     if finding.outside(path) is not None:
         return Input(shown, file, f"lies outside the folder of the CSV file ({FLAG} allows it)")
@@ -245,7 +247,7 @@ def _number(
         which = count(len(unknown), "class", "classes")
         raise finding.refuse(
             f"has {which} that the model does not know: {some(unknown)}{suggest(unknown[0], classes)}",
-            "Rename the class as the model calls it, or leave it out.",
+            "Give the class the model's name for it, or leave it out.",
         )
     return tuple(
         Sample(path, index[name], split)

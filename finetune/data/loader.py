@@ -318,7 +318,7 @@ class ImageLoader:
 
     def _replace_workers(self, deaths: int, found: str) -> None:
         if deaths > MOST_DEATHS:
-            fix = "Lower --workers (0 needs none); where memory is short, they are the first to be killed."
+            fix = "Lower --workers (0 needs none); where memory is short, the system kills them first."
             raise EnvironmentFaultError(f"decoding with {_count(self.workers)}", found, fix)
         self.warn(f"a decoding process ended ({found}); it is replaced")
         self._loader = self._build()

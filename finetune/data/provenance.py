@@ -103,7 +103,7 @@ def check_seen(
         found = f"{len(seen)} of {len(judged)} validation and test images are among those that the backbone "
         found += f"was trained on ({seen[0].path} for one)"
         if not recipe.data.allow_leaks:
-            fix = "Take the backbone's own split, other images, or --allow-leaks to go on all the same."
+            fix = "Use the backbone's own split or other images, or continue with --allow-leaks."
             raise DataError(f"--backbone {recipe.backbone.name}", found, fix)
         display.warn(found)
     part = dataset.of(dataset.judged_split)

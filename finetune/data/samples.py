@@ -31,7 +31,7 @@ def open_sample(data: str | Path) -> Path:
     """Return the folder that holds a sample's class folders, written now or by an earlier call.
 
     Raises:
-        UsageError: there is no such sample.
+        UsageError: there is no sample of this name.
         DiskError: the cache cannot be written.
     """
     name = check_sample(data)
@@ -42,12 +42,12 @@ def check_sample(data: str | Path) -> str:
     """Return the name of a sample without its prefix.
 
     Raises:
-        UsageError: there is no such sample.
+        UsageError: there is no sample of this name.
     """
     name = str(data).removeprefix(PREFIX)
     if name not in SAMPLES:
         known = ", ".join(PREFIX + one for one in SAMPLES)
-        found = f"there is no such sample{suggest(name, SAMPLES)}"
+        found = f"there is no sample of this name{suggest(name, SAMPLES)}"
         raise UsageError(f"--data {data}", found, f"Take {known}, or give a folder of images.")
     return name
 

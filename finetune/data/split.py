@@ -98,7 +98,7 @@ def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> 
 
 
 def find_undividable(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[str]:
-    """Return the classes whose images all lie in one unit: they cannot be both trained on and judged."""
+    """Return the classes whose images all lie in one unit: they cannot be both trained on and tested."""
     held: Counter[str] = Counter()
     for unit in build_units(paths_by_class, groups):
         held.update(unit.counts.keys())
@@ -222,7 +222,9 @@ def keep_copies_together(
     else:
         taken = split_off(paths, config.val_fraction, config.seed, units)
     if not taken:
-        found = "all images of each class are copies of one image, or of one group: none is left to judge by"
+        found = (
+            "all images of each class are copies of one image, or of one group: none is left for validation"
+        )
         raise DataError(f"data in {dataset.root}", found, "Add other images.")
     return _assign(dataset, taken, folds)
 
@@ -337,11 +339,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled, parsed = re.compile(pattern), _parser.parse(pattern)
         if _repeats_choice(parsed, False):
-            found = "it repeats a repetition or a choice, which may take for ever"
+            found = "it repeats a repetition or a choice, which may never end"
             raise DataError(asked, found, "Write it without, as [0-9]+ instead of ([0-9]+)+ or ([0-9]|x)+.")
         return compiled
     except (re.error, RecursionError, OverflowError) as error:
-        found = f"it is no regular expression ({error})"
+        found = f"it is not a regular expression ({error})"
         raise DataError(
             asked, found, r"Write one that names the group in a path, as 'patient(\d+)'."
         ) from None

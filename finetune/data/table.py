@@ -177,7 +177,7 @@ def _row_fault(row: _Row, path: str | None, first: dict[str, _Row]) -> str | Non
     if fault := name_fault(row.label):
         return f"the label {quoted(row.label)} {fault}"
     if row.split not in SPLIT_NAMES:
-        return f"split {quoted(row.split)} is none of train, val, test{suggest(row.split, SPLIT_NAMES)}"
+        return f"split {quoted(row.split)} is not one of train, val, test{suggest(row.split, SPLIT_NAMES)}"
     if path is None:
         return f"{quoted(row.path)} lies outside the folder of the CSV file"
     return _repeated(row, first[path]) if path in first else None

@@ -122,7 +122,7 @@ def test_only_images_and_tables_come_out(tmp_path: Path) -> None:
     dataset = found(packed(tmp_path / "x.zip", *PLAIN, *more, "bee/Thumbs.db", "bee/a.py"))
     wanted = [*PLAIN, "labels.csv", "ant/x.PNG", "ant", "bee", ".left-out.json"]
     assert names(dataset.root) == sorted(wanted)
-    assert dataset.warnings == ("Files in the archive that are no images are left out: .py (2), .sh (1).",)
+    assert dataset.warnings == ("Files in the archive that are not images are left out: .py (2), .sh (1).",)
 
 
 def test_a_class_without_images_is_not_forgotten(tmp_path: Path) -> None:
@@ -212,7 +212,10 @@ HOSTILE: tuple[tuple[Entry, str], ...] = (
     ("ant/.", "is no name"),
     ((link("ant/link.jpg"), b"/etc/passwd"), "'ant/link.jpg' is a link"),
     ((link("wasp"), b"/etc"), "'wasp' is a link"),
-    ((link("ant/pipe.jpg", stat.S_IFIFO), b""), "'ant/pipe.jpg' is a link, or another thing that is no file"),
+    (
+        (link("ant/pipe.jpg", stat.S_IFIFO), b""),
+        "'ant/pipe.jpg' is a link or another kind of entry that is not a file",
+    ),
 )
 
 
@@ -271,7 +274,7 @@ def test_methods_without_a_limit(tmp_path: Path, method: int) -> None:
 def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
     for content in (b"", b"<!DOCTYPE html>", b"PK\3\4" + bytes(99)):
         (tmp_path / "x.zip").write_bytes(content)
-        assert "is cut short, damaged or no zip archive" in refused(tmp_path / "x.zip").found
+        assert "is truncated, damaged or not a zip archive" in refused(tmp_path / "x.zip").found
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])

@@ -339,7 +339,7 @@ def test_ignored_files_are_counted_in_a_warning(tmp_path: Path) -> None:
     tree(tmp_path, "ant/a.heic", "bee/b.HEIC", "bee/README", "0.jpg", "notes.txt")
     assert found(tmp_path).warnings == (
         "1 image directly in the data folder, outside the class folders, ignored.",
-        "Files in the data folder that are no images are ignored: .heic (2), no extension (1).",
+        "Files in the data folder that are not images are ignored: .heic (2), no extension (1).",
     )
 
 
@@ -616,7 +616,7 @@ def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
         "  line 4: 'gone.jpg' does not exist or is not a file\n"
         "  line 6: the label '' is empty\n"
         "  line 7: the label '../x' is a path, not a name\n"
-        "  line 8: split 'trian' is none of train, val, test; did you mean 'train'?\n"
+        "  line 8: split 'trian' is not one of train, val, test; did you mean 'train'?\n"
         "  line 9: the path is empty\n"
         "  and 4 more"
     )
@@ -629,7 +629,7 @@ def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
         ("/etc/passwd,x,train", "'/etc/passwd' lies outside the folder of the CSV file"),
         ("a.jpg,x,train", "'a.jpg' is listed twice"),
         ("./sub/../a.jpg,x,val", "'./sub/../a.jpg' is in train and again in val"),
-        ("b.jpg,x,", "split '' is none of train, val, test"),
+        ("b.jpg,x,", "split '' is not one of train, val, test"),
         ("b.jpg", "the label '' is empty"),
         ("sub,x,train", "'sub' does not exist or is not a file"),
         ("b.jpg,a/b,train", "the label 'a/b' is a path, not a name"),
@@ -725,7 +725,7 @@ def test_csv_over_a_gigabyte_is_not_read(tmp_path: Path) -> None:
         ("path,label\na.jpg,x\nb.jpg,x\n", "only one class, 'x'"),
         (
             "path,label\na.jpg,x\nb.jpg,x\nsub/c.jpg,y\n",
-            "'y'; one image cannot be both trained on and judged",
+            "'y'; one image cannot be both trained on and tested",
         ),
         (
             "path,label,split\na.jpg,x,train\nb.jpg,y,train\nsub/c.jpg,z,val\n",

@@ -161,7 +161,7 @@ def test_a_class_of_nothing_but_copies_keeps_its_training_images() -> None:
     digests = {"ant/0": "same", "ant/1": "same", "bee/0": "b0", "bee/1": "b1"}
     dataset, _ = keep_copies_together(drawn(parts), digests, SplitConfig(0.5, 0))
     assert dataset.counts("train") == [2, 1] and dataset.counts("val") == [0, 1]
-    with pytest.raises(DataError, match="none is left to judge by"):
+    with pytest.raises(DataError, match="none is left for validation"):
         keep_copies_together(
             drawn(parts), digests | dict.fromkeys(("bee/0", "bee/1"), "other"), SplitConfig(0.5, 0)
         )

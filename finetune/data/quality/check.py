@@ -89,7 +89,7 @@ def _settle(
     except DataError as error:
         return dataset, (*issues, Issue("class-copies", "error", error.found, error.fix))
     if moved:
-        said = f"{moved} of the drawn images changed sides, so that exact copies stay in one split."
+        said = f"{moved} images of the drawn split moved, so that exact copies stay in one split."
         issues = (*issues, Issue("draw-moved", "note", said, "Nothing needs to be done.", moved))
     return dataset, issues
 

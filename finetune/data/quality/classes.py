@@ -29,15 +29,15 @@ def judge_classes(dataset: Dataset) -> Iterator[Issue]:
             "warning",
             f"{count(len(tiny), 'class has', 'classes have')} fewer than {FEW_IMAGES} training images: "
             f"{some(tiny)}.",
-            "Add images of these classes, or lay classes together.",
+            "Add images of these classes, or merge classes.",
             len(tiny),
         )
     for names in find_alike(dataset.classes):
         yield Issue(
             "class-alike",
             "warning",
-            f"Classes {some(names)} are spelt nearly alike, and are trained as different classes.",
-            "Put their images into one class if they are one.",
+            f"Classes {some(names)} have nearly the same name, and are trained as different classes.",
+            "Merge them if they are the same class.",
             len(names),
         )
     ratio = compute_imbalance(counts)
@@ -47,7 +47,7 @@ def judge_classes(dataset: Dataset) -> Iterator[Issue]:
             "warning",
             f"The largest class has {ratio:.0f} times as many training images as the smallest "
             f"({max(counts)} and {min(number for number in counts if number)}).",
-            "Look at balanced accuracy, and try --set training.class_weights=balanced.",
+            "Read balanced accuracy, and try --set training.class_weights=balanced.",
         )
 
 

@@ -84,7 +84,7 @@ def judge_copies(seen: ScannedDataset, copies: Copies, allow_leaks: bool) -> Ite
         yield Issue(
             "picture-repeated",
             "warning",
-            f"{which} again and again, up to {most} times, as the image for a missing image does.",
+            f"{which} repeatedly, up to {most} times, as a placeholder does.",
             "Look at it, and remove it if it is a placeholder.",
             len(copies.repeated),
             seen.paths(place for group in copies.repeated for place in group),
@@ -95,7 +95,7 @@ def judge_copies(seen: ScannedDataset, copies: Copies, allow_leaks: bool) -> Ite
         yield Issue(
             "duplicate",
             "warning",
-            f"{said} of another of the same part and label; they weigh more than the others.",
+            f"{said} of another image of the same split and label; they count more than the others.",
             "Remove the copies.",
             len(surplus),
             seen.paths(surplus),
@@ -117,7 +117,7 @@ def _judge_leaks(seen: ScannedDataset, copies: Copies, severity: Severity) -> It
                 yield Issue(
                     "part-repeated",
                     severity,
-                    f"{other} is {one} once more: {len(held)} of its {total} images lie in {one} as well.",
+                    f"{other} repeats {one}: {len(held)} of its {total} images are also in {one}.",
                     f"Give {other} images of its own.",
                     len(held),
                     seen.paths(held),
@@ -126,8 +126,8 @@ def _judge_leaks(seen: ScannedDataset, copies: Copies, severity: Severity) -> It
             yield Issue(
                 "leak",
                 severity,
-                f"{len(held)} of {total} {other} images {are} in {one}: what is learnt by heart is judged.",
-                "Remove the copies from one of the two parts (--allow-leaks goes on all the same).",
+                f"{len(held)} of {total} {other} images {are} in {one}: the metrics reward memorised images.",
+                "Remove the copies from one of the two splits, or continue with --allow-leaks.",
                 len(held),
                 seen.paths(both),
             )

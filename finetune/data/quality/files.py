@@ -54,8 +54,8 @@ _REASONS = (
     (
         "file-no-image",
         "not an image",
-        "{} called like images, and none",
-        "Remove them; an error page was saved, say.",
+        "{} with an image's name that are not images",
+        "Remove them; they may be saved error pages.",
     ),
     (
         "picture-too-large",
@@ -73,7 +73,7 @@ _KINDS = (
     (
         "named",
         "picture-placeholder",
-        "called like the image for a missing one",
+        "named like a placeholder",
         "Look at it, and remove it.",
     ),
     (
@@ -86,13 +86,13 @@ _KINDS = (
         "disguised",
         "file-disguised",
         "not what the name says",
-        "It is read by its content all the same; rename it.",
+        "It is read by its content; rename it.",
     ),
     (
         "animated",
         "picture-animated",
-        "of several frames, of which the first counts",
-        "Take the frames apart if all are wanted.",
+        "with several frames, of which only the first is used",
+        "Save the frames as separate files to use all.",
     ),
     ("plain", "picture-plain", "of one colour", "Look at it, and remove it if it shows nothing."),
     (
@@ -105,13 +105,13 @@ _KINDS = (
         "long",
         "picture-long",
         f"more than {LONG:g} times as long as wide, or as wide as long",
-        "Crop them, or add --set input.crop_mode=border: a centre crop sees only a part.",
+        "Crop them, or add --set input.crop_mode=border: a centre crop sees only part of them.",
     ),
     (
         "other_size",
         "size-odd",
-        "of another size than nearly all others",
-        "Look at it: it may come from elsewhere.",
+        "with another size than nearly all others",
+        "Look at it: it may come from another source.",
     ),
 )
 """Of oddities: which, code, what is said, what to do."""

@@ -179,7 +179,7 @@ def judge_near(seen: ScannedDataset, near: NearCopies) -> Iterator[Issue]:
             "near-duplicate",
             "note",
             f"{count(len(others), 'pair', 'pairs')} of nearly the same images in one split and class.",
-            "Keep one of each, if they should not weigh more than others.",
+            "Keep one of each, if they should not count more than others.",
             len(others),
             seen.paths(_places(others)),
         )
@@ -188,8 +188,8 @@ def judge_near(seen: ScannedDataset, near: NearCopies) -> Iterator[Issue]:
         yield Issue(
             "near-scope",
             "note",
-            f"{len(seen.samples)} images are many: near copies were looked for {what}.",
-            "Check a part of the data by itself.",
+            f"{len(seen.samples)} images are too many to compare all: near copies were searched {what}.",
+            "Check a part of the data separately.",
         )
     if near.is_cut:
         yield Issue(
@@ -201,7 +201,7 @@ def judge_near(seen: ScannedDataset, near: NearCopies) -> Iterator[Issue]:
         )
 
 
-_LEAK_FIX = "Look at them on the sheet, and remove copies from one of the two parts."
+_LEAK_FIX = "Look at them on the sheet, and remove copies from one of the two splits."
 _DRAWN_FIX = "Remove copies, or keep them together with --group-by."
 
 

@@ -27,7 +27,7 @@ def find_sections(report: Report) -> list[Section]:
         _copies(seen, "The same image under two labels", report.copies.conflicts),
         _pairs(seen, "Nearly the same image in two splits (pairs)", near_leaks),
         _pairs(seen, "Nearly the same image under two labels (pairs)", near_conflicts),
-        _single(seen, "The same image again and again", [group[0] for group in report.copies.repeated]),
+        _single(seen, "The same image repeatedly", [group[0] for group in report.copies.repeated]),
         _single(seen, "Placeholders, and unlike all others", dict.fromkeys([*odd.named, *odd.odd])),
         _single(seen, "Of one colour", plain),
         _single(seen, "Not what the name says", odd.disguised),

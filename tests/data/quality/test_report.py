@@ -110,7 +110,7 @@ def test_a_validation_part_that_is_the_training_part(tmp_path: Path) -> None:
     found = by_code(look(root))
     assert found["part-repeated"].severity == found["leak"].severity == "error"
     assert found["part-repeated"].count == found["leak"].count == 40
-    assert "val is train once more" in found["part-repeated"].message
+    assert "val repeats train" in found["part-repeated"].message
 
 
 def test_the_same_folder_for_two_parts_is_told_with_everything_else(tmp_path: Path) -> None:
