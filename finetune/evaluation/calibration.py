@@ -1,7 +1,8 @@
-"""Do images that are called "90 % sure" turn out right in 90 % of cases? Measured, and mended.
+"""Calibration: whether predictions with a confidence of 90 % are right in 90 % of cases; measured and
+corrected.
 
-Temperature scaling (Guo et al., 2017, arXiv:1706.04599): logits are divided by one number before they become
-probabilities. No prediction changes, only how sure it is.
+Temperature scaling (Guo et al., 2017, arXiv:1706.04599) divides the logits by one number, the temperature,
+before the softmax. It changes confidences, never the predicted class.
 
 Shape legend: N images, K classes.
 """
@@ -23,20 +24,20 @@ from finetune.evaluation.predictions import Predictions
 from finetune.targets import decide_with_confidence, to_probabilities
 
 NUM_BINS = 15
-"""Of equal width, as in the paper."""
-NUM_PARTS = 5
-"""Into which images are divided that must both fit a temperature and judge it."""
+"""Bins of confidence, of equal width, as in the paper."""
+NUM_FOLDS = 5
+"""Folds into which images are divided that must both fit a temperature and measure its effect."""
 COLDEST, HOTTEST = 0.05, 20.0
 _MOST_STEPS = 60
 _CLOSE = 1e-9
-"""Share of a temperature."""
+"""Relative change of the temperature at which the fit has converged."""
 ONE_SIDED = 1.644854
 """Quantile of the normal distribution that 95 % lie below."""
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence against truth.
+    """Confidence compared with accuracy, in bins.
 
     Attributes:
         ece: expected calibration error in [0, 1]: the mean distance between confidence and accuracy in a
@@ -50,7 +51,7 @@ class Reliability:
 
 
 def measure_reliability(predictions: Predictions) -> Reliability:
-    """Return how well confidences fit."""
+    """Return how well the confidences match the accuracies."""
     confidence, right = _confidence_and_truth(predictions)
     edges = np.linspace(0, 1, NUM_BINS + 1)
     place = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, NUM_BINS - 1)
@@ -76,10 +77,11 @@ def measure_reliability(predictions: Predictions) -> Reliability:
 
 
 def fit_temperature(predictions: Predictions) -> float:
-    """Return the temperature under which the labels are likeliest.
+    """Return the temperature that maximises the likelihood of the labels.
 
-    One image more than there are is assumed, whose label could be any: without it, a network that is right
-    everywhere would be called infinitely sure. The loss is convex in 1/T: Newton's steps, kept in bounds.
+    One additional image with a uniform label distribution is assumed: without it, the temperature of a
+    network that is always right would be 0. The loss is convex in 1/T; it is minimised by Newton steps within
+    bounds.
     """
     logits, labels = predictions.logits.double(), predictions.labels
     num_images = len(labels)
@@ -101,36 +103,36 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def calibrate_apart(predictions: Predictions) -> Predictions:
-    """Return predictions whose every image was softened by a temperature that others fitted.
+    """Return predictions, each calibrated with a temperature fitted on the images of the other folds.
 
-    So the images that fit a temperature can also say what it is worth.
+    So the effect of a temperature can be measured on the same images that fit it.
     """
-    parts = _draw_parts(predictions.labels)
+    folds = _draw_folds(predictions.labels)
     logits = predictions.logits.clone()
-    for part in range(NUM_PARTS):
-        inside, others = parts == part, parts != part
+    for fold in range(NUM_FOLDS):
+        inside, others = folds == fold, folds != fold
         if inside.any() and others.any():
             result = fit_temperature(Predictions(predictions.logits[others], predictions.labels[others]))
             logits[inside] /= result
     return Predictions(logits, predictions.labels)
 
 
-def _draw_parts(labels: Tensor) -> Tensor:
-    """Give the images of each class to the parts in turns, in an order drawn once and for all."""
+def _draw_folds(labels: Tensor) -> Tensor:
+    """Deal the images of each class to the folds in turn, in an order with a fixed seed, (N,) int64."""
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[torch.argsort(labels[shuffled], stable=True)]
-    parts = torch.empty(len(labels), dtype=torch.int64)
-    parts[order] = torch.arange(len(labels)) % NUM_PARTS
-    return parts
+    folds = torch.empty(len(labels), dtype=torch.int64)
+    folds[order] = torch.arange(len(labels)) % NUM_FOLDS
+    return folds
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and what it is worth.
+    """A temperature and its effect.
 
     Attributes:
-        temperature: 1 where none made images that did not fit it any likelier.
+        temperature: 1 where no temperature lowers the loss of images that did not fit it.
         facts: the content of ``calibration`` in ``metrics.json``.
     """
 
@@ -138,21 +140,21 @@ class Calibration:
     facts: dict[str, Any]
 
 
-def calibrate(judged: Predictions, val: Predictions | None) -> Calibration:
-    """Fit a temperature on validation images, and measure calibration on the judged ones.
+def calibrate(scored: Predictions, val: Predictions | None) -> Calibration:
+    """Fit a temperature on validation images, and measure calibration on the scored images.
 
     Args:
-        judged: uncalibrated.
-        val: uncalibrated; None where the judged images are the validation images.
+        scored: uncalibrated predictions of the images that the metrics are computed on.
+        val: uncalibrated predictions of the validation images; None where these are the scored images.
     """
-    fitting = judged if val is None else val
+    fitting = scored if val is None else val
     apart = calibrate_apart(fitting)
     temperature = fit_temperature(fitting) if apart.loss < fitting.loss else 1.0
-    after = judged.soften(temperature)
+    after = scored.soften(temperature)
     if val is None and temperature != 1.0:
         after = apart
     facts = {"temperature": temperature, "fitted_on": "val", "same_images": val is None}
-    return Calibration(temperature, facts | compare_calibration(judged, after))
+    return Calibration(temperature, facts | compare_calibration(scored, after))
 
 
 def compare_calibration(before: Predictions, after: Predictions) -> dict[str, Any]:
@@ -168,21 +170,21 @@ def compare_calibration(before: Predictions, after: Predictions) -> dict[str, An
     }
 
 
-# --- what to leave to a person --------------------------------------------------------------------
+# --- thresholds of confidence under which a person should decide -----------------------------------
 
 
 def find_thresholds(
-    fitting: Predictions, judged: Predictions, wanted: Sequence[float]
+    fitting: Predictions, scored: Predictions, wanted: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Return from which confidence on predictions are right as often as wanted.
+    """Return the confidences above which predictions reach the wanted precisions.
 
     Args:
-        fitting: validation predictions, calibrated; thresholds are chosen on them.
-        judged: predictions, calibrated, which say what a threshold gives.
+        fitting: calibrated validation predictions, on which the thresholds are chosen.
+        scored: calibrated predictions, on which the effect of the thresholds is measured.
         wanted: precisions in (0, 1).
 
     Returns:
-        What :func:`measure_thresholds` does; a threshold is None where none is enough.
+        The rows of :func:`measure_thresholds`; a threshold is None where no confidence reaches the precision.
     """
     confidence, right = _confidence_and_truth(fitting)
     found = []
@@ -191,29 +193,29 @@ def find_thresholds(
         kept = right[confidence >= threshold] if threshold is not None else right[:0]
         low = compute_wilson(int(kept.sum()), len(kept), ONE_SIDED)[0] if len(kept) else None
         found.append({"precision": precision, "threshold": threshold, "num_images": len(kept), "low": low})
-    return measure_thresholds(found, judged)
+    return measure_thresholds(found, scored)
 
 
-def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], judged: Predictions) -> list[dict[str, Any]]:
-    """Return what thresholds give on judged images.
+def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], scored: Predictions) -> list[dict[str, Any]]:
+    """Return the coverage and the precision of thresholds on scored images.
 
     Args:
-        thresholds: each with ``precision`` (wanted) and ``threshold``, ``num_images`` (that it keeps of those
-            that chose it) and ``low`` (what the share of right ones among them proves, with 95 %).
-        judged: predictions, calibrated.
+        thresholds: each with ``precision`` (wanted), ``threshold``, ``num_images`` (kept ones of the images
+            that chose it) and ``low`` (lower 95 % confidence limit of their precision).
+        scored: calibrated predictions.
 
     Returns:
-        For each these four, ``coverage`` (share of images that is not rejected) and ``achieved`` (share of
-        those that is right; null where all are rejected).
+        For each threshold these four values, ``coverage`` (fraction of images that is kept) and ``achieved``
+        (precision of the kept ones; null where all are rejected).
     """
-    confidence, right = _confidence_and_truth(judged)
+    confidence, right = _confidence_and_truth(scored)
     rows = []
-    for one in thresholds:
-        threshold = one["threshold"]
+    for row in thresholds:
+        threshold = row["threshold"]
         kept = confidence >= (threshold if threshold is not None else np.inf)
         rows.append(
             {
-                **one,
+                **row,
                 "coverage": float(kept.mean()),
                 "achieved": float(right[kept].mean()) if kept.any() else None,
             }
@@ -224,9 +226,10 @@ def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], judged: Predicti
 def find_threshold(
     confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], precision: float
 ) -> float | None:
-    """Return a confidence from which on the share of right predictions is at least so high: the lowest.
+    """Return the lowest confidence above which the precision is at least the wanted one; None if there is
+    none.
 
-    It lies in the middle between two images, so that rounding moves neither across; 0 rejects none.
+    It lies midway between two images, so that rounding moves neither across it; 0 keeps all images.
     """
     order = np.argsort(-confidence, kind="stable")
     share = right[order].cumsum() / np.arange(1, len(order) + 1)

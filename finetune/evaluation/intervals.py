@@ -1,9 +1,10 @@
-"""How far figures would swing with other images: 95 % intervals from resampling the judged ones.
+"""95 % intervals of metrics: how much they would vary over other test images of the same kind.
 
-Percentile bootstrap (Efron, 1979): the judged images are drawn again and again with replacement, and a
-figure's interval is what the middle 95 % of the draws give. Where nearly everything is right, or wrong, or a
-class has few images, resampling shows too little: a share's is at least as wide as Wilson's interval (1927),
-and that of a mean of shares as what those of the classes make together (MOVER; Zou and Donner, 2008).
+Percentile bootstrap (Efron, 1979): the scored images are drawn many times with replacement, and the
+interval of a metric spans the middle 95 % of its values. Where nearly all predictions are right or wrong, or
+a class has few images, resampling underestimates the spread. The interval of a proportion is therefore at
+least as wide as Wilson's (1927), and that of a mean of proportions at least as wide as the combination of the
+intervals of the classes (MOVER; Zou and Donner, 2008).
 
 Shape legend: N images, K classes, R resamples.
 """
@@ -21,22 +22,22 @@ LEVEL = 0.95
 NUM_RESAMPLES = 2_000
 _FEWEST_RESAMPLES = 200
 _MOST_NUMBERS = 500_000_000
-"""That are looked at for the area under the ROC curve: some seconds."""
+"""Limit of resamples x images x classes for the area under the ROC curve; it takes some seconds."""
 _CHUNK = 10_000_000
-"""Numbers drawn at a time."""
+"""Random numbers that are drawn at a time."""
 
 Interval = tuple[float, float]
 
 
 def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Interval]:
-    """Return the 95 % interval of each headline figure, by its name in ``metrics.json``.
+    """Return the 95 % interval of each headline metric, by its name in ``metrics.json``.
 
-    A figure that is the same in every draw has none: what that says is not known. Nor has the area under the
-    ROC curve where images times classes are more than some millions.
+    A metric with the same value in every resample has no interval, since its spread is unknown. The area
+    under the ROC curve has none where images times classes exceed some millions.
 
     Args:
-        predictions: at least one.
-        seed: of the draws.
+        predictions: predictions of at least one image.
+        seed: seed of the resampling.
     """
     rng = np.random.default_rng(seed)
     intervals = _intervals_of_shares(compute_confusion(predictions), rng)
@@ -53,7 +54,7 @@ def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Inte
 
 
 def _intervals_of_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Interval]:
-    """To draw images is to draw cells of the confusion matrix, of which there are far fewer."""
+    """Resample cells of the confusion matrix: the same as resampling images, and there are far fewer."""
     hits, support = confusion.diagonal(), confusion.sum(axis=1)
     intervals = {name: _middle(values) for name, values in _resample_shares(confusion, rng).items()}
     mean = _combine(hits[support > 0], support[support > 0])
@@ -67,12 +68,12 @@ def _intervals_of_shares(confusion: Counts, rng: np.random.Generator) -> dict[st
 
 
 def compute_wilson(hits: int, number: int, quantile: float = 1.959964) -> Interval:
-    """Return Wilson's interval of a share (1927), which has a width at 0 and 1 as well.
+    """Return Wilson's interval of a share (1927), which is not empty at 0 and 1 either.
 
     Args:
-        hits: of ``number``, at least one.
-        number: of trials.
-        quantile: of the normal distribution; the default is that of 95 %, two-sided.
+        hits: number of successes.
+        number: number of trials, at least one.
+        quantile: quantile of the normal distribution; the default gives a two-sided 95 % interval.
     """
     share, square = hits / number, quantile**2
     centre = (share + square / (2 * number)) / (1 + square / number)
@@ -95,7 +96,7 @@ def _join(one: Interval, other: Interval) -> Interval:
 
 
 def _resample_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Floats]:
-    """Return (R,) of each share; a class that a draw left out counts in no mean of it."""
+    """Return each metric (R,); classes that a resample lacks are left out of its means."""
     rows, columns = np.nonzero(confusion)
     num_images, diagonal = int(confusion.sum()), rows == columns
     draws = rng.multinomial(num_images, confusion[rows, columns] / num_images, size=NUM_RESAMPLES)
@@ -132,9 +133,9 @@ def _resample_mean(values: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _resample_roc_auc(predictions: Predictions, rng: np.random.Generator) -> Floats:
-    """Return areas (R,), none where they would take too long.
+    """Return areas (R,), or an empty array where they would take too long.
 
-    An image that is drawn twice weighs twice, so that scores are sorted only once.
+    An image that is drawn twice gets the weight 2, so that the scores are sorted only once.
     """
     labels, num_images = predictions.labels.numpy(), len(predictions.labels)
     present = np.unique(labels)
@@ -155,7 +156,7 @@ def _resample_roc_auc(predictions: Predictions, rng: np.random.Generator) -> Flo
 
 
 def _weigh_area(scores: Floats, is_own: npt.NDArray[np.bool_], weights: Counts) -> Floats:
-    """Return the area under one ROC curve for each row of weights (R, N); NaN where a side has none."""
+    """Return the area under one ROC curve for each row of weights (R, N); NaN where a side is empty."""
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)  # equal scores count as half
     drawn, own = weights[:, order], is_own[order]

@@ -1,9 +1,10 @@
 """The final metrics, from predictions alone. Accuracies, precision, recall and F1 are fractions in [0, 1].
 
-Averages over classes run over the classes that the judged split has. A class without images has no
-recall: counting it as 0 would punish the network, and as 1 would flatter it.
+Averages over classes run over the classes that have images in the scored split. A class without images has no
+recall: counting it as 0 would make the mean pessimistic, and as 1 optimistic.
 
-scikit-learn is imported where it computes: that takes over a second, for which no refusal should wait.
+scikit-learn is imported inside the functions that use it: the import takes over a second, and a command that
+is refused must not wait for it.
 
 Shape legend: N images, K classes.
 """
@@ -39,7 +40,7 @@ def compute_confusion(predictions: Predictions) -> Counts:
 def compute_metrics(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     """Return the metrics of ``metrics.json`` that depend on predictions alone."""
     confusion = compute_confusion(predictions)
-    judged = confusion.sum(axis=1) > 0
+    has_images = confusion.sum(axis=1) > 0
     accuracy = predictions.accuracy
     metrics: dict[str, Any] = {
         "accuracy": accuracy,
@@ -48,7 +49,7 @@ def compute_metrics(predictions: Predictions, classes: Sequence[str]) -> dict[st
         "loss": predictions.loss,
         "roc_auc": compute_roc_auc(predictions),
         "num_samples": len(predictions.labels),
-        "classes_not_judged": [name for name, has in zip(classes, judged, strict=True) if not has],
+        "classes_not_judged": [name for name, has in zip(classes, has_images, strict=True) if not has],
     }
     if len(classes) >= TOP5_CLASSES:
         top5 = find_in_top_k(predictions.logits, predictions.labels, 5).double().mean().item()
@@ -57,21 +58,22 @@ def compute_metrics(predictions: Predictions, classes: Sequence[str]) -> dict[st
 
 
 def compute_macro(predictions: Predictions) -> dict[str, float]:
-    """Return means over the classes that have images; one that was never predicted has a precision of 0."""
+    """Return means over the classes with images; a class that was never predicted has a precision of 0."""
     precision, recall, f1, support = compute_by_class(predictions)
-    judged = support > 0
+    has_images = support > 0
     return {
-        "balanced_accuracy": float(recall[judged].mean()),  # the macro recall, by definition
-        "precision_macro": float(np.nan_to_num(precision[judged]).mean()),
-        "recall_macro": float(recall[judged].mean()),
-        "f1_macro": float(f1[judged].mean()),
+        "balanced_accuracy": float(recall[has_images].mean()),  # the macro recall, by definition
+        "precision_macro": float(np.nan_to_num(precision[has_images]).mean()),
+        "recall_macro": float(recall[has_images].mean()),
+        "f1_macro": float(f1[has_images].mean()),
     }
 
 
 def compute_by_class(predictions: Predictions) -> tuple[Floats, Floats, Floats, Counts]:
-    """Return precision, recall, F1 and number of images of each class, (K,); NaN where there is none.
+    """Return precision, recall, F1 and number of images of each class, (K,) each.
 
-    A class without images has none of the three, and a class that was never predicted has no precision.
+    All three metrics are NaN for a class without images; so is the precision of a class that was never
+    predicted.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -88,7 +90,7 @@ def compute_by_class(predictions: Predictions) -> tuple[Floats, Floats, Floats, 
 def list_by_class(predictions: Predictions, classes: Sequence[str]) -> list[tuple[Any, ...]]:
     """Return the rows of ``per_class.csv``: a name and :data:`finetune.targets.CLASS_METRICS`.
 
-    ``n/a`` stands where there is no metric, never 0.
+    An undefined metric is written as ``n/a``, never as 0.
     """
     *metrics, support = compute_by_class(predictions)
     cells = [[UNKNOWN if np.isnan(value) else value for value in column.tolist()] for column in metrics]
@@ -117,8 +119,8 @@ def find_most_confused(confusion: Counts, classes: Sequence[str]) -> list[dict[s
 def compute_roc_auc(predictions: Predictions) -> float | None:
     """Return the area under the ROC curve, each class against the rest, averaged over classes.
 
-    The chance that an image of a class is given a higher probability of it than an image of another class:
-    0.5 is a guess. None where fewer than two classes have images.
+    It is the chance that an image of a class gets a higher score for it than an image of another class; 0.5
+    is the value of random guessing. None where fewer than two classes have images.
     """
     from sklearn.metrics import roc_auc_score
 

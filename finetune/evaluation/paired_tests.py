@@ -1,12 +1,12 @@
-"""Whether one classifier is better than another: a paired test on the images that both have judged.
+"""Whether one classifier is better than another: a paired test on the images that both predicted.
 
-McNemar's test (1947), exact: of the images that only one of the two gets right, each is as likely to be the
-one's as the other's where the two are equally good. The two-sided p-value is twice the smaller tail of that
-binomial distribution, at most 1; not the mid-p value, which is a little smaller and may be too small. The
-interval of the difference is Tango's score interval for paired proportions (Statistics in Medicine 17, 1998,
-891-908): all differences that the score test does not reject. Unlike that of resampling, it has a width where
-the two were right and wrong on the same images: of other images, that says no more than that they seldom
-differ. Several pairs are corrected by Holm's method (1979).
+McNemar's test (1947), exact: of the images that only one of the two gets right, each is equally
+likely to be the one's or the other's under the null hypothesis. The two-sided p-value is twice the smaller
+tail of that binomial distribution, at most 1; not the mid-p value, which is a little smaller and may be too
+small. The interval of the difference is Tango's score interval for paired proportions (Statistics in Medicine
+17, 1998, 891-908): all differences that the score test does not reject. Unlike a bootstrap interval, it is
+not empty where both were right and wrong on the same images, which shows only that they seldom differ.
+Several pairs are corrected by Holm's method (1979).
 
 Shape legend: N images.
 """
@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 SIGNIFICANCE = 0.05
 _QUANTILE = 1.959963984540054
-"""Of the standard normal distribution, that leaves out 2.5 % at either side."""
+"""Quantile of the standard normal distribution with 2.5 % beyond it on either side."""
 _HALVINGS = 60
-"""Of a range of at most 2, after which nothing is left of it in float64."""
+"""Bisections of a range of at most 2, after which it is below the resolution of float64."""
 
 Rights = npt.NDArray[np.bool_]
 
@@ -36,15 +36,15 @@ class PairedTest:
     Attributes:
         first: name of the one.
         second: name of the other.
-        num_images: that both have judged.
+        num_images: number of images that both predicted.
         only_first: of these, how many only the first got right.
         only_second: how many only the second got right.
         first_accuracy: on these images.
         second_accuracy: on these images.
         interval: 95 % interval of the difference, of this pair alone.
-        p_value: of McNemar's exact test, of this pair alone.
-        p_corrected: the same, corrected for as many pairs as were compared.
-        num_pairs: that were compared.
+        p_value: p-value of McNemar's exact test of this pair alone.
+        p_corrected: p-value corrected for the number of compared pairs (Holm).
+        num_pairs: number of compared pairs.
     """
 
     first: str
@@ -72,7 +72,7 @@ class PairedTest:
 
     @property
     def sentence(self) -> str:
-        """What may be said of the two, in words."""
+        """The result as a sentence."""
         first, second, points, (low, high) = self.first, self.second, self.difference, self.interval
         if points < 0:
             first, second, points, low, high = second, first, -points, -high, -low
@@ -94,7 +94,7 @@ def _say(p_value: float) -> str:
 
 
 def compare_pairs(rights: Sequence[tuple[str, Rights, str, Rights]]) -> list[PairedTest]:
-    """Compare pairs of classifiers, with p-values that are corrected for how many pairs there are.
+    """Compare pairs of classifiers, with p-values corrected for the number of pairs.
 
     Args:
         rights: of each pair the name of the first and which images it got right (N,), at least one, and the
@@ -142,7 +142,7 @@ def compute_interval(only_first: int, only_second: int, num_images: int) -> tupl
     Args:
         only_first: images that only the first got right.
         only_second: images that only the second got right.
-        num_images: all that both have judged, at least one.
+        num_images: number of images that both predicted, at least one.
     """
     estimate = (only_second - only_first) / num_images
     low, high = (_find_limit(only_first, only_second, num_images, end) for end in (-1.0, 1.0))
@@ -162,10 +162,10 @@ def _find_limit(only_first: int, only_second: int, num_images: int, end: float) 
 
 
 def _is_rejected(difference: float, only_first: int, only_second: int, num_images: int) -> bool:
-    """Tell whether the score test rejects a true difference at 5 %.
+    """Return whether the score test rejects a true difference at 5 %.
 
-    The variance is that of the likeliest shares that differ by so much: the share of images that only the
-    first gets right is then the larger root of a quadratic equation (Tango 1998).
+    The variance is that of the maximum-likelihood proportions with this difference: the share of images that
+    only the first gets right is then the larger root of a quadratic equation (Tango 1998).
     """
     linear = (2 * num_images + only_first - only_second) * difference - only_first - only_second
     constant = -only_first * difference * (1 - difference)
@@ -176,7 +176,7 @@ def _is_rejected(difference: float, only_first: int, only_second: int, num_image
 
 
 def correct_holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values so corrected that 5 % is the chance of even one false claim among all of them.
+    """Return Holm-corrected p-values: at 5 %, the chance of any false claim among all of them is at most 5 %.
 
     The smallest is multiplied by their number, the next by one less and so on; none becomes smaller than one
     before it, or larger than 1.

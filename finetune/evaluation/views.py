@@ -1,4 +1,4 @@
-"""Several views of one image: what the plain evaluation view leaves out is looked at as well.
+"""Several views of one image (test-time augmentation), which also cover what the evaluation crop leaves out.
 
 ::
 
@@ -29,9 +29,9 @@ from finetune.targets import to_probabilities
 from pretrained.catalog import Preprocessing
 
 CROPS = (1, 5, 10)
-"""How many crops a scale may have: the centre, corners and centre, and all of these with their mirrors."""
+"""Crops per scale: the centre; corners and centre; both with their mirror images."""
 LARGEST_SCALE = 4096
-"""Pixels of the short side, as many as a recipe may give a network."""
+"""Largest short side in pixels: the largest input size of a recipe."""
 _ROOM = 0.875
 """Input to resized short side, where a network's own evaluation view leaves no room for corners (AlexNet's
 224 of 256)."""
@@ -40,7 +40,7 @@ _Step = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True)
 class Views:
-    """The way from an image to its views.
+    """A transform from an image to its views.
 
     Attributes:
         scales: short side in pixels that the image is resized to, in order; ``()`` for the plain view.
@@ -66,7 +66,7 @@ class Views:
 
 
 def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[int] = ()) -> Views:
-    """Return what makes views of an image.
+    """Build the transform from an image to its views.
 
     One crop at the default scale is the evaluation view, to the last bit. The default scale is that of the
     evaluation view; where that resizes to the input size itself (``crop_pct`` 1), all crops would be one, and
@@ -128,28 +128,28 @@ def _check(img_size: int, crops: int, scales: Sequence[int]) -> None:
     if crops not in CROPS:
         raise UsageError(f"--crops {crops}", "there is no such number of crops", "Take 1, 5 or 10.")
     if small := [scale for scale in scales if scale < img_size]:
-        found = f"the network sees {img_size} x {img_size} pixels, more than an image of that scale has"
+        found = f"the input size of the network is {img_size} pixels, more than an image of that scale has"
         raise UsageError(f"--scales {small[0]}", found, f"Take scales of {img_size} pixels or more.")
     if large := [scale for scale in scales if scale > LARGEST_SCALE]:
-        found = f"an image of {large[0]} x {large[0]} pixels and more would be made of each"
+        found = f"each image would be resized to {large[0]} x {large[0]} pixels or more"
         raise UsageError(f"--scales {large[0]}", found, f"Take scales up to {LARGEST_SCALE} pixels.")
 
 
 def _build_resize(preprocessing: Preprocessing, scale: int) -> _Step:
-    """timm's own first step, of a network that would see the whole of the resized image."""
+    """Return timm's resize step for a network whose input is the whole resized image."""
     whole = replace(preprocessing, img_size=scale, crop_pct=1.0)
     resize: _Step = _steps(whole)[0]
     return resize
 
 
 def _steps(preprocessing: Preprocessing) -> list[Any]:
-    """Return timm's three steps: resize, crop at the centre, to bytes."""
+    """Return timm's three steps: resize, centre crop, conversion to a uint8 tensor."""
     view = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
     return list(view.transforms)
 
 
 def _fill_up(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Centre an image with a side under the input size on the mean colour; only ``border`` leaves such."""
+    """Pad an image with a side under the input size with the mean colour; only ``border`` needs it."""
     width, height = (max(side, preprocessing.img_size) for side in image.size)
     if (width, height) == image.size:
         return image

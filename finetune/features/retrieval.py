@@ -1,8 +1,8 @@
-"""Which images are alike, and how all of them lie to each other on a plane.
+"""Nearest images by cosine similarity, and maps of all images in two dimensions (PCA, UMAP).
 
 Rows are read in blocks: memory does not grow with their number.
 
-Shape legend: N images, B of them in a block, D numbers for each, K directions, M rows of a square matrix.
+Shape legend: N images, B of them in a block, D features for each, K components, M rows of a square matrix.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from finetune.errors import EnvironmentFaultError, InternalError, UsageError
 from finetune.features.rows import Rows
 
 BLOCK_BYTES = 8 * 2**20
-"""Of the float64 rows of a block. Larger ones are slower: the system gives them fresh memory each time."""
+"""Size of the float64 rows of a block. Larger blocks are slower: the system allocates their memory anew."""
 LARGEST_MATRIX = 4096
-"""Rows of the largest matrix whose directions are looked for: 128 MB, and seconds on one core."""
+"""Rows of the largest matrix whose eigenvectors are computed: 128 MB, and seconds on one core."""
 SMALLEST_STD = 0.1
-"""Floor of a feature's deviation, as a share of the mean one: as in ``training.standardize``."""
+"""Least standard deviation of a feature, as a fraction of the mean one, as in ``training.standardize``."""
 BEFORE_UMAP = 50
-"""Principal components that UMAP is given: fewer than all the numbers, and hardly less is in them."""
+"""Principal components that UMAP gets: far fewer values than features, with nearly the same variance."""
 FEWEST_FOR_UMAP = 16
-"""Images: UMAP looks at the 15 nearest of each."""
+"""Fewest images for UMAP, which uses the 15 nearest neighbours of each."""
 _TINY = torch.finfo(torch.float64).tiny
-"""A divisor in place of zero."""
+"""Divisor in place of zero."""
 _EXTRA = 16
 """Directions that are followed beside those that are wanted; with them iterations converge soon."""
 _ITERATIONS = 300
@@ -37,12 +37,12 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Plane:
-    """Images as points.
+    """Images as points in two dimensions.
 
     Attributes:
         points: (N, 2) float32, in the order that was asked for.
-        shares: of all variance (0 to 1) along the two axes; None where axes mean nothing (UMAP).
-        num_fitted: images that the axes were found with.
+        shares: fractions of the total variance along the two axes; None for UMAP, whose axes have no meaning.
+        num_fitted: number of images that the axes were fitted to.
     """
 
     points: Tensor
@@ -59,16 +59,16 @@ def find_nearest(
 
     Args:
         rows: (all images, D).
-        indices: (N,) int64, the images to look among, each once, in any order.
+        indices: (N,) int64, the images to search, each once, in any order.
         query: (D,).
-        top: how many are wanted; all of them if there are fewer.
-        advance: told of images that were compared, N in all.
+        top: number of images to return; all if there are fewer.
+        advance: called with the number of images that were compared, N in total.
 
     Returns:
         (index, similarity from -1 to 1), the most similar first; of equal ones the lower index first.
 
     Raises:
-        InternalError: the query or a row holds what is no finite number.
+        InternalError: the query or a row holds non-finite values.
     """
     wanted = query.to("cpu", torch.float64)
     wanted = wanted / _checked(wanted.norm()).clamp_min(_TINY)
@@ -93,10 +93,10 @@ def find_plane(rows: Rows, indices: Tensor, advance: Callable[[int], None]) -> P
     Args:
         rows: (all images, D).
         indices: (N,) int64, N >= 1.
-        advance: told of rows that were read, :func:`count_reads` in all.
+        advance: called with the number of rows that were read, :func:`count_reads` in total.
 
     Raises:
-        InternalError: a row holds what is no finite number.
+        InternalError: a row holds non-finite values.
     """
     points, shares, num_fitted = _components(rows, indices, 2, advance)
     return Plane(points, (shares[0], shares[1]), num_fitted)
@@ -111,13 +111,13 @@ def find_umap_plane(rows: Rows, indices: Tensor, advance: Callable[[int], None])
     Args:
         rows: (all images, D).
         indices: (N,) int64.
-        advance: told of rows that were read, :func:`count_reads` in all; then UMAP works in silence,
-            half a minute for 20,000 images on one core.
+        advance: called with the number of rows that were read, :func:`count_reads` in total; then UMAP runs
+            without reports, half a minute for 20,000 images on one core.
 
     Raises:
         EnvironmentFaultError: as :func:`check_umap`.
         UsageError: there are fewer than 16 images.
-        InternalError: a row holds what is no finite number.
+        InternalError: a row holds non-finite values.
     """
     check_umap()
     if len(indices) < FEWEST_FOR_UMAP:
@@ -145,25 +145,25 @@ def check_umap() -> None:
 
 
 def count_reads(rows: Rows, indices: Tensor) -> int:
-    """Return how many rows :func:`find_plane` reads, those that it reads again included."""
+    """Return the number of rows that :func:`find_plane` reads, including repeated reads."""
     return 2 * len(_fitted(rows, indices)) + len(indices)
 
 
 def _blocks(rows: Rows, indices: Tensor, advance: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield indices (B,) and their rows (B, D) float64; ``advance`` hears of a block when it was used."""
+    """Yield indices (B,) and their rows (B, D) float64; ``advance`` is called after a block was used."""
     for part in torch.split(indices, max(1, BLOCK_BYTES // (8 * max(1, rows.shape[1])))):
         yield part, rows[part].to("cpu", torch.float64)
         advance(len(part))
 
 
 def _checked(sums: Tensor) -> Tensor:
-    """Return sums over features as they are. To look at all features would take longer than the rest.
+    """Return sums over features unchanged; checking every feature instead would take longer than the rest.
 
     Raises:
-        InternalError: some are no finite numbers, and so some features are none.
+        InternalError: a sum is not finite, and so some feature is not.
     """
     if not sums.isfinite().all():
-        found = "a row of features holds what is no finite number"
+        found = "a row of features holds non-finite values"
         raise InternalError("comparing features", found, "Please report this, with the command.")
     return sums
 

@@ -1,6 +1,6 @@
-"""Rows of numbers, one an image, that are in memory or stay in their file.
+"""Feature rows, one for each image, in memory or in a file.
 
-Shape legend: N images, B of them, D numbers for each.
+Shape legend: N images, B of them, D features for each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Rows(Protocol):
         ...
 
     def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
-        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        """Return the features ``start`` to ``stop`` (exclusive) of rows, (B, stop - start)."""
         ...
 
 
@@ -53,20 +53,19 @@ class MemoryRows:
         return self.tensor[indices]
 
     def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
-        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        """Return the features ``start`` to ``stop`` (exclusive) of rows, (B, stop - start)."""
         return self.tensor[indices, start:stop]
 
 
 class FileRows:
     """Rows that stay in their file.
 
-    They are read, not mapped: mapped pages would count as memory of this process, which then grows with the
-    folder.
+    The file is read, not mapped: mapped pages count as memory of the process, which would grow with the file.
 
     Args:
-        path: of the rows, one after the other.
+        path: file of the rows, row after row, without a header.
         shape: (N, D).
-        dtype: of the rows.
+        dtype: type of the features in the file.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -82,7 +81,7 @@ class FileRows:
         return self.columns(indices, 0, self.shape[1])
 
     def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
-        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start).
+        """Return the features ``start`` to ``stop`` (exclusive) of rows, (B, stop - start).
 
         Raises:
             DataError: the file was cut short.
@@ -101,7 +100,7 @@ class FileRows:
 
 
 class ChainRows:
-    """Rows of several parts, one after the other.
+    """Rows of several sets of images, one set after the other.
 
     Args:
         parts: each (N, D), with the same D.
@@ -121,7 +120,7 @@ class ChainRows:
         return self.columns(indices, 0, self.shape[1])
 
     def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
-        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        """Return the features ``start`` to ``stop`` (exclusive) of rows, (B, stop - start)."""
         owners = torch.searchsorted(self._ends, indices, right=True)
         rows: Tensor | None = None
         for number, part in enumerate(self._parts):
@@ -155,7 +154,7 @@ class ConcatRows:
         return torch.cat([layer[indices] for layer in self._layers], dim=1)
 
     def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
-        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        """Return the features ``start`` to ``stop`` (exclusive) of rows, (B, stop - start)."""
         found = []
         for layer, end in zip(self._layers, self._ends, strict=True):
             begin = end - layer.shape[1]
@@ -166,11 +165,11 @@ class ConcatRows:
 
 
 class SubsetRows:
-    """Some of the rows, in an order of their own.
+    """A subset of rows, in the order of its indices.
 
     Args:
         rows: (N, D).
-        indices: (M,) of those that are meant.
+        indices: (M,) int64, the rows of the subset.
     """
 
     def __init__(self, rows: Rows, indices: Tensor) -> None:
@@ -186,5 +185,5 @@ class SubsetRows:
         return self._rows[self._indices[indices]]
 
     def columns(self, indices: Tensor, start: int, stop: int) -> Tensor:
-        """Return the numbers from ``start`` up to ``stop`` of rows, (B, stop - start)."""
+        """Return the features ``start`` to ``stop`` (exclusive) of rows, (B, stop - start)."""
         return self._rows.columns(self._indices[indices], start, stop)

@@ -1,8 +1,9 @@
-"""Feature tables: who an image is, then its numbers layer by layer, as CSV, Parquet or NumPy's npz.
+"""Feature tables: path, label and split of each image, then its features layer by layer, as CSV, Parquet or
+npz.
 
-A table is written whole or not at all, and in blocks: memory does not grow with the number of images.
+A table is written atomically and in blocks: memory does not grow with the number of images.
 
-Shape legend: N images of the table, B of them, D numbers of a layer for each.
+Shape legend: N images of the table, B of them, D features of a layer for each.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ Floats = npt.NDArray[np.float32]
 WHO = ("path", "label", "split")
 """The first columns of every table."""
 BLOCK_BYTES = 64 * 2**20
-"""Of the rows of all layers that are read at a time. Row groups of Parquet have this size."""
+"""Size of the rows of all layers that are read at a time, and of the row groups of Parquet."""
 _TEXTS = 4096
-"""Texts of an npz file that are made an array at a time, of four bytes a character of the longest."""
+"""Strings of an npz file that are converted at a time, at four bytes a character of the longest."""
 _REPORT = "Please report this, with the command."
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """What one layer makes of images.
+    """Features of one layer.
 
     Attributes:
         name: of the layer; its columns are ``<name>.0``, ``<name>.1`` and so on.
@@ -49,7 +50,7 @@ class LayerRows:
 
     @property
     def size(self) -> int:
-        """Numbers of an image (D)."""
+        """Number of features of an image (D)."""
         return self.rows.shape[1]
 
 
@@ -62,7 +63,7 @@ class _Block(NamedTuple):
 
 @dataclass(frozen=True)
 class _Table:
-    """What :func:`write_table` was asked for."""
+    """Arguments of :func:`write_table`."""
 
     images: Sequence[tuple[str, str, str]]
     keep: Tensor
@@ -70,11 +71,11 @@ class _Table:
     advance: Callable[[int], None]
 
     def columns(self) -> Iterator[str]:
-        """Yield the names of the columns that hold numbers."""
+        """Yield the names of the feature columns."""
         return (f"{layer.name}.{place}" for layer in self.layers for place in range(layer.size))
 
     def blocks(self, layers: Sequence[LayerRows]) -> Iterator[_Block]:
-        """Yield rows, as many at a time as fit; ``advance`` hears of a block when it was used."""
+        """Yield rows in blocks; ``advance`` is called after a block was written."""
         num_rows = max(1, BLOCK_BYTES // max(1, 4 * sum(layer.size for layer in layers)))
         for indices in torch.split(self.keep, num_rows):
             who = [self.images[index] for index in indices.tolist()]
@@ -135,7 +136,7 @@ def write_table(
     layers: Sequence[LayerRows],
     advance: Callable[[int], None],
 ) -> None:
-    """Write a table of images aside and rename it.
+    """Write a table of images to a temporary file and rename it.
 
     ``csv``: ``path,label,split`` and the columns of each layer. Numbers read back to the same float32, and
     no spreadsheet takes a text for a formula (``unescape_formula`` gives it back as it was).
@@ -144,12 +145,12 @@ def write_table(
     array (N, D) under the name of each layer.
 
     Args:
-        path: of the file; a file that is there gives way.
-        format: one of the three.
+        path: file to write; an existing file is replaced.
+        format: file format.
         images: path, label and split of every image that the layers have a row of.
-        keep: (N,) int64, indices of the images that the table has, in its order.
-        layers: in the order of their columns.
-        advance: told of rows that were written, N times the number of layers in all.
+        keep: (N,) int64, indices of the images in the table, in its order.
+        layers: features, in the order of their columns.
+        advance: called with the number of rows that were written, N times the number of layers in total.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written. Nothing new is left under the name.
