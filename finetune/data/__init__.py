@@ -1,1 +1,1 @@
-"""The data room: find the images, split them, decode them, and refuse what cannot be trusted."""
+"""Find the images of a dataset, split them, check them, decode them and load them in batches."""

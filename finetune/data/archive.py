@@ -91,7 +91,7 @@ def find_root(data: Path) -> Path | None:
     return data.parent
 
 
-def open_archive(finding: LayoutReader, file: Path, on_progress: Progress | None = None) -> Path:
+def open_archive(reader: LayoutReader, file: Path, on_progress: Progress | None = None) -> Path:
     """Return the folder that holds the archive's images, unpacked now or by an earlier call.
 
     Raises:
@@ -102,59 +102,59 @@ def open_archive(finding: LayoutReader, file: Path, on_progress: Progress | None
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     except OSError as error:
-        raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
-    folder = make_once("archives", digest, lambda part: _unpack(finding, file, part, on_progress))
-    _warn_left_out(finding, folder)
+        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+    folder = make_once("archives", digest, lambda part: _unpack(reader, file, part, on_progress))
+    _warn_left_out(reader, folder)
     return _entered(folder)
 
 
-def _unpack(finding: LayoutReader, file: Path, part: Path, on_progress: Progress | None) -> None:
-    with _opened(finding, file) as archive:
-        plan = _plan(finding, archive)
-        _check_sizes(finding, file, plan, part.parent)
-        _extract(finding, archive, plan, part, on_progress)
+def _unpack(reader: LayoutReader, file: Path, part: Path, on_progress: Progress | None) -> None:
+    with _opened(reader, file) as archive:
+        plan = _plan(reader, archive)
+        _check_sizes(reader, file, plan, part.parent)
+        _extract(reader, archive, plan, part, on_progress)
     write_json(part / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
 
 
 class _Guarded(io.FileIO):
     """A file that gives no overlong table of contents: zipfile reads it at once, and makes objects of it."""
 
-    def __init__(self, finding: LayoutReader, file: Path) -> None:
+    def __init__(self, reader: LayoutReader, file: Path) -> None:
         super().__init__(file)
-        self.finding = finding
+        self.reader = reader
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read, where that is not too much."""
         data = b"" if (size or 0) > MAX_CONTENTS_BYTES else super().read(size) or b""
         if (size or 0) > MAX_CONTENTS_BYTES or data.count(b"PK\1\2") > MAX_ENTRIES:
-            raise self.finding.refuse(f"holds more than {MAX_ENTRIES} files", _UNPACK)
+            raise self.reader.error(f"holds more than {MAX_ENTRIES} files", _UNPACK)
         return data
 
 
 @contextmanager
-def _opened(finding: LayoutReader, file: Path) -> Iterator[ZipFile]:
+def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipFile]:
     """Give the archive with its table of contents read."""
     with ExitStack() as stack:
-        with _zip_faults(finding):
-            archive = ZipFile(stack.enter_context(_Guarded(finding, file)))
+        with _zip_faults(reader):
+            archive = ZipFile(stack.enter_context(_Guarded(reader, file)))
         yield archive
 
 
 @contextmanager
-def _zip_faults(finding: LayoutReader) -> Iterator[None]:
+def _zip_faults(reader: LayoutReader) -> Iterator[None]:
     """Turn every fault of reading into a refusal: zipfile lets a dozen kinds of error through."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except UnicodeDecodeError as error:
-        raise finding.refuse(f"holds the name {error.object!r}, which is not UTF-8", _REPACK) from None
+        raise reader.error(f"holds the name {error.object!r}, which is not UTF-8", _REPACK) from None
     except OSError as error:
-        raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
     except Exception as error:
         said = printable(" ".join(str(error).split())[:120] or type(error).__name__)
         found = f"is truncated, damaged or not a zip archive ({said})"
-        raise finding.refuse(found, "Get it or make it again.") from None
+        raise reader.error(found, "Get it or make it again.") from None
 
 
 @dataclass
@@ -204,7 +204,7 @@ class _Plan:
         return None
 
 
-def _plan(finding: LayoutReader, archive: ZipFile) -> _Plan:
+def _plan(reader: LayoutReader, archive: ZipFile) -> _Plan:
     """Judge every entry before anything is written; the faulty ones are refused together, by name."""
     plan = _Plan()
     faults = [(entry.orig_filename, fault) for entry in archive.infolist() if (fault := plan.add(entry))]
@@ -214,7 +214,7 @@ def _plan(finding: LayoutReader, archive: ZipFile) -> _Plan:
         return plan
     shown = [f"{quoted(name)} {fault}" for name, fault in faults[:SHOWN]]
     more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    raise finding.refuse(
+    raise reader.error(
         f"{count(len(faults), 'entry is', 'entries are')} not what a plain archive of images holds:"
         + "".join(f"\n  {line}" for line in shown + more),
         _REPACK,
@@ -246,11 +246,11 @@ def _path_fault(name: str) -> str | None:
     return next((said for said, found in faults.items() if found), None)
 
 
-def _check_sizes(finding: LayoutReader, file: Path, plan: _Plan, cache: Path) -> None:
+def _check_sizes(reader: LayoutReader, file: Path, plan: _Plan, cache: Path) -> None:
     """Refuse what says of itself that it is too large, before anything is written."""
     sizes = [entry.file_size for entry in plan.files.values()]
     if fault := _size_fault(max(sizes, default=0), sum(sizes), file.stat().st_size):
-        raise finding.refuse(fault, _UNPACK)
+        raise reader.error(fault, _UNPACK)
     if sum(sizes) > shutil.disk_usage(cache).free:
         raise OSError(errno.ENOSPC, f"the archive needs {_megabytes(sum(sizes))}")
 
@@ -271,7 +271,7 @@ def _megabytes(size: int) -> str:
 
 
 def _extract(
-    finding: LayoutReader, archive: ZipFile, plan: _Plan, part: Path, on_progress: Progress | None
+    reader: LayoutReader, archive: ZipFile, plan: _Plan, part: Path, on_progress: Progress | None
 ) -> None:
     """Write the planned files, counting what really comes out."""
     assert archive.fp is not None
@@ -282,31 +282,31 @@ def _extract(
     for done, (path, entry) in enumerate(plan.files.items(), 1):
         size = 0
         with (part / path).open("xb") as target:
-            for chunk in _chunks(finding, archive, entry):
+            for chunk in _chunks(reader, archive, entry):
                 size, in_all = size + len(chunk), in_all + len(chunk)
                 if fault := _size_fault(size, in_all, packed):
-                    raise finding.refuse(fault, _UNPACK)
+                    raise reader.error(fault, _UNPACK)
                 target.write(chunk)
         if size != entry.file_size:
             found = f"is damaged: {quoted(path)} has {size} bytes, and should have {entry.file_size}"
-            raise finding.refuse(found, "Get it or make it again.")
+            raise reader.error(found, "Get it or make it again.")
         if on_progress:
             on_progress(done, len(plan.files))
 
 
-def _chunks(finding: LayoutReader, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
+def _chunks(reader: LayoutReader, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
     """Give the content of a file piece by piece; zipfile compares its checksum at the end."""
-    with _zip_faults(finding), archive.open(entry) as source:
+    with _zip_faults(reader), archive.open(entry) as source:
         while chunk := source.read(_CHUNK):
             yield chunk
 
 
-def _warn_left_out(finding: LayoutReader, folder: Path) -> None:
+def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
     """Say what a user may believe to be trained on and is not, also when it was unpacked long ago."""
     with suppress(OSError, ValueError):
         others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))
         if others:
-            finding.warnings.append(
+            reader.warnings.append(
                 f"Files in the archive that are not images are left out{extensions(others, ': ')}."
             )
 

@@ -1,4 +1,4 @@
-"""What the rest of the house knows of a data set: which file, which class, which part."""
+"""A dataset as all other modules see it: files, labels, splits, and the issues found in it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Sample:
     """One image.
 
     Attributes:
-        path: below ``Dataset.root``, with ``/``.
-        label: its class index; -1: none.
-        split: its part.
-        group: images of one group belong together (a patient, a video); "": it belongs to none.
-        fold: in which it is held out, from 1; 0: there are no folds, or it is a test image.
+        path: path relative to ``Dataset.root``, with ``/``.
+        label: class index, from 0; -1 for an image without a label.
+        split: the split it belongs to.
+        group: name of its group (a patient, a video), which a drawn split never divides; "" for none.
+        fold: the fold in which it is held out, from 1; 0 without folds, and for test images.
     """
 
     path: str
@@ -32,17 +32,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A list of labelled images that nobody changes; every method gives a new value.
+    """An immutable list of labelled images; methods that change it return a new dataset.
 
     Attributes:
         root: folder that every ``Sample.path`` is relative to.
         classes: class names in index order, from the training split only; none where nothing is labelled.
-        samples: every image, ordered by part (train, val, test) and then by path.
+        samples: every image, ordered by split (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
-        is_folder: the user named the root itself, and not a CSV file in it.
-        val_was_drawn: the validation split was taken from the training images, by chance.
-        remarks: the warnings again, for programs, and what a lenient reading left out.
-        settled: paths whose parts an earlier attempt drew; they stay.
+        is_folder: whether the user named the root itself, and not a CSV file in it.
+        val_was_drawn: whether the validation split was taken from the training images, by chance.
+        issues: the warnings in structured form, and the errors that a lenient reading passed over.
+        settled: paths whose split an earlier attempt drew; they keep it.
     """
 
     root: Path
@@ -69,7 +69,7 @@ class Dataset:
         return tuple(sample for sample in self.samples if sample.split == split)
 
     def file(self, sample: Sample) -> Path:
-        """Return where the image lies on disk."""
+        """Return the image's path on disk."""
         return self.root / sample.path
 
     def counts(self, split: Split) -> list[int]:
@@ -80,34 +80,33 @@ class Dataset:
         return counts
 
     @property
-    def judged_split(self) -> Split:
-        """The part that final metrics come from: test where there is one, else val."""
+    def eval_split(self) -> Split:
+        """The split that the final metrics are computed on: test if there is one, else val."""
         return "test" if self.of("test") else "val"
 
     def without(self, paths: Collection[str]) -> Dataset:
-        """Return the same data set less these paths; classes and their indices stay as they are."""
+        """Return the dataset without the images at these paths; classes and their indices do not change."""
         gone = frozenset(paths)
         return replace(self, samples=tuple(sample for sample in self.samples if sample.path not in gone))
 
 
-# --- What is worth saying of a data set: one thing found, how often, and what to do about it ---
-
+# --- Issues ---
 
 Severity = Literal["error", "warning", "note"]
-"""A run refuses; a run goes on and says so; worth knowing."""
+"""``error``: a run refuses the data. ``warning``: a run reports it and continues. ``note``: information."""
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing that was found.
+    """One issue found in a dataset, with the number of images, classes, groups or rows it concerns.
 
     Attributes:
-        code: a short name that stays, for programs (docs/check.md lists them).
+        code: stable short name, for programs (docs/check.md lists them).
         severity: what a run does about it.
         message: what was found, one sentence.
         fix: what to do about it, an imperative sentence.
-        count: how many images, classes, groups or rows it concerns.
-        paths: some of the images.
+        count: number of images, classes, groups or rows concerned.
+        paths: paths of some of the images.
     """
 
     code: str
@@ -118,7 +117,7 @@ class Issue:
     paths: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON."""
+        """Return the issue as JSON values."""
         return {
             "code": self.code,
             "severity": self.severity,
@@ -130,7 +129,7 @@ class Issue:
 
 
 def describe_images(dataset: Dataset, digests: dict[str, str]) -> dict[str, tuple[str, str, str]]:
-    """Return label, part and sha256 of every image, by path."""
+    """Return label, split and SHA-256 of every image, by path."""
     return {
         sample.path: (dataset.classes[sample.label], sample.split, digests.get(sample.path, "unreadable"))
         for sample in dataset.samples

@@ -1,9 +1,9 @@
-"""Find images and labels in a folder or a CSV file, and refuse whatever would give a wrong number.
+"""Find the images of a dataset, with labels and splits; refuse data that would give wrong metrics.
 
-Three layouts, one list: ``train/<class>/`` (with or without ``val/`` and ``test/``), ``<class>/`` alone, and
-a CSV file ``path,label[,split]``; the folders may come in a zip archive. The class list comes from the
-training split alone, so that a class that validation lacks shifts no index. Nothing is ever written into the
-user's folder.
+Three layouts give one list of samples: ``train/<class>/`` (with or without ``val/`` and ``test/``),
+``<class>/`` alone, and a CSV file ``path,label[,split]``. The folders may be in a zip archive. Class indices
+come from the training split alone, so that a class missing from validation does not shift them. Images
+without labels are found as well (:func:`find_images`). Nothing is written into the user's folder.
 """
 
 from __future__ import annotations
@@ -43,152 +43,152 @@ def discover(
             ``path,label[,split]``, or a sample (``sample:digits``).
         config: how the validation split is made, where ``data`` gives none or folds are asked for.
         follow_links: read images through links that lead out of the folder.
-        on_progress: called with the entries done and their number while an archive is unpacked.
+        on_progress: called with (entries unpacked, entries in all) while an archive is unpacked.
 
     Raises:
-        DataError: there is nothing to train on, or what is there has more than one reading.
-        UsageError: there is no such fold.
-        DiskError: an archive cannot be unpacked for lack of space or permission.
+        DataError: there is nothing to train on, or the layout is ambiguous.
+        UsageError: the fold does not exist.
+        DiskError: no space or no permission to unpack an archive.
     """
-    finding = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    dataset = _discover(finding, data, config, on_progress)
+    reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    dataset = _discover(reader, data, config, on_progress)
     assert dataset is not None
     return dataset
 
 
-def survey(
+def discover_leniently(
     data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
 ) -> tuple[Dataset | None, tuple[Issue, ...]]:
-    """Read as :func:`discover` does, and go on after what it refuses, without the faulty images.
+    """Read as :func:`discover` does, but collect errors instead of raising, and leave out the faulty images.
 
-    The first of the folds is the validation split, whichever is asked for.
+    With folds, the first fold is the validation split.
 
     Returns:
-        The data set, None where nothing can be made of it, and every remark.
+        The dataset (None if it cannot be read at all) and every issue.
 
     Raises:
-        DiskError: an archive cannot be unpacked for lack of space or permission.
+        DiskError: no space or no permission to unpack an archive.
     """
-    finding = LayoutReader(
+    reader = LayoutReader(
         f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True
     )
     config = replace(config, fold=1 if config.folds else None)
     dataset = None
     try:
-        dataset = _discover(finding, data, config, on_progress)
+        dataset = _discover(reader, data, config, on_progress)
     except DataError as error:
-        finding.issues.append(Issue("unusable", "error", error.message, error.fix))
-    return dataset, tuple(finding.issues)
+        reader.issues.append(Issue("unusable", "error", error.message, error.fix))
+    return dataset, tuple(reader.issues)
 
 
 def _discover(
-    finding: LayoutReader, data: Path, config: SplitConfig, on_progress: Progress | None
+    reader: LayoutReader, data: Path, config: SplitConfig, on_progress: Progress | None
 ) -> Dataset | None:
     config.check_fold()
-    is_table = read_data(finding, data, on_progress, config.group_by)
-    if finding.is_lenient and not finding.parts.get("train"):
+    is_table = read_data(reader, data, on_progress, config.group_by)
+    if reader.is_lenient and not reader.splits.get("train"):
         return None
-    for part in finding.parts.values():  # of a lenient reading: a strict one has refused them
-        for name, paths in part.items():
-            part[name] = [path for path in paths if path not in finding.links_out]
-    drawn = "val" not in finding.parts or config.folds is not None
-    dataset = _dataset(finding, config)
-    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(finding.issues))
+    for by_class in reader.splits.values():  # only a lenient reader still has links that lead out
+        for name, paths in by_class.items():
+            by_class[name] = [path for path in paths if path not in reader.links_out]
+    drawn = "val" not in reader.splits or config.folds is not None
+    dataset = _dataset(reader, config)
+    return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(reader.issues))
 
 
 def read_data(
-    finding: LayoutReader, data: Path, on_progress: Progress | None = None, group_by: str | None = None
+    reader: LayoutReader, data: Path, on_progress: Progress | None = None, group_by: str | None = None
 ) -> bool:
-    """Read a folder, a zip archive, a CSV file or a sample; return whether it was a CSV file.
+    """Read a folder, a zip archive, a CSV file or a sample; return whether it is a CSV file.
 
     Raises:
         DataError: it is none of them, or cannot be read.
         UsageError: there is no sample of this name.
     """
     if is_sample(data):
-        finding.root = open_sample(data)
-        read_folder(finding)
+        reader.root = open_sample(data)
+        read_folder(reader)
         return False
     if not os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
-        siblings = names_in(finding.root.parent)
-        raise finding.refuse(
+        siblings = names_in(reader.root.parent)
+        raise reader.error(
             f"does not exist{suggest(data.name, siblings)}", "Give a folder of images or a CSV file."
         )
     suffix = data.suffix.lower() if data.is_file() else ""
     if data.is_dir():
-        read_folder(finding)
+        read_folder(reader)
     elif suffix == ".csv":
-        finding.root = finding.root.parent
-        read_csv(finding, data, group_by)
+        reader.root = reader.root.parent
+        read_csv(reader, data, group_by)
     elif suffix == ".zip":
-        finding.root, finding.from_archive = open_archive(finding, data, on_progress), True
-        read_folder(finding)
+        reader.root, reader.from_archive = open_archive(reader, data, on_progress), True
+        read_folder(reader)
     else:
-        raise _refuse_kind(finding, suffix)
+        raise _refuse_kind(reader, suffix)
     return suffix == ".csv"
 
 
-def _refuse_kind(finding: LayoutReader, suffix: str) -> DataError:
+def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
     if suffix in KINDS:
-        return finding.refuse(
+        return reader.error(
             f"is a {KINDS[suffix]} archive, and only zip is read",
             "Unpack it first, and give the folder.",
         )
-    return finding.refuse(
+    return reader.error(
         "is neither a folder, a zip archive nor a CSV file",
         "Give a folder of class folders, a zip archive of it, or a CSV file with path,label[,split].",
     )
 
 
-def _dataset(finding: LayoutReader, config: SplitConfig) -> Dataset:
-    """Apply the rules that do not depend on the layout, and number the classes."""
-    train = finding.parts["train"]
+def _dataset(reader: LayoutReader, config: SplitConfig) -> Dataset:
+    """Apply the checks common to all layouts, draw the validation split, and number the classes."""
+    train = reader.splits["train"]
     # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
     classes = tuple(sorted(train))
-    _require_two(finding, classes)
+    _require_two(reader, classes)
     for split in ("val", "test"):
-        if split in finding.parts:
-            _compare_with_training(finding, split)
-    _warn_look_alikes(finding, classes)
-    groups = find_groups(finding, config.group_by)
+        if split in reader.splits:
+            _compare_with_training(reader, split)
+    _warn_look_alikes(reader, classes)
+    groups = find_groups(reader, config.group_by)
     folds: dict[str, int] = {}
     if config.folds is not None and config.fold is not None:
-        folds = _deal_folds(finding, config.folds, config.fold, config.seed, groups)
-    elif "val" in finding.parts:
-        _warn_singles(finding)
+        folds = _deal_folds(reader, config.folds, config.fold, config.seed, groups)
+    elif "val" in reader.splits:
+        _warn_singles(reader)
     else:
-        _split_off_validation(finding, config.val_fraction, config.seed, groups)
+        _split_off_validation(reader, config.val_fraction, config.seed, groups)
     index = {name: number for number, name in enumerate(classes)}
     samples = [
         Sample(path, index[name], split, groups.get(path, ""), folds.get(path, 0))
         for split in SPLITS
-        for path, name in sorted((p, name) for name, ps in finding.parts.get(split, {}).items() for p in ps)
+        for path, name in sorted((p, name) for name, ps in reader.splits.get(split, {}).items() for p in ps)
     ]
-    return Dataset(finding.root, classes, tuple(samples), tuple(finding.warnings))
+    return Dataset(reader.root, classes, tuple(samples), tuple(reader.warnings))
 
 
-def _require_two(finding: LayoutReader, classes: Sequence[str]) -> None:
+def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
     if len(classes) >= 2:
         return
     # An archive unpacked into a folder of its own name is the usual reason.
-    inside = finding.root / classes[0]
+    inside = reader.root / classes[0]
     folders = [name for name in names_in(inside) if (inside / name).is_dir() and not name.startswith(".")]
     nested = len(folders) >= 2 or any(name.lower() == "train" for name in folders)
     fix = "Add the images of at least one more class."
     if nested:
         fix = f"Did you mean --data {printable(inside)}?"
-    if nested and finding.from_archive:  # a path into the cache is none that the user has seen
+    if nested and reader.from_archive:  # the user has never seen the path into the cache
         fix = "Pack it so that the class folders, or train/, lie at the top."
     found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
-    finding.object("class-one", found, fix)
+    reader.reject("class-one", found, fix)
 
 
-def _compare_with_training(finding: LayoutReader, split: Split) -> None:
-    """Refuse classes that training does not know; warn of those that this part lacks."""
-    train, part = finding.parts["train"], finding.parts[split]
-    unknown = sorted(set(part) - set(train))
+def _compare_with_training(reader: LayoutReader, split: Split) -> None:
+    """Reject classes that the training split does not have; warn about classes missing from this split."""
+    train, own = reader.splits["train"], reader.splits[split]
+    unknown = sorted(set(own) - set(train))
     if unknown:
-        finding.object(
+        reader.reject(
             "class-unknown",
             f"{split} has {count(len(unknown), 'class', 'classes')} that training does not have: "
             f"{some(unknown)}{suggest(unknown[0], sorted(train))}",
@@ -196,10 +196,10 @@ def _compare_with_training(finding: LayoutReader, split: Split) -> None:
             len(unknown),
         )
         for name in unknown:
-            del part[name]
-    missing = sorted(set(train) - set(part))
+            del own[name]
+    missing = sorted(set(train) - set(own))
     if missing:
-        finding.warn(
+        reader.warn(
             "class-missing",
             f"{split} has no images of {count(len(missing), 'class', 'classes')} {some(missing)}, "
             "so it cannot be tested there.",
@@ -208,14 +208,14 @@ def _compare_with_training(finding: LayoutReader, split: Split) -> None:
         )
 
 
-def _warn_look_alikes(finding: LayoutReader, classes: Sequence[str]) -> None:
-    """Warn of classes that differ only in letter case or in the way an accent is encoded."""
+def _warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
+    """Warn about classes that differ only in letter case or in the encoding of an accent."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[unicodedata.normalize("NFC", name).casefold()].append(name)
     for names in alike.values():
         if len(names) > 1:
-            finding.warn(
+            reader.warn(
                 "class-alike",
                 f"Classes {some(names)} differ only in letter case and are trained as different classes.",
                 "Merge them if they are the same class.",
@@ -223,13 +223,13 @@ def _warn_look_alikes(finding: LayoutReader, classes: Sequence[str]) -> None:
             )
 
 
-def _singles(finding: LayoutReader) -> list[str]:
-    return sorted(name for name, paths in finding.parts["train"].items() if len(paths) == 1)
+def _singles(reader: LayoutReader) -> list[str]:
+    return sorted(name for name, paths in reader.splits["train"].items() if len(paths) == 1)
 
 
-def _warn_singles(finding: LayoutReader) -> None:
-    if singles := _singles(finding):
-        finding.warn(
+def _warn_singles(reader: LayoutReader) -> None:
+    if singles := _singles(reader):
+        reader.warn(
             "class-tiny",
             f"{count(len(singles), 'class has', 'classes have')} a single training image: {some(singles)}.",
             "Add images of these classes.",
@@ -238,63 +238,63 @@ def _warn_singles(finding: LayoutReader) -> None:
 
 
 def _split_off_validation(
-    finding: LayoutReader, fraction: float, seed: int, groups: Mapping[str, str]
+    reader: LayoutReader, fraction: float, seed: int, groups: Mapping[str, str]
 ) -> None:
-    """Move part of each class's training images to validation."""
-    train = finding.parts["train"]
-    if singles := _singles(finding):
-        finding.object(
+    """Move a fraction of each class's training images to validation."""
+    train = reader.splits["train"]
+    if singles := _singles(reader):
+        reader.reject(
             "class-single",
             f"{count(len(singles), 'class has', 'classes have')} a single image and no validation split is "
             f"given: {some(singles)}; one image cannot be both trained on and tested",
             "Add images of these classes, or give your own validation split (val/, or split=val in the CSV).",
             len(singles),
         )
-    _object_to_lonely(finding, train, groups, singles)
+    _reject_indivisible(reader, train, groups, singles)
     taken = split_off(train, fraction, seed, groups)
-    finding.parts["val"] = {name: [p for p in paths if p in taken] for name, paths in train.items()}
-    finding.parts["train"] = {name: [p for p in paths if p not in taken] for name, paths in train.items()}
+    reader.splits["val"] = {name: [p for p in paths if p in taken] for name, paths in train.items()}
+    reader.splits["train"] = {name: [p for p in paths if p not in taken] for name, paths in train.items()}
 
 
-def _object_to_lonely(
-    finding: LayoutReader,
+def _reject_indivisible(
+    reader: LayoutReader,
     pool: Mapping[str, Sequence[str]],
     groups: Mapping[str, str],
     said: Sequence[str] = (),
 ) -> None:
-    """Refuse classes that no draw can divide."""
-    lonely = [name for name in find_undividable(pool, groups) if name not in said]
-    if lonely:
-        finding.object(
+    """Reject classes whose images all belong to one group: no draw can divide them."""
+    indivisible = [name for name in find_undividable(pool, groups) if name not in said]
+    if indivisible:
+        reader.reject(
             "group-single",
-            f"all images of {count(len(lonely), 'class', 'classes')} {some(lonely)} belong to one group, "
+            f"all images of {count(len(indivisible), 'class', 'classes')} {some(indivisible)} belong to one group, "
             "or are one; they cannot be both trained on and tested",
             "Add images of other groups, or give your own validation split.",
-            len(lonely),
+            len(indivisible),
         )
 
 
 def _deal_folds(
-    finding: LayoutReader, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
+    reader: LayoutReader, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
 ) -> dict[str, int]:
     """Deal the images of training and validation into folds; one of them becomes the validation split."""
     pool: defaultdict[str, list[str]] = defaultdict(list)
     for split in ("train", "val"):
-        for name, paths in finding.parts.get(split, {}).items():
+        for name, paths in reader.splits.get(split, {}).items():
             pool[name] += paths
-    _object_to_lonely(finding, pool, groups)
+    _reject_indivisible(reader, pool, groups)
     folds = draw_folds(pool, num_folds, seed, groups)
     if len(set(folds.values())) < num_folds:
         fault = find_fold_fault(pool, folds, num_folds)
         raise DataError(f"data.folds={num_folds}", str(fault), "Take fewer folds.")
-    finding.parts["val"] = {name: [p for p in paths if folds[p] == fold] for name, paths in pool.items()}
-    finding.parts["train"] = {name: [p for p in paths if folds[p] != fold] for name, paths in pool.items()}
+    reader.splits["val"] = {name: [p for p in paths if folds[p] == fold] for name, paths in pool.items()}
+    reader.splits["train"] = {name: [p for p in paths if folds[p] != fold] for name, paths in pool.items()}
     if fault := find_fold_fault(pool, folds, num_folds):
-        finding.object("fold-empty", fault, FOLD_FIX)
+        reader.reject("fold-empty", fault, FOLD_FIX)
     return folds
 
 
-# --- Images without labels, for whoever only looks at them: every image below a folder ---
+# --- Images with or without labels ---
 
 
 def find_images(
@@ -302,20 +302,20 @@ def find_images(
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
-    A folder has no classes when it holds fewer than two folders, and none that is called as a part. Its
-    images have the label -1, and the data set no classes.
+    A folder has no classes if it holds fewer than two folders and none is named like a split. Its images then
+    have the label -1, and the dataset has no classes.
 
     Raises:
-        DataError: there is no image, or what is there has more than one reading.
+        DataError: there is no image, or the layout is ambiguous.
     """
     if not _is_unlabelled(data):
         return discover(data, config, follow_links, on_progress)
-    finding = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    images, _ = images_below(finding, "")
-    finding.check_links()
+    reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    images, _ = images_below(reader, "")
+    reader.check_links()
     if not images:
-        raise finding.refuse("holds no images", "Give a folder of images or a CSV file.")
-    return Dataset(finding.root, (), tuple(Sample(path, -1, "train") for path in images))
+        raise reader.error("holds no images", "Give a folder of images or a CSV file.")
+    return Dataset(reader.root, (), tuple(Sample(path, -1, "train") for path in images))
 
 
 def _is_unlabelled(data: Path) -> bool:

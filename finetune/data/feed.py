@@ -1,4 +1,4 @@
-"""Where batches come from: decoded images, or what a frozen trunk made of them."""
+"""The interface of batch sources: loaders of decoded images, and of features from a frozen trunk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class BatchLoader(Protocol):
     """Batches of some samples, on a device.
 
     Attributes:
-        samples: in the order that a batch's indices count.
-        batch_size: samples a batch.
-        placement: where batches go.
+        samples: the samples that a batch's indices refer to, in order.
+        batch_size: samples per batch.
+        placement: device and memory layout of the batches.
         input_size: (C, H, W) of the images; None where batches hold features.
-        wait_seconds: time the last pass spent waiting for data.
+        wait_seconds: seconds that the last pass waited for data.
     """
 
     samples: tuple[Sample, ...]
@@ -27,7 +27,7 @@ class BatchLoader(Protocol):
     wait_seconds: float
 
     def num_batches(self, epoch: int = 0) -> int:
-        """Return how many batches a pass has."""
+        """Return the number of batches in a pass."""
         ...
 
     def batches(
@@ -35,7 +35,7 @@ class BatchLoader(Protocol):
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch, from number ``start`` up to ``stop``.
 
-        Among several processes they are this one's: its part of every batch to learn from, or its turns of
-        those that are in order. ``whole`` gives all of all.
+        In distributed training these are this rank's share: a slice of every shuffled batch, or every n-th
+        batch of an ordered pass. ``whole`` yields all batches complete.
         """
         ...

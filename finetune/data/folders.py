@@ -22,38 +22,38 @@ from finetune.data.layout import (
 )
 
 
-def read_folder(finding: LayoutReader) -> None:
+def read_folder(reader: LayoutReader) -> None:
     """Read ``train/`` with ``val/`` and ``test/``, or a flat folder of class folders."""
-    folders, files = _listing(finding, "")
-    splits = _split_folders(finding, folders)
+    folders, files = _listing(reader, "")
+    splits = _split_folders(reader, folders)
     if splits:
-        _read_parts(finding, folders, splits)
+        _read_parts(reader, folders, splits)
     else:
-        _refuse_no_classes(finding, "", folders, files)
-        finding.parts["train"] = _read_classes(finding, "", folders, files, "train")
-    finding.check_links()
+        _refuse_no_classes(reader, "", folders, files)
+        reader.splits["train"] = _read_classes(reader, "", folders, files, "train")
+    reader.check_links()
 
 
-def _read_parts(finding: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
+def _read_parts(reader: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
     """Read the class folders of each split."""
     others = [name for name in folders if name not in splits.values()]
     if others:
         beside = splits.get("train", next(iter(splits.values())))
-        finding.warn(
+        reader.warn(
             "ignored-folder",
             f"Beside {beside!r}, these folders are ignored: {some(others)}.",
             "Remove them, or name them after a split (train, val, test).",
             len(others),
         )
     for split, name in splits.items():
-        if _leads_out(finding, name):
+        if _leads_out(reader, name):
             continue
-        inside, loose = _listing(finding, name)
-        _refuse_no_classes(finding, name, inside, loose)
-        finding.parts[split] = _read_classes(finding, name, inside, loose, split)
+        inside, loose = _listing(reader, name)
+        _refuse_no_classes(reader, name, inside, loose)
+        reader.splits[split] = _read_classes(reader, name, inside, loose, split)
 
 
-def _split_folders(finding: LayoutReader, folders: Sequence[str]) -> dict[Split, str]:
+def _split_folders(reader: LayoutReader, folders: Sequence[str]) -> dict[Split, str]:
     """Return which folder is which part: ``{}`` for a flat layout."""
     named: defaultdict[Split, list[str]] = defaultdict(list)
     for name in folders:
@@ -63,30 +63,28 @@ def _split_folders(finding: LayoutReader, folders: Sequence[str]) -> dict[Split,
     for split, names in named.items():
         if len(names) > 1:
             found = f"has more than one {split} folder: {some(names)}"
-            finding.object("part-twice", found, "Keep one of these folders.", len(names))
-    if named and "train" not in named and not finding.to_judge:
-        raise finding.refuse(
+            reader.reject("part-twice", found, "Keep one of these folders.", len(names))
+    if named and "train" not in named and not reader.for_evaluation:
+        raise reader.error(
             f"has {some(names[0] for names in named.values())} but no train folder",
             "Add train/ with a folder for each class; a class that has such a name needs another.",
         )
     splits = {split: named[split][0] for split in SPLITS if split in named}
-    _refuse_same_folder(finding, splits)
+    _refuse_same_folder(reader, splits)
     return splits
 
 
-def _refuse_same_folder(finding: LayoutReader, splits: dict[Split, str]) -> None:
+def _refuse_same_folder(reader: LayoutReader, splits: dict[Split, str]) -> None:
     """Refuse two parts that are links to one folder: training images would be judged on."""
     seen: dict[tuple[int, int], str] = {}
     for name in splits.values():
-        twin = seen.setdefault(_identity(finding, name), name)
+        twin = seen.setdefault(_identity(reader, name), name)
         if twin != name:
             found = f"{twin!r} and {name!r} are the same folder"
-            finding.object("part-repeated", found, "Give each split its own images.", 2)
+            reader.reject("part-repeated", found, "Give each split its own images.", 2)
 
 
-def _refuse_no_classes(
-    finding: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str]
-) -> None:
+def _refuse_no_classes(reader: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str]) -> None:
     if folders:
         return
     where = f"{part!r} holds" if part else "holds"
@@ -95,11 +93,11 @@ def _refuse_no_classes(
     else:
         found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
     fix = "Put the images of each class into a folder with the name of the class."
-    finding.object("no-classes", found, fix)
+    reader.reject("no-classes", found, fix)
 
 
 def _read_classes(
-    finding: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str], split: Split
+    reader: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str], split: Split
 ) -> dict[str, list[str]]:
     """Return the image paths of each class folder in one split; a class without images is left out."""
     classes: dict[str, list[str]] = {}
@@ -107,47 +105,47 @@ def _read_classes(
     ignored: Counter[str] = Counter()
     for name in folders:
         top = f"{part}/{name}" if part else name
-        images, others = images_below(finding, top)
+        images, others = images_below(reader, top)
         if images:
-            if not _is_good_name(finding, name):
+            if not _is_good_name(reader, name):
                 continue
             classes[name] = images
             ignored += others
         else:
             empty.append(f"{top!r} holds no images{extensions(others, ', only ')}")
     # Behind a link that leads out nobody has looked: that link is refused, not the lack of images.
-    if empty and not finding.links_out and (split == "train" or not classes):
+    if empty and not reader.links_out and (split == "train" or not classes):
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
-        finding.object(
+        reader.reject(
             "class-empty",
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
             f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
             len(empty),
         )
-    _warn_ignored(finding, part, files, ignored)
+    _warn_ignored(reader, part, files, ignored)
     return classes
 
 
-def _is_good_name(finding: LayoutReader, name: str) -> bool:
+def _is_good_name(reader: LayoutReader, name: str) -> bool:
     fault = name_fault(name)
     if fault:
-        finding.object("class-name", f"class folder {name!r}: the name {fault}", "Rename the folder.")
+        reader.reject("class-name", f"class folder {name!r}: the name {fault}", "Rename the folder.")
     return not fault
 
 
-def _warn_ignored(finding: LayoutReader, part: str, files: Sequence[str], others: Counter[str]) -> None:
+def _warn_ignored(reader: LayoutReader, part: str, files: Sequence[str], others: Counter[str]) -> None:
     """Say what a user may believe to be trained on and is not."""
     loose = sum(is_image(name) for name in files)
     where = repr(part) if part else "the data folder"
     if loose:
-        finding.warn(
+        reader.warn(
             "ignored-image",
             f"{count(loose, 'image', 'images')} directly in {where}, outside the class folders, ignored.",
             "Move them into the folders of their classes.",
             loose,
         )
     if others:
-        finding.warn(
+        reader.warn(
             "ignored-file",
             f"Files in {where} that are not images are ignored{extensions(others, ': ')}.",
             f"Convert images among them to one of {' '.join(sorted(EXTENSIONS))}.",
@@ -160,34 +158,34 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
 
 
-def images_below(finding: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
+def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
     """Return the images in a folder and its sub-folders, and how many other files of each extension.
 
     Linked folders are followed, but not back into a folder that the walk is already inside of, and not out
     of the root.
     """
     others: Counter[str] = Counter()
-    return sorted(walk_images(finding, top, others)), others
+    return sorted(walk_images(reader, top, others)), others
 
 
-def walk_images(finding: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
+def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
     """Yield what :func:`images_below` returns, folder by folder: nothing is held but the folder it is in.
 
     Args:
-        finding: its root; takes a note of links that lead out.
+        reader: its root; takes a note of links that lead out.
         top: folder below the root, ``""`` for the root.
         others: takes the extensions of files that are no images.
     """
-    outside = frozenset(_identity(finding, above) for above in _above(top))
+    outside = frozenset(_identity(reader, above) for above in _above(top))
     stack = [(top, outside)]
     while stack:
         folder, inside = stack.pop()
-        if _leads_out(finding, folder):
+        if _leads_out(reader, folder):
             continue
-        identity = _identity(finding, folder)
+        identity = _identity(reader, folder)
         if identity in inside:
             continue
-        folders, files = _listing(finding, folder)
+        folders, files = _listing(reader, folder)
         yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
         others.update(extension_counts(name for name in files if not is_image(name)))
         below = [(f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders]
@@ -201,41 +199,41 @@ def _above(folder: str) -> Iterator[str]:
         yield folder
 
 
-def _leads_out(finding: LayoutReader, folder: str) -> bool:
+def _leads_out(reader: LayoutReader, folder: str) -> bool:
     """Tell a folder that is a link out of the root; where it leads, nothing is looked at."""
-    return os.path.islink(finding.root / folder) and finding.leads_out(folder)  # noqa: PTH114
+    return os.path.islink(reader.root / folder) and reader.leads_out(folder)  # noqa: PTH114
 
 
-def _identity(finding: LayoutReader, folder: str) -> tuple[int, int]:
+def _identity(reader: LayoutReader, folder: str) -> tuple[int, int]:
     """Return device and inode: the same for a folder and every link to it."""
     try:
-        status = (finding.root / folder).stat()
+        status = (reader.root / folder).stat()
     except OSError as error:
         fix = "Restore the folder, or make it readable."
-        raise finding.refuse(f"the folder {folder!r} cannot be read: {error.strerror}", fix) from None
+        raise reader.error(f"the folder {folder!r} cannot be read: {error.strerror}", fix) from None
     return status.st_dev, status.st_ino
 
 
-def _listing(finding: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
+def _listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
     """Return the folders and the files in a folder, each sorted, without hidden ones and junk."""
     folders: list[str] = []
     files: list[str] = []
     try:
-        with os.scandir(finding.root / folder) as entries:
+        with os.scandir(reader.root / folder) as entries:
             for entry in entries:
                 if is_junk(entry.name):
                     continue
                 if _is_folder(entry):
-                    if _is_utf8(finding, folder, entry.name):
+                    if _is_utf8(reader, folder, entry.name):
                         folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
                     if entry.is_symlink() and is_image(entry.name):
-                        finding.leads_out(f"{folder}/{entry.name}".lstrip("/"))
+                        reader.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
         found = f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})"
-        finding.object("folder-unreadable", found, "Make it readable for this user.")
-    files = [name for name in files if not is_image(name) or _is_utf8(finding, folder, name)]
+        reader.reject("folder-unreadable", found, "Make it readable for this user.")
+    files = [name for name in files if not is_image(name) or _is_utf8(reader, folder, name)]
     return sorted(folders), sorted(files)
 
 
@@ -251,14 +249,14 @@ def _counts_as_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_file()
 
 
-def _is_utf8(finding: LayoutReader, folder: str, name: str) -> bool:
-    if finding.takes_any_name:
+def _is_utf8(reader: LayoutReader, folder: str, name: str) -> bool:
+    if reader.takes_any_name:
         return True
     try:
         name.encode()
     except UnicodeEncodeError:
         found = f"the name of {f'{folder}/{name}'.lstrip('/')!r} is not UTF-8"
         fix = "Rename it; names go into reports and tables, which are UTF-8."
-        finding.object("name-not-utf8", found, fix)
+        reader.reject("name-not-utf8", found, fix)
         return False
     return True

@@ -1,4 +1,4 @@
-"""What a reader of folders or tables found, and the words that all of them use."""
+"""State shared by the readers of folders, CSV files and archives, and their text helpers."""
 
 from __future__ import annotations
 
@@ -28,64 +28,64 @@ JUNK = frozenset({"__MACOSX", "Thumbs.db"})
 
 @dataclass
 class LayoutReader:
-    """What a reader found, before the rules common to all layouts are applied.
+    """The images that a reader has found so far, and how it reports faults.
 
     Attributes:
-        asked: the user's own words, for every refusal.
+        asked: the argument as the user wrote it, for error messages.
         root: folder that all paths are relative to.
-        parts: paths of each class of each split; a part that is absent was not given.
-        follow_links: links may lead out of the root.
-        links_out: links that lead out of the root though they may not, and where to.
-        from_archive: the root is a folder of ours, which an archive was unpacked into.
-        to_judge: nothing will be trained on it, so that a training split need not be there.
-        takes_any_name: names that are not UTF-8 are walked over like others.
-        is_lenient: what would be refused is noted instead, where reading can go on.
-        remarks: every warning, and every refusal that was noted.
-        columns: filled cells of the CSV column that names groups, by path; None: there is no such column.
+        splits: paths by class, by split; a split that the data does not give is absent.
+        follow_links: whether links may lead out of the root.
+        links_out: target of each link that leads out of the root although it must not, by path.
+        from_archive: whether the root is a cache folder with an unpacked archive.
+        for_evaluation: nothing will be trained on it, so that a training split need not be there.
+        takes_any_name: whether names that are not UTF-8 are accepted.
+        is_lenient: whether errors are collected in ``issues`` instead of raised, where reading can continue.
+        issues: every warning, and every error of a lenient reading.
+        group_column: filled cells of the CSV column that names groups, by path; None without such a column.
     """
 
     asked: str
     root: Path
-    parts: dict[Split, dict[str, list[str]]] = field(default_factory=dict)
+    splits: dict[Split, dict[str, list[str]]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     follow_links: bool = False
     links_out: dict[str, str] = field(default_factory=dict)
     from_archive: bool = False
-    to_judge: bool = False
+    for_evaluation: bool = False
     takes_any_name: bool = False
     is_lenient: bool = False
     issues: list[Issue] = field(default_factory=list)
-    columns: dict[str, str] | None = None
+    group_column: dict[str, str] | None = None
 
     def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
-        """Note what the user should know, one sentence."""
+        """Add a warning of one sentence."""
         message = printable(message)
         self.warnings.append(message)
         self.issues.append(Issue(code, "warning", message, fix, number, _shown(paths)))
 
-    def object(self, code: str, found: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
-        """Refuse, or note the refusal where all of them are wanted; then what is faulty must be left out.
+    def reject(self, code: str, found: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
+        """Raise an error, or collect it in a lenient reading; the caller then leaves out what is faulty.
 
         Raises:
-            DataError: always, but for a lenient reading.
+            DataError: always, except in a lenient reading.
         """
         if not self.is_lenient:
-            raise self.refuse(found, fix)
+            raise self.error(found, fix)
         self.issues.append(Issue(code, "error", printable(found), fix, number, _shown(paths)))
 
-    def refuse(self, found: str, fix: str) -> DataError:
-        """Return the refusal, in the user's own words."""
+    def error(self, found: str, fix: str) -> DataError:
+        """Return an error that names the argument as the user wrote it."""
         return DataError(self.asked, printable(found), fix)
 
     @cached_property
     def real_root(self) -> str:
-        """The root without links, since the root itself may be one. Ask once the root is settled."""
+        """The root with links resolved. It is cached: use it only once ``root`` is final."""
         return os.path.realpath(self.root)
 
     def outside(self, path: str) -> str | None:
-        """Return where a path below the root really leads if that is out of the root and not allowed.
+        """Return the real path of a path below the root if it lies outside the root and that is not allowed.
 
-        Slow (it looks at every folder above): ask for links alone.
+        Slow, since it resolves every folder above: call it for links only.
         """
         if self.follow_links:
             return None
@@ -94,24 +94,24 @@ class LayoutReader:
         return None if inside else target
 
     def leads_out(self, path: str) -> bool:
-        """Tell whether a link below the root leads out of it, and note it for ``check_links``."""
+        """Return whether a link below the root leads out of it; ``check_links`` reports it later."""
         target = self.outside(path)
         if target is not None:
             self.links_out[path] = target
         return target is not None
 
     def check_links(self, flag: str = "--set data.follow_links=true") -> None:
-        """Refuse links that lead out: a data set from elsewhere could show any file of this machine.
+        """Reject links that lead out of the root: a foreign dataset could expose any file of this machine.
 
         Args:
-            flag: that allows them.
+            flag: the flag that allows such links, for the message.
         """
         if not self.links_out:
             return
         leads = count(len(self.links_out), "link leads", "links lead")
         shown = [f"{path!r} -> {target!r}" for path, target in sorted(self.links_out.items())[:SHOWN]]
         more = f" and {len(self.links_out) - SHOWN} more" if len(self.links_out) > SHOWN else ""
-        self.object(
+        self.reject(
             "link-outside",
             f"{leads} out of the folder: {', '.join(shown)}{more}",
             f"Copy the files there, or add {flag}.",
@@ -125,17 +125,17 @@ def _shown(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def printable(text: object) -> str:
-    """Return text that any terminal takes: bytes that are not UTF-8 become escapes."""
+    """Return text that every terminal can show: bytes that are not UTF-8 are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def quoted(text: str) -> str:
-    """Return text in quotes, its middle left out where it is long: a cell may hold megabytes."""
+    """Return text in quotes; the middle of a long text is left out."""
     return repr(text) if len(text) <= _LONG else f"{text[: _LONG // 2]!r} ... {text[-_LONG // 2 :]!r}"
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return what a folder holds, nothing where it cannot be read."""
+    """Return the sorted names in a folder; empty if it cannot be read."""
     try:
         return sorted(os.listdir(folder))  # noqa: PTH208
     except OSError:
@@ -143,7 +143,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def is_junk(name: str) -> bool:
-    """Tell what file managers leave behind, and hidden files."""
+    """Return whether a name is a hidden file or one that file managers leave behind."""
     return name.startswith(".") or name in JUNK
 
 
@@ -153,20 +153,20 @@ def extension_counts(files: Iterable[str]) -> Counter[str]:
 
 
 def extensions(others: Counter[str], before: str) -> str:
-    """Return ``before`` and the extensions seen with their numbers, or nothing if there were none."""
+    """Return ``before`` and the extensions with their counts, or "" if there are none."""
     seen = ", ".join(f"{printable(name)} ({number})" for name, number in others.most_common(SHOWN))
     return before + seen if seen else ""
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first few names, quoted, and how many more there are."""
+    """Return the first few names, quoted, and the number of further ones."""
     every = [quoted(name) for name in names]
     more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
     return ", ".join(every[:SHOWN]) + more
 
 
 def name_fault(name: str) -> str | None:
-    """Say why a class cannot have this name, or return None. Names end up in files, tables and folders."""
+    """Return why a class cannot have this name, or None. Names become files, table cells and folders."""
     if not name.strip():
         return "is empty"
     if name in {".", ".."} or "/" in name or "\\" in name:

@@ -215,7 +215,7 @@ class ImageLoader:
         shuffle: bool,
         warn: Callable[[str], None] = lambda _: None,
         images: ImageCache | None = None,
-        most_workers: int = 0,
+        max_workers: int = 0,
         allow_lost: bool = False,
         distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
@@ -227,7 +227,7 @@ class ImageLoader:
         self.wait_seconds = 0.0
         # A view that is kept whole is copied faster than it is handed over from another process.
         is_finished = images is not None and not transform.is_random
-        self.workers, self._most_workers = (0, 0) if is_finished else (workers, most_workers)
+        self.workers, self._most_workers = (0, 0) if is_finished else (workers, max_workers)
         self._views = _Views(dataset, self.samples, transform, seed, images)
         self._normalize = Normalizer(transform.preprocessing, placement.device)
         self._batches = _Batches()

@@ -106,7 +106,7 @@ def check_seen(
             fix = "Use the backbone's own split or other images, or continue with --allow-leaks."
             raise DataError(f"--backbone {recipe.backbone.name}", found, fix)
         display.warn(found)
-    part = dataset.of(dataset.judged_split)
+    part = dataset.of(dataset.eval_split)
     return {
         "num_leaked": sum(digests.get(sample.path) in own for sample in part),
         "num_seen_by_backbone": sum(digests.get(sample.path) in above for sample in part),

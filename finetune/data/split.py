@@ -304,7 +304,7 @@ _MANY = 10
 _REPEATS = frozenset({"MAX_REPEAT", "MIN_REPEAT"})
 
 
-def find_groups(finding: LayoutReader, group_by: str | None) -> dict[str, str]:
+def find_groups(reader: LayoutReader, group_by: str | None) -> dict[str, str]:
     """Return the group of each image that belongs to one, by path.
 
     A column of the CSV comes before a regular expression. The first group of the expression (the whole match
@@ -315,15 +315,15 @@ def find_groups(finding: LayoutReader, group_by: str | None) -> dict[str, str]:
     """
     if group_by is None:
         return {}
-    paths = [path for part in finding.parts.values() for own in part.values() for path in own]
-    is_column = finding.columns is not None
-    groups = _match(_compile(group_by), paths) if finding.columns is None else finding.columns
+    paths = [path for part in reader.splits.values() for own in part.values() for path in own]
+    is_column = reader.group_column is not None
+    groups = _match(_compile(group_by), paths) if reader.group_column is None else reader.group_column
     if not groups and not is_column:
         found = f"it names no group of any of {len(paths)} images, {some(sorted(paths)[:2])} for example"
         fix = "Write a regular expression that is found in the paths, or name a column of the CSV file."
         raise DataError(f"--group-by {quoted(group_by)}", found, fix)
     if loose := sorted(path for path in paths if path not in groups):
-        finding.warn(
+        reader.warn(
             "group-missing",
             f"{len(loose)} of {len(paths)} images belong to no group, and are drawn one by one: "
             f"{some(loose)}.",

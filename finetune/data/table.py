@@ -31,53 +31,53 @@ class _Row:
     group: str = ""
 
 
-def read_csv(finding: LayoutReader, file: Path, group_by: str | None = None) -> None:
+def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> None:
     """Read ``path,label[,split]``; show the first few faults of all rows at once, with line numbers.
 
     Args:
-        finding: takes the images.
+        reader: takes the images.
         file: of the table.
         group_by: a column whose cells name groups, if there is one of that name.
     """
-    table = _table(finding, file)
+    table = _table(reader, file)
     faults: list[tuple[int, str]] = []
     first: dict[str, _Row] = {}
     closed: dict[str, bool] = {}
-    for row in _rows(finding, table, group_by):
-        path = _below_root(finding.root, row.path)
+    for row in _rows(reader, table, group_by):
+        path = _below_root(reader.root, row.path)
         fault = _row_fault(row, path, first)
-        if fault is None and path is not None and not _lies_outside(finding, path, closed):
-            fault = _file_fault(finding, path, row)
+        if fault is None and path is not None and not _lies_outside(reader, path, closed):
+            fault = _file_fault(reader, path, row)
         if fault:
             faults.append((row.place, fault))
         elif path is not None:
             first[path] = row
-            part = finding.parts.setdefault(SPLIT_NAMES[row.split], {})
+            part = reader.splits.setdefault(SPLIT_NAMES[row.split], {})
             part.setdefault(row.label, []).append(path)
-            if row.group and finding.columns is not None:
-                finding.columns[path] = row.group
+            if row.group and reader.group_column is not None:
+                reader.group_column[path] = row.group
     if faults:
         shown = [f"line {_line(table, place)}: {fault}" for place, fault in faults[:SHOWN]]
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        finding.object(
+        reader.reject(
             "row-unusable",
             f"{count(len(faults), 'row', 'rows')} cannot be used:"
             + "".join(f"\n  {s}" for s in shown + more),
             "Correct these lines.",
             len(faults),
         )
-    finding.check_links()
-    if "train" not in finding.parts and not (finding.to_judge and finding.parts):
+    reader.check_links()
+    if "train" not in reader.splits and not (reader.for_evaluation and reader.splits):
         fix = "Add rows (with split=train, if there is a split column)."
-        finding.object("no-train", "has no training rows", fix)
+        reader.reject("no-train", "has no training rows", fix)
 
 
-def _table(finding: LayoutReader, file: Path) -> DataFrame:
+def _table(reader: LayoutReader, file: Path) -> DataFrame:
     """Return the file as text cells, header included, blank lines left out; the index keeps its positions."""
     from pandas import read_csv
     from pandas.errors import EmptyDataError, ParserError
 
-    _refuse_huge(finding, file)
+    _refuse_huge(reader, file)
     try:
         # Without a header of its own pandas holds every row to the width of the first: a stray comma
         # is an error instead of a silent shift of all columns by one.
@@ -86,32 +86,32 @@ def _table(finding: LayoutReader, file: Path) -> DataFrame:
             skip_blank_lines=False, skipinitialspace=True,
         )  # fmt: skip
     except EmptyDataError:
-        raise finding.refuse("has an empty first line", "Start it with the header path,label.") from None
+        raise reader.error("has an empty first line", "Start it with the header path,label.") from None
     except UnicodeDecodeError as error:
-        raise finding.refuse(
+        raise reader.error(
             f"is not UTF-8 ({error.reason} at byte {error.start})", "Save it as UTF-8."
         ) from error
     except ParserError as error:
         said = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
-        raise finding.refuse(f"is not a table ({said})", "Quote cells that hold commas.") from error
+        raise reader.error(f"is not a table ({said})", "Quote cells that hold commas.") from error
     except OSError as error:
-        raise finding.refuse(f"cannot be read ({error.strerror})", "Make the file readable.") from error
+        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from error
     return table[(table != "").any(axis=1)]
 
 
-def _refuse_huge(finding: LayoutReader, file: Path) -> None:
+def _refuse_huge(reader: LayoutReader, file: Path) -> None:
     size = file.stat().st_size
     if size > MAX_BYTES:
-        raise finding.refuse(
+        raise reader.error(
             f"has {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB",
             "Leave out columns other than path,label,split, or give a folder of class folders.",
         )
 
 
-def _rows(finding: LayoutReader, table: DataFrame, group_by: str | None) -> Iterator[_Row]:
+def _rows(reader: LayoutReader, table: DataFrame, group_by: str | None) -> Iterator[_Row]:
     """Give the rows below the header, label and split cleaned; without a split column all are training."""
     header = [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
-    _require_columns(finding, header)
+    _require_columns(reader, header)
     body = table.iloc[1:]
     labels = body[header.index("label")].str.strip()
     splits = (
@@ -119,7 +119,7 @@ def _rows(finding: LayoutReader, table: DataFrame, group_by: str | None) -> Iter
     )
     groups = _groups(header, body, group_by)
     if group_by in header:
-        finding.columns = {}
+        reader.group_column = {}
     cells = zip(body.index, body[header.index("path")], labels, splits, groups, strict=True)
     for place, path, label, split, group in cells:
         yield _Row(int(place), path, label, split, group)
@@ -140,17 +140,17 @@ def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Seq
     return [""] * len(body)
 
 
-def _require_columns(finding: LayoutReader, header: Sequence[str]) -> None:
+def _require_columns(reader: LayoutReader, header: Sequence[str]) -> None:
     missing = [name for name in ("path", "label") if name not in header]
     twice = [name for name in ("path", "label", "split") if header.count(name) > 1]
     if twice:
-        raise finding.refuse(f"has more than one column {twice[0]!r}", "Keep one of them.")
+        raise reader.error(f"has more than one column {twice[0]!r}", "Keep one of them.")
     if missing:
         near = "".join(
             f"; for {name!r}{suggest(name, header)[1:]}" for name in missing if suggest(name, header)
         )
         commas = " with commas between the cells" if any(mark in c for c in header for mark in ";\t|") else ""
-        raise finding.refuse(
+        raise reader.error(
             f"has no column {' and no column '.join(map(repr, missing))} (columns: {some(header)}{near})",
             f"Write path,label[,split] into the first line{commas}.",
         )
@@ -183,19 +183,19 @@ def _row_fault(row: _Row, path: str | None, first: dict[str, _Row]) -> str | Non
     return _repeated(row, first[path]) if path in first else None
 
 
-def _lies_outside(finding: LayoutReader, path: str, closed: dict[str, bool]) -> bool:
+def _lies_outside(reader: LayoutReader, path: str, closed: dict[str, bool]) -> bool:
     """Tell whether a folder above the file is a link out of the root, and note it.
 
     Args:
-        finding: takes the note.
+        reader: takes the note.
         path: of the image.
         closed: the answers so far, one a folder: to look anew for each row would be slow.
     """
     folder = path.rpartition("/")[0]
     if folder not in closed:
-        closed[folder] = bool(folder) and finding.outside(folder) is not None
+        closed[folder] = bool(folder) and reader.outside(folder) is not None
         if closed[folder]:
-            any(map(finding.leads_out, _way_down(folder)))  # notes the first that leads out: the link itself
+            any(map(reader.leads_out, _way_down(folder)))  # notes the first that leads out: the link itself
     return closed[folder]
 
 
@@ -205,13 +205,13 @@ def _way_down(folder: str) -> Iterator[str]:
     yield folder
 
 
-def _file_fault(finding: LayoutReader, path: str, row: _Row) -> str | None:
+def _file_fault(reader: LayoutReader, path: str, row: _Row) -> str | None:
     """Say what is wrong with the file that a row names, or return None; note a link out of the root."""
-    full = finding.root / path
+    full = reader.root / path
     try:
         mode = os.lstat(full).st_mode
         if stat.S_ISLNK(mode):
-            if finding.leads_out(path):
+            if reader.leads_out(path):
                 return None
             mode = os.stat(full).st_mode  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):

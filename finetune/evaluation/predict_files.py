@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from finetune import __version__
-from finetune.data.inputs import Input, Inputs
+from finetune.data.inputs import InputImage, InputImages
 from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError
 from finetune.evaluation.prediction_inputs import (
     count_inputs,
@@ -118,7 +118,7 @@ def predict_files(
         return table.finish(start, time.perf_counter() - began) if distributed.is_main else {}
 
 
-def _until_stopped(answers: Iterator[Answer[Input]], stop: StopSignal) -> Iterator[Answer[Input]]:
+def _until_stopped(answers: Iterator[Answer[InputImage]], stop: StopSignal) -> Iterator[Answer[InputImage]]:
     """Pass answers on until this process is asked to stop; then all end, and no list counts as complete."""
     for answer in answers:
         yield answer
@@ -171,15 +171,15 @@ class _Table:
     """One attempt at a file of predictions, which the main process alone opens and writes."""
 
     request: PredictRequest
-    inputs: Inputs
+    inputs: InputImages
     predictor: Predictor
     rows: PredictionRows
     display: Display
     progress: PredictionProgress = field(default_factory=PredictionProgress)
     _fingerprint: Fingerprint = field(default_factory=Fingerprint)
-    _taken: deque[tuple[list[Input], str]] = field(default_factory=deque)
+    _taken: deque[tuple[list[InputImage], str]] = field(default_factory=deque)
     _writer: ResumableWriter | None = None
-    _left: Iterator[Input] = field(default_factory=lambda: iter(()))
+    _left: Iterator[InputImage] = field(default_factory=lambda: iter(()))
     _total: int | None = None
 
     @property
@@ -213,9 +213,9 @@ class _Table:
             self.writer.write(self.rows.header())
         return self.progress.done
 
-    def _go_on(self) -> Iterator[Input]:
+    def _go_on(self) -> Iterator[InputImage]:
         """Return the images that are left, after those that an earlier attempt looked at."""
-        source, seen = self.inputs.open(), deque[Input](maxlen=0 if self.inputs.is_countable else None)
+        source, seen = self.inputs.open(), deque[InputImage](maxlen=0 if self.inputs.is_countable else None)
         if self.writer.is_another:
             self.display.say("an earlier attempt had another model or other options: starting anew")
         if self.writer.before is None:
@@ -239,7 +239,7 @@ class _Table:
             return self.inputs.open()
         return chain(seen, [] if rest is None else [rest], source)
 
-    def batches(self, start: int, distributed: Distributed) -> Iterator[list[Input]]:
+    def batches(self, start: int, distributed: Distributed) -> Iterator[list[InputImage]]:
         """Yield the batches whose turn this process has; the main one takes note of all.
 
         Args:
@@ -255,7 +255,7 @@ class _Table:
             if number % distributed.size == distributed.rank:
                 yield batch
 
-    def write(self, answer: Answer[Input]) -> None:
+    def write(self, answer: Answer[InputImage]) -> None:
         """Write the rows of the next batch, and save them now and then.
 
         Raises:
@@ -270,7 +270,7 @@ class _Table:
         self._write_rows(answer)
         self.writer.save(self.progress.to_dict())
 
-    def _write_rows(self, answer: Answer[Input]) -> None:
+    def _write_rows(self, answer: Answer[InputImage]) -> None:
         good = (one for place, one in enumerate(answer.asked) if place not in answer.faults)
         lines = [
             self.rows.line(one.path, values) for one, values in zip(good, answer.probabilities, strict=True)

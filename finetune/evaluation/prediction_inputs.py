@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.data.decode import BadImageError, decode_image
-from finetune.data.inputs import Input, Inputs, find_inputs
+from finetune.data.inputs import InputImage, InputImages, find_inputs
 from finetune.errors import DataError, UsageError
 from finetune.system.display import Display
 from finetune.system.distributed import Distributed
@@ -19,7 +19,7 @@ from finetune.system.distributed import Distributed
 
 def find_prediction_inputs(
     asked: str, output: Path, distributed: Distributed, *, nul: bool = False, follow_links: bool = False
-) -> Inputs:
+) -> InputImages:
     """Find the images to predict.
 
     Args:
@@ -45,7 +45,7 @@ def find_prediction_inputs(
     return replace(inputs, open=lambda: _open_checked(inputs, output))
 
 
-def count_inputs(inputs: Inputs, display: Display) -> int | None:
+def count_inputs(inputs: InputImages, display: Display) -> int | None:
     """Return the number of images, or None for a stream that can only be read once.
 
     All images are walked over, so that refusals come before anything is computed.
@@ -63,12 +63,12 @@ def count_inputs(inputs: Inputs, display: Display) -> int | None:
     return number
 
 
-def no_images(inputs: Inputs) -> DataError:
+def no_images(inputs: InputImages) -> DataError:
     """Return the error for an input without images."""
     return DataError(inputs.asked, "there are no images", "Name a file, a folder, a CSV file or a pattern.")
 
 
-def open_input(image: Input) -> Image.Image:
+def open_input(image: InputImage) -> Image.Image:
     """Decode one image.
 
     Raises:
@@ -79,7 +79,7 @@ def open_input(image: Input) -> Image.Image:
     return decode_image(image.file)
 
 
-def _open_checked(inputs: Inputs, output: Path) -> Iterator[Input]:
+def _open_checked(inputs: InputImages, output: Path) -> Iterator[InputImage]:
     """Yield the images; raise a UsageError at the first one whose folder contains the output."""
     home, last = os.path.realpath(inputs.home), inputs.home
     for image in inputs.open():

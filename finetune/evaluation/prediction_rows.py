@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from finetune.data.inputs import Input
+from finetune.data.inputs import InputImage
 from finetune.errors import EnvironmentFaultError, UsageError, suggest
 from finetune.evaluation.predictor import Floats
 from finetune.features.tables import Pipe
@@ -189,7 +189,7 @@ class Fingerprint:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def add(self, one: Input) -> None:
+    def add(self, one: InputImage) -> None:
         """Count one more."""
         try:
             status = os.stat(one.file)  # noqa: PTH116

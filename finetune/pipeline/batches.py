@@ -131,7 +131,7 @@ class LoaderFactory:
             shuffle=shuffle,
             warn=self._warn,
             images=self._keep_images(part, transform, passes) if passes else None,
-            most_workers=setup.most_workers,
+            max_workers=setup.max_workers,
             distributed=distributed,
         )
         self.stack.callback(loader.close)

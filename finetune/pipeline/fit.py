@@ -112,7 +112,7 @@ def _solve(context: FitContext, choice: str) -> LinearHead:
 def _hand_over(context: FitContext, solution: LinearHead, backbone: Backbone) -> FitResult:
     """Put a solution on a pretrained backbone."""
     setup = replace(context.setup, backbone=backbone)
-    dataset, part = context.dataset, context.dataset.judged_split
+    dataset, part = context.dataset, context.dataset.eval_split
     solved = build_solved(setup, solution)
 
     with ExitStack() as stack:
@@ -153,7 +153,7 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
     """
     setup, dataset, clock, distributed = context.setup, context.dataset, context.clock, context.distributed
     network, recipe = setup.backbone.network, setup.recipe
-    part = dataset.judged_split
+    part = dataset.eval_split
     digests = digest_frozen(network, setup.plan)
     with ExitStack() as stack:
         with clock.phase("trunk"):

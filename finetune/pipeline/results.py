@@ -72,7 +72,7 @@ def collect_metrics(
 ) -> dict[str, Any]:
     """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
     return summary.metrics | {
-        "split": dataset.judged_split,
+        "split": dataset.eval_split,
         **facts,
         "backbone": setup.backbone.card.name,
         "strategy": setup.recipe.strategy.name,
@@ -86,7 +86,7 @@ def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in progress.history)
     num_seen = len(dataset.of("train")) * progress.epoch
     return {
-        "split_chose_checkpoint": dataset.judged_split == "val",
+        "split_chose_checkpoint": dataset.eval_split == "val",
         "features": None,
         "val_accuracy": progress.best["accuracy"],
         "val_loss": progress.best["loss"],
@@ -109,7 +109,7 @@ def describe_solution(setup: RunSetup, dataset: Dataset, solution: LinearHead) -
     was_floor = setup.recipe.strategy.features is None
     val = solution.predictions["val"]
     return {
-        "split_chose_checkpoint": was_floor and dataset.judged_split == "val",
+        "split_chose_checkpoint": was_floor and dataset.eval_split == "val",
         "features": [layer.name for layer in solution.layers],
         "num_features": solution.classifier.weight.shape[1],
         "regularisation": solution.classifier.strength,

@@ -57,7 +57,7 @@ class RunSetup:
     backbone: Backbone
     placement: Placement
     plan: Plan
-    most_workers: int
+    max_workers: int
     source_card: Card
 
 
@@ -93,11 +93,11 @@ def prepare(
         batch_bytes = _batch_bytes(resolved.training.batch_size, backbone, distributed)
         return resolved, _limit_workers(recipe, batch_bytes, device, distributed, display)
 
-    resolved, most_workers = distributed.share(decide)
+    resolved, max_workers = distributed.share(decide)
     placement = Placement(device, bool(resolved.training.channels_last))
     plan = _plan(resolved, backbone)
     _check_batch_norm(resolved, device, distributed)
-    return RunSetup(resolved, backbone, placement, plan, most_workers, card), found
+    return RunSetup(resolved, backbone, placement, plan, max_workers, card), found
 
 
 def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:

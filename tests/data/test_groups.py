@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data import split as groups
-from finetune.data.discover import discover, survey
+from finetune.data.discover import discover, discover_leniently
 from finetune.data.split import SplitConfig, draw_folds, find_fold_fault
 from finetune.errors import DataError, UsageError
 from tests.conftest import draw
@@ -146,7 +146,7 @@ def test_a_column_that_only_faulty_rows_fill_is_no_pattern(table: Path) -> None:
         *(",".join([*row.split(",")[:2], ""]) for row in table.read_text().split()[1:]),
     ]
     table.write_text("\n".join([*rows, "gone.jpg,sick,7"]) + "\n")
-    dataset, issues = survey(table, SplitConfig(0.25, 0, group_by="sick"))
+    dataset, issues = discover_leniently(table, SplitConfig(0.25, 0, group_by="sick"))
     assert dataset is not None and not any(sample.group for sample in dataset.samples)
     assert {issue.code for issue in issues} == {"row-unusable", "group-missing"}
 
@@ -163,5 +163,5 @@ def test_a_class_in_one_fold_is_refused_whichever_is_held_out(tmp_path: Path, fo
             draw(tmp_path / name / f"{'x' if name == 'a' else number}_{number}.jpg", (1, 2, 3), number)
     with pytest.raises(DataError, match="belong to one group"):
         discover(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3, fold=fold))
-    dataset, issues = survey(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3))
+    dataset, issues = discover_leniently(tmp_path, SplitConfig(0.2, 0, group_by="(.)_", folds=3))
     assert dataset is not None and {"group-single", "fold-empty"} <= {issue.code for issue in issues}

@@ -27,7 +27,7 @@ def build_loader(
     seed: int = 0,
     shuffle: bool = True,
     batch_size: int = 5,
-    most_workers: int = 0,
+    max_workers: int = 0,
 ) -> ImageLoader:
     dataset = discover(root, SplitConfig(0.2, 0))
     return ImageLoader(
@@ -39,7 +39,7 @@ def build_loader(
         workers=workers,
         seed=seed,
         shuffle=shuffle,
-        most_workers=most_workers,
+        max_workers=max_workers,
     )
 
 
@@ -177,7 +177,7 @@ def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageLoader]:
 def test_a_loader_that_was_waited_for_gets_more_processes(
     image_folder: Path, pass_over: Callable[..., ImageLoader]
 ) -> None:
-    loader = build_loader(image_folder, workers=1, most_workers=2)
+    loader = build_loader(image_folder, workers=1, max_workers=2)
     plain = list(build_loader(image_folder).batches(epoch=1))
     assert pass_over(loader, first=50.0, waiting=0.1, training=1.0).workers == 1  # they had to start
     assert loader.wait_seconds == pytest.approx(50.6)
@@ -192,7 +192,7 @@ def test_a_loader_that_was_waited_for_gets_more_processes(
 def test_the_number_stays_for_evaluation_and_where_the_user_has_named_it(
     image_folder: Path, pass_over: Callable[..., ImageLoader], shuffle: bool, most: int
 ) -> None:
-    loader = build_loader(image_folder, workers=1, shuffle=shuffle, most_workers=most)
+    loader = build_loader(image_folder, workers=1, shuffle=shuffle, max_workers=most)
     assert pass_over(loader, first=0.0, waiting=9.0, training=1.0).workers == 1
     loader.close()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dataset import Dataset, Issue
-from finetune.data.discover import survey
+from finetune.data.discover import discover_leniently
 from finetune.data.prepare import check_outside, create_new_folder
-from finetune.data.quality.report import inspect, to_check
+from finetune.data.quality.report import inspect_dataset, to_check
 from finetune.data.quality.sheet import find_sections
 from finetune.data.scan import Checked, check_images
 from finetune.data.scan_cache import ScanCache
@@ -44,7 +44,7 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
     with translated_errors():
         with display.count(f"reading {settings.path}") as tell:
             config = SplitConfig.of(recipe)
-            dataset, issues = survey(Path(settings.path), config, settings.follow_links, tell)
+            dataset, issues = discover_leniently(Path(settings.path), config, settings.follow_links, tell)
         _create_output(output, dataset, Path(settings.path))
         found = to_check(issues, {}) if dataset is None else _look(recipe, dataset, issues, output, display)
         write_json(output / CHECK, found)
@@ -62,10 +62,10 @@ def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:
 def _look(
     recipe: Recipe, dataset: Dataset, issues: tuple[Issue, ...], output: Path, display: Display
 ) -> dict[str, Any]:
-    checked = look_at(dataset, display)
+    checked = scan_dataset(dataset, display)
     if dataset.val_was_drawn:
         dataset, issues = _settle(dataset, checked, recipe, issues)
-    report = inspect(dataset, checked, recipe.data.allow_leaks, issues)
+    report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, issues)
     write_sections(output / SHEET, find_sections(report))
     result = report.to_dict()
     if any(sample.fold for sample in dataset.samples):
@@ -73,7 +73,7 @@ def _look(
     return result
 
 
-def look_at(dataset: Dataset, display: Display) -> Checked:
+def scan_dataset(dataset: Dataset, display: Display) -> Checked:
     """Decode every image once, or take what is known of it from the last look."""
     store = ScanCache(dataset.root, keep_others=not dataset.is_folder)
     with display.track("looking at images", len(dataset.samples)) as advance:

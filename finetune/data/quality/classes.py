@@ -19,7 +19,7 @@ _SHORTEST_TYPO = 6
 """Letters from which one letter more, less or exchanged counts as a slip, and not as another word."""
 
 
-def judge_classes(dataset: Dataset) -> Iterator[Issue]:
+def find_class_issues(dataset: Dataset) -> Iterator[Issue]:
     """Yield what is to be said of the classes, but for what reading the data has said already."""
     counts = dataset.counts("train")
     tiny = [name for name, number in zip(dataset.classes, counts, strict=True) if 1 < number < FEW_IMAGES]
@@ -32,7 +32,7 @@ def judge_classes(dataset: Dataset) -> Iterator[Issue]:
             "Add images of these classes, or merge classes.",
             len(tiny),
         )
-    for names in find_alike(dataset.classes):
+    for names in find_similar_names(dataset.classes):
         yield Issue(
             "class-alike",
             "warning",
@@ -57,7 +57,7 @@ def compute_imbalance(counts: Sequence[int]) -> float | None:
     return max(there) / min(there) if there else None
 
 
-def find_alike(classes: Sequence[str]) -> list[list[str]]:
+def find_similar_names(classes: Sequence[str]) -> list[list[str]]:
     """Return classes whose names differ by no more than a slip would.
 
     Spaces, hyphens and underscores, a plural s, or one letter in a longer word. Names that differ only in
@@ -92,7 +92,7 @@ def _core(name: str) -> str:
 # --- Groups (a patient, a burst, a video) that lie in more than one split ---
 
 
-def judge_groups(dataset: Dataset) -> Iterator[Issue]:
+def find_group_issues(dataset: Dataset) -> Iterator[Issue]:
     """Yield what is to be said of groups; drawn parts never break one."""
     parts: defaultdict[str, set[str]] = defaultdict(set)
     for sample in dataset.samples:

@@ -45,7 +45,7 @@ def find_copies(seen: ScannedDataset) -> Copies:
     def those(is_one: list[bool]) -> tuple[Group, ...]:
         return tuple(group for group, one in zip(groups, is_one, strict=True) if one)
 
-    kinds = [Counter(zip(seen.parts[group], seen.labels[group], strict=True)) for group in groups]
+    kinds = [Counter(zip(seen.splits[group], seen.labels[group], strict=True)) for group in groups]
     return Copies(
         leaks=those([len({part for part, _ in kind}) > 1 for kind in kinds]),
         conflicts=those([len({label for _, label in kind}) > 1 for kind in kinds]),
@@ -64,10 +64,10 @@ def _group(seen: ScannedDataset) -> list[list[int]]:
     return sorted(groups)
 
 
-def judge_copies(seen: ScannedDataset, copies: Copies, allow_leaks: bool) -> Iterator[Issue]:
+def find_copy_issues(seen: ScannedDataset, copies: Copies, allow_leaks: bool) -> Iterator[Issue]:
     """Yield what is to be said of exact copies."""
     severity: Severity = "warning" if allow_leaks else "error"
-    yield from _judge_leaks(seen, copies, severity)
+    yield from _find_leak_issues(seen, copies, severity)
     if copies.conflicts:
         yield Issue(
             "label-conflict",
@@ -102,17 +102,17 @@ def judge_copies(seen: ScannedDataset, copies: Copies, allow_leaks: bool) -> Ite
         )
 
 
-def _judge_leaks(seen: ScannedDataset, copies: Copies, severity: Severity) -> Iterator[Issue]:
+def _find_leak_issues(seen: ScannedDataset, copies: Copies, severity: Severity) -> Iterator[Issue]:
     """Yield a remark for each pair of parts that share images."""
     for later in (1, 2):
         for earlier in range(later):
-            shared = [group for group in copies.leaks if {earlier, later} <= set(seen.parts[group].tolist())]
+            shared = [group for group in copies.leaks if {earlier, later} <= set(seen.splits[group].tolist())]
             if not shared:
                 continue
             one, other = SPLITS[earlier], SPLITS[later]
-            held = [place for group in shared for place in group if seen.parts[place] == later]
-            total = int((seen.parts == later).sum())
-            both = [place for group in shared for place in group if seen.parts[place] in (earlier, later)]
+            held = [place for group in shared for place in group if seen.splits[place] == later]
+            total = int((seen.splits == later).sum())
+            both = [place for group in shared for place in group if seen.splits[place] in (earlier, later)]
             if len(held) >= WHOLE * total:
                 yield Issue(
                     "part-repeated",
@@ -137,7 +137,7 @@ def _surplus(seen: ScannedDataset, group: Group) -> Iterator[int]:
     """Yield the images of a group that an earlier one of the same part and label repeats."""
     met = set()
     for place in group:
-        kind = seen.parts[place], seen.labels[place]
+        kind = seen.splits[place], seen.labels[place]
         if kind in met:
             yield place
         met.add(kind)

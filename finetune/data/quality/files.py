@@ -144,7 +144,7 @@ class Oddities:
     other_size: Sequence[int]
 
 
-def judge_unreadable(seen: ScannedDataset) -> Iterator[Issue]:
+def find_unreadable_issues(seen: ScannedDataset) -> Iterator[Issue]:
     """Yield what is to be said of files that cannot be decoded, by kind; errors where a run would refuse."""
     bad = seen.checked.bad
     severity: Severity = "warning"
@@ -204,7 +204,7 @@ def _rare(values: Sequence[object]) -> Iterator[int]:
         yield from (place for place, value in enumerate(values) if value != main)
 
 
-def judge_oddities(seen: ScannedDataset, odd: Oddities) -> Iterator[Issue]:
+def find_oddity_issues(seen: ScannedDataset, odd: Oddities) -> Iterator[Issue]:
     """Yield what is to be said of images that stand out."""
     formats = Counter(seen.looks.format_of(place) for place in range(len(seen.samples)))
     main = formats.most_common(1)[0][0] if formats else ""

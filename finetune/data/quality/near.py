@@ -60,7 +60,7 @@ class NearCopies:
 
     def leaks(self, seen: ScannedDataset) -> list[NearCopy]:
         """Return pairs that lie in two splits."""
-        return [pair for pair in self.pairs if seen.parts[pair.first] != seen.parts[pair.second]]
+        return [pair for pair in self.pairs if seen.splits[pair.first] != seen.splits[pair.second]]
 
     def conflicts(self, seen: ScannedDataset) -> list[NearCopy]:
         """Return pairs that lie under two labels."""
@@ -78,12 +78,12 @@ def find_near(seen: ScannedDataset) -> NearCopies:
     Parts are searched against each other first: what lies in two of them weighs more than the rest.
     """
     usable = np.flatnonzero(seen.contrasts >= LEAST_CONTRAST)
-    sizes = np.bincount(seen.parts[usable], minlength=len(SPLITS)).tolist()
+    sizes = np.bincount(seen.splits[usable], minlength=len(SPLITS)).tolist()
     across = (len(usable) ** 2 - sum(size**2 for size in sizes)) // 2
     if len(usable) ** 2 // 2 <= MOST_COMPARISONS:
-        scope, searches = "all", [_blocks_across(usable, seen.parts), _blocks_within(usable, seen.parts)]
+        scope, searches = "all", [_blocks_across(usable, seen.splits), _blocks_within(usable, seen.splits)]
     elif across <= 10 * MOST_COMPARISONS:
-        scope, searches = "across", [_blocks_across(usable, seen.parts)]
+        scope, searches = "across", [_blocks_across(usable, seen.splits)]
     else:
         return NearCopies((), "none")
     pairs: list[NearCopy] = []
@@ -150,10 +150,10 @@ def _standardise(seen: ScannedDataset, places: NDArray[np.int64]) -> NDArray[np.
     return scaled
 
 
-def judge_near(seen: ScannedDataset, near: NearCopies) -> Iterator[Issue]:
+def find_near_issues(seen: ScannedDataset, near: NearCopies) -> Iterator[Issue]:
     """Yield what is to be said of near copies."""
     if leaks := near.leaks(seen):
-        later = {max((pair.first, pair.second), key=lambda place: seen.parts[place]) for pair in leaks}
+        later = {max((pair.first, pair.second), key=lambda place: seen.splits[place]) for pair in leaks}
         are = "is" if len(later) == 1 else "are"
         yield Issue(
             "near-leak",

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import SPLITS, Dataset, Issue
-from finetune.data.quality.classes import compute_imbalance, judge_classes, judge_groups
-from finetune.data.quality.copies import Copies, find_copies, judge_copies
-from finetune.data.quality.files import Oddities, find_oddities, judge_oddities, judge_unreadable
-from finetune.data.quality.near import NearCopies, find_near, judge_near
+from finetune.data.quality.classes import compute_imbalance, find_class_issues, find_group_issues
+from finetune.data.quality.copies import Copies, find_copies, find_copy_issues
+from finetune.data.quality.files import Oddities, find_oddities, find_oddity_issues, find_unreadable_issues
+from finetune.data.quality.near import NearCopies, find_near, find_near_issues
 from finetune.data.quality.subject import ScannedDataset
 from finetune.data.scan import Checked
 
@@ -22,7 +22,7 @@ _ORDER = ("error", "warning", "note")
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class QualityReport:
     """What was found.
 
     Attributes:
@@ -68,7 +68,9 @@ def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
     return tuple(sorted(issues, key=lambda issue: _ORDER.index(issue.severity)))
 
 
-def inspect(dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequence[Issue] = ()) -> Report:
+def inspect_dataset(
+    dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequence[Issue] = ()
+) -> QualityReport:
     """Judge a data set by one look at its files.
 
     Args:
@@ -81,14 +83,14 @@ def inspect(dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequenc
     copies, near, oddities = find_copies(seen), find_near(seen), find_oddities(seen)
     issues = [
         *said,
-        *judge_unreadable(seen),
-        *judge_copies(seen, copies, allow_leaks),
-        *judge_near(seen, near),
-        *judge_groups(dataset),
-        *judge_classes(dataset),
-        *judge_oddities(seen, oddities),
+        *find_unreadable_issues(seen),
+        *find_copy_issues(seen, copies, allow_leaks),
+        *find_near_issues(seen, near),
+        *find_group_issues(dataset),
+        *find_class_issues(dataset),
+        *find_oddity_issues(seen, oddities),
     ]
-    return Report(sort_issues(issues), summarise(seen), seen, copies, near, oddities)
+    return QualityReport(sort_issues(issues), summarise(seen), seen, copies, near, oddities)
 
 
 # --- A data set in numbers: sizes, formats, modes, shapes, classes of each split ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.data.quality.copies import Group
 from finetune.data.quality.near import NearCopy
-from finetune.data.quality.report import Report
+from finetune.data.quality.report import QualityReport
 from finetune.data.quality.subject import ScannedDataset
 from finetune.data.thumbnail import load_thumbnail
 from finetune.plots.sheet import CELL, Section, Tile
@@ -17,7 +17,7 @@ MOST_TILES = 12
 """Of a section: two rows."""
 
 
-def find_sections(report: Report) -> list[Section]:
+def find_sections(report: QualityReport) -> list[Section]:
     """Return the worst cases of a report, the gravest kind first."""
     seen, odd = report.seen, report.oddities
     near_leaks, near_conflicts = report.near.leaks(seen), report.near.conflicts(seen)

@@ -41,8 +41,8 @@ class ScannedDataset:
         return self.checked.looks.select(sample.path for sample in self.samples)
 
     @cached_property
-    def parts(self) -> NDArray[np.int8]:
-        """Their parts, as places in ``SPLITS``."""
+    def splits(self) -> NDArray[np.int8]:
+        """Their splits, as indices into ``SPLITS``; (N,)."""
         place: Mapping[Split, int] = {split: number for number, split in enumerate(SPLITS)}
         return np.array([place[sample.split] for sample in self.samples], np.int8)
 

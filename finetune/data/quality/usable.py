@@ -7,7 +7,7 @@ from dataclasses import replace
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.prepare import _place, draw_copies_together
 from finetune.data.quality.files import UNREADABLE
-from finetune.data.quality.report import inspect
+from finetune.data.quality.report import inspect_dataset
 from finetune.data.samples import is_sample
 from finetune.data.scan import BadImage, Checked, check_bad
 from finetune.errors import DataError
@@ -53,7 +53,7 @@ def _look_over(
     Raises:
         DataError: there are some, and they are not allowed.
     """
-    report = inspect(dataset, checked, settings.allow_leaks, dataset.issues)
+    report = inspect_dataset(dataset, checked, settings.allow_leaks, dataset.issues)
     write_json(folder.check, report.to_dict())
     said = {issue.message for issue in dataset.issues}
     news = [one for one in report.issues if one.severity != "note" and one.message not in said]

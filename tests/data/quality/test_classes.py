@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dataset import Dataset, Sample
-from finetune.data.quality.classes import compute_imbalance, find_alike, judge_classes
+from finetune.data.quality.classes import compute_imbalance, find_class_issues, find_similar_names
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ from finetune.data.quality.classes import compute_imbalance, find_alike, judge_c
     ],
 )
 def test_names_that_are_alike(classes: tuple[str, ...], alike: list[list[str]]) -> None:
-    assert [sorted(names) for names in find_alike(classes)] == alike
+    assert [sorted(names) for names in find_similar_names(classes)] == alike
 
 
 def test_many_names_are_compared_quickly() -> None:
     names = [f"{a}{b}{c}flower" for a in "abcdefgh" for b in "ijklmnop" for c in "qrtuvw"]
-    assert find_alike([name * 2 for name in names]) == []
+    assert find_similar_names([name * 2 for name in names]) == []
 
 
 def test_sizes() -> None:
@@ -45,7 +45,7 @@ def test_sizes() -> None:
         for label, (name, number) in enumerate(counts.items())
         for n in range(number)
     ]
-    found = {one.code: one for one in judge_classes(Dataset(Path("/x"), tuple(counts), tuple(samples)))}
+    found = {one.code: one for one in find_class_issues(Dataset(Path("/x"), tuple(counts), tuple(samples)))}
     assert found["class-tiny"].count == 1 and "'c'" in found["class-tiny"].message
     assert "200 times" in found["imbalance"].message
     assert compute_imbalance([0, 0]) is None and compute_imbalance([10, 0, 5]) == 2

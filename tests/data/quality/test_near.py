@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import decode_image
 from finetune.data.quality import near
-from finetune.data.quality.near import NearCopies, find_near, judge_near
+from finetune.data.quality.near import NearCopies, find_near, find_near_issues
 from finetune.data.quality.subject import ScannedDataset
 from finetune.data.scan import check_images
 from tests.data.quality.spoilt import build_clean, photo
@@ -128,16 +128,18 @@ def test_many_near_copies_in_one_part_do_not_hide_a_leak(
     photo(2).save(tmp_path / "zz.jpg")
     photo(2).resize((50, 40)).save(tmp_path / "copy.jpg")
     seen = see(tmp_path)
-    assert "near-scope" not in {issue.code for issue in judge_near(seen, find_near(seen))}
+    assert "near-scope" not in {issue.code for issue in find_near_issues(seen, find_near(seen))}
     monkeypatch.setattr(near, "MOST_PAIRS", 5)
     found = find_near(seen)
     assert len(found.pairs) == 6 and found.is_cut
     assert ("copy.jpg", "zz.jpg") in {tuple(sorted(pair)) for pair in names(seen, found)}
-    assert {"near-leak", "near-duplicate", "near-scope"} == {one.code for one in judge_near(seen, found)}
+    assert {"near-leak", "near-duplicate", "near-scope"} == {
+        one.code for one in find_near_issues(seen, found)
+    }
 
 
 def test_many_pairs_are_one_finding(tmp_path: Path) -> None:
     build_clean(tmp_path, {"a": 300})
     seen = see(tmp_path)
     pairs = tuple(near.NearCopy(one, other, 1.0) for one in range(300) for other in range(one))
-    assert [one.count for one in judge_near(seen, NearCopies(pairs, "all"))] == [44850]
+    assert [one.count for one in find_near_issues(seen, NearCopies(pairs, "all"))] == [44850]

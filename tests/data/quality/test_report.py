@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dataset import Issue
-from finetune.data.discover import survey
+from finetune.data.discover import discover_leniently
 from finetune.data.quality.files import _PLACEHOLDER
-from finetune.data.quality.report import Report, inspect
+from finetune.data.quality.report import QualityReport, inspect_dataset
 from finetune.data.scan import check_images
 from finetune.data.split import SplitConfig
 from tests.data.quality.spoilt import build_clean, photo, put, spoil
 
 
-def look(root: Path, allow_leaks: bool = False, group_by: str | None = None) -> Report:
-    dataset, issues = survey(root, SplitConfig(0.2, 0, group_by=group_by))
+def look(root: Path, allow_leaks: bool = False, group_by: str | None = None) -> QualityReport:
+    dataset, issues = discover_leniently(root, SplitConfig(0.2, 0, group_by=group_by))
     assert dataset is not None
-    return inspect(dataset, check_images(dataset), allow_leaks, issues)
+    return inspect_dataset(dataset, check_images(dataset), allow_leaks, issues)
 
 
-def by_code(report: Report) -> dict[str, Issue]:
+def by_code(report: QualityReport) -> dict[str, Issue]:
     return {issue.code: issue for issue in report.issues}
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> QualityReport:
     return look(spoil(tmp_path_factory.mktemp("spoilt")))
 
 
@@ -63,7 +63,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("code", EXPECTED)
-def test_each_fault_is_found(spoilt: Report, code: str) -> None:
+def test_each_fault_is_found(spoilt: QualityReport, code: str) -> None:
     severity, number, path = EXPECTED[code]
     issue = by_code(spoilt)[code]
     assert (issue.severity, issue.count) == (severity, number), issue
@@ -72,14 +72,14 @@ def test_each_fault_is_found(spoilt: Report, code: str) -> None:
         assert path in issue.paths
 
 
-def test_nothing_else_is_found(spoilt: Report) -> None:
+def test_nothing_else_is_found(spoilt: QualityReport) -> None:
     assert sorted(issue.code for issue in spoilt.issues) == sorted(EXPECTED)
     assert [issue.severity for issue in spoilt.issues] == sorted(
         (severity for severity, *_ in EXPECTED.values()), key=["error", "warning", "note"].index
     )
 
 
-def test_the_figures(spoilt: Report) -> None:
+def test_the_figures(spoilt: QualityReport) -> None:
     result = json.loads(json.dumps(spoilt.to_dict(), allow_nan=False))
     summary = result["summary"]
     assert (result["errors"], result["warnings"], result["notes"]) == (7, 18, 1)
