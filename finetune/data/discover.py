@@ -267,8 +267,8 @@ def _reject_indivisible(
     if indivisible:
         reader.reject(
             "group-single",
-            f"all images of {count(len(indivisible), 'class', 'classes')} {some(indivisible)} belong to one group, "
-            "or are one; they cannot be both trained on and tested",
+            f"all images of {count(len(indivisible), 'class', 'classes')} {some(indivisible)} belong to one "
+            "group, or are one; they cannot be both trained on and tested",
             "Add images of other groups, or give your own validation split.",
             len(indivisible),
         )

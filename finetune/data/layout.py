@@ -37,7 +37,7 @@ class LayoutReader:
         follow_links: whether links may lead out of the root.
         links_out: target of each link that leads out of the root although it must not, by path.
         from_archive: whether the root is a cache folder with an unpacked archive.
-        for_evaluation: nothing will be trained on it, so that a training split need not be there.
+        for_evaluation: whether the images are only evaluated on, so that a training split is not required.
         takes_any_name: whether names that are not UTF-8 are accepted.
         is_lenient: whether errors are collected in ``issues`` instead of raised, where reading can continue.
         issues: every warning, and every error of a lenient reading.

@@ -192,7 +192,7 @@ class ImageLoader:
         shuffle: a new order every epoch; otherwise the order of ``samples``.
         warn: told of decoding processes that ended or could not work.
         images: kept ones of these samples. They change no bit of a batch.
-        most_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
+        max_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
         allow_lost: batches may lack images that cannot be read; shuffled ones always may.
         distributed: processes that share the batches.
 

@@ -49,7 +49,7 @@ class RunSetup:
         backbone: with its weights.
         placement: device and layout of images.
         plan: what learns, and how fast.
-        most_workers: decoding processes that there may be where their number was left to the program.
+        max_workers: decoding processes that there may be where their number was left to the program.
         source_card: of the backbone as it was published, at the size of the run's images.
     """
 
