@@ -403,7 +403,7 @@ def test_a_class_folder_of_other_files_names_their_extensions(tmp_path: Path) ->
 def test_a_single_image_cannot_be_split(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "")
     error = refused(tree(tmp_path, "wasp/0.jpg"))
-    assert "'wasp'" in error.found and "both trained on and judged" in error.found
+    assert "'wasp'" in error.found and "both trained on and tested" in error.found
     assert "val/" in error.fix
 
 
