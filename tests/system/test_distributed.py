@@ -193,7 +193,7 @@ def test_machines_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch)
 
     def work_and_wait(distributed: Distributed) -> tuple[int, int, str, list[int]]:
         result = work(distributed)
-        distributed.collect(0)  # process 0 holds what the machines find each other by: it leaves last
+        distributed.collect(0)  # the machines find each other by process 0: it must not leave before
         return result
 
     assert together(work_and_wait, 4) == [
