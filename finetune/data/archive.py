@@ -1,8 +1,8 @@
-"""Unpack a zip archive into the user's cache, once, and believe nothing that it says of itself.
+"""Unpack an untrusted zip archive into the user's cache, once.
 
-An archive may come from anywhere, and its names and sizes are whatever its maker wrote. So names are judged
-before a byte is written, bytes are counted as they come out, and only images and tables come out at all.
-The folder gets its final name when it is complete: under that name there is never half an archive.
+Names and sizes in an archive are whatever its author wrote. So all names are checked before a byte is
+written, bytes are counted as they are unpacked, and only images and tables are unpacked. The folder gets its
+final name when it is complete, so that name never holds half an archive.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Progress = Callable[[int, int], None]
 
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 256 * 2**30
-MAX_CONTENTS_BYTES = 2**30  # of the table of contents, which is held in memory
-MAX_RATIO = 100  # unpacked to packed; photographs are near 1
-FREE_BYTES = 100 * 2**20  # up to here no ratio is too high: a few flat images do pack that well
+MAX_CONTENTS_BYTES = 2**30  # size of the table of contents, which is held in memory
+MAX_RATIO = 100  # unpacked to packed size; photographs are near 1
+FREE_BYTES = 100 * 2**20  # unpacked size below which any ratio is allowed: flat images compress that well
 MAX_PATH_BYTES = 1024
 MAX_DEPTH = 32
 
@@ -55,14 +55,14 @@ KINDS = {
     ".tar": "tar", ".tgz": "tar", ".tbz2": "tar", ".txz": "tar", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz",
     ".zst": "zstd", ".7z": "7-Zip", ".rar": "RAR",
 }  # fmt: skip
-"""Archives that are not read: Pythons that are in use unpack a hostile tar where they should not."""
+"""Archives that are refused: Python versions in use unpack a hostile tar outside its target folder."""
 
 _CHUNK = 2**20
 _DRIVE = re.compile("[A-Za-z]:")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LEFT_OUT = ".left-out.json"
-_ENCRYPTED = 0x1 | 0x40  # flag bits: by password, and strongly
-_UTF8 = 0x800  # flag bit: zipfile has decoded the name as UTF-8, and not as code page 437
+_ENCRYPTED = 0x1 | 0x40  # flag bits: encryption, strong encryption
+_UTF8 = 0x800  # flag bit: zipfile has decoded the name as UTF-8, not as code page 437
 _REPACK = (
     "If you know where it comes from, pack the folder again as an ordinary zip "
     "(UTF-8 names, no links, no password)."
@@ -71,13 +71,13 @@ _UNPACK = "If you know where it comes from, unpack it yourself, and give the fol
 
 
 def find_root(data: Path) -> Path | None:
-    """Return the folder that the paths of a data set are relative to; None where it is gone.
+    """Return the folder that the paths of a dataset are relative to; None if it no longer exists.
 
     Args:
-        data: the folder, CSV file, archive or sample that was named.
+        data: the folder, CSV file, archive or sample that the user named.
 
     Raises:
-        DataError: an archive cannot be unpacked any more.
+        DataError: the archive can no longer be unpacked.
         UsageError: there is no sample of this name.
     """
     if is_sample(data):
@@ -96,35 +96,35 @@ def open_archive(reader: LayoutReader, file: Path, on_progress: Progress | None 
 
     Raises:
         DataError: the archive is damaged, hostile, encrypted or over a limit.
-        DiskError: there is no room for it, or the cache cannot be written.
+        DiskError: the disk is full, or the cache cannot be written.
     """
     try:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     except OSError as error:
         raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
-    folder = make_once("archives", digest, lambda part: _unpack(reader, file, part, on_progress))
+    folder = make_once("archives", digest, lambda target: _unpack(reader, file, target, on_progress))
     _warn_left_out(reader, folder)
     return _entered(folder)
 
 
-def _unpack(reader: LayoutReader, file: Path, part: Path, on_progress: Progress | None) -> None:
+def _unpack(reader: LayoutReader, file: Path, target: Path, on_progress: Progress | None) -> None:
     with _opened(reader, file) as archive:
         plan = _plan(reader, archive)
-        _check_sizes(reader, file, plan, part.parent)
-        _extract(reader, archive, plan, part, on_progress)
-    write_json(part / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
+        _check_sizes(reader, file, plan, target.parent)
+        _extract(reader, archive, plan, target, on_progress)
+    write_json(target / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
 
 
 class _Guarded(io.FileIO):
-    """A file that gives no overlong table of contents: zipfile reads it at once, and makes objects of it."""
+    """A file that refuses an overlong table of contents, which zipfile would read into memory at once."""
 
     def __init__(self, reader: LayoutReader, file: Path) -> None:
         super().__init__(file)
         self.reader = reader
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read, where that is not too much."""
+        """Read up to ``size`` bytes, unless they are too many for a table of contents."""
         data = b"" if (size or 0) > MAX_CONTENTS_BYTES else super().read(size) or b""
         if (size or 0) > MAX_CONTENTS_BYTES or data.count(b"PK\1\2") > MAX_ENTRIES:
             raise self.reader.error(f"holds more than {MAX_ENTRIES} files", _UNPACK)
@@ -133,7 +133,7 @@ class _Guarded(io.FileIO):
 
 @contextmanager
 def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipFile]:
-    """Give the archive with its table of contents read."""
+    """Yield the open archive, its table of contents read."""
     with ExitStack() as stack:
         with _zip_faults(reader):
             archive = ZipFile(stack.enter_context(_Guarded(reader, file)))
@@ -142,7 +142,7 @@ def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipFile]:
 
 @contextmanager
 def _zip_faults(reader: LayoutReader) -> Iterator[None]:
-    """Turn every fault of reading into a refusal: zipfile lets a dozen kinds of error through."""
+    """Convert every error of reading into a DataError: zipfile raises a dozen kinds."""
     try:
         yield
     except (DataError, MemoryError):
@@ -159,12 +159,12 @@ def _zip_faults(reader: LayoutReader) -> Iterator[None]:
 
 @dataclass
 class _Plan:
-    """What comes out of an archive, and what does not.
+    """What is unpacked of an archive, and what is left out.
 
     Attributes:
-        files: what to unpack, by its path.
-        folders: every folder, also one without images: a class without images is refused, not forgotten.
-        left_out: files that are no images; neither read nor written.
+        files: entries to unpack, by path.
+        folders: every folder, including those without images: an empty class must be reported, not dropped.
+        left_out: paths of files that are not images; neither read nor written.
     """
 
     files: dict[str, ZipInfo] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class _Plan:
     left_out: set[str] = field(default_factory=set)
 
     def add(self, entry: ZipInfo) -> str | None:
-        """Add an entry, or say why it cannot be trusted."""
+        """Add an entry, or return why it cannot be trusted."""
         name = _decoded(entry)
         if name is None:
             return "is not UTF-8"
@@ -198,14 +198,14 @@ class _Plan:
         if entry.flag_bits & _ENCRYPTED:
             return "is encrypted"
         if entry.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
-            # zipfile undoes other methods without a limit: a kilobyte of bzip2 may fill the memory.
+            # zipfile decompresses other methods without a limit: a kilobyte of bzip2 may fill the memory.
             return f"is packed by method {entry.compress_type}; only stored and deflated files are read"
         self.files[path] = entry
         return None
 
 
 def _plan(reader: LayoutReader, archive: ZipFile) -> _Plan:
-    """Judge every entry before anything is written; the faulty ones are refused together, by name."""
+    """Check every entry before anything is written; report all faulty ones together, by name."""
     plan = _Plan()
     faults = [(entry.orig_filename, fault) for entry in archive.infolist() if (fault := plan.add(entry))]
     both = sorted(plan.folders & (plan.files.keys() | plan.left_out))
@@ -222,7 +222,7 @@ def _plan(reader: LayoutReader, archive: ZipFile) -> _Plan:
 
 
 def _decoded(entry: ZipInfo) -> str | None:
-    """Return the name as UTF-8, or None. Many packers write UTF-8 and do not say so."""
+    """Return the name as UTF-8, or None. Many packers write UTF-8 without setting the flag."""
     if entry.flag_bits & _UTF8:
         return entry.orig_filename
     try:
@@ -232,7 +232,7 @@ def _decoded(entry: ZipInfo) -> str | None:
 
 
 def _path_fault(name: str) -> str | None:
-    """Say why a name can be no path below the folder that is unpacked into, or return None."""
+    """Return why a name is not a safe path below the target folder, or None."""
     parts = name.split("/")
     faults = {
         "is an absolute path": name.startswith("/") or _DRIVE.match(name),
@@ -243,11 +243,11 @@ def _path_fault(name: str) -> str | None:
         "has a part that is too long": max(len(part.encode()) for part in parts) > NAME_BYTES,
         "is no name": parts[-1] == "." or not name,
     }
-    return next((said for said, found in faults.items() if found), None)
+    return next((fault for fault, found in faults.items() if found), None)
 
 
 def _check_sizes(reader: LayoutReader, file: Path, plan: _Plan, cache: Path) -> None:
-    """Refuse what says of itself that it is too large, before anything is written."""
+    """Refuse an archive whose declared sizes are too large, before anything is written."""
     sizes = [entry.file_size for entry in plan.files.values()]
     if fault := _size_fault(max(sizes, default=0), sum(sizes), file.stat().st_size):
         raise reader.error(fault, _UNPACK)
@@ -256,7 +256,7 @@ def _check_sizes(reader: LayoutReader, file: Path, plan: _Plan, cache: Path) -> 
 
 
 def _size_fault(of_file: int, in_all: int, packed: int) -> str | None:
-    """Say which limit the bytes of one file, or of all so far, are over, or return None."""
+    """Return which limit the bytes of one file, or of all files so far, exceed, or None."""
     if of_file > MAX_FILE_BYTES:
         return f"holds a file of more than {_megabytes(MAX_FILE_BYTES)}"
     if in_all > MAX_BYTES:
@@ -271,22 +271,22 @@ def _megabytes(size: int) -> str:
 
 
 def _extract(
-    reader: LayoutReader, archive: ZipFile, plan: _Plan, part: Path, on_progress: Progress | None
+    reader: LayoutReader, archive: ZipFile, plan: _Plan, target: Path, on_progress: Progress | None
 ) -> None:
-    """Write the planned files, counting what really comes out."""
+    """Write the planned files, counting the bytes that are really unpacked."""
     assert archive.fp is not None
     packed = os.fstat(archive.fp.fileno()).st_size
     in_all = 0
     for folder in plan.folders:
-        (part / folder).mkdir(parents=True, exist_ok=True)
+        (target / folder).mkdir(parents=True, exist_ok=True)
     for done, (path, entry) in enumerate(plan.files.items(), 1):
         size = 0
-        with (part / path).open("xb") as target:
+        with (target / path).open("xb") as output:
             for chunk in _chunks(reader, archive, entry):
                 size, in_all = size + len(chunk), in_all + len(chunk)
                 if fault := _size_fault(size, in_all, packed):
                     raise reader.error(fault, _UNPACK)
-                target.write(chunk)
+                output.write(chunk)
         if size != entry.file_size:
             found = f"is damaged: {quoted(path)} has {size} bytes, and should have {entry.file_size}"
             raise reader.error(found, "Get it or make it again.")
@@ -295,14 +295,14 @@ def _extract(
 
 
 def _chunks(reader: LayoutReader, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
-    """Give the content of a file piece by piece; zipfile compares its checksum at the end."""
+    """Yield the content of a file in chunks; zipfile checks its checksum at the end."""
     with _zip_faults(reader), archive.open(entry) as source:
         while chunk := source.read(_CHUNK):
             yield chunk
 
 
 def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
-    """Say what a user may believe to be trained on and is not, also when it was unpacked long ago."""
+    """Warn about files that are not used, also if the archive was unpacked by an earlier call."""
     with suppress(OSError, ValueError):
         others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))
         if others:
@@ -312,9 +312,9 @@ def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
 
 
 def _entered(folder: Path) -> Path:
-    """Return the one folder that an archive often holds, named like itself, or the folder as it is."""
+    """Return the single folder that many archives hold at the top, or else the folder itself."""
     inside = [entry for entry in os.scandir(folder) if not is_junk(entry.name)]
     if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in SPLIT_NAMES:
         return folder
-    # A folder with files is a class.
+    # A folder that holds files is a class.
     return Path(inside[0].path) if all(entry.is_dir() for entry in os.scandir(inside[0])) else folder

@@ -1,7 +1,7 @@
-"""Turn a file into RGB pixels, or say in a few words why that is impossible.
+"""Decode image files to RGB, or report in a few words why that is impossible.
 
-Pillow only: a flipped byte in a PNG kills the process in torchvision's own decoder, and Pillow raises.
-An image is either decoded to its last row or refused; half an image padded with grey is never returned.
+Pillow alone decodes: a flipped byte in a PNG kills the process in torchvision's own decoder, where Pillow
+raises. An image is either decoded completely or refused; half an image padded with grey is never returned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-# Only these parsers ever see the bytes: fewer parsers, fewer holes (EPS, for one, starts Ghostscript).
+# Only these parsers see the bytes, which limits the attack surface (the EPS parser starts Ghostscript).
 # Phones' multi-picture JPEGs (MPO) come in through JPEG.
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 EXTENSIONS: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -29,9 +29,9 @@ EXTENSIONS: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"
 MAX_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of images under that limit
 MAX_BYTES = 512 * 2**20
-"""As many as an uncompressed image of ``MAX_PIXELS`` has. A parser of a larger file may hold all of it."""
+"""Size of an uncompressed image of ``MAX_PIXELS``. A parser may hold all of a larger file in memory."""
 
-# How the formats begin that no text begins like: such a file is a damaged image, not some other thing.
+# First bytes that no text file has: a file that starts like this is a damaged image.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 (or none) is upright
@@ -48,7 +48,7 @@ _KEEPS_SIZE = {Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_T
 
 
 class BadImageError(Exception):
-    """An image that cannot be read; what that means for the run is the caller's decision.
+    """An image cannot be read; the caller decides what that means for the run.
 
     Args:
         reason: why, in one short line (``empty file``, ``truncated: ...``).
@@ -67,10 +67,10 @@ def decode_image(path: Path, short_side: int | None = None) -> Image.Image:
     white point, so their own minimum becomes 0 and their own maximum 255.
 
     Args:
-        path: of the file.
-        short_side: pixels that are enough for the shorter side. The image comes at the smallest of 1/1,
-            1/2, 1/4 ... of its size that has them, which a JPEG's decoder gives for less than the whole
-            (``Image.draft``). For None it comes whole.
+        path: path of the file.
+        short_side: number of pixels that the shorter side needs. The image is returned at the smallest of
+            1/1, 1/2, 1/4 ... of its size that has them; a JPEG decodes faster at a reduced size
+            (``Image.draft``). None returns the full size.
 
     Raises:
         BadImageError: the file is missing, no image, damaged, cut short, or over ``MAX_PIXELS`` or
@@ -87,30 +87,30 @@ def decode_image(path: Path, short_side: int | None = None) -> Image.Image:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Return width and height as the header has them, before any EXIF rotation.
+    """Return width and height in pixels from the header, before any EXIF rotation.
 
     Raises:
-        BadImageError: as ``decode_image``, for what a header shows.
+        BadImageError: as ``decode_image``, for faults that the header shows.
     """
     with _opened(path) as image:
         return image.size
 
 
 def compute_factor(size: tuple[int, int], short_side: int) -> int:
-    """Return the largest power of two that the shorter side can be divided by and keep so many pixels."""
+    """Return the largest power of two that divides the shorter side into ``short_side`` pixels or more."""
     return 1 << max(0, (min(size) // short_side).bit_length() - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What decoding an image once shows.
+    """Facts about an image, from decoding it once.
 
     Attributes:
         format: one of ``FORMATS``; phones' multi-picture JPEGs are JPEG.
-        mode: Pillow's word for the pixels in the file (``RGB``, ``L``, ``P`` ...).
+        mode: Pillow's name for the pixel format in the file (``RGB``, ``L``, ``P`` ...).
         width: in pixels, upright.
         height: in pixels, upright.
-        is_animated: it has more than one frame or page.
+        is_animated: whether it has more than one frame or page.
         grey: the image in grey, upright, squashed to ``PROBE_SIDE`` by ``PROBE_SIDE`` pixels.
     """
 
@@ -127,10 +127,10 @@ PROBE_SIDE = 32
 
 
 def probe_image(path: Path) -> Probe:
-    """Decode all the data as cheaply as possible; what this accepts, ``decode_image`` accepts.
+    """Decode all the data as cheaply as possible; ``decode_image`` accepts every image that this accepts.
 
-    A JPEG is entropy-decoded to its end but rebuilt at down to an eighth of its size and in grey, which finds
-    a cut file at a fraction of the cost. Other formats have no such short cut.
+    A JPEG is entropy-decoded to its end, but reconstructed in grey at down to an eighth of its size: this
+    detects a truncated file at a fraction of the cost. Other formats are decoded in full.
 
     Raises:
         BadImageError: as ``decode_image``.
@@ -147,7 +147,7 @@ def probe_image(path: Path) -> Probe:
         else:
             upright = _finished(image).convert("L")
             grey = _squash(upright, upright.size)
-        # After the pixels: a PNG reads them to find it, and a fault of theirs would pass for one of its own.
+        # Read after the pixels: a PNG reads them to find the tag, and would hide their faults.
         turn = _UPRIGHT.get(_orientation(image))
         if is_jpeg and turn is not None:
             grey = grey.transpose(turn)
@@ -158,13 +158,13 @@ def probe_image(path: Path) -> Probe:
 
 
 def _squash(grey: Image.Image, size: tuple[float, float]) -> Image.Image:
-    """Return a square of ``PROBE_SIDE`` of the upper left part of an image, whatever its shape."""
+    """Resize the upper left part of an image, of the given size, to a square of ``PROBE_SIDE`` pixels."""
     box = (0, 0, min(size[0], grey.width), min(size[1], grey.height))
     return grey.resize((PROBE_SIDE, PROBE_SIDE), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def _is_animated(image: Image.Image) -> bool:
-    """Tell whether there is a second frame; one that is damaged is none, since the first is what counts."""
+    """Return whether there is a second frame; a damaged one does not count, since only the first is used."""
     try:
         return bool(getattr(image, "is_animated", False))
     except MemoryError:
@@ -174,7 +174,7 @@ def _is_animated(image: Image.Image) -> bool:
 
 
 def convert_image(image: Image.Image) -> Image.Image:
-    """Return an open image as ``decode_image`` gives a file: RGB, upright, over white. It stays as it is.
+    """Return a copy of an open image as ``decode_image`` returns a file: RGB, upright, over white.
 
     Raises:
         BadImageError: it is damaged, cut short, or over ``MAX_PIXELS``.
@@ -191,9 +191,9 @@ def convert_image(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Give the image with its header read, and turn every fault of opening or using it into BadImageError.
+    """Yield the image with its header read; convert every error of opening or using it into BadImageError.
 
-    A MemoryError passes: it speaks of the machine, and dropping a good image for it would be wrong.
+    A MemoryError passes: it is a fault of the machine, and the image may be good.
     """
     try:
         _check_file(path)
@@ -206,7 +206,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse before opening: reading a named pipe would wait for ever, reading a huge file nearly so."""
+    """Refuse, before opening, a named pipe (reading would block forever) and a huge file."""
     status = os.stat(path)  # noqa: PTH116
     if not stat.S_ISREG(status.st_mode):
         raise BadImageError("not a file")
@@ -215,7 +215,7 @@ def _check_file(path: Path) -> None:
 
 
 def _identified(file: BinaryIO) -> Image.Image:
-    """Return the image behind the header, refusing what is empty, unknown or enormous."""
+    """Open the image from its header; refuse files that are empty, of unknown format or too large."""
     head = file.read(16)
     file.seek(0)
     if not head:
@@ -224,7 +224,7 @@ def _identified(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise BadImageError(_unidentified(head)) from None
-    except Image.DecompressionBombError:  # by Pillow's own limit, the same number; nothing is damaged
+    except Image.DecompressionBombError:  # Pillow's own limit, the same number; the file is not damaged
         raise BadImageError(f"more than {MAX_PIXELS} pixels") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
@@ -234,7 +234,7 @@ def _identified(file: BinaryIO) -> Image.Image:
 
 
 def _require_end(file: BinaryIO) -> None:
-    """Refuse a PNG without its last chunk: Pillow lets the loss pass if the rows happen to be complete."""
+    """Refuse a PNG without its last chunk: Pillow accepts it if all rows happen to be complete."""
     here = file.tell()
     file.seek(8)
     while len(chunk := file.read(8)) == 8 and not chunk.endswith(b"IEND"):
@@ -245,7 +245,7 @@ def _require_end(file: BinaryIO) -> None:
 
 
 def _unidentified(head: bytes) -> str:
-    """Say what stands in the file instead of an image: its first word, anything unprintable escaped."""
+    """Describe a file that is not an image by its first word, with unprintable bytes escaped."""
     if head.startswith(_MAGIC):
         return "damaged: starts like an image, but its header cannot be read"
     word = (head.split() or [head])[0]
@@ -253,14 +253,14 @@ def _unidentified(head: bytes) -> str:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Say in one short line what went wrong."""
+    """Return in one short line what went wrong."""
     if isinstance(error, FileNotFoundError):
         return "link to a file that does not exist" if path.is_symlink() else "file not found"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    said = " ".join(str(error).split())[:120] or type(error).__name__
-    cut_short = isinstance(error, EOFError) or "truncated" in said.lower()
-    return f"{'truncated' if cut_short else 'damaged'}: {said}"
+    message = " ".join(str(error).split())[:120] or type(error).__name__
+    cut_short = isinstance(error, EOFError) or "truncated" in message.lower()
+    return f"{'truncated' if cut_short else 'damaged'}: {message}"
 
 
 def _finished(image: Image.Image) -> Image.Image:
@@ -270,12 +270,12 @@ def _finished(image: Image.Image) -> Image.Image:
     image = _rgb(image)
     if turn is not None:
         image = image.transpose(turn)
-    image.info = {}  # nobody downstream may find the orientation tag and rotate a second time
+    image.info = {}  # otherwise a later step may find the orientation tag and rotate again
     return image
 
 
 def _orientation(image: Image.Image) -> object:
-    """Return the EXIF orientation, or 1 where the metadata is broken: it says nothing of the pixels."""
+    """Return the EXIF orientation, or 1 if the metadata is broken: the pixels may still be good."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -307,13 +307,13 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0
     scale = 255.0 / (high - low) if high > low else 0.0
-    # The half rounds to the nearest: conversion to L cuts the fraction off.
+    # Add 0.5 to round to the nearest: conversion to L truncates.
     return grey.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
 def _range(grey: Image.Image) -> tuple[float, float]:
-    """Return the smallest and the largest grey; refuse NaN and infinity, which no scale can show."""
-    # Comparisons step over a NaN, so that the extremes alone would hide it; a mean does not.
+    """Return the smallest and the largest grey; refuse NaN and infinity."""
+    # A NaN does not change the extremes, but it does change the mean.
     mean = grey.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     low, high = grey.getextrema()
     if not all(isinstance(value, float) and math.isfinite(value) for value in (mean, low, high)):

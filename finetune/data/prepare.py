@@ -27,7 +27,7 @@ from finetune.system.display import Display
 def draw_copies_together(
     dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
 ) -> Dataset:
-    """Return a drawn data set in which no image is both trained on and judged, and say what moved."""
+    """Return a dataset with a drawn split in which exact copies stay together; report the images moved."""
     dataset, moved = keep_copies_together(dataset, digests, SplitConfig.of(recipe))
     if moved:
         images = "1 image" if moved == 1 else f"{moved} images"
@@ -40,7 +40,7 @@ def _place(sample: Sample) -> tuple[int, str]:
 
 
 def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
-    """Return the data set with the parts that an earlier attempt drew, if it was to draw the same.
+    """Return the dataset with the split that an earlier attempt drew, if its settings were the same.
 
     Where the data name no validation split, it is drawn from what is there; an image that has vanished since
     would change the draw.
@@ -57,7 +57,7 @@ def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
 
 
 def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -> None:
-    """Write which image is in which class and part, and what it held."""
+    """Write the classes, and the label, split and SHA-256 of every image."""
     write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
     rows = [(path, *facts) for path, facts in describe_images(dataset, digests).items()]
     write_csv(folder.split, rows, SPLIT_COLUMNS)
@@ -125,13 +125,13 @@ def draw_evenly(dataset: Dataset, most: int, seed: int) -> Dataset:
     return replace(dataset, samples=tuple(sample for sample in train if sample.path in chosen))
 
 
-# --- One reading of all images, for every command but ``run``: their digests, and their final parts ---
+# --- Digests and final splits, for every command but ``run`` ---
 
 
 def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> tuple[Dataset, Checked]:
     """Take the digest of every image, and bring exact copies to one side of a draw, as a run does.
 
-    Copies across parts that were given are told of: what is learnt by heart would be judged.
+    Copies across given splits are reported: metrics on images that were trained on are optimistic.
     """
     with display.track("reading images", len(dataset.samples)) as advance:
         done = 0

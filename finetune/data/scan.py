@@ -43,12 +43,12 @@ class BadImage:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a look at every image gave.
+    """The result of scanning every image.
 
     Attributes:
-        bad: images that cannot be decoded, in the order of the data set.
+        bad: images that cannot be decoded, in the order of the dataset.
         digests: sha256 of every file that could be read, by path.
-        looks: what decoding them showed; empty where they were only read.
+        looks: facts from decoding; empty if the files were only read.
     """
 
     bad: tuple[BadImage, ...]
@@ -74,11 +74,11 @@ def check_images(
     """Read and decode every image once.
 
     Args:
-        dataset: the images to check, all parts.
+        dataset: the images to check, of all splits.
         on_progress: called in this thread after each image with the number checked so far.
         threads: images decoded at the same time, 1 or more.
         decode: false only reads the files, for their digests.
-        store: what earlier looks gave; a file that is what it was is not read again.
+        store: results of earlier scans; an unchanged file is not read again.
 
     An interrupt (or an error in ``on_progress``) drops what is queued and waits only for the images
     being decoded at that moment.
@@ -140,7 +140,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def check_bad(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
-    """Return the data set without its unreadable images, with a warning that names them.
+    """Return the dataset without its unreadable images, with a warning that names them.
 
     Raises:
         DataError: a validation or test image is among them, they are 1 % of the training images or more,

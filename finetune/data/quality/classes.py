@@ -20,7 +20,7 @@ _SHORTEST_TYPO = 6
 
 
 def find_class_issues(dataset: Dataset) -> Iterator[Issue]:
-    """Yield what is to be said of the classes, but for what reading the data has said already."""
+    """Yield the issues of classes that reading the data has not reported already."""
     counts = dataset.counts("train")
     tiny = [name for name, number in zip(dataset.classes, counts, strict=True) if 1 < number < FEW_IMAGES]
     if tiny:
@@ -93,7 +93,7 @@ def _core(name: str) -> str:
 
 
 def find_group_issues(dataset: Dataset) -> Iterator[Issue]:
-    """Yield what is to be said of groups; drawn parts never break one."""
+    """Yield the issue of groups that lie in several splits; a drawn split never divides one."""
     parts: defaultdict[str, set[str]] = defaultdict(set)
     for sample in dataset.samples:
         if sample.group:

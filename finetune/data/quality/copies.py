@@ -1,4 +1,4 @@
-"""Exact copies of images: across parts, under two labels, and the same one again and again."""
+"""Exact copies of images: across splits, under two labels, and the same one again and again."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def find_copy_issues(seen: ScannedDataset, copies: Copies, allow_leaks: bool) ->
 
 
 def _find_leak_issues(seen: ScannedDataset, copies: Copies, severity: Severity) -> Iterator[Issue]:
-    """Yield a remark for each pair of parts that share images."""
+    """Yield an issue for each pair of splits that share images."""
     for later in (1, 2):
         for earlier in range(later):
             shared = [group for group in copies.leaks if {earlier, later} <= set(seen.splits[group].tolist())]
@@ -134,7 +134,7 @@ def _find_leak_issues(seen: ScannedDataset, copies: Copies, severity: Severity) 
 
 
 def _surplus(seen: ScannedDataset, group: Group) -> Iterator[int]:
-    """Yield the images of a group that an earlier one of the same part and label repeats."""
+    """Yield the images of a group that an earlier one of the same split and label repeats."""
     met = set()
     for place in group:
         kind = seen.splits[place], seen.labels[place]

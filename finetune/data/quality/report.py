@@ -1,4 +1,4 @@
-"""Everything that one look at a data set says, for a person, a program and the sheet."""
+"""The quality report of a dataset: all issues and a summary, for ``check.json`` and the contact sheet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class QualityReport:
     """What was found.
 
     Attributes:
-        remarks: errors first.
+        issues: all issues, errors first.
         summary: the data set in numbers.
         seen: the images.
         copies: exact copies.
@@ -64,20 +64,20 @@ def to_check(issues: Sequence[Issue], summary: dict[str, Any]) -> dict[str, Any]
 
 
 def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
-    """Return remarks with errors first and notes last."""
+    """Return issues with errors first and notes last."""
     return tuple(sorted(issues, key=lambda issue: _ORDER.index(issue.severity)))
 
 
 def inspect_dataset(
     dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequence[Issue] = ()
 ) -> QualityReport:
-    """Judge a data set by one look at its files.
+    """Find all issues in a dataset from one scan of its files.
 
     Args:
-        dataset: with its final parts.
-        checked: what the look gave.
+        dataset: the dataset with its final splits.
+        checked: result of the scan.
         allow_leaks: exact copies in two splits are a warning, not an error.
-        said: what reading the data has found already.
+        said: issues found while the data was read.
     """
     seen = ScannedDataset(dataset, checked)
     copies, near, oddities = find_copies(seen), find_near(seen), find_oddities(seen)

@@ -1,4 +1,4 @@
-"""A data set beside what a look at its files showed."""
+"""A dataset together with the result of scanning its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.data.scan import Checked
 from finetune.data.scan_cache import ScanResult
 
 SHOWN_PATHS = 20
-"""Images that a remark names, at most."""
+"""Most images that an issue names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class ScannedDataset:
 
     Attributes:
         dataset: all images.
-        checked: what the look gave.
+        checked: result of the scan.
     """
 
     dataset: Dataset
