@@ -16,7 +16,6 @@ from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.strategies import starts_random
 from finetune.system.display import Display
 
 _MOST_RUNS = 100
@@ -120,7 +119,7 @@ def _ancestors(recipe: Recipe | None) -> Iterator[RunFolder | None]:
             yield None
             return
         name = (recipe.backbone.name or "").removeprefix("local-dir:")
-        if starts_random(recipe.strategy.name) or recipe.backbone.weights or not Path(name).is_absolute():
+        if recipe.strategy.starts_random or recipe.backbone.weights or not Path(name).is_absolute():
             return
         run = find_run(Path(name))
         if run is None and not _is_ours(Path(name)):

@@ -35,7 +35,6 @@ from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import translated_errors
 from finetune.runs.reader import RunReader
-from finetune.strategies import starts_random
 from finetune.system.display import Display
 from finetune.targets import LINEAR_CLASSIFIER, decide, to_probabilities
 
@@ -152,7 +151,7 @@ def _read_recipe(path: Path) -> Recipe:
     if recipe is None:
         found = "it is no run folder, or the run has not begun to train"
         raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
-    if starts_random(recipe.strategy.name):
+    if recipe.strategy.starts_random:
         found = "it was trained from random weights, so that there is no network that has not seen the labels"
         raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
     data = recipe.data.model_copy(update={"path": str(path)})

@@ -16,7 +16,6 @@ from finetune.recipe import Recipe
 from finetune.recipe.schema import BackboneSettings
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.strategies import starts_random
 from finetune.system.device import (
     resolve_device,
     resolve_threads,
@@ -127,7 +126,7 @@ def _check_choosable(recipe: Recipe) -> None:
     if recipe.backbone.weights:
         found = "no backbone was named that they belong to"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, fix)
-    if starts_random(recipe.strategy.name):
+    if recipe.strategy.starts_random:
         found = "no backbone was named, and what weights there are says nothing of what to train without any"
         raise UsageError(f"--strategy {recipe.strategy.name}", found, fix)
 

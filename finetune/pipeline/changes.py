@@ -14,7 +14,6 @@ from finetune.pipeline.setup import RunSetup
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.strategies import starts_random
 from finetune.system.device import describe_environment
 from finetune.system.display import Display
 from finetune.training.freeze import digest_weights
@@ -52,7 +51,7 @@ class RunChanges:
     def environment(self) -> dict[str, Any]:
         """Versions, hardware, and the digest of the weights."""
         setup = self._setup
-        random = starts_random(setup.recipe.strategy.name)
+        random = setup.recipe.strategy.starts_random
         weights = None if random else digest_weights(setup.backbone.network, setup.plan)
         machine = describe_environment(setup.placement.device)
         return machine | {"processes": self._num_processes, WEIGHTS: weights}

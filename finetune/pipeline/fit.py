@@ -32,7 +32,6 @@ from finetune.pipeline.results import describe_solution, describe_training, eval
 from finetune.pipeline.setup import reload_backbone
 from finetune.recipe import StrategySettings
 from finetune.runs.cache_dir import FeatureCacheDir
-from finetune.strategies import starts_random
 from finetune.system.device import Precision
 from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
@@ -161,7 +160,7 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
         keeps_head = recipe.strategy.head == "keep" or _start_head(network, first)
         trainer = _build_trainer(context, loaders)
         with clock.phase("measure"):
-            if not starts_random(recipe.strategy.name):  # random features are not worth measuring
+            if not recipe.strategy.starts_random:  # random features are not worth measuring
                 trainer.standardize_head(keep=keeps_head)
         if recipe.training.sync_batch_norm and distributed.size > 1:
             synchronize_batch_norm(network)  # not before features are measured by one

@@ -20,7 +20,7 @@ from finetune.features.network import fetch, place_network, prepare_machine, res
 from finetune.recipe import AutoValues, Recipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.strategies import AUTO, find_strategy, join_names, starts_random
+from finetune.strategies import AUTO, find_strategy, join_names
 from finetune.system.device import (
     find_lack_of_shared_memory,
     resolve_most_workers,
@@ -133,7 +133,7 @@ def _find_images(recipe: Recipe, display: Display) -> Dataset:
 def _find_card(recipe: Recipe, display: Display) -> Card:
     """Return the card of the backbone; fetch its weights where they are not here."""
     card = find_card(str(recipe.backbone.name), recipe.backbone.offline)
-    if not starts_random(recipe.strategy.name) and not recipe.backbone.weights:
+    if not recipe.strategy.starts_random and not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)
     return card
 
@@ -198,7 +198,7 @@ def check_asked(recipe: Recipe) -> None:
         raise UsageError("finetune run", "no data was named", "Add --data FOLDER, or --data sample:digits.")
     if is_sample(recipe.data.path):
         check_sample(recipe.data.path)
-    if recipe.backbone.weights and starts_random(recipe.strategy.name):
+    if recipe.backbone.weights and recipe.strategy.starts_random:
         found = f"--strategy {recipe.strategy.name} starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
     if recipe.strategy.name != AUTO:  # which has rules of its own (pipeline/auto.py)
@@ -234,7 +234,7 @@ def _load_backbone(recipe: Recipe, card: Card, classes: Sequence[str], distribut
         dropout=recipe.strategy.dropout,
         weights=recipe.backbone.weights,
         offline=recipe.backbone.offline or not distributed.is_main,
-        pretrained=not starts_random(recipe.strategy.name) and distributed.is_main,
+        pretrained=not recipe.strategy.starts_random and distributed.is_main,
     )
     share_weights(backbone.network, distributed)
     return backbone

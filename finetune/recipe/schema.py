@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
-from finetune.strategies import AUTO, STRATEGIES
+from finetune.strategies import AUTO, STRATEGIES, starts_random
 from finetune.targets import ClassWeights, Monitor
 
 Auto = Literal["auto"]
@@ -182,6 +182,11 @@ class StrategySettings(_Section):
         description="of top and full: the linear classifier on these features (as in `features`) is handed "
         "over where training does not beat it on validation",
     )
+
+    @property
+    def starts_random(self) -> bool:
+        """Whether training starts from random weights, so that pretrained ones play no part."""
+        return starts_random(self.name)
 
 
 class TrainingSettings(_Section):
