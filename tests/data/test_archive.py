@@ -281,7 +281,7 @@ def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
 def test_cut_archives(tmp_path: Path, cache: Path, share: float) -> None:
     data = packed(tmp_path / "x.zip", *PLAIN).read_bytes()
     (tmp_path / "x.zip").write_bytes(data[: int(len(data) * share)])
-    assert "is cut short" in refused(tmp_path / "x.zip").found
+    assert "is truncated" in refused(tmp_path / "x.zip").found
     assert unpacked(cache) == []
 
 
@@ -299,7 +299,7 @@ def test_a_content_that_does_not_unpack(tmp_path: Path) -> None:
     data = file.read_bytes()
     start = data.index(b"ant/z.jpg") + 9
     file.write_bytes(data[:start] + b"\xff" * 50 + data[start + 50 :])
-    assert "is cut short, damaged" in refused(file).found
+    assert "is truncated, damaged" in refused(file).found
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

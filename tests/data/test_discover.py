@@ -458,7 +458,7 @@ def test_two_validation_parts(tmp_path: Path, second: str) -> None:
     for part in ("train", "val", second):
         ants_and_bees(tmp_path, f"{part}/")
     error = refused(tmp_path)
-    assert "more than one val split" in error.found and repr(second) in error.found
+    assert "more than one val folder" in error.found and repr(second) in error.found
 
 
 def test_val_linked_to_train(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("group_by", "said"),
     [
-        ("(", "it is no regular expression"),
+        ("(", "it is not a regular expression"),
         ("(a+)+$", "it repeats a repetition"),
         ("((a+))+$", "it repeats a repetition"),
         ("(a|a)+$", "it repeats a repetition or a choice"),
