@@ -1,14 +1,14 @@
-"""The recipe: everything a run depends on, in one strict, described, YAML-shaped object.
+"""The recipe: everything a run depends on, as one strictly validated object that YAML can hold.
 
 A recipe comes from a file (or the defaults), is overridden by dotted keys from the command line, and is
-validated as a whole: unknown keys are refused with the nearest right one, and all mistakes are told at
-once. Values may be ``"auto"``; :func:`resolve_recipe` returns a *new* recipe in which none is, and that
-one is saved with the run.
+validated as a whole: for unknown keys the nearest known one is suggested, and all mistakes are reported at
+once. Values may be ``"auto"``; :func:`resolve_recipe` returns a *new* recipe without ``"auto"``, which is
+saved with the run.
 
 ::
 
-    text -> plain values -> overrides laid over -> Recipe -> resolved Recipe
-            plain_yaml      reading                schema    resolve          (mistakes: why not)
+    text -> plain values -> overrides applied -> Recipe -> resolved Recipe
+            reading         reading              schema    resolve          (mistakes: error messages)
 """
 
 from finetune.recipe.reading import (

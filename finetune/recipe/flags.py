@@ -1,4 +1,4 @@
-"""Flags: short names for the recipe keys that people set most, on the command line and in Python alike."""
+"""Flags: short names for the most used recipe keys, on the command line and in Python alike."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FLAGS = {
     "seed": "seed",
     "device": "device",
 }
-"""Each flag, and the key of the recipe that it sets."""
+"""The recipe key that each flag sets."""
 
 
 class Flags(TypedDict, total=False):
-    """The flags as keyword arguments; what each means stands in docs/recipe.md, under its key."""
+    """The flags as keyword arguments; docs/recipe.md describes each under its recipe key."""
 
     backbone: str | None
     weights: str | None
@@ -54,15 +54,15 @@ class Flags(TypedDict, total=False):
 def build_recipe(
     source: Recipe | str | None, flags: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a recipe, and lay overrides and flags over it.
+    """Read a recipe, and apply overrides and flags to it.
 
     Args:
         source: a recipe, the name of a shipped one, the path of a YAML file, or None for the defaults.
-        flags: by name; None stands for a flag that was not given.
-        overrides: dotted keys and their values.
+        flags: values of flags by name; None for a flag that was not given.
+        overrides: values by dotted key.
 
     Raises:
-        UsageError: there is no such flag, a flag contradicts an override, or the recipe is refused.
+        UsageError: there is no such flag, a flag contradicts an override, or the recipe is invalid.
     """
     values = dict(overrides or {})
     for name, value in flags.items():

@@ -1,4 +1,4 @@
-"""Explain every mistake of a recipe at once: the key, what it is, what it must be, the nearest right one."""
+"""Describe all mistakes of a recipe at once: the key, its value, what it must be, the nearest valid name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.errors import UsageError, find_nearest, suggest
 from finetune.recipe.schema import SECTIONS, Recipe, check_strategy_name, list_strategy_names
 
 MOST = 50
-"""Mistakes that are explained; a file with more is no recipe."""
+"""Largest number of mistakes that are described; a file with more is hardly a recipe."""
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -45,20 +45,20 @@ _SYNONYMS = {
     "seed": ("random state", "random seed", "manual seed"),
     "device": ("gpu", "gpus", "accelerator", "cuda"),
 }
-"""Other tools' names for our keys, which no spelling distance finds."""
+"""Names that other tools use for these keys, which a spelling distance would not find."""
 
 
 def explain(error: ValidationError, values: Mapping[str, Any], source: str | None) -> UsageError:
-    """Return the refusal of a recipe with every mistake in it.
+    """Return an error that lists every mistake of a recipe.
 
     Args:
-        error: what pydantic found.
-        values: what the recipe holds, overrides included.
-        source: where it came from, None for the defaults.
+        error: the error of pydantic.
+        values: values of the recipe, overrides included.
+        source: name or path of the recipe, None for the defaults.
     """
     items = error.errors()
     lines = [_explain_one([str(part) for part in item["loc"]], item["type"], values) for item in items[:MOST]]
-    unique = list(dict.fromkeys(lines))  # a union reports once a branch
+    unique = list(dict.fromkeys(lines))  # pydantic reports a union once per member
     number = f"{len(unique)} mistakes" if len(items) <= MOST else f"more than {len(unique)} mistakes"
     found = unique[0] if len(unique) == 1 else "\n".join([number, *(f"  - {line}" for line in unique)])
     asked = "recipe" if source is None else f"recipe {source}"
@@ -83,9 +83,9 @@ def _explain_one(location: list[str], kind: str, values: Mapping[str, Any]) -> s
 
 
 def _find_undecoded(values: Any, location: list[str]) -> str:
-    """Return the key that is no Unicode: pydantic gives up on it, and names its section alone.
+    """Return the key with a lone surrogate, for which pydantic names only the section.
 
-    A byte of a command line that is no UTF-8 comes as half a surrogate pair; ``"\\ud83d"`` of a file is one.
+    Bytes of a command line that are not UTF-8 become lone surrogates, as does ``"\\ud83d"`` in a file.
     """
     for part in location:
         values = values[part]
@@ -96,14 +96,14 @@ def _find_undecoded(values: Any, location: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as YAML has it, shortened."""
+    """Return a value as YAML writes it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     short = Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     try:
         return short.repr(value)
-    except ValueError:  # Python prints no number of more than 4,300 digits
+    except ValueError:  # Python refuses to print numbers of more than 4,300 digits
         return "a number of thousands of digits"
 
 
@@ -111,7 +111,7 @@ def _printable(key: str) -> str:
     return key if key.isprintable() and len(key) <= 80 else _shown(key)
 
 
-# --- the nearest right key -----------------------------------------------------------------------
+# --- the nearest valid key -----------------------------------------------------------------------
 
 
 def _nearest_key(location: list[str]) -> str:
@@ -125,7 +125,7 @@ def _nearest_key(location: list[str]) -> str:
 
 
 def _plain(word: str) -> str:
-    """``learningRate``, ``learning-rate`` and ``learning_rate`` are one word."""
+    """Return a name without case and punctuation: ``learningRate`` and ``learning-rate`` become equal."""
     return re.sub(r"[^a-z0-9]", "", word.lower())
 
 
@@ -138,7 +138,7 @@ def _find_same_name(word: str, known: Mapping[str, str]) -> list[str]:
 
 
 def _find_near(location: list[str], known: Mapping[str, str]) -> list[str]:
-    """Spelling distance, own section first; a lone word may be a section's name too."""
+    """Return the keys of the nearest spelling, own section first; a single word may name a section too."""
     section = location[0] if len(location) > 1 else ""
     ordered = sorted(known, key=lambda key: key.rpartition(".")[0] != section)
     names = [*(SECTIONS if not section else ()), *(known[key] for key in ordered)]
@@ -150,8 +150,7 @@ def _first(keys: list[str], known: Mapping[str, str], name: str) -> str:
     return next(key for key in keys if known[key] == name)
 
 
-# --- What a key takes, in words: the same ones in the documentation and in refusals ---
-
+# --- the values that a key accepts, described for docs/recipe.md and for error messages -----------
 
 _KINDS: dict[object, tuple[str, ...]] = {
     bool: ("true", "false"),
@@ -173,14 +172,14 @@ def list_fields() -> Iterator[tuple[str, FieldInfo]]:
 
 
 def list_choices(info: FieldInfo) -> list[str]:
-    """Return the words a key takes, such as ``sgd`` and ``adamw``."""
-    if any(isinstance(one, AfterValidator) and one.func is check_strategy_name for one in info.metadata):
+    """Return the literal values a key accepts, such as ``sgd`` and ``adamw``."""
+    if any(isinstance(item, AfterValidator) and item.func is check_strategy_name for item in info.metadata):
         return list_strategy_names()
-    return [choice for branch in _branches(info.annotation) for choice in _words(branch)]
+    return [choice for branch in _branches(info.annotation) for choice in _literals(branch)]
 
 
 def describe_values(info: FieldInfo) -> str:
-    """Say what a key takes, such as ``a number above 0 or auto``."""
+    """Return a description of the values a key accepts, such as ``a number above 0 or auto``."""
     choices = list_choices(info)
     kinds = [kind for branch in _branches(info.annotation) for kind in _describe(branch, info.metadata)]
     return join_or([*(kind for kind in kinds if not choices or kind != "text"), *choices])
@@ -202,7 +201,7 @@ def _is_annotated(annotation: Any) -> bool:
     return hasattr(annotation, "__metadata__")
 
 
-def _words(branch: Any) -> tuple[str, ...]:
+def _literals(branch: Any) -> tuple[str, ...]:
     return get_args(branch) if get_origin(branch) is Literal else ()
 
 
@@ -212,9 +211,9 @@ def _describe(branch: Any, bounds: Iterable[Any]) -> tuple[str, ...]:
     if get_origin(branch) is tuple:
         inner = get_args(branch)
         if inner[-1] is ...:
-            return (f"a list of {join_or(_words(inner[0]))}",)
-        (one,) = _describe(inner[0], ())
-        return (one.replace("a number", "three numbers"),)
+            return (f"a list of {join_or(_literals(inner[0]))}",)
+        (item,) = _describe(inner[0], ())
+        return (item.replace("a number", "three numbers"),)
     limits = [
         f"{word} {getattr(at, name)}" for at in bounds for name, word in _BOUNDS.items() if hasattr(at, name)
     ]

@@ -1,4 +1,4 @@
-"""Make ``docs/recipe.md`` from the schema: ``python -m finetune.recipe.page docs/recipe.md``."""
+"""Generate ``docs/recipe.md`` from the schema: ``python -m finetune.recipe.page docs/recipe.md``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune.recipe.schema import SECTIONS, Recipe, flatten
 COMMAND = "python -m finetune.recipe.page docs/recipe.md"
 
 _OPENING = f"""\
-<!-- Made from finetune/recipe/schema.py by `{COMMAND}`; do not edit. -->
+<!-- Generated from finetune/recipe/schema.py by `{COMMAND}`; do not edit. -->
 
 # The recipe
 
-A recipe is a YAML file that says everything a run depends on. Every key has a default, so a recipe holds
-only what differs:
+A recipe is a YAML file with everything a run depends on. Every key has a default, so a recipe holds only the
+keys whose values differ:
 
 ```yaml
 # finetune run --recipe mine.yaml --data ./photos
@@ -32,23 +32,23 @@ training:
 ```
 
 - `finetune recipes` lists the shipped recipes; `finetune recipes show top > mine.yaml` is a good start.
-- On the command line `--set training.lr=0.003` sets any key and beats the file; the usual keys have flags
-  of their own (`--lr 0.003`). The same key twice with two values is refused.
+- On the command line `--set training.lr=0.003` sets any key and overrides the file; the most used keys also
+  have flags (`--lr 0.003`). Two different values for one key are refused.
 - `auto` is decided when the run starts, from the data, the backbone and the machine. The run folder's
   `recipe.yaml` holds the decisions: `finetune run --recipe runs/ants/recipe.yaml` repeats the run.
-- A misspelt key, a wrong type and a value out of bounds are refused before anything else happens, all of
-  them in one message.
-- Values are those of YAML 1.2: `true` and `false` (`no` is text), numbers such as `1e-3`, `null`, text.
-  Tags, anchors and aliases are refused. A section without keys counts as left out.
+- Misspelled keys, wrong types and values out of bounds are refused before anything else happens, all in one
+  message.
+- Values follow YAML 1.2: `true` and `false` (`no` is text), numbers such as `1e-3`, `null`, text. Tags,
+  anchors and aliases are refused. A section without keys counts as absent.
 """
 
 
 def build_page() -> str:
-    """Return the page: an opening, the keys without a section, and one table a section."""
+    """Return the page: an introduction, the keys without a section, and one table for each section."""
     defaults = dict(flatten(Recipe().to_dict()))
     rows = {key: _row(key, info, defaults[key]) for key, info in list_fields()}
     lone = [row for key, row in rows.items() if "." not in key]
-    parts = [_OPENING, _table("Without a section", "Written at the margin, beside the sections.", lone)]
+    parts = [_OPENING, _table("Without a section", "Written at the top level of the file.", lone)]
     for name, section in SECTIONS.items():
         inside = [row for key, row in rows.items() if key.startswith(f"{name}.")]
         parts.append(_table(f"`{name}`", (section.__doc__ or "").strip(), inside))
@@ -56,7 +56,7 @@ def build_page() -> str:
 
 
 def _table(title: str, sentence: str, rows: list[str]) -> str:
-    head = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    head = ["| key | values | default | meaning |", "|---|---|---|---|"]
     return "\n".join([f"## {title}", "", sentence, "", *head, *rows, ""])
 
 

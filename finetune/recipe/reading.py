@@ -1,4 +1,4 @@
-"""Find a recipe, read it, and lay the words of the command line over it."""
+"""Find a recipe, read it, and apply the overrides of the command line."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from finetune.recipe.mistakes import explain
 from finetune.recipe.schema import SECTIONS, Recipe, flatten
 
 LARGEST_FILE = 2**16
-"""Bytes. A recipe is a page; a file of more is something else, named by mistake."""
+"""Largest recipe in bytes; a larger file is probably not a recipe."""
 
 
 def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe and lay the overrides over it.
+    """Read a recipe and apply overrides.
 
     Args:
         source: a recipe, the name of a shipped one, the path of a YAML file, or None for the defaults.
         overrides: dotted keys and their values, such as ``{"training.lr": 0.01}``.
 
     Raises:
-        UsageError: no such recipe, not YAML, or a recipe that does not hold; all mistakes in one message.
+        UsageError: there is no such recipe, it is not YAML, or it is invalid; all mistakes in one message.
     """
     if isinstance(source, Recipe):
         values, name = source.to_dict(), None
@@ -54,7 +54,7 @@ def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any]
 
 
 def validate(values: dict[str, Any]) -> Recipe:
-    """Return the recipe that plain values make. YAML knows lists only; mean and std are tuples of three."""
+    """Return the recipe of plain values; lists, the only sequences of YAML, become tuples."""
     if values.get("cache") == "off":
         values = values | {"cache": {"trunk": False, "pictures": False}}
     return Recipe.model_validate(_tuples(values))
@@ -67,7 +67,7 @@ def _tuples(value: Any) -> Any:
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``section.key`` in place. A section that is a value by mistake stays, to be told as one."""
+    """Set ``section.key`` in place. A section that is a plain value stays; validation reports it later."""
     section, dot, inner = key.partition(".")
     if not dot:
         values[key] = value
@@ -81,7 +81,7 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 def read_recipe(source: str) -> dict[str, Any]:
     """Return the raw values of a shipped recipe or a file (see :func:`load_recipe` for the errors).
 
-    A section that is null (its keys are all commented out) counts as left out.
+    A section that is null (all its keys are commented out) counts as absent.
     """
     asked = f"--recipe {source}"
     text = find_recipe(source)
@@ -100,7 +100,7 @@ def find_recipe(source: str) -> str:
     """Return the text of a shipped recipe by name, or of a file by path.
 
     Raises:
-        UsageError: neither exists, or the file cannot be read as text.
+        UsageError: there is neither, or the file cannot be read as text.
     """
     shipped = shipped_recipes()
     return shipped[source] if source in shipped else _read_file(source, shipped)
@@ -144,7 +144,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Parse ``section.key=value`` strings; values are YAML scalars, or lists in brackets.
 
     Raises:
-        UsageError: no ``=``, a list or quoted text that does not end, or the same key twice.
+        UsageError: a string without ``=``, invalid YAML, or two values for one key.
     """
     values: dict[str, Any] = {}
     for text in assignments:
@@ -156,7 +156,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str, value: str) -> Any:
-    """Only brackets and quotes need YAML: elsewhere ``#``, ``:`` and ``*`` are letters of a file name."""
+    """Parse a value. Only brackets and quotes are YAML: otherwise ``#``, ``:`` and ``*`` may be in a path."""
     if not value.startswith(("[", '"', "'")):
         return read_scalar(value)
     try:
@@ -166,27 +166,26 @@ def _parse_value(text: str, value: str) -> Any:
 
 
 def merge_override(values: dict[str, Any], key: str, value: Any) -> None:
-    """Add an override, refusing two different values for one key.
+    """Add an override in place.
 
     Raises:
-        UsageError: the key is there already with another value.
+        UsageError: the key already has another value.
     """
     if key in values and values[key] != value:
         raise UsageError(f"{key}={value}", f"{key}={values[key]} was given as well", "Give it once.")
     values[key] = value
 
 
-# --- Read YAML as a recipe needs it: sections, lists, text, numbers, true, false and null ---
+# --- YAML: mappings, lists, text, numbers, true, false and null -----------------------------------
 #
-# These are the values of YAML 1.2's core schema, so ``no`` and ``2024-05-01`` are text and ``1e-3`` is a
-# number. Tags, anchors and aliases are refused: a recipe has no use for them, and without them, and with
-# an end to nesting, no file can make the reader run anything, or take more than its own size in memory.
-
+# The values follow YAML 1.2's core schema, so ``no`` and ``2024-05-01`` are text and ``1e-3`` is a number.
+# Tags, anchors and aliases are refused and nesting is limited: so no file can run code, or take much more
+# memory than its own size.
 
 DEEPEST = 8
-"""Levels of nesting; a recipe needs three."""
+"""Largest depth of nesting; a recipe needs three levels."""
 _LONGEST_NUMBER = 100
-"""Characters; Python itself refuses to print integers of more than 4,300."""
+"""Largest number of characters of a number; Python refuses to print integers of more than 4,300 digits."""
 
 _SCALARS: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
     (re.compile(r"|~|null|Null|NULL"), lambda _: None),
@@ -199,7 +198,7 @@ _SCALARS: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
     (re.compile(r"[-+]?\.(inf|Inf|INF)"), lambda text: float(text.replace(".", ""))),
     (re.compile(r"\.(nan|NaN|NAN)"), lambda _: math.nan),
 )
-"""The core schema (YAML 1.2.2, section 10.3.2): the first that fits; what none fits is text."""
+"""The core schema (YAML 1.2.2, section 10.3.2): the first pattern that matches counts; all else is text."""
 
 
 def read_scalar(text: str) -> Any:
@@ -213,7 +212,7 @@ def read_yaml(text: str) -> Any:
     """Return the value of a YAML document, None for an empty one.
 
     Raises:
-        ValueError: it is not YAML, or more than a recipe needs; the message says where in one line.
+        ValueError: the text is not YAML, or uses a feature that is refused; the message names the line.
     """
     try:
         events = YAML(typ="safe", pure=True).parse(text)

@@ -1,4 +1,4 @@
-"""Auto, then certainty: fill in what the machine, the backbone and the data decide."""
+"""Resolve a recipe: replace every ``"auto"`` by a value from the machine, the backbone and the data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from finetune.recipe.schema import Augmentation, Precision, Recipe
 from finetune.strategies import find_strategy
 
 BASE_LRS = {"sgd": 0.01, "adamw": 0.001}
-"""Rate of a new head when ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
-0.001 for the top, 0.0001 below). AdamW normalises its steps, and a tenth of that is its usual base
+"""Learning rate of a new head if ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
+0.001 for the top, 0.0001 below). AdamW normalises its steps and usually starts from a tenth of that
 (Loshchilov and Hutter, arXiv:1711.05101)."""
 
 
 @dataclass(frozen=True)
 class AutoValues:
-    """What the machine, the backbone and the data decide where the recipe says ``"auto"``."""
+    """Values that the machine, the backbone and the data give to keys that are ``"auto"``.
+
+    Attributes:
+        device: device with its index, such as ``cuda:0``.
+        precision: number format of the forward pass.
+        channels_last: memory layout.
+        workers: number of decoding processes.
+        num_train: number of training images.
+        preprocessing: values of the section ``input`` that belong to the weights, by key.
+    """
 
     device: str
     precision: Precision
@@ -41,18 +50,18 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> Recipe:
         "device": facts.device,
     }
     values = recipe.to_dict()
-    for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0": nothing is left to guess
+    for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0" as well
         set_dotted(values, key, decided[key])
     return validate(values)
 
 
 def compute_views(strategy: str, augmentation: Augmentation) -> int:
-    """Return how many views of a training image are worth keeping (docs/cache.md)."""
+    """Return how many random views of a training image to cache (docs/cache.md)."""
     return 1 if augmentation == "none" else find_strategy(strategy).views
 
 
 def compute_batch_size(num_train: int) -> int:
-    """Return images per step: small sets need small batches, or an epoch is a handful of steps."""
+    """Return the images per step: small data sets get small batches, so that an epoch has enough steps."""
     if num_train < 1_000:
         return 16
     return 32 if num_train < 10_000 else 64

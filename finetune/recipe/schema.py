@@ -1,7 +1,7 @@
-"""What a recipe may hold: every key with its type, bounds, default and meaning.
+"""The schema of a recipe: every key with its type, bounds, default and meaning.
 
-``docs/recipe.md``, the explanations of mistakes and a sweep of the tests are all made from these
-declarations, so a new key needs nothing but its line here.
+``docs/recipe.md``, the messages about mistakes and a sweep of the tests are generated from these
+declarations, so a new key needs only its line here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 class _Representer(SafeRepresenter):  # type: ignore[misc]
-    """Writes text with characters that a reader might take for line ends in quotes, escaped."""
+    """Writes text with unprintable characters, such as Unicode line separators, quoted and escaped."""
 
     def represent_str(self, data: str) -> Any:
         style = None if data.isprintable() else '"'
@@ -44,7 +44,7 @@ def check_strategy_name(name: str) -> str:
     """Return the name of a registered strategy, or ``auto``.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: there is no strategy of that name.
     """
     if name not in list_strategy_names():
         raise ValueError(name)
@@ -52,12 +52,12 @@ def check_strategy_name(name: str) -> str:
 
 
 def list_strategy_names() -> list[str]:
-    """Return what ``strategy.name`` may be."""
+    """Return the values that ``strategy.name`` accepts."""
     return [*STRATEGIES, AUTO]
 
 
 class BackboneSettings(_Section):
-    """Which network, and where its weights come from."""
+    """The network, and where its weights come from."""
 
     name: str | None = Field(
         None,
@@ -69,57 +69,55 @@ class BackboneSettings(_Section):
         description="a .safetensors or .pth file, or a folder that holds one; null takes the weights "
         "that belong to the name, from the cache or by download",
     )
-    offline: bool = Field(False, description="never ask the network; weights must be on this machine")
+    offline: bool = Field(False, description="do not use the network; the weights must be on this machine")
 
 
 class DataSettings(_Section):
-    """Where the images are, and how the validation split is made when the folder has none."""
+    """Where the images are, and how the validation split is made if the data has none."""
 
     path: str | None = Field(
         None,
         description="a folder with train/ and val/ (and test/), a folder of class folders, a .zip of "
-        "either, a CSV with the columns path,label[,split], or `sample:digits`: real handwritten digits that "
-        "are always at hand",
+        "either, a CSV with the columns path,label[,split], or `sample:digits`: handwritten digits that come "
+        "with the installation",
     )
     val_fraction: float = Field(
         0.2,
         gt=0,
         lt=1,
-        description="share of each class kept for validation when the data has no validation split",
+        description="share of each class that becomes the validation split if the data has none",
     )
     workers: Annotated[int, Field(ge=0)] | Auto = Field(
-        "auto", description="processes that decode images; 0 decodes in the training process"
+        "auto", description="number of processes that decode images; 0 decodes in the training process"
     )
-    follow_links: bool = Field(
-        False, description="read images through links that lead out of the data folder"
-    )
+    follow_links: bool = Field(False, description="follow symbolic links that lead out of the data folder")
     group_by: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None,
-        description="images that belong together (a patient, a burst, a video) and are drawn into one split: "
-        "a column of the CSV, or a regular expression whose first group (else whole match) in the path names "
-        "them",
+        description="keeps images that belong together (a patient, a burst, a video) in one split: the "
+        "column of the CSV that names the group, or a regular expression whose first group (else whole "
+        "match) in the path does",
     )
     folds: Annotated[int, Field(ge=2, le=1000)] | None = Field(
         None,
-        description="parts of all images but test that take turns in being the validation split; null: no "
-        "turns",
+        description="number of folds for cross-validation: all images except test are divided into so many "
+        "folds, and each is the validation split once; null: no cross-validation",
     )
     fold: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="which of the folds is the validation split, from 1; the others are trained on"
+        None, description="which fold is the validation split, from 1; the other folds are the training split"
     )
     allow_leaks: bool = Field(
-        False, description="go on where exact copies of an image lie in two splits, with a warning"
+        False, description="only warn if exact copies of an image are in two splits, instead of refusing"
     )
 
 
 class InputSettings(_Section):
-    """How an image becomes a tensor: the same for training, evaluation and the exported model."""
+    """How an image becomes a tensor, for training, evaluation and the exported model alike."""
 
     img_size: Annotated[int, Field(ge=16, le=4096)] | Auto = Field(
-        "auto", description="height and width in pixels; auto: what the weights were trained at"
+        "auto", description="height and width in pixels; auto: the size the weights were trained at"
     )
     crop_pct: Annotated[float, Field(gt=0, le=1)] | Auto = Field(
-        "auto", description="share of the resized short side that the centre crop keeps"
+        "auto", description="share of the resized shorter side that the centre crop keeps"
     )
     crop_mode: Literal["center", "squash", "border"] | Auto = Field(
         "auto", description="center crops, squash changes the aspect ratio, border pads"
@@ -135,52 +133,61 @@ class InputSettings(_Section):
     )
     augmentation: Augmentation = Field(
         "light",
-        description="of training images; none: the evaluation view, light: crop and flip, "
-        "medium: and colour and TrivialAugment, heavy: RandAugment, small crops and random erasing",
+        description="augmentation of training images; none: the evaluation view, light: random crop and "
+        "flip, medium: light with colour jitter and TrivialAugment, heavy: RandAugment, small crops and "
+        "random erasing",
     )
 
 
 class StrategySettings(_Section):
-    """What learns, and how fast relative to the base rate."""
+    """What learns, and with which learning rate relative to the base learning rate."""
 
     name: Annotated[str, AfterValidator(check_strategy_name)] = Field(
         "top",
-        description="what learns; "
+        description="what is trained; "
         + "; ".join(f"{name}: {strategy.description}" for name, strategy in STRATEGIES.items())
         + "; auto: chosen from evidence (`finetune advise`)",
     )
     head: HeadChoice = Field(
         "replace",
-        description="replace: a new linear classifier; keep: the network's own, for the same labels; "
-        "drop_fc: also drop the fully connected layers under it (VGG, AlexNet)",
+        description="replace: a new linear classifier; keep: the network's own classifier, for the same "
+        "labels; drop_fc: a new one that also replaces the fully connected layers before it (VGG, AlexNet)",
     )
-    top_stages: int = Field(1, ge=1, description="stages under the head that count as the top")
-    head_factor: float = Field(1.0, gt=0, description="rate of the head, as a multiple of training.lr")
-    top_factor: float = Field(0.1, gt=0, description="rate of the top stages")
-    body_factor: float = Field(0.01, gt=0, description="rate of everything below the top (full)")
+    top_stages: int = Field(1, ge=1, description="number of stages before the head that count as the top")
+    head_factor: float = Field(
+        1.0, gt=0, description="learning rate of the head, as a multiple of training.lr"
+    )
+    top_factor: float = Field(
+        0.1, gt=0, description="learning rate of the top stages, as a multiple of training.lr"
+    )
+    body_factor: float = Field(
+        0.01,
+        gt=0,
+        description="learning rate of everything below the top, as a multiple of training.lr (full)",
+    )
     norm: Literal["train", "eval"] = Field(
         "train",
-        description="mode of normalisation layers in trained stages; eval keeps their statistics "
-        "(advised under 16 images a batch). In frozen stages it is always eval",
+        description="mode of normalisation layers in trained stages; eval keeps their running statistics "
+        "(advised for batches of fewer than 16 images). In frozen stages it is always eval",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="before a new classifier")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability before a new classifier")
     features: str | None = Field(
         None,
         min_length=1,
-        description="of freeze: a regularised linear classifier on these features, solved to its optimum "
-        "instead of trained by epochs; last, best (a stage, by cross-validation), all (stages together) or a "
+        description="for freeze: a regularised linear classifier on these features, solved to its optimum "
+        "instead of trained for epochs; last, best (one stage, by cross-validation), all (all stages) or a "
         "layer's name",
     )
     probe_first: bool = Field(
         False,
-        description="of top and full: the head begins as the linear classifier that `features: last` gives "
+        description="for top and full: the head starts as the linear classifier of `features: last` "
         "(arXiv:2202.10054)",
     )
     floor: str | None = Field(
         None,
         min_length=1,
-        description="of top and full: the linear classifier on these features (as in `features`) is handed "
-        "over where training does not beat it on validation",
+        description="for top and full: the linear classifier on these features (as in `features`) becomes "
+        "the result if training does not beat it on validation",
     )
 
     @property
@@ -190,63 +197,70 @@ class StrategySettings(_Section):
 
 
 class TrainingSettings(_Section):
-    """The loop."""
+    """The training loop."""
 
-    epochs: int = Field(10, ge=1, description="passes over the training images")
+    epochs: int = Field(10, ge=1, description="number of passes over the training images")
     batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto",
-        description="images per step; auto: 16 below 1,000 images, 32 below 10,000, else 64, or the largest "
-        "of their halves that fits on the GPU",
+        description="images per step; auto: 16 below 1,000 images, 32 below 10,000, else 64, halved until it "
+        "fits on the GPU",
     )
     microbatch: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="images that go through the network at a time; their gradients are added up to that of "
-        "the batch; null: the whole batch, or on a CPU as many as fit its caches, where that is exact "
-        "(neither BatchNorm nor dropout at work)",
+        description="images that go through the network at a time; gradients are accumulated over the batch; "
+        "null: the whole batch, or on a CPU as many as fit its caches, if that is exact (no BatchNorm in "
+        "train mode and no dropout)",
     )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw suits transformers")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
-        "auto", description="base rate, which the new head gets; auto: 0.01 for sgd, 0.001 for adamw"
+        "auto", description="base learning rate, that of a new head; auto: 0.01 for sgd, 0.001 for adamw"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(1e-4, ge=0, description="of weights; biases and norm parameters get none")
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up to the full rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="weight decay; biases and normalisation parameters get none"
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up to the full learning rate")
     schedule: Literal["constant", "cosine", "step", "plateau"] = Field(
         "cosine",
-        description="cosine: to zero at the last step; step: times decay_rate every decay_epochs; "
-        "plateau: times decay_rate after decay_epochs without improvement",
+        description="schedule of the learning rate; cosine: to zero at the last step; step: times decay_rate "
+        "every decay_epochs; plateau: times decay_rate after decay_epochs without improvement",
     )
-    decay_epochs: int = Field(3, ge=1, description="of the step and plateau schedules")
-    decay_rate: float = Field(0.1, gt=0, lt=1, description="of the step and plateau schedules")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="arXiv:1512.00567; 0.1 is usual")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup (arXiv:1710.09412); 0 is off, 0.2 usual")
-    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix (arXiv:1905.04899); 0 is off, 1.0 usual")
+    decay_epochs: int = Field(3, ge=1, description="for the step and plateau schedules")
+    decay_rate: float = Field(0.1, gt=0, lt=1, description="for the step and plateau schedules")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="label smoothing (arXiv:1512.00567); 0.1 is usual"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup (arXiv:1710.09412); 0: off, 0.2 is usual")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix (arXiv:1905.04899); 0: off, 1.0 is usual")
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest norm of the whole gradient; null: off"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay of an average of the weights, which is then judged; null: off"
+        None, description="decay of a moving average of the weights, which is then evaluated; null: off"
     )
     patience: Annotated[int, Field(ge=1)] | None = Field(
         None, description="stop after this many epochs without improvement; null: never"
     )
     monitor: Monitor = Field(
-        "accuracy", description="validation metric that chooses the best epoch (accuracy ties go to the loss)"
+        "accuracy",
+        description="validation metric that selects the best epoch (at equal accuracy the lower loss wins)",
     )
     class_weights: ClassWeights = Field(
-        "none", description="balanced weighs the loss by inverse class frequency, mean 1"
+        "none", description="balanced weights the loss by inverse class frequency, mean 1"
     )
     precision: Precision | Auto = Field(
-        "auto", description="auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU"
+        "auto",
+        description="auto: bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU",
     )
     sync_batch_norm: bool = Field(
         False,
-        description="with several GPUs, BatchNorm sees the batch of all of them instead of each its own part",
+        description="with several GPUs, BatchNorm uses the statistics of the whole batch instead of those of "
+        "each GPU's share",
     )
     compile: bool = Field(
         False,
-        description="torch.compile of the network while it trains (not of what a cut leaves of it): a minute "
-        "at the start, faster steps on a GPU",
+        description="torch.compile the network for training (not if its frozen trunk is cut off): costs a "
+        "minute at the start, gives faster steps on a GPU",
     )
     channels_last: bool | Auto = Field(
         "auto", description="memory layout; auto: on for convolutional networks (twice as fast on a CPU)"
@@ -254,25 +268,27 @@ class TrainingSettings(_Section):
 
 
 class CacheSettings(_Section):
-    """What is kept so that nothing is computed twice. `cache: off` keeps nothing."""
+    """What is cached so that nothing is computed twice. `cache: off` caches nothing."""
 
     trunk: bool = Field(
         True,
-        description="keep what comes out of the frozen trunk, where that pays and fits (freeze and top): "
-        "it runs once for each image and view",
+        description="cache the output of the frozen trunk if that saves time and fits (freeze and top): the "
+        "trunk runs once for each image and view",
     )
-    pictures: bool = Field(True, description="keep decoded images, where they fit: each is decoded once")
+    pictures: bool = Field(True, description="cache decoded images if they fit: each is decoded once")
     views: Annotated[int, Field(ge=1, le=1000)] | Auto = Field(
         "auto",
-        description="random views of each training image that the trunk sees, cycled through the epochs; "
-        f"auto: {', '.join(f'{one.views} for {one.name}' for one in STRATEGIES.values() if one.views > 1)}, "
+        description="number of random views of each training image that the trunk sees, used in turn by the "
+        f"epochs; auto: {', '.join(f'{s.views} for {s.name}' for s in STRATEGIES.values() if s.views > 1)}, "
         "1 without augmentation",
     )
     dtype: Precision = Field(
-        "float32", description="of what the trunk gave; the halves take half of the space, and are not exact"
+        "float32",
+        description="precision of the cached features; bfloat16 and float16 take half of the space and are "
+        "not exact",
     )
     max_gb: float = Field(
-        20.0, gt=0, description="most that everything kept may take; the longest unused goes first"
+        20.0, gt=0, description="largest size of the whole cache; the least recently used files are removed"
     )
 
 
@@ -281,16 +297,16 @@ class AdviseSettings(_Section):
 
     verify: bool = Field(
         False,
-        description="train the last stage briefly on kept features, and keep the better of that and the "
+        description="also train the last stage briefly on cached features, and choose between it and the "
         "linear classifier by cross-validation",
     )
 
 
 class TrackingSettings(_Section):
-    """Who else is told of the run (docs/tracking.md). No result depends on it."""
+    """Experiment trackers (docs/tracking.md). No result depends on them."""
 
     to: tuple[TrackerName, ...] = Field(
-        (), description="experiment trackers that are told recipe, epochs and metrics; none by default"
+        (), description="experiment trackers that get the recipe, epochs and metrics; none by default"
     )
 
 
@@ -305,10 +321,12 @@ class Recipe(_Section):
     cache: CacheSettings = Field(default_factory=CacheSettings)
     advise: AdviseSettings = Field(default_factory=AdviseSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
-    seed: int = Field(0, ge=0, lt=2**63, description="of the split, the order, the views and the new head")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="random seed of the split, the order, the views and the new head"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     deterministic: bool = Field(
-        False, description="the same bits on a GPU too, from slower kernels; a CPU gives them anyway"
+        False, description="bit-identical results on a GPU too, with slower kernels; a CPU always gives them"
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -326,7 +344,7 @@ class Recipe(_Section):
         return buffer.getvalue()
 
     def auto_keys(self) -> tuple[str, ...]:
-        """Return the dotted keys that are still ``"auto"`` (a folder of that name is not meant)."""
+        """Return the dotted keys that are still ``"auto"`` (a folder of that name does not count)."""
         values = dict(flatten(self.to_dict()))
         return tuple(key for key, value in flatten(Recipe().to_dict()) if value == values[key] == "auto")
 
@@ -349,7 +367,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class Change(NamedTuple):
-    """A key whose value is another one in another recipe."""
+    """A key whose value differs between two recipes."""
 
     key: str
     before: Any
@@ -362,11 +380,11 @@ class Change(NamedTuple):
 
     @property
     def is_extension(self) -> bool:
-        """It makes the same run longer."""
+        """Whether the change only makes the same run longer."""
         return self.key == "training.epochs" and self.after > self.before
 
 
-def changed_keys(one: Recipe, other: Recipe) -> list[Change]:
-    """Return every dotted key whose values differ."""
-    left, right = dict(flatten(one.to_dict())), dict(flatten(other.to_dict()))
-    return [Change(key, left[key], right[key]) for key in left if left[key] != right[key]]
+def changed_keys(before: Recipe, after: Recipe) -> list[Change]:
+    """Return every dotted key whose value differs between two recipes."""
+    old, new = dict(flatten(before.to_dict())), dict(flatten(after.to_dict()))
+    return [Change(key, old[key], new[key]) for key in old if old[key] != new[key]]

@@ -1,1 +1,1 @@
-"""The folder a run leaves: names, formats, and how they are written."""
+"""Run folders and cached files: names and formats, writing them safely, and reading them."""

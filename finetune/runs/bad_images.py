@@ -1,4 +1,4 @@
-"""Images that a run could not read: known from the start, or lost on the way."""
+"""``bad_images.csv``: images that could not be read when the run started, or were lost during training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from finetune.runs.reader import BAD_IMAGES_COLUMNS, RunReader
 
 
 def write_bad_images(folder: RunFolder, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Write path, part and reason of each; no file where there are none."""
+    """Write path, split and reason of each bad image; remove the file if there are none."""
     if rows:
         write_csv(folder.bad_images, rows, BAD_IMAGES_COLUMNS)
     else:
-        folder.bad_images.unlink(missing_ok=True)  # of an attempt before they were mended
+        folder.bad_images.unlink(missing_ok=True)  # an earlier attempt may have written it
 
 
 def add_lost_images(folder: RunFolder, lost: Mapping[str, str]) -> None:
-    """List training images that vanished while training went on, after those that were bad before."""
+    """Add training images that were lost during training, given as reasons by path, to the list."""
     rows = [tuple(row.values()) for row in RunReader(folder).bad_images if row["path"] not in lost]
     rows += [(path, "train", reason) for path, reason in lost.items()]
     write_csv(folder.bad_images, rows, BAD_IMAGES_COLUMNS)

@@ -1,14 +1,14 @@
-"""A file of blocks that is kept between runs: it can be gone on with, and proves its content.
+"""A cached file of blocks: writing it can be resumed, and its content is verified by sha256.
 
 ::
 
     <name>.bin        the bytes, block after block
-    <name>.journal    what they are, and the sha256 of each block (:mod:`finetune.runs.journal`)
+    <name>.journal    the facts it is made from, the sha256 of each block (:mod:`finetune.runs.journal`)
 
-A killed process leaves whole blocks, and the next one goes on after them. A file whose content has changed is
-thrown away and made again; so nothing needs to be flushed to the disk.
+A killed process leaves whole blocks, and the next one appends to them. A file whose content has changed is
+removed and made again, so nothing needs to be flushed to the disk.
 
-Several processes may read a file. One at a time writes it, and the others wait for it: the same work is not
+Several processes may read a file. One at a time writes it, and the others wait for it, so that no work is
 done twice.
 """
 
@@ -25,21 +25,21 @@ from typing import Any
 from finetune.runs.journal import Block, Journal, count_bytes, read_facts
 
 WAIT_SECONDS = 0.2
-"""Between two looks at whether another process has finished the file."""
+"""Seconds between two checks whether another process has finished the file."""
 
 
 class BlockFile:
-    """Blocks of one file; close it to let others remove it.
+    """The blocks of one file. It is locked until it is closed, so that no other process removes it.
 
     Args:
-        path: of the bytes, ending in ``.bin``.
-        facts: what the content is made from; a file that says otherwise is thrown away.
-        num_blocks: of the whole file.
-        waiting: called again and again while another process writes it; may raise.
-        verified: told of the bytes of every block that was compared.
+        path: path of the bytes, ending in ``.bin``.
+        facts: what the content is made from; a file with other facts is removed.
+        num_blocks: number of blocks of the complete file.
+        waiting: called repeatedly while another process writes the file; may raise.
+        verified: called with the number of bytes of every block that was verified.
 
     Attributes:
-        was_damaged: content that was there had changed, and is gone.
+        was_damaged: whether existing content had changed and was removed.
 
     Raises:
         OSError: the folder cannot be written, or its file system has no locks.
@@ -62,24 +62,24 @@ class BlockFile:
 
     @property
     def blocks(self) -> list[Block]:
-        """Those that are there, in order."""
+        """The blocks written so far, in order."""
         return self._journal.blocks
 
     @property
     def is_complete(self) -> bool:
-        """Whether all blocks are there."""
+        """Whether all blocks have been written."""
         return len(self.blocks) >= self.num_blocks
 
     @property
     def num_bytes(self) -> int:
-        """Of the blocks that are there."""
+        """Number of bytes of the blocks written so far."""
         return count_bytes(self.blocks)
 
     def append(self, content: bytes, note: Any = None) -> None:
-        """Add a block; the last one lets other processes read.
+        """Append a block; after the last one other processes may read the file.
 
         Raises:
-            OSError: it cannot be written, and nothing of it counts.
+            OSError: the block cannot be written; the file stays as it was.
         """
         self._journal.append([content], note)
         if self.is_complete:
@@ -87,7 +87,7 @@ class BlockFile:
             self._journal.lock(fcntl.LOCK_SH)
 
     def read(self) -> bytearray:
-        """Return the bytes of all blocks that are there.
+        """Return the bytes of all blocks written so far.
 
         Raises:
             OSError: the file cannot be read.
@@ -99,16 +99,16 @@ class BlockFile:
         return content
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         self._journal.close()
 
     def discard(self) -> None:
-        """Remove the file, and let go of it."""
+        """Remove the file and close it."""
         remove(self.path)
         self.close()
 
     def _open(self) -> bool:
-        """Open the journal under a lock; false when that must be tried again."""
+        """Open and lock the journal; return False if it must be tried again."""
         path = journal_of(self.path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._journal = Journal(path, [self.path], self._facts, durable=False)
@@ -126,13 +126,13 @@ class BlockFile:
         if not (alone or self._journal.lock(fcntl.LOCK_SH)) or self._journal.was_removed():
             return False
         if not self._journal.load(self._verified):
-            # Others may read it: they keep what they have open, and a new file begins.
+            # Processes that read the file keep their open file; a new one is started.
             self.was_damaged = True
             remove(self.path)
             return False
         if self.is_complete:
             self._journal.lock(fcntl.LOCK_SH)
-            os.utime(self._journal.path)  # for whoever looks for what was not used for long
+            os.utime(self._journal.path)  # time of last use, for the removal of unused files
         elif alone:
             self._journal.begin()
         return self.is_complete or alone
@@ -144,23 +144,23 @@ def journal_of(path: Path) -> Path:
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """Return what a file of blocks says it is made from; empty where that cannot be read."""
+    """Return what a file of blocks is made from; empty if its journal cannot be read."""
     return read_facts(journal_of(path))
 
 
 def remove(path: Path) -> None:
-    """Remove a file of blocks: the bytes last, without which a journal is worth nothing."""
+    """Remove a file of blocks: first the journal, then the bytes."""
     for file in (journal_of(path), path):
         with suppress(OSError):
             file.unlink(missing_ok=True)
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a file of blocks that no process reads or writes; return whether it is gone."""
+    """Remove a file of blocks unless a process reads or writes it; return whether it is gone."""
     try:
         with journal_of(path).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove(path)  # under the lock: nobody begins with it in between
+            remove(path)  # under the lock, so that no process opens it in between
             return not journal_of(path).exists()
     except OSError:
         return False

@@ -1,7 +1,7 @@
-"""Where kept files lie, what they are called, and how much room they may take.
+"""The cache: where its files are, how they are named, and how much space they may take.
 
-A file's name is the sha256 of the facts that its content depends on: other facts are another file, and
-nothing needs to be told stale.
+The name of a file contains the sha256 of the facts that its content depends on. Other facts give another
+file, so a file never becomes stale.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from finetune.runs.journal import FORMAT
 from finetune.system.display import Display
 
 SPARE_BYTES = 2**30
-"""Of the disk that are left alone: checkpoints and other programs need room too."""
+"""Bytes of the disk that stay free for checkpoints and other programs."""
 
 
 def cache_folder(name: str) -> Path:
-    """Return a folder in the user's cache (a relative XDG_CACHE_HOME counts as none, says its standard)."""
+    """Return a folder in the user's cache (the standard says to ignore a relative XDG_CACHE_HOME)."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111, PTH117
     return base.absolute() / "finetune" / name
@@ -38,7 +38,7 @@ def cache_folder(name: str) -> Path:
 
 @dataclass(frozen=True)
 class CachedFile:
-    """A kept file: what it was made from, its bytes, and when it was last used (seconds since 1970)."""
+    """A cached file: what it is made from, its size, and when it was last used (seconds since 1970)."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -47,23 +47,23 @@ class CachedFile:
 
 
 class FeatureCacheDir:
-    """The folder of kept files.
+    """The folder of cached files: features and decoded images.
 
     Args:
-        max_bytes: that all of them together may take.
-        folder: by default ``finetune/kept`` in the user's cache.
+        max_bytes: largest size of all files together.
+        folder: path of the folder; by default ``finetune/kept`` in the user's cache.
     """
 
     def __init__(self, max_bytes: float = float("inf"), folder: Path | None = None) -> None:
         self.folder, self.max_bytes = folder or cache_folder("kept"), max_bytes
 
     def path_for(self, facts: Mapping[str, Any]) -> Path:
-        """Return the path of the file with this content; ``facts["kind"]`` begins its name."""
+        """Return the path of the file made from these facts; its name begins with ``facts["kind"]``."""
         text = json.dumps({"journal": FORMAT, **facts}, sort_keys=True)
         return self.folder / f"{facts['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.bin"
 
     def list(self) -> list[CachedFile]:
-        """Return every kept file, the longest unused first."""
+        """Return every cached file, the least recently used first."""
         kept = []
         for journal in self._journals():
             path = journal.with_suffix(".bin")
@@ -72,7 +72,7 @@ class FeatureCacheDir:
                 kept.append(CachedFile(path, facts_of(path), num_bytes, journal.stat().st_mtime))
             except OSError:  # removed in between
                 continue
-        return sorted(kept, key=lambda one: one.used)
+        return sorted(kept, key=lambda file: file.used)
 
     def _journals(self) -> Sequence[Path]:
         try:
@@ -81,13 +81,13 @@ class FeatureCacheDir:
             return []
 
     def find_obstacle(self, num_bytes: int) -> str:
-        """Say why so many bytes more cannot be kept, beside what is in use; nothing where they can."""
+        """Return why ``num_bytes`` more do not fit, even without all unused files; "" if they fit."""
         removable = used = 0
-        for one in self.list():
-            if is_in_use(one.path):
-                used += one.num_bytes
+        for file in self.list():
+            if is_in_use(file.path):
+                used += file.num_bytes
             else:
-                removable += one.num_bytes
+                removable += file.num_bytes
         if num_bytes + used > self.max_bytes:
             return f"more than cache.max_gb={self.max_bytes / 1e9:g} allows"
         free = free_bytes(self.folder)
@@ -96,50 +96,49 @@ class FeatureCacheDir:
         return ""
 
     def make_room(self, num_bytes: int) -> None:
-        """Remove what was not used for longest and is not in use, until so many bytes more fit."""
-        kept = self.list()
-        total = sum(one.num_bytes for one in kept)
-        for one in kept:
+        """Remove the least recently used files that no process uses, until ``num_bytes`` more fit."""
+        files = self.list()
+        total = sum(file.num_bytes for file in files)
+        for file in files:
             free = free_bytes(self.folder)
             fits_disk = free is None or num_bytes + SPARE_BYTES <= free
             if total + num_bytes <= self.max_bytes and fits_disk:
                 return
-            if remove_unused(one.path):
-                total -= one.num_bytes
+            if remove_unused(file.path):
+                total -= file.num_bytes
 
     def clear(self) -> tuple[int, int]:
-        """Remove everything that no process uses; return how many files that were, and their bytes."""
-        removed = [one for one in self.list() if remove_unused(one.path)]
+        """Remove every file that no process uses; return the number of files, and their bytes."""
+        removed = [file for file in self.list() if remove_unused(file.path)]
         with suppress(OSError):
             for leftover in self.folder.glob("*.bin"):
                 if not journal_of(leftover).exists():
                     leftover.unlink(missing_ok=True)
-        return len(removed), sum(one.num_bytes for one in removed)
+        return len(removed), sum(file.num_bytes for file in removed)
 
 
-# --- Waiting while another process writes a file that this one needs ---
+# --- waiting while another process writes a file that this one needs ------------------------------
+
+_SILENT_CHECKS = 5
+"""Checks of a file before a message is shown, one second in all: a lock for a short check is gone by then."""
 
 
-_LOOKS = 5
-"""At a file before the wait is mentioned: a second. One that is only looked at is free sooner."""
+def wait_for_writer(path: Path, message: str, display: Display) -> Callable[[], None]:
+    """Return a function to call repeatedly while another process writes a file.
 
-
-def wait_for_writer(path: Path, words: str, display: Display) -> Callable[[], None]:
-    """Return a function to call again and again while another process writes a file.
-
-    It is a sign of life only when the file has grown, so that a writer that hangs is noticed here too.
+    It sends a heartbeat only if the file has grown, so that the supervisor notices a writer that hangs.
 
     Args:
-        path: of the bytes.
-        words: what the other process does, for people.
-        display: where it is said.
+        path: path of the bytes.
+        message: what the other process does, for the user.
+        display: shows the message.
     """
-    looks, last = count(1), -1
+    checks, last = count(1), -1
 
-    def look() -> None:
+    def check() -> None:
         nonlocal last
-        if next(looks) == _LOOKS:
-            display.say(f"{words}; this one waits for it")
+        if next(checks) == _SILENT_CHECKS:
+            display.say(f"{message}; this one waits for it")
         try:
             size = path.stat().st_size
         except OSError:
@@ -148,24 +147,25 @@ def wait_for_writer(path: Path, words: str, display: Display) -> Callable[[], No
             last = size
             display.heartbeat.beat()
 
-    return look
+    return check
 
 
-# --- A folder of images in the user's cache that is made once, and is whole whenever it has its name ---
+# --- a folder of images in the user's cache that is made once -------------------------------------
 #
-# It is written aside under a lock, flushed, and renamed; what killed processes left behind is removed.
+# It is written under a temporary name and a lock, flushed, and renamed, so that a folder with the final name
+# is complete. What killed processes have left is removed.
 
 
 def make_once(kind: str, name: str, write: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache, made now or by an earlier call.
+    """Return a folder of the cache, made by this call or an earlier one.
 
     Args:
-        kind: of the cache that it lies in.
-        name: other contents have other names.
+        kind: name of the folder above, such as ``archives``.
+        name: name of the folder; different contents must have different names.
         write: fills the empty folder that it is given.
 
     Raises:
-        DiskError: there is no room for it, or the cache cannot be written.
+        DiskError: the disk is full, or the cache cannot be written.
     """
     cache = cache_folder(kind)
     folder = cache / name
@@ -181,7 +181,7 @@ def make_once(kind: str, name: str, write: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _disk_faults(cache: Path) -> Iterator[None]:
-    """Turn what the operating system says of the cache into a refusal."""
+    """Turn an OSError about the cache into a DiskError."""
     try:
         yield
     except OSError as error:
@@ -193,23 +193,23 @@ def _disk_faults(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Keep other processes from the same folder; give whether the lock was had. It ends with its process."""
+    """Lock a file while the block runs; yield whether it is locked. The lock ends with its process."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        had = False
-        with suppress(OSError):  # held by another, or a file system without locks
+        is_locked = False
+        with suppress(OSError):  # another process has it, or the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            had = True
-        yield had
+            is_locked = True
+        yield is_locked
     finally:
         os.close(descriptor)
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove what killed processes left behind. A lock tells the dead: containers share process numbers."""
+    """Remove what killed processes have left: unlocked folders (process ids repeat between containers)."""
     for part in cache.glob("*.part-*"):
-        with _locked(cache / f"{part.name.partition('.')[0]}.lock", wait=False) as had:
-            if had:
+        with _locked(cache / f"{part.name.partition('.')[0]}.lock", wait=False) as is_locked:
+            if is_locked:
                 shutil.rmtree(part, ignore_errors=True)
 
 
@@ -219,7 +219,7 @@ def _make(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         part.mkdir(mode=0o700)
         write(part)
-        os.sync()  # else a power cut could keep the new name and lose what is in it
+        os.sync()  # otherwise a power cut could keep the new name and lose the content
         _rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -229,6 +229,6 @@ def _rename(part: Path, folder: Path) -> None:
     try:
         part.rename(folder)
     except OSError:
-        if not folder.is_dir():  # where there are no locks, another process may have been faster
+        if not folder.is_dir():  # without locks another process may have been faster
             raise
     sync_folder(folder.parent)

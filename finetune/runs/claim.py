@@ -1,4 +1,4 @@
-"""Take a folder for a run, keep others out of it, and know whether it is still the same run."""
+"""Claim a folder for a run, lock it, and decide whether it still holds the same run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ NO_EFFECT = (
     "cache.max_gb",
     "tracking.to",
 )
-"""Keys on which no result depends: another machine may decide them otherwise and go on all the same."""
-
+"""Keys on which no result depends: a run may be resumed with other values of these."""
 
 LOCK_WAIT = 6.0
-"""Seconds to wait for a process that is just ending."""
+"""Seconds to wait for the lock of a process that is just ending."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class Claim:
     """A run folder that this process may write into.
 
     Attributes:
-        folder: the run's.
-        attempt: how many processes have claimed it, this one included.
-        finished: it holds the finished run already.
-        was_finished: it held a finished run, which this process makes longer.
-        changes: what of the recipe is another than the run began with, and was allowed.
+        folder: the run folder.
+        attempt: number of processes that have claimed it, this one included.
+        finished: whether it already holds the finished run.
+        was_finished: whether it held a finished run, which this process makes longer.
+        changes: changes to the recipe that the run began with, if they were allowed.
     """
 
     folder: RunFolder
@@ -53,10 +52,10 @@ class Claim:
     changes: tuple[str, ...] = ()
 
     def check_owner(self) -> None:
-        """Make sure that no later process has claimed the folder (locks do not reach over every network).
+        """Check that no later process has claimed the folder (not every network file system has locks).
 
         Raises:
-            TakenOverError: one has.
+            TakenOverError: a later process has claimed it.
         """
         latest = RunReader(self.folder, tolerant=True).attempt
         if latest > self.attempt:
@@ -66,10 +65,10 @@ class Claim:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep every other process out of a run folder while the block runs; the kernel ends a dead one's claim.
+    """Lock a run folder while the block runs. The kernel releases the lock of a process that was killed.
 
     Raises:
-        UsageError: another process is at work in it.
+        UsageError: another process works in it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -86,10 +85,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _try_lock(descriptor: int, seconds: float) -> bool:
-    """Lock a folder, waiting a little; true as well where the file system knows no locks.
+    """Lock a folder; return False if another process still holds the lock after ``seconds``.
 
-    A process that was killed a moment ago may still hold it: its decoding processes share the lock, and
-    end a moment after it.
+    The lock of a process that was killed may last a moment longer: its decoding processes share it. On a file
+    system without locks the result is True.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -108,12 +107,12 @@ def _try_lock(descriptor: int, seconds: float) -> bool:
 def find_changed_images(
     folder: RunFolder, images: Mapping[str, tuple[str, str, str]], known_bad: Collection[str] = ()
 ) -> str:
-    """Say how the images differ from those the run began with; nothing where they do not.
+    """Return how the images differ from those that the run began with; "" if they do not.
 
     Args:
-        folder: of a run that has begun; nothing is compared before its split is written.
-        images: label, part and sha256 of every usable image there is now, by path.
-        known_bad: images that may be gone.
+        folder: folder of a run that has begun; nothing is compared if it has no split yet.
+        images: label, split and sha256 of every usable image, by path.
+        known_bad: paths of images that may be missing.
     """
     if not folder.split.exists():
         return ""
@@ -133,7 +132,7 @@ def find_changed_images(
 
 
 def find_changed_environment(folder: RunFolder, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what of weights, versions and hardware is another than when the run was last worked on."""
+    """Return the weights, versions and hardware that changed since the last attempt: (before, now) by key."""
     before = RunReader(folder, tolerant=True).environment
     if not before:
         return {}
@@ -145,11 +144,11 @@ def _some(paths: list[str], what: str) -> str:
 
 
 def create_folder(path: Path) -> None:
-    """Create a folder and those above it, where they are not there yet.
+    """Create a folder and its parents unless they exist.
 
     Raises:
-        UsageError: it is a file.
-        DiskError: it cannot be created.
+        UsageError: the path is a file.
+        DiskError: the folder cannot be created.
     """
     if path.is_file():
         raise UsageError(f"--output {path}", "it is a file", "Name a folder.")
@@ -165,19 +164,19 @@ def claim_folder(
     allow_changed: bool = False,
     check: Callable[[Claim], None] = lambda _: None,
 ) -> Claim:
-    """Take a folder for a run: a new or empty one, or one that holds this very run.
+    """Claim a folder for a run: a new or empty one, or one that holds the same run.
 
-    The same recipe with more epochs is the same run, which then goes on for longer.
+    The same recipe with more epochs is the same run, which then becomes longer.
 
     Args:
-        path: the output folder, locked; it and its parents are created.
-        recipe: resolved.
-        allow_changed: go on with a run of another recipe.
-        check: given a run that was begun before, ahead of the first byte that is written; may refuse it.
+        path: output folder, already locked; it and its parents are created.
+        recipe: resolved recipe.
+        allow_changed: whether to resume a run of another recipe.
+        check: called for a run that was begun before, ahead of the first write; may raise to refuse it.
 
     Raises:
-        UsageError: it holds another run, or other files.
-        DiskError: it cannot be written.
+        UsageError: the folder holds another run, or other files.
+        DiskError: the folder cannot be written.
     """
     folder = RunFolder(path)
     create_folder(path)
@@ -203,18 +202,18 @@ def claim_folder(
 def _begin_attempt(claim: Claim, recipe: Recipe, before: Recipe | None, changed: bool) -> None:
     folder = claim.folder
     if before is None:
-        write_text(folder.recipe, recipe.to_yaml())  # first: with it the folder is ours, whatever comes
-    # No result depends on whether leaks are allowed, but whoever repeats the run must know of it.
+        write_text(folder.recipe, recipe.to_yaml())  # first: it marks the folder as this run's
+    # No result depends on allow_leaks, but it is needed to repeat the run.
     elif before.data.allow_leaks != recipe.data.allow_leaks:
         changed = True
     folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
-    if changed:  # last: a kill in between must not make a longer run look finished
+    if changed:  # last, so that a kill in between does not make a longer run look finished
         write_text(folder.recipe, recipe.to_yaml())
     folder.checkpoints.mkdir(exist_ok=True)
 
 
 def _check_empty(folder: RunFolder) -> list[Change]:
-    path, unfinished = folder.path, f".{folder.recipe.name}.part"  # a claim that was killed leaves this
+    path, unfinished = folder.path, f".{folder.recipe.name}.part"  # left by a claim that was killed
     others = sorted(item.name for item in path.iterdir() if item.name != unfinished)
     if others:
         found = f"the folder holds other files ({', '.join(others[:3])}) and no run"
@@ -223,7 +222,7 @@ def _check_empty(folder: RunFolder) -> list[Change]:
 
 
 def _read_begun(folder: RunFolder) -> Recipe | None:
-    """Return the recipe that a run in the folder began with; None where none has begun."""
+    """Return the recipe that the run in the folder began with; None if none has begun."""
     try:
         return RunReader(folder).recipe if folder.recipe.exists() else None
     except UsageError as error:
@@ -232,7 +231,7 @@ def _read_begun(folder: RunFolder) -> Recipe | None:
 
 
 def _changes(before: Recipe, recipe: Recipe) -> list[Change]:
-    """Return what the run's recipe and this one differ in, but for keys on which no result depends."""
+    """Return the changes between two recipes, without keys on which no result depends."""
     return [change for change in changed_keys(before, recipe) if change.key not in NO_EFFECT]
 
 

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and tables that a spreadsheet may open."""
+"""Write files atomically, and tables that are safe to open in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from typing import Any
 from finetune.errors import DataError, DiskError
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""What a spreadsheet may run (the last four are full-width), after any apostrophes that were there."""
+"""Text that a spreadsheet may run as a formula (the last four are full-width), after any apostrophes."""
 _NUMBER = re.compile(r"'*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 FLOAT_FORMAT = "%.9g"
 """Nine significant digits read back to the same float32."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside, flush it to the disk and rename it: a reader sees the old one or the new one.
+    """Write a temporary file, flush it to the disk and rename it: a reader sees the old or the new content.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -58,7 +58,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power cut, where the file system can promise that."""
+    """Make a rename in a folder survive a power cut, if the file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,7 +70,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:
-    """Return the refusal that belongs to an error of the operating system."""
+    """Return the DiskError for an error of the operating system."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "Free some space" if full else "Choose a folder you may write to with --output"
     found = error.strerror or str(error)
@@ -82,7 +82,7 @@ def disk_error(path: Path, error: OSError) -> DiskError:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Return the space left where a file is or would be; None where the system does not say."""
+    """Return the free bytes of the disk where a file is or would be; None if they are unknown."""
     try:
         place = next((above for above in (path, *path.absolute().parents) if above.exists()), None)
         return None if place is None else shutil.disk_usage(place).free
@@ -96,26 +96,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with an indent of two; NaN is refused, since JSON has none."""
+    """Write JSON with an indent of two; NaN raises ValueError, since JSON has no NaN."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
-    """Write a table with a header, ``\\n`` line ends, and text that no spreadsheet takes for a formula."""
+    """Write a table with a header and ``\\n`` line ends; text that looks like a formula is escaped."""
     lines = (format_csv_line([_cell(value) for value in row]) for row in chain([columns], rows))
     write_chunks(path, (line.encode() for line in lines))
 
 
 def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Read a table of :func:`write_csv` back: text by column, one row each.
+    """Read a table of :func:`write_csv`; each row is a dict of text by column.
 
     Args:
-        path: of the table.
-        needed: columns that must be there.
+        path: path of the table.
+        needed: columns that must exist.
 
     Raises:
-        DataError: it is no such table: cut short, no UTF-8, rows of another length than the first line.
-        OSError: it cannot be read at all.
+        DataError: the table is damaged: it is truncated, not UTF-8, or rows differ in length from the header.
+        OSError: the file cannot be opened or read.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -132,10 +132,10 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
 
 
 def damaged_file(path: Path, error: Exception) -> DataError:
-    """Return the refusal of a file that is there and cannot be read."""
-    said = " ".join(str(error).split())[:200] or type(error).__name__
+    """Return the DataError for a file that exists but cannot be read."""
+    message = " ".join(str(error).split())[:200] or type(error).__name__
     fix = "Restore the file as it was, or make its folder again."
-    return DataError(str(path), f"it cannot be read ({said})", fix)
+    return DataError(str(path), f"it cannot be read ({message})", fix)
 
 
 def format_csv_line(cells: Sequence[str]) -> str:

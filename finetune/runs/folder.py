@@ -1,4 +1,4 @@
-"""RunFolder: the one place that knows what the files of a run are called."""
+"""RunFolder: the names of the files of a run. No other module spells them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from finetune.runs.files import write_json
 
 State = Literal["running", "done", "interrupted", "failed"]
 RETRYABLE = (ExitCode.INTERNAL, ExitCode.DISK, ExitCode.INTERRUPTED)
-"""Ends after which the same command may well succeed: by luck once, when there is space, at any time."""
+"""Exit codes after which the same command may succeed: once by luck, after space was freed, at any time."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run stands or ended, for people and for what starts it again.
+    """The state of a run, for people and for programs that restart it.
 
     Attributes:
         state: running, done, interrupted or failed.
         message: what happened.
         hint: what to do about it.
-        exit_code: of the process.
-        fault: name of the kind of end; empty while the run is going on and when it is done.
-        retryable: the same command may well succeed.
-        step: of training that was reached.
-        attempt: how many processes have worked on the run, this one included.
+        exit_code: exit code of the process.
+        fault: name of the kind of failure; empty while the run is running and after it is done.
+        retryable: whether the same command may succeed.
+        step: training step that was reached.
+        attempt: number of processes that have worked on the run, this one included.
     """
 
     state: State
@@ -42,7 +42,7 @@ class Outcome:
 
     @classmethod
     def of(cls, error: FinetuneError, step: int, attempt: int) -> Outcome:
-        """Return the outcome that an error is."""
+        """Return the outcome of a run that an error has ended."""
         code = error.exit_code
         return cls(
             "interrupted" if code == ExitCode.INTERRUPTED else "failed",
@@ -56,7 +56,7 @@ class Outcome:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``outcome.json`` holds; ``class`` is the fault, null where there is none."""
+        """Return the content of ``outcome.json``; its ``class`` is the fault, or null."""
         return {
             "state": self.state,
             "class": self.fault or None,
@@ -71,13 +71,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths in a run folder. Nothing is created by asking for a path."""
+    """Paths in a run folder. Reading a property creates nothing."""
 
     path: Path
 
     @property
     def recipe(self) -> Path:
-        """The recipe with every "auto" decided; ``finetune run --recipe`` repeats the run with it."""
+        """The resolved recipe; ``finetune run --recipe`` repeats the run with it."""
         return self.path / "recipe.yaml"
 
     @property
@@ -87,12 +87,12 @@ class RunFolder:
 
     @property
     def classes(self) -> Path:
-        """One class name a line, in index order."""
+        """One class name per line, in index order."""
         return self.path / "classes.txt"
 
     @property
     def split(self) -> Path:
-        """Which image was trained on and which was judged: ``path,label,split,sha256``."""
+        """Label, split and digest of every image: ``path,label,split,sha256``."""
         return self.path / "split.csv"
 
     @property
@@ -102,7 +102,7 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        """What learns, and how fast, one row a stage."""
+        """Which stages are trained, with which learning rate, one row per stage."""
         return self.path / "plan.csv"
 
     @property
@@ -112,12 +112,12 @@ class RunFolder:
 
     @property
     def trunk(self) -> Path:
-        """Where the network is cut, so that its frozen part runs once."""
+        """Where the network is cut, so that its frozen trunk runs once."""
         return self.path / "trunk.json"
 
     @property
     def history(self) -> Path:
-        """One row an epoch."""
+        """Metrics of training, one row per epoch."""
         return self.path / "history.csv"
 
     @property
@@ -127,70 +127,70 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """One row an image of the judged split: ``path,label,predicted,confidence,prob_<class>...``."""
+        """One row per evaluated image: ``path,label,predicted,confidence,prob_<class>...``."""
         return self.path / "predictions.csv"
 
     @property
     def confusion_matrix(self) -> Path:
-        """Counts: a row a true class, a column a predicted one."""
+        """Counts: one row per true class, one column per predicted class."""
         return self.path / "confusion_matrix.csv"
 
     @property
     def per_class(self) -> Path:
-        """Precision, recall, F1 and support, one row a class."""
+        """Precision, recall, F1 and support, one row per class."""
         return self.path / "per_class.csv"
 
     @property
     def check(self) -> Path:
-        """What the look at the data found."""
+        """The issues that the check of the data found."""
         return self.path / "check.json"
 
     @property
     def report(self) -> Path:
-        """Everything that is worth looking at, on one page."""
+        """The report: metrics, plots and images on one page."""
         return self.path / "report.html"
 
     @property
     def plots(self) -> Path:
-        """The drawings of the page, each as a file."""
+        """The plots of the report, each as a file."""
         return self.path / "plots"
 
     @property
     def tracking(self) -> Path:
-        """What experiment trackers keep here."""
+        """Files of experiment trackers."""
         return self.path / "tracking"
 
     @property
     def checkpoints(self) -> Path:
-        """Everything needed to go on, in folders (:mod:`finetune.training.checkpoint`)."""
+        """Everything needed to resume, in folders (:mod:`finetune.training.checkpoint`)."""
         return self.path / "checkpoints"
 
     @property
     def diverged(self) -> Path:
-        """The batch that ended a training, and the weights it met."""
+        """The batch on which training diverged, and the weights at that step."""
         return self.path / "diverged.safetensors"
 
     @property
     def model(self) -> Path:
-        """The deployable folder and nothing else."""
+        """The finished model, as a folder that can be deployed on its own."""
         return self.path / "model"
 
     @property
     def log(self) -> Path:
-        """What was said."""
+        """All messages of the run."""
         return self.path / "run.log"
 
     @property
     def outcome(self) -> Path:
-        """How it ended."""
+        """The state of the run, or how it ended."""
         return self.path / "outcome.json"
 
     def write_trunk(self, content: Mapping[str, Any]) -> None:
-        """Record how the network is cut: ``cut`` (null: not at all) and ``reason``."""
+        """Write how the network is cut: ``cut`` (null: not at all) and ``reason``."""
         write_json(self.trunk, content)
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Record how the run stands or ended."""
+        """Write the state of the run."""
         write_json(self.outcome, outcome.to_dict())
 
 

@@ -1,17 +1,17 @@
-"""Files that grow for hours, with a journal that says what they hold: a kill costs seconds.
+"""Files that grow for hours, with a journal of their content: after a kill, writing resumes.
 
 ::
 
     {"journal": 2, "facts": {...}}                             what the content is made from
     {"bytes": [7, 0], "sha256": ["...", "..."], "note": ...}   a block: its bytes in each file, and a note
 
-A block counts once its line is whole. What a killed process wrote after its last block is cut off before the
-next block is written. Every block is compared with its sha256 when the journal is opened, and the content
-is used only if all of them are what they were. A journal of another format counts as none.
+A block is valid once its line is complete. What a killed process wrote after its last block is truncated
+before the next block is written. Every block is compared with its sha256 when the journal is loaded, and the
+content is used only if all of them match. A journal of another format is ignored.
 
-The process that has locked the journal for itself alone may write. Features and decoded images that are
-kept between runs (:mod:`finetune.runs.block_file`) and the output of ``predict``
-(:mod:`finetune.runs.resumable_writer`) are files of this kind.
+Only a process with an exclusive lock on the journal may write. Cached features and decoded images
+(:mod:`finetune.runs.block_file`) and the output of ``predict`` (:mod:`finetune.runs.resumable_writer`) are
+files of this kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 from finetune.runs.files import sync_folder
 
 FORMAT = 2
-"""Of a journal; another one for every change of it."""
+"""Version of the journal's format; every change of the format increases it."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Block:
     """One block.
 
     Attributes:
-        sizes: bytes in each file.
-        digests: sha256 of these.
-        note: of its writer, as plain JSON.
+        sizes: number of bytes in each file.
+        digests: sha256 of the bytes in each file.
+        note: value that the writer has stored with the block, as plain JSON.
     """
 
     sizes: tuple[int, ...]
@@ -61,21 +61,21 @@ class Record:
     facts: Mapping[str, Any]
     blocks: tuple[Block, ...]
     num_bytes: int
-    """Of the journal's whole lines."""
+    """Number of bytes of the journal's complete lines."""
 
 
 def count_bytes(blocks: Sequence[Block], file: int = 0) -> int:
-    """Return the bytes of all blocks in one of the files."""
+    """Return the number of bytes of all blocks in one of the files."""
     return sum(block.sizes[file] for block in blocks)
 
 
 def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts as a journal gives them back: tuples are lists, keys are text."""
+    """Return facts as a journal returns them: tuples become lists, keys become text."""
     return json.loads(json.dumps(dict(facts)))  # type: ignore[no-any-return]
 
 
 def parse(content: bytes, num_files: int) -> Record | None:
-    """Return what a journal says; None where it is damaged, of another format, or has no whole line."""
+    """Return the content of a journal; None if it is damaged, of another format, or has no complete line."""
     lines = content.split(b"\n")
     torn = lines.pop()
     try:
@@ -91,14 +91,14 @@ def parse(content: bytes, num_files: int) -> Record | None:
 def _parse_block(line: Any, num_files: int) -> Block:
     block = Block(tuple(line["bytes"]), tuple(line["sha256"]), line["note"])
     if not len(block.sizes) == len(block.digests) == num_files:
-        raise ValueError("another number of files")
+        raise ValueError("wrong number of files")
     if not all(isinstance(size, int) and size >= 0 for size in block.sizes):
-        raise ValueError("sizes that are none")
+        raise ValueError("invalid sizes")
     return block
 
 
 def read_journal(path: Path, num_files: int) -> Record | None:
-    """Return what the journal at a path says, without comparing the files; None as :func:`parse`."""
+    """Return the content of the journal at a path, without verifying the files; None as :func:`parse`."""
     try:
         return parse(path.read_bytes(), num_files)
     except OSError:
@@ -106,7 +106,7 @@ def read_journal(path: Path, num_files: int) -> Record | None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return what the files of a journal are made from; empty where that cannot be read."""
+    """Return what the files of a journal are made from; empty if that cannot be read."""
     try:
         with path.open("rb") as file:
             record = parse(file.readline(2**20), 0)
@@ -119,14 +119,14 @@ class Journal:
     """The journal of files that grow together, created if there is none; close it to release its lock.
 
     Args:
-        path: of the journal.
-        files: in the order of :attr:`Block.sizes`.
-        facts: what their content is made from, as JSON.
-        durable: flush every block to the disk before it counts. Without, a power cut may damage what was
-            written last, which the next opening notices.
+        path: path of the journal.
+        files: paths of the files, in the order of :attr:`Block.sizes`.
+        facts: what the content is made from, as JSON.
+        durable: whether to flush every block to the disk before it becomes valid. Otherwise a power cut may
+            damage the last blocks, which :meth:`load` detects.
 
     Attributes:
-        blocks: those that count, in order; empty before :meth:`load`.
+        blocks: the valid blocks, in order; empty before :meth:`load`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -135,14 +135,14 @@ class Journal:
     def __init__(self, path: Path, files: Sequence[Path], facts: Mapping[str, Any], *, durable: bool) -> None:
         self.path, self.blocks = path, list[Block]()
         self._files, self._facts, self._durable = tuple(files), as_json(facts), durable
-        self._size = 0  # of the lines that count
+        self._size = 0  # bytes of the complete lines
         self._journal = _open(path)
         self._data: list[BinaryIO] = []
 
     # --- the lock --------------------------------------------------------------------------------
 
     def lock(self, how: int) -> bool:
-        """Lock the journal (``fcntl.LOCK_EX`` to write, ``LOCK_SH`` to read); false where others hold it.
+        """Lock the journal (``fcntl.LOCK_EX`` to write, ``LOCK_SH`` to read); False if others hold it.
 
         Raises:
             OSError: the file system has no locks.
@@ -154,7 +154,7 @@ class Journal:
         return True
 
     def was_removed(self) -> bool:
-        """Return whether the path is another file by now, or none."""
+        """Return whether the file was removed or replaced since it was opened."""
         try:
             return not os.path.samestat(os.fstat(self._journal.fileno()), self.path.stat())
         except OSError:
@@ -163,23 +163,23 @@ class Journal:
     # --- reading ---------------------------------------------------------------------------------
 
     def load(self, verified: Callable[[int], None] = lambda _: None) -> bool:
-        """Take the blocks that are there; none, and false, where something is not what it was.
+        """Load and verify the blocks; load none and return False if facts or content differ.
 
         Args:
-            verified: told of the bytes of every block that was compared.
+            verified: called with the number of bytes of every block that was verified.
         """
         self._journal.seek(0)
         content = self._journal.read()
-        if b"\n" not in content:  # new, or killed with its first line
+        if b"\n" not in content:  # new, or its process was killed while it wrote the first line
             return True
         record = parse(content, len(self._files))
-        if record is None or record.facts != self._facts or not self._hold(record.blocks, verified):
+        if record is None or record.facts != self._facts or not self._verify(record.blocks, verified):
             return False
         self.blocks, self._size = list(record.blocks), record.num_bytes
         return True
 
-    def _hold(self, blocks: Sequence[Block], verified: Callable[[int], None]) -> bool:
-        """Compare blocks with the files."""
+    def _verify(self, blocks: Sequence[Block], verified: Callable[[int], None]) -> bool:
+        """Return whether the content of the files matches the digests of the blocks."""
         if not blocks:
             return True
         try:
@@ -197,10 +197,10 @@ class Journal:
     # --- writing, under an exclusive lock --------------------------------------------------------
 
     def begin(self) -> None:
-        """Write what the content is made from, where that is not there yet.
+        """Write the first line of a new journal: what the content is made from.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the journal cannot be written.
         """
         if not self._size:
             self._write_line({"journal": FORMAT, "facts": self._facts})
@@ -208,10 +208,10 @@ class Journal:
                 sync_folder(self.path.parent)
 
     def restart(self) -> None:
-        """Forget every block, and what the files hold.
+        """Remove every block and the content of the files.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the journal or a file cannot be written.
         """
         self.blocks, self._size = [], 0
         self.begin()
@@ -219,10 +219,10 @@ class Journal:
         self.open_files()
 
     def append(self, contents: Sequence[bytes], note: Any = None) -> None:
-        """Add a block: some bytes to each file.
+        """Append a block: some bytes to each file.
 
         Raises:
-            OSError: it cannot be written, and nothing of it counts.
+            OSError: the block cannot be written; the earlier blocks stay valid.
         """
         self.begin()
         self.open_files()
@@ -235,10 +235,10 @@ class Journal:
         self.blocks.append(Block(tuple(sizes), tuple(digests), note))
 
     def open_files(self) -> None:
-        """Open the files for writing, and cut off what came after the last block; at most once.
+        """Open the files for writing, truncated after the last block; does nothing if they are open.
 
         Raises:
-            OSError: one cannot be written, or is shorter than its blocks.
+            OSError: a file cannot be written, or is shorter than its blocks.
         """
         if self._data:
             return
@@ -253,7 +253,7 @@ class Journal:
     def _write_line(self, line: Mapping[str, Any]) -> None:
         content = json.dumps(line).encode() + b"\n"
         self._journal.seek(self._size)
-        self._journal.truncate()  # a line that a kill has cut
+        self._journal.truncate()  # an incomplete line of a killed process
         self._journal.write(content)
         self._flush(self._journal)
         self._size += len(content)
@@ -266,7 +266,7 @@ class Journal:
     def close_files(self) -> None:
         """Close the files; the journal stays locked."""
         for file in self._data:
-            with suppress(OSError):  # tries once more to write what it could not, on a disk that may be full
+            with suppress(OSError):  # close retries a failed write, on a disk that may be full
                 file.close()
         self._data = []
 
@@ -278,10 +278,10 @@ class Journal:
 
 
 def _open_to_read(path: Path) -> BinaryIO:
-    """Open a file; one that is not there counts as empty."""
+    """Open a file; a missing file counts as empty."""
     return path.open("rb") if path.exists() else io.BytesIO()
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open for reading and writing, as it is; append mode would undo every ``seek``."""
+    """Open for reading and writing without truncation; append mode would ignore every ``seek``."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")

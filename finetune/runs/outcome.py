@@ -1,4 +1,4 @@
-"""Everything that can end a run becomes an outcome: a reason, a remedy, an exit code, a file."""
+"""Turn everything that can end a run into an error with a reason and a remedy, and into ``outcome.json``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from finetune.system.distributed import SINGLE_PROCESS, Distributed
 
 @contextmanager
 def translated_errors(output: str = "", distributed: Distributed = SINGLE_PROCESS) -> Iterator[None]:
-    """Everything that can end a run becomes a FinetuneError with a reason and a remedy.
+    """Turn known errors of the block, signals included, into a FinetuneError with a reason and a remedy.
 
     Args:
-        output: names the run folder in a remedy.
-        distributed: whose other processes are told.
+        output: path of the run folder, which the remedy names.
+        distributed: processes of the job; the error is published to the others.
     """
     try:
         with _translated(output, distributed):
@@ -42,14 +42,14 @@ def translated_errors(output: str = "", distributed: Distributed = SINGLE_PROCES
 
 @contextmanager
 def report_unexpected(distributed: Distributed) -> Iterator[None]:
-    """Turn what nobody foresaw in a process that helps into words for the main one."""
+    """Report an unexpected error of another rank to rank 0, as an InternalError."""
     try:
         yield
     except FinetuneError:
         raise
     except Exception as error:
         where = " ".join(traceback.format_tb(error.__traceback__)[-1].split("\n")[0].split())
-        fix = "This is our fault: please report it."
+        fix = "This is a bug in finetune: please report it."
         internal = InternalError("the run", f"{_last_line(error)} ({where})", fix)
         distributed.publish(internal)
         raise internal from error
@@ -61,10 +61,10 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
         with distributed.translated():
             yield
     except KeyboardInterrupt:
-        if failure := distributed.read_failure():  # the launcher ends the others when one has failed
+        if failure := distributed.read_failure():  # the launcher has stopped this process after a failure
             raise failure from None
-        found = "it was stopped at once; what the last checkpoint holds is kept"
-        fix = f"Give the same command again{f', with --output {output},' if output else ''} to go on."
+        found = "it was stopped at once; the last checkpoint is kept"
+        fix = f"Give the same command again{f', with --output {output},' if output else ''} to resume."
         raise InterruptedRunError("the run", found, fix) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
@@ -78,13 +78,13 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
 
 
 def _known_fault(error: BaseException) -> FinetuneError | None:
-    """Return the refusal for what torch says in words of its own."""
-    said = " ".join(str(error).split())[:200] or "there is no memory left"
+    """Return the error for a known message of torch; None for others."""
+    message = " ".join(str(error).split())[:200] or "there is no memory left"
     if is_out_of_memory(error):
-        return EnvironmentFaultError("the run", said, "Lower --batch-size, --img-size or --workers.")
-    if "deterministic implementation" in said:
+        return EnvironmentFaultError("the run", message, "Lower --batch-size, --img-size or --workers.")
+    if "deterministic implementation" in message:
         fix = "Take another backbone, or --set deterministic=false."
-        return EnvironmentFaultError("deterministic: true", said, fix)
+        return EnvironmentFaultError("deterministic: true", message, fix)
     return None
 
 
@@ -92,11 +92,11 @@ def _known_fault(error: BaseException) -> FinetuneError | None:
 def recorded_outcome(
     claim: Claim, display: Display, distributed: Distributed = SINGLE_PROCESS
 ) -> Iterator[None]:
-    """Write ``outcome.json`` for every end, and the traceback of an unforeseen one to the log."""
+    """Write ``outcome.json`` however the block ends, and the traceback of an unexpected error to the log."""
     folder = claim.folder
     folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
     try:
-        with _translated(str(folder.path), distributed):  # the others are told when it is written
+        with _translated(str(folder.path), distributed):  # published to the others after it is written
             yield
             claim.check_owner()
     except TakenOverError:
@@ -107,7 +107,7 @@ def recorded_outcome(
         raise
     except Exception as error:
         display.note(traceback.format_exc())
-        fix = f"This is our fault: please report it with {folder.log}."
+        fix = f"This is a bug in finetune: please report it with {folder.log}."
         internal = InternalError("the run", _last_line(error), fix)
         _write_failure(claim, internal, display.heartbeat.step)
         raise internal from error
@@ -115,7 +115,7 @@ def recorded_outcome(
 
 
 def _last_line(error: Exception) -> str:
-    """An error from a decoding process carries its whole traceback; its last line says what it was."""
+    """Return the last line of an error: one from a decoding process contains a whole traceback."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 

@@ -1,7 +1,7 @@
 """RunReader: the one reader of a run folder.
 
-An evaluation's folder has fewer files than a run's, and a run that goes on has not written all of them yet.
-So a file that is absent reads as None or as empty; what must be there, the caller asks for.
+The folder of an evaluation has fewer files than that of a run, and a run in progress has not written all of
+them yet. So an absent file reads as None or as empty; the caller checks for what it needs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from finetune.runs.files import damaged_file, read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
 from finetune.targets import PREDICTION_COLUMNS, read_classes
 
-if TYPE_CHECKING:  # the process that watches over a run reads its outcome, and must stay small
+if TYPE_CHECKING:  # the supervisor reads outcomes and must stay small
     from finetune.recipe import Recipe
 
 T = TypeVar("T")
 CsvRow = Mapping[str, str]
 Confusion = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
-"""Class names, and counts (K, K): a row a true class, a column a predicted one."""
+"""Class names, and counts (K, K): one row per true class, one column per predicted class."""
 
 SPLIT_COLUMNS = ("path", "label", "split", "sha256")
 BAD_IMAGES_COLUMNS = ("path", "split", "reason")
@@ -35,7 +35,7 @@ _PER_CLASS_COLUMNS = ("label", "recall", "support")
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """One judged image: path below the data folder, true and predicted class, confidence in the latter."""
+    """One evaluated image: path below the data folder, true and predicted class, confidence of the latter."""
 
     path: str
     label: str
@@ -52,14 +52,14 @@ class RunReader:
     """The content of a run's or an evaluation's files, each read once, when it is first asked for.
 
     Args:
-        folder: of the run.
-        tolerant: a damaged file counts as absent, and its name is added to :attr:`damaged`.
+        folder: run folder, or folder of an evaluation.
+        tolerant: whether a damaged file counts as absent; its name is then added to :attr:`damaged`.
 
     Every property raises DataError (``recipe``: UsageError) for a file that is damaged, unless the reader is
     tolerant.
 
     Attributes:
-        damaged: names of the files that were asked for and could not be read.
+        damaged: names of the files that could not be read.
     """
 
     def __init__(self, folder: RunFolder, *, tolerant: bool = False) -> None:
@@ -89,12 +89,12 @@ class RunReader:
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        """What the run does, with every "auto" decided; None before it has begun."""
+        """The resolved recipe; None before the run has begun."""
         return self._read(self.folder.recipe, _load_recipe, None)
 
     @cached_property
     def outcome(self) -> Mapping[str, Any]:
-        """How the run stands or ended; empty for an evaluation."""
+        """The content of ``outcome.json``; empty for an evaluation."""
         return self._object(self.folder.outcome)
 
     @property
@@ -104,13 +104,13 @@ class RunReader:
 
     @property
     def attempt(self) -> int:
-        """How many processes have claimed the run; 0 where none has."""
+        """Number of processes that have claimed the run; 0 if none has."""
         attempt = self.outcome.get("attempt")
         return attempt if isinstance(attempt, int) else 0
 
     @cached_property
     def environment(self) -> Mapping[str, Any]:
-        """Versions and hardware that the run was last worked on with."""
+        """Versions and hardware of the last attempt."""
         return self._object(self.folder.environment)
 
     @cached_property
@@ -125,12 +125,12 @@ class RunReader:
 
     @cached_property
     def plan(self) -> tuple[CsvRow, ...]:
-        """What learns, and how fast, one row a stage."""
+        """Which stages are trained, with which learning rate, one row per stage."""
         return self._rows(self.folder.plan, *_PLAN_COLUMNS)
 
     @cached_property
     def history(self) -> tuple[Mapping[str, float], ...]:
-        """One row an epoch; a cell that is empty is absent."""
+        """Metrics of training, one row per epoch, without empty cells."""
         return self._read(self.folder.history, _read_history, ())
 
     # --- its images ------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class RunReader:
     def split(self) -> tuple[CsvRow, ...]:
         """Path, label, split and sha256 of each image that the run began with.
 
-        That of an evaluation names what it judged, and nothing that was trained on.
+        For an evaluation: the evaluated images only.
         """
         return self._rows(self.folder.split, *SPLIT_COLUMNS)
 
@@ -160,7 +160,7 @@ class RunReader:
 
     @cached_property
     def check(self) -> Mapping[str, Any]:
-        """What the look at the data found."""
+        """The issues that the check of the data found."""
         return self._object(self.folder.check)
 
     # --- its results -----------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class RunReader:
 
     @cached_property
     def per_class(self) -> tuple[CsvRow, ...]:
-        """Precision, recall, F1 and support, one row a class."""
+        """Precision, recall, F1 and support, one row per class."""
         return self._rows(self.folder.per_class, *_PER_CLASS_COLUMNS)
 
     @cached_property
@@ -183,7 +183,7 @@ class RunReader:
 
     @property
     def predictions(self) -> tuple[PredictionRow, ...]:
-        """One of each judged image, in the order of the file, without probabilities."""
+        """One row per evaluated image, in the order of the file, without probabilities."""
         return self._predictions[1]
 
     @property
@@ -198,14 +198,14 @@ class RunReader:
 
     @property
     def prediction_rows(self) -> tuple[CsvRow, ...]:
-        """All columns of ``predictions.csv`` as text; read anew each time, for they may be large."""
+        """All columns of ``predictions.csv`` as text; not cached, since they may be large."""
         return self._rows(self.folder.predictions, "path")
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return content
 
 
@@ -234,7 +234,7 @@ def _read_confusion(path: Path) -> Confusion:
 
 
 def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow, ...]]:
-    """Return class names, and the first columns of each row: a thousand classes have a thousand more."""
+    """Return class names, and the first four columns of each row; the probabilities may be very many."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])

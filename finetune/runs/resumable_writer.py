@@ -1,12 +1,12 @@
-"""Output files that grow aside, for hours perhaps, and get their names at the end. A kill costs seconds.
+"""Output files that grow under temporary names, perhaps for hours, and are renamed at the end. They resume.
 
 ::
 
-    .NAME.rows.part   rows as they come          -> NAME
-    .NAME.bad.part    what could not be used     -> NAME.bad.csv, or nothing
-    .NAME.journal     what both hold, block after block (:mod:`finetune.runs.journal`)
+    .NAME.rows.part   rows in order                 -> NAME
+    .NAME.bad.part    inputs that cannot be used    -> NAME.bad.csv, or nothing
+    .NAME.journal     the content of both, block after block (:mod:`finetune.runs.journal`)
 
-A save is a block of the journal, flushed to the disk. No file that is there is replaced.
+Each save appends a block to the journal and flushes it to the disk. Existing files are never replaced.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from finetune.runs.files import disk_error, sync_folder
 from finetune.runs.journal import Journal, as_json, count_bytes, read_journal
 
 SAVE_SECONDS = 2.0
-"""Between two saves: what a kill may cost, and how often the disk has to answer."""
+"""Seconds between two saves: the most work that a kill can cost."""
 
 
 class ResumableWriter:
     """Two files that grow together; made by :func:`open_writer`.
 
     Attributes:
-        target: the name that the rows get at the end.
-        before: how far an earlier attempt at the same came: what it gave to :meth:`save`.
-        is_another: an earlier attempt was at something else, or its files have changed; nothing of it is
-            used.
+        target: path of the finished rows.
+        before: progress of an earlier attempt, as it was given to :meth:`save`; None without one.
+        is_another: whether an earlier attempt had other facts, or its files have changed; then nothing of it
+            is used.
     """
 
     def __init__(self, target: Path, journal: Journal) -> None:
@@ -51,21 +51,26 @@ class ResumableWriter:
 
     @property
     def bad_target(self) -> Path:
-        """The name that the list of what could not be used gets."""
+        """Path of the list of inputs that cannot be used."""
         return bad_of(self.target)
 
     def start_anew(self) -> None:
-        """Forget what an earlier attempt wrote."""
+        """Discard what an earlier attempt wrote."""
         self.before = None
         self._journal.restart()
 
     def write(self, rows: bytes, bad: bytes = b"") -> None:
-        """Append to both; they reach the disk with the next save."""
+        """Append to both files; the next save writes to the disk."""
         for unsaved, content in zip(self._unsaved, (rows, bad), strict=True):
             unsaved.append(content)
 
     def save(self, progress: Mapping[str, Any], *, now: bool = False) -> None:
-        """Make what was written survive a kill, if the last time is a while ago or it must be now."""
+        """Save what was written, if the last save is :data:`SAVE_SECONDS` ago or ``now`` is set.
+
+        Args:
+            progress: progress of the work, as JSON; a later attempt finds it in :attr:`before`.
+            now: whether to save in any case.
+        """
         if not now and time.monotonic() - self._saved < SAVE_SECONDS:
             return
         contents = [b"".join(unsaved) for unsaved in self._unsaved]
@@ -74,10 +79,11 @@ class ResumableWriter:
         self._saved = time.monotonic()
 
     def finish(self, convert: Callable[[Path, Path], None] | None = None) -> None:
-        """Give the files their names; everything was saved.
+        """Rename the files to their final names; everything must have been saved.
 
         Args:
-            convert: makes the target from the rows, whole or not at all; by default the rows are the target.
+            convert: writes the target (second argument) from the rows (first argument) atomically; by default
+                the rows become the target.
         """
         rows, bad = _parts(self.target)
         if count_bytes(self._journal.blocks, file=1):
@@ -93,7 +99,7 @@ class ResumableWriter:
         self._journal.path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Leave nothing but the list of what could not be used."""
+        """Remove everything except the list of inputs that cannot be used."""
         rows, bad = _parts(self.target)
         bad.replace(self.bad_target)
         rows.unlink(missing_ok=True)
@@ -102,15 +108,15 @@ class ResumableWriter:
 
 @contextmanager
 def open_writer(target: Path, facts: Mapping[str, Any]) -> Iterator[ResumableWriter]:
-    """Give the files of a target while the block runs, as far as an earlier attempt came.
+    """Open the output files of a target while the block runs, and resume an earlier attempt.
 
     Args:
-        target: a name that :func:`check_free` found free; its folder is there.
-        facts: everything that the content depends on, as JSON. Of others nothing is used.
+        target: path that :func:`check_free` has found free, in an existing folder.
+        facts: everything that the content depends on, as JSON; attempts with other facts are not resumed.
 
     Raises:
-        UsageError: another process writes them.
-        DiskError: they cannot be written.
+        UsageError: another process writes the files.
+        DiskError: the files cannot be written.
     """
     try:
         journal = Journal(journal_of(target), _parts(target), facts, durable=True)
@@ -121,7 +127,7 @@ def open_writer(target: Path, facts: Mapping[str, Any]) -> Iterator[ResumableWri
             try:
                 yield ResumableWriter(target, journal)
             finally:
-                if not (journal.blocks and journal.path.exists()):  # finished, or nothing to go on with
+                if not (journal.blocks and journal.path.exists()):  # finished, or nothing to resume
                     for path in (*_parts(target), journal.path):
                         path.unlink(missing_ok=True)
         finally:
@@ -131,21 +137,21 @@ def open_writer(target: Path, facts: Mapping[str, Any]) -> Iterator[ResumableWri
 
 
 def check_free(target: Path) -> None:
-    """Make sure that neither the rows nor the list of what could not be used replace a file.
+    """Check that neither the rows nor the list of unusable inputs would replace a file.
 
     Raises:
-        UsageError: there is one already, which no attempt at the target has left.
+        UsageError: a file exists that does not come from an earlier attempt at the target.
     """
     for path in (target, bad_of(target)):
         if os.path.lexists(path) and not (path != target and _is_own_list(target)):
-            found = "there is something of that name already"
+            found = "it already exists"
             if path != target:
-                found = f"there is {path.name} beside it already, where images that cannot be read are listed"
+                found = f"{path.name}, where images that cannot be read are listed, already exists beside it"
             raise UsageError(f"--output {target}", found, "Name another --output, or remove it yourself.")
 
 
 def _is_own_list(target: Path) -> bool:
-    """Tell whether an attempt was killed after it gave the list its name, and before the rows had theirs."""
+    """Return whether an attempt was killed after it had renamed the list, and before it renamed the rows."""
     record, path = read_journal(journal_of(target), 2), bad_of(target)
     size = count_bytes(record.blocks, file=1) if record is not None else 0
     if not size or os.path.lexists(_parts(target)[1]):
@@ -154,7 +160,7 @@ def _is_own_list(target: Path) -> bool:
 
 
 def bad_of(target: Path) -> Path:
-    """Return the path of the list of what could not be used."""
+    """Return the path of the list of inputs that cannot be used."""
     return target.with_name(f"{target.name}.bad.csv")
 
 
@@ -164,7 +170,7 @@ def journal_of(target: Path) -> Path:
 
 
 def find_finished(target: Path, facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the progress of an attempt at the same that was killed when all but its journal was tidy."""
+    """Return the progress of a finished attempt that was killed before it removed its journal; else None."""
     record = read_journal(journal_of(target), 2)
     is_whole = target.exists() and not _parts(target)[0].exists()
     if not is_whole or record is None or record.facts != as_json(facts) or not record.blocks:
@@ -179,10 +185,10 @@ def _parts(target: Path) -> tuple[Path, Path]:
 
 
 def _lock(journal: Journal, target: Path) -> None:
-    """Keep other processes out; the kernel ends a dead one's lock, and some file systems know none."""
-    is_ours = True
+    """Lock the journal; a file system without locks is accepted."""
+    is_locked = True
     with suppress(OSError):
-        is_ours = journal.lock(fcntl.LOCK_EX)
-    if not is_ours or journal.was_removed():  # removed: the other one has finished in between
+        is_locked = journal.lock(fcntl.LOCK_EX)
+    if not is_locked or journal.was_removed():  # removed: another process has finished in between
         found, fix = "another process is writing it", "Wait for it, or name another --output."
         raise UsageError(f"--output {target}", found, fix)

@@ -124,8 +124,8 @@ def test_features_and_predictions_are_the_same_bytes(
     ("words", "said"),
     [
         (["--gpus", 1, "--processes", 1], "both set the number of processes"),
-        (["--processes", 2, "--device", "cuda:0"], "a GPU of its own"),
-        (["--gpus", 2, "--device", "cpu"], "a GPU of its own"),
+        (["--processes", 2, "--device", "cuda:0"], "its own GPU"),
+        (["--gpus", 2, "--device", "cpu"], "its own GPU"),
         (["--processes", 0], "Error"),
     ],
 )

@@ -317,7 +317,7 @@ def test_a_list_of_bad_images_that_is_there_is_left_alone(tiny: Path, folder: Pa
         mine.write_text("mine")
         if spoil:
             (folder / "red" / "001.jpg").write_bytes(b"")
-        with pytest.raises(UsageError, match=r"out\.csv\.bad\.csv beside it already"):
+        with pytest.raises(UsageError, match=r"out\.csv\.bad\.csv, where images .* already exists"):
             predict(tiny, folder, tmp_path / "out.csv")
         assert mine.read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out.csv.bad.csv"}

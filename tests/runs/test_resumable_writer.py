@@ -155,7 +155,7 @@ def test_a_list_that_is_not_ours_is_left_alone(tmp_path: Path, before: str) -> N
     bad_of(target).write_text(
         "" if before == "journal without bad ones" else "min" if before == "another size" else "mine"
     )
-    with pytest.raises(UsageError, match=r"out\.csv\.bad\.csv beside it already"):
+    with pytest.raises(UsageError, match=r"out\.csv\.bad\.csv, where images .* already exists"):
         check_free(target)
     assert bad_of(target).read_text() in ("", "min", "mine")
 

@@ -29,8 +29,8 @@ def test_a_number_of_processes_is_needed(cli: Cli) -> None:
     ("words", "said"),
     [
         (["--processes", 2, "--gpus", 2], "both set the number of processes"),
-        (["--gpus", 2, "--device", "cpu"], "each process takes a GPU of its own"),
-        (["--processes", 2, "--device", "cuda:1"], "each process takes a GPU of its own"),
+        (["--gpus", 2, "--device", "cpu"], "each process uses its own GPU"),
+        (["--processes", 2, "--device", "cuda:1"], "each process uses its own GPU"),
     ],
 )
 def test_options_that_contradict_each_other(cli: Cli, words: list[object], said: str) -> None:
