@@ -25,7 +25,7 @@ from finetune.system.display import Display
 from finetune.system.signals import StopSignal
 
 if TYPE_CHECKING:
-    from finetune.evaluation.compare_runs import Result
+    from finetune.evaluation.compare_runs import ComparisonResult
     from finetune.features.probe import ProbeRow
     from finetune.pipeline.advise import Advice
     from finetune.pipeline.run import Run
@@ -249,7 +249,7 @@ def evaluate(
     request = EvaluateRequest(
         models=tuple(fspath(one) for one in listed),
         data=_path(data),
-        part=read_split_name(split),
+        split=read_split_name(split),
         crops=crops,
         scales=tuple(scales),
         output=_path(output) or default_folder("evaluate"),
@@ -360,7 +360,7 @@ def export(
 
 def compare(
     runs: Sequence[AnyPath], output: AnyPath | None = None, *, display: Display | None = None
-) -> Result:
+) -> ComparisonResult:
     """Compare runs on the images that all of them tested: a table, and a paired test for each pair.
 
     Args:

@@ -134,8 +134,8 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
 
     display = Display()
     with display.busy("loading torch"):
-        from finetune.evaluation.label_issues import find_suspects
-    found = find_suspects(run, folder, display)
+        from finetune.evaluation.label_issues import find_run_label_issues
+    found = find_run_label_issues(run, folder, display)
     if as_json:
         hand_over(json.dumps(found.to_dict()) + "\n")
         return
@@ -146,6 +146,6 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
     if cells:
         print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
     typer.echo(
-        f"{len(found.rows)} suspected labels among {found.num_judged} images (linear classifiers that had "
+        f"{len(found.rows)} suspected labels among {found.num_scored} images (linear classifiers that had "
         f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
     )

@@ -13,7 +13,7 @@ from finetune.cli.options import JsonOption
 from finetune.cli.output import hand_over, print_table, refusals
 
 if TYPE_CHECKING:
-    from finetune.evaluation.compare_runs import Result
+    from finetune.evaluation.compare_runs import ComparisonResult
 
 _COLUMNS = (
     "run",
@@ -52,7 +52,7 @@ def compare_command(
             _print(result)
 
 
-def _print(result: Result) -> None:
+def _print(result: ComparisonResult) -> None:
     print_table(_COLUMNS, [_cells(row) for row in result.rows])
     hand_over("\n" + "".join(f"{pair.sentence}, on {pair.num_images} images\n" for pair in result.pairs))
 

@@ -1,4 +1,4 @@
-"""What a finished run, or an evaluation, said of each image: read back, and held against its own figures."""
+"""The predictions of a finished run or evaluation: read back, and checked against its ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.runs.files import damaged_file
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 
-_NUMBERS = ("balanced_accuracy", "f1_macro", "loss", "trained_on")
+_NUMBER_KEYS = ("balanced_accuracy", "f1_macro", "loss", "trained_on")
 _INNER_NUMBERS = (("calibration", "ece_calibrated"), ("seconds", "total"))
 _KINDS: dict[str, type] = {
     "intervals": dict,
@@ -26,20 +26,20 @@ _KINDS: dict[str, type] = {
     "split": str,
 }
 _TOLERANCE = 1e-6
-"""Of an accuracy that is counted again."""
+"""Largest difference of the accuracy in metrics.json from the one recomputed from predictions.csv."""
 
 
 @dataclass(frozen=True)
 class RunAnswers:
-    """One folder of figures.
+    """The metrics and predictions of one run or evaluation.
 
     Attributes:
-        name: by which it is spoken of.
-        folder: of the run or the evaluation.
-        metrics: content of ``metrics.json``.
-        classes: names in index order.
-        answers: true and predicted class by path, of every judged image.
-        digests: sha256 by path, of every judged image at least.
+        name: the name shown to the user.
+        folder: the folder of the run or the evaluation.
+        metrics: the content of ``metrics.json``.
+        classes: class names in index order.
+        answers: (true class, predicted class) of every evaluated image, by path.
+        digests: sha256 by path, of at least every evaluated image.
         trained_on: paths and sha256 of a run's training images; empty for an evaluation.
     """
 
@@ -53,7 +53,7 @@ class RunAnswers:
 
     @property
     def num_learned(self) -> int | None:
-        """Parameters that were trained; None where no plan says it."""
+        """The number of trained parameters; None if the folder has no plan."""
         rows = RunReader(self.folder, tolerant=True).plan
         try:
             return sum(int(row["parameters"]) for row in rows if row["trained"] == "True") if rows else None
@@ -61,12 +61,12 @@ class RunAnswers:
             return None
 
 
-def load_judged(path: Path, name: str) -> RunAnswers:
+def load_answers(path: Path, name: str) -> RunAnswers:
     """Read a folder of ``finetune run`` or ``finetune evaluate``.
 
     Raises:
-        UsageError: there is none.
-        DataError: it is not finished, or its files are damaged or do not belong together.
+        UsageError: there is no such folder.
+        DataError: the run is not finished, or its files are damaged or do not belong together.
     """
     folder = RunFolder(path)
     missing = [file.name for file in (folder.metrics, folder.predictions) if not file.is_file()]
@@ -83,9 +83,9 @@ def load_judged(path: Path, name: str) -> RunAnswers:
     metrics, answers = run.metrics, _collect_answers(run)
     accuracy = sum(label == predicted for label, predicted in answers.values()) / len(answers)
     if abs(accuracy - metrics["accuracy"]) > _TOLERANCE:
-        found = f"accuracy is {metrics['accuracy']:.4f} there, and {accuracy:.4f} in predictions.csv"
+        found = f"it says accuracy {metrics['accuracy']:.4f}, but predictions.csv gives {accuracy:.4f}"
         raise DataError(
-            str(folder.metrics), found, "Make the folder again: its files do not belong together."
+            str(folder.metrics), found, "Create the folder again: its files do not belong together."
         )
     _check_known(folder, answers, run.digests)
     learned = [row for row in run.split if row["split"] == "train"] if folder.recipe.is_file() else []
@@ -94,37 +94,43 @@ def load_judged(path: Path, name: str) -> RunAnswers:
 
 
 def _check_known(folder: RunFolder, answers: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Two folders may have other images under the same names: only their content says which was judged."""
+    """Refuse images without a sha256: the same path may be another image in another folder."""
     unknown = [path for path in answers if not digests.get(path)]
     if unknown:
-        found = f"split.csv has no sha256 of {len(unknown)} of its {len(answers)} judged images"
-        fix = "Judge it again with this version (`finetune evaluate RUN --data FOLDER`), and compare that."
-        raise DataError(str(folder.path), f"{found} ({unknown[0]} for one)", fix)
+        found = f"split.csv has no sha256 of {len(unknown)} of its {len(answers)} predicted images"
+        fix = (
+            "Evaluate it with this version (`finetune evaluate RUN --data FOLDER`), and compare that folder."
+        )
+        raise DataError(str(folder.path), f"{found} (for example {unknown[0]})", fix)
 
 
 def _check_done(folder: RunFolder) -> None:
     state = RunReader(folder, tolerant=True).state
     if state != "done":
-        fix = f"Give its command again, with --output {folder.path}, to go on with it."
-        raise DataError(str(folder.path), f"the run is not finished ({state}); its figures are old", fix)
+        fix = f"Give its command again, with --output {folder.path}, to resume it."
+        raise DataError(str(folder.path), f"the run is not finished ({state}); its metrics are outdated", fix)
 
 
 def _check_shape(metrics: Mapping[str, Any]) -> None:
-    """What is there has the form that a run gives it; anything but the accuracy may be absent or null."""
+    """Check the types in ``metrics.json``; every value but the accuracy may be absent or null.
+
+    Raises:
+        ValueError: a value has another type, or is not finite.
+    """
     if not _is_number(metrics.get("accuracy")):
         raise ValueError("it holds no accuracy")
     for key, kind in _KINDS.items():
         if metrics.get(key) is not None and not isinstance(metrics[key], kind):
             raise ValueError(f"{key} is {metrics[key]!r}")
     inner = {f"{key}.{name}": (metrics.get(key) or {}).get(name) for key, name in _INNER_NUMBERS}
-    numbers = {key: metrics.get(key) for key in _NUMBERS} | inner
+    numbers = {key: metrics.get(key) for key in _NUMBER_KEYS} | inner
     for key, value in numbers.items():
         if value is not None and not _is_number(value):
-            raise ValueError(f"{key} is {value!r}, and no finite number")
+            raise ValueError(f"{key} is {value!r}, not a finite number")
     limits = (metrics.get("intervals") or {}).get("accuracy")
     is_pair = isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))
     if limits is not None and not is_pair:
-        raise ValueError(f"intervals.accuracy is {limits!r}, and no two finite numbers")
+        raise ValueError(f"intervals.accuracy is {limits!r}, not two finite numbers")
 
 
 def _is_number(value: Any) -> bool:
@@ -132,12 +138,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _collect_answers(run: RunReader) -> dict[str, tuple[str, str]]:
-    """Return true and predicted class by path."""
+    """Return (true class, predicted class) by path."""
     answers: dict[str, tuple[str, str]] = {}
-    for one in run.predictions:
-        if one.path in answers:
-            raise damaged_file(run.folder.predictions, ValueError(f"{one.path} is there twice"))
-        answers[one.path] = one.label, one.predicted
+    for row in run.predictions:
+        if row.path in answers:
+            raise damaged_file(run.folder.predictions, ValueError(f"{row.path} occurs twice"))
+        answers[row.path] = row.label, row.predicted
     if not answers:
-        raise damaged_file(run.folder.predictions, ValueError("it holds no image"))
+        raise damaged_file(run.folder.predictions, ValueError("it has no rows"))
     return answers

@@ -102,7 +102,7 @@ def fit_temperature(predictions: Predictions) -> float:
     return 1 / sharpness
 
 
-def calibrate_apart(predictions: Predictions) -> Predictions:
+def calibrate_cross_fitted(predictions: Predictions) -> Predictions:
     """Return predictions, each calibrated with a temperature fitted on the images of the other folds.
 
     So the effect of a temperature can be measured on the same images that fit it.
@@ -140,21 +140,21 @@ class Calibration:
     facts: dict[str, Any]
 
 
-def calibrate(scored: Predictions, val: Predictions | None) -> Calibration:
+def calibrate(evaluated: Predictions, val: Predictions | None) -> Calibration:
     """Fit a temperature on validation images, and measure calibration on the scored images.
 
     Args:
         scored: uncalibrated predictions of the images that the metrics are computed on.
         val: uncalibrated predictions of the validation images; None where these are the scored images.
     """
-    fitting = scored if val is None else val
-    apart = calibrate_apart(fitting)
+    fitting = evaluated if val is None else val
+    apart = calibrate_cross_fitted(fitting)
     temperature = fit_temperature(fitting) if apart.loss < fitting.loss else 1.0
-    after = scored.soften(temperature)
+    after = evaluated.apply_temperature(temperature)
     if val is None and temperature != 1.0:
         after = apart
     facts = {"temperature": temperature, "fitted_on": "val", "same_images": val is None}
-    return Calibration(temperature, facts | compare_calibration(scored, after))
+    return Calibration(temperature, facts | compare_calibration(evaluated, after))
 
 
 def compare_calibration(before: Predictions, after: Predictions) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def compare_calibration(before: Predictions, after: Predictions) -> dict[str, An
 
 
 def find_thresholds(
-    fitting: Predictions, scored: Predictions, wanted: Sequence[float]
+    fitting: Predictions, evaluated: Predictions, wanted: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Return the confidences above which predictions reach the wanted precisions.
 
@@ -193,10 +193,12 @@ def find_thresholds(
         kept = right[confidence >= threshold] if threshold is not None else right[:0]
         low = compute_wilson(int(kept.sum()), len(kept), ONE_SIDED)[0] if len(kept) else None
         found.append({"precision": precision, "threshold": threshold, "num_images": len(kept), "low": low})
-    return measure_thresholds(found, scored)
+    return measure_thresholds(found, evaluated)
 
 
-def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], scored: Predictions) -> list[dict[str, Any]]:
+def measure_thresholds(
+    thresholds: Sequence[Mapping[str, Any]], evaluated: Predictions
+) -> list[dict[str, Any]]:
     """Return the coverage and the precision of thresholds on scored images.
 
     Args:
@@ -208,7 +210,7 @@ def measure_thresholds(thresholds: Sequence[Mapping[str, Any]], scored: Predicti
         For each threshold these four values, ``coverage`` (fraction of images that is kept) and ``achieved``
         (precision of the kept ones; null where all are rejected).
     """
-    confidence, right = _confidence_and_truth(scored)
+    confidence, right = _confidence_and_truth(evaluated)
     rows = []
     for row in thresholds:
         threshold = row["threshold"]

@@ -1,4 +1,4 @@
-"""``finetune compare``: which of several runs is better, as far as the images that all judged can tell."""
+"""``finetune compare``: which of several runs is better, by paired tests on the images they share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune.data.prepare import create_new_folder
 from finetune.errors import DataError, UsageError, sanitize
-from finetune.evaluation.answers import RunAnswers, load_judged
+from finetune.evaluation.answers import RunAnswers, load_answers
 from finetune.evaluation.paired_tests import PairedTest, Rights, compare_pairs
 from finetune.plots.intervals import Difference, Estimate, draw_comparison
 from finetune.plots.svg import Plot
@@ -20,7 +20,7 @@ from finetune.runs.files import write_csv, write_json, write_text
 from finetune.system.display import Display
 
 MOST_FOR_ALL_PAIRS = 4
-"""Runs; of more than these each is compared with the first only."""
+"""Most runs that are compared each with each other; more than these are compared with the first only."""
 
 _PAIR_COLUMNS = (
     "first",
@@ -38,13 +38,13 @@ _PAIR_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Result:
+class ComparisonResult:
     """What a comparison found.
 
     Attributes:
-        rows: of the table, one a run; None where a run does not say.
-        pairs: each with its test.
-        warnings: what speaks against taking the figures at their word.
+        rows: the table, one row a run; values that a run does not record are None.
+        pairs: the paired test of each pair of runs.
+        warnings: reasons why the metrics may not be comparable, or optimistic.
     """
 
     rows: list[dict[str, Any]]
@@ -61,18 +61,19 @@ class Result:
         return {"runs": self.rows, "pairs": pairs, "warnings": self.warnings}
 
 
-def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -> Result:
+def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -> ComparisonResult:
     """Compare finished runs or evaluations on the images that they share.
 
     Args:
-        paths: of two folders or more; the first is what others are compared with where they are many.
+        paths: two folders or more; more than :data:`MOST_FOR_ALL_PAIRS` are compared with the first only.
         output: a new folder for ``runs.csv``, ``pairs.csv``, ``comparison.json`` and ``comparison.svg``; None
             writes nothing.
-        display: where warnings are said.
+        display: shows the warnings.
 
     Raises:
-        UsageError: there are fewer than two folders, one is none or given twice; or the output is not new.
-        DataError: the folders cannot be compared: other classes, labels or contents, no image in common.
+        UsageError: fewer than two folders are given, one does not exist or is given twice, or the output is
+            not new.
+        DataError: the folders differ in classes, labels or image contents, or have no image in common.
     """
     runs = _load(paths)
     _check_classes(runs)
@@ -84,7 +85,7 @@ def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -
         shared = _find_shared(first, second)
         warnings += _describe_left_out(first, second, len(shared)) + _compare_training(first, second)
         rights.append((first.name, _rights(first, shared), second.name, _rights(second, shared)))
-    result = Result([_describe(run) for run in runs], compare_pairs(rights), warnings)
+    result = ComparisonResult([_describe(run) for run in runs], compare_pairs(rights), warnings)
     for warning in warnings:
         display.warn(warning)
     if output is not None:
@@ -102,7 +103,7 @@ def _load(paths: Sequence[Path]) -> list[RunAnswers]:
             raise UsageError(str(path), "it is given twice", "Name each run once.")
     last = [place.name for place in places]
     return [
-        load_judged(path, sanitize(str(path) if last.count(name) > 1 else name))
+        load_answers(path, sanitize(str(path) if last.count(name) > 1 else name))
         for path, name in zip(paths, last, strict=True)
     ]
 
@@ -122,18 +123,18 @@ def _check_classes(runs: Sequence[RunAnswers]) -> None:
 
 
 def _find_shared(first: RunAnswers, second: RunAnswers) -> list[str]:
-    """Return the images that both have judged, in order.
+    """Return the sorted paths of the images that both runs were evaluated on.
 
     Raises:
-        DataError: there is none, or one has another label or another content.
+        DataError: there are none, or an image differs in label or content between the runs.
     """
     asked = f"comparing {first.name} and {second.name}"
     shared = sorted(first.answers.keys() & second.answers.keys())
     if not shared:
-        found = f"no image was judged by both ({min(first.answers)} and {min(second.answers)}, for two)"
-        fix = "Judge both by the same folder (`finetune evaluate RUN --data FOLDER`), and compare these."
+        found = f"they share no image (for example {min(first.answers)} and {min(second.answers)})"
+        fix = "Evaluate both on the same folder (`finetune evaluate RUN --data FOLDER`), and compare these."
         raise DataError(asked, found, fix)
-    fix = "Judge both by the same images (`finetune evaluate RUN --data FOLDER`), and compare these."
+    fix = "Evaluate both on the same images (`finetune evaluate RUN --data FOLDER`), and compare these."
     for path in shared:
         labels = first.answers[path][0], second.answers[path][0]
         if labels[0] != labels[1]:
@@ -144,35 +145,36 @@ def _find_shared(first: RunAnswers, second: RunAnswers) -> list[str]:
 
 
 def _rights(run: RunAnswers, paths: Sequence[str]) -> Rights:
-    """Return (N,) which images a run got right."""
+    """Return whether a run predicted each image correctly, (N,) bool."""
     return np.array([run.answers[path][0] == run.answers[path][1] for path in paths])
 
 
-# --- what speaks against the figures -------------------------------------------------------------
+# --- warnings ------------------------------------------------------------------------------------
 
 
 def _find_faults(runs: Sequence[RunAnswers]) -> list[str]:
     warnings = []
     choosers = [run.name for run in runs if run.metrics.get("split_chose_checkpoint")]
     if choosers:
+        was = "was" if len(choosers) == 1 else "were"
         warnings.append(
-            f"the images that judge {_join(choosers)} also chose the epoch: accuracies are a little kind, "
-            "more so where there were many to choose from"
+            f"the images that {_join(choosers)} {was} evaluated on also chose the epoch: accuracies are "
+            "slightly optimistic, more so after many epochs"
         )
     for run in runs:
         if trained := run.metrics.get("trained_on"):
-            warnings.append(f"{run.name} was trained on {trained} of the images that judge it")
-    parts = {str(run.metrics.get("split")) for run in runs}
-    if len(parts) > 1:
-        said = ", ".join(f"{run.name} {run.metrics.get('split')}" for run in runs)
-        warnings.append(f"the judged parts are not the same ({said})")
+            warnings.append(f"{run.name} was trained on {trained} of the images that it was evaluated on")
+    splits = {str(run.metrics.get("split")) for run in runs}
+    if len(splits) > 1:
+        listed = ", ".join(f"{run.name} {run.metrics.get('split')}" for run in runs)
+        warnings.append(f"the evaluated splits differ ({listed})")
     return warnings
 
 
 def _describe_left_out(first: RunAnswers, second: RunAnswers, num_shared: int) -> list[str]:
     left = [(run.name, len(run.answers) - num_shared) for run in (first, second)]
-    said = " and ".join(f"{count} images that only {name} judged" for name, count in left if count)
-    return [f"{said} are left out; {num_shared} are compared"] if said else []
+    listed = " and ".join(f"{count} images of {name} alone" for name, count in left if count)
+    return [f"{listed} are left out; {num_shared} are compared"] if listed else []
 
 
 def _compare_training(first: RunAnswers, second: RunAnswers) -> list[str]:
@@ -182,7 +184,7 @@ def _compare_training(first: RunAnswers, second: RunAnswers) -> list[str]:
     both = len(first.trained_on & second.trained_on)
     return [
         f"{first.name} and {second.name} were trained on different images ({sizes}, {both} of them in both): "
-        "a difference may come from these"
+        "a difference may be due to the training data"
     ]
 
 
@@ -218,7 +220,7 @@ def _describe(run: RunAnswers) -> dict[str, Any]:
     }
 
 
-def _write(result: Result, output: Path) -> None:
+def _write(result: ComparisonResult, output: Path) -> None:
     create_new_folder(output)
     rows = result.rows
     write_csv(output / "runs.csv", [tuple(row.values()) for row in rows], tuple(rows[0]))
@@ -242,7 +244,7 @@ def _write(result: Result, output: Path) -> None:
     write_text(output / "comparison.svg", _draw(result).file)
 
 
-def _draw(result: Result) -> Plot:
+def _draw(result: ComparisonResult) -> Plot:
     accuracies = [_estimate(row) for row in result.rows]
     differences = [
         Difference(pair.first, pair.second, pair.difference, pair.interval, pair.is_claimed)

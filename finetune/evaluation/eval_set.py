@@ -1,4 +1,4 @@
-"""The images that finished models are judged by, and which of them a model has seen before."""
+"""The labelled images that finished models are evaluated on, and which of them a model has seen before."""
 
 from __future__ import annotations
 
@@ -21,64 +21,64 @@ from finetune.system.display import Display
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Labelled images that models are judged by.
+    """Labelled images that models are evaluated on.
 
     Attributes:
-        dataset: its labels count as the first model's classes do.
-        digests: sha256 of each, by path.
-        part: what they are called: train, val, test, or all where they lie in several parts, or in none.
+        dataset: the images; labels index the first model's classes.
+        digests: sha256 of each image, by path.
+        split: train, val or test; all if the images are of several splits or of none.
     """
 
     dataset: Dataset
     digests: Mapping[str, str]
-    part: str
+    split: str
 
 
-def find_judged(
-    first: Model, data: Path | None, part: EvalSplit | None, follow_links: bool, display: Display
+def find_eval_set(
+    first: Model, data: Path | None, split: EvalSplit | None, follow_links: bool, display: Display
 ) -> EvalSet:
-    """Find the images that models are judged by, and read every one of them.
+    """Find the images to evaluate models on, and decode every one of them.
 
     Args:
-        first: of the models; its classes count.
-        data: a folder, an archive, a CSV file; None for the data of the model's run. For the very data of
-            that run its own split counts.
-        part: train, val, test or all; None for test where there is one, else val, else all.
+        first: the first model; labels are mapped to its classes.
+        data: a folder, an archive, a CSV file; None for the data of the model's run. If the data are those
+            that the run was trained on, the run's own split is used.
+        part: train, val, test or all; None for test if there is one, else val, else all.
         follow_links: read images through links that lead out of the data.
         display: shows progress and warnings.
 
     Raises:
-        UsageError: no data were named, and the model has no run.
-        DataError: images are gone or cannot be read, or have a class that the model does not know.
+        UsageError: no data were named, and the model does not come from a run.
+        DataError: images are missing or cannot be read, or have a class that the model does not know.
     """
     run, classes = first.run, first.predictor.classes
     if run is not None and (data is None or _is_own(run, data)):
-        if _has_part(run, part):
-            dataset = _images_of_run(run, classes, part, display)
+        if _has_split(run, split):
+            dataset = _images_of_run(run, classes, split, display)
             digests = _check_images(dataset, display)
             _refuse_changed(run, digests)
-            return EvalSet(dataset, digests, _name_part(dataset, part))
+            return EvalSet(dataset, digests, _name_split(dataset, split))
         data = _data_of(run)
     if data is None:
         raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
     with display.count(f"reading {data}") as tell:
-        dataset = find_labelled(data, classes, part, follow_links, tell)
+        dataset = find_labelled(data, classes, split, follow_links, tell)
     for warning in dataset.warnings:
         display.warn(warning)
-    return EvalSet(dataset, _check_images(dataset, display), _name_part(dataset, part))
+    return EvalSet(dataset, _check_images(dataset, display), _name_split(dataset, split))
 
 
 def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
     before = RunReader(run).digests
     changed = sorted(path for path, digest in digests.items() if before.get(path) != digest)
     if changed:
-        found = f"{len(changed)} of {len(digests)} images have another content now ({changed[0]} for one)"
-        fix = "Put them back; or judge by a copy in another folder, as other images."
+        found = f"{len(changed)} of {len(digests)} images changed since the run (for example {changed[0]})"
+        fix = "Restore them, or evaluate on a copy of the data in another folder."
         raise DataError(f"the data of {run.path}", found, fix)
 
 
 def _is_own(run: RunFolder, data: Path) -> bool:
-    """The very folder that the run was trained on: only its own split says what is what in it."""
+    """Tell whether the data are those that the run was trained on: then the run's own split is used."""
     own = _data_of(run)
     return data.resolve() in (run.path.resolve(), own.resolve() if own is not None else None)
 
@@ -88,22 +88,22 @@ def _data_of(run: RunFolder) -> Path | None:
     return Path(recipe.data.path) if recipe is not None and recipe.data.path is not None else None
 
 
-def _has_part(run: RunFolder, part: EvalSplit | None) -> bool:
-    """Whether the run knew of such a part: a test part may have come since."""
-    return part in (None, "all") or any(row["split"] == part for row in RunReader(run).split)
+def _has_split(run: RunFolder, split: EvalSplit | None) -> bool:
+    """Tell whether the run recorded this split; a test split may have been added since."""
+    return split in (None, "all") or any(row["split"] == split for row in RunReader(run).split)
 
 
 def _images_of_run(
-    run: RunFolder, classes: Sequence[str], part: EvalSplit | None, display: Display
+    run: RunFolder, classes: Sequence[str], split: EvalSplit | None, display: Display
 ) -> Dataset:
-    """Return the images of a run's own data in the part that it was judged by, or the one that was named.
+    """Return the images of a run's own data: of the named split, or of the one that the run was evaluated on.
 
     Raises:
-        DataError: some of them are gone, or there is none.
+        DataError: some of them are missing, or the split is empty.
     """
     found = open_images(load_recipe(None, {"data": {"path": str(run.path)}}), display)
     rows = RunReader(run).split
-    wanted = part or ("test" if any(row["split"] == "test" for row in rows) else "val")
+    wanted = split or ("test" if any(row["split"] == "test" for row in rows) else "val")
     index = {name: number for number, name in enumerate(classes)}
     known = {row["path"]: row for row in rows if wanted in ("all", row["split"])}
     samples = tuple(
@@ -113,15 +113,19 @@ def _images_of_run(
     )
     if len(samples) < len(known):
         lost = sorted(known.keys() - {sample.path for sample in samples})
-        said = f"{len(lost)} of {len(known)} images of its part {wanted} are gone ({lost[0]} for one)"
-        raise DataError(f"the data of {run.path}", said, "Put them back, or name other --data.")
+        said = f"{len(lost)} of {len(known)} images of its {wanted} split are missing (for example {lost[0]})"
+        raise DataError(f"the data of {run.path}", said, "Restore them, or name other --data.")
     if not samples:
-        raise DataError(f"the data of {run.path}", f"has no part {wanted}", "Take another --split.")
+        raise DataError(f"the data of {run.path}", f"it has no {wanted} images", "Choose another --split.")
     return replace(found, classes=tuple(classes), samples=samples)
 
 
 def _check_images(dataset: Dataset, display: Display) -> dict[str, str]:
-    """Return the digest of every image; one that cannot be read would be missing from every figure."""
+    """Return the sha256 of every image, by path.
+
+    Raises:
+        DataError: an image cannot be read: metrics over fewer images than the user expects would mislead.
+    """
     with display.track("checking images", len(dataset.samples)) as advance:
         store = ScanCache(dataset.root, keep_others=True)
         checked = check_images(dataset, on_progress=lambda _: advance(1, ""), store=store)
@@ -135,13 +139,13 @@ def _check_images(dataset: Dataset, display: Display) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which of the judged images models have seen before.
+    """How many images of the eval set the models have seen before.
 
     Attributes:
-        trained: how many a model was trained on.
-        chose: how many chose a model's epoch.
-        fitted: how many fitted a model's temperature.
-        is_known: whether that is all that there is to know.
+        trained: images that a model was trained on.
+        chose: images by which a model's best epoch was chosen.
+        fitted: images that a model's temperature was fitted on.
+        is_known: whether the runs of all models are known, so that these counts are complete.
     """
 
     trained: int
@@ -150,26 +154,26 @@ class Overlap:
     is_known: bool
 
 
-def find_overlap(models: Sequence[Model], judged: EvalSet, allow_leaks: bool, display: Display) -> Overlap:
-    """Count the images that a model has learned from, or was chosen by.
+def find_overlap(models: Sequence[Model], eval_set: EvalSet, allow_leaks: bool, display: Display) -> Overlap:
+    """Count the images that a model was trained on, chosen by or calibrated on, and warn of them.
 
     Args:
         models: at least one.
-        judged: the images.
-        allow_leaks: judge by images that a model was trained on.
-        display: is told.
+        eval_set: the images.
+        allow_leaks: evaluate on images that a model was trained on.
+        display: shows the warning.
 
     Raises:
-        DataError: it was trained on some, and that is not allowed.
+        DataError: a model was trained on some of them, and that is not allowed.
     """
-    samples, digests = judged.dataset.samples, judged.digests
+    samples, digests = eval_set.dataset.samples, eval_set.digests
     images = [digests[sample.path] for sample in samples]
     for model in models:
-        learned = [one for one in samples if digests[one.path] in model.seen.trained]
+        learned = [sample for sample in samples if digests[sample.path] in model.seen.trained]
         if learned and not allow_leaks:
             found = f"{len(learned)} of {len(images)} images are among those it was trained on "
-            fix = "Judge it by other images, or add --allow-leaks to do so all the same."
-            raise DataError(f"judging {model.name}", f"{found}({learned[0].path} for one)", fix)
+            fix = "Evaluate it on other images, or add --allow-leaks to use these anyway."
+            raise DataError(f"evaluating {model.name}", f"{found}(for example {learned[0].path})", fix)
     overlap = Overlap(
         trained=sum(any(image in model.seen.trained for model in models) for image in images),
         chose=sum(any(image in model.seen.chose for model in models) for image in images),
@@ -177,18 +181,21 @@ def find_overlap(models: Sequence[Model], judged: EvalSet, allow_leaks: bool, di
         is_known=all(model.seen.is_known for model in models),
     )
     if overlap.trained:
-        said = f"{overlap.trained} of these images were trained on: the figures say nothing about new images"
-        display.warn(said)
+        message = f"{overlap.trained} of these images were trained on"
+        display.warn(f"{message}: the metrics say nothing about new images")
     elif overlap.chose:
-        said = f"{overlap.chose} of these images also chose the epoch, so that the figures are a little kind"
-        display.warn(said)
+        message = f"{overlap.chose} of these images also chose the epoch"
+        display.warn(f"{message}: the metrics are slightly optimistic")
     elif not overlap.is_known:
-        display.warn("which images a model was trained on is not known: those among these flatter it")
+        display.warn(
+            "it is not known which images a model was trained on: if some of these are among them, "
+            "the metrics are optimistic"
+        )
     return overlap
 
 
-def _name_part(dataset: Dataset, part: EvalSplit | None) -> str:
-    """Images that lie in no part were all looked at."""
-    parts = {sample.split for sample in dataset.samples}
-    is_plain = parts == {"train"} and part != "train"
-    return parts.pop() if len(parts) == 1 and not is_plain else "all"
+def _name_split(dataset: Dataset, split: EvalSplit | None) -> str:
+    """Return the split that all images belong to, or ``all``."""
+    splits = {sample.split for sample in dataset.samples}
+    is_plain = splits == {"train"} and split != "train"
+    return splits.pop() if len(splits) == 1 and not is_plain else "all"

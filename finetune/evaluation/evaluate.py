@@ -1,8 +1,8 @@
-"""Judge finished models on labelled images: one, several together, with one view of an image or many.
+"""``finetune evaluate``: finished models on labelled images, one or an ensemble, with one view or several.
 
 ::
 
-    models, images -> probabilities, of each model and way of looking -> figures of the last, gains of all
+    models, images -> probabilities of each variant (model, views) -> metrics of the last, gains of all
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from finetune import __version__
 from finetune.data.dataset import describe_images
 from finetune.data.inputs import EvalSplit
 from finetune.data.prepare import check_outside, create_new_folder
-from finetune.evaluation.calibration import calibrate_apart, compare_calibration, measure_thresholds
-from finetune.evaluation.eval_set import Overlap, find_judged, find_overlap
+from finetune.evaluation.calibration import calibrate_cross_fitted, compare_calibration, measure_thresholds
+from finetune.evaluation.eval_set import Overlap, find_eval_set, find_overlap
 from finetune.evaluation.intervals import compute_intervals
 from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.predictions import Predictions
-from finetune.evaluation.summary import write_figures
-from finetune.evaluation.variants import Model, Variant, check_same_classes, load_model, look, write_variants
+from finetune.evaluation.summary import write_metrics_tables
+from finetune.evaluation.variants import (
+    Model,
+    Variant,
+    check_same_classes,
+    compute_variants,
+    load_model,
+    write_variants,
+)
 from finetune.evaluation.views import build_views
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
@@ -34,26 +41,26 @@ from finetune.system.display import Display
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """What was asked for.
+    """What the user asks ``finetune evaluate`` for.
 
     Attributes:
-        models: runs, or other models, at least one; several are an ensemble.
-        data: labelled images; None for those that the first run was judged by.
-        part: of the data; None for test where there is one, else val, else all.
-        crops: 1, 5 or 10.
-        scales: short sides in pixels; none for the default.
-        output: a new folder.
-        device: that computes.
-        batch_size: images at a time; None for the default.
+        models: run folders, model folders or names, at least one; several form an ensemble.
+        data: labelled images; None for those that the first run was evaluated on.
+        split: train, val, test or all; None for test if there is one, else val, else all.
+        crops: crops of each image and scale: 1, 5 or 10.
+        scales: short sides in pixels that images are resized to; empty for the default.
+        output: a new folder for the results.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        batch_size: images a batch; None for the default.
         workers: decoding threads; None for the default.
-        offline: never ask the network.
-        follow_links: read images through links that lead out of the data.
-        allow_leaks: judge by images that a model was trained on all the same.
+        offline: never download weights.
+        follow_links: read images through symbolic links that lead out of the data.
+        allow_leaks: evaluate even on images that a model was trained on.
     """
 
     models: tuple[str, ...]
     data: Path | None
-    part: EvalSplit | None
+    split: EvalSplit | None
     crops: int
     scales: tuple[int, ...]
     output: Path
@@ -69,7 +76,7 @@ class EvaluateRequest:
         """The command line that asks for this."""
         words = ["finetune", "evaluate", *self.models]
         words += ["--data", str(self.data)] if self.data is not None else []
-        words += ["--split", self.part] if self.part is not None else []
+        words += ["--split", self.split] if self.split is not None else []
         words += ["--crops", str(self.crops)] if self.crops > 1 else []
         words += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
         words += ["--device", self.device] if self.device != "auto" else []
@@ -80,14 +87,14 @@ class EvaluateRequest:
 
 
 def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any]:
-    """Judge models, and write their figures into a new folder.
+    """Evaluate models, and write their metrics into a new folder.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
         UsageError: there is no such model, models know different classes, or the folder is not empty.
-        DataError: images cannot be used, or a model was trained on them.
+        DataError: images cannot be read or have unknown classes, or a model was trained on them.
     """
     with display.busy("loading models"):
         models = [
@@ -97,31 +104,31 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
     classes = models[0].predictor.classes
     check_same_classes(models)
     for model in models:
-        build_views(model.predictor.card.preprocessing, request.crops, request.scales)  # refuses bad ones
-    judged = find_judged(models[0], request.data, request.part, request.follow_links, display)
-    dataset = judged.dataset
+        build_views(model.predictor.card.preprocessing, request.crops, request.scales)  # raises if invalid
+    eval_set = find_eval_set(models[0], request.data, request.split, request.follow_links, display)
+    dataset = eval_set.dataset
     check_outside(request.output, dataset)
-    is_allowed = request.allow_leaks or request.part in ("train", "all")
-    overlap = find_overlap(models, judged, is_allowed, display)
+    is_allowed = request.allow_leaks or request.split in ("train", "all")
+    overlap = find_overlap(models, eval_set, is_allowed, display)
     create_new_folder(request.output)
-    variants = list(look(models, dataset, request.crops, request.scales, display))
+    variants = list(compute_variants(models, dataset, request.crops, request.scales, display))
     folder = RunFolder(request.output)
-    metrics = _figures(models, variants, classes, overlap) | {"split": judged.part}
+    metrics = _collect_metrics(models, variants, classes, overlap) | {"split": eval_set.split}
     metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
     if len(models) == 1 and models[0].predictor.card.place == "folder":
         metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
     metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
     metrics["variants"] = write_variants(folder, variants, display)
-    write_figures(folder, dataset.samples, variants[-1].predictions, classes)
-    rows = [(path, *row) for path, row in describe_images(dataset, dict(judged.digests)).items()]
+    write_metrics_tables(folder, dataset.samples, variants[-1].predictions, classes)
+    rows = [(path, *row) for path, row in describe_images(dataset, dict(eval_set.digests)).items()]
     write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)
-    _say(metrics, folder, display)
+    _report(metrics, folder, display)
     return metrics
 
 
-def _say(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
+def _report(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
     low, high = metrics["intervals"]["accuracy"]
     display.say(
         f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
@@ -129,24 +136,24 @@ def _say(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> Non
         f"{metrics['num_samples']} {metrics['split']} images",
         style="bold",
     )
-    display.say(f"figures {folder.path}")
+    display.say(f"metrics {folder.path}")
 
 
-# --- figures -------------------------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------
 
 
-def _figures(
+def _collect_metrics(
     models: Sequence[Model], variants: Sequence[Variant], classes: Sequence[str], overlap: Overlap
 ) -> dict[str, Any]:
     final = variants[-1]
-    judged = final.raw or final.predictions
-    figures = compute_metrics(judged, classes)
-    figures["intervals"] = {name: list(limits) for name, limits in compute_intervals(judged).items()}
-    figures["calibration"] = _calibration(models, final, overlap)
+    predictions = final.raw or final.predictions
+    metrics = compute_metrics(predictions, classes)
+    metrics["intervals"] = {name: list(limits) for name, limits in compute_intervals(predictions).items()}
+    metrics["calibration"] = _calibration(models, final, overlap)
     if len(models) == 1:
-        figures["reject"] = _thresholds(models[0], final.predictions)
+        metrics["reject"] = _thresholds(models[0], final.predictions)
     known = overlap.is_known
-    return figures | {
+    return metrics | {
         "num_classes": len(classes),
         "trained_on": overlap.trained if overlap.trained or known else None,
         "split_chose_checkpoint": bool(overlap.chose) if overlap.chose or known else None,
@@ -154,7 +161,7 @@ def _figures(
 
 
 def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
-    """Return what is known of calibration; of means of probabilities only how they are, not how they were."""
+    """Return ``calibration`` of ``metrics.json``; means of calibrated probabilities have no "before"."""
     num_images = len(final.predictions.labels)
     facts = {
         "temperature": models[0].predictor.card.temperature if len(models) == 1 else None,
@@ -166,7 +173,7 @@ def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> d
         measured = compare_calibration(after, after)
         return facts | {key: value for key, value in measured.items() if key.endswith("_calibrated")}
     if overlap.fitted == num_images and facts["temperature"] != 1.0:
-        after = calibrate_apart(final.raw)
+        after = calibrate_cross_fitted(final.raw)
     return facts | compare_calibration(final.raw, after)
 
 
@@ -174,5 +181,5 @@ def _thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
     rows = RunReader(model.run, tolerant=True).metrics.get("reject") if model.run is not None else None
     try:
         return measure_thresholds(rows or [], predictions)
-    except (LookupError, TypeError):  # edited by hand, or of another version
+    except (LookupError, TypeError):  # edited by hand, or written by another version
         return []

@@ -85,7 +85,7 @@ COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probabi
 
 
 @dataclass(frozen=True)
-class Suspects:
+class LabelIssues:
     """What was found.
 
     Attributes:
@@ -96,7 +96,7 @@ class Suspects:
     """
 
     rows: Sequence[tuple[Any, ...]]
-    num_judged: int
+    num_scored: int
     num_images: int
     accuracy: float
 
@@ -104,13 +104,13 @@ class Suspects:
         """Return plain JSON."""
         return {
             "num_images": self.num_images,
-            "num_judged": self.num_judged,
+            "num_judged": self.num_scored,
             "accuracy": self.accuracy,
             "label_issues": [dict(zip(COLUMNS, row, strict=True)) for row in self.rows],
         }
 
 
-def find_suspects(run: Path, output: Path, display: Display) -> Suspects:
+def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIssues:
     """Find labels of a run's images that are probably wrong, and write them down.
 
     Args:
@@ -233,7 +233,9 @@ def _judge(
     return probabilities
 
 
-def _collect(dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabilities: Tensor) -> Suspects:
+def _collect(
+    dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabilities: Tensor
+) -> LabelIssues:
     judged = (folds > 0).nonzero().flatten()
     if not len(judged):
         found = "no class has two images that are not copies of each other"
@@ -248,10 +250,10 @@ def _collect(dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabi
         names = dataset.classes[sample.label], dataset.classes[suggested]
         rows.append((sample.path, *names, own, other, sample.split))
     accuracy = (predicted == labels).double().mean().item()
-    return Suspects(rows, len(judged), len(samples), accuracy)
+    return LabelIssues(rows, len(judged), len(samples), accuracy)
 
 
-def _sections(dataset: Dataset, found: Suspects) -> list[Section]:
+def _sections(dataset: Dataset, found: LabelIssues) -> list[Section]:
     tiles = [
         Tile(
             load_thumbnail(dataset.root / path, CELL),

@@ -1,12 +1,12 @@
-"""``finetune predict``: any number of images, one row each, written as they are known.
+"""``finetune predict``: one row for each of any number of images, written as soon as it is computed.
 
 ::
 
-    inputs -> batches -> threads decode -> network -> rows, aside -> --output
-                    a kill: the same command goes on after the last save, and ends in the same bytes
+    inputs -> batches -> threads decode -> network -> rows in a temporary file -> --output
+                    after a kill, the same command resumes after the last save; the bytes are the same
 
-Batches are cut at the same places whether or not a run was interrupted: the last bits of a probability depend
-on an image's neighbours.
+Batches hold the same images whether or not a prediction was interrupted: the last bits of a probability
+depend on the other images of its batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from finetune.evaluation.prediction_inputs import (
     open_input,
 )
 from finetune.evaluation.prediction_rows import Fingerprint, PredictionProgress, PredictionRows, find_format
-from finetune.evaluation.predictor import Answer, Predictor, load, split_batches
+from finetune.evaluation.predictor import BatchResult, Predictor, load, split_batches
 from finetune.runs.claim import create_folder
 from finetune.runs.files import escape_formula, format_csv_line
 from finetune.runs.outcome import translated_errors
@@ -44,13 +44,15 @@ from finetune.system.signals import StopSignal
 from pretrained.state_dict import digest_tensors
 
 LINE_SECONDS = 60.0
-"""Between two lines of progress where there is no terminal to draw a bar on."""
+"""Seconds between two lines of progress if the output is not a terminal."""
+
 _SHOWN = 5
+"""Unreadable images that are named in a warning; all are listed in the file."""
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What the user wants; the words are those of the command line."""
+    """What the user asks ``finetune predict`` for; the fields are its options."""
 
     model: str
     input: str
@@ -72,19 +74,18 @@ def predict_files(
 ) -> dict[str, Any]:
     """Write one row for each image that can be read, and list the others.
 
-    Every process calls this with the same request: batches go through all of them in turns, and the main one
-    writes.
+    Every process calls this with the same request: processes take batches in turns, and the main one writes.
 
     Args:
-        request: what the user wants.
-        display: what the user sees; silent in all but the main process.
-        distributed: the processes.
+        request: what the user asks for.
+        display: shows progress; silent in all but the main process.
+        distributed: the processes that share the images.
 
     Returns:
-        Counts, paths and speed, as ``--json`` prints them; nothing in all but the main process.
+        Counts, paths and images a second, as ``--json`` prints them; empty in all but the main process.
 
     Raises:
-        FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
+        FinetuneError: the prediction fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors(distributed=distributed), ExitStack() as files:
         format = find_format(request.output, request.format)
@@ -107,7 +108,7 @@ def predict_files(
                 return table.summarise(0.0) if distributed.is_main else {}
             began = time.perf_counter()
             with stop.gently(), table.bar() as advance:
-                answers = predictor.answer(table.batches(start, distributed), open_input)
+                answers = predictor.predict_batches(table.batches(start, distributed), open_input)
                 try:
                     for answer in distributed.merge(_until_stopped(answers, stop)):
                         table.write(answer)
@@ -118,13 +119,19 @@ def predict_files(
         return table.finish(start, time.perf_counter() - began) if distributed.is_main else {}
 
 
-def _until_stopped(answers: Iterator[Answer[InputImage]], stop: StopSignal) -> Iterator[Answer[InputImage]]:
-    """Pass answers on until this process is asked to stop; then all end, and no list counts as complete."""
+def _until_stopped(
+    answers: Iterator[BatchResult[InputImage]], stop: StopSignal
+) -> Iterator[BatchResult[InputImage]]:
+    """Yield the results until this process is asked to stop.
+
+    Raises:
+        InterruptedRunError: it was asked to stop. All processes end, so that no list counts as complete.
+    """
     for answer in answers:
         yield answer
         if stop.asked:
             found = "one of its processes was asked to stop"
-            raise InterruptedRunError("predicting", found, "Give the same command again to go on.")
+            raise InterruptedRunError("predicting", found, "Give the same command again to resume.")
 
 
 def _load(request: PredictRequest, distributed: Distributed) -> Predictor:
@@ -142,11 +149,11 @@ def _load(request: PredictRequest, distributed: Distributed) -> Predictor:
 def _check_top(top: int, num_classes: int) -> None:
     if top > num_classes:
         found = f"the model has {num_classes} classes"
-        raise UsageError(f"--top {top}", found, f"Take {num_classes} or fewer.")
+        raise UsageError(f"--top {top}", found, f"Choose {num_classes} or fewer.")
 
 
 def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRows) -> dict[str, Any]:
-    """Return everything that a row depends on but the images, whose digest is kept as they come."""
+    """Return everything that a row depends on but the images, which :class:`Fingerprint` covers."""
     card = predictor.card
     return {
         "finetune": __version__,
@@ -168,7 +175,7 @@ def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRow
 
 @dataclass
 class _Table:
-    """One attempt at a file of predictions, which the main process alone opens and writes."""
+    """One attempt to write the file of predictions. Only the main process opens and writes it."""
 
     request: PredictRequest
     inputs: InputImages
@@ -184,24 +191,24 @@ class _Table:
 
     @property
     def writer(self) -> ResumableWriter:
-        """The files; of the main process."""
+        """The open files; in the main process only."""
         assert self._writer is not None
         return self._writer
 
     def open(self, files: ExitStack) -> int | None:
-        """Open the files, as far as an earlier attempt came; they are closed with the stack.
+        """Open the files and continue after what an earlier attempt wrote; the stack closes them.
 
         Returns:
-            How many images an earlier attempt has predicted; None where these predictions are complete.
+            The number of images that an earlier attempt predicted; None if it predicted all of them.
 
         Raises:
-            UsageError: there is something else of that name, or another process writes it.
+            UsageError: the output exists and is something else, or another process writes it.
             DataError: there are no images.
         """
         output = self.request.output
         facts = _describe(self.request, self.predictor, self.rows)
         if before := find_finished(output, facts):
-            self.display.say(f"{output} holds these predictions already")
+            self.display.say(f"{output} already holds these predictions")
             self.progress = PredictionProgress(**before)
             return None
         check_free(output)
@@ -214,7 +221,7 @@ class _Table:
         return self.progress.done
 
     def _go_on(self) -> Iterator[InputImage]:
-        """Return the images that are left, after those that an earlier attempt looked at."""
+        """Return the images that an earlier attempt did not predict; all of them if it had others."""
         source, seen = self.inputs.open(), deque[InputImage](maxlen=0 if self.inputs.is_countable else None)
         if self.writer.is_another:
             self.display.say("an earlier attempt had another model or other options: starting anew")
@@ -232,7 +239,7 @@ class _Table:
             self.display.say(f"resuming after {number:,} images")
             self.progress = before
             return chain([] if rest is None else [rest], source)
-        self.display.say("the images are not those of an earlier attempt: starting anew")
+        self.display.say("the images changed since an earlier attempt: starting anew")
         self.writer.start_anew()
         self._fingerprint = Fingerprint()
         if self.inputs.is_countable:
@@ -240,11 +247,11 @@ class _Table:
         return chain(seen, [] if rest is None else [rest], source)
 
     def batches(self, start: int, distributed: Distributed) -> Iterator[list[InputImage]]:
-        """Yield the batches whose turn this process has; the main one takes note of all.
+        """Yield the batches of this process; the main process also records those of all processes.
 
         Args:
-            start: images that an earlier attempt has predicted.
-            distributed: the processes.
+            start: number of images that an earlier attempt predicted.
+            distributed: the processes that share the images.
         """
         left = self._left if distributed.is_main else islice(self.inputs.open(), start, None)
         for number, batch in enumerate(split_batches(left, self.predictor.batch_size)):
@@ -255,22 +262,22 @@ class _Table:
             if number % distributed.size == distributed.rank:
                 yield batch
 
-    def write(self, answer: Answer[InputImage]) -> None:
-        """Write the rows of the next batch, and save them now and then.
+    def write(self, answer: BatchResult[InputImage]) -> None:
+        """Write the rows of the next batch, and save the progress every few seconds.
 
         Raises:
-            DataError: the images are not those that this process has found.
+            DataError: another process found other images: they changed meanwhile.
         """
         batch, digest = self._taken.popleft()
         if list(answer.asked) != batch:
-            fix = "Leave the images alone while they are predicted, and give the same command again."
-            raise DataError(self.inputs.asked, "images came or went meanwhile", fix)
+            fix = "Do not change the images during prediction, and give the same command again."
+            raise DataError(self.inputs.asked, "images were added or removed meanwhile", fix)
         self.progress.done += len(batch)
         self.progress.digest = digest
         self._write_rows(answer)
         self.writer.save(self.progress.to_dict())
 
-    def _write_rows(self, answer: Answer[InputImage]) -> None:
+    def _write_rows(self, answer: BatchResult[InputImage]) -> None:
         good = (one for place, one in enumerate(answer.asked) if place not in answer.faults)
         lines = [
             self.rows.line(one.path, values) for one, values in zip(good, answer.probabilities, strict=True)
@@ -286,11 +293,11 @@ class _Table:
         self.progress.rejected += sum(map(self.rows.is_rejected, answer.probabilities))
 
     def finish(self, start: int, seconds: float) -> dict[str, Any]:
-        """Give the files their names, and say what is in them.
+        """Move the files to their names, and report their content.
 
         Args:
-            start: images that an earlier attempt had predicted.
-            seconds: that the others took.
+            start: number of images that an earlier attempt predicted.
+            seconds: time that the others took.
 
         Raises:
             DataError: there were no images, or none could be read.
@@ -302,7 +309,7 @@ class _Table:
         if progress.bad == progress.done:
             self.writer.discard()
             found = f"none of {progress.done:,} images can be read"
-            fix = f"Why is in {self.writer.bad_target}."
+            fix = f"See the reasons in {self.writer.bad_target}."
             raise DataError(self.inputs.asked, found, fix)
         self.writer.finish(self.rows.convert if self.rows.format == "parquet" else None)
         speed = (progress.done - start) / max(seconds, 1e-9)
@@ -335,7 +342,7 @@ class _Table:
         }
 
     def keep_interrupted(self, error: InterruptedRunError) -> InterruptedRunError:
-        """Save what there is, in the main process, and return how the attempt ended."""
+        """Save the rows so far, in the main process; return the error to raise."""
         if self._writer is None:
             return error
         self.writer.save(self.progress.to_dict(), now=True)
@@ -343,7 +350,7 @@ class _Table:
             return error
         of = f" of {self._total:,}" if self._total is not None else ""
         found = f"it was stopped after {self.progress.done:,}{of} images, which are kept"
-        return InterruptedRunError("predicting", found, "Give the same command again to go on.")
+        return InterruptedRunError("predicting", found, "Give the same command again to resume.")
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[int, str], None]]:
@@ -354,14 +361,14 @@ class _Table:
             return
         last = time.monotonic()
 
-        def tell(_: int, words: str) -> None:
+        def report(_: int, speed: str) -> None:
             nonlocal last
             if time.monotonic() - last >= LINE_SECONDS:
                 of = f" of {self._total:,}" if self._total is not None else ""
-                self.display.say(f"{self.progress.done:,}{of} images, {words}")
+                self.display.say(f"{self.progress.done:,}{of} images, {speed}")
                 last = time.monotonic()
 
-        yield tell
+        yield report
 
     @contextmanager
     def _terminal_bar(self) -> Iterator[Callable[[int, str], None]]:
@@ -370,5 +377,5 @@ class _Table:
                 advance(self.progress.done, "")
                 yield advance
             return
-        with self.display.count("predicting") as tell:  # nobody knows how many more will come
-            yield lambda *_: tell(self.progress.done, self.progress.done)
+        with self.display.count("predicting") as report:  # the total of a stream is unknown
+            yield lambda *_: report(self.progress.done, self.progress.done)

@@ -1,7 +1,7 @@
-"""Rows of predictions as CSV, JSON lines or Parquet.
+"""What ``finetune predict`` writes: rows as CSV, JSON lines or Parquet, and the progress in its journal.
 
-CSV and JSON lines are appended to as they come. Parquet has its table of contents at the end, and nothing can
-be appended to it: its rows come as JSON lines first, and are made into a table when all are there.
+Rows are appended to CSV and JSON lines as they are computed. Parquet has its index at the end, so nothing can
+be appended to it: its rows are JSON lines first, and are converted when all are there.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ _SUFFIXES: dict[str, RowFormat] = {
     ".parquet": "parquet",
 }
 _BLOCK_CELLS = 2**19
-"""Of the rows that are made into a row group of Parquet at a time."""
+"""Cells of the rows that form a row group of Parquet."""
 Cell = str | float | bool | None
 
 
 def find_format(output: Path, format: str | None) -> RowFormat:
-    """Return the format that was named, else that of the output's suffix, else CSV.
+    """Return the named format, else that of the output's suffix, else CSV.
 
     Raises:
-        UsageError: an unknown one, or another than the suffix says; or the output is no name of a file.
-        EnvironmentFaultError: it needs a package that is not installed.
+        UsageError: the format is unknown or contradicts the suffix, or the output is not a file name.
+        EnvironmentFaultError: the format needs a package that is not installed.
     """
     if not output.name:  # "", ".", "/"
         raise UsageError("--output", "it names no file", "Name a .csv, .jsonl or .parquet file.")
-    said = _SUFFIXES.get(output.suffix.lower())
+    by_suffix = _SUFFIXES.get(output.suffix.lower())
     for known in FORMATS:
-        if (format or said or "csv") == known:
-            if said not in (None, known):
+        if (format or by_suffix or "csv") == known:
+            if by_suffix not in (None, known):
                 found = f"--output {output} names a {output.suffix} file"
                 raise UsageError(f"--format {known}", found, "Drop --format, or rename the output.")
             _check_installed(known)
             return known
     found = f"there is no such format{suggest(format or '', FORMATS)}"
-    raise UsageError(f"--format {format}", found, f"Take {', '.join(FORMATS)}.")
+    raise UsageError(f"--format {format}", found, f"Choose {', '.join(FORMATS)}.")
 
 
 def _check_installed(format: RowFormat) -> None:
@@ -62,19 +62,19 @@ def _check_installed(format: RowFormat) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        fix = "Run `pip install 'finetune[parquet]'`, or take --format csv or --format jsonl."
+        fix = "Run `pip install 'finetune[parquet]'`, or choose --format csv or --format jsonl."
         raise EnvironmentFaultError("--format parquet", f"it needs pyarrow ({error})", fix) from None
 
 
 @dataclass(frozen=True)
 class PredictionRows:
-    """What a row holds, and how it is written.
+    """The columns of a row of predictions, and its text.
 
     Attributes:
-        classes: in index order.
-        format: of the file.
-        top: how many classes are named, the likeliest first.
-        reject_below: confidence under which no label is given; None gives one always.
+        classes: class names in index order.
+        format: the format of the file.
+        top: number of classes named in a row, the most probable first.
+        reject_below: confidence, in [0, 1], below which a row has no label; None to always give one.
     """
 
     classes: Sequence[str]
@@ -88,11 +88,11 @@ class PredictionRows:
         return name_answer_columns(self.classes, self.top, self.reject_below is not None)
 
     def is_rejected(self, values: Floats) -> bool:
-        """Tell whether probabilities (K,) are too even for a label."""
+        """Tell whether the largest of the probabilities (K,) is too low for a label."""
         return self.reject_below is not None and bool(values.max() < self.reject_below)
 
     def header(self) -> bytes:
-        """Return what stands before the first row."""
+        """Return the bytes before the first row: the column names of a CSV file, else none."""
         return (
             format_csv_line([escape_formula(name) for name in self.columns]).encode() if self._is_csv else b""
         )
@@ -120,7 +120,7 @@ class PredictionRows:
         return [*cells, *values.tolist()]
 
     def convert(self, rows: Path, target: Path) -> None:
-        """Make JSON lines a Parquet table, whole or not at all."""
+        """Convert JSON lines to a Parquet file, which appears only when it is complete."""
         write_chunks(target, self._parquet(rows))
 
     def _parquet(self, rows: Path) -> Iterator[bytes]:
@@ -140,7 +140,7 @@ class PredictionRows:
 
 
 def _kind(pa: Any, name: str) -> Any:
-    """Return pyarrow's type of a column that is no class's."""
+    """Return the pyarrow type of a column other than the class probabilities."""
     if name == "rejected":
         return pa.bool_()
     return pa.float32() if name.startswith("confidence") else pa.string()
@@ -155,22 +155,22 @@ def _text(cell: Cell) -> str:
 
 
 def _number(cell: Cell) -> Any:
-    """Nine digits read back to the same float32; JSON would write seventeen."""
+    """Round to nine digits, which read back to the same float32; JSON would write seventeen."""
     return float(FLOAT_FORMAT % cell) if isinstance(cell, float) else cell
 
 
-# --- How far a prediction is, and of which images: what its journal keeps ---
+# --- the journal: progress, and a fingerprint of the images ---------------------------------------
 
 
 @dataclass
 class PredictionProgress:
-    """How far the work is.
+    """How far a prediction is.
 
     Attributes:
-        done: images that were looked at.
-        digest: of their paths, sizes and times.
-        bad: of them, could not be read.
-        rejected: of them, got no label.
+        done: number of images that were processed.
+        digest: :class:`Fingerprint` of these images.
+        bad: how many of them could not be read.
+        rejected: how many of them have no label.
     """
 
     done: int = 0
@@ -179,24 +179,24 @@ class PredictionProgress:
     rejected: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the journal keeps."""
+        """Return the JSON that the journal keeps."""
         return dict(vars(self))
 
 
 class Fingerprint:
-    """Sha256 of the images that went by: path, size and time of change of each."""
+    """The sha256 of the path, size and modification time of the images so far."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def add(self, one: InputImage) -> None:
-        """Count one more."""
+    def add(self, image: InputImage) -> None:
+        """Include one more image."""
         try:
-            status = os.stat(one.file)  # noqa: PTH116
-            facts = one.fault or f"{status.st_size} {status.st_mtime_ns}"
+            status = os.stat(image.file)  # noqa: PTH116
+            facts = image.fault or f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError):
-            facts = one.fault or "gone"
-        self._hash.update(f"{one.path}\0{facts}\n".encode())
+            facts = image.fault or "gone"
+        self._hash.update(f"{image.path}\0{facts}\n".encode())
 
     def value(self) -> str:
         """Return the sha256 so far."""

@@ -1,4 +1,4 @@
-"""Predictions: logits of a network over a feed, in the feed's order.
+"""Predictions: the logits of a network over a data loader, in the loader's order.
 
 Shape legend: N images, K classes.
 """
@@ -21,7 +21,7 @@ from finetune.system.forward import ChunkedForward, autocast
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of some images.
+    """The logits of a network for some images, with their labels.
 
     Attributes:
         logits: (N, K) float32, on the CPU.
@@ -33,26 +33,26 @@ class Predictions:
 
     @property
     def probabilities(self) -> Tensor:
-        """Of each class, (N, K)."""
+        """The probability of each class, (N, K)."""
         return targets.to_probabilities(self.logits)
 
-    def soften(self, temperature: float) -> Predictions:
-        """Return the same with logits divided by a temperature."""
+    def apply_temperature(self, temperature: float) -> Predictions:
+        """Return these predictions with logits divided by a temperature."""
         return Predictions(self.logits / temperature, self.labels)
 
     @property
     def predicted(self) -> Tensor:
-        """The likeliest class of each image, (N,)."""
+        """The most probable class of each image, (N,) int64."""
         return targets.decide(self.logits)
 
     @property
     def accuracy(self) -> float:
-        """Share of images whose likeliest class is right, in [0, 1]."""
+        """Share of images whose most probable class is their label, in [0, 1]."""
         return (self.predicted == self.labels).double().mean().item()
 
     @property
     def loss(self) -> float:
-        """Mean over images in nats, without smoothing and class weights."""
+        """Mean cross entropy over images in nats, without label smoothing and class weights."""
         return targets.compute_mean_loss(self.logits, self.labels)
 
 
@@ -64,17 +64,18 @@ def predict(
     forward: Callable[[Tensor], Tensor] | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Predictions:
-    """Run a network in eval mode over a feed, and leave every module in the mode it had.
+    """Run a network in eval mode over a data loader; every module gets its previous mode back.
 
-    Several processes take batches in turns, and all get the predictions of all: each image counts once.
+    Several processes take batches in turns, and all return the predictions of all images, each counted once.
 
     Args:
-        network: (B, 3, H, W) -> (B, K).
-        feed: unshuffled.
-        precision: of the forward pass; logits come back in float32.
-        on_batch: told how many images each batch had; equally often in all processes.
-        forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
-        distributed: processes that share the feed.
+        network: a network (B, 3, H, W) -> (B, K).
+        feed: an unshuffled loader.
+        precision: the precision of the forward pass; logits are returned as float32.
+        on_batch: called with the number of images of each batch, equally often in all processes.
+        forward: computes the logits of a batch if the loader gives features instead of images; None for the
+            network itself.
+        distributed: the processes that share the loader.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -87,7 +88,7 @@ def predict(
                 if on_batch is not None:
                     on_batch(len(batch.labels))
             if on_batch is not None and len(found) * distributed.size < feed.num_batches():
-                on_batch(0)  # the others have one more
+                on_batch(0)  # the other processes have one more batch
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -104,16 +105,15 @@ def _gather(own: list[tuple[Tensor, Tensor]], distributed: Distributed) -> list[
 
 
 def _most(feed: BatchLoader) -> int:
-    """Images go through a CPU in parts that fit its caches; kept features as they come."""
+    """Return the images of a forward pass on a CPU, a chunk that fits its caches; 0 for no limit."""
     if feed.placement.device.type != "cpu" or feed.input_size is None:
         return 0
     return compute_chunk_size(*feed.input_size[1:])
 
 
-FIGURES_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
-"""Largest difference in a probability between figures and model. Where numbers are coarse, and a trunk saw
-its images in other batches, a logit of 50 may differ by 0.2."""
-
+METRICS_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
+"""Largest accepted difference between a probability in predictions.csv and the one of the saved model. In
+half precision and with other batches, a logit of 50 may differ by 0.2."""
 
 GPU_TOLERANCE = 0.02
-"""The least of it on a GPU, which multiplies float32 with fewer bits in some kernels than in others."""
+"""Smallest such tolerance on a GPU, where some kernels multiply float32 with fewer bits than others."""

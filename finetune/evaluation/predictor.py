@@ -1,4 +1,4 @@
-"""A trained network that answers: images in, labels and probabilities out.
+"""Prediction with a trained network: images in, labels and probabilities out.
 
 ::
 
@@ -45,22 +45,22 @@ from pretrained.network import is_convolutional
 
 Floats = npt.NDArray[np.float32]
 ImageInput = str | PathLike[str] | Image.Image | npt.NDArray[np.uint8]
-"""A file, a Pillow image, or RGB pixels (H, W, 3) uint8."""
+"""A path, a Pillow image, or RGB pixels (H, W, 3) uint8."""
 T = TypeVar("T")
 CPU_BATCH, GPU_BATCH = 32, 128
 _AHEAD = 2
-"""Batches that are decoded while the network has another: more would wait in memory."""
+"""Batches that are decoded while the network computes another one; more would only fill memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the network says of one image.
+    """The prediction for one image.
 
     Attributes:
-        label: the likeliest class.
+        label: the most probable class.
         confidence: its probability, in [0, 1].
         values: (K,) float32, the probability of each class in the order of ``classes``.
-        classes: their names.
+        classes: class names in index order.
     """
 
     label: str
@@ -74,18 +74,18 @@ class Prediction:
         return dict(zip(self.classes, self.values.tolist(), strict=True))
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """Return the ``k`` likeliest classes with their probabilities, the likeliest first."""
+        """Return the ``k`` most probable classes with their probabilities, in descending order."""
         return [(self.classes[index], float(self.values[index])) for index in rank_classes(self.values, k)]
 
 
 @dataclass(frozen=True)
-class Answer(Generic[T]):
-    """What came of a batch.
+class BatchResult(Generic[T]):
+    """The predictions for a batch.
 
     Attributes:
-        asked: all of it, in order.
-        probabilities: (G, K) float32 of the G that could be read, in order.
-        faults: why, for the place of each of the others.
+        asked: the images of the batch, in order.
+        probabilities: (G, K) float32 of the G images that could be read, in order.
+        faults: why each other image could not be read, by its position in the batch.
     """
 
     asked: Sequence[T]
@@ -94,21 +94,21 @@ class Answer(Generic[T]):
 
 
 class Predictor:
-    """A network with everything that it needs to be asked; :func:`load` makes one.
+    """A network with its preprocessing, classes and calibration; :func:`load` creates one.
 
-    Threads may share it: they take turns at the network.
+    Threads may share a predictor: they take turns at the network.
 
     Args:
-        network: with its classifier; it is put into eval mode and onto the device.
-        card: its preprocessing, classes and temperature.
-        device: that computes.
+        network: a network with a classifier; it is moved to the device and set to eval mode.
+        card: preprocessing, classes and temperature of the network.
+        device: the device that computes.
         batch_size: images a batch.
-        workers: threads that decode.
-        views: of each image.
+        workers: number of decoding threads.
+        views: makes the views of each image.
 
     Attributes:
-        card: the network's passport.
-        classes: names in index order, each of them once; plain indices as text where there are no names.
+        card: preprocessing, classes, temperature, source and licence of the network.
+        classes: unique class names in index order; the indices as text if the card has no names.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Predictor:
         return self._views.num_views
 
     def without_temperature(self) -> Predictor:
-        """Return the same network with probabilities as it was trained to give them."""
+        """Return the same network without temperature scaling."""
         card = replace(self.card, temperature=1.0)
         return Predictor(self.network, card, self.device, self.batch_size, self._workers, self._views)
 
@@ -154,14 +154,14 @@ class Predictor:
     def predict(self, images: Iterable[ImageInput]) -> list[Prediction]: ...
 
     def predict(self, images: ImageInput | Iterable[ImageInput]) -> Prediction | list[Prediction]:
-        """Return what the network says of one image, or of several in their order.
+        """Predict one image, or several in their order.
 
         Args:
             images: files, Pillow images, or arrays of RGB pixels (H, W, 3) uint8; one, or any iterable.
 
         Raises:
             DataError: an image cannot be read.
-            UsageError: something that is no image.
+            UsageError: a value is not an image.
         """
         if isinstance(images, str | PathLike | Image.Image | np.ndarray):
             return self._predict([images])[0]
@@ -171,9 +171,9 @@ class Predictor:
 
     def _predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
         found: list[Prediction] = []
-        for answer in self.answer(split_batches(images, self.batch_size), _open):
+        for answer in self.predict_batches(split_batches(images, self.batch_size), _open):
             for place, reason in answer.faults.items():
-                fix = "Leave it out, or mend it; `finetune predict` lists such images and goes on."
+                fix = "Leave it out or repair it; `finetune predict` lists such images and continues."
                 raise DataError(_name(answer.asked[place]), f"it cannot be read: {reason}", fix)
             found += [self._describe(values) for values in answer.probabilities]
         return found
@@ -182,12 +182,14 @@ class Predictor:
         best = rank_classes(values, 1)[0]
         return Prediction(self.classes[best], float(values[best]), values, self.classes)
 
-    def answer(self, batches: Iterable[Sequence[T]], open: Callable[[T], Image.Image]) -> Iterator[Answer[T]]:
-        """Yield what comes of each batch, in order, while the next ones are decoded.
+    def predict_batches(
+        self, batches: Iterable[Sequence[T]], open: Callable[[T], Image.Image]
+    ) -> Iterator[BatchResult[T]]:
+        """Yield the predictions of each batch, in order, while the next batches are decoded.
 
         Args:
-            batches: taken as they are needed, a few ahead.
-            open: gives an RGB image; called in several threads. A BadImageError becomes a fault.
+            batches: the images; a few batches are taken ahead.
+            open: returns the RGB image; called in several threads. A BadImageError becomes a fault.
         """
         waiting: deque[tuple[Sequence[T], list[Future[Tensor | str]]]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
@@ -207,14 +209,18 @@ class Predictor:
         except BadImageError as error:
             return error.reason
 
-    def _answer(self, batch: Sequence[T], futures: list[Future[Tensor | str]]) -> Answer[T]:
+    def _answer(self, batch: Sequence[T], futures: list[Future[Tensor | str]]) -> BatchResult[T]:
         made = [future.result() for future in futures]
         faults = {place: view for place, view in enumerate(made) if isinstance(view, str)}
         views = [view for view in made if isinstance(view, Tensor)]
-        return Answer(batch, self.compute(views), faults)
+        return BatchResult(batch, self.compute(views), faults)
 
     def compute(self, views: Sequence[Tensor]) -> Floats:
-        """Return probabilities (B, K) of the views (V, 3, H, W) uint8 of each image."""
+        """Return probabilities (B, K) float32 for the views (V, 3, H, W) uint8 of B images.
+
+        Raises:
+            UsageError: probabilities are not finite: the weights are damaged.
+        """
         if not views:
             return np.empty((0, len(self.classes)), np.float32)
         with self._turn, torch.inference_mode():
@@ -223,8 +229,8 @@ class Predictor:
             mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature)
         if not mean.isfinite().all():
             found, fix = (
-                "its probabilities are no finite numbers",
-                "Its weights are damaged: take another model.",
+                "its probabilities are not finite",
+                "Its weights are damaged: use another model.",
             )
             raise UsageError(f"the model {self.card.name}", found, fix)
         found_values: Floats = mean.cpu().numpy()
@@ -240,16 +246,16 @@ def load(
     crops: int = 1,
     offline: bool = False,
 ) -> Predictor:
-    """Load what a run, an exported folder or a library's name stands for.
+    """Load a trained network from a run, a model folder or a name with published weights.
 
     Args:
         model: folder of a finished run, its ``model`` folder, any folder in timm's format, or a name with
             published weights (``timm/...``, ``torchvision/...``, ``hf-hub:...``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_size: images that go through the network at a time; by default 32, on a GPU 128.
-        workers: threads that decode; by default as many as there are cores.
+        batch_size: images a batch; by default 32, on a GPU 128.
+        workers: number of decoding threads; by default the number of cores.
         crops: 1, 5 or 10 views of each image (:mod:`finetune.evaluation.views`).
-        offline: never ask the network for published weights.
+        offline: never download weights.
 
     Raises:
         UsageError: there is no such model, or it has no classifier.
@@ -266,7 +272,7 @@ def _load_network(model: str, offline: bool) -> tuple[nn.Module, Card]:
     try:
         card = find_card(model, offline)
         backbone = load_source(card, offline=offline)
-    except UsageError as error:  # in words of ours: nobody gave a --backbone
+    except UsageError as error:  # the original message speaks of --backbone
         raise UsageError(f"the model {model}", error.found, error.fix) from None
     match = backbone.match
     if not match.head or match.head_replaced or match.missing:
@@ -282,14 +288,14 @@ def _load_network(model: str, offline: bool) -> tuple[nn.Module, Card]:
 
 
 def split_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield so many items at a time, and what is left at the end."""
+    """Yield lists of ``size`` items; the last one may be shorter."""
     source = iter(items)
     while batch := list(islice(source, size)):
         yield batch
 
 
 def resolve_names(card: Card) -> tuple[str, ...]:
-    """Return a card's classes; an index tells apart those of one name (ImageNet has two cranes)."""
+    """Return the class names of a card; duplicates (ImageNet has two cranes) get their index appended."""
     if len(card.label_names) != card.num_classes:
         return tuple(map(str, range(card.num_classes)))
     times = Counter(card.label_names)
@@ -315,7 +321,7 @@ def _no_image(thing: Any) -> FinetuneError:
     if isinstance(thing, np.ndarray):
         kind = f"an array of shape {thing.shape} and type {thing.dtype}"
     fix = "Give paths, Pillow images, or RGB pixels (H, W, 3) as uint8 from 0 to 255."
-    return UsageError("predict", f"{kind} is no image", fix)
+    return UsageError("predict", f"{kind} is not an image", fix)
 
 
 def _name(image: ImageInput) -> str:

@@ -1,4 +1,4 @@
-"""Everything that predictions say, in one place: figures, their intervals, how sure they may be."""
+"""From predictions to everything that a run reports of them: metrics, intervals, calibration, tables."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from finetune.targets import (
 )
 
 WANTED_PRECISIONS = (0.9, 0.95, 0.99)
-"""For which a threshold is looked for, under which an image had better go to a person."""
+"""Precisions for which a confidence threshold is chosen; images below it are left to a person."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What judged images gave.
+    """The metrics of evaluated images.
 
     Attributes:
-        predictions: calibrated.
-        temperature: that calibrated them.
-        metrics: for ``metrics.json``; figures but those under ``calibration`` and ``reject`` do not depend on
-            the temperature, ``loss`` is that of the network as it was trained.
+        predictions: the predictions after calibration.
+        temperature: the temperature that calibrated them.
+        metrics: content for ``metrics.json``. Only those under ``calibration`` and ``reject`` depend on the
+            temperature; ``loss`` is that of the network as it was trained.
     """
 
     predictions: Predictions
@@ -40,35 +40,35 @@ class Summary:
     metrics: dict[str, Any]
 
 
-def summarize(judged: Predictions, val: Predictions | None, classes: Sequence[str]) -> Summary:
-    """Judge a network by its predictions.
+def summarize(evaluated: Predictions, val: Predictions | None, classes: Sequence[str]) -> Summary:
+    """Compute all metrics of a network from its predictions.
 
     Args:
-        judged: uncalibrated.
-        val: uncalibrated predictions of the validation part; None where that is the judged part.
-        classes: names in index order.
+        evaluated: uncalibrated predictions of the evaluated images.
+        val: uncalibrated predictions of the validation images; None if these are the evaluated images.
+        classes: class names in index order.
     """
-    calibration = calibrate(judged, val)
-    predictions = judged.soften(calibration.temperature)
-    fitting = predictions if val is None else val.soften(calibration.temperature)
-    metrics = compute_metrics(judged, classes) | {
-        "intervals": {name: list(limits) for name, limits in compute_intervals(judged).items()},
+    calibration = calibrate(evaluated, val)
+    predictions = evaluated.apply_temperature(calibration.temperature)
+    fitting = predictions if val is None else val.apply_temperature(calibration.temperature)
+    metrics = compute_metrics(evaluated, classes) | {
+        "intervals": {name: list(limits) for name, limits in compute_intervals(evaluated).items()},
         "calibration": calibration.facts,
         "reject": find_thresholds(fitting, predictions, WANTED_PRECISIONS),
     }
     return Summary(predictions, calibration.temperature, metrics)
 
 
-def write_figures(
+def write_metrics_tables(
     folder: RunFolder, samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
 ) -> None:
-    """Write one row an image, one row a class, and the confusion matrix.
+    """Write ``predictions.csv``, ``per_class.csv`` and ``confusion_matrix.csv``.
 
     Args:
-        folder: takes the files.
-        samples: that were judged, in the order of the predictions.
-        predictions: calibrated.
-        classes: names in index order.
+        folder: the run folder.
+        samples: the evaluated images, in the order of the predictions.
+        predictions: calibrated predictions.
+        classes: class names in index order.
     """
     write_chunks(folder.predictions, _prediction_lines(samples, predictions, classes))
     confusion = compute_confusion(predictions)
@@ -80,7 +80,7 @@ def write_figures(
 def _prediction_lines(
     samples: Sequence[Sample], predictions: Predictions, classes: Sequence[str]
 ) -> Iterator[bytes]:
-    """Yield the lines of ``predictions.csv``: one template for all numbers of a row, perhaps thousands."""
+    """Yield the lines of ``predictions.csv``; one format string for all numbers of a row is fastest."""
     columns = (*PREDICTION_COLUMNS, *name_probabilities(classes))
     yield format_csv_line([escape_formula(column) for column in columns]).encode()
     numbers = f",{FLOAT_FORMAT}" * (1 + len(classes)) + "\n"

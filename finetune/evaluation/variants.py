@@ -1,4 +1,4 @@
-"""Ways to look at images: each model with one view, with several, and all models together."""
+"""The variants that an evaluation compares: each model with one view, with several, and the ensemble."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Model:
     """A model, and the run that it comes from.
 
     Attributes:
-        name: as the user gave it.
-        predictor: with one view of an image.
-        run: None where there is none.
+        name: the name or path that the user gave.
+        predictor: the model, with one view of each image.
+        run: the run folder; None if the model does not come from a run.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Model:
 
     @cached_property
     def seen(self) -> SeenImages:
-        """The images that it has seen."""
+        """The images that the model was trained on, chosen by and calibrated on."""
         return find_seen(self.run)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to look at the images, and what it gave.
+    """The predictions of one model, or of the ensemble, with some number of views of each image.
 
     Attributes:
-        model: name, or how many of them.
-        views: of each image.
-        predictions: calibrated.
-        raw: before calibration; None for a mean of probabilities, which are calibrated already.
-        seconds: that it took, decoding included.
+        model: the name of the model, or the number of models.
+        views: forward passes for each image: its views, summed over models.
+        predictions: the predictions after calibration.
+        raw: the predictions before calibration; None for a mean of (calibrated) probabilities.
+        seconds: the time taken, decoding included.
     """
 
     model: str
@@ -67,10 +67,10 @@ class Variant:
 
 
 def load_model(name: str, device: str, batch_size: int | None, workers: int | None, offline: bool) -> Model:
-    """Load a model, with the run that it comes from.
+    """Load a model and find the run that it comes from.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no such model.
     """
     predictor = load(name, device=device, batch_size=batch_size, workers=workers, offline=offline)
     is_folder = predictor.card.place == "folder"
@@ -78,30 +78,30 @@ def load_model(name: str, device: str, batch_size: int | None, workers: int | No
 
 
 def check_same_classes(models: Sequence[Model]) -> None:
-    """Refuse to put models together that know different classes, or are one.
+    """Check that models can form an ensemble.
 
     Raises:
-        UsageError: they do, or one is named twice.
+        UsageError: they have different classes, or one is named twice.
     """
     if len({model.predictor.card.location or model.name for model in models}) < len(models):
         raise UsageError("finetune evaluate", "one model is named twice", "Name each once.")
     first = set(models[0].predictor.classes)
     for model in models[1:]:
         if others := first.symmetric_difference(model.predictor.classes):
-            found = f"it and {models[0].name} do not know the same classes ({', '.join(sorted(others)[:3])})"
-            raise UsageError(f"the model {model.name}", found, "Judge them apart.")
+            found = f"it and {models[0].name} have different classes ({', '.join(sorted(others)[:3])})"
+            raise UsageError(f"the model {model.name}", found, "Evaluate them separately.")
 
 
-def look(
+def compute_variants(
     models: Sequence[Model], dataset: Dataset, crops: int, scales: Sequence[int], display: Display
 ) -> Iterator[Variant]:
-    """Yield each model with one view, then what several views add, and last what all models say together.
+    """Yield the predictions of each model with one view, then with several; last those of the ensemble.
 
     Args:
-        models: at least one; all know the same classes.
-        dataset: its labels count as the first model's classes do.
-        crops: 1, 5 or 10.
-        scales: short sides in pixels; none for the default.
+        models: at least one; all have the same classes.
+        dataset: the images; labels index the first model's classes.
+        crops: crops of each image and scale: 1, 5 or 10.
+        scales: short sides in pixels that images are resized to; empty for the default.
         display: shows progress.
 
     Raises:
@@ -126,14 +126,14 @@ def look(
 def _predict(
     model: Model, predictor: Predictor, dataset: Dataset, labels: Tensor, order: Tensor, display: Display
 ) -> Variant:
-    is_plain = predictor.num_views == 1  # a mean over views is one of calibrated probabilities
+    is_plain = predictor.num_views == 1  # a mean over views is of calibrated probabilities
     temperature = predictor.card.temperature
     predictor = predictor.without_temperature() if is_plain else predictor
     size, samples = predictor.batch_size, dataset.samples
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     began, parts = time.perf_counter(), []
-    with display.track(f"looking with {Path(model.name).name}", len(samples)) as advance:
-        for answer in predictor.answer(batches, lambda sample: decode_image(dataset.file(sample))):
+    with display.track(f"evaluating {Path(model.name).name}", len(samples)) as advance:
+        for answer in predictor.predict_batches(batches, lambda sample: decode_image(dataset.file(sample))):
             for place, reason in answer.faults.items():
                 fix = "Restore the file, and start again."
                 raise DataError(answer.asked[place].path, f"it could be read before: {reason}", fix)
@@ -142,12 +142,12 @@ def _predict(
     probabilities = torch.cat(parts)[:, order]
     seconds = time.perf_counter() - began
     given = Predictions(to_logits(probabilities), labels)
-    softened = given.soften(temperature) if is_plain else given
+    softened = given.apply_temperature(temperature) if is_plain else given
     return Variant(model.name, predictor.num_views, softened, given if is_plain else None, seconds)
 
 
 def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
-    """The mean of probabilities, as the lectures' winners did."""
+    """Return the ensemble: the mean of the probabilities of several models."""
     mean = torch.stack([variant.predictions.probabilities for variant in variants]).mean(dim=0)
     together = Predictions(to_logits(mean), labels)
     views, seconds = sum(one.views for one in variants), sum(one.seconds for one in variants)
@@ -155,7 +155,11 @@ def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
 
 
 def write_variants(folder: RunFolder, variants: Sequence[Variant], display: Display) -> list[dict[str, Any]]:
-    """Write and show what each way of looking gave, against the first and what it cost against it."""
+    """Write and show the metrics of each variant, with its gain and cost relative to the first one.
+
+    Returns:
+        One row a variant, by :data:`VARIANT_COLUMNS`.
+    """
     rows = [_row(one, variants[0]) for one in variants]
     if len(rows) > 1:
         write_csv(folder.path / "variants.csv", [tuple(row.values()) for row in rows], VARIANT_COLUMNS)

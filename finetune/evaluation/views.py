@@ -2,7 +2,7 @@
 
 ::
 
-    image -> resized, short side S, for each scale S -> crops of the network's input size -> (V, 3, H, W)
+    image -> resized to short side S, for each scale S -> crops of the network's input size -> (V, 3, H, W)
 
 Five crops are the four corners and the centre; ten are these and their mirrors (AlexNet's; NIPS 2012). Scales
 are those of arXiv:1409.1556, section 3.2. Probabilities are averaged over views, as both did.
@@ -33,8 +33,7 @@ CROPS = (1, 5, 10)
 LARGEST_SCALE = 4096
 """Largest short side in pixels: the largest input size of a recipe."""
 _ROOM = 0.875
-"""Input to resized short side, where a network's own evaluation view leaves no room for corners (AlexNet's
-224 of 256)."""
+"""Input size / short side if the evaluation view leaves no room for corners (AlexNet: 224 / 256)."""
 _Step = Callable[[Image.Image], Image.Image]
 
 
@@ -126,7 +125,7 @@ def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float =
 
 def _check(img_size: int, crops: int, scales: Sequence[int]) -> None:
     if crops not in CROPS:
-        raise UsageError(f"--crops {crops}", "there is no such number of crops", "Take 1, 5 or 10.")
+        raise UsageError(f"--crops {crops}", "that number of crops is not supported", "Choose 1, 5 or 10.")
     if small := [scale for scale in scales if scale < img_size]:
         found = f"the input size of the network is {img_size} pixels, more than an image of that scale has"
         raise UsageError(f"--scales {small[0]}", found, f"Take scales of {img_size} pixels or more.")

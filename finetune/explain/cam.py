@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.errors import UsageError
-from finetune.explain.positions import MapPosition, find_places
+from finetune.explain.positions import MapPosition, find_map_positions
 from pretrained.graph.pooling import Form
 from pretrained.graph.recorder import FeatureRecorder, replace_value
 from pretrained.graph.structures import map_tensors, tensors_in
@@ -111,7 +111,7 @@ class GradCam:
         weight = next(self._network.parameters())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *input_size, generator=generator).to(weight.device, weight.dtype)
-        for place in find_places(self._network, input_size):
+        for place in find_map_positions(self._network, input_size):
             with torch.inference_mode(False), torch.no_grad():
                 [(leaf, form)], logits = _forward_from(self._network, place, noise)
                 mix = torch.randn(logits.shape[1], generator=generator).to(logits.device)

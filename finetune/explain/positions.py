@@ -38,7 +38,7 @@ class MapPosition:
     form: Form
 
 
-def find_places(network: nn.Module, input_size: tuple[int, int, int]) -> Iterator[MapPosition]:
+def find_map_positions(network: nn.Module, input_size: tuple[int, int, int]) -> Iterator[MapPosition]:
     """Yield places, the deepest first.
 
     Args:

@@ -26,7 +26,7 @@ from finetune import __version__
 from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside
 from finetune.errors import UsageError, suggest
-from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE
+from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE
 from finetune.exporters.config import loads_in_timm
 from finetune.exporters.deployed import LAYOUTS, Interface, Layout, build_program
 from finetune.exporters.folder import WEIGHTS_FILE, staged_alone, write_model
@@ -220,10 +220,10 @@ def _check(
 def _recorded_tolerance(recipe: Recipe | None) -> float:
     """What a run wrote down in coarse numbers, or on a GPU, is not met more closely than it was written."""
     if recipe is None or recipe.training.precision == "auto":
-        return max(FIGURES_TOLERANCE.values())
+        return max(METRICS_TOLERANCE.values())
     kinds = {recipe.training.precision, recipe.cache.dtype}
     least = TOLERANCE if recipe.device == "cpu" else GPU_TOLERANCE
-    return least if kinds == {"float32"} else max(least, *(FIGURES_TOLERANCE[kind] for kind in kinds))
+    return least if kinds == {"float32"} else max(least, *(METRICS_TOLERANCE[kind] for kind in kinds))
 
 
 def _say(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: Display) -> None:

@@ -59,7 +59,7 @@ def read_classifiers(words: Sequence[str]) -> list[Classifier]:
 
 
 @dataclass(frozen=True)
-class Draw:
+class ProbeSplit:
     """Training and test images of one repeat: indices into the labelled images."""
 
     train: Tensor
@@ -92,7 +92,9 @@ class ProbeResult:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
-def draw_parts(labels: Tensor, classes: Sequence[str], per_class: int, seed: int, repeat: int) -> Draw:
+def draw_probe_split(
+    labels: Tensor, classes: Sequence[str], per_class: int, seed: int, repeat: int
+) -> ProbeSplit:
     """Draw training images of each class; the others are for testing.
 
     Args:
@@ -120,14 +122,14 @@ def draw_parts(labels: Tensor, classes: Sequence[str], per_class: int, seed: int
     mine = [order[labels[order] == label] for label in range(len(classes))]
     train = torch.cat([images[:per_class] for images in mine])
     test = torch.cat([images[per_class:] for images in mine])
-    return Draw(train, test, own)
+    return ProbeSplit(train, test, own)
 
 
 def probe_layer(
     rows: Rows,
     labels: Tensor,
     num_classes: int,
-    draws: Sequence[Draw],
+    draws: Sequence[ProbeSplit],
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
 ) -> list[ProbeResult]:
@@ -137,7 +139,7 @@ def probe_layer(
         rows: (N, D) of the labelled images.
         labels: (N,) int64.
         num_classes: K.
-        draws: of :func:`draw_parts`, one a repeat.
+        draws: of :func:`draw_probe_split`, one a repeat.
         classifiers: at least one.
         on_done: called after each classifier of each repeat.
     """
@@ -252,7 +254,7 @@ def probe(
         require_labels(dataset, recipe)
         check_outside(output, dataset)
         every = torch.tensor([sample.label for sample in dataset.samples])
-        draw_parts(every, dataset.classes, per_class, recipe.seed, 0)  # refuses before anything is computed
+        draw_probe_split(every, dataset.classes, per_class, recipe.seed, 0)  # raises early
         source = open_source(recipe, network, dataset, display)
         create_new_folder(output)
         samples = source.dataset.samples
@@ -260,7 +262,7 @@ def probe(
             usable = _leave_copies_out(features.usable(samples), source)
             labels = torch.tensor([samples[index].label for index in usable.tolist()])
             draws = [
-                draw_parts(labels, dataset.classes, per_class, recipe.seed, repeat)
+                draw_probe_split(labels, dataset.classes, per_class, recipe.seed, repeat)
                 for repeat in range(repeats)
             ]
             total = len(layers) * len(classifiers) * repeats
@@ -293,7 +295,7 @@ def _judge(
     features: Features,
     usable: Tensor,
     labels: Tensor,
-    draws: Sequence[Draw],
+    draws: Sequence[ProbeSplit],
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
 ) -> list[ProbeRow]:

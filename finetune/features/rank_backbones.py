@@ -22,7 +22,7 @@ from pretrained.catalog import find_card
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedBackbone:
     """One backbone.
 
     Attributes:
@@ -42,7 +42,7 @@ class Ranked:
     num_images: int
 
 
-def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
+def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> list[RankedBackbone]:
     """Return backbones with the nearest neighbours that are right most often first.
 
     Args:
@@ -56,7 +56,7 @@ def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> li
         return _rank(recipe, names, display)
 
 
-def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked]:
+def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[RankedBackbone]:
     dataset = open_images(recipe, display)
     require_labels(dataset, recipe)
     dataset, checked = read_images(recipe, dataset, display)
@@ -73,7 +73,7 @@ def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked
             labels = torch.tensor([samples[index].label for index in usable.tolist()])
             hits = leave_one_out(features.rows[0], usable, labels, dataset.num_classes).double()
         ranked.append(
-            Ranked(
+            RankedBackbone(
                 network.backbone.card.name,
                 hits.mean().item(),
                 hits.std(correction=0).item() / len(hits) ** 0.5,

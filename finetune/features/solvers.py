@@ -148,7 +148,7 @@ class TrainingRows:
         classes = torch.arange(self.num_classes, device=self.labels.device)
         return _LOSSES[kind](torch.where(self.labels[:, None] == classes, 1.0, -1.0))
 
-    def summarize(self, weights: Tensor) -> Tensor:
+    def is_correct(self, weights: Tensor) -> Tensor:
         """Return whether weights (K, R + 1) give each image its class, (N,) bool."""
         return decide(self.matrix @ weights.T) == self.labels
 
@@ -159,7 +159,7 @@ class TrainingRows:
         whether it is right.
         """
         if kind == "svm":
-            return self.summarize(weights).double()
+            return self.is_correct(weights).double()
         return -self._loss(kind).values(self.matrix @ weights.T).double()
 
     def restore(self, weights: Tensor, strength: float) -> LinearClassifier:
@@ -289,7 +289,7 @@ def cross_validate(
             part = training.select(~held)
             strength, start = _choose(part, kind, seed)
             weights = part.minimize(kind, strength, _SOLVED, start)
-            hits[held] = training.select(held).summarize(weights)
+            hits[held] = training.select(held).is_correct(weights)
     return hits.cpu()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.data.dataset import Dataset
 from finetune.data.feed import BatchLoader
 from finetune.errors import InternalError
-from finetune.evaluation.predictions import FIGURES_TOLERANCE, GPU_TOLERANCE, Predictions, predict
+from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE, Predictions, predict
 from finetune.evaluation.summary import Summary
 from finetune.pipeline.linear_head import LinearHead
 from finetune.pipeline.setup import RunSetup
@@ -59,7 +59,7 @@ def check_figures(
     with torch.inference_mode(), autocast(images.device, precision):
         whole = to_probabilities(network.eval()(images).float()).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
-    most = max(FIGURES_TOLERANCE[precision], FIGURES_TOLERANCE[dtype])
+    most = max(METRICS_TOLERANCE[precision], METRICS_TOLERANCE[dtype])
     most = max(most, GPU_TOLERANCE) if images.is_cuda else most
     if not difference <= most:  # so that NaN is refused as well
         found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"

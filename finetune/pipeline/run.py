@@ -23,7 +23,7 @@ from finetune.data.prepare import check_outside, describe_data, record_split
 from finetune.data.provenance import check_seen
 from finetune.data.quality.usable import check_data
 from finetune.errors import DataError, InternalError
-from finetune.evaluation.summary import summarize, write_figures
+from finetune.evaluation.summary import summarize, write_metrics_tables
 from finetune.exporters.folder import export_model, measure_round_trip
 from finetune.features.network import name_backbone, place_network
 from finetune.pipeline.auto import choose_strategy
@@ -284,7 +284,7 @@ def _write_results(context: FitContext, result: FitResult, seen: dict[str, int])
         check_figures(network, result.predictions, result.images, result.precision, result.dtype)
         summary = summarize(result.predictions, result.val, dataset.classes)
     metrics = collect_metrics(setup, dataset, summary, result.facts) | seen
-    write_figures(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
+    write_metrics_tables(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
     with clock.phase("export"):
         card = replace(result.backbone.card, temperature=summary.temperature)
         _export(replace(result.backbone, card=card), folder, metrics, result.images)

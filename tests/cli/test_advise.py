@@ -170,7 +170,7 @@ def test_a_killed_solution_ends_in_the_same_bits(
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
     run(cli, tiny, image_folder, tmp_path / "whole", *words)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
-    for place in ("finetune.pipeline.linear_head.fit", "finetune.pipeline.run.write_figures"):
+    for place in ("finetune.pipeline.linear_head.fit", "finetune.pipeline.run.write_metrics_tables"):
         with mock.patch(place, side_effect=KeyboardInterrupt):
             assert (
                 cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "cut", *WORDS, *words).exit_code
@@ -333,7 +333,7 @@ def test_auto_keeps_its_strategy_when_it_goes_on(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, "--strategy", "auto")
-    with mock.patch("finetune.pipeline.run.write_figures", side_effect=KeyboardInterrupt):
+    with mock.patch("finetune.pipeline.run.write_metrics_tables", side_effect=KeyboardInterrupt):
         assert cli(*words).exit_code == 75
     with mock.patch("finetune.pipeline.auto.advise", side_effect=AssertionError("decided again")):
         assert cli(*words).exit_code == 0

@@ -131,7 +131,7 @@ def test_real_runs(cli: Cli, finished_run: FinishedRun) -> None:
     (pair,) = found["pairs"]
     assert pair["only_first"] == (right_one & ~right_two).sum()
     assert pair["only_second"] == (right_two & ~right_one).sum()
-    assert re.search("the images that judge .* also chose the epoch", result.stderr)
+    assert re.search("the images that .* (was|were) evaluated on also chose the epoch", result.stderr)
 
 
 # --- warnings ------------------------------------------------------------------------------------
@@ -145,20 +145,18 @@ def warnings_of(cli: Cli, *folders: Path) -> str:
 
 def test_images_that_only_one_judged_are_left_out(cli: Cli, make: Make) -> None:
     said = warnings_of(cli, make("a", images=IMAGES[:70]), make("b", [65], images=IMAGES[10:]))
-    assert (
-        "10 images that only a judged and 10 images that only b judged are left out; 60 are compared" in said
-    )
+    assert "10 images of a alone and 10 images of b alone are left out; 60 are compared" in said
 
 
 def test_a_part_that_chose_the_epoch(cli: Cli, make: Make) -> None:
     said = warnings_of(cli, make("a", split_chose_checkpoint=True), make("b", split_chose_checkpoint=False))
-    assert "the images that judge a also chose the epoch" in said
+    assert "the images that a was evaluated on also chose the epoch" in said
 
 
 def test_parts_of_other_names_and_images_that_were_trained_on(cli: Cli, make: Make) -> None:
     said = warnings_of(cli, make("a"), make("b", split="test", trained_on=3))
-    assert "the judged parts are not the same (a val, b test)" in said
-    assert "b was trained on 3 of the images that judge it" in said
+    assert "the evaluated splits differ (a val, b test)" in said
+    assert "b was trained on 3 of the images that it was evaluated on" in said
 
 
 def test_other_training_images(cli: Cli, make: Make) -> None:
@@ -208,7 +206,7 @@ def test_classes_in_another_order_are_the_same(cli: Cli, make: Make) -> None:
 
 def test_no_image_in_common(cli: Cli, make: Make) -> None:
     moved = [(f"elsewhere/{path}", label) for path, label in IMAGES]
-    assert "no image was judged by both" in refusal(cli, ExitCode.DATA, make("a"), make("b", images=moved))
+    assert "they share no image" in refusal(cli, ExitCode.DATA, make("a"), make("b", images=moved))
 
 
 def test_another_label(cli: Cli, make: Make) -> None:
@@ -264,7 +262,7 @@ def test_a_run_that_is_not_finished(cli: Cli, make: Make) -> None:
 
 def test_figures_of_other_predictions(cli: Cli, make: Make) -> None:
     found = refusal(cli, ExitCode.DATA, make("a"), make("b", [1, 2], accuracy=0.99))
-    assert "accuracy is 0.9900 there, and 0.9750 in predictions.csv" in found
+    assert "it says accuracy 0.9900, but predictions.csv gives 0.9750" in found
 
 
 @pytest.mark.parametrize(

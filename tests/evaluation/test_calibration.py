@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from finetune.evaluation.calibration import (
     calibrate,
-    calibrate_apart,
+    calibrate_cross_fitted,
     find_threshold,
     find_thresholds,
     fit_temperature,
@@ -35,7 +35,7 @@ def test_a_temperature_undoes_what_was_done(sharpness: float) -> None:
 def test_a_temperature_is_where_the_loss_is_least() -> None:
     predictions = draw(500, 1, 3.0)
     best = minimize_scalar(
-        lambda log: predictions.soften(float(np.exp(log))).loss, bounds=(-2, 3), method="bounded"
+        lambda log: predictions.apply_temperature(float(np.exp(log))).loss, bounds=(-2, 3), method="bounded"
     )
     assert fit_temperature(predictions) == pytest.approx(float(np.exp(best.x)), rel=0.01)
 
@@ -43,7 +43,7 @@ def test_a_temperature_is_where_the_loss_is_least() -> None:
 def test_a_network_that_is_always_right_is_not_infinitely_sure() -> None:
     labels = torch.arange(40) % 2
     right = Predictions(2 * torch.nn.functional.one_hot(labels, 2).float(), labels)
-    softened = right.soften(fit_temperature(right))
+    softened = right.apply_temperature(fit_temperature(right))
     assert 0.95 < softened.probabilities.max() < 0.999  # one in 41 may be otherwise
 
 
@@ -53,7 +53,9 @@ def test_calibration_helps_on_images_that_did_not_fit_it() -> None:
     facts = calibration.facts
     assert calibration.temperature == fit_temperature(val)
     assert facts["loss"] == test.loss
-    assert facts["loss_calibrated"] == test.soften(calibration.temperature).loss < 0.8 * facts["loss"]
+    assert (
+        facts["loss_calibrated"] == test.apply_temperature(calibration.temperature).loss < 0.8 * facts["loss"]
+    )
     assert facts["ece_calibrated"] < 0.5 * facts["ece"]
     assert facts["same_images"] is False
 
@@ -61,9 +63,9 @@ def test_calibration_helps_on_images_that_did_not_fit_it() -> None:
 def test_images_that_fit_a_temperature_do_not_judge_their_own() -> None:
     val = draw(60, 4, 4.0)
     facts = calibrate(val, None).facts
-    own = val.soften(fit_temperature(val)).loss
+    own = val.apply_temperature(fit_temperature(val)).loss
     assert facts["same_images"] is True
-    assert own < facts["loss_calibrated"] == calibrate_apart(val).loss < facts["loss"]
+    assert own < facts["loss_calibrated"] == calibrate_cross_fitted(val).loss < facts["loss"]
 
 
 def test_a_temperature_that_does_not_help_is_not_used() -> None:

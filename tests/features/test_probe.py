@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.errors import DataError
 from finetune.features import probe
-from finetune.features.probe import CLASSIFIERS, Draw, ProbeResult, draw_parts, probe_layer
+from finetune.features.probe import CLASSIFIERS, ProbeResult, ProbeSplit, draw_probe_split, probe_layer
 from finetune.features.rows import MemoryRows
 from finetune.features.solvers import fit
 from finetune.features.transferability import classify
@@ -26,11 +26,11 @@ def draw_layer(labels: Tensor, width: int, noise: float, seed: int = 0) -> Memor
     return MemoryRows(centres[labels] + noise * torch.randn(len(labels), width, generator=generator))
 
 
-def draw_all(labels: Tensor, per_class: int, repeats: int) -> list[Draw]:
-    return [draw_parts(labels, CLASSES, per_class, 0, repeat) for repeat in range(repeats)]
+def draw_all(labels: Tensor, per_class: int, repeats: int) -> list[ProbeSplit]:
+    return [draw_probe_split(labels, CLASSES, per_class, 0, repeat) for repeat in range(repeats)]
 
 
-def run(rows: MemoryRows, labels: Tensor, draws: Sequence[Draw]) -> list[ProbeResult]:
+def run(rows: MemoryRows, labels: Tensor, draws: Sequence[ProbeSplit]) -> list[ProbeResult]:
     return probe_layer(rows, labels, len(CLASSES), draws, CLASSIFIERS, lambda: None)
 
 
@@ -39,7 +39,7 @@ def run(rows: MemoryRows, labels: Tensor, draws: Sequence[Draw]) -> list[ProbeRe
 
 def test_a_draw_takes_so_many_of_each_class_and_leaves_the_rest() -> None:
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 6)
-    draw = draw_parts(labels, CLASSES, 5, 0, 0)
+    draw = draw_probe_split(labels, CLASSES, 5, 0, 0)
     assert labels[draw.train].bincount().tolist() == [5, 5, 5]
     assert sorted([*draw.train.tolist(), *draw.test.tolist()]) == list(range(34))
 
@@ -47,11 +47,11 @@ def test_a_draw_takes_so_many_of_each_class_and_leaves_the_rest() -> None:
 def test_draws_differ_by_seed_and_repeat_alone() -> None:
     labels = torch.arange(3).repeat(20)
     state = torch.random.get_rng_state()
-    one = draw_parts(labels, CLASSES, 5, 0, 0)
-    same = draw_parts(labels, CLASSES, 5, 0, 0)
+    one = draw_probe_split(labels, CLASSES, 5, 0, 0)
+    same = draw_probe_split(labels, CLASSES, 5, 0, 0)
     assert one.train.equal(same.train)
     assert one.test.equal(same.test)
-    others = [draw_parts(labels, CLASSES, 5, 0, 1), draw_parts(labels, CLASSES, 5, 1, 0)]
+    others = [draw_probe_split(labels, CLASSES, 5, 0, 1), draw_probe_split(labels, CLASSES, 5, 1, 0)]
     assert all(not other.train.equal(one.train) for other in others)
     assert torch.random.get_rng_state().equal(state)
 
@@ -59,20 +59,20 @@ def test_draws_differ_by_seed_and_repeat_alone() -> None:
 def test_more_than_a_class_has_is_refused() -> None:
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 6)
     with pytest.raises(DataError, match=r"--per-class 6: class 'owl' has 6") as refusal:
-        draw_parts(labels, CLASSES, 6, 0, 0)
+        draw_probe_split(labels, CLASSES, 6, 0, 0)
     assert "--per-class 5 at most" in refusal.value.fix
-    assert len(draw_parts(labels, CLASSES, 5, 0, 0).test) == 19
+    assert len(draw_probe_split(labels, CLASSES, 5, 0, 0).test) == 19
 
 
 def test_a_class_of_one_image_is_refused() -> None:
     with pytest.raises(DataError, match="class 'dog' has 1") as refusal:
-        draw_parts(torch.tensor([0, 0, 0, 1, 2, 2]), CLASSES, 1, 0, 0)
+        draw_probe_split(torch.tensor([0, 0, 0, 1, 2, 2]), CLASSES, 1, 0, 0)
     assert "Add images of this class" in refusal.value.fix
 
 
 def test_one_class_is_refused() -> None:
     with pytest.raises(DataError, match="only one class"):
-        draw_parts(torch.zeros(9, dtype=torch.int64), ["cat"], 2, 0, 0)
+        draw_probe_split(torch.zeros(9, dtype=torch.int64), ["cat"], 2, 0, 0)
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_each_classifier_is_judged_by_the_mean_over_classes() -> None:
 def test_a_class_without_test_images_is_left_out() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 0, 0, 1, 1])
     rows = MemoryRows(torch.eye(3)[labels])
-    draw = Draw(torch.arange(5), torch.arange(5, 9), 0)
+    draw = ProbeSplit(torch.arange(5), torch.arange(5, 9), 0)
     assert [result.mean for result in run(rows, labels, [draw])] == [1.0] * 4
 
 
@@ -139,7 +139,7 @@ def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_labels_of_test_images_are_for_judging_only() -> None:
     """Turned labels of test images turn what is right, and nothing else."""
     labels = torch.arange(2).repeat(20)
-    rows, draws = draw_layer(labels, 6, 1.0), [draw_parts(labels, CLASSES[:2], 6, 0, 0)]
+    rows, draws = draw_layer(labels, 6, 1.0), [draw_probe_split(labels, CLASSES[:2], 6, 0, 0)]
     turned = labels.clone()
     turned[draws[0].test] = 1 - turned[draws[0].test]
     ours = probe_layer(rows, labels, 2, draws, CLASSIFIERS, lambda: None)
