@@ -179,7 +179,7 @@ def test_classes_are_known_by_name_not_by_place(
     assert result.exit_code == 0, result.output
     before = json.loads((runs[0] / "metrics.json").read_text())
     assert json.loads(result.stdout)["trained_on"] is None  # a folder without its run tells nothing
-    assert "is not known" in (tmp_path / "out" / "report.html").read_text()
+    assert "images are unknown" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads(result.stdout)["loss"] == pytest.approx(before["loss"], abs=1e-4)
     result = cli("evaluate", runs[0], other, "-d", data / "test", "-o", tmp_path / "both", "--json")
     together = json.loads(result.stdout)
