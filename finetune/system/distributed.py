@@ -34,13 +34,7 @@ _FAILURE_SECONDS = 3.0
 """How long a process waits for the reason of another process that has just failed."""
 _SOURCE_LOCATION = re.compile(r"\[[^\]]*\.(cc|cpp|h):\d+\] ?")
 """The line of torch's C++ source at the beginning of its messages."""
-_PEER_FAILURES = (
-    "gloo",
-    "NCCL",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-)
+_PEER_ERRORS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 """Fragments of the RuntimeErrors that torch raises when another process is gone or does not answer."""
 
 
@@ -323,7 +317,7 @@ def is_peer_failure(error: BaseException) -> bool:
     """Return whether an error says that another process is gone or does not answer."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_FAILURES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_ERRORS)
 
 
 def join_distributed(device: str, timeout: float) -> Distributed:
