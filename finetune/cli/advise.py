@@ -88,7 +88,7 @@ def _print(advice: Advice) -> None:
     for size in SIZES:
         for column in SIMILARITIES:
             mark = "->" if (size, column) == (decision.size, decision.similarity) else "  "
-            typer.echo(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].words}")
+            typer.echo(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].description}")
     typer.echo()
     rows = [
         [one.layer, f"{one.num_features:,}", f"{one.neighbours:.3f}", f"{one.accuracy:.3f}"]
@@ -114,7 +114,7 @@ def _print_plan(advice: Advice) -> None:
         [
             row.group,
             row.stage.name,
-            "solved" if solved and row.trained else f"{row.rate:g}" if row.trained else "frozen",
+            "solved" if solved and row.trained else f"{row.lr:g}" if row.trained else "frozen",
         ]
         for row in advice.plan.rows
     ]

@@ -145,9 +145,9 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     if recipe.advise.verify:
         decision, verified = verify(recipe, evidence, decision, display)
     settings = recipe.strategy.model_copy(update=dict(decision.keys))
-    rate = recipe.training.lr
-    rate = BASE_LRS[recipe.training.optimizer] if rate == "auto" else rate
-    plan = lay_plan(network.backbone.network, network.backbone.stages, settings, rate, recipe.training.epochs)
+    lr = recipe.training.lr
+    lr = BASE_LRS[recipe.training.optimizer] if lr == "auto" else lr
+    plan = lay_plan(network.backbone.network, network.backbone.stages, settings, lr, recipe.training.epochs)
     return Advice(
         network.backbone.card.name,
         evidence,
@@ -175,7 +175,7 @@ def _measure(
     labels = torch.tensor([samples[index].label for index in usable.tolist()])
     num_classes = dataset.num_classes
     neighbours, hits = [], []
-    with display.track("judging layers", 2 * len(features.layers) + 1) as advance:
+    with display.track("measuring layers", 2 * len(features.layers) + 1) as advance:
         for rows in features.rows:
             neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
             advance(1, "")

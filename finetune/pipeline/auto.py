@@ -32,11 +32,11 @@ def choose_strategy(recipe: Recipe, output: Path | None, display: Display) -> tu
     """
     for key in _DECIDED:
         if (value := getattr(recipe.strategy, key)) != getattr(StrategySettings(), key):
-            found = "--strategy auto decides that itself"
+            found = "--strategy auto sets this key itself"
             raise UsageError(f"strategy.{key}={value}", found, "Drop the key, or name the strategy.")
     if recipe.strategy.head != "replace":
-        found = "--strategy auto puts a new linear classifier on the network as it is"
-        fix = "Name the strategy: --strategy top, say."
+        found = "--strategy auto puts a new linear classifier on the unchanged network"
+        fix = "Name a strategy, for example --strategy top."
         raise UsageError(f"strategy.head={recipe.strategy.head}", found, fix)
     before = _read_keys(output)
     if before is not None:
@@ -90,6 +90,6 @@ def write_advice(advice: Advice, folder: Path) -> None:
     }
     chance = 1 / advice.evidence.num_classes
     draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
-    cells: dict[tuple[str, str], str] = {place: cell.words for place, cell in CELLS.items()}
+    cells: dict[tuple[str, str], str] = {place: cell.description for place, cell in CELLS.items()}
     place = (advice.decision.size, advice.decision.similarity)
     draw_strategy_matrix(folder / "matrix.png", cells, place, "Which strategy")

@@ -25,7 +25,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.device import release_memory
 from finetune.system.distributed import Distributed
-from finetune.training.trunk import Choice, FeatureLoader, choose_split, find_reason_against
+from finetune.training.trunk import FeatureLoader, SplitChoice, choose_split, find_reason_against
 from pretrained.graph.cuts import Cut
 from pretrained.graph.split import SplitNetwork
 
@@ -59,16 +59,16 @@ def open_loaders(context: FitContext, frozen: Mapping[str, str]) -> Iterator[Dat
     with ExitStack() as stack:
         factory = LoaderFactory(context, stack)
         choice = _choose_together(context, factory.cache_dir)
-        if choice.words:
-            context.display.say(f"trunk: {choice.words}")
+        if choice.reason:
+            context.display.say(f"trunk: {choice.reason}")
         loaders = None
         if choice.split is not None:
             loaders, fault = _try_to_keep(factory, choice.split, frozen)
             if fault is not None:
                 words = context.distributed.share(partial(_describe_failure, fault, context.folder))
-                choice = Choice(None, words)
+                choice = SplitChoice(None, words)
                 context.display.warn(words)
-        if choice.words and context.distributed.is_main:
+        if choice.reason and context.distributed.is_main:
             context.folder.write_trunk(_describe(choice))
         # Beside kept features, images are only looked at to compare: starting processes would take longer.
         images = {part: factory.loader(part, here=loaders is not None) for part in context.splits}
@@ -179,34 +179,34 @@ def _passes(context: FitContext) -> Iterator[tuple[Split, int]]:
             yield part, view
 
 
-def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> Choice:
+def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> SplitChoice:
     """Let the main process choose, and every other one cut at the same place."""
     distributed = context.distributed
-    own = Choice(None, "")
+    own = SplitChoice(None, "")
     if distributed.is_main:
         own = _choose(context, cache_dir, RunReader(context.folder, tolerant=True).trunk)
     said = distributed.share(lambda: _describe(own))
     choice = own if distributed.is_main else _choose(context, cache_dir, said)
     if _describe(choice)["cut"] != said["cut"]:
         asked = f"cutting the network at {said['cut']}, as the main process does"
-        raise InternalError(asked, choice.words, "Please report this with the backbone's name.")
+        raise InternalError(asked, choice.reason, "Please report this with the backbone's name.")
     return choice
 
 
-def _describe(choice: Choice) -> dict[str, Any]:
-    return {"cut": choice.split.cut.name if choice.split else None, "reason": choice.words}
+def _describe(choice: SplitChoice) -> dict[str, Any]:
+    return {"cut": choice.split.cut.name if choice.split else None, "reason": choice.reason}
 
 
-def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str, Any]) -> Choice:
+def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str, Any]) -> SplitChoice:
     """Cut the network, at the place that an earlier attempt took where there was one."""
     setup = context.setup
     reason = find_reason_against(setup.recipe, setup.plan)
     if reason is None and any(sample.path not in context.digests for sample in context.dataset.samples):
-        reason = "every epoch runs the whole network: some images are lost"
+        reason = "every epoch runs the whole network: some images can no longer be read"
     if reason is not None:
-        return Choice(None, reason)
+        return SplitChoice(None, reason)
     if before and before.get("cut") is None:
-        return Choice(None, str(before.get("reason", "")))
+        return SplitChoice(None, str(before.get("reason", "")))
     precision = setup.recipe.training.precision
     assert precision != "auto"
     return choose_split(
@@ -222,7 +222,11 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
 def _find_obstacle(context: FitContext, cache_dir: FeatureCacheDir, before: str | None, cut: Cut) -> str:
     """Say why a cut's features cannot be kept; nothing where they can, or are there already."""
     if before is not None:
-        return "" if cut.name == before else f"no part in this run, which was cut at {before} before"
+        return (
+            ""
+            if cut.name == before
+            else f"another place than {before}, where an earlier attempt cut the network"
+        )
     each = row_bytes(cut.numel, context.setup.recipe.cache.dtype)
     total = sum(len(context.dataset.of(part)) for part, _ in _passes(context)) * each
     obstacle = cache_dir.find_obstacle(total)
@@ -237,9 +241,9 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
     """
     found = error.found if isinstance(error, DataError) else error.strerror or str(error)
     if RunReader(folder, tolerant=True).trunk.get("cut") is not None:
-        fix = "Make room for them (`finetune cache clear`), and give the same command again."
-        raise DiskError(f"going on with {folder.path}, which learns from kept features", found, fix)
-    return f"features cannot be kept ({found}); every epoch runs the whole network"
+        fix = "Free some space (`finetune cache clear`), and run the same command again."
+        raise DiskError(f"resuming {folder.path}, which trains on cached features", found, fix)
+    return f"features cannot be cached ({found}); every epoch runs the whole network"
 
 
 def _try_to_keep(
@@ -312,8 +316,10 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
     for sample in samples:
         with suppress(OSError), context.dataset.file(sample).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != context.digests[sample.path]:
-                fix = "Leave the images alone while a run begins, and start again."
-                raise DataError(f"reading {sample.path}", f"{sample.path} was changed meanwhile", fix)
+                fix = "Do not change images while a run starts, and run the command again."
+                raise DataError(
+                    f"reading {sample.path}", f"{sample.path} changed while the run was starting", fix
+                )
 
 
 def _describe_trunk(
@@ -356,8 +362,8 @@ def _say_kept(kept: KeptRows, split: SplitNetwork, num_views: int) -> None:
     each = row_bytes(split.packing.numel, kept.dtype)
     total = kept.num_computed + kept.num_found
     views = f"{num_views} views of each training image, " if num_views > 1 else ""
-    found = f", {kept.num_found:,} of them found from before" if kept.num_found else ""
+    found = f", {kept.num_found:,} of them from an earlier run" if kept.num_found else ""
     kept.display.say(
-        f"features kept: {views}{total:,} in all, {each / 1e3:,.0f} KB each, {total * each / 1e6:,.0f} MB"
+        f"features cached: {views}{total:,} in all, {each / 1e3:,.0f} KB each, {total * each / 1e6:,.0f} MB"
         f"{found}"
     )

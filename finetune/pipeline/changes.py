@@ -87,7 +87,7 @@ class RunChanges:
         if images_changed := find_changed_images(claim.folder, images, excused):
             changes.append(f"images: {images_changed}")
         if WEIGHTS in find_changed_environment(claim.folder, self.environment):
-            changes.append("weights: the file has another content")
+            changes.append("weights: the content of the file changed")
         return changes
 
 
@@ -99,14 +99,14 @@ def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Displ
     """
     if not changes:
         return
-    found = f"it is not the run that was begun there ({'; '.join(changes)})"
+    found = f"the data, the weights or the recipe changed since the last attempt ({'; '.join(changes)})"
     if not allow_changed:
         fix = (
-            "Put everything back as it was, start a new run with another --output, "
-            "or add --allow-changed to go on all the same."
+            "Undo the changes, start a new run with another --output, "
+            "or add --allow-changed to resume with them."
         )
-        raise DataError(f"going on with {claim.folder.path}", found, fix)
-    display.warn(f"{found}; going on all the same, as --allow-changed says")
+        raise DataError(f"resuming {claim.folder.path}", found, fix)
+    display.warn(f"{found}; the run resumes, because of --allow-changed")
 
 
 def warn_of_versions(claim: Claim, environment: dict[str, Any], display: Display) -> None:
@@ -118,4 +118,6 @@ def warn_of_versions(claim: Claim, environment: dict[str, Any], display: Display
         if key != WEIGHTS and key not in _HARMLESS
     ]
     if lines:
-        display.warn(f"going on under other versions or hardware ({'; '.join(lines)}): last bits may differ")
+        display.warn(
+            f"resuming with other versions or hardware ({'; '.join(lines)}): the last bits may differ"
+        )

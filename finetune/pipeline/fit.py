@@ -1,10 +1,10 @@
-"""From a plan to a network with figures: trained by epochs, or a linear classifier solved to its optimum.
+"""Fit the network of a run: train it by epochs, or solve a linear classifier to its optimum.
 
 ::
 
-    strategy.features        solved on kept features, no epochs
-    strategy.probe_first     the head begins as that solution
-    strategy.floor           a solution that training must beat on validation, or it is handed over instead
+    strategy.features        a linear classifier is solved on cached features, without epochs
+    strategy.probe_first     the head is initialised with a solved classifier before training
+    strategy.floor           a solved classifier that replaces training if it is better on validation
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from pretrained.backbone import Backbone
 
 @dataclass(frozen=True)
 class FitResult:
-    """A network that is done, and what it says.
+    """A fitted network and its predictions.
 
     Attributes:
-        backbone: network and card, as they are handed over.
-        predictions: of the judged part, uncalibrated.
-        val: of the validation part, where that is another one.
-        images: (B, 3, H, W) its first images, on the device.
-        precision: of the forward pass that the predictions come from.
-        dtype: of the features that they come from.
-        facts: for ``metrics.json``.
+        backbone: fitted network and its card.
+        predictions: uncalibrated predictions on the evaluated split (test, or val if there is no test split).
+        val: predictions on the validation split; None if that is the evaluated split.
+        images: (B, 3, H, W) first images of the evaluated split, on the device.
+        precision: precision of the forward pass that gave the predictions.
+        dtype: precision of the cached features that gave the predictions.
+        facts: entries for ``metrics.json``.
     """
 
     backbone: Backbone
@@ -68,7 +68,7 @@ class FitResult:
 
 
 def fit_network(context: FitContext) -> FitResult:
-    """Solve, or train, as the strategy says: in every process alike."""
+    """Solve or train, as the strategy says; every rank calls this."""
     setup, strategy = context.setup, context.setup.recipe.strategy
     if strategy.features is not None:
         digests = digest_frozen(setup.backbone.network, setup.plan)
@@ -80,15 +80,17 @@ def fit_network(context: FitContext) -> FitResult:
     trained, val = _train(context, solutions["last"] if strategy.probe_first else None)
     if floor is None or _beats(val, floor.predictions["val"]):
         return trained
-    gave = f"training gave {val.accuracy:.4f} on validation, and {floor.words} gave"
-    context.display.say(f"{gave} {floor.predictions['val'].accuracy:.4f}: the classifier is handed over")
+    context.display.say(
+        f"validation accuracy is {val.accuracy:.4f} after training, and "
+        f"{floor.predictions['val'].accuracy:.4f} for {floor.description}: the linear classifier is taken"
+    )
     backbone = reload_backbone(setup, context.dataset.classes, context.distributed)
     place_network(backbone.network, setup.placement)
     return _hand_over(context, floor, backbone)
 
 
 def _choices(strategy: StrategySettings) -> list[str]:
-    """Return the features that a linear classifier is solved on beside training, without repetition."""
+    """Return the feature choices that need a solved classifier beside training, without duplicates."""
     asked = ["last" if strategy.probe_first else None, strategy.floor]
     return list(dict.fromkeys(choice for choice in asked if choice is not None))
 
@@ -104,12 +106,12 @@ def _solve(context: FitContext, choice: str) -> LinearHead:
     with context.clock.phase("solve"):
         solution = solve_head(context, choice)
     accuracy = solution.predictions["val"].accuracy
-    context.display.say(f"{solution.words}: {accuracy:.4f} on validation")
+    context.display.say(f"{solution.description}: validation accuracy {accuracy:.4f}")
     return solution
 
 
 def _hand_over(context: FitContext, solution: LinearHead, backbone: Backbone) -> FitResult:
-    """Put a solution on a pretrained backbone."""
+    """Build the result from a solved classifier on a pretrained backbone."""
     setup = replace(context.setup, backbone=backbone)
     dataset, part = context.dataset, context.dataset.eval_split
     solved = build_solved(setup, solution)
@@ -129,7 +131,7 @@ def _hand_over(context: FitContext, solution: LinearHead, backbone: Backbone) ->
 
 
 def _take_first_images(context: FitContext, loader: ImageLoader) -> Tensor:
-    """Return the first images of a loader on the device, the same ones in every process."""
+    """Return the first images of a loader on the device; they are the same on every rank."""
 
     def take() -> Tensor:
         return next(loader.batches()).images[:FEW].cpu()
@@ -144,11 +146,11 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
     """Train by epochs, and evaluate the network of the best one.
 
     Args:
-        context: of the run.
-        first: that the head begins as.
+        context: the running attempt.
+        first: solved classifier that initialises the head; None for a random head.
 
     Returns:
-        What is handed over, and the predictions on the validation split.
+        The result of the run, and the predictions on the validation split.
     """
     setup, dataset, clock, distributed = context.setup, context.dataset, context.clock, context.distributed
     network, recipe = setup.backbone.network, setup.recipe
@@ -163,15 +165,15 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
             if not recipe.strategy.starts_random:  # random features are not worth measuring
                 trainer.standardize_head(keep=keeps_head)
         if recipe.training.sync_batch_norm and distributed.size > 1:
-            synchronize_batch_norm(network)  # not before features are measured by one
-        distributed.wait()  # one machine may have been faster
+            synchronize_batch_norm(network)  # after rank 0 measured the features alone
+        distributed.wait()  # machines may differ in speed
         with clock.phase("train"), context.stop.gently():
             trainer.fit()
         if distributed.is_main:
             context.claim.check_owner()
         check_frozen(trainer.judged, setup.plan, digests)
         with clock.phase("evaluate"):
-            of_best = trainer.predictions  # nothing is computed twice
+            of_best = trainer.predictions  # already computed during training
             judged = of_best if part == "val" else evaluate(trainer, loaders.batches[part], context.display)
         images = _take_first_images(context, loaders.images[part])
     result = FitResult(
@@ -187,7 +189,7 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
 
 
 def _start_head(network: nn.Module, first: LinearHead | None) -> bool:
-    """Let the head begin as a linear classifier that was solved; false where it cannot hold one."""
+    """Initialise the head with a solved classifier; return False if it has no layer of that shape."""
     head = find_plain_head(network, first) if first is not None else None
     if head is None or first is None:
         return False
@@ -227,12 +229,12 @@ def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
 
 
 def _find_start(context: FitContext, store: CheckpointStore, steps: int) -> Checkpoint | None:
-    """Return where an earlier attempt was; at the start of an epoch where anything has changed since."""
+    """Return the checkpoint to resume from, moved to the start of its epoch if anything changed since."""
     start = store.load(context.display.warn)
     if start is None and context.claim.attempt > 1:
-        context.display.say("no checkpoint was written before: training begins anew")
-    # Steps as well: after a kill in between, the next attempt finds nothing changed.
+        context.display.say("there is no checkpoint yet: training starts from the beginning")
+    # Compare the steps too: after a kill between the two writes, `changed` is false on the next attempt.
     if start is not None and (context.changed or start.now.progress.steps_per_epoch != steps):
         start = restart_epoch(start, steps)
-        store.save(start)  # the next attempt finds nothing changed, and must not go on inside of an epoch
+        store.save(start)  # the next attempt sees no change, and must not resume inside the epoch
     return start

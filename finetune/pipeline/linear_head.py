@@ -1,13 +1,13 @@
-"""A linear classifier on kept features, solved to its optimum, as a network that can be judged and exported.
+"""A linear classifier on cached features, solved to its optimum and put on the backbone for export.
 
 ::
 
     strategy.features    last | best | all | a layer's name
-      -> layers          best: of the highest cross-validated accuracy on training images
+      -> layers          best: the one with the highest cross-validated accuracy on training images
       -> linear head     regularisation by cross-validation on training images, solved by L-BFGS
-      -> network         the backbone's own with this head, or a StageClassifier where other layers are read
+      -> network         the backbone with this head, or a StageClassifier if it reads other layers
 
-Validation images choose nothing here.
+No choice here uses validation images.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from pretrained.stage_classifier import StageClassifier
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A linear classifier and what it says.
+    """A solved linear classifier and its predictions.
 
     Attributes:
-        layers: whose features it reads, side by side.
-        is_last: they are what the backbone's own classifier reads.
-        classifier: on the features as they are; its tensors lie on the CPU.
-        predictions: of validation and test images.
+        layers: layers whose features it reads, concatenated.
+        is_last: whether these are the features that the backbone's own classifier reads.
+        classifier: weights for unscaled features, on the CPU.
+        predictions: predictions on the val and test splits.
     """
 
     layers: tuple[Layer, ...]
@@ -52,27 +52,29 @@ class LinearHead:
     predictions: Mapping[Split, Predictions]
 
     @property
-    def words(self) -> str:
-        """``a linear classifier on layer3 (1,024 numbers, C = 0.1)``."""
+    def description(self) -> str:
+        """One line for the user: ``a linear classifier on layer3 (1,024 features, C = 0.1)``."""
         names = ", ".join(layer.name for layer in self.layers)
-        shape = f"{self.classifier.weight.shape[1]:,} numbers, C = {self.classifier.strength:.3g}"
+        shape = f"{self.classifier.weight.shape[1]:,} features, C = {self.classifier.strength:.3g}"
         return f"a linear classifier on {names} ({shape})"
 
 
 def solve_head(context: FitContext, choice: str) -> LinearHead:
-    """Solve a linear classifier on features of training images: all processes compute them, one solves.
+    """Solve a linear classifier on features of training images.
+
+    All ranks compute the features; rank 0 solves.
 
     Args:
-        context: of a run whose backbone is pretrained.
-        choice: ``last``, ``best``, ``all`` or a layer's name.
+        context: the running attempt; its backbone is pretrained.
+        choice: ``last``, ``best``, ``all`` or the name of a layer.
 
     Raises:
-        DataError: an image cannot be read any more.
+        DataError: an image can no longer be read.
     """
     setup, backbone = context.setup, context.setup.backbone
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
-    dataset = _find_left(context)
+    dataset = _drop_lost(context)
     source = Source(
         Network(backbone, setup.placement, layers),
         dataset,
@@ -89,8 +91,8 @@ def solve_head(context: FitContext, choice: str) -> LinearHead:
         return context.distributed.share(lambda: _solve(source, features, choice))
 
 
-def _find_left(context: FitContext) -> Dataset:
-    """Return the images without those that an earlier attempt has lost."""
+def _drop_lost(context: FitContext) -> Dataset:
+    """Return the dataset without the images that an earlier attempt could not read."""
     lost = {one.path for one in context.dataset.samples if one.path not in context.digests}
     return context.dataset.without(lost)
 
@@ -100,7 +102,7 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
     total = 1 + (len(features.layers) if choice == "best" else 0)
     with source.display.track("solving linear classifiers", total) as advance:
         chosen = _choose(features, dataset, choice, seed, lambda: advance(1, ""))
-        rows = _beside(features, chosen)
+        rows = _concat_rows(features, chosen)
         indices = _indices_of(dataset, "train")
         labels = _labels(dataset, indices)
         classifier = fit(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
@@ -115,14 +117,14 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
 def _refuse_lost(features: Features) -> None:
     if features.lost:
         found = "; ".join(f"{path} ({reason})" for path, reason in features.lost.items())
-        fix = "Restore or remove the file, and start again."
+        fix = "Restore or remove the file, and run the command again."
         raise DataError("reading an image that was readable before", found, fix)
 
 
 def _choose(
     features: Features, dataset: Dataset, choice: str, seed: int, on_done: Callable[[], None]
 ) -> tuple[Layer, ...]:
-    """Take the stage of the highest cross-validated accuracy for ``best``; of equals, the last."""
+    """Return the layers to read; ``best`` is the stage of highest cross-validated accuracy (last of equals)."""
     if choice != "best":
         return features.layers
     indices = _indices_of(dataset, "train")
@@ -136,7 +138,7 @@ def _choose(
     return (features.layers[best],)
 
 
-def _beside(features: Features, chosen: Sequence[Layer]) -> Rows:
+def _concat_rows(features: Features, chosen: Sequence[Layer]) -> Rows:
     rows = [features.rows[features.layers.index(layer)] for layer in chosen]
     return rows[0] if len(rows) == 1 else ConcatRows(rows)
 
@@ -159,7 +161,7 @@ def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: S
 
 
 def find_plain_head(network: nn.Module, solution: LinearHead) -> nn.Linear | nn.Conv2d | None:
-    """Return the network's own classifier layer, where it can hold a solution."""
+    """Return the network's own classifier layer if its shape fits the solved classifier."""
     layers = classifier_layers(network)
     if not solution.is_last or len(layers) != 1 or layers[0].bias is None:
         return None
@@ -169,14 +171,14 @@ def find_plain_head(network: nn.Module, solution: LinearHead) -> nn.Linear | nn.
 
 @torch.no_grad()
 def fill_head(layer: nn.Linear | nn.Conv2d, solution: LinearHead) -> None:
-    """Put a solution into a classifier layer."""
+    """Copy a solved classifier into a layer of the same shape."""
     assert layer.bias is not None
     layer.weight.copy_(solution.classifier.weight.view_as(layer.weight))
     layer.bias.copy_(solution.classifier.bias)
 
 
 def build_solved(setup: RunSetup, solution: LinearHead) -> Backbone:
-    """Return the pretrained backbone with a solution as its classifier, in eval mode."""
+    """Return the pretrained backbone with the solved classifier, in eval mode."""
     backbone = setup.backbone
     head = find_plain_head(backbone.network, solution)
     if head is not None:
@@ -197,7 +199,7 @@ def build_solved(setup: RunSetup, solution: LinearHead) -> Backbone:
 
 @torch.no_grad()
 def _drop_head(network: nn.Module) -> None:
-    """Leave the least of a classifier that nothing reaches: one class, of zeros."""
+    """Replace the unused classifier by the smallest one: a single class with zero weights."""
     change_head(network, 1, "replace")
     for layer in classifier_layers(network):
         for parameter in layer.parameters():

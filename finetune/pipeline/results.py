@@ -1,4 +1,4 @@
-"""The figures of a finished run, and the files that hold them."""
+"""The metrics of a finished run: computing, checking and reporting them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Advance, Display
 from finetune.system.forward import autocast
-from finetune.targets import (
-    to_probabilities,
-)
+from finetune.targets import to_probabilities
 from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
 
 
-def evaluate(trainer: Trainer, feed: BatchLoader, display: Display) -> Predictions:
-    """Predict the judged part with the judged network."""
+def evaluate(trainer: Trainer, loader: BatchLoader, display: Display) -> Predictions:
+    """Predict the evaluated split with the network that the trainer selected."""
     forward = trainer.task.forward(trainer.judged)
-    with display.track("evaluating", len(feed.samples)) as advance:
+    with display.track("evaluating", len(loader.samples)) as advance:
         on_batch = partial(_advance, advance)
-        return predict(trainer.judged, feed, trainer.precision, on_batch, forward, trainer.distributed)
+        return predict(trainer.judged, loader, trainer.precision, on_batch, forward, trainer.distributed)
 
 
 def _advance(advance: Advance, done: int) -> None:
@@ -42,35 +40,36 @@ def _advance(advance: Advance, done: int) -> None:
 def check_figures(
     network: nn.Module, predictions: Predictions, images: Tensor, precision: Precision, dtype: Precision
 ) -> None:
-    """Predict the first images once more, with the whole network as it is handed over, and compare.
+    """Predict the first images again with the whole exported network, and compare.
 
-    Figures come from kept features and from a classifier that sees standardised ones; neither may tell tales.
+    The metrics may come from cached features and from a classifier on standardised features. This check
+    shows that the exported network gives the same predictions.
 
     Args:
-        network: that is handed over.
-        predictions: the figures' own.
-        images: (B, 3, H, W) the first images of the same part.
-        precision: of the forward pass.
-        dtype: of the kept features.
+        network: network that will be exported.
+        predictions: predictions that the metrics were computed from.
+        images: (B, 3, H, W) first images of the same split.
+        precision: precision of the forward pass.
+        dtype: precision of the cached features.
 
     Raises:
-        InternalError: the whole network says something else.
+        InternalError: the probabilities differ by more than the tolerance.
     """
     with torch.inference_mode(), autocast(images.device, precision):
         whole = to_probabilities(network.eval()(images).float()).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
     most = max(METRICS_TOLERANCE[precision], METRICS_TOLERANCE[dtype])
     most = max(most, GPU_TOLERANCE) if images.is_cuda else most
-    if not difference <= most:  # so that NaN is refused as well
-        found = f"the whole network's probabilities differ from the figures' by up to {difference:.2g}"
+    if not difference <= most:  # also refuses NaN
+        found = f"the exported network's probabilities differ by up to {difference:.2g}"
         fix = "Run `finetune cache clear`, or set cache.trunk to false; and please report this."
-        raise InternalError("comparing figures and model", found, fix)
+        raise InternalError("comparing the exported model with the metrics", found, fix)
 
 
 def collect_metrics(
     setup: RunSetup, dataset: Dataset, summary: Summary, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return ``metrics.json`` but for the seconds: figures, and which images they come from."""
+    """Return the content of ``metrics.json`` without the times: metrics, and which images they come from."""
     return summary.metrics | {
         "split": dataset.eval_split,
         **facts,
@@ -82,7 +81,7 @@ def collect_metrics(
 
 
 def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
-    """Return what ``metrics.json`` says of epochs."""
+    """Return the entries of ``metrics.json`` about training by epochs."""
     seconds = sum(row["seconds"] for row in progress.history)
     num_seen = len(dataset.of("train")) * progress.epoch
     return {
@@ -102,9 +101,9 @@ def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
 
 
 def describe_solution(setup: RunSetup, dataset: Dataset, solution: LinearHead) -> dict[str, Any]:
-    """Return what ``metrics.json`` says of a linear classifier.
+    """Return the entries of ``metrics.json`` about a solved linear classifier.
 
-    Validation images chose it only where it is handed over instead of a training that it beat on them.
+    Validation images chose it only if it replaced a trained network (``strategy.floor``).
     """
     was_floor = setup.recipe.strategy.features is None
     val = solution.predictions["val"]
@@ -121,15 +120,15 @@ def describe_solution(setup: RunSetup, dataset: Dataset, solution: LinearHead) -
 
 
 def _mean_wait(progress: Progress) -> float:
-    """The share of the training time that was spent waiting for data."""
+    """Share of the training time that was spent waiting for data, in [0, 1]."""
     rows = progress.history
     waited = sum(row["seconds"] * row["data_wait_fraction"] for row in rows)
     return waited / max(sum(row["seconds"] for row in rows), 1e-9)
 
 
 def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
-    """Say the figures, what they are worth, and where everything is."""
-    how = "the epoch" if metrics["epochs"] else "between this and training"
+    """Report the metrics with their interval, and the paths of the run and the model."""
+    how = "the epoch" if metrics["epochs"] else "this classifier over the trained network"
     chosen = f" (which also chose {how})" if metrics["split_chose_checkpoint"] else ""
     came = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
     if not metrics["epochs"]:

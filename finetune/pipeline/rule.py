@@ -59,7 +59,7 @@ class Cell:
         keys: of the recipe's section ``strategy``, beside.
     """
 
-    words: str
+    description: str
     name: str
     chooses_features: bool = False
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -224,7 +224,9 @@ def _explain(evidence: Evidence, size: Size, similarity: Similarity, best: Candi
         bounds = f"similar from {SIMILAR_LEEP:g}, different under {DIFFERENT_LEEP:g}"
     else:
         likeness = f"the best earlier layer leads the last by {evidence.gap:+.3f} ± {evidence.gap_error:.3f}"
-        bounds = f"different over {GAP_ERRORS:g} standard errors; no classifier of 1,000 classes to ask"
+        bounds = (
+            f"different over {GAP_ERRORS:g} standard errors; the backbone has no classifier of 1,000 classes"
+        )
     judged = f"cross-validated accuracy {best.accuracy:.3f}"
     return (
         f"{size} data: {amount} ({limits[size]})",
@@ -254,19 +256,19 @@ def _find_changes(evidence: Evidence, size: Size, similarity: Similarity) -> lis
         needed = max(images, math.ceil(each * evidence.num_classes))
         cell = CELLS[larger, similarity]
         if cell != CELLS[size, similarity]:
-            changes.append(f"from {needed:,} training images on: {cell.words} ({cell.name})")
-    told = {CELLS[size, similarity].words}
+            changes.append(f"with {needed:,} training images or more: {cell.description} ({cell.name})")
+    told = {CELLS[size, similarity].description}
     for other in SIMILARITIES:
         cell = CELLS[size, other]
-        if cell.words not in told:
-            told.add(cell.words)
-            changes.append(f"{_bound(evidence, other)}: {cell.words} ({cell.name})")
+        if cell.description not in told:
+            told.add(cell.description)
+            changes.append(f"{_bound(evidence, other)}: {cell.description} ({cell.name})")
     return changes
 
 
 def _bound(evidence: Evidence, other: Similarity) -> str:
     if evidence.leep is None:
-        return f"data found {other}"
+        return f"if the data were {other}"
     bounds = {
         "similar": f"a normalised LEEP of {SIMILAR_LEEP:g} or more",
         "unsure": f"a normalised LEEP under {SIMILAR_LEEP:g}",
@@ -282,6 +284,6 @@ def _find_warnings(evidence: Evidence) -> list[str]:
     if best.accuracy > chance + CHANCE_ERRORS * error:
         return []
     return [
-        f"no linear classifier tells these labels apart better than chance (best {best.accuracy:.3f}, chance "
-        f"{chance:.3f}): look at the labels before anything is trained"
+        f"no linear classifier predicts these labels better than chance (best {best.accuracy:.3f}, chance "
+        f"{chance:.3f}): check the labels before you train"
     ]

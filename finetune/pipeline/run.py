@@ -1,9 +1,9 @@
-"""The main job: from a recipe to a finished run.
+"""``finetune run``: from a recipe to a finished run.
 
 ::
 
-    recipe -> dataset -> backbone -> plan -> training -> figures -> exported model
-              checked     loaded     shown   drawn       written    proved by loading it again
+    recipe -> dataset -> backbone -> plan -> training -> metrics -> exported model
+              checked    loaded      shown               written    verified by loading it again
 """
 
 from __future__ import annotations
@@ -68,24 +68,24 @@ def run(
     allow_changed: bool = False,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Run:
-    """Fine-tune as a recipe says, and leave everything in a folder.
+    """Fine-tune as a recipe says, and write all results into a run folder.
 
-    Every process of a run calls this with the same arguments. What one alone can decide, the main process
-    decides for all (:meth:`finetune.system.distributed.Distributed.share`); it alone writes.
+    Every rank calls this with the same arguments. Rank 0 makes the decisions and shares them
+    (:meth:`finetune.system.distributed.Distributed.share`); only rank 0 writes files.
 
     Args:
-        recipe: its "auto" values are decided here, and saved.
-        output: the run folder; by default ``runs/<time>-<backbone>-<strategy>``. A folder that holds this
-            very run goes on where it stopped.
-        display: what the user sees; nothing by default. Silent in all but the main process.
-        allow_changed: go on with a run that began with another recipe, other images or other weights.
-        distributed: the processes of the run.
+        recipe: recipe of the run; its "auto" values are resolved here and saved.
+        output: run folder; by default ``runs/<time>-<backbone>-<strategy>``. If it already holds this run,
+            the run resumes.
+        display: progress display; silent by default, and on all ranks but rank 0.
+        allow_changed: resume even if the recipe, the images or the weights changed.
+        distributed: ranks of the run.
 
     Returns:
-        The run, finished; its metrics are known to the main process alone.
+        The finished run. Its metrics are complete on rank 0 and may be empty on the others.
 
     Raises:
-        FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
+        FinetuneError: any refusal or failure, with its exit code (docs/errors.md).
     """
     display = display or SilentDisplay()
     clock = Clock()
@@ -136,7 +136,7 @@ def run(
 def _settle(
     recipe: Recipe, output: Path | None, display: Display, clock: Clock
 ) -> tuple[Recipe, dict[str, Any] | None]:
-    """Return the recipe with a backbone and a strategy, and the advice where that chose it."""
+    """Return the recipe with its backbone and strategy chosen, and the advice if that chose the strategy."""
     check_trackers(recipe.tracking.to)
     check_asked(recipe)
     recipe = name_backbone(recipe, output, display)
@@ -164,7 +164,7 @@ def _create_folder(path: Path, comparison: RunChanges) -> None:
 def _claim(
     path: Path, recipe: Recipe, comparison: RunChanges, allow_changed: bool, display: Display
 ) -> Claim:
-    """Take the folder, unless it holds another run than this one."""
+    """Claim the run folder; refuse if it holds a different run."""
 
     def check(claim: Claim) -> None:
         if recipe.strategy.features is None:
@@ -180,24 +180,24 @@ def _claim(
 
 
 def _refuse_without_checkpoints(claim: Claim) -> None:
-    """Refuse to make a finished run longer by training it all again."""
+    """Refuse to extend a finished run whose checkpoints are missing, since that would train it all again."""
     if claim.was_finished and not CheckpointStore(claim.folder.checkpoints).names():
-        found = "the checkpoints of the finished run are gone, and with them the way to make it longer"
-        fix = "Bring them back, or train again with another --output."
-        raise DataError(f"going on with {claim.folder.path}", found, fix)
+        found = "the checkpoints of the finished run are missing, so it cannot be trained for more epochs"
+        fix = "Restore them, or start a new run with another --output."
+        raise DataError(f"resuming {claim.folder.path}", found, fix)
 
 
 def _read_metrics(claim: Claim, comparison: RunChanges, display: Display) -> dict[str, Any] | None:
-    """Return those of a finished run; nothing where it has changed since, and going on is allowed."""
+    """Return the metrics of a finished run; None if it changed since and may resume."""
     folder = claim.folder
     if comparison.find_changes(claim):
         return None
     metrics = dict(RunReader(folder, tolerant=True).metrics)
     if not metrics:
-        fix = "Start it again with another --output."
-        raise DataError(f"--output {folder.path}", "its metrics.json is gone or damaged", fix)
-    said = f"{folder.path} holds this run already, finished, with an accuracy of {metrics['accuracy']:.4f}"
-    display.say(f"{said}; name another --output, or more --epochs, to train again")
+        fix = "Start a new run with another --output."
+        raise DataError(f"--output {folder.path}", "its metrics.json is missing or damaged", fix)
+    message = f"{folder.path} already holds this run, finished with accuracy {metrics['accuracy']:.4f}"
+    display.say(f"{message}; to train again, give another --output or more --epochs")
     return metrics
 
 
@@ -209,7 +209,7 @@ def _recorded(
     display: Display,
     distributed: Distributed,
 ) -> Iterator[None]:
-    """Keep the log, the outcome and the trackers of a run while the block runs: in the main process."""
+    """Write the log and the outcome, and keep the trackers open, while the block runs; on rank 0 only."""
     if not distributed.is_main:
         yield
         return
@@ -223,7 +223,7 @@ def _recorded(
 def _take_data(
     claim: Claim, setup: RunSetup, comparison: RunChanges, allow_changed: bool, display: Display
 ) -> tuple[Dataset, dict[str, str], bool, dict[str, int]]:
-    """Check the images, compare everything with an earlier attempt, and record what this one works with.
+    """Check the images, compare with an earlier attempt, and record the split and the environment.
 
     Returns:
         The usable images, sha256 of each by path, whether the data or the recipe changed since the last
@@ -259,14 +259,14 @@ def _show_plan(plan: Plan, folder: RunFolder, display: Display, is_solved: bool)
 
 
 def plan_cells(plan: Plan, is_solved: bool = False) -> list[list[str]]:
-    """Return a plan as a table of text for people; what is solved to its optimum has no rate."""
+    """Return a plan as table cells to display; stages that are solved show ``solved`` instead of an lr."""
     return [
         [
             row.group,
             row.stage.name,
             f"{row.num_parameters:,}",
             "yes" if row.trained else "-",
-            "solved" if is_solved and row.trained else f"{row.rate:g}",
+            "solved" if is_solved and row.trained else f"{row.lr:g}",
             row.norm,
         ]
         for row in plan.rows
@@ -277,7 +277,7 @@ def plan_cells(plan: Plan, is_solved: bool = False) -> list[list[str]]:
 
 
 def _write_results(context: FitContext, result: FitResult, seen: dict[str, int]) -> dict[str, Any]:
-    """Write figures, model and report; return the content of ``metrics.json``."""
+    """Write metrics, model and report; return the content of ``metrics.json``."""
     setup, dataset, clock, folder = context.setup, context.dataset, context.clock, context.folder
     with clock.phase("evaluate"):
         network = result.backbone.network
@@ -299,7 +299,7 @@ def _write_results(context: FitContext, result: FitResult, seen: dict[str, int])
 def _export(backbone: Backbone, folder: RunFolder, metrics: dict[str, Any], images: Tensor) -> None:
     export_model(backbone, backbone.network, folder.model, metrics)
     difference = measure_round_trip(backbone.network, folder.model, images)
-    if not difference <= ROUND_TRIP_TOLERANCE:  # so that NaN is refused as well
-        found = f"loaded again, its probabilities differ by up to {difference:.2g}"
+    if not difference <= ROUND_TRIP_TOLERANCE:  # also refuses NaN
+        found = f"after loading, its probabilities differ by up to {difference:.2g}"
         fix = "Do not use it; please report this with the backbone's name."
         raise InternalError(f"exporting {folder.model}", found, fix)

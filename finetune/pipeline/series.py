@@ -1,4 +1,4 @@
-"""Several runs that differ in one thing, their seed or their fold: a mean, and how far they lie apart."""
+"""Summary of several runs that differ only in seed or fold: mean and standard deviation of their metrics."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ def create_series_folder(output: Path) -> None:
         DiskError: it cannot be created.
     """
     if RunFolder(output).recipe.exists():
-        fix = "Name a new folder: each run of a series gets a folder of its own in it."
+        fix = "Name a new folder: it will hold one folder for each run of the series."
         raise UsageError(f"--output {output}", "it holds a single run", fix)
     create_folder(output)
-    for old in (output / "series.json", output / "series.csv"):  # of runs that may be made longer now
+    for old in (output / "series.json", output / "series.csv"):  # stale if the runs are extended
         old.unlink(missing_ok=True)
 
 
 def finish_series(output: Path, kind: str, runs: Mapping[str, Mapping[str, Any]], display: Display) -> Any:
-    """Write ``series.json`` and ``series.csv``, and say what the runs gave together.
+    """Write ``series.json`` and ``series.csv``, and report the mean.
 
     Args:
-        output: the folder of the series.
+        output: folder of the series.
         kind: ``repeats`` or ``folds``.
-        runs: content of each ``metrics.json``, by the name of its folder; at least two.
-        display: is told the mean.
+        runs: content of each ``metrics.json`` by folder name; at least two.
+        display: display that shows the table and the mean.
 
     Returns:
         The content of ``series.json``.
     """
-    figures = [name for name in SERIES_METRICS if all(run.get(name) is not None for run in runs.values())]
-    columns = ("run", *figures, "best_epoch", "seconds")
+    metrics = [name for name in SERIES_METRICS if all(run.get(name) is not None for run in runs.values())]
+    columns = ("run", *metrics, "best_epoch", "seconds")
     rows = [
-        (name, *(run[key] for key in figures), run["best_epoch"], run["seconds"]["total"])
+        (name, *(run[key] for key in metrics), run["best_epoch"], run["seconds"]["total"])
         for name, run in runs.items()
     ]
-    summary = summarize(figures, list(runs.values()))
+    summary = summarize_runs(metrics, list(runs.values()))
     series = {"kind": kind, "output": str(output), **summary}
     series["runs"] = [dict(zip(columns, row, strict=True)) for row in rows]
     write_csv(output / "series.csv", rows, columns)
     write_json(output / "series.json", series)
-    cells = [[name, *(f"{run[key]:.4f}" for key in figures)] for name, run in runs.items()]
-    display.table(("run", *figures), cells, numbers=figures)
+    cells = [[name, *(f"{run[key]:.4f}" for key in metrics)] for name, run in runs.items()]
+    display.table(("run", *metrics), cells, numbers=metrics)
     display.say(_sentence(kind, series), style="bold")
     return series
 
 
-def summarize(figures: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean and standard deviation (of a single run, n - 1) of some figures."""
-    values = {name: [float(run[name]) for run in runs] for name in figures}
+def summarize_runs(metrics: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean and sample standard deviation (n - 1) of each metric over the runs."""
+    values = {name: [float(run[name]) for run in runs] for name in metrics}
     return {
         "num_runs": len(runs),
         "split": runs[0]["split"],
@@ -76,10 +76,10 @@ def summarize(figures: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> dict
 
 def _sentence(kind: str, series: Mapping[str, Any]) -> str:
     number, spread = series["num_runs"], series["std"]["accuracy"]
-    # Folds share most of their training images: their deviation says less of the mean.
+    # Folds share most of their training images, so a standard error of the mean would be too small.
     of_mean = f"; of the mean {spread / math.sqrt(number):.4f}" if kind == "repeats" else ""
-    kindly = " (images that also chose the epoch)" if series["split_chose_checkpoint"] else ""
+    selection = " (images that also chose the epoch)" if series["split_chose_checkpoint"] else ""
     return (
         f"accuracy {series['mean']['accuracy']:.4f} +/- {spread:.4f} (mean and standard deviation of "
-        f"{number} {_KIND[kind]}s{of_mean}) on {series['split']}{kindly}"
+        f"{number} {_KIND[kind]}s{of_mean}) on {series['split']}{selection}"
     )

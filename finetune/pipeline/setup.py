@@ -83,7 +83,7 @@ def prepare(
         backbone = _load_backbone(recipe, card, found.classes, distributed)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
     if backbone.match.missing:
-        display.warn(f"{len(backbone.match.missing)} tensors of the backbone stay random")
+        display.warn(f"{len(backbone.match.missing)} tensors are missing from the weights and stay random")
 
     def decide() -> tuple[Recipe, int]:
         _check_features(recipe, backbone)
@@ -125,9 +125,9 @@ def _read_batch_size(folder: RunFolder) -> int | None:
 
 
 def _find_images(recipe: Recipe, display: Display) -> Dataset:
-    with display.count(f"reading {recipe.data.path}") as tell:
+    with display.count(f"reading {recipe.data.path}") as on_progress:
         path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)
-        return discover(path, config, recipe.data.follow_links, tell)
+        return discover(path, config, recipe.data.follow_links, on_progress)
 
 
 def _find_card(recipe: Recipe, display: Display) -> Card:
@@ -178,14 +178,14 @@ def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distrib
         found = "torch synchronises BatchNorm between GPUs only"
         raise EnvironmentFaultError(asked, found, "Leave it out, or use --gpus.")
     if recipe.training.microbatch:
-        found = "training.microbatch may give processes different numbers of parts, which wait for each other"
+        found = "training.microbatch may give ranks different numbers of microbatches"
         raise UsageError(asked, found, "Drop one of the two.")
 
 
 def _plan(recipe: Recipe, backbone: Backbone) -> Plan:
-    rate = recipe.training.lr
-    assert not isinstance(rate, str)
-    return build_plan(backbone.network, backbone.stages, recipe.strategy, rate, recipe.training.epochs)
+    lr = recipe.training.lr
+    assert not isinstance(lr, str)
+    return build_plan(backbone.network, backbone.stages, recipe.strategy, lr, recipe.training.epochs)
 
 
 def check_asked(recipe: Recipe) -> None:
@@ -214,7 +214,7 @@ def _check_strategy(recipe: Recipe) -> None:
         fix = f"Take --strategy {join_names(accept=lambda one: one.solvable)}."
         raise UsageError(f"strategy.features={strategy.features}", found, fix)
     if strategy.features is not None and strategy.head == "keep":
-        found = "a classifier that is kept is not solved anew"
+        found = "head=keep keeps the classifier, and features solves a new one"
         raise UsageError(f"strategy.features={strategy.features}", found, "Drop one of the two.")
     given = {"probe_first": strategy.probe_first, "floor": strategy.floor}
     for key, value in given.items():
@@ -247,10 +247,8 @@ def _check_features(recipe: Recipe, backbone: Backbone) -> None:
         if name is None or name == "last":
             continue
         if backbone.card.taps:
-            found = "the backbone is itself a classifier on stages"
-            raise UsageError(
-                f"strategy.{key}={name}", found, "Take last, or the backbone that it was made from."
-            )
+            found = "the backbone is already a classifier on several stages"
+            raise UsageError(f"strategy.{key}={name}", found, "Take last, or the backbone it was built from.")
         if name in ("best", "all"):
             continue
         layers = Layers(backbone.network.eval(), backbone.stages, backbone.card.preprocessing.input_size)
@@ -259,7 +257,7 @@ def _check_features(recipe: Recipe, backbone: Backbone) -> None:
         except UsageError as error:
             raise UsageError(f"strategy.{key}={name}", error.found, error.fix) from None
         if any(layers.reads_head(layer) for layer in chosen):
-            found = "it is the classifier, or holds it"
+            found = "this layer is the classifier or contains it"
             raise UsageError(f"strategy.{key}={name}", found, "Take last, or a layer before it.")
 
 

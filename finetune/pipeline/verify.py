@@ -58,14 +58,16 @@ def verify(
         The decision, and the accuracies of the two; None where nothing could be tried.
     """
     if decision.cell.name == "full":
-        display.say("nothing is verified: full fine-tuning learns from no kept features")
+        display.say("not verified: full fine-tuning cannot be tried on cached features")
         return decision, None
     trained = _try_top(recipe, display)
     if trained is None:
-        display.say("nothing is verified: the network cannot be cut below its last stage")
+        display.say("not verified: the network cannot be cut below its last stage")
         return decision, None
     solved = next(one for one in evidence.candidates if one.features == decision.features).accuracy
-    reason = f"verified: last stage trained briefly {trained:.3f}, linear classifier {solved:.3f}"
+    reason = (
+        f"verified: accuracy {trained:.3f} of the last stage trained briefly, {solved:.3f} of the classifier"
+    )
     if trained > solved:
         keys = {"name": "top", **TOP.keys, "probe_first": True, "floor": decision.features}
     else:

@@ -24,9 +24,9 @@ def register_strategy(strategy: Strategy) -> Strategy:
         ValueError: the name is taken, or not made of lower-case words with hyphens.
     """
     if not _NAME.fullmatch(strategy.name) or strategy.name == AUTO:
-        raise ValueError(f"{strategy.name!r} is no name for a strategy")
+        raise ValueError(f"{strategy.name!r} is not a valid strategy name")
     if strategy.name in STRATEGIES:
-        raise ValueError(f"there is a strategy named {strategy.name!r}")
+        raise ValueError(f"a strategy named {strategy.name!r} is registered already")
     STRATEGIES[strategy.name] = strategy
     return strategy
 
@@ -38,7 +38,7 @@ def find_strategy(name: str) -> Strategy:
         UsageError: there is none, as of :data:`AUTO`.
     """
     if name not in STRATEGIES:
-        raise UsageError(f"--strategy {name}", "it is no strategy by itself", f"Take {join_names()}.")
+        raise UsageError(f"--strategy {name}", "no strategy has this name", f"Take {join_names()}.")
     return STRATEGIES[name]
 
 

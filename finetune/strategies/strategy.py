@@ -90,7 +90,7 @@ def lay_phases(strategy: Strategy, stages: Sequence[Stage], keys: StrategyKeys) 
     numbers = [number for phase in phases for number in (phase.share, *phase.factors.values())]
     fault = ""
     if unlike:
-        fault = f"a phase does not give each stage one factor: {', '.join(unlike[:3])}"
+        fault = f"a phase does not give every stage a factor: {', '.join(unlike[:3])}"
     elif not phases or min(numbers) < 0 or any(phase.share == 0 for phase in phases):
         fault = "it has no phases, or a share or factor is out of range"
     if fault:

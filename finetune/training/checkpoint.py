@@ -169,12 +169,12 @@ class CheckpointStore:
                 continue
             self._damaged = {fault.partition(":")[0] for fault in faults}
             for fault in faults:
-                warn(f"a damaged checkpoint is passed over: {fault}")
+                warn(f"skipping a damaged checkpoint: {fault}")
             return checkpoint
         if faults:
             found = f"none of its checkpoints can be used ({'; '.join(faults)})"
-            fix = "Bring them back from a copy, or start again with a new --output."
-            raise DataError(f"going on with {self.folder.parent}", found, fix)
+            fix = "Restore them from a backup, or start a new run with another --output."
+            raise DataError(f"resuming {self.folder.parent}", found, fix)
         return None
 
     def _read(self, path: Path) -> Checkpoint:
@@ -210,7 +210,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         for name in files:
             files[name]["bytes"], files[name]["sha256"]
     except FileNotFoundError:
-        raise ValueError("its manifest.json is gone") from None
+        raise ValueError("its manifest.json is missing") from None
     except _DAMAGE:
         raise ValueError("its manifest.json is damaged") from None
     if _STATE not in files or files.keys() - {_STATE, _EPOCH, _BEST}:
@@ -221,7 +221,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _read_snapshot(path: Path, expected: dict[str, Any]) -> Snapshot:
     """Read a file, unless it is another one than the manifest tells of."""
     if not path.is_file():
-        raise ValueError(f"{path.name} is gone")
+        raise ValueError(f"{path.name} is missing")
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise ValueError(f"{path.name} has {size} bytes instead of {expected['bytes']}")
@@ -232,7 +232,7 @@ def _read_snapshot(path: Path, expected: dict[str, Any]) -> Snapshot:
     try:
         progress = Progress.from_json(header["__metadata__"]["progress"])
     except ValueError as error:
-        raise ValueError(f"{path.name} cannot be understood: {error}") from None
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
     return Snapshot(safetensors.torch.load(content), progress)
 
 

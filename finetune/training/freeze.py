@@ -57,8 +57,8 @@ def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> l
                 {
                     "name": f"{row.stage.name}{'' if decay else ' (no decay)'}",
                     "params": [parameters[name] for name in names],
-                    "lr": row.rate,
-                    "base_lr": row.rate,
+                    "lr": row.lr,
+                    "base_lr": row.lr,
                     "weight_decay": weight_decay if decay else 0.0,
                 }
             )
@@ -126,5 +126,7 @@ def check_frozen(network: nn.Module, plan: Plan, before: Mapping[str, str]) -> N
     after = digest_frozen(network, plan)
     changed = [name for name, digest in before.items() if after[name] != digest]
     if changed:
-        found = f"{len(changed)} frozen tensors changed in training: {', '.join(changed[:3])}"
-        raise InternalError("freezing", found, "Do not use this model; please report the backbone's name.")
+        found = f"{len(changed)} frozen tensors changed during training: {', '.join(changed[:3])}"
+        raise InternalError(
+            "checking the frozen stages", found, "Do not use this model; please report the backbone's name."
+        )

@@ -27,24 +27,24 @@ class PlanRow:
         group: head, top or body.
         stage: the stage.
         num_parameters: numbers in it.
-        rate: learning rate at full schedule, 0 when frozen.
+        lr: learning rate before the schedule, 0 when frozen.
         norm: mode of its layers with running statistics; ``none`` when it has none.
     """
 
     group: Group
     stage: Stage
     num_parameters: int
-    rate: float
+    lr: float
     norm: NormMode
 
     @property
     def trained(self) -> bool:
         """Whether anything in the stage changes."""
-        return self.rate > 0
+        return self.lr > 0
 
     def cells(self) -> tuple[str, str, int, bool, float, str]:
         """Return the row as ``plan.csv`` has it."""
-        return (self.group, self.stage.name, self.num_parameters, self.trained, self.rate, self.norm)
+        return (self.group, self.stage.name, self.num_parameters, self.trained, self.lr, self.norm)
 
 
 PLAN_COLUMNS = ("group", "stage", "parameters", "trained", "rate", "norm")
@@ -91,7 +91,7 @@ class Plan:
 
 
 def build_plan(
-    network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float, epochs: int
+    network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, lr: float, epochs: int
 ) -> Plan:
     """Lay a strategy over a network's stages.
 
@@ -99,13 +99,13 @@ def build_plan(
         network: owner of the stages' parameters; not changed.
         stages: from stem to head.
         settings: the recipe's section.
-        rate: base rate.
+        lr: base learning rate.
         epochs: of the whole training.
 
     Raises:
         UsageError: more top stages than there are, more phases than epochs, or nothing would learn.
     """
-    plan = lay_plan(network, stages, settings, rate, epochs)
+    plan = lay_plan(network, stages, settings, lr, epochs)
     for part in (plan, *(part for _, part in plan.phases)):
         if part.num_trained == 0:
             fix = "Take head=replace or another strategy."
@@ -114,16 +114,16 @@ def build_plan(
 
 
 def lay_plan(
-    network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, rate: float, epochs: int
+    network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, lr: float, epochs: int
 ) -> Plan:
     """Return the plan of :func:`build_plan` for a network that may have no classifier yet."""
     phases = lay_phases(find_strategy(settings.name), stages, settings)
     firsts = find_first_epochs([phase.share for phase in phases], epochs, settings.name)
     groups = assign_groups(stages, settings.top_stages)
-    plans = [_lay_phase(network, stages, groups, settings, rate, phase) for phase in phases]
+    plans = [_lay_phase(network, stages, groups, settings, lr, phase) for phase in phases]
     if len(plans) == 1:
         return plans[0]
-    rows = tuple(max(rows, key=lambda row: row.rate) for rows in zip(*(p.rows for p in plans), strict=True))
+    rows = tuple(max(rows, key=lambda row: row.lr) for rows in zip(*(p.rows for p in plans), strict=True))
     return Plan(rows, tuple(zip(firsts, plans, strict=True)))
 
 
@@ -132,7 +132,7 @@ def _lay_phase(
     stages: Sequence[Stage],
     groups: Sequence[Group],
     settings: StrategySettings,
-    rate: float,
+    lr: float,
     phase: Phase,
 ) -> Plan:
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -141,7 +141,7 @@ def _lay_phase(
             group=group,
             stage=stage,
             num_parameters=sum(sizes[name] for name in stage.parameters),
-            rate=rate * phase.factors[stage.name],
+            lr=lr * phase.factors[stage.name],
             norm=_norm_mode(network, stage, settings.norm if phase.factors[stage.name] else "eval"),
         )
         for stage, group in zip(stages, groups, strict=True)

@@ -31,24 +31,24 @@ ROLLBACKS = 2
 RATE_FACTOR = 0.5
 
 
-class Way(Enum):
+class RecoveryAction(Enum):
     """How training goes on."""
 
     SKIP = auto()
-    GO_BACK = auto()
+    ROLL_BACK = auto()
     STOP = auto()
 
 
-def choose_way(progress: Progress) -> Way:
+def choose_action(progress: Progress) -> RecoveryAction:
     """Return how to go on after one more step that cannot be made; the progress counts the earlier ones."""
     if progress.skipped_in_row < SKIPS_IN_A_ROW and progress.skipped < SKIPS_IN_ALL:
-        return Way.SKIP
-    return choose_way_back(progress)
+        return RecoveryAction.SKIP
+    return choose_rollback(progress)
 
 
-def choose_way_back(progress: Progress) -> Way:
+def choose_rollback(progress: Progress) -> RecoveryAction:
     """Return how to go on where skipping is no way."""
-    return Way.GO_BACK if progress.rollbacks < ROLLBACKS else Way.STOP
+    return RecoveryAction.ROLL_BACK if progress.rollbacks < ROLLBACKS else RecoveryAction.STOP
 
 
 def find_fault(loss: float, state: State) -> str:
@@ -58,7 +58,7 @@ def find_fault(loss: float, state: State) -> str:
     return "" if state.is_finite() else "weights became infinite"
 
 
-def go_back(now: Progress, start: Progress) -> Progress:
+def roll_back(now: Progress, start: Progress) -> Progress:
     """Return the progress of the epoch's start, which knows that it was returned to."""
     back = start.copy()
     back.rollbacks, back.rate_factor = now.rollbacks + 1, now.rate_factor * RATE_FACTOR
@@ -85,20 +85,22 @@ def describe(progress: Progress, loss: Tensor) -> str:
     return f"{what} at step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
 
 
-def diverged(progress: Progress, found: str) -> DivergedError:
+def diverged_error(progress: Progress, found: str) -> DivergedError:
     """Return the end of a training that no way back has helped."""
     fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
-    return DivergedError("training", f"the {found}, with a rate of {progress.lr:g}", fix)
+    return DivergedError("training", f"the {found}, with a learning rate of {progress.lr:g}", fix)
 
 
-def interrupted(progress: Progress, folder: RunFolder) -> InterruptedRunError:
+def interrupted_error(progress: Progress, folder: RunFolder) -> InterruptedRunError:
     """Return the end of a training that was asked to stop, and has written a checkpoint."""
     found = f"it was interrupted after step {progress.step}, in epoch {progress.epoch + 1}"
-    fix = f"Give the same command again, with --output {folder.path}, to go on from there."
+    fix = f"Run the same command again, with --output {folder.path}, to resume."
     return InterruptedRunError("training", found, fix)
 
 
-def capture(folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress) -> None:
+def save_diverged_batch(
+    folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress
+) -> None:
     """Write the batch that ended a training, and the weights it met, as ``diverged.safetensors``.
 
     ``images`` (B, 3, H, W) as the network gets them (before mixup), ``labels`` and ``indices`` (B,), the

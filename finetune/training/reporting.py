@@ -29,7 +29,7 @@ class ProgressReporter:
         """Start the clock of the time left; a run that goes on begins in the middle."""
         self._began, self._done_before = time.perf_counter(), self._done(progress)
         if progress.step:
-            self.display.say(f"going on at epoch {progress.epoch + 1}, step {progress.step}")
+            self.display.say(f"resuming at epoch {progress.epoch + 1}, step {progress.step}")
 
     @contextmanager
     def bar(self, progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Advance]:
@@ -39,7 +39,7 @@ class ProgressReporter:
             advance(done, "")
             yield advance
 
-    def words(self, progress: Progress) -> str:
+    def describe_speed(self, progress: Progress) -> str:
         """Speed, share of time spent waiting for data, and when the run ends."""
         seconds = max(progress.epoch_seconds, 1e-9)
         speed, waiting = progress.num_seen / seconds, progress.wait_seconds / seconds

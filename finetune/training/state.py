@@ -107,8 +107,8 @@ def restore_network(
     expected = {name[len(prefix) :]: t.shape for name, t in network_tensors(network, prefix, without).items()}
     unlike = [name for name, shape in expected.items() if name not in own or own[name].shape != shape]
     if unlike:
-        found = f"{len(unlike)} tensors are missing or have another shape, {sorted(unlike)[0]} among them"
-        raise DataError("going on from a checkpoint", found, "Start again with a new --output.")
+        found = f"{len(unlike)} tensors are missing or have another shape, among them {sorted(unlike)[0]}"
+        raise DataError("resuming from a checkpoint", found, "Start a new run with another --output.")
     network.load_state_dict(own, strict=False)
 
 

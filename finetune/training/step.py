@@ -114,10 +114,10 @@ def halve_or_refuse(network: nn.Module, microbatch: int, found: str) -> int:
 
 def describe_parts(network: nn.Module, progress: Progress, batch_size: int) -> str:
     """Say that batches go through in parts now, and whether that is exact."""
-    but = "; BatchNorm sees these smaller parts, so the result is not that of whole batches"
+    but = "; BatchNorm normalises each microbatch, so the result differs from that of whole batches"
     return (
-        f"memory ran out at step {progress.step + 1}; batches of {batch_size} now go through in parts of "
-        f"{progress.microbatch}{but if learns_batch_statistics(network) else ''}"
+        f"memory ran out at step {progress.step + 1}; batches of {batch_size} are now split into "
+        f"microbatches of {progress.microbatch}{but if learns_batch_statistics(network) else ''}"
     )
 
 
@@ -215,8 +215,11 @@ class MicrobatchRunner:
             if not isinstance(found, str):
                 return found
             if replicas is not None:
-                asked, fix = f"training, step {progress.step + 1}", "Start it again, or lower --batch-size."
-                raise LostProcessError(asked, f"memory ran out while others waited ({found})", fix)
+                asked, fix = (
+                    f"training, step {progress.step + 1}",
+                    "Run the command again, or lower --batch-size.",
+                )
+                raise LostProcessError(asked, f"memory ran out while other processes waited ({found})", fix)
             buffers.give_back()
             self._halve(progress, len(batch.labels), found)
 

@@ -84,7 +84,7 @@ def build_forward(task: Task, compiled: bool, display: Display) -> Callable[[Ten
     if not compiled:
         return task.forward(task.network)
     if task.split is not None:
-        display.say("training.compile: what learns under the cut is small, and is not compiled")
+        display.say("training.compile: the layers above the cut are few and are not compiled")
         return task.forward(task.network)
     display.say("training.compile: the first steps compile the network, which takes a minute or more")
     return Compiled(task.network)
@@ -119,9 +119,11 @@ class Compiled:
         except Exception as error:
             if is_out_of_memory(error) or not _is_of_compiling(error):
                 raise
-            said = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
         fix = "Install a C++ compiler (g++), or set training.compile to false."
-        raise EnvironmentFaultError("training.compile=true", f"torch cannot compile it: {said}", fix)
+        raise EnvironmentFaultError(
+            "training.compile=true", f"torch cannot compile the network: {reason}", fix
+        )
 
 
 def _is_of_compiling(error: Exception) -> bool:

@@ -165,7 +165,7 @@ class Trainer:
         if self._saved is not self._epoch_start:
             self._save()  # what follows, figures and export, may be killed too
         if self._is_stop_asked():
-            raise recovery.interrupted(self.progress, self.folder)
+            raise recovery.interrupted_error(self.progress, self.folder)
         assert self._best is not None
         self.state.give_back_judged(self._best.tensors)
         if self._best_predictions is None:  # they came from a process that is gone; these are the same bits
@@ -202,7 +202,7 @@ class Trainer:
                 progress.epoch_seconds = seconds_before + time.perf_counter() - began
                 progress.wait_seconds = waited_before + loader.wait_seconds
                 self.display.heartbeat.step = progress.step
-                advance(len(batch.labels), self.reporter.words(progress))
+                advance(len(batch.labels), self.reporter.describe_speed(progress))
                 self._save_or_stop()
         return True
 
@@ -250,7 +250,7 @@ class Trainer:
     def _note_lost(self, lost: Mapping[str, str]) -> None:
         """Go on without training images that vanished, as long as they are few."""
         for path in lost.keys() - self.progress.lost.keys():
-            self.display.warn(f"{path} cannot be read any more ({lost[path]}); training goes on without it")
+            self.display.warn(f"{path} can no longer be read ({lost[path]}); training continues without it")
         self.progress.lost |= lost
         if self.distributed.is_main:
             add_lost_images(self.folder, self.progress.lost)
@@ -260,27 +260,27 @@ class Trainer:
         """Leave out a step that cannot be made; false when training went back to the start of the epoch."""
         self._buffers.give_back()
         self.phase.skip()
-        way, found = recovery.choose_way(self.progress), recovery.describe(self.progress, loss)
-        if way is recovery.Way.SKIP:
+        action, found = recovery.choose_action(self.progress), recovery.describe(self.progress, loss)
+        if action is recovery.RecoveryAction.SKIP:
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
             self.display.warn(f"the {found}; this step is skipped")
             return True
-        if way is recovery.Way.STOP and self.distributed.is_main:
-            recovery.capture(self.folder, batch, self.state.take(), self.progress)
-        self._go_back(way, found)
+        if action is recovery.RecoveryAction.STOP and self.distributed.is_main:
+            recovery.save_diverged_batch(self.folder, batch, self.state.take(), self.progress)
+        self._roll_back(action, found)
         return False
 
-    def _go_back(self, way: recovery.Way, found: str) -> None:
-        if way is recovery.Way.STOP:
+    def _roll_back(self, action: recovery.RecoveryAction, found: str) -> None:
+        if action is recovery.RecoveryAction.STOP:
             self.state.give_back(self._epoch_start.tensors)
-            raise recovery.diverged(self.progress, found)
-        progress = recovery.go_back(self.progress, self._epoch_start.progress)
+            raise recovery.diverged_error(self.progress, found)
+        progress = recovery.roll_back(self.progress, self._epoch_start.progress)
         self._epoch_start = Snapshot(self._epoch_start.tensors, progress)
         self._go_to(self._epoch_start)
         self.display.warn(
-            f"the {found}; back to the start of epoch {progress.epoch + 1}, with {progress.rate_factor:g} "
-            "of the rate"
+            f"the {found}; training returns to the start of epoch {progress.epoch + 1}, with "
+            f"{progress.rate_factor:g} times the learning rate"
         )
 
     # --- the end of an epoch ---------------------------------------------------------------------
@@ -289,8 +289,8 @@ class Trainer:
         predictions = self._judge()
         figures = compute_monitored(predictions.logits, predictions.labels)
         if fault := recovery.find_fault(figures["loss"], self.state):
-            self._go_back(
-                recovery.choose_way_back(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"
+            self._roll_back(
+                recovery.choose_rollback(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"
             )
             return
         improved = observe(self.progress, figures, self.settings)
@@ -384,7 +384,7 @@ class Trainer:
     def _save_and_leave(self) -> None:
         self._save()
         self.distributed.wait()  # a process that ends early looks like one that failed
-        raise recovery.interrupted(self.progress, self.folder)
+        raise recovery.interrupted_error(self.progress, self.folder)
 
     def _save(self) -> None:
         """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""

@@ -28,23 +28,23 @@ from finetune.training.plan import Plan
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
 from pretrained.graph.split import SplitNetwork, split_at
 
-LEAST_SHARE = 0.3
-"""Of the forward's multiplications that a cut must save."""
-MOST_TRIES = 12
-"""Cuts that are tried before the plain loop is taken. Nearly always the first one holds."""
+MIN_SAVING = 0.3
+"""Smallest share of the forward pass's multiplications that a cut must save."""
+MAX_TRIED_CUTS = 12
+"""Cuts that are tried before training falls back to the whole network. The first one nearly always works."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The cut that was chosen, or why there is none.
+class SplitChoice:
+    """The cut that was chosen, or the reason why there is none.
 
     Attributes:
-        split: the network in two parts; None trains through the whole network.
-        words: what was chosen and why, for people; empty where there is nothing to say.
+        split: the network as a frozen trunk and the rest; None if every epoch runs the whole network.
+        reason: message for the user about this choice; empty if there is nothing to report.
     """
 
     split: SplitNetwork | None
-    words: str
+    reason: str
 
 
 def find_reason_against(recipe: Recipe, plan: Plan) -> str | None:
@@ -67,7 +67,7 @@ def choose_split(
     placement: Placement,
     precision: Precision,
     find_obstacle: Callable[[Cut], str],
-) -> Choice:
+) -> SplitChoice:
     """Cut a network above everything that learns.
 
     Args:
@@ -82,13 +82,16 @@ def choose_split(
     try:
         trace = trace_calls(network, input_size)
     except UsageError as error:
-        return Choice(None, f"every epoch runs the whole network, which cannot be cut: {error.found}")
+        return SplitChoice(None, f"every epoch runs the whole network, which cannot be cut: {error.found}")
     cuts = find_cuts(trace, trained)
     if not cuts:
-        return Choice(None, "every epoch runs the whole network: it has no place to be cut above what learns")
-    if cuts[0].share < LEAST_SHARE:
-        return Choice(
-            None, f"every epoch runs the whole network: its trunk is only {cuts[0].share:.0%} of the work"
+        return SplitChoice(
+            None, "every epoch runs the whole network: it cannot be cut below the stages that learn"
+        )
+    if cuts[0].share < MIN_SAVING:
+        return SplitChoice(
+            None,
+            f"every epoch runs the whole network: the frozen trunk is {cuts[0].share:.0%} of the work",
         )
     layout = torch.channels_last if placement.channels_last else torch.contiguous_format
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
@@ -104,22 +107,24 @@ def _try(
     images: torch.Tensor,
     to_train_mode: Callable[[], None],
     find_obstacle: Callable[[Cut], str],
-) -> Choice:
+) -> SplitChoice:
     """Take the first cut that has room and holds."""
     obstacles: list[str] = []
-    microbatches = 0
+    num_tried = 0
     for cut in cuts:
-        if cut.share < LEAST_SHARE or microbatches == MOST_TRIES:
+        if cut.share < MIN_SAVING or num_tried == MAX_TRIED_CUTS:
             break
         if obstacle := find_obstacle(cut):
             obstacles.append(f"the features at {cut.name} take {obstacle}")
             continue
-        microbatches += 1
+        num_tried += 1
         if split := split_at(network, trace, cut, images, to_train_mode):
-            words = f"cut at {cut.name}, which saves {cut.share:.0%} of the forward"
-            return Choice(split, words + (f" ({obstacles[0]})" if obstacles else ""))
-    why = obstacles[0] if obstacles else f"none of {microbatches} cuts gives what the whole network gives"
-    return Choice(None, f"every epoch runs the whole network: {why}")
+            reason = f"cut at {cut.name}, which saves {cut.share:.0%} of the forward pass"
+            return SplitChoice(split, reason + (f" ({obstacles[0]})" if obstacles else ""))
+    why = (
+        obstacles[0] if obstacles else f"none of {num_tried} cuts reproduces the output of the whole network"
+    )
+    return SplitChoice(None, f"every epoch runs the whole network: {why}")
 
 
 # --- Batches of kept rows, as training takes them ---

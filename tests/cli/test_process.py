@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert (outcome["state"], outcome["exit_code"]) == ("interrupted", 75)
     again = finish(*words_of(tiny, long_data, output))
     assert again.returncode == 0, again.stderr
-    assert "going on at epoch" in again.stderr
+    assert "resuming at epoch" in again.stderr
     assert_same_result(uninterrupted, output)
 
 

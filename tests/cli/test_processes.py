@@ -70,8 +70,8 @@ def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert_same_figures(one, tmp_path / "two")
     assert done.stdout.count("\n") == 1 and '"accuracy"' in done.stdout
-    assert done.stderr.count("features kept") == 1  # said once
-    assert "found from before" not in done.stderr
+    assert done.stderr.count("features cached") == 1  # said once
+    assert "from an earlier run" not in done.stderr
     for noise in ("Warning", "torch.distributed", "Traceback", "[rank"):
         assert noise not in done.stderr
 

@@ -230,7 +230,7 @@ def test_a_huge_rate_diverges_with_its_own_code(
 ) -> None:
     words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
     said = refused(cli, ExitCode.DIVERGED, *words, "--batch-size", 4, "--epochs", 5, "--lr", 1e30)
-    assert "with a rate of" in said
+    assert "with a learning rate of" in said
     assert (tmp_path / "run" / "diverged.safetensors").is_file()
 
 

@@ -98,7 +98,7 @@ def test_a_finished_run_does_nothing_and_writes_nothing(cli: Cli, words: Words, 
     again = cli(*words(), "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout) == json.loads(first.stdout)
-    assert "holds this run already" in again.stderr
+    assert "already holds this run" in again.stderr
     assert snapshot(tmp_path / "run") == before
 
 
@@ -110,7 +110,7 @@ def test_deleted_checkpoints_of_an_interrupted_run_are_told_of(
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     result = cli(*words())
     assert result.exit_code == 0, result.output
-    assert "training begins anew" in result.stderr
+    assert "training starts from the beginning" in result.stderr
     assert cli(*words("straight")).exit_code == 0
     assert_same_result(tmp_path / "run", tmp_path / "straight")
 
@@ -160,7 +160,7 @@ def test_a_finished_run_without_checkpoints_is_not_made_longer(
     for _ in range(2):  # a refusal must not be what lets the second try through
         result = cli(*words(epochs=3))
         assert result.exit_code == ExitCode.DATA
-        assert "the checkpoints of the finished run are gone" in result.stderr
+        assert "the checkpoints of the finished run are missing" in result.stderr
         assert snapshot(tmp_path / "run") == before
     assert cli(*words()).exit_code == 0
 
@@ -269,7 +269,7 @@ def test_other_images_may_be_allowed_and_are_told_of(
     remove_image(data)
     result = cli(*words(), "--allow-changed")
     assert result.exit_code == 0, result.output
-    warning = "1 gone, train/red/000.jpg for one); going on all the same, as --allow-changed says"
+    warning = "1 gone, train/red/000.jpg for one); the run resumes, because of --allow-changed"
     assert result.stderr.count(warning) == 1
     assert "train/red/000.jpg" not in (tmp_path / "run" / "split.csv").read_text()
     assert cli(*words()).exit_code == 0  # these are its images from now on
@@ -304,7 +304,7 @@ def test_other_versions_are_told_of(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"timm": "0.9.0", "cores": 999}))
     result = cli(*words())
     assert result.exit_code == 0, result.output
-    assert "warning: going on under other versions or hardware (timm 0.9.0 -> " in result.stderr
+    assert "warning: resuming with other versions or hardware (timm 0.9.0 -> " in result.stderr
     assert "cores" not in result.stderr
 
 
@@ -327,7 +327,7 @@ def test_few_lost_images_are_left_out_and_told_of(
     act_in_epoch(monkeypatch, 1, lose(many, "train/red/039.jpg"))
     result = cli(*words(epochs=4))
     assert result.exit_code == 0, result.output
-    said = "warning: train/red/039.jpg cannot be read any more (file not found); training goes on without it"
+    said = "warning: train/red/039.jpg can no longer be read (file not found); training continues without it"
     assert result.stderr.count(said) == 1
     listed = (tmp_path / "run" / "bad_images.csv").read_text()
     assert listed == "path,split,reason\ntrain/red/039.jpg,train,file not found\n"

@@ -100,7 +100,7 @@ def test_a_manifest_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-000002" / MANIFEST).unlink()
     assert load(tmp_path) == (
         1,
-        ["a damaged checkpoint is passed over: checkpoint-000002: its manifest.json is gone"],
+        ["skipping a damaged checkpoint: checkpoint-000002: its manifest.json is missing"],
     )
 
 
@@ -126,7 +126,7 @@ def test_when_all_are_damaged_every_reason_is_given_and_nothing_is_lost(tmp_path
     with pytest.raises(DataError) as refused:
         load(tmp_path)
     assert refused.value.exit_code == ExitCode.DATA == 65
-    assert "checkpoint-000002: its manifest.json is gone" in refused.value.found
+    assert "checkpoint-000002: its manifest.json is missing" in refused.value.found
     assert "checkpoint-000001: state.safetensors has changed" in refused.value.found
     assert sorted(tmp_path.rglob("*")) == before
 

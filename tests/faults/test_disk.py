@@ -260,7 +260,7 @@ def test_a_finished_run_on_a_read_only_disk_is_still_finished(
 ) -> None:
     code, said = execute(in_read_only("mount", undisturbed), words_of(tiny, image_folder, undisturbed))
     assert code == 0, said
-    assert "holds this run already" in said
+    assert "already holds this run" in said
 
 
 # --- words that cannot be written ----------------------------------------------------------------

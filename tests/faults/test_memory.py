@@ -119,7 +119,7 @@ def test_a_batch_is_halved_until_it_fits_and_stays_so(image_folder: Path, tmp_pa
     trainer.fit()
     assert limit.sizes[True] == [12, 6, *[3] * 12]
     assert [text.partition(";")[0] for text in warnings(trainer)] == ["memory ran out at step 1"] * 2
-    assert "batches of 12 now go through in parts of 3" in warnings(trainer)[1]
+    assert "batches of 12 are now split into microbatches of 3" in warnings(trainer)[1]
 
 
 def test_batchnorm_is_warned_of_and_nothing_else(image_folder: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_batchnorm_is_warned_of_and_nothing_else(image_folder: Path, tmp_path: P
         limited(trainer, 4)
         trainer.fit()
         said[name] = warnings(trainer)
-    assert ["BatchNorm sees these smaller parts" in text for text in said["with"]] == [True]
+    assert ["BatchNorm normalises each microbatch" in text for text in said["with"]] == [True]
     assert ["BatchNorm" in text for text in said["without"]] == [False]
 
 
@@ -377,5 +377,5 @@ def test_a_process_without_memory_trains_on(image_folder: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     microbatch, *said = done.stdout.strip().split("|")
     assert 2 <= int(microbatch) < 18
-    assert "memory ran out at step 1; batches of 18 now go through in parts of 9" in said[0]
+    assert "memory ran out at step 1; batches of 18 are now split into microbatches of 9" in said[0]
     assert saved(tmp_path).now.progress.step == 2

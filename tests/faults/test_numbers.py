@@ -21,7 +21,7 @@ from finetune.data.loader import Batch
 from finetune.errors import DivergedError, ExitCode
 from finetune.evaluation.predictions import Predictions
 from finetune.training.checkpoint import CheckpointInterval
-from finetune.training.recovery import go_back
+from finetune.training.recovery import roll_back
 from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
 from tests.sweeps import slow_except
@@ -167,7 +167,7 @@ def test_a_fourth_in_a_row_leads_back_to_the_start_of_the_epoch_with_half_the_ra
     progress, _ = one.fit(), two.fit()
     assert (progress.rollbacks, progress.rate_factor, progress.skipped) == (1, 0.5, 0)
     assert ["skipped" in text for text in warnings(one)] == [True, True, True, False]
-    assert warnings(one)[3].endswith("back to the start of epoch 2, with 0.5 of the rate")
+    assert warnings(one)[3].endswith("returns to the start of epoch 2, with 0.5 times the learning rate")
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
 
 
@@ -195,7 +195,7 @@ def test_what_was_learnt_of_the_machine_survives_the_way_back() -> None:
     start = Progress(epoch=1, step=5, skipped=2, history=[{"epoch": 1}])
     now = Progress(epoch=1, batch=3, step=8, skipped=5, skipped_in_row=3, rollbacks=1, rate_factor=0.5)
     now.microbatch, now.lost = 4, {"a.jpg": "gone"}
-    back = go_back(now, start)
+    back = roll_back(now, start)
     learnt = {"microbatch": 4, "lost": {"a.jpg": "gone"}, "rollbacks": 2, "rate_factor": 0.25}
     assert back == replace(start, **learnt)
     assert start.rollbacks == 0

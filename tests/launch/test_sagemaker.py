@@ -259,7 +259,7 @@ def test_a_spot_machine_that_is_taken_away(
     assert not (base / "output" / "failure").exists()
     assert not any((base / "model").iterdir())
     assert call("train") == 0
-    assert "going on at epoch" in capsys.readouterr().err
+    assert "resuming at epoch" in capsys.readouterr().err
     assert (base / "model" / "model.safetensors").is_file()
 
 

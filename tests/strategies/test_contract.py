@@ -65,7 +65,7 @@ def test_every_parameter_has_one_place_in_every_phase(network: nn.Module, name: 
     for phase, first in zip(phases, firsts, strict=True):
         part = plans[first]
         assert [row.stage for row in part.rows] == list(stages)
-        assert [row.rate for row in part.rows] == [0.01 * phase.factors[stage.name] for stage in stages]
+        assert [row.lr for row in part.rows] == [0.01 * phase.factors[stage.name] for stage in stages]
         assert part.trained
         freeze(network, part)
         groups = build_param_groups(network, part, 0.1)
@@ -107,7 +107,7 @@ def test_the_documentation_and_the_refusals_come_from_the_registry() -> None:
 
 def test_auto_is_no_strategy() -> None:
     assert recipe_of(AUTO).strategy.name == AUTO
-    with pytest.raises(UsageError, match="no strategy by itself"):
+    with pytest.raises(UsageError, match="no strategy has this name"):
         find_strategy(AUTO)
     assert not starts_random(AUTO)
 

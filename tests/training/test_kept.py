@@ -406,7 +406,7 @@ def test_a_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     with mock.patch.object(loaders, "choose_split", change_and_choose):
         plain = fit("plain", keys={"data.path": str(tmp_path / "data")}, listener=listener)
     assert trunk_of(plain)["cut"] is None
-    assert "was changed meanwhile" in trunk_of(plain)["reason"]
+    assert "changed while the run was starting" in trunk_of(plain)["reason"]
 
 
 @pytest.mark.slow

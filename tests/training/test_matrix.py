@@ -26,7 +26,7 @@ def plan_of(network: nn.Module, strategy: str, rate: float = 0.01, size: int = 6
 
 
 def rates(plan: Plan) -> list[float]:
-    return [row.rate for row in plan.rows]
+    return [row.lr for row in plan.rows]
 
 
 def test_the_lectures_example() -> None:

@@ -118,10 +118,10 @@ def test_labels_that_mean_nothing_are_said() -> None:
 
 def test_what_would_change_it_names_the_bounds() -> None:
     changes = decide(evidence()).changes
-    assert any("from 2,000 training images on" in change for change in changes)
+    assert any("with 2,000 training images or more" in change for change in changes)
     assert any("under 0.75" in change for change in changes)
     many = decide(evidence(num_images=20_000, num_classes=300)).changes  # 67 a class: medium
     assert (
-        any("from 30,000 training images on" in change for change in many)
+        any("with 30,000 training images or more" in change for change in many)
         or CELLS["medium", "similar"] == CELLS["a lot", "similar"]
     )

@@ -64,7 +64,7 @@ def test_a_run_keeps_its_own_draw_free_of_copies(cli: Cli, tiny: Path, tmp_path:
     assert all(len(found) == 1 for found in parts.values())
     assert {row["label"] for row in split if row["split"] == "val"} == set(COLOURS)
     again = cli(*words)
-    assert again.exit_code == 0 and "holds this run already" in again.stderr
+    assert again.exit_code == 0 and "already holds this run" in again.stderr
     longer = cli(*[2 if word == 1 else word for word in words])
     assert longer.exit_code == 0, longer.output
     assert rows(tmp_path / "run" / "split.csv") == split

@@ -186,7 +186,7 @@ def test_sigterm_saves_and_leaves_with_75(
     command.send_signal(signal.SIGTERM)
     result = finish(command)
     assert result.code == 75, result.stderr
-    assert "to go on from there" in result.stderr
+    assert ", to resume." in result.stderr
     assert (outcome_of(output)["state"], outcome_of(output)["exit_code"]) == ("interrupted", 75)
     assert not rank_process(0, output) and not rank_process(1, output)
     assert finish(start(cluster, *words)).code == 0
