@@ -22,11 +22,11 @@ from finetune.recipe import load_recipe
 from finetune.system.heartbeat import Heartbeat
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.state import State
-from finetune.training.step import KeptBuffers
+from finetune.training.step import BufferBackup
 from finetune.training.trainer import Trainer
 
 PARTS: dict[str, list[tuple[type, str]]] = {
-    "copies of running statistics": [(KeptBuffers, "keep")],
+    "copies of running statistics": [(BufferBackup, "keep")],
     "finite checks": [(Trainer, "_is_usable"), (State, "is_finite")],
     "copies of the state, an epoch": [(State, "take"), (State, "take_judged")],
     "checkpoints": [(CheckpointStore, "save")],

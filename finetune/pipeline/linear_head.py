@@ -124,7 +124,7 @@ def _refuse_lost(features: Features) -> None:
 def _choose(
     features: Features, dataset: Dataset, choice: str, seed: int, on_done: Callable[[], None]
 ) -> tuple[Layer, ...]:
-    """Return the layers to read; ``best`` is the stage of highest cross-validated accuracy (last of equals)."""
+    """Return the layers to read; ``best`` is the stage with the highest cross-validated accuracy."""
     if choice != "best":
         return features.layers
     indices = _indices_of(dataset, "train")

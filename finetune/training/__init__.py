@@ -1,1 +1,1 @@
-"""The loop, and what makes it stop, go on and be fast."""
+"""Training: the plan of what learns, the loop, checkpoints, recovery and several ranks."""

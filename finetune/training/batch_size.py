@@ -12,7 +12,7 @@ from finetune.system.device import Precision, is_out_of_memory, release_memory
 from finetune.targets import build_loss
 from finetune.training.freeze import freeze, set_train_mode
 from finetune.training.plan import Plan
-from finetune.training.step import Gradient, least_part
+from finetune.training.step import Gradient, min_microbatch
 
 HEADROOM = 1.25
 """Of a trial batch over the one that is taken: optimiser state and fragments need room as well."""
@@ -46,7 +46,7 @@ def fit_batch_size(
         return find_batch_size(
             lambda size: _fits(network, input_size, placement, round(size * HEADROOM)),
             wanted,
-            least_part(network),
+            min_microbatch(network),
         )
     finally:
         network.zero_grad(set_to_none=True)

@@ -1,18 +1,18 @@
-"""Checkpoints on disk: at least one that verifies, whatever happens and whenever it does.
+"""Checkpoints on disk; a crash at any time leaves at least one that verifies.
 
 ::
 
     checkpoints/
-      checkpoint-000007/        the one before
+      checkpoint-000007/        the previous one
       checkpoint-000008/        the newest
-        state.safetensors       the state; everything but tensors is JSON in its header
-        epoch.safetensors       where its epoch began, when the state is inside an epoch
+        state.safetensors       the state: tensors, and counters as JSON in the header
+        epoch.safetensors       the state at the start of the epoch, if the checkpoint is inside an epoch
         best.safetensors        the best epoch's weights
         manifest.json           length and sha256 of each
 
-A folder is written aside, flushed and renamed, and only then is the oldest one removed. Neither
-``torch.load`` nor safetensors notices a flipped bit in a weight; the sha256 does. No pickle is written
-or read.
+A checkpoint is written to a temporary folder, flushed and renamed; only then is the oldest one removed. The
+sha256 detects a flipped bit in a weight, which ``torch.load`` and safetensors do not. No pickle is used.
+:class:`CheckpointInterval` decides when one is due.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from finetune.recipe import TrainingSettings
 from finetune.runs.files import disk_error, free_bytes, sync_folder, write_bytes, write_json
 from finetune.training.state import Checkpoint, Progress, Snapshot
 
-KEPT = 2
+NUM_KEPT = 2
 _NAME = re.compile(r"checkpoint-([0-9]{6,})")
 _STATE, _EPOCH, _BEST = "state.safetensors", "epoch.safetensors", "best.safetensors"
 _DAMAGE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -48,12 +48,12 @@ class CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-        folder: that holds them and nothing else.
-        attempt: number of the process that writes, for the manifest.
-        check_owner: called before a write; raises when another process has taken the run over.
+        folder: folder that holds only checkpoints.
+        attempt: number of the attempt, for the manifest.
+        check_owner: called before each write; raises if another process owns the run now.
 
     Attributes:
-        seconds: that the last write took.
+        seconds: duration of the last write in seconds.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class CheckpointStore:
         self._damaged: set[str] = set()
 
     def check_space(self, num_bytes: int) -> None:
-        """Refuse to begin where not even one checkpoint more would fit.
+        """Refuse to start training if the disk has no space for another checkpoint.
 
         Raises:
-            DiskError: there is less space than that.
+            DiskError: fewer than ``num_bytes`` are free.
         """
         free = free_bytes(self.folder)
         if free is not None and free < num_bytes:
@@ -78,10 +78,10 @@ class CheckpointStore:
     # --- writing ---------------------------------------------------------------------------------
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, and keep the one before it.
+        """Write a checkpoint, and keep the previous one.
 
         Raises:
-            DiskError: it cannot be written; those that were there are still there.
+            DiskError: it cannot be written; the existing ones are unchanged.
         """
         began = time.perf_counter()
         self.check_owner()
@@ -89,11 +89,11 @@ class CheckpointStore:
         try:
             self._save(checkpoint)
         except DiskError as error:
-            if len(before) < KEPT or not error.is_full:
+            if len(before) < NUM_KEPT or not error.is_full:
                 raise
-            self._keep(before, KEPT - 1)  # a full disk may have room for the newest instead of the oldest
+            self._keep(before, NUM_KEPT - 1)  # on a full disk the new one may fit in place of the oldest
             self._save(checkpoint)
-        self._keep(self.names(), KEPT)
+        self._keep(self.names(), NUM_KEPT)
         self.seconds = time.perf_counter() - began
 
     def _save(self, checkpoint: Checkpoint) -> None:
@@ -110,17 +110,17 @@ class CheckpointStore:
         except OSError as error:
             raise disk_error(final, error) from None
         except DiskError as error:
-            error.asked = f"writing {final}"  # the name that the user knows
+            error.asked = f"writing {final}"  # not the temporary folder
             raise
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # after a success there is none
+            shutil.rmtree(part, ignore_errors=True)  # it exists only after a failure
 
     def _write_files(self, part: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _STATE, _write(part / _STATE, checkpoint.now)
         if checkpoint.epoch_start is not checkpoint.now:
             yield _EPOCH, _write(part / _EPOCH, checkpoint.epoch_start)
         if checkpoint.best is not None:
-            # Its bytes again, not another name of the same: one bad sector must not spoil both checkpoints.
+            # A copy, not a hard link: one bad sector must not damage both checkpoints.
             yield _BEST, _write(part / _BEST, checkpoint.best)
 
     def _manifest(self, progress: Progress, files: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class CheckpointStore:
         }
 
     def _keep(self, names: list[str], number: int) -> None:
-        """Remove all but the newest, those that were found damaged first; a name goes before its content."""
+        """Remove all but the newest ``number``, damaged ones first; each is renamed before it is deleted."""
         for name in sorted(names, key=lambda name: (name not in self._damaged, _number(name)))[:-number]:
             trash = self.folder / f".{name}.trash"
             with suppress(OSError):
@@ -151,13 +151,13 @@ class CheckpointStore:
         return sorted((n for n in os.listdir(self.folder) if _NAME.fullmatch(n)), key=_number)  # noqa: PTH208
 
     def load(self, warn: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-        """Return the newest checkpoint that verifies; None where there is none at all.
+        """Return the newest checkpoint that verifies; None if there are no checkpoints.
 
         Args:
-            warn: told of every damaged one that was passed over.
+            warn: called with a message for each damaged checkpoint that is skipped.
 
         Raises:
-            DataError: there are checkpoints, and none verifies. Starting over in silence would be worse.
+            DataError: there are checkpoints but none verifies, so training does not silently start over.
         """
         self._clean()
         faults = []
@@ -185,7 +185,7 @@ class CheckpointStore:
         return Checkpoint(now, start, best)
 
     def _clean(self) -> None:
-        """Remove what a killed process left behind: no final name is ever touched."""
+        """Remove temporary folders of a killed process."""
         if self.folder.is_dir():
             for leftover in [*self.folder.glob(".*.part"), *self.folder.glob(".*.trash")]:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -196,7 +196,7 @@ def _number(name: str) -> int:
 
 
 def _write(path: Path, snapshot: Snapshot) -> dict[str, Any]:
-    """Write a snapshot and return its line of the manifest."""
+    """Write a snapshot and return its entry in the manifest."""
     metadata = {"progress": snapshot.progress.to_json()}
     content = safetensors.torch.save(dict(snapshot.tensors), metadata)
     write_bytes(path, content)
@@ -219,7 +219,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_snapshot(path: Path, expected: dict[str, Any]) -> Snapshot:
-    """Read a file, unless it is another one than the manifest tells of."""
+    """Read a snapshot, and verify its size and sha256 against the manifest."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     size = path.stat().st_size
@@ -236,30 +236,30 @@ def _read_snapshot(path: Path, expected: dict[str, Any]) -> Snapshot:
     return Snapshot(safetensors.torch.load(content), progress)
 
 
-# --- How often to write a checkpoint: so that a kill costs little, and writing costs less ---
+# --- When a checkpoint is due ---
 
 
-SHARE = 0.01
-"""Most of the training time that writing checkpoints may take."""
-LEAST_SECONDS = 60.0
-"""Between two checkpoints inside an epoch."""
+MAX_WRITING_SHARE = 0.01
+"""Largest share of the training time spent on writing checkpoints."""
+MIN_SECONDS = 60.0
+"""Shortest time between two checkpoints inside an epoch, in seconds."""
 BYTES_PER_SECOND = 2e8
-"""Of writing with its sha256 and fsync, as a guess before the first one is measured."""
+"""Assumed writing speed, with sha256 and fsync, before the first checkpoint is measured."""
 
 
 def estimate_bytes(snapshot: Snapshot, settings: TrainingSettings) -> int:
-    """Return the most bytes of a checkpoint: one inside an epoch, whose optimiser has begun to move."""
+    """Return the largest size of a checkpoint in bytes: inside an epoch, with full optimizer state."""
     weights = sum(tensor.nbytes for tensor in snapshot.under("model.").values())
     slots = 2 if settings.optimizer == "adamw" else int(settings.momentum > 0)
     state = weights * (1 + slots + (settings.ema_decay is not None))
-    return 2 * state + weights  # the state, where its epoch began, and the best epoch
+    return 2 * state + weights  # the state, the state at the start of the epoch, and the best weights
 
 
 class CheckpointInterval:
-    """Says when a checkpoint is due. Where it falls leaves no trace in the result.
+    """Decides when a checkpoint is due; the result of the run does not depend on it.
 
     Args:
-        num_bytes: of one checkpoint.
+        num_bytes: estimated size of one checkpoint.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -268,9 +268,9 @@ class CheckpointInterval:
 
     def is_due(self, inside_epoch: bool) -> bool:
         """Return whether enough time has passed for another one."""
-        least = LEAST_SECONDS if inside_epoch else 0.0
-        return time.perf_counter() - self._last >= max(self._cost / SHARE, least)
+        least = MIN_SECONDS if inside_epoch else 0.0
+        return time.perf_counter() - self._last >= max(self._cost / MAX_WRITING_SHARE, least)
 
     def wrote(self, seconds: float) -> None:
-        """Take note of one that was written just now."""
+        """Note that a checkpoint was written just now, in ``seconds`` seconds."""
         self._cost, self._last = seconds, time.perf_counter()

@@ -39,7 +39,7 @@ REHEARSALS = 2
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """A process's share of a batch.
 
     Attributes:
@@ -55,7 +55,9 @@ class Share:
     lost: dict[str, str]
 
 
-def find_share(distributed: Distributed, batch: Batch, loss: nn.Module, mixes: bool, least: int) -> Share:
+def find_share(
+    distributed: Distributed, batch: Batch, loss: nn.Module, mixes: bool, least: int
+) -> BatchShare:
     """Return a process's share of a batch, as all processes know it.
 
     Args:
@@ -67,7 +69,7 @@ def find_share(distributed: Distributed, batch: Batch, loss: nn.Module, mixes: b
             then none of them is learnt from.
     """
     if distributed.size == 1:
-        return Share(batch, len(batch.labels), 1.0, batch.lost)
+        return BatchShare(batch, len(batch.labels), 1.0, batch.lost)
     if batch.lost and len(batch.labels) < least:
         batch = Batch(batch.images[:0], batch.labels[:0], batch.indices[:0], batch.lost)
     number = len(batch.labels)
@@ -77,7 +79,7 @@ def find_share(distributed: Distributed, batch: Batch, loss: nn.Module, mixes: b
     lost: dict[str, str] = {}
     for some in distributed.collect(batch.lost) if num_lost else ():
         lost |= some
-    return Share(batch, int(images), own / whole * distributed.size if whole else 0.0, lost)
+    return BatchShare(batch, int(images), own / whole * distributed.size if whole else 0.0, lost)
 
 
 class _Forward(nn.Module):

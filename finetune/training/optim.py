@@ -1,4 +1,4 @@
-"""Optimisers and mixed batches, built from plain settings."""
+"""Optimizer, mixup and cutmix, lr schedule and early stopping, as the recipe's section ``training`` says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from finetune.training.state import Progress
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW, over named groups that carry their own rate and decay.
+    """Return SGD with momentum, or AdamW, over parameter groups with their own lr and weight decay.
 
-    On a GPU one kernel updates all weights.
+    On a GPU the fused implementation is used.
     """
     fused = all(weight.is_cuda for group in groups for weight in group["params"]) or None
     if settings.optimizer == "sgd":
@@ -27,9 +27,9 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) ->
 
 
 def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | None:
-    """Return mixup, cutmix, or one of them at random a batch; None when both are off.
+    """Return mixup, cutmix, or a random one of them per batch; None if both are off.
 
-    The mixer takes images (B, 3, H, W) and labels (B,), and gives images and soft labels (B, K).
+    The mixer takes images (B, 3, H, W) and labels (B,), and returns images and soft labels (B, K).
     """
     kinds = ((settings.mixup, v2.MixUp), (settings.cutmix, v2.CutMix))
     mixers = [kind(alpha=alpha, num_classes=num_classes) for alpha, kind in kinds if alpha > 0]
@@ -39,23 +39,22 @@ def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | Non
     return mixer
 
 
-# --- Learning rates as a function of the step ---
+# --- Learning rate schedule ---
 #
-# timm's schedulers are not used here: their warm-up start and their floor are absolute rates shared by
-# all groups, which would undo the 1 : 1/10 : 1/100 between groups while they act. One factor for all
-# groups keeps the proportions at every step.
+# timm's schedulers are not used: their warm-up start and minimum are absolute learning rates shared by all
+# groups, which would change the ratio 1 : 1/10 : 1/100 between groups. One factor for all groups keeps it.
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor that multiplies every group's base rate.
+    """The factor that multiplies every group's base lr.
 
     Attributes:
         kind: constant, cosine, step or plateau.
-        epochs: in the whole run.
-        warmup_epochs: of linear growth from nearly zero.
-        decay_epochs: of the step schedule.
-        decay_rate: of the step schedule.
+        epochs: epochs of the whole run.
+        warmup_epochs: epochs in which the factor grows linearly from nearly 0 to 1.
+        decay_epochs: epochs between two decays of the step schedule.
+        decay_rate: factor of each decay of the step schedule.
     """
 
     kind: str
@@ -66,7 +65,7 @@ class Schedule:
 
     @classmethod
     def from_settings(cls, settings: TrainingSettings) -> Schedule:
-        """Read it off a recipe's section."""
+        """Return the schedule of a recipe's ``training`` section."""
         return cls(
             settings.schedule,
             settings.epochs,
@@ -76,7 +75,7 @@ class Schedule:
         )
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
-        """Return the factor of a step, counted from 0, in (0, 1]. The plateau's own factor comes on top."""
+        """Return the factor of a step (counted from 0), in [0, 1], without that of :class:`Plateau`."""
         warmup_steps = round(self.warmup_epochs * steps_per_epoch)
         if step < warmup_steps:
             return (step + 1) / warmup_steps
@@ -90,35 +89,37 @@ class Schedule:
 
 @dataclass
 class Plateau:
-    """Multiplies by ``rate`` after ``patience`` epochs without improvement.
+    """Multiplies its factor by ``decay_rate`` after ``patience`` epochs without improvement.
 
     Attributes:
+        patience: epochs without improvement before a decay.
+        decay_rate: factor of each decay.
         factor: product of the decays so far.
-        bad_epochs: since the best one or the last decay.
+        bad_epochs: epochs since the best one or the last decay.
     """
 
     patience: int
-    rate: float
+    decay_rate: float
     factor: float = 1.0
     bad_epochs: int = 0
 
     def observe(self, improved: bool) -> None:
-        """Take note of an epoch."""
+        """Update the factor after an epoch."""
         self.bad_epochs = 0 if improved else self.bad_epochs + 1
         if self.bad_epochs >= self.patience:
-            self.factor *= self.rate
+            self.factor *= self.decay_rate
             self.bad_epochs = 0
 
 
-# --- After each epoch: is it the best one, what does the plateau say, is patience over? ---
+# --- After each epoch: best epoch, plateau and early stopping ---
 
 
-def observe(progress: Progress, figures: dict[str, float], settings: TrainingSettings) -> bool:
-    """Take note of an epoch's validation figures, and return whether it is the best so far."""
-    improved = is_better(figures, progress.best, settings.monitor)
+def record_validation(progress: Progress, metrics: dict[str, float], settings: TrainingSettings) -> bool:
+    """Update the progress with an epoch's validation metrics; return whether it is the best so far."""
+    improved = is_better(metrics, progress.best, settings.monitor)
     progress.bad_epochs = 0 if improved else progress.bad_epochs + 1
     if improved:
-        progress.best, progress.best_epoch = figures, progress.epoch
+        progress.best, progress.best_epoch = metrics, progress.epoch
     if settings.schedule == "plateau":
         plateau = Plateau(
             settings.decay_epochs, settings.decay_rate, progress.plateau_factor, progress.plateau_bad_epochs
@@ -129,6 +130,6 @@ def observe(progress: Progress, figures: dict[str, float], settings: TrainingSet
 
 
 def is_over(progress: Progress, settings: TrainingSettings) -> bool:
-    """Return whether all epochs are trained, or patience is at its end."""
+    """Return whether all epochs are trained, or early stopping ends the training."""
     out_of_patience = settings.patience is not None and progress.bad_epochs >= settings.patience
     return progress.epoch >= settings.epochs or out_of_patience

@@ -1,4 +1,4 @@
-"""What training says while it goes on: bars, words beside them, and one line an epoch."""
+"""Progress of a training: bars, one line per epoch, and ``history.csv``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from finetune.training.state import Progress
 
 
 class ProgressReporter:
-    """Tells a training's progress.
+    """Reports a training's progress on a display.
 
     Args:
-        display: where it is shown.
-        num_epochs: of the whole run.
-        num_images: of one epoch.
+        display: display to report on.
+        num_epochs: epochs of the whole run.
+        num_images: training images of one epoch.
     """
 
     def __init__(self, display: Display, num_epochs: int, num_images: int) -> None:
@@ -26,21 +26,21 @@ class ProgressReporter:
         self._began, self._done_before = time.perf_counter(), 0.0
 
     def begin(self, progress: Progress) -> None:
-        """Start the clock of the time left; a run that goes on begins in the middle."""
+        """Start the clock for the estimate of the time left; a resumed run starts in the middle."""
         self._began, self._done_before = time.perf_counter(), self._done(progress)
         if progress.step:
             self.display.say(f"resuming at epoch {progress.epoch + 1}, step {progress.step}")
 
     @contextmanager
     def bar(self, progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Draw a bar over ``total`` images, ``done`` of which were before."""
+        """Show a bar over ``total`` images, of which ``done`` are processed already."""
         name = f"epoch {progress.epoch + 1}/{self.num_epochs} {what}"
         with self.display.track(name, total) as advance:
             advance(done, "")
             yield advance
 
     def describe_speed(self, progress: Progress) -> str:
-        """Speed, share of time spent waiting for data, and when the run ends."""
+        """Return speed, share of time spent waiting for data, and time until the run ends."""
         seconds = max(progress.epoch_seconds, 1e-9)
         speed, waiting = progress.num_seen / seconds, progress.wait_seconds / seconds
         return f"{speed:.0f} images/s, waiting {waiting:.0%}, run ends in {self._time_left(progress)}"
@@ -50,14 +50,14 @@ class ProgressReporter:
         return min((progress.epoch + progress.num_seen / self.num_images) / self.num_epochs, 1.0)
 
     def _time_left(self, progress: Progress) -> str:
-        """Minutes and seconds at the pace since this process began to train."""
+        """Minutes and seconds left at the speed since this process started to train."""
         done = self._done(progress)
         seconds = (time.perf_counter() - self._began) * (1 - done) / max(done - self._done_before, 1e-9)
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes}:{rest:02}"
 
     def say_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
-        """Say a row of the history; a star marks the best epoch so far."""
+        """Show a row of the history; a star marks the best epoch so far."""
         self.display.say(
             f"epoch {row['epoch']:>3}/{self.num_epochs}  lr {row['lr']:.2e}  "
             f"train loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
@@ -66,11 +66,11 @@ class ProgressReporter:
         )
 
 
-# --- One row an epoch ---
+# --- One row per epoch: history.csv ---
 
 
 Listener = Callable[[Sequence[Mapping[str, float]]], None]
-"""Told all rows whenever there is a new one, and when training goes on."""
+"""Called with all rows after each epoch, and when training resumes."""
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -84,15 +84,15 @@ HISTORY_COLUMNS = (
 )
 
 
-def add_row(progress: Progress, figures: Mapping[str, float], loss_sum: float) -> dict[str, float]:
-    """Add the epoch that has just been judged to the history, and return its row."""
+def add_row(progress: Progress, metrics: Mapping[str, float], loss_sum: float) -> dict[str, float]:
+    """Add the epoch that was just validated to the history, and return its row."""
     seconds = max(progress.epoch_seconds, 1e-9)
     row = {
         "epoch": progress.epoch + 1,
         "lr": progress.lr,
         "train_loss": loss_sum / max(progress.num_seen, 1),
-        "eval_loss": figures["loss"],
-        "eval_accuracy": figures["accuracy"],
+        "eval_loss": metrics["loss"],
+        "eval_accuracy": metrics["accuracy"],
         "seconds": round(seconds, 3),
         "images_per_second": round(progress.num_seen / seconds, 2),
         "data_wait_fraction": round(progress.wait_seconds / seconds, 4),
@@ -102,6 +102,6 @@ def add_row(progress: Progress, figures: Mapping[str, float], loss_sum: float) -
 
 
 def write_history(path: Path, progress: Progress, listener: Listener) -> None:
-    """Write all rows, over what a killed process may have written further, and tell them."""
+    """Replace ``history.csv`` by all rows of the progress, and call the listener with them."""
     write_csv(path, [tuple(row.values()) for row in progress.history], HISTORY_COLUMNS)
     listener(progress.history)

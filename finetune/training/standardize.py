@@ -24,7 +24,7 @@ from finetune.data.feed import BatchLoader
 from finetune.system.device import Precision, seed_everything
 from finetune.system.display import Advance
 from finetune.system.forward import ChunkedForward, autocast
-from finetune.training.step import is_learnable
+from finetune.training.step import has_enough_images
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.recorder import observe_calls
 
@@ -83,7 +83,7 @@ def measure_features(
         for number, batch in enumerate(batches):
             # For dropout, before each pass: where this process decodes, views are drawn in between.
             seed_everything(seed, "measure", number)
-            if is_learnable(network, len(batch.labels), bool(batch.lost)):
+            if has_enough_images(network, len(batch.labels), bool(batch.lost)):
                 forward(batch.images)
             advance(len(batch.labels), "")
     moments = {}

@@ -1,7 +1,7 @@
-"""What learning changes, as named tensors: taken from a network and its optimiser, and given back.
+"""The state of a training: the tensors that change (:class:`State`) and its counters (:class:`Progress`).
 
-Frozen tensors are left out. They are proved unchanged at the end of every run, so that writing them again
-and again would only cost time.
+A :class:`Snapshot` is a copy of both, and a :class:`Checkpoint` holds the snapshots that resuming needs.
+Frozen tensors are left out: every run verifies at its end that they did not change.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from finetune.errors import DataError
 
 
 class State:
-    """The changing tensors of a training.
+    """The tensors that training changes.
 
     Args:
-        network: that learns.
-        optimizer: that moves it.
-        average: of the network's weights, where one is kept.
+        network: network that is trained.
+        optimizer: its optimizer.
+        average: moving average of the network's weights; None if there is none.
         frozen: names of tensors that never change.
     """
 
@@ -42,36 +42,36 @@ class State:
 
     @property
     def judged(self) -> nn.Module:
-        """The network whose figures count: the average where one is kept."""
+        """The network that is evaluated and exported: the average of the weights if there is one."""
         return self.network if self.average is None else self.average
 
     def is_finite(self) -> bool:
-        """Return whether every weight is a finite number: an update may overflow, with a finite gradient."""
+        """Return whether every weight is finite; an update may overflow even if its gradient is finite."""
         networks = [self.network] if self.average is None else [self.network, self.average]
         weights = [weight.detach() for network in networks for weight in network.parameters()]
         return is_finite(add_up([weight for weight in weights if weight.numel()]))
 
     def take(self) -> dict[str, Tensor]:
-        """Return copies of all of them, on the CPU."""
+        """Return copies of all tensors on the CPU, by name."""
         tensors = network_tensors(self.network, "model.", self.frozen)
         tensors |= optimizer_tensors(self.network, self.optimizer)
         if self.average is not None:
             tensors |= network_tensors(self.average, "ema.", self.frozen)
         return _copies(tensors)
 
-    def give_back(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo everything since :meth:`take`."""
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the tensors that :meth:`take` returned."""
         restore_network(self.network, tensors, "model.", self.frozen)
         restore_optimizer(self.network, self.optimizer, tensors)
         if self.average is not None:
             restore_network(self.average, tensors, "ema.", self.frozen)
 
     def take_judged(self) -> dict[str, Tensor]:
-        """Return copies of the judged weights alone, on the CPU."""
+        """Return copies of the weights of :attr:`judged` on the CPU, by name."""
         return _copies(network_tensors(self.judged, "model.", self.frozen))
 
-    def give_back_judged(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo everything in the judged network since :meth:`take_judged`."""
+    def restore_judged(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the weights that :meth:`take_judged` returned."""
         restore_network(self.judged, tensors, "model.", self.frozen)
 
 
@@ -83,7 +83,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network_tensors(network: nn.Module, prefix: str, without: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return a network's state under a prefix, without second names of shared tensors."""
+    """Return a network's state with prefixed names; a shared tensor appears under its first name only."""
     seen: set[tuple[int, torch.Size]] = set()
     unique = {}
     for name, tensor in network.state_dict().items():
@@ -98,10 +98,10 @@ def network_tensors(network: nn.Module, prefix: str, without: Collection[str] = 
 def restore_network(
     network: nn.Module, tensors: Mapping[str, Tensor], prefix: str, without: Collection[str] = ()
 ) -> None:
-    """Fill a network from tensors under a prefix; shared tensors are filled under one of their names.
+    """Load prefixed tensors into a network; a shared tensor needs only one of its names.
 
     Raises:
-        DataError: tensors are missing, or have another shape.
+        DataError: tensors are missing or have another shape.
     """
     own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     expected = {name[len(prefix) :]: t.shape for name, t in network_tensors(network, prefix, without).items()}
@@ -113,7 +113,7 @@ def restore_network(
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's tensors under the names of their parameters."""
+    """Return the optimizer's tensors under the names of their parameters."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     return {
         f"optimizer.{names[id(parameter)]}:{key}": value
@@ -126,49 +126,49 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def restore_optimizer(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give the optimiser back what :func:`optimizer_tensors` returned, and nothing else."""
+    """Load what :func:`optimizer_tensors` returned; all other optimizer state is dropped."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict() | {"state": {}}
     for index, name in enumerate(ordered):
         prefix = f"optimizer.{name}:"
-        # Copies: the optimiser would take tensors of its own type and device as they are, and move them.
+        # Copies: the optimizer keeps tensors of its own dtype and device, and would change them in place.
         own = {key[len(prefix) :]: value.clone() for key, value in tensors.items() if key.startswith(prefix)}
         if own:
             state["state"][index] = own
     optimizer.load_state_dict(state)
 
 
-# --- Where a training stands, as plain JSON, and what a state of it is made of ---
+# --- Counters, snapshots and checkpoints ---
 
 
 @dataclass
 class Progress:
-    """Where training stands. Everything in it is plain JSON.
+    """The counters of a training. All values are plain JSON.
 
     Attributes:
-        epoch: being trained, from 0.
-        batch: next one of that epoch.
-        steps_per_epoch: batches of an epoch, by which a place is known to mean what it meant.
-        step: batches so far; the schedule and the random numbers of a step depend on it.
-        lr: the head's rate in the last step.
-        loss_sum: of the epoch so far, over images.
-        num_seen: images of the epoch so far that were learnt from.
+        epoch: current epoch, from 0.
+        batch: next batch of that epoch, from 0.
+        steps_per_epoch: batches of an epoch; a checkpoint inside an epoch is valid only if this is unchanged.
+        step: batches so far; the lr schedule and the random numbers of a step depend on it.
+        lr: the head's learning rate in the last step.
+        loss_sum: sum of the loss over the images of the epoch so far.
+        num_seen: images of the epoch so far that were trained on.
         epoch_seconds: training time of the epoch so far.
-        wait_seconds: of it spent waiting for data.
-        best: validation figures of the best epoch.
-        best_epoch: from 0; -1 before the first.
-        bad_epochs: since the best one, for early stopping.
-        plateau_factor: of the plateau schedule.
-        plateau_bad_epochs: of the plateau schedule.
-        history: one row an epoch.
+        wait_seconds: part of ``epoch_seconds`` spent waiting for data.
+        best: validation metrics of the best epoch.
+        best_epoch: best epoch, from 0; -1 before the first epoch has ended.
+        bad_epochs: epochs since the best one, for early stopping.
+        plateau_factor: factor of the plateau schedule.
+        plateau_bad_epochs: epochs without improvement that the plateau schedule counts.
+        history: one row per epoch.
         scaler: state of float16's loss scaler.
-        skipped: steps that were not made, since a loss or a gradient was no finite number.
-        skipped_in_row: of these, since the last step that was made.
+        skipped: steps that were skipped because of a non-finite loss or gradient.
+        skipped_in_row: steps skipped since the last successful one.
         rollbacks: returns to the start of an epoch.
-        rate_factor: of all rates; halved by each return.
-        microbatch: images that go through the network at a time; 0 is the whole batch.
-        lost: training images that could not be read any more, with the reason.
+        rate_factor: factor of every learning rate; halved by each rollback.
+        microbatch: images in one forward pass; 0 is the whole batch.
+        lost: reason for each training image that can no longer be read, by path.
     """
 
     epoch: int = 0
@@ -195,11 +195,11 @@ class Progress:
     lost: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> Progress:
-        """Return one of its own."""
+        """Return a deep copy."""
         return deepcopy(self)
 
     def to_json(self) -> str:
-        """Return one line that :meth:`from_json` reads back to the same floats."""
+        """Return one line of JSON; :meth:`from_json` reads back the same floats."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -207,35 +207,37 @@ class Progress:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: it is no JSON, or has other keys, as another version of the program writes.
+            ValueError: it is not JSON, or has unknown keys because another version wrote it.
         """
         content = json.loads(text)
         unknown = sorted(content.keys() - {key.name for key in fields(cls)})
         if unknown:
-            raise ValueError(f"it holds {', '.join(unknown)}, as another version of finetune writes")
+            raise ValueError(
+                f"it has unknown keys ({', '.join(unknown)}); another version of finetune wrote it"
+            )
         return cls(**content)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state that training can go back to: tensors on the CPU that nobody else changes, and the place."""
+    """A state that training can return to: private copies of the tensors on the CPU, and the counters."""
 
     tensors: Mapping[str, Tensor]
     progress: Progress
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin so, without that beginning."""
+        """Return the tensors whose names start with a prefix, with the prefix removed."""
         return {k.removeprefix(prefix): tensor for k, tensor in self.tensors.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that going on needs.
+    """Everything that resuming needs.
 
     Attributes:
-        now: the state itself.
-        epoch_start: where its epoch began, for a return to there; the same object between two epochs.
-        best: the judged weights of the best epoch; None before the first epoch has ended.
+        now: current state.
+        epoch_start: state at the start of the epoch, for a rollback; it is ``now`` between two epochs.
+        best: weights of the best epoch; None before the first epoch has ended.
     """
 
     now: Snapshot
@@ -243,20 +245,20 @@ class Checkpoint:
     best: Snapshot | None
 
 
-# --- Know that a loss and its gradient are finite numbers before the weights move ---
+# --- Checks for finite values ---
 
 
 def compute_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of the whole gradient, on its device; infinite as well where squares overflow."""
+    """Return the norm of the whole gradient, on its device; infinite if the squares overflow."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return nn.utils.get_total_norm(gradients)
 
 
 def is_finite(*numbers: Tensor) -> bool:
-    """Return whether all of some single numbers are finite: one word from their device."""
+    """Return whether all scalars are finite, with a single transfer from their device."""
     return bool(reduce(and_, (torch.isfinite(number.detach()) for number in numbers)))
 
 
 def add_up(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of tensors: infinite or nan where one of their values is, and cheaper than a maximum."""
+    """Return the sum of tensors: non-finite if any value is, and cheaper than a maximum."""
     return torch.stack([tensor.detach().sum() for tensor in tensors]).sum()

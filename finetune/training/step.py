@@ -1,8 +1,11 @@
-"""The gradient of one batch: whole, or in parts where memory is short.
+"""The gradient of one training step: of the whole batch, or of microbatches if memory runs out.
 
-Parts give the gradient of the whole batch: exactly, but for the order of float sums, unless the network
-holds BatchNorm in train mode, whose statistics are then those of the parts (measured on ResNet-18: 92 %
-off; ViT and ConvNeXt: 1e-6).
+:class:`Gradient` computes it, :class:`BufferBackup` restores running statistics after a failed step, and
+:class:`MicrobatchRunner` retries with smaller microbatches when memory runs out.
+
+The microbatches' gradients add up to that of the whole batch, up to the order of float sums. BatchNorm in
+train mode is the exception, since it normalises each microbatch by its own statistics (measured difference:
+92 % on ResNet-18, 1e-6 on ViT and ConvNeXt).
 
 Shape legend: B batch, K classes.
 """
@@ -23,22 +26,23 @@ from finetune.system.display import Display
 from finetune.system.distributed import Distributed
 from finetune.system.forward import autocast
 from finetune.targets import compute_share
-from finetune.training.ddp import REHEARSALS, Replicas, Share, waits_in_forward
+from finetune.training.ddp import REHEARSALS, BatchShare, Replicas, waits_in_forward
 from finetune.training.state import Progress, add_up
 from finetune.training.task import Task
 
 
 class Gradient:
-    """Runs a network forwards and backwards.
+    """Runs forward and backward passes of a network.
 
     Args:
-        network: (B, 3, H, W) -> (B, K).
-        loss: of (logits, labels (B,) or soft labels (B, K)).
-        mixer: of whole batches, before they are split.
-        scaler: of the loss, for float16.
-        precision: of the forward pass.
-        forward: what makes logits of a batch, where that is not the network itself but its rest under a cut.
-        replicas: forwards of several processes, whose gradients are added up; ``forward`` is theirs.
+        network: network, (B, 3, H, W) -> (B, K).
+        loss: function of logits (B, K) and labels (B,) or soft labels (B, K).
+        mixer: mixup or cutmix, applied to the whole batch before it is split into microbatches.
+        scaler: loss scaler for float16.
+        precision: precision of the forward pass.
+        forward: function from a batch to logits; by default the network. For a cut network it is the part
+            above the cut.
+        replicas: wrapper that sums gradients over ranks; it replaces ``forward``.
     """
 
     def __init__(
@@ -56,19 +60,19 @@ class Gradient:
         self.scaler, self.precision = scaler, precision
 
     def compute(self, batch: Batch, microbatch: int = 0, factor: float = 1.0, alone: bool = False) -> Tensor:
-        """Add the batch's gradient to the parameters' ``grad``, and return its loss, detached.
+        """Add the batch's gradient to the parameters' ``grad``, and return its detached loss.
 
         Args:
             batch: images and labels on the device.
-            microbatch: images at a time; 0 takes all at once.
-            factor: of the loss; 0 where the images only stand in for none.
-            alone: leave other processes out of it.
+            microbatch: images in one forward pass; 0 is the whole batch.
+            factor: factor of the loss; 0 for placeholder images on a rank that has none.
+            alone: do not sum gradients over ranks.
         """
         images, labels = batch.images, batch.labels
         if self.mixer is not None and factor:
             images, labels = self.mixer(images, labels)
         number = -(-len(images) // microbatch) if microbatch else 1
-        number = max(1, min(number, len(images) // least_part(self.network)))
+        number = max(1, min(number, len(images) // min_microbatch(self.network)))
         total = torch.zeros((), device=images.device)
         parts = zip(images.tensor_split(number), labels.tensor_split(number), strict=True)
         for place, (part, part_labels) in enumerate(parts, 1):
@@ -84,25 +88,25 @@ class Gradient:
 
 
 def learns_batch_statistics(network: nn.Module) -> bool:
-    """Return whether a BatchNorm normalises by the batch's own statistics, so that parts are not exact."""
+    """Return whether a BatchNorm is in train mode, so that microbatches do not give the exact gradient."""
     return any(isinstance(layer, _BatchNorm) and layer.training for layer in network.modules())
 
 
-def least_part(network: nn.Module) -> int:
-    """Return how few images may go through a network at a time: BatchNorm cannot train on a single value."""
+def min_microbatch(network: nn.Module) -> int:
+    """Return the smallest microbatch: 1, or 2 if a BatchNorm is in train mode."""
     return 2 if learns_batch_statistics(network) else 1
 
 
 def halve(network: nn.Module, microbatch: int) -> int:
-    """Return half of a microbatch, but no less than the network needs, and no more than it was."""
-    return max(-(-microbatch // 2), min(microbatch, least_part(network)))
+    """Return half of a microbatch, rounded up and at least :func:`min_microbatch`, but never a larger one."""
+    return max(-(-microbatch // 2), min(microbatch, min_microbatch(network)))
 
 
 def halve_or_refuse(network: nn.Module, microbatch: int, found: str) -> int:
-    """Return a smaller microbatch.
+    """Return half of a microbatch.
 
     Raises:
-        EnvironmentFaultError: the network needs this many, and ``found`` says what ran out.
+        EnvironmentFaultError: the microbatch is already the smallest one; ``found`` is the reported cause.
     """
     half = halve(network, microbatch)
     if half == microbatch:
@@ -112,8 +116,8 @@ def halve_or_refuse(network: nn.Module, microbatch: int, found: str) -> int:
     return half
 
 
-def describe_parts(network: nn.Module, progress: Progress, batch_size: int) -> str:
-    """Say that batches go through in parts now, and whether that is exact."""
+def describe_microbatch(network: nn.Module, progress: Progress, batch_size: int) -> str:
+    """Return the warning that batches are now split, and whether the gradient stays exact."""
     but = "; BatchNorm normalises each microbatch, so the result differs from that of whole batches"
     return (
         f"memory ran out at step {progress.step + 1}; batches of {batch_size} are now split into "
@@ -121,16 +125,16 @@ def describe_parts(network: nn.Module, progress: Progress, batch_size: int) -> s
     )
 
 
-def is_learnable(network: nn.Module, num_images: int, any_lost: bool) -> bool:
-    """Return whether a batch has images enough; those that were lost may leave too few."""
-    return num_images >= (least_part(network) if any_lost else 1)
+def has_enough_images(network: nn.Module, num_images: int, any_lost: bool) -> bool:
+    """Return whether a batch has enough images to train on, after unreadable ones were left out."""
+    return num_images >= (min_microbatch(network) if any_lost else 1)
 
 
-class KeptBuffers:
-    """Running statistics before a step, to be given back when the step is not made.
+class BufferBackup:
+    """A copy of the running statistics from before a step, restored if the step is skipped.
 
-    A batch that is no number reaches them in the forward pass, long before any gradient is looked at; and
-    a variance that overflows there makes outputs of 0, so that neither loss nor gradient tells of it.
+    Non-finite images change the statistics in the forward pass, before the gradient is checked. A running
+    variance that overflows gives outputs of 0, so that neither the loss nor the gradient shows it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -139,42 +143,42 @@ class KeptBuffers:
         ]
         self._copies = [buffer.clone() for buffer in self._owned]
         floats = [buffer for buffer in self._owned if buffer.is_floating_point() and buffer.numel()]
-        self._finite = [buffer for buffer in floats if buffer.isfinite().all()]  # no masks of -inf
+        self._finite = [buffer for buffer in floats if buffer.isfinite().all()]  # leaves out masks of -inf
 
     def add_up(self) -> list[Tensor]:
-        """Return the sum of all their values, in a list; an empty one where there are none."""
+        """Return a list with the sum of all values; empty if there are no buffers."""
         return [add_up(self._finite)] if self._finite else []
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Copy them."""
+        """Copy the current values."""
         if self._owned:
             torch._foreach_copy_(self._copies, self._owned)
 
     @torch.no_grad()
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Undo every change since :meth:`keep`."""
         if self._owned:
             torch._foreach_copy_(self._owned, self._copies)
 
 
-# --- The gradient of a step, tried again with smaller parts of the batch while memory runs out ---
+# --- Retry with smaller microbatches ---
 
 
 class MicrobatchRunner:
-    """Computes gradients of one training.
+    """Computes gradients, and halves the microbatch whenever memory runs out.
 
-    Several processes wait for each other while gradients are added up, so that one that runs out of memory
-    there takes all of them with it. So they rehearse steps alone, and agree on the size of the parts; but not
-    where they wait for each other in the forward pass too (SyncBatchNorm).
+    While gradients are summed, every rank waits for the others, so one that runs out of memory there fails
+    the whole run. The first steps are therefore rehearsed without communication, and the ranks agree on the
+    microbatch. This is not possible with SyncBatchNorm, which communicates in the forward pass.
 
     Args:
         task: network, loss and data.
-        gradient: of one batch.
-        optimizer: whose weights learn.
-        seed: of the random numbers of every step.
-        distributed: the processes.
-        display: told of smaller parts.
+        gradient: computes the gradient of one batch.
+        optimizer: optimizer of the trained weights.
+        seed: seed of the random numbers of every step.
+        distributed: ranks of the run.
+        display: display that shows the warning about a smaller microbatch.
     """
 
     def __init__(
@@ -190,17 +194,17 @@ class MicrobatchRunner:
         self.distributed, self.display = distributed, display
         self._rehearsals = REHEARSALS if gradient.replicas is not None else 0
 
-    def compute(self, share: Share, progress: Progress, buffers: KeptBuffers) -> torch.Tensor:
-        """Return the loss, with the gradient in place.
+    def compute(self, share: BatchShare, progress: Progress, buffers: BufferBackup) -> torch.Tensor:
+        """Compute the gradient into the parameters' ``grad``, and return the loss.
 
         Args:
-            share: of the batch, which is this process's.
-            progress: whose microbatch may become smaller.
-            buffers: kept before the step.
+            share: this rank's share of the batch.
+            progress: progress of the training; its microbatch is halved if memory runs out.
+            buffers: copy of the running statistics from before the step.
 
         Raises:
-            EnvironmentFaultError: one image at a time is too much for the memory.
-            LostProcessError: memory ran out in this process while others waited for it.
+            EnvironmentFaultError: memory runs out even with the smallest microbatch.
+            LostProcessError: memory ran out on this rank while the others waited for it.
         """
         batch, replicas = share.batch, self.gradient.replicas
         if not len(batch.labels):
@@ -220,12 +224,16 @@ class MicrobatchRunner:
                     "Run the command again, or lower --batch-size.",
                 )
                 raise LostProcessError(asked, f"memory ran out while other processes waited ({found})", fix)
-            buffers.give_back()
+            buffers.restore()
             self._halve(progress, len(batch.labels), found)
 
-    def _try(self, batch: Batch, share: Share, progress: Progress, alone: bool = False) -> torch.Tensor | str:
-        """Return the loss, or what ran out."""
-        own = (self.distributed.rank,) if self.distributed.rank else ()  # each process draws masks of its own
+    def _try(
+        self, batch: Batch, share: BatchShare, progress: Progress, alone: bool = False
+    ) -> torch.Tensor | str:
+        """Return the loss, or the text of the out-of-memory error."""
+        own = (
+            (self.distributed.rank,) if self.distributed.rank else ()
+        )  # each rank draws its own dropout masks
         seed_everything(self.seed, "step", progress.step, *own)
         self.optimizer.zero_grad(set_to_none=True)
         try:
@@ -235,7 +243,7 @@ class MicrobatchRunner:
             if not is_out_of_memory(error):
                 raise
             found = " ".join(str(error).split())[:200] or "there is no memory left"
-        # Outside of the except block: its traceback would keep every activation alive.
+        # Outside the except block, since its traceback keeps every activation alive.
         self.optimizer.zero_grad(set_to_none=True)
         release_memory()
         return found
@@ -243,31 +251,31 @@ class MicrobatchRunner:
     def _halve(self, progress: Progress, batch_size: int, found: str) -> None:
         now = min(progress.microbatch or batch_size, batch_size)
         progress.microbatch = halve_or_refuse(self.task.network, now, found)
-        self.display.warn(describe_parts(self.task.network, progress, batch_size))
+        self.display.warn(describe_microbatch(self.task.network, progress, batch_size))
 
-    # --- among several processes -----------------------------------------------------------------
+    # --- several ranks ---------------------------------------------------------------------------
 
-    def _rehearse(self, batch: Batch, share: Share, progress: Progress, buffers: KeptBuffers) -> None:
-        """Make the step alone and undo it; where memory ran out in any process, all halve their parts."""
+    def _rehearse(self, batch: Batch, share: BatchShare, progress: Progress, buffers: BufferBackup) -> None:
+        """Try a step alone and undo it; all ranks halve the microbatch if one of them ran out of memory."""
         replicas = self.gradient.replicas
         assert replicas is not None
         found = self._try(batch, share, progress, alone=True)
         learning = (weight for group in self.optimizer.param_groups for weight in group["params"])
         has_unused = any(weight.grad is None for weight in learning)
-        buffers.give_back()
+        buffers.restore()
         self.optimizer.zero_grad(set_to_none=True)
-        said = [text for text in self.distributed.collect(found if isinstance(found, str) else "") if text]
-        if said:
+        errors = [text for text in self.distributed.collect(found if isinstance(found, str) else "") if text]
+        if errors:
             self._rehearsals = REHEARSALS
-            self._halve(progress, -(-share.num_images // self.distributed.size), said[0])
+            self._halve(progress, -(-share.num_images // self.distributed.size), errors[0])
             return
         replicas.connect(self.distributed.any(has_unused))
         self._rehearsals -= 1
 
     def _stand_in(self, batch: Batch) -> Batch:
-        """Return zeros to go through the network where a process has no image: all must add up gradients."""
+        """Return zeros for a rank without images, since every rank must take part in the gradient sum."""
         shape = self.task.train.input_size or batch.images.shape[1:]
-        device, number = batch.images.device, least_part(self.task.network)
+        device, number = batch.images.device, min_microbatch(self.task.network)
         images = torch.zeros(number, *shape, device=device)
         labels = torch.zeros(number, dtype=torch.int64, device=device)
         return Batch(images, labels, labels, batch.lost)

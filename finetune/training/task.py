@@ -1,4 +1,4 @@
-"""What is trained on what."""
+"""What a trainer gets: network, plan, loss and data; and the forward pass that it trains with."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from pretrained.graph.split import SplitNetwork
 
 @dataclass(frozen=True)
 class Task:
-    """A network, what of it learns, and from which images or kept features.
+    """A network, its plan, and the images or cached features it is trained on.
 
     Attributes:
-        network: on its device, (B, 3, H, W) -> (B, K).
-        plan: what learns, and how fast.
-        loss: of (logits, labels or soft labels).
-        train: shuffled training batches.
+        network: network on its device, (B, 3, H, W) -> (B, K).
+        plan: which stages learn, with which lr.
+        loss: function of logits (B, K) and labels (B,) or soft labels (B, K).
+        train: training batches, shuffled.
         val: validation batches, in order.
-        num_classes: K.
-        split: the network in two parts, where batches hold what the trunk gave.
+        num_classes: number of classes, K.
+        split: the network cut into trunk and rest, if batches hold the trunk's output; else None.
     """
 
     network: nn.Module
@@ -42,45 +42,44 @@ class Task:
     split: SplitNetwork | None = None
 
     def forward(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return what makes logits (B, K) of a batch: the network, or of a cut one the rest."""
+        """Return the function from a batch to logits (B, K): the network, or the rest of a cut one."""
         return network if self.split is None else self.split.rest(network)
 
 
-_RATES = ("p", "drop_prob", "drop_rate", "drop_path_rate", "dropout", "attn_drop")
-"""Names under which modules of torch, torchvision and timm hold the rate of a dropout."""
+_DROPOUT_NAMES = ("p", "drop_prob", "drop_rate", "drop_path_rate", "dropout", "attn_drop")
+"""Attributes in which modules of torch, torchvision and timm hold a dropout probability."""
 
 
 def choose_microbatch(task: Task) -> int:
-    """Return how many images go through the network at a time, where the recipe leaves it open; 0 is all.
+    """Return the microbatch where the recipe does not set it; 0 is the whole batch.
 
-    On a CPU, as many as fit its caches, where parts of a batch give the gradient of the whole: BatchNorm
-    would see other batches, and dropout would draw other masks. Kept features stay whole.
+    On a CPU it is as many images as fit the processor's caches. With BatchNorm in train mode or dropout the
+    batch stays whole, since microbatches would change the result; so does a batch of cached features.
     """
-    feed = task.train
-    if feed.input_size is None or feed.placement.device.type != "cpu":
+    loader = task.train
+    if loader.input_size is None or loader.placement.device.type != "cpu":
         return 0
     set_train_mode(task.network, task.plan)
-    at_work = [module for module in task.network.modules() if module.training]
-    if any(isinstance(module, _BatchNorm) or _drops(module) for module in at_work):
+    in_train_mode = [module for module in task.network.modules() if module.training]
+    if any(isinstance(module, _BatchNorm) or _drops(module) for module in in_train_mode):
         return 0
-    size = compute_chunk_size(*feed.input_size[1:])
-    return size if size < feed.batch_size else 0
+    size = compute_chunk_size(*loader.input_size[1:])
+    return size if size < loader.batch_size else 0
 
 
 def _drops(module: nn.Module) -> bool:
-    rates = (getattr(module, name, 0) for name in _RATES)
+    rates = (getattr(module, name, 0) for name in _DROPOUT_NAMES)
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
-# --- ``torch.compile`` for the forward pass of training, as an option ---
+# --- The forward pass, optionally compiled ---
 #
-# Each shape gets a graph of its own, without dynamic shapes: which graph a batch runs must not depend on
-# earlier batches, or a resumed run would end in other bits. Random numbers come from eager torch, so that
-# dropout draws the same masks as without compiling.
+# Dynamic shapes are off: the graph that a batch runs must not depend on earlier batches, or a resumed run
+# would give other bits. Random numbers come from eager torch, so dropout masks stay the same.
 
 
 def build_forward(task: Task, compiled: bool, display: Display) -> Callable[[Tensor], Tensor]:
-    """Return what makes logits of a training batch: network or rest, compiled where that was asked for."""
+    """Return the function from a training batch to logits, compiled if asked for."""
     if not compiled:
         return task.forward(task.network)
     if task.split is not None:
@@ -91,17 +90,17 @@ def build_forward(task: Task, compiled: bool, display: Display) -> Callable[[Ten
 
 
 class Compiled:
-    """A network whose forward is compiled when it is first called.
+    """A network whose forward pass is compiled at the first call.
 
     Args:
-        network: (B, 3, H, W) -> (B, K); its weights, modes and hooks stay its own.
-        backend: of ``torch.compile``.
+        network: network, (B, 3, H, W) -> (B, K); it shares its weights, modes and hooks.
+        backend: backend of ``torch.compile``.
     """
 
     def __init__(self, network: nn.Module, backend: str = "inductor") -> None:
-        # Features are standardised by a hook; without guards a graph from before it was there would be taken.
+        # A hook standardises features; without guards a graph compiled before that hook would be reused.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        # Beyond the limit torch goes on without compiling, and which shapes those are depends on history.
+        # Beyond the limit torch stops compiling, so what is compiled would depend on earlier batches.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
         self._forward: Callable[[Tensor], Tensor] = torch.compile(
@@ -117,7 +116,7 @@ class Compiled:
         try:
             return self._forward(images)
         except Exception as error:
-            if is_out_of_memory(error) or not _is_of_compiling(error):
+            if is_out_of_memory(error) or not _is_compile_error(error):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
         fix = "Install a C++ compiler (g++), or set training.compile to false."
@@ -126,5 +125,5 @@ class Compiled:
         )
 
 
-def _is_of_compiling(error: Exception) -> bool:
+def _is_compile_error(error: Exception) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -49,12 +49,12 @@ from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
 from finetune.training.ddp import Replicas, agree, average_statistics, find_share
 from finetune.training.freeze import frozen_tensors, set_train_mode
-from finetune.training.optim import Schedule, build_mixer, is_over, observe
+from finetune.training.optim import Schedule, build_mixer, is_over, record_validation
 from finetune.training.phase_optimizer import PhaseOptimizer
 from finetune.training.reporting import Listener, ProgressReporter, add_row, write_history
 from finetune.training.standardize import NUM_MEASURED, attach, fold, measure_features
 from finetune.training.state import Checkpoint, Progress, Snapshot, State
-from finetune.training.step import Gradient, KeptBuffers, MicrobatchRunner, is_learnable, least_part
+from finetune.training.step import BufferBackup, Gradient, MicrobatchRunner, has_enough_images, min_microbatch
 from finetune.training.task import Task, build_forward, choose_microbatch
 
 
@@ -167,7 +167,7 @@ class Trainer:
         if self._is_stop_asked():
             raise recovery.interrupted_error(self.progress, self.folder)
         assert self._best is not None
-        self.state.give_back_judged(self._best.tensors)
+        self.state.restore_judged(self._best.tensors)
         if self._best_predictions is None:  # they came from a process that is gone; these are the same bits
             self._best_predictions = self._judge()
         fold(self.judged)
@@ -192,7 +192,7 @@ class Trainer:
         """Train the rest of an epoch; false when it was left to begin again."""
         progress, loader = self.progress, self.task.train
         self.phase.begin_epoch()
-        self._buffers = KeptBuffers(self.task.network)
+        self._buffers = BufferBackup(self.task.network)
         began = time.perf_counter()
         seconds_before, waited_before = progress.epoch_seconds, progress.wait_seconds
         with self.reporter.bar(progress, "training", len(loader.samples), progress.num_seen) as advance:
@@ -208,11 +208,11 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> bool:
         """Learn from one batch; false when training went back to the start of the epoch."""
-        least, mixes = least_part(self.task.network), self.gradient.mixer is not None
+        least, mixes = min_microbatch(self.task.network), self.gradient.mixer is not None
         share = find_share(self.distributed, batch, self.task.loss, mixes, least)
         if share.lost:
             self._note_lost(share.lost)
-        if is_learnable(self.task.network, share.num_images, bool(share.lost)):
+        if has_enough_images(self.task.network, share.num_images, bool(share.lost)):
             self._set_rates()
             self._buffers.keep()
             loss = self.microbatches.compute(share, self.progress, self._buffers)
@@ -258,7 +258,7 @@ class Trainer:
 
     def _recover(self, batch: Batch, loss: Tensor) -> bool:
         """Leave out a step that cannot be made; false when training went back to the start of the epoch."""
-        self._buffers.give_back()
+        self._buffers.restore()
         self.phase.skip()
         action, found = recovery.choose_action(self.progress), recovery.describe(self.progress, loss)
         if action is recovery.RecoveryAction.SKIP:
@@ -273,7 +273,7 @@ class Trainer:
 
     def _roll_back(self, action: recovery.RecoveryAction, found: str) -> None:
         if action is recovery.RecoveryAction.STOP:
-            self.state.give_back(self._epoch_start.tensors)
+            self.state.restore(self._epoch_start.tensors)
             raise recovery.diverged_error(self.progress, found)
         progress = recovery.roll_back(self.progress, self._epoch_start.progress)
         self._epoch_start = Snapshot(self._epoch_start.tensors, progress)
@@ -293,7 +293,7 @@ class Trainer:
                 recovery.choose_rollback(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"
             )
             return
-        improved = observe(self.progress, figures, self.settings)
+        improved = record_validation(self.progress, figures, self.settings)
         self._record(figures)
         if improved:
             self._best_predictions = predictions
@@ -365,7 +365,7 @@ class Trainer:
         self.progress = snapshot.progress.copy()
         self._follow_plan()
         self.display.heartbeat.step = self.progress.step
-        self.state.give_back(snapshot.tensors)
+        self.state.restore(snapshot.tensors)
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)
         self._loss_sum.fill_(self.progress.loss_sum)

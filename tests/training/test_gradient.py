@@ -11,7 +11,7 @@ from torch import nn
 
 from finetune.data.loader import Batch
 from finetune.training import trainer as trainer_module
-from finetune.training.step import Gradient, KeptBuffers, halve, is_learnable
+from finetune.training.step import BufferBackup, Gradient, halve, has_enough_images
 from finetune.training.task import choose_microbatch
 from tests.training.helpers import NormFree, SmallNet, build_trainer
 
@@ -35,7 +35,7 @@ def batch_of(number: int, lost: int = 0) -> Batch:
 def test_a_batch_of_which_too_much_was_lost_is_left_out(
     network: type[SmallNet], number: int, lost: int, learnable: bool
 ) -> None:
-    assert is_learnable(network().train(), number, bool(lost)) == learnable
+    assert has_enough_images(network().train(), number, bool(lost)) == learnable
 
 
 def test_a_step_without_images_counts_and_learns_nothing(
@@ -73,12 +73,12 @@ def test_no_part_is_a_single_image_where_batchnorm_learns(number: int, microbatc
 def test_buffers_are_given_back_and_only_those_that_may_change() -> None:
     network = SmallNet().train()
     network.stage1.eval()
-    kept = KeptBuffers(network)
+    kept = BufferBackup(network)
     kept.keep()
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     for _, buffer in network.named_buffers():
         buffer.add_(1)
-    kept.give_back()
+    kept.restore()
     same = {name: buffer.equal(before[name]) for name, buffer in network.named_buffers()}
     assert same == {name: name.startswith("stage2") for name in same}
     assert sum(same.values()) == 3
@@ -91,16 +91,16 @@ def test_a_mask_of_infinities_is_no_running_statistic() -> None:
             self.register_buffer("mask", torch.full((2, 2), -float("inf")))
 
     network = Masked().train()
-    sums = KeptBuffers(network).add_up()
+    sums = BufferBackup(network).add_up()
     assert [value.item() for value in sums] == [14.0]  # 6 + 8 variances of 1
     network.get_buffer("stage1.1.running_var")[0] = float("nan")
-    assert KeptBuffers(network.eval()).add_up() == []
+    assert BufferBackup(network.eval()).add_up() == []
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_running_statistic_that_is_no_number_is_found(value: float) -> None:
     network = SmallNet().train()
-    kept = KeptBuffers(network)
+    kept = BufferBackup(network)
     network.get_buffer("stage2.1.running_mean")[3] = value
     assert not kept.add_up()[0].isfinite()
 

@@ -51,7 +51,7 @@ def test_warmup_longer_than_the_run_is_cut() -> None:
 
 
 def test_plateau_decays_after_patience_and_starts_counting_again() -> None:
-    plateau = Plateau(patience=2, rate=0.1)
+    plateau = Plateau(patience=2, decay_rate=0.1)
     factors = []
     for improved in (True, False, False, False, True, False, False):
         plateau.observe(improved)
