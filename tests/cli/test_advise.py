@@ -129,7 +129,7 @@ def test_a_classifier_on_stages_gives_features_and_advice(
     run(cli, tmp_path / "one", image_folder, tmp_path / "auto", "--strategy", "auto")
     words = ("--strategy", "freeze", "--set", "strategy.features=all", "-o", tmp_path / "no")
     result = cli("run", "-b", tmp_path / "one", "-d", image_folder, *WORDS, *words)
-    assert result.exit_code == 2 and "itself a classifier on stages" in result.stderr
+    assert result.exit_code == 2 and "already a classifier on several stages" in result.stderr
 
 
 @pytest.mark.slow
@@ -364,7 +364,7 @@ def test_shuffled_labels_are_flagged(cli: Cli, tiny: Path, tmp_path: Path) -> No
         draw(tmp_path / "data" / names[number // 15] / f"{number:03}.jpg", colour, number)
     advice = json.loads(cli("advise", "-b", tiny, "-d", tmp_path / "data", "--json", *WORDS).stdout)
     assert advice["strategy"]["name"] == "freeze"
-    assert any("look at the labels" in warning for warning in advice["warnings"])
+    assert any("check the labels" in warning for warning in advice["warnings"])
 
 
 def test_backbones_are_ranked_by_neighbours(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:

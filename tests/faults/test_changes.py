@@ -198,7 +198,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "added": (add_image, "1 new, val/red/new.jpg for one"),
     "removed": (remove_image, "1 gone, train/red/000.jpg for one"),
     "moved": (move_image, "1 new, train/blue/moved.jpg for one, 1 gone, train/red/000.jpg for one"),
-    "weights": (change_weights, "weights: the file has another content"),
+    "weights": (change_weights, "weights: the content of the file changed"),
 }
 
 

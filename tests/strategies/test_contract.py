@@ -133,8 +133,8 @@ def test_a_name_is_one_plain_word_of_its_own(name: str) -> None:
     ("phases", "said"),
     [
         ([], "no phases"),
-        ([Phase({"a": 1.0})], "each stage one factor: b"),
-        ([Phase({"a": 1.0, "b": 1.0, "c": 1.0})], "each stage one factor: c"),
+        ([Phase({"a": 1.0})], "every stage a factor: b"),
+        ([Phase({"a": 1.0, "b": 1.0, "c": 1.0})], "every stage a factor: c"),
         ([Phase({"a": 1.0, "b": -0.1})], "out of range"),
         ([Phase({"a": 1.0, "b": 0.1}), Phase({"a": 1.0, "b": 0.1}, share=0.0)], "out of range"),
     ],

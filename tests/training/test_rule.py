@@ -112,7 +112,7 @@ def test_labels_that_mean_nothing_are_said() -> None:
     guess = Candidate("last", 0.11, 0.0, 0.0)
     decision = decide(evidence(leep=0.05, candidates=(guess,)))
     assert decision.cell.name == "freeze"
-    assert "look at the labels" in decision.warnings[0]
+    assert "check the labels" in decision.warnings[0]
     assert not decide(evidence()).warnings
 
 
