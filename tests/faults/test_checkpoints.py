@@ -139,7 +139,7 @@ def test_a_state_of_another_version_says_so(tmp_path: Path) -> None:
     CheckpointStore(tmp_path).save(
         Checkpoint(Snapshot(snapshot(1).tensors, Later(step=1)), snapshot(1, 0.25), None)
     )
-    with pytest.raises(DataError, match=r"state\.safetensors .* momentum_of_time\); another version"):
+    with pytest.raises(DataError, match=r"state\.safetensors .*momentum_of_time\); another version"):
         load(tmp_path)
 
 

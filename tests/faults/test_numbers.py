@@ -214,7 +214,8 @@ def test_a_validation_loss_of_nan_leads_back(image_folder: Path, tmp_path: Path)
     one = build_trainer(image_folder, tmp_path / "one", trainer_type=BadlyJudged, **EVERYTHING_ON)
     two = build_trainer(image_folder, tmp_path / "two", trainer_type=HalvedInTheSecond, **EVERYTHING_ON)
     assert (one.fit().rollbacks, two.fit().rollbacks) == (1, 0)
-    assert "validation loss became nan after epoch 2; training returns to the start of epoch 2" in warnings(one)[0]
+    expected = "validation loss became nan after epoch 2; training returns to the start of epoch 2"
+    assert expected in warnings(one)[0]
     assert_same_end(tmp_path / "one", tmp_path / "two", but_for=COUNTERS)
 
 
@@ -314,7 +315,8 @@ class Overflowing(Trainer):
 def test_a_weight_that_overflows_unseen_leads_back(image_folder: Path, tmp_path: Path) -> None:
     trainer = build_trainer(image_folder, tmp_path, trainer_type=Overflowing, epochs=2, batch_size=8, lr=0.05)
     assert trainer.fit().rollbacks == 1
-    assert warnings(trainer)[0].startswith("the weights became infinite after epoch 2; training returns to the start")
+    expected = "the weights became infinite after epoch 2; training returns to the start"
+    assert warnings(trainer)[0].startswith(expected)
     assert_finite(saved(tmp_path).now.tensors)
 
 
