@@ -95,7 +95,6 @@ class LoaderFactory:
         """Return batches as training and evaluation take them; ``here`` decodes in this process."""
         recipe = self.context.setup.recipe
         batch_size = recipe.training.batch_size
-        assert batch_size != "auto"
         return self._build(
             part,
             batch_size=min(batch_size, FEW) if here else batch_size,
@@ -118,7 +117,6 @@ class LoaderFactory:
         """Return a loader; one of no passes decodes here, and keeps no image."""
         setup, dataset = self.context.setup, self.context.dataset
         workers = setup.recipe.data.workers
-        assert workers != "auto"
         transform = _build_transform(setup, part)
         loader = ImageLoader(
             dataset,
@@ -168,7 +166,6 @@ def _build_transform(setup: RunSetup, part: Split) -> Transform:
 def _num_views(context: FitContext) -> int:
     """Views of each training image that a trunk would see."""
     recipe = context.setup.recipe
-    assert recipe.cache.views != "auto"
     return min(recipe.cache.views, recipe.training.epochs)
 
 
@@ -208,7 +205,6 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
     if before and before.get("cut") is None:
         return SplitChoice(None, str(before.get("reason", "")))
     precision = setup.recipe.training.precision
-    assert precision != "auto"
     return choose_split(
         setup.backbone.network,
         setup.plan,
@@ -271,7 +267,6 @@ def _keep(factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]
     context = factory.context
     setup, recipe = context.setup, context.setup.recipe
     precision, batch_size = recipe.training.precision, recipe.training.batch_size
-    assert precision != "auto" and batch_size != "auto"
     kept = KeptRows(
         cache_dir=factory.cache_dir,
         device=setup.placement.device,

@@ -200,7 +200,6 @@ def _start_head(network: nn.Module, first: LinearHead | None) -> bool:
 def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
     setup, settings, dataset = context.setup, context.setup.recipe.training, context.dataset
     precision = settings.precision
-    assert precision != "auto"
     counts, train = dataset.counts("train"), loaders.batches["train"]
     loss = build_loss(counts, settings.class_weights, settings.label_smoothing)
     task = Task(

@@ -17,7 +17,7 @@ from finetune.data.samples import check_sample, is_sample
 from finetune.data.split import SplitConfig
 from finetune.errors import EnvironmentFaultError, UsageError
 from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
-from finetune.recipe import AutoValues, Recipe, compute_batch_size, resolve_recipe
+from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO, find_strategy, join_names
@@ -45,7 +45,7 @@ class RunSetup:
     """What is decided before the run folder is taken.
 
     Attributes:
-        recipe: without any "auto".
+        recipe: resolved, without any "auto".
         backbone: with its weights.
         placement: device and layout of images.
         plan: what learns, and how fast.
@@ -53,7 +53,7 @@ class RunSetup:
         source_card: of the backbone as it was published, at the size of the run's images.
     """
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
     backbone: Backbone
     placement: Placement
     plan: Plan
@@ -85,11 +85,10 @@ def prepare(
     if backbone.match.missing:
         display.warn(f"{len(backbone.match.missing)} tensors are missing from the weights and stay random")
 
-    def decide() -> tuple[Recipe, int]:
+    def decide() -> tuple[ResolvedRecipe, int]:
         _check_features(recipe, backbone)
         facts = _collect_facts(recipe, backbone, device, len(found.of("train")), distributed)
         resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
-        assert resolved.training.batch_size != "auto"
         batch_bytes = _batch_bytes(resolved.training.batch_size, backbone, distributed)
         return resolved, _limit_workers(recipe, batch_bytes, device, distributed, display)
 
@@ -112,7 +111,6 @@ def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = S
 
 def _find_batch_size(setup: RunSetup) -> int:
     wanted = setup.recipe.training.batch_size
-    assert wanted != "auto"
     network = place_network(setup.backbone.network, setup.placement)
     input_size = setup.backbone.card.preprocessing.input_size
     return fit_batch_size(network, setup.plan, input_size, setup.placement, wanted)
@@ -182,10 +180,9 @@ def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distrib
         raise UsageError(asked, found, "Drop one of the two.")
 
 
-def _plan(recipe: Recipe, backbone: Backbone) -> Plan:
-    lr = recipe.training.lr
-    assert not isinstance(lr, str)
-    return build_plan(backbone.network, backbone.stages, recipe.strategy, lr, recipe.training.epochs)
+def _plan(recipe: ResolvedRecipe, backbone: Backbone) -> Plan:
+    lr, epochs = recipe.training.lr, recipe.training.epochs
+    return build_plan(backbone.network, backbone.stages, recipe.strategy, lr, epochs)
 
 
 def check_asked(recipe: Recipe) -> None:

@@ -137,7 +137,6 @@ def _train(setup: RunSetup, task: Task, path: Path) -> float:
     folder = RunFolder(path)
     folder.checkpoints.mkdir(parents=True)
     precision = setup.recipe.training.precision
-    assert precision != "auto"
     trainer = Trainer(
         task,
         setup.recipe.training,

@@ -22,6 +22,8 @@ from finetune.recipe.reading import (
 from finetune.recipe.resolve import (
     BASE_LRS,
     AutoValues,
+    ResolvedRecipe,
+    ResolvedTraining,
     compute_batch_size,
     compute_views,
     resolve_recipe,
@@ -57,6 +59,8 @@ __all__ = [
     "InputSettings",
     "Precision",
     "Recipe",
+    "ResolvedRecipe",
+    "ResolvedTraining",
     "StrategySettings",
     "TrackerName",
     "TrainingSettings",

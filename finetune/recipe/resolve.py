@@ -1,13 +1,25 @@
-"""Resolve a recipe: replace every ``"auto"`` by a value from the machine, the backbone and the data."""
+"""Resolve a recipe: replace every ``"auto"`` by a value from the machine, the backbone and the data.
+
+The result has a type whose fields admit no ``"auto"``: code that takes a :class:`ResolvedRecipe` need not ask
+whether a value is decided.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finetune.recipe.reading import set_dotted, validate
-from finetune.recipe.schema import Augmentation, Precision, Recipe
+from finetune.recipe.schema import (
+    Augmentation,
+    CacheSettings,
+    DataSettings,
+    InputSettings,
+    Precision,
+    Recipe,
+    TrainingSettings,
+)
 from finetune.strategies import find_strategy
 
 BASE_LRS = {"sgd": 0.01, "adamw": 0.001}
@@ -37,7 +49,48 @@ class AutoValues:
     preprocessing: Mapping[str, Any]
 
 
-def resolve_recipe(recipe: Recipe, facts: AutoValues) -> Recipe:
+class ResolvedData(DataSettings):
+    """The section ``data`` without ``"auto"``."""
+
+    workers: int
+
+
+class ResolvedInput(InputSettings):
+    """The section ``input`` without ``"auto"``."""
+
+    img_size: int
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class ResolvedTraining(TrainingSettings):
+    """The section ``training`` without ``"auto"``."""
+
+    batch_size: int
+    lr: float
+    precision: Precision
+    channels_last: bool
+
+
+class ResolvedCache(CacheSettings):
+    """The section ``cache`` without ``"auto"``."""
+
+    views: int
+
+
+class ResolvedRecipe(Recipe):
+    """A recipe in which nothing is left to decide: what a run uses, and saves."""
+
+    data: ResolvedData
+    input: ResolvedInput
+    training: ResolvedTraining
+    cache: ResolvedCache
+
+
+def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
     """Return a new recipe without any ``"auto"``."""
     decided = {
         "data.workers": facts.workers,
@@ -52,7 +105,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> Recipe:
     values = recipe.to_dict()
     for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0" as well
         set_dotted(values, key, decided[key])
-    return validate(values)
+    return ResolvedRecipe.model_validate(validate(values).model_dump())
 
 
 def compute_views(strategy: str, augmentation: Augmentation) -> int:
