@@ -76,13 +76,13 @@ class PairedTest:
         first, second, points, (low, high) = self.first, self.second, self.difference, self.interval
         if points < 0:
             first, second, points, low, high = second, first, -points, -high, -low
-        numbers = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {self._say_p()}"
+        numbers = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {self._describe_p()}"
         if self.is_claimed:
             return f"{second} is better than {first} by {100 * points:.1f} points ({numbers})"
         has = f"{second} has {100 * points:.1f} points more" if points else "their accuracies are equal"
         return f"no difference can be claimed between {self.first} and {self.second} ({has}; {numbers})"
 
-    def _say_p(self) -> str:
+    def _describe_p(self) -> str:
         alone = f"McNemar {_say(self.p_value)}"
         if self.num_pairs == 1:
             return alone

@@ -5,8 +5,8 @@
     --output features.csv     one table: path, label, split, then every layer's numbers side by side
     --output features/        a table for each layer, index.csv, bad_images.csv, extraction.json
 
-What is computed is kept on the way, so that a killed extraction goes on where it stopped. Tables are written
-from there, sorted by path, and appear under their names when they are whole.
+Features are cached as they are computed, so that a killed extraction resumes where it stopped. Tables are
+written from the cache, sorted by path, and appear under their names when they are complete.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ INDEX_COLUMNS = ("layer", "file", "module", "size", "num_features", "pool", "num
 
 @dataclass(frozen=True)
 class Target:
-    """Where tables go.
+    """Where tables are written.
 
     Attributes:
-        path: of a folder, or of one table.
-        is_folder: a table for each layer.
-        format: of the tables.
+        path: the folder, or the single table.
+        is_folder: whether there is a table for each layer, in a folder.
+        format: the format of the tables.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Target:
 
     @property
     def record(self) -> Path:
-        """What a folder was made from."""
+        """The file that records what a folder was extracted from."""
         return self.path / "extraction.json"
 
     @property
@@ -100,7 +100,7 @@ def find_target(output: Path, format: str | None) -> Target:
     chosen = format or (suffix if is_table else "csv")
     if chosen not in FORMATS:
         found = f"there is no such format{suggest(chosen, FORMATS)}"
-        raise UsageError(f"--format {chosen}", found, f"Take {', '.join(FORMATS)}.")
+        raise UsageError(f"--format {chosen}", found, f"Choose {', '.join(FORMATS)}.")
     if is_table and suffix != chosen:
         found = f"--output {output} names a .{suffix} file"
         raise UsageError(f"--format {chosen}", found, "Drop --format, or rename the output.")
@@ -119,24 +119,24 @@ def extract(
     display: Display,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Write the features of some layers.
+    """Write the features of some layers as tables.
 
     Every process calls this with the same arguments: all compute, and the main one writes.
 
     Args:
-        recipe: its backbone, data, input, cache and machine count.
-        wanted: names, words and patterns of :meth:`pretrained.graph.layers.Layers.select`.
+        recipe: settings of backbone, data, input, cache and machine.
+        wanted: names, keywords and patterns of :meth:`pretrained.graph.layers.Layers.select`.
         output: a folder, or a file whose suffix names the format.
-        pool: of what layers give.
-        format: ``csv``, ``parquet`` or ``npz``; None takes the suffix, else CSV.
-        display: what the user sees; silent in all but the main process.
-        world: processes that share the work.
+        pool: how a layer's output becomes a row.
+        format: ``csv``, ``parquet`` or ``npz``; None for that of the suffix, else CSV.
+        display: shows progress; silent in all but the main process.
+        distributed: the processes that share the work.
 
     Returns:
-        Counts and paths, as ``--json`` prints them; nothing in all but the main process.
+        Counts and paths, as ``--json`` prints them; empty in all but the main process.
 
     Raises:
-        FinetuneError: every refusal and failure, with its exit code (docs/errors.md).
+        FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors(distributed=distributed):
         target = find_target(output, format)
@@ -152,7 +152,7 @@ def extract(
             "pictures": digest_of([_describe(source, sample) for sample in dataset.samples]),
         }
         if before := distributed.share(lambda: _begin(target, facts)):
-            display.say(f"{output} holds these features already")
+            display.say(f"{output} already holds these features")
             return before
         with _open_kept(source, layers, pool, target, distributed) as features:
             return _write(source, features, pool, target, facts) if distributed.is_main else {}
@@ -165,7 +165,7 @@ def _read_images(recipe: Recipe, output: Path, display: Display) -> tuple[Datase
 
 
 def _begin(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the output; return what a finished extraction of the same has recorded there."""
+    """Claim the output; return the record of a finished extraction of the same features, else None."""
     if _is_done(target, facts):
         return json.loads(target.record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     create_folder(target.path if target.is_folder else target.path.parent)
@@ -175,10 +175,10 @@ def _begin(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_done(target: Target, facts: dict[str, Any]) -> bool:
-    """Tell a finished extraction of the same; refuse to mix or overwrite others.
+    """Tell whether the output holds a finished extraction of the same features.
 
     Raises:
-        UsageError: something else is there.
+        UsageError: the output exists and is something else.
     """
     asked, fix = f"--output {target.path}", "Name another --output, or remove it yourself."
     if not target.is_folder:
@@ -204,7 +204,7 @@ def _is_done(target: Target, facts: dict[str, Any]) -> bool:
 def _open_kept(
     source: Source, layers: Sequence[Layer], pool: Pool, target: Target, distributed: Distributed
 ) -> Iterator[Features]:
-    """Keep features in the cache; where they have no room there, beside the output until it is written."""
+    """Keep features in the cache; if it has no room, beside the output until that is written."""
     cache_dir = FeatureCacheDir(source.recipe.cache.max_gb * 1e9)
     obstacle = cache_dir.find_obstacle(compute_bytes(source, layers, pool))
     if not obstacle or not distributed.is_main:
@@ -213,7 +213,7 @@ def _open_kept(
         ) as features:
             yield features
         return
-    source.display.say(f"features are not kept for other commands: {obstacle}")
+    source.display.say(f"features are not cached for other commands: {obstacle}")
     with open_features(
         source, layers, pool, cache_dir=FeatureCacheDir(folder=target.work), distributed=distributed.machine
     ) as features:

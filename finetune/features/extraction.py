@@ -1,10 +1,10 @@
-"""Features of a network's layers over some images: what every command but ``run`` begins with.
+"""Features of a network's layers over some images: the first step of every command but ``run``.
 
 ::
 
-    recipe -> images, network with its own classifier -> layers by name -> rows, from before or computed
+    recipe -> images, network with its own classifier -> layers by name -> rows, from the cache or computed
 
-Rows are kept by part (train, val, test), so that all commands, and runs, find each other's.
+Rows are cached by split (train, val, test), so that all commands and runs share them.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ from pretrained.graph.layers import FeatureExtractor, Layer
 from pretrained.graph.pooling import Pool
 
 _PRECISION: Precision = "float32"
-"""Of features: they are numbers that people read, and half of their digits are no saving."""
+"""Precision of features. Users read them, so they keep all digits."""
 
 
 def open_images(recipe: Recipe, display: Display) -> Dataset:
-    """Find images: a folder with labels or without, a zip archive, a CSV file, or those of a run.
+    """Find images: a folder with or without class folders, a zip archive, a CSV file, or the data of a run.
 
     Raises:
         UsageError: no data were named.
-        DataError: there is nothing, or it has more than one reading.
+        DataError: there are no images, or the layout is ambiguous.
     """
     if not recipe.data.path:
         raise UsageError("finetune", "no data was named", "Add --data FOLDER.")
@@ -84,14 +84,14 @@ def open_images(recipe: Recipe, display: Display) -> Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """A network and the images that it is to see.
+    """A network, and the images whose features it computes.
 
     Attributes:
-        network: with its own classifier.
-        dataset: images whose bytes could be read, by part.
-        digests: sha256 of each, by path.
-        unreadable: the others.
-        recipe: of which backbone, data, input, cache and machine count.
+        network: the network with its own classifier.
+        dataset: the images that can be read.
+        digests: sha256 of each image, by path.
+        unreadable: the images that cannot be read.
+        recipe: settings of backbone, data, input, cache and machine.
         display: shows progress.
     """
 
@@ -103,10 +103,10 @@ class Source:
     display: Display
 
     def check_unchanged(self, samples: Sequence[Sample]) -> None:
-        """Refuse to keep features of images that are not what they were when the command began.
+        """Check that images did not change since the command began, before their features are cached.
 
         Raises:
-            DataError: one was changed or removed.
+            DataError: an image was changed or removed.
         """
         for sample in samples:
             try:
@@ -115,29 +115,29 @@ class Source:
             except OSError:
                 is_same = False
             if not is_same:
-                fix = "Leave the images alone while a command runs, and start again."
+                fix = "Do not change images while a command runs, and start again."
                 raise DataError(sample.path, "it was changed or removed meanwhile", fix)
 
     def warn_of(self, lost: Mapping[str, str]) -> None:
-        """Name images that have no features."""
+        """Warn of the images that have no features."""
         bad = {image.path: image.reason for image in self.unreadable} | dict(lost)
         for path, reason in list(bad.items())[:10]:
             self.display.warn(f"{path} cannot be read: {reason}")
         if len(bad) > 10:
-            self.display.warn(f"and {len(bad) - 10} images more")
+            self.display.warn(f"and {len(bad) - 10} more images")
 
 
 def open_source(
     recipe: Recipe, network: Network, dataset: Dataset, display: Display, checked: Checked | None = None
 ) -> Source:
-    """Put images before a network; features are kept by content.
+    """Read the images whose features a network computes.
 
     Args:
-        recipe: of what the features depend on.
-        network: with its own classifier.
+        recipe: settings that the features depend on.
+        network: the network with its own classifier.
         dataset: the images.
         display: shows progress.
-        checked: of ``read_images``, where some of the images were chosen since.
+        checked: the result of ``read_images``, if the images were read before.
     """
     if checked is None:
         dataset, checked = read_images(recipe, dataset, display)
@@ -149,14 +149,14 @@ def open_source(
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of the layers that were asked for.
+    """The features of some layers.
 
     Attributes:
-        layers: in the order in which they were asked for.
-        rows: (N, D) of each, over the images in order.
-        logits: (N, K) of the network's own classifier, where they were asked for.
-        lost: images that could not be decoded; their rows are NaN.
-        kept: the files.
+        layers: the layers, in the order in which they were asked for.
+        rows: features (N, D) of each layer, over the images in order.
+        logits: (N, K) of the network's own classifier; None if not asked for.
+        lost: why images could not be decoded, by path; their rows are NaN.
+        kept: the cache that holds the rows.
     """
 
     layers: tuple[Layer, ...]
@@ -166,7 +166,7 @@ class Features:
     kept: KeptRows
 
     def usable(self, samples: Sequence[Sample]) -> Tensor:
-        """Return the indices of the images that have rows."""
+        """Return the indices of the images that have rows, (M,) int64."""
         return torch.tensor(
             [i for i, one in enumerate(samples) if one.path not in self.lost], dtype=torch.int64
         )
@@ -179,24 +179,24 @@ def open_features(
     pool: Pool,
     *,
     with_logits: bool = False,
-    parts: Sequence[Split] = SPLITS,
+    splits: Sequence[Split] = SPLITS,
     cache_dir: FeatureCacheDir | None = None,
     distributed: Distributed = SINGLE_PROCESS,
 ) -> Iterator[Features]:
-    """Give features while the block runs: all layers from one forward pass over what is not kept yet.
+    """Give features while the block runs; one forward pass computes all layers that are not cached.
 
     Args:
-        source: network and images.
-        layers: at least one.
-        pool: of what they give.
-        with_logits: and what the network's own classifier says.
-        parts: whose images.
-        shelf: where rows are kept.
+        source: the network and the images.
+        layers: the layers, at least one.
+        pool: how a layer's output becomes a row.
+        with_logits: also return the logits of the network's own classifier.
+        splits: the splits whose images are used.
+        cache_dir: where rows are cached; None for the user's cache.
         distributed: processes of this machine that share the work; all get the rows.
 
     Raises:
         DataError: no image can be decoded.
-        OSError: the rows cannot be written, and are too many for the memory.
+        OSError: the rows cannot be written, and do not fit in memory.
     """
     network = source.network
     device = network.placement.device
@@ -210,56 +210,56 @@ def open_features(
         check_unchanged=source.check_unchanged,
         distributed=distributed,
     )
-    release_memory()  # decoding processes are copies of this one
+    release_memory()  # decoding processes are forked from this one
     with ExitStack() as stack:
         if cache_dir is None and (
             obstacle := kept.cache_dir.find_obstacle(compute_bytes(source, layers, pool))
         ):
-            source.display.say(f"features are not kept for other commands: {obstacle}")
+            source.display.say(f"features are not cached for other commands: {obstacle}")
             kept.cache_dir = FeatureCacheDir(folder=Path(stack.enter_context(TemporaryDirectory())))
         stack.callback(kept.close)
         found: list[list[Rows]] = []
         lost: dict[str, str] = {}
-        for part in parts:
-            samples = source.dataset.of(part)
+        for split in splits:
+            samples = source.dataset.of(split)
             if samples:
                 kept.lost.clear()
-                found.append(_rows_of_part(source, kept, layers, pool, with_logits, part, stack))
+                found.append(_rows_of_split(source, kept, layers, pool, with_logits, split, stack))
                 lost |= {samples[index].path: reason for index, reason in kept.lost.items()}
         rows = tuple(ChainRows(same) for same in zip(*found, strict=True))
-        if len(lost) == sum(len(source.dataset.of(part)) for part in parts):
-            fix = "Give images that can be decoded."
+        if len(lost) == sum(len(source.dataset.of(split)) for split in splits):
+            fix = "Name images that can be decoded."
             raise DataError(f"--data {source.recipe.data.path}", "no image can be decoded", fix)
         source.warn_of(lost)
         logits = rows[-1] if with_logits else None
         yield Features(tuple(layers), rows[: len(layers)], logits, lost, kept)
 
 
-def _rows_of_part(
+def _rows_of_split(
     source: Source,
     kept: KeptRows,
     layers: Sequence[Layer],
     pool: Pool,
     with_logits: bool,
-    part: Split,
+    split: Split,
     stack: ExitStack,
 ) -> list[Rows]:
     network = source.network.backbone.network
-    places = [*_places(source, kept, layers, pool, part)]
+    places = [*_places(source, kept, layers, pool, split)]
     if with_logits:
-        places.append(_place_of_logits(source, kept, part))
+        places.append(_place_of_logits(source, kept, split))
 
     def open_forward(missing: Sequence[int]) -> Callable[[Tensor], Tensor]:
         wanted = [layers[number] for number in missing if number < len(layers)]
         extract = FeatureExtractor(network, wanted, pool, with_logits=len(layers) in missing)
         return lambda images: torch.cat(extract(images), dim=1)
 
-    open_loader = cache(partial(_open_loader, source, part, kept.batch_size, kept.distributed, stack))
-    return kept.rows(places, open_forward, open_loader, 0, f"features of {part} images")
+    open_loader = cache(partial(_open_loader, source, split, kept.batch_size, kept.distributed, stack))
+    return kept.rows(places, open_forward, open_loader, 0, f"features of {split} images")
 
 
 def _open_loader(
-    source: Source, part: Split, batch_size: int, distributed: Distributed, stack: ExitStack
+    source: Source, split: Split, batch_size: int, distributed: Distributed, stack: ExitStack
 ) -> ImageLoader:
     network, recipe = source.network, source.recipe
     preprocessing = network.backbone.card.preprocessing
@@ -268,7 +268,7 @@ def _open_loader(
     workers = (
         resolve_workers(network.placement.device, batch_bytes, distributed.size) if asked == "auto" else asked
     )
-    samples = source.dataset.of(part)
+    samples = source.dataset.of(split)
     loader = ImageLoader(
         source.dataset,
         samples,
@@ -290,9 +290,9 @@ def _open_loader(
 
 
 def _places(
-    source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, part: Split
+    source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, split: Split
 ) -> Iterator[RowSpec]:
-    shared = _shared_facts(source, kept, part, source.network.weights_below_head)
+    shared = _shared_facts(source, kept, split, source.network.weights_below_head)
     whole = shared | {"weights": source.network.weights}
     for layer in layers:
         width = layer.num_features(pool)
@@ -301,16 +301,16 @@ def _places(
         yield RowSpec({"kind": "layer"} | facts | {"numel": width} | own, width)
 
 
-def _place_of_logits(source: Source, kept: KeptRows, part: Split) -> RowSpec:
+def _place_of_logits(source: Source, kept: KeptRows, split: Split) -> RowSpec:
     width = source.network.backbone.card.num_classes
-    shared = _shared_facts(source, kept, part, source.network.weights)
+    shared = _shared_facts(source, kept, split, source.network.weights)
     return RowSpec({"kind": "logits", "numel": width} | shared, width)
 
 
-def _shared_facts(source: Source, kept: KeptRows, part: Split, weights: str) -> dict[str, Any]:
+def _shared_facts(source: Source, kept: KeptRows, split: Split, weights: str) -> dict[str, Any]:
     network, recipe = source.network, source.recipe
     card = network.backbone.card
-    images = describe_images([source.digests[sample.path] for sample in source.dataset.of(part)])
+    images = describe_images([source.digests[sample.path] for sample in source.dataset.of(split)])
     return {
         "format": FORMAT,
         "batch_size": kept.batch_size,
@@ -321,33 +321,33 @@ def _shared_facts(source: Source, kept: KeptRows, part: Split, weights: str) -> 
 
 
 def compute_bytes(source: Source, layers: Sequence[Layer], pool: Pool) -> int:
-    """Return the bytes that all rows of some layers take."""
+    """Return the size in bytes of the rows of some layers over all images."""
     each = sum(row_bytes(layer.num_features(pool), _PRECISION) for layer in layers)
     return each * len(source.dataset.samples)
 
 
 def describe_extraction(source: Source, layers: Sequence[Layer], pool: Pool) -> str:
-    """Return one sha256 of everything that features depend on."""
+    """Return the sha256 of everything that the features depend on."""
     device = source.network.placement.device
     size = compute_batch_size(device, source.network.backbone.card.preprocessing.input_size)
     kept = KeptRows(FeatureCacheDir(), device, size, _PRECISION, _PRECISION, source.display)
-    parts = [part for part in SPLITS if source.dataset.of(part)]
+    splits = [split for split in SPLITS if source.dataset.of(split)]
     return digest_of(
-        [[dict(place.facts) for place in _places(source, kept, layers, pool, part)] for part in parts]
+        [[dict(place.facts) for place in _places(source, kept, layers, pool, split)] for split in splits]
     )
 
 
-# --- What features depend on beside their images and their place in the network ---
+# --- what features depend on beside the images and the layer -------------------------------------
 
 
 _VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda", "processor")
-"""Of the environment: under other values the last bits of a feature may differ."""
+"""Parts of the environment that the last bits of a feature depend on."""
 
 
 def describe_source(
     card: Card, placement: Placement, precision: Precision, deterministic: bool
 ) -> dict[str, Any]:
-    """Return network, view, arithmetic, versions and hardware; weights are the caller's to add."""
+    """Return network, preprocessing, precision, versions and hardware; the caller adds the weights."""
     environment = describe_environment(placement.device)
     return {
         "backbone": card.name,

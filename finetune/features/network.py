@@ -1,4 +1,4 @@
-"""Weights that are not on this machine yet, fetched where one can see how far that is."""
+"""Opening a network for use: download its weights, choose a default backbone, load it onto its device."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from pretrained.weights import find_cached, find_weights
 
 
 def fetch(card: Card, offline: bool, display: Display) -> Path:
-    """Return the file of a backbone's weights, from this machine or by download.
+    """Return the file of a backbone's weights, which is downloaded if it is not on this machine.
 
-    A download that goes on is a sign of life, however slow the server is.
+    A download in progress counts as a heartbeat, however slow the server is.
 
     Raises:
-        UsageError: it has none.
-        EnvironmentFaultError: it is not here and cannot be had.
+        UsageError: the backbone has no published weights.
+        EnvironmentFaultError: the weights are not on this machine and cannot be downloaded.
     """
     if find_cached(card) is not None:
         return find_weights(card)
-    with display.fetch(f"fetching {card.name}") as tell:
-        return find_weights(card, offline=offline, on_progress=tell)
+    with display.fetch(f"fetching {card.name}") as on_progress:
+        return find_weights(card, offline=offline, on_progress=on_progress)
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Pulled:
     """A backbone whose weights were asked for.
 
     Attributes:
-        name: its full name, or what was asked for where there is none.
-        path: the file on this machine, None where it could not be had.
-        was_here: nothing had to be fetched.
+        name: its full name, or the name as given if it is unknown.
+        path: the file on this machine; None if it could not be downloaded.
+        was_here: whether the file was on this machine before.
         error: why there is no file.
     """
 
@@ -65,11 +65,11 @@ class Pulled:
 
 
 def pull(names: Sequence[str], offline: bool, display: Display) -> list[Pulled]:
-    """Fetch the weights of several backbones; one that cannot be had keeps no other from coming.
+    """Download the weights of several backbones; a failure does not stop the others.
 
     Args:
         names: backbones, at least one.
-        offline: only say what is here.
+        offline: only report what is on this machine.
         display: shows progress.
     """
     pulled = []
@@ -77,7 +77,7 @@ def pull(names: Sequence[str], offline: bool, display: Display) -> list[Pulled]:
         try:
             card = find_card(name, offline)
             if card.place == "none":
-                raise UsageError(name, "no weights were ever published for it", "Take another backbone.")
+                raise UsageError(name, "no weights were published for it", "Choose another backbone.")
             was_here = find_cached(card) is not None
             pulled.append(Pulled(card.name, fetch(card, offline, display), was_here))
         except FinetuneError as error:
@@ -86,25 +86,24 @@ def pull(names: Sequence[str], offline: bool, display: Display) -> list[Pulled]:
     return pulled
 
 
-# --- Which backbone a command works with when none was named ---
+# --- the default backbone ------------------------------------------------------------------------
 
 
 _SHOWN = 3
-"""Backbones that were passed over, of those that are shown."""
+"""Other backbones on this machine that are named in the message."""
 
 
 def name_backbone(recipe: Recipe, output: Path | None, display: Display) -> Recipe:
-    """Return the recipe with a backbone: the one that was named, that the run began with, or the best here.
+    """Return the recipe with a backbone: the named one, that of a resumed run, or the best on this machine.
 
     Args:
-        recipe: what was asked for.
-        output: the run folder, if one was named. A run that was begun keeps its backbone and its weights,
-            whatever has been fetched since.
-        display: is told which it is.
+        recipe: the recipe, perhaps without a backbone.
+        output: the run folder, if one was named. A run that is resumed keeps its backbone and its weights,
+            whatever has been downloaded since.
+        display: shows the chosen backbone.
 
     Raises:
-        UsageError: weights were named, and no network that they belong to; or nothing says which network is
-            to be trained from random weights.
+        UsageError: no backbone is named, but weights are, or the strategy trains from random weights.
     """
     asked = recipe.backbone
     if asked.name:
@@ -124,23 +123,25 @@ def name_backbone(recipe: Recipe, output: Path | None, display: Display) -> Reci
 def _check_choosable(recipe: Recipe) -> None:
     fix = "Add --backbone NAME (see `finetune backbones`)."
     if recipe.backbone.weights:
-        found = "no backbone was named that they belong to"
+        found = "no backbone was named for these weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, fix)
     if recipe.strategy.starts_random:
-        found = "no backbone was named, and what weights there are says nothing of what to train without any"
+        found = (
+            "no backbone was named, and the default depends on pretrained weights, which are not used here"
+        )
         raise UsageError(f"--strategy {recipe.strategy.name}", found, fix)
 
 
 def _read_begun(output: Path | None) -> BackboneSettings | None:
-    """The backbone of a run that was begun in this folder."""
+    """Return the backbone of the run in this folder; None if there is no run yet."""
     if output is None:
         return None
-    began = RunReader(RunFolder(output), tolerant=True).recipe  # the claim refuses a damaged one
+    began = RunReader(RunFolder(output), tolerant=True).recipe  # claiming the folder refuses a damaged recipe
     return began.backbone if began is not None and began.backbone.name else None
 
 
 def _describe(choice: DefaultChoice) -> str:
-    """Say why it is this one, and which others are here."""
+    """Say why this backbone was chosen, and which others are on this machine."""
     if choice.best.accuracy is not None:
         reason = f"the best whose weights are on this machine ({choice.best.accuracy:.1f} % on ImageNet)"
     elif choice.skipped:
@@ -151,11 +152,14 @@ def _describe(choice: DefaultChoice) -> str:
         return reason
     shown = [f"{card.name} ({why})" for card, why in choice.skipped[:_SHOWN]]
     more = [f"{len(choice.skipped) - _SHOWN} more"] if len(choice.skipped) > _SHOWN else []
-    return f"{reason}; here too, if you name it: {', '.join([*shown, *more])}"
+    return f"{reason}; also on this machine: {', '.join([*shown, *more])}"
+
+
+# --- the network on its device -------------------------------------------------------------------
 
 
 def prepare_machine(recipe: Recipe, distributed: Distributed = SINGLE_PROCESS) -> torch.device:
-    """Set threads and kernels as a recipe says, and return the device of this process."""
+    """Set the number of threads and deterministic kernels, and return the device of this process."""
     set_deterministic(recipe.deterministic)
     device = resolve_device(recipe.device, distributed)
     torch.set_num_threads(resolve_threads(distributed.machine.size))
@@ -165,26 +169,26 @@ def prepare_machine(recipe: Recipe, distributed: Distributed = SINGLE_PROCESS) -
 
 
 def place_network(network: nn.Module, placement: Placement) -> nn.Module:
-    """Move a network to its device and layout, in place."""
+    """Move a network to its device and memory format, in place."""
     layout = torch.channels_last if placement.channels_last else torch.preserve_format
     return network.to(placement.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
-    """Return the card's own preprocessing, except where the recipe says otherwise."""
+    """Return the card's preprocessing with the values that the recipe sets."""
     own = card.preprocessing.to_dict()
     asked = {key: value for key, value in dict(recipe.input).items() if key in own and value != "auto"}
     return Preprocessing(**own | asked)
 
 
 LEAST_SOURCE_CLASSES = 1_000
-"""Of a classifier that is asked how similar data are: ImageNet's. One of three classes called the same ants
-and bees different that ImageNet's calls similar."""
+"""Smallest number of classes (ImageNet's) of a classifier that similarity is measured with. A classifier of
+three classes called the same data different that ImageNet's calls similar."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its own classifier, on its device, and its layers by name."""
+    """A pretrained network with its own classifier, on its device, and its layers by name."""
 
     backbone: Backbone
     placement: Placement
@@ -192,19 +196,19 @@ class Network:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether a classifier of many classes came with its weights."""
+        """Whether its weights include a classifier of at least :data:`LEAST_SOURCE_CLASSES` classes."""
         match = self.backbone.match
         is_there = bool(match.head) and not match.head_replaced
         return is_there and self.backbone.card.num_classes >= LEAST_SOURCE_CLASSES
 
     @cached_property
     def weights(self) -> str:
-        """Sha256 of all weights."""
+        """The sha256 of all weights."""
         return digest_tensors(self.backbone.network, ())
 
     @cached_property
     def weights_below_head(self) -> str:
-        """Sha256 of what runs that replace the head share."""
+        """The sha256 of all weights but the head's: runs that replace the head share features by it."""
         last = self.backbone.stages[-1]
         if last.role != "head":
             return self.weights
@@ -212,11 +216,11 @@ class Network:
 
 
 def open_network(recipe: Recipe, display: Display, distributed: Distributed = SINGLE_PROCESS) -> Network:
-    """Load a network as it was published, and find its layers.
+    """Load a network with its published weights and classifier, and find its layers.
 
     Raises:
-        UsageError: there is none of that name, or the weights belong to another.
-        EnvironmentFaultError: the weights are not here and cannot be had.
+        UsageError: there is no such network, or the weights do not fit it.
+        EnvironmentFaultError: the weights are not on this machine and cannot be downloaded.
     """
     recipe = name_backbone(recipe, None, display)
     name = str(recipe.backbone.name)

@@ -1,7 +1,7 @@
-"""Probes of one layer: classifiers on its features, as Zeiler and Fergus judge layers (arXiv:1311.2901).
+"""``finetune probe``: classifiers on the features of layers, as in Zeiler and Fergus (arXiv:1311.2901).
 
-Some images of each class train, the rest are judged by the mean over classes of the share that is right, and
-all of it is repeated over draws of the training images.
+Some images of each class train and the rest test; the score is the mean accuracy over classes. This is
+repeated over random draws of the training images.
 
 Shape legend: N labelled images, D features, K classes.
 """
@@ -39,28 +39,28 @@ Classifier = Literal["svm", "softmax", "logreg", "knn"]
 CLASSIFIERS: tuple[Classifier, ...] = get_args(Classifier)
 _KINDS: dict[Classifier, Kind] = {"svm": "svm", "softmax": "softmax", "logreg": "logreg"}
 _BLOCK_BYTES = 256 * 2**20
-"""Of the features of test images whose scores are computed at a time."""
+"""Bytes of features of test images that are scored at a time."""
 
 
 def read_classifiers(words: Sequence[str]) -> list[Classifier]:
-    """Return the classifiers of some names, each once.
+    """Return the named classifiers without duplicates.
 
     Raises:
-        UsageError: a name is unknown, or there is none.
+        UsageError: a name is unknown, or none is given.
     """
     known = {str(kind): kind for kind in CLASSIFIERS}
     for word in words:
         if word not in known:
             found = f"there is no such classifier{suggest(word, known)}"
-            raise UsageError(f"--classifiers {word}", found, f"Take {', '.join(known)}.")
+            raise UsageError(f"--classifiers {word}", found, f"Choose {', '.join(known)}.")
     if not words:
-        raise UsageError("--classifiers", "none was named", f"Take {', '.join(known)}.")
+        raise UsageError("--classifiers", "none was named", f"Choose {', '.join(known)}.")
     return [known[word] for word in dict.fromkeys(words)]
 
 
 @dataclass(frozen=True)
 class ProbeSplit:
-    """Training and test images of one repeat: indices into the labelled images."""
+    """Training and test images of one repeat: indices (int64) into the labelled images, and a seed."""
 
     train: Tensor
     test: Tensor
@@ -69,12 +69,12 @@ class ProbeSplit:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One classifier on one layer.
+    """The accuracies of one classifier on one layer.
 
     Attributes:
-        classifier: which.
-        accuracies: mean over classes of each repeat, in [0, 1].
-        strengths: the C of each repeat; none for nearest neighbours.
+        classifier: its kind.
+        accuracies: mean accuracy over classes of each repeat, in [0, 1].
+        strengths: the C of each repeat; empty for nearest neighbours.
     """
 
     classifier: Classifier
@@ -83,29 +83,29 @@ class ProbeResult:
 
     @property
     def mean(self) -> float:
-        """Of the accuracies."""
+        """Mean of the accuracies over repeats."""
         return statistics.fmean(self.accuracies)
 
     @property
     def std(self) -> float:
-        """Standard deviation of the accuracies (of a sample); 0 for a single repeat."""
+        """Sample standard deviation of the accuracies over repeats; 0 for a single repeat."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 def draw_probe_split(
     labels: Tensor, classes: Sequence[str], per_class: int, seed: int, repeat: int
 ) -> ProbeSplit:
-    """Draw training images of each class; the others are for testing.
+    """Draw training images of each class; the others are test images.
 
     Args:
         labels: (N,) int64.
         classes: names of the K classes.
-        per_class: training images of each.
-        seed: of all repeats.
-        repeat: which one.
+        per_class: training images of each class.
+        seed: the seed of all repeats.
+        repeat: index of the repeat.
 
     Raises:
-        DataError: there is only one class, or a class has no image to spare for testing.
+        DataError: there is only one class, or a class has no image left for testing.
     """
     if len(classes) < 2:
         found = "there is only one class"
@@ -113,9 +113,9 @@ def draw_probe_split(
     counts = labels.bincount(minlength=len(classes))
     smallest = int(counts.argmin())
     if counts[smallest] <= per_class:
-        has = f"class {classes[smallest]!r} has {int(counts[smallest])}, and one must be left to judge"
+        has = f"class {classes[smallest]!r} has {int(counts[smallest])}, and one must be left for testing"
         most = int(counts[smallest]) - 1
-        fix = f"Take --per-class {most} at most." if most > 0 else "Add images of this class, or remove it."
+        fix = f"Use --per-class {most} or fewer." if most > 0 else "Add images of this class, or remove it."
         raise DataError(f"--per-class {per_class}", has, fix)
     own = derive_seed(seed, "probe", repeat)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(own))
@@ -133,14 +133,14 @@ def probe_layer(
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
 ) -> list[ProbeResult]:
-    """Judge one layer.
+    """Train and test classifiers on the features of one layer.
 
     Args:
-        rows: (N, D) of the labelled images.
+        rows: features (N, D) of the labelled images.
         labels: (N,) int64.
         num_classes: K.
-        draws: of :func:`draw_probe_split`, one a repeat.
-        classifiers: at least one.
+        draws: the splits by :func:`draw_probe_split`, one a repeat.
+        classifiers: the kinds, at least one.
         on_done: called after each classifier of each repeat.
     """
     accuracies: dict[Classifier, list[float]] = {kind: [] for kind in classifiers}
@@ -162,7 +162,7 @@ def probe_layer(
 
 
 def _predict(classifier: LinearClassifier, rows: Rows, indices: Tensor) -> Tensor:
-    """Return the classes of rows, (M,) int64."""
+    """Return the predicted classes of M rows, (M,) int64."""
     parts = indices.split(max(1, _BLOCK_BYTES // (4 * rows.shape[1])))  # type: ignore[no-untyped-call]
     return torch.cat([decide(classifier.scores(rows[part])).cpu() for part in parts])
 
@@ -174,7 +174,7 @@ def _mean_per_class(predicted: Tensor, labels: Tensor) -> float:
     return float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
 
 
-# --- ``finetune probe``: which layer is best, as Zeiler and Fergus asked it (arXiv:1311.2901) ---
+# --- the command ---------------------------------------------------------------------------------
 
 
 COLUMNS = (
@@ -199,7 +199,7 @@ class ProbeRow:
     result: ProbeResult
 
     def cells(self, per_class: int) -> tuple[Any, ...]:
-        """Return the row as ``probe.csv`` has it."""
+        """Return the row of ``probe.csv``, in the order of :data:`COLUMNS`."""
         result = self.result
         strengths = " ".join(f"{strength:g}" for strength in result.strengths)
         return (
@@ -215,7 +215,7 @@ class ProbeRow:
         )
 
     def to_dict(self, per_class: int) -> dict[str, Any]:
-        """Return the row with its columns' names."""
+        """Return the row by column name."""
         return dict(zip(COLUMNS, self.cells(per_class), strict=True))
 
 
@@ -229,23 +229,23 @@ def probe(
     pool: Pool,
     display: Display,
 ) -> list[ProbeRow]:
-    """Judge layers by linear classifiers and nearest neighbours on their features.
+    """Compare layers by the accuracy of linear classifiers and nearest neighbours on their features.
 
-    All labelled images are taken together, whatever their part; in each repeat some of each class train and
-    the rest are judged, by the mean over classes.
+    All labelled images are used, of any split. In each repeat some images of each class train and the rest
+    test.
 
     Args:
-        recipe: its backbone, data, input, cache, machine and seed count.
-        wanted: names, words and patterns of layers.
+        recipe: settings of backbone, data, input, cache, machine and seed.
+        wanted: names, keywords and patterns of layers.
         per_class: training images of each class.
-        classifiers: at least one.
-        repeats: draws of training images.
+        classifiers: the kinds, at least one.
+        repeats: number of random draws of training images.
         output: a new folder for ``probe.csv`` and ``probe.png``.
-        pool: of what layers give.
+        pool: how a layer's output becomes a row.
         display: shows progress.
 
     Raises:
-        FinetuneError: every refusal and failure.
+        FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors():
         network = open_network(recipe, display)
@@ -266,7 +266,7 @@ def probe(
                 for repeat in range(repeats)
             ]
             total = len(layers) * len(classifiers) * repeats
-            with display.track("judging layers", total) as advance:
+            with display.track("probing layers", total) as advance:
                 rows = _judge(features, usable, labels, draws, classifiers, lambda: advance(1, ""))
         write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
         title = f"{network.backbone.card.name}, {per_class} training images a class"
@@ -276,7 +276,7 @@ def probe(
 
 
 def _leave_copies_out(usable: Tensor, source: Source) -> Tensor:
-    """Return the indices of different images: by a copy, what is known by heart would be judged."""
+    """Return indices without exact copies: a test image must not be a copy of a training image."""
     samples = source.dataset.samples
     first: dict[str, int] = {}
     for index in usable.tolist():

@@ -1,6 +1,6 @@
-"""``finetune advise --backbones``: several backbones on the same images, by nearest neighbours.
+"""``finetune advise --backbones``: rank backbones on the same images by nearest neighbours.
 
-Of 24 ways to rank backbones without training, the accuracy of nearest neighbours was the best over 16 data
+Among 24 scores that rank backbones without training, nearest-neighbour accuracy was the best over 16 data
 sets (arXiv:2503.18528); LEEP, LogME and H-scores rank worse.
 """
 
@@ -23,15 +23,15 @@ from pretrained.catalog import find_card
 
 @dataclass(frozen=True)
 class RankedBackbone:
-    """One backbone.
+    """The score of one backbone.
 
     Attributes:
-        backbone: its name.
-        accuracy: leave-one-out, of the five nearest neighbours by cosine, on its last features.
+        backbone: the name of the backbone.
+        accuracy: leave-one-out accuracy of the five nearest neighbours on its last features, in [0, 1].
         error: standard error of the accuracy.
-        num_features: numbers an image.
-        num_parameters: of the network with its own classifier.
-        num_images: training images that were looked at.
+        num_features: features of an image (D).
+        num_parameters: parameters of the network with its own classifier.
+        num_images: training images that were used.
     """
 
     backbone: str
@@ -43,15 +43,15 @@ class RankedBackbone:
 
 
 def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> list[RankedBackbone]:
-    """Return backbones with the nearest neighbours that are right most often first.
+    """Return backbones in descending order of nearest-neighbour accuracy.
 
     Args:
-        recipe: its backbone is not read.
-        names: at least one.
+        recipe: settings of data, input and machine; its backbone name is ignored.
+        names: backbones, at least one.
         display: shows progress.
     """
     for name in names:
-        find_card(name, recipe.backbone.offline)  # refuses before anything is computed
+        find_card(name, recipe.backbone.offline)  # raises before anything is computed
     with translated_errors():
         return _rank(recipe, names, display)
 
@@ -67,7 +67,7 @@ def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked
         network = open_network(recipe.model_copy(update={"backbone": backbone}), display)
         source = open_source(recipe, network, few, display, checked)
         last = network.layers.all[-1]
-        with open_features(source, [last], "auto", parts=("train",)) as features:
+        with open_features(source, [last], "auto", splits=("train",)) as features:
             samples = source.dataset.of("train")
             usable = features.usable(samples)
             labels = torch.tensor([samples[index].label for index in usable.tolist()])
@@ -82,4 +82,4 @@ def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked
                 len(hits),
             )
         )
-    return sorted(ranked, key=lambda one: -one.accuracy)
+    return sorted(ranked, key=lambda ranking: -ranking.accuracy)

@@ -1,4 +1,4 @@
-"""``finetune similar`` and ``finetune map``: which images are alike, and how all of them lie."""
+"""``finetune similar`` and ``finetune map``: images by their features."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _SIMILAR_COLUMNS = ("rank", "path", "label", "similarity")
 def find_similar(
     recipe: Recipe, image: Path, layer: str, top: int, output: Path, pool: Pool, display: Display
 ) -> list[dict[str, Any]]:
-    """Find the images that are most like one, and draw them on a sheet.
+    """Find the images that are most similar to one, and draw them on a contact sheet.
 
-    The image itself is left out where it is among them.
+    The image itself is left out if the data contain it.
 
     Args:
-        recipe: its backbone, data, input, cache and machine count.
-        image: the image that is asked about.
-        layer: whose features are compared, by the cosine of their angle. Low ones see texture, high ones
-            meaning.
-        top: how many.
+        recipe: settings of backbone, data, input, cache and machine.
+        image: the query image.
+        layer: the layer whose features are compared by cosine similarity. Low layers compare texture, high
+            ones meaning.
+        top: number of images to find.
         output: a new folder for ``similar.csv`` and ``similar.png``.
-        pool: of what the layer gives.
+        pool: how the layer's output becomes a row.
         display: shows progress.
 
     Returns:
-        The rows of ``similar.csv``.
+        The rows of ``similar.csv``, the most similar first.
 
     Raises:
-        FinetuneError: every refusal and failure.
+        FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors():
         network = open_network(recipe, display)
@@ -115,8 +115,8 @@ def _is_same(file: Path, image: Path) -> bool:
 def _one(network: Network, layer: str, pool: Pool) -> Layer:
     layers = network.layers.select([layer], pool)
     if len(layers) != 1:
-        found = f"it means {len(layers)} layers"
-        raise UsageError(f"--layer {layer}", found, "Name one (`finetune extract --layers list`).")
+        found = f"it matches {len(layers)} layers"
+        raise UsageError(f"--layer {layer}", found, "Name one layer (`finetune extract --layers list`).")
     return layers[0]
 
 
@@ -142,18 +142,19 @@ def _label(source: Source, sample: Sample) -> str:
 def draw_feature_map(
     recipe: Recipe, layer: str, method: Method, output: Path, pool: Pool, display: Display
 ) -> None:
-    """Draw all images as points of a plane, coloured by class.
+    """Draw all images as points in a plane, coloured by class.
 
     Args:
-        recipe: its backbone, data, input, cache, machine and seed count.
-        layer: whose features are drawn.
-        method: ``pca``: the two principal components, standardised; ``umap``: arXiv:1802.03426.
+        recipe: settings of backbone, data, input, cache, machine and seed.
+        layer: the layer whose features are drawn.
+        method: ``pca``: the first two principal components of standardised features; ``umap``:
+            arXiv:1802.03426.
         output: a new folder for ``map.csv`` and ``map.png``.
-        pool: of what the layer gives.
+        pool: how the layer's output becomes a row.
         display: shows progress.
 
     Raises:
-        FinetuneError: every refusal and failure.
+        FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors():
         if method == "umap":
@@ -166,7 +167,7 @@ def draw_feature_map(
             usable = features.usable(samples)
             find = find_plane if method == "pca" else find_umap_plane
             with display.track(
-                f"finding a plane ({method})", count_reads(features.rows[0], usable)
+                f"projecting to a plane ({method})", count_reads(features.rows[0], usable)
             ) as advance:
                 plane = find(features.rows[0], usable, lambda done: advance(done, ""))
         shown = [samples[index] for index in usable.tolist()]

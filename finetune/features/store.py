@@ -1,10 +1,10 @@
-"""What a network makes of each image and view: computed once, and kept.
+"""Cached features: the rows of a network for each image and view, computed once and kept on disk.
 
-Kept on disk, for this run when it goes on and for the next one on the same images, whatever its head,
-rate, seed or number of epochs. What the rows depend on is in the file's name: weights, place in the network,
-views, images and their order, versions and hardware. Rows of several places come from one pass.
+A resumed run uses them, and so does the next run on the same images, whatever its head, learning rate, seed
+or number of epochs. The file name is a digest of what the rows depend on: weights, place in the network, views,
+images and their order, versions and hardware. One forward pass computes the rows of several places.
 
-Shape legend: N images, B batch, D numbers of one place for one image.
+Shape legend: N images, B batch, D features of one place in the network.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from finetune.system.forward import ChunkedForward, autocast
 
 FORMAT = 1
 GPU_BATCH = 128
-"""Images that go through a network at a time on a GPU."""
+"""Images a forward pass on a GPU."""
 MEMORY_BYTES = 2**26
-"""Rows of a run that are held in memory; more stay in their files and are read as they are needed."""
+"""Bytes of rows that are held in memory; more stay in their files and are read when needed."""
 
 Forward = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) to rows (B, D + D' + ...) of several places, side by side."""
 
 
 def compute_batch_size(device: torch.device, input_size: tuple[int, int, int]) -> int:
-    """Return how many images go through a network at a time.
+    """Return the number of images of a forward pass.
 
-    Nothing but device and size decides, whatever the recipe's batch size is: last bits depend on it. (Only
-    where a GPU's memory runs out even so, smaller parts go through.)
+    It depends on device and input size only, not on the recipe's batch size, since the last bits of features
+    depend on it. (If a GPU still runs out of memory, batches are split.)
     """
     return GPU_BATCH if device.type == "cuda" else compute_chunk_size(*input_size[1:])
 
 
 def row_bytes(numel: int, precision: Precision) -> int:
-    """Return the bytes of one image's row."""
+    """Return the size in bytes of one image's row."""
     return numel * DTYPES[precision].itemsize
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A place in a network that gives rows, and what they depend on.
+    """A place in a network whose output is cached, and what its rows depend on.
 
     Attributes:
-        facts: everything that they depend on; ``kind`` begins the file's name, ``num_images`` counts them.
+        facts: everything that the rows depend on; ``kind`` begins the file name, ``num_images`` is N.
         numel: D.
     """
 
@@ -73,14 +73,14 @@ class RowSpec:
 
 
 def describe_images(digests: Sequence[str]) -> dict[str, Any]:
-    """Return what rows depend on of their images (their sha256, in order)."""
+    """Return the number of images, and a digest of their sha256 in order."""
     images = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return {"num_images": len(digests), "images": images}
 
 
 @dataclass
 class _Store:
-    """Where the rows of one place go while they are computed."""
+    """The file and the memory that the rows of one place are written to."""
 
     place: RowSpec
     file: BlockFile | None
@@ -88,7 +88,7 @@ class _Store:
 
     @property
     def num_done(self) -> int:
-        """Blocks that are there."""
+        """Number of blocks in the file."""
         return len(self.file.blocks) if self.file is not None else 0
 
     @property
@@ -102,21 +102,21 @@ class _Store:
 
 @dataclass
 class KeptRows:
-    """Rows of images, from files or through a network.
+    """Rows of images, from cached files or computed by a network.
 
     Attributes:
-        shelf: where files lie.
-        device: of the network.
-        batch_size: images that go through it at a time.
-        precision: of the forward pass.
-        dtype: of the rows.
+        cache_dir: the folder of the files.
+        device: the device of the network.
+        batch_size: images a forward pass.
+        precision: the precision of the forward pass.
+        dtype: the type of the rows.
         display: shows progress.
-        check_unchanged: raises when samples are not what the facts say.
+        check_unchanged: raises if images changed since their digests were taken.
         num_computed: images that went through the network.
-        num_found: rows of the first place that were there.
-        lost: why, for the index of each image that could not be decoded. Its rows are NaN.
-        distributed: processes of this machine. They compute missing batches in turns; the main process keeps
-            them, and all get the same rows.
+        num_found: rows of the first place that were cached.
+        lost: why each image could not be decoded, by index; its rows are NaN.
+        distributed: processes of this machine. They compute missing batches in turns; the main process
+            writes them, and all get the same rows.
     """
 
     cache_dir: FeatureCacheDir
@@ -140,34 +140,34 @@ class KeptRows:
         open_forward: Callable[[Sequence[int]], Forward],
         open_loader: Callable[[], ImageLoader],
         epoch: int,
-        words: str,
+        title: str,
     ) -> list[Rows]:
-        """Return the rows (N, D) of each place: what is kept, and the rest through the network.
+        """Return the rows (N, D) of each place: cached ones, and the rest computed by the network.
 
         Args:
-            places: with the same images.
-            open_forward: gives the forward for some of the places, by their index.
-            open_loader: gives the images, unshuffled, in batches of :attr:`batch_size`; called when some
+            places: places in the network, over the same images.
+            open_forward: returns the forward function of some of the places, by their index.
+            open_loader: returns an unshuffled loader with batches of :attr:`batch_size`; called only if rows
                 must be computed.
-            epoch: of the loader's views.
-            words: for the progress bar.
+            epoch: the epoch of the loader's views.
+            title: the title of the progress bar.
 
         Raises:
-            DataError: an image cannot be read any more.
-            OSError: a file cannot be written, and the rows are too many for the memory.
+            DataError: an image can no longer be read.
+            OSError: a file cannot be written, and the rows do not fit in memory.
         """
         stores, fault = [_Store(place, None, None) for place in places], None
         missing, done = self.distributed.share(lambda: self._find_missing(stores))
         try:
             if missing:
                 some = [stores[number] for number in missing]
-                self._compute(open_loader(), some, open_forward(missing), done, epoch, words)
+                self._compute(open_loader(), some, open_forward(missing), done, epoch, title)
         except (DataError, OSError) as error:
             fault = error
         return self._hand_round(stores, fault)
 
     def _find_missing(self, stores: Sequence[_Store]) -> tuple[list[int], int]:
-        """Open the files; return whose blocks are missing, and how many all of these have."""
+        """Open the files; return the incomplete places, and the number of blocks that all of these have."""
         for store in stores:
             self._open(store)
         missing = [
@@ -177,7 +177,7 @@ class KeptRows:
         return missing, min((stores[number].num_done for number in missing), default=0)
 
     def _hand_round(self, stores: Sequence[_Store], fault: Exception | None) -> list[Rows]:
-        """Return the rows in every process, or raise what went wrong in all of them."""
+        """Return the rows in every process, or raise the error in all of them."""
 
         def make() -> tuple[list[Tensor | Path], dict[int, str]]:
             if fault is not None:
@@ -193,12 +193,12 @@ class KeptRows:
         ]
 
     def close(self) -> None:
-        """Let others remove the files."""
+        """Close the files; other processes may then remove them."""
         for file in self._files:
             file.close()
 
     def discard(self) -> None:
-        """Remove the files: what was made from them is written."""
+        """Remove the files, which are no longer needed."""
         for file in self._files:
             file.discard()
 
@@ -234,7 +234,7 @@ class KeptRows:
                 )
             self._files.append(file)
             if file.was_damaged:
-                self.display.warn(f"{path} had changed since it was written; it is made again")
+                self.display.warn(f"{path} had changed since it was written; it is computed again")
             if not file.is_complete:
                 self.cache_dir.make_room(num_bytes - file.num_bytes)
         except OSError as error:
@@ -246,7 +246,7 @@ class KeptRows:
         if not fits_memory:
             raise error
         self._fault = error
-        self.display.warn(f"features cannot be kept for the next run ({error.strerror or error})")
+        self.display.warn(f"features cannot be cached for the next run ({error.strerror or error})")
 
     def _read(self, file: BlockFile, memory: Tensor | None) -> None:
         for block in file.blocks:
@@ -258,12 +258,12 @@ class KeptRows:
     # --- computing -------------------------------------------------------------------------------
 
     def _compute(
-        self, loader: ImageLoader, stores: list[_Store], forward: Forward, done: int, epoch: int, words: str
+        self, loader: ImageLoader, stores: list[_Store], forward: Forward, done: int, epoch: int, title: str
     ) -> None:
-        """Run the network over the batches that are missing."""
+        """Compute the missing batches."""
         widths = [store.place.numel for store in stores]
         with (
-            self.display.track(words, len(loader.samples)) as advance,
+            self.display.track(title, len(loader.samples)) as advance,
             torch.inference_mode(),
             autocast(self.device, self.precision),
         ):
@@ -279,7 +279,7 @@ class KeptRows:
     def _run_all(
         self, loader: ImageLoader, forward: ChunkedForward, widths: list[int], done: int, epoch: int
     ) -> Iterator[tuple[list[Tensor], dict[int, str]]]:
-        """Yield the rows of each place and what was lost, for every batch that is this process's turn."""
+        """Yield the rows of each place and the lost images, for every batch of this process."""
         batches = loader.batches(epoch, start=done)
         for number, batch in enumerate(batches):
             start = (done + self.distributed.rank + number * self.distributed.size) * self.batch_size
@@ -303,7 +303,7 @@ class KeptRows:
         return [part.contiguous() for part in torch.split(rows, widths, dim=1)]
 
     def _store(self, store: _Store, number: int, rows: Tensor, lost: Mapping[int, str]) -> None:
-        """Put a block of rows where it belongs; a file may be further than the others."""
+        """Write a block of rows to memory and to the file, unless the file already has it."""
         if store.memory is not None:
             start = number * self.batch_size
             store.memory[start : start + len(rows)] = rows
@@ -313,11 +313,11 @@ class KeptRows:
             store.file.append(rows.view(torch.uint8).numpy().tobytes(), dict(lost) or None)
         except OSError as error:
             self._files.remove(store.file)
-            store.file.discard()  # on a full disk, half of it is of no use to anybody
+            store.file.discard()  # on a full disk, an incomplete file is useless
             store.file = None
             self._give_up_disk(error, store.memory is not None)
 
 
 def _find_lost(samples: Sequence[Sample], start: int, lost: Mapping[str, str]) -> dict[int, str]:
-    """By index, not by path: files keep rows of contents, wherever these lie."""
+    """Return reasons by index, not by path: rows are cached by content, wherever the images lie."""
     return {start + place: lost[one.path] for place, one in enumerate(samples) if one.path in lost}

@@ -1,6 +1,11 @@
-"""What a network's own classifier says about labels that it was not made for: LEEP (arXiv:2002.12462).
+"""How well a pretrained network fits new labels, without training: LEEP, and nearest neighbours.
 
-Shape legend: N images, S classes of the network's own classifier, K classes of the labels.
+LEEP (arXiv:2002.12462) compares the labels with the predictions of the network's own classifier. Nearest
+neighbours by cosine vote with the weight exp(cosine / 0.07), as in the evaluation of self-supervised features
+(arXiv:1805.01978). Images are compared over blocks of images and features, to bound memory.
+
+Shape legend: N (training) images, M test images, B of them in a block, D features, S classes of the network's
+own classifier, K classes of the labels.
 """
 
 from __future__ import annotations
@@ -17,14 +22,14 @@ from finetune.system.device import derive_seed
 from finetune.targets import decide
 
 PER_CLASS = 20
-"""Images of a class that LEEP sees. It falls with their number (ants and bees are at 0.98 with 10 a class, at
-0.77 with 60), so that a threshold means something at a fixed number only."""
+"""Images of a class that LEEP uses. LEEP falls with their number (for ants and bees from 0.98 with 10 a class
+to 0.77 with 60), so a threshold is only valid for a fixed number."""
 
 
 def compute_leep(probabilities: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Return the mean log likelihood of labels, in nats, by way of the classifier's own classes; at most 0.
+    """Return LEEP: the mean log likelihood of labels given the classifier's own classes, in nats; at most 0.
 
-    ``P(y | x) = sum_z P(y | z) p(z | x)``, with ``P(y | z)`` counted on the same images.
+    ``P(y | x) = sum_z P(y | z) p(z | x)``, with ``P(y | z)`` estimated on the same images.
 
     Args:
         probabilities: (N, S) of the network's own classifier.
@@ -38,15 +43,16 @@ def compute_leep(probabilities: Tensor, labels: Tensor, num_classes: int) -> flo
     return likelihood.clamp_min(1e-12).log().mean().item()
 
 
-def normalised_leep(probabilities: Tensor, labels: Tensor, num_classes: int, seed: int) -> float:
-    """Return 1 + LEEP / ln K on at most 20 images of each class: 1 where the labels follow from the
-    classifier's own, about 0 where they have nothing to do with them.
+def compute_normalised_leep(probabilities: Tensor, labels: Tensor, num_classes: int, seed: int) -> float:
+    """Return 1 + LEEP / ln K on at most 20 images of each class.
+
+    It is 1 if the classifier's own classes determine the labels, and about 0 if they are unrelated.
 
     Args:
         probabilities: (N, S) of the network's own classifier.
         labels: (N,) int64.
         num_classes: K, at least 2.
-        seed: draws the images.
+        seed: the seed of the draw of images.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "leep"))
     order = torch.randperm(len(labels), generator=generator)
@@ -54,48 +60,41 @@ def normalised_leep(probabilities: Tensor, labels: Tensor, num_classes: int, see
     return 1 + compute_leep(probabilities[chosen], labels[chosen], num_classes) / math.log(num_classes)
 
 
-# --- Nearest neighbours by the cosine of their angle: a classifier that learns nothing ---
-#
-# The five nearest neighbours vote for their classes, each with the weight exp(cosine / 0.07), as in the
-# evaluation of self-supervised features (arXiv:1805.01978).
-#
-# Images are compared over some of the features at a time, so that neither many images nor many features
-# have to be in memory together.
-#
-# Shape legend: N training images, M test images, B of them in a block, D features, K classes.
+# --- nearest neighbours --------------------------------------------------------------------------
 
 
 NEIGHBOURS = 5
-"""Images that vote, or all if there are fewer."""
+"""Neighbours that vote; all images if there are fewer."""
 TEMPERATURE = 0.07
+"""Divides the cosines in the weights of the votes."""
 _BLOCK_BYTES = 256 * 2**20
-"""Of the cosines of a block, and of the features that are compared at a time."""
+"""Bytes of the cosines of a block, and of the features that are compared at a time."""
 _SHORTEST = 1e-12
-"""Length in place of zero: an image without features is at right angles to all."""
+"""Smallest norm of a row, instead of zero: a row of zeros has cosine 0 with all others."""
 
 
 def leave_one_out(rows: Rows, indices: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return whether the neighbours of each image among the others give it its class, (N,) bool.
+    """Return whether the nearest other images predict the label of each image, (N,) bool.
 
     Args:
-        rows: (all images, D).
-        indices: (N,) int64, the images that count.
-        labels: (N,) int64, their classes.
+        rows: features (all images, D).
+        indices: (N,) int64, the images to use.
+        labels: (N,) int64, the labels of these images.
         num_classes: K.
     """
     return _vote(rows, indices, labels, indices, num_classes, True) == labels
 
 
 def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
-    """Return the class that its neighbours among training images give each test image, (M,) int64.
+    """Return the class of each test image by its nearest training images, (M,) int64.
 
-    Of equally near images the first ones of ``train`` vote, and of equal votes the lowest class wins.
+    Among equally near images the first in ``train`` vote; among equal votes the lowest class index wins.
 
     Args:
-        rows: (all images, D).
-        train: (N,) int64, training images.
-        labels: (N,) int64, their classes.
-        test: (M,) int64, the others.
+        rows: features (all images, D).
+        train: (N,) int64, the training images.
+        labels: (N,) int64, the labels of the training images.
+        test: (M,) int64, the test images.
         num_classes: K.
     """
     return _vote(rows, train, labels, test, num_classes, False)
@@ -113,7 +112,9 @@ def _vote(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: 
         weights = (cosines.gather(1, places) / TEMPERATURE).exp()
         votes = cosines.new_zeros(len(part), num_classes)
         classes = labels.to(cosines.device)[places]
-        for neighbour in range(places.shape[1]):  # one at a time: sums have the same order on every device
+        for neighbour in range(
+            places.shape[1]
+        ):  # one neighbour at a time, so that every device adds in the same order
             one = slice(neighbour, neighbour + 1)
             votes.scatter_add_(1, classes[:, one], weights[:, one])
         found.append(decide(votes))
@@ -142,10 +143,9 @@ def _blocks(num_columns: int, num_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _find_nearest(cosines: Tensor, count: int) -> Tensor:
-    """Return the places of the ``count`` largest of each row in ascending order, (B, count).
+    """Return the positions of the ``count`` largest values of each row in ascending order, (B, count).
 
-    ``topk`` takes any of equal cosines. Where there are more of the last one than are wanted, the first are
-    taken.
+    ``topk`` may return any of equal cosines; here the first of them are returned.
     """
     values, places = cosines.topk(min(count + 1, cosines.shape[1]), dim=1)
     last = values[:, count - 1]
@@ -158,4 +158,4 @@ def _find_nearest(cosines: Tensor, count: int) -> Tensor:
 
 
 MOST_IMAGES = 2_000
-"""Training images that are looked at, evenly over the classes; an accuracy is known to 1 % then."""
+"""Most training images that are used, evenly over classes; the standard error of an accuracy is then 1 %."""

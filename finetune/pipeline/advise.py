@@ -26,7 +26,7 @@ from finetune.features.extraction import Features, open_features, open_images, o
 from finetune.features.network import Network, open_network
 from finetune.features.rows import ConcatRows
 from finetune.features.solvers import cross_validate
-from finetune.features.transferability import MOST_IMAGES, leave_one_out, normalised_leep
+from finetune.features.transferability import MOST_IMAGES, compute_normalised_leep, leave_one_out
 from finetune.pipeline.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.pipeline.verify import verify
 from finetune.recipe import BASE_LRS, Recipe, compute_views
@@ -136,7 +136,7 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     if network.backbone.card.taps:  # a classifier on stages takes no other features
         layers = layers[-1:]
     with open_features(
-        source, layers, "auto", with_logits=network.has_classifier, parts=("train",)
+        source, layers, "auto", with_logits=network.has_classifier, splits=("train",)
     ) as features:
         samples = source.dataset.of("train")
         usable = features.usable(samples)
@@ -209,7 +209,7 @@ def _measure_leep(
     if features.logits is None:
         return None
     probabilities = to_probabilities(features.logits[usable])
-    return normalised_leep(probabilities, labels, num_classes, seed)
+    return compute_normalised_leep(probabilities, labels, num_classes, seed)
 
 
 def _gap(neighbours: Sequence[Tensor]) -> tuple[float, float]:

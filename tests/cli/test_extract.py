@@ -315,7 +315,7 @@ def test_features_without_room_in_the_cache_lie_beside_the_output(
     words = ("-l", "last", "--set", "cache.max_gb=0.000001")
     result = extract(cli, tiny, image_folder, tmp_path / "f.csv", *words)
     assert result.exit_code == 0, result.stderr
-    assert "not kept for other commands" in result.stderr
+    assert "not cached for other commands" in result.stderr
     assert len(pd.read_csv(tmp_path / "f.csv")) == 54
     assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == ["f.csv"]
 

@@ -106,7 +106,7 @@ def test_what_is_here_and_was_not_taken_is_named(
         "run", "--data", image_folder, "--strategy", "freeze", "--epochs", 1, "--output", tmp_path / "run"
     )
     said = " ".join(done.output.split())
-    assert "here too, if you name it: timm/vgg16" in said and "1 more" in said
+    assert "also on this machine: timm/vgg16" in said and "1 more" in said
     assert "finetune pull" not in said
 
 

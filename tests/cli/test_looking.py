@@ -44,8 +44,8 @@ def test_a_probe_is_the_same_twice(cli: Cli, tiny: Path, image_folder: Path, tmp
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--per-class", 18), 65, "one must be left to judge"),
-        (("--per-class", 40), 65, "Take --per-class 17 at most"),
+        (("--per-class", 18), 65, "one must be left for testing"),
+        (("--per-class", 40), 65, "Use --per-class 17 or fewer"),
         (("--per-class", 5, "--classifiers", "svn"), 2, "did you mean 'svm'"),
         (("--per-class", 5, "-l", "layr4"), 2, "did you mean 'layer4'"),
     ],
@@ -96,7 +96,7 @@ def test_queries_that_cannot_be(cli: Cli, tiny: Path, image_folder: Path, tmp_pa
     result = cli(
         "similar", image_folder / "val/red/003.jpg", "-b", tiny, "-d", image_folder, "-l", "layer*", *WORDS
     )
-    assert result.exit_code == 2 and "it means 4 layers" in result.stderr
+    assert result.exit_code == 2 and "it matches 4 layers" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.features.transferability import PER_CLASS, compute_leep, normalised_leep
+from finetune.features.transferability import PER_CLASS, compute_leep, compute_normalised_leep
 
 
 def draw_probabilities(num_images: int, num_classes: int, seed: int) -> Tensor:
@@ -37,12 +37,12 @@ def test_classes_that_follow_from_the_networks_own_reach_the_top() -> None:
     probabilities = torch.eye(6)[torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])]
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 0])
     assert compute_leep(probabilities, labels, 3) == pytest.approx(0, abs=1e-12)
-    assert normalised_leep(probabilities, labels, 3, 0) == pytest.approx(1, abs=1e-12)
+    assert compute_normalised_leep(probabilities, labels, 3, 0) == pytest.approx(1, abs=1e-12)
 
 
 def test_a_network_that_says_nothing_is_at_the_bottom() -> None:
     labels = torch.arange(4).repeat(10)
-    assert normalised_leep(torch.full((40, 8), 1 / 8), labels, 4, 0) == pytest.approx(0, abs=1e-12)
+    assert compute_normalised_leep(torch.full((40, 8), 1 / 8), labels, 4, 0) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -50,16 +50,16 @@ def test_shuffled_labels_are_near_the_bottom(seed: int) -> None:
     """Somewhat above it: the conditional probabilities are counted on the very images that are judged."""
     own = torch.arange(5).repeat_interleave(40)
     probabilities = 0.9 * torch.eye(5)[own] + 0.02
-    assert normalised_leep(probabilities, own, 5, seed) > 0.6
+    assert compute_normalised_leep(probabilities, own, 5, seed) > 0.6
     shuffled = own[torch.randperm(200, generator=torch.Generator().manual_seed(seed))]
-    assert 0 <= normalised_leep(probabilities, shuffled, 5, seed) < 0.12
+    assert 0 <= compute_normalised_leep(probabilities, shuffled, 5, seed) < 0.12
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bounds(seed: int) -> None:
     probabilities, labels = draw_probabilities(100, 9, seed), torch.arange(5).repeat(20)
     assert -math.log(5) <= compute_leep(probabilities, labels, 5) <= 0
-    assert 0 <= normalised_leep(probabilities, labels, 5, seed) <= 1
+    assert 0 <= compute_normalised_leep(probabilities, labels, 5, seed) <= 1
 
 
 def test_probabilities_that_underflow() -> None:
@@ -69,9 +69,9 @@ def test_probabilities_that_underflow() -> None:
 
 def test_at_most_twenty_images_of_a_class_are_seen() -> None:
     probabilities, labels = draw_probabilities(300, 8, 0), torch.arange(300) % 4 % 3  # 150, 75, 75
-    values = {normalised_leep(probabilities, labels, 3, seed) for seed in range(4)}
+    values = {compute_normalised_leep(probabilities, labels, 3, seed) for seed in range(4)}
     assert len(values) == 4  # other images each time
-    assert normalised_leep(probabilities, labels, 3, 1) in values  # the same ones for the same seed
+    assert compute_normalised_leep(probabilities, labels, 3, 1) in values  # the same ones for the same seed
     few = torch.cat([(labels == label).nonzero().flatten()[:PER_CLASS] for label in range(3)])
-    once = {normalised_leep(probabilities[few], labels[few], 3, seed) for seed in range(4)}
+    once = {compute_normalised_leep(probabilities[few], labels[few], 3, seed) for seed in range(4)}
     assert max(once) - min(once) < 1e-9  # all of them, whatever the seed
