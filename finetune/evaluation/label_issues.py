@@ -1,9 +1,15 @@
-"""Suspected wrong labels: confident learning (Northcutt, Jiang and Chuang, arXiv:1911.00068).
+"""``finetune check --run``: labels of a run's images that are probably wrong, by confident learning.
 
-A class's threshold is the mean probability that images with its label are given for it. An image that reaches
-the threshold of another class than its label's, and for which its label is not the likeliest, is suspected.
-These are the off-diagonal entries of the paper's confident joint, as in cleanlab's
-``find_label_issues(filter_by="confident_learning")``, against which the tests hold this.
+::
+
+    the run's images -> features of its backbone as published, which has not seen the labels
+                     -> cross-validated linear classifiers: each image is predicted by one that did not see it
+                     -> confident learning -> label_issues.csv, label_issues.png
+
+Confident learning (Northcutt, Jiang and Chuang, arXiv:1911.00068): the threshold of a class is the mean
+probability of that class over the images with its label. An image is suspected if it reaches the threshold of
+another class and its label is not the most probable class. These are the off-diagonal entries of the paper's
+confident joint, as in cleanlab's ``find_label_issues(filter_by="confident_learning")``; tests compare them.
 
 Shape legend: N images, K classes.
 """
@@ -39,28 +45,33 @@ from finetune.system.display import Display
 from finetune.targets import LINEAR_CLASSIFIER, decide, to_probabilities
 
 _ROUNDING = 1e-6
-"""Under a threshold that still counts as reached: probabilities are float32."""
+"""Tolerance below a threshold, since probabilities are float32."""
+NUM_FOLDS = 5
+SHOWN = 36
+"""Images on the contact sheet."""
+FILE, SHEET = "label_issues.csv", "label_issues.png"
+COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probability", "split")
 
 
 def find_label_issues(labels: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the images whose labels are suspected, the least likely label first, (M,) int64.
+    """Return the indices of the images with suspected labels, the least probable label first, (M,) int64.
 
     Args:
-        labels: (N,) int64, as given.
-        probabilities: (N, K), by classifiers that have not seen the image.
+        labels: (N,) int64, the given labels.
+        probabilities: (N, K), each row by a classifier that was not trained on the image.
     """
-    likeliest = decide(probabilities)
+    most_probable = decide(probabilities)
     reached = probabilities >= compute_thresholds(labels, probabilities) - _ROUNDING
     number = reached.sum(dim=1)
-    # Of several classes that are reached, the likeliest of all counts, as in the paper.
-    guess = torch.where(number > 1, likeliest, decide(reached.int()))
-    issues = ((number > 0) & (guess != labels) & (likeliest != labels)).nonzero().flatten()
+    # If several thresholds are reached, the most probable class counts, as in the paper.
+    guess = torch.where(number > 1, most_probable, decide(reached.int()))
+    issues = ((number > 0) & (guess != labels) & (most_probable != labels)).nonzero().flatten()
     own = probabilities[issues, labels[issues]]
     return issues[own.argsort(stable=True)]
 
 
 def compute_thresholds(labels: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the mean probability of each class over the images with its label, (K,); infinite without."""
+    """Return the mean probability of each class over the images with its label, (K,); infinite if none."""
     num_classes = probabilities.shape[1]
     own = probabilities.gather(1, labels[:, None]).flatten().double()
     sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, own)
@@ -68,20 +79,7 @@ def compute_thresholds(labels: Tensor, probabilities: Tensor) -> Tensor:
     return torch.where(counts > 0, sums / counts, torch.inf)
 
 
-# --- ``finetune check --run``: which labels of a run's images are suspected to be wrong ---
-#
-# ::
-#
-#     the run's images -> features of its backbone as it was published, which has not seen the labels
-#                      -> linear classifiers, each image judged by one that did not see it
-#                      -> confident learning -> label_issues.csv, label_issues.png
-
-
-NUM_FOLDS = 5
-SHOWN = 36
-"""Images on the sheet."""
-FILE, SHEET = "label_issues.csv", "label_issues.png"
-COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probability", "split")
+# --- the command ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,15 +109,15 @@ class LabelIssues:
 
 
 def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIssues:
-    """Find labels of a run's images that are probably wrong, and write them down.
+    """Find labels of a run's images that are probably wrong, and write them to a table and a contact sheet.
 
     Args:
         run: a run folder; it is only read.
-        output: a new folder.
+        output: a new folder for ``label_issues.csv`` and ``label_issues.png``.
         display: shows progress.
 
     Raises:
-        FinetuneError: every refusal and failure.
+        FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors():
         recipe = _read_recipe(run)
@@ -136,7 +134,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
             usable = features.usable(dataset.samples)
             samples = [dataset.samples[index] for index in usable.tolist()]
             folds = _deal(samples, dataset, source.digests, recipe.seed)
-            probabilities = _judge(
+            probabilities = _cross_validate(
                 features.rows[0], usable, samples, folds, dataset.num_classes, recipe.seed, display
             )
         found = _collect(dataset, samples, folds, probabilities)
@@ -149,53 +147,53 @@ def _read_recipe(path: Path) -> Recipe:
     run = RunFolder(path)
     recipe = RunReader(run).recipe if run.split.is_file() and run.recipe.is_file() else None
     if recipe is None:
-        found = "it is no run folder, or the run has not begun to train"
+        found = "it is not a run folder, or the run has not started training"
         raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
     if recipe.strategy.starts_random:
-        found = "it was trained from random weights, so that there is no network that has not seen the labels"
+        found = "it was trained from random weights: there is no network that has not seen the labels"
         raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
     data = recipe.data.model_copy(update={"path": str(path)})
     return recipe.model_copy(update={"data": data, "device": "auto"})
 
 
 def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> Dataset:
-    """Return the images that are what the run recorded; of others it has no label.
+    """Return the images that did not change since the run, whose labels it recorded.
 
     Raises:
-        DataError: none is left.
+        DataError: all images changed.
     """
     recorded = RunReader(run).digests
     digests = source.digests
     changed = [one.path for one in source.dataset.samples if recorded.get(one.path) != digests[one.path]]
     if changed:
-        images = f"1 image, {changed[0]}, is" if len(changed) == 1 else f"{len(changed)} images are"
-        display.warn(f"{images} not what the run saw, and left out")
+        images = f"1 image ({changed[0]})" if len(changed) == 1 else f"{len(changed)} images"
+        display.warn(f"{images} changed since the run: left out")
     dataset = source.dataset.without(changed)
     if not dataset.samples:
-        found = "none of its images is what it was"
-        raise DataError(f"--run {run.path}", found, "Run again, or bring the images back.")
+        found = "all of its images changed since the run"
+        raise DataError(f"--run {run.path}", found, "Run again, or restore the images.")
     return dataset
 
 
 def _warn_of_seen(recipe: Recipe, source: Source, display: Display) -> None:
-    """Tell how many images the backbone has seen with their labels, where it is itself a run."""
+    """Warn if the backbone is a run itself, which has seen some of the images with their labels."""
     seen = find_ancestors(recipe)
     known = seen.trained | seen.chose
     number = sum(source.digests[sample.path] in known for sample in source.dataset.samples)
     if number:
         display.warn(
             f"the backbone of this run is a run itself, and was trained on or chosen by {number} of these "
-            "images: wrong labels that it learnt look right"
+            "images: wrong labels that it learned look right"
         )
     elif not seen.is_known:
         display.warn("it is not known which images the backbone of this run has seen with their labels")
 
 
 def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], seed: int) -> Tensor:
-    """Return the fold in which each image is held out, (N,) from 1; 0: never.
+    """Return the fold in which each image is held out, (N,) int64 from 1; 0 for never.
 
-    Copies and groups stay together. A class that would lie in one fold alone is never held out: there would
-    be nothing to know it by.
+    Copies and groups stay in one fold. A class that lies entirely in one fold is never held out, because no
+    image of it would be left for training.
     """
     joined = {
         sample.path: unit[0].path
@@ -211,7 +209,7 @@ def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], 
     return torch.tensor([0 if dataset.classes[one.label] in alone else folds[one.path] for one in samples])
 
 
-def _judge(
+def _cross_validate(
     rows: Rows,
     usable: Tensor,
     samples: Sequence[Sample],
@@ -220,10 +218,10 @@ def _judge(
     seed: int,
     display: Display,
 ) -> Tensor:
-    """Return probabilities (N, K) by classifiers that did not see the image; NaN where there is none."""
+    """Return probabilities (N, K) by classifiers not trained on the image; NaN if never held out."""
     labels = torch.tensor([sample.label for sample in samples])
     probabilities = torch.full((len(samples), num_classes), torch.nan)
-    with display.track("judging labels", NUM_FOLDS) as advance:
+    with display.track("checking labels", NUM_FOLDS) as advance:
         for fold in range(1, NUM_FOLDS + 1):
             held = folds == fold
             if held.any():
@@ -236,21 +234,21 @@ def _judge(
 def _collect(
     dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabilities: Tensor
 ) -> LabelIssues:
-    judged = (folds > 0).nonzero().flatten()
-    if not len(judged):
+    scored = (folds > 0).nonzero().flatten()
+    if not len(scored):
         found = "no class has two images that are not copies of each other"
         raise DataError("suspected labels", found, "Add images.")
-    labels = torch.tensor([samples[index].label for index in judged.tolist()])
-    known = probabilities[judged]
+    labels = torch.tensor([samples[index].label for index in scored.tolist()])
+    known = probabilities[scored]
     predicted = decide(known)
     rows = []
     for place in find_label_issues(labels, known).tolist():
-        sample, suggested = samples[int(judged[place])], int(predicted[place])
+        sample, suggested = samples[int(scored[place])], int(predicted[place])
         own, other = known[place, sample.label].item(), known[place, suggested].item()
         names = dataset.classes[sample.label], dataset.classes[suggested]
         rows.append((sample.path, *names, own, other, sample.split))
     accuracy = (predicted == labels).double().mean().item()
-    return LabelIssues(rows, len(judged), len(samples), accuracy)
+    return LabelIssues(rows, len(scored), len(samples), accuracy)
 
 
 def _sections(dataset: Dataset, found: LabelIssues) -> list[Section]:

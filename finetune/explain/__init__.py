@@ -1,1 +1,1 @@
-"""Why a network said what it said: one method a file, the drawing apart."""
+"""Explanations of predictions: one method a file; drawing is in ``finetune.plots``."""

@@ -1,12 +1,12 @@
-"""Grad-CAM: which parts of an image speak for a class (Selvaraju et al., arXiv:1610.02391).
+"""Grad-CAM: which regions of an image are evidence for a class (Selvaraju et al., arXiv:1610.02391).
 
-The gradient of the class's logit by the last features that still lie as in the image, averaged over
-positions, weighs the features; what is positive of their sum is the map. For a network that ends in global
-average pooling and one linear layer this is CAM (Zhou et al., arXiv:1512.04150).
+The gradient of the class's logit with respect to the last spatial features, averaged over positions, gives
+the weights of the channels; the positive part of the weighted sum is the map. For a network that ends in
+global average pooling and one linear layer this is CAM (Zhou et al., arXiv:1512.04150).
 
-Class tokens have no place in the image and are left out. Where the classifier reads a class token alone,
-the last block's patches have no gradient, and the place is before that block. A classifier on several stages
-(:mod:`pretrained.stage_classifier`) gets the sum of its stages' maps, each in units of the logit.
+Class tokens have no position in the image and are left out. If the classifier reads only a class token, the
+patches of the last block have no gradient, and the features before that block are used. For a classifier on
+several stages (:mod:`pretrained.stage_classifier`) the maps of the stages are added, in units of the logit.
 
 Shape legend: B batch, C channels, H W pixels, h w positions of the map, L positions in all, K classes.
 """
@@ -29,10 +29,10 @@ from pretrained.graph.recorder import FeatureRecorder, replace_value
 from pretrained.graph.structures import map_tensors, tensors_in
 from pretrained.stage_classifier import StageClassifier
 
-NO_MAP = "the network has no features that still lie as in the image"
-NO_EVIDENCE = "nothing in the image speaks for this class: the map has no positive value"
+NO_MAP = "the network has no spatial features"
+NO_EVIDENCE = "nothing in the image is evidence for this class: the map has no positive value"
 _FAINT = 1e-6
-"""A map whose largest value is this small beside its most negative one has no positive value."""
+"""A map has no positive value if the largest is at most this share of the largest magnitude."""
 
 _Maps = list[tuple[Tensor, Form]]
 
@@ -42,7 +42,7 @@ class HeatMap:
     """Where the evidence for a class is.
 
     Attributes:
-        values: (h, w) float32 on the CPU, from 0 (none) to 1 (the most); None where there is no map.
+        values: (h, w) float32 on the CPU, from 0 (none) to 1 (most); None if there is no map.
         reason: why there is none.
     """
 
@@ -51,14 +51,14 @@ class HeatMap:
 
 
 class GradCam:
-    """Gives heat maps of one network.
+    """Computes heat maps of one network.
 
     Args:
-        network: (B, 3, H, W) -> (B, K), in eval mode, on any device; left as it is.
-        input_size: (C, H, W) of its images.
+        network: a network (B, 3, H, W) -> (B, K) in eval mode, on any device; it is not modified.
+        input_size: the shape (C, H, W) of its images.
 
     Attributes:
-        reason: why the network can have no maps; empty where it can.
+        reason: why maps are impossible for this network; empty if they are possible.
     """
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
@@ -76,11 +76,11 @@ class GradCam:
             self.reason = "" if self._place else NO_MAP
 
     def __call__(self, images: Tensor, *classes: Sequence[int]) -> list[list[HeatMap]]:
-        """Return a map for each image, for each list of classes.
+        """Return, for each list of classes, a map for each image.
 
         Args:
             images: (B, 3, H, W), normalised.
-            classes: lists of B indices in [0, K); all of them share one forward.
+            classes: lists of B class indices in [0, K); all share one forward pass.
         """
         if self.reason:
             return [[HeatMap(None, self.reason)] * len(images) for _ in classes]
@@ -107,7 +107,7 @@ class GradCam:
         return _forward_from(self._network, self._place, images)
 
     def _find_place(self, input_size: tuple[int, int, int]) -> MapPosition | None:
-        """The deepest place with a gradient by position; none has one above a class token's last look."""
+        """Return the deepest position in the network whose gradient depends on the position in the image."""
         weight = next(self._network.parameters())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *input_size, generator=generator).to(weight.device, weight.dtype)
@@ -118,7 +118,7 @@ class GradCam:
                 with torch.enable_grad():
                     score = (logits * mix).sum()
                 [gradient] = torch.autograd.grad(score, [leaf])
-            if _to_positions(gradient, form).any() or not gradient.any():  # of no class token either
+            if _to_positions(gradient, form).any() or not gradient.any():  # nor at a class token
                 return place
         return None
 
@@ -127,7 +127,7 @@ class GradCam:
 
 
 def _forward_from(network: nn.Module, place: MapPosition, images: Tensor) -> tuple[_Maps, Tensor]:
-    """Run the network; from the place on, autograd takes notes."""
+    """Run the network; autograd records it from the given position on."""
     with _leaf_at(network, place) as leaves:
         logits = tensors_in(network(images))[0].float()
     return [(leaf, place.form) for leaf in leaves], logits
@@ -135,9 +135,9 @@ def _forward_from(network: nn.Module, place: MapPosition, images: Tensor) -> tup
 
 @contextmanager
 def _leaf_at(network: nn.Module, place: MapPosition) -> Iterator[list[Tensor]]:
-    """Put a leaf of the autograd graph in the place of a tensor, while the block runs without gradients.
+    """Replace a tensor by a leaf of the autograd graph while the block runs.
 
-    The network goes on with a copy: an operation in place (a ReLU) would change the leaf.
+    The network continues with a copy, because an in-place operation (a ReLU) would change the leaf.
     """
     leaves: list[Tensor] = []
 
@@ -160,9 +160,9 @@ def _leaf_of(tensor: Tensor) -> Tensor:
 
 
 def _forward_stages(staged: StageClassifier, images: Tensor) -> tuple[_Maps, Tensor]:
-    """Run a classifier on stages; autograd records what follows each stage, and not the network below.
+    """Run a classifier on several stages; autograd records the classifier only, not the network.
 
-    The gradient by a stage is then its own share in the logits, without what it gives through later stages.
+    The gradient of a stage is then its direct share in the logits, without that through later stages.
     """
     layers, pool = staged.extractor.layers, staged.extractor.pool
     recorder = FeatureRecorder(staged.network, [layer.point for layer in layers], [_leaves_of] * len(layers))
@@ -186,7 +186,7 @@ def _leaves_of(value: Any) -> list[Tensor]:
 
 
 def _to_positions(tensor: Tensor, form: Form) -> Tensor:
-    """(B, C, h, w) of any order, without class tokens."""
+    """Return features in any order as (B, C, h, w), without class tokens."""
     assert form.size is not None
     if form.order == "channels_first":
         return tensor
@@ -195,14 +195,14 @@ def _to_positions(tensor: Tensor, form: Form) -> Tensor:
 
 
 def _weigh(leaf: Tensor, gradient: Tensor, form: Form) -> Tensor:
-    """(B, h, w) in units of the logit: under global average pooling its mean is the part of this map."""
+    """Return the map (B, h, w) in units of the logit; with global average pooling, its mean is its share."""
     features, slopes = _to_positions(leaf.detach(), form), _to_positions(gradient, form)
     weights = slopes.float().sum(dim=(2, 3), keepdim=True)
     return (weights * features.float()).sum(dim=1)
 
 
 def _add(maps: Sequence[Tensor]) -> Tensor:
-    """Maps at the resolution of the finest, added."""
+    """Return the sum of maps, at the resolution of the finest."""
     height, width = max((tuple(one.shape[1:]) for one in maps), key=lambda size: size[0] * size[1])
     if len(maps) == 1:
         return maps[0]
@@ -213,9 +213,9 @@ def _add(maps: Sequence[Tensor]) -> Tensor:
 
 
 def _to_heat(evidence: Tensor) -> HeatMap:
-    """What speaks for the class, relative to its strongest place."""
+    """Return the evidence for the class, relative to its maximum."""
     if not evidence.isfinite().all():
-        return HeatMap(None, "the gradient is no finite number")
+        return HeatMap(None, "the gradient is not finite")
     peak = evidence.max()
     if peak <= _FAINT * evidence.abs().max():
         return HeatMap(None, NO_EVIDENCE)

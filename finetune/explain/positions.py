@@ -1,9 +1,9 @@
-"""Where in a network an image's features still lie as in the image: the places that heat maps come from.
+"""Where in a network heat maps can be computed: tensors whose axes still correspond to the image.
 
-A place is a tensor that everything from the image to the logits passes (:mod:`pretrained.graph.cuts`), below
-the classifier, with more than one position. The deepest counts; between the same two layers with weights it
-is the one with the most positions (VGG's last convolution, and not the pooling after it).
-"""
+Such a tensor is a cut: everything from the image to the logits passes through it
+(:mod:`pretrained.graph.cuts`). It lies below the classifier and has more than one position. The deepest is
+used; between the same two layers with weights, the one with the most positions (VGG's last convolution, not
+the pooling after it)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pretrained.graph.recorder import FeaturePoint
 from pretrained.graph.structures import shapes_in
 
 LEAST_SHARE = 0.5
-"""Of the network's work, done at a place: what comes before knows edges and colours only. (Where branches run
-side by side from early on, no later tensor is passed by everything.)"""
+"""Smallest share of the network's computation before the tensor: earlier features are edges and colours only.
+(If branches run in parallel from early on, there is no later cut.)"""
 
 
 @dataclass(frozen=True)
 class MapPosition:
-    """A tensor of a network, and how its axes are to be read.
+    """A tensor of a network, and the meaning of its axes.
 
     Attributes:
-        point: whose call gives or takes it.
-        form: of the tensor; it has more than one position.
+        point: the module call that returns or takes the tensor.
+        form: the layout of the tensor, which has more than one position.
     """
 
     point: FeaturePoint
@@ -39,14 +39,14 @@ class MapPosition:
 
 
 def find_map_positions(network: nn.Module, input_size: tuple[int, int, int]) -> Iterator[MapPosition]:
-    """Yield places, the deepest first.
+    """Yield the positions of heat maps in a network, the deepest first.
 
     Args:
-        network: in eval mode; left as it is.
-        input_size: (C, H, W) of the images.
+        network: a network in eval mode; it is not modified.
+        input_size: the shape (C, H, W) of the images.
 
     Raises:
-        UsageError: a trial forward fails at that size.
+        UsageError: a trial forward pass fails at that size.
     """
     trace = trace_calls(network, input_size)
     prefix, limit = count_prefix_tokens(network), _head_began(network, trace)
@@ -67,9 +67,9 @@ def _head_began(network: nn.Module, trace: Trace) -> int:
 
 
 def _find_map(cut: Cut, input_size: tuple[int, int, int], prefix: int) -> Form | None:
-    """The form of what a cut carries; None where that is no single map, a row for each image.
+    """Return the layout of a cut's tensor; None if it is not a single map with one entry for each image.
 
-    Windows that are folded into the batch axis lie in an order of the network's own.
+    Windows that are folded into the batch axis are skipped: their order depends on the network.
     """
     shapes = [shape for shape in shapes_in(cut.carries) if shape.dtype.is_floating_point]
     if len(shapes) != 1 or shapes[0].growth[0] != 1:

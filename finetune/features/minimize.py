@@ -1,23 +1,23 @@
-"""The optimum of a linear classifier, by L-BFGS (Liu and Nocedal, 1989) made for linear classifiers.
+"""The optimum of a linear classifier by L-BFGS (Liu and Nocedal, 1989), specialised for linear classifiers.
 
-What is minimised, as scikit-learn writes it, where the bias is free::
+The objective is that of scikit-learn; the bias is not penalised::
 
     C * sum of losses + ||W||^2 / 2
 
-It is strictly convex in W, so that there is one optimum (of a softmax's biases only the differences matter),
-and who finds it makes no difference. Four things make it quick:
+It is strictly convex in W, so the optimum is unique (for a softmax, up to a constant added to all biases) and
+does not depend on the solver. Four things make this one fast:
 
-- scores are linear in the weights: once a direction's scores are known, a step of any length costs no further
-  product with the rows. Lengths are searched by Newton's method, nearly exactly;
-- one-vs-rest classifiers are K problems: each class has its own lengths and its own memory of curvature, and
-  shares nothing but the products;
-- variables are scaled by what is known of the curvature (:class:`Spectrum`). That is a change of variables:
-  iterations become fewer, the optimum stays where it is;
-- float32. An error of the gradient moves the objective by its square only: with a tolerance of 1e-8 it ended
-  2e-8 over that of float64, and products take half the time.
+- scores are linear in the weights: once the scores of a direction are known, a step of any length needs no
+  further product with the rows. Newton's method finds the step length nearly exactly;
+- one-vs-rest classifiers are K separate problems: each class has its own step length and L-BFGS memory, and
+  they share only the matrix products;
+- a preconditioner approximates the curvature (:class:`Spectrum`). It reduces the number of iterations and
+  does not change the optimum;
+- float32. An error of the gradient changes the objective by its square only: with a tolerance of 1e-8 it
+  ended 2e-8 above that of float64, and products take half the time.
 
-Shape legend: N rows, R numbers for each, of which the last is a 1 that carries the bias, K classes, M
-directions. A total over a class's weights is (K, 1) where classes are separate problems, else (1, 1).
+Shape legend: N rows of R features, the last of which is a 1 for the bias, K classes, M directions. A total
+over a class's weights is (K, 1) where classes are separate problems, else (1, 1).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from torch.nn import functional as F
 from finetune.targets import to_probabilities
 
 MOST_STEPS = 1000
-"""Steps after which the weights are taken as they are; twenty to a hundred are usual."""
+"""Most steps; twenty to a hundred are usual."""
 _MEMORY = 5
 """Steps that L-BFGS remembers. Ten saved one step in thirty; with one there were a tenth more."""
 _FLATTENED = 0.1
-"""Of the slope along a direction: what may be left of it after a step (the strong Wolfe condition)."""
+"""Share of the slope along a direction that may remain after a step (the strong Wolfe condition)."""
 _MOST_LENGTHS = 10
 _PACE = 5
-"""Steps whose gains tell how fast gains shrink."""
+"""Steps from which the rate of convergence is estimated."""
 _NUM_DIRECTIONS = 128
 """Directions of the spectrum. With all 2,048 of SqueezeNet's features iterations were hardly fewer, with none
 they were half as many again."""
@@ -60,7 +60,7 @@ class Loss(ABC):
         signs: (N, K) float32, 1 for the true class of a row and -1 for others.
 
     Attributes:
-        is_separable: it is a sum over classes, each of which has a problem of its own.
+        is_separable: whether it is a sum over classes, so that each class is a separate problem.
     """
 
     is_separable: bool
@@ -70,7 +70,7 @@ class Loss(ABC):
 
     @property
     def initial_curvature(self) -> float:
-        """Second derivative by one score, where all scores are zero."""
+        """Mean second derivative by one score, at scores of zero."""
         return self.curvatures(torch.zeros_like(self.signs[:1])).mean().item()
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Softmax(Loss):
 
 
 class SquaredHinge(Loss):
-    """max(0, 1 - s)^2 of each class against the rest: the machine of scikit-learn's LinearSVC."""
+    """max(0, 1 - s)^2 of each class against the rest, as in scikit-learn's LinearSVC."""
 
     is_separable = True
 
@@ -154,7 +154,7 @@ class Logistic(Loss):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How much rows vary in which directions, roughly: it makes steps better, and changes no result.
+    """Approximate principal directions of the rows, for the preconditioner; they do not change the optimum.
 
     Attributes:
         directions: (R - 1, M), orthonormal; those of the largest energies.
@@ -248,8 +248,8 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
 
     Args:
         objective: what to minimise.
-        tolerance: the share of the objective by which it may be missed, as far as the pace so far can tell.
-        weights: where to start, (K, R); zeros if None. They are not written to.
+        tolerance: the relative error of the objective, estimated from the rate of convergence.
+        weights: initial weights (K, R), which are not modified; zeros if None.
     """
     rows, num_classes = objective.rows, objective.loss.signs.shape[1]
     weights = rows.new_zeros(num_classes, rows.shape[1]) if weights is None else weights
@@ -275,7 +275,7 @@ def minimize(objective: Objective, tolerance: float, weights: Tensor | None = No
 
 
 def _add_up(gains: Sequence[float]) -> float:
-    """Return what all further steps will gain, if gains go on to shrink at the pace of the last ones."""
+    """Return the gain of all further steps, if gains keep shrinking at the rate of the last ones."""
     if len(gains) == 1 or gains[-1] <= 0:  # rounding alone makes a gain negative: nothing is left
         return gains[-1]
     pace = (gains[-1] / max(gains[0], _TINY)) ** (1 / (len(gains) - 1))

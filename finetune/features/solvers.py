@@ -1,18 +1,18 @@
-"""Linear classifiers on features, solved to their optimum, and how strongly to fit them.
+"""Linear classifiers on features, solved to their optimum, with C chosen by cross-validation.
 
 ::
 
-    rows -> standardised by training images -> in the span of the images, where features are many
-         -> C by cross-validation inside the training images -> L-BFGS -> weights for the features as they are
+    rows -> standardised by training images -> projected to the span of the images, if features are many
+         -> C by cross-validation inside the training images -> L-BFGS -> weights for the original features
 
-Standardised features have C mean the same on every layer but for their number and the loss. So C is chosen
-among multiples of a natural unit: the one at which a single image bends the objective as much as the penalty
-does. On the stages of SqueezeNet, with 2 to 101 classes of 3 to 50 images, the best multiple was 1, or a
-neighbour of it was as good (``STRENGTHS``).
+With standardised features, C has the same effect on every layer except for the number of features and the
+loss. So C is chosen among multiples of a natural unit: the C at which the loss of a single image has as much
+curvature as the penalty. On the stages of SqueezeNet, with 2 to 101 classes of 3 to 50 images, the best
+multiple was 1, or a neighbour of it was as good (``STRENGTHS``).
 
-A penalised optimum lies in the span of the images: a direction in which no image varies costs, and brings
-nothing. So N images with many more features are turned into N numbers each, exactly, without having all
-features in memory at once.
+A penalised optimum lies in the span of the images: weights orthogonal to it cost and change no score. So N
+images with many more features are reduced exactly to N coordinates each, without having all features in
+memory at once.
 
 Shape legend: N training images, D features, R numbers (R <= D) and a 1 for the bias, K classes, B images.
 """
@@ -44,17 +44,17 @@ Kind = Literal["softmax", "svm", "logreg"]
 """Multinomial logistic regression; of each class against the rest, squared hinges and logistic losses."""
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
-"""Choices of C, as multiples of the C at which one image bends the objective as much as the penalty does."""
+"""Choices of C, as multiples of its natural unit (see above)."""
 DEFAULT_STRENGTH = 1.0
-"""The multiple that is taken where nothing can be held out: no class has two images."""
+"""The multiple that is used if nothing can be held out, because no class has two images."""
 NUM_FOLDS = 3
-"""Parts that take turns in being held out when C is chosen."""
+"""Folds of the cross-validation that chooses C."""
 LARGE = 2e8
-"""N times R times K from which only the first part is held out: two seconds and more for all three."""
+"""N times R times K from which only the first fold is held out; all three would take two seconds or more."""
 SMALLEST_STD = 0.1
 """Floor of a feature's deviation, as a share of the mean one: as in ``training.standardize``."""
 WIDE = 2
-"""Features for each image from which turning into the span is worth its while."""
+"""D / N from which the projection to the span of the images saves time."""
 
 _SOLVED = 3e-7
 """Share of the objective by which a solution may miss the minimum, as the minimiser estimates it. Against
@@ -73,7 +73,7 @@ _LOSSES: dict[Kind, type[Loss]] = {"softmax": Softmax, "svm": SquaredHinge, "log
 
 @dataclass(frozen=True, eq=False)
 class LinearClassifier:
-    """A linear classifier of features as they are, not standardised.
+    """A linear classifier of the original features, not standardised.
 
     Attributes:
         weight: (K, D) float32.
@@ -112,7 +112,7 @@ class _Standardised:
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Training images as a solver sees them.
+    """Training images, prepared for the solver.
 
     Attributes:
         matrix: (N, R + 1) float32: standardised features, or coordinates in their span, and a last 1.
@@ -141,7 +141,7 @@ class TrainingRows:
     def minimize(
         self, kind: Kind, strength: float, tolerance: float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the best weights (K, R + 1) for a C."""
+        """Return the optimal weights (K, R + 1) for a C."""
         return minimize(Objective(self.matrix, self._loss(kind), strength, self.spectrum), tolerance, weights)
 
     def _loss(self, kind: Kind) -> Loss:
@@ -149,21 +149,21 @@ class TrainingRows:
         return _LOSSES[kind](torch.where(self.labels[:, None] == classes, 1.0, -1.0))
 
     def is_correct(self, weights: Tensor) -> Tensor:
-        """Return whether weights (K, R + 1) give each image its class, (N,) bool."""
+        """Return whether weights (K, R + 1) predict the label of each image, (N,) bool."""
         return decide(self.matrix @ weights.T) == self.labels
 
     def score(self, kind: Kind, weights: Tensor) -> Tensor:
-        """Return how well weights (K, R + 1) judge each image, (N,) float64: more is better.
+        """Return the score of each image under weights (K, R + 1), (N,) float64; higher is better.
 
-        The log likelihood, in nats: of its class, or of each class's yes or no. For support vector machines,
-        whether it is right.
+        It is the log likelihood in nats: of its class, or summed over one-vs-rest decisions. For support
+        vector machines it is 1 if the prediction is correct, else 0.
         """
         if kind == "svm":
             return self.is_correct(weights).double()
         return -self._loss(kind).values(self.matrix @ weights.T).double()
 
     def restore(self, weights: Tensor, strength: float) -> LinearClassifier:
-        """Return weights (K, R + 1) as a classifier of the features as they are, block by block."""
+        """Return weights (K, R + 1) as a classifier of the original features, computed block by block."""
         scaled, inner = self._standardised, weights[:, :-1].double()
         inner = inner if self._turn is None else inner @ self._turn.T
         bias = weights[:, -1].double()
@@ -176,9 +176,9 @@ class TrainingRows:
 
 
 def build_training_rows(rows: Rows, indices: Tensor, labels: Tensor, num_classes: int) -> TrainingRows:
-    """Return training images, ready to be solved for any kind of classifier and any C.
+    """Return training images, prepared for any kind of classifier and any C.
 
-    Where there are more than two features for each image, they are turned into their span by the
+    If there are more than two features for each image, images are projected to their span by the
     eigenvectors of the products of images (N, N), summed in float64 over blocks of features.
 
     Args:
@@ -189,7 +189,7 @@ def build_training_rows(rows: Rows, indices: Tensor, labels: Tensor, num_classes
 
     Raises:
         DataError: there is only one class, or a class has no training image.
-        InternalError: a feature is no finite number.
+        InternalError: a feature is not finite.
     """
     _refuse_missing(labels, num_classes)
     scaled = _standardise(rows, indices)
@@ -212,21 +212,21 @@ def solve(training: TrainingRows, kind: Kind, strength: float) -> LinearClassifi
 
 
 def choose_strength(training: TrainingRows, kind: Kind, seed: int) -> float:
-    """Return the C whose classifiers judge held-out training images best; of equals, the smallest.
+    """Return the C with the best score on held-out training images; of equal ones, the smallest.
 
-    Judged by the mean log likelihood, where there is one: accuracy on some dozens of images is so coarse that
-    other folds chose a C a hundred times as large, and probabilities suffered. Support vector machines are
-    judged by accuracy.
+    The score is the mean log likelihood: accuracy on some dozens of images is so coarse that other folds
+    chose a C a hundred times as large, and probabilities suffered. Support vector machines are scored by
+    accuracy.
 
-    C grows by decades, and each starts where the one before ended. It ends early where the score has fallen
-    by more than its standard error (of paired images): large C take longest. Where the problem is large,
-    one third is held out instead of each in turn. Standardisation and span are those of all training images.
+    C grows by decades, and each fit starts from the previous one. The search stops when the score has dropped
+    by more than its standard error (over paired images), since large C take longest. For large problems only
+    one third is held out, not each in turn. Standardisation and span are those of all training images.
     """
     return _choose(training, kind, seed)[0]
 
 
 def choose_and_solve(training: TrainingRows, kind: Kind, seed: int) -> LinearClassifier:
-    """Return the classifier of the C that :func:`choose_strength` gives."""
+    """Return the classifier for the C of :func:`choose_strength`."""
     strength, start = _choose(training, kind, seed)
     return training.restore(training.minimize(kind, strength, _SOLVED, start), strength)
 
@@ -234,7 +234,7 @@ def choose_and_solve(training: TrainingRows, kind: Kind, seed: int) -> LinearCla
 def fit(
     rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, kind: Kind, seed: int
 ) -> LinearClassifier:
-    """Choose C inside the training images and solve with all of them.
+    """Choose C by cross-validation inside the training images, and solve with all of them.
 
     The arguments and refusals are those of :func:`build_training_rows`; ``seed`` draws the folds.
     """
@@ -242,7 +242,7 @@ def fit(
 
 
 def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tensor | None]:
-    """Return the best C, and weights to start from with all images: the mean of those of the folds."""
+    """Return the best C, and initial weights for all images: the mean of those of the folds."""
     folds = draw_folds(training.labels.cpu(), NUM_FOLDS, seed).to(training.labels.device)
     is_large = training.matrix.numel() * training.num_classes >= LARGE
     numbers = [fold for fold in range(1 if is_large else NUM_FOLDS) if (folds == fold).any()]
@@ -271,12 +271,12 @@ def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tenso
 def cross_validate(
     rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, kind: Kind, seed: int, num_folds: int = 5
 ) -> Tensor:
-    """Return whether each image is given its class by a classifier that did not see it, (N,) bool.
+    """Return whether cross-validation predicts the label of each image, (N,) bool.
 
-    C is chosen anew inside the training part of each fold, so that no held-out label has a part in it. Means,
-    deviations and span are those of all N images; they know no labels. The folds depend on ``seed`` and
-    ``labels`` alone: layers are compared image by image. An image that is the only one of its class is never
-    held out, and counts as not recognised.
+    C is chosen separately inside the training images of each fold, so no held-out label influences it. Means,
+    deviations and span are those of all N images; they do not depend on labels. The folds depend on ``seed``
+    and ``labels`` alone, so layers can be compared image by image. An image that is the only one of its class
+    is never held out, and counts as wrong.
 
     The other arguments and the refusals are those of :func:`build_training_rows`.
     """
@@ -294,15 +294,15 @@ def cross_validate(
 
 
 def draw_folds(labels: Tensor, num_folds: int, seed: int) -> Tensor:
-    """Return the fold in which each image is held out, (N,) int64 from 0 up to ``num_folds``.
+    """Return the fold in which each image is held out, (N,) int64 in [0, ``num_folds``), -1 for never.
 
-    The images of a class, in random order, are dealt to the folds in turn: so every class keeps an image for
-    training in every fold. An image that is the only one of its class has -1: it is never held out.
+    The images of a class are distributed over the folds in turn, in random order, so every class has a
+    training image in every fold. An image that is the only one of its class is never held out.
 
     Args:
         labels: (N,) int64.
         num_folds: at least 2. Some are empty where there are fewer images.
-        seed: another seed deals in another order.
+        seed: the seed of the random order.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
@@ -337,7 +337,7 @@ def _standardise(rows: Rows, indices: Tensor) -> _Standardised:
     std = torch.cat([variance for variance, _ in moments]).sqrt()
     if not std.isfinite().all():
         fix = "Please report this, with the command."
-        raise InternalError("solving a linear classifier", "a feature is no finite number", fix)
+        raise InternalError("solving a linear classifier", "a feature is not finite", fix)
     floor = SMALLEST_STD * std.mean().item() or 1.0  # where all images are the same, all is zero
     return _Standardised(rows, indices, torch.cat([mean for _, mean in moments]), std.clamp_min(floor))
 

@@ -1,8 +1,8 @@
 """Cached features: the rows of a network for each image and view, computed once and kept on disk.
 
 A resumed run uses them, and so does the next run on the same images, whatever its head, learning rate, seed
-or number of epochs. The file name is a digest of what the rows depend on: weights, place in the network, views,
-images and their order, versions and hardware. One forward pass computes the rows of several places.
+or number of epochs. The file name is a digest of what the rows depend on: weights, place in the network,
+views, images and their order, versions and hardware. One forward pass computes the rows of several places.
 
 Shape legend: N images, B batch, D features of one place in the network.
 """

@@ -60,7 +60,7 @@ def test_more_than_a_class_has_is_refused() -> None:
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 6)
     with pytest.raises(DataError, match=r"--per-class 6: class 'owl' has 6") as refusal:
         draw_probe_split(labels, CLASSES, 6, 0, 0)
-    assert "--per-class 5 at most" in refusal.value.fix
+    assert "--per-class 5 or fewer" in refusal.value.fix
     assert len(draw_probe_split(labels, CLASSES, 5, 0, 0).test) == 19
 
 

@@ -127,7 +127,7 @@ def test_check_needs_data_or_a_run(cli: Cli, image_folder: Path, tmp_path: Path)
     assert cli("check", "-o", tmp_path / "a").exit_code == ExitCode.USAGE
     assert cli("check", image_folder, "--run", tmp_path, "-o", tmp_path / "a").exit_code == ExitCode.USAGE
     result = cli("check", "--run", tmp_path, "-o", tmp_path / "a")
-    assert result.exit_code == ExitCode.USAGE and "it is no run folder" in result.stderr
+    assert result.exit_code == ExitCode.USAGE and "it is not a run folder" in result.stderr
 
 
 def test_groups_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_images_that_changed_since_are_left_out_and_a_run_as_backbone_is_told_of
     shutil.copy(data / "red/001.jpg", data / "blue/000.jpg")
     result = cli("check", "--run", first, "-o", tmp_path / "a", "--json")
     assert result.exit_code == 0, result.output
-    assert "1 image, blue/000.jpg, is not what the run saw" in result.stderr
+    assert "1 image (blue/000.jpg) changed since the run" in result.stderr
     assert "backbone of this run" not in result.stderr
     assert json.loads(result.stdout)["num_images"] == 35
     result = cli("check", "--run", second, "-o", tmp_path / "b")
