@@ -3,7 +3,8 @@
 Such a tensor is a cut: everything from the image to the logits passes through it
 (:mod:`pretrained.graph.cuts`). It lies below the classifier and has more than one position. The deepest is
 used; between the same two layers with weights, the one with the most positions (VGG's last convolution, not
-the pooling after it)."""
+the pooling after it).
+"""
 
 from __future__ import annotations
 
