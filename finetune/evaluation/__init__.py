@@ -1,1 +1,1 @@
-"""From a network and images to figures that can be stood behind."""
+"""Prediction and evaluation: metrics with intervals, calibration, comparisons, label issues."""

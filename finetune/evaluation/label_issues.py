@@ -88,7 +88,7 @@ class LabelIssues:
 
     Attributes:
         rows: of ``label_issues.csv``, the least likely label first.
-        num_judged: images that were judged by a classifier that had not seen them.
+        num_scored: images that were predicted by a classifier that was not trained on them.
         num_images: of the run.
         accuracy: of those classifiers, by the labels as they are.
     """

@@ -1,1 +1,1 @@
-"""What a network makes of images: its features layer by layer, kept, written down, and judged."""
+"""Features of pretrained networks, layer by layer: computed, cached, exported and probed."""

@@ -267,7 +267,7 @@ def probe(
             ]
             total = len(layers) * len(classifiers) * repeats
             with display.track("probing layers", total) as advance:
-                rows = _judge(features, usable, labels, draws, classifiers, lambda: advance(1, ""))
+                rows = _probe_layers(features, usable, labels, draws, classifiers, lambda: advance(1, ""))
         write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
         title = f"{network.backbone.card.name}, {per_class} training images a class"
         _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
@@ -291,7 +291,7 @@ def _leave_copies_out(usable: Tensor, source: Source) -> Tensor:
     return torch.tensor(list(first.values()), dtype=torch.int64)
 
 
-def _judge(
+def _probe_layers(
     features: Features,
     usable: Tensor,
     labels: Tensor,
