@@ -84,13 +84,13 @@ def compute_thresholds(labels: Tensor, probabilities: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelIssues:
-    """What was found.
+    """The suspected labels of a run's images.
 
     Attributes:
-        rows: of ``label_issues.csv``, the least likely label first.
+        rows: the rows of ``label_issues.csv``, the least probable label first.
         num_scored: images that were predicted by a classifier that was not trained on them.
-        num_images: of the run.
-        accuracy: of those classifiers, by the labels as they are.
+        num_images: images of the run.
+        accuracy: accuracy of these classifiers with the given labels, in [0, 1].
     """
 
     rows: Sequence[tuple[Any, ...]]
