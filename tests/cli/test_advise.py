@@ -192,7 +192,7 @@ def test_a_killed_solution_ends_in_the_same_bits(
         (("--strategy", "auto", "--set", "strategy.features=last"), "sets this key itself"),
         (("--strategy", "auto", "--set", "strategy.head=keep"), "new linear classifier"),
         (("--strategy", "auto", "--set", "strategy.head_factor=0.5"), "sets this key itself"),
-        (("--strategy", "freeze", "--set", "strategy.features=fc"), "it is the classifier"),
+        (("--strategy", "freeze", "--set", "strategy.features=fc"), "is the classifier"),
         (("--strategy", "top", "--set", "strategy.floor=layr4"), "strategy.floor=layr4"),
     ],
 )
