@@ -1,18 +1,17 @@
-"""One training in several processes: each learns from its part of every batch, all take the same step.
+"""Training on several ranks: each computes the gradient of its share of every batch, all take the same step.
 
-A batch is the same whatever the number of processes: its images, their views and their order come from the
-seed. Each process takes its share, torch's DistributedDataParallel adds up the gradients, and every process
-weighs its loss so that the sum is the gradient of the whole batch. What a step depends on beside the
-gradient (images that were lost, a loss that is no number, a signal) is agreed on: no process goes another
-way.
+A batch does not depend on the number of ranks: its images, their views and their order come from the seed.
+DistributedDataParallel sums the gradients, and each rank weights its loss so that the sum is the gradient of
+the whole batch. Everything else that a step depends on (unreadable images, a non-finite loss, a signal) is
+exchanged, so that all ranks take the same branch.
 
 ::
 
-    counted    who has how many images of this batch           sums over all processes
-    rehearse   forward and backward alone: is there memory?      at first, and after each halving
-    gradient   in parts; the last one adds up over processes     DistributedDataParallel, no_sync
-    agree      is every loss a number?
-    average    running statistics of BatchNorm, by images
+    share      number of images of this batch on each rank              summed over ranks
+    rehearse   forward and backward without communication: does it fit? first steps, after each halving
+    gradient   in microbatches; the last one is summed over ranks       DistributedDataParallel, no_sync
+    agree      whether the loss of every rank is finite
+    average    running statistics of BatchNorm, weighted by images
 
 Shape legend: B batch, K classes.
 """
@@ -35,18 +34,18 @@ from finetune.data.loader import Batch
 from finetune.system.distributed import Distributed
 
 REHEARSALS = 2
-"""Steps whose memory is tried before processes wait for each other: the second has the optimiser's state."""
+"""Steps rehearsed without communication; the second one runs with the optimizer's state in memory."""
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """A process's share of a batch.
+    """A rank's share of a batch.
 
     Attributes:
-        batch: what the process learns from; none is possible.
-        num_images: of the whole batch.
-        factor: what the process's mean loss is multiplied by; DistributedDataParallel divides by the size.
-        lost: why, for each image of the whole batch that could not be read.
+        batch: this rank's images; it may be empty.
+        num_images: number of images of the whole batch, over all ranks.
+        factor: factor of this rank's mean loss; DistributedDataParallel divides by the number of ranks.
+        lost: reason for each image of the whole batch that could not be read, by path.
     """
 
     batch: Batch
@@ -58,15 +57,14 @@ class BatchShare:
 def find_share(
     distributed: Distributed, batch: Batch, loss: nn.Module, mixes: bool, least: int
 ) -> BatchShare:
-    """Return a process's share of a batch, as all processes know it.
+    """Exchange the number of images, and return this rank's share of a batch.
 
     Args:
-        distributed: the processes.
-        batch: this process's images of it; none is possible.
-        loss: whose class weights count, unless labels are mixed.
-        mixes: labels become soft.
-        least: images that may go through the network at a time. Where some were lost, fewer may be left;
-            then none of them is learnt from.
+        distributed: ranks of the run.
+        batch: this rank's images of the batch; it may be empty.
+        loss: loss whose class weights count, unless labels are mixed.
+        mixes: whether mixup or cutmix makes soft labels.
+        least: smallest microbatch. If unreadable images leave fewer than this, the share is empty.
     """
     if distributed.size == 1:
         return BatchShare(batch, len(batch.labels), 1.0, batch.lost)
@@ -83,7 +81,7 @@ def find_share(
 
 
 class _Forward(nn.Module):
-    """A forward as a module, so that DistributedDataParallel finds the weights behind it."""
+    """A forward function as a module, so that DistributedDataParallel finds its weights."""
 
     def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -94,31 +92,31 @@ class _Forward(nn.Module):
 
 
 class Replicas:
-    """The forward of a network that every process has, and the gradient of all of them.
+    """The forward pass of a network that every rank holds, with gradients summed over ranks.
 
     Args:
-        network: its weights are those of the main process from :meth:`connect` on.
-        forward: what makes logits of a batch with it.
-        distributed: the processes.
+        network: network of this rank; :meth:`connect` gives it the weights of rank 0.
+        forward: function from a batch to logits (B, K), using the network.
+        distributed: ranks of the run.
     """
 
     def __init__(
         self, network: nn.Module, forward: Callable[[Tensor], Tensor], distributed: Distributed
     ) -> None:
-        self._module, self._world = _Forward(network, forward), distributed
+        self._module, self._distributed = _Forward(network, forward), distributed
         self._connected: DistributedDataParallel | None = None
 
     def connect(self, has_unused: bool) -> None:
-        """Give every process the main one's weights, and add up gradients from now on.
+        """Copy the weights of rank 0 to every rank, and sum gradients from now on.
 
         Args:
-            has_unused: some learnable weights have no part in the loss, in any process.
+            has_unused: whether some trained weights get no gradient on any rank.
         """
         if self._connected is not None:
             return
-        with self._world.translated(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 has no other word for it
-            # Statistics are averaged after the step, where every process goes by.
+        with self._distributed.translated(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 has no replacement yet
+            # Statistics are averaged after the step, by average_statistics.
             self._connected = DistributedDataParallel(
                 self._module, broadcast_buffers=False, find_unused_parameters=has_unused
             )
@@ -129,17 +127,17 @@ class Replicas:
         return logits
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep the gradient to this process while the block runs."""
+        """Do not sum gradients over ranks while the block runs."""
         return nullcontext() if self._connected is None else self._connected.no_sync()
 
 
 def agree(distributed: Distributed, loss: Tensor, usable: bool) -> tuple[Tensor, bool]:
-    """Return the loss of the whole batch, and whether the step can be made in every process.
+    """Return the loss of the whole batch, and whether every rank can take the step.
 
     Args:
-        distributed: the processes.
-        loss: of this one, weighed by its share's factor.
-        usable: loss, gradient and statistics of this process are finite.
+        distributed: ranks of the run.
+        loss: loss of this rank, multiplied by its share's factor.
+        usable: whether loss, gradient and statistics of this rank are finite.
     """
     if distributed.size == 1:
         return loss, usable
@@ -149,15 +147,15 @@ def agree(distributed: Distributed, loss: Tensor, usable: bool) -> tuple[Tensor,
 
 @torch.no_grad()
 def average_statistics(distributed: Distributed, network: nn.Module, num_images: int, total: int) -> None:
-    """Replace BatchNorm's running statistics by their mean over processes, weighted by images.
+    """Replace BatchNorm's running statistics by their mean over ranks, weighted by images.
 
-    Every process goes on with the same ones, and a checkpoint of one holds those of all.
+    All ranks then hold the same statistics, so a checkpoint of rank 0 is complete.
 
     Args:
-        distributed: the processes.
-        network: after a step.
-        num_images: of this process in the step.
-        total: of all processes.
+        distributed: ranks of the run.
+        network: network after a step.
+        num_images: images of this rank in the step.
+        total: images of all ranks in the step.
     """
     statistics = [] if distributed.size == 1 else list(_find_statistics(network))
     if not statistics:
@@ -165,8 +163,8 @@ def average_statistics(distributed: Distributed, network: nn.Module, num_images:
     flat = torch.cat(statistics) * (num_images / total)
     with distributed.translated():
         dist.all_reduce(flat)
-    for one, mean in zip(statistics, torch.split(flat, [len(one) for one in statistics]), strict=True):
-        one.copy_(mean)
+    for statistic, mean in zip(statistics, torch.split(flat, [len(own) for own in statistics]), strict=True):
+        statistic.copy_(mean)
 
 
 def _find_statistics(network: nn.Module) -> Iterator[Tensor]:
@@ -177,7 +175,7 @@ def _find_statistics(network: nn.Module) -> Iterator[Tensor]:
 
 
 def share_weights(network: nn.Module, distributed: Distributed) -> None:
-    """Give every process the main one's weights and statistics; they need no file of their own."""
+    """Copy weights and buffers of rank 0 to every rank, so that only rank 0 reads the weights' file."""
     if distributed.size > 1:
         state = distributed.share(
             lambda: {name: tensor.cpu() for name, tensor in network.state_dict().items()}
@@ -186,13 +184,13 @@ def share_weights(network: nn.Module, distributed: Distributed) -> None:
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
-    """Let every BatchNorm inside see the batch of all processes (torch's SyncBatchNorm; on GPUs only).
+    """Replace every BatchNorm inside by torch's SyncBatchNorm (GPUs only).
 
-    From then on a forward in train mode is a step that all take together.
+    A forward pass in train mode then communicates, so all ranks must run it together.
     """
     convert_sync_batchnorm(network)
 
 
 def waits_in_forward(network: nn.Module) -> bool:
-    """Return whether processes wait for each other while images go through a network in train mode."""
+    """Return whether a forward pass in train mode communicates between ranks (SyncBatchNorm)."""
     return any(isinstance(layer, nn.SyncBatchNorm) for layer in network.modules())

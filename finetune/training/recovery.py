@@ -1,13 +1,13 @@
-"""What happens when a loss or a gradient is no finite number: skip, go back, stop.
+"""Recovery from a non-finite loss or gradient: skip the step, return to the epoch's start, or stop.
 
 ::
 
-    not finite -> skip the step                   up to 3 in a row, 10 in all
-               -> back to the start of the epoch  with half the rate, up to 2 times
-               -> stop as diverged                with the batch kept for a replay
+    not finite -> skip the step                      up to 3 in a row, 10 in all
+               -> return to the start of the epoch   with half the lr, up to 2 times
+               -> stop as diverged                   and save the batch for a replay
 
-The start of an epoch is a function of the seed, as every state is. A checkpoint falls where the clock says,
-and going back to one would make the result depend on the clock.
+Training returns to the start of an epoch, not to a checkpoint: checkpoints are written by the clock, so the
+result would depend on timing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATE_FACTOR = 0.5
 
 
 class RecoveryAction(Enum):
-    """How training goes on."""
+    """How training continues after a non-finite step."""
 
     SKIP = auto()
     ROLL_BACK = auto()
@@ -40,26 +40,26 @@ class RecoveryAction(Enum):
 
 
 def choose_action(progress: Progress) -> RecoveryAction:
-    """Return how to go on after one more step that cannot be made; the progress counts the earlier ones."""
+    """Return the action after a non-finite step; the progress counts the earlier ones."""
     if progress.skipped_in_row < SKIPS_IN_A_ROW and progress.skipped < SKIPS_IN_ALL:
         return RecoveryAction.SKIP
     return choose_rollback(progress)
 
 
 def choose_rollback(progress: Progress) -> RecoveryAction:
-    """Return how to go on where skipping is no way."""
+    """Return the action if skipping is not possible: roll back, or stop after too many rollbacks."""
     return RecoveryAction.ROLL_BACK if progress.rollbacks < ROLLBACKS else RecoveryAction.STOP
 
 
 def find_fault(loss: float, state: State) -> str:
-    """Say what of an epoch that has ended is no finite number; nothing where all is."""
+    """Return what is non-finite after an epoch, for a message; empty if everything is finite."""
     if not math.isfinite(loss):
         return f"validation loss became {loss}"
     return "" if state.is_finite() else "weights became infinite"
 
 
 def roll_back(now: Progress, start: Progress) -> Progress:
-    """Return the progress of the epoch's start, which knows that it was returned to."""
+    """Return the progress at the start of the epoch, with the rollback counted and the lr halved."""
     back = start.copy()
     back.rollbacks, back.rate_factor = now.rollbacks + 1, now.rate_factor * RATE_FACTOR
     back.microbatch, back.lost = now.microbatch, dict(now.lost)
@@ -67,10 +67,10 @@ def roll_back(now: Progress, start: Progress) -> Progress:
 
 
 def restart_epoch(checkpoint: Checkpoint, steps_per_epoch: int) -> Checkpoint:
-    """Return a checkpoint at the start of its epoch, counted in steps of another length.
+    """Return a checkpoint at the start of its epoch, for a new number of steps per epoch.
 
-    For a run that goes on with other images or another batch size, where a place inside an epoch means
-    nothing.
+    For a run that resumes with other images or another batch size, so that its position inside the epoch is
+    no longer valid.
     """
     progress = checkpoint.epoch_start.progress.copy()
     progress.step, progress.steps_per_epoch = progress.epoch * steps_per_epoch, steps_per_epoch
@@ -79,20 +79,20 @@ def restart_epoch(checkpoint: Checkpoint, steps_per_epoch: int) -> Checkpoint:
 
 
 def describe(progress: Progress, loss: Tensor) -> str:
-    """Say what is no finite number in the step that cannot be made."""
+    """Return what is non-finite in a step, and which step it is, for a message."""
     nan = "gradient, or a running statistic of the features, became infinite or nan"
     what = nan if loss.isfinite() else f"loss became {loss.item()}"
     return f"{what} at step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
 
 
 def diverged_error(progress: Progress, found: str) -> DivergedError:
-    """Return the end of a training that no way back has helped."""
+    """Return the error of a training that stays non-finite after every rollback."""
     fix = "Lower --lr, or --set training.warmup_epochs=1 or training.clip_grad=1, with a new --output."
     return DivergedError("training", f"the {found}, with a learning rate of {progress.lr:g}", fix)
 
 
 def interrupted_error(progress: Progress, folder: RunFolder) -> InterruptedRunError:
-    """Return the end of a training that was asked to stop, and has written a checkpoint."""
+    """Return the error of a training that was asked to stop and has written a checkpoint."""
     found = f"it was interrupted after step {progress.step}, in epoch {progress.epoch + 1}"
     fix = f"Run the same command again, with --output {folder.path}, to resume."
     return InterruptedRunError("training", found, fix)
@@ -101,10 +101,10 @@ def interrupted_error(progress: Progress, folder: RunFolder) -> InterruptedRunEr
 def save_diverged_batch(
     folder: RunFolder, batch: Batch, tensors: dict[str, Tensor], progress: Progress
 ) -> None:
-    """Write the batch that ended a training, and the weights it met, as ``diverged.safetensors``.
+    """Write the batch that ended a training, and the weights at that step, to ``diverged.safetensors``.
 
-    ``images`` (B, 3, H, W) as the network gets them (before mixup), ``labels`` and ``indices`` (B,), the
-    trained tensors under ``model.``; the place is in the header.
+    It holds ``images`` (B, 3, H, W) as the network gets them (before mixup), ``labels`` and ``indices`` (B,),
+    and the trained tensors under ``model.``; the header holds the progress.
     """
     content = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     content |= {"images": batch.images, "labels": batch.labels, "indices": batch.indices}

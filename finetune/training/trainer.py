@@ -4,25 +4,25 @@
 
     fit
       for each epoch
-      |  another phase?  freeze anew, with a new optimizer
+      |  new phase?  freeze again, with a new optimizer
       |  for each batch ------------------------------------------------.
-      |  |  rates  = base rates x schedule(step)                        |
+      |  |  lr     = base lr x schedule(step), for each group           |
       |  |  images = mixup or cutmix                     (if asked for) |
       |  |  loss   = loss(network(images), labels), and its gradient    |
-      |  |           in smaller parts when memory runs out,             |
-      |  |           added up over processes where there are several    |
-      |  |  finite?  no: skip, go back to the epoch's start, or stop    |
-      |  |  clip, optimiser step, average                (if asked for) |
-      |  |  stop asked for?  save, and leave                            |
+      |  |           in smaller microbatches when memory runs out,      |
+      |  |           summed over ranks                                  |
+      |  |  not finite?  skip, return to the epoch's start, or stop     |
+      |  |  clip, optimizer step, moving average                        |
+      |  |  stop requested?  save and leave                             |
       |  '--------------------------------------------------------------'
-      |  judge on the validation part
-      |  best so far?  keep these weights
-      |  write the history, and a checkpoint when one is due
-      |  patience over?  leave
+      |  validate
+      |  best epoch so far?  keep its weights
+      |  write the history, and a checkpoint if one is due
+      |  patience exceeded?  leave
       '
 
-Random numbers of a step come from (seed, step), those of a view from (seed, epoch, image): where a run was
-interrupted leaves no trace in its result.
+Random numbers of a step come from (seed, step), those of a view from (seed, epoch, image), so the result does
+not depend on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ from finetune.training.task import Task, build_forward, choose_microbatch
 
 
 class Trainer:
-    """Trains a task as a recipe says, into a run folder.
+    """Trains a task as a recipe says, and writes its history and checkpoints.
 
     Args:
         task: network, plan, loss and data.
-        settings: the recipe's section.
-        precision: of the forward pass.
-        seed: of everything random.
-        folder: where the history goes.
-        store: where checkpoints go.
-        start: to go on from; None begins.
-        display: where progress is shown.
-        stop_asked: read after every step; true means save and leave.
-        on_history: told the rows of the history.
-        distributed: processes that train it together; the first one writes.
+        settings: section ``training`` of the recipe.
+        precision: precision of the forward pass.
+        seed: seed of all random numbers.
+        folder: run folder, for the history.
+        store: store of the checkpoints.
+        start: checkpoint to resume from; None starts a new training.
+        display: display that shows the progress.
+        stop_asked: called after every step; True means save and leave.
+        on_history: called with the rows of the history after every epoch.
+        distributed: ranks that train together; rank 0 writes files.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def standardize_head(self, keep: bool = False) -> None:
-        """Let the classifier learn on standardised features (:mod:`finetune.training.standardize`).
+        """Train the classifier on standardised features (:mod:`finetune.training.standardize`).
 
-        They are measured now, unless a checkpoint holds them already.
+        Mean and deviation are measured now, or read from the checkpoint if the training resumes.
 
         Args:
-            keep: the classifier is the network's own, and goes on computing what it did.
+            keep: adjust the weights so that the classifier computes the same function as before.
         """
         if self._start is not None:
             moments = self._start.now.under("moments.")
@@ -137,25 +137,25 @@ class Trainer:
 
     @property
     def predictions(self) -> Predictions:
-        """What the judged network said of the validation part in its best epoch; after :meth:`fit`."""
+        """Predictions on the validation split in the best epoch; available after :meth:`fit`."""
         assert self._best_predictions is not None
         return self._best_predictions
 
     @property
     def judged(self) -> nn.Module:
-        """The network whose figures count: the average of the weights where one is kept."""
+        """The network that is evaluated and exported: the average of the weights if there is one."""
         return self.state.judged
 
     # --- the loop --------------------------------------------------------------------------------
 
     def fit(self) -> Progress:
-        """Train to the end, from the last checkpoint when there is one; the judged network ends at its best.
+        """Train to the end; :attr:`judged` then has the weights of the best epoch.
 
         Raises:
-            DivergedError: losses or gradients are not finite, and stay so; they did not reach the weights.
-            InterruptedRunError: a stop was asked for; the checkpoint is of the last whole step.
-            EnvironmentFaultError: one image at a time is too much for the memory.
-            DiskError: a checkpoint cannot be written; the one before is kept.
+            DivergedError: losses or gradients stay non-finite; the weights are those from before.
+            InterruptedRunError: a stop was requested; a checkpoint of the last complete step was written.
+            EnvironmentFaultError: memory runs out even with the smallest microbatch.
+            DiskError: a checkpoint cannot be written; the previous one is kept.
         """
         self._begin()
         while not is_over(self.progress, self.settings):
@@ -163,13 +163,15 @@ class Trainer:
                 self._finish_epoch()
         self.phase.check_frozen()
         if self._saved is not self._epoch_start:
-            self._save()  # what follows, figures and export, may be killed too
+            self._save()  # evaluation and export follow, and may be killed too
         if self._is_stop_asked():
             raise recovery.interrupted_error(self.progress, self.folder)
         assert self._best is not None
         self.state.restore_judged(self._best.tensors)
-        if self._best_predictions is None:  # they came from a process that is gone; these are the same bits
-            self._best_predictions = self._judge()
+        if (
+            self._best_predictions is None
+        ):  # the best epoch was in an earlier process; these are the same bits
+            self._best_predictions = self._validate()
         fold(self.judged)
         return self.progress
 
@@ -189,7 +191,7 @@ class Trainer:
         self.reporter.begin(self.progress)
 
     def _train_epoch(self) -> bool:
-        """Train the rest of an epoch; false when it was left to begin again."""
+        """Train the rest of an epoch; return False after a rollback to its start."""
         progress, loader = self.progress, self.task.train
         self.phase.begin_epoch()
         self._buffers = BufferBackup(self.task.network)
@@ -207,13 +209,13 @@ class Trainer:
         return True
 
     def _train_step(self, batch: Batch) -> bool:
-        """Learn from one batch; false when training went back to the start of the epoch."""
+        """Train on one batch; return False after a rollback to the start of the epoch."""
         least, mixes = min_microbatch(self.task.network), self.gradient.mixer is not None
         share = find_share(self.distributed, batch, self.task.loss, mixes, least)
         if share.lost:
-            self._note_lost(share.lost)
+            self._record_lost(share.lost)
         if has_enough_images(self.task.network, share.num_images, bool(share.lost)):
-            self._set_rates()
+            self._set_lr()
             self._buffers.keep()
             loss = self.microbatches.compute(share, self.progress, self._buffers)
             loss, usable = agree(self.distributed, loss, self._is_usable(loss))
@@ -231,7 +233,7 @@ class Trainer:
         self.progress.step += 1
         return True
 
-    def _set_rates(self) -> None:
+    def _set_lr(self) -> None:
         progress = self.progress
         factor = self.schedule.factor(progress.step, progress.steps_per_epoch)
         factor *= progress.plateau_factor * progress.rate_factor
@@ -245,10 +247,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.task.network, step=self.progress.step)
 
-    # --- when a step goes wrong ------------------------------------------------------------------
+    # --- lost images and non-finite steps --------------------------------------------------------
 
-    def _note_lost(self, lost: Mapping[str, str]) -> None:
-        """Go on without training images that vanished, as long as they are few."""
+    def _record_lost(self, lost: Mapping[str, str]) -> None:
+        """Record unreadable training images and warn; refuse to continue if there are many."""
         for path in lost.keys() - self.progress.lost.keys():
             self.display.warn(f"{path} can no longer be read ({lost[path]}); training continues without it")
         self.progress.lost |= lost
@@ -257,7 +259,7 @@ class Trainer:
         refuse_many_lost(self.progress.lost, len(self.task.train.samples))
 
     def _recover(self, batch: Batch, loss: Tensor) -> bool:
-        """Leave out a step that cannot be made; false when training went back to the start of the epoch."""
+        """Handle a non-finite step: skip it, roll back (return False) or stop."""
         self._buffers.restore()
         self.phase.skip()
         action, found = recovery.choose_action(self.progress), recovery.describe(self.progress, loss)
@@ -286,15 +288,15 @@ class Trainer:
     # --- the end of an epoch ---------------------------------------------------------------------
 
     def _finish_epoch(self) -> None:
-        predictions = self._judge()
-        figures = compute_monitored(predictions.logits, predictions.labels)
-        if fault := recovery.find_fault(figures["loss"], self.state):
+        predictions = self._validate()
+        metrics = compute_monitored(predictions.logits, predictions.labels)
+        if fault := recovery.find_fault(metrics["loss"], self.state):
             self._roll_back(
                 recovery.choose_rollback(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"
             )
             return
-        improved = record_validation(self.progress, figures, self.settings)
-        self._record(figures)
+        improved = record_validation(self.progress, metrics, self.settings)
+        self._record(metrics)
         if improved:
             self._best_predictions = predictions
             self._best = Snapshot(self.state.take_judged(), self.progress.copy())
@@ -303,7 +305,7 @@ class Trainer:
         if not is_over(self.progress, self.settings):
             self._save_or_stop()
 
-    def _judge(self) -> Predictions:
+    def _validate(self) -> Predictions:
         with self.reporter.bar(self.progress, "validating", len(self.task.val.samples)) as advance:
 
             def on_batch(done: int) -> None:
@@ -314,9 +316,9 @@ class Trainer:
             forward = self.task.forward(self.judged)
             return predict(self.judged, self.task.val, self.precision, on_batch, forward, self.distributed)
 
-    def _record(self, figures: dict[str, float]) -> None:
+    def _record(self, metrics: dict[str, float]) -> None:
         progress = self.progress
-        row = add_row(progress, figures, self._loss_sum.item())
+        row = add_row(progress, metrics, self._loss_sum.item())
         self._tell_history()
         self.reporter.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
 
@@ -334,7 +336,7 @@ class Trainer:
     # --- phases ----------------------------------------------------------------------------------
 
     def _enter_phase(self) -> None:
-        """Freeze as the plan says of this epoch, and learn with a new optimizer from now on."""
+        """Freeze the network for the phase of this epoch, and create its optimizer."""
         task, distributed, scaler, forward = self.task, self.distributed, self.scaler, self._forward
         self.phase = PhaseOptimizer(task.network, task.plan, self.progress.epoch, self.settings, scaler)
         replicas = Replicas(task.network, forward, distributed) if distributed.size > 1 else None
@@ -346,16 +348,16 @@ class Trainer:
         )
 
     def _follow_plan(self) -> None:
-        """Enter the phase of this epoch where it is another one."""
+        """Enter the phase of this epoch if it differs from the current one."""
         if self.task.plan.at(self.progress.epoch) is not self.phase.plan:
             self.phase.check_frozen()
             self._enter_phase()
             self.state.optimizer = self.phase.optimizer
 
-    # --- stopping and going on -------------------------------------------------------------------
+    # --- stopping and resuming -------------------------------------------------------------------
 
     def _take(self) -> Snapshot:
-        """Return a copy of everything that learning changes."""
+        """Return a snapshot of everything that training changes."""
         self.progress.loss_sum = self._loss_sum.item()
         self.progress.scaler = self.scaler.state_dict()
         moments = {f"moments.{name}": tensor.cpu() for name, tensor in self._moments.items()}
@@ -371,11 +373,11 @@ class Trainer:
         self._loss_sum.fill_(self.progress.loss_sum)
 
     def _is_stop_asked(self) -> bool:
-        """Processes stop after the same step, whichever of them was asked to."""
+        """Return whether any rank was asked to stop, so that all stop after the same step."""
         return self.distributed.any(self.stop_asked())
 
     def _save_or_stop(self) -> None:
-        """Write a checkpoint when one is due; when a stop was asked for, write one and leave."""
+        """Write a checkpoint if one is due; if a stop was requested, write one and leave."""
         if self._is_stop_asked():
             self._save_and_leave()
         if self.distributed.is_main and self.pace.is_due(inside_epoch=self.progress.batch > 0):
@@ -383,11 +385,11 @@ class Trainer:
 
     def _save_and_leave(self) -> None:
         self._save()
-        self.distributed.wait()  # a process that ends early looks like one that failed
+        self.distributed.wait()  # a rank that ends early looks like one that failed
         raise recovery.interrupted_error(self.progress, self.folder)
 
     def _save(self) -> None:
-        """Write a checkpoint; of the epoch's start where weights overflowed, which leads to the same end."""
+        """Write a checkpoint; if weights overflowed, write the state at the start of the epoch instead."""
         now = self._take() if self.progress.batch and self.state.is_finite() else self._epoch_start
         if self.distributed.is_main:
             self.display.heartbeat.send({"saving": True})

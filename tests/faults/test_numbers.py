@@ -61,7 +61,7 @@ def leave_out(when: When) -> type[Trainer]:
         def _train_step(self, batch: Batch) -> bool:
             if not when(self.progress):
                 return super()._train_step(batch)
-            self._set_rates()  # the history tells of the last one
+            self._set_lr()  # the history tells of the last one
             self.progress.batch += 1
             self.progress.step += 1
             return True
@@ -150,8 +150,8 @@ def test_images_of_a_skipped_step_do_not_count(image_folder: Path, tmp_path: Pat
 class HalvedInTheSecond(Trainer):
     """Learns with half of all rates from the second epoch on."""
 
-    def _set_rates(self) -> None:
-        super()._set_rates()
+    def _set_lr(self) -> None:
+        super()._set_lr()
         if self.progress.epoch:
             self.progress.lr /= 2
             for group in self.phase.optimizer.param_groups:
@@ -204,9 +204,9 @@ def test_what_was_learnt_of_the_machine_survives_the_way_back() -> None:
 class BadlyJudged(Trainer):
     """The validation loss of the second epoch is no number, the first time."""
 
-    def _judge(self) -> Predictions:
+    def _validate(self) -> Predictions:
         spoil = self.progress.epoch == 1 and self.progress.rollbacks == 0
-        predictions = super()._judge()
+        predictions = super()._validate()
         return replace(predictions, logits=predictions.logits * float("nan")) if spoil else predictions
 
 

@@ -43,8 +43,8 @@ def test_the_schedule_spans_the_phases_and_momentum_begins_anew(image_folder: Pa
     state: list[tuple[int, int, float]] = []
 
     class Watched(Trainer):
-        def _set_rates(self) -> None:
-            super()._set_rates()
+        def _set_lr(self) -> None:
+            super()._set_lr()
             optimizer = self.phase.optimizer
             state.append((len(optimizer.param_groups), len(optimizer.state), self.progress.lr))
 

@@ -89,7 +89,7 @@ def test_the_judged_network_is_plain(image_folder: Path, tmp_path: Path) -> None
     trainer.standardize_head()
     best = trainer.fit().best
     assert all(not layer._forward_pre_hooks for layer in trainer.judged.modules())
-    assert trainer._judge().loss == pytest.approx(best["loss"], abs=1e-5)
+    assert trainer._validate().loss == pytest.approx(best["loss"], abs=1e-5)
 
 
 def test_measuring_in_train_mode_leaves_the_statistics(image_folder: Path, tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 class StopsWhileJudging(Trainer):
     """Is asked to stop in the middle of the second validation."""
 
-    def _judge(self) -> Predictions:
+    def _validate(self) -> Predictions:
         if self.progress.epoch == 1:
             self.stop_asked = lambda: True
-        return super()._judge()
+        return super()._validate()
 
 
 def test_an_interruption_in_the_middle_of_a_validation(image_folder: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_best_epoch_is_what_is_judged(image_folder: Path, tmp_path: Path) ->
     progress = trainer.fit()
     losses = [row["eval_loss"] for row in progress.history]
     assert progress.best_epoch == losses.index(min(losses))
-    assert trainer._judge().loss == pytest.approx(min(losses), abs=1e-9)
+    assert trainer._validate().loss == pytest.approx(min(losses), abs=1e-9)
 
 
 def test_patience_stops_early(image_folder: Path, tmp_path: Path) -> None:
