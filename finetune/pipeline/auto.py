@@ -1,4 +1,4 @@
-"""``--strategy auto`` in a run: decided once, and then a recipe like any other."""
+"""``--strategy auto``: choose the strategy of a run once, and write the advice to files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 _DECIDED = ("features", "probe_first", "floor", "head_factor", "body_factor")
-"""Keys of the section ``strategy`` that are the advice's to set."""
+"""Keys of the section ``strategy`` that the advice sets."""
 
 
 def choose_strategy(recipe: Recipe, output: Path | None, display: Display) -> tuple[Recipe, Advice | None]:
-    """Return the recipe with a strategy, and the advice that led to it.
+    """Return the recipe with a strategy, and the advice that chose it.
 
-    A run that was begun before keeps its strategy; no advice comes with it then.
+    A run that resumes keeps its strategy; the advice is None then.
 
     Raises:
-        UsageError: keys are given that are the advice's to set.
+        UsageError: keys are given that the advice sets.
         FinetuneError: as ``advise``.
     """
     for key in _DECIDED:
@@ -51,7 +51,7 @@ def choose_strategy(recipe: Recipe, output: Path | None, display: Display) -> tu
 
 
 def describe_keys(keys: Mapping[str, Any]) -> str:
-    """Return ``freeze, features last``."""
+    """Return the keys as one line, such as ``freeze, features last``."""
     others = [f"{key} {value}" for key, value in keys.items() if key != "name"]
     return ", ".join([str(keys["name"]), *others])
 
@@ -62,22 +62,22 @@ def _with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
 
 
 def _read_keys(output: Path | None) -> Mapping[str, Any] | None:
-    """The keys of the advice that a run in this folder began with."""
+    """Return the strategy keys from the advice of an existing run folder; None if there are none."""
     if output is None:
         return None
     keys = RunReader(RunFolder(output), tolerant=True).advice.get("strategy")
     return keys if isinstance(keys, dict) and "name" in keys else None
 
 
-# --- ``advice.json`` and its two images ---
+# --- The files of an advice: advice.json, probe.png and matrix.png ---
 
 
 def write_advice(advice: Advice, folder: Path) -> None:
-    """Write the advice into a folder.
+    """Write the advice into a new folder.
 
     Raises:
-        UsageError: something is there already.
-        DiskError: it cannot be written.
+        UsageError: the folder exists already.
+        DiskError: a file cannot be written.
     """
     create_new_folder(folder)
     write_json(folder / "advice.json", advice.to_dict())

@@ -1,4 +1,4 @@
-"""Is it still the same run? Images, weights and versions, compared with those it began with."""
+"""Compare the recipe, images, weights and versions of a run with those of its last attempt."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from finetune.training.freeze import digest_weights
 
 WEIGHTS = "weights_sha256"
 _HARMLESS = ("platform", "cores", "device")
-"""Of the environment: other values leave every bit as it is (a device is a key of the recipe)."""
+"""Keys of the environment that do not affect the result (the device is compared as a recipe key)."""
 
 
 class RunChanges:
-    """Says how a run differs from what an earlier attempt at it began with.
+    """Finds what changed in a run since its last attempt.
 
-    Everything is looked at when it is first asked for, which the main process of a run alone does.
+    Everything is computed at its first use, on rank 0 only.
 
     Args:
-        setup: what was decided for this attempt.
-        found: the images there are now.
-        folder: of the run.
-        display: shows how far the look at the images is.
-        num_processes: that share the run.
+        setup: decisions of this attempt.
+        found: images that exist now.
+        folder: run folder.
+        display: display for the progress of reading the images.
+        num_processes: number of ranks.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RunChanges:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The images there are now, with the split that an earlier attempt drew."""
+        """The images that exist now, with the split that an earlier attempt drew."""
         return keep_split(self._found, self._folder, self._setup.recipe)
 
     @cached_property
@@ -63,7 +63,7 @@ class RunChanges:
 
     @cached_property
     def read(self) -> Checked:
-        """Every image, only read: enough where nothing will be trained."""
+        """Every image, read but not decoded, which is enough if nothing will be trained."""
         return self._look("comparing images", decode=False)
 
     def _look(self, what: str, decode: bool) -> Checked:
@@ -74,8 +74,8 @@ class RunChanges:
             )
 
     def find_changes(self, claim: Claim) -> list[str]:
-        """Say what an earlier attempt had otherwise: recipe, images, weights."""
-        # Images that were bad, or vanished while the run went on, are no surprise; mended ones are.
+        """Return a line for each change of recipe, images or weights since the last attempt."""
+        # Images that the last attempt found bad or lost are no change, unless they can be read again now.
         excused = {row["path"] for row in RunReader(claim.folder).bad_images}
         if claim.finished:
             digests = self.read.digests
@@ -92,10 +92,10 @@ class RunChanges:
 
 
 def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Display) -> None:
-    """Refuse to go on with another run than the folder's, unless that was allowed.
+    """Refuse to resume a run that changed, unless ``allow_changed``.
 
     Raises:
-        DataError: something changed.
+        DataError: there are changes and they are not allowed.
     """
     if not changes:
         return
@@ -110,7 +110,7 @@ def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Displ
 
 
 def warn_of_versions(claim: Claim, environment: dict[str, Any], display: Display) -> None:
-    """Say under what the last bits of the result may differ: they are promised for one machine only."""
+    """Warn if versions or hardware changed, since the result is bit-exact on one machine only."""
     changed = find_changed_environment(claim.folder, environment)
     lines = [
         f"{key} {before} -> {now}"

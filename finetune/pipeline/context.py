@@ -1,4 +1,4 @@
-"""One attempt at a run: what it works with, and how long its phases take."""
+"""One attempt at a run: its inputs, and the time of its phases."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from finetune.training.reporting import Listener
 
 @dataclass
 class Clock:
-    """Seconds by phase, from a clock that never jumps."""
+    """Seconds spent in each phase, from a monotonic clock."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block under a name."""
+        """Add the duration of the block to a phase."""
         began = time.perf_counter()
         try:
             yield
@@ -35,19 +35,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class FitContext:
-    """What is running: one attempt at a run, in every process alike.
+    """One running attempt at a run; every rank holds the same.
 
     Attributes:
-        setup: what was decided before it began; the network is on its device.
-        dataset: the usable images, prepared.
+        setup: decisions from before the start; the network is on its device.
+        dataset: usable images, prepared.
         digests: sha256 of each image, by path.
-        claim: on the run folder, where only the main process writes.
-        display: what the user sees; silent in all but the main process.
-        changed: the data or the recipe changed since the last attempt, which the user has allowed.
-        clock: measures the phases.
-        stop: notes the signals that ask this process to stop.
-        on_history: told the rows of the history, in the main process.
-        distributed: the processes.
+        claim: claim on the run folder, where only rank 0 writes.
+        display: progress display; silent on all ranks but rank 0.
+        changed: whether the data or the recipe changed since the last attempt, and the user allowed it.
+        clock: clock of the phases.
+        stop: records signals that ask this process to stop.
+        on_history: called with the rows of the history, on rank 0.
+        distributed: ranks of the run.
     """
 
     setup: RunSetup

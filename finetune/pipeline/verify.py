@@ -1,8 +1,7 @@
 """``advise.verify``: a brief training of the last stage against the linear classifier, by cross-validation.
 
-Both learn from what is kept: the frozen trunk runs once over the training images, and every fold takes its
-rows from there. Full fine-tuning has no frozen trunk, so it cannot be tried this way; where the rule chose
-it, nothing is verified.
+Both train on cached features: the frozen trunk runs once over the training images, and every fold uses its
+output. Full fine-tuning has no frozen trunk, so it cannot be tried this way and is not verified.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from pretrained.graph.split import SplitNetwork
 
 NUM_FOLDS = 3
 EPOCHS = 5
-"""Of the brief training. Its last one is judged: the best would be chosen by the images that judge it."""
+"""Epochs of the brief training. The last one counts; choosing the best would use the held-out images."""
 MOST_IMAGES = 2_000
-"""Training images of all folds together."""
+"""Largest number of training images, over all folds."""
 
 
 def verify(
@@ -49,13 +48,13 @@ def verify(
     """Return the decision for the better of its linear classifier and a briefly trained last stage.
 
     Args:
-        recipe: of the run.
-        evidence: of the rule.
-        decision: of the rule.
-        display: shows progress.
+        recipe: recipe of the run.
+        evidence: evidence that the decision was made from.
+        decision: decision of the rule.
+        display: progress display.
 
     Returns:
-        The decision, and the accuracies of the two; None where nothing could be tried.
+        The decision, and the two accuracies by strategy; None if nothing could be tried.
     """
     if decision.cell.name == "full":
         display.say("not verified: full fine-tuning cannot be tried on cached features")
@@ -77,7 +76,7 @@ def verify(
 
 
 def _try_top(recipe: Recipe, display: Display) -> float | None:
-    """Cross-validated accuracy of the last stage, trained briefly; None where it has no trunk."""
+    """Cross-validated accuracy of the last stage, trained briefly; None if the network cannot be cut."""
     changes = {
         "strategy": recipe.strategy.model_copy(update={"name": "top"}),
         "input": recipe.input.model_copy(update={"augmentation": "none"}),
@@ -133,7 +132,7 @@ def _task(
 
 
 def _train(setup: RunSetup, task: Task, path: Path) -> float:
-    """Accuracy of the last epoch on the images that were held out."""
+    """Return the accuracy of the last epoch on the held-out images."""
     folder = RunFolder(path)
     folder.checkpoints.mkdir(parents=True)
     precision = setup.recipe.training.precision

@@ -1,8 +1,8 @@
-"""What learns, and how fast: the registry of strategies, the only place that holds their names.
+"""Strategies: which stages learn, with which lr. This package is the only place that holds their names.
 
-A strategy is one file here and one line below. What a name means elsewhere (the recipe's check, the refusals,
-``--help``, ``docs/recipe.md``) is read off the registered object. Nothing here imports torch, because recipes
-and the command line do not.
+A strategy is one file here and one line below. The recipe's check, the errors, ``--help`` and
+``docs/recipe.md`` read everything about a name from the registered object. Nothing here imports torch,
+because recipes and the command line do not.
 """
 
 from finetune.strategies.matrix import FREEZE, FULL, SCRATCH, TOP

@@ -1,4 +1,4 @@
-"""The strategies as the lectures give them, with the same meaning on every backbone.
+"""The four strategies of the lectures' matrix, with the same meaning on every backbone.
 
 ============  ===============================  ======================================
 strategy      trained                          lr, as factors of the base lr
@@ -9,8 +9,8 @@ strategy      trained                          lr, as factors of the base lr
 ``scratch``   everything, from random weights  the same everywhere
 ============  ===============================  ======================================
 
-The factors belong to *stages*, not to layers: a geometric decay by layer would freeze the lower half
-of a DenseNet-121 in effect, and leave a ResNet-18 nearly untouched.
+The factors belong to *stages*, not to layers: a geometric decay by layer would in effect
+freeze the lower half of a DenseNet-121, and hardly change a ResNet-18.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GroupStrategy(Strategy):
     """One phase, with one factor for each group of stages.
 
     Attributes:
-        factors: of head, top and body, from the recipe's keys.
+        factors: function from the recipe's keys to the lr factors of head, top and body.
     """
 
     factors: Callable[[StrategyKeys], Mapping[Group, float]]

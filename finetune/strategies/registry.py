@@ -9,19 +9,19 @@ from finetune.errors import UsageError
 from finetune.strategies.strategy import Strategy
 
 AUTO = "auto"
-"""Not a strategy, but the choice of one from evidence (``finetune advise``)."""
+"""Value of ``strategy.name`` that lets ``finetune advise`` choose a strategy."""
 
 STRATEGIES: dict[str, Strategy] = {}
-"""By name, in the order of registration, which is that of the documentation."""
+"""Strategies by name, in the order of registration and of the documentation."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def register_strategy(strategy: Strategy) -> Strategy:
-    """Make a strategy known by its name, everywhere; return it.
+    """Register a strategy under its name, and return it.
 
     Raises:
-        ValueError: the name is taken, or not made of lower-case words with hyphens.
+        ValueError: the name is taken, or is not lower-case words joined by hyphens.
     """
     if not _NAME.fullmatch(strategy.name) or strategy.name == AUTO:
         raise ValueError(f"{strategy.name!r} is not a valid strategy name")
@@ -32,10 +32,10 @@ def register_strategy(strategy: Strategy) -> Strategy:
 
 
 def find_strategy(name: str) -> Strategy:
-    """Return the strategy of a name.
+    """Return the strategy with a name.
 
     Raises:
-        UsageError: there is none, as of :data:`AUTO`.
+        UsageError: no strategy has this name; :data:`AUTO` is not one either.
     """
     if name not in STRATEGIES:
         raise UsageError(f"--strategy {name}", "no strategy has this name", f"Take {join_names()}.")
@@ -43,11 +43,11 @@ def find_strategy(name: str) -> Strategy:
 
 
 def join_names(*more: str, accept: Callable[[Strategy], bool] = lambda _: True) -> str:
-    """Return the names of the strategies that ``accept`` takes, and more words, as ``a, b or c``."""
+    """Return the names of the strategies that ``accept`` selects, and ``more`` names, as ``a, b or c``."""
     *most, last = (*(name for name, strategy in STRATEGIES.items() if accept(strategy)), *more)
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def starts_random(name: str) -> bool:
-    """Return whether a strategy starts from random weights; one that is not known, or AUTO, does not."""
+    """Return whether a strategy starts from random weights; False for AUTO and unknown names."""
     return name in STRATEGIES and not STRATEGIES[name].pretrained

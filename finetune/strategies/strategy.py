@@ -1,4 +1,4 @@
-"""What a strategy is: phases of training, each of which gives every stage of a network a factor of the lr."""
+"""A strategy is a sequence of training phases; each gives every stage of a network a factor of the lr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Group = Literal["head", "top", "body"]
 
 
 class StrategyKeys(Protocol):
-    """What a strategy reads of the recipe's section ``strategy``; docs/recipe.md describes the keys."""
+    """The keys of the recipe's section ``strategy`` that a strategy reads (described in docs/recipe.md)."""
 
     @property
     def top_stages(self) -> int: ...  # noqa: D102
@@ -33,8 +33,8 @@ class Phase:
     """A part of training in which the same stages learn.
 
     Attributes:
-        factors: of each stage by its name: its lr as a multiple of ``training.lr``, 0 freezes it.
-        share: of the epochs, relative to the shares of the other phases.
+        factors: lr of each stage, by its name, as a multiple of ``training.lr``; 0 freezes it.
+        share: share of the epochs, relative to those of the other phases.
     """
 
     factors: Mapping[str, float]
@@ -43,18 +43,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """What learns, and how fast; :func:`finetune.strategies.register_strategy` makes it known.
+    """Which stages learn, and with which lr; :func:`finetune.strategies.register_strategy` registers it.
 
     The lr schedule and ``training.patience`` count over the whole run, whatever its phases. Each phase
-    freezes anew, and its optimizer begins without momentum.
+    freezes the network again and starts its optimizer without momentum.
 
     Attributes:
         name: lower-case letters, digits and hyphens; the recipe's ``strategy.name``.
         description: what learns, in a few words for ``--help`` and docs/recipe.md, without a full stop.
-        pretrained: it starts from pretrained weights.
-        fine_tunes: it trains pretrained stages, so that ``probe_first`` and ``floor`` have a meaning.
-        solvable: only the head learns, so that ``features`` may solve it instead of training.
-        views: random views of a training image that the frozen trunk sees by default (docs/cache.md).
+        pretrained: whether it starts from pretrained weights.
+        fine_tunes: whether it trains pretrained stages, so that ``probe_first`` and ``floor`` apply.
+        solvable: whether only the head learns, so that ``features`` may solve it instead of training it.
+        views: default number of random views of a training image for the frozen trunk (docs/cache.md).
     """
 
     name: str
@@ -69,20 +69,20 @@ class Strategy(ABC):
         """Return the phases of training, in order.
 
         Args:
-            stages: of a network, from stem to head. A network without a classifier has no head.
-            keys: the recipe's section.
+            stages: stages of a network, from stem to head. A network without a classifier has no head.
+            keys: section ``strategy`` of the recipe.
 
         Returns:
-            At least one; the factors of each name every stage.
+            At least one phase; its factors contain every stage.
         """
 
 
 def lay_phases(strategy: Strategy, stages: Sequence[Stage], keys: StrategyKeys) -> tuple[Phase, ...]:
-    """Return a strategy's phases over the stages of a network, checked.
+    """Return a strategy's phases for the stages of a network, after checking them.
 
     Raises:
-        UsageError: ``top_stages`` is more than the network has.
-        InternalError: the strategy leaves a stage out, names another one, or gives a number below 0.
+        UsageError: the network has fewer stages than ``top_stages``.
+        InternalError: the strategy leaves a stage out, names an unknown one, or gives a negative number.
     """
     phases = tuple(strategy.phases(stages, keys))
     names = {stage.name for stage in stages}

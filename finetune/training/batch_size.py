@@ -1,4 +1,4 @@
-"""The largest batch that fits on a GPU, up to the one that suits the number of images."""
+"""The largest batch size that fits on a GPU, up to a wanted one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from finetune.training.plan import Plan
 from finetune.training.step import Gradient, min_microbatch
 
 HEADROOM = 1.25
-"""Of a trial batch over the one that is taken: optimiser state and fragments need room as well."""
+"""Factor of the tried batch size over the one returned, for optimizer state and fragmentation."""
 
 
 def find_batch_size(fits: Callable[[int], bool], wanted: int, least: int = 1) -> int:
-    """Return the largest of ``wanted``, its half, its quarter ... that fits; ``least`` where none does."""
+    """Return the largest of ``wanted``, its half, its quarter ... that fits; ``least`` if none does."""
     size = wanted
     while size > least and not fits(size):
         size = max(least, size // 2)
@@ -32,11 +32,11 @@ def fit_batch_size(
     """Try steps on the device, and return the largest batch size up to ``wanted`` that fits.
 
     Args:
-        network: on its device; weights, modes and buffers are left as they were.
-        plan: what learns.
+        network: network on its device; weights, modes and buffers are restored.
+        plan: which stages learn.
         input_size: (C, H, W) of the images.
         placement: device and layout of the images.
-        wanted: that suits the number of images.
+        wanted: largest batch size to try.
     """
     modes = {module: module.training for module in network.modules()}
     buffers = [buffer.clone() for buffer in network.buffers()]

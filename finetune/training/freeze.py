@@ -1,7 +1,7 @@
-"""Freezing is three acts: no gradient, eval mode with standing statistics, absent from the optimiser.
+"""Freezing takes three steps: no gradient, eval mode, and no place in the optimizer.
 
-One act alone is not enough. Without eval mode a BatchNorm keeps learning statistics; with a gradient
-switched off but the parameter still in the optimiser, weight decay and momentum move it all the same.
+One step alone is not enough. Without eval mode a BatchNorm keeps updating its statistics; a parameter without
+gradient that is still in the optimizer is changed by weight decay and momentum.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pretrained.state_dict import _digest, digest_tensors
 
 
 def freeze(network: nn.Module, plan: Plan) -> None:
-    """First act: switch gradients on where the plan trains, and off elsewhere."""
+    """First step: require gradients for the trained stages only."""
     trained = {name for row in plan.trained for name in row.stage.parameters}
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 def set_train_mode(network: nn.Module, plan: Plan) -> None:
-    """Second act: train mode, except frozen stages and normalisation layers that the plan keeps in eval."""
+    """Second step: train mode, except for frozen stages and norm layers that the plan keeps in eval."""
     network.train()
     modules = dict(network.named_modules())
     for row in plan.rows:
@@ -36,9 +36,9 @@ def set_train_mode(network: nn.Module, plan: Plan) -> None:
 
 
 def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> list[dict[str, Any]]:
-    """Third act: parameter groups of the trained stages only, two a stage: with weight decay and without.
+    """Third step: parameter groups of the trained stages only, two per stage: with and without weight decay.
 
-    Biases, norm parameters, scales, tokens, position embeddings and what the network itself exempts take
+    Biases, norm parameters, scales, tokens, position embeddings and parameters that the network exempts get
     no weight decay (:func:`takes_decay`).
 
     Returns:
@@ -68,12 +68,12 @@ def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> l
 
 
 def takes_decay(name: str, parameter: Tensor, exempt: Collection[str] = ()) -> bool:
-    """Return whether weight decay applies to a parameter: to matrices and kernels, and nothing else.
+    """Return whether weight decay applies to a parameter: only to matrices and convolution kernels.
 
     Args:
-        name: as in ``named_parameters()``.
-        parameter: what has fewer than two axes longer than 1 is a bias, a norm or a scale (of any shape).
-        exempt: patterns of names that the network exempts, as timm's ``no_weight_decay`` gives them.
+        name: name in ``named_parameters()``.
+        parameter: the parameter; fewer than two dimensions longer than 1 mean a bias, a norm or a scale.
+        exempt: name patterns that the network exempts, from timm's ``no_weight_decay``.
     """
     last = name.rpartition(".")[2]
     is_matrix = sum(size > 1 for size in parameter.shape) > 1
@@ -82,7 +82,7 @@ def takes_decay(name: str, parameter: Tensor, exempt: Collection[str] = ()) -> b
 
 
 _NOT_WEIGHTS = ("*bias*", "*pos_emb*", "*_token", "*_tokens", "*layer_scale*")
-"""Last parts of names of what has the shape of a matrix and is none (torchvision exempts nothing)."""
+"""Last name components of parameters shaped like a matrix that get no decay (torchvision exempts none)."""
 
 
 def _exempt(network: nn.Module) -> Collection[str]:
@@ -105,23 +105,23 @@ def digest_frozen(network: nn.Module, plan: Plan) -> dict[str, str]:
 
 
 def digest_weights(network: nn.Module, plan: Plan) -> str:
-    """Return one sha256 of everything below the head: it tells other weights under the same name."""
+    """Return one sha256 of everything below the head: it detects other weights under the same name."""
     stage = plan.rows[-1].stage
     return digest_tensors(network, stage.parameters, stage.modules)
 
 
 def frozen_tensors(network: nn.Module, plan: Plan) -> list[str]:
-    """Return the names of the parameters and buffers that lie in frozen stages."""
+    """Return the names of all parameters and buffers of frozen stages."""
     parameters = {name for row in plan.frozen for name in row.stage.parameters}
     modules = {name for row in plan.frozen for name in row.stage.modules}
     return [n for n in network.state_dict() if n in parameters or n.rpartition(".")[0] in modules]
 
 
 def check_frozen(network: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
-    """Assert that no frozen tensor has changed by a single bit.
+    """Verify that no frozen tensor changed by a single bit.
 
     Raises:
-        InternalError: one has.
+        InternalError: a frozen tensor changed.
     """
     after = digest_frozen(network, plan)
     changed = [name for name, digest in before.items() if after[name] != digest]

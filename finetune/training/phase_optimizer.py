@@ -1,4 +1,4 @@
-"""One phase of training: what is frozen in it, and the update of what learns."""
+"""One phase of training: which stages are frozen, and the optimizer of the others."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from finetune.training.state import compute_norm, is_finite
 
 
 class PhaseOptimizer:
-    """Freezes a network for one phase, and updates what learns; it begins without momentum.
+    """Freezes a network for one phase, and optimizes the trained stages, starting without momentum.
 
     Args:
-        network: on its device; frozen at once.
-        plan: of the whole run.
-        epoch: from 0; the phase is that of this epoch.
-        settings: the recipe's section.
-        scaler: of the loss, for float16.
+        network: network on its device; it is frozen immediately.
+        plan: plan of the whole run.
+        epoch: epoch, from 0, that selects the phase.
+        settings: section ``training`` of the recipe.
+        scaler: loss scaler for float16.
 
     Attributes:
-        plan: of the phase.
-        optimizer: of what learns in it.
+        plan: plan of the phase.
+        optimizer: optimizer of the trained stages.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class PhaseOptimizer:
         self.network, self.plan = network, plan.at(epoch)
         self._clip, self._scaler = settings.clip_grad, scaler
         freeze(network, self.plan)
-        network.zero_grad(set_to_none=True)  # of what learned in the phase before
+        network.zero_grad(set_to_none=True)  # gradients of the previous phase
         groups = build_param_groups(network, self.plan, settings.weight_decay)
         self.optimizer = build_optimizer(groups, settings)
         self._weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        self._is_only = self.plan is plan  # then the caller checks what is frozen in the whole run
+        self._is_only = self.plan is plan  # then the caller checks the frozen stages of the whole run
         self._frozen: dict[str, str] = {}
 
     def begin_epoch(self) -> None:
-        """Set the modes of the layers; before the phase's first epoch, note what must not change."""
+        """Set train and eval modes; before the phase's first epoch, take digests of the frozen tensors."""
         set_train_mode(self.network, self.plan)
         if not self._is_only and not self._frozen:
             self._frozen = digest_frozen(self.network, self.plan)
 
     def set_lr(self, factor: float) -> float:
-        """Multiply the lr of every group by a factor, and return that of the uppermost stage."""
+        """Set every group's lr to its base lr times a factor; return the lr of the uppermost stage."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         lr: float = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
@@ -69,14 +69,14 @@ class PhaseOptimizer:
     def is_usable(self, loss: Tensor, statistics: Sequence[Tensor]) -> bool:
         """Return whether loss, gradient and sums of running statistics are finite."""
         if self._scaler.is_enabled():
-            # An infinite gradient is how float16 finds its scale: the scaler itself skips the step.
+            # float16 finds its scale by infinite gradients; the scaler itself skips such a step.
             self._scaler.unscale_(self.optimizer)
             return is_finite(loss, *statistics) and self._scaler.get_scale() >= 1.0
         self._norm = compute_norm(self._weights)
         return is_finite(loss, self._norm, *statistics)
 
     def step(self) -> None:
-        """Clip the gradient where that was asked for, and update the weights; after :meth:`is_usable`."""
+        """Clip the gradient if asked for, and update the weights; call it after :meth:`is_usable`."""
         if self._clip is not None:
             if self._scaler.is_enabled():
                 self._norm = compute_norm(self._weights)
@@ -85,16 +85,16 @@ class PhaseOptimizer:
         self._scaler.update()
 
     def skip(self) -> None:
-        """Leave a step out."""
+        """Discard the gradient of a step."""
         self.optimizer.zero_grad(set_to_none=True)
         if self._scaler.is_enabled():
             self._scaler.update()
 
     def check_frozen(self) -> None:
-        """Assert that nothing frozen has changed since the phase's first epoch began.
+        """Verify that no frozen tensor changed since the phase's first epoch.
 
         Raises:
-            InternalError: something has.
+            InternalError: a frozen tensor changed.
         """
         if self._frozen:
             check_frozen(self.network, self.plan, self._frozen)

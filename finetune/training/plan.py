@@ -1,4 +1,4 @@
-"""The plan of a run: a strategy laid over the stages of a network, with the lr of each."""
+"""The plan of a run: which stages of a network learn in which phase, and with which lr."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pretrained.graph.stages import Stage
 
 NormMode = Literal["train", "eval", "none"]
 NORM_LAYERS = (nn.modules.batchnorm._NormBase,)
-"""Layers that keep running statistics. LayerNorm and GroupNorm keep none, and work alike in both modes."""
+"""Layers with running statistics. LayerNorm and GroupNorm have none and behave alike in both modes."""
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What happens to one stage.
+    """How one stage is trained.
 
     Attributes:
         group: head, top or body.
         stage: the stage.
-        num_parameters: numbers in it.
+        num_parameters: number of its parameters.
         lr: learning rate before the schedule, 0 when frozen.
-        norm: mode of its layers with running statistics; ``none`` when it has none.
+        norm: mode of its layers with running statistics; ``none`` if it has no such layers.
     """
 
     group: Group
@@ -39,11 +39,11 @@ class PlanRow:
 
     @property
     def trained(self) -> bool:
-        """Whether anything in the stage changes."""
+        """Whether the stage is trained."""
         return self.lr > 0
 
     def cells(self) -> tuple[str, str, int, bool, float, str]:
-        """Return the row as ``plan.csv`` has it."""
+        """Return the values of a row of ``plan.csv``."""
         return (self.group, self.stage.name, self.num_parameters, self.trained, self.lr, self.norm)
 
 
@@ -52,11 +52,11 @@ PLAN_COLUMNS = ("group", "stage", "parameters", "trained", "rate", "norm")
 
 @dataclass(frozen=True)
 class Plan:
-    """What learns, and how fast: one row a stage, from stem to head.
+    """Which stages learn, and with which lr.
 
     Attributes:
-        rows: of the whole run: a stage that learns in any phase is trained, with the highest lr it gets.
-        phases: first epoch and plan of each phase, where there are several.
+        rows: one row per stage, from stem to head. Over several phases, a stage has its highest lr.
+        phases: first epoch (from 0) and plan of each phase; empty if there is only one.
     """
 
     rows: tuple[PlanRow, ...]
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def frozen(self) -> tuple[PlanRow, ...]:
-        """Rows of stages that must not change."""
+        """Rows of stages that are frozen in the whole run."""
         return tuple(row for row in self.rows if not row.trained)
 
     @property
@@ -74,16 +74,16 @@ class Plan:
 
     @property
     def num_trained(self) -> int:
-        """Numbers that learn."""
+        """Number of trained parameters."""
         return sum(row.num_parameters for row in self.trained)
 
     def at(self, epoch: int) -> Plan:
-        """Return the plan of the phase that an epoch, from 0, belongs to."""
+        """Return the plan of the phase of an epoch (from 0)."""
         begun = [plan for first, plan in self.phases if first <= epoch]
         return begun[-1] if begun else self
 
     def describe_phases(self) -> list[str]:
-        """Return a line for each phase, where there are several."""
+        """Return one line per phase; none if there is only one phase."""
         return [
             f"phase {number}, from epoch {first + 1}: {', '.join(row.stage.name for row in plan.trained)}"
             for number, (first, plan) in enumerate(self.phases, 1)
@@ -93,17 +93,17 @@ class Plan:
 def build_plan(
     network: nn.Module, stages: Sequence[Stage], settings: StrategySettings, lr: float, epochs: int
 ) -> Plan:
-    """Lay a strategy over a network's stages.
+    """Apply a strategy to a network's stages.
 
     Args:
-        network: owner of the stages' parameters; not changed.
-        stages: from stem to head.
-        settings: the recipe's section.
+        network: network that owns the stages' parameters; it is not changed.
+        stages: stages from stem to head.
+        settings: section ``strategy`` of the recipe.
         lr: base learning rate.
-        epochs: of the whole training.
+        epochs: epochs of the whole training.
 
     Raises:
-        UsageError: more top stages than there are, more phases than epochs, or nothing would learn.
+        UsageError: there are more top stages than stages, more phases than epochs, or nothing to train.
     """
     plan = lay_plan(network, stages, settings, lr, epochs)
     for part in (plan, *(part for _, part in plan.phases)):
@@ -150,12 +150,12 @@ def _lay_phase(
 
 
 def find_first_epochs(shares: Sequence[float], epochs: int, name: str) -> list[int]:
-    """Return the first epoch, from 0, of each phase: as its share says, and at least one epoch long.
+    """Return the first epoch (from 0) of each phase; each phase has at least one epoch.
 
     Args:
-        shares: of the phases, each above 0.
-        epochs: of the whole training.
-        name: of the strategy.
+        shares: relative length of each phase, above 0.
+        epochs: epochs of the whole training.
+        name: name of the strategy, for the error message.
 
     Raises:
         UsageError: there are fewer epochs than phases.

@@ -1,11 +1,11 @@
-"""A head sees standardised features, so that a base rate means the same on every backbone.
+"""The head is trained on standardised features, so that one base lr suits every backbone.
 
-The pooled features of SqueezeNet have a norm of 360 on photographs, and a rate of 0.01 made the training
-loss jump to 49. The tests show one rate serving features of 0.01, 1 and 300 times a scale. So the mean and
-deviation of each feature are measured once, on training images, before training (data-dependent
-initialisation, in the spirit of arXiv:1511.06856); the classifier learns on ``(x - mean) / std``; and at
-the end both are folded into its weights. The network that is judged and exported is a plain linear layer
-on plain features, and computes the same function.
+Backbones differ in the scale of their pooled features: SqueezeNet's have a norm of 360 on photographs, and an
+lr of 0.01 made the training loss jump to 49. So mean and deviation of each feature are measured once on
+training images before training (data-dependent initialisation, compare arXiv:1511.06856), the classifier
+learns on ``(x - mean) / std``, and at the end both are folded into its weights. The evaluated and exported
+network is a plain linear layer on unscaled features that computes the same function. The tests train with one
+lr on features scaled by 0.01, 1 and 300.
 
 Shape legend: B batch, C features.
 """
@@ -29,9 +29,9 @@ from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.recorder import observe_calls
 
 NUM_MEASURED = 256
-"""Images that are enough for means and deviations (of which they give the latter to 5 %)."""
+"""Images measured; they give a deviation to about 5 %."""
 SMALLEST_STD = 0.1
-"""Floor of a feature's deviation, as a share of the mean one: silent features must not be amplified."""
+"""Smallest deviation, as a share of the mean one, so that constant features are not amplified."""
 
 
 class Standardize:
@@ -49,13 +49,13 @@ class Standardize:
         """Standardise (B, C) or (B, C, 1, 1)."""
         features = inputs[0]
         shape = (1, -1, *[1] * (features.ndim - 2))
-        # In float32 under autocast too: halves of a mean of ten deviations lose what tells classes apart.
+        # In float32 under autocast too: if the mean is ten deviations, float16 loses too much.
         return ((features.float() - self.mean.view(shape)) / self.std.view(shape),)
 
 
 def measure_features(
     network: nn.Module,
-    feed: BatchLoader,
+    loader: BatchLoader,
     precision: Precision,
     seed: int,
     advance: Advance,
@@ -63,25 +63,25 @@ def measure_features(
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 256 training images.
 
-    The network runs in the modes it has, which should be those of training: a BatchNorm in train mode
-    gives other features than one in eval mode. Its buffers are left as they were.
+    The network runs in its current modes, which should be those of training, since a BatchNorm in train
+    mode gives other features than one in eval mode. Its buffers are restored.
 
     Returns:
         ``{"<layer>.mean": (C,), "<layer>.std": (C,)}``, on the network's device.
     """
     names = {layer: name for name, layer in network.named_modules()}
-    # Without a bias there is nothing to fold a mean into (torchvision's own MaxViT classifier).
+    # A mean cannot be folded into a layer without bias (torchvision's own MaxViT classifier).
     layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
-    device, forward = feed.placement.device, in_parts or ChunkedForward(network)
+    device, forward = loader.placement.device, in_parts or ChunkedForward(network)
     with (
         _kept_buffers(network),
         _recorded_inputs(layers) as inputs,
         torch.no_grad(),
         autocast(device, precision),
     ):
-        batches = feed.batches(stop=math.ceil(NUM_MEASURED / feed.batch_size), whole=True)
+        batches = loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size), whole=True)
         for number, batch in enumerate(batches):
-            # For dropout, before each pass: where this process decodes, views are drawn in between.
+            # For dropout. Seed before each pass, since decoding in this process draws random views in between.
             seed_everything(seed, "measure", number)
             if has_enough_images(network, len(batch.labels), bool(batch.lost)):
                 forward(batch.images)
@@ -97,7 +97,7 @@ def measure_features(
 
 @contextmanager
 def _kept_buffers(network: nn.Module) -> Iterator[None]:
-    """Give every buffer back the content it had before the block."""
+    """Restore every buffer after the block."""
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
         yield
@@ -118,12 +118,12 @@ def _recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list
 
 
 def attach(network: nn.Module, moments: Mapping[str, Tensor], keep: bool = False) -> None:
-    """Let the classifier layers see standardised features from now on.
+    """Standardise the input of the classifier layers from now on.
 
     Args:
-        network: owner of the layers.
-        moments: of :func:`measure_features`.
-        keep: the classifier goes on computing what it did. A new one starts small on what it sees.
+        network: network with the layers.
+        moments: result of :func:`measure_features`.
+        keep: adjust the layers' weights so that they compute the same function as before.
     """
     for name in {key.rpartition(".")[0] for key in moments}:
         layer = network.get_submodule(name)
@@ -135,7 +135,7 @@ def attach(network: nn.Module, moments: Mapping[str, Tensor], keep: bool = False
 
 @torch.no_grad()
 def _unfold_from(layer: nn.Module, hook: Standardize) -> None:
-    """Wx + b = (W std)((x - mean)/std) + (b + W mean): the way back from :func:`_fold_into`."""
+    """Wx + b = (W std)((x - mean)/std) + (b + W mean): the inverse of :func:`_fold_into`."""
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     assert layer.bias is not None
     weight = layer.weight.double().flatten(1)
@@ -144,7 +144,7 @@ def _unfold_from(layer: nn.Module, hook: Standardize) -> None:
 
 
 def fold(network: nn.Module) -> None:
-    """Move standardisation into the weights: the network computes the same function without it."""
+    """Fold standardisation into the weights; the network computes the same function without the hooks."""
     for layer in network.modules():
         for key, hook in list(layer._forward_pre_hooks.items()):
             if isinstance(hook, Standardize):

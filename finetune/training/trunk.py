@@ -1,8 +1,8 @@
-"""Where the frozen trunk ends, and whether keeping what it gives is worth the room.
+"""The frozen trunk: where to cut the network, and batches of the trunk's cached features.
 
-In ``freeze`` and ``top`` the stages under those that learn are constant: what they make of an image is the
-same in every epoch. So the network is cut where the learning begins, and the trunk runs once for each
-image and view. The best cut saves the most work, and carries the fewest numbers of those that save as much.
+With ``freeze`` and ``top`` the stages below the trained ones are constant, so their output for an image is
+the same in every epoch. The network is cut below the trained stages, and the trunk runs once for each image
+and view. The best cut saves the most work; of equal ones, it has the fewest features.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class SplitChoice:
 
 
 def find_reason_against(recipe: Recipe, plan: Plan) -> str | None:
-    """Say why no trunk is to be kept, before anything is tried.
+    """Return why the network is not to be cut, before any cut is tried.
 
     Returns:
-        None where nothing speaks against it; no words where it was not asked for, or nothing is frozen.
+        None if a cut may be tried; an empty text if the recipe turns it off or no stage is frozen.
     """
     if not recipe.cache.trunk or not plan.frozen:
         return ""
@@ -68,15 +68,15 @@ def choose_split(
     precision: Precision,
     find_obstacle: Callable[[Cut], str],
 ) -> SplitChoice:
-    """Cut a network above everything that learns.
+    """Cut a network below all trained stages.
 
     Args:
-        network: on its device; left as it was.
-        plan: what learns.
+        network: network on its device; it is not changed.
+        plan: which stages learn.
         input_size: (C, H, W) of the images.
-        placement: device and layout of the images.
-        precision: of the forward pass.
-        find_obstacle: says why what a cut carries has no room; nothing where it has.
+        placement: device and memory layout of the images.
+        precision: precision of the forward pass.
+        find_obstacle: returns why a cut's features cannot be cached; an empty text if they can.
     """
     trained = {name for row in plan.trained for name in row.stage.parameters}
     try:
@@ -108,7 +108,7 @@ def _try(
     to_train_mode: Callable[[], None],
     find_obstacle: Callable[[Cut], str],
 ) -> SplitChoice:
-    """Take the first cut that has room and holds."""
+    """Take the first cut whose features can be cached and whose output equals that of the whole network."""
     obstacles: list[str] = []
     num_tried = 0
     for cut in cuts:
@@ -127,20 +127,20 @@ def _try(
     return SplitChoice(None, f"every epoch runs the whole network: {why}")
 
 
-# --- Batches of kept rows, as training takes them ---
+# --- Batches of cached features ---
 
 
 class FeatureLoader:
-    """Batches of kept rows: a :class:`finetune.data.feed.Feed` whose images are rows (B, D).
+    """Batches of cached features: a :class:`finetune.data.feed.BatchLoader` whose images are rows (B, D).
 
     Args:
-        views: rows (N, D) of each view; epoch by epoch the next one is taken.
-        samples: their images.
-        batch_size: rows a batch.
+        views: features (N, D) of each view; each epoch takes the next view.
+        samples: samples of the rows, N.
+        batch_size: rows per batch.
         placement: device of the batches.
-        seed: of the order.
-        shuffle: a new order every epoch; otherwise that of ``samples``.
-        distributed: processes that share the batches.
+        seed: seed of the order.
+        shuffle: shuffle every epoch; otherwise keep the order of ``samples``.
+        distributed: ranks that share the batches.
     """
 
     def __init__(
