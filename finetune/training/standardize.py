@@ -81,7 +81,7 @@ def measure_features(
     ):
         batches = loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size), whole=True)
         for number, batch in enumerate(batches):
-            # For dropout. Seed before each pass, since decoding in this process draws random views in between.
+            # For dropout; decoding in this process draws random views between the passes.
             seed_everything(seed, "measure", number)
             if has_enough_images(network, len(batch.labels), bool(batch.lost)):
                 forward(batch.images)

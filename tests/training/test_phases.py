@@ -66,7 +66,7 @@ def test_going_back_stays_in_the_phase(image_folder: Path, tmp_path: Path) -> No
     )
     progress = trainer.fit()
     assert progress.rollbacks == 1
-    assert "back to the start of epoch 3" in warnings(trainer)[-1]
+    assert "returns to the start of epoch 3" in warnings(trainer)[-1]
     assert {row.stage.name for row in trainer.phase.plan.trained} == {"stage2", "head"}
 
 
