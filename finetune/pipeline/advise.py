@@ -1,4 +1,4 @@
-"""``finetune advise`` and ``--strategy auto``: what is counted and measured, and what follows from it.
+"""``finetune advise`` and ``--strategy auto``: measure the data with a backbone, and choose a strategy.
 
 ::
 
@@ -36,7 +36,7 @@ from finetune.training.plan import Plan, lay_plan
 from pretrained.graph.layers import Layer
 
 BACKWARD = 3
-"""What a training step costs, in forward passes: the gradient takes two more."""
+"""Cost of a training step in forward passes; the backward pass counts as two."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Depth:
     """One layer's linear classifier and nearest neighbours, on training images.
 
     Attributes:
-        layer: its name.
-        num_features: numbers an image.
-        neighbours: leave-one-out accuracy of the five nearest, by cosine.
-        accuracy: of a linear classifier, cross-validated.
+        layer: name of the layer.
+        num_features: features per image.
+        neighbours: leave-one-out accuracy of the five nearest neighbours by cosine, in [0, 1].
+        accuracy: cross-validated accuracy of a linear classifier, in [0, 1].
     """
 
     layer: str
@@ -58,18 +58,18 @@ class Depth:
 
 @dataclass(frozen=True)
 class Advice:
-    """Everything that ``advice.json`` holds.
+    """The content of ``advice.json``.
 
     Attributes:
-        backbone: its name.
-        evidence: counted and measured.
-        decision: what follows.
-        depths: from stem up.
-        plan: what would learn, and how fast.
-        num_trained: numbers that each strategy would train.
-        seconds: that each strategy would take, estimated.
-        num_looked_at: training images that were measured.
-        verified: what a brief training said, where that was asked for.
+        backbone: name of the backbone.
+        evidence: measurements of the data.
+        decision: chosen strategy, with reasons.
+        depths: one entry per layer, from the stem up.
+        plan: which stages would learn, and with which lr.
+        num_trained: number of parameters that each strategy would train.
+        seconds: estimated training time of each strategy.
+        num_looked_at: number of training images that were measured.
+        verified: accuracies of the brief training, by strategy; None without ``advise.verify``.
     """
 
     backbone: str
@@ -113,12 +113,12 @@ _PLAN_KEYS = ("group", "stage", "parameters", "trained", "rate", "norm")
 
 
 def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advice:
-    """Measure a folder with a backbone, and choose a strategy.
+    """Measure a data set with a backbone, and choose a strategy.
 
     Args:
-        recipe: its strategy is not read, but for what the choice leaves open.
-        display: shows progress.
-        output: where something will be written, which must not be among the images.
+        recipe: recipe of the run; of its strategy only the keys that the advice does not set are read.
+        display: progress display.
+        output: folder that will be written; it must not be inside the data set.
 
     Raises:
         DataError: the images have no labels.
@@ -242,7 +242,7 @@ def _candidates(layers: Sequence[Layer], hits: Sequence[Tensor]) -> tuple[Candid
 
 
 def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[str, int]:
-    """Numbers that each strategy trains, with a linear classifier for these classes."""
+    """Return how many parameters each strategy trains, with a linear classifier for these classes."""
     head = (network.layers.all[-1].num_features("auto") + 1) * num_classes
     counts = {}
     for name in dict.fromkeys(cell.name for cell in CELLS.values()):
@@ -253,7 +253,7 @@ def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[s
 
 
 def _estimate(network: Network, recipe: Recipe, num_train: int) -> dict[str, float]:
-    """Seconds by strategy, from the measured time of one forward pass."""
+    """Return estimated seconds by strategy, from the measured time of a forward pass."""
     forward = _time_forward(network)
     below = network.layers.stages[-1 - recipe.strategy.top_stages :][:1]
     trunk = below[0].share if below else 0.0
@@ -270,7 +270,7 @@ def _estimate(network: Network, recipe: Recipe, num_train: int) -> dict[str, flo
 
 
 def _time_forward(network: Network, num_images: int = 8) -> float:
-    """Seconds of a forward pass for one image, the second of two."""
+    """Return the seconds of a forward pass per image, measured after a warm-up pass."""
     layout = torch.channels_last if network.placement.channels_last else torch.contiguous_format
     size = network.backbone.card.preprocessing.input_size
     images = torch.zeros(num_images, *size, device=network.placement.device).to(memory_format=layout)

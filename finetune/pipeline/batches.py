@@ -1,4 +1,4 @@
-"""The batches of a run: decoded images, or what the frozen trunk makes of them, computed once."""
+"""The batches of a run: decoded images, or cached features of the frozen trunk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pretrained.graph.cuts import Cut
 from pretrained.graph.split import SplitNetwork
 
 FEW = 8
-"""Images that figures and model are compared on: through the whole network, however large batches are."""
+"""Number of images on which the exported network is compared with the metrics' predictions."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class DataLoaders:
     """Batches of each split.
 
     Attributes:
-        batches: what training and evaluation take.
+        batches: batches for training and evaluation.
         images: the same samples as decoded images.
-        split: the network in two parts, where these batches hold what the trunk gave.
+        split: the cut network, if the batches hold features of its trunk; else None.
     """
 
     batches: Mapping[Split, BatchLoader]
@@ -50,10 +50,10 @@ class DataLoaders:
 
 @contextmanager
 def open_loaders(context: FitContext, frozen: Mapping[str, str]) -> Iterator[DataLoaders]:
-    """Give the batches of a run while the block runs, in every process.
+    """Open the batches of a run while the block runs, on every rank.
 
     Args:
-        context: the run.
+        context: the running attempt.
         frozen: sha256 of each frozen tensor, by name.
     """
     with ExitStack() as stack:
@@ -76,12 +76,12 @@ def open_loaders(context: FitContext, frozen: Mapping[str, str]) -> Iterator[Dat
 
 
 class LoaderFactory:
-    """Makes loaders that are closed with the stack.
+    """Makes image loaders that the stack closes.
 
     Args:
-        context: the run whose images they load.
-        stack: ends them.
-        cache_dir: where decoded images are kept; by default where the recipe says.
+        context: the running attempt.
+        stack: exit stack that closes the loaders.
+        cache_dir: folder of cached images; by default as the recipe says.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ def _passes(context: FitContext) -> Iterator[tuple[Split, int]]:
 
 
 def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> SplitChoice:
-    """Let the main process choose, and every other one cut at the same place."""
+    """Choose a cut on rank 0, and cut at the same place on every rank."""
     distributed = context.distributed
     own = SplitChoice(None, "")
     if distributed.is_main:
@@ -195,7 +195,7 @@ def _describe(choice: SplitChoice) -> dict[str, Any]:
 
 
 def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str, Any]) -> SplitChoice:
-    """Cut the network, at the place that an earlier attempt took where there was one."""
+    """Cut the network; an earlier attempt's place is used again."""
     setup = context.setup
     reason = find_reason_against(setup.recipe, setup.plan)
     if reason is None and any(sample.path not in context.digests for sample in context.dataset.samples):
@@ -216,7 +216,7 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
 
 
 def _find_obstacle(context: FitContext, cache_dir: FeatureCacheDir, before: str | None, cut: Cut) -> str:
-    """Say why a cut's features cannot be kept; nothing where they can, or are there already."""
+    """Return why a cut's features cannot be cached; empty if they can, or are cached already."""
     if before is not None:
         return (
             ""
@@ -230,10 +230,10 @@ def _find_obstacle(context: FitContext, cache_dir: FeatureCacheDir, before: str 
 
 
 def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
-    """Say why features cannot be kept; a run that has learnt from them must not go on without.
+    """Return the message that features cannot be cached and the whole network is run instead.
 
     Raises:
-        DiskError: it has.
+        DiskError: the run trained on cached features before, so it cannot resume without them.
     """
     found = error.found if isinstance(error, DataError) else error.strerror or str(error)
     if RunReader(folder, tolerant=True).trunk.get("cut") is not None:
@@ -245,7 +245,7 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
 def _try_to_keep(
     factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]
 ) -> tuple[dict[Split, BatchLoader] | None, DataError | OSError | None]:
-    """Return feeds of features, or why there are none: for all processes alike."""
+    """Return loaders of cached features, or the error that prevents them; the same on all ranks."""
     distributed = factory.context.distributed
     loaders, fault = None, None
     try:
@@ -258,7 +258,7 @@ def _try_to_keep(
 
 
 def _keep(factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]) -> dict[Split, BatchLoader]:
-    """Run the trunk over what is not kept yet.
+    """Run the trunk over all images whose features are not cached yet.
 
     Raises:
         DataError: an image cannot be read any more, or has changed.
@@ -303,7 +303,7 @@ def _keep(factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]
 
 
 def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
-    """Refuse to keep features of images that are not what they were when the run began.
+    """Refuse to cache features of images that changed since the run started.
 
     Raises:
         DataError: one was changed. One that has vanished was read before.

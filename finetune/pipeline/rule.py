@@ -1,4 +1,4 @@
-"""The strategy from evidence: one table of thresholds, one table of cells, and what follows from them.
+"""The rule that chooses a strategy from measurements: a table of thresholds and a table of cells.
 
 The lectures' matrix has two axes. *Size* is counted. *Similarity* to what the backbone was trained on is
 measured: by what its own classifier says about the new labels, or, where it has none, by how much better its
@@ -50,7 +50,7 @@ CHANCE_ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell of the matrix leads to.
+    """The strategy of one cell of the matrix.
 
     Attributes:
         words: for the matrix.
@@ -93,7 +93,7 @@ it is handed over only where it beats one on validation."""
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear classifier, judged by cross-validation on training images.
+    """A linear classifier, scored by cross-validation on training images.
 
     Attributes:
         features: ``last``, ``all`` or the name of a layer.
@@ -110,7 +110,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was counted and measured on training images.
+    """Measurements on the training images.
 
     Attributes:
         num_images: training images, N.
@@ -138,7 +138,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """Where the data stand in the matrix, and what follows.
+    """The position of the data in the matrix, and the chosen strategy.
 
     Attributes:
         size: little, medium or a lot.

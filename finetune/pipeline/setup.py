@@ -1,4 +1,4 @@
-"""Everything that is decided before the output folder is taken: most refusals leave nothing behind."""
+"""Decisions made before the run folder is claimed, so that most refusals leave no files behind."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ class RunSetup:
 def prepare(
     recipe: Recipe, display: Display, distributed: Distributed = SINGLE_PROCESS
 ) -> tuple[RunSetup, Dataset]:
-    """Find data and backbone, load the weights, and decide every "auto".
+    """Find data and backbone, load the weights, and resolve every "auto".
 
-    The main process finds and decides; the others need neither the file of the weights nor a cache.
+    Rank 0 does the work; the other ranks need neither the weights' file nor a cache.
 
     Args:
-        recipe: names its data and its backbone.
-        display: what the user sees.
-        distributed: the processes of the run.
+        recipe: recipe that names data and backbone.
+        display: progress display.
+        distributed: ranks of the run.
 
     Returns:
-        What was decided, and the images that were found.
+        The decisions, and the images that were found.
     """
     device = prepare_machine(recipe, distributed)
     found, card = distributed.share(lambda: (_find_images(recipe, display), _find_card(recipe, display)))
@@ -100,9 +100,9 @@ def prepare(
 
 
 def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:
-    """Halve the batch size until a step fits on the device; an earlier attempt's choice stays.
+    """Halve the batch size until a step fits on the device; an earlier attempt's choice is kept.
 
-    What else runs on a GPU changes, and the run must not.
+    The free memory of a shared GPU may change between attempts, but the run must not.
     """
     size = distributed.share(lambda: _read_batch_size(folder) or _find_batch_size(setup))
     training = setup.recipe.training.model_copy(update={"batch_size": size})
@@ -186,10 +186,10 @@ def _plan(recipe: ResolvedRecipe, backbone: Backbone) -> Plan:
 
 
 def check_asked(recipe: Recipe) -> None:
-    """Refuse what cannot be meant, before anything is looked for.
+    """Refuse contradictory keys before data and backbone are looked up.
 
     Raises:
-        UsageError: no data were named, or keys exclude each other.
+        UsageError: no data was given, or keys exclude each other.
     """
     if not recipe.data.path:
         raise UsageError("finetune run", "no data was named", "Add --data FOLDER, or --data sample:digits.")
@@ -203,7 +203,7 @@ def check_asked(recipe: Recipe) -> None:
 
 
 def _check_strategy(recipe: Recipe) -> None:
-    """Refuse keys that belong to another strategy, instead of passing over them."""
+    """Refuse keys that belong to another strategy, instead of ignoring them."""
     strategy = recipe.strategy
     kind = find_strategy(strategy.name)
     if strategy.features is not None and not kind.solvable:
