@@ -210,8 +210,8 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
         setup.plan,
         setup.backbone.card.preprocessing.input_size,
         setup.placement,
-        precision,
-        partial(_find_obstacle, context, cache_dir, before.get("cut")),
+        precision=precision,
+        find_obstacle=partial(_find_obstacle, context, cache_dir, before.get("cut")),
     )
 
 

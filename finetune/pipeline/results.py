@@ -29,8 +29,14 @@ def evaluate(trainer: Trainer, loader: BatchLoader, display: Display) -> Predict
     """Predict the evaluated split with the network that the trainer selected."""
     forward = trainer.task.forward(trainer.judged)
     with display.track("evaluating", len(loader.samples)) as advance:
-        on_batch = partial(_advance, advance)
-        return predict(trainer.judged, loader, trainer.precision, on_batch, forward, trainer.distributed)
+        return predict(
+            trainer.judged,
+            loader,
+            trainer.precision,
+            on_batch=partial(_advance, advance),
+            forward=forward,
+            distributed=trainer.distributed,
+        )
 
 
 def _advance(advance: Advance, done: int) -> None:

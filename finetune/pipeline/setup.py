@@ -96,7 +96,8 @@ def prepare(
     placement = Placement(device, bool(resolved.training.channels_last))
     plan = _plan(resolved, backbone)
     _check_batch_norm(resolved, device, distributed)
-    return RunSetup(resolved, backbone, placement, plan, max_workers, card), found
+    setup = RunSetup(resolved, backbone, placement, plan, max_workers=max_workers, source_card=card)
+    return setup, found
 
 
 def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:

@@ -398,9 +398,9 @@ def test_a_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     shutil.copytree(few, tmp_path / "data")
     choose = loaders.choose_split
 
-    def change_and_choose(*arguments: Any) -> Any:
+    def change_and_choose(*arguments: Any, **keys: Any) -> Any:
         shutil.copy(tmp_path / "data/val/red/001.jpg", tmp_path / "data/val/red/002.jpg")
-        return choose(*arguments)
+        return choose(*arguments, **keys)
 
     listener = Listener()
     with mock.patch.object(loaders, "choose_split", change_and_choose):
