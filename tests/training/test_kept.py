@@ -42,7 +42,7 @@ ARCHITECTURES = ("test_resnet", "test_vit", "test_convnext", "test_nfnet", "mobi
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And several batches for the trunk, the last of them a smaller one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("finetune.features.store.compute_part_size", lambda *_: 12)
+    monkeypatch.setattr("finetune.features.store.compute_chunk_size", lambda *_: 12)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,10 @@ def test_wrong_features_give_no_figures(fit: Fit) -> None:
         [right] = rows(self, *arguments)
         return [MemoryRows(right[torch.arange(right.shape[0]).flip(0)])]
 
-    with mock.patch.object(KeptRows, "rows", wrong), pytest.raises(InternalError, match="figures"):
+    with (
+        mock.patch.object(KeptRows, "rows", wrong),
+        pytest.raises(InternalError, match="exported model with the metrics"),
+    ):
         fit("wrong")
 
 
