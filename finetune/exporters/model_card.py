@@ -67,7 +67,7 @@ def build_readme(card: Card, metrics: Metrics, source: str, data: TrainingData |
     data = data or TrainingData()
     sections = [
         f"# Model card\n\n{_summary(card, metrics)}",
-        f"## Figures\n\n{_figures(metrics)}",
+        f"## Metrics\n\n{_metrics_table(metrics)}",
         f"## Intended use and limits\n\n{_limits(card, metrics)}",
         f"## Training data\n\n{_data(metrics, data)}",
         f"## Usage\n\n```python\n{_usage(card)}\n```\n\n{_input_sentence(card)}\n\n{_output_sentence(card)}",
@@ -134,7 +134,7 @@ def _summary(card: Card, metrics: Metrics) -> str:
     return f"`{card.architecture}` {tuned} for\n{card.num_classes} classes: {_class_list(card)}."
 
 
-def _figures(metrics: Metrics) -> str:
+def _metrics_table(metrics: Metrics) -> str:
     if not metrics:
         return "None came with this model."
     intervals = metrics.get("intervals") or {}
@@ -146,9 +146,9 @@ def _figures(metrics: Metrics) -> str:
     calibration = metrics.get("calibration") or {}
     if _is_number(after := calibration.get("loss_calibrated")):
         rows.append(("log loss with the temperature (nats)", f"{after:.4f}", ""))
-    rows.append(("images", f"{metrics['num_samples']} of the `{metrics['split']}` part", ""))
+    rows.append(("images", f"{metrics['num_samples']} of the `{metrics['split']}` split", ""))
     width = 3 if intervals else 2
-    table = _table(("figure", "value", "95 % interval")[:width], [row[:width] for row in rows])
+    table = _table(("metric", "value", "95 % interval")[:width], [row[:width] for row in rows])
     parts = [table, _split_sentence(metrics), _seen_sentences(metrics), _calibration_sentence(calibration)]
     return "\n\n".join(filter(None, parts))
 
@@ -179,7 +179,7 @@ def _seen_sentences(metrics: Metrics) -> str:
     }
     counts = {what: metrics[key] for key, what in learned.items() if _is_number(metrics.get(key))}
     return "\n\n".join(
-        f"**Of the {metrics['num_samples']} judged images, {count} had an exact copy among those {what}: "
+        f"**Of the {metrics['num_samples']} test images, {count} had an exact copy among those {what}: "
         "these metrics are optimistic.**"
         for what, count in counts.items()
         if count > 0
@@ -195,7 +195,7 @@ def _calibration_sentence(calibration: Mapping[str, Any]) -> str:
         f"{calibration['temperature']:.4g} that divides the logits (fitted on the validation split)."
     )
     if calibration.get("same_images") is True:
-        text += " The judged images fitted it as well: metrics with it are cross-fitted in five parts."
+        text += " The test images also fitted it, so metrics with it are cross-fitted in five folds."
     return text
 
 
@@ -203,12 +203,12 @@ def _limits(card: Card, metrics: Metrics) -> str:
     lines = [
         f"It says which of these {card.num_classes} classes an image shows. An image of anything else gets "
         "one of them as well, often with a high probability.",
-        "Metrics hold for images like those that were judged: same kind of camera, background and "
+        "Metrics hold for images like those that were tested: same kind of camera, background and "
         "selection. Other images need a look of their own (`finetune evaluate`).",
         "It was not examined for fairness between groups of people, nor against images made to deceive it.",
     ]
     if missing := metrics.get("classes_not_judged"):
-        lines.append(f"No image judged these classes: {_names(missing)}.")
+        lines.append(f"No image of these classes was tested: {_names(missing)}.")
     if confused := metrics.get("most_confused"):
         shown = [
             f"{_code(pair['label'])} taken for {_code(pair['predicted'])} ({100 * pair['share']:.0f} %)"
@@ -223,7 +223,7 @@ def _data(metrics: Metrics, data: TrainingData) -> str:
         return "Nothing is known here of the images it was trained on."
     name = f"{_code(data.name)}: " if data.name else ""
     trained = f"{metrics['num_train']} training images; " if "num_train" in metrics else ""
-    text = f"{name}{trained}{metrics['num_samples']} images of the `{metrics['split']}` part were judged."
+    text = f"{name}{trained}{metrics['num_samples']} images of the `{metrics['split']}` split were tested."
     if not data.counts:
         return text
     parts = list(dict.fromkeys(part for counts in data.counts.values() for part in counts))

@@ -91,9 +91,9 @@ def test_the_hub_reads_figures_licence_and_base() -> None:
         "| balanced accuracy | 0.8000 |  |",
         "Expected calibration error 0.2000; 0.0500 with the temperature 1.5",
         "These images chose nothing",
-        "No image judged these classes: `wasp`.",
+        "No image of these classes was tested: `wasp`.",
         "`an|t` taken for `bee` (30 %)",
-        "`insects`: 40 training images; 10 images of the `test` part were judged.",
+        "`insects`: 40 training images; 10 images of the `test` split were tested.",
         "| `bee` | 20 | 4 |",
         "divided by 1.5 (the temperature)",
         "Weights started from `timm/resnet18.a1_in1k` (apache-2.0",
@@ -106,7 +106,7 @@ def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
     calibration = NEW["calibration"] | {"loss": 0.3, "loss_calibrated": 0.25, "same_images": True}
     text = build_readme(card_of(temperature=1.5), NEW | {"calibration": calibration}, "weights.pth")
     assert "| log loss (nats) | 0.3000 |  |\n| log loss with the temperature (nats) | 0.2500 |  |" in text
-    assert "cross-fitted in five parts" in text
+    assert "cross-fitted in five folds" in text
     assert "then softmax gives calibrated probabilities" in text
     assert "probabilities behind the figures" not in text
     plain = build_readme(card_of(), NEW, "weights.pth")
@@ -117,9 +117,9 @@ def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
 
 def test_images_that_were_learned_from_are_told() -> None:
     text = build_readme(card_of(), NEW | {"num_leaked": 2, "num_seen_by_backbone": 1}, "weights.pth")
-    figures = text.partition("## Figures")[2].partition("##")[0]
-    start = "**Of the 10 judged images,"
-    assert f"{start} 2 had an exact copy among those that this model was trained on: these figures" in figures
+    figures = text.partition("## Metrics")[2].partition("##")[0]
+    start = "**Of the 10 test images,"
+    assert f"{start} 2 had an exact copy among those that this model was trained on: these metrics" in figures
     assert f"{start} 1 had an exact copy among those that its weights were trained on in a run" in figures
     for counts in ({"num_leaked": 0, "num_seen_by_backbone": 0}, {"num_leaked": None}, {}):
         assert "too kind" not in build_readme(card_of(), NEW | counts, "weights.pth")
@@ -130,7 +130,7 @@ def test_an_old_run_has_a_card_as_well() -> None:
     assert "| accuracy | 0.9000 |" in text
     assert "95 %" not in text
     assert "calibration" not in text
-    assert "a little kind" in text
+    assert "optimistic" in text
     assert len(ModelCard(text).data.eval_results or ()) == 3
 
 
