@@ -6,11 +6,11 @@ import os
 import time
 from collections.abc import Mapping
 
-# Read while it is imported, and later. Whoever sets one of these is listened to.
+# MLflow reads these when it is imported and later. Values that the user has set are kept.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the only local store that needs no database
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which belongs to results
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds that a silent server costs the run
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for results
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds to wait for a silent server
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 from mlflow.entities import Metric, Param
@@ -20,15 +20,15 @@ from finetune.tracking.tracker import EPOCH_METRICS, PROJECT, End, TrackedRun
 
 _STATUS: dict[End, str] = {"done": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 _LONGEST = 500
-"""Characters of a parameter that every store takes."""
+"""Largest number of characters of a parameter that every store accepts."""
 _MOST_PARAMETERS = 100
-"""In one request."""
+"""Largest number of parameters in one request."""
 
 
 class MLflow:
-    """Logs metrics by epoch, and the recipe as parameters, which MLflow never changes once they are written.
+    """Logs metrics by epoch, and the recipe as parameters, which MLflow does not allow to change later.
 
-    Only its plain client is used: the module's own functions have a global state, and hooks at the exit.
+    Only ``MlflowClient`` is used: MLflow's module functions have global state and exit hooks.
     """
 
     def __init__(self, run_info: TrackedRun, run_id: str) -> None:
@@ -42,12 +42,12 @@ class MLflow:
         """Log one row of the history."""
         self._log({name: row[name] for name in EPOCH_METRICS}, int(row["epoch"]))
 
-    def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
+    def log_final(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Log the final metrics under ``final/``."""
-        self._log({f"final/{name}": value for name, value in figures.items()}, epoch)
+        self._log({f"final/{name}": value for name, value in metrics.items()}, epoch)
 
     def close(self, end: End) -> None:
-        """Say how the run ended."""
+        """Set the status of the run."""
         self._client.set_terminated(self.run_id, _STATUS[end])
 
     def _create(self, run_info: TrackedRun) -> str:
@@ -61,7 +61,7 @@ class MLflow:
             self._client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
         return run_id
 
-    def _log(self, figures: Mapping[str, float], step: int) -> None:
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value in figures.items()]
-        self._client.log_batch(self.run_id, metrics=metrics)
+        entries = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self.run_id, metrics=entries)

@@ -1,4 +1,4 @@
-"""What a tracker is told, and what it says of itself."""
+"""The interface of an experiment tracker, and the facts about a run that it gets."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from finetune.errors import sanitize
 from finetune.recipe import Recipe, flatten
 
 PROJECT = "finetune"
-"""Project or experiment of runs for which the tracker's own variable names none."""
+"""Project or experiment of a run, unless the tracker's own environment variable names another one."""
 
 EPOCH_METRICS = ("train_loss", "eval_loss", "eval_accuracy", "lr", "images_per_second")
-"""Columns of ``history.csv`` that trackers are told, with the epoch as the step."""
+"""Columns of ``history.csv`` that trackers get, with the epoch as the step."""
 
 End = Literal["done", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run that a tracker is told of.
+    """The facts about a run that a tracker gets, without secrets.
 
     Attributes:
-        name: of the run folder.
-        folder: its absolute path; the only link to model and report.
-        home: where a tracker may keep files of its own.
-        settings: of the resolved recipe, by dotted key, without secrets.
-        recipe: the same as YAML.
+        name: name of the run folder.
+        folder: absolute path of the run folder, where model and report are.
+        home: folder in which a tracker may store its own files.
+        settings: values of the resolved recipe, by dotted key.
+        recipe: the resolved recipe as YAML.
     """
 
     name: str
@@ -39,27 +39,27 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """A client of one tracker, open. Any call may raise anything: the caller drops it then."""
+    """An open client of one tracker. Any call may raise any error; the caller then drops the tracker."""
 
     @property
     def run_id(self) -> str:
-        """By which a later process finds the same run again; empty where the folder says it all."""
+        """The tracker's id of the run, with which a later process resumes it; empty if the folder suffices."""
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
-        """Tell one row of the history."""
+        """Log one row of the history."""
 
-    def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Tell the final metrics, of so many epochs."""
+    def log_final(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """Log the final metrics after ``epoch`` epochs."""
 
     def close(self, end: End) -> None:
-        """Write what is left, and say how the run ended."""
+        """Write what is buffered, and record how the run ended."""
 
 
 def describe_run(recipe: Recipe, folder: Path) -> TrackedRun:
-    """Return what trackers are told of a run before it begins: nothing that is secret."""
+    """Return the facts that trackers get before a run begins, without secrets."""
     path = folder.absolute()
     settings = {key: _clean(value) for key, value in flatten(recipe.to_dict())}
-    lines = [sanitize(line) for line in recipe.to_yaml().splitlines()]  # which escapes a line end, too
+    lines = [sanitize(line) for line in recipe.to_yaml().splitlines()]  # sanitize would escape line ends
     return TrackedRun(
         sanitize(path.name), sanitize(str(path)), path / "tracking", settings, "\n".join(lines) + "\n"
     )
@@ -70,7 +70,7 @@ def _clean(value: Any) -> Any:
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of ``metrics.json`` by dotted key: no lists, no truth values, nothing undefined."""
+    """Return the numbers of ``metrics.json`` by dotted key, without lists, booleans and nulls."""
     return dict(_numbers(metrics, ""))
 
 

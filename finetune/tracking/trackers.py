@@ -1,8 +1,8 @@
-"""Tell trackers of a run, and let none of them hurt it.
+"""Log a run to experiment trackers, without risk for the run.
 
-A tracker that fails is warned of once and dropped: the run, its files and its bits are the same with and
-without. What a tracker was told is noted in ``tracking/trackers.json``, so that a run that goes on tells each
-epoch once, to the tracker's same run.
+A tracker that fails causes one warning and is dropped: the run and its results are the same with and without
+trackers. ``tracking/trackers.json`` records what each tracker has got, so that a resumed run logs each epoch
+once, to the same run of the tracker.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CLIENTS: dict[TrackerName, str] = {
     "wandb": "finetune.tracking.weights_and_biases.WeightsAndBiases",
     "mlflow": "finetune.tracking.mlflow.MLflow",
 }
-"""Imported where they are asked for, since each needs a package of its own."""
+"""Class of each tracker's client, imported only if it is used: each needs its own package."""
 
 
 @dataclass
 class TrackerState:
-    """What a tracker knows.
+    """What a tracker has got so far.
 
     Attributes:
-        run_id: its own name for the run.
-        epoch: the last one that it was told, from 1.
+        run_id: the tracker's id of the run.
+        epoch: the last epoch that was logged, from 1; 0 before the first.
     """
 
     run_id: str = ""
@@ -44,15 +44,15 @@ class TrackerState:
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Make sure that the clients are there, before anything starts.
+    """Check before the run starts that the clients of the trackers can be imported.
 
     Raises:
-        EnvironmentFaultError: one is not installed or cannot be loaded; names the extra to install.
+        EnvironmentFaultError: a client is not installed or cannot be imported; names the extra to install.
     """
     for name in names:
         try:
             _find_client(name)
-        except Exception as error:  # a client that is installed may be broken in any way
+        except Exception as error:  # an installed client may fail in any way
             fix = f'Run `pip install "finetune[{name}]"`, or leave it out of tracking.to.'
             found = f"its client cannot be loaded ({type(error).__name__}: {error})"
             raise EnvironmentFaultError(f"tracking.to={name}", found, fix) from None
@@ -64,22 +64,22 @@ def _find_client(name: TrackerName) -> Any:
 
 
 class Trackers:
-    """The trackers of one attempt at a run; none at all where the recipe names none.
+    """The trackers of one attempt at a run; does nothing if the recipe names none.
 
     Args:
-        recipe: resolved.
-        folder: of the run.
-        display: where a tracker that fails is warned of.
+        recipe: resolved recipe.
+        folder: run folder.
+        display: shows the warning about a tracker that fails.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
         self._recipe, self._folder, self._display = recipe, folder, display
         self._open: dict[TrackerName, Tracker] = {}
-        self._told: dict[str, TrackerState] = {}
+        self._states: dict[str, TrackerState] = {}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep the trackers open while the block runs, and tell them how it ended."""
+        """Keep the trackers open while the block runs, and let them record how it ended."""
         end: End = "failed"
         self._begin()
         try:
@@ -94,19 +94,19 @@ class Trackers:
                     tracker.close(end)
 
     def log_epochs(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Tell the rows of a history that were not told before."""
+        """Log the rows of a history that were not logged before."""
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
-                told = self._told[name]
-                new = [row for row in history if row["epoch"] > told.epoch]
+                state = self._states[name]
+                new = [row for row in history if row["epoch"] > state.epoch]
                 for row in new:
                     tracker.log_epoch(row)
-                    told.epoch = int(row["epoch"])
+                    state.epoch = int(row["epoch"])
                 if new:
-                    self._note()
+                    self._write_states()
 
     def log_final(self, metrics: Mapping[str, Any]) -> None:
-        """Tell the numbers of ``metrics.json``."""
+        """Log the numbers of ``metrics.json``."""
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
                 tracker.log_final(flatten_metrics(metrics), metrics["epochs"])
@@ -115,42 +115,43 @@ class Trackers:
         names = dict.fromkeys(self._recipe.tracking.to)
         if not names:
             return
-        subject = describe_run(self._recipe, self._folder.path)
-        self._told = self._read()
+        run_info = describe_run(self._recipe, self._folder.path)
+        self._states = self._read_states()
         for name in names:
             with self._guarded(name):
-                told = self._told.setdefault(name, TrackerState())
-                subject.home.mkdir(exist_ok=True)
-                self._open[name] = _find_client(name)(subject, told.run_id)
-                told.run_id = self._open[name].run_id
-                self._note()
+                state = self._states.setdefault(name, TrackerState())
+                run_info.home.mkdir(exist_ok=True)
+                self._open[name] = _find_client(name)(run_info, state.run_id)
+                state.run_id = self._open[name].run_id
+                self._write_states()
         if self._open:
-            self._display.note(f"tracking: {', '.join(self._open)}, in {subject.home}")
+            self._display.note(f"tracking: {', '.join(self._open)}, in {run_info.home}")
 
     @contextmanager
     def _guarded(self, name: TrackerName) -> Iterator[None]:
-        """Drop a tracker that fails, with one warning."""
+        """Drop a tracker that fails in the block, with one warning."""
         try:
             yield
-        except Exception as error:  # a disk that is full, a server that is gone, a bug of theirs
+        except Exception as error:  # a full disk, a server that is gone, a bug of the client
             self._open.pop(name, None)
-            said = " ".join(str(error).split())[:200]
-            reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
-            self._display.warn(f"{name} cannot be told of the run any more ({reason}); it goes on without")
+            message = " ".join(str(error).split())[:200]
+            reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
+            self._display.warn(f"{name} failed and is switched off ({reason}); the run continues without it")
 
     @property
-    def _notes(self) -> Path:
+    def _states_file(self) -> Path:
         return self._folder.tracking / "trackers.json"
 
-    def _note(self) -> None:
-        write_json(self._notes, {name: asdict(told) for name, told in self._told.items()})
+    def _write_states(self) -> None:
+        write_json(self._states_file, {name: asdict(state) for name, state in self._states.items()})
 
-    def _read(self) -> dict[str, TrackerState]:
-        """Return what an earlier attempt noted; nothing where that is damaged."""
+    def _read_states(self) -> dict[str, TrackerState]:
+        """Return the states that an earlier attempt has written; empty if the file is absent or damaged."""
         try:
-            content = json.loads(self._notes.read_text(encoding="utf-8"))
+            content = json.loads(self._states_file.read_text(encoding="utf-8"))
             return {
-                str(n): TrackerState(str(told["run_id"]), int(told["epoch"])) for n, told in content.items()
+                str(name): TrackerState(str(state["run_id"]), int(state["epoch"]))
+                for name, state in content.items()
             }
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}

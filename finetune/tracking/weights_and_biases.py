@@ -1,7 +1,7 @@
 """Weights & Biases: files in the run folder, which ``wandb sync`` uploads, or online with WANDB_MODE=online.
 
-Of what its client collects by itself everything is switched off: standard output, machine, Git, source code,
-packages, reports of its own errors. A click on "stop" in its web page does not reach the run.
+Everything that the client collects by itself is switched off: standard output, machine, Git, source code,
+packages, error reports. The "stop" button of its web page has no effect on the run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import wandb
 from finetune.tracking.tracker import EPOCH_METRICS, PROJECT, End, TrackedRun
 
 PATIENCE = 30.0
-"""Seconds that a server has to answer before the run goes on without it."""
+"""Seconds that a server has to answer before the run continues without it."""
 
 
 class WeightsAndBiases:
@@ -37,20 +37,20 @@ class WeightsAndBiases:
 
     @property
     def run_id(self) -> str:
-        """Its own."""
+        """The id that Weights & Biases gives to the run."""
         return str(self._run.id)
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
         """Log one row of the history."""
         self._run.log({name: row[name] for name in EPOCH_METRICS}, step=int(row["epoch"]))
 
-    def log_final(self, figures: Mapping[str, float], epoch: int) -> None:
+    def log_final(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Put the final metrics into the summary, under ``final/``."""
         del epoch
-        self._run.summary.update({f"final/{name}": value for name, value in figures.items()})
+        self._run.summary.update({f"final/{name}": value for name, value in metrics.items()})
 
     def close(self, end: End) -> None:
-        """Upload what is left, where there is a server, and end the run there."""
+        """Upload what is left, if there is a server, and end the run there."""
         self._run.finish(exit_code=0 if end == "done" else 1)
 
 
