@@ -43,7 +43,7 @@ class Tracker(Protocol):
 
     @property
     def run_id(self) -> str:
-        """The tracker's id of the run, with which a later process resumes it; empty if the folder suffices."""
+        """The tracker's id of the run, by which a later process resumes it; empty if the folder suffices."""
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
         """Log one row of the history."""
