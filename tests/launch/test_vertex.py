@@ -89,7 +89,7 @@ def test_a_bucket_that_cannot_rename_folders_gets_the_results(
     platform, words = words_of()
     assert words == ["--output", "runs/123"], "the same in every process of the job"
     assert platform.results == tmp_path / "kept" / "run"
-    assert "begins anew" in platform.warning
+    assert "begins from scratch" in platform.warning
 
 
 def test_without_a_base_folder_there_is_a_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_a_new_folder(tmp_path: Path, place: str) -> None:
     claim = claim_folder(tmp_path / place, recipe())
     folder = claim.folder
     assert claim == Claim(RunFolder(tmp_path / place))
-    assert load_recipe(str(folder.recipe)) == recipe()
+    assert load_recipe(str(folder.recipe)).to_dict() == recipe().to_dict()
     assert names_in(folder.path) == ["checkpoints", "outcome.json", "recipe.yaml"]
 
 
