@@ -237,7 +237,7 @@ def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp
     assert isinstance(images, Dataset)
     assert all(images.file(sample).is_file() for sample in images.samples)
     (tmp_path / "packed.zip").write_bytes(b"nothing")
-    assert "no zip archive" in str(open_model(copy).images)
+    assert "not a zip archive" in str(open_model(copy).images)
 
 
 @pytest.mark.slow
