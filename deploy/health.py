@@ -1,11 +1,10 @@
-"""The image's health check: 0 while the job gives signs of life, 1 where none came for half a minute.
+"""The image's health check: 0 while the job sends heartbeats, 1 if none has arrived for half a minute.
 
-`finetune run` is watched over by a process that reads its pipe when a sign of life comes in, and nothing else
-(`finetune/launch/supervisor.py`). The kernel counts the reads of a process (`syscr` in /proc/PID/io), so that
-nothing has to be written for this check, and a read-only root does no harm. It runs every minute, hence on
-Python's own library alone.
+The supervisor of `finetune run` reads its pipe when a heartbeat arrives, and reads nothing else
+(`finetune/launch/supervisor.py`). The kernel counts the reads of a process (`syscr` in /proc/PID/io), so this
+check needs no file and works with a read-only root. It runs every minute, hence the standard library only.
 
-Where nobody watches there is nothing to say, and the answer is 0: other commands, and a run's first seconds.
+Without a supervisor (other commands, and the first seconds of a run) the answer is 0.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import time
 from pathlib import Path
 
 SECONDS = 30.0
-"""In which a sign has to come. The image asks three times before it says that something is wrong."""
+"""Seconds within which a heartbeat must arrive. The image counts as unhealthy after three failed checks."""
 PULSE = re.compile(rb"(?:^|\0)FINETUNE_PULSE=[^\0]*:(\d+)(?:\0|$)")
-"""The supervisor sets it for its child: a pipe, and its own process number (finetune/system/heartbeat.py)."""
+"""The variable that the supervisor sets for its child: a pipe, and the supervisor's process id."""
 
 
 def find_watchers(processes: Path) -> set[int]:
-    """Return the processes that watch over others and are not watched themselves.
+    """Return the process ids of supervisors that have no supervisor themselves.
 
     Args:
-        processes: /proc. Processes of other users are passed over.
+        processes: the folder /proc. Processes of other users are skipped.
     """
     watchers, watched = set(), set()
     for folder in processes.glob("[0-9]*"):
@@ -40,7 +39,7 @@ def find_watchers(processes: Path) -> set[int]:
 
 
 def count_reads(processes: Path, number: int) -> int | None:
-    """Return how many times a process has read something; None when it has ended, or may not be looked at."""
+    """Return the number of reads of a process; None if it has ended or belongs to another user."""
     try:
         match = re.search(r"^syscr: (\d+)$", (processes / str(number) / "io").read_text(), re.MULTILINE)
     except OSError:
@@ -49,7 +48,7 @@ def count_reads(processes: Path, number: int) -> int | None:
 
 
 def find_silent(processes: Path, seconds: float) -> set[int]:
-    """Return the watching processes that heard nothing, after waiting for a sign that long at most."""
+    """Return the supervisors that received no heartbeat within ``seconds``."""
     deadline = time.monotonic() + seconds
     before = {number: count_reads(processes, number) for number in find_watchers(processes)}
     silent = {number for number, count in before.items() if count is not None}
@@ -60,10 +59,10 @@ def find_silent(processes: Path, seconds: float) -> set[int]:
 
 
 def main() -> int:
-    """Say in one line how the job is; return the exit code."""
+    """Print one line for each silent job; return the exit code."""
     silent = find_silent(Path("/proc"), SECONDS)
     for number in sorted(silent):
-        print(f"no sign of life for {SECONDS:g} s: process {number} hears nothing from its job")  # noqa: T201
+        print(f"no heartbeat for {SECONDS:g} s: process {number} receives nothing from its job")  # noqa: T201
     return int(bool(silent))
 
 
