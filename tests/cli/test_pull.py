@@ -147,7 +147,7 @@ def test_fetched_now_and_found_later(
     assert (unknown["name"], unknown["path"]) == ("no_such_network", None)
     assert "pull no_such_network: there is no network of that name" in unknown["error"]
     assert unknown["error"] in pull.stderr
-    assert "no weights were ever published" in unpublished["error"]
+    assert "no weights were published for it" in unpublished["error"]
     assert (resnet["name"], resnet["was_here"], resnet["error"]) == (
         "timm/test_resnet.r160_in1k",
         False,
