@@ -1,4 +1,6 @@
-"""One error path for every command: a sentence on stderr, the documented exit code, no traceback."""
+"""Output of the commands: errors and messages on stderr, results and tables on stdout.
+
+An error becomes a message and the documented exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def refusals(as_json: bool = False) -> Iterator[None]:
     """Turn errors into messages and exit codes.
 
     Args:
-        as_json: stdout must carry one JSON object even now.
+        as_json: also write the error to stdout, as one JSON object.
     """
     try:
         yield
@@ -39,12 +41,12 @@ def refusals(as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        fix = f"This is our fault: please report it with what {DEBUG_VARIABLE}=1 prints."
+        fix = f"This is a bug in finetune: please report it with the output of {DEBUG_VARIABLE}=1."
         _fail(sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL, as_json)
 
 
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
-    if code == ExitCode.INTERRUPTED:  # everything is saved and said: more of the same adds nothing
+    if code == ExitCode.INTERRUPTED:  # everything is saved: ignore further Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     say(typer.style(f"error: {message}", fg="red"))
     say(fix)
@@ -59,7 +61,7 @@ def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
 
 
 def say(line: str) -> None:
-    """Write to stderr; where nobody can read it, the exit code still says what happened."""
+    """Write a line to stderr; a closed stderr is ignored, so that the exit code stays right."""
     try:
         typer.echo(line, err=True)
     except OSError:
@@ -67,7 +69,7 @@ def say(line: str) -> None:
 
 
 def hand_over(text: str | bytes) -> None:
-    """Write to stdout; an exit code must not depend on whether anybody reads it."""
+    """Write to stdout; a closed stdout is ignored, so that the exit code stays right."""
     try:
         typer.echo(text, nl=False)
     except OSError:
@@ -75,16 +77,13 @@ def hand_over(text: str | bytes) -> None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Let whatever is left to be written go nowhere, instead of into an error while Python ends."""
+    """Redirect a closed stream to the null device, so that flushing it at exit raises no error."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# --- Tables on stdout ---
-
-
 def print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
-    """Plain columns on stdout, so that grep, sort and less work on them."""
+    """Write a table to stdout in plain columns, so that grep, sort and less work on it."""
     table = [list(columns), *rows]
     widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
     for row in table:

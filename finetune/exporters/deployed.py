@@ -23,18 +23,18 @@ from pretrained.stage_classifier import StageClassifier
 Layout = Literal["nchw", "nhwc"]
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
 _TRACED = 2
-"""Images of the example; the exporter takes a single one for a fact."""
+"""Batch size of the example; the exporter would fix a batch size of 1."""
 _HINT = 'For more information, run with TORCH_LOGS="+dynamic".'
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What goes into a graph and what comes out.
+    """Input and output of an exported graph.
 
     Attributes:
-        layout: of uint8 images that the graph normalises itself; None for float32 (B, 3, H, W) that were
-            normalised before.
-        is_calibrated: probabilities come out, softened by the card's temperature; else logits.
+        layout: layout of uint8 images, which the graph normalises; None for float32 (B, 3, H, W) images that
+            are already normalised.
+        is_calibrated: output probabilities, calibrated by the card's temperature, instead of logits.
     """
 
     layout: Layout | None = None
@@ -42,38 +42,38 @@ class Interface:
 
     @property
     def input_name(self) -> str:
-        """Of the one input."""
+        """Name of the input."""
         return "images"
 
     @property
     def output_name(self) -> str:
-        """Of the one output."""
+        """Name of the output."""
         return "probabilities" if self.is_calibrated else "logits"
 
     @property
     def input_dtype(self) -> str:
-        """``uint8`` or ``float32``."""
+        """Data type of the input: ``uint8`` or ``float32``."""
         return "uint8" if self.layout else "float32"
 
     def input_shape(self, view: Preprocessing) -> tuple[int, int, int]:
-        """Return the axes after the batch."""
+        """Return the input shape without the batch dimension."""
         size = view.img_size
         return (size, size, 3) if self.layout == "nhwc" else (3, size, size)
 
     def arrange(self, views: Tensor, view: Preprocessing) -> Tensor:
-        """Return uint8 (B, 3, H, W) as the graph wants it."""
+        """Convert uint8 views (B, 3, H, W) to the graph's input."""
         if self.layout is None:
             return Normalizer(view, views.device)(views)
         return views.permute(0, 2, 3, 1).contiguous() if self.layout == "nhwc" else views
 
 
 class Deployed(nn.Module):
-    """A network between its input as others have it and the output that they want.
+    """A network with optional normalisation before it and calibrated probabilities after it.
 
     Args:
         network: (B, 3, H, W) -> (B, K), in eval mode.
-        card: preprocessing and temperature.
-        interface: what goes in and comes out.
+        card: description with preprocessing and temperature.
+        interface: input and output of the graph.
     """
 
     mean: Tensor
@@ -89,7 +89,7 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(view.std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return (B, K)."""
+        """Return logits or probabilities (B, K)."""
         if self.interface.layout == "nhwc":
             images = images.permute(0, 3, 1, 2)
         if self.interface.layout is not None:  # the very operations of Normalizer, in its order
@@ -122,7 +122,7 @@ def build_program(network: nn.Module, card: Card, interface: Interface) -> Expor
     Args:
         network: on the CPU, in eval mode.
         card: of the network.
-        interface: what goes in and comes out.
+        interface: input and output of the graph.
 
     Raises:
         UsageError: the network cannot be traced, or works for one number of images only.
@@ -153,9 +153,9 @@ def _without_dead_end(program: ExportedProgram) -> ExportedProgram:
 
 
 def cannot_export(card: Card, what: str, error: Exception) -> UsageError:
-    """Return the refusal of a network that a format cannot hold."""
+    """Return the error for a network that a format cannot represent."""
     said = " ".join(str(error).replace(_HINT, "").split())[:300] or "no reason was given"
     found = f"{what} ({type(error).__name__}: {said})"
     return UsageError(
-        f"exporting {card.architecture}", found, "Take --format timm, which holds every network."
+        f"exporting {card.architecture}", found, "Use --format timm, which supports every network."
     )

@@ -1,9 +1,9 @@
-"""``finetune export`` and ``finetune push``: a model for others, proved before it has a name.
+"""``finetune export`` and ``finetune push``: write a model in another format and verify it before it appears.
 
 ::
 
-    run or model folder -> network -> artefact, aside -> fresh process -> compared -> in place
-                           its judged images ------------^
+    run or model folder -> network -> artefact in a temporary folder -> fresh process -> compared -> renamed
+                           evaluated images ---------------------------^
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ REPORT_FILE = "export.json"
 
 
 def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[str, Any]:
-    """Write a model in a form for others, and prove it in a fresh process.
+    """Write a model in another format, and verify it in a fresh process.
 
     Args:
         path: a finished run, or a model folder.
-        wanted: form.
+        wanted: format and its options.
         output: a new folder.
-        display: what the user sees.
+        display: shows progress and warnings.
 
     Returns:
         The content of ``export.json``.
 
     Raises:
-        UsageError: no model there, an output that is taken or lies in the data, a network that the form
-            cannot hold.
-        DataError: a run that is not finished, or whose files are damaged.
-        InternalError: the artefact says something else than the network; nothing is kept.
+        UsageError: there is no model, the output is not empty or lies in the data, or the format cannot
+            represent the network.
+        DataError: the run is not finished, or its files are damaged.
+        InternalError: the artefact's outputs differ from the network's; nothing is kept.
         DiskError: it cannot be written.
     """
     place = _resolve_output(output)
@@ -83,18 +83,18 @@ def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[s
 
 
 def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
-    """Export a model in timm's format, prove it, and upload it to a repository of the Hugging Face hub.
+    """Export a model in timm's format, verify it, and upload it to a repository of the Hugging Face hub.
 
     Args:
         path: a finished run, or a model folder.
-        repo_id: ``ORG/NAME``, or a name of the user's own; created where there is none.
-        private: create it so that nobody else sees it.
-        display: what the user sees.
+        repo_id: ``ORG/NAME``, or ``NAME`` for the user's own account; created if it does not exist.
+        private: create the repository as private.
+        display: shows progress and warnings.
 
     Raises:
-        UsageError: no model there, or no name of a repository.
+        UsageError: there is no model, or ``repo_id`` is invalid.
         DataError: as :func:`export`.
-        EnvironmentFaultError: offline mode, no network, or a hub that refuses.
+        EnvironmentFaultError: offline mode is on, there is no network, or the hub refuses.
         InternalError: as :func:`export`.
     """
     check_push(repo_id)
@@ -113,8 +113,8 @@ def _resolve_output(output: Path) -> Path:
     """Return the output as an absolute path without links and dots; it must be new, or an empty folder.
 
     Raises:
-        UsageError: it cannot be taken, or not be replaced.
-        DiskError: it cannot be looked at.
+        UsageError: it is a file, not empty, the working directory, or a mount point.
+        DiskError: it cannot be read.
     """
     place = Path(os.path.realpath(output))
     try:
@@ -123,9 +123,9 @@ def _resolve_output(output: Path) -> Path:
         elif os.path.isdir(place) and any(place.iterdir()):  # noqa: PTH112
             found = "the folder is not empty"
         elif place == Path.cwd():
-            found = "it is the folder that you are in"
+            found = "it is the working directory"
         elif os.path.ismount(place):
-            found = "something is mounted there"
+            found = "it is a mount point"
         else:
             return place
     except OSError as error:
@@ -133,17 +133,17 @@ def _resolve_output(output: Path) -> Path:
     raise UsageError(f"--output {output}", found, "Name a new folder.")
 
 
-# --- making and proving --------------------------------------------------------------------------
+# --- export and verification ---------------------------------------------------------------------
 
 
 def _make(source: Exportable, wanted: Wanted, folder: Path, display: Display) -> dict[str, Any]:
-    """Write the artefact and its report into a folder, or raise."""
+    """Write the artefact into a folder, verify it, and write ``export.json``."""
     start = time.monotonic()
     with display.busy(f"exporting {wanted.format}"):
         artefact, loader = _write(source, wanted, folder)
     written = time.monotonic()
     if loader == "finetune":
-        display.warn(f"no library but finetune loads {source.card.architecture} as it is from this folder")
+        display.warn(f"only finetune can load {source.card.architecture} from this folder")
     inputs = _find_inputs(source, display)
     with display.busy("comparing in a fresh process"):
         expected = predict_here(source.network, source.card, inputs.views)
@@ -158,7 +158,7 @@ def _make(source: Exportable, wanted: Wanted, folder: Path, display: Display) ->
 
 
 def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]:
-    """Return the artefact and what loads it."""
+    """Write the artefact; return its path and the name of its loader (see ``fresh.py``)."""
     card = source.card
     if wanted.format == "timm":
         metrics = RunReader(source.run, tolerant=True).metrics if source.run is not None else {}
@@ -185,7 +185,7 @@ def _describe_data(source: Exportable) -> TrainingData:
 
 
 def _find_inputs(source: Exportable, display: Display) -> ProofInputs:
-    """The judged images of the run, or noise, and never noise in silence."""
+    """Return the run's evaluated images, or random inputs with a warning."""
     inputs = _load_inputs(source, display)
     if isinstance(inputs, str):
         inputs = draw_random(source.card, inputs)
@@ -206,7 +206,7 @@ def _load_inputs(source: Exportable, display: Display) -> ProofInputs | str:
 def _check(
     source: Exportable, wanted: Wanted, inputs: ProofInputs, expected: Tensor, found: Tensor
 ) -> dict[str, OutputCheck]:
-    """Compare with the network itself, and with what the run wrote down."""
+    """Compare the artefact's outputs with the network's and with ``predictions.csv``."""
     asked = f"exporting {wanted.format} of {source.path}"
     comparisons = {"network": compare(expected, found)}
     if inputs.recorded is not None:
@@ -218,7 +218,7 @@ def _check(
 
 
 def _recorded_tolerance(recipe: Recipe | None) -> float:
-    """What a run wrote down in coarse numbers, or on a GPU, is not met more closely than it was written."""
+    """Return the tolerance against ``predictions.csv``, by the precision and device of the run."""
     if recipe is None or recipe.training.precision == "auto":
         return max(METRICS_TOLERANCE.values())
     kinds = {recipe.training.precision, recipe.cache.dtype}
@@ -234,7 +234,7 @@ def _say(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: D
             same += f" (another one for {others} of {ties} near ties)"
         display.say(
             f"a fresh process against {'the network' if what == 'network' else what}, {len(inputs.views)} "
-            f"{inputs.source}: largest difference of a probability {comparison.max_difference:.2g}, {same}"
+            f"{inputs.source}: largest probability difference {comparison.max_difference:.2g}, {same}"
         )
 
 
@@ -288,7 +288,7 @@ def _describe_proof(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck])
     }
 
 
-# --- What is to be exported: words of a command line, and which of them go together ---
+# --- options of the command line -----------------------------------------------------------------
 
 
 Format = Literal["timm", "onnx", "torch-export"]
@@ -297,12 +297,12 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be made.
+    """Format of an export and its options.
 
     Attributes:
-        format: of the artefact.
-        interface: of a graph; timm's format holds weights, and has none.
-        opset: of ONNX.
+        format: format of the artefact.
+        interface: input and output of a graph; unused by timm's format, which holds weights only.
+        opset: version of ONNX's operators.
     """
 
     format: Format
@@ -311,30 +311,30 @@ class Wanted:
 
 
 def read_wanted(format: str, layout: str | None, with_probabilities: bool, opset: int | None) -> Wanted:
-    """Return what words of the command line mean.
+    """Validate the options of the command line.
 
     Raises:
-        UsageError: an unknown word, or two that do not go together.
+        UsageError: an option is unknown, or two contradict each other.
     """
     known = next((one for one in FORMATS if one == format), None)
     if known is None:
-        found = f"there is no such format{suggest(format, FORMATS)}"
-        raise UsageError(f"--format {format}", found, f"Take {', '.join(FORMATS)}.")
+        found = f"the format is unknown{suggest(format, FORMATS)}"
+        raise UsageError(f"--format {format}", found, f"Choose one of {', '.join(FORMATS)}.")
     if known == "timm" and (layout or with_probabilities):
         flag = "--with-preprocessing" if layout else "--with-softmax"
-        fix = "Take --format onnx or torch-export."
-        raise UsageError(flag, "timm's format holds weights, and no graph to put that into", fix)
+        fix = "Use --format onnx or torch-export."
+        raise UsageError(flag, "timm's format holds weights only, no graph", fix)
     if opset is not None and known != "onnx":
-        raise UsageError(f"--opset {opset}", f"--format {known} has none", "Leave it out.")
+        raise UsageError(f"--opset {opset}", f"--format {known} has no opset", "Leave it out.")
     if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
-        fix = f"Take {OPSETS[0]} to {OPSETS[1]}."
-        raise UsageError(f"--opset {opset}", "torch's exporter does not write it", fix)
+        fix = f"Use {OPSETS[0]} to {OPSETS[1]}."
+        raise UsageError(f"--opset {opset}", "torch's exporter does not support it", fix)
     return Wanted(known, Interface(_read_layout(layout), with_probabilities), opset or OPSETS[0])
 
 
 def _read_layout(word: str | None) -> Layout | None:
     found = next((layout for layout in LAYOUTS if layout == word), None)
     if word is not None and found is None:
-        fix = f"Take {' or '.join(LAYOUTS)}."
-        raise UsageError(f"--with-preprocessing {word}", "there is no such layout of images", fix)
+        fix = f"Use {' or '.join(LAYOUTS)}."
+        raise UsageError(f"--with-preprocessing {word}", "the image layout is unknown", fix)
     return found

@@ -1,8 +1,11 @@
 """The ``model/`` folder: ``config.json``, ``model.safetensors`` and a model card, in timm's format.
 
 A timm network's folder loads with plain ``timm.create_model("local-dir:PATH", pretrained=True)``. What
-timm cannot build (a torchvision network, or a timm network without its fully connected layers) says so
-in the root key ``finetune``, which timm ignores, and loads with :func:`load_exported`.
+timm cannot build (a torchvision network, or a timm network without its fully connected layers) is marked
+by the root key ``finetune``, which timm ignores, and loads with :func:`load_exported`.
+
+:func:`staged` and :func:`staged_alone` write a folder under a temporary name, so that it appears complete or
+not at all.
 """
 
 from __future__ import annotations
@@ -36,12 +39,12 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Write the deployable folder whole: aside first, then under its name.
+    """Write the ``model/`` folder under a temporary name and rename it when it is complete.
 
     Args:
-        backbone: card and architecture.
-        network: the weights to hand over, on any device, in any layout.
-        folder: its final name; an older folder of that name is replaced.
+        backbone: card and origin of the network.
+        network: trained network, on any device, in any memory layout.
+        folder: final path; an existing folder is replaced.
         metrics: for the model card.
 
     Raises:
@@ -53,12 +56,12 @@ def export_model(backbone: Backbone, network: nn.Module, folder: Path, metrics: 
 
 
 def write_model(folder: Path, card: Card, network: nn.Module, readme: str) -> None:
-    """Write the three files into a folder that is there.
+    """Write the three files into an existing folder.
 
     Args:
-        folder: of the files.
-        card: of the network.
-        network: its weights, on any device, in any layout.
+        folder: an existing folder.
+        card: description of the network.
+        network: trained network, on any device, in any memory layout.
         readme: the model card.
 
     Raises:
@@ -72,12 +75,12 @@ def write_model(folder: Path, card: Card, network: nn.Module, readme: str) -> No
 
 
 def portable_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict of contiguous tensors on the CPU, each with memory of its own."""
+    """Return a state dict of contiguous tensors on the CPU, without shared memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
 
 
 def load_exported(folder: Path) -> nn.Module:
-    """Build the network of an exported folder again, in eval mode, from nothing but its files."""
+    """Build the network of an exported folder from its files alone, in eval mode."""
     card = find_card(str(folder))
     check_digest(folder / WEIGHTS_FILE, card.sha256)
     network = build_network(card)
@@ -86,7 +89,7 @@ def load_exported(folder: Path) -> nn.Module:
 
 
 def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> float:
-    """Return the largest difference between probabilities of a network and of its exported folder.
+    """Return the largest absolute difference of a probability between a network and its exported folder.
 
     Args:
         network: on the device of ``images``.
@@ -107,19 +110,19 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
     return float(difference.abs().max())
 
 
-# --- A folder that is there whole or not at all ---
+# --- folders that appear complete or not at all ---------------------------------------------------
 
 
 STALE = 24 * 60 * 60
-"""Seconds after which a folder that is not finished belongs to no living process."""
+"""Age in seconds from which on an unfinished folder is taken to be left over from a killed process."""
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes its final name when the block ends without an error.
+    """Yield a temporary folder that is renamed to ``folder`` when the block ends without an error.
 
     Args:
-        folder: its final name; an older folder of that name is replaced.
+        folder: final path; an existing folder is replaced.
 
     Raises:
         DiskError: it cannot be written.
@@ -138,13 +141,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_alone(folder: Path) -> Iterator[Path]:
-    """Give a folder as :func:`staged` does, which no other process has, for a name that must stay free.
+    """Yield a temporary folder as :func:`staged` does, unique to this process, for a path that must be new.
 
     Args:
-        folder: its final name, which nothing or an empty folder has; the folder above is there.
+        folder: final path; missing or an empty folder. Its parent folder exists.
 
     Raises:
-        UsageError: somebody else has taken the name meanwhile.
+        UsageError: another process has written to ``folder`` meanwhile.
         DiskError: it cannot be written.
     """
     prefix, suffix = f".{folder.name}.", ".part"
@@ -158,7 +161,7 @@ def staged_alone(folder: Path) -> Iterator[Path]:
         yield part
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"--output {folder}", "another process has filled it", "Name a new folder.")
-        part.rename(folder)  # over an empty folder at most, whatever has happened since
+        part.rename(folder)  # rename replaces nothing but an empty folder
         sync_folder(folder.parent)
     except OSError as error:
         raise disk_error(folder, error) from None
@@ -167,21 +170,21 @@ def staged_alone(folder: Path) -> Iterator[Path]:
 
 
 def _remove_stale(parent: Path, prefix: str, suffix: str) -> None:
-    """What killed processes have left here; a younger one may be in use."""
+    """Remove folders left by killed processes; a recent one may be in use."""
     for part in parent.glob(f"{escape(prefix)}*{suffix}"):
         if part.is_dir() and time.time() - part.stat().st_mtime > STALE:
             shutil.rmtree(part, ignore_errors=True)
 
 
 def _read_umask() -> int:
-    """The system tells it only when it is set."""
+    """Return the umask, which the system reports only when it is set."""
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
 
 
 def _put_in_place(part: Path, folder: Path) -> None:
-    """Exchange a folder: the old one goes only when the new one stands in its place."""
+    """Replace a folder; the old one is deleted only after the new one has its name."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

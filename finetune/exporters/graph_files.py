@@ -1,4 +1,4 @@
-"""Write a traced network as ONNX or as torch's ``.pt2``, and what its users must know beside it."""
+"""Write a traced network as ONNX or ``.pt2``, with ``labels.txt`` and ``preprocessing.json`` beside it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
     except OSError:
         raise
     except Exception as error:  # any kind: converters raise what they like
-        raise cannot_export(card, f"it has no form in ONNX opset {opset}", error) from None
+        raise cannot_export(card, f"it cannot be converted to ONNX opset {opset}", error) from None
     return path
 
 
@@ -88,7 +88,7 @@ def _require_onnx() -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """The exporter tells its story to stdout, which belongs to results; its errors say what went wrong."""
+    """Silence the exporter's output to stdout, which is reserved for results; its errors are kept."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -111,7 +111,7 @@ def label_names(card: Card) -> list[str]:
 
 
 def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
-    """Return what must be done with an image, what the graph does itself, and what comes out."""
+    """Return the content of ``preprocessing.json``: steps before and in the graph, input and output."""
     view = card.preprocessing
     baked = interface.layout is not None
     normalise = [
@@ -140,7 +140,7 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
 
 
 def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
-    """Return the steps from an image to the network's square, which timm's evaluation view takes."""
+    """Return the steps from an image to the network's input size, as in timm's evaluation transform."""
     size = math.floor(view.img_size / view.crop_pct)
     resize: dict[str, Any] = {"step": "resize", "interpolation": view.interpolation, "library": "Pillow"}
     if view.crop_mode == "squash":
@@ -156,7 +156,7 @@ def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
 
 
 def _metadata(card: Card, interface: Interface) -> dict[str, str]:
-    """Return what travels in the file itself; every value is text."""
+    """Return the metadata of an ONNX file; every value is text."""
     return {
         "label_names": json.dumps(label_names(card), ensure_ascii=False),
         "preprocessing": json.dumps(describe_input(card, interface) | {"label_names": None}),

@@ -1,4 +1,4 @@
-"""Upload a folder to the Hugging Face hub: a thin call of huggingface_hub, and its errors in our words."""
+"""Upload a folder to the Hugging Face hub: a call of huggingface_hub whose errors become FinetuneErrors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from pretrained.hub import offline_by_environment
 
 _REFUSALS = {
     401: (
-        "it does not know who asks",
-        "Set HF_TOKEN to a token that may write, or log in with `hf auth login`.",
+        "the request is not authenticated",
+        "Set HF_TOKEN to a token with write access, or log in with `hf auth login`.",
     ),
-    403: ("this token may not write there", "Take a token that may write, and a name of your own."),
-    404: ("there is no such place", "Check the name before the slash: your own, or an organisation's."),
+    403: (
+        "the token has no write access to it",
+        "Use a token with write access, and your own name or organisation.",
+    ),
+    404: (
+        "the repository or its owner was not found",
+        "Check the name before the slash: your own, or an organisation's.",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a folder went.
+    """The result of an upload.
 
     Attributes:
-        repo_id: with the owner's name.
-        url: of the repository.
-        commit: that holds the files.
+        repo_id: ``OWNER/NAME``.
+        url: address of the repository.
+        commit: hash of the uploaded commit.
     """
 
     repo_id: str
@@ -39,8 +45,8 @@ def check_push(repo_id: str) -> None:
     """Refuse what cannot be pushed before anything is computed.
 
     Raises:
-        UsageError: it is no name of a repository.
-        EnvironmentFaultError: offline mode is on, or the token can be none.
+        UsageError: ``repo_id`` is invalid.
+        EnvironmentFaultError: offline mode is on, or the token is malformed.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -49,13 +55,13 @@ def check_push(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        found = f"{repo_id[:100]!r} is no name of a hub repository"
+        found = f"{repo_id[:100]!r} is not a valid name of a hub repository"
         raise UsageError("finetune push", found, "Write ORG/NAME.") from None
     if offline_by_environment():
         found = "offline mode is on (HF_HUB_OFFLINE)"
-        raise EnvironmentFaultError(f"pushing {repo_id}", found, "Unset it where there is a network.")
+        raise EnvironmentFaultError(f"pushing {repo_id}", found, "Unset it to use the network.")
     if not (get_token() or "").isascii():
-        found = "the token (HF_TOKEN, or of `hf auth login`) has a letter that no token has"
+        found = "the token (HF_TOKEN, or of `hf auth login`) contains a character that is not ASCII"
         raise EnvironmentFaultError(f"pushing {repo_id}", found, "Copy the token again from the hub's page.")
 
 
@@ -89,7 +95,7 @@ def _translated(asked: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        why, fix = _REFUSALS.get(status, (error.server_message or "it gave no reason", "Try again later."))
+        why, fix = _REFUSALS.get(status, (error.server_message or "no reason was given", "Try again later."))
         raise EnvironmentFaultError(asked, f"the hub refused ({status}): {why}", fix) from None
     except ValueError as error:  # the client's word for a card that the hub does not take
         said = " ".join(str(error).split())[:300]
@@ -113,5 +119,5 @@ def _is_of_transport(error: Exception) -> bool:
 
 def _no_answer(asked: str, error: Exception) -> EnvironmentFaultError:
     said = " ".join(str(error).split())[:200] or type(error).__name__
-    fix = "Look at the network and at HF_ENDPOINT, and give the same command again."
+    fix = "Check the network and HF_ENDPOINT, and give the same command again."
     return EnvironmentFaultError(asked, f"the hub gave no answer ({said})", fix)

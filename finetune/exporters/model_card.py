@@ -1,6 +1,6 @@
-"""``README.md`` of a model folder: the card that the Hugging Face hub shows, and people read.
+"""``README.md`` of a model folder: the model card that the Hugging Face hub shows.
 
-Metrics that a run did not measure are left out; an older run has fewer.
+Metrics that a run did not record are left out; older runs record fewer.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ HUB_LICENSES = frozenset(
         "unknown",
     }
 )
-"""Of timm's and torchvision's weights, those that the hub knows by this word; others are ``other`` there."""
-_METRICS = METRIC_NAMES | {"roc_auc": "ROC AUC (macro, one against the rest)", "loss": "log loss (nats)"}
+"""Licences of timm's and torchvision's weights with an identifier on the hub; others become ``other``."""
+_METRICS = METRIC_NAMES | {"roc_auc": "ROC AUC (macro, one vs. rest)", "loss": "log loss (nats)"}
 _HUB_TYPES = {"f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall"}
-"""What the hub calls a metric, where that is another word than ours."""
+"""The hub's names of metrics, where they differ from ours."""
 _MOST_ROWS = 50
-"""Classes of the table of images; a card is for reading."""
+"""Most classes in the table of images."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a model card may say of the images beside their number.
+    """What a model card says about the images besides their number.
 
     Attributes:
-        name: of the folder or file, without its path.
-        counts: images by class and part.
+        name: name of the data folder or file, without its path.
+        counts: number of images by class and split.
     """
 
     name: str = ""
@@ -56,13 +56,13 @@ class TrainingData:
 
 
 def build_readme(card: Card, metrics: Metrics, source: str, data: TrainingData | None = None) -> str:
-    """Return the model card: YAML front matter as the Hugging Face hub reads it, then prose.
+    """Return the model card: YAML front matter for the Hugging Face hub, then Markdown.
 
     Args:
-        card: of the trained network.
+        card: description of the trained network.
         metrics: content of ``metrics.json``; empty for a model that came without metrics.
-        source: where its weights came from; ``""`` when they started at random.
-        data: what else is known of the images.
+        source: origin of the initial weights; ``""`` if they were random.
+        data: further facts about the images.
     """
     data = data or TrainingData()
     sections = [
@@ -80,7 +80,7 @@ def build_readme(card: Card, metrics: Metrics, source: str, data: TrainingData |
 
 
 def _front_matter(card: Card, metrics: Metrics, data: TrainingData) -> str:
-    """A key a line; JSON is YAML, and quotes whatever is in a name."""
+    """Return one key per line; the values are JSON, which is valid YAML and quotes any name."""
     values: dict[str, Any] = {
         "tags": ["image-classification", card.library, "finetune"],
         "pipeline_tag": "image-classification",
@@ -96,7 +96,7 @@ def _front_matter(card: Card, metrics: Metrics, data: TrainingData) -> str:
 
 
 def _json(value: Any) -> str:
-    """Readable letters stay; what YAML takes for unprintable is escaped."""
+    """Return JSON in which only characters that YAML counts as unprintable are escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
@@ -108,7 +108,7 @@ def _license(card: Card) -> dict[str, str]:
 
 
 def _results(metrics: Metrics, data: TrainingData) -> list[dict[str, Any]]:
-    """The hub's ``model-index``: one task, one data set, its metrics."""
+    """Return the results of the hub's ``model-index``: one task, one data set and its metrics."""
     measured = [(key, metrics[key]) for key in CARD_METRICS if _is_number(metrics.get(key))]
     if not measured:
         return []
@@ -136,7 +136,7 @@ def _summary(card: Card, metrics: Metrics) -> str:
 
 def _metrics_table(metrics: Metrics) -> str:
     if not metrics:
-        return "None came with this model."
+        return "This model came without metrics."
     intervals = metrics.get("intervals") or {}
     rows = [
         (_METRICS[key], f"{metrics[key]:.4f}", _interval(intervals.get(key)))
@@ -166,20 +166,20 @@ def _split_sentence(metrics: Metrics) -> str:
     if metrics["split_chose_checkpoint"]:
         return (
             "The same images chose the best epoch, so these metrics are optimistic; "
-            "a test split that chose nothing would show by how much."
+            "a separate test split would show by how much."
         )
-    return "These images chose nothing: neither weights nor the best epoch depend on them."
+    return "These images were held out: neither the weights nor the best epoch depend on them."
 
 
 def _seen_sentences(metrics: Metrics) -> str:
-    """Images that were judged though they had been learned from, where that was allowed."""
+    """Return warnings about test images that the model or its backbone was trained on."""
     learned = {
         "num_leaked": "that this model was trained on",
-        "num_seen_by_backbone": "that its weights were trained on in a run before",
+        "num_seen_by_backbone": "that its initial weights were trained on in an earlier run",
     }
     counts = {what: metrics[key] for key, what in learned.items() if _is_number(metrics.get(key))}
     return "\n\n".join(
-        f"**Of the {metrics['num_samples']} test images, {count} had an exact copy among those {what}: "
+        f"**Of the {metrics['num_samples']} test images, {count} have an exact copy among the images {what}: "
         "these metrics are optimistic.**"
         for what, count in counts.items()
         if count > 0
@@ -195,23 +195,26 @@ def _calibration_sentence(calibration: Mapping[str, Any]) -> str:
         f"{calibration['temperature']:.4g} that divides the logits (fitted on the validation split)."
     )
     if calibration.get("same_images") is True:
-        text += " The test images also fitted it, so metrics with it are cross-fitted in five folds."
+        text += (
+            " The temperature was fitted on the test images, so the metrics with it are cross-fitted in "
+            "five folds."
+        )
     return text
 
 
 def _limits(card: Card, metrics: Metrics) -> str:
     lines = [
-        f"It says which of these {card.num_classes} classes an image shows. An image of anything else gets "
-        "one of them as well, often with a high probability.",
-        "Metrics hold for images like those that were tested: same kind of camera, background and "
-        "selection. Other images need a look of their own (`finetune evaluate`).",
-        "It was not examined for fairness between groups of people, nor against images made to deceive it.",
+        f"The model assigns one of these {card.num_classes} classes to every image, also to an image of "
+        "something else, and often with a high probability.",
+        "The metrics hold for images like the tested ones: same kind of camera, background and "
+        "selection. Evaluate the model on your own images before you use it (`finetune evaluate`).",
+        "It was not tested for fairness between groups of people or for robustness to adversarial images.",
     ]
     if missing := metrics.get("classes_not_judged"):
         lines.append(f"No image of these classes was tested: {_names(missing)}.")
     if confused := metrics.get("most_confused"):
         shown = [
-            f"{_code(pair['label'])} taken for {_code(pair['predicted'])} ({100 * pair['share']:.0f} %)"
+            f"{_code(pair['label'])} predicted as {_code(pair['predicted'])} ({100 * pair['share']:.0f} %)"
             for pair in confused[:5]
         ]
         lines.append(f"Most confused: {', '.join(shown)}.")
@@ -220,7 +223,7 @@ def _limits(card: Card, metrics: Metrics) -> str:
 
 def _data(metrics: Metrics, data: TrainingData) -> str:
     if not metrics:
-        return "Nothing is known here of the images it was trained on."
+        return "The training images are unknown."
     name = f"{_code(data.name)}: " if data.name else ""
     trained = f"{metrics['num_train']} training images; " if "num_train" in metrics else ""
     text = f"{name}{trained}{metrics['num_samples']} images of the `{metrics['split']}` split were tested."
@@ -250,22 +253,22 @@ def _input_sentence(card: Card) -> str:
 
 def _output_sentence(card: Card) -> str:
     if card.temperature == 1.0:
-        return f"Output: logits; {ACTIVATION} gives the probabilities behind the metrics."
+        return f"Output: logits; {ACTIVATION} gives the probabilities that the metrics are computed from."
     return (
-        f"Output: logits; divided by {card.temperature:.6g} (the temperature), then {ACTIVATION} gives "
-        "calibrated probabilities. No metric but those with the temperature depends on it: the log loss "
-        f"without that word is that of {ACTIVATION} alone."
+        f"Output: logits. Divide them by the temperature {card.temperature:.6g} and apply {ACTIVATION} to "
+        'get calibrated probabilities. Only the metrics marked "with the temperature" use it; the other log '
+        f"loss is that of {ACTIVATION} alone."
     )
 
 
 def _source(card: Card, metrics: Metrics, source: str) -> str:
     if not source:
-        return "Everything started from random weights."
+        return "The network was trained from random weights."
     started = metrics.get("backbone") or card.name
     known = started.startswith(("timm/", "torchvision/", "finetune/", "hf-hub:"))
     name = f"`{started}`" if known else "another run or folder"
     terms = f"{card.license or 'unknown licence'}; {card.origin or 'no paper recorded'}"
-    return f"Weights started from {name} ({terms}). Their licence applies to these weights as well."
+    return f"The initial weights are those of {name} ({terms}). Their licence also applies to this model."
 
 
 def _class_list(card: Card) -> str:
@@ -278,12 +281,12 @@ def _names(names: Sequence[str], rest: str = "metrics.json") -> str:
 
 
 def _code(text: str) -> str:
-    """Text as Markdown code on one line, in which nothing is markup: HTML and backticks stay as they are."""
+    """Return text as inline Markdown code on one line; HTML and backticks in it are literal."""
     line = " ".join(text.split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 
 def _cell(text: str) -> str:
-    """Code in a table, where a bar would begin the next cell even so."""
+    """Return inline code for a table cell, with bars escaped."""
     return _code(text).replace("|", "\\|")

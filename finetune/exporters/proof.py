@@ -1,4 +1,4 @@
-"""Does an artefact say elsewhere what the network says here? Asked in a fresh process, answered in numbers.
+"""Compare an exported artefact, loaded in a fresh process, with the network it was made from.
 
 Shape legend: N inputs, K classes.
 """
@@ -35,14 +35,14 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """Two tables of probabilities beside each other.
+    """The comparison of two tables of probabilities (N, K).
 
     Attributes:
         max_difference: the largest difference of one probability.
-        tolerance: that it must be under.
-        top1_identical: the most probable class is the same for every input but near ties.
+        tolerance: exclusive upper limit of that difference.
+        top1_identical: the most probable class is the same for every input except near ties.
         num_near_ties: inputs whose two most probable classes are closer than the tolerance.
-        num_top1_differences: inputs with another most probable class, near ties included.
+        num_top1_differences: inputs whose most probable class differs, near ties included.
     """
 
     max_difference: float
@@ -53,11 +53,11 @@ class OutputCheck:
 
     @property
     def holds(self) -> bool:
-        """Whether one table may stand for the other."""
+        """Whether the tables agree within the tolerance."""
         return self.top1_identical and self.max_difference < self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the report holds."""
+        """Return the fields for ``export.json``."""
         return asdict(self)
 
 
@@ -122,9 +122,9 @@ def predict_fresh(
 
 
 def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -> None:
-    """Part by part: normalised images take four times the memory of their bytes.
+    """Write the inputs batch by batch: normalised images take four times the memory of their uint8 pixels.
 
-    Not through a mapped file: there a full disk is no error but a signal, which ends the process.
+    A memory-mapped file is not used, because a full disk would then raise a signal that ends the process.
     """
     dtype = np.dtype(interface.input_dtype)
     shape = (len(views), *interface.input_shape(card.preprocessing))
@@ -137,10 +137,10 @@ def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -
 
 @contextmanager
 def _exchange() -> Iterator[Path]:
-    """Give a folder of the system for temporary files, which both processes write into.
+    """Yield a temporary folder that both processes use.
 
     Raises:
-        DiskError: there is none, or no room in it.
+        DiskError: it cannot be created, or the disk is full.
     """
     place = "the folder for temporary files"
     try:
@@ -176,7 +176,7 @@ def _run(loader: str, artefact: Path, folder: Path) -> None:
 
 
 def check_comparison(asked: str, what: str, comparison: OutputCheck, num_inputs: int, source: str) -> None:
-    """Refuse an artefact that says something else.
+    """Raise an error if an artefact's outputs differ.
 
     Args:
         asked: what was exported.
@@ -193,6 +193,6 @@ def check_comparison(asked: str, what: str, comparison: OutputCheck, num_inputs:
     found = (
         f"on {num_inputs} {source} its probabilities differ from {what} by up to "
         f"{comparison.max_difference:.3g} (under {comparison.tolerance:g} is allowed), and the most probable "
-        f"class of {comparison.num_top1_differences} is another"
+        f"class of {comparison.num_top1_differences} differs"
     )
     raise InternalError(asked, found, "Nothing was kept. Please report this with the backbone's name.")

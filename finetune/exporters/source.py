@@ -1,4 +1,4 @@
-"""A model that is to be exported, and what is known of it: its run, and the images of that run."""
+"""The model to export, its run, and the inputs that the exported model is compared on."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from pretrained.catalog import Card, find_card
 
 @dataclass(frozen=True)
 class Exportable:
-    """A model on this machine.
+    """A model to export, with its run if there is one.
 
     Attributes:
-        path: that the user named.
-        card: of the network.
-        network: on the CPU, in eval mode.
-        run: that it comes from; None for a model folder alone.
-        recipe: of the run; None where there is none that can be read.
-        images: that the run began with, whether they are still there or not; else why there are none.
+        path: path that the user gave.
+        card: description of the network.
+        network: network on the CPU, in eval mode.
+        run: run that the model belongs to; None for a model folder alone.
+        recipe: recipe of the run; None if there is none or it cannot be read.
+        images: images that the run recorded, which may be missing by now; or the reason why they are unknown.
     """
 
     path: Path
@@ -47,16 +47,16 @@ class Exportable:
 
 
 def open_model(path: Path) -> Exportable:
-    """Load a model and find what is known of it.
+    """Load a model and find its run.
 
     Raises:
-        UsageError: there is none, or it is damaged.
-        DataError: its run is not finished, or ``split.csv`` is damaged.
+        UsageError: there is no model, or it is damaged.
+        DataError: the run is not finished, or ``split.csv`` is damaged.
     """
     files = ("config.json", WEIGHTS_FILE)
     if not any(all((folder / file).is_file() for file in files) for folder in (path / "model", path)):
-        found = "there is no model in it" if path.is_dir() else "there is no such folder"
-        raise UsageError(f"model {path}", found, "Name a finished run, or a model folder.")
+        found = "it contains no model" if path.is_dir() else "there is no such folder"
+        raise UsageError(f"model {path}", found, "Give a finished run or a model folder.")
     run = _find_run(path)
     if run is not None:
         _check_done(run)
@@ -64,14 +64,16 @@ def open_model(path: Path) -> Exportable:
     try:
         network = load_exported(Path(card.location))
     except RuntimeError as error:  # load_state_dict's
-        found = f"its weights belong to another network: {' '.join(str(error).split())[:200]}"
+        found = f"its weights do not fit its architecture: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"model {path}", found, "Export it again.") from None
-    recipe = RunReader(run, tolerant=True).recipe if run is not None else None  # of another version, perhaps
+    recipe = (
+        RunReader(run, tolerant=True).recipe if run is not None else None
+    )  # another version may have written it
     return Exportable(path, card, network, run, recipe, _find_images(run, recipe))
 
 
 def _find_run(path: Path) -> RunFolder | None:
-    """The run of a folder: itself, or the one that the model folder lies in."""
+    """Return the run of a folder: the folder itself, or the parent of its model folder."""
     for folder in (RunFolder(path), RunFolder(path.absolute().parent)):
         if folder.recipe.is_file() and folder.model.absolute() in (
             path.absolute(),
@@ -82,19 +84,19 @@ def _find_run(path: Path) -> RunFolder | None:
 
 
 def _check_done(run: RunFolder) -> None:
-    """A model of an earlier end beside metrics of a later one would be told as if they belonged together."""
+    """Refuse an unfinished run: its model and its metrics may come from different attempts."""
     state = RunReader(run, tolerant=True).state
     if state != "done":
         found = f"the run is not finished ({state}), and its model and metrics may not belong together"
         raise DataError(
-            f"model {run.path}", found, "Give the run's command again to finish it, and export then."
+            f"model {run.path}", found, "Give the run's command again to finish it, then export it."
         )
 
 
 def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
-    """The images that the run recorded; what else lies among the data by now is no concern of its model."""
+    """Return the images that the run recorded, or why they are unknown; images added since do not matter."""
     if run is None:
-        return "it is a model without a run"
+        return "the model came without a run"
     if recipe is None or recipe.data.path is None:
         return f"{run.recipe} cannot be read"
     data = Path(recipe.data.path)
@@ -103,32 +105,30 @@ def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
     except FinetuneError as error:
         return f"the run's data cannot be read ({error.message})"
     if root is None:
-        return f"the run's data, {data}, are not there any more"
+        return f"the run's data, {data}, no longer exist"
     samples = tuple(Sample(row["path"], -1, "train") for row in RunReader(run).split)
     return Dataset(root, (), samples, is_folder=root != data.parent)
 
 
-# --- What an exported model is compared on: the run's judged images, or noise where there are none ---
-#
-# Shape legend: N images, K classes, H W pixels.
+# --- inputs of the comparison (shapes: N images, K classes, H W pixels) ---------------------------
 
 
 MOST_IMAGES = 512
-"""Compared; more of them cost time and would hardly say more."""
+"""Most images that are compared; more take longer and add little."""
 MOST_BYTES = 256 * 2**20
-"""Of their pixels, for networks with large inputs."""
+"""Most bytes of their pixels, for networks with large inputs."""
 NUM_RANDOM = 32
 
 
 @dataclass(frozen=True)
 class ProofInputs:
-    """Views of images, and what the run said of them.
+    """Preprocessed images, and the probabilities that the run recorded for them.
 
     Attributes:
         views: uint8 (N, 3, H, W), as the network's evaluation transform makes them.
-        recorded: probabilities (N, K) of ``predictions.csv``; None where there are none.
-        num_judged: images that the run judged; 0 for noise.
-        notes: what was left out, and why, a sentence each.
+        recorded: probabilities (N, K) of ``predictions.csv``; None if there are none.
+        num_judged: number of images that the run evaluated; 0 for random inputs.
+        notes: what was left out and why, one sentence each.
     """
 
     views: Tensor
@@ -143,7 +143,7 @@ class ProofInputs:
 
 
 def draw_random(card: Card, note: str) -> ProofInputs:
-    """Return noise, the same every time."""
+    """Return random inputs, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     shape = (_most(card, NUM_RANDOM), *card.preprocessing.input_size)
     views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -151,18 +151,18 @@ def draw_random(card: Card, note: str) -> ProofInputs:
 
 
 def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
-    """Return views of the judged images, drawn evenly, or say why there are none.
+    """Return views of the run's evaluated images, evenly spaced, or the reason why there are none.
 
     Args:
-        run: a finished one.
-        root: that its paths are relative to.
-        card: of its model.
+        run: a finished run.
+        root: folder that its image paths are relative to.
+        card: description of its model.
 
     Raises:
         DataError: ``predictions.csv`` or ``split.csv`` is damaged.
     """
     if not run.predictions.is_file():
-        return f"{run.predictions} is not there"
+        return f"{run.predictions} does not exist"
     reader = RunReader(run)
     rows = reader.prediction_rows
     chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
@@ -176,8 +176,14 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     kept = [(row, view) for row, view in zip(chosen, found, strict=True) if isinstance(view, Tensor)]
     gone = [f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)]
     if not kept:
-        return f"none of its {len(rows)} judged images is as it was: {gone[0]}" if gone else "it judged none"
-    notes = [f"{len(gone)} of {len(chosen)} judged images are not as they were: {gone[0]}"] if gone else []
+        return (
+            f"none of its {len(rows)} judged images is unchanged: {gone[0]}"
+            if gone
+            else "the run judged no images"
+        )
+    notes = (
+        [f"{len(gone)} of {len(chosen)} judged images are missing or have changed: {gone[0]}"] if gone else []
+    )
     recorded = _read_probabilities([row for row, _ in kept], card)
     if recorded is None:
         what = f"probabilities of the model's {card.num_classes} classes in their order"
@@ -190,13 +196,13 @@ def _most(card: Card, wanted: int) -> int:
 
 
 def _draw_evenly(rows: Sequence[CsvRow], most: int) -> list[CsvRow]:
-    """Every n-th: the rows are in the order of the classes."""
+    """Return at most ``most`` rows, evenly spaced, since the rows are sorted by class."""
     count = min(most, len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
 def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
-    """The view of an image that is the one it was, else what is wrong with it."""
+    """Return the view of an unchanged image, or the reason why it cannot be used."""
     try:
         with path.open("rb") as file:
             if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:

@@ -1,7 +1,7 @@
-"""What the files of a run say, as far as they are there; nothing here computes a metric anew.
+"""The content of a run folder's files for the report; no metric is recomputed here.
 
-An evaluation's folder has fewer files than a run's, and an old run's ``metrics.json`` fewer keys. What is
-absent is None or empty, and the page leaves it out.
+An evaluation's folder has fewer files than a run's, and an old run's ``metrics.json`` fewer keys. Missing
+values are None or empty, and the report leaves them out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import CsvRow, PredictionRow, RunReader
 
-JUDGED = "judged"
-"""The part that images are in of which it is not known, or does not matter, which one they were in."""
+JUDGED = "evaluated"
+"""Name for images whose split is unknown or mixed."""
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class IssueFact:
-    """Something that the look at the data found: error, warning or note, in words, with what to do."""
+    """An issue that the data check reported: severity (error, warning or note), message and fix."""
 
     severity: str
     message: str
@@ -38,21 +38,21 @@ class Facts:
     """The content of a run's files.
 
     Attributes:
-        folder: whose files they are.
-        metrics: of ``metrics.json``.
+        folder: the run or evaluation.
+        metrics: content of ``metrics.json``.
         classes: names in index order.
-        confusion: counts, a row a true class; empty where there is no table.
+        confusion: (K, K) counts by true and predicted class; empty if there is no table.
         per_class: rows of ``per_class.csv``.
         predictions: in the order of the file.
         history: rows of ``history.csv``, as numbers.
         plan: rows of ``plan.csv``.
-        split: rows ``path,label,split`` of a run's ``split.csv``; that of an evaluation names what it judged
-            alone, and nothing that was trained on.
-        check: of ``check.json``.
-        environment: of ``environment.json``.
-        advice: of ``advice.json``.
-        recipe: of ``recipe.yaml``.
-        damaged: names of files that are there and cannot be read.
+        split: rows ``path,label,split`` of a run's ``split.csv``; empty for an evaluation, whose
+            ``split.csv`` lists only evaluated images.
+        check: content of ``check.json``.
+        environment: content of ``environment.json``.
+        advice: content of ``advice.json``.
+        recipe: content of ``recipe.yaml``; None if it cannot be read.
+        damaged: names of files that exist and cannot be read.
     """
 
     folder: RunFolder
@@ -71,14 +71,14 @@ class Facts:
     damaged: tuple[str, ...] = ()
 
     def number(self, *keys: str) -> float | None:
-        """Return a finite number of ``metrics.json``, by its keys from the outside in; None without one."""
+        """Return a finite number of ``metrics.json`` by its nested keys; None if there is none."""
         value: Any = self.metrics
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return finite(value)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """Return a figure's 95 % interval."""
+        """Return a metric's 95 % interval (low, high); None if there is none."""
         intervals = self.metrics.get("intervals")
         pair = intervals.get(name) if isinstance(intervals, Mapping) else None
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -87,7 +87,7 @@ class Facts:
         return None if low is None or high is None else (low, high)
 
     def rows(self, *keys: str) -> list[Mapping[str, Any]]:
-        """Return a list of objects of ``metrics.json``, by its keys; empty without one."""
+        """Return a list of objects of ``metrics.json`` by its nested keys; empty if there is none."""
         value: Any = self.metrics
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -95,7 +95,7 @@ class Facts:
 
     @cached_property
     def findings(self) -> list[IssueFact]:
-        """What the look at the data found, as far as it is told in words."""
+        """Issues of the data check that have a message."""
         found = self.check.get("findings")
         rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
         return [
@@ -111,12 +111,12 @@ class Facts:
 
     @cached_property
     def mistakes(self) -> list[PredictionRow]:
-        """Wrong predictions, the surest first."""
+        """Wrong predictions, the most confident first."""
         return sorted((one for one in self.predictions if not one.is_right), key=lambda one: -one.confidence)
 
     @cached_property
     def confused(self) -> list[tuple[str, str, int, int]]:
-        """Pairs of true and predicted class, how often, and of how many images; the most frequent first."""
+        """(true class, predicted class, count, images of the true class); the most frequent first."""
         pairs = [
             (label, guess, count, sum(counts))
             for label, counts in zip(self.classes, self.confusion, strict=True)
@@ -127,7 +127,7 @@ class Facts:
 
     @cached_property
     def counts(self) -> dict[str, Counter[str]]:
-        """Images by part and class, the training split first; where no parts are known, what was judged."""
+        """Number of images by split and class, training first; of evaluated images if no split is known."""
         parts = {row["split"] for row in self.split}
         order = [*(part for part in SPLITS if part in parts), *sorted(parts - set(SPLITS))]
         found: dict[str, Counter[str]] = {part: Counter() for part in order}
@@ -141,16 +141,17 @@ class Facts:
 
     @cached_property
     def contradiction(self) -> str:
-        """How ``predictions.csv`` disagrees with ``metrics.json``; nothing where it does not."""
+        """How ``predictions.csv`` disagrees with ``metrics.json``; empty if they agree."""
         judged, accuracy = self.number("num_samples"), self.number("accuracy")
         rows = len(self.predictions)
         if not rows or judged is None:
             return ""
         if rows != judged:
-            return f"predictions.csv has {rows:,} rows, and metrics.json speaks of {judged:,.0f} images"
+            return f"predictions.csv has {rows:,} rows, but metrics.json counts {judged:,.0f} images"
         share = 1 - len(self.mistakes) / rows
         if accuracy is not None and abs(share - accuracy) > _TOLERANCE:
-            return f"in predictions.csv {100 * share:.2f} % are right, in metrics.json {100 * accuracy:.2f} %"
+            shares = f"{100 * share:.2f} % in predictions.csv, {100 * accuracy:.2f} % in metrics.json"
+            return f"the accuracy is {shares}"
         return ""
 
 
@@ -162,7 +163,7 @@ def finite(value: Any) -> float | None:
 
 
 def load_facts(folder: RunFolder) -> Facts:
-    """Return what the files say; one that is damaged counts as absent, and is named."""
+    """Read the files of a folder; a damaged file counts as missing and is listed in ``damaged``."""
     run = RunReader(folder, tolerant=True)
     labels, confusion = run.confusion
     return Facts(

@@ -1,4 +1,4 @@
-"""Small images inside the page, as many as it can hold."""
+"""Images of the page: samples inlined up to a size limit, and the most confident mistakes with heat maps."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from finetune.runs.reader import PredictionRow
 from pretrained.catalog import Card
 
 MOST_BYTES = 3_000_000
-"""Of all images of a page together, before base64 makes four bytes of three."""
+"""Size limit of all images of a page together, before base64 encoding."""
 _QUALITY = 78
 
 
 @dataclass(frozen=True)
 class InlineImage:
-    """An image of the page, or the reason why there is none.
+    """An inlined image, or the reason why it is missing.
 
     Attributes:
-        source: a ``data:`` address; empty where there is none.
-        gone: why there is none, in a few words.
+        source: a ``data:`` URL; empty if the image is missing.
+        gone: the reason why it is missing, in a few words.
     """
 
     source: str
@@ -38,43 +38,43 @@ class InlineImage:
 
 
 class Album:
-    """Makes images for one page.
+    """Loads and inlines the images of one page, up to a size limit.
 
     Args:
-        root: folder that paths are relative to; None where it is unknown or gone.
-        most_bytes: of all images together; what comes later is left out.
+        root: folder that image paths are relative to; None if it is unknown or missing.
+        most_bytes: size limit of all images together; images beyond it are left out.
 
     Attributes:
-        left_out: how many found no room.
+        left_out: number of images left out because the page was full.
     """
 
     def __init__(self, root: Path | None, most_bytes: int = MOST_BYTES) -> None:
         self._root, self._room, self.left_out = root, most_bytes, 0
 
     def find(self, path: str) -> Path | None:
-        """Return where an image of the data lies; None where it cannot, or would lie outside."""
+        """Return the file of an image; None if the root is unknown or the path leaves it."""
         pure = PurePosixPath(path)
         if self._root is None or pure.is_absolute() or ".." in pure.parts:
             return None
         return self._root / pure
 
     def show_file(self, path: str, side: int) -> InlineImage:
-        """Return the middle square of an image of the data, ``side`` pixels wide."""
+        """Return the central square of an image of the data set, resized to ``side`` pixels."""
         file = self.find(path)
         if file is None:
-            return InlineImage("", "gone")
+            return InlineImage("", "missing")
         try:
             image = decode_image(file, side)
         except BadImageError as error:
-            return InlineImage("", f"gone: {error.reason}")
+            return InlineImage("", f"missing: {error.reason}")
         return self.show(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
     def show(self, image: Image.Image) -> InlineImage:
-        """Return an image as it is."""
+        """Return an image at its own size, encoded as JPEG."""
         return self.show_bytes(encode(image))
 
     def show_bytes(self, content: bytes) -> InlineImage:
-        """Return a JPEG file as it is."""
+        """Return the content of a JPEG file, inlined unchanged."""
         if len(content) > self._room:
             self.left_out += 1
             return InlineImage("", "left out: the page is full")
@@ -83,13 +83,13 @@ class Album:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Return a JPEG file."""
+    """Return an image encoded as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
     return buffer.getvalue()
 
 
-# --- The surest mistakes: what the network saw, and where it saw what it said ---
+# --- mistakes with heat maps ----------------------------------------------------------------------
 
 
 MOST_MISTAKES = 12
@@ -98,7 +98,7 @@ _SIDE = 208
 
 @dataclass(frozen=True)
 class Panel:
-    """One image of a mistake: what it shows, and its file among the plots."""
+    """One image of a mistake: its caption, and its file in ``plots/`` if it is a heat map."""
 
     words: str
     image: InlineImage
@@ -108,14 +108,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong prediction with its images: the view, and a heat map for each of the two classes."""
+    """A wrong prediction with its images: the network's input, and a heat map for each of the two classes."""
 
     prediction: PredictionRow
     panels: tuple[Panel, ...]
 
 
 class Explainer:
-    """Shows mistakes of one network.
+    """Computes heat maps of one network.
 
     Args:
         network: in eval mode, on the CPU.
@@ -129,7 +129,7 @@ class Explainer:
         self.transform: Transform = build_eval_transform(card.preprocessing)
 
     def explain(self, image: Image.Image, classes: list[str]) -> tuple[Image.Image, list[HeatMap]]:
-        """Return the network's view of an image, and a map for each class."""
+        """Return the network's input, as an image, and a heat map for each class."""
         view = self.transform(image)
         seen = Image.fromarray(view.permute(1, 2, 0).numpy())
         if any(name not in self._labels for name in classes):
@@ -141,13 +141,13 @@ class Explainer:
 def show_mistakes(
     facts: Facts, album: Album, explainer: Explainer | None, advance: Callable[[], None]
 ) -> list[Mistake]:
-    """Return the surest mistakes, the surest first.
+    """Return at most ``MOST_MISTAKES`` mistakes, the most confident first.
 
     Args:
-        facts: of the run.
-        album: makes the images.
-        explainer: None where there is no model; then there are no heat maps.
-        advance: called after each.
+        facts: content of the run's files.
+        album: loads the images.
+        explainer: computes heat maps; None if the model is missing.
+        advance: called after each mistake.
     """
     shown = []
     for number, prediction in enumerate(facts.mistakes[:MOST_MISTAKES], start=1):
@@ -161,15 +161,15 @@ def _panels(
 ) -> tuple[Panel, ...]:
     file = album.find(prediction.path)
     if explainer is None or file is None:
-        return (Panel("picture", album.show_file(prediction.path, _SIDE)),)
+        return (Panel("image", album.show_file(prediction.path, _SIDE)),)
     try:
         image = explainer.transform.open(file)
     except BadImageError as error:
-        return (Panel("picture", InlineImage("", f"gone: {error.reason}")),)
+        return (Panel("image", InlineImage("", f"missing: {error.reason}")),)
     seen, maps = explainer.explain(image, [prediction.predicted, prediction.label])
     scale = _SIDE / max(seen.size)
     small = seen.resize((round(seen.width * scale), round(seen.height * scale)), Image.Resampling.LANCZOS)
-    panels = [Panel("what it saw", album.show(small))]
+    panels = [Panel("network input", album.show(small))]
     wanted = (("predicted", prediction.predicted), ("true", prediction.label))
     for (kind, label), heat in zip(wanted, maps, strict=True):
         words = f"evidence for {label}"

@@ -1,4 +1,4 @@
-"""What to try next: a few rules, each of which speaks only where a number of this run says so."""
+"""What to try next: rules that each give a suggestion if a number of this run supports it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from itertools import islice
 from finetune.report.facts import Facts, finite
 
 MOST = 6
-"""Sentences on the page; the first rules matter most."""
+"""Most suggestions on the page; the most important rules come first."""
 WIDE = 0.08
-"""Points between the ends of accuracy's interval from which on two models can hardly be told apart."""
+"""Width of the accuracy's 95 % interval from which on models are hard to compare."""
 FEW = 50
-"""Training images of a class below which each more one counts."""
+"""Training images of a class below which more images help most."""
 UNEVEN = 5.0
-"""Largest to smallest class."""
+"""Ratio of the largest class to the smallest."""
 GAP = 1.5
-"""Validation loss over training loss, at the best epoch."""
+"""Ratio of validation loss to training loss at the best epoch."""
 MISCALIBRATED = 0.05
 SURE = 0.95
 WAITING = 0.3
 """Share of the training time spent waiting for images."""
 
 Step = tuple[str, str]
-"""What to try, and the numbers it follows from."""
+"""A suggestion, and the numbers that support it."""
 
 
 def suggest_steps(facts: Facts) -> list[Step]:
-    """Return at most ``MOST`` suggestions, the weightiest first."""
+    """Return at most ``MOST`` suggestions, the most important first."""
     rules = (
         _mend_data,
         _look_at_sure_mistakes,
@@ -54,15 +54,15 @@ def _mend_data(facts: Facts) -> Iterator[Step]:
             counts[finding.severity] += 1
     if any(counts.values()):
         found = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items() if count)
-        yield "Mend what the data check found, then train again.", f"The check reports {found} (above)."
+        yield "Fix what the data check found, then train again.", f"The check reports {found} (above)."
 
 
 def _look_at_sure_mistakes(facts: Facts) -> Iterator[Step]:
     sure = [one for one in facts.mistakes if one.confidence >= SURE]
     if len(sure) >= 3:
         yield (
-            "Look at the surest mistakes: many of them may be wrong labels. "
-            f"`finetune check --run {shlex.quote(str(facts.folder.path))}` lists the likely ones.",
+            "Look at the most confident mistakes: some of them may be wrong labels. "
+            f"`finetune check --run {shlex.quote(str(facts.folder.path))}` lists the probable ones.",
             f"{len(sure)} of {len(facts.mistakes)} mistakes have a confidence of {100 * SURE:.0f} % or more.",
         )
 
@@ -71,8 +71,8 @@ def _set_a_test_part_aside(facts: Facts) -> Iterator[Step]:
     judged = facts.number("num_samples")
     if facts.metrics.get("split_chose_checkpoint") is True and judged:
         yield (
-            "Keep some images in a `test/` folder, by which nothing is chosen; quote the accuracy there.",
-            f"The {judged:.0f} images that are reported here also chose the epoch.",
+            "Keep some images in a `test/` folder that is used for nothing else, and report its accuracy.",
+            f"The {judged:.0f} images evaluated here were also used to choose the epoch.",
         )
 
 
@@ -80,7 +80,7 @@ def _train_longer(facts: Facts) -> Iterator[Step]:
     best, epochs = facts.number("best_epoch"), facts.number("epochs")
     if best and best == epochs and len(facts.history) > 1:
         yield (
-            "Train longer (`--epochs`): the end was not reached.",
+            "Train longer (`--epochs`): the metric was still improving.",
             f"The best epoch was the last one, {best:.0f} of {epochs:.0f}.",
         )
 
@@ -93,9 +93,9 @@ def _hold_back(facts: Facts) -> Iterator[Step]:
     train, judged = row["train_loss"], row["eval_loss"]
     if train > 0 and judged / train >= GAP and judged - train >= 0.1:
         yield (
-            "Hold the network back: heavier augmentation (`input.augmentation`), fewer stages that learn, "
+            "Reduce overfitting: stronger augmentation (`input.augmentation`), fewer trained stages, "
             "or more images.",
-            f"At the best epoch the loss was {train:.2f} in training and {judged:.2f} in validation.",
+            f"At the best epoch the training loss was {train:.2f} and the validation loss {judged:.2f}.",
         )
 
 
@@ -111,7 +111,7 @@ def _tell_a_pair_apart(facts: Facts) -> Iterator[Step]:
     if count >= max(5, 0.25 * wrong):
         one, other = sorted(pair)
         yield (
-            f"Look at {one} and {other} side by side: add images that show the difference, "
+            f"Compare images of {one} and {other}: add images that show the difference, "
             "or try a larger `--img-size`.",
             f"{count} of {wrong} mistakes are between these two.",
         )
@@ -127,9 +127,9 @@ def _find_a_weak_class(facts: Facts) -> Iterator[Step]:
     recall, support, label = min(solid, default=(1.0, 0.0, ""))
     if accuracy - recall >= 0.2:
         yield (
-            f"Add training images of {label}, or look whether its label is clear.",
-            f"{100 * recall:.0f} % of its {support:.0f} images were found; over all classes the mean is "
-            f"{100 * accuracy:.0f} %.",
+            f"Add training images of {label}, or check whether the class is clearly defined.",
+            f"{100 * recall:.0f} % of its {support:.0f} images were classified correctly; the mean over all "
+            f"classes is {100 * accuracy:.0f} %.",
         )
 
 
@@ -141,7 +141,7 @@ def _number(text: str) -> float | None:
 
 
 def _train_counts(facts: Facts) -> list[tuple[int, str]]:
-    counts: Mapping[str, int] = facts.counts.get("train", {})  # of a run only
+    counts: Mapping[str, int] = facts.counts.get("train", {})  # only a run has them, not an evaluation
     return sorted((count, label) for label, count in counts.items())
 
 
@@ -151,7 +151,8 @@ def _weigh_classes(facts: Facts) -> Iterator[Step]:
     if counts and counts[-1][0] / counts[0][0] >= UNEVEN and not weighed:
         (least, rare), (most, common) = counts[0], counts[-1]
         yield (
-            "Weigh the classes evenly (`--set training.class_weights=balanced`), or add images of rare ones.",
+            "Weight the classes inversely to their size (`--set training.class_weights=balanced`), or add "
+            "images of the small ones.",
             f"{common} has {most} training images and {rare} has {least}, a ratio of {most / least:.0f}.",
         )
 
@@ -161,15 +162,15 @@ def _add_images(facts: Facts) -> Iterator[Step]:
     if few:
         count, label = few[0]
         more = "" if len(few) == 1 else f", and {len(few) - 1} other classes have fewer than {FEW}"
-        yield "More training images would help most of all.", f"{label} has {count}{more}."
+        yield "More training images would help most.", f"{label} has {count} training images{more}."
 
 
 def _judge_more(facts: Facts) -> Iterator[Step]:
     pair, judged = facts.interval("accuracy"), facts.number("num_samples")
     if pair and judged and pair[1] - pair[0] >= WIDE:
         yield (
-            "Judge on more images before you choose between models, or repeat the run (`--repeats`).",
-            f"All that {judged:.0f} images say is that the accuracy lies between {100 * pair[0]:.1f} and "
+            "Evaluate on more images before you choose between models, or repeat the run (`--repeats`).",
+            f"With {judged:.0f} images the 95 % interval of the accuracy is {100 * pair[0]:.1f} to "
             f"{100 * pair[1]:.1f} %.",
         )
 
@@ -178,9 +179,9 @@ def _trust_probabilities(facts: Facts) -> Iterator[Step]:
     before, after = facts.number("calibration", "ece"), facts.number("calibration", "ece_calibrated")
     if after is not None and before is not None and after >= MISCALIBRATED:
         yield (
-            "Do not read the probabilities literally; collect more validation images to calibrate on.",
-            f"After calibration, confidence and accuracy are {100 * after:.1f} points apart (ECE); "
-            f"before, {100 * before:.1f}.",
+            "Do not rely on the probabilities; collect more validation images to calibrate on.",
+            f"After calibration, confidence and accuracy differ by {100 * after:.1f} points (ECE); "
+            f"before, by {100 * before:.1f}.",
         )
 
 
@@ -188,7 +189,7 @@ def _feed_faster(facts: Facts) -> Iterator[Step]:
     waiting = facts.number("data_wait_fraction")
     if waiting is not None and waiting >= WAITING:
         yield (
-            "Give it more decoding processes (`--workers`).",
+            "Use more decoding processes (`--workers`).",
             f"{100 * waiting:.0f} % of the training time was spent waiting for images.",
         )
 
@@ -198,5 +199,5 @@ def _lower_the_rate(facts: Facts) -> Iterator[Step]:
     if skipped or back:
         yield (
             "Lower the learning rate (`--lr`).",
-            f"{skipped:.0f} steps were left out and {back:.0f} epochs begun again: no finite numbers.",
+            f"{skipped:.0f} steps were skipped and {back:.0f} epochs restarted because of non-finite values.",
         )

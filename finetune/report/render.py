@@ -1,7 +1,7 @@
-"""From what the sections say to one file of HTML that asks for nothing else and runs nothing else.
+"""Render the sections as one self-contained HTML file.
 
-Names of classes and files come from anybody's folders: the template engine escapes everything, and the page
-forbids itself any script and style but its own two, known by their sha256 (Content-Security-Policy).
+Names of classes and files are untrusted: the template engine escapes everything, and the page's
+Content-Security-Policy allows no script and style but its own two, identified by their sha256.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from finetune.report.tables import list_rejects, list_variants, say_rejects
 
 MOST_FINDINGS = 30
 MOST_PATHS = 4
-"""Of each finding; check.json has more."""
+"""Paths shown for each issue; check.json lists all."""
 
 
 @dataclass
 class Page:
-    """A page, and the drawings on it."""
+    """A page and its plots."""
 
     html: str
     plots: list[Plot] = field(default_factory=list)
 
 
 def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command: str | None = None) -> Page:
-    """Return the page of a run.
+    """Return the report of a run or an evaluation.
 
     Args:
-        facts: what its files say.
-        album: makes the sample images.
-        mistakes: with their images.
-        command: that started it, where that is known.
+        facts: content of the run's files.
+        album: loads the sample images.
+        mistakes: the most confident mistakes, with their images.
+        command: command line that started the run; None if unknown.
     """
     drawn = {
         "figures": _listed(sections.plot_figures(facts)),
@@ -86,7 +86,7 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
 
 @cache
 def _load_part(name: str) -> str:
-    """Return a part of the page that is the same for all runs: a style sheet, a script."""
+    """Return a static file of the page: the style sheet or the script."""
     return resources.files("finetune.report").joinpath("page", name).read_text(encoding="utf-8")
 
 
@@ -103,7 +103,7 @@ def _environment() -> Environment:
 
 
 def mark_code(words: str) -> Markup:
-    """Return words, escaped, in which what stands between backticks is code."""
+    """Return escaped text in which text between backticks is marked as code."""
     parts = enumerate(words.split("`"))
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in parts
@@ -131,7 +131,7 @@ def _digest(content: str) -> str:
 
 
 def _models(facts: Facts) -> list[str]:
-    """What an evaluation judged; several are an ensemble."""
+    """Return the names of the models that were evaluated; several are an ensemble."""
     found = facts.metrics.get("models")
     return [PurePath(str(name)).name for name in found] if isinstance(found, list) else []
 

@@ -1,4 +1,4 @@
-"""What each section of the page says: words and numbers, no markup."""
+"""The text, tables and plots of each section of the report, without markup."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def percent(share: float) -> str:
 
 
 def say_confidence(share: float) -> str:
-    """Return a confidence; one that is not quite certain is not rounded to certainty."""
+    """Return a confidence as a percentage; a value below 1 is never rounded up to 100 %."""
     return "more than 99.9 %" if 0.9995 <= share < 1 else percent(share)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its name and its 95 % interval, as words."""
+    """A metric with its name and its 95 % interval, formatted as text."""
 
     name: str
     value: str
@@ -46,7 +46,7 @@ class Figure:
 
 
 def list_figures(facts: Facts) -> list[Figure]:
-    """Return the metrics in the order of their weight."""
+    """Return the metrics, the most important first."""
     found = []
     for key in (*HEADLINE_METRICS, *DETAIL_METRICS):
         value, pair = facts.number(key), facts.interval(key)
@@ -58,37 +58,38 @@ def list_figures(facts: Facts) -> list[Figure]:
 
 
 def name_part(facts: Facts) -> str:
-    """Return which images were judged: validation, test, or as the file has it."""
+    """Return the name of the evaluated split: validation, test, or the name in ``metrics.json``."""
     part = str(facts.metrics.get("split") or "all")
     return PARTS.get(part, part)
 
 
 def say_whence(facts: Facts) -> str:
-    """Return a sentence on what the metrics are worth, or nothing where the files do not say."""
+    """Return a sentence on whether the metrics are unbiased; empty where the files do not say."""
     chose = facts.metrics.get("split_chose_checkpoint")
     leaked = (facts.number("num_leaked") or 0) + (facts.number("num_seen_by_backbone") or 0)
     if leaked:
         return (
-            f"{leaked:,.0f} of them were trained on, here or by the backbone: these metrics are optimistic."
+            f"{leaked:,.0f} of them were used to train this model or its backbone: "
+            "these metrics are optimistic."
         )
     if trained := facts.number("trained_on"):
-        return f"{trained:,.0f} of them were trained on: these metrics say nothing about new images."
+        return f"{trained:,.0f} of them were used for training: these metrics say nothing about new images."
     if "trained_on" in facts.metrics and facts.metrics["trained_on"] is None:
         return "The training images are unknown; if these are among them, the metrics are optimistic."
     if chose is True:
         is_solved = facts.number("epochs") == 0
-        how = "between this classifier and a training" if is_solved else "the best epoch"
+        how = "between this linear classifier and a trained network" if is_solved else "the best epoch"
         return (
             f"The same images also chose {how}, so the metrics are optimistic. "
-            "A test split that chose nothing would show by how much."
+            "A separate test split would show by how much."
         )
     if chose is False:
-        return "These images chose nothing: neither weights nor the best epoch depend on them."
+        return "These images were held out: neither the weights nor the best epoch depend on them."
     return ""
 
 
 def plot_figures(facts: Facts) -> Plot | None:
-    """Return the metrics in [0, 1] with their intervals."""
+    """Return a plot of the metrics in [0, 1] with their intervals; None where there are none."""
     rows = [
         (METRIC_NAMES[key], value, facts.interval(key))
         for key in HEADLINE_METRICS
@@ -102,7 +103,7 @@ def plot_figures(facts: Facts) -> Plot | None:
 
 @dataclass(frozen=True)
 class ClassSamples:
-    """A class with some of its images."""
+    """A class, the number of its images by split, and some of them."""
 
     label: str
     counts: str
@@ -110,7 +111,7 @@ class ClassSamples:
 
 
 def choose_classes(facts: Facts) -> list[str]:
-    """Return the classes to show: all, or those that were found worst."""
+    """Return the classes to show: all, or the ``SHOWN_CLASSES`` with the lowest recall."""
     if len(facts.classes) <= SHOWN_CLASSES:
         return list(facts.classes)
     recalls = {row["label"]: row["recall"] for row in facts.per_class}
@@ -120,7 +121,7 @@ def choose_classes(facts: Facts) -> list[str]:
 
 
 def finite_text(text: str) -> float | None:
-    """Return the number that a cell holds, None for ``n/a``."""
+    """Return the finite number in a table cell; None for ``n/a`` and other text."""
     try:
         return finite(float(text))
     except ValueError:
@@ -128,7 +129,7 @@ def finite_text(text: str) -> float | None:
 
 
 def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
-    """Return classes with images: of training where the files say which, else of the judged split."""
+    """Return classes with sample images: training images if they are listed, else evaluated ones."""
     labels = choose_classes(facts)
     each = min(8, max(3, MOST_SAMPLES // max(len(labels), 1)))
     rows = [(row["path"], row["label"]) for row in facts.split if row["split"] == "train"]
@@ -146,7 +147,7 @@ def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
 
 
 def spread(items: Sequence[str], most: int) -> list[str]:
-    """Return so many items, evenly from first to last."""
+    """Return at most ``most`` items, evenly spaced."""
     if len(items) <= most:
         return list(items)
     return [items[number * len(items) // most] for number in range(most)]
@@ -157,7 +158,7 @@ def _say_counts(facts: Facts, label: str) -> str:
 
 
 def say_sizes(facts: Facts) -> str:
-    """Return how many images there are, and how evenly they lie over the classes."""
+    """Return the number of images by split, and the sizes of the smallest and the largest class."""
     parts = [f"{sum(counts.values()):,} {PARTS.get(part, part)}" for part, counts in facts.counts.items()]
     if not parts:
         return ""
@@ -166,8 +167,8 @@ def say_sizes(facts: Facts) -> str:
     if len(counts) > 1:
         (common, most), (rare, least) = counts.most_common()[0], counts.most_common()[-1]
         part = PARTS.get(next(iter(facts.counts)), "")
-        said += f" From {least:,} ({rare}) to {most:,} ({common}) {part} images a class." * (least < most)
-        said += f" {most:,} {part} images of each class." * (least == most)
+        said += f" {least:,} ({rare}) to {most:,} ({common}) {part} images per class." * (least < most)
+        said += f" {most:,} {part} images per class." * (least == most)
     return said
 
 
@@ -175,28 +176,28 @@ def say_sizes(facts: Facts) -> str:
 
 
 def say_plan(facts: Facts) -> str:
-    """Return what was trained, in a sentence."""
+    """Return a sentence with the number of trained parameters."""
     total = sum(int(row["parameters"]) for row in facts.plan)
     trained = sum(int(row["parameters"]) for row in facts.plan if row["trained"] == "True")
     features = facts.metrics.get("features")
     how = "were trained"
     if isinstance(features, list) and features:
-        how = f"were solved as a linear classifier on {', '.join(map(str, features))}"
+        how = f"were fitted as a linear classifier on {', '.join(map(str, features))}"
     return f"{trained:,} of {total:,} parameters ({100 * trained / max(total, 1):.1f} %) {how}."
 
 
 def list_speed(facts: Facts) -> list[tuple[str, str]]:
-    """Return how fast it went, as far as the files say."""
+    """Return training speed and memory as (name, value), as far as the files record them."""
     found = []
     best, epochs = facts.number("best_epoch"), facts.number("epochs")
     if best and epochs:
         found.append(("best epoch", f"{best:.0f} of {epochs:.0f}"))
     if (rate := facts.number("images_per_second")) is not None:
-        found.append(("images a second in training", f"{rate:,.0f}"))
+        found.append(("training images per second", f"{rate:,.0f}"))
     if (waiting := facts.number("data_wait_fraction")) is not None:
         found.append(("time spent waiting for images", percent(waiting)))
     if (size := facts.number("microbatch")) is not None:
-        found.append(("images through the network at a time", f"{size:.0f}"))
+        found.append(("images per forward pass", f"{size:.0f}"))
     for key, words in (("peak_memory_bytes", "peak memory"), ("peak_gpu_memory_bytes", "peak GPU memory")):
         if (memory := facts.number(key)) is not None:
             found.append((words, f"{memory / 1e9:.2f} GB"))
@@ -204,12 +205,12 @@ def list_speed(facts: Facts) -> list[tuple[str, str]]:
 
 
 def plot_history(facts: Facts) -> list[Plot]:
-    """Return loss, accuracy and learning rate by epoch."""
+    """Return the plots of loss, accuracy and learning rate by epoch."""
     best = facts.number("best_epoch")
     wanted = (
         ("loss", {"validation": "eval_loss", "training": "train_loss"}, "{:.3g}"),
         ("accuracy", {"validation": "eval_accuracy", "training": "train_accuracy"}, "{:.4g} %"),
-        ("learning_rate", {"of the head": "lr"}, "{:.3g}"),
+        ("learning_rate", {"head": "lr"}, "{:.3g}"),
     )
     plots = []
     for name, columns, form in wanted:
@@ -232,7 +233,7 @@ def plot_history(facts: Facts) -> list[Plot]:
 
 
 def plot_confusion(facts: Facts) -> Plot | None:
-    """Return the matrix, where its cells can be read."""
+    """Return the plot of the confusion matrix; None where there are too many classes to read it."""
     if not facts.confusion or len(facts.classes) > MOST_CLASSES:
         return None
     return draw_confusion_matrix(facts.classes, facts.confusion)
@@ -240,7 +241,7 @@ def plot_confusion(facts: Facts) -> Plot | None:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """How often one class was taken for another."""
+    """How many images of one class were predicted as another."""
 
     label: str
     predicted: str
@@ -249,7 +250,7 @@ class ConfusedPair:
 
 
 def list_confused(facts: Facts) -> list[ConfusedPair]:
-    """Return the most frequent mistakes, from the metrics or else from the matrix."""
+    """Return the most frequently confused pairs, from ``metrics.json`` or else from the confusion matrix."""
     found = [
         ConfusedPair(str(row["label"]), str(row["predicted"]), int(count), percent(share))
         for row in facts.rows("most_confused")
@@ -267,21 +268,21 @@ def list_confused(facts: Facts) -> list[ConfusedPair]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table that sorts: what it shows, and the number it sorts by (empty: last)."""
+    """A cell of a sortable table: its text, and the number to sort by (empty: sorted last)."""
 
     words: str
     value: str
 
 
 def list_classes(facts: Facts) -> list[tuple[str, list[Cell]]]:
-    """Return each class's metrics, by the columns of ``class_columns``."""
+    """Return each class with one cell for each of ``class_columns``."""
     return [
         (row["label"], [_cell(row, column) for column in class_columns(facts)]) for row in facts.per_class
     ]
 
 
 def class_columns(facts: Facts) -> list[str]:
-    """Return the columns of numbers that the table has."""
+    """Return the numeric columns of ``per_class.csv`` that the table shows."""
     return [column for column in CLASS_METRICS if facts.per_class and column in facts.per_class[0]]
 
 
@@ -312,7 +313,7 @@ def plot_calibration(facts: Facts) -> list[Plot]:
 
 
 def _read_bins(rows: Sequence[Mapping[str, Any]]) -> list[ReliabilityBin]:
-    """Return the bins whose limits are numbers."""
+    """Return the bins whose limits are finite numbers."""
     bins = []
     for row in rows:
         low, high, confidence, accuracy = (
@@ -324,24 +325,29 @@ def _read_bins(rows: Sequence[Mapping[str, Any]]) -> list[ReliabilityBin]:
 
 
 def say_calibration(facts: Facts) -> str:
-    """Return what the temperature is, and what it did."""
+    """Return the temperature and how calibration changed log loss and ECE."""
     value = facts.number("calibration", "temperature")
     if value is None:
         return ""
     said = f"Logits are divided by a temperature of {value:.3g}, fitted on the validation images."
     if value > 1.05:
-        said += " Above 1: the network was too sure of itself."
+        said += " It is above 1: the network was overconfident."
     elif value < 0.95:
-        said += " Below 1: the network was not sure enough."
+        said += " It is below 1: the network was underconfident."
     before, after = facts.number("calibration", "loss"), facts.number("calibration", "loss_calibrated")
     if before is not None and after is not None:
         said += f" The log loss went from {before:.3f} to {after:.3f}."
     error, error_after = facts.number("calibration", "ece"), facts.number("calibration", "ece_calibrated")
     if error is not None and error_after is not None and error_after > error:
-        said += f" The ECE rose from {error:.3f} to {error_after:.3f}; on few images it is a rough estimate."
+        said += (
+            f" The ECE rose from {error:.3f} to {error_after:.3f}; on few images it is only a rough estimate."
+        )
     calibration = facts.metrics["calibration"]
     if calibration.get("same_images") is True:
-        said += " The judged images also fitted it, so the metrics after it are cross-fitted in five parts."
+        said += (
+            " The temperature was fitted on the evaluated images, so the calibrated metrics are cross-fitted "
+            "in five folds."
+        )
     return said
 
 
@@ -349,7 +355,7 @@ def say_calibration(facts: Facts) -> str:
 
 
 def plot_seconds(facts: Facts) -> Plot | None:
-    """Return time by phase."""
+    """Return the plot of the time by phase; None where it was not recorded."""
     seconds = facts.metrics.get("seconds")
     if not isinstance(seconds, dict):
         return None
@@ -359,24 +365,24 @@ def plot_seconds(facts: Facts) -> Plot | None:
 
 
 def say_total(facts: Facts) -> str:
-    """Return how long it took in all."""
+    """Return the total time as text; empty where it was not recorded."""
     total = facts.number("seconds", "total")
     return "" if total is None else format_seconds(total)
 
 
 def say_commands(facts: Facts, command: str | None) -> list[tuple[str, str]]:
-    """Return commands with what each is for."""
+    """Return (heading, command) pairs."""
     found = []
     if facts.recipe is not None:
         recipe = shlex.quote(str(facts.folder.recipe.absolute()))
         found.append(("Repeat this run", f"finetune run --recipe {recipe} --output runs/again"))
     if command:
-        found.append(("This was started as", sanitize(command)))
+        found.append(("Started with", sanitize(command)))
     return found
 
 
 def list_environment(facts: Facts) -> list[tuple[str, str]]:
-    """Return versions and hardware."""
+    """Return versions and hardware as (name, value)."""
     return [(str(key), _say(value)) for key, value in facts.environment.items() if value is not None]
 
 

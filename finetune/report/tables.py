@@ -1,4 +1,4 @@
-"""Predictions that had better go to a person: from which confidence on, and what that gave."""
+"""Tables of the report: confidence thresholds, and the variants of an evaluation (views and ensembles)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from finetune.report.sections import percent
 
 @dataclass(frozen=True)
 class Reject:
-    """A threshold under which an image had better go to a person, as words.
+    """A confidence threshold below which a prediction is refused, formatted as text.
 
     Attributes:
-        wanted: share of right predictions above it.
+        wanted: share of correct predictions asked for above the threshold.
         threshold: confidence.
-        answered: share of the judged images above it.
-        achieved: share of these that is right, and how many they are.
-        at_least: what that share is at least, by the images that chose the threshold; empty where unknown.
+        answered: share of the evaluated images above it.
+        achieved: share of these that is correct, and their number.
+        at_least: lower one-sided 95 % limit of that share on the images that chose the threshold; empty
+            where unknown.
     """
 
     wanted: str
@@ -30,7 +31,7 @@ class Reject:
 
 
 def list_rejects(facts: Facts) -> list[Reject]:
-    """Return thresholds, with what they gave."""
+    """Return the thresholds of ``metrics.json`` with the results on the evaluated images."""
     return [
         _describe_reject(row, wanted, facts.number("num_samples"))
         for row in facts.rows("reject")
@@ -43,7 +44,7 @@ def _describe_reject(row: Mapping[str, Any], wanted: float, judged: float | None
         finite(row.get(key)) for key in ("threshold", "coverage", "achieved", "low", "num_images")
     )
     if threshold is None:
-        return Reject(f"{100 * wanted:.0f} %", "cannot be had", percent(coverage or 0.0), "", "")
+        return Reject(f"{100 * wanted:.0f} %", "not reached", percent(coverage or 0.0), "", "")
     kept = "" if judged is None or coverage is None else f" of {round(coverage * judged):,} images"
     limit = "" if low is None else percent(low) + ("" if chose is None else f", by {chose:,.0f} images")
     return Reject(
@@ -56,24 +57,29 @@ def _describe_reject(row: Mapping[str, Any], wanted: float, judged: float | None
 
 
 def say_rejects(facts: Facts) -> str:
-    """Return what the shares of right predictions are worth."""
+    """Return notes on how the thresholds were chosen and what the lower limit means."""
     calibration = facts.metrics.get("calibration")
     chosen = isinstance(calibration, Mapping) and calibration.get("same_images") is True
-    said = " Chosen on these images, so that the achieved value is optimistic." if chosen else ""
+    said = (
+        " The thresholds were chosen on these images, so the achieved values are optimistic."
+        if chosen
+        else ""
+    )
     if any(one.at_least for one in list_rejects(facts)):
         said += (
-            " At least: the lower one-sided 95 % limit of that share, by the images that chose the threshold."
+            " 'At least' is the lower one-sided 95 % limit of that share, on the images that chose the "
+            "threshold."
         )
     return said.strip()
 
 
-# --- What several views of an image, and several models, added to an evaluation ---
+# --- variants of an evaluation: several views, several models -----------------------------------
 
 
 def list_variants(facts: Facts) -> list[list[str]]:
-    """Return model, views, accuracy, gain, loss, ECE, time and cost of each way of looking, as text.
+    """Return model, views, accuracy, gain, loss, ECE, time and cost of each variant, as text.
 
-    Nothing where there was only one, or where a row is not what an evaluation writes.
+    The list is empty if there is only one variant or a row is malformed.
     """
     rows = facts.metrics.get("variants")
     if not isinstance(rows, list) or len(rows) < 2:

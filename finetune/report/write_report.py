@@ -1,4 +1,4 @@
-"""``report.html`` of a run or an evaluation, made from nothing but its files and the images they name."""
+"""``report.html`` of a run or an evaluation, made only from its files and the images that they list."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from pretrained.catalog import find_card
 
 
 def write_run_report(folder: RunFolder, display: Display, *, command: str | None = None) -> None:
-    """Write ``report.html`` and ``plots/``, in the place of older ones.
+    """Write ``report.html`` and ``plots/``, replacing older ones.
 
-    What the folder does not hold is left out; an image or a model that is gone leaves a word in its place.
+    Sections without data are left out; a note replaces a missing image. Without a
+    model there are no heat maps.
 
     Args:
-        folder: of a run or an evaluation.
+        folder: a run or an evaluation.
         display: shows progress.
-        command: that started it, to be shown.
+        command: command line that started the run, shown on the page.
 
     Raises:
         UsageError: the folder holds neither metrics nor predictions.
@@ -33,8 +34,8 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
     """
     facts = load_facts(folder)
     if not facts.metrics and not facts.predictions:
-        fix = "Name the folder of a finished run, or of an evaluation."
-        raise UsageError(f"a report of {folder.path}", "it holds no metrics.json and no predictions.csv", fix)
+        fix = "Give the folder of a finished run or of an evaluation."
+        raise UsageError(f"a report of {folder.path}", "it has neither metrics.json nor predictions.csv", fix)
     with display.busy("making the report"):
         album, explainer = Album(_find_root(facts)), _open_explainer(facts, display)
     with display.track("making the report", min(len(facts.mistakes), MOST_MISTAKES) + 1) as advance:
@@ -46,12 +47,12 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
 
 
 def add_report(folder: RunFolder, display: Display, command: str | None = None) -> None:
-    """Write the report of work that is done: for want of an image of it, nothing of that is lost.
+    """Write the report of finished work; errors other than DiskError become warnings.
 
     Args:
         folder: as for :func:`write_run_report`.
         display: shows progress.
-        command: that started it.
+        command: command line that started the run.
 
     Raises:
         DiskError: it cannot be written.
@@ -63,12 +64,13 @@ def add_report(folder: RunFolder, display: Display, command: str | None = None) 
     except Exception as error:
         display.note(traceback.format_exc())
         display.warn(
-            f"the report could not be made ({type(error).__name__}: {error}); `finetune report` tries again"
+            f"the report could not be made ({type(error).__name__}: {error}); "
+            "make it again with `finetune report`"
         )
 
 
 def _find_root(facts: Facts) -> Path | None:
-    """The folder that the images' paths are relative to; None where it is unknown or gone."""
+    """Return the folder that image paths are relative to; None if it is unknown or missing."""
     named = facts.metrics.get("data") or (facts.recipe.data.path if facts.recipe else None)
     try:
         return find_root(Path(named)) if isinstance(named, str) else None
@@ -77,7 +79,7 @@ def _find_root(facts: Facts) -> Path | None:
 
 
 def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
-    """The model, where there are mistakes to explain: of the folder, or the one that was evaluated."""
+    """Return the explainer of the folder's or the evaluated model; None without model or mistakes."""
     if not facts.mistakes:
         return None
     named = facts.metrics.get("model")
@@ -95,7 +97,7 @@ def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
 
 
 def _write(folder: RunFolder, page: Page, mistakes: list[Mistake]) -> None:
-    """The drawings first, so that a page is never older than what lies beside it."""
+    """Write the plots first, so that the page appears only after its plots."""
     with staged(folder.plots) as plots:
         for plot in page.plots:
             (plots / f"{plot.name}.svg").write_text(plot.file, encoding="utf-8")

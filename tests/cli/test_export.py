@@ -126,8 +126,8 @@ def test_a_model_folder_alone_is_exported(cli: Cli, run: Path, tmp_path: Path) -
     model = shutil.copytree(run / "model", tmp_path / "model")
     result = cli("export", model, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "it is a model without a run: compared on random inputs" in result.stderr
-    assert "None came with this model." in (tmp_path / "out" / "README.md").read_text()
+    assert "the model came without a run: compared on random inputs" in result.stderr
+    assert "This model came without metrics." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_places_that_cannot_be_replaced(
     for output in (".", "x/..", tmp_path / "here"):
         result = cli("export", run, "-o", output)
         assert result.exit_code == ExitCode.USAGE
-        assert "it is the folder that you are in" in result.stderr
+        assert "it is the working directory" in result.stderr
         assert "comparing" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     (tmp_path / "empty").mkdir()
@@ -281,12 +281,12 @@ def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--format", "onxx"), "there is no such format; did you mean 'onnx'?"),
+        (("--format", "onxx"), "the format is unknown; did you mean 'onnx'?"),
         (("--format", "timm", "--with-softmax"), "timm's format holds weights"),
         (("--format", "timm", "--with-preprocessing", "nchw"), "timm's format holds weights"),
-        (("--format", "torch-export", "--opset", 18), "--format torch-export has none"),
-        (("--format", "onnx", "--opset", 12), "torch's exporter does not write it"),
-        (("--format", "onnx", "--with-preprocessing", "chw"), "there is no such layout"),
+        (("--format", "torch-export", "--opset", 18), "--format torch-export has no opset"),
+        (("--format", "onnx", "--opset", 12), "torch's exporter does not support it"),
+        (("--format", "onnx", "--with-preprocessing", "chw"), "the image layout is unknown"),
     ],
 )
 def test_words_that_cannot_be_meant(
@@ -304,10 +304,10 @@ def test_damaged_models_are_refused(cli: Cli, copy: Path, tmp_path: Path) -> Non
     (copy / "model" / "config.json").write_text(json.dumps(config | {"num_classes": 4}))
     result = cli("export", copy, "-o", tmp_path / "out")
     assert result.exit_code == ExitCode.USAGE, result.output
-    assert "its weights belong to another network: " in result.stderr
+    assert "its weights do not fit its architecture: " in result.stderr
     (copy / "model" / "model.safetensors").unlink()
     result = cli("export", copy, "-o", tmp_path / "out")
-    assert (result.exit_code, "there is no model in it" in result.stderr) == (ExitCode.USAGE, True)
+    assert (result.exit_code, "it contains no model" in result.stderr) == (ExitCode.USAGE, True)
 
 
 def test_places_that_are_refused(cli: Cli, run: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_places_that_are_refused(cli: Cli, run: Path, image_folder: Path, tmp_pa
         ((run, "-o", tmp_path / "full" / "x"), "it is a file"),
         ((run, "-o", image_folder / "out"), "it lies in the data"),
         ((tmp_path / "no", "-o", tmp_path / "out"), "there is no such folder"),
-        ((tmp_path / "full", "-o", tmp_path / "out"), "there is no model in it"),
+        ((tmp_path / "full", "-o", tmp_path / "out"), "it contains no model"),
         (("resnet18", "-o", tmp_path / "out"), "there is no such folder"),
     ):
         result = cli("export", *words)
@@ -428,7 +428,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (401, "does not know who asks"),
+        (401, "the request is not authenticated"),
         (403, "may not write there"),
         (404, "no such place"),
         (418, r"\(418\)"),
@@ -456,7 +456,7 @@ def test_no_network(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_token_that_can_be_none_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_geheimschlüssel")
     monkeypatch.setattr("finetune.exporters.hub.offline_by_environment", lambda: False)
-    with pytest.raises(EnvironmentFaultError, match="has a letter that no token has") as caught:
+    with pytest.raises(EnvironmentFaultError, match="contains a character that is not ASCII") as caught:
         check_push("me/ants")
     assert "geheim" not in str(caught.value)
 

@@ -197,11 +197,14 @@ def test_the_card_owes_nothing_to_weights_that_were_not_used(tmp_path: Path) -> 
     export_model(backbone, backbone.network, tmp_path / "model", METRICS)
     text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert "Everything started from random weights." in text
+    assert "The network was trained from random weights." in text
     assert "base_model" not in text
     assert "apache" not in text
     assert not config["pretrained_cfg"].get("tag")
     assert not config["pretrained_cfg"].get("license")
     loaded = replace(backbone, match=replace(backbone.match, source="weights.pth"))
     export_model(loaded, loaded.network, tmp_path / "loaded", METRICS)
-    assert "Weights started from `timm/test_resnet`" in (tmp_path / "loaded" / "README.md").read_text()
+    assert (
+        "The initial weights are those of `timm/test_resnet`"
+        in (tmp_path / "loaded" / "README.md").read_text()
+    )

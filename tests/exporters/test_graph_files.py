@@ -80,7 +80,9 @@ class Unknown(nn.Module):
 
 def test_an_operation_that_onnx_lacks_is_refused(card: Card, tmp_path: Path) -> None:
     program = build_program(Unknown(), card, Interface())
-    with pytest.raises(UsageError, match=r"exporting test_resnet: it has no form in ONNX opset 18 \(.+\)"):
+    with pytest.raises(
+        UsageError, match=r"exporting test_resnet: it cannot be converted to ONNX opset 18 \(.+\)"
+    ):
         write_onnx(program, tmp_path, card, Interface(), 18)
 
 

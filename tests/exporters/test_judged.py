@@ -80,7 +80,7 @@ def test_changed_and_missing_images_are_left_out_and_named(run: RunFolder, card:
     found = load(run, card)
     assert (len(found.views), found.num_judged) == (8, 10)
     assert found.notes == (
-        "2 of 10 judged images are not as they were: val/a/0.png (no such file or directory)",
+        "2 of 10 judged images are missing or have changed: val/a/0.png (no such file or directory)",
     )
     assert found.recorded is not None
     assert found.recorded[0, 1].item() == pytest.approx(3 / 20)
@@ -88,9 +88,9 @@ def test_changed_and_missing_images_are_left_out_and_named(run: RunFolder, card:
 
 def test_without_images_there_is_a_reason(run: RunFolder, card: Card, tmp_path: Path) -> None:
     why = load_judged(run, tmp_path / "elsewhere", card)
-    assert why == "none of its 10 judged images is as it was: val/a/0.png (no such file or directory)"
+    assert why == "none of its 10 judged images is unchanged: val/a/0.png (no such file or directory)"
     run.predictions.unlink()
-    assert load_judged(run, tmp_path / "data", card) == f"{run.predictions} is not there"
+    assert load_judged(run, tmp_path / "data", card) == f"{run.predictions} does not exist"
 
 
 def test_probabilities_of_other_classes_are_not_compared(run: RunFolder, card: Card) -> None:

@@ -90,13 +90,13 @@ def test_the_hub_reads_figures_licence_and_base() -> None:
         "| macro F1 | 0.7000 | 0.6000 to 0.8000 |",
         "| balanced accuracy | 0.8000 |  |",
         "Expected calibration error 0.2000; 0.0500 with the temperature 1.5",
-        "These images chose nothing",
+        "These images were held out",
         "No image of these classes was tested: `wasp`.",
-        "`an|t` taken for `bee` (30 %)",
+        "`an|t` predicted as `bee` (30 %)",
         "`insects`: 40 training images; 10 images of the `test` split were tested.",
         "| `bee` | 20 | 4 |",
-        "divided by 1.5 (the temperature)",
-        "Weights started from `timm/resnet18.a1_in1k` (apache-2.0",
+        "Divide them by the temperature 1.5 ",
+        "The initial weights are those of `timm/resnet18.a1_in1k` (apache-2.0",
     ):
         assert line in text, line
     assert "ROC" not in text
@@ -107,22 +107,27 @@ def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
     text = build_readme(card_of(temperature=1.5), NEW | {"calibration": calibration}, "weights.pth")
     assert "| log loss (nats) | 0.3000 |  |\n| log loss with the temperature (nats) | 0.2500 |  |" in text
     assert "cross-fitted in five folds" in text
-    assert "then softmax gives calibrated probabilities" in text
-    assert "probabilities behind the figures" not in text
+    assert "apply softmax to get calibrated probabilities" in text
+    assert "probabilities that the metrics are computed from" not in text
     plain = build_readme(card_of(), NEW, "weights.pth")
     assert "log loss with the temperature" not in plain
     assert "cross-fitted" not in plain
-    assert "Output: logits; softmax gives the probabilities behind the metrics." in plain
+    assert "Output: logits; softmax gives the probabilities that the metrics are computed from." in plain
 
 
 def test_images_that_were_learned_from_are_told() -> None:
     text = build_readme(card_of(), NEW | {"num_leaked": 2, "num_seen_by_backbone": 1}, "weights.pth")
     figures = text.partition("## Metrics")[2].partition("##")[0]
     start = "**Of the 10 test images,"
-    assert f"{start} 2 had an exact copy among those that this model was trained on: these metrics" in figures
-    assert f"{start} 1 had an exact copy among those that its weights were trained on in a run" in figures
+    assert (
+        f"{start} 2 have an exact copy among the images that this model was trained on: these metrics"
+        in figures
+    )
+    assert (
+        f"{start} 1 have an exact copy among the images that its initial weights were trained on" in figures
+    )
     for counts in ({"num_leaked": 0, "num_seen_by_backbone": 0}, {"num_leaked": None}, {}):
-        assert "too kind" not in build_readme(card_of(), NEW | counts, "weights.pth")
+        assert "exact copy" not in build_readme(card_of(), NEW | counts, "weights.pth")
 
 
 def test_an_old_run_has_a_card_as_well() -> None:
@@ -136,7 +141,7 @@ def test_an_old_run_has_a_card_as_well() -> None:
 
 def test_a_model_without_figures_claims_none() -> None:
     text = build_readme(card_of(), {}, "x")
-    assert "None came with this model." in text
+    assert "This model came without metrics." in text
     assert "model-index" not in parse(text)
     assert "metrics" not in parse(text)
 

@@ -40,7 +40,7 @@ def test_a_difference_is_measured_and_refused() -> None:
     assert found.max_difference == pytest.approx(2e-4, rel=1e-2)
     assert not found.holds
     with pytest.raises(
-        InternalError, match=r"differ from the network's by up to 0\.0002 .*class of 0 is another"
+        InternalError, match=r"differ from the network's by up to 0\.0002 .*class of 0 differs"
     ):
         check_comparison("exporting", "the network's", found, 2, "judged images")
 

@@ -90,7 +90,7 @@ def test_the_heat_maps_lie_beside_it(made: RunFolder) -> None:
 
 def test_mistakes_come_by_confidence(made: RunFolder) -> None:
     html = made.report.read_text(encoding="utf-8")
-    shown = re.findall(r"Called <b>(\w+)</b> with ([\d.]+) %, but labelled <b>(\w+)</b>", html)
+    shown = re.findall(r"Predicted <b>(\w+)</b> with ([\d.]+) %, but labelled <b>(\w+)</b>", html)
     expected = [
         (one.predicted, f"{100 * one.confidence:.1f}", one.label) for one in load_facts(made).mistakes[:12]
     ]
@@ -155,7 +155,7 @@ def test_an_evaluation_needs_no_recipe_and_no_model(made: RunFolder, copy: RunFo
     html = remake(copy)
     assert "plan" not in sections(html) and "training" not in sections(html)
     assert "data:image/jpeg" in html and "evidence for" not in html
-    assert "chose nothing" in html and not list(copy.plots.glob("mistake-*"))
+    assert "held out" in html and not list(copy.plots.glob("mistake-*"))
     change_metrics(copy, model=str(made.model))
     assert "evidence for" in remake(copy)
 
@@ -164,21 +164,21 @@ def test_what_an_evaluation_judged_is_no_training_part(copy: RunFolder) -> None:
     for path in (copy.recipe, copy.history, copy.plan, copy.check, copy.advice):
         path.unlink()
     copy.split.write_text(copy.split.read_text().replace(",val,", ",train,"))
-    for part, words in (("all", "judged"), ("train", "training"), ("test", "test")):
+    for part, words in (("all", "evaluated"), ("train", "training"), ("test", "test")):
         change_metrics(copy, split=part)
         html = remake(copy)
         assert f"On 18 {words} images of 3 classes" in html
-        assert "raining images would help" not in html and "training images a class" not in html
-        assert load_facts(copy).counts.keys() == {"test" if part == "test" else "judged"}
+        assert "raining images would help" not in html and "training images per class" not in html
+        assert load_facts(copy).counts.keys() == {"test" if part == "test" else "evaluated"}
 
 
 def test_figures_of_other_predictions_are_said(copy: RunFolder) -> None:
     words = "The files do not belong together"
     assert words not in remake(copy)
     change_metrics(copy, num_samples=17)
-    assert f"{words}: predictions.csv has 18 rows, and metrics.json speaks of 17 images" in remake(copy)
+    assert f"{words}: predictions.csv has 18 rows, but metrics.json counts 17 images" in remake(copy)
     change_metrics(copy, num_samples=18, accuracy=0.123)
-    assert f"{words}: in predictions.csv" in remake(copy) and "in metrics.json 12.30 %" in remake(copy)
+    assert f"{words}: the accuracy is" in remake(copy) and "12.30 % in metrics.json" in remake(copy)
     copy.predictions.unlink()
     assert words not in remake(copy)
 
@@ -208,8 +208,8 @@ def test_what_a_threshold_achieved(copy: RunFolder) -> None:
     header, first, second = reject_rows(html)
     assert header[3:] == ["achieved", "at least"]
     assert first == ["90 %", "0.7000", "50.0 %", "88.9 % of 9 images", "81.2 %, by 40 images"]
-    assert second == ["99 %", "cannot be had", "0.0 %", "", ""]
-    assert "Chosen on these images" in html and "one-sided 95 % limit" in html
+    assert second == ["99 %", "not reached", "0.0 %", "", ""]
+    assert "chosen on these images" in html and "one-sided 95 % limit" in html
     metrics = json.loads(copy.metrics.read_text())
     change_metrics(copy, calibration=metrics["calibration"] | {"same_images": False})
     assert "hosen on these images" not in remake(copy)
@@ -218,13 +218,13 @@ def test_what_a_threshold_achieved(copy: RunFolder) -> None:
 def test_images_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
     copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {tmp_path / 'nowhere'}\n")
     html = remake(copy)
-    assert "data:image" not in html and ">gone</span>" in html
+    assert "data:image" not in html and ">missing</span>" in html
     data = tmp_path / "data"
     shutil.copytree(made.path.parent / "data", data)
     (data / load_facts(copy).mistakes[0].path).unlink()
     copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {data}\n")
     html = remake(copy)
-    assert html.count(">gone: file not found</span>") == 1 and "data:image" in html
+    assert html.count(">missing: file not found</span>") == 1 and "data:image" in html
 
 
 def test_paths_never_leave_the_data(copy: RunFolder, tmp_path: Path) -> None:
@@ -277,7 +277,9 @@ def test_many_classes_stay_readable_and_small(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, names, per_class=2)
     html = remake(folder)
     assert not (folder.plots / "confusion_matrix.svg").exists()
-    assert "130 classes are too many for a drawing" in html and "most frequent mistakes</caption>" in html
+    assert (
+        "130 classes are too many for a readable plot" in html and "most frequent mistakes</caption>" in html
+    )
     assert "the other 100 are left out" in html
     assert html.count('<th scope="row" data-value="class ') == 130
     assert len(html) < 2_000_000
@@ -293,7 +295,7 @@ def test_no_image_fits_an_album_that_is_full(made: RunFolder) -> None:
 
 
 def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no metrics\.json"):
+    with pytest.raises(UsageError, match=r"neither metrics\.json nor"):
         write_run_report(RunFolder(tmp_path), SilentDisplay())
 
 
