@@ -429,8 +429,8 @@ def model(tmp_path: Path) -> Path:
     ("status", "said"),
     [
         (401, "the request is not authenticated"),
-        (403, "may not write there"),
-        (404, "no such place"),
+        (403, "the token has no write access"),
+        (404, "the repository or its owner was not found"),
         (418, r"\(418\)"),
     ],
 )
@@ -467,4 +467,4 @@ def test_offline_and_bad_names_are_refused_before_anything(cli: Cli, tmp_path: P
     assert "offline mode is on (HF_HUB_OFFLINE)" in result.stderr
     result = cli("push", tmp_path, "a/b/c")
     assert result.exit_code == ExitCode.USAGE
-    assert "'a/b/c' is no name of a hub repository" in result.stderr
+    assert "'a/b/c' is not a valid name of a hub repository" in result.stderr
