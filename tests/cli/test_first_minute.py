@@ -35,7 +35,9 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     assert "shorter side" not in said, "they are as small as they are"
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (BUNDLED, "sample:digits")
-    assert f"Weights started from `{BUNDLED}` (apache-2.0" in (run / "model" / "README.md").read_text("utf-8")
+    assert f"The initial weights are those of `{BUNDLED}` (apache-2.0" in (
+        run / "model" / "README.md"
+    ).read_text("utf-8")
 
 
 @pytest.mark.slow
