@@ -30,25 +30,6 @@ if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from finetune.system.distributed import Distributed
 
-_FLAGS = {
-    "backbone": "backbone.name",
-    "weights": "backbone.weights",
-    "offline": "backbone.offline",
-    "data": "data.path",
-    "val_fraction": "data.val_fraction",
-    "group_by": "data.group_by",
-    "allow_leaks": "data.allow_leaks",
-    "workers": "data.workers",
-    "img_size": "input.img_size",
-    "strategy": "strategy.name",
-    "epochs": "training.epochs",
-    "batch_size": "training.batch_size",
-    "lr": "training.lr",
-    "seed": "seed",
-    "device": "device",
-}
-"""Flags, and the keys of the recipe that they override."""
-
 
 def run_command(
     backbone: Annotated[
@@ -214,13 +195,10 @@ def _watch_over(stall_timeout: float) -> NoReturn:
 
 
 def _read(recipe: str | None, flags: dict[str, Any], assignments: list[str]) -> Recipe:
-    from finetune.recipe import load_recipe, merge_override, parse_assignments
+    from finetune.recipe import parse_assignments
+    from finetune.recipe.flags import build_recipe
 
-    overrides = parse_assignments(assignments)
-    for flag, value in flags.items():
-        if value is not None:
-            merge_override(overrides, _FLAGS[flag], value)
-    return load_recipe(recipe, overrides)
+    return build_recipe(recipe, flags, parse_assignments(assignments))
 
 
 def _run(
