@@ -61,14 +61,18 @@ def extract_command(
         raise UsageError("finetune extract", "no output was named", fix)
     start_processes(processes, gpus, recipe.device)
     with joined_processes("cuda" if gpus else recipe.device, 0) as distributed:
+        from finetune import api
         from finetune.system.display import Display, SilentDisplay
 
         display = Display() if distributed.is_main else SilentDisplay()
-        with display.busy("loading torch"):
-            from finetune.features.extract import extract
-            from pretrained.graph.pooling import read_pool
-        done = extract(
-            recipe, wanted, output, read_pool(pool), format, display=display, distributed=distributed
+        done = api.extract(
+            recipe=recipe,
+            output=output,
+            layers=wanted,
+            pool=pool,
+            format=format,
+            display=display,
+            distributed=distributed,
         )
         if as_json and distributed.is_main:
             hand_over(json.dumps(done) + "\n")

@@ -62,12 +62,11 @@ def predict_command(
         start_processes(processes, gpus, device)
         device = "cuda" if gpus else device
         with joined_processes(device, 0) as distributed:
+            from finetune import api
             from finetune.system.display import Display, SilentDisplay
 
             display = Display() if distributed.is_main else SilentDisplay()
-            with display.busy("loading torch"):
-                from finetune.evaluation.predict_files import PredictRequest, predict_files
-            request = PredictRequest(
+            done = api.predict(
                 model,
                 input,
                 output,
@@ -78,10 +77,11 @@ def predict_command(
                 batch_size=batch_size,
                 workers=workers,
                 device=device,
-                nul=nul,
+                null=nul,
                 follow_links=follow_links,
                 offline=offline,
+                display=display,
+                distributed=distributed,
             )
-            done = predict_files(request, display, distributed)
             if as_json and distributed.is_main:
                 hand_over(json.dumps(done) + "\n")

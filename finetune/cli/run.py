@@ -208,12 +208,11 @@ def _run(
     allow_changed: bool,
     distributed: Distributed | None = None,
 ) -> dict[str, Any]:
+    from finetune import api
     from finetune.system.display import Display, SilentDisplay
 
     display = Display(heartbeat=heartbeat) if distributed is None or distributed.is_main else SilentDisplay()
-    with display.busy("loading torch"):  # seconds; a wrong recipe was refused before
-        from finetune.pipeline.run import run
-        from finetune.system.distributed import SINGLE_PROCESS
-
-    finished = run(recipe, output, display, allow_changed, distributed or SINGLE_PROCESS)
+    finished = api.run(
+        recipe=recipe, output=output, allow_changed=allow_changed, display=display, distributed=distributed
+    )
     return {"run": str(finished.folder.path), **finished.metrics}
