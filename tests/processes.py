@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from finetune.system.distributed import Distributed, join_distributed
+from finetune.system.distributed import Distributed
+from finetune.system.join import join_distributed
 
 TIMEOUT = 20.0
 """Seconds that a process may let the others wait."""

@@ -84,7 +84,8 @@ def joined_processes(device: str, timeout: float) -> Iterator[Distributed]:
     if is_in_job():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch: frames of C++ help nobody
     with reported_exit(is_main):
-        from finetune.system.distributed import SINGLE_PROCESS, join_distributed
+        from finetune.system.distributed import SINGLE_PROCESS
+        from finetune.system.join import join_distributed
 
         distributed = join_distributed(device, timeout or DEFAULT_TIMEOUT) if is_in_job() else SINGLE_PROCESS
         with nullcontext() if is_main else _silent_failures(distributed):
@@ -95,7 +96,7 @@ def joined_processes(device: str, timeout: float) -> Iterator[Distributed]:
 def _silent_failures(distributed: Distributed) -> Iterator[None]:
     """Leave with the exit code of an error, and its words to the main process."""
     from finetune.runs.outcome import report_unexpected
-    from finetune.system.distributed import leave_distributed
+    from finetune.system.join import leave_distributed
 
     try:
         with report_unexpected(distributed):

@@ -37,6 +37,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.device import describe_environment
 from finetune.system.display import Display
+from finetune.system.gpu import explain_unused_gpu
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
         UsageError: there is no such model, models know different classes, or the folder is not empty.
         DataError: images cannot be read or have unknown classes, or a model was trained on them.
     """
+    if obstacle := explain_unused_gpu(request.device):
+        display.warn(obstacle)
     with display.busy("loading models"):
         models = [
             load_model(name, request.device, request.batch_size, request.workers, request.offline)

@@ -40,6 +40,7 @@ from finetune.runs.resumable_writer import ResumableWriter, bad_of, check_free, 
 from finetune.system.device import available_cores, resolve_device, resolve_threads
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.gpu import explain_unused_gpu
 from finetune.system.signals import StopSignal
 from pretrained.state_dict import digest_tensors
 
@@ -96,6 +97,8 @@ def predict_files(
             nul=request.nul,
             follow_links=request.follow_links,
         )
+        if obstacle := explain_unused_gpu(request.device):
+            display.warn(obstacle)
         with display.busy(f"loading {request.model}"):
             predictor = distributed.first(lambda: _load(request, distributed))
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")

@@ -23,6 +23,7 @@ from finetune.system.device import (
 )
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.gpu import explain_unused_gpu
 from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.default_backbone import DefaultChoice, choose_best
@@ -158,10 +159,14 @@ def _describe(choice: DefaultChoice) -> str:
 # --- the network on its device -------------------------------------------------------------------
 
 
-def prepare_machine(recipe: Recipe, distributed: Distributed = SINGLE_PROCESS) -> torch.device:
+def prepare_machine(
+    recipe: Recipe, display: Display, distributed: Distributed = SINGLE_PROCESS
+) -> torch.device:
     """Set the number of threads and deterministic kernels, and return the device of this process."""
     set_deterministic(recipe.deterministic)
     device = resolve_device(recipe.device, distributed)
+    if obstacle := explain_unused_gpu(recipe.device):
+        display.warn(obstacle)
     torch.set_num_threads(resolve_threads(distributed.machine.size))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and pinned memory belong to the current one
@@ -224,7 +229,7 @@ def open_network(recipe: Recipe, display: Display, distributed: Distributed = SI
     """
     recipe = name_backbone(recipe, None, display)
     name = str(recipe.backbone.name)
-    device = prepare_machine(recipe, distributed)
+    device = prepare_machine(recipe, display, distributed)
     card = find_card(name, recipe.backbone.offline)
     if not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)

@@ -76,7 +76,7 @@ def prepare(
     Returns:
         The decisions, and the images that were found.
     """
-    device = prepare_machine(recipe, distributed)
+    device = prepare_machine(recipe, display, distributed)
     found, card = distributed.share(lambda: (_find_images(recipe, display), _find_card(recipe, display)))
     card = card.with_input(resolve_preprocessing(recipe, card))
     with display.busy(f"loading {recipe.backbone.name}"):

@@ -23,7 +23,8 @@ import torch
 
 from finetune import __version__
 from finetune.errors import EnvironmentFaultError, UsageError
-from finetune.system.distributed import SINGLE_PROCESS, Distributed, choose_device
+from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.gpu import check_kernels, choose_device
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,7 @@ def resolve_device(name: str, distributed: Distributed = SINGLE_PROCESS) -> torc
 
     Raises:
         UsageError: ``name`` is none of these.
-        EnvironmentFaultError: this machine has no such device.
+        EnvironmentFaultError: this machine has no such device, or torch was not built for it.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
         raise UsageError(f"--device {name}", "there is no such device", "Take auto, cpu, cuda or cuda:N.")
@@ -53,9 +54,9 @@ def resolve_device(name: str, distributed: Distributed = SINGLE_PROCESS) -> torc
         found = f"this machine shows {devices} to torch {torch.__version__}"
         fix = "Take --device cpu, or check the driver and CUDA_VISIBLE_DEVICES."
         raise EnvironmentFaultError(f"--device {name}", found, fix)
-    return torch.device(
-        "cuda", int(index or 0) if distributed.size == 1 else choose_device(distributed.rank_info)
-    )
+    chosen = int(index or 0) if distributed.size == 1 else choose_device(distributed.rank_info)
+    check_kernels(chosen, f"--device {name}")
+    return torch.device("cuda", chosen)
 
 
 def resolve_precision(device: torch.device) -> Precision:

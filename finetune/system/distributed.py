@@ -12,20 +12,17 @@ For a single process all of this sends nothing and costs nothing.
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from finetune.errors import EnvironmentFaultError, ExitCode, FinetuneError, LostProcessError, UsageError
-from finetune.system.rank import RankInfo, find_rank
+from finetune.errors import ExitCode, FinetuneError, LostProcessError
+from finetune.system.rank import RankInfo
 
 T = TypeVar("T")
 _FAILURE = "finetune/failure"
@@ -318,80 +315,3 @@ def is_peer_failure(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_ERRORS)
-
-
-def join_distributed(device: str, timeout: float) -> Distributed:
-    """Connect the processes that a launcher has started; :data:`SINGLE_PROCESS` if there is no launcher.
-
-    Args:
-        device: ``auto``, ``cpu`` or ``cuda``.
-        timeout: time-out of collectives, in seconds.
-
-    Raises:
-        UsageError: the launcher's variables contradict each other, or one device is named for several
-            processes.
-        EnvironmentFaultError: there are fewer GPUs than processes.
-        LostProcessError: the other processes cannot be reached, or have not connected in time.
-    """
-    rank_info = find_rank()
-    if rank_info is None or rank_info.size == 1:
-        return SINGLE_PROCESS
-    if ":" in device:
-        fix = "Take --device cuda: each process uses its own GPU."
-        raise UsageError(f"--device {device}", f"there are {rank_info.size} processes", fix)
-    limit, on_gpu = timedelta(seconds=timeout), device != "cpu" and torch.cuda.is_available()
-    if not dist.is_initialized():
-        _connect(rank_info, on_gpu, limit)
-    group: Any = dist.new_group(backend="gloo", timeout=limit)
-    all_ranks = tuple(range(rank_info.size))
-    found: list[Any] = [None] * rank_info.size
-    gpu = str(torch.cuda.get_device_properties(choose_device(rank_info)).uuid) if on_gpu else ""
-    dist.all_gather_object(found, (socket.gethostname(), gpu), group=group)
-    if on_gpu and len(set(found)) < rank_info.size:  # NCCL would fail later, with a less clear message
-        shown = f"{rank_info.size} processes share {len(set(found))} GPUs"
-        fix = "Start fewer processes, or take --device cpu."
-        raise EnvironmentFaultError("a GPU for each process", shown, fix)
-    hosts = [host for host, _ in found]
-    machines = {host: tuple(rank for rank in all_ranks if hosts[rank] == host) for host in hosts}
-    if len(machines) == 1:
-        return Distributed(rank_info, group, all_ranks)
-    # torch requires every process to make every group, in the same order.
-    groups = {host: dist.new_group(list(ranks), limit, "gloo") for host, ranks in machines.items()}
-    host = hosts[rank_info.rank]
-    ranks = machines[host]
-    here = RankInfo(ranks.index(rank_info.rank), len(ranks), rank_info.local_rank, len(ranks))
-    return Distributed(
-        rank_info, group, all_ranks, machine=Distributed(here, groups[host], ranks, f"machine-{host}")
-    )
-
-
-def _connect(rank_info: RankInfo, on_gpu: bool, timeout: timedelta) -> None:
-    if on_gpu:
-        torch.cuda.set_device(choose_device(rank_info))
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        message = " ".join(str(error).split())[:200]
-        fix = "Check that the machines can reach each other at that address; then start the job again."
-        raise LostProcessError(f"connecting {rank_info.size} processes at {where}", message, fix) from None
-
-
-def choose_device(rank_info: RankInfo) -> int:
-    """Return the index of a process's GPU: its local rank, or 0 if its launcher shows it a single GPU.
-
-    Raises:
-        EnvironmentFaultError: there are fewer GPUs than processes.
-    """
-    count = torch.cuda.device_count()
-    if count != 1 and rank_info.local_rank >= count:
-        found = f"this machine has {count} CUDA devices for {rank_info.local_size} processes"
-        raise EnvironmentFaultError("a GPU for each process", found, "Start fewer processes: --gpus N.")
-    return 0 if count == 1 else rank_info.local_rank
-
-
-def leave_distributed(distributed: Distributed) -> None:
-    """Close the connections to the other processes, if they are still open."""
-    if distributed.size > 1 and dist.is_initialized():
-        with suppress(RuntimeError):
-            dist.destroy_process_group()

@@ -180,7 +180,7 @@ def test_machines_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch)
     def name() -> str:
         return f"machine-{int(os.environ['RANK']) // 2}"
 
-    monkeypatch.setattr("finetune.system.distributed.socket.gethostname", name)
+    monkeypatch.setattr("finetune.system.join.socket.gethostname", name)
 
     def work(distributed: Distributed) -> tuple[int, int, str, list[int]]:
         here = distributed.machine
