@@ -22,6 +22,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO, find_strategy, join_names
 from finetune.system.device import (
+    Precision,
     find_lack_of_shared_memory,
     resolve_most_workers,
     resolve_precision,
@@ -84,10 +85,11 @@ def prepare(
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
     if backbone.match.missing:
         display.warn(f"{len(backbone.match.missing)} tensors are missing from the weights and stay random")
+    precision = resolve_precision(device, distributed)
 
     def decide() -> tuple[ResolvedRecipe, int]:
         _check_features(recipe, backbone)
-        facts = _collect_facts(recipe, backbone, device, len(found.of("train")), distributed)
+        facts = _collect_facts(recipe, backbone, device, precision, len(found.of("train")), distributed)
         resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
         batch_bytes = _batch_bytes(resolved.training.batch_size, backbone, distributed)
         return resolved, _limit_workers(recipe, batch_bytes, device, distributed, display)
@@ -101,11 +103,12 @@ def prepare(
 
 
 def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:
-    """Halve the batch size until a step fits on the device; an earlier attempt's choice is kept.
+    """Halve the batch size until a step fits on the device of every rank; an earlier choice is kept.
 
     The free memory of a shared GPU may change between attempts, but the run must not.
     """
-    size = distributed.share(lambda: _read_batch_size(folder) or _find_batch_size(setup))
+    kept = distributed.share(lambda: _read_batch_size(folder))
+    size = kept or min(distributed.collect(_find_batch_size(setup)))
     training = setup.recipe.training.model_copy(update={"batch_size": size})
     return replace(setup, recipe=setup.recipe.model_copy(update={"training": training}))
 
@@ -138,14 +141,19 @@ def _find_card(recipe: Recipe, display: Display) -> Card:
 
 
 def _collect_facts(
-    recipe: Recipe, backbone: Backbone, device: torch.device, num_train: int, distributed: Distributed
+    recipe: Recipe,
+    backbone: Backbone,
+    device: torch.device,
+    precision: Precision,
+    num_train: int,
+    distributed: Distributed,
 ) -> AutoValues:
     asked = recipe.training.batch_size
     batch_size = compute_batch_size(num_train) if asked == "auto" else asked
     batch_bytes = _batch_bytes(batch_size, backbone, distributed)
     return AutoValues(
         device=str(device),
-        precision=resolve_precision(device),
+        precision=precision,
         channels_last=is_convolutional(backbone.network),
         workers=resolve_workers(device, batch_bytes, distributed.machine.size),
         num_train=num_train,

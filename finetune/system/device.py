@@ -28,6 +28,8 @@ from finetune.system.gpu import check_kernels, choose_device
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_RISING: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
+"""A device that is given one of these precisions has those before it as well."""
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's own place, not a temporary file
 BATCHES_PER_WORKER = 3
@@ -59,12 +61,17 @@ def resolve_device(name: str, distributed: Distributed = SINGLE_PROCESS) -> torc
     return torch.device("cuda", chosen)
 
 
-def resolve_precision(device: torch.device) -> Precision:
+def resolve_precision(device: torch.device, distributed: Distributed = SINGLE_PROCESS) -> Precision:
     """Return the fastest safe precision: bfloat16 on a GPU, float16 on an older one, float32 on a CPU.
 
     On CPUs without matrix instructions for half precision it was measured to be slower than float32, so a CPU
-    uses it only if the recipe asks for it.
+    uses it only if the recipe asks for it. Every rank makes this call, and gets the precision that all of
+    their devices have: a job may have GPUs of different kinds.
     """
+    return min(distributed.collect(_own_precision(device)), key=_RISING.index)
+
+
+def _own_precision(device: torch.device) -> Precision:
     if device.type != "cuda":
         return "float32"
     with torch.cuda.device(device):

@@ -12,6 +12,8 @@ from finetune.pipeline.setup import fit_batches, prepare
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.system.display import SilentDisplay
+from finetune.system.distributed import Distributed
+from tests.processes import together
 
 
 def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
@@ -27,6 +29,18 @@ def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path
         folder.recipe.write_text("{")
         assert fit_batches(setup, folder).recipe.training.batch_size == 4
     assert fit.call_count == 2
+
+
+def test_the_smallest_gpu_decides_on_the_batch_size(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(None, {"backbone.name": str(tiny), "data.path": str(image_folder)})
+
+    def work(distributed: Distributed) -> int:
+        setup, _ = prepare(recipe, SilentDisplay(), distributed)
+        fits = 8 if distributed.rank == 1 else 16
+        with mock.patch("finetune.pipeline.setup.fit_batch_size", return_value=fits):
+            return fit_batches(setup, RunFolder(tmp_path), distributed).recipe.training.batch_size
+
+    assert together(work) == [8, 8]
 
 
 @pytest.mark.parametrize("size", [8, 64])

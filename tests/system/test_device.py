@@ -29,6 +29,8 @@ from finetune.system.device import (
     resolve_workers,
     seed_everything,
 )
+from finetune.system.distributed import Distributed
+from tests.processes import together
 
 BATCH = 4 * 64 * 3 * 224 * 224
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -123,6 +125,26 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision(CUDA) == "bfloat16"
     show_gpus(monkeypatch, 1, bfloat16=False)
     assert resolve_precision(CUDA) == "float16"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "common"),
+    [
+        (("new", "new"), "bfloat16"),
+        (("new", "old"), "float16"),
+        (("old", "new"), "float16"),
+        (("new", "old", "none"), "float32"),
+    ],
+)
+def test_ranks_with_different_gpus_agree_on_a_precision(
+    monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], common: str
+) -> None:
+    def work(distributed: Distributed) -> str:
+        kind = kinds[distributed.rank]
+        show_gpus(monkeypatch, 1, bfloat16=kind == "new")
+        return resolve_precision(CPU if kind == "none" else CUDA, distributed)
+
+    assert together(work, len(kinds)) == [common] * len(kinds)
 
 
 # --- cores, threads, workers ---------------------------------------------------------------------
