@@ -134,9 +134,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
             usable = features.usable(dataset.samples)
             samples = [dataset.samples[index] for index in usable.tolist()]
             folds = _deal(samples, dataset, source.digests, recipe.seed)
-            probabilities = _cross_validate(
-                features.rows[0], usable, samples, folds, dataset.num_classes, recipe.seed, display
-            )
+            probabilities = _cross_validate(source, features.rows[0], usable, folds)
         found = _collect(dataset, samples, folds, probabilities)
         write_csv(output / FILE, found.rows, COLUMNS)
         write_sections(output / SHEET, _sections(dataset, found))
@@ -209,24 +207,22 @@ def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], 
     return torch.tensor([0 if dataset.classes[one.label] in alone else folds[one.path] for one in samples])
 
 
-def _cross_validate(
-    rows: Rows,
-    usable: Tensor,
-    samples: Sequence[Sample],
-    folds: Tensor,
-    num_classes: int,
-    seed: int,
-    display: Display,
-) -> Tensor:
+def _cross_validate(source: Source, rows: Rows, usable: Tensor, folds: Tensor) -> Tensor:
     """Return probabilities (N, K) by classifiers not trained on the image; NaN if never held out."""
-    labels = torch.tensor([sample.label for sample in samples])
-    probabilities = torch.full((len(samples), num_classes), torch.nan)
-    with display.track("checking labels", NUM_FOLDS) as advance:
+    num_classes, seed, device = (
+        source.dataset.num_classes,
+        source.recipe.seed,
+        source.network.placement.device,
+    )
+    labels = torch.tensor([source.dataset.samples[index].label for index in usable.tolist()])
+    probabilities = torch.full((len(labels), num_classes), torch.nan)
+    with source.display.track("checking labels", NUM_FOLDS) as advance:
         for fold in range(1, NUM_FOLDS + 1):
             held = folds == fold
             if held.any():
-                classifier = fit(rows, usable[~held], labels[~held], num_classes, LINEAR_CLASSIFIER, seed)
-                probabilities[held] = to_probabilities(classifier.scores(rows[usable[held]])).cpu()
+                train, own = usable[~held], labels[~held]
+                classifier = fit(rows, train, own, num_classes, LINEAR_CLASSIFIER, seed, device)
+                probabilities[held] = to_probabilities(classifier.scores(rows[usable[held]]))
             advance(1, "")
     return probabilities
 

@@ -132,6 +132,7 @@ def probe_layer(
     draws: Sequence[ProbeSplit],
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
+    device: torch.device,
 ) -> list[ProbeResult]:
     """Train and test classifiers on the features of one layer.
 
@@ -142,13 +143,14 @@ def probe_layer(
         draws: the splits by :func:`draw_probe_split`, one a repeat.
         classifiers: the kinds, at least one.
         on_done: called after each classifier of each repeat.
+        device: device that solves the linear classifiers.
     """
     accuracies: dict[Classifier, list[float]] = {kind: [] for kind in classifiers}
     strengths: dict[Classifier, list[float]] = {kind: [] for kind in classifiers}
     for draw in draws:
         own = labels[draw.train]
         linear = [kind for kind in classifiers if kind in _KINDS]
-        training = build_training_rows(rows, draw.train, own, num_classes) if linear else None
+        training = build_training_rows(rows, draw.train, own, num_classes, device) if linear else None
         for kind in classifiers:
             if training is None or kind not in _KINDS:
                 predicted = classify(rows, draw.train, own, draw.test, num_classes)
@@ -164,7 +166,7 @@ def probe_layer(
 def _predict(classifier: LinearClassifier, rows: Rows, indices: Tensor) -> Tensor:
     """Return the predicted classes of M rows, (M,) int64."""
     parts = indices.split(max(1, _BLOCK_BYTES // (4 * rows.shape[1])))  # type: ignore[no-untyped-call]
-    return torch.cat([decide(classifier.scores(rows[part])).cpu() for part in parts])
+    return torch.cat([decide(classifier.scores(rows[part])) for part in parts])
 
 
 def _mean_per_class(predicted: Tensor, labels: Tensor) -> float:
@@ -267,7 +269,15 @@ def probe(
             ]
             total = len(layers) * len(classifiers) * repeats
             with display.track("probing layers", total) as advance:
-                rows = _probe_layers(features, usable, labels, draws, classifiers, lambda: advance(1, ""))
+                rows = _probe_layers(
+                    features,
+                    usable,
+                    labels,
+                    draws,
+                    classifiers,
+                    lambda: advance(1, ""),
+                    network.placement.device,
+                )
         write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
         title = f"{network.backbone.card.name}, {per_class} training images a class"
         _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
@@ -298,11 +308,13 @@ def _probe_layers(
     draws: Sequence[ProbeSplit],
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
+    device: torch.device,
 ) -> list[ProbeRow]:
     num_classes = int(labels.max()) + 1
     rows: list[ProbeRow] = []
     for layer, whole in zip(features.layers, features.rows, strict=True):
-        results = probe_layer(SubsetRows(whole, usable), labels, num_classes, draws, classifiers, on_done)
+        rows_of_layer = SubsetRows(whole, usable)
+        results = probe_layer(rows_of_layer, labels, num_classes, draws, classifiers, on_done, device)
         rows += [ProbeRow(layer, whole.shape[1], result) for result in results]
     return rows
 

@@ -14,6 +14,8 @@ A penalised optimum lies in the span of the images: weights orthogonal to it cos
 images with many more features are reduced exactly to N coordinates each, without having all features in
 memory at once.
 
+All of this runs on the device that the caller names: blocks of rows go there, weights come back to the CPU.
+
 Shape legend: N training images, D features, R numbers (R <= D) and a 1 for the bias, K classes, B images.
 """
 
@@ -38,6 +40,7 @@ from finetune.features.minimize import (
     minimize,
 )
 from finetune.features.rows import Rows
+from finetune.system.forward import compute_where_it_fits
 from finetune.targets import decide
 
 Kind = Literal["softmax", "svm", "logreg"]
@@ -68,6 +71,7 @@ _LEAST_SQUARE = 1e-6
 """In place of zero, where all images are the same."""
 _RANK = 1e-12
 """Of the largest squared deviation of rows: directions with less are rounding."""
+_CPU = torch.device("cpu")
 _LOSSES: dict[Kind, type[Loss]] = {"softmax": Softmax, "svm": SquaredHinge, "logreg": Logistic}
 
 
@@ -76,8 +80,8 @@ class LinearClassifier:
     """A linear classifier of the original features, not standardised.
 
     Attributes:
-        weight: (K, D) float32.
-        bias: (K,) float32.
+        weight: (K, D) float32, on the CPU.
+        bias: (K,) float32, on the CPU.
         strength: C, of the objective on standardised features.
     """
 
@@ -95,8 +99,8 @@ class _Standardised:
     """Features of training images with mean 0 and deviation 1, block by block.
 
     Attributes:
-        mean: (D,) float64.
-        std: (D,) float64, positive.
+        mean: (D,) float64, on the device of the blocks.
+        std: (D,) float64, positive, on the same device.
     """
 
     rows: Rows
@@ -106,7 +110,7 @@ class _Standardised:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Return (N, stop - start) float64."""
-        block = self.rows.columns(self.indices, start, stop).double()
+        block = self.rows.columns(self.indices, start, stop).to(self.mean.device).double()
         return block.sub_(self.mean[start:stop]).div_(self.std[start:stop])
 
 
@@ -172,10 +176,12 @@ class TrainingRows:
             block = inner[:, start:stop] if self._turn is None else inner @ scaled.columns(start, stop)
             weight[:, start:stop] = block / scaled.std[start:stop]
             bias -= weight[:, start:stop].double() @ scaled.mean[start:stop]
-        return LinearClassifier(weight, bias.float(), strength)
+        return LinearClassifier(weight.cpu(), bias.float().cpu(), strength)
 
 
-def build_training_rows(rows: Rows, indices: Tensor, labels: Tensor, num_classes: int) -> TrainingRows:
+def build_training_rows(
+    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, device: torch.device = _CPU
+) -> TrainingRows:
     """Return training images, prepared for any kind of classifier and any C.
 
     If there are more than two features for each image, images are projected to their span by the
@@ -186,13 +192,14 @@ def build_training_rows(rows: Rows, indices: Tensor, labels: Tensor, num_classes
         indices: (N,) int64, the training images; no others are read.
         labels: (N,) int64 of these images.
         num_classes: K, at least 2.
+        device: device of the result, and of all that is computed with it.
 
     Raises:
         DataError: there is only one class, or a class has no training image.
         InternalError: a feature is not finite.
     """
     _refuse_missing(labels, num_classes)
-    scaled = _standardise(rows, indices)
+    scaled = _standardise(rows, indices, device)
     if len(scaled.mean) > WIDE * len(indices):
         inner, turn = _turn_into_span(scaled)
     else:
@@ -232,13 +239,24 @@ def choose_and_solve(training: TrainingRows, kind: Kind, seed: int) -> LinearCla
 
 
 def fit(
-    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, kind: Kind, seed: int
+    rows: Rows,
+    indices: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    kind: Kind,
+    seed: int,
+    device: torch.device = _CPU,
 ) -> LinearClassifier:
     """Choose C by cross-validation inside the training images, and solve with all of them.
 
-    The arguments and refusals are those of :func:`build_training_rows`; ``seed`` draws the folds.
+    The arguments and refusals are those of :func:`build_training_rows`; ``seed`` draws the folds. If the
+    memory of a GPU runs out, the CPU solves.
     """
-    return choose_and_solve(build_training_rows(rows, indices, labels, num_classes), kind, seed)
+
+    def solve_on(place: torch.device) -> LinearClassifier:
+        return choose_and_solve(build_training_rows(rows, indices, labels, num_classes, place), kind, seed)
+
+    return compute_where_it_fits(device, solve_on)
 
 
 def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tensor | None]:
@@ -269,7 +287,14 @@ def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tenso
 
 
 def cross_validate(
-    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, kind: Kind, seed: int, num_folds: int = 5
+    rows: Rows,
+    indices: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    kind: Kind,
+    seed: int,
+    num_folds: int = 5,
+    device: torch.device = _CPU,
 ) -> Tensor:
     """Return whether cross-validation predicts the label of each image, (N,) bool.
 
@@ -278,19 +303,24 @@ def cross_validate(
     and ``labels`` alone, so layers can be compared image by image. An image that is the only one of its class
     is never held out, and counts as wrong.
 
-    The other arguments and the refusals are those of :func:`build_training_rows`.
+    The other arguments and the refusals are those of :func:`build_training_rows`. If the memory of a GPU runs
+    out, the CPU solves.
     """
-    training = build_training_rows(rows, indices, labels, num_classes)
-    folds = draw_folds(labels, num_folds, seed).to(training.labels.device)
-    hits = torch.zeros_like(training.labels, dtype=torch.bool)
-    for fold in range(num_folds):
-        held = folds == fold
-        if held.any():
-            part = training.select(~held)
-            strength, start = _choose(part, kind, seed)
-            weights = part.minimize(kind, strength, _SOLVED, start)
-            hits[held] = training.select(held).is_correct(weights)
-    return hits.cpu()
+
+    def validate_on(place: torch.device) -> Tensor:
+        training = build_training_rows(rows, indices, labels, num_classes, place)
+        folds = draw_folds(labels, num_folds, seed).to(place)
+        hits = torch.zeros_like(training.labels, dtype=torch.bool)
+        for fold in range(num_folds):
+            held = folds == fold
+            if held.any():
+                part = training.select(~held)
+                strength, start = _choose(part, kind, seed)
+                weights = part.minimize(kind, strength, _SOLVED, start)
+                hits[held] = training.select(held).is_correct(weights)
+        return hits.cpu()
+
+    return compute_where_it_fits(device, validate_on)
 
 
 def draw_folds(labels: Tensor, num_folds: int, seed: int) -> Tensor:
@@ -330,9 +360,9 @@ def _blocks(num_columns: int, num_rows: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + width, num_columns)
 
 
-def _standardise(rows: Rows, indices: Tensor) -> _Standardised:
+def _standardise(rows: Rows, indices: Tensor, device: torch.device) -> _Standardised:
     blocks = _blocks(rows.shape[1], len(indices))
-    measured = (rows.columns(indices, start, stop).double() for start, stop in blocks)
+    measured = (rows.columns(indices, start, stop).to(device).double() for start, stop in blocks)
     moments = [torch.var_mean(block, dim=0, correction=0) for block in measured]
     std = torch.cat([variance for variance, _ in moments]).sqrt()
     if not std.isfinite().all():

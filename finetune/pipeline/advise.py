@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside, draw_evenly, read_images, require_labels
-from finetune.features.extraction import Features, open_features, open_images, open_source
+from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.network import Network, open_network
 from finetune.features.rows import ConcatRows
 from finetune.features.solvers import cross_validate
@@ -138,9 +138,8 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     with open_features(
         source, layers, "auto", with_logits=network.has_classifier, splits=("train",)
     ) as features:
-        samples = source.dataset.of("train")
-        usable = features.usable(samples)
-        evidence, depths = _measure(features, samples, usable, dataset, recipe.seed, display)
+        usable = features.usable(source.dataset.of("train"))
+        evidence, depths = _measure(source, features, usable, dataset)
     decision, verified = decide(evidence), None
     if recipe.advise.verify:
         decision, verified = verify(recipe, evidence, decision, display)
@@ -165,22 +164,20 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
 
 
 def _measure(
-    features: Features,
-    samples: Sequence[Sample],
-    usable: Tensor,
-    dataset: Dataset,
-    seed: int,
-    display: Display,
+    source: Source, features: Features, usable: Tensor, dataset: Dataset
 ) -> tuple[Evidence, tuple[Depth, ...]]:
+    """Measure layers on the usable images of a source; ``dataset`` is the whole, of which they are a part."""
+    samples, seed, device = source.dataset.of("train"), source.recipe.seed, source.network.placement.device
     labels = torch.tensor([samples[index].label for index in usable.tolist()])
     num_classes = dataset.num_classes
     neighbours, hits = [], []
-    with display.track("measuring layers", 2 * len(features.layers) + 1) as advance:
+    with source.display.track("measuring layers", 2 * len(features.layers) + 1) as advance:
         for rows in features.rows:
             neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
             advance(1, "")
         for rows in (*features.rows, ConcatRows(features.rows)):
-            hits.append(cross_validate(rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed).double())
+            hit = cross_validate(rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed, device=device)
+            hits.append(hit.double())
             advance(1, "")
     depths = tuple(
         Depth(layer.name, rows.shape[1], near.mean().item(), hit.mean().item())

@@ -12,7 +12,8 @@ No choice here uses validation images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,8 +26,10 @@ from finetune.features.extraction import Features, Source, open_features
 from finetune.features.network import Network
 from finetune.features.rows import ConcatRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
+from finetune.launch.processes import is_in_job, is_started_here
 from finetune.pipeline.context import FitContext
 from finetune.pipeline.setup import RunSetup
+from finetune.system.device import available_cores
 from finetune.targets import LINEAR_CLASSIFIER
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers
@@ -88,7 +91,27 @@ def solve_head(context: FitContext, choice: str) -> LinearHead:
         wanted = layers.select([choice])
     with open_features(source, wanted, "auto", distributed=context.distributed.machine) as features:
         _refuse_lost(features)
-        return context.distributed.share(lambda: _solve(source, features, choice))
+        return context.distributed.share(lambda: _solve_alone(source, features, choice))
+
+
+def _solve_alone(source: Source, features: Features, choice: str) -> LinearHead:
+    with _every_core():
+        return _solve(source, features, choice)
+
+
+@contextmanager
+def _every_core() -> Iterator[None]:
+    """Compute with every core: torchrun gives each process one thread, and the others only wait now.
+
+    Where the user or ``--processes`` names a number of threads, it stays.
+    """
+    before = torch.get_num_threads()
+    if before == 1 and is_in_job() and not is_started_here():
+        torch.set_num_threads(available_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _drop_lost(context: FitContext) -> Dataset:
@@ -98,19 +121,18 @@ def _drop_lost(context: FitContext) -> Dataset:
 
 
 def _solve(source: Source, features: Features, choice: str) -> LinearHead:
-    dataset, seed = source.dataset, source.recipe.seed
+    dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
     total = 1 + (len(features.layers) if choice == "best" else 0)
     with source.display.track("solving linear classifiers", total) as advance:
-        chosen = _choose(features, dataset, choice, seed, lambda: advance(1, ""))
+        chosen = _choose(source, features, choice, lambda: advance(1, ""))
         rows = _concat_rows(features, chosen)
         indices = _indices_of(dataset, "train")
         labels = _labels(dataset, indices)
-        classifier = fit(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
+        classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device)
         advance(1, "")
         parts: list[Split] = ["val", "test"]
         predictions = {part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)}
     is_last = chosen == source.network.layers.all[-1:]
-    classifier = replace(classifier, weight=classifier.weight.cpu(), bias=classifier.bias.cpu())
     return LinearHead(chosen, is_last, classifier, predictions)
 
 
@@ -122,16 +144,19 @@ def _refuse_lost(features: Features) -> None:
 
 
 def _choose(
-    features: Features, dataset: Dataset, choice: str, seed: int, on_done: Callable[[], None]
+    source: Source, features: Features, choice: str, on_done: Callable[[], None]
 ) -> tuple[Layer, ...]:
     """Return the layers to read; ``best`` is the stage with the highest cross-validated accuracy."""
     if choice != "best":
         return features.layers
+    dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
     accuracies = []
     for rows in features.rows:
-        hits = cross_validate(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
+        hits = cross_validate(
+            rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device=device
+        )
         accuracies.append(hits.double().mean().item())
         on_done()
     best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))
@@ -154,7 +179,7 @@ def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
 def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Split) -> Predictions:
     indices = _indices_of(dataset, part)
     logits = torch.cat([classifier.scores(rows[some]) for some in torch.split(indices, 1024)])
-    return Predictions(logits.float().cpu(), _labels(dataset, indices))
+    return Predictions(logits.float(), _labels(dataset, indices))
 
 
 # --- the network ---------------------------------------------------------------------------------

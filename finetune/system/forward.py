@@ -1,13 +1,19 @@
-"""Run a forward pass: mixed precision, and smaller chunks of a batch after memory has run out."""
+"""Run a forward pass: mixed precision, and smaller chunks of a batch after memory has run out.
+
+Other computations go to the CPU where a GPU's memory runs out (:func:`compute_where_it_fits`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from finetune.system.device import DTYPES, Precision, is_out_of_memory, release_memory
+
+T = TypeVar("T")
 
 
 class ChunkedForward:
@@ -49,3 +55,15 @@ class ChunkedForward:
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the mixed-precision context of a forward pass; it does nothing for float32."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "float32")
+
+
+def compute_where_it_fits(device: torch.device, compute: Callable[[torch.device], T]) -> T:
+    """Return ``compute(device)``, or that of the CPU if the memory of a GPU runs out."""
+    if device.type != "cpu":
+        try:
+            return compute(device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory()  # outside the except block, whose traceback holds every tensor
+    return compute(torch.device("cpu"))

@@ -17,6 +17,8 @@ from finetune.features.rows import MemoryRows
 from finetune.features.solvers import fit
 from finetune.features.transferability import classify
 
+CPU = torch.device("cpu")
+
 CLASSES = ("cat", "dog", "owl")
 
 
@@ -31,7 +33,7 @@ def draw_all(labels: Tensor, per_class: int, repeats: int) -> list[ProbeSplit]:
 
 
 def run(rows: MemoryRows, labels: Tensor, draws: Sequence[ProbeSplit]) -> list[ProbeResult]:
-    return probe_layer(rows, labels, len(CLASSES), draws, CLASSIFIERS, lambda: None)
+    return probe_layer(rows, labels, len(CLASSES), draws, CLASSIFIERS, lambda: None, CPU)
 
 
 # --- draws ---------------------------------------------------------------------------------------
@@ -124,7 +126,9 @@ def test_progress_is_told_of_each_classifier_of_each_draw() -> None:
     labels = torch.arange(3).repeat(8)
     done: list[int] = []
     draws = draw_all(labels, 4, 3)
-    probe_layer(draw_layer(labels, 5, 1.0), labels, 3, draws, ["knn", "svm"], lambda: done.append(len(done)))
+    probe_layer(
+        draw_layer(labels, 5, 1.0), labels, 3, draws, ["knn", "svm"], lambda: done.append(len(done)), CPU
+    )
     assert len(done) == 6
 
 
@@ -142,8 +146,8 @@ def test_labels_of_test_images_are_for_judging_only() -> None:
     rows, draws = draw_layer(labels, 6, 1.0), [draw_probe_split(labels, CLASSES[:2], 6, 0, 0)]
     turned = labels.clone()
     turned[draws[0].test] = 1 - turned[draws[0].test]
-    ours = probe_layer(rows, labels, 2, draws, CLASSIFIERS, lambda: None)
-    other = probe_layer(rows, turned, 2, draws, CLASSIFIERS, lambda: None)
+    ours = probe_layer(rows, labels, 2, draws, CLASSIFIERS, lambda: None, CPU)
+    other = probe_layer(rows, turned, 2, draws, CLASSIFIERS, lambda: None, CPU)
     for one, two in zip(ours, other, strict=True):
         assert one.strengths == two.strengths
         assert one.mean == pytest.approx(1 - two.mean)

@@ -30,6 +30,7 @@ from finetune.features.solvers import (
     fit,
     solve,
 )
+from tests.pretend_device import pretended_device
 
 KINDS: tuple[Kind, ...] = ("softmax", "svm", "logreg")
 
@@ -433,3 +434,32 @@ def test_refusals() -> None:
     rows[3, 2] = torch.inf
     with pytest.raises(InternalError, match="not finite"):
         build_training_rows(MemoryRows(rows), torch.arange(12), labels, 3)
+
+
+# --- the device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [20, 200])  # all features, and their span
+def test_a_device_solves_and_the_cpu_gets_the_same_weights(kind: Kind, width: int) -> None:
+    features, labels = draw(60, width, 3)
+    rows, indices = MemoryRows(features), torch.arange(60)
+    here = fit(rows, indices, labels, 3, kind, seed=0)
+    hits = cross_validate(rows, indices, labels, 3, kind, seed=0)
+    with pretended_device() as device:
+        matrix = build_training_rows(rows, indices, labels, 3, device).matrix
+        there = fit(rows, indices, labels, 3, kind, 0, device)
+        assert cross_validate(rows, indices, labels, 3, kind, seed=0, device=device).equal(hits)
+    assert matrix.device == device
+    assert there.weight.device == there.bias.device == torch.device("cpu")
+    assert there.weight.equal(here.weight) and there.bias.equal(here.bias)
+    assert there.strength == here.strength
+
+
+def test_the_pretended_device_notices_a_tensor_that_stayed_behind() -> None:
+    with pretended_device() as device:
+        there = torch.ones(3, device=device)
+        assert (there + torch.tensor(1.0)).sum().item() == 6
+        assert (there.cpu() + torch.ones(3)).sum() == 6
+        with pytest.raises(AssertionError, match="mixes devices"):
+            there + torch.ones(3)
