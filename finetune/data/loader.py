@@ -41,6 +41,8 @@ from finetune.system.distributed import SINGLE_PROCESS, Distributed
 
 MOST_DEATHS = 3
 """Of decoding processes, in a row, before the run is given up."""
+BATCHES_BEFORE_GROWTH = 4
+"""Batches of each decoding process after which more may start; so long passes need not end first."""
 Key = tuple[int, int]
 """(epoch, index into the samples). The epoch travels with the index, so that workers hold no state."""
 
@@ -192,14 +194,14 @@ class ImageLoader:
         shuffle: a new order every epoch; otherwise the order of ``samples``.
         warn: told of decoding processes that ended or could not work.
         images: kept ones of these samples. They change no bit of a batch.
-        max_workers: that ``workers`` may grow to where training waits for data (shuffled loaders only).
+        max_workers: that ``workers`` may grow to where batches are waited for.
         allow_lost: batches may lack images that cannot be read; shuffled ones always may.
         distributed: processes that share the batches.
 
     Attributes:
         input_size: (3, H, W) of the images.
         wait_seconds: time the last pass spent waiting for data.
-        workers: decoding processes of the next pass.
+        workers: decoding processes, now and in the next pass.
     """
 
     def __init__(
@@ -270,8 +272,9 @@ class ImageLoader:
         Among several processes these are its own share, but for ``whole`` (:func:`take_share`).
 
         A decoding process that dies is replaced, and its batch made again: content does not depend on
-        processes. Where batches cannot be handed over between processes, this one decodes. Batches may lack
-        images, which they name, where that is allowed.
+        processes. Where batches cannot be handed over between processes, this one decodes. Where they are
+        waited for, more processes decode the rest. Batches may lack images, which they name, where that is
+        allowed.
 
         Raises:
             DataError: an image cannot be read (it could when the run began), and none may be lost: metrics
@@ -285,17 +288,20 @@ class ImageLoader:
         done = deaths = 0
         while done < len(keys):
             try:
-                for batch in self._pass(keys[done:]):
-                    if done == 0:  # until here processes started, which says nothing of their number
+                for number, batch in enumerate(self._pass(keys[done:])):
+                    if number == 0:  # until here processes started, which says nothing of their number
                         began, waited_before = time.perf_counter(), self.wait_seconds
                     done, deaths = done + 1, 0
                     yield batch
+                    is_time = number and number % (BATCHES_BEFORE_GROWTH * max(1, self.workers)) == 0
+                    if is_time and done < len(keys) and self._grow(began, waited_before):
+                        break  # what these processes have prepared beyond is made again
             except NoRoomError as error:
                 self._decode_here(str(error))
             except WorkerDiedError as error:
                 deaths += 1
                 self._replace_workers(deaths, str(error))
-        self._choose_workers(self.wait_seconds - waited_before, time.perf_counter() - began)
+        self._grow(began, waited_before)
 
     def _pass(self, keys: list[list[Key]]) -> Iterator[Batch]:
         self._batches.keys = keys
@@ -310,11 +316,15 @@ class ImageLoader:
                 raise _lost_error(batch.lost)
             yield self._place(batch)
 
-    def _choose_workers(self, waited: float, seconds: float) -> None:
+    def _grow(self, began: float, waited_before: float) -> bool:
+        """Take more decoding processes if too much of the time since ``began`` was spent waiting for them."""
+        waited, seconds = self.wait_seconds - waited_before, time.perf_counter() - began
         chosen = choose_workers(self.workers, self._most_workers, waited, seconds)
-        if self.shuffle and chosen != self.workers:
-            self.workers = chosen
-            self._loader = self._build()
+        if chosen == self.workers:
+            return False
+        self.workers = chosen
+        self._loader = self._build()
+        return True
 
     def _replace_workers(self, deaths: int, found: str) -> None:
         if deaths > MOST_DEATHS:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from finetune.system.signals import end_with_parent
 
 MOST_WAITING = 0.1
-"""Share of a pass that may be spent waiting for data before more processes decode the next one."""
+"""Share of the time that may be spent waiting for data before more processes decode."""
 _NO_ROOM = (
     "No space left on device",  # of /dev/shm
     "shared memory",
@@ -40,16 +40,16 @@ def start_worker(parent: int, _: int) -> None:
 
 
 def choose_workers(workers: int, most: int, waited: float, seconds: float) -> int:
-    """Return how many processes should decode the next pass: more, where training waited for them.
+    """Return how many processes should decode from here on: more, where they were waited for.
 
-    They made a pass in ``seconds``, and training can take it in ``seconds - waited``. No single pass is
-    believed when it asks for more than twice as many.
+    They made some batches in ``seconds``, and these can be used up in ``seconds - waited``. No single
+    measurement is believed when it asks for more than twice as many.
 
     Args:
-        workers: of the last pass; none stays none.
+        workers: until now; none stays none.
         most: that there may be.
-        waited: seconds that training waited for data.
-        seconds: of the whole pass.
+        waited: seconds that were spent waiting for data.
+        seconds: of the whole measurement.
     """
     if not 0 < workers < most or waited <= MOST_WAITING * seconds:
         return workers

@@ -47,7 +47,13 @@ from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.system.device import Precision, describe_environment, release_memory, resolve_workers
+from finetune.system.device import (
+    Precision,
+    describe_environment,
+    release_memory,
+    resolve_most_workers,
+    resolve_workers,
+)
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from pretrained.catalog import Card
@@ -264,18 +270,20 @@ def _open_loader(
     network, recipe = source.network, source.recipe
     preprocessing = network.backbone.card.preprocessing
     batch_bytes = batch_size * 3 * preprocessing.img_size**2
-    asked = recipe.data.workers
-    workers = (
-        resolve_workers(network.placement.device, batch_bytes, distributed.size) if asked == "auto" else asked
-    )
+    workers, most = recipe.data.workers, 0
+    if workers == "auto":
+        workers = resolve_workers(network.placement.device, batch_bytes, distributed.size)
+        most = resolve_most_workers(batch_bytes, distributed.size)
     samples = source.dataset.of(split)
+    num_batches = len(samples) // batch_size
     loader = ImageLoader(
         source.dataset,
         samples,
         build_eval_transform(preprocessing),
         batch_size=batch_size,
         placement=network.placement,
-        workers=min(workers, len(samples) // batch_size),
+        workers=min(workers, num_batches),
+        max_workers=min(most, num_batches),
         seed=0,
         shuffle=False,
         warn=source.display.warn,

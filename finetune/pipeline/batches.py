@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from finetune.pipeline.setup import RunSetup
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.system.device import release_memory
+from finetune.system.device import release_memory, resolve_most_workers
 from finetune.system.distributed import Distributed
 from finetune.training.trunk import FeatureLoader, SplitChoice, choose_split, find_reason_against
 from pretrained.graph.cuts import Cut
@@ -118,6 +119,9 @@ class LoaderFactory:
         setup, dataset = self.context.setup, self.context.dataset
         workers = setup.recipe.data.workers
         transform = _build_transform(setup, part)
+        # The trunk's batches are larger than those of training, which the setup's number is for.
+        batch_bytes = batch_size * math.prod(setup.backbone.card.preprocessing.input_size)
+        room = resolve_most_workers(batch_bytes, self.context.distributed.machine.size)
         loader = ImageLoader(
             dataset,
             dataset.of(part),
@@ -129,7 +133,7 @@ class LoaderFactory:
             shuffle=shuffle,
             warn=self._warn,
             images=self._keep_images(part, transform, passes) if passes else None,
-            max_workers=setup.max_workers,
+            max_workers=min(setup.max_workers, room),
             distributed=distributed,
         )
         self.stack.callback(loader.close)

@@ -158,7 +158,13 @@ def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageLoader]:
     clock, fetch = Clock(), loader_module.fetch
     monkeypatch.setattr(loader_module, "time", clock)
 
-    def make_pass(loader: ImageLoader, first: float, waiting: float, training: float) -> ImageLoader:
+    def make_pass(
+        loader: ImageLoader,
+        first: float,
+        waiting: float,
+        training: float,
+        seen: list[tuple[int, Batch]] | None = None,
+    ) -> ImageLoader:
         waits = iter([first])
 
         def slow(*arguments: Any) -> Any:
@@ -167,8 +173,10 @@ def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageLoader]:
             return batch
 
         monkeypatch.setattr(loader_module, "fetch", slow)
-        for _ in loader.batches():
+        for batch in loader.batches():
             clock.now += training
+            if seen is not None:
+                seen.append((loader.workers, batch))
         return loader
 
     return make_pass
@@ -188,11 +196,34 @@ def test_a_loader_that_was_waited_for_gets_more_processes(
     loader.close()
 
 
-@pytest.mark.parametrize(("shuffle", "most"), [(False, 3), (True, 0)])
-def test_the_number_stays_for_evaluation_and_where_the_user_has_named_it(
-    image_folder: Path, pass_over: Callable[..., ImageLoader], shuffle: bool, most: int
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_long_pass_gets_more_processes_before_its_end(
+    image_folder: Path, pass_over: Callable[..., ImageLoader], shuffle: bool
 ) -> None:
-    loader = build_loader(image_folder, workers=1, shuffle=shuffle, max_workers=most)
+    """Features are computed in a single pass: it must not be as slow to the end as it began."""
+    loader = build_loader(image_folder, batch_size=2, workers=1, shuffle=shuffle, max_workers=8)
+    plain = list(build_loader(image_folder, batch_size=2, shuffle=shuffle).batches())
+    seen: list[tuple[int, Batch]] = []
+    pass_over(loader, first=50.0, waiting=9.0, training=1.0, seen=seen)
+    assert [number for number, _ in seen] == 5 * [1] + 9 * [2] + 4 * [4]
+    assert_same([batch for _, batch in seen], plain)
+    loader.close()
+
+
+def test_a_long_pass_keeps_the_processes_that_suffice(
+    image_folder: Path, pass_over: Callable[..., ImageLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = build_loader(image_folder, batch_size=2, workers=1, shuffle=False, max_workers=8)
+    monkeypatch.setattr(loader, "_build", lambda: pytest.fail("what was prepared is thrown away"))
+    assert pass_over(loader, first=50.0, waiting=0.1, training=1.0).workers == 1
+    loader.close()
+
+
+def test_the_number_stays_where_the_user_has_named_it(
+    image_folder: Path, pass_over: Callable[..., ImageLoader]
+) -> None:
+    loader = build_loader(image_folder, workers=1, max_workers=0)
     assert pass_over(loader, first=0.0, waiting=9.0, training=1.0).workers == 1
     loader.close()
 
