@@ -6,7 +6,7 @@ Shape legend: N images, B of them, D features for each.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,10 +57,17 @@ class MemoryRows:
         return self.tensor[indices, start:stop]
 
 
+MAX_GAP = 2**14
+"""Bytes between two rows' parts that are read too rather than skipped: one more call takes as long."""
+MAX_READ = 2**19
+"""Bytes that one call reads, unless a single row is longer: what a processor's cache holds."""
+
+
 class FileRows:
     """Rows that stay in their file.
 
     The file is read, not mapped: mapped pages count as memory of the process, which would grow with the file.
+    Rows that follow each other in the file are read together.
 
     Args:
         path: file of the rows, row after row, without a header.
@@ -86,17 +93,44 @@ class FileRows:
         Raises:
             DataError: the file was cut short.
         """
-        rows = torch.empty(len(indices), stop - start, dtype=self._dtype)
-        content: Any = rows.view(torch.uint8).view(-1).numpy()
-        num_bytes, size = rows.shape[1] * self._dtype.itemsize, self._dtype.itemsize
-        for place, index in enumerate(indices.tolist()):
-            part = content[place * num_bytes : (place + 1) * num_bytes]
-            done = os.preadv(self._file.fileno(), [part], (index * self.shape[1] + start) * size)
-            if done != num_bytes:  # one call reads up to 2 GB of a file on a disk
-                found = f"{self._file.name} ends before row {index + 1}"
-                fix = "Run `finetune cache clear`, and start the same command again."
-                raise DataError("reading kept features", found, fix)
+        width, whole, size = stop - start, self.shape[1], self._dtype.itemsize
+        rows = torch.empty(len(indices), width, dtype=self._dtype)
+        at_once = max(1, MAX_READ // (whole * size)) if (whole - width) * size <= MAX_GAP else 1
+        between = torch.empty(min(at_once, len(indices)) if width < whole else 0, whole, dtype=self._dtype)
+        place = 0
+        for first, number in _find_runs(indices.tolist(), at_once):
+            numel = (number - 1) * whole + width  # from the first row's part to the last one's
+            part = rows[place : place + number]
+            is_direct = width == whole or number == 1
+            found = part if is_direct else between[:number]
+            self._read(found.view(-1)[:numel], first * whole + start, first + number)
+            if not is_direct:
+                part.copy_(found[:, :width])
+            place += number
         return rows
+
+    def _read(self, part: Tensor, offset: int, end: int) -> None:
+        """Fill a tensor (numel,) from an offset in features; ``end`` is the last row, counted from 1."""
+        content: Any = part.view(torch.uint8).numpy()
+        done = os.preadv(self._file.fileno(), [content], offset * self._dtype.itemsize)
+        if done != len(content):  # one call reads up to 2 GB of a file on a disk
+            found = f"{self._file.name} ends before row {end}"
+            fix = "Run `finetune cache clear`, and start the same command again."
+            raise DataError("reading kept features", found, fix)
+
+
+def _find_runs(indices: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Yield first index and length of runs in which each index follows the one before, at most ``most``."""
+    first = number = 0
+    for index in indices:
+        if number and number < most and index == first + number:
+            number += 1
+            continue
+        if number:
+            yield first, number
+        first, number = index, 1
+    if number:
+        yield first, number
 
 
 class ChainRows:
