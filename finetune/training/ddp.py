@@ -163,8 +163,7 @@ def average_statistics(distributed: Distributed, network: nn.Module, num_images:
     flat = torch.cat(statistics) * (num_images / total)
     with distributed.translated():
         dist.all_reduce(flat)
-    for statistic, mean in zip(statistics, torch.split(flat, [len(own) for own in statistics]), strict=True):
-        statistic.copy_(mean)
+    torch._foreach_copy_(statistics, torch.split(flat, [len(own) for own in statistics]))
 
 
 def _find_statistics(network: nn.Module) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from finetune.system.distributed import Distributed
 from finetune.system.forward import autocast
 from finetune.targets import compute_share
 from finetune.training.ddp import REHEARSALS, BatchShare, Replicas, waits_in_forward
-from finetune.training.state import Progress, add_up
+from finetune.training.state import Progress
 from finetune.training.task import Task
 
 
@@ -138,28 +138,32 @@ class BufferBackup:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._owned = [
-            buffer for layer in network.modules() if layer.training for buffer in layer.buffers(recurse=False)
-        ]
-        self._copies = [buffer.clone() for buffer in self._owned]
-        floats = [buffer for buffer in self._owned if buffer.is_floating_point() and buffer.numel()]
+        owned: dict[torch.dtype, list[Tensor]] = {}
+        for layer in network.modules():
+            for buffer in layer.buffers(recurse=False) if layer.training else ():
+                owned.setdefault(buffer.dtype, []).append(buffer)
+        # A kernel takes a list of one type; of mixed ones a GPU copies each tensor by itself.
+        self._owned = [*owned.values()]
+        self._copies = [[buffer.clone() for buffer in some] for some in self._owned]
+        floats = [one for some in self._owned for one in some if one.is_floating_point() and one.numel()]
         self._finite = [buffer for buffer in floats if buffer.isfinite().all()]  # leaves out masks of -inf
 
+    @torch.no_grad()
     def add_up(self) -> list[Tensor]:
-        """Return a list with the sum of all values; empty if there are no buffers."""
-        return [add_up(self._finite)] if self._finite else []
+        """Return a list with the sum of all absolute values; empty if there are no buffers."""
+        return [torch.stack(torch._foreach_norm(self._finite, 1)).sum()] if self._finite else []
 
     @torch.no_grad()
     def keep(self) -> None:
         """Copy the current values."""
-        if self._owned:
-            torch._foreach_copy_(self._copies, self._owned)
+        for copies, some in zip(self._copies, self._owned, strict=True):
+            torch._foreach_copy_(copies, some)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Undo every change since :meth:`keep`."""
-        if self._owned:
-            torch._foreach_copy_(self._owned, self._copies)
+        for copies, some in zip(self._copies, self._owned, strict=True):
+            torch._foreach_copy_(some, copies)
 
 
 # --- Retry with smaller microbatches ---

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.data.loader import Batch
 from finetune.training import trainer as trainer_module
@@ -103,6 +105,32 @@ def test_a_running_statistic_that_is_no_number_is_found(value: float) -> None:
     kept = BufferBackup(network)
     network.get_buffer("stage2.1.running_mean")[3] = value
     assert not kept.add_up()[0].isfinite()
+
+
+class Calls(TorchDispatchMode):
+    """Operations and the types of the tensors in each of their lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[set[torch.dtype]]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keys: Any = None) -> Any:
+        lists = [{one.dtype for one in part} for part in arguments if isinstance(part, (list, tuple))]
+        self.seen.append((function.__name__.partition(".")[0], lists))
+        return function(*arguments, **keys or {})
+
+
+@pytest.mark.parametrize("number", [1, 30])
+def test_the_guards_of_a_step_are_a_few_operations_however_many_layers(number: int) -> None:
+    """A GPU copies a list of one type with one kernel, and a mixed one with a kernel for each tensor."""
+    buffers = BufferBackup(nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(number)]).train())
+    with Calls() as calls:
+        buffers.keep()
+        buffers.restore()
+        buffers.add_up()
+    names = [name for name, _ in calls.seen]
+    assert names == 4 * ["_foreach_copy_"] + ["_foreach_norm", "stack", "sum"]
+    assert all(len(types) == 1 for _, lists in calls.seen for types in lists)
 
 
 def test_a_recipe_can_ask_for_parts(image_folder: Path, tmp_path: Path) -> None:
