@@ -50,12 +50,12 @@ from finetune.runs.reader import RunReader
 from finetune.system.device import (
     Precision,
     describe_environment,
-    release_memory,
     resolve_most_workers,
     resolve_workers,
 )
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.memory import release_memory
 from pretrained.catalog import Card
 from pretrained.graph.layers import FeatureExtractor, Layer
 from pretrained.graph.pooling import Pool

@@ -24,8 +24,9 @@ from finetune.pipeline.setup import RunSetup
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.system.device import release_memory, resolve_most_workers
+from finetune.system.device import resolve_most_workers
 from finetune.system.distributed import Distributed
+from finetune.system.memory import release_memory
 from finetune.training.trunk import FeatureLoader, SplitChoice, choose_split, find_reason_against
 from pretrained.graph.cuts import Cut
 from pretrained.graph.split import SplitNetwork

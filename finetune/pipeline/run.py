@@ -40,9 +40,9 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import recorded_outcome, translated_errors
 from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO
-from finetune.system.device import measure_peak_memory
 from finetune.system.display import Display, SilentDisplay
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.memory import find_largest_peak, measure_peak_memory
 from finetune.system.signals import StopSignal
 from finetune.tracking.trackers import Trackers, check_trackers
 from finetune.training.checkpoint import CheckpointStore
@@ -128,7 +128,8 @@ def run(
                     distributed=distributed,
                 )
                 result = fit_network(context)
-                metrics = _write_results(context, result, seen) if distributed.is_main else {}
+                peaks = distributed.collect(measure_peak_memory(setup.placement.device))
+                metrics = _write_results(context, result, seen, peaks) if distributed.is_main else {}
                 trackers.log_final(metrics)
                 return Run(claim.folder, metrics)
 
@@ -276,8 +277,17 @@ def plan_cells(plan: Plan, is_solved: bool = False) -> list[list[str]]:
 # --- the results ---------------------------------------------------------------------------------
 
 
-def _write_results(context: FitContext, result: FitResult, seen: dict[str, int]) -> dict[str, Any]:
-    """Write metrics, model and report; return the content of ``metrics.json``."""
+def _write_results(
+    context: FitContext, result: FitResult, seen: dict[str, int], peaks: list[dict[str, int]]
+) -> dict[str, Any]:
+    """Write metrics, model and report; return the content of ``metrics.json``.
+
+    Args:
+        context: the running attempt.
+        result: the fitted network.
+        seen: counts of :func:`check_seen`.
+        peaks: peak memory of every rank when the fit ended.
+    """
     setup, dataset, clock, folder = context.setup, context.dataset, context.clock, context.folder
     with clock.phase("evaluate"):
         network = result.backbone.network
@@ -288,7 +298,7 @@ def _write_results(context: FitContext, result: FitResult, seen: dict[str, int])
     with clock.phase("export"):
         card = replace(result.backbone.card, temperature=summary.temperature)
         _export(replace(result.backbone, card=card), folder, metrics, result.images)
-    metrics |= measure_peak_memory(setup.placement.device)
+    metrics |= find_largest_peak([*peaks, measure_peak_memory(setup.placement.device)])
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     say_result(context.display, folder, metrics)

@@ -198,7 +198,12 @@ def list_speed(facts: Facts) -> list[tuple[str, str]]:
         found.append(("time spent waiting for images", percent(waiting)))
     if (size := facts.number("microbatch")) is not None:
         found.append(("images per forward pass", f"{size:.0f}"))
-    for key, words in (("peak_memory_bytes", "peak memory"), ("peak_gpu_memory_bytes", "peak GPU memory")):
+    peaks = {
+        "peak_memory_bytes": "peak memory",
+        "peak_gpu_memory_bytes": "peak GPU memory, allocated",
+        "peak_gpu_memory_reserved_bytes": "peak GPU memory, reserved",
+    }
+    for key, words in peaks.items():
         if (memory := facts.number(key)) is not None:
             found.append((words, f"{memory / 1e9:.2f} GB"))
     return found

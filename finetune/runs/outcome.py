@@ -19,9 +19,9 @@ from finetune.errors import (
 from finetune.runs.claim import RUNNING, Claim
 from finetune.runs.files import disk_error
 from finetune.runs.folder import Outcome
-from finetune.system.device import is_out_of_memory
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.memory import is_out_of_memory, shortage_error
 
 
 @contextmanager
@@ -79,9 +79,9 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
 
 def _known_fault(error: BaseException) -> FinetuneError | None:
     """Return the error for a known message of torch; None for others."""
-    message = " ".join(str(error).split())[:200] or "there is no memory left"
     if is_out_of_memory(error):
-        return EnvironmentFaultError("the run", message, "Lower --batch-size, --img-size or --workers.")
+        return shortage_error("the run", error)
+    message = " ".join(str(error).split())[:200]
     if "deterministic implementation" in message:
         fix = "Take another backbone, or --set deterministic=false."
         return EnvironmentFaultError("deterministic: true", message, fix)

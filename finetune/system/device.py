@@ -1,19 +1,15 @@
-"""The machine: device, precision, threads, memory, seeds, and a record of versions and hardware."""
+"""The machine: device, precision, threads, seeds, and a record of versions and hardware."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import math
 import os
 import platform
 import random
 import re
-import resource
 import shutil
 import sys
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -229,44 +225,3 @@ def _processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-_OUT_OF_MEMORY = (
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "CUDA error: out of memory",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-)
-"""Fragments of out-of-memory messages that torch raises as plain RuntimeErrors, on a GPU and on a CPU."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
-
-
-def release_memory() -> None:
-    """Return unused memory to the GPU and to the operating system.
-
-    Call it outside of the ``except`` block: inside, the traceback still refers to every activation.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def measure_peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the peak memory of this process so far, and of its GPU if it has one, in bytes."""
-    peak = {"peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    if device.type == "cuda":
-        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    return peak

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.errors import ExitCode, FinetuneError, LostProcessError
+from finetune.system.memory import is_out_of_memory, shortage_error
 from finetune.system.rank import RankInfo
 
 T = TypeVar("T")
@@ -244,7 +245,7 @@ class Distributed:
         """Turn torch's error for a lost process into the error that this process published, if it did.
 
         Raises:
-            FinetuneError: another process has published it.
+            FinetuneError: another process has published it, or the communication itself ran out of memory.
             LostProcessError: another process has ended without a reason, or does not answer.
         """
         try:
@@ -252,6 +253,8 @@ class Distributed:
         except RuntimeError as error:
             if not is_peer_failure(error):
                 raise
+            if is_out_of_memory(error):  # starting again would need the same memory
+                raise shortage_error("communication between processes", error) from None
             message = " ".join(_SOURCE_LOCATION.sub("", str(error)).split())
         else:
             return

@@ -6,12 +6,14 @@ Other computations go to the CPU where a GPU's memory runs out (:func:`compute_w
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from finetune.system.device import DTYPES, Precision, is_out_of_memory, release_memory
+from finetune.system.device import DTYPES, Precision
+from finetune.system.memory import attempt
 
 T = TypeVar("T")
 
@@ -33,22 +35,20 @@ class ChunkedForward:
         """Return the output for a batch.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: memory runs out for a single image.
+            torch.OutOfMemoryError: memory runs out for a single image.
         """
         outputs: list[Tensor] = []
         done = 0
         while done < len(images):
             chunk = images[done : done + (self._chunk_size or len(images))]
-            try:
-                outputs.append(self.forward(chunk))
-            except Exception as error:
-                if len(chunk) == 1 or not is_out_of_memory(error):
-                    raise
-            else:
+            output = attempt(partial(self.forward, chunk))
+            if not isinstance(output, str):
+                outputs.append(output)
                 done += len(chunk)
-                continue
-            self._chunk_size = -(-len(chunk) // 2)
-            release_memory()
+            elif len(chunk) == 1:
+                raise torch.OutOfMemoryError(output)
+            else:
+                self._chunk_size = -(-len(chunk) // 2)
         return torch.cat(outputs)
 
 
@@ -60,10 +60,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def compute_where_it_fits(device: torch.device, compute: Callable[[torch.device], T]) -> T:
     """Return ``compute(device)``, or that of the CPU if the memory of a GPU runs out."""
     if device.type != "cpu":
-        try:
-            return compute(device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        release_memory()  # outside the except block, whose traceback holds every tensor
+        found = attempt(partial(compute, device))
+        if not isinstance(found, str):
+            return found
     return compute(torch.device("cpu"))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from finetune.data.loader import Batch, Placement
-from finetune.system.device import Precision, is_out_of_memory, release_memory
+from finetune.system.device import Precision
+from finetune.system.memory import is_out_of_memory, release_memory
 from finetune.targets import build_loss
 from finetune.training.freeze import freeze, set_train_mode
 from finetune.training.plan import Plan

@@ -8,7 +8,7 @@ exchanged, so that all ranks take the same branch.
 ::
 
     share      number of images of this batch on each rank              summed over ranks
-    rehearse   forward and backward without communication: does it fit? first steps, after each halving
+    rehearse   forward and backward without communication: does it fit? first two steps, after a halving
     gradient   in microbatches; the last one is summed over ranks       DistributedDataParallel, no_sync
     agree      whether the loss of every rank is finite
     average    running statistics of BatchNorm, weighted by images
@@ -32,9 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finetune.data.loader import Batch
 from finetune.system.distributed import Distributed
+from finetune.system.memory import release_memory
 
 REHEARSALS = 2
-"""Steps rehearsed without communication; the second one runs with the optimizer's state in memory."""
+"""First steps that are rehearsed, each before it is made together. When the second one is, the optimizer's
+state and the buckets of DistributedDataParallel are in memory."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Replicas:
         """
         if self._connected is not None:
             return
+        release_memory()  # NCCL allocates beside torch
         with self._distributed.translated(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 has no replacement yet
             # Statistics are averaged after the step, by average_statistics.
@@ -191,5 +194,5 @@ def synchronize_batch_norm(network: nn.Module) -> None:
 
 
 def waits_in_forward(network: nn.Module) -> bool:
-    """Return whether a forward pass in train mode communicates between ranks (SyncBatchNorm)."""
-    return any(isinstance(layer, nn.SyncBatchNorm) for layer in network.modules())
+    """Return whether the network's forward pass communicates between ranks: a SyncBatchNorm in train mode."""
+    return any(isinstance(layer, nn.SyncBatchNorm) and layer.training for layer in network.modules())

@@ -21,10 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.loader import Batch
 from finetune.errors import EnvironmentFaultError, LostProcessError
-from finetune.system.device import Precision, is_out_of_memory, release_memory, seed_everything
+from finetune.system.device import Precision, seed_everything
 from finetune.system.display import Display
 from finetune.system.distributed import Distributed
 from finetune.system.forward import autocast
+from finetune.system.memory import attempt
 from finetune.targets import compute_share
 from finetune.training.ddp import REHEARSALS, BatchShare, Replicas, waits_in_forward
 from finetune.training.state import Progress
@@ -173,8 +174,8 @@ class MicrobatchRunner:
     """Computes gradients, and halves the microbatch whenever memory runs out.
 
     While gradients are summed, every rank waits for the others, so one that runs out of memory there fails
-    the whole run. The first steps are therefore rehearsed without communication, and the ranks agree on the
-    microbatch. This is not possible with SyncBatchNorm, which communicates in the forward pass.
+    the whole run. Each of the first steps is therefore rehearsed without communication, and the ranks agree
+    on the microbatch. A SyncBatchNorm in train mode prevents this: it communicates in the forward pass.
 
     Args:
         task: network, loss and data.
@@ -216,10 +217,10 @@ class MicrobatchRunner:
         if replicas is not None and waits_in_forward(self.task.network):
             self._rehearsals = 0
             replicas.connect(has_unused=True)
-        while self._rehearsals:
+        if self._rehearsals:
             self._rehearse(batch, share, progress, buffers)
         while True:
-            found = self._try(batch, share, progress)
+            found = self._try(batch, share, progress, buffers)
             if not isinstance(found, str):
                 return found
             if replicas is not None:
@@ -228,29 +229,33 @@ class MicrobatchRunner:
                     "Run the command again, or lower --batch-size.",
                 )
                 raise LostProcessError(asked, f"memory ran out while other processes waited ({found})", fix)
-            buffers.restore()
             self._halve(progress, len(batch.labels), found)
 
     def _try(
-        self, batch: Batch, share: BatchShare, progress: Progress, alone: bool = False
+        self,
+        batch: Batch,
+        share: BatchShare,
+        progress: Progress,
+        buffers: BufferBackup,
+        alone: bool = False,
     ) -> torch.Tensor | str:
-        """Return the loss, or the text of the out-of-memory error."""
+        """Return the loss, or the text of the out-of-memory error; no trace of a failed attempt remains."""
         own = (
             (self.distributed.rank,) if self.distributed.rank else ()
         )  # each rank draws its own dropout masks
-        seed_everything(self.seed, "step", progress.step, *own)
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
+
+        def compute() -> torch.Tensor:
+            seed_everything(self.seed, "step", progress.step, *own)
+            self.optimizer.zero_grad(set_to_none=True)
             with self.distributed.translated():
                 return self.gradient.compute(batch, progress.microbatch, share.factor, alone)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            found = " ".join(str(error).split())[:200] or "there is no memory left"
-        # Outside the except block, since its traceback keeps every activation alive.
-        self.optimizer.zero_grad(set_to_none=True)
-        release_memory()
-        return found
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            buffers.restore()
+
+        # A rank cannot begin again while the others wait for its gradient.
+        return attempt(compute, undo, again=alone or self.gradient.replicas is None)
 
     def _halve(self, progress: Progress, batch_size: int, found: str) -> None:
         now = min(progress.microbatch or batch_size, batch_size)
@@ -260,19 +265,21 @@ class MicrobatchRunner:
     # --- several ranks ---------------------------------------------------------------------------
 
     def _rehearse(self, batch: Batch, share: BatchShare, progress: Progress, buffers: BufferBackup) -> None:
-        """Try a step alone and undo it; all ranks halve the microbatch if one of them ran out of memory."""
+        """Try a step alone and undo it; while one rank runs out of memory, all ranks halve the microbatch."""
         replicas = self.gradient.replicas
         assert replicas is not None
-        found = self._try(batch, share, progress, alone=True)
-        learning = (weight for group in self.optimizer.param_groups for weight in group["params"])
-        has_unused = any(weight.grad is None for weight in learning)
-        buffers.restore()
-        self.optimizer.zero_grad(set_to_none=True)
-        errors = [text for text in self.distributed.collect(found if isinstance(found, str) else "") if text]
-        if errors:
+        while True:
+            found = self._try(batch, share, progress, buffers, alone=True)
+            learning = (weight for group in self.optimizer.param_groups for weight in group["params"])
+            has_unused = any(weight.grad is None for weight in learning)
+            buffers.restore()
+            self.optimizer.zero_grad(set_to_none=True)
+            errors = self.distributed.collect(found if isinstance(found, str) else "")
+            if not any(errors):
+                break
             self._rehearsals = REHEARSALS
-            self._halve(progress, -(-share.num_images // self.distributed.size), errors[0])
-            return
+            largest = -(-share.num_images // self.distributed.size)
+            self._halve(progress, largest, next(text for text in errors if text))
         replicas.connect(self.distributed.any(has_unused))
         self._rehearsals -= 1
 

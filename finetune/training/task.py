@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.feed import BatchLoader
 from finetune.errors import EnvironmentFaultError
-from finetune.system.device import compute_chunk_size, is_out_of_memory
+from finetune.system.device import compute_chunk_size
 from finetune.system.display import Display
+from finetune.system.memory import is_out_of_memory
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
 from pretrained.graph.split import SplitNetwork

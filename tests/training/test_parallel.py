@@ -201,6 +201,10 @@ def test_sync_batch_norm_is_known_where_it_is() -> None:
     synchronize_batch_norm(network)
     assert waits_in_forward(network)
     assert network.stage1[1].weight is weight  # which the optimiser holds
+    network.stage1.eval()
+    assert waits_in_forward(network)
+    network.stage2.eval()  # frozen stages do not communicate, so steps can be rehearsed
+    assert not waits_in_forward(network)
 
 
 # --- trouble in one of them ----------------------------------------------------------------------
@@ -283,6 +287,28 @@ def test_memory_that_runs_out_in_one_halves_the_parts_of_all(uneven: Path, tmp_p
     )
     assert first[2].microbatch == second[2].microbatch == 4
     assert len(first[3]) == 2  # 16 -> 8 -> 4
+    assert_close(one, first)
+
+
+def test_memory_that_runs_out_beside_the_optimisers_state_halves_the_parts_of_all(
+    uneven: Path, tmp_path: Path
+) -> None:
+    """The second step is the first one with AdamW's moments in memory; it is rehearsed too."""
+    words: dict[str, Any] = {"optimizer": "adamw", "lr": 0.003}
+
+    def work(distributed: Distributed) -> Ended:
+        class Short(Trainer):
+            def _begin(self) -> None:
+                super()._begin()
+                if distributed.rank == 1:
+                    out_of_memory(self, 8, lambda _: bool(self.phase.optimizer.state))
+
+        return train(distributed, uneven, tmp_path / "two", trainer_type=Short, **words)
+
+    one = train(SINGLE_PROCESS, uneven, tmp_path / "one", **words)
+    first, second = together(work)
+    assert first[2].microbatch == second[2].microbatch == 7  # of 13
+    assert [text.partition(";")[0] for text in first[3]] == ["memory ran out at step 2"]
     assert_close(one, first)
 
 
