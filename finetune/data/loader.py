@@ -195,6 +195,7 @@ class ImageLoader:
         warn: told of decoding processes that ended or could not work.
         images: kept ones of these samples. They change no bit of a batch.
         max_workers: that ``workers`` may grow to where batches are waited for.
+        persistent: decoding processes wait for the next pass, rather than end with each one.
         allow_lost: batches may lack images that cannot be read; shuffled ones always may.
         distributed: processes that share the batches.
 
@@ -218,6 +219,7 @@ class ImageLoader:
         warn: Callable[[str], None] = lambda _: None,
         images: ImageCache | None = None,
         max_workers: int = 0,
+        persistent: bool = True,
         allow_lost: bool = False,
         distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
@@ -226,7 +228,7 @@ class ImageLoader:
         self.seed, self.shuffle, self.warn = seed, shuffle, warn
         self.allow_lost, self.distributed = shuffle or allow_lost, distributed
         self.input_size: tuple[int, int, int] | None = transform.preprocessing.input_size
-        self.wait_seconds = 0.0
+        self.wait_seconds, self._persistent = 0.0, persistent
         # A view that is kept whole is copied faster than it is handed over from another process.
         is_finished = images is not None and not transform.is_random
         self.workers, self._most_workers = (0, 0) if is_finished else (workers, max_workers)
@@ -245,8 +247,7 @@ class ImageLoader:
             pin_memory=self.placement.device.type == "cuda",
             # More would wait in /dev/shm, and help only where the time of a batch swings.
             prefetch_factor=BATCHES_PER_WORKER - 1 if self.workers else None,
-            # Evaluation's processes end with each pass: those of two loaders would share cores and /dev/shm.
-            persistent_workers=self.shuffle and self.workers > 0,
+            persistent_workers=self._persistent and self.workers > 0,
             worker_init_fn=partial(start_worker, os.getpid()),
             # Forked, a worker is this process's own child, and ends with it.
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,

@@ -284,6 +284,7 @@ def _open_loader(
         placement=network.placement,
         workers=min(workers, num_batches),
         max_workers=min(most, num_batches),
+        persistent=False,
         seed=0,
         shuffle=False,
         warn=source.display.warn,

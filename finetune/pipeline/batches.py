@@ -103,6 +103,7 @@ class LoaderFactory:
             seed=recipe.seed,
             passes=0 if here else 1 if part == "test" else recipe.training.epochs,
             shuffle=part == "train",
+            persistent=part != "test",
             distributed=self.context.distributed,
         )
 
@@ -110,11 +111,25 @@ class LoaderFactory:
         """Return batches for the trunk. Views have a seed of their own: a run with another one finds them."""
         distributed = self.context.distributed.machine
         return self._build(
-            part, batch_size=batch_size, seed=0, passes=passes, shuffle=False, distributed=distributed
+            part,
+            batch_size=batch_size,
+            seed=0,
+            passes=passes,
+            shuffle=False,
+            persistent=False,  # they would wait until training, which needs none, has ended
+            distributed=distributed,
         )
 
     def _build(
-        self, part: Split, *, batch_size: int, seed: int, passes: int, shuffle: bool, distributed: Distributed
+        self,
+        part: Split,
+        *,
+        batch_size: int,
+        seed: int,
+        passes: int,
+        shuffle: bool,
+        persistent: bool,
+        distributed: Distributed,
     ) -> ImageLoader:
         """Return a loader; one of no passes decodes here, and keeps no image."""
         setup, dataset = self.context.setup, self.context.dataset
@@ -135,6 +150,7 @@ class LoaderFactory:
             warn=self._warn,
             images=self._keep_images(part, transform, passes) if passes else None,
             max_workers=min(setup.max_workers, room),
+            persistent=persistent,
             distributed=distributed,
         )
         self.stack.callback(loader.close)

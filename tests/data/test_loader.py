@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def build_loader(
     shuffle: bool = True,
     batch_size: int = 5,
     max_workers: int = 0,
+    persistent: bool = True,
 ) -> ImageLoader:
     dataset = discover(root, SplitConfig(0.2, 0))
     return ImageLoader(
@@ -40,6 +42,7 @@ def build_loader(
         seed=seed,
         shuffle=shuffle,
         max_workers=max_workers,
+        persistent=persistent,
     )
 
 
@@ -226,6 +229,21 @@ def test_the_number_stays_where_the_user_has_named_it(
     loader = build_loader(image_folder, workers=1, max_workers=0)
     assert pass_over(loader, first=0.0, waiting=9.0, training=1.0).workers == 1
     loader.close()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_processes_wait_for_the_next_pass_or_end(image_folder: Path, persistent: bool) -> None:
+    loader = build_loader(image_folder, workers=1, shuffle=False, persistent=persistent)
+    plain = list(build_loader(image_folder, shuffle=False).batches())
+    before = set(active_children())
+    passes = []
+    for _ in range(2):
+        assert_same(list(loader.batches()), plain)
+        passes.append({process.pid for process in set(active_children()) - before})
+    assert passes[0] == passes[1]
+    assert len(passes[0]) == persistent
+    loader.close()
+    assert set(active_children()) == before
 
 
 def test_no_more_batches_lie_in_shared_memory_than_were_reckoned_with(image_folder: Path) -> None:
