@@ -22,8 +22,27 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) ->
     """
     fused = all(weight.is_cuda for group in groups for weight in group["params"]) or None
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, fused=fused)
+        return build_sgd(groups, settings.momentum, fused)
     return torch.optim.AdamW(groups, fused=fused)
+
+
+def build_sgd(groups: list[dict[str, Any]], momentum: float, fused: bool | None) -> torch.optim.SGD:
+    """Return SGD; if it is fused, momentum starts with zeros.
+
+    Otherwise torch leaves a momentum buffer uninitialised until its first step, and a fused step that
+    float16's loss scaler skips counts as one: the next step would add whatever was in that memory.
+    """
+    optimizer = torch.optim.SGD(groups, momentum=momentum, fused=fused)
+    if fused and momentum:
+        optimizer.register_step_pre_hook(_start_momentum)
+    return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and "momentum_buffer" not in optimizer.state[weight]:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | None:

@@ -126,17 +126,27 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def restore_optimizer(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Load what :func:`optimizer_tensors` returned; all other optimizer state is dropped."""
+    """Load what :func:`optimizer_tensors` returned; all other optimizer state is dropped.
+
+    Each tensor gets the memory layout of its parameter. The fused optimizers of a GPU refuse any other, and
+    those of a CPU would give wrong weights.
+    """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict() | {"state": {}}
-    for index, name in enumerate(ordered):
-        prefix = f"optimizer.{name}:"
-        # Copies: the optimizer keeps tensors of its own dtype and device, and would change them in place.
-        own = {key[len(prefix) :]: value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+    for index, parameter in enumerate(ordered):
+        prefix = f"optimizer.{names[id(parameter)]}:"
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if own:
-            state["state"][index] = own
+            state["state"][index] = {key: _copy_like(parameter, value) for key, value in own.items()}
     optimizer.load_state_dict(state)
+
+
+def _copy_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a copy, since optimizers change their tensors in place; in the parameter's memory layout."""
+    if value.shape != parameter.shape:  # such as the number of steps
+        return value.clone()
+    return torch.empty_like(parameter).copy_(value)
 
 
 # --- Counters, snapshots and checkpoints ---
