@@ -75,11 +75,23 @@ class State:
         restore_network(self.judged, tensors, "model.", self.frozen)
 
 
+MAX_PINNED_BYTES = 2**29
+"""Largest snapshot of a GPU's tensors that is pinned: it is never swapped, and rounded up."""
+
+
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    """Return contiguous copies on the CPU. A GPU copies them without waiting for each, if they are pinned."""
+    on_gpu = [tensor for tensor in tensors.values() if tensor.is_cuda]
+    pins = bool(on_gpu) and sum(tensor.nbytes for tensor in on_gpu) <= MAX_PINNED_BYTES
+    copies = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pins)
         for name, tensor in tensors.items()
     }
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor.detach(), non_blocking=pins)
+    if pins:
+        torch.cuda.synchronize(on_gpu[0].device)
+    return copies
 
 
 def network_tensors(network: nn.Module, prefix: str, without: Collection[str] = ()) -> dict[str, Tensor]:
