@@ -21,28 +21,25 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) ->
     On a GPU the fused implementation is used.
     """
     fused = all(weight.is_cuda for group in groups for weight in group["params"]) or None
-    if settings.optimizer == "sgd":
-        return build_sgd(groups, settings.momentum, fused)
-    return torch.optim.AdamW(groups, fused=fused)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=fused)
+    return (FusedSGD if fused else torch.optim.SGD)(groups, momentum=settings.momentum, fused=fused)
 
 
-def build_sgd(groups: list[dict[str, Any]], momentum: float, fused: bool | None) -> torch.optim.SGD:
-    """Return SGD; if it is fused, momentum starts with zeros.
+class FusedSGD(torch.optim.SGD):
+    """SGD in one kernel, with a momentum that starts with zeros.
 
-    Otherwise torch leaves a momentum buffer uninitialised until its first step, and a fused step that
-    float16's loss scaler skips counts as one: the next step would add whatever was in that memory.
+    torch leaves the momentum uninitialised until the first step, and a step that float16's loss scaler skips
+    counts as one: the next step would then add whatever was in that memory.
     """
-    optimizer = torch.optim.SGD(groups, momentum=momentum, fused=fused)
-    if fused and momentum:
-        optimizer.register_step_pre_hook(_start_momentum)
-    return optimizer
 
-
-def _start_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight.grad is not None and "momentum_buffer" not in optimizer.state[weight]:
-                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the weights."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if group["momentum"] and weight.grad is not None and not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        super().step(closure)
 
 
 def build_mixer(settings: TrainingSettings, num_classes: int) -> nn.Module | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.training.optim import build_sgd
+from finetune.training.optim import FusedSGD
 from finetune.training.state import State, optimizer_tensors, restore_optimizer
 from finetune.training.trainer import Trainer
 from tests.training.helpers import SmallNet, assert_same_end, build_trainer, fit_until
@@ -128,7 +128,8 @@ def test_a_fused_first_step_that_overflows_leaves_no_momentum() -> None:
 def train_after_overflow(fused: bool) -> Tensor:
     """The weights after a first step that a real loss scaler skips, and two more."""
     weight = nn.Parameter(torch.ones(64))
-    optimizer = build_sgd([{"params": [weight], "lr": 0.1, "weight_decay": 0.0}], 0.9, fused=fused)
+    kind = FusedSGD if fused else torch.optim.SGD
+    optimizer = kind([weight], lr=0.1, momentum=0.9, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for factor in (float("inf"), 1.0, 1.0):
         optimizer.zero_grad(set_to_none=True)
