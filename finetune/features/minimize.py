@@ -25,7 +25,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -243,6 +244,18 @@ class Objective:
         return apply
 
 
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Multiply float32 in float32: with TF32, which a calling program may allow, small gains are rounding."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@_full_float32()
 def minimize(objective: Objective, tolerance: float, weights: Tensor | None = None) -> Tensor:
     """Return weights (K, R) at the optimum.
 

@@ -463,3 +463,22 @@ def test_the_pretended_device_notices_a_tensor_that_stayed_behind() -> None:
         assert (there.cpu() + torch.ones(3)).sum() == 6
         with pytest.raises(AssertionError, match="mixes devices"):
             there + torch.ones(3)
+
+
+def test_a_program_that_allows_tf32_gets_exact_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = draw(60, 20, 3)
+    during: list[str] = []
+    value = Objective.value
+
+    def noted(self: Objective, weights: Tensor, scores: Tensor) -> float:
+        during.append(torch.backends.cuda.matmul.fp32_precision)
+        return value(self, weights, scores)
+
+    monkeypatch.setattr(Objective, "value", noted)
+    torch.set_float32_matmul_precision("high")
+    try:
+        fit(MemoryRows(features), torch.arange(60), labels, 3, "softmax", seed=0)
+        assert set(during) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
