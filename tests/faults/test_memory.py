@@ -7,6 +7,7 @@ images), and on the way back. In the last test memory really runs out.
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -27,6 +28,7 @@ from finetune.runs.outcome import translated_errors
 from finetune.system.device import seed_everything
 from finetune.training.step import Gradient
 from finetune.training.trainer import Trainer
+from tests.conftest import Cli
 from tests.sweeps import slow_except
 from tests.training.helpers import (
     NormFree,
@@ -34,6 +36,7 @@ from tests.training.helpers import (
     assert_same_end,
     build_trainer,
     corrupt,
+    exhaust_memory,
     fit_until,
     saved,
     warnings,
@@ -53,6 +56,18 @@ EVERYTHING_ON: dict[str, Any] = {
     "clip_grad": 1.0,
 }
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def test_an_allocation_that_fails_halves_the_microbatch(
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tests/gpu does with a GPU's memory, with that of the CPU."""
+    microbatches = exhaust_memory(monkeypatch, torch.device("cpu"))
+    words = ("--epochs", 2, "--batch-size", 8, "--workers", 0, "--json", "--device", "cpu")
+    result = cli("run", "-b", tiny, "-d", image_folder, "-s", "full", "-o", tmp_path / "run", *words)
+    assert result.exit_code == 0, result.stderr
+    assert microbatches[2] > 0
+    assert json.loads(result.stdout)["microbatch"] == microbatches[2]
 
 
 def norm_free() -> nn.Module:

@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from finetune.data.loader import Batch
 from finetune.recipe import TrainingSettings
 from finetune.system.device import resolve_device, resolve_precision
 from finetune.training.optim import build_optimizer
 from finetune.training.state import compute_norm, is_finite
-from finetune.training.step import Gradient
 from tests.conftest import Cli
+from tests.training.helpers import exhaust_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,20 +76,11 @@ def test_the_finite_check_reads_loss_and_gradient() -> None:
 def test_memory_that_runs_out_halves_the_microbatch(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real allocation fails, once, in the middle of a real step."""
-    plain, calls = Gradient.compute, []
-
-    def exhaust(self: Gradient, batch: Batch, microbatch: int = 0) -> torch.Tensor:
-        calls.append(microbatch)
-        if len(calls) == 2:
-            torch.empty(2**50, device="cuda")
-        return plain(self, batch, microbatch)
-
-    monkeypatch.setattr(Gradient, "compute", exhaust)
+    microbatches = exhaust_memory(monkeypatch, torch.device("cuda"))
     result = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--json", *QUICK)
     assert result.exit_code == 0, result.stderr
-    assert calls[2] > 0
-    assert json.loads(result.stdout)["microbatch"] == calls[2]
+    assert microbatches[2] > 0
+    assert json.loads(result.stdout)["microbatch"] == microbatches[2]
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "top"])
@@ -113,8 +103,8 @@ def test_kept_features_on_the_gpu(
             "--json",
             *QUICK,
         )
-        words += ("--set", "input.augmentation=none", *(("--set", "cache=off") if cache == "off" else ()))
-        result = cli(*words, "--set", "training.precision=float32")
+        more = ("--set", "input.augmentation=none", *(("--set", "cache=off") if cache == "off" else ()))
+        result = cli(*words, *more, "--set", "training.precision=float32")
         assert result.exit_code == 0, result.output
         losses.append(json.loads(result.stdout)["val_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -124,8 +114,8 @@ def test_kept_features_on_the_gpu(
 def test_the_optimiser_is_one_kernel_and_goes_on(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("run", "-b", tiny, "-d", image_folder, "-s", "full", "-o", tmp_path / "run", "--json")
-    words += ("--set", "training.optimizer=adamw", "--set", "training.precision=float16")
+    words: tuple[object, ...] = ("run", "-b", tiny, "-d", image_folder, "-s", "full", "-o", tmp_path / "run")
+    words += ("--json", "--set", "training.optimizer=adamw", "--set", "training.precision=float16")
     words += ("--set", "training.clip_grad=1.0", "--workers", 2)
     assert cli(*words, "--epochs", 1).exit_code == 0
     assert cli(*words, "--epochs", 2).exit_code == 0  # with a batch size that the first one chose

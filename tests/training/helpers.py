@@ -25,6 +25,7 @@ from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.plan import build_plan
 from finetune.training.state import Checkpoint, Progress
+from finetune.training.step import Gradient
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from pretrained.catalog import Preprocessing
@@ -89,6 +90,7 @@ def build_trainer(
     top_stages: int = 1,
     precision: Precision = "float32",
     distributed: Distributed = SINGLE_PROCESS,
+    placement: Placement | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer of SmallNet on images, 16 pixels; ``training`` are keys of that section of the recipe."""
@@ -100,11 +102,13 @@ def build_trainer(
     if network is None:
         torch.manual_seed(1)
         network = SmallNet(dropout)
+    placement = placement or place()
+    network.to(placement.device)
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     store, listener = CheckpointStore(run.checkpoints), Listener()
     return trainer_type(
-        _task(recipe, image_folder, network, augmentation, workers, distributed),
+        _task(recipe, image_folder, network, augmentation, workers, placement, distributed),
         recipe.training,
         precision=precision,
         seed=recipe.seed,
@@ -122,7 +126,8 @@ def _task(
     network: nn.Module,
     augmentation: Augmentation,
     workers: int,
-    distributed: Distributed = SINGLE_PROCESS,
+    placement: Placement,
+    distributed: Distributed,
 ) -> Task:
     dataset = discover(image_folder, SplitConfig(0.2, 0))
     preprocessing = Preprocessing(img_size=16)
@@ -136,7 +141,7 @@ def _task(
             dataset.of(split),  # type: ignore[arg-type]
             view,
             batch_size=recipe.training.batch_size if isinstance(recipe.training.batch_size, int) else 8,
-            placement=place(),
+            placement=placement,
             workers=workers,
             seed=recipe.seed,
             shuffle=split == "train",
@@ -148,7 +153,9 @@ def _task(
     rate = recipe.training.lr if isinstance(recipe.training.lr, float) else 0.01
     plan = build_plan(network, stages, recipe.strategy, rate, recipe.training.epochs)
     loss = build_loss(dataset.counts("train"), recipe.training.class_weights, recipe.training.label_smoothing)
-    return Task(network, plan, loss, loaders["train"], loaders["val"], dataset.num_classes)
+    return Task(
+        network, plan, loss.to(placement.device), loaders["train"], loaders["val"], dataset.num_classes
+    )
 
 
 # --- trouble -------------------------------------------------------------------------------------
@@ -164,6 +171,20 @@ def corrupt(when: Callable[[Progress], bool], factor: float = float("nan")) -> t
             return super()._train_step(batch)
 
     return Corrupted
+
+
+def exhaust_memory(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[int]:
+    """A real allocation fails in the second gradient; the list that is returned gets every microbatch."""
+    plain, microbatches = Gradient.compute, []
+
+    def exhaust(self: Gradient, batch: Batch, microbatch: int = 0, *rest: Any) -> Tensor:
+        microbatches.append(microbatch)
+        if len(microbatches) == 2:
+            torch.empty(2**50, device=device)
+        return plain(self, batch, microbatch, *rest)
+
+    monkeypatch.setattr(Gradient, "compute", exhaust)
+    return microbatches
 
 
 def stop_after(trainer: Trainer, steps: int) -> None:
