@@ -93,7 +93,7 @@ class _Redirecting(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keys: Any = None) -> Any:
         if function is Tensor.pin_memory:
             return arguments[0]
-        keys = keys or {}
+        keys = {key: value for key, value in (keys or {}).items() if key != "pin_memory"}
         if function is Tensor.cuda:
             return arguments[0].to(_INNER_DEVICE)
         if function in _FROM_DATA and _names_gpu(keys.get("device")):  # they bypass the dispatcher
@@ -123,5 +123,6 @@ def pretended_device() -> Iterator[torch.device]:
     generators = mock.patch.object(torch, "Generator", _Generator)
     fork = torch.random.fork_rng
     forks = mock.patch.object(torch.random, "fork_rng", lambda devices=(), **keys: fork([], **keys))
-    with plain, generators, forks, _Pretending(), _Redirecting():
+    waits = mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    with plain, generators, forks, waits, _Pretending(), _Redirecting():
         yield DEVICE
