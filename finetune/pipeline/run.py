@@ -31,7 +31,7 @@ from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
 from finetune.pipeline.results import check_figures, collect_metrics, say_result
-from finetune.pipeline.setup import RunSetup, check_asked, fit_batches, prepare
+from finetune.pipeline.setup import RunSetup, check_asked, check_deterministic, fit_batches, prepare
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
@@ -94,8 +94,10 @@ def run(
         with clock.phase("load"):
             setup, found = prepare(recipe, display, distributed)
         path = distributed.share(lambda: output or default_output(setup))
-        if setup.placement.device.type == "cuda" and recipe.training.batch_size == "auto":
-            setup = fit_batches(setup, RunFolder(path), distributed)
+        if setup.placement.device.type == "cuda":
+            check_deterministic(setup, distributed)
+            if recipe.training.batch_size == "auto":
+                setup = fit_batches(setup, RunFolder(path), distributed)
         comparison = RunChanges(setup, found, RunFolder(path), display, distributed.size)
         distributed.share(lambda: _create_folder(path, comparison))
         with locked(path) if distributed.is_main else nullcontext():

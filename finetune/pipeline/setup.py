@@ -31,7 +31,7 @@ from finetune.system.device import (
 )
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.training.batch_size import fit_batch_size
+from finetune.training.batch_size import StepTrial
 from finetune.training.ddp import share_weights
 from finetune.training.plan import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
@@ -108,16 +108,26 @@ def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = S
     The free memory of a shared GPU may change between attempts, but the run must not.
     """
     kept = distributed.share(lambda: _read_batch_size(folder))
-    size = kept or min(distributed.collect(_find_batch_size(setup)))
+    size = kept or min(distributed.collect(_open_trial(setup, distributed.size).find_batch_size()))
     training = setup.recipe.training.model_copy(update={"batch_size": size})
     return replace(setup, recipe=setup.recipe.model_copy(update={"training": training}))
 
 
-def _find_batch_size(setup: RunSetup) -> int:
-    wanted = setup.recipe.training.batch_size
+def check_deterministic(setup: RunSetup, distributed: Distributed = SINGLE_PROCESS) -> None:
+    """Try a training step if the recipe allows deterministic operations only, before any image is read.
+
+    Raises:
+        RuntimeError: torch has no deterministic implementation of an operation; such as the gradient of VGG's
+            and AlexNet's adaptive pooling on a GPU.
+    """
+    if setup.recipe.deterministic and setup.recipe.strategy.features is None:
+        distributed.share(_open_trial(setup).run_smallest)
+
+
+def _open_trial(setup: RunSetup, num_ranks: int = 1) -> StepTrial:
     network = place_network(setup.backbone.network, setup.placement)
     input_size = setup.backbone.card.preprocessing.input_size
-    return fit_batch_size(network, setup.plan, input_size, setup.placement, wanted)
+    return StepTrial(network, setup.plan, input_size, setup.placement, setup.recipe.training, num_ranks)
 
 
 def _read_batch_size(folder: RunFolder) -> int | None:

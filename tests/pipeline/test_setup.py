@@ -7,10 +7,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from torch import Tensor
 
-from finetune.pipeline.setup import fit_batches, prepare
+from finetune.errors import EnvironmentFaultError
+from finetune.pipeline.setup import check_deterministic, fit_batches, prepare
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
+from finetune.runs.outcome import translated_errors
 from finetune.system.display import SilentDisplay
 from finetune.system.distributed import Distributed
 from tests.processes import together
@@ -21,7 +25,7 @@ def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path
     recipe = load_recipe(None, {"backbone.name": str(tiny), "data.path": str(image_folder)})
     setup, _ = prepare(recipe, SilentDisplay())
     folder = RunFolder(tmp_path)
-    with mock.patch("finetune.pipeline.setup.fit_batch_size", side_effect=[8, 4]) as fit:
+    with mock.patch("finetune.pipeline.setup.StepTrial.find_batch_size", side_effect=[8, 4]) as fit:
         first = fit_batches(setup, folder)
         assert first.recipe.training.batch_size == 8
         folder.recipe.write_text(first.recipe.to_yaml())
@@ -37,7 +41,7 @@ def test_the_smallest_gpu_decides_on_the_batch_size(image_folder: Path, tiny: Pa
     def work(distributed: Distributed) -> int:
         setup, _ = prepare(recipe, SilentDisplay(), distributed)
         fits = 8 if distributed.rank == 1 else 16
-        with mock.patch("finetune.pipeline.setup.fit_batch_size", return_value=fits):
+        with mock.patch("finetune.pipeline.setup.StepTrial.find_batch_size", return_value=fits):
             return fit_batches(setup, RunFolder(tmp_path), distributed).recipe.training.batch_size
 
     assert together(work) == [8, 8]
@@ -48,3 +52,32 @@ def test_a_number_of_the_user_is_taken(image_folder: Path, tiny: Path, size: int
     keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "training.batch_size": size}
     setup, _ = prepare(load_recipe(None, keys), SilentDisplay())
     assert setup.recipe.training.batch_size == size
+
+
+def test_an_operation_that_cannot_be_deterministic_is_found_before_images_are_read(
+    image_folder: Path, tiny: Path
+) -> None:
+    """On a GPU it is the gradient of an adaptive pooling; torch has few such operations on a CPU."""
+    keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "strategy.name": "full"}
+    for deterministic in (True, False):
+        recipe = load_recipe(None, keys | {"deterministic": deterministic})
+        setup, _ = prepare(recipe, SilentDisplay())
+        setup.backbone.network.register_forward_pre_hook(lambda _, images: unpool(images[0]))
+        try:
+            torch.use_deterministic_algorithms(deterministic)
+            if not deterministic:
+                check_deterministic(setup)
+                return
+            with (
+                pytest.raises(EnvironmentFaultError, match="deterministic implementation"),
+                translated_errors(),
+            ):
+                check_deterministic(setup)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def unpool(images: Tensor) -> Tensor:
+    """The same images, through an operation that torch does not count as deterministic."""
+    places = torch.arange(images[0, 0].numel()).view_as(images[0, 0]).expand_as(images)
+    return torch.nn.functional.max_unpool2d(images.contiguous(), places.contiguous(), 1)

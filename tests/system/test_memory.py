@@ -12,7 +12,14 @@ from torch import Tensor
 
 from finetune.errors import EnvironmentFaultError, FinetuneError, LostProcessError
 from finetune.system.distributed import SINGLE_PROCESS
-from finetune.system.memory import attempt, describe_shortage, find_largest_peak, is_out_of_memory
+from finetune.system.memory import (
+    attempt,
+    describe_shortage,
+    find_largest_peak,
+    is_out_of_memory,
+    measure_peak_memory,
+    reset_peak_memory,
+)
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB"
@@ -171,3 +178,20 @@ def test_the_peak_of_several_processes_is_the_largest() -> None:
         {"peak_memory_bytes": 2, "peak_gpu_memory_bytes": 5},
     ]
     assert find_largest_peak(peaks) == {"peak_memory_bytes": 3, "peak_gpu_memory_bytes": 5}
+
+
+def test_the_peak_of_a_gpu_is_what_tensors_held_and_what_torch_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began: list[object] = []
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda _: 5)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda _: 9)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", began.append)
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    peak = measure_peak_memory(gpu)
+    assert peak.pop("peak_memory_bytes") > 2**20
+    assert peak == {"peak_gpu_memory_bytes": 5, "peak_gpu_memory_reserved_bytes": 9}
+    assert measure_peak_memory(cpu).keys() == {"peak_memory_bytes"}
+    reset_peak_memory(cpu)
+    reset_peak_memory(gpu)
+    assert began == [gpu]
