@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.data.dataset import Sample
-from finetune.data.loader import Placement
+from finetune.data.loader import ImageLoader, Placement
 from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
 from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.features.store import KeptRows
@@ -29,6 +29,7 @@ from finetune.recipe import load_recipe
 from finetune.runs.block_file import BlockFile, journal_of
 from finetune.runs.cache_dir import cache_folder
 from finetune.runs.reader import RunReader
+from finetune.system import device
 from finetune.training.trunk import FeatureLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
@@ -380,6 +381,29 @@ def test_an_epoch_goes_on_in_its_middle() -> None:
     rest = [batch.images for batch in loader.batches(5, start=1)]
     assert all(map(torch.equal, whole[1:], rest))
     assert len(rest) == loader.num_batches(5) - 1 == 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
+def test_processes_for_the_trunk_may_grow_as_far_as_its_batches_fit(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are larger than those of training; and the processes end before training, which needs none."""
+    made: list[dict[str, Any]] = []
+
+    class Noted(ImageLoader):
+        def __init__(self, *arguments: Any, **keys: Any) -> None:
+            made.append(keys)
+            super().__init__(*arguments, **keys)
+
+    monkeypatch.setattr(loaders, "ImageLoader", Noted)
+    monkeypatch.setattr(device, "available_cores", lambda: 6)
+    room = 5 * device.BATCHES_PER_WORKER * 12 * 3 * 32 * 32
+    monkeypatch.setattr(device, "_shared_memory_bytes", lambda: room)
+    fit("run", keys={"data.workers": "auto"})
+    trunk = [keys for keys in made if keys["batch_size"] == 12]
+    assert [(keys["workers"], keys["max_workers"], keys["persistent"]) for keys in trunk] == 2 * [
+        (3, 5, False)
+    ]
 
 
 def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
