@@ -9,6 +9,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ def free_port() -> int:
 
 def together(work: Callable[[Distributed], Any], size: int = 2) -> list[Any]:
     """What each process returns, by rank; its exception where it raised one."""
+    children, ends = _start(work, size)
+    try:
+        return [_receive(end) for end in ends]
+    finally:
+        _end(children, 5)
+
+
+def exit_codes(work: Callable[[Distributed], Any], size: int = 2) -> list[int | None]:
+    """How each process ends, by rank: 0 where the work returns or raises, -9 where it was killed."""
+    children, _ = _start(work, size)
+    try:
+        for child in children:
+            child.join(_PATIENCE)
+        return [child.exitcode for child in children]
+    finally:
+        _end(children, 0)
+
+
+def _start(work: Callable[[Distributed], Any], size: int) -> tuple[list[ForkProcess], list[Connection]]:
     context = multiprocessing.get_context("fork")
     port = free_port()
     ends, children = [], []
@@ -41,12 +61,13 @@ def together(work: Callable[[Distributed], Any], size: int = 2) -> list[Any]:
         writing.close()
         ends.append(reading)
         children.append(child)
-    try:
-        return [_receive(end) for end in ends]
-    finally:
-        for child in children:
-            child.join(5)
-            child.kill()
+    return children, ends
+
+
+def _end(children: list[ForkProcess], seconds: float) -> None:
+    for child in children:
+        child.join(seconds)
+        child.kill()
 
 
 def _receive(end: Connection) -> Any:

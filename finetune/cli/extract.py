@@ -60,7 +60,7 @@ def extract_command(
         fix = "Add --output FOLDER or --output FILE.csv."
         raise UsageError("finetune extract", "no output was named", fix)
     start_processes(processes, gpus, recipe.device)
-    with joined_processes("cuda" if gpus else recipe.device, 0) as distributed:
+    with joined_processes("cuda" if gpus else recipe.device, 0, as_json) as distributed:
         from finetune import api
         from finetune.system.display import Display, SilentDisplay
 

@@ -48,6 +48,12 @@ def refusals(as_json: bool = False) -> Iterator[None]:
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
     if code == ExitCode.INTERRUPTED:  # everything is saved: ignore further Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    show_failure(message, fix, code, as_json)
+    raise typer.Exit(int(code))
+
+
+def show_failure(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
+    """Show what happened and what to do about it, on stderr, to a platform, and as JSON if asked for."""
     say(typer.style(f"error: {message}", fg="red"))
     say(fix)
     if code != ExitCode.INTERRUPTED:
@@ -57,7 +63,6 @@ def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
         hand_over(
             json.dumps({"state": state, "message": message, "hint": fix, "exit_code": int(code)}) + "\n"
         )
-    raise typer.Exit(int(code))
 
 
 def say(line: str) -> None:

@@ -61,7 +61,7 @@ def predict_command(
     with refusals(as_json):
         start_processes(processes, gpus, device)
         device = "cuda" if gpus else device
-        with joined_processes(device, 0) as distributed:
+        with joined_processes(device, 0, as_json) as distributed:
             from finetune import api
             from finetune.system.display import Display, SilentDisplay
 

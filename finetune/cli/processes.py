@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from finetune.cli.output import say
+from finetune.cli.output import say, show_failure
 from finetune.errors import FinetuneError, UsageError
-from finetune.launch.processes import check_processes, is_in_job, launch, reported_exit
+from finetune.launch.processes import check_processes, is_in_job, launch, report_exit, reported_exit
 from finetune.system.signals import end_with_parent
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def start_processes(
 
 
 @contextmanager
-def joined_processes(device: str, timeout: float) -> Iterator[Distributed]:
+def joined_processes(device: str, timeout: float, as_json: bool = False) -> Iterator[Distributed]:
     """Join the processes of a job while the block runs; the main one alone says how that ended.
 
     Args:
         device: that the work is done on.
         timeout: seconds that a process may let the others wait; 0 takes the default.
+        as_json: whether a failure is also written to stdout, as one JSON object.
     """
     is_main = not is_in_job() or os.environ["RANK"] == "0"
     if is_in_job():
@@ -86,9 +87,19 @@ def joined_processes(device: str, timeout: float) -> Iterator[Distributed]:
     with reported_exit(is_main):
         from finetune.system.distributed import SINGLE_PROCESS
         from finetune.system.join import join_distributed
+        from finetune.system.watch import watched_processes
+
+        def report(error: FinetuneError) -> None:
+            if is_main:
+                show_failure(error.message, error.fix, error.exit_code, as_json)
+                report_exit(error.exit_code)
 
         distributed = join_distributed(device, timeout or DEFAULT_TIMEOUT) if is_in_job() else SINGLE_PROCESS
-        with nullcontext() if is_main else _silent_failures(distributed):
+        with (
+            nullcontext() if is_main else _silent_failures(distributed),
+            watched_processes(distributed),
+            distributed.before_forced_end(report),
+        ):
             yield distributed
 
 

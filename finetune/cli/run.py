@@ -180,7 +180,7 @@ def run_command(
             end_with_parent(parent[1])
         settings = _read(recipe, flags, words)
         start_processes(processes, gpus, device or "auto", engine)
-        with joined_processes(settings.device, stall_timeout) as distributed:
+        with joined_processes(settings.device, stall_timeout, as_json) as distributed:
             heartbeat = Heartbeat(parent[0] if parent is not None and distributed.is_main else None)
             metrics = _run(settings, output, heartbeat, allow_changed, distributed)
             if as_json and distributed.is_main:

@@ -30,8 +30,9 @@ from finetune.system.heartbeat import VARIABLE, Heartbeat, find_parent
 REPORT = "FINETUNE_REPORT"
 """Environment variable: the file into which the main process writes its exit code. Those of the other
 processes and of torch's launcher only tell which process noticed first that another one was gone."""
-_SAVE_SECONDS = 3600
-"""Seconds that processes have to save and end after a signal; the supervisor's own limit is shorter."""
+_SAVE_SECONDS = 300
+"""Seconds that processes have to save and end after a signal; the supervisor's own limit is shorter. After a
+failure torch's launcher gives them 30 seconds, of which they need a part (:mod:`finetune.system.watch`)."""
 
 
 def is_started_here() -> bool:
@@ -188,6 +189,12 @@ def reported_exit(is_main: bool) -> Iterator[None]:
         code = ExitCode.INTERNAL
         raise
     finally:
-        if is_main and is_started_here():
-            with suppress(OSError):
-                Path(os.environ[REPORT]).write_text(str(int(code)), encoding="utf-8")
+        if is_main:
+            report_exit(code)
+
+
+def report_exit(code: ExitCode) -> None:
+    """Write the exit code of the main process for its launcher, if :func:`launch` has started it."""
+    if is_started_here():
+        with suppress(OSError):
+            Path(os.environ[REPORT]).write_text(str(int(code)), encoding="utf-8")

@@ -95,15 +95,19 @@ def recorded_outcome(
     """Write ``outcome.json`` however the block ends, and the traceback of an unexpected error to the log."""
     folder = claim.folder
     folder.write_outcome(Outcome("running", RUNNING, attempt=claim.attempt))
+
+    def record(error: FinetuneError) -> None:
+        display.heartbeat.send({"lost": isinstance(error, LostProcessError)})
+        _write_failure(claim, error, display.heartbeat.step)
+
     try:
-        with _translated(str(folder.path), distributed):  # published to the others after it is written
+        with distributed.before_forced_end(record), _translated(str(folder.path), distributed):
             yield
             claim.check_owner()
     except TakenOverError:
         raise  # the folder belongs to another process, and so does its outcome
     except FinetuneError as error:
-        display.heartbeat.send({"lost": isinstance(error, LostProcessError)})
-        _write_failure(claim, error, display.heartbeat.step)
+        record(error)  # before it is published to the others
         raise
     except Exception as error:
         display.note(traceback.format_exc())

@@ -11,7 +11,6 @@ For a single process all of this sends nothing and costs nothing.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from finetune.errors import ExitCode, FinetuneError, LostProcessError
+from finetune.errors import FinetuneError, LostProcessError
+from finetune.system.failure import RESUME, publish_failure, read_failure
 from finetune.system.memory import is_out_of_memory, shortage_error
 from finetune.system.rank import RankInfo
 
 T = TypeVar("T")
-_FAILURE = "finetune/failure"
 _POLL_SECONDS = 0.05
 _FAILURE_SECONDS = 3.0
 """How long a process waits for the reason of another process that has just failed."""
@@ -45,6 +44,9 @@ class Distributed:
         ranks: ranks of the members within the whole job.
         name: name that keeps the group's keys in the store apart from those of other groups.
         machine: the processes of the group on this machine; None if the whole group is on one machine.
+
+    Attributes:
+        forced_end: functions to call before this process is ended (:meth:`before_forced_end`).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Distributed:
         self._group, self._ranks, self._name = group, ranks, name
         self.machine = machine or self
         self._shared = self._merged = 0
+        self.forced_end: list[Callable[[FinetuneError], None]] = []
 
     @property
     def rank(self) -> int:
@@ -227,18 +230,22 @@ class Distributed:
 
     def publish(self, error: FinetuneError) -> None:
         """Store why this process fails, so that the others end for the same reason; the first one counts."""
-        if self.size == 1:
-            return
-        failure = {
-            "rank": dist.get_rank(),
-            "asked": error.asked,
-            "found": error.found,
-            "fix": error.fix,
-            "code": int(error.exit_code),
-            "lost": isinstance(error, LostProcessError),
-        }
-        with suppress(RuntimeError):  # the process that holds the store has ended
-            self._store().compare_set(_FAILURE, "", json.dumps(failure))
+        if self.size > 1:
+            with suppress(RuntimeError):  # the process that holds the store has ended
+                publish_failure(self._store(), dist.get_rank(), error)
+
+    @contextmanager
+    def before_forced_end(self, callback: Callable[[FinetuneError], None]) -> Iterator[None]:
+        """Call a function if this process is ended while the block runs, since another one has failed.
+
+        It is called in another thread, with the error, while the main thread stands still
+        (:mod:`finetune.system.watch`).
+        """
+        self.forced_end.append(callback)
+        try:
+            yield
+        finally:
+            self.forced_end.remove(callback)
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -273,7 +280,7 @@ class Distributed:
                     return error
                 time.sleep(_POLL_SECONDS)
         found = f"another process of the job has ended or does not answer ({message[:160]})"
-        return LostProcessError(f"process {self.rank} of {self.size}", found, _RESUME)
+        return LostProcessError(f"process {self.rank} of {self.size}", found, RESUME)
 
     def read_failure(self) -> FinetuneError | None:
         """Return the error that another process has published; None if there is none."""
@@ -282,18 +289,7 @@ class Distributed:
         return None
 
     def _read_failure(self) -> FinetuneError | None:
-        if self.size == 1:
-            return None
-        store = self._store()
-        if not store.check([_FAILURE]):
-            return None
-        failure = json.loads(store.get(_FAILURE))
-        if failure["rank"] == dist.get_rank():
-            return None
-        kind = LostProcessError if failure["lost"] else FinetuneError
-        error = kind(f"process {failure['rank']}, {failure['asked']}", failure["found"], failure["fix"])
-        error.exit_code = ExitCode(failure["code"])
-        return error
+        return read_failure(self._store(), dist.get_rank()) if self.size > 1 else None
 
     def _store(self) -> Any:
         return dist.distributed_c10d._get_default_store()
@@ -308,7 +304,6 @@ def _made_or_failed(make: Callable[[], Any]) -> list[Any]:
         return [None, error]
 
 
-_RESUME = "Give the same command again, with the same --output, to resume."
 SINGLE_PROCESS = Distributed()
 """A job of a single process."""
 

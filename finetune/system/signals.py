@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from finetune.errors import FinetuneError
+
 ECHO = 0.5
 """Seconds within which a repeated signal counts as the same one."""
 
@@ -70,10 +72,17 @@ class StopSignal:
 
     @contextmanager
     def gently(self) -> Iterator[None]:
-        """Let the block finish: the first signal only sets :attr:`asked`."""
+        """Let the block finish: the first signal only sets :attr:`asked`.
+
+        After a FinetuneError it stays so: the process is ending, and a launcher signals all processes of a
+        job that has lost one.
+        """
         before, self._gentle = self._gentle, True
         try:
             yield
+        except FinetuneError:
+            before = True
+            raise
         finally:
             self._gentle = before
 

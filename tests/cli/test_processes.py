@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from finetune.cli.app import app
+from finetune.system.watch import GRACE
 from tests.conftest import Cli, draw_folder
 from tests.faults.results import read_metrics
+from tests.processes import free_port
 
 
 def finetune(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -197,3 +201,42 @@ def test_standard_input_cannot_be_shared(tiny: Path, tmp_path: Path) -> None:
     done = finetune("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2)
     assert done.returncode == 2, done.stderr
     assert "cannot share standard input" in done.stderr
+
+
+BLOCKED = """
+import ctypes, os, sys
+from finetune.cli.output import refusals
+from finetune.cli.processes import joined_processes
+
+with refusals(True), joined_processes("cpu", 600, True) as distributed:
+    distributed.wait()
+    print("here", file=sys.stderr, flush=True)
+    ctypes.CDLL(None).pause()  # as in a collective of NCCL: Python runs in no main thread
+"""
+
+
+@pytest.mark.slow
+def test_a_process_blocked_in_c_ends_when_another_is_killed() -> None:
+    """Without a launcher that would end it, as under srun and in Kubernetes."""
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    job |= {"LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    main, other = (
+        subprocess.Popen(
+            [sys.executable, "-c", BLOCKED],
+            env=os.environ | job | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    for process in (main, other):
+        assert process.stderr is not None and process.stderr.readline() == "here\n"
+    other.kill()
+    began = time.monotonic()
+    said, shown = main.communicate(timeout=60)
+    other.communicate()
+    assert time.monotonic() - began < GRACE + 10
+    assert main.returncode == 75
+    assert "error: process 1, the run: it has ended without saying why" in shown
+    assert json.loads(said)["exit_code"] == 75

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from finetune.errors import LostProcessError
 from finetune.system.signals import ECHO, StopSignal
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -60,6 +61,18 @@ def test_a_signal_that_comes_twice_is_one(number: int) -> None:
         signal.raise_signal(number)
         signal.raise_signal(number)
         assert stop.asked
+
+
+def test_a_failed_process_is_not_disturbed_while_it_ends() -> None:
+    """A launcher asks the rest of a job to stop when one of its processes is lost."""
+    with StopSignal() as stop:
+        with pytest.raises(LostProcessError), stop.gently():
+            raise LostProcessError("the run", "another process has ended", "Start again.")
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        time.sleep(2 * ECHO)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_job_in_the_background_can_be_interrupted() -> None:
@@ -164,6 +177,7 @@ def test_off_the_main_thread_it_does_nothing() -> None:
 
 SCRIPT = """
 import sys, time
+from finetune.errors import LostProcessError
 from finetune.system.signals import ECHO, StopSignal
 
 with StopSignal() as stop:
