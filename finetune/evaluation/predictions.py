@@ -81,10 +81,15 @@ def predict(
     network.eval()
     chunked = ChunkedForward(forward or network, _most(feed))
     found: list[tuple[Tensor, Tensor]] = []
+    num_fetched = held = 0
     try:
         with torch.inference_mode(), autocast(feed.placement.device, precision):
             for batch in feed.batches():
                 found.append((chunked(batch.images).float(), batch.labels))
+                held += found[-1][0].nbytes
+                if held >= HELD_BYTES:
+                    found[num_fetched:] = _fetch(found[num_fetched:])
+                    num_fetched, held = len(found), 0
                 if on_batch is not None:
                     on_batch(len(batch.labels))
             if on_batch is not None and len(found) * distributed.size < feed.num_batches():
@@ -92,15 +97,25 @@ def predict(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    found[num_fetched:] = _fetch(found[num_fetched:])
     logits, labels = zip(*_gather(found, distributed), strict=True)
-    return Predictions(torch.cat(logits).cpu(), torch.cat(labels).cpu())
+    return Predictions(torch.cat(logits), torch.cat(labels))
+
+
+HELD_BYTES = 64 * 2**20
+"""Logits that a GPU holds before they go to the CPU. Fetched by the batch, each would wait for the GPU."""
+
+
+def _fetch(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return logits and labels on the CPU."""
+    return [(logits.cpu(), labels.cpu()) for logits, labels in batches]
 
 
 def _gather(own: list[tuple[Tensor, Tensor]], distributed: Distributed) -> list[tuple[Tensor, Tensor]]:
     """Return logits and labels of all batches, in order."""
     if distributed.size == 1:
         return own
-    turns = zip_longest(*distributed.collect([(logits.cpu(), labels.cpu()) for logits, labels in own]))
+    turns = zip_longest(*distributed.collect(own))
     return [one for turn in turns for one in turn if one is not None]
 
 
