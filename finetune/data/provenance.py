@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import PreparedDataset
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
@@ -76,14 +76,11 @@ def find_ancestors(recipe: Recipe | None) -> SeenImages:
     return SeenImages(frozenset(trained), frozenset(chose), is_known=True)
 
 
-def check_seen(
-    dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
-) -> dict[str, int]:
+def check_seen(dataset: PreparedDataset, recipe: Recipe, display: Display) -> dict[str, int]:
     """Count the judged images that a run has seen otherwise, for ``metrics.json``.
 
     Args:
         dataset: of the run.
-        digests: sha256 by path.
         recipe: whose backbone counts, and whether leaks are allowed.
         display: is told where they are.
 
@@ -95,9 +92,9 @@ def check_seen(
         DataError: the backbone was trained on some, and that is not allowed.
     """
     judged = [sample for sample in dataset.samples if sample.split != "train"]
-    own = {digests.get(sample.path) for sample in dataset.of("train")}
+    own = {dataset.digests.get(sample.path) for sample in dataset.of("train")}
     above = find_ancestors(recipe).trained
-    seen = [sample for sample in judged if digests.get(sample.path) in above]
+    seen = [sample for sample in judged if dataset.digests.get(sample.path) in above]
     if seen:
         found = f"{len(seen)} of {len(judged)} validation and test images are among those that the backbone "
         found += f"was trained on ({seen[0].path} for one)"
@@ -107,8 +104,8 @@ def check_seen(
         display.warn(found)
     part = dataset.of(dataset.eval_split)
     return {
-        "num_leaked": sum(digests.get(sample.path) in own for sample in part),
-        "num_seen_by_backbone": sum(digests.get(sample.path) in above for sample in part),
+        "num_leaked": sum(dataset.digests.get(sample.path) in own for sample in part),
+        "num_seen_by_backbone": sum(dataset.digests.get(sample.path) in above for sample in part),
     }
 
 

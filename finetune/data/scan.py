@@ -19,26 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.decode import BadImageError, probe_image
 from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row
 from finetune.errors import DataError
 from finetune.system.device import available_cores
+from finetune.system.display import Display
 
 _SHOWN = 5
 _ALLOWED_PERCENT = 1  # of the training images
 _CHUNK = 4096  # tasks queued at a time: a million at once would cost gigabytes
 # Pillow decodes outside Python's lock, so threads do spread over cores.
 _THREADS = min(16, available_cores())
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """An image that cannot be decoded, and why."""
-
-    path: str
-    split: Split
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,23 @@ class _Seen:
 
     digest: str
     row: NDArray[np.void] | None
+
+
+def scan_images(
+    dataset: Dataset, display: Display, message: str, *, decode: bool = True, is_subset: bool = False
+) -> Checked:
+    """Read and decode every image once, with a progress bar; an unchanged file is not read again.
+
+    Args:
+        dataset: the images, of all splits.
+        display: progress display.
+        message: label of the progress bar.
+        decode: false only reads the files, for their digests.
+        is_subset: whether the data set has other images, whose cached results are kept.
+    """
+    store = ScanCache(dataset.root, keep_others=is_subset or not dataset.is_folder)
+    with display.track(message, len(dataset.samples)) as advance:
+        return check_images(dataset, lambda _: advance(1, ""), decode=decode, store=store)
 
 
 def check_images(

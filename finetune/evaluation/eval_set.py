@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, PreparedDataset
 from finetune.data.inputs import EvalSplit, find_labelled
-from finetune.data.scan import check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.scan import scan_images
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.variants import Model
 from finetune.features.extraction import open_images
@@ -25,12 +24,10 @@ class EvalSet:
 
     Attributes:
         dataset: the images; labels index the first model's classes.
-        digests: sha256 of each image, by path.
         split: train, val or test; all if the images are of several splits or of none.
     """
 
-    dataset: Dataset
-    digests: Mapping[str, str]
+    dataset: PreparedDataset
     split: str
 
 
@@ -54,18 +51,17 @@ def find_eval_set(
     run, classes = first.run, first.predictor.classes
     if run is not None and (data is None or _is_own(run, data)):
         if _has_split(run, split):
-            dataset = _images_of_run(run, classes, split, display)
-            digests = _check_images(dataset, display)
-            _refuse_changed(run, digests)
-            return EvalSet(dataset, digests, _name_split(dataset, split))
+            dataset = _prepare(_images_of_run(run, classes, split, display), display)
+            _refuse_changed(run, dataset.digests)
+            return EvalSet(dataset, _name_split(dataset, split))
         data = _data_of(run)
     if data is None:
         raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
     with display.count(f"reading {data}") as tell:
-        dataset = find_labelled(data, classes, split, follow_links, tell)
-    for warning in dataset.warnings:
+        found = find_labelled(data, classes, split, follow_links, tell)
+    for warning in found.warnings:
         display.warn(warning)
-    return EvalSet(dataset, _check_images(dataset, display), _name_split(dataset, split))
+    return EvalSet(_prepare(found, display), _name_split(found, split))
 
 
 def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
@@ -120,21 +116,19 @@ def _images_of_run(
     return replace(found, classes=tuple(classes), samples=samples)
 
 
-def _check_images(dataset: Dataset, display: Display) -> dict[str, str]:
-    """Return the sha256 of every image, by path.
+def _prepare(dataset: Dataset, display: Display) -> PreparedDataset:
+    """Decode every image once.
 
     Raises:
         DataError: an image cannot be read: metrics over fewer images than the user expects would mislead.
     """
-    with display.track("checking images", len(dataset.samples)) as advance:
-        store = ScanCache(dataset.root, keep_others=True)
-        checked = check_images(dataset, on_progress=lambda _: advance(1, ""), store=store)
+    checked = scan_images(dataset, display, "checking images", is_subset=True)
     if checked.bad:
         lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])
         more = f"\n  and {len(checked.bad) - 5} more" if len(checked.bad) > 5 else ""
         found = f"{len(checked.bad)} of {len(dataset.samples)} images cannot be read:{lines}{more}"
         raise DataError(f"data in {dataset.root}", found, "Replace these files, or remove them yourself.")
-    return checked.digests
+    return dataset.prepared(checked.digests)
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ def find_overlap(models: Sequence[Model], eval_set: EvalSet, allow_leaks: bool, 
     Raises:
         DataError: a model was trained on some of them, and that is not allowed.
     """
-    samples, digests = eval_set.dataset.samples, eval_set.digests
+    samples, digests = eval_set.dataset.samples, eval_set.dataset.digests
     images = [digests[sample.path] for sample in samples]
     for model in models:
         learned = [sample for sample in samples if digests[sample.path] in model.seen.trained]

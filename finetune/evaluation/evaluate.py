@@ -120,7 +120,7 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
     metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
     metrics["variants"] = write_variants(folder, variants, display)
     write_metrics_tables(folder, dataset.samples, variants[-1].predictions, classes)
-    rows = [(path, *row) for path, row in describe_images(dataset, dict(eval_set.digests)).items()]
+    rows = [(path, *row) for path, row in describe_images(dataset, dataset.digests).items()]
     write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)

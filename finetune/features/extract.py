@@ -22,9 +22,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import PreparedDataset, Sample
 from finetune.data.prepare import check_outside, read_images
-from finetune.data.scan import Checked
 from finetune.errors import UsageError, suggest
 from finetune.features.extraction import (
     Features,
@@ -143,8 +142,8 @@ def extract(
         network = distributed.first(lambda: open_network(recipe, display, distributed))
         layers = network.layers.select(wanted, pool)
         check_names(target.format, [layer.name for layer in layers])
-        dataset, checked = distributed.share(lambda: _read_images(recipe, output, display))
-        source = open_source(recipe, network, dataset, display, checked)
+        dataset = distributed.share(lambda: _read_images(recipe, output, display))
+        source = open_source(recipe, network, dataset, display)
         facts = {
             "features": describe_extraction(source, layers, pool),
             "layers": [layer.name for layer in layers],
@@ -158,7 +157,7 @@ def extract(
             return _write(source, features, pool, target, facts) if distributed.is_main else {}
 
 
-def _read_images(recipe: Recipe, output: Path, display: Display) -> tuple[Dataset, Checked]:
+def _read_images(recipe: Recipe, output: Path, display: Display) -> PreparedDataset:
     dataset = open_images(recipe, display)
     check_outside(output, dataset)
     return read_images(recipe, dataset, display)
@@ -226,7 +225,7 @@ def _write(
     source: Source, features: Features, pool: Pool, target: Target, facts: dict[str, Any]
 ) -> dict[str, Any]:
     samples, display = source.dataset.samples, source.display
-    bad = {image.path: image.reason for image in source.unreadable} | features.lost
+    bad = {image.path: image.reason for image in source.dataset.unreadable} | features.lost
     usable = features.usable(samples)
     order = torch.tensor(sorted(usable.tolist(), key=lambda index: samples[index].path))
     _report_bad(bad, target, display)

@@ -129,9 +129,9 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     require_labels(dataset, recipe)
     if output is not None:
         check_outside(output, dataset)
-    dataset, checked = read_images(recipe, dataset, display)
-    few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
-    source = open_source(recipe, network, few, display, checked)
+    prepared = read_images(recipe, dataset, display)
+    few = draw_evenly(prepared, MOST_IMAGES, recipe.seed)
+    source = open_source(recipe, network, few, display)
     layers = network.layers.all
     if network.backbone.card.taps:  # a classifier on stages takes no other features
         layers = layers[-1:]

@@ -142,7 +142,7 @@ class LoaderFactory:
         kept = keep_images(
             context.dataset,
             context.dataset.of(part),
-            context.digests,
+            context.dataset.digests,
             transform=transform,
             cache_dir=self.cache_dir,
             display=context.display,
@@ -198,7 +198,8 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
     """Cut the network; an earlier attempt's place is used again."""
     setup = context.setup
     reason = find_reason_against(setup.recipe, setup.plan)
-    if reason is None and any(sample.path not in context.digests for sample in context.dataset.samples):
+    dataset = context.dataset
+    if reason is None and any(sample.path not in dataset.digests for sample in dataset.samples):
         reason = "every epoch runs the whole network: some images can no longer be read"
     if reason is not None:
         return SplitChoice(None, reason)
@@ -310,7 +311,7 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
     """
     for sample in samples:
         with suppress(OSError), context.dataset.file(sample).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != context.digests[sample.path]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != context.dataset.digests[sample.path]:
                 fix = "Do not change images while a run starts, and run the command again."
                 raise DataError(
                     f"reading {sample.path}", f"{sample.path} changed while the run was starting", fix
@@ -343,7 +344,7 @@ def _rows_of(
     views = [view for other, view in _passes(context) if other == part]
     open_loader = cache(partial(factory.loader_for_trunk, part, kept.batch_size, len(views)))
     augmentation = context.setup.recipe.input.augmentation if part == "train" else "none"
-    images = describe_images([context.digests[sample.path] for sample in context.dataset.of(part)])
+    images = describe_images([context.dataset.digests[sample.path] for sample in context.dataset.of(part)])
     rows = []
     for view in views:
         own = {"augmentation": augmentation, "view": view}

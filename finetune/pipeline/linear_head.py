@@ -74,27 +74,14 @@ def solve_head(context: FitContext, choice: str) -> LinearHead:
     setup, backbone = context.setup, context.setup.backbone
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
-    dataset = _drop_lost(context)
-    source = Source(
-        Network(backbone, setup.placement, layers),
-        dataset,
-        dict(context.digests),
-        unreadable=(),
-        recipe=setup.recipe,
-        display=context.display,
-    )
+    dataset = replace(context.dataset.readable, unreadable=())  # the check of the images has warned of them
+    source = Source(Network(backbone, setup.placement, layers), dataset, setup.recipe, context.display)
     wanted = layers.all if choice in ("best", "all") else layers.all[-1:]
     if choice not in ("last", "best", "all"):
         wanted = layers.select([choice])
     with open_features(source, wanted, "auto", distributed=context.distributed.machine) as features:
         _refuse_lost(features)
         return context.distributed.share(lambda: _solve(source, features, choice))
-
-
-def _drop_lost(context: FitContext) -> Dataset:
-    """Return the dataset without the images that an earlier attempt could not read."""
-    lost = {one.path for one in context.dataset.samples if one.path not in context.digests}
-    return context.dataset.without(lost)
 
 
 def _solve(source: Source, features: Features, choice: str) -> LinearHead:

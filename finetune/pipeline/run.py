@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune import __version__
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import PreparedDataset
 from finetune.data.prepare import check_outside, describe_data, record_split
 from finetune.data.provenance import check_seen
 from finetune.data.quality.usable import check_data
@@ -111,14 +111,13 @@ def run(
             trackers = Trackers(setup.recipe, claim.folder, display)
             with _recorded(claim, trackers, advice, display, distributed):
                 with clock.phase("check"):
-                    dataset, digests, changed, seen = distributed.share(
+                    dataset, changed, seen = distributed.share(
                         lambda: _take_data(claim, setup, comparison, allow_changed, display)
                     )
                 place_network(setup.backbone.network, setup.placement)
                 context = FitContext(
                     setup,
                     dataset,
-                    digests,
                     claim,
                     display,
                     changed=changed,
@@ -222,15 +221,15 @@ def _recorded(
 
 def _take_data(
     claim: Claim, setup: RunSetup, comparison: RunChanges, allow_changed: bool, display: Display
-) -> tuple[Dataset, dict[str, str], bool, dict[str, int]]:
+) -> tuple[PreparedDataset, bool, dict[str, int]]:
     """Check the images, compare with an earlier attempt, and record the split and the environment.
 
     Returns:
-        The usable images, sha256 of each by path, whether the data or the recipe changed since the last
+        The usable images, whether the data or the recipe changed since the last
         attempt (which the user has allowed), and the counts of :func:`check_seen`.
     """
     folder, recipe = claim.folder, setup.recipe
-    found, digests = comparison.dataset, comparison.checked.digests
+    found = comparison.dataset
     display.note(f"finetune {__version__}: {recipe.to_dict()}")
     display.note(f"backbone {setup.backbone.card.name}: {setup.backbone.match}")
     for warning in found.warnings:
@@ -243,12 +242,12 @@ def _take_data(
     dataset = check_data(found, comparison.checked, folder, display, recipe)
     warn_of_versions(claim, comparison.environment, display)
     if not folder.split.exists():
-        record_split(dataset, digests, folder)
+        record_split(dataset, folder)
     write_json(folder.environment, comparison.environment)
     display.say(f"data {recipe.data.path}: {describe_data(dataset)}")
-    seen = check_seen(dataset, digests, recipe, display)
+    seen = check_seen(dataset, recipe, display)
     _show_plan(setup.plan, folder, display, recipe.strategy.features is not None)
-    return dataset, digests, bool(changes), seen
+    return dataset, bool(changes), seen
 
 
 def _show_plan(plan: Plan, folder: RunFolder, display: Display, is_solved: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.prepare import draw_evenly, read_images
-from finetune.data.scan import check_images
+from finetune.data.scan import scan_images
 from finetune.features.network import place_network
 from finetune.features.rows import SubsetRows
 from finetune.features.solvers import draw_folds
@@ -84,13 +84,11 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
     }
     setup, found = prepare(recipe.model_copy(update=changes), display)
     network = place_network(setup.backbone.network, setup.placement)
-    settled, _ = read_images(recipe, found, display)
-    few = draw_evenly(settled, MOST_IMAGES, recipe.seed)
-    with display.track("checking images", len(few.samples)) as advance:
-        checked = check_images(few, lambda _: advance(1, ""))
-    dataset = few.without({image.path for image in checked.bad})
+    few = draw_evenly(read_images(recipe, found, display), MOST_IMAGES, recipe.seed)
+    checked = scan_images(few, display, "checking images", is_subset=True)
+    dataset = few.prepared(checked.digests, checked.bad).readable
     with TemporaryDirectory() as folder:
-        context = FitContext(setup, dataset, checked.digests, Claim(RunFolder(Path(folder))), display)
+        context = FitContext(setup, dataset, Claim(RunFolder(Path(folder))), display)
         with open_loaders(context, digest_frozen(network, setup.plan)) as loaders:
             whole = loaders.batches["train"]
             if not isinstance(whole, FeatureLoader) or loaders.split is None:

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from finetune.data import scan as check
-from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data.dataset import BadImage, Dataset, Sample, Split
 from finetune.data.decode import BadImageError
 from finetune.data.discover import discover
-from finetune.data.scan import BadImage, check_bad, check_images
+from finetune.data.scan import check_bad, check_images
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError, ExitCode
 

@@ -11,8 +11,7 @@ from finetune.data.discover import discover_leniently
 from finetune.data.prepare import check_outside, create_new_folder
 from finetune.data.quality.report import inspect_dataset, to_check
 from finetune.data.quality.sheet import find_sections
-from finetune.data.scan import Checked, check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.scan import Checked, scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError
 from finetune.plots.sheet import write_sections
@@ -62,7 +61,7 @@ def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:
 def _look(
     recipe: Recipe, dataset: Dataset, issues: tuple[Issue, ...], output: Path, display: Display
 ) -> dict[str, Any]:
-    checked = scan_dataset(dataset, display)
+    checked = scan_images(dataset, display, "looking at images")
     if dataset.val_was_drawn:
         dataset, issues = _settle(dataset, checked, recipe, issues)
     report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, issues)
@@ -71,13 +70,6 @@ def _look(
     if any(sample.fold for sample in dataset.samples):
         result["summary"]["folds"] = _write_folds(dataset, output)
     return result
-
-
-def scan_dataset(dataset: Dataset, display: Display) -> Checked:
-    """Decode every image once, or take what is known of it from the last look."""
-    store = ScanCache(dataset.root, keep_others=not dataset.is_folder)
-    with display.track("looking at images", len(dataset.samples)) as advance:
-        return check_images(dataset, lambda _: advance(1, ""), store=store)
 
 
 def _settle(

@@ -10,10 +10,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from finetune.data.dataset import Issue, Severity
+from finetune.data.dataset import BadImage, Issue, Severity
 from finetune.data.layout import count
 from finetune.data.quality.subject import SHOWN_PATHS, ScannedDataset
-from finetune.data.scan import BadImage, check_bad
+from finetune.data.scan import check_bad
 from finetune.errors import DataError
 
 SMALL_SIDE = 32

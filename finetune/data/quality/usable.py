@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import BadImage, Dataset, PreparedDataset, Sample
 from finetune.data.prepare import _place, draw_copies_together
 from finetune.data.quality.files import UNREADABLE
 from finetune.data.quality.report import inspect_dataset
 from finetune.data.samples import is_sample
-from finetune.data.scan import BadImage, Checked, check_bad
+from finetune.data.scan import Checked, check_bad
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.recipe.schema import DataSettings
@@ -25,7 +25,7 @@ SHOWN = 5
 
 def check_data(
     dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, recipe: Recipe
-) -> Dataset:
+) -> PreparedDataset:
     """Return the images that can be used: all but a few, or a refusal of what cannot be stood behind.
 
     Images that an earlier attempt lost on its way keep their places: they stay lost, and every epoch keeps
@@ -42,7 +42,7 @@ def check_data(
     write_bad_images(folder, [(image.path, image.split, image.reason) for image in listed])
     usable = check_bad(dataset.without(lost), bad)
     samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=_place)
-    return replace(usable, samples=tuple(samples))
+    return replace(usable, samples=tuple(samples)).prepared(checked.digests, listed)
 
 
 def _look_over(
