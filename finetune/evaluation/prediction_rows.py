@@ -32,7 +32,7 @@ _SUFFIXES: dict[str, RowFormat] = {
 }
 _BLOCK_CELLS = 2**19
 """Cells of the rows that form a row group of Parquet."""
-Cell = str | float | bool | None
+CellValue = str | float | bool | None
 
 
 def find_format(output: Path, format: str | None) -> RowFormat:
@@ -109,10 +109,10 @@ class PredictionRows:
         row = dict(zip(self.columns, map(_number, cells), strict=True))
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
-    def _cells(self, path: str, values: Floats) -> list[Cell]:
+    def _cells(self, path: str, values: Floats) -> list[CellValue]:
         best = [(self.classes[place], float(values[place])) for place in rank_classes(values, self.top)]
         is_rejected = self.is_rejected(values)
-        cells: list[Cell] = [path, None if is_rejected else best[0][0], best[0][1]]
+        cells: list[CellValue] = [path, None if is_rejected else best[0][0], best[0][1]]
         if self.reject_below is not None:
             cells.append(is_rejected)
         for label, confidence in best[1:]:
@@ -146,7 +146,7 @@ def _kind(pa: Any, name: str) -> Any:
     return pa.float32() if name.startswith("confidence") else pa.string()
 
 
-def _text(cell: Cell) -> str:
+def _text(cell: CellValue) -> str:
     if cell is None:
         return ""
     if isinstance(cell, bool):
@@ -154,7 +154,7 @@ def _text(cell: Cell) -> str:
     return FLOAT_FORMAT % cell if isinstance(cell, float) else escape_formula(cell)
 
 
-def _number(cell: Cell) -> Any:
+def _number(cell: CellValue) -> Any:
     """Round to nine digits, which read back to the same float32; JSON would write seventeen."""
     return float(FLOAT_FORMAT % cell) if isinstance(cell, float) else cell
 

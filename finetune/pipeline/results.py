@@ -27,10 +27,10 @@ from finetune.training.trainer import Trainer
 
 def evaluate(trainer: Trainer, loader: BatchLoader, display: Display) -> Predictions:
     """Predict the evaluated split with the network that the trainer selected."""
-    forward = trainer.task.forward(trainer.judged)
+    forward = trainer.task.forward(trainer.eval_network)
     with display.track("evaluating", len(loader.samples)) as advance:
         return predict(
-            trainer.judged,
+            trainer.eval_network,
             loader,
             trainer.precision,
             on_batch=partial(_advance, advance),
@@ -43,7 +43,7 @@ def _advance(advance: Advance, done: int) -> None:
     advance(done, "")
 
 
-def check_figures(
+def check_predictions(
     network: nn.Module, predictions: Predictions, images: Tensor, precision: Precision, dtype: Precision
 ) -> None:
     """Predict the first images again with the whole exported network, and compare.
@@ -132,7 +132,7 @@ def _mean_wait(progress: Progress) -> float:
     return waited / max(sum(row["seconds"] for row in rows), 1e-9)
 
 
-def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
+def report_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
     """Report the metrics with their interval, and the paths of the run and the model."""
     how = "the epoch" if metrics["epochs"] else "this classifier over the trained network"
     chosen = f" (which also chose {how})" if metrics["split_chose_checkpoint"] else ""

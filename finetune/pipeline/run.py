@@ -30,7 +30,7 @@ from finetune.pipeline.auto import choose_strategy
 from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
-from finetune.pipeline.results import check_figures, collect_metrics, say_result
+from finetune.pipeline.results import check_predictions, collect_metrics, report_result
 from finetune.pipeline.setup import RunSetup, check_asked, fit_batches, prepare
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
@@ -280,7 +280,7 @@ def _write_results(context: FitContext, result: FitResult, seen: dict[str, int])
     setup, dataset, clock, folder = context.setup, context.dataset, context.clock, context.folder
     with clock.phase("evaluate"):
         network = result.backbone.network
-        check_figures(network, result.predictions, result.images, result.precision, result.dtype)
+        check_predictions(network, result.predictions, result.images, result.precision, result.dtype)
         summary = summarize(result.predictions, result.val, dataset.classes)
     metrics = collect_metrics(setup, dataset, summary, result.facts) | seen
     write_metrics_tables(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
@@ -290,7 +290,7 @@ def _write_results(context: FitContext, result: FitResult, seen: dict[str, int])
     metrics |= measure_peak_memory(setup.placement.device)
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
-    say_result(context.display, folder, metrics)
+    report_result(context.display, folder, metrics)
     add_report(folder, context.display)
     return metrics
 

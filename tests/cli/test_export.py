@@ -116,7 +116,7 @@ def test_torch_export_with_data_gone_says_so(cli: Cli, copy: Path, tmp_path: Pat
         None,
     )
     assert "warning: the run's data" in result.stderr
-    assert "compared on random inputs instead of the run's judged images" in result.stderr
+    assert "compared on random inputs instead of the run's evaluated images" in result.stderr
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     assert program(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
 
@@ -211,7 +211,7 @@ def repoint(run: Path, data: Path) -> None:
 def test_what_was_added_to_the_data_is_no_reason_for_noise(
     cli: Cli, copy: Path, own_data: Path, tmp_path: Path
 ) -> None:
-    """An empty class folder would be refused by a run; the judged images are what they were."""
+    """An empty class folder would be refused by a run; the evaluated images are unchanged."""
     (own_data / "train" / "yellow").mkdir()
     result = cli("export", copy, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output

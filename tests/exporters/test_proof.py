@@ -71,9 +71,9 @@ def test_one_class_is_never_a_tie() -> None:
 
 
 def test_batches_begin_with_odd_sizes_and_cover_everything() -> None:
-    parts = list(fresh.split(40))
-    assert [part.stop - part.start for part in parts] == [1, 3, 16, 16, 4]
-    assert list(fresh.split(1)) == [slice(0, 1)]
+    batches = list(fresh.slice_batches(40))
+    assert [batch.stop - batch.start for batch in batches] == [1, 3, 16, 16, 4]
+    assert list(fresh.slice_batches(1)) == [slice(0, 1)]
 
 
 @pytest.fixture(scope="module")

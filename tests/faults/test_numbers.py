@@ -281,7 +281,7 @@ def test_a_huge_rate_ends_as_diverged_and_leaves_nothing_infinite(
     with pytest.raises(DivergedError):
         trainer.fit()
     assert_finite(trainer.task.network.state_dict())
-    assert_finite(trainer.judged.state_dict())
+    assert_finite(trainer.eval_network.state_dict())
     for checkpoint in (saved(tmp_path).now, saved(tmp_path).epoch_start):
         assert_finite(checkpoint.tensors)
 

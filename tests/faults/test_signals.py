@@ -74,7 +74,8 @@ def test_a_stop_in_the_middle_of_a_validation(
     second = build_trainer(image_folder, tmp_path / "parts", **settings)
     second.fit()
     assert all(
-        tensor.equal(second.judged.state_dict()[name]) for name, tensor in whole.judged.state_dict().items()
+        tensor.equal(second.eval_network.state_dict()[name])
+        for name, tensor in whole.eval_network.state_dict().items()
     )
 
 

@@ -134,7 +134,7 @@ def test_a_finished_run_does_not_declare_done_what_another_process_took_over(
     def take_over(*_: Any) -> None:
         RunFolder(output).write_outcome(Outcome("running", "another process", attempt=2))
 
-    monkeypatch.setattr(job_main, "say_result", take_over)
+    monkeypatch.setattr(job_main, "report_result", take_over)
     result = cli(*words_of(tiny, image_folder, output))
     assert result.exit_code == ExitCode.USAGE, result.stderr
     assert json.loads((output / "outcome.json").read_text())["message"] == "another process"

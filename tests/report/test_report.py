@@ -172,7 +172,7 @@ def test_what_an_evaluation_judged_is_no_training_part(copy: RunFolder) -> None:
         assert load_facts(copy).counts.keys() == {"test" if part == "test" else "evaluated"}
 
 
-def test_figures_of_other_predictions_are_said(copy: RunFolder) -> None:
+def test_metrics_that_contradict_the_predictions_are_reported(copy: RunFolder) -> None:
     words = "The files do not belong together"
     assert words not in remake(copy)
     change_metrics(copy, num_samples=17)
@@ -184,7 +184,7 @@ def test_figures_of_other_predictions_are_said(copy: RunFolder) -> None:
 
 
 def reject_rows(html: str) -> list[list[str]]:
-    [table] = re.findall(r'aria-label="Predictions to refuse">(.*?)</table>', html, re.DOTALL)
+    [table] = re.findall(r'aria-label="Confidence thresholds">(.*?)</table>', html, re.DOTALL)
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
     return [[cell.strip() for cell in row] for row in rows]
 
@@ -294,7 +294,7 @@ def test_no_image_fits_an_album_that_is_full(made: RunFolder) -> None:
     assert album.left_out == sum(not one.source for one in shown)
 
 
-def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_metrics_and_predictions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"neither metrics\.json nor"):
         write_run_report(RunFolder(tmp_path), SilentDisplay())
 

@@ -443,12 +443,12 @@ def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> N
 @pytest.mark.slow
 def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) -> None:
     sizes: list[int] = []
-    check = main.check_figures
+    check = main.check_predictions
 
     def spy(network: Any, predictions: Any, images: Tensor, *others: Any) -> None:
         sizes.append(len(images))
         check(network, predictions, images, *others)
 
-    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.pipeline.fit.FEW", 4):
+    with mock.patch.object(main, "check_predictions", spy), mock.patch("finetune.pipeline.fit.FEW", 4):
         fit("one", keys={"training.batch_size": 40})
     assert sizes == [4]

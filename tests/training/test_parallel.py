@@ -60,7 +60,7 @@ def train(distributed: Distributed, data: Path, folder: Path, **words: Any) -> E
     words = {"epochs": 5, "batch_size": 32, "lr": 0.05, "network": net()} | words
     trainer = build_trainer(data, folder / str(distributed.rank), distributed=distributed, **words)
     progress = trainer.fit()
-    weights = {name: tensor.clone() for name, tensor in trainer.judged.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in trainer.eval_network.state_dict().items()}
     return weights, figures(progress), progress, warnings(trainer), trainer.predictions.logits
 
 

@@ -62,7 +62,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 
     assert second.progress.step == whole.progress.step == 20
     assert_same_state(whole.task.network, second.task.network)
-    assert_same_state(whole.judged, second.judged)
+    assert_same_state(whole.eval_network, second.eval_network)
     assert figures(whole.progress) == figures(second.progress)
 
 
@@ -132,7 +132,7 @@ def test_frozen_stages_keep_every_bit(image_folder: Path, tmp_path: Path, strate
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     digests = digest_frozen(network, plan)
     trainer.fit()
-    check_frozen(trainer.judged, plan, digests)
+    check_frozen(trainer.eval_network, plan, digests)
     check_frozen(network, plan, digests)
     frozen = {"freeze": ("stage1", "stage2"), "top": ("stage1",)}[strategy]
     for name, tensor in network.state_dict().items():
@@ -207,7 +207,7 @@ def test_a_shared_tensor_survives_the_checkpoint(image_folder: Path, tmp_path: P
     trainer.fit()
     other = build_trainer(image_folder, tmp_path, network=Tied(), epochs=1, batch_size=8, lr=0.1)
     other.fit()
-    assert_same_state(trainer.judged, other.judged)
+    assert_same_state(trainer.eval_network, other.eval_network)
 
 
 class Brittle(SmallNet):
