@@ -30,18 +30,23 @@ class Sample:
     fold: int = 0
 
 
+def sample_order(sample: Sample) -> tuple[int, str]:
+    """Return the sort key of ``Dataset.samples``: by split (train, val, test), then by path."""
+    return SPLITS.index(sample.split), sample.path
+
+
 @dataclass(frozen=True)
 class Dataset:
     """An immutable list of labelled images; methods that change it return a new dataset.
 
     Attributes:
-        root: folder that every ``Sample.path`` is relative to.
-        classes: class names in index order, from the training split only; none where nothing is labelled.
+        root: the folder that every ``Sample.path`` is relative to.
+        classes: class names in index order, from the training split only; empty if no image is labelled.
         samples: every image, ordered by split (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
         is_folder: whether the user named the root itself, and not a CSV file in it.
         val_was_drawn: whether the validation split was taken from the training images, by chance.
-        issues: the warnings in structured form, and the errors that a lenient reading passed over.
+        issues: the warnings in structured form, and the errors that a lenient reader has collected.
         settled: paths whose split an earlier attempt drew; they keep it.
     """
 

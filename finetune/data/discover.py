@@ -26,7 +26,7 @@ from finetune.data.split import (
     draw_folds,
     find_fold_fault,
     find_groups,
-    find_undividable,
+    find_indivisible,
     split_off,
 )
 from finetune.data.table import read_csv
@@ -263,7 +263,7 @@ def _reject_indivisible(
     said: Sequence[str] = (),
 ) -> None:
     """Reject classes whose images all belong to one group: no draw can divide them."""
-    indivisible = [name for name in find_undividable(pool, groups) if name not in said]
+    indivisible = [name for name in find_indivisible(pool, groups) if name not in said]
     if indivisible:
         reader.reject(
             "group-single",

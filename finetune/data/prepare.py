@@ -17,6 +17,7 @@ from finetune.data.dataset import (
     Sample,
     Split,
     describe_images,
+    sample_order,
 )
 from finetune.data.scan import scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
@@ -41,10 +42,6 @@ def draw_copies_together(
     return dataset
 
 
-def _place(sample: Sample) -> tuple[int, str]:
-    return SPLITS.index(sample.split), sample.path
-
-
 def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     """Return the dataset with the split that an earlier attempt drew, if its settings were the same.
 
@@ -59,7 +56,7 @@ def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     drawn = {row["path"]: split for row in run.split for split in SPLITS if split == row["split"]}
     samples = [replace(sample, split=drawn.get(sample.path, sample.split)) for sample in dataset.samples]
     settled = frozenset(sample.path for sample in samples if sample.path in drawn)
-    return replace(dataset, samples=tuple(sorted(samples, key=_place)), settled=settled)
+    return replace(dataset, samples=tuple(sorted(samples, key=sample_order)), settled=settled)
 
 
 def record_split(dataset: PreparedDataset, folder: RunFolder) -> None:

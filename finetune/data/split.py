@@ -97,7 +97,7 @@ def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> 
     ]
 
 
-def find_undividable(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[str]:
+def find_indivisible(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[str]:
     """Return the classes whose images all lie in one unit: they cannot be both trained on and tested."""
     held: Counter[str] = Counter()
     for unit in build_units(paths_by_class, groups):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dataset import SPLITS, Dataset, Sample
-from finetune.data.split import SplitConfig, draw_folds, find_undividable, keep_copies_together, split_off
+from finetune.data.split import SplitConfig, draw_folds, find_indivisible, keep_copies_together, split_off
 from finetune.errors import DataError
 
 CLASSES = {"ant": [f"ant/{n}.jpg" for n in range(40)], "bee": [f"bee/{n}.jpg" for n in range(10)]}
@@ -86,8 +86,8 @@ def test_one_large_group_of_a_class_leaves_the_other_to_judge() -> None:
     groups = {f"a/{n}": "x" if n < 9 else "y" for n in range(10)}
     taken = split_off(paths, 0.2, 0, groups)
     assert {path for path in taken if path.startswith("a")} == {"a/9"}
-    assert find_undividable(paths, groups) == []
-    assert find_undividable(paths, dict.fromkeys(paths["ant"], "x")) == ["ant"]
+    assert find_indivisible(paths, groups) == []
+    assert find_indivisible(paths, dict.fromkeys(paths["ant"], "x")) == ["ant"]
 
 
 @pytest.mark.parametrize("num_folds", [2, 3, 5])

@@ -220,9 +220,9 @@ def test_lost_images_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: p
 
                 def get(views: Any, key: tuple[int, int]) -> Any:
                     if views.dataset.file(views.samples[key[1]]) == opened:
-                        from finetune.data.loader import _Lost
+                        from finetune.data.loader import _UnreadableImage
 
-                        return _Lost(gone.path, "gone")
+                        return _UnreadableImage(gone.path, "gone")
                     return kept(views, key)
 
                 monkeypatch.setattr(type(loader._views), "__getitem__", get)
