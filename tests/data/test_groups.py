@@ -85,7 +85,7 @@ def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path
         ("(a|a)+$", "it repeats a repetition or a choice"),
         ("(a{1,50}){1,50}x", "it repeats a repetition"),
         ("(a?){30}x", "it repeats a repetition"),
-        (r"clinic(\d)", "names no group of any of 48 images"),
+        (r"clinic(\d)", "matches none of 48 image paths"),
         ("sick|well", "belong to one group"),
     ],
 )

@@ -57,7 +57,7 @@ def find_copies(seen: ScannedDataset) -> Copies:
 def _group(seen: ScannedDataset) -> list[list[int]]:
     if not seen.samples:
         return []
-    digests = np.ascontiguousarray(seen.looks.rows["sha256"]).view("V32").reshape(-1)
+    digests = np.ascontiguousarray(seen.scan.rows["sha256"]).view("V32").reshape(-1)
     order = np.argsort(digests, kind="stable")
     starts = np.flatnonzero(digests[order][1:] != digests[order][:-1]) + 1
     groups = [part.tolist() for part in np.split(order, starts) if len(part) > 1]

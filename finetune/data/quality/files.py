@@ -165,13 +165,13 @@ def find_unreadable_issues(seen: ScannedDataset) -> Iterator[Issue]:
 
 def find_oddities(seen: ScannedDataset) -> Oddities:
     """Return the images that stand out."""
-    rows, places = seen.looks.rows, range(len(seen.samples))
+    rows, places = seen.scan.rows, range(len(seen.samples))
     widths, heights = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     short, long = np.minimum(widths, heights), np.maximum(widths, heights)
     names = [PurePosixPath(sample.path) for sample in seen.samples]
     suffixes, stems = [name.suffix.lower() for name in names], [name.stem for name in names]
     return Oddities(
-        disguised=[place for place in places if _is_disguised(suffixes[place], seen.looks.format_of(place))],
+        disguised=[place for place in places if _is_disguised(suffixes[place], seen.scan.format_of(place))],
         animated=np.flatnonzero(rows["is_animated"]).tolist(),
         odd=_find_odd(seen),
         named=[place for place in places if _PLACEHOLDER.search(stems[place])],
@@ -190,8 +190,8 @@ def _is_disguised(suffix: str, form: str) -> bool:
 def _find_odd(seen: ScannedDataset) -> list[int]:
     """Return images of a format that few have among many of another one, and drawings among photographs."""
     places = range(len(seen.samples))
-    formats = [seen.looks.format_of(place) for place in places]
-    drawn = [seen.looks.mode_of(place) in _GRAPHIC_MODES for place in places]
+    formats = [seen.scan.format_of(place) for place in places]
+    drawn = [seen.scan.mode_of(place) in _GRAPHIC_MODES for place in places]
     return sorted({*_rare(formats), *_rare(drawn)})
 
 
@@ -206,7 +206,7 @@ def _rare(values: Sequence[object]) -> Iterator[int]:
 
 def find_oddity_issues(seen: ScannedDataset, odd: Oddities) -> Iterator[Issue]:
     """Yield what is to be said of images that stand out."""
-    formats = Counter(seen.looks.format_of(place) for place in range(len(seen.samples)))
+    formats = Counter(seen.scan.format_of(place) for place in range(len(seen.samples)))
     main = formats.most_common(1)[0][0] if formats else ""
     for field, code, said, fix in _KINDS:
         if places := getattr(odd, field):
@@ -219,8 +219,8 @@ def find_oddity_issues(seen: ScannedDataset, odd: Oddities) -> Iterator[Issue]:
 def _named(seen: ScannedDataset, place: int, words: bool) -> str:
     path = seen.samples[place].path
     if not words:
-        return f"{path} ({seen.looks.rows['width'][place]} x {seen.looks.rows['height'][place]})"
-    return f"{path} ({seen.looks.format_of(place)}, {seen.looks.mode_of(place)})"
+        return f"{path} ({seen.scan.rows['width'][place]} x {seen.scan.rows['height'][place]})"
+    return f"{path} ({seen.scan.format_of(place)}, {seen.scan.mode_of(place)})"
 
 
 def _more(total: int, shown: int) -> str:

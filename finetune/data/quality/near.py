@@ -118,7 +118,7 @@ def _blocks_across(
 
 
 def _compare(seen: ScannedDataset, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Iterator[NearCopy]:
-    hashes = seen.looks.rows["phash"]
+    hashes = seen.scan.rows["phash"]
     bits = np.bitwise_count(hashes[rows][:, None] ^ hashes[columns][None, :])
     left, right = np.nonzero(bits <= MOST_BITS)
     left, right = rows[left], columns[right]
@@ -127,7 +127,7 @@ def _compare(seen: ScannedDataset, rows: NDArray[np.int64], columns: NDArray[np.
     for start in range(0, len(left), _STEP):
         some = slice(start, start + _STEP)
         alike = _correlate(seen, left[some], right[some])
-        digests = seen.looks.rows["sha256"]
+        digests = seen.scan.rows["sha256"]
         differ = (digests[left[some]] != digests[right[some]]).any(axis=1)
         for place in np.flatnonzero((alike >= LEAST_CORRELATION) & differ):
             one, other = sorted((int(left[some][place]), int(right[some][place])))
@@ -144,7 +144,7 @@ def _correlate(
 
 
 def _standardise(seen: ScannedDataset, places: NDArray[np.int64]) -> NDArray[np.float64]:
-    pixels = seen.looks.rows["thumbnail"][places].reshape(len(places), -1).astype(np.float64)
+    pixels = seen.scan.rows["thumbnail"][places].reshape(len(places), -1).astype(np.float64)
     pixels -= pixels.mean(axis=1, keepdims=True)
     scaled: NDArray[np.float64] = pixels / pixels.std(axis=1, keepdims=True)
     return scaled

@@ -98,7 +98,7 @@ def inspect_dataset(
 
 def summarise(seen: ScannedDataset) -> dict[str, Any]:
     """Return plain JSON; docs/check.md describes it."""
-    dataset, rows = seen.dataset, seen.looks.rows
+    dataset, rows = seen.dataset, seen.scan.rows
     places = range(len(seen.samples))
     widths, heights = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
     return {
@@ -116,8 +116,8 @@ def summarise(seen: ScannedDataset) -> dict[str, Any]:
             for split in SPLITS
             if dataset.of(split)
         },
-        "formats": _counted(seen.looks.format_of(place) for place in places),
-        "modes": _counted(seen.looks.mode_of(place) for place in places),
+        "formats": _counted(seen.scan.format_of(place) for place in places),
+        "modes": _counted(seen.scan.mode_of(place) for place in places),
         "width": _spread(widths),
         "height": _spread(heights),
         "aspect_ratio": _spread(widths / heights),

@@ -66,7 +66,7 @@ def _single(seen: ScannedDataset, title: str, places: Iterable[int]) -> Section:
 
 def _described(seen: ScannedDataset, places: Iterable[int]) -> Iterator[Tile]:
     for place in places:
-        kind = f"{seen.looks.format_of(place)} {seen.looks.mode_of(place)}, {_size(seen, place)}"
+        kind = f"{seen.scan.format_of(place)} {seen.scan.mode_of(place)}, {_size(seen, place)}"
         yield _tile(seen, place, kind)
 
 
@@ -77,4 +77,4 @@ def _tile(seen: ScannedDataset, place: int, words: str) -> Tile:
 
 
 def _size(seen: ScannedDataset, place: int) -> str:
-    return f"{seen.looks.rows['width'][place]} x {seen.looks.rows['height'][place]}"
+    return f"{seen.scan.rows['width'][place]} x {seen.scan.rows['height'][place]}"

@@ -33,12 +33,12 @@ class ScannedDataset:
     @cached_property
     def samples(self) -> Sequence[Sample]:
         """Images that could be decoded, in the order of the data set."""
-        return [sample for sample in self.dataset.samples if sample.path in self.checked.looks]
+        return [sample for sample in self.dataset.samples if sample.path in self.checked.scan]
 
     @cached_property
-    def looks(self) -> ScanResult:
+    def scan(self) -> ScanResult:
         """Their rows, in the same order."""
-        return self.checked.looks.select(sample.path for sample in self.samples)
+        return self.checked.scan.select(sample.path for sample in self.samples)
 
     @cached_property
     def splits(self) -> NDArray[np.int8]:
@@ -54,7 +54,7 @@ class ScannedDataset:
     @cached_property
     def contrasts(self) -> NDArray[np.float32]:
         """Standard deviations of their thumbnails, in grey levels (0 to 127.5)."""
-        thumbnails: NDArray[Any] = self.looks.rows["thumbnail"].reshape(len(self.samples), -1)
+        thumbnails: NDArray[Any] = self.scan.rows["thumbnail"].reshape(len(self.samples), -1)
         found: NDArray[np.float32] = thumbnails.std(axis=1, dtype=np.float32)
         return found
 
