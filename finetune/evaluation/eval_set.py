@@ -40,7 +40,7 @@ def find_eval_set(
         first: the first model; labels are mapped to its classes.
         data: a folder, an archive, a CSV file; None for the data of the model's run. If the data are those
             that the run was trained on, the run's own split is used.
-        part: train, val, test or all; None for test if there is one, else val, else all.
+        split: train, val, test or all; None for test if there is one, else val, else all.
         follow_links: read images through links that lead out of the data.
         display: shows progress and warnings.
 
@@ -57,8 +57,8 @@ def find_eval_set(
         data = _data_of(run)
     if data is None:
         raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
-    with display.count(f"reading {data}") as tell:
-        found = find_labelled(data, classes, split, follow_links, tell)
+    with display.count(f"reading {data}") as on_progress:
+        found = find_labelled(data, classes, split, follow_links, on_progress)
     for warning in found.warnings:
         display.warn(warning)
     return EvalSet(_prepare(found, display), _name_split(found, split))
@@ -74,7 +74,7 @@ def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
 
 
 def _is_own(run: RunFolder, data: Path) -> bool:
-    """Tell whether the data are those that the run was trained on: then the run's own split is used."""
+    """Return whether the data are those of the run; its own split is used then."""
     own = _data_of(run)
     return data.resolve() in (run.path.resolve(), own.resolve() if own is not None else None)
 
@@ -85,7 +85,7 @@ def _data_of(run: RunFolder) -> Path | None:
 
 
 def _has_split(run: RunFolder, split: EvalSplit | None) -> bool:
-    """Tell whether the run recorded this split; a test split may have been added since."""
+    """Return whether the run recorded this split; a test split may have been added since."""
     return split in (None, "all") or any(row["split"] == split for row in RunReader(run).split)
 
 
@@ -109,8 +109,12 @@ def _images_of_run(
     )
     if len(samples) < len(known):
         lost = sorted(known.keys() - {sample.path for sample in samples})
-        said = f"{len(lost)} of {len(known)} images of its {wanted} split are missing (for example {lost[0]})"
-        raise DataError(f"the data of {run.path}", said, "Restore them, or name other --data.")
+        missing = f"{len(lost)} of {len(known)} images of its {wanted} split are missing"
+        raise DataError(
+            f"the data of {run.path}",
+            f"{missing} (for example {lost[0]})",
+            "Restore them, or name other --data.",
+        )
     if not samples:
         raise DataError(f"the data of {run.path}", f"it has no {wanted} images", "Choose another --split.")
     return replace(found, classes=tuple(classes), samples=samples)

@@ -1,4 +1,4 @@
-"""``finetune evaluate``: finished models on labelled images, one or an ensemble, with one view or several.
+"""``finetune evaluate``: test finished models, or an ensemble of them, on labelled images.
 
 ::
 
@@ -51,7 +51,7 @@ class EvaluateRequest:
         scales: short sides in pixels that images are resized to; empty for the default.
         output: a new folder for the results.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_size: images a batch; None for the default.
+        batch_size: images per batch; None for the default.
         workers: decoding threads; None for the default.
         offline: never download weights.
         follow_links: read images through symbolic links that lead out of the data.
@@ -73,7 +73,7 @@ class EvaluateRequest:
 
     @property
     def command(self) -> str:
-        """The command line that asks for this."""
+        """The command line of this request."""
         words = ["finetune", "evaluate", *self.models]
         words += ["--data", str(self.data)] if self.data is not None else []
         words += ["--split", self.split] if self.split is not None else []
@@ -149,9 +149,9 @@ def _collect_metrics(
     predictions = final.raw or final.predictions
     metrics = compute_metrics(predictions, classes)
     metrics["intervals"] = {name: list(limits) for name, limits in compute_intervals(predictions).items()}
-    metrics["calibration"] = _calibration(models, final, overlap)
+    metrics["calibration"] = _measure_calibration(models, final, overlap)
     if len(models) == 1:
-        metrics["reject"] = _thresholds(models[0], final.predictions)
+        metrics["reject"] = _measure_thresholds(models[0], final.predictions)
     known = overlap.is_known
     return metrics | {
         "num_classes": len(classes),
@@ -160,7 +160,7 @@ def _collect_metrics(
     }
 
 
-def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
+def _measure_calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
     """Return ``calibration`` of ``metrics.json``; means of calibrated probabilities have no "before"."""
     num_images = len(final.predictions.labels)
     facts = {
@@ -177,7 +177,8 @@ def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> d
     return facts | compare_calibration(final.raw, after)
 
 
-def _thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
+def _measure_thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
+    """Return the run's confidence thresholds with their effect on these images; empty if it has none."""
     rows = RunReader(model.run, tolerant=True).metrics.get("reject") if model.run is not None else None
     try:
         return measure_thresholds(rows or [], predictions)

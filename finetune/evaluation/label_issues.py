@@ -48,7 +48,7 @@ _ROUNDING = 1e-6
 """Tolerance below a threshold, since probabilities are float32."""
 NUM_FOLDS = 5
 SHOWN = 36
-"""Images on the contact sheet."""
+"""Largest number of images on the contact sheet."""
 FILE, SHEET = "label_issues.csv", "label_issues.png"
 COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probability", "split")
 
@@ -133,7 +133,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
         with open_features(source, network.layers.select(["last"]), "auto") as features:
             usable = features.usable(dataset.samples)
             samples = [dataset.samples[index] for index in usable.tolist()]
-            folds = _deal(samples, dataset, recipe.seed)
+            folds = _assign_folds(samples, dataset, recipe.seed)
             probabilities = _cross_validate(
                 features.rows[0], usable, samples, folds, dataset.num_classes, recipe.seed, display
             )
@@ -164,7 +164,9 @@ def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> Prep
     """
     recorded = RunReader(run).digests
     digests = source.dataset.digests
-    changed = [one.path for one in source.dataset.samples if recorded.get(one.path) != digests[one.path]]
+    changed = [
+        sample.path for sample in source.dataset.samples if recorded.get(sample.path) != digests[sample.path]
+    ]
     if changed:
         images = f"1 image ({changed[0]})" if len(changed) == 1 else f"{len(changed)} images"
         display.warn(f"{images} changed since the run: left out")
@@ -189,7 +191,7 @@ def _warn_of_seen(recipe: Recipe, source: Source, display: Display) -> None:
         display.warn("it is not known which images the backbone of this run has seen with their labels")
 
 
-def _deal(samples: Sequence[Sample], dataset: PreparedDataset, seed: int) -> Tensor:
+def _assign_folds(samples: Sequence[Sample], dataset: PreparedDataset, seed: int) -> Tensor:
     """Return the fold in which each image is held out, (N,) int64 from 1; 0 for never.
 
     Copies and groups stay in one fold. A class that lies entirely in one fold is never held out, because no
@@ -206,7 +208,9 @@ def _deal(samples: Sequence[Sample], dataset: PreparedDataset, seed: int) -> Ten
         pool[dataset.classes[sample.label]].append(sample.path)
     folds = draw_folds(pool, NUM_FOLDS, seed, joined)
     alone = {name for name, paths in pool.items() if len({folds[path] for path in paths}) < 2}
-    return torch.tensor([0 if dataset.classes[one.label] in alone else folds[one.path] for one in samples])
+    return torch.tensor(
+        [0 if dataset.classes[sample.label] in alone else folds[sample.path] for sample in samples]
+    )
 
 
 def _cross_validate(
@@ -242,9 +246,9 @@ def _collect(
     known = probabilities[scored]
     predicted = decide(known)
     rows = []
-    for place in find_label_issues(labels, known).tolist():
-        sample, suggested = samples[int(scored[place])], int(predicted[place])
-        own, other = known[place, sample.label].item(), known[place, suggested].item()
+    for index in find_label_issues(labels, known).tolist():
+        sample, suggested = samples[int(scored[index])], int(predicted[index])
+        own, other = known[index, sample.label].item(), known[index, suggested].item()
         names = dataset.classes[sample.label], dataset.classes[suggested]
         rows.append((sample.path, *names, own, other, sample.split))
     accuracy = (predicted == labels).double().mean().item()

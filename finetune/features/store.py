@@ -229,8 +229,8 @@ class KeptRows:
                     path,
                     place.facts,
                     self._num_blocks(place),
-                    waiting=wait_for_writer(path, "another run computes the same features", self.display),
-                    verified=lambda done: advance(done, ""),
+                    on_wait=wait_for_writer(path, "another run computes the same features", self.display),
+                    on_verified=lambda done: advance(done, ""),
                 )
             self._files.append(file)
             if file.was_damaged:

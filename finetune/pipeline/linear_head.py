@@ -94,8 +94,10 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
         labels = _labels(dataset, indices)
         classifier = fit(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
         advance(1, "")
-        parts: list[Split] = ["val", "test"]
-        predictions = {part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)}
+        splits: list[Split] = ["val", "test"]
+        predictions = {
+            split: _predict(classifier, rows, dataset, split) for split in splits if dataset.of(split)
+        }
     is_last = chosen == source.network.layers.all[-1:]
     classifier = replace(classifier, weight=classifier.weight.cpu(), bias=classifier.bias.cpu())
     return LinearHead(chosen, is_last, classifier, predictions)
@@ -121,7 +123,7 @@ def _choose(
         hits = cross_validate(rows, indices, labels, dataset.num_classes, kind=LINEAR_CLASSIFIER, seed=seed)
         accuracies.append(hits.double().mean().item())
         on_done()
-    best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))
+    best = max(range(len(accuracies)), key=lambda index: (accuracies[index], index))
     return (features.layers[best],)
 
 
@@ -130,17 +132,17 @@ def _concat_rows(features: Features, chosen: Sequence[Layer]) -> Rows:
     return rows[0] if len(rows) == 1 else ConcatRows(rows)
 
 
-def _indices_of(dataset: Dataset, part: Split) -> Tensor:
-    return torch.tensor([i for i, sample in enumerate(dataset.samples) if sample.split == part])
+def _indices_of(dataset: Dataset, split: Split) -> Tensor:
+    return torch.tensor([i for i, sample in enumerate(dataset.samples) if sample.split == split])
 
 
 def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
     return torch.tensor([dataset.samples[index].label for index in indices.tolist()])
 
 
-def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Split) -> Predictions:
-    indices = _indices_of(dataset, part)
-    logits = torch.cat([classifier.scores(rows[some]) for some in torch.split(indices, 1024)])
+def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, split: Split) -> Predictions:
+    indices = _indices_of(dataset, split)
+    logits = torch.cat([classifier.scores(rows[batch]) for batch in torch.split(indices, 1024)])
     return Predictions(logits.float().cpu(), _labels(dataset, indices))
 
 

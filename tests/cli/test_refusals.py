@@ -251,7 +251,7 @@ def test_a_second_process_is_kept_out(cli: Cli, run_words: list[object], tmp_pat
 
     assert cli(*run_words).exit_code == 0
     with locked(tmp_path / "run"):
-        assert "another process is at work in it" in refused(cli, ExitCode.USAGE, *run_words)
+        assert "another process is working in it" in refused(cli, ExitCode.USAGE, *run_words)
     assert cli(*run_words).exit_code == 0
 
 

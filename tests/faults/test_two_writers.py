@@ -73,7 +73,7 @@ def test_a_second_process_is_refused_and_the_first_is_unharmed(
         assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     (second,) = refused
     assert second.returncode == ExitCode.USAGE == 2, second.stderr
-    assert f"--output {output}: another process is at work in it" in second.stderr
+    assert f"--output {output}: another process is working in it" in second.stderr
     assert cli(*words_of(tiny, image_folder, tmp_path / "alone")).exit_code == 0
     one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "alone"))
     assert one.read_bytes() == two.read_bytes()

@@ -118,7 +118,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     writer = BlockFile(path, FACTS, len(CONTENT))
     waited = threading.Event()
     found: list[list[bytes]] = []
-    reader = threading.Thread(target=lambda: found.append(read(path, waiting=waited.set)))
+    reader = threading.Thread(target=lambda: found.append(read(path, on_wait=waited.set)))
     reader.start()
     assert waited.wait(10)
     for block in CONTENT:
@@ -135,7 +135,7 @@ def test_waiting_can_be_ended(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        BlockFile(tmp_path / "test.bin", FACTS, 1, waiting=stop)
+        BlockFile(tmp_path / "test.bin", FACTS, 1, on_wait=stop)
     writer.close()
 
 
@@ -193,7 +193,7 @@ def test_an_incomplete_file_survives_whoever_looks_at_it(tmp_path: Path) -> None
             looks.append(1)
             fcntl.flock(other, fcntl.LOCK_UN)
 
-        file = BlockFile(path, FACTS, 3, waiting=go_away)
+        file = BlockFile(path, FACTS, 3, on_wait=go_away)
     assert looks == [1]
     assert len(file.blocks) == 2
 

@@ -139,8 +139,8 @@ def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     refused = refusal(tmp_path, recipe(training__lr=0.5, seed=3))
     assert refused.found == "it holds another run (training.lr: 0.01 -> 0.5; seed: 0 -> 3)"
     assert refused.fix == (
-        "Name a new folder with --output, or give the same command again to go on with that run "
-        "(--allow-changed goes on with this one)."
+        "Name a new folder with --output, or give the earlier command again to resume that run "
+        "(--allow-changed resumes it with this recipe)."
     )
 
 
