@@ -190,7 +190,7 @@ def test_classes_are_known_by_name_not_by_place(
     ("words", "said"),
     [
         (("--split", "tset"), "there is no such split"),
-        (("--scales", "big"), "no numbers of pixels"),
+        (("--scales", "big"), "not numbers of pixels"),
         (("--crops", "3"), "number of crops is not supported"),
     ],
 )
