@@ -97,7 +97,7 @@ def test_check_finds_everything_and_ends_with_65(cli: Cli, tmp_path: Path) -> No
     assert (tmp_path / "out" / "check.png").stat().st_size > 1000
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
     words = cli("check", data, "-o", tmp_path / "words")
-    assert "error: 1 file cut short: train/ants/cut.jpg" in words.stdout
+    assert "error: 1 file truncated: train/ants/cut.jpg" in words.stdout
     assert "7 errors, 18 warnings, 1 notes" in words.stdout
 
 

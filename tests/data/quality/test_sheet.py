@@ -19,7 +19,7 @@ def test_every_kind_has_its_section(tmp_path: Path) -> None:
     assert shown["The same image under two labels"] == ["003.jpg", "copy.jpg"]
     assert shown["Nearly the same image in two splits (pairs)"] == ["001.jpg", "smaller.jpg"]
     assert shown["Nearly the same image under two labels (pairs)"] == ["005.jpg", "near.jpg"]
-    assert shown["Placeholders, and unlike all others"][0] == "imageNotFound.gif"
+    assert shown["Placeholders, and images unlike all others"][0] == "imageNotFound.gif"
     assert len(sections) == 11
     assert write_sections(tmp_path / "check.png", sections)
     with Image.open(tmp_path / "check.png") as sheet:
