@@ -1,4 +1,4 @@
-"""Near copies are found, and different images are not taken for each other."""
+"""Near copies are found, and different images are not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data.quality.spoilt import build_clean, photo
 
 
 def see(root: Path) -> ScannedDataset:
-    """All images below a folder; those called ``copy...`` are the validation split."""
+    """All images below a folder; those named ``copy...`` are the validation split."""
     paths = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     samples = [Sample(str(path), 0, "val" if path.name.startswith("copy") else "train") for path in paths]
     dataset = Dataset(root, ("a", "b"), tuple(sorted(samples, key=lambda one: (one.split, one.path))))
@@ -60,14 +60,14 @@ def test_a_rotated_file_that_is_shown_upright_is_the_same_image(tmp_path: Path) 
     assert names(scanned, find_near(scanned)) == {("002.jpg", "copy.jpg")}
 
 
-def test_exact_copies_are_left_to_others(tmp_path: Path) -> None:
+def test_exact_copies_are_not_near_copies(tmp_path: Path) -> None:
     build_clean(tmp_path, {"a": 3})
     (tmp_path / "copy.jpg").write_bytes((tmp_path / "a/000.jpg").read_bytes())
     assert find_near(see(tmp_path)).pairs == ()
 
 
-def test_digits_are_not_taken_for_each_other(tmp_path: Path) -> None:
-    """The perceptual hash alone calls a thousand pairs of 1,797 digits nearly the same."""
+def test_different_digits_are_not_near_copies(tmp_path: Path) -> None:
+    """The perceptual hash alone finds a thousand pairs among 1,797 digits."""
     from sklearn.datasets import load_digits
 
     for number, pixels in enumerate(load_digits().images):
@@ -75,7 +75,7 @@ def test_digits_are_not_taken_for_each_other(tmp_path: Path) -> None:
     assert find_near(see(tmp_path)).pairs == ()
 
 
-def test_plain_and_dark_images_are_not_taken_for_each_other(tmp_path: Path) -> None:
+def test_plain_and_dark_images_are_not_near_copies(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(40):
         dark = rng.normal(4, 1.5, (60, 60, 3)).clip(0, 255).astype(np.uint8)
@@ -84,7 +84,7 @@ def test_plain_and_dark_images_are_not_taken_for_each_other(tmp_path: Path) -> N
     assert find_near(see(tmp_path)).pairs == ()
 
 
-def test_no_two_real_photographs_are_alike_and_their_copies_are(hymenoptera: Path, tmp_path: Path) -> None:
+def test_resized_photographs_are_found_and_different_ones_are_not(hymenoptera: Path, tmp_path: Path) -> None:
     assert find_near(see(hymenoptera)).pairs == ()
     files = sorted((hymenoptera / "val" / "bees").glob("*.jpg"))[:30]
     for number, file in enumerate(files):
@@ -96,7 +96,7 @@ def test_no_two_real_photographs_are_alike_and_their_copies_are(hymenoptera: Pat
 
 
 @pytest.mark.parametrize(("most", "scope"), [(100, "across"), (1, "none")])
-def test_many_images_are_compared_across_parts_only(
+def test_many_images_are_compared_across_splits_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, scope: str
 ) -> None:
     build_clean(tmp_path, {"a": 20})
@@ -120,7 +120,7 @@ def test_blocks_leave_no_pair_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(whole.pairs) == 15 and find_near(scanned) == whole
 
 
-def test_many_near_copies_in_one_part_do_not_hide_a_leak(
+def test_many_near_copies_in_one_split_do_not_hide_a_leak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for frame in range(12):  # of one scene
@@ -138,7 +138,7 @@ def test_many_near_copies_in_one_part_do_not_hide_a_leak(
     }
 
 
-def test_many_pairs_are_one_finding(tmp_path: Path) -> None:
+def test_many_pairs_are_one_issue(tmp_path: Path) -> None:
     build_clean(tmp_path, {"a": 300})
     scanned = see(tmp_path)
     pairs = tuple(near.NearCopy(one, other, 1.0) for one in range(300) for other in range(one))

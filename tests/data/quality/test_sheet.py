@@ -1,4 +1,4 @@
-"""The sheet of the worst cases shows them, whatever they are."""
+"""The contact sheet shows the images of every kind of issue."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_every_kind_has_its_section(tmp_path: Path) -> None:
         assert sheet.format == "PNG" and sheet.width < sheet.height
 
 
-def test_nothing_to_show_is_no_sheet(tmp_path: Path) -> None:
+def test_without_issues_there_is_no_sheet(tmp_path: Path) -> None:
     root = build_clean(tmp_path / "data", {"train/ants": 12, "train/bees": 12, "val/ants": 3, "val/bees": 3})
     assert not write_sections(tmp_path / "check.png", find_sections(look(root)))
     assert not (tmp_path / "check.png").exists()
 
 
-def test_many_are_cut_to_two_rows(tmp_path: Path) -> None:
+def test_a_section_has_at_most_two_rows(tmp_path: Path) -> None:
     root = build_clean(tmp_path / "data", {"train/ants": 40, "train/bees": 40})
     for file in list((root / "train/ants").iterdir())[:30]:
         (root / "train/bees" / f"copy{file.name}").write_bytes(file.read_bytes())
