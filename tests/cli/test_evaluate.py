@@ -44,7 +44,7 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
 
 
-def test_a_run_is_judged_as_it_judged_itself(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluating_a_run_gives_its_own_metrics(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
     result = cli("evaluate", runs[0], "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     ours = json.loads(result.stdout)
@@ -66,7 +66,7 @@ def test_a_run_is_judged_as_it_judged_itself(cli: Cli, runs: tuple[Path, Path], 
     assert read(tmp_path / "out", "per_class").equals(read(runs[0], "per_class"))
 
 
-def test_validation_images_say_that_they_chose(
+def test_validation_images_are_reported_as_having_chosen_the_epoch(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     result = cli("evaluate", runs[0], "-d", data, "--split", "val", "-o", tmp_path / "out", "--json")
@@ -76,7 +76,7 @@ def test_validation_images_say_that_they_chose(
     assert json.loads(result.stdout)["num_samples"] == 15
 
 
-def test_training_images_under_another_name_are_noticed(
+def test_training_images_are_recognised_under_another_name(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data / "test", tmp_path / "new")
@@ -92,9 +92,7 @@ def test_training_images_under_another_name_are_noticed(
     assert json.loads(result.stdout)["trained_on"] == 1
 
 
-def test_the_training_part_may_be_asked_for_by_name(
-    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_training_split_may_be_named(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
     result = cli("evaluate", runs[0], "--split", "train", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["trained_on"] == 24
@@ -161,7 +159,7 @@ def test_crops_and_scales_are_counted(cli: Cli, runs: tuple[Path, Path], tmp_pat
     assert not (tmp_path / "other").exists()
 
 
-def test_classes_are_known_by_name_not_by_place(
+def test_classes_are_matched_by_name_not_by_index(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     """A folder whose classifier has its rows in another order, and says so."""
@@ -194,7 +192,7 @@ def test_classes_are_known_by_name_not_by_place(
         (("--crops", "3"), "number of crops is not supported"),
     ],
 )
-def test_words_that_mean_nothing(
+def test_invalid_options_are_refused(
     cli: Cli, runs: tuple[Path, Path], tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
     result = cli("evaluate", runs[0], "-o", tmp_path / "out", *words)
@@ -228,7 +226,7 @@ def test_what_the_backbone_was_trained_on_counts_as_well(
     assert json.loads(result.stdout)["split_chose_checkpoint"] is True
 
 
-def test_images_without_parts_are_called_all(
+def test_images_without_splits_are_called_all(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     result = cli("evaluate", runs[0], "-d", data / "test", "-o", tmp_path / "out", "--json")
@@ -238,7 +236,7 @@ def test_images_without_parts_are_called_all(
     assert len(split) == 12
 
 
-def test_images_that_fitted_the_temperature_do_not_judge_it(
+def test_images_that_fitted_the_temperature_are_cross_fitted(
     cli: Cli, runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     result = cli("evaluate", runs[0], "--split", "val", "-o", tmp_path / "out", "--json")
@@ -248,7 +246,9 @@ def test_images_that_fitted_the_temperature_do_not_judge_it(
     assert json.loads(result.stdout)["calibration"]["same_images"] is False
 
 
-def test_a_mean_of_probabilities_has_no_before(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_mean_of_probabilities_has_no_uncalibrated_metrics(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
     calibration = json.loads(cli("evaluate", *runs, "-o", tmp_path / "out", "--json").stdout)["calibration"]
     assert "ece" not in calibration
     assert 0 <= calibration["ece_calibrated"] <= 1
@@ -256,7 +256,7 @@ def test_a_mean_of_probabilities_has_no_before(cli: Cli, runs: tuple[Path, Path]
 
 
 @pytest.mark.parametrize("change", slow_except(["other"], ["gone", "other"]))
-def test_a_runs_own_images_must_be_what_they_were(cli: Cli, tiny: Path, tmp_path: Path, change: str) -> None:
+def test_changed_images_of_a_run_are_refused(cli: Cli, tiny: Path, tmp_path: Path, change: str) -> None:
     data = draw_folder(tmp_path / "data", {"blue": 8, "red": 8})
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "-o", tmp_path / "run").exit_code == 0
@@ -271,7 +271,7 @@ def test_a_runs_own_images_must_be_what_they_were(cli: Cli, tiny: Path, tmp_path
     assert ("are missing" if change == "gone" else "changed since the run") in result.stderr
 
 
-def test_a_test_part_that_came_later_may_judge(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_test_split_added_later_may_be_evaluated(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     draw_folder(data / "train", {"blue": 8, "red": 8})
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
@@ -282,7 +282,9 @@ def test_a_test_part_that_came_later_may_judge(cli: Cli, tiny: Path, tmp_path: P
     assert json.loads(result.stdout)["num_samples"] == 6
 
 
-def test_a_run_without_its_figures_is_not_known(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_without_metrics_has_unknown_training_images(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
     run = copy_run(runs[0], tmp_path / "run")
     (run / "metrics.json").write_text("{")
     result = cli("evaluate", run, "-o", tmp_path / "out", "--json")
@@ -291,7 +293,7 @@ def test_a_run_without_its_figures_is_not_known(cli: Cli, runs: tuple[Path, Path
     assert "is not known" in result.stderr
 
 
-def test_a_name_is_no_folder_that_happens_to_be_here(
+def test_a_backbone_name_is_not_taken_for_a_folder(
     runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library's name has no folder above it; the working folder is not its run."""

@@ -85,7 +85,7 @@ def test_torchrun_starts_the_same_run(tiny: Path, data: Path, one: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_refusal_is_said_once_with_its_exit_code(tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_an_error_is_reported_once_with_its_exit_code(tiny: Path, data: Path, tmp_path: Path) -> None:
     done = finetune(*words_of(tiny, tmp_path / "nowhere", tmp_path / "run"), "--processes", 2)
     assert done.returncode == 65, done.stderr
     assert done.stderr.count("error:") == 1
@@ -137,7 +137,7 @@ def test_options_that_contradict_each_other(
     assert said in done.stderr
 
 
-def test_gpus_that_are_not_there(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_missing_gpus_are_refused(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     done = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--gpus", 64)
     assert done.exit_code == 78
     assert "--gpus 64: this machine shows" in done.stderr
@@ -157,7 +157,7 @@ def test_processes_under_a_launcher(
 
 
 @pytest.mark.parametrize("leftover", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
-def test_leftovers_of_a_launcher_are_no_job(
+def test_stale_variables_of_a_launcher_are_ignored(
     cli: Cli,
     tiny: Path,
     data: Path,
@@ -172,13 +172,15 @@ def test_leftovers_of_a_launcher_are_no_job(
     assert '"accuracy"' in done.stdout
 
 
-def test_a_series_needs_a_process_that_watches(cli: Cli, tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_a_series_in_several_processes_needs_a_supervisor(
+    cli: Cli, tiny: Path, data: Path, tmp_path: Path
+) -> None:
     words = words_of(tiny, data, tmp_path / "run")
     done = cli(*words, "--repeats", 2, "--processes", 2, "--stall-timeout", 0)
     assert (done.exit_code, "have one process each" in done.stderr) == (2, True)
 
 
-def test_a_process_that_is_asked_to_stop_ends_no_list() -> None:
+def test_a_stopped_process_does_not_end_the_list() -> None:
     """Its last answer would look like the last of all."""
     from finetune.errors import InterruptedRunError
     from finetune.evaluation.predict_files import _until_stopped

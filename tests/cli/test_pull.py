@@ -131,7 +131,7 @@ IJEPA = "vit_huge_patch14_gap_224.in1k_ijepa"
 
 
 @pytest.mark.slow
-def test_fetched_now_and_found_later(
+def test_pulled_weights_are_found_later(
     server: Server, machine: Machine, content: bytes, image_folder: Path, tmp_path: Path
 ) -> None:
     server.files = {on_hub("test_resnet"): content, "/mirror/IN1K-vit.h.14-300e.pth.tar": b"anything"}
@@ -206,7 +206,7 @@ FAULTS = {
 
 
 @pytest.mark.slow
-def test_every_fault_has_its_message_and_leaves_nothing(
+def test_every_failure_has_its_message_and_leaves_no_file(
     server: Server, machine: Machine, content: bytes
 ) -> None:
     server.files = {on_hub(name): content for name in FAULTS}
@@ -244,7 +244,7 @@ def test_every_fault_has_its_message_and_leaves_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hub", "mirror"])
-def test_asked_to_stop_in_the_middle(server: Server, machine: Machine, content: bytes, kind: str) -> None:
+def test_a_pull_can_be_interrupted(server: Server, machine: Machine, content: bytes, kind: str) -> None:
     """Ctrl-C and SIGTERM: one line, the code for it, and nothing half fetched."""
     path, name, number = {
         "hub": (on_hub("test_resnet"), "test_resnet", signal.SIGTERM),

@@ -100,7 +100,7 @@ def test_the_interval_is_paired() -> None:
     ("num_images", "only_first", "only_second"),
     [(30, 0.01, 0.01), (50, 0.02, 0.05), (40, 0.0, 0.04), (30, 0.1, 0.2)],
 )
-def test_the_interval_holds_the_truth_as_often_as_it_says(
+def test_the_interval_has_its_nominal_coverage(
     num_images: int, only_first: float, only_second: float
 ) -> None:
     """Also where hardly an image tells them apart: the chance over all numbers that may come."""
@@ -114,7 +114,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(
     assert chance >= 0.94
 
 
-def test_where_nothing_differs_the_interval_has_a_width() -> None:
+def test_without_differences_the_interval_has_a_width() -> None:
     square = norm.ppf(0.975) ** 2
     for num_images in (1, 50, 153):
         end = square / (num_images + square)
@@ -122,7 +122,7 @@ def test_where_nothing_differs_the_interval_has_a_width() -> None:
     assert "95 % interval -2.4 to 2.4" in compare(150, 0, 0, 3).sentence
 
 
-def test_where_all_differs_the_interval_ends_at_one() -> None:
+def test_if_all_images_differ_the_interval_ends_at_one() -> None:
     low, high = compute_interval(0, 20, 20)
     assert 0.5 < low < 1 and high == 1
     assert compute_interval(20, 0, 20) == pytest.approx((-1, -low))
@@ -199,7 +199,7 @@ def test_a_tiny_p_value_has_no_digits() -> None:
     assert "McNemar p < 0.0001)" in compare(500, 0, 100, 0).sentence
 
 
-def test_equal_classifiers_are_seldom_told_apart() -> None:
+def test_equal_classifiers_seldom_give_a_claimed_difference() -> None:
     """The exact test claims too little rather than too much."""
     generator, claims = np.random.default_rng(3), 0
     for _ in range(200):

@@ -38,7 +38,7 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("is_calibrated", [False, True])
-def test_images_in_answers_out(
+def test_each_interface_gives_the_networks_outputs(
     card: Card, network: nn.Module, layout: Layout | None, is_calibrated: bool
 ) -> None:
     """The oracle is timm's own transform on the image, and softmax(logits / T) written out."""
@@ -96,7 +96,7 @@ class ByValue(nn.Module):
 
 
 @pytest.mark.parametrize("network", [OneSize(), ByValue()])
-def test_what_cannot_be_traced_is_refused(card: Card, network: nn.Module) -> None:
+def test_a_network_that_cannot_be_traced_is_refused(card: Card, network: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"cannot trace it for any number of images \(\w+: .+\)") as caught:
         build_program(network, card, Interface())
     assert "--format timm" in caught.value.fix

@@ -60,7 +60,7 @@ def test_views_and_probabilities_belong_together(run: RunFolder, card: Card) -> 
     assert found.views[9].equal(transform(Image.open(last).convert("RGB")))
 
 
-def test_many_are_drawn_evenly(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_sampled_evenly(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_IMAGES", 5)
     found = load(run, card)
     assert found.recorded is not None
@@ -68,7 +68,9 @@ def test_many_are_drawn_evenly(run: RunFolder, card: Card, monkeypatch: pytest.M
     assert (len(found.views), found.num_evaluated) == (5, 10)
 
 
-def test_large_images_are_fewer(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_large_images_fewer_are_compared(
+    run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 3 * 3 * 32 * 32)
     assert len(load(run, card).views) == 3
 

@@ -30,7 +30,7 @@ def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path
 
 
 @pytest.mark.parametrize("size", [8, 64])
-def test_a_number_of_the_user_is_taken(image_folder: Path, tiny: Path, size: int) -> None:
+def test_a_given_batch_size_is_used(image_folder: Path, tiny: Path, size: int) -> None:
     keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "training.batch_size": size}
     setup, _ = prepare(load_recipe(None, keys), SilentDisplay())
     assert setup.recipe.training.batch_size == size

@@ -73,7 +73,7 @@ def requests_of(browser: Any) -> list[str]:
     return [one["params"]["request"]["url"] for one in sent]
 
 
-def test_it_opens_without_a_fault_or_a_request(browser: Any, page: Path) -> None:
+def test_the_page_opens_without_errors_or_requests(browser: Any, page: Path) -> None:
     open_page(browser, page)
     assert browser.get_log("browser") == []
     asked = {url.partition(":")[0] for url in requests_of(browser)}
@@ -83,7 +83,7 @@ def test_it_opens_without_a_fault_or_a_request(browser: Any, page: Path) -> None
     assert browser.execute_script("return document.images.length") > 10
 
 
-def test_the_requests_and_faults_would_be_seen(browser: Any, tmp_path: Path) -> None:
+def test_errors_and_requests_would_be_detected(browser: Any, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.html"
     wrong.write_text("<img src='http://127.0.0.1:9/x.png'><script>nothing()</script>")
     open_page(browser, wrong)
@@ -110,7 +110,7 @@ def test_hostile_names_are_text(browser: Any, page: Path) -> None:
     assert any(HOSTILE[0] in words for words in told)
 
 
-def test_what_got_in_could_not_run(browser: Any, page: Path, tmp_path: Path) -> None:
+def test_an_injected_script_would_not_run(browser: Any, page: Path, tmp_path: Path) -> None:
     """The second wall: the policy, should the first one ever have a hole."""
     hole = tmp_path / "hole.html"
     bad = '<script>window.hacked=1</script><img src="x" onerror="window.hacked=1">'
@@ -127,7 +127,7 @@ def column(browser: Any, number: int) -> list[str]:
     return found
 
 
-def test_the_table_sorts_numbers_as_numbers_and_nothing_last(browser: Any, page: Path) -> None:
+def test_the_table_sorts_by_number_with_empty_cells_last(browser: Any, page: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -163,7 +163,7 @@ def test_a_phone_scrolls_down_only(browser: Any, page: Path, scheme: str) -> Non
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
 
 
-def test_dark_is_dark_in_the_plots_too(browser: Any, page: Path) -> None:
+def test_plots_follow_the_dark_colour_scheme(browser: Any, page: Path) -> None:
     script = (
         "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
         "getComputedStyle(document.querySelector('svg.plot text')).fill]"
