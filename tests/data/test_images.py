@@ -127,7 +127,7 @@ def build(
     )
 
 
-# --- Bitwise the same batches -------------------------------------------------------------------------------
+# --- Bitwise the same batches ---
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
@@ -197,7 +197,7 @@ def test_an_image_that_was_cut_off_is_decoded(tmp_path: Path) -> None:
     assert kept[0] is not None and kept[1] is None
 
 
-# --- Another cache file for other content --------------------------------------------------------------
+# --- Another cache file for other content ---
 
 
 def test_the_cache_file_depends_on_images_order_view_and_versions(
@@ -236,7 +236,7 @@ def test_an_image_that_changed_is_decoded_again(photos: Dataset, keep: Keep, ope
     assert not np.array_equal(before[40], after[40])  # type: ignore[arg-type]
 
 
-# --- Errors -----------------------------------------------------------------------------
+# --- Errors ---
 
 
 def test_a_changed_byte_is_detected_and_everything_decoded_again(

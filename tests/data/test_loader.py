@@ -121,7 +121,7 @@ def test_waiting_is_measured(image_folder: Path) -> None:
     assert loader.wait_seconds > 0
 
 
-# --- Number of processes --------------------------------------------------------------------------
+# --- Number of processes ---
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_at_least_one_is_taken_and_one_is_left(images: int, fraction: float, tak
     assert len(split_off({"x": [f"{n}.jpg" for n in range(images)]}, fraction, seed=0)) == taken
 
 
-# --- Groups, folds and copies --------------------------------------------------------------------
+# --- Groups, folds and copies ---
 
 PATIENTS = {
     name: [f"{name}/p{patient}_{shot}.jpg" for patient in range(20) for shot in range(1 + patient % 5)]

@@ -132,7 +132,7 @@ def test_a_quarter_of_heavy_views_has_a_rectangle_of_noise() -> None:
     assert noise.std().item() == pytest.approx(256 / math.sqrt(12), abs=1)
 
 
-# --- The image that views are made from -------------------------------------------------------
+# --- The image that views are made from ---
 
 
 @pytest.mark.parametrize(("augmentation", "smallest"), [("light", 0.5), ("medium", 0.5), ("heavy", 0.2)])
