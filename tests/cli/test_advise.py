@@ -217,7 +217,7 @@ def test_a_network_worse_than_its_floor_is_not_exported(
     )
     assert floored["features"] == solved["features"] and floored["epochs"] == 0
     assert floored["accuracy"] == solved["accuracy"]
-    assert floored["split_chose_checkpoint"] is True  # validation chose between the two, and is reported
+    assert floored["split_chose_checkpoint"] is True  # validation images chose between the two
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("floor", "all")]
     assert weights[0] == weights[1]
 
@@ -265,7 +265,7 @@ def test_a_head_starts_as_the_solved_classifier(
 
 
 class Stopping(Trainer):
-    """Is asked to stop after four steps."""
+    """A trainer that is asked to stop after four steps."""
 
     def __init__(self, *arguments: Any, **keys: Any) -> None:
         steps = iter([False] * 4)
@@ -322,7 +322,7 @@ def test_auto_trains_with_the_advice_and_computes_it_once(
 
     with mock.patch.object(KeptRows, "rows", spy):
         metrics = run(cli, tiny, image_folder, tmp_path / "run", "--strategy", "auto")
-    assert set(seen) == {"features of val images"}  # those of training images were there
+    assert set(seen) == {"features of val images"}  # those of training images were cached
     saved = json.loads((tmp_path / "run/advice.json").read_text())
     assert saved["strategy"] == advised["strategy"]
     recipe = (tmp_path / "run/recipe.yaml").read_text()
@@ -337,7 +337,7 @@ def test_auto_keeps_its_strategy_on_resume(cli: Cli, tiny: Path, image_folder: P
         assert cli(*words).exit_code == 75
     with mock.patch("finetune.pipeline.auto.advise", side_effect=AssertionError("decided again")):
         assert cli(*words).exit_code == 0
-        assert "finished" in cli(*words).stderr  # and once it is done
+        assert "finished" in cli(*words).stderr  # a second time too
 
 
 @pytest.mark.slow

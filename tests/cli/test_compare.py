@@ -1,4 +1,4 @@
-"""``finetune compare``: what may be said of two runs, and when nothing may."""
+"""``finetune compare``: claimed differences, warnings and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = [(f"val/{name}/{number:02}.jpg", name) for name in ("ants", "bees") for
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Write a folder as a finished run leaves it, with so many wrong answers."""
+    """Write a folder like that of a finished run, with a number of wrong predictions."""
 
     def make_folder(
         name: str,

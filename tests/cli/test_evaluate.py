@@ -1,4 +1,4 @@
-"""``finetune evaluate``: the same metrics as the run's, on the right images, or a refusal."""
+"""``finetune evaluate``: the metrics of the run on the same images, ensembles, views and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs, judged by ``test``."""
+    """Two runs, evaluated on the ``test`` split."""
     folder, made = tmp_path_factory.mktemp("runs"), []
     for seed in (0, 1):
         words = ["run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 2, "--seed", seed]
@@ -162,7 +162,7 @@ def test_crops_and_scales_are_counted(cli: Cli, runs: tuple[Path, Path], tmp_pat
 def test_classes_are_matched_by_name_not_by_index(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
-    """A folder whose classifier has its rows in another order, and says so."""
+    """Return a model folder with its classes and classifier rows in another order."""
     other = shutil.copytree(runs[0] / "model", tmp_path / "turned")
     order = [2, 0, 1]
     weights = load_file(other / "model.safetensors")
@@ -176,7 +176,7 @@ def test_classes_are_matched_by_name_not_by_index(
     result = cli("evaluate", other, "-d", data / "test", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     before = json.loads((runs[0] / "metrics.json").read_text())
-    assert json.loads(result.stdout)["trained_on"] is None  # a folder without its run tells nothing
+    assert json.loads(result.stdout)["trained_on"] is None  # unknown for a model without its run
     assert "images are unknown" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads(result.stdout)["loss"] == pytest.approx(before["loss"], abs=1e-4)
     result = cli("evaluate", runs[0], other, "-d", data / "test", "-o", tmp_path / "both", "--json")
@@ -296,7 +296,7 @@ def test_a_run_without_metrics_has_unknown_training_images(
 def test_a_backbone_name_is_not_taken_for_a_folder(
     runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library's name has no folder above it; the working folder is not its run."""
+    """A name has no parent folder, so the working directory is not its run."""
     from finetune.data.provenance import find_run
 
     monkeypatch.chdir(runs[0])

@@ -48,7 +48,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 def test_timm_alone_gives_the_runs_predictions(
     cli: Cli, run: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    """The oracle is plain timm: its transform, its network, its softmax."""
+    """The reference is plain timm: its transform and network, and softmax."""
     output = tmp_path / "out"
     result = cli("export", run, "--format", "timm", "-o", output, "--json")
     assert result.exit_code == 0, result.output
@@ -185,7 +185,7 @@ def test_a_table_of_other_classes_is_not_compared(cli: Cli, copy: Path, tmp_path
 
 @pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
 def test_an_unfinished_run_is_refused(cli: Cli, copy: Path, tmp_path: Path, state: str) -> None:
-    """Its model is of the end before, or of none."""
+    """Its model is that of an earlier attempt, or missing."""
     outcome = json.loads((copy / "outcome.json").read_text())
     (copy / "outcome.json").write_text(json.dumps(outcome | {"state": state}))
     for place in (copy, copy / "model"):
@@ -197,7 +197,7 @@ def test_an_unfinished_run_is_refused(cli: Cli, copy: Path, tmp_path: Path, stat
 
 @pytest.fixture
 def own_data(copy: Path, image_folder: Path, tmp_path: Path) -> Path:
-    """The run's images again, for a test that changes them."""
+    """A copy of the run's images, for a test that changes them."""
     data = shutil.copytree(image_folder, tmp_path / "pictures")
     repoint(copy, data)
     return data
@@ -246,7 +246,7 @@ def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp
 def test_the_working_directory_is_refused_as_output(
     cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen before the work: renaming a folder over them fails only after it."""
+    """It is refused before the export; renaming a folder over it would fail after it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for output in (".", "x/..", tmp_path / "here"):
@@ -272,7 +272,7 @@ def test_sigterm_leaves_no_files(
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a test that fails must not end the others
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a failure must not end the other tests
     monkeypatch.setattr("finetune.exporters.export.predict_fresh", stop)
     try:
         result = cli("export", run, "-o", tmp_path / "out")
@@ -335,7 +335,7 @@ def test_invalid_outputs_are_refused(cli: Cli, run: Path, image_folder: Path, tm
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as creating a repository and a commit take."""
+    """A server with the parts of the hub's API that create a repository and a commit."""
 
     seen: list[tuple[str, Any]]
     status = 200
@@ -377,7 +377,7 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def log_message(self, format: str, *_: Any) -> None:
-        """Say nothing."""
+        """Write no log."""
 
 
 @pytest.fixture
@@ -390,7 +390,7 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
 
 
 def push(endpoint: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's client reads its environment once."""
+    """It runs in a separate process, since the hub's client reads its environment once."""
     command = [sys.executable, "-m", "finetune", "push", *map(str, words)]
     variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN} | environment
     return subprocess.run(
@@ -417,7 +417,7 @@ def test_push_uploads_the_verified_folder(run: Path, hub: tuple[str, type[Hub]])
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's switches, which it has read from the environment already."""
+    """Set the client's constants, which it has read from the environment already."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 

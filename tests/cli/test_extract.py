@@ -1,4 +1,4 @@
-"""``finetune extract`` from the command line: tables that other programs read, kills, bad input."""
+"""``finetune extract`` from the command line: tables for other programs, resuming, invalid input."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_table_for_each_stage_and_an_index(
 def test_features_equal_those_of_the_network(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    """Against the plain network, image by image, with timm's own transform."""
+    """Compared with the plain network, image by image, with timm's transform."""
     import timm
     from timm.data import create_transform
 
@@ -145,7 +145,7 @@ def test_a_bad_image_is_listed_and_has_no_row(cli: Cli, tiny: Path, tmp_path: Pa
     table, before = pd.read_csv(tmp_path / "f.csv"), pd.read_csv(good)
     left = before[~before["path"].isin(bad["path"])].reset_index(drop=True)
     assert list(table["path"]) == list(left["path"])
-    assert np.allclose(table.iloc[:, 3:], left.iloc[:, 3:], atol=1e-5)  # its neighbours are who they were
+    assert np.allclose(table.iloc[:, 3:], left.iloc[:, 3:], atol=1e-5)  # the other rows are unchanged
 
 
 def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_bad_image_is_recognised_by_its_content(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """Kept rows know contents, not names: a renamed folder finds them, and the hole in them."""
+    """Cached rows are found by content, so a renamed folder finds them, without the bad image."""
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
     (data / "blue/003.jpg").write_bytes(b"no image at all")
     assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "last").exit_code == 0
@@ -222,7 +222,7 @@ def test_the_second_time_nothing_is_computed(
     assert extract(cli, tiny, image_folder, tmp_path / "three.csv", "-l", "layer4,layer2").exit_code == 0
     one, three = pd.read_csv(tmp_path / "one.csv"), pd.read_csv(tmp_path / "three.csv")
     both = [name for name in one.columns if name.startswith("layer4.")]
-    assert one[both].equals(three[both])  # kept, or computed beside another layer: the same bits
+    assert one[both].equals(three[both])  # the same bits, cached or computed with another layer
 
 
 def test_a_finished_folder_is_kept(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:

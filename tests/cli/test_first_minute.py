@@ -1,4 +1,4 @@
-"""The first minute: no folder, no backbone, no network, and a real result."""
+"""The first minute: a real result without a data folder, a named backbone or a network connection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     assert "report.html" in said
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert (metrics["num_train"], metrics["num_samples"]) == (1438, 359)
-    assert metrics["accuracy"] > 0.75  # features of random weights gave 0.53
+    assert metrics["accuracy"] > 0.75  # random weights gave 0.53
     assert "shorter side" not in said, "they are as small as they are"
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (BUNDLED, "sample:digits")
@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_its_weights(cli: Cli, tmp_path: Path, image_folder:
 def test_a_series_has_one_backbone(
     cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is fetched while it goes on."""
+    """The backbone stays the same, even if better weights are downloaded meanwhile."""
     choices = iter([choose_best(False), *[None] * 5])
     monkeypatch.setattr(default_backbone, "choose_best", lambda _: next(choices))
     words = ("run", "--data", image_folder, "--strategy", "freeze", "--epochs", 1, "--repeats", 2)

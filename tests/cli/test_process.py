@@ -1,4 +1,4 @@
-"""What only a process of its own shows: start-up, signals, pipes, and what a kill leaves."""
+"""What needs a separate process: start-up, signals, pipes and kills."""
 
 from __future__ import annotations
 

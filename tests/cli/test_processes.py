@@ -1,4 +1,4 @@
-"""Commands in several processes: real ones, started by the command itself and by torchrun."""
+"""Commands in several real processes, started by the command itself or by torchrun."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def one(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process; nothing in it sees a batch."""
+    """A run in one process, whose result does not depend on how images are batched."""
     output = tmp_path_factory.mktemp("one") / "run"
     result = CliRunner().invoke(app, [str(word) for word in [*words_of(tiny, data, output), "-s", "freeze"]])
     assert result.exit_code == 0, result.output
@@ -70,7 +70,7 @@ def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert_same_figures(one, tmp_path / "two")
     assert done.stdout.count("\n") == 1 and '"accuracy"' in done.stdout
-    assert done.stderr.count("features cached") == 1  # said once
+    assert done.stderr.count("features cached") == 1  # reported once
     assert "from an earlier run" not in done.stderr
     for noise in ("Warning", "torch.distributed", "Traceback", "[rank"):
         assert noise not in done.stderr
@@ -181,7 +181,7 @@ def test_a_series_in_several_processes_needs_a_supervisor(
 
 
 def test_a_stopped_process_does_not_end_the_list() -> None:
-    """Its last answer would look like the last of all."""
+    """Its last result would look like the end of all results."""
     from finetune.errors import InterruptedRunError
     from finetune.evaluation.predict_files import _until_stopped
     from finetune.system.signals import StopSignal

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: one clear message, the documented exit code, no traceback."""
+"""Errors that a user can cause: one clear message, the documented exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = ("--workers", 0, "--epochs", 1, "--batch-size", 8)
 
 
 def refused(cli: Cli, code: ExitCode, *words: object) -> str:
-    """Run a command that must be refused, and return what it said."""
+    """Run a command that must be refused, and return its message."""
     result = cli(*words)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -256,7 +256,7 @@ def test_a_second_process_is_kept_out(cli: Cli, run_words: list[object], tmp_pat
 
 
 def start_and_fail(cli: Cli, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a run that has begun and not ended."""
+    """Leave an unfinished run."""
     with monkeypatch.context() as patch:
         patch.setattr("finetune.training.trainer.Trainer.fit", lambda _: 1 / 0)
         assert cli(*words).exit_code == ExitCode.INTERNAL
@@ -276,7 +276,7 @@ def test_changed_images_are_detected(
     said = refused(cli, ExitCode.DATA, *words)
     assert "1 new, red/new.jpg for one" in said
     (data / "red" / "000.jpg").rename(tmp_path / "kept.jpg")
-    (data / "red" / "new.jpg").rename(data / "red" / "000.jpg")  # replaced in place: the same list
+    (data / "red" / "new.jpg").rename(data / "red" / "000.jpg")  # replaced under the same name
     assert "1 with another content, red/000.jpg for one" in refused(cli, ExitCode.DATA, *words)
     (tmp_path / "kept.jpg").rename(data / "red" / "000.jpg")
     assert cli(*words).exit_code == 0

@@ -1,4 +1,4 @@
-"""The main job from the command line, on images that a tiny network can tell apart."""
+"""``finetune run`` from the command line, on images that a tiny network can classify."""
 
 from __future__ import annotations
 

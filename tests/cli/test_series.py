@@ -1,4 +1,4 @@
-"""``finetune run --repeats`` and ``--folds``: several runs, a mean and how far they lie apart."""
+"""``finetune run --repeats`` and ``--folds``: several runs, their mean and standard deviation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperatures against a plain minimiser, and what they promise against new images."""
+"""Temperatures compared with a plain minimiser, and their effect on new images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.evaluation.summary import summarize
 
 
 def draw(num_images: int, seed: int, sharpness: float = 1.0, num_classes: int = 4) -> Predictions:
-    """Predictions whose labels come from their own probabilities, then made sharper than they should be."""
+    """Return predictions with labels drawn from their probabilities; then the logits are scaled."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(num_images, num_classes, generator=generator)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
@@ -44,7 +44,7 @@ def test_a_network_that_is_always_right_has_a_finite_temperature() -> None:
     labels = torch.arange(40) % 2
     right = Predictions(2 * torch.nn.functional.one_hot(labels, 2).float(), labels)
     softened = right.apply_temperature(fit_temperature(right))
-    assert 0.95 < softened.probabilities.max() < 0.999  # one in 41 may be otherwise
+    assert 0.95 < softened.probabilities.max() < 0.999  # at most one of 41 is wrong
 
 
 def test_calibration_helps_on_images_that_did_not_fit_it() -> None:
@@ -96,7 +96,7 @@ def test_thresholds_by_hand() -> None:
     assert find_threshold(confidence, right, 0.75) == pytest.approx(0.65)  # four of five
     assert find_threshold(confidence, right, 0.5) == 0  # all of them
     assert find_threshold(confidence, ~right, 0.9) is None
-    equal = np.full(4, 0.9)  # no line can be drawn through equals
+    equal = np.full(4, 0.9)  # no threshold separates ties
     assert find_threshold(equal, np.array([True, True, False, False]), 0.9) is None
 
 
@@ -109,7 +109,7 @@ def test_the_effect_of_a_threshold_is_measured_on_other_images() -> None:
     right = (test.predicted == test.labels)[kept].double().mean().item()
     assert found["achieved"] == pytest.approx(right, abs=1e-9)
     assert found["achieved"] == pytest.approx(0.9, abs=0.05)
-    assert found["low"] < 0.9  # 95 % sure of less than what was seen
+    assert found["low"] < 0.9  # the lower limit is below the observed precision
     assert found["num_images"] == pytest.approx(800 * found["coverage"], rel=0.1)
 
 

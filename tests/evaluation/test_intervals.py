@@ -1,4 +1,4 @@
-"""Intervals hold what they promise, and do not pretend to certainty."""
+"""Intervals have their nominal coverage, and a width even without mistakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.evaluation.predictions import Predictions
 
 
 def draw(rng: np.random.Generator, num_images: int, accuracy: float, num_classes: int = 3) -> Predictions:
-    """Predictions that are right with a given chance."""
+    """Return predictions that are right with a given probability."""
     labels = torch.from_numpy(rng.integers(num_classes, size=num_images))
     wrong = (labels + torch.from_numpy(rng.integers(1, num_classes, size=num_images))) % num_classes
     said = torch.where(torch.from_numpy(rng.random(num_images) < accuracy), labels, wrong)
@@ -33,7 +33,7 @@ def test_an_interval_covers_the_true_value_in_95_percent() -> None:
         for name in held:
             low, high = intervals[name]
             held[name] += low <= 0.85 <= high
-    for name, count in held.items():  # of a true 95 %, fewer than 86 % or all would be one in thousands
+    for name, count in held.items():  # under a true 95 %, below 86 % or 100 % has p < 0.001
         assert 0.86 * turns <= count < turns, name
 
 
@@ -52,7 +52,7 @@ def test_without_mistakes_the_interval_has_a_width() -> None:
     assert intervals["accuracy"] == pytest.approx((wilson.low, 1.0))
     assert intervals["balanced_accuracy"][0] == pytest.approx(0.84, abs=0.02)
     assert intervals["f1_macro"] == intervals["balanced_accuracy"]
-    assert "roc_auc" not in intervals  # the same in every draw: how sure it is, nobody knows
+    assert "roc_auc" not in intervals  # equal in every resample, so its spread is unknown
     wrong = Predictions(5 * torch.nn.functional.one_hot(1 - labels, 2).float(), labels)
     assert compute_intervals(wrong)["accuracy"] == pytest.approx((0.0, 1 - wilson.low))
 
@@ -97,7 +97,7 @@ def test_every_headline_metric_has_a_reproducible_interval() -> None:
 
 
 class _Fixed:
-    """A generator that draws what it is told: every image, or cell, as often as it is there."""
+    """A generator that draws every image, or cell, exactly as often as it occurs."""
 
     def __init__(self, counts: np.ndarray) -> None:
         self.counts = counts

@@ -1,4 +1,4 @@
-"""Confident learning, held against cleanlab where that is installed."""
+"""Confident learning, compared with cleanlab if that is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.evaluation.label_issues import compute_thresholds, find_label_issu
 
 
 def draw(seed: int, num_images: int = 400, num_classes: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, labels of which a tenth is wrong, and which those are."""
+    """Return probabilities, labels of which a tenth is wrong, and the indices of those."""
     generator = torch.Generator().manual_seed(seed)
     true = torch.randint(num_classes, (num_images,), generator=generator)
     logits = torch.randn(num_images, num_classes, generator=generator)

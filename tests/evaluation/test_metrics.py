@@ -61,7 +61,7 @@ def test_metrics_by_class_equal_those_of_scikit_learn(seed: int) -> None:
     rows = list_by_class(predictions, "abcdefg")
     for place, (name, precision, recall, f1, support, predicted) in enumerate(rows):
         assert (name, support, predicted) == ("abcdefg"[place], theirs[3][place], (guess == place).sum())
-        if place >= 5:  # no images: nothing can be said, and 0 would say something
+        if place >= 5:  # without images the metrics are undefined, not 0
             assert (precision, recall, f1) == ("n/a", "n/a", "n/a")
             continue
         assert (recall, f1) == pytest.approx((theirs[1][place], theirs[2][place]))
@@ -109,7 +109,7 @@ def test_confused_pairs_have_their_share() -> None:
 
 
 def test_roc_auc_of_extreme_confidences() -> None:
-    """Its probabilities are all 1 or 0 in float32; which image it is surer of still counts."""
+    """Its probabilities are 0 or 1 in float32, but the order of its logits still counts."""
     gaps = torch.linspace(-60, 60, 100)
     predictions = Predictions(torch.stack([gaps, -gaps], dim=1) + 40, (gaps < 20).long())
     assert compute_roc_auc(predictions) == 1.0

@@ -208,7 +208,7 @@ def test_a_name_that_is_not_utf8_is_a_bad_image(
 def test_invalid_lines_do_not_prevent_a_resume(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was not looked at has no size and no time, least of all that of the folder we write into."""
+    """A line that names no file has no size and no modification time in the fingerprint."""
     monkeypatch.chdir(tmp_path)
     names = "\n".join(["nu\0l.jpg", *map(str, sorted(folder.rglob("*.jpg")))]).encode()
     with monkeypatch.context() as patch, pytest.raises(FinetuneError):
@@ -307,7 +307,7 @@ def test_paths_from_standard_input_are_checked_one_by_one(
         assert sorted(tmp_path.rglob("*")) == before
     shutil.copy(names[0], tmp_path / "here.jpg")
     stdin(monkeypatch, "\n".join(["here.jpg", str(tmp_path / "here.jpg"), *names]).encode())
-    done, _ = predict(tiny, "-", Path("out.csv"))  # where we are may hold both
+    done, _ = predict(tiny, "-", Path("out.csv"))  # the working directory may contain both
     assert done["num_images"] == 20
 
 
@@ -348,7 +348,7 @@ def test_invalid_formats_are_refused(
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """A power cut after some batches, each of which was saved."""
+    """Simulate a power cut after some batches, each of which was saved."""
     monkeypatch.setattr(resumable_writer, "SAVE_SECONDS", 0)
     save, seen = resumable_writer.ResumableWriter.save, []
 
@@ -450,7 +450,7 @@ def done_of(journal: Path) -> int:
 def test_a_prediction_resumes_after_sigkill_and_sigterm(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real process, which is fed slowly and then killed; SIGTERM ends it with a word."""
+    """A real process with slow input is killed; SIGTERM ends it with a message."""
     names = [str(path) for path in sorted(folder.rglob("*.jpg"))] * 40
     stdin(monkeypatch, "\n".join(names).encode())
     predict(tiny, "-", tmp_path / "whole.csv")

@@ -28,7 +28,7 @@ def images(image_folder: Path) -> list[Path]:
 
 
 def plain_timm(folder: Path, images: list[Image.Image], temperature: float = 1.0) -> np.ndarray:
-    """What a user of plain timm computes, one image at a time."""
+    """Return the probabilities by plain timm, one image at a time."""
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     view = create_transform(**resolve_model_data_config(network), is_training=False)
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def test_an_image_may_be_a_path_a_pillow_image_or_an_array(tiny: Path, images: l
 
 
 def test_an_open_image_gives_the_prediction_of_its_file(tiny: Path, tmp_path: Path) -> None:
-    """Upright and over white; and it stays as it was."""
+    """It is turned upright and put on white, and the given image is not changed."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
     Image.fromarray(pixels, "RGBA").save(tmp_path / "clear.png")
     exif = Image.Exif()
@@ -129,7 +129,7 @@ def test_an_unreadable_image_is_named(tiny: Path, tmp_path: Path, images: list[P
         predictor.predict([images[0], tmp_path / "cut.jpg"])
     with pytest.raises(DataError, match="file not found"):
         predictor.predict(tmp_path / "none.jpg")
-    assert predictor.predict(images[0]).label  # and it still works
+    assert predictor.predict(images[0]).label  # the predictor still works
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_unusable_models_are_refused(tiny: Path, tmp_path: Path, images: list[Pa
     with pytest.raises(UsageError, match="classifier"):
         finetune.load(headless)
     broken = copy_model(tiny, tmp_path / "broken")
-    weights["fc.weight"][:] = 3e38  # finite, and what it gives is not
+    weights["fc.weight"][:] = 3e38  # finite, but its logits are not
     save_file(weights, broken / "model.safetensors")
     with pytest.raises(UsageError, match="not finite"):
         finetune.load(broken).predict(images[0])

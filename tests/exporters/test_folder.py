@@ -1,4 +1,4 @@
-"""The exported folder: plain timm loads it, gives the same numbers, and finds labels and preprocessing."""
+"""The exported folder: plain timm loads it with its labels and preprocessing, and gives the same logits."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_heads_of_more_than_one_layer_export_as_linear(name: str) -> None:
 
 
 def test_licence_and_tag_are_those_of_the_weights(tmp_path: Path) -> None:
-    """Not of the architecture's default ones, also in a second generation."""
+    """They are not those of the architecture's default weights, even after a second export."""
     card = find_card("convnextv2_atto.fcmae")
     assert card.license == "cc-by-nc-4.0"
     with torch.device("meta"):

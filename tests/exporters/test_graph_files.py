@@ -1,4 +1,4 @@
-"""ONNX and torch files: what travels in them and beside them, read back by others."""
+"""ONNX and torch.export files, their metadata and the files beside them, read by other libraries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_onnx_metadata_holds_labels_preprocessing_and_temperature(
 ) -> None:
     interface = Interface("nhwc", is_calibrated=True)
     path = write_onnx(build_program(network, card, interface), tmp_path, card, interface, 20)
-    assert capfd.readouterr().out == ""  # stdout belongs to results
+    assert capfd.readouterr().out == ""  # stdout is for results only
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
     onnx.checker.check_model(str(path), full_check=True)
     assert read_opset(path) == 20
@@ -124,7 +124,7 @@ def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_pat
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
 def test_the_preprocessing_steps_are_those_of_timm(mode: str, crop_pct: float) -> None:
-    """Somebody who follows ``preprocessing.json`` with Pillow alone gets timm's pixels."""
+    """The steps of ``preprocessing.json``, done with Pillow alone, give timm's pixels."""
     view = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=mode, interpolation="bilinear")
     pixels = np.random.default_rng(1).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)

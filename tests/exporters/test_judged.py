@@ -1,4 +1,4 @@
-"""The images that an export is compared on: the run's own, as they were, and never others in silence."""
+"""The images that an export is compared on: unchanged images of the run, or a reason why there are none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card: the hub's own parser reads it, and no name of a class or folder breaks it."""
+"""The model card: the hub's parser reads it, whatever the names of classes and folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLD: dict[str, Any] = {
     "split": "val",
     "split_chose_checkpoint": True,
 }
-"""What the first runs measured."""
+"""Metrics as an early version recorded them."""
 NEW = OLD | {
     "backbone": "timm/resnet18.a1_in1k",
     "num_train": 40,
@@ -186,7 +186,7 @@ def test_the_card_contains_no_path_of_this_machine() -> None:
 
 
 def test_the_base_model_is_inherited(tmp_path: Path) -> None:
-    """A run that began from another run still owes its weights to the first one's base."""
+    """A run that started from another run has the base model of that one."""
     folder = tmp_path / "model"
     folder.mkdir()
     card = card_of(place="folder", location=str(folder))

@@ -1,4 +1,4 @@
-"""The proof: what counts as the same, and a fresh process that fails what is not."""
+"""Comparison of outputs, and the fresh process that computes those of an artefact."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_too_few_outputs_are_refused(
 def test_a_full_disk_is_reported_as_such(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """Of this process, and of the fresh one."""
+    """Return the outputs of this process, and those of the fresh one."""
     card, _, path = written
     (tmp_path / "given" / file).parent.mkdir()
     (tmp_path / "given" / file).symlink_to("/dev/full")

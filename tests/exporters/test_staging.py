@@ -1,4 +1,4 @@
-"""A folder under its final name is whole, and two that make it do not meet."""
+"""A folder with its final name is complete, and concurrent writers do not mix their files."""
 
 from __future__ import annotations
 

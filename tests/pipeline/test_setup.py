@@ -1,4 +1,4 @@
-"""What an earlier attempt has decided stays decided."""
+"""A resumed attempt keeps the decisions of the first one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.system.display import SilentDisplay
 
 
 def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
-    """As on a GPU, where the memory that is free changes from one attempt to the next."""
+    """As on a GPU, whose free memory differs between attempts."""
     recipe = load_recipe(None, {"backbone.name": str(tiny), "data.path": str(image_folder)})
     setup, _ = prepare(recipe, SilentDisplay())
     folder = RunFolder(tmp_path)

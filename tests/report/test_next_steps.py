@@ -1,4 +1,4 @@
-"""Each suggestion comes from a number, and from nothing else."""
+"""Each suggestion depends on one number of the run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_each_rule_suggests_with_its_number(found: Facts, words: str, number: st
 
 
 def test_fewer_than_eight_mistakes_give_no_confused_pair() -> None:
-    """Five of seven would be chance."""
+    """With seven mistakes, five between one pair may be chance."""
     few = {"classes": ("a", "b", "c"), "confusion": ((90, 5, 1), (0, 93, 1), (0, 0, 97))}
     assert suggest_steps(facts(**few)) == []
     enough = few | {"confusion": ((90, 5, 2), (0, 93, 1), (0, 0, 97))}

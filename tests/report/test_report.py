@@ -1,4 +1,4 @@
-"""The page from the files of a folder: what it says, what it leaves out, and what it never does."""
+"""The report of a folder's files: its content, what it leaves out, and untrusted names."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_a_removed_file_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_an_incomplete_file_survives_the_lock_of_a_reader(tmp_path: Path) -> None:
-    """As ``finetune cache clear`` does, for an instant: the lock is not to be had, and nothing is wrong."""
+    """``finetune cache clear`` holds the lock for a moment, which is no error."""
     path = tmp_path / "test.bin"
     fill(path, CONTENT[:2])
     looks: list[int] = []

@@ -1,4 +1,4 @@
-"""Files whole or not at all, and tables that a spreadsheet may open."""
+"""Atomic writes, and tables that are safe to open in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ except FinetuneError as error:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A limit of the system on file sizes fails in the middle of a write, as a full disk does."""
+    """A system limit on file sizes fails in the middle of a write, like a full disk."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     command = [sys.executable, "-c", LIMITED, str(path)]
@@ -299,7 +299,7 @@ def test_headers_are_escaped(tmp_path: Path) -> None:
 
 
 def test_a_class_may_be_called_like_a_column(tmp_path: Path) -> None:
-    """The confusion matrix has the columns ``label`` and one a class."""
+    """The confusion matrix has the column ``label`` and one per class."""
     write_csv(tmp_path / "a.csv", [("label", 1, 2), ("=x", 3, 4)], ("label", "label", "=x"))
     assert (tmp_path / "a.csv").read_text() == "label,label,'=x\nlabel,1,2\n'=x,3,4\n"
 

@@ -1,4 +1,4 @@
-"""The run folder: who may have it, and how the run in it ended."""
+"""The run folder: claiming it, and the outcome of its run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ READERS: dict[str, Callable[[RunReader], Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A folder with a little of everything."""
+    """A run folder with every file."""
     folder = RunFolder(tmp_path)
     write_text(folder.recipe, load_recipe(None, {"data.path": "x"}).to_yaml())
     for path in (folder.environment, folder.advice, folder.trunk, folder.metrics, folder.check):
@@ -89,7 +89,7 @@ def test_damaged_files_are_refused_by_name(folder: RunFolder, name: str, content
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
     if name == "classes.txt" and content == b"[]\n1,2,3\n":
-        return  # any text is a list of names
+        return  # any text is a valid list of names
     with pytest.raises(UsageError if name == "recipe.yaml" else DataError) as refusal:
         READERS[name](RunReader(folder))
     assert name in refusal.value.asked and refusal.value.found and refusal.value.fix

@@ -97,7 +97,7 @@ def test_a_kill_before_the_journal_is_removed_leaves_a_finished_file(tmp_path: P
         files.save({"done": 1}, now=True)
         journal = journal_of(target).read_bytes()
         files.finish()
-    assert find_finished(target, FACTS) is None  # nothing says what it holds
+    assert find_finished(target, FACTS) is None  # without a journal its content is unknown
     journal_of(target).write_bytes(journal)
     assert find_finished(target, {"model": "b"}) is None
     assert find_finished(target, FACTS) == {"done": 1}
@@ -129,7 +129,7 @@ def test_saves_have_a_minimum_interval(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_kill_between_the_two_renames_is_resumed(tmp_path: Path) -> None:
-    """The list has its name already, the rows have not."""
+    """The list has its final name already, the rows do not."""
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
