@@ -260,10 +260,10 @@ def _reject_indivisible(
     reader: LayoutReader,
     pool: Mapping[str, Sequence[str]],
     groups: Mapping[str, str],
-    said: Sequence[str] = (),
+    reported: Sequence[str] = (),
 ) -> None:
     """Reject classes whose images all belong to one group: no draw can divide them."""
-    indivisible = [name for name in find_indivisible(pool, groups) if name not in said]
+    indivisible = [name for name in find_indivisible(pool, groups) if name not in reported]
     if indivisible:
         reader.reject(
             "group-single",

@@ -34,7 +34,7 @@ _THREADS = min(16, available_cores())
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedImages:
     """The result of scanning every image.
 
     Attributes:
@@ -58,7 +58,7 @@ class _ScannedImage:
 
 def scan_images(
     dataset: Dataset, display: Display, message: str, *, decode: bool = True, is_subset: bool = False
-) -> Checked:
+) -> CheckedImages:
     """Read and decode every image once, with a progress bar; an unchanged file is not read again.
 
     Args:
@@ -79,7 +79,7 @@ def check_images(
     threads: int = _THREADS,
     decode: bool = True,
     store: ScanCache | None = None,
-) -> Checked:
+) -> CheckedImages:
     """Read and decode every image once.
 
     Args:
@@ -116,7 +116,7 @@ def check_images(
     scan = ScanResult(tuple(paths), rows[: len(paths)])
     if store is not None and decode:
         store.save(scan)
-    return Checked(tuple(bad), digests, scan)
+    return CheckedImages(tuple(bad), digests, scan)
 
 
 def _scan_image(

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.data.dataset import Dataset, describe_images
 from finetune.data.prepare import keep_split
-from finetune.data.scan import Checked, scan_images
+from finetune.data.scan import CheckedImages, scan_images
 from finetune.errors import DataError
 from finetune.pipeline.setup import RunSetup
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
@@ -56,12 +56,12 @@ class RunChanges:
         return machine | {"processes": self._num_processes, WEIGHTS: weights}
 
     @cached_property
-    def checked(self) -> Checked:
+    def checked(self) -> CheckedImages:
         """Every image, decoded once."""
         return scan_images(self.dataset, self._display, "checking images")
 
     @cached_property
-    def read(self) -> Checked:
+    def read(self) -> CheckedImages:
         """Every image, read but not decoded, which is enough if nothing will be trained."""
         return scan_images(self.dataset, self._display, "comparing images", decode=False)
 

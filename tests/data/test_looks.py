@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.data import scan, scan_cache
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
-from finetune.data.scan import Checked, check_images
+from finetune.data.scan import CheckedImages, check_images
 from finetune.data.scan_cache import ScanCache
 from finetune.data.split import SplitConfig
 from tests.conftest import draw_folder
@@ -25,7 +25,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     return discover(draw_folder(tmp_path / "data", {"red": 6, "blue": 6}), SplitConfig(0.2, 0))
 
 
-def scan_data(data: Dataset, decode: bool = True) -> Checked:
+def scan_data(data: Dataset, decode: bool = True) -> CheckedImages:
     return check_images(data, decode=decode, store=ScanCache(data.root))
 
 

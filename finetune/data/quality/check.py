@@ -11,7 +11,7 @@ from finetune.data.discover import discover_leniently
 from finetune.data.prepare import check_outside, create_new_folder
 from finetune.data.quality.report import inspect_dataset, to_check
 from finetune.data.quality.sheet import find_sections
-from finetune.data.scan import Checked, scan_images
+from finetune.data.scan import CheckedImages, scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError
 from finetune.plots.sheet import write_sections
@@ -77,7 +77,7 @@ def _inspect(
 
 
 def _join_copies(
-    dataset: Dataset, checked: Checked, recipe: Recipe, issues: tuple[Issue, ...]
+    dataset: Dataset, checked: CheckedImages, recipe: Recipe, issues: tuple[Issue, ...]
 ) -> tuple[Dataset, tuple[Issue, ...]]:
     """Keep exact copies in one split, as a run does."""
     try:

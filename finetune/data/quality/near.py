@@ -145,8 +145,8 @@ def _correlate(
     scanned: ScannedDataset, left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return the correlation of the thumbnails of each pair, (N,)."""
-    one, other = _standardise(scanned, left), _standardise(scanned, right)
-    products: NDArray[np.float64] = (one * other).mean(axis=1)
+    first, second = _standardise(scanned, left), _standardise(scanned, right)
+    products: NDArray[np.float64] = (first * second).mean(axis=1)
     return products
 
 

@@ -16,7 +16,7 @@ from finetune.data.quality.copies import Copies, find_copies, find_copy_issues
 from finetune.data.quality.files import Oddities, find_oddities, find_oddity_issues, find_unreadable_issues
 from finetune.data.quality.near import NearCopies, find_near, find_near_issues
 from finetune.data.quality.subject import ScannedDataset
-from finetune.data.scan import Checked
+from finetune.data.scan import CheckedImages
 
 _ORDER = ("error", "warning", "note")
 
@@ -69,7 +69,7 @@ def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
 
 
 def inspect_dataset(
-    dataset: Dataset, checked: Checked, allow_leaks: bool, known: Sequence[Issue] = ()
+    dataset: Dataset, checked: CheckedImages, allow_leaks: bool, known: Sequence[Issue] = ()
 ) -> QualityReport:
     """Find all issues in a dataset from one scan of its files.
 

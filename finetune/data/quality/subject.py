@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
-from finetune.data.scan import Checked
+from finetune.data.scan import CheckedImages
 from finetune.data.scan_cache import ScanResult
 
 SHOWN_PATHS = 20
@@ -28,7 +28,7 @@ class ScannedDataset:
     """
 
     dataset: Dataset
-    checked: Checked
+    checked: CheckedImages
 
     @cached_property
     def samples(self) -> Sequence[Sample]:

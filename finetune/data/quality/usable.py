@@ -9,7 +9,7 @@ from finetune.data.prepare import draw_copies_together
 from finetune.data.quality.files import UNREADABLE
 from finetune.data.quality.report import inspect_dataset
 from finetune.data.samples import is_sample
-from finetune.data.scan import Checked, check_bad
+from finetune.data.scan import CheckedImages, check_bad
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.recipe.schema import DataSettings
@@ -24,7 +24,7 @@ SHOWN = 5
 
 
 def check_data(
-    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, recipe: Recipe
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder, display: Display, recipe: Recipe
 ) -> PreparedDataset:
     """Return the dataset without its unreadable images, and write ``check.json`` and the list of bad images.
 
@@ -49,7 +49,7 @@ def check_data(
 
 
 def _report_issues(
-    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, settings: DataSettings
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder, display: Display, settings: DataSettings
 ) -> None:
     """Write ``check.json``, report new issues, and refuse exact copies in two splits.
 
@@ -74,7 +74,9 @@ def _report_issues(
         raise DataError(f"data in {dataset.root}", found, leaks[0].fix)
 
 
-def _lost_before(dataset: Dataset, checked: Checked, folder: RunFolder) -> dict[str, tuple[BadImage, Sample]]:
+def _lost_before(
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder
+) -> dict[str, tuple[BadImage, Sample]]:
     """Return, by path, the training images that an earlier attempt lost and that are still unreadable."""
     run = RunReader(folder)
     labels = {row["path"]: row["label"] for row in run.split}
