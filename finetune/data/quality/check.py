@@ -65,7 +65,7 @@ def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:
 def _inspect(
     recipe: Recipe, dataset: Dataset, issues: tuple[Issue, ...], output: Path, display: Display
 ) -> dict[str, Any]:
-    checked = scan_images(dataset, display, "scanning images")
+    checked = scan_images(dataset, display, "checking images")
     if dataset.val_was_drawn:
         dataset, issues = _join_copies(dataset, checked, recipe, issues)
     report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, issues)
