@@ -353,8 +353,8 @@ def export(
     with StopSignal():
         with _loading(display) as shown:
             from finetune.exporters.export import export as export_model
-            from finetune.exporters.export import read_wanted
-        wanted = read_wanted(format, preprocessing, probabilities, opset)
+            from finetune.exporters.export import parse_export_options
+        wanted = parse_export_options(format, preprocessing, probabilities, opset)
         return export_model(Path(fspath(run)), wanted, Path(fspath(output)), shown)
 
 

@@ -75,7 +75,7 @@ def evaluate_command(
 def _read_scales(text: str | None) -> tuple[int, ...]:
     from finetune.api import split_words
 
-    words = split_words(text or "")
-    if not all(word.isdecimal() and len(word) < 6 for word in words):
+    sides = split_words(text or "")
+    if not all(side.isdecimal() and len(side) < 6 for side in sides):
         raise UsageError(f"--scales {text}", "these are not numbers of pixels", "Take --scales 256,288.")
-    return tuple(map(int, words))
+    return tuple(map(int, sides))

@@ -74,16 +74,16 @@ class EvaluateRequest:
     @property
     def command(self) -> str:
         """The command line of this request."""
-        words = ["finetune", "evaluate", *self.models]
-        words += ["--data", str(self.data)] if self.data is not None else []
-        words += ["--split", self.split] if self.split is not None else []
-        words += ["--crops", str(self.crops)] if self.crops > 1 else []
-        words += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
-        words += ["--device", self.device] if self.device != "auto" else []
-        words += ["--batch-size", str(self.batch_size)] if self.batch_size else []
-        words += ["--follow-links"] if self.follow_links else []
-        words += ["--allow-leaks"] if self.allow_leaks else []
-        return shlex.join(words)
+        arguments = ["finetune", "evaluate", *self.models]
+        arguments += ["--data", str(self.data)] if self.data is not None else []
+        arguments += ["--split", self.split] if self.split is not None else []
+        arguments += ["--crops", str(self.crops)] if self.crops > 1 else []
+        arguments += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
+        arguments += ["--device", self.device] if self.device != "auto" else []
+        arguments += ["--batch-size", str(self.batch_size)] if self.batch_size else []
+        arguments += ["--follow-links"] if self.follow_links else []
+        arguments += ["--allow-leaks"] if self.allow_leaks else []
+        return shlex.join(arguments)
 
 
 def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any]:

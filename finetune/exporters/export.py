@@ -52,12 +52,12 @@ from finetune.system.display import Display
 REPORT_FILE = "export.json"
 
 
-def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[str, Any]:
+def export(path: Path, options: ExportOptions, output: Path, display: Display) -> dict[str, Any]:
     """Write a model in another format, and verify it in a fresh process.
 
     Args:
         path: a finished run, or a model folder.
-        wanted: format and its options.
+        options: format of the artefact, and its interface.
         output: a new folder.
         display: shows progress and warnings.
 
@@ -77,8 +77,8 @@ def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[s
         check_outside(output, source.images)
     create_folder(target.parent)
     with staged_alone(target) as folder:
-        report = _make(source, wanted, folder, display)
-    display.say(f"{wanted.format} {output}", style="bold")
+        report = _make(source, options, folder, display)
+    display.say(f"{options.format} {output}", style="bold")
     return report
 
 
@@ -102,7 +102,7 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
     with TemporaryDirectory(prefix="finetune-push-") as name:
         folder = Path(name)
         try:
-            _make(source, Wanted("timm", Interface()), folder, display)
+            _make(source, ExportOptions("timm", Interface()), folder, display)
         except OSError as error:
             raise disk_error(folder, error) from None
         with display.busy("uploading"):
@@ -136,41 +136,41 @@ def _resolve_output(output: Path) -> Path:
 # --- export and verification ---------------------------------------------------------------------
 
 
-def _make(source: Exportable, wanted: Wanted, folder: Path, display: Display) -> dict[str, Any]:
+def _make(source: Exportable, options: ExportOptions, folder: Path, display: Display) -> dict[str, Any]:
     """Write the artefact into a folder, verify it, and write ``export.json``."""
     start = time.monotonic()
-    with display.busy(f"exporting {wanted.format}"):
-        artefact, loader = _write(source, wanted, folder)
+    with display.busy(f"exporting {options.format}"):
+        artefact, loader = _write(source, options, folder)
     written = time.monotonic()
     if loader == "finetune":
         display.warn(f"only finetune can load {source.card.architecture} from this folder")
     inputs = _find_inputs(source, display)
     with display.busy("comparing in a fresh process"):
         expected = predict_here(source.network, source.card, inputs.views)
-        found, facts = predict_fresh(loader, artefact, inputs, source.card, wanted.interface)
-    comparisons = _check(source, wanted, inputs, expected, found)
+        found, facts = predict_fresh(loader, artefact, inputs, source.card, options.interface)
+    comparisons = _check(source, options, inputs, expected, found)
     _report(inputs, comparisons, display)
     seconds = {"export": round(written - start, 3), "compare": round(time.monotonic() - written, 3)}
-    report = _describe(source, wanted, artefact, loader, facts) | _describe_proof(inputs, comparisons)
+    report = _describe(source, options, artefact, loader, facts) | _describe_proof(inputs, comparisons)
     report |= {"seconds": seconds}
     write_json(folder / REPORT_FILE, report)
     return report
 
 
-def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]:
+def _write(source: Exportable, options: ExportOptions, folder: Path) -> tuple[Path, str]:
     """Write the artefact; return its path and the name of its loader (see ``fresh.py``)."""
     card = source.card
-    if wanted.format == "timm":
+    if options.format == "timm":
         metrics = RunReader(source.run, tolerant=True).metrics if source.run is not None else {}
         started = "" if starts_random(str(metrics.get("strategy"))) else card.name
         write_model(
             folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
         )
         return folder, "timm" if loads_in_timm(card) else "finetune"
-    program = build_program(source.network, card, wanted.interface)
-    write_companions(folder, card, wanted.interface)
-    if wanted.format == "onnx":
-        return write_onnx(program, folder, card, wanted.interface, wanted.opset), "onnx"
+    program = build_program(source.network, card, options.interface)
+    write_companions(folder, card, options.interface)
+    if options.format == "onnx":
+        return write_onnx(program, folder, card, options.interface, options.opset), "onnx"
     return write_program(program, folder), "torch-export"
 
 
@@ -204,10 +204,10 @@ def _load_inputs(source: Exportable, display: Display) -> ProofInputs | str:
 
 
 def _check(
-    source: Exportable, wanted: Wanted, inputs: ProofInputs, expected: Tensor, found: Tensor
+    source: Exportable, options: ExportOptions, inputs: ProofInputs, expected: Tensor, found: Tensor
 ) -> dict[str, OutputCheck]:
     """Compare the artefact's outputs with the network's and with ``predictions.csv``."""
-    asked = f"exporting {wanted.format} of {source.path}"
+    asked = f"exporting {options.format} of {source.path}"
     comparisons = {"network": compare(expected, found)}
     if inputs.recorded is not None:
         comparisons["predictions.csv"] = compare(inputs.recorded, found, _recorded_tolerance(source.recipe))
@@ -242,16 +242,16 @@ def _report(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display
 
 
 def _describe(
-    source: Exportable, wanted: Wanted, artefact: Path, loader: str, facts: Mapping[str, Any]
+    source: Exportable, options: ExportOptions, artefact: Path, loader: str, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    card, interface = source.card, wanted.interface
+    card, interface = source.card, options.interface
     versions = {key: facts[key] for key in ("onnxruntime",) if key in facts}
-    if wanted.format == "onnx":
+    if options.format == "onnx":
         import onnx
 
         versions["onnx"] = onnx.__version__
     return {
-        "format": wanted.format,
+        "format": options.format,
         "file": artefact.name if artefact.is_file() else WEIGHTS_FILE,
         "loads_with": {"onnx": "onnxruntime", "torch-export": "torch"}.get(loader, loader),
         "architecture": card.architecture,
@@ -264,7 +264,7 @@ def _describe(
             "python": platform.python_version(),
             **versions,
         },
-        "opset": read_opset(artefact) if wanted.format == "onnx" else None,
+        "opset": read_opset(artefact) if options.format == "onnx" else None,
         "inputs": [
             {
                 "name": interface.input_name,
@@ -298,7 +298,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExportOptions:
     """Format of an export and its options.
 
     Attributes:
@@ -312,7 +312,9 @@ class Wanted:
     opset: int = OPSETS[0]
 
 
-def read_wanted(format: str, layout: str | None, with_probabilities: bool, opset: int | None) -> Wanted:
+def parse_export_options(
+    format: str, layout: str | None, with_probabilities: bool, opset: int | None
+) -> ExportOptions:
     """Validate the options of the command line.
 
     Raises:
@@ -331,7 +333,7 @@ def read_wanted(format: str, layout: str | None, with_probabilities: bool, opset
     if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
         fix = f"Use {OPSETS[0]} to {OPSETS[1]}."
         raise UsageError(f"--opset {opset}", "torch's exporter does not support it", fix)
-    return Wanted(known, Interface(_read_layout(layout), with_probabilities), opset or OPSETS[0])
+    return ExportOptions(known, Interface(_read_layout(layout), with_probabilities), opset or OPSETS[0])
 
 
 def _read_layout(name: str | None) -> Layout | None:

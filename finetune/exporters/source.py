@@ -144,7 +144,7 @@ class ProofInputs:
 def draw_random(card: Card, note: str) -> ProofInputs:
     """Return random inputs, the same on every call."""
     generator = torch.Generator().manual_seed(0)
-    shape = (_most(card, NUM_RANDOM), *card.preprocessing.input_size)
+    shape = (_limit_images(card, NUM_RANDOM), *card.preprocessing.input_size)
     views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return ProofInputs(views, None, 0, (note,))
 
@@ -164,7 +164,7 @@ def load_evaluated(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
         return f"{run.predictions} does not exist"
     reader = RunReader(run)
     rows = reader.prediction_rows
-    chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
+    chosen = _draw_evenly(rows, _limit_images(card, MOST_IMAGES))
     transform = build_eval_transform(card.preprocessing)
 
     def load(row: CsvRow) -> Tensor | str:
@@ -173,16 +173,20 @@ def load_evaluated(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="evaluated") as pool:
         found = list(pool.map(load, chosen))
     kept = [(row, view) for row, view in zip(chosen, found, strict=True) if isinstance(view, Tensor)]
-    gone = [f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    unusable = [
+        f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)
+    ]
     if not kept:
         return (
-            f"none of its {len(rows)} evaluated images is unchanged: {gone[0]}"
-            if gone
+            f"none of its {len(rows)} evaluated images is unchanged: {unusable[0]}"
+            if unusable
             else "the run evaluated no images"
         )
     notes = []
-    if gone:
-        notes.append(f"{len(gone)} of {len(chosen)} evaluated images are missing or have changed: {gone[0]}")
+    if unusable:
+        notes.append(
+            f"{len(unusable)} of {len(chosen)} evaluated images are missing or have changed: {unusable[0]}"
+        )
     recorded = _read_probabilities([row for row, _ in kept], card)
     if recorded is None:
         what = f"probabilities of the model's {card.num_classes} classes in their order"
@@ -190,8 +194,9 @@ def load_evaluated(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     return ProofInputs(torch.stack([view for _, view in kept]), recorded, len(rows), tuple(notes))
 
 
-def _most(card: Card, wanted: int) -> int:
-    return min(wanted, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
+def _limit_images(card: Card, num_images: int) -> int:
+    """Return a number of images whose pixels take at most :data:`MOST_BYTES`."""
+    return min(num_images, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
 
 
 def _draw_evenly(rows: Sequence[CsvRow], most: int) -> list[CsvRow]:

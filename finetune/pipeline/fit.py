@@ -174,11 +174,11 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
         check_frozen(trainer.eval_network, setup.plan, digests)
         with clock.phase("evaluate"):
             of_best = trainer.predictions  # already computed during training
-            judged = of_best if part == "val" else evaluate(trainer, loaders.batches[part], context.display)
+            tested = of_best if part == "val" else evaluate(trainer, loaders.batches[part], context.display)
         images = _take_first_images(context, loaders.images[part])
     result = FitResult(
         replace(setup.backbone, network=trainer.eval_network),
-        judged,
+        tested,
         of_best if part != "val" else None,
         images,
         precision=trainer.precision,

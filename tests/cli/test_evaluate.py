@@ -260,14 +260,14 @@ def test_changed_images_of_a_run_are_refused(cli: Cli, tiny: Path, tmp_path: Pat
     data = draw_folder(tmp_path / "data", {"blue": 8, "red": 8})
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "-o", tmp_path / "run").exit_code == 0
-    judged = pd.read_csv(tmp_path / "run" / "predictions.csv")["path"][0]
+    image = pd.read_csv(tmp_path / "run" / "predictions.csv")["path"][0]
     if change == "gone":
-        (data / judged).unlink()
+        (data / image).unlink()
     else:
-        draw(data / judged, (1, 2, 3), 5)
+        draw(data / image, (1, 2, 3), 5)
     result = cli("evaluate", tmp_path / "run", "-o", tmp_path / "out")
     assert result.exit_code == 65
-    assert judged in result.stderr
+    assert image in result.stderr
     assert ("are missing" if change == "gone" else "changed since the run") in result.stderr
 
 

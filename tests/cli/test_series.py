@@ -45,13 +45,13 @@ def test_every_image_is_validated_in_one_fold(cli: Cli, tiny: Path, tmp_path: Pa
                  "-o", tmp_path / "f", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["kind"] == "folds"
-    judged: list[str] = []
+    evaluated: list[str] = []
     for fold in (1, 2, 3):
         predictions = pd.read_csv(tmp_path / "f" / f"fold-{fold}" / "predictions.csv")
         split = pd.read_csv(tmp_path / "f" / f"fold-{fold}" / "split.csv")
         assert not set(predictions["path"]) & set(split[split["split"] == "train"]["path"])
-        judged += predictions["path"].tolist()
-    assert len(judged) == len(set(judged)) == 16
+        evaluated += predictions["path"].tolist()
+    assert len(evaluated) == len(set(evaluated)) == 16
 
 
 def test_a_run_that_fails_ends_the_series(cli: Cli, tiny: Path, tmp_path: Path) -> None:

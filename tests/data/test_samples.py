@@ -58,9 +58,9 @@ def test_a_sample_is_read_like_any_dataset(cache: Path) -> None:
     assert dataset.classes == CLASSES
     assert len(dataset.samples) == 1797
     assert len(dataset.of("val")) == 359
-    judged = find_labelled(DIGITS, CLASSES)
-    assert len(judged.samples) == 1797
-    assert dataset.root == judged.root == find_root(DIGITS) == open_sample(DIGITS)
+    found = find_labelled(DIGITS, CLASSES)
+    assert len(found.samples) == 1797
+    assert dataset.root == found.root == find_root(DIGITS) == open_sample(DIGITS)
     assert len(list(find_inputs("sample:digits", None).open())) == 1797
 
 

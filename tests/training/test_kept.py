@@ -47,7 +47,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty to train on, ten to judge."""
+    """Forty training images and ten validation images."""
     root = tmp_path_factory.mktemp("few")
     draw_folder(root / "train", {"red": 20, "blue": 20})
     draw_folder(root / "val", {"red": 5, "blue": 5})

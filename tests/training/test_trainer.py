@@ -226,7 +226,7 @@ class Brittle(SmallNet):
 def test_a_validation_loss_that_is_no_number_stops_the_run(
     image_folder: Path, tmp_path: Path, monitor: str
 ) -> None:
-    """18 validation images in batches of 8 are 3 passes, so the second epoch is judged NaN."""
+    """18 validation images in batches of 8 are 3 passes, so the loss of the second epoch is NaN."""
     trainer = build_trainer(
         image_folder, tmp_path, network=Brittle(), epochs=5, batch_size=8, monitor=monitor
     )
