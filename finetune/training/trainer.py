@@ -313,10 +313,9 @@ class Trainer:
                 if self._is_stop_asked():  # a long validation must not outlast the grace time
                     self._save_and_leave()
 
-            forward = self.task.forward(self.eval_network)
-            return predict(
-                self.eval_network, self.task.val, self.precision, on_batch, forward, self.distributed
-            )
+            network = self.eval_network
+            forward = self.task.forward(network)
+            return predict(network, self.task.val, self.precision, on_batch, forward, self.distributed)
 
     def _record(self, metrics: dict[str, float]) -> None:
         progress = self.progress
