@@ -168,9 +168,8 @@ class Trainer:
             raise recovery.interrupted_error(self.progress, self.folder)
         assert self._best is not None
         self.state.restore_eval_weights(self._best.tensors)
-        if (
-            self._best_predictions is None
-        ):  # the best epoch was in an earlier process; these are the same bits
+        # If the best epoch was in an earlier process: its predictions again, bitwise the same.
+        if self._best_predictions is None:
             self._best_predictions = self._validate()
         fold(self.eval_network)
         return self.progress
