@@ -51,7 +51,7 @@ def one(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
-def assert_same_figures(one: Path, two: Path) -> None:
+def assert_same_metrics(one: Path, two: Path) -> None:
     left, right = read_metrics(one), read_metrics(two)
     assert left["accuracy"] == right["accuracy"]
     assert left["loss"] == pytest.approx(right["loss"], abs=1e-4)
@@ -68,7 +68,7 @@ def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Pat
         XDG_CACHE_HOME=str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
-    assert_same_figures(one, tmp_path / "two")
+    assert_same_metrics(one, tmp_path / "two")
     assert done.stdout.count("\n") == 1 and '"accuracy"' in done.stdout
     assert done.stderr.count("features cached") == 1  # reported once
     assert "from an earlier run" not in done.stderr
@@ -81,7 +81,7 @@ def test_torchrun_starts_the_same_run(tiny: Path, data: Path, one: Path, tmp_pat
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = run(*words, "-m", "finetune", *words_of(tiny, data, tmp_path / "two"), "-s", "freeze")
     assert done.returncode == 0, done.stderr
-    assert_same_figures(one, tmp_path / "two")
+    assert_same_metrics(one, tmp_path / "two")
 
 
 @pytest.mark.slow

@@ -117,14 +117,14 @@ def test_the_log_loss_is_given_with_and_without_the_temperature() -> None:
 
 def test_test_images_that_were_trained_on_are_reported() -> None:
     text = build_readme(card_of(), NEW | {"num_leaked": 2, "num_seen_by_backbone": 1}, "weights.pth")
-    figures = text.partition("## Metrics")[2].partition("##")[0]
+    section = text.partition("## Metrics")[2].partition("##")[0]
     start = "**Of the 10 test images,"
     assert (
         f"{start} 2 have an exact copy among the images that this model was trained on: these metrics"
-        in figures
+        in section
     )
     assert (
-        f"{start} 1 have an exact copy among the images that its initial weights were trained on" in figures
+        f"{start} 1 have an exact copy among the images that its initial weights were trained on" in section
     )
     for counts in ({"num_leaked": 0, "num_seen_by_backbone": 0}, {"num_leaked": None}, {}):
         assert "exact copy" not in build_readme(card_of(), NEW | counts, "weights.pth")

@@ -194,7 +194,7 @@ def saved(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def figures(progress: Progress) -> list[dict[str, float]]:
+def metrics_of(progress: Progress) -> list[dict[str, float]]:
     """The history, without what a clock has measured."""
     timed = ("seconds", "images_per_second", "data_wait_fraction")
     return [{key: value for key, value in row.items() if key not in timed} for row in progress.history]
@@ -211,7 +211,7 @@ def assert_same_end(one: Path, two: Path, but_for: Collection[str] = ()) -> None
     assert_same_tensors(left.now.tensors, right.now.tensors)
     assert left.best is not None and right.best is not None
     assert_same_tensors(left.best.tensors, right.best.tensors)
-    assert figures(left.now.progress) == figures(right.now.progress)
+    assert metrics_of(left.now.progress) == metrics_of(right.now.progress)
     leave_out = {*_CLOCKS, *but_for}
     counters, others = asdict(left.now.progress), asdict(right.now.progress)
     assert {k: v for k, v in counters.items() if k not in leave_out} == {

@@ -315,7 +315,7 @@ def test_the_recipe_can_say_off(tiny: Path) -> None:
     assert not recipe.cache.trunk and not recipe.cache.pictures
 
 
-def test_wrong_features_give_no_figures(fit: Fit) -> None:
+def test_wrong_features_give_no_metrics(fit: Fit) -> None:
     rows = KeptRows.rows
 
     def wrong(self: KeptRows, *arguments: Any) -> list[Rows]:

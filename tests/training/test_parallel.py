@@ -27,7 +27,7 @@ from tests.training.helpers import (
     assert_same_end,
     build_trainer,
     corrupt,
-    figures,
+    metrics_of,
     stop_after,
     warnings,
 )
@@ -61,7 +61,7 @@ def train(distributed: Distributed, data: Path, folder: Path, **words: Any) -> E
     trainer = build_trainer(data, folder / str(distributed.rank), distributed=distributed, **words)
     progress = trainer.fit()
     weights = {name: tensor.clone() for name, tensor in trainer.eval_network.state_dict().items()}
-    return weights, figures(progress), progress, warnings(trainer), trainer.predictions.logits
+    return weights, metrics_of(progress), progress, warnings(trainer), trainer.predictions.logits
 
 
 def assert_close(one: Ended, two: Ended, tolerance: float = 1e-5) -> None:

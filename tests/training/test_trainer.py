@@ -14,7 +14,7 @@ from finetune.evaluation.predictions import Predictions
 from finetune.training.freeze import check_frozen, digest_frozen
 from finetune.training.trainer import Trainer
 from tests.sweeps import slow_except
-from tests.training.helpers import SmallNet, assert_same_end, build_trainer, figures, saved, stop_after
+from tests.training.helpers import SmallNet, assert_same_end, build_trainer, metrics_of, saved, stop_after
 
 EVERYTHING_ON: dict[str, Any] = {
     "epochs": 4,
@@ -63,7 +63,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     assert second.progress.step == whole.progress.step == 20
     assert_same_state(whole.task.network, second.task.network)
     assert_same_state(whole.eval_network, second.eval_network)
-    assert figures(whole.progress) == figures(second.progress)
+    assert metrics_of(whole.progress) == metrics_of(second.progress)
 
 
 class StopsWhileJudging(Trainer):
@@ -113,7 +113,7 @@ def test_plateau_and_patience_survive_an_interruption(image_folder: Path, tmp_pa
         parts.fit()
     parts = build_trainer(image_folder, tmp_path / "parts", **settings)
     parts.fit()
-    assert figures(parts.progress) == figures(whole.progress)
+    assert metrics_of(parts.progress) == metrics_of(whole.progress)
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "top"])
@@ -237,7 +237,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(
     assert all(parameter.isfinite().all() for parameter in trainer.task.network.parameters())
 
 
-def test_figures_are_those_of_the_best_epoch_wherever_it_was_made(image_folder: Path, tmp_path: Path) -> None:
+def test_metrics_are_those_of_the_best_epoch(image_folder: Path, tmp_path: Path) -> None:
     keys = {"epochs": 5, "lr": 2.0, "schedule": "constant"}
     whole = build_trainer(image_folder, tmp_path / "whole", **keys)
     best = whole.fit().best_epoch
