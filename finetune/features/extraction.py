@@ -326,7 +326,7 @@ def describe_extraction(source: Source, layers: Sequence[Layer], pool: Pool) -> 
     )
 
 
-# --- what features depend on beside the images and the layer -------------------------------------
+# --- what features depend on, besides the images and the layer ------------------------------------
 
 
 _VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda", "processor")
