@@ -45,8 +45,8 @@ _MOST_LENGTHS = 10
 _PACE = 5
 """Number of steps from which the rate of convergence is estimated."""
 _NUM_DIRECTIONS = 128
-"""Directions of the spectrum. On SqueezeNet's features, all 2,048 hardly saved iterations; with none there were
-50 % more."""
+"""Directions of the spectrum. On SqueezeNet's features, all 2,048 hardly saved iterations; with none, there
+were 50 % more."""
 _NUM_POWERS = 2
 _FLATTEST = 1e-4
 """Floor of a loss's mean curvature, as a share of the initial one."""
