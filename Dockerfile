@@ -1,8 +1,8 @@
-# finetune as a batch job: GPU by default, CPU with --build-arg FLAVOUR=cpu. How to build, run and prove it: docs/docker.md.
+# finetune as a batch job: GPU by default, CPU with --build-arg FLAVOUR=cpu. How to build, run and test it: docs/docker.md.
 #
-# torch's wheels carry CUDA, cuDNN and NCCL, so the base is plain Python; the host gives the driver alone.
-# The digest is of the index of all platforms; this prints the newest: docker buildx imagetools inspect python:3.11-slim-bookworm
-# Python 3.11 is what the tests run on, and what the locks are solved for.
+# torch's wheels contain CUDA, cuDNN and NCCL, so the base is plain Python; only the driver comes from the host.
+# The digest is that of the multi-platform index; to see the newest: docker buildx imagetools inspect python:3.11-slim-bookworm
+# The tests run on Python 3.11, and the locks are solved for it.
 ARG BASE=python:3.11-slim-bookworm@sha256:2333bd330d12de02514770b3585cad313644316047cdee24a7acfdece6de6efb
 FROM ${BASE} AS base
 
@@ -12,7 +12,7 @@ ARG FLAVOUR=gpu
 ARG TORCH_INDEX=
 WORKDIR /build
 
-# Refuse before a byte is downloaded.
+# Check the arguments before anything is downloaded.
 RUN set -eu; \
     case "$FLAVOUR:${TORCH_INDEX:+named}" in \
       gpu:|cpu:named) ;; \
@@ -24,8 +24,9 @@ RUN set -eu; \
 ENV PATH=/opt/finetune/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# What others wrote, in a layer of its own: the sources below change often, this seldom. Every file is compared with
-# its sha256, nothing is built from source, and nothing comes that is not in the lock (pip check asks for the rest).
+# Third-party packages are a layer of their own, since they change less often than the sources below. Every file is
+# compared with its sha256, nothing is built from source, and only what is in the lock is installed (pip check verifies
+# that nothing is missing).
 COPY requirements requirements
 RUN --mount=type=cache,target=/root/.cache/pip \
     set -eu; \
@@ -36,7 +37,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import sys, torch; cuda = torch.version.cuda; print('CUDA of torch:', cuda); \
       sys.exit(None if bool(cuda) == ('$FLAVOUR' == 'gpu') else 'this torch does not fit FLAVOUR=$FLAVOUR')"
 
-# The package itself, with the setuptools of the lock: no index is asked.
+# The package itself, built with the setuptools of the lock, without an index.
 COPY pyproject.toml README.md LICENSE ./
 COPY recipes recipes
 COPY pretrained pretrained
@@ -50,12 +51,12 @@ LABEL org.opencontainers.image.title="finetune" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# Open to every uid, as /tmp is: whatever --user says, volumes made from these can be written.
+# Writable for every uid, as /tmp is, so that volumes made from these folders work with any --user.
 RUN install -d -m 1777 -o 10001 -g 0 /data /runs /cache
 COPY --from=build /opt/finetune /opt/finetune
 COPY --chmod=0644 deploy/health.py /opt/finetune/health.py
 
-# Whatever is kept from run to run is kept in /cache (docs/offline.md). CUBLAS_WORKSPACE_CONFIG lets cuBLAS repeat its sums.
+# Everything that is kept between runs is in /cache (docs/offline.md). CUBLAS_WORKSPACE_CONFIG makes cuBLAS deterministic.
 ENV PATH=/opt/finetune/bin:$PATH \
     HOME=/cache \
     HF_HOME=/cache/huggingface \
@@ -67,14 +68,14 @@ ENV PATH=/opt/finetune/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 
-# Group 0: platforms that choose the uid themselves keep that group.
+# Group 0, because platforms that choose the uid themselves use that group.
 USER 10001:0
 # From here `--data data` is /data, and the default output runs/... is /runs/...
 WORKDIR /
-# All that is ever written to; the rest may be read-only.
+# Only these are written to (/data is not); the rest may be read-only.
 VOLUME ["/data", "/runs", "/cache", "/tmp"]
 STOPSIGNAL SIGTERM
-# Silence is noticed after some four minutes; the job itself waits for ten before it starts again (--stall-timeout).
+# A hang is shown after about four minutes; the supervisor restarts a hanging run after ten (--stall-timeout).
 HEALTHCHECK --start-period=2m --interval=1m --timeout=45s --retries=3 CMD ["python", "-IS", "/opt/finetune/health.py"]
 ENTRYPOINT ["finetune"]
 CMD ["--help"]

@@ -28,7 +28,7 @@ from finetune.training.trainer import Trainer
 PARTS: dict[str, list[tuple[type, str]]] = {
     "copies of running statistics": [(BufferBackup, "keep")],
     "finite checks": [(Trainer, "_is_usable"), (State, "is_finite")],
-    "copies of the state, an epoch": [(State, "take"), (State, "take_judged")],
+    "copies of the state, an epoch": [(State, "take"), (State, "take_eval_weights")],
     "checkpoints": [(CheckpointStore, "save")],
     "heartbeat": [(Heartbeat, "beat")],
 }

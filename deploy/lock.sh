@@ -4,14 +4,14 @@
 #   pip install uv && deploy/lock.sh              newest releases that pyproject.toml allows
 #   deploy/lock.sh --upgrade-package timm         options of uv: keep the rest as it is
 #
-# uv asks its own index (UV_DEFAULT_INDEX, UV_INDEX); the locks name none.
+# uv uses its configured index (UV_DEFAULT_INDEX, UV_INDEX); the locks name none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
-solve() { # solve MACHINE LOCK [option of uv]... Wheels only: a source would run its own code to be built.
+solve() { # solve MACHINE LOCK [option of uv]... Wheels only: building a source distribution runs its code.
   local machine=$1 lock=$2
   shift 2
   uv pip compile pyproject.toml --quiet --python-version 3.11 --python-platform "$machine-manylinux_2_28" \
@@ -22,11 +22,11 @@ solve() { # solve MACHINE LOCK [option of uv]... Wheels only: a source would run
 packages() { grep -oE '^[a-z0-9.-]+==[^ ]+' "$1"; }
 
 if [ $# -eq 0 ]; then set -- --upgrade; fi
-[ ! -f requirements/gpu.lock ] || cp requirements/gpu.lock "$work/gpu.lock"  # where uv finds what to keep
+[ ! -f requirements/gpu.lock ] || cp requirements/gpu.lock "$work/gpu.lock"  # uv keeps the versions in it
 solve x86_64 "$work/gpu.lock" "$@"
 solve aarch64 "$work/aarch64.lock" --constraint <(packages "$work/gpu.lock")
 if ! diff <(grep -v '^ *#' "$work/gpu.lock") <(grep -v '^ *#' "$work/aarch64.lock"); then
-  echo "the two kinds of machine need different packages: one lock does not serve both" >&2
+  echo "x86_64 and aarch64 need different packages: one lock does not serve both" >&2
   exit 1
 fi
 

@@ -11,14 +11,14 @@ set -euo pipefail
 folder=${1:?a folder for images, layers and logs}
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ -z "${PROVE_INSIDE:-}" ]; then
-  if [ ! -f "$folder/.proof" ]; then # of this script: it is removed with all that is in it
+  if [ ! -f "$folder/.proof" ]; then # marks a folder of this script, which is removed with its contents
     mkdir "$folder"
     touch "$folder/.proof"
   fi
   # Mounts of our own, which end with this script.
   PROVE_INSIDE=1 exec unshare --mount --propagation private "$0" "$(realpath "$folder")" "${@:2}"
 fi
-# crun 1.8 refuses a machine that mixes both versions of cgroups; taken away for this script alone.
+# crun 1.8 does not run with both versions of cgroups mounted; one is unmounted, for this script only.
 if mountpoint --quiet /sys/fs/cgroup/unified; then umount --lazy /sys/fs/cgroup/unified; fi
 
 export TMPDIR=$folder/tmp
@@ -28,7 +28,7 @@ podman() { command podman "${storage[@]}" --runtime crun "$@"; }
 image=localhost/finetune-proof
 clean() {
   podman rm --all --force > /dev/null
-  buildah "${storage[@]}" rm --all > /dev/null # what a build that failed has left
+  buildah "${storage[@]}" rm --all > /dev/null # left by a failed build
   if [ -n "${KEEP:-}" ]; then return; fi
   cd / && umount --quiet --lazy "$folder/store/overlay" || true
   rm -rf "$folder"
@@ -42,14 +42,14 @@ make_base() {
   # shellcheck disable=SC2016
   mirror=$(apt-get indextargets --format '$(SITE)' 'Codename: bookworm' | head -n 1)
   debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$folder/base" "$mirror"
-  ln -s python3 "$folder/base/usr/bin/python" # the official image calls it so
+  ln -s python3 "$folder/base/usr/bin/python" # as in the official image
   tar -C "$folder/base" --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' -c . | podman import - localhost/proof-base
   rm -r "$folder/base"
 }
 
 build() {
   local given=()
-  for path in /etc/pip.conf /etc/ssl/certs; do # how this machine's own pip finds its index
+  for path in /etc/pip.conf /etc/ssl/certs; do # pip's configuration on this machine
     if [ -e "$path" ]; then given+=(--volume "$path:$path:ro"); fi
   done
   buildah "${storage[@]}" build --isolation chroot --format docker --build-arg BASE=localhost/proof-base \

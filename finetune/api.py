@@ -51,7 +51,7 @@ def run(
         settings: other keys of the recipe, such as ``{"training.weight_decay": 0.0}``.
         output: the run folder; by default ``runs/<time>-<backbone>-<strategy>``. A folder that holds this
             very run is resumed where it stopped.
-        allow_changed: resume a run although its recipe, images or weights have changed.
+        allow_changed: resume a run even if its recipe, images or weights have changed.
         display: where progress is shown; stderr by default.
         distributed: the processes that share the work; by default this one alone.
         flags: ``data``, ``backbone``, ``strategy``, ``epochs``, ``lr`` and so on
@@ -78,7 +78,7 @@ def advise(
     display: Display | None = None,
     **flags: Unpack[Flags],
 ) -> Advice:
-    """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
+    """Choose a strategy by the number of images and their similarity to what the backbone was trained on.
 
     Args:
         recipe, settings: see :func:`run`.
@@ -335,7 +335,7 @@ def export(
     opset: int | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Write a model for others, and prove in a fresh process that it predicts what the run predicted.
+    """Export a model, and verify in a fresh process that it gives the run's predictions.
 
     Args:
         run: a finished run, or a model folder.
@@ -353,8 +353,8 @@ def export(
     with StopSignal():
         with _loading(display) as shown:
             from finetune.exporters.export import export as export_model
-            from finetune.exporters.export import read_wanted
-        wanted = read_wanted(format, preprocessing, probabilities, opset)
+            from finetune.exporters.export import parse_export_options
+        wanted = parse_export_options(format, preprocessing, probabilities, opset)
         return export_model(Path(fspath(run)), wanted, Path(fspath(output)), shown)
 
 
@@ -365,7 +365,7 @@ def compare(
 
     Args:
         runs: folders of at least two runs or evaluations.
-        output: a new folder for tables and a drawing; None writes nothing.
+        output: a new folder for tables and a plot; None writes nothing.
         display: see :func:`run`.
     """
     with _loading(display) as shown:

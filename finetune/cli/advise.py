@@ -1,4 +1,4 @@
-"""``finetune advise``: where the data stand in the lectures' matrix, and what follows."""
+"""``finetune advise``: choose a strategy from the position of the data in the lectures' matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.cli.options import (
     JsonOption,
     takes_source,
 )
-from finetune.cli.output import hand_over, print_table
+from finetune.cli.output import print_table, write_stdout
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def advise_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose a strategy from evidence: how many images there are, and how similar they are to ImageNet.
+    """Choose a strategy by the number of images and their similarity to what the backbone was trained on.
 
     Only linear classifiers on cached features are trained. `finetune run --strategy auto` does the same, and
     then trains with the chosen strategy.
@@ -47,7 +47,7 @@ def advise_command(
 
     advice = api.advise(recipe=recipe, output=output)
     if as_json:
-        hand_over(json.dumps(advice.to_dict()) + "\n")
+        write_stdout(json.dumps(advice.to_dict()) + "\n")
     else:
         _print(advice)
 
@@ -67,16 +67,16 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
         from finetune.features.rank_backbones import rank_backbones
     ranked = rank_backbones(recipe, names, display)
     if as_json:
-        hand_over(json.dumps([vars(one) for one in ranked]) + "\n")
+        write_stdout(json.dumps([vars(ranking) for ranking in ranked]) + "\n")
         return
     rows = [
         [
-            one.backbone,
-            f"{one.accuracy:.3f} ± {one.error:.3f}",
-            f"{one.num_features:,}",
-            f"{one.num_parameters:,}",
+            ranking.backbone,
+            f"{ranking.accuracy:.3f} ± {ranking.error:.3f}",
+            f"{ranking.num_features:,}",
+            f"{ranking.num_parameters:,}",
         ]
-        for one in ranked
+        for ranking in ranked
     ]
     print_table(("backbone", "nearest neighbours", "features", "parameters"), rows)
 
@@ -91,8 +91,8 @@ def _print(advice: Advice) -> None:
             typer.echo(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].description}")
     typer.echo()
     rows = [
-        [one.layer, f"{one.num_features:,}", f"{one.neighbours:.3f}", f"{one.accuracy:.3f}"]
-        for one in advice.depths
+        [depth.layer, f"{depth.num_features:,}", f"{depth.neighbours:.3f}", f"{depth.accuracy:.3f}"]
+        for depth in advice.depths
     ]
     print_table(("layer", "features", "nearest neighbours", "linear classifier"), rows)
     typer.echo()

@@ -1,4 +1,4 @@
-"""The command ``finetune``. Nothing here imports torch: ``finetune --help`` answers at once."""
+"""The command ``finetune``. No module here imports torch at its top, so that ``finetune --help`` is fast."""
 
 from __future__ import annotations
 

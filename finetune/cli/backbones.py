@@ -1,4 +1,4 @@
-"""``finetune backbones``: every name that can be fine-tuned, and what one is made of."""
+"""``finetune backbones``: list the networks that can be fine-tuned, and show the stages of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import print_table, refusals
+from finetune.cli.output import handled_errors, print_table
 from finetune.strategies import assign_groups, find_strategy, join_names, lay_phases
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ COLUMNS = ("name", "parameters", "input_size", "license", "weights")
 @app.callback()
 def list_backbones(
     context: typer.Context,
-    search: Annotated[str, typer.Option(help="Only names that hold this text.")] = "",
+    search: Annotated[str, typer.Option(help="Only names that contain this text.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array to stdout.")] = False,
 ) -> None:
     """List every name that can be fine-tuned: parameters, input size, licence, where its weights are."""
     if context.invoked_subcommand is not None:
         return
-    with refusals():
+    with handled_errors():
         with _busy():
             from pretrained.catalog import find_card, list_names
 
@@ -38,7 +38,7 @@ def list_backbones(
         elif rows:
             print_table(COLUMNS, ([_cell(row[column]) for column in COLUMNS] for row in rows))
         else:
-            typer.echo(f"no backbone's name holds {search!r}", err=True)
+            typer.echo(f"no backbone's name contains {search!r}", err=True)
 
 
 def _busy() -> AbstractContextManager[None]:
@@ -70,7 +70,7 @@ def show_backbone(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object to stdout.")] = False,
 ) -> None:
     """Show a backbone's stages in order, and which of them a strategy would train, at which factor."""
-    with refusals(as_json):
+    with handled_errors(as_json):
         with _busy():
             facts = _describe(name, strategy, top_stages)
         if as_json:
@@ -107,7 +107,7 @@ def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:
 
 
 def _layers(parameters: Iterable[str]) -> str:
-    """The first and the last layer of a stage; it may have hundreds."""
+    """Return the first and the last layer of a stage, which may have hundreds."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in parameters))
     return layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]}"
 

@@ -1,4 +1,4 @@
-"""``finetune cache``: what is kept between runs so that nothing is computed twice, and how to drop it."""
+"""``finetune cache``: list and clear the cached features and decoded images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import print_table, refusals
+from finetune.cli.output import handled_errors, print_table
 
 if TYPE_CHECKING:
     from finetune.runs.cache_dir import CachedFile
@@ -18,52 +18,52 @@ COLUMNS = ("kind", "of", "images", "size", "last used")
 
 
 @app.command("list")
-def list_kept(
+def list_files(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array to stdout.")] = False,
 ) -> None:
     """List cached features and decoded images, the least recently used first."""
     from finetune.runs.cache_dir import FeatureCacheDir
 
-    with refusals():
+    with handled_errors():
         cache_dir = FeatureCacheDir()
-        kept = cache_dir.list()
+        files = cache_dir.list()
         if as_json:
-            typer.echo(json.dumps([_facts(one) for one in kept], indent=1))
+            typer.echo(json.dumps([_facts(file) for file in files], indent=1))
             return
-        if kept:
-            print_table(COLUMNS, [_cells(one) for one in kept])
-        total = sum(one.num_bytes for one in kept)
-        typer.echo(f"{len(kept)} files, {_size(total)}, in {cache_dir.folder}", err=True)
+        if files:
+            print_table(COLUMNS, [_cells(file) for file in files])
+        total = sum(file.num_bytes for file in files)
+        typer.echo(f"{len(files)} files, {_size(total)}, in {cache_dir.folder}", err=True)
 
 
 @app.command("clear")
 def clear() -> None:
-    """Remove cached features and images that no run is using; the next run computes them again."""
+    """Remove cached features and images that no run uses; the next run computes them again."""
     from finetune.data.scan_cache import clear_scans
     from finetune.runs.cache_dir import FeatureCacheDir
 
-    with refusals():
+    with handled_errors():
         cache_dir = FeatureCacheDir()
         number, num_bytes = map(sum, zip(cache_dir.clear(), clear_scans(), strict=True))
         left = len(cache_dir.list())
-        in_use = f"; {left} in use by a run, or another user's, left alone" if left else ""
+        in_use = f"; {left} in use by a run or owned by another user, kept" if left else ""
         typer.echo(
             f"{number} files removed from {cache_dir.folder.parent}, {_size(num_bytes)} freed{in_use}",
             err=True,
         )
 
 
-def _facts(kept: CachedFile) -> dict[str, Any]:
-    return {"path": str(kept.path), "bytes": kept.num_bytes, "last_used": kept.used, **kept.facts}
+def _facts(file: CachedFile) -> dict[str, Any]:
+    return {"path": str(file.path), "bytes": file.num_bytes, "last_used": file.used, **file.facts}
 
 
-def _cells(kept: CachedFile) -> list[str]:
-    facts = kept.facts
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
+def _cells(file: CachedFile) -> list[str]:
+    facts = file.facts
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
     known = (facts[key] for key in ("backbone", "cut", "augmentation", "view") if key in facts)
     what = " ".join(str(value) for value in known if isinstance(value, int | str)) or "evaluation views"
     number = str(facts.get("num_images", "?"))
-    return [str(facts.get("kind", "?")), what, number, _size(kept.num_bytes), used]
+    return [str(facts.get("kind", "?")), what, number, _size(file.num_bytes), used]
 
 
 def _size(num_bytes: int) -> str:

@@ -1,23 +1,20 @@
-"""``finetune check``: what can be known of a data set before anything is trained on it."""
+"""``finetune check``: check a data set before a network is trained on it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from finetune.cli.options import JsonOption, OutputOption
-from finetune.cli.output import hand_over, print_table, refusals
+from finetune.cli.output import handled_errors, print_table, write_stdout
 from finetune.errors import ExitCode, UsageError, sanitize
-
-if TYPE_CHECKING:
-    pass
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": None}
 _SHOWN = 20
-"""Suspected labels that are printed; the file has all of them."""
+"""Largest number of suspected labels printed; the file lists all."""
 
 
 def check_command(
@@ -60,7 +57,7 @@ def check_command(
 
     The exit code is 0 when a run would accept the data, and 65 when it would not.
     """
-    with refusals(as_json):
+    with handled_errors(as_json):
         from finetune.runs.folder import default_folder
 
         folder = output or default_folder("check")
@@ -76,7 +73,7 @@ def check_command(
                 "--set": assignments,
             }
             if given := [name for name, value in others.items() if value is not None]:
-                found = f"a run was named as well, and says itself how its images were drawn: {run}"
+                found = f"a run was named as well, which has its own split: {run}"
                 raise UsageError(", ".join(given), found, "Drop one of the two.")
             _check_run(run, folder, as_json)
             return
@@ -94,7 +91,7 @@ def check_command(
             output=folder,
         )
         if as_json:
-            hand_over(json.dumps(result) + "\n")
+            write_stdout(json.dumps(result) + "\n")
         else:
             _print(result, folder)
         if result["errors"]:
@@ -102,7 +99,7 @@ def check_command(
 
 
 def _print(result: dict[str, Any], folder: Path) -> None:
-    """A paragraph a finding: what, and what to do; then counts, and where everything is."""
+    """Print a paragraph per issue with its fix, then the counts and the path of the files."""
     for finding in result["findings"]:
         severity = finding["severity"]
         typer.echo(typer.style(f"{severity}: ", fg=_COLOURS[severity], bold=True), nl=False)
@@ -112,18 +109,19 @@ def _print(result: dict[str, Any], folder: Path) -> None:
         _print_classes(summary)
         if folds := summary.get("folds"):
             names = list(next(iter(folds.values())))
-            print_table(("fold", *names), [[fold, *map(str, own.values())] for fold, own in folds.items()])
+            rows = [[fold, *map(str, counts.values())] for fold, counts in folds.items()]
+            print_table(("fold", *names), rows)
     totals = ", ".join(f"{result[kind]} {kind}" for kind in ("errors", "warnings", "notes"))
     typer.echo(f"{totals}; everything is in {folder}")
 
 
 def _print_classes(summary: dict[str, Any]) -> None:
-    parts = summary["parts"]
-    totals = ", ".join(f"{own['num_images']} {part}" for part, own in parts.items())
-    spread = "{min:g} to {max:g}"
+    splits = summary["parts"]
+    totals = ", ".join(f"{counts['num_images']} {split}" for split, counts in splits.items())
+    limits = "{min:g} to {max:g}"
     typer.echo(
         f"{summary['num_images']} images ({totals}), {summary['num_classes']} classes; "
-        f"width {spread.format(**summary['width'])}, height {spread.format(**summary['height'])}"
+        f"width {limits.format(**summary['width'])}, height {limits.format(**summary['height'])}"
         if summary["width"]["max"]
         else f"{summary['num_images']} images ({totals}), {summary['num_classes']} classes"
     )
@@ -137,7 +135,7 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
         from finetune.evaluation.label_issues import find_run_label_issues
     found = find_run_label_issues(run, folder, display)
     if as_json:
-        hand_over(json.dumps(found.to_dict()) + "\n")
+        write_stdout(json.dumps(found.to_dict()) + "\n")
         return
     cells = [
         [f"{own:.3f}", label, f"{other:.3f}", suggested, path]

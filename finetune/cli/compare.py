@@ -1,4 +1,4 @@
-"""``finetune compare``: which run is better, and whether that may be said."""
+"""``finetune compare``: compare runs on the same images, with a paired test for each pair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import hand_over, print_table, refusals
+from finetune.cli.output import handled_errors, print_table, write_stdout
 
 if TYPE_CHECKING:
     from finetune.evaluation.compare_runs import ComparisonResult
@@ -34,7 +34,7 @@ def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of `finetune run` or `finetune evaluate`.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A new folder for tables and a drawing.", show_default="none"),
+        typer.Option("--output", "-o", help="A new folder for tables and a plot.", show_default="none"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,33 +42,33 @@ def compare_command(
 
     Up to four runs are compared pairwise; more are compared with the first one.
     """
-    with refusals(as_json):
+    with handled_errors(as_json):
         from finetune import api
 
         result = api.compare(runs, output)
         if as_json:
-            hand_over(json.dumps(result.to_dict()) + "\n")
+            write_stdout(json.dumps(result.to_dict()) + "\n")
         else:
             _print(result)
 
 
 def _print(result: ComparisonResult) -> None:
     print_table(_COLUMNS, [_cells(row) for row in result.rows])
-    hand_over("\n" + "".join(f"{pair.sentence}, on {pair.num_images} images\n" for pair in result.pairs))
+    write_stdout("\n" + "".join(f"{pair.sentence}, on {pair.num_images} images\n" for pair in result.pairs))
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     low, high = row["accuracy_low"], row["accuracy_high"]
     interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-    figures = [_number(row[key], ".4f") for key in ("balanced_accuracy", "f1_macro", "loss", "ece")]
+    metrics = [_number(row[key], ".4f") for key in ("balanced_accuracy", "f1_macro", "loss", "ece")]
     solved = " (solved)" if row["solved_on"] else ""
-    said = [str(row["run"]), str(row["backbone"] or "-"), f"{row['strategy'] or '-'}{solved}"]
-    return [*said, _number(row["accuracy"], ".4f"), interval, *figures, *_costs(row)]
+    names = [str(row["run"]), str(row["backbone"] or "-"), f"{row['strategy'] or '-'}{solved}"]
+    return [*names, _number(row["accuracy"], ".4f"), interval, *metrics, *_costs(row)]
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:
     return [_number(row["seconds"], ".0f"), _number(row["learned"], ",")]
 
 
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: Any, format_spec: str) -> str:
+    return "-" if value is None else format(value, format_spec)

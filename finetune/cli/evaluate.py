@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from finetune.cli.options import JsonOption, OutputOption
-from finetune.cli.output import hand_over, refusals
+from finetune.cli.output import handled_errors, write_stdout
 from finetune.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate_command(
@@ -52,9 +49,9 @@ def evaluate_command(
 ) -> None:
     """Test finished models: metrics with intervals, calibration, a report.
 
-    Several models form an ensemble; several crops and scales are averaged. What each adds and costs is shown.
+    Several models form an ensemble; several crops and scales are averaged. Gain and cost of each are shown.
     """
-    with refusals(as_json):
+    with handled_errors(as_json):
         from finetune import api
 
         metrics = api.evaluate(
@@ -72,13 +69,13 @@ def evaluate_command(
             allow_leaks=allow_leaks,
         )
         if as_json:
-            hand_over(json.dumps(metrics) + "\n")
+            write_stdout(json.dumps(metrics) + "\n")
 
 
 def _read_scales(text: str | None) -> tuple[int, ...]:
     from finetune.api import split_words
 
-    words = split_words(text or "")
-    if not all(word.isdecimal() and len(word) < 6 for word in words):
-        raise UsageError(f"--scales {text}", "these are no numbers of pixels", "Take --scales 256,288.")
-    return tuple(map(int, words))
+    sides = split_words(text or "")
+    if not all(side.isdecimal() and len(side) < 6 for side in sides):
+        raise UsageError(f"--scales {text}", "these are not numbers of pixels", "Take --scales 256,288.")
+    return tuple(map(int, sides))

@@ -1,4 +1,4 @@
-"""``finetune export`` and ``finetune push``: the model for others."""
+"""``finetune export`` and ``finetune push``: export a model, or upload it to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import hand_over, refusals
+from finetune.cli.output import handled_errors, write_stdout
 from finetune.system.signals import StopSignal
 
 RunArgument = Annotated[Path, typer.Argument(help="A finished run, or a model folder.", metavar="RUN")]
@@ -37,15 +37,15 @@ def export_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model, and prove in a fresh process that it predicts what the run predicted."""
-    with refusals(as_json):
+    """Export a model, and verify in a fresh process that it gives the run's predictions."""
+    with handled_errors(as_json):
         from finetune import api
 
         report = api.export(
             run, output, format=format, preprocessing=layout, probabilities=with_probabilities, opset=opset
         )
         if as_json:
-            hand_over(json.dumps(report | {"output": str(output)}) + "\n")
+            write_stdout(json.dumps(report | {"output": str(output)}) + "\n")
 
 
 def push_command(
@@ -54,15 +54,15 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model in timm's format, prove it, and upload it to the Hugging Face hub."""
+    """Export a model in timm's format, verify it, and upload it to the Hugging Face hub."""
     from dataclasses import asdict
 
     from finetune.system.display import Display
 
-    with refusals(as_json), StopSignal():
+    with handled_errors(as_json), StopSignal():
         display = Display()
         with display.busy("loading torch"):
             from finetune.exporters.export import push
         pushed = push(run, repo_id, private, display)
         display.say(f"pushed {pushed.repo_id}, commit {pushed.commit[:12]}")
-        hand_over(json.dumps(asdict(pushed)) + "\n" if as_json else f"{pushed.url}\n")
+        write_stdout(json.dumps(asdict(pushed)) + "\n" if as_json else f"{pushed.url}\n")

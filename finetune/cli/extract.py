@@ -1,4 +1,4 @@
-"""``finetune extract``: features of any layers to CSV, Parquet or NumPy."""
+"""``finetune extract``: write the features of any layers as CSV, Parquet or NumPy files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.cli.options import (
     PoolOption,
     takes_source,
 )
-from finetune.cli.output import hand_over, print_table
+from finetune.cli.output import print_table, write_stdout
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 from finetune.errors import UsageError
 
@@ -46,7 +46,7 @@ def extract_command(
     processes: ProcessesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the features of a network's layers as tables: path, label, split, then the numbers.
+    """Write the features of a network's layers as tables: path, label, split, then the features.
 
     All layers come from one forward pass. An interrupted extraction is resumed.
     """
@@ -75,7 +75,7 @@ def extract_command(
             distributed=distributed,
         )
         if as_json and distributed.is_main:
-            hand_over(json.dumps(done) + "\n")
+            write_stdout(json.dumps(done) + "\n")
 
 
 def _list(recipe: Recipe, as_json: bool) -> None:
@@ -88,7 +88,7 @@ def _list(recipe: Recipe, as_json: bool) -> None:
     rows = [_facts("stage", layer) for layer in layers.all]
     rows += [_facts("module", layer) for layer in layers.modules().values()]
     if as_json:
-        hand_over(json.dumps(rows, indent=1) + "\n")
+        write_stdout(json.dumps(rows, indent=1) + "\n")
         return
     columns = ("layer", "kind", "from", "size", "num_features", "pool", "depth")
     print_table(columns, ([str(row[column]) for column in columns] for row in rows))

@@ -1,12 +1,12 @@
-"""The command line of a managed platform: its settings become flags, and results go where it looks for them.
+"""The command line on a managed platform: its settings become flags, and results go where it expects them.
 
 ::
 
-    finetune train             what SageMaker says; hyperparameters and channels lie in files
+    finetune train             as SageMaker calls it; hyperparameters and channels are in files
       -> finetune run --backbone=... --data=... --output=...
-    the end                    model and metrics are copied, or the reason of a failure is written
+    at the end                 model and metrics are copied, or the reason of a failure is written
 
-The first process of a job does this once. Those that it starts get plain words.
+The first process of a job does this once. The processes that it starts get an ordinary command line.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from finetune.cli.output import refusals, say
+from finetune.cli.output import handled_errors, say
 from finetune.errors import ExitCode, UsageError, sanitize
 from finetune.launch.platforms import Platform, find_platform, is_main_process
 from finetune.runs.files import disk_error, write_chunks
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 
-TOLD = "FINETUNE_PLATFORM"
-"""Environment variable: a process above has done all this already."""
-_PIECE = 1 << 20
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "null": False}
+TRANSLATED = "FINETUNE_PLATFORM"
+"""Environment variable, set if a parent process has translated the command line already."""
+_CHUNK = 1 << 20
+"""Bytes that are copied at a time."""
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "null": False}
 _LEFT_OUT = ("checkpoints", "model")
-"""Of a run folder, where its metrics are copied."""
+"""Folders of a run that are not copied with its metrics."""
 
 
 def call(app: typer.Typer) -> None:
-    """Run the command line, as the platform wants it that started this process, if one did."""
+    """Run the command line; on a platform, translate its settings first and deliver the results."""
     platform = None
-    if not os.environ.get(TOLD) and sys.argv[1:2] in (["run"], ["train"]):
+    if not os.environ.get(TRANSLATED) and sys.argv[1:2] in (["run"], ["train"]):
         try:
-            with refusals("--json" in sys.argv):
+            with handled_errors("--json" in sys.argv):
                 platform = find_platform()
         except typer.Exit as end:
             sys.exit(end.exit_code)
     if platform is None:
         app()
     else:
-        os.environ[TOLD] = platform.name
+        os.environ[TRANSLATED] = platform.name
         sys.exit(_serve(platform, app))
 
 
@@ -60,25 +61,25 @@ def _serve(platform: Platform, app: typer.Typer) -> int:
     command: Any = get_command(app)
     run = command.commands["run"]
     try:
-        with refusals("--json" in sys.argv):
-            platform, words = translate(platform, sys.argv[2:], run)
+        with handled_errors("--json" in sys.argv):
+            platform, arguments = translate(platform, sys.argv[2:], run)
             platform.check_writable()
     except typer.Exit as end:
         return end.exit_code
     if is_main_process():
-        say(sanitize(f"{platform.name}: finetune run {shlex.join(words)}"))
+        say(sanitize(f"{platform.name}: finetune run {shlex.join(arguments)}"))
         if platform.warning:
             say(f"warning: {platform.warning}")
-    sys.argv[1:] = ["run", *words]
+    sys.argv[1:] = ["run", *arguments]
     code = _run(app)
     if not is_main_process():
         return code
-    folder = RunFolder(Path(_parse(run, words)["output"] or platform.output))  # none before a mistake
+    folder = RunFolder(Path(_parse(run, arguments)["output"] or platform.output))  # none after a usage error
     code = _deliver(platform, folder, code)
     if code == ExitCode.DONE:
         platform.clear_failure()
     elif code != ExitCode.INTERRUPTED:
-        _explain(platform, folder, code, began, _complaint(run, words))
+        _write_failure(platform, folder, code, began, _usage_error(run, arguments))
     return code
 
 
@@ -90,34 +91,34 @@ def _run(app: typer.Typer) -> int:
     return int(ExitCode.DONE)
 
 
-# --- before --------------------------------------------------------------------------------------
+# --- settings of the platform as arguments -------------------------------------------------------
 
 
 def translate(platform: Platform, given: Sequence[str], run: Any) -> tuple[Platform, list[str]]:
-    """Return the words of ``finetune run`` that a platform means, and what it wants of that run.
+    """Return the platform with its output resolved, and the arguments of ``finetune run``.
 
     Args:
-        platform: that started the job.
-        given: the user's own words, which count more than the platform's.
-        run: the command, as Click has it.
+        platform: platform that started the job.
+        given: arguments of the user, which override the platform's settings.
+        run: Click command of ``finetune run``.
 
     Raises:
-        UsageError: settings that cannot be meant, or machines that do not know of each other.
+        UsageError: a setting is invalid, or the processes of several machines are not connected.
     """
-    words = [*_flags(platform.hyperparameters, run), *given]
-    asked = _parse(run, words)
-    _check_machines(platform, bool(asked["output"]))
-    if not asked["output"]:
+    arguments = [*_flags(platform.hyperparameters, run), *given]
+    parsed = _parse(run, arguments)
+    _check_machines(platform, bool(parsed["output"]))
+    if not parsed["output"]:
         platform = platform.resolve_output()
-        words += ["--output", str(platform.output)]
-    has_data = asked["data"] or any(word.startswith("data.path=") for word in asked["assignments"])
+        arguments += ["--output", str(platform.output)]
+    has_data = parsed["data"] or any(text.startswith("data.path=") for text in parsed["assignments"])
     if not has_data and (data := platform.find_data()):
-        words += ["--data", str(data)]
-    return platform, words
+        arguments += ["--data", str(data)]
+    return platform, arguments
 
 
 def _flags(hyperparameters: Mapping[str, str], run: Any) -> Iterator[str]:
-    """Yield a flag for each setting that is called like one; the others are keys of the recipe."""
+    """Yield a flag for each hyperparameter with the name of one, and ``--set`` for the others."""
     options = {name: option for option in run.params for name in option.opts if name.startswith("--")}
     for key, value in sorted(hyperparameters.items()):
         name = f"--{key.replace('_', '-')}"
@@ -126,42 +127,40 @@ def _flags(hyperparameters: Mapping[str, str], run: Any) -> Iterator[str]:
             yield from ("--set", f"{key}={value}")
         elif not option.is_flag:
             yield from [f"{name}={value}"] if value != "null" else []
-        elif value.lower() not in _TRUTH:
-            raise UsageError(
-                f"hyperparameter {key}={value}", "it is switched on or off", "Take true or false."
-            )
-        elif _TRUTH[value.lower()]:
+        elif value.lower() not in _BOOLEANS:
+            raise UsageError(f"hyperparameter {key}={value}", "it is a switch", "Use true or false.")
+        elif _BOOLEANS[value.lower()]:
             yield name
 
 
-def _parse(run: Any, words: Sequence[str]) -> dict[str, Any]:
-    """Return what the words ask for; mistakes among them are for the command itself to tell."""
-    parameters: dict[str, Any] = run.make_context("run", list(words), resilient_parsing=True).params
+def _parse(run: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the parsed arguments; the command itself reports mistakes among them."""
+    parameters: dict[str, Any] = run.make_context("run", list(arguments), resilient_parsing=True).params
     return parameters
 
 
 def _check_machines(platform: Platform, has_output: bool) -> None:
-    """Refuse to train a model on each machine where one is meant."""
+    """Refuse to train a separate model on each of several machines."""
     count = len(platform.machines)
     if count <= 1:
         return
     asked = f"{platform.name}: {count} machines"
     if "RANK" not in os.environ:
-        found = "nothing has told their processes of each other, and each would train a model of its own"
-        fix = "Take one machine with more GPUs (--gpus), or start torchrun on each (docs/platforms.md)."
+        found = "no launcher has connected their processes, and each would train a model of its own"
+        fix = "Use one machine with more GPUs (--gpus), or start torchrun on each (docs/platforms.md)."
         raise UsageError(asked, found, fix)
     if not has_output:
-        found = "the run folder has to lie where all of them see it"
-        raise UsageError(asked, found, "Name such a place with --output.")
+        found = "the run folder must be on a disk that all of them share"
+        raise UsageError(asked, found, "Name such a folder with --output.")
 
 
-# --- after ---------------------------------------------------------------------------------------
+# --- results for the platform --------------------------------------------------------------------
 
 
 def _deliver(platform: Platform, folder: RunFolder, code: int) -> int:
-    """Copy what the platform looks for; return the exit code, which a model that is not there changes."""
+    """Copy model and metrics to the platform's folders; return the exit code, which a failed copy changes."""
     try:
-        with refusals():
+        with handled_errors():
             _copy_results(platform, folder)
             if code == ExitCode.DONE and platform.model is not None:
                 _copy_model(folder, platform.model)
@@ -171,9 +170,9 @@ def _deliver(platform: Platform, folder: RunFolder, code: int) -> int:
 
 
 def _copy_results(platform: Platform, folder: RunFolder) -> None:
-    place = folder.path.absolute()
-    if platform.results is not None and not place.is_relative_to(platform.results.absolute()):
-        copy_files(place, platform.results, _LEFT_OUT)
+    path = folder.path.absolute()
+    if platform.results is not None and not path.is_relative_to(platform.results.absolute()):
+        copy_files(path, platform.results, _LEFT_OUT)
     if platform.tensorboard is not None:
         copy_files(folder.tracking / "tensorboard", platform.tensorboard)
 
@@ -187,12 +186,12 @@ def _copy_model(folder: RunFolder, target: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, left_out: Sequence[str] = ()) -> None:
-    """Copy all files below a folder but hidden ones; there may be no such folder.
+    """Copy all files below a folder, except for hidden ones.
 
     Args:
-        source: may be missing.
-        target: is created, with all folders above it.
-        left_out: names of folders that stay behind, wherever they are.
+        source: folder to copy; nothing is copied if it does not exist.
+        target: folder to copy to; it and its parents are created.
+        left_out: names of folders that are not copied, at any depth.
 
     Raises:
         DiskError: the target cannot be written.
@@ -205,40 +204,41 @@ def copy_files(source: Path, target: Path, left_out: Sequence[str] = ()) -> None
             (target / inner).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(target, error) from None
-        write_chunks(target / inner, _pieces(path))
+        write_chunks(target / inner, _read_chunks(path))
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _read_chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            yield piece
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
-def _explain(platform: Platform, folder: RunFolder, code: int, began: float, complaint: str) -> None:
-    """Write the reason of a failure, unless the process that failed has written it."""
+def _write_failure(platform: Platform, folder: RunFolder, code: int, began: float, usage_error: str) -> None:
+    """Write the reason of a failure for the platform, unless the process that failed has written it."""
     if platform.failure is None:
         return
-    written = _changed(platform.failure)
+    written = _modified(platform.failure)
     outcome = RunReader(folder, tolerant=True).outcome
-    if outcome.get("exit_code") == code and _changed(folder.outcome) >= max(began - 1, written):
+    if outcome.get("exit_code") == code and _modified(folder.outcome) >= max(began - 1, written):
         platform.write_failure(str(outcome.get("message")), str(outcome.get("hint")))
     elif not written:
-        said = complaint or f"finetune run ended with exit code {code}"
-        platform.write_failure(said, "The log says more; docs/errors.md says what each exit code means.")
+        message = usage_error or f"finetune run ended with exit code {code}"
+        platform.write_failure(message, "See the log; docs/errors.md lists the exit codes.")
 
 
-def _changed(path: Path) -> float:
+def _modified(path: Path) -> float:
+    """Return the modification time of a file in seconds since 1970; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
         return 0.0
 
 
-def _complaint(run: Any, words: Sequence[str]) -> str:
-    """Return what the parser of the command line objects to."""
+def _usage_error(run: Any, arguments: Sequence[str]) -> str:
+    """Return the error message of the command line's parser; empty if there is none."""
     try:
-        run.make_context("run", list(words))
-    except Exception as error:  # Typer brings a Click of its own
-        tell = getattr(error, "format_message", None)
-        return sanitize(f"finetune run: {tell()}") if tell else ""
+        run.make_context("run", list(arguments))
+    except Exception as error:  # Typer may bundle its own Click, so the class is unknown
+        format_message = getattr(error, "format_message", None)
+        return sanitize(f"finetune run: {format_message()}") if format_message else ""
     return ""

@@ -1,4 +1,4 @@
-"""The flags that all commands on features share, and the recipe that they make."""
+"""The flags that all commands on features share, and the recipe that is built from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from finetune.cli.output import refusals
+from finetune.cli.output import handled_errors
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -94,9 +94,12 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
 
 
 def takes_source(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags that choose a network and images, and hand it the recipe that they make.
+    """Add the flags that choose a network and images to a command, which gets the recipe built from them.
 
-    Its errors become messages and exit codes.
+    Errors of the command become messages and exit codes.
+
+    Args:
+        command: function whose first parameter is ``recipe``.
     """
     hints = get_type_hints(command, localns={"Recipe": object}, include_extras=True)
     own = [
@@ -110,20 +113,20 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @wraps(command)
-    def take(**words: Any) -> None:
-        flags = {name: words.pop(name) for name in _FLAGS}
-        with refusals(words.get("as_json", False)):
-            command(_read(flags), **words)
+    def wrapper(**arguments: Any) -> None:
+        flags = {name: arguments.pop(name) for name in _FLAGS}
+        with handled_errors(arguments.get("as_json", False)):
+            command(_build_recipe(flags), **arguments)
 
-    arguments = [parameter for parameter in own if parameter.default is Parameter.empty]
-    every = [*arguments, *shared, *(parameter for parameter in own if parameter not in arguments)]
-    take.__signature__ = Signature(every)  # type: ignore[attr-defined]
-    take.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-    return take
+    required = [parameter for parameter in own if parameter.default is Parameter.empty]
+    parameters = [*required, *shared, *(parameter for parameter in own if parameter not in required)]
+    wrapper.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
 
 
-def _read(flags: dict[str, Any]) -> Recipe:
-    """A flag that was not given stays at its default."""
+def _build_recipe(flags: dict[str, Any]) -> Recipe:
+    """Return the recipe; flags that were not given keep the recipe's defaults."""
     from finetune.recipe import parse_assignments
     from finetune.recipe.flags import build_recipe
 

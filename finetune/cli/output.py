@@ -1,6 +1,7 @@
 """Output of the commands: errors and messages on stderr, results and tables on stdout.
 
-An error becomes a message and the documented exit code, never a traceback."""
+An error becomes a message and the documented exit code, never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ DEBUG_VARIABLE = "FINETUNE_DEBUG"
 
 
 @contextmanager
-def refusals(as_json: bool = False) -> Iterator[None]:
+def handled_errors(as_json: bool = False) -> Iterator[None]:
     """Turn errors into messages and exit codes.
 
     Args:
@@ -35,7 +36,7 @@ def refusals(as_json: bool = False) -> Iterator[None]:
         _fail(error.message, error.fix, error.exit_code, as_json)
     except KeyboardInterrupt:
         _fail("interrupted", "Give the same command again.", ExitCode.INTERRUPTED, as_json)
-    except BrokenPipeError:  # the reader of stdout has left, as `head` does
+    except BrokenPipeError:  # the reader of stdout has ended, such as `head`
         _silence(sys.stdout)
         raise typer.Exit(ExitCode.DONE) from None
     except Exception as error:
@@ -60,7 +61,7 @@ def show_failure(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
         write_failure(message, fix)
     if as_json:
         state = "interrupted" if code == ExitCode.INTERRUPTED else "failed"
-        hand_over(
+        write_stdout(
             json.dumps({"state": state, "message": message, "hint": fix, "exit_code": int(code)}) + "\n"
         )
 
@@ -73,7 +74,7 @@ def say(line: str) -> None:
         _silence(sys.stderr)
 
 
-def hand_over(text: str | bytes) -> None:
+def write_stdout(text: str | bytes) -> None:
     """Write to stdout; a closed stdout is ignored, so that the exit code stays right."""
     try:
         typer.echo(text, nl=False)

@@ -1,4 +1,4 @@
-"""``finetune predict``: images in, labels and probabilities out."""
+"""``finetune predict``: write the labels and probabilities of any number of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import hand_over, refusals
+from finetune.cli.output import handled_errors, write_stdout
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 
 
@@ -36,7 +36,10 @@ def predict_command(
         ),
     ] = None,
     crops: Annotated[
-        int, typer.Option("--crops", help="1, 5 or 10 crops of each image, averaged; as many times slower.")
+        int,
+        typer.Option(
+            "--crops", help="1, 5 or 10 crops of each image, averaged; N crops take N times as long."
+        ),
     ] = 1,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Batch size.", show_default="32; GPU 128")
@@ -58,7 +61,7 @@ def predict_command(
 
     The same command resumes an interrupted prediction.
     """
-    with refusals(as_json):
+    with handled_errors(as_json):
         start_processes(processes, gpus, device)
         device = "cuda" if gpus else device
         with joined_processes(device, 0, as_json) as distributed:
@@ -84,4 +87,4 @@ def predict_command(
                 distributed=distributed,
             )
             if as_json and distributed.is_main:
-                hand_over(json.dumps(done) + "\n")
+                write_stdout(json.dumps(done) + "\n")

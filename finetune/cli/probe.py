@@ -1,4 +1,4 @@
-"""``finetune probe``: which layer is best."""
+"""``finetune probe``: train classifiers on the features of each layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.cli.options import (
     PoolOption,
     takes_source,
 )
-from finetune.cli.output import hand_over, print_table
+from finetune.cli.output import print_table, write_stdout
 
 if TYPE_CHECKING:
     from finetune.features.probe import ProbeRow
@@ -53,13 +53,13 @@ def probe_command(
         pool=pool,
     )
     if as_json:
-        hand_over(json.dumps([row.to_dict(per_class) for row in rows]) + "\n")
+        write_stdout(json.dumps([row.to_dict(per_class) for row in rows]) + "\n")
     else:
         _print(rows)
 
 
 def _print(rows: list[ProbeRow]) -> None:
-    """A line a layer, a column a classifier: mean and standard deviation in percent."""
+    """Print a row per layer and a column per classifier: mean and standard deviation in percent."""
     kinds = list(dict.fromkeys(row.result.classifier for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:

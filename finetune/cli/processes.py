@@ -1,4 +1,4 @@
-"""A command in several processes: started here, or joined where a launcher has started them."""
+"""Run a command in several processes: start them, or join those that a launcher has started."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ProcessesOption = Annotated[
 
 
 class Engine(StrEnum):
-    """What starts the processes."""
+    """The launcher of the processes."""
 
     TORCH = "torch"
     RAY = "ray"
@@ -44,22 +44,29 @@ EngineOption = Annotated[
     typer.Option("--engine", help="Start the processes on this machine (torch), or on a Ray cluster (ray)."),
 ]
 _LEAVE_SECONDS = 15.0
-"""That the main process has to write why all end: launchers end it as soon as another one has ended."""
+"""Seconds that another rank waits before it ends, so that rank 0 can write the reason: a launcher ends all
+ranks as soon as one has ended."""
 DEFAULT_TIMEOUT = 600.0
-"""Seconds that a process may let the others wait, where nobody has said it."""
+"""Seconds that the other ranks wait for one, by default."""
 
 
 def start_processes(
     processes: int | None, gpus: int | None, device: str, engine: Engine = Engine.TORCH
 ) -> None:
-    """Do the work in several processes, and leave with their exit code; return where one is enough.
+    """Run the command line in several processes and exit with their exit code; return if one is enough.
+
+    Args:
+        processes: number of processes; None if it was not given.
+        gpus: number of GPUs, with one process each; None if it was not given.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        engine: launcher of the processes.
 
     Raises:
         UsageError: options contradict each other.
-        EnvironmentFaultError: there are fewer GPUs, or Ray is not there.
+        EnvironmentFaultError: there are fewer GPUs, or Ray is not installed.
     """
     if engine is Engine.RAY and processes is None and gpus is None:
-        found = "it does not say how many processes the cluster is to run"
+        found = "the number of processes is missing"
         raise UsageError("--engine ray", found, "Add --processes N, or --gpus N.")
     number = check_processes(processes, gpus, device, elsewhere=engine is Engine.RAY)
     if number is not None and engine is Engine.RAY:
@@ -68,22 +75,22 @@ def start_processes(
         raise typer.Exit(launch_on_ray(sys.argv[1:], number, gpus is not None, say))
     if number is not None:
         raise typer.Exit(launch(sys.argv[1:], number))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, when it is killed, leaves its processes behind
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun leaves its processes running
         end_with_parent(os.getppid())
 
 
 @contextmanager
 def joined_processes(device: str, timeout: float, as_json: bool = False) -> Iterator[Distributed]:
-    """Join the processes of a job while the block runs; the main one alone says how that ended.
+    """Join the processes of a job while the block runs; only rank 0 reports how it ended.
 
     Args:
-        device: that the work is done on.
-        timeout: seconds that a process may let the others wait; 0 takes the default.
+        device: device that the work is done on.
+        timeout: seconds that the other ranks wait for one; 0 for the default.
         as_json: whether a failure is also written to stdout, as one JSON object.
     """
     is_main = not is_in_job() or os.environ["RANK"] == "0"
     if is_in_job():
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch: frames of C++ help nobody
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch is imported: no C++ stack traces
     with reported_exit(is_main):
         from finetune.system.distributed import SINGLE_PROCESS
         from finetune.system.join import join_distributed
@@ -105,7 +112,7 @@ def joined_processes(device: str, timeout: float, as_json: bool = False) -> Iter
 
 @contextmanager
 def _silent_failures(distributed: Distributed) -> Iterator[None]:
-    """Leave with the exit code of an error, and its words to the main process."""
+    """Report an error to rank 0, and exit with its exit code without a message."""
     from finetune.runs.outcome import report_unexpected
     from finetune.system.join import leave_distributed
 
@@ -113,13 +120,13 @@ def _silent_failures(distributed: Distributed) -> Iterator[None]:
         with report_unexpected(distributed):
             yield
     except FinetuneError as error:
-        leave_distributed(distributed)  # so that the others notice
+        leave_distributed(distributed)  # so that the other ranks notice
         time.sleep(_LEAVE_SECONDS)
         raise typer.Exit(int(error.exit_code)) from None
 
 
 def leave(code: int) -> NoReturn:
-    """End; one of several processes without taking connections down, where torch was seen to crash."""
+    """Exit; a rank of a job exits without closing its connections, in which torch sometimes crashes."""
     if is_in_job():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""``finetune pull``: fetch weights now, to work without a network later."""
+"""``finetune pull``: download weights, to work without a network later."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import hand_over, refusals, say
+from finetune.cli.output import handled_errors, say, write_stdout
 from finetune.system.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ def pull_command(
     offline: Annotated[bool, typer.Option("--offline", help="Only list what is on this machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")] = False,
 ) -> None:
-    """Fetch the weights of backbones, check them, and show where they are kept.
+    """Download the weights of backbones, verify them, and show where they are kept.
 
     Later runs find them without a network. HF_ENDPOINT and FINETUNE_MIRROR name mirrors. If some downloads
-    fail, the others are still fetched, and the exit code is that of the first failure.
+    fail, the others continue, and the exit code is that of the first failure.
     """
-    with refusals(as_json), StopSignal():
+    with handled_errors(as_json), StopSignal():
         from finetune.system.display import Display
 
         display = Display()
@@ -33,22 +33,27 @@ def pull_command(
 
         pulled = pull(names, offline, display)
         if as_json:
-            hand_over(json.dumps([_facts(one) for one in pulled]) + "\n")
-        for one in pulled:
-            _say(one, as_json)
-        failures = [one.error for one in pulled if one.error is not None]
+            write_stdout(json.dumps([_facts(weights) for weights in pulled]) + "\n")
+        for weights in pulled:
+            _report(weights, as_json)
+        failures = [weights.error for weights in pulled if weights.error is not None]
         if failures:
             raise typer.Exit(int(failures[0].exit_code))
 
 
-def _facts(one: Pulled) -> dict[str, Any]:
-    path = None if one.path is None else str(one.path)
-    return {"name": one.name, "path": path, "was_here": one.was_here, "error": one.error and str(one.error)}
+def _facts(weights: Pulled) -> dict[str, Any]:
+    return {
+        "name": weights.name,
+        "path": None if weights.path is None else str(weights.path),
+        "was_here": weights.was_here,
+        "error": weights.error and str(weights.error),
+    }
 
 
-def _say(one: Pulled, as_json: bool) -> None:
-    if one.error is not None:
-        say(f"error: {one.error}")
-    elif one.path is not None and not as_json:
-        size = one.path.stat().st_size / 1e6
-        typer.echo(f"{one.name}  {one.path}  {size:.1f} MB{', here already' if one.was_here else ''}")
+def _report(weights: Pulled, as_json: bool) -> None:
+    if weights.error is not None:
+        say(f"error: {weights.error}")
+    elif weights.path is not None and not as_json:
+        size = weights.path.stat().st_size / 1e6
+        cached = ", here already" if weights.was_here else ""
+        typer.echo(f"{weights.name}  {weights.path}  {size:.1f} MB{cached}")

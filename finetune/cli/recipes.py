@@ -1,4 +1,4 @@
-"""``finetune recipes``: the complete runs that come with the package."""
+"""``finetune recipes``: list and show the recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import refusals
+from finetune.cli.output import handled_errors
 
 app = typer.Typer(help="List and show the shipped recipes.", invoke_without_command=True)
 
@@ -16,7 +16,7 @@ def list_recipes(context: typer.Context) -> None:
     """List the shipped recipes, each with its first sentence."""
     if context.invoked_subcommand is not None:
         return
-    with refusals():
+    with handled_errors():
         from finetune.recipe import shipped_recipes
 
         recipes = shipped_recipes()
@@ -28,7 +28,7 @@ def list_recipes(context: typer.Context) -> None:
 @app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")]) -> None:
     """Print a recipe; save it to a file to change it."""
-    with refusals():
+    with handled_errors():
         from finetune.recipe import find_recipe
 
         typer.echo(find_recipe(name), nl=False)

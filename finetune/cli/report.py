@@ -1,4 +1,4 @@
-"""``finetune report``: the page of a run, made again."""
+"""``finetune report``: write the report of a run or an evaluation again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import hand_over, refusals
+from finetune.cli.output import handled_errors, write_stdout
 
 
 def report_command(
@@ -17,7 +17,7 @@ def report_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html and plots/ of a run again, from the files in its folder."""
-    with refusals(as_json):
+    with handled_errors(as_json):
         from finetune.system.display import Display
 
         display = Display()
@@ -27,4 +27,4 @@ def report_command(
         folder = RunFolder(run)
         write_run_report(folder, display)
         if as_json:
-            hand_over(json.dumps({"report": str(folder.report), "plots": str(folder.plots)}) + "\n")
+            write_stdout(json.dumps({"report": str(folder.report), "plots": str(folder.plots)}) + "\n")

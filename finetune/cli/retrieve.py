@@ -1,4 +1,4 @@
-"""``finetune similar`` and ``finetune map``: images by their features."""
+"""``finetune similar`` and ``finetune map``: find similar images, and draw a feature space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.cli.options import (
     PoolOption,
     takes_source,
 )
-from finetune.cli.output import hand_over, print_table
+from finetune.cli.output import print_table, write_stdout
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def similar_command(
         recipe, image, layer, top, output or default_folder("similar"), read_pool(pool), display
     )
     if as_json:
-        hand_over(json.dumps(rows) + "\n")
+        write_stdout(json.dumps(rows) + "\n")
         return
     cells = [[str(row["rank"]), f"{row['similarity']:.4f}", row["label"], row["path"]] for row in rows]
     print_table(("rank", "similarity", "label", "path"), cells)
@@ -62,9 +62,9 @@ def map_command(
     output: OutputOption = None,
     pool: PoolOption = "auto",
 ) -> None:
-    """Draw a layer's feature space: every image a point, coloured by class, in map.png and map.csv."""
+    """Draw a layer's feature space: one point per image, coloured by class, in map.png and map.csv."""
     if method not in ("pca", "umap"):
-        raise UsageError(f"--method {method}", "there is no such method", "Take pca or umap.")
+        raise UsageError(f"--method {method}", "there is no such method", "Use pca or umap.")
     from finetune.system.display import Display
 
     display = Display()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from finetune.cli.output import hand_over, refusals, say
+from finetune.cli.output import handled_errors, say, write_stdout
 from finetune.cli.processes import (
     Engine,
     EngineOption,
@@ -66,7 +66,7 @@ def run_command(
             "--set", help="Any other key of the recipe; may be repeated.", metavar="SECTION.KEY=VALUE"
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the images.", show_default="10")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of epochs.", show_default="10")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="auto")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Base learning rate, which the head uses.", show_default="auto")
@@ -86,11 +86,12 @@ def run_command(
         ),
     ] = None,
     allow_leaks: Annotated[
-        bool, typer.Option("--allow-leaks", help="Continue although copies of an image lie in two splits.")
+        bool, typer.Option("--allow-leaks", help="Continue even if copies of an image are in two splits.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same bits (on a CPU).", show_default="0")
+        int | None,
+        typer.Option(help="Random seed; on a CPU, the same seed gives the same bits.", show_default="0"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
@@ -101,20 +102,20 @@ def run_command(
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Train with so many seeds; report mean and standard deviation.")
+        int, typer.Option(min=1, help="Number of seeds to train with; reports mean and standard deviation.")
     ] = 1,
     folds: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Cross-validate: each of so many folds is the validation split once.",
+            help="Number of folds for cross-validation; each is the validation split once.",
             show_default="1",
         ),
     ] = 1,
     allow_changed: Annotated[
         bool,
         typer.Option(
-            "--allow-changed", help="Resume a run although its recipe, images or weights have changed."
+            "--allow-changed", help="Resume a run even if its recipe, images or weights have changed."
         ),
     ] = False,
     gpus: GpusOption = None,
@@ -154,43 +155,43 @@ def run_command(
         "seed": seed,
         "device": "cuda" if gpus else device,
     }
-    with refusals(as_json):
-        words = assignments or []
+    with handled_errors(as_json):
+        settings_given = assignments or []
         if is_in_job() and (repeats > 1 or folds > 1):
-            found = "a launcher has started the processes of one run"
-            raise UsageError("--repeats or --folds", found, "Start without it, with --gpus N.")
+            found = "a launcher has started the processes of a single run"
+            raise UsageError("--repeats or --folds", found, "Start without the launcher, with --gpus N.")
         if (gpus or processes) and (repeats > 1 or folds > 1) and not stall_timeout:
-            found = "without a process that watches, the runs of a series have one process each"
+            found = "without a supervisor, the runs of a series have one process each"
             raise UsageError("--stall-timeout 0", found, "Leave it out.")
-        if series := find_series(repeats, folds, lambda: _read(recipe, flags, words).seed, output):
+        if series := find_series(repeats, folds, lambda: _read(recipe, flags, settings_given).seed, output):
 
             def run_here(member: Member) -> dict[str, Any]:
-                settings = _read(recipe, flags, [*words, *member.assignments])
+                settings = _read(recipe, flags, [*settings_given, *member.assignments])
                 if member.seed is not None:
                     settings = settings.model_copy(update={"seed": member.seed})
                 return _run(settings, series.output / member.name, Heartbeat(None), allow_changed)
 
-            named = fix_backbone(series, _read(recipe, flags, words))
-            run_series(named, stall_timeout, run_here, as_json)
+            fixed = fix_backbone(series, _read(recipe, flags, settings_given))
+            run_series(fixed, stall_timeout, run_here, as_json)
             return
         parent = find_parent()
         if parent is None and stall_timeout > 0 and not is_in_job() and not is_started_here():
-            _watch_over(stall_timeout)
+            _supervise(stall_timeout)
         if parent is not None:
             end_with_parent(parent[1])
-        settings = _read(recipe, flags, words)
+        settings = _read(recipe, flags, settings_given)
         start_processes(processes, gpus, device or "auto", engine)
         with joined_processes(settings.device, stall_timeout, as_json) as distributed:
             heartbeat = Heartbeat(parent[0] if parent is not None and distributed.is_main else None)
             metrics = _run(settings, output, heartbeat, allow_changed, distributed)
             if as_json and distributed.is_main:
-                hand_over(json.dumps(metrics) + "\n")
+                write_stdout(json.dumps(metrics) + "\n")
 
 
-def _watch_over(stall_timeout: float) -> NoReturn:
-    """Do the work in a child process, and leave with its exit code."""
+def _supervise(stall_timeout: float) -> NoReturn:
+    """Run the command in a supervised child process, and exit with its exit code."""
     code, output = Supervisor(sys.argv[1:], stall_timeout, say).run()
-    hand_over(output)
+    write_stdout(output)
     raise typer.Exit(code)
 
 

@@ -1,4 +1,4 @@
-"""``finetune run --repeats K`` and ``--folds K``: the same run several times, each watched over by itself."""
+"""``finetune run --repeats K`` and ``--folds K``: the same run several times, each with a supervisor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from finetune.cli.output import hand_over, say
+from finetune.cli.output import say, write_stdout
 from finetune.errors import UsageError
 from finetune.launch.supervisor import Supervisor
 
@@ -24,20 +24,20 @@ class Member:
     """One run of a series.
 
     Attributes:
-        name: of its folder.
-        seed: its own, where the series is one of seeds.
-        assignments: of recipe keys, as ``--set`` takes them.
+        name: name of its folder.
+        seed: its seed, if the series varies the seed; else None.
+        assignments: recipe keys with their values, in the form of ``--set``.
     """
 
     name: str
     seed: int | None = None
     assignments: tuple[str, ...] = ()
 
-    def words(self, output: Path) -> list[str]:
-        """Return what is added to the command line of the series: of a flag given twice, the last counts."""
-        words = ["--repeats", "1", "--folds", "1", "--json", "--output", str(output / self.name)]
-        words += ["--seed", str(self.seed)] if self.seed is not None else []
-        return words + [word for assignment in self.assignments for word in ("--set", assignment)]
+    def arguments(self, output: Path) -> list[str]:
+        """Return the arguments to append to those of the series; the last of a repeated flag counts."""
+        arguments = ["--repeats", "1", "--folds", "1", "--json", "--output", str(output / self.name)]
+        arguments += ["--seed", str(self.seed)] if self.seed is not None else []
+        return arguments + [text for assignment in self.assignments for text in ("--set", assignment)]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Series:
 
     Attributes:
         kind: ``repeats`` or ``folds``.
-        members: at least two.
-        output: holds their folders.
+        members: the runs, at least two.
+        output: folder that contains their folders.
     """
 
     kind: str
@@ -56,16 +56,16 @@ class Series:
 
 
 def find_series(repeats: int, folds: int, find_seed: Callable[[], int], output: Path | None) -> Series | None:
-    """Return the series that was asked for; None for a single run.
+    """Return the requested series; None for a single run.
 
     Args:
-        repeats: runs with a seed each.
-        folds: runs with a fold each.
-        find_seed: gives the first seed.
-        output: of the series.
+        repeats: number of runs with a seed each.
+        folds: number of runs with a fold each.
+        find_seed: returns the first seed.
+        output: folder of the series; None for the default.
 
     Raises:
-        UsageError: both kinds at once.
+        UsageError: both kinds are requested at once.
     """
     if repeats > 1 and folds > 1:
         raise UsageError("--repeats and --folds", "a series has one kind", "Drop one of the two.")
@@ -79,10 +79,10 @@ def find_series(repeats: int, folds: int, find_seed: Callable[[], int], output: 
 
 
 def fix_backbone(series: Series, recipe: Recipe) -> Series:
-    """Return a series whose runs have the same backbone, where none was named: each would choose its own.
+    """Return the series with one backbone for all runs; if none is named, each would choose its own.
 
     Raises:
-        FinetuneError: none can be chosen.
+        FinetuneError: no backbone can be chosen.
     """
     if recipe.backbone.name:
         return series
@@ -93,22 +93,22 @@ def fix_backbone(series: Series, recipe: Recipe) -> Series:
     check_asked(recipe)
     named = name_backbone(recipe, series.output / series.members[0].name, Display())
     assignment = f"backbone.name={named.backbone.name}"
-    members = [replace(one, assignments=(*one.assignments, assignment)) for one in series.members]
+    members = [replace(member, assignments=(*member.assignments, assignment)) for member in series.members]
     return replace(series, members=tuple(members))
 
 
-def drop_seed(words: Sequence[str]) -> list[str]:
-    """Return a command line without the seed that it gives: each run of a series has its own."""
+def drop_seed(arguments: Sequence[str]) -> list[str]:
+    """Return arguments without the seed, since each run of a series has its own."""
     kept: list[str] = []
-    left = iter(words)
-    for word in left:
-        if word == "--seed":
-            next(left, None)
-        elif word == "--set":
-            value = next(left, "")
-            kept += [] if _sets_seed(value) else [word, value]
-        elif not word.startswith(("--seed=", "--set=seed=")):
-            kept.append(word)
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--seed":
+            next(remaining, None)
+        elif argument == "--set":
+            value = next(remaining, "")
+            kept += [] if _sets_seed(value) else [argument, value]
+        elif not argument.startswith(("--seed=", "--set=seed=")):
+            kept.append(argument)
     return kept
 
 
@@ -130,13 +130,14 @@ def _folds(folds: int) -> Iterator[Member]:
 def run_series(
     series: Series, stall_timeout: float, run_here: Callable[[Member], dict[str, Any]], as_json: bool
 ) -> None:
-    """Run every member; the first that fails ends the series with its exit code.
+    """Run every member; the first one that fails ends the series with its exit code.
 
     Args:
-        series: to be run.
-        stall_timeout: seconds; 0 runs the members in this process.
-        run_here: does that, and returns the member's metrics.
-        as_json: print ``series.json``.
+        series: series to run.
+        stall_timeout: seconds without progress after which a run is restarted; 0 runs the members in this
+            process, without a supervisor.
+        run_here: runs a member in this process, and returns its metrics.
+        as_json: whether to print ``series.json``.
     """
     from finetune.pipeline.series import create_series_folder, finish_series
     from finetune.system.display import Display
@@ -148,15 +149,15 @@ def run_series(
         runs[member.name] = _run_child(series, member, stall_timeout) if stall_timeout else run_here(member)
     result = finish_series(series.output, series.kind, runs, Display())
     if as_json:
-        hand_over(json.dumps(result) + "\n")
+        write_stdout(json.dumps(result) + "\n")
 
 
 def _run_child(series: Series, member: Member, stall_timeout: float) -> dict[str, Any]:
     given = drop_seed(sys.argv[1:]) if member.seed is not None else sys.argv[1:]
-    code, output = Supervisor([*given, *member.words(series.output)], stall_timeout, say).run()
+    code, output = Supervisor([*given, *member.arguments(series.output)], stall_timeout, say).run()
     if code:
         if "--json" in sys.argv:
-            hand_over(output)
+            write_stdout(output)
         raise typer.Exit(code)
     metrics: dict[str, Any] = json.loads(output)
     return metrics

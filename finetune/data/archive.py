@@ -152,8 +152,8 @@ def _zip_faults(reader: LayoutReader) -> Iterator[None]:
     except OSError as error:
         raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
     except Exception as error:
-        said = printable(" ".join(str(error).split())[:120] or type(error).__name__)
-        found = f"is truncated, damaged or not a zip archive ({said})"
+        message = printable(" ".join(str(error).split())[:120] or type(error).__name__)
+        found = f"is truncated, damaged or not a zip archive ({message})"
         raise reader.error(found, "Get it or make it again.") from None
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -30,18 +30,23 @@ class Sample:
     fold: int = 0
 
 
+def sample_order(sample: Sample) -> tuple[int, str]:
+    """Return the sort key of ``Dataset.samples``: by split (train, val, test), then by path."""
+    return SPLITS.index(sample.split), sample.path
+
+
 @dataclass(frozen=True)
 class Dataset:
     """An immutable list of labelled images; methods that change it return a new dataset.
 
     Attributes:
-        root: folder that every ``Sample.path`` is relative to.
-        classes: class names in index order, from the training split only; none where nothing is labelled.
+        root: the folder that every ``Sample.path`` is relative to.
+        classes: class names in index order, from the training split only; empty if no image is labelled.
         samples: every image, ordered by split (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
         is_folder: whether the user named the root itself, and not a CSV file in it.
         val_was_drawn: whether the validation split was taken from the training images, by chance.
-        issues: the warnings in structured form, and the errors that a lenient reading passed over.
+        issues: the warnings in structured form, and the errors that a lenient reader has collected.
         settled: paths whose split an earlier attempt drew; they keep it.
     """
 
@@ -84,10 +89,44 @@ class Dataset:
         """The split that the final metrics are computed on: test if there is one, else val."""
         return "test" if self.of("test") else "val"
 
-    def without(self, paths: Collection[str]) -> Dataset:
+    def without(self, paths: Collection[str]) -> Self:
         """Return the dataset without the images at these paths; classes and their indices do not change."""
         gone = frozenset(paths)
         return replace(self, samples=tuple(sample for sample in self.samples if sample.path not in gone))
+
+    def prepared(self, digests: Mapping[str, str], unreadable: Collection[BadImage] = ()) -> PreparedDataset:
+        """Return the dataset together with what reading its files has shown."""
+        own = {field.name: getattr(self, field.name) for field in fields(Dataset)}
+        return PreparedDataset(**own, digests=digests, unreadable=tuple(unreadable))
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be decoded, and why."""
+
+    path: str
+    split: Split
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedDataset(Dataset):
+    """A dataset whose files were read, with its final splits.
+
+    Attributes:
+        digests: SHA-256 of each file that could be read, by path.
+        unreadable: the images that cannot be read.
+    """
+
+    digests: Mapping[str, str]
+    unreadable: tuple[BadImage, ...] = ()
+
+    @property
+    def readable(self) -> PreparedDataset:
+        """The dataset without its unreadable images, which stay listed."""
+        own = {sample.path for sample in self.samples}
+        bad = tuple(image for image in self.unreadable if image.path in own)
+        return replace(self.without({image.path for image in bad}), unreadable=bad)
 
 
 # --- Issues ---
@@ -128,7 +167,7 @@ class Issue:
         }
 
 
-def describe_images(dataset: Dataset, digests: dict[str, str]) -> dict[str, tuple[str, str, str]]:
+def describe_images(dataset: Dataset, digests: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
     """Return label, split and SHA-256 of every image, by path."""
     return {
         sample.path: (dataset.classes[sample.label], sample.split, digests.get(sample.path, "unreadable"))

@@ -317,5 +317,5 @@ def _range(grey: Image.Image) -> tuple[float, float]:
     mean = grey.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     low, high = grey.getextrema()
     if not all(isinstance(value, float) and math.isfinite(value) for value in (mean, low, high)):
-        raise BadImageError("holds values that are not finite numbers")
+        raise BadImageError("holds non-finite values")
     return float(low), float(high)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from finetune.data.split import (
     draw_folds,
     find_fold_fault,
     find_groups,
-    find_undividable,
+    find_indivisible,
     split_off,
 )
 from finetune.data.table import read_csv
@@ -260,10 +260,10 @@ def _reject_indivisible(
     reader: LayoutReader,
     pool: Mapping[str, Sequence[str]],
     groups: Mapping[str, str],
-    said: Sequence[str] = (),
+    reported: Sequence[str] = (),
 ) -> None:
     """Reject classes whose images all belong to one group: no draw can divide them."""
-    indivisible = [name for name in find_undividable(pool, groups) if name not in said]
+    indivisible = [name for name in find_indivisible(pool, groups) if name not in reported]
     if indivisible:
         reader.reject(
             "group-single",

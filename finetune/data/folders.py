@@ -27,14 +27,14 @@ def read_folder(reader: LayoutReader) -> None:
     folders, files = _listing(reader, "")
     splits = _split_folders(reader, folders)
     if splits:
-        _read_parts(reader, folders, splits)
+        _read_splits(reader, folders, splits)
     else:
         _refuse_no_classes(reader, "", folders, files)
         reader.splits["train"] = _read_classes(reader, "", folders, files, "train")
     reader.check_links()
 
 
-def _read_parts(reader: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
+def _read_splits(reader: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
     """Read the class folders of each split."""
     others = [name for name in folders if name not in splits.values()]
     if others:
@@ -54,10 +54,10 @@ def _read_parts(reader: LayoutReader, folders: Sequence[str], splits: dict[Split
 
 
 def _split_folders(reader: LayoutReader, folders: Sequence[str]) -> dict[Split, str]:
-    """Return which folder is which part: ``{}`` for a flat layout."""
+    """Return the folder of each split; empty for a flat layout."""
     named: defaultdict[Split, list[str]] = defaultdict(list)
     for name in folders:
-        # In any letter case: Train/ and Val/ taken for two classes would train, and mean nothing.
+        # In any letter case: otherwise Train/ and Val/ would be trained on as two classes.
         if name.lower() in SPLIT_NAMES:
             named[SPLIT_NAMES[name.lower()]].append(name)
     for split, names in named.items():
@@ -75,7 +75,7 @@ def _split_folders(reader: LayoutReader, folders: Sequence[str]) -> dict[Split, 
 
 
 def _refuse_same_folder(reader: LayoutReader, splits: dict[Split, str]) -> None:
-    """Refuse two parts that are links to one folder: training images would be judged on."""
+    """Refuse two splits that are links to one folder: the model would be tested on training images."""
     seen: dict[tuple[int, int], str] = {}
     for name in splits.values():
         twin = seen.setdefault(_identity(reader, name), name)
@@ -84,10 +84,10 @@ def _refuse_same_folder(reader: LayoutReader, splits: dict[Split, str]) -> None:
             reader.reject("part-repeated", found, "Give each split its own images.", 2)
 
 
-def _refuse_no_classes(reader: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str]) -> None:
+def _refuse_no_classes(reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str]) -> None:
     if folders:
         return
-    where = f"{part!r} holds" if part else "holds"
+    where = f"{top!r} holds" if top else "holds"
     if any(is_image(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
@@ -97,23 +97,31 @@ def _refuse_no_classes(reader: LayoutReader, part: str, folders: Sequence[str], 
 
 
 def _read_classes(
-    reader: LayoutReader, part: str, folders: Sequence[str], files: Sequence[str], split: Split
+    reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str], split: Split
 ) -> dict[str, list[str]]:
-    """Return the image paths of each class folder in one split; a class without images is left out."""
+    """Return the image paths of each class folder in one split; a class without images is left out.
+
+    Args:
+        reader: reports faults.
+        top: folder of the split, relative to the root; ``""`` for a flat layout.
+        folders: names of the folders in it.
+        files: names of the files in it.
+        split: the split.
+    """
     classes: dict[str, list[str]] = {}
     empty: list[str] = []
     ignored: Counter[str] = Counter()
     for name in folders:
-        top = f"{part}/{name}" if part else name
-        images, others = images_below(reader, top)
+        folder = f"{top}/{name}" if top else name
+        images, others = images_below(reader, folder)
         if images:
             if not _is_good_name(reader, name):
                 continue
             classes[name] = images
             ignored += others
         else:
-            empty.append(f"{top!r} holds no images{extensions(others, ', only ')}")
-    # Behind a link that leads out nobody has looked: that link is refused, not the lack of images.
+            empty.append(f"{folder!r} holds no images{extensions(others, ', only ')}")
+    # Links that lead out were not followed: report the link, and not that images are missing.
     if empty and not reader.links_out and (split == "train" or not classes):
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
         reader.reject(
@@ -122,7 +130,7 @@ def _read_classes(
             f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
             len(empty),
         )
-    _warn_ignored(reader, part, files, ignored)
+    _warn_ignored(reader, top, files, ignored)
     return classes
 
 
@@ -133,10 +141,10 @@ def _is_good_name(reader: LayoutReader, name: str) -> bool:
     return not fault
 
 
-def _warn_ignored(reader: LayoutReader, part: str, files: Sequence[str], others: Counter[str]) -> None:
-    """Say what a user may believe to be trained on and is not."""
+def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
+    """Warn about files that a user may believe to be used and that are not."""
     loose = sum(is_image(name) for name in files)
-    where = repr(part) if part else "the data folder"
+    where = repr(top) if top else "the data folder"
     if loose:
         reader.warn(
             "ignored-image",
@@ -154,27 +162,26 @@ def _warn_ignored(reader: LayoutReader, part: str, files: Sequence[str], others:
 
 
 def is_image(name: str) -> bool:
-    """Tell images by their extension."""
+    """Return whether a file has the extension of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
 
 
 def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
-    """Return the images in a folder and its sub-folders, and how many other files of each extension.
+    """Return the images in a folder and its sub-folders, and the number of other files by extension.
 
-    Linked folders are followed, but not back into a folder that the walk is already inside of, and not out
-    of the root.
+    Links to folders are followed, except to a folder that the walk is already inside, and out of the root.
     """
     others: Counter[str] = Counter()
     return sorted(walk_images(reader, top, others)), others
 
 
 def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
-    """Yield what :func:`images_below` returns, folder by folder: nothing is held but the folder it is in.
+    """Yield the images of :func:`images_below` folder by folder; only one folder is in memory at a time.
 
     Args:
-        reader: its root; takes a note of links that lead out.
-        top: folder below the root, ``""`` for the root.
-        others: takes the extensions of files that are no images.
+        reader: gives the root, and records links that lead out of it.
+        top: folder below the root; ``""`` for the root.
+        others: counts the other files by extension.
     """
     outside = frozenset(_identity(reader, above) for above in _above(top))
     stack = [(top, outside)]
@@ -189,23 +196,23 @@ def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterato
         yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
         others.update(extension_counts(name for name in files if not is_image(name)))
         below = [(f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders]
-        stack.extend(reversed(below))  # the first of them is taken first
+        stack.extend(reversed(below))  # the first folder is visited first
 
 
 def _above(folder: str) -> Iterator[str]:
-    """Give the folders above this one, up to and with the root (``""``)."""
+    """Yield the folders above this one, up to and including the root (``""``)."""
     while folder:
         folder = folder.rpartition("/")[0]
         yield folder
 
 
 def _leads_out(reader: LayoutReader, folder: str) -> bool:
-    """Tell a folder that is a link out of the root; where it leads, nothing is looked at."""
+    """Return whether a folder is a link out of the root; its target is not read."""
     return os.path.islink(reader.root / folder) and reader.leads_out(folder)  # noqa: PTH114
 
 
 def _identity(reader: LayoutReader, folder: str) -> tuple[int, int]:
-    """Return device and inode: the same for a folder and every link to it."""
+    """Return device and inode, which are the same for a folder and every link to it."""
     try:
         status = (reader.root / folder).stat()
     except OSError as error:
@@ -215,7 +222,7 @@ def _identity(reader: LayoutReader, folder: str) -> tuple[int, int]:
 
 
 def _listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
-    """Return the folders and the files in a folder, each sorted, without hidden ones and junk."""
+    """Return the names of the folders and files in a folder, each sorted, without hidden ones and junk."""
     folders: list[str] = []
     files: list[str] = []
     try:
@@ -238,12 +245,12 @@ def _listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell folders; a link that leads to itself is none (``is_dir`` would raise)."""
+    """Return whether an entry is a folder; a link to itself is not (``is_dir`` would raise)."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
 
 
 def _counts_as_file(entry: os.DirEntry[str]) -> bool:
-    """Tell files from pipes and sockets; a dead link counts, for the check to name it."""
+    """Return whether an entry is a file, not a pipe or socket; a dead link counts, so that it is reported."""
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)  # noqa: PTH110, PTH113
     return entry.is_file()

@@ -1,12 +1,12 @@
-"""Images that are decoded once and kept: in a run of several passes, and for the next run.
+"""A cache of decoded images on disk, for the passes of a run and for later runs.
 
 ::
 
-    random views:  file -> image, as large as views need it -> kept (H, W, 3) -> a view every time
-    fixed views:   file -> image -> view                    -> kept (3, H, W)
+    random views:  file -> image, as large as views need it -> cached (H, W, 3) -> a new view every time
+    fixed views:   file -> image -> view                    -> cached (3, H, W)
 
-What is kept is to the last bit what decoding would give, so that keeping leaves no trace in a result. The
-name of the file depends on the sha256 of every image, on the view and on the versions of the decoders.
+Cached pixels are bitwise equal to decoded ones, so the cache does not change any result. The name of the
+cache file depends on the SHA-256 of every image, on the view and on the versions of the decoders.
 
 Shape legend: N images, H W pixels.
 """
@@ -39,26 +39,27 @@ from finetune.system.display import Display
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 PER_BLOCK = 32
-"""Images of a block. A killed process loses at most the ones it has begun with: two blocks of them."""
+"""Images per block. A killed process loses at most the two blocks that it was decoding."""
 _FORMAT = 1
-"""Another one for every change of what is kept, ``decode_image`` included."""
+"""Format version; raised with every change of the cached pixels, including those of ``decode_image``."""
 _MEASURED = 1_000
-"""Images whose headers are read to tell how large all of them will be."""
+"""Number of images whose headers are read to estimate the size of all."""
 _MARGIN = 1.05
-"""Of that estimate."""
+"""Factor by which the estimate is raised."""
 _THREADS = min(16, available_cores())
-"""Pillow decodes outside Python's lock, so threads do spread over cores."""
+"""Pillow releases Python's lock while it decodes, so threads use several cores."""
 
 
 class ImageCache:
-    """Kept pixels, by the index of their sample.
+    """Cached pixels by index of the sample.
 
-    They are read from their file, not mapped: mapped pages would count as memory of whoever looks at them.
+    They are read from the file, not memory-mapped: mapped pages would count as memory of every process that
+    reads them.
 
     Args:
-        path: of the pixels, one image after the other.
-        shapes: (N, 3) int; zeros where an image is not there.
-        file: holds the lock that keeps others from removing it.
+        path: the file with the pixels of all images in order.
+        shapes: (N, 3) int; zeros for an image that is not cached.
+        file: holds the lock that prevents other processes from removing the file.
     """
 
     def __init__(self, path: Path, shapes: np.ndarray[Any, Any], file: BlockFile | None = None) -> None:
@@ -67,31 +68,31 @@ class ImageCache:
         self._pixels = path.open("rb", buffering=0) if self._ends[-1] else None
 
     def __len__(self) -> int:
-        """Return N."""
+        """Return the number of images (N)."""
         return len(self._shapes)
 
     def __getitem__(self, index: int) -> Pixels | None:
-        """Return the pixels of an image, to be read only, or None for one that must be decoded."""
+        """Return the pixels of an image (a read-only array), or None for one that must be decoded."""
         shape = self._shapes[index]
         num_bytes = int(shape.prod())
         if self._pixels is None or not num_bytes:
             return None
         content = os.pread(self._pixels.fileno(), num_bytes, int(self._ends[index]) - num_bytes)
-        # Cut short since it was opened: the image itself is still there.
+        # None if the file was truncated since it was opened: the image can still be decoded.
         return np.frombuffer(content, np.uint8).reshape(shape) if len(content) == num_bytes else None
 
     def __reduce__(self) -> tuple[type[ImageCache], tuple[Path, np.ndarray[Any, Any]]]:
-        """A process that is not forked opens the file again; this one holds the lock for both."""
+        """Let a process that is not forked open the file again; this process holds the lock for both."""
         return ImageCache, (self._path, self._shapes)
 
     def close(self) -> None:
-        """Let others remove the file; what is open stays readable."""
+        """Release the lock: others may remove the file, which stays readable here."""
         if self._file is not None:
             self._file.close()
 
 
-class _CannotKeepError(Exception):
-    """Why images are not kept, in a few words."""
+class _CannotCacheError(Exception):
+    """Images cannot be cached; the message says why in a few words."""
 
 
 def keep_images(
@@ -103,19 +104,19 @@ def keep_images(
     display: Display,
     passes: int,
 ) -> ImageCache | None:
-    """Return images without a need to decode them, decoding first those that are not kept yet.
+    """Return the image cache of a loader; images that are not cached yet are decoded first.
 
     Args:
-        dataset: resolves a sample to a file.
-        samples: of one loader, in its order; at least one.
-        digests: sha256 of every image that could be read, by path.
-        transform: of that loader.
-        shelf: where files are kept.
-        display: shows progress; says why images are not kept.
-        passes: over the samples that will be made.
+        dataset: the dataset of the samples, which resolves them to files.
+        samples: the samples of one loader, in order; at least one.
+        digests: SHA-256 of every image that could be read, by path.
+        transform: the transform of that loader.
+        cache_dir: folder of the cache files.
+        display: shows progress, and the reason if images cannot be cached.
+        passes: number of passes over the samples.
 
     Returns:
-        None where keeping does not pay or is not possible: each image is decoded every time.
+        The cache, or None if it does not pay or is not possible: images are then decoded in every pass.
     """
     facts = _describe(samples, digests, transform)
     path = cache_dir.path_for(facts)
@@ -131,20 +132,20 @@ def keep_images(
                 _make_room(cache_dir, _estimate_bytes(dataset, samples, transform) - file.num_bytes)
                 _fill(file, samples, partial(_read, dataset, digests, transform), display)
             stack.pop_all()
-    except _CannotKeepError as error:
+    except _CannotCacheError as error:
         display.say(f"{samples[0].split} images are decoded in every pass: {error}")
         return None
     except OSError as error:
-        remove_unused(path)  # on a full disk, half of it is of no use to anybody
-        said = error.strerror or str(error)
-        display.say(f"{samples[0].split} images are decoded in every pass: {path} cannot be used ({said})")
+        remove_unused(path)  # on a full disk, an incomplete file only takes space
+        reason = error.strerror or str(error)
+        display.say(f"{samples[0].split} images are decoded in every pass: {path} cannot be used ({reason})")
         return None
     shapes = [shape or (0, 0, 0) for block in file.blocks for shape in block.note]
     return ImageCache(path, np.array(shapes), file)
 
 
 def _describe(samples: Sequence[Sample], digests: Mapping[str, str], transform: Transform) -> dict[str, Any]:
-    """Return everything that the kept pixels depend on."""
+    """Return everything that the cached pixels depend on."""
     images = hashlib.sha256()
     for sample in samples:
         images.update(f"{digests.get(sample.path, 'unreadable')}\n".encode())
@@ -160,12 +161,12 @@ def _describe(samples: Sequence[Sample], digests: Mapping[str, str], transform: 
 
 
 def decoder_facts() -> dict[str, Any]:
-    """Return what the pixels of a decoded image depend on beside its file and Pillow."""
+    """Return what decoded pixels depend on besides the file and the version of Pillow."""
     return {"jpeg": features.version("jpg"), "pictures": _FORMAT}
 
 
 def _open(path: Path, facts: dict[str, Any], num_images: int, display: Display) -> BlockFile:
-    """Open a file and compare what it holds with what was written."""
+    """Open a cache file and verify its content."""
     wait = wait_for_writer(path, "another run decodes the same images", display)
     size = path.stat().st_size if path.exists() else 0
     with display.track("reading kept images", size) as advance:
@@ -178,7 +179,7 @@ def _open(path: Path, facts: dict[str, Any], num_images: int, display: Display) 
 
 
 def _estimate_bytes(dataset: Dataset, samples: Sequence[Sample], transform: Transform) -> int:
-    """Return how many bytes all pixels will have: exactly, or from the headers of some."""
+    """Return the size of all pixels in bytes: exact for fixed views, else estimated from some headers."""
     if not transform.is_random:
         return len(samples) * 3 * transform.preprocessing.img_size**2
     pixels = []
@@ -192,16 +193,16 @@ def _estimate_bytes(dataset: Dataset, samples: Sequence[Sample], transform: Tran
 
 def _make_room(cache_dir: FeatureCacheDir, num_bytes: int) -> None:
     if obstacle := cache_dir.find_obstacle(num_bytes):
-        raise _CannotKeepError(f"the cache would need {num_bytes / 1e9:.2g} GB, {obstacle}")
+        raise _CannotCacheError(f"the cache would need {num_bytes / 1e9:.2g} GB, {obstacle}")
     cache_dir.make_room(num_bytes)
 
 
 def _fill(
     file: BlockFile, samples: Sequence[Sample], read: Callable[[Sample], Pixels | None], display: Display
 ) -> None:
-    """Decode what a file does not hold yet, in many threads, block after block."""
+    """Decode the images that a file does not hold yet, in threads, block by block."""
     done = len(file.blocks) * PER_BLOCK
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="keep-pictures")
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="cache-images")
     try:
         with display.track(f"decoding {samples[0].split} images", len(samples)) as advance:
             advance(done, "")
@@ -210,8 +211,8 @@ def _fill(
                 for future in block:
                     pixels.append(future.result())
                     advance(1, "")
-                shapes = [None if one is None else one.shape for one in pixels]
-                file.append(b"".join(one.tobytes() for one in pixels if one is not None), shapes)
+                shapes = [None if array is None else array.shape for array in pixels]
+                file.append(b"".join(array.tobytes() for array in pixels if array is not None), shapes)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -219,29 +220,29 @@ def _fill(
 def _submit_blocks(
     pool: ThreadPoolExecutor, read: Callable[[Sample], Pixels | None], samples: Sequence[Sample]
 ) -> Iterator[list[Future[Pixels | None]]]:
-    """Yield what will be the images of each block; those of the next one are begun with."""
-    begun: deque[list[Future[Pixels | None]]] = deque()
+    """Yield the futures of each block's images; decoding of the next block has then started too."""
+    started: deque[list[Future[Pixels | None]]] = deque()
     for start in range(0, len(samples), PER_BLOCK):
-        begun.append([pool.submit(read, sample) for sample in samples[start : start + PER_BLOCK]])
-        if len(begun) == 2:
-            yield begun.popleft()
-    yield from begun
+        started.append([pool.submit(read, sample) for sample in samples[start : start + PER_BLOCK]])
+        if len(started) == 2:
+            yield started.popleft()
+    yield from started
 
 
 def _read(
     dataset: Dataset, digests: Mapping[str, str], transform: Transform, sample: Sample
 ) -> Pixels | None:
-    """Return what is kept of an image; None of one that was lost before, whose place it keeps."""
+    """Return the pixels to cache of an image; None for one that an earlier attempt lost."""
     if sample.path not in digests:
         return None
     path = dataset.file(sample)
     try:
         image = transform.open(path)
-        with path.open("rb") as file:  # after decoding: a file that was changed before is noticed here
+        with path.open("rb") as file:  # after decoding, so that a change before it is noticed
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (BadImageError, OSError) as error:
         reason = error.reason if isinstance(error, BadImageError) else error.strerror
-        raise _CannotKeepError(f"{sample.path} cannot be read any more ({reason})") from None
+        raise _CannotCacheError(f"{sample.path} cannot be read any more ({reason})") from None
     if digest != digests[sample.path]:
-        raise _CannotKeepError(f"{sample.path} has changed since it was checked")
+        raise _CannotCacheError(f"{sample.path} has changed since it was checked")
     return np.asarray(image) if transform.is_random else transform(image).numpy()

@@ -57,14 +57,14 @@ class InputImages:
 
 
 def find_inputs(
-    words: str, standard_input: BinaryIO | None, *, nul: bool = False, follow_links: bool = False
+    source: str, standard_input: BinaryIO | None, *, nul: bool = False, follow_links: bool = False
 ) -> InputImages:
     """Find the images that the user named.
 
     Args:
-        words: a file, a folder (every image below it), a ``.csv`` with a column ``path`` (relative to the
-            file), a pattern (``photos/**/*.jpg``), a sample, or ``-`` for one path a line.
-        standard_input: stream that ``-`` stands for; None if it is closed.
+        source: a file, a folder (every image below it), a ``.csv`` with a column ``path`` (relative to the
+            file), a pattern (``photos/**/*.jpg``), a sample, or ``-`` for one path per line.
+        standard_input: the stream that ``-`` reads; None if it is closed.
         nul: whether paths on standard input end with a zero byte instead of a line end.
         follow_links: whether links, and rows of a CSV file, may lead out of the folder.
 
@@ -72,26 +72,26 @@ def find_inputs(
         DataError: there is no such file or folder.
         UsageError: standard input is closed, or there is no sample of this name.
     """
-    path = Path(words)
-    if words == STANDARD_INPUT:
+    path = Path(source)
+    if source == STANDARD_INPUT:
         stream, end = _check_open(standard_input), b"\0" if nul else b"\n"
         return InputImages("standard input", lambda: _of_stream(stream, end), False)
-    if is_sample(words):
-        path = open_sample(words)
+    if is_sample(source):
+        path = open_sample(source)
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
         reader = LayoutReader(
-            printable(words), path.absolute(), follow_links=follow_links, takes_any_name=True
+            printable(source), path.absolute(), follow_links=follow_links, takes_any_name=True
         )
-        return InputImages(printable(words), lambda: _of_folder(reader), folder=path)
+        return InputImages(printable(source), lambda: _of_folder(reader), folder=path)
     if os.path.lexists(path):
         if path.suffix.lower() != ".csv":
-            return InputImages(printable(words), lambda: iter([_of_name(words)]), home=path.parent)
-        reader = LayoutReader(printable(words), path.parent.absolute(), follow_links=follow_links)
-        return InputImages(printable(words), lambda: _of_table(reader, path), home=path.parent)
-    if glob.has_magic(words):
-        found = sorted(name for name in glob.iglob(words, recursive=True) if is_image(name))  # noqa: PTH207
-        return InputImages(printable(words), lambda: map(_of_name, found))
-    raise DataError(printable(words), "there is no such file or folder", "Check the path.")
+            return InputImages(printable(source), lambda: iter([_of_name(source)]), home=path.parent)
+        reader = LayoutReader(printable(source), path.parent.absolute(), follow_links=follow_links)
+        return InputImages(printable(source), lambda: _of_table(reader, path), home=path.parent)
+    if glob.has_magic(source):
+        found = sorted(name for name in glob.iglob(source, recursive=True) if is_image(name))  # noqa: PTH207
+        return InputImages(printable(source), lambda: map(_of_name, found))
+    raise DataError(printable(source), "there is no such file or folder", "Check the path.")
 
 
 def _check_open(stream: BinaryIO | None) -> BinaryIO:

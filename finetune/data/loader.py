@@ -2,7 +2,7 @@
 
 Neither the number of workers nor what was loaded before changes a single pixel: the order of an epoch
 comes from (seed, epoch), and the random view of an image from (seed, epoch, its index). So an
-interrupted epoch can go on at any batch without replaying the ones before.
+interrupted epoch can be resumed at any batch without replaying the ones before.
 
 Shape legend: B batch, H W pixels.
 """
@@ -28,8 +28,8 @@ from finetune.data.decode import BadImageError
 from finetune.data.image_cache import ImageCache
 from finetune.data.transforms import Normalizer, Transform
 from finetune.data.workers import (
-    NoRoomError,
     WorkerDiedError,
+    WorkerResourceError,
     choose_workers,
     fetch,
     start_pass,
@@ -40,21 +40,21 @@ from finetune.system.device import BATCHES_PER_WORKER, derive_seed, seed_everyth
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 
 MOST_DEATHS = 3
-"""Of decoding processes, in a row, before the run is given up."""
+"""Decoding processes that may die in a row before the run fails."""
 BATCHES_BEFORE_GROWTH = 4
-"""Batches of each decoding process after which more may start; so long passes need not end first."""
+"""Batches of each decoding process after which more may start, so that a long pass need not end first."""
 Key = tuple[int, int]
 """(epoch, index into the samples). The epoch travels with the index, so that workers hold no state."""
 
 
 class Batch(NamedTuple):
-    """Some images, less those that could not be read: B may be smaller than was asked for, or 0.
+    """A batch without the images that could not be read: B may be smaller than the batch size, or 0.
 
     Attributes:
-        images: (B, 3, H, W) float32, normalised; on its way to the device uint8.
+        images: (B, 3, H, W) float32, normalised; uint8 until it is on the device.
         labels: (B,) int64.
-        indices: (B,) into the samples.
-        lost: why, for the path of each image that could not be read (it could when the run began).
+        indices: (B,) int64, indices into the loader's samples.
+        lost: the reason for each image that can no longer be read, by path.
     """
 
     images: Tensor
@@ -64,9 +64,9 @@ class Batch(NamedTuple):
 
 
 def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) -> list[list[int]]:
-    """Return the indices of each batch of an epoch; in order where ``seed`` is None.
+    """Return the indices of each batch of an epoch; in order if ``seed`` is None.
 
-    A last batch of one image joins the one before it: BatchNorm cannot train on a single value.
+    A last batch of one image is merged into the one before it: BatchNorm cannot train on a single value.
     """
     if seed is None:
         order = list(range(num_samples))
@@ -80,41 +80,42 @@ def plan_epoch(num_samples: int, batch_size: int, seed: int | None, epoch: int) 
 
 
 def take_share(plan: list[list[int]], distributed: Distributed, shuffled: bool) -> list[list[int]]:
-    """Return what one of several processes takes of the batches of an epoch.
+    """Return the share of one rank in the batches of an epoch.
 
-    Of batches to learn from, a part of each: all take every step together. Parts have two images or more,
-    or none, for BatchNorm cannot train on a single one. Of batches in order, whole ones in turns: what a
-    network says of an image depends, in its last bits, on the others of the batch.
+    Shuffled batches are for training: each rank takes a slice of every batch, since all ranks take every step
+    together. A slice has two images or more, or none, because BatchNorm cannot train on a single one. Of
+    ordered batches, each rank takes every n-th one whole: the last bits of an image's output depend on the
+    other images in its batch.
     """
     if distributed.size == 1:
         return plan
     return (
-        [_part(batch, distributed) for batch in plan]
+        [_slice_batch(batch, distributed) for batch in plan]
         if shuffled
         else plan[distributed.rank :: distributed.size]
     )
 
 
-def _part(batch: list[int], distributed: Distributed) -> list[int]:
+def _slice_batch(batch: list[int], distributed: Distributed) -> list[int]:
     takers = max(1, min(distributed.size, len(batch) // 2))
     if distributed.rank >= takers:
         return []
     return batch[distributed.rank * len(batch) // takers : (distributed.rank + 1) * len(batch) // takers]
 
 
-class _Lost(NamedTuple):
-    """An image that could not be read, in the place of its pixels."""
+class _UnreadableImage(NamedTuple):
+    """Stands for an image that could not be read."""
 
     path: str
     reason: str
 
 
-_Item = tuple[Tensor, int, int] | _Lost
+_Item = tuple[Tensor, int, int] | _UnreadableImage
 
 
 @dataclass(frozen=True)
-class _Views(TorchDataset[Any]):
-    """Views of images; an image that cannot be read becomes a sentence, not an exception."""
+class _ViewDataset(TorchDataset[Any]):
+    """Views of images; an image that cannot be read becomes an ``_UnreadableImage``, not an exception."""
 
     dataset: Dataset
     samples: Sequence[Sample]
@@ -127,19 +128,19 @@ class _Views(TorchDataset[Any]):
         sample = self.samples[index]
         kept = self.images[index] if self.images is not None else None
         if kept is not None and not self.transform.is_random:
-            return torch.from_numpy(kept.copy()), sample.label, index  # torch wants memory it may write
+            return torch.from_numpy(kept.copy()), sample.label, index  # torch requires writable memory
         try:
             file = self.dataset.file(sample)
             image = self.transform.open(file) if kept is None else Image.fromarray(kept)
         except BadImageError as error:
-            return _Lost(sample.path, error.reason)
+            return _UnreadableImage(sample.path, error.reason)
         seed_everything(self.seed, "view", epoch, index)
         return self.transform(image), sample.label, index
 
 
 def _collate(items: list[_Item]) -> Batch:
-    lost = {item.path: item.reason for item in items if isinstance(item, _Lost)}
-    decoded = [item for item in items if not isinstance(item, _Lost)]
+    lost = {item.path: item.reason for item in items if isinstance(item, _UnreadableImage)}
+    decoded = [item for item in items if not isinstance(item, _UnreadableImage)]
     if not decoded:
         nothing = torch.empty(0, dtype=torch.int64)
         return Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), nothing, nothing, lost)
@@ -148,10 +149,10 @@ def _collate(items: list[_Item]) -> Batch:
 
 
 def _share(batch: Batch) -> Batch:
-    """Put a batch into shared memory now, in a decoding process.
+    """Move a batch into shared memory, if this is a decoding process.
 
-    Its queue would do so in a thread of its own, where no space left is a line on stderr and a batch that
-    never comes.
+    Otherwise the worker's queue does so in its own thread, where a full /dev/shm only prints a line on stderr
+    and the batch never arrives.
     """
     if get_worker_info() is not None:
         for tensor in batch[:3]:
@@ -159,8 +160,8 @@ def _share(batch: Batch) -> Batch:
     return batch
 
 
-class _Batches:
-    """What the loader's next pass reads: set before every pass, read in this process only."""
+class _KeySampler:
+    """Batch sampler with the keys of the next pass; they are set before every pass."""
 
     def __init__(self) -> None:
         self.keys: list[list[Key]] = []
@@ -174,7 +175,7 @@ class _Batches:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where batches go: device, and whether in channels-last layout."""
+    """The device of batches, and whether images are in channels-last layout."""
 
     device: torch.device
     channels_last: bool
@@ -184,25 +185,25 @@ class ImageLoader:
     """Batches of some samples of a dataset.
 
     Args:
-        dataset: resolves a sample to a file.
-        samples: which images, and their labels.
-        transform: file to view.
-        batch_size: images a batch.
-        placement: device and layout of the images.
-        workers: decoding processes; 0 decodes here.
-        seed: of the views.
-        shuffle: a new order every epoch; otherwise the order of ``samples``.
-        warn: told of decoding processes that ended or could not work.
-        images: kept ones of these samples. They change no bit of a batch.
-        max_workers: that ``workers`` may grow to where batches are waited for.
-        persistent: decoding processes wait for the next pass, rather than end with each one.
-        allow_lost: batches may lack images that cannot be read; shuffled ones always may.
-        distributed: processes that share the batches.
+        dataset: the dataset of the samples, which resolves them to files.
+        samples: the images to load, with their labels.
+        transform: makes a view from a file.
+        batch_size: images per batch.
+        placement: device and memory layout of the images.
+        workers: number of decoding processes; 0 decodes in this process.
+        seed: seed of the order and of random views.
+        shuffle: whether every epoch has a new order; otherwise it is that of ``samples``.
+        warn: called with a message when a decoding process dies or cannot work.
+        images: cached images of these samples; they do not change a bit of a batch.
+        max_workers: the number that ``workers`` may grow to if the caller waits for batches.
+        persistent: whether decoding processes wait for the next pass instead of ending with each one.
+        allow_lost: whether batches may lack images that cannot be read; shuffled ones always may.
+        distributed: rank and number of the processes that share the batches.
 
     Attributes:
         input_size: (3, H, W) of the images.
         wait_seconds: time the last pass spent waiting for data.
-        workers: decoding processes, now and in the next pass.
+        workers: number of decoding processes, now and in the next pass.
     """
 
     def __init__(
@@ -229,12 +230,12 @@ class ImageLoader:
         self.allow_lost, self.distributed = shuffle or allow_lost, distributed
         self.input_size: tuple[int, int, int] | None = transform.preprocessing.input_size
         self.wait_seconds, self._persistent = 0.0, persistent
-        # A view that is kept whole is copied faster than it is handed over from another process.
+        # Copying a cached view is faster than receiving it from another process.
         is_finished = images is not None and not transform.is_random
         self.workers, self._most_workers = (0, 0) if is_finished else (workers, max_workers)
-        self._views = _Views(dataset, self.samples, transform, seed, images)
+        self._views = _ViewDataset(dataset, self.samples, transform, seed, images)
         self._normalize = Normalizer(transform.preprocessing, placement.device)
-        self._batches = _Batches()
+        self._batches = _KeySampler()
         self._loader = self._build()
 
     def _build(self) -> DataLoader[Any]:
@@ -243,22 +244,22 @@ class ImageLoader:
             batch_sampler=self._batches,
             num_workers=self.workers,
             collate_fn=_collate,
-            # Only from pinned memory does a GPU copy without this process; on a CPU it is one copy too many.
+            # A GPU copies asynchronously only from pinned memory; on a CPU pinning is an extra copy.
             pin_memory=self.placement.device.type == "cuda",
-            # More would wait in /dev/shm, and help only where the time of a batch swings.
+            # More batches would fill /dev/shm, and help only if the time per batch varies a lot.
             prefetch_factor=BATCHES_PER_WORKER - 1 if self.workers else None,
             persistent_workers=self._persistent and self.workers > 0,
             worker_init_fn=partial(start_worker, os.getpid()),
-            # Forked, a worker is this process's own child, and ends with it.
+            # A forked worker is a child of this process, and ends with it.
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
         )
 
     def close(self) -> None:
-        """End the decoding processes, rather than leave them to the end of the program."""
+        """End the decoding processes now instead of at the end of the program."""
         del self._loader
 
     def num_batches(self, epoch: int = 0) -> int:
-        """Return how many batches a pass has."""
+        """Return the number of batches in a pass."""
         return len(self.plan(epoch))
 
     def plan(self, epoch: int) -> list[list[int]]:
@@ -270,17 +271,18 @@ class ImageLoader:
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch on the device, from number ``start`` up to ``stop``.
 
-        Among several processes these are its own share, but for ``whole`` (:func:`take_share`).
+        In distributed training these are this rank's share (:func:`take_share`); ``whole`` yields all
+        batches.
 
-        A decoding process that dies is replaced, and its batch made again: content does not depend on
-        processes. Where batches cannot be handed over between processes, this one decodes. Where they are
-        waited for, more processes decode the rest. Batches may lack images, which they name, where that is
-        allowed.
+        A decoding process that dies is replaced and its batch is made again, with the same content. If
+        batches cannot be passed between processes, this process decodes. If the caller waits for batches,
+        more processes decode the rest. If ``allow_lost`` is set, a batch may lack images; ``Batch.lost``
+        names them.
 
         Raises:
-            DataError: an image cannot be read (it could when the run began), and none may be lost: metrics
-                over fewer images than the user counted would look like any others.
-            EnvironmentFaultError: decoding processes die again and again.
+            DataError: an image can no longer be read, and ``allow_lost`` is not set: nobody would see that
+                metrics were computed over fewer images.
+            EnvironmentFaultError: decoding processes die repeatedly.
         """
         plan = self.plan(epoch)[start:stop]
         plan = plan if whole else take_share(plan, self.distributed, self.shuffle)
@@ -290,14 +292,14 @@ class ImageLoader:
         while done < len(keys):
             try:
                 for number, batch in enumerate(self._pass(keys[done:])):
-                    if number == 0:  # until here processes started, which says nothing of their number
+                    if number == 0:  # the first batch includes the start of the workers: do not measure it
                         began, waited_before = time.perf_counter(), self.wait_seconds
                     done, deaths = done + 1, 0
                     yield batch
                     is_time = number and number % (BATCHES_BEFORE_GROWTH * max(1, self.workers)) == 0
                     if is_time and done < len(keys) and self._grow(began, waited_before):
-                        break  # what these processes have prepared beyond is made again
-            except NoRoomError as error:
+                        break  # batches that these workers have prepared beyond this one are made again
+            except WorkerResourceError as error:
                 self._decode_here(str(error))
             except WorkerDiedError as error:
                 deaths += 1
@@ -315,7 +317,7 @@ class ImageLoader:
                 return
             if batch.lost and not self.allow_lost:
                 raise _lost_error(batch.lost)
-            yield self._place(batch)
+            yield self._to_device(batch)
 
     def _grow(self, began: float, waited_before: float) -> bool:
         """Take more decoding processes if too much of the time since ``began`` was spent waiting for them."""
@@ -342,10 +344,10 @@ class ImageLoader:
         self.workers = 0
         self._loader = self._build()
 
-    def _place(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: Batch) -> Batch:
         device = self.placement.device
         layout = torch.channels_last if self.placement.channels_last else torch.contiguous_format
-        # The layout comes last: on a CPU, arithmetic that changes it on the way takes three times as long.
+        # Change the layout last: on a CPU, arithmetic that also changes it takes three times as long.
         images = self._normalize(batch.images.to(device, non_blocking=True)).to(memory_format=layout)
         return Batch(images, batch.labels.to(device, non_blocking=True), batch.indices, batch.lost)
 

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.dataset import SPLITS, Dataset, Sample, Split, describe_images
-from finetune.data.scan import Checked, check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.dataset import (
+    SPLITS,
+    Dataset,
+    PreparedDataset,
+    Sample,
+    Split,
+    describe_images,
+    sample_order,
+)
+from finetune.data.scan import scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError
 from finetune.recipe import Recipe
@@ -35,10 +42,6 @@ def draw_copies_together(
     return dataset
 
 
-def _place(sample: Sample) -> tuple[int, str]:
-    return SPLITS.index(sample.split), sample.path
-
-
 def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     """Return the dataset with the split that an earlier attempt drew, if its settings were the same.
 
@@ -53,13 +56,13 @@ def keep_split(dataset: Dataset, folder: RunFolder, recipe: Recipe) -> Dataset:
     drawn = {row["path"]: split for row in run.split for split in SPLITS if split == row["split"]}
     samples = [replace(sample, split=drawn.get(sample.path, sample.split)) for sample in dataset.samples]
     settled = frozenset(sample.path for sample in samples if sample.path in drawn)
-    return replace(dataset, samples=tuple(sorted(samples, key=_place)), settled=settled)
+    return replace(dataset, samples=tuple(sorted(samples, key=sample_order)), settled=settled)
 
 
-def record_split(dataset: Dataset, digests: dict[str, str], folder: RunFolder) -> None:
+def record_split(dataset: PreparedDataset, folder: RunFolder) -> None:
     """Write the classes, and the label, split and SHA-256 of every image."""
     write_text(folder.classes, "".join(f"{name}\n" for name in dataset.classes))
-    rows = [(path, *facts) for path, facts in describe_images(dataset, digests).items()]
+    rows = [(path, *facts) for path, facts in describe_images(dataset, dataset.digests).items()]
     write_csv(folder.split, rows, SPLIT_COLUMNS)
 
 
@@ -110,7 +113,7 @@ def require_labels(dataset: Dataset, recipe: Recipe) -> None:
         raise DataError(f"--data {recipe.data.path}", found, fix)
 
 
-def draw_evenly(dataset: Dataset, most: int, seed: int) -> Dataset:
+def draw_evenly(dataset: PreparedDataset, most: int, seed: int) -> PreparedDataset:
     """Return the training images, or so many of them, drawn class by class in turns."""
     train = dataset.of("train")
     if len(train) <= most:
@@ -128,33 +131,24 @@ def draw_evenly(dataset: Dataset, most: int, seed: int) -> Dataset:
 # --- Digests and final splits, for every command but ``run`` ---
 
 
-def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> tuple[Dataset, Checked]:
+def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> PreparedDataset:
     """Take the digest of every image, and bring exact copies to one side of a draw, as a run does.
 
     Copies across given splits are reported: metrics on images that were trained on are optimistic.
     """
-    with display.track("reading images", len(dataset.samples)) as advance:
-        done = 0
-
-        def tell(now: int) -> None:
-            nonlocal done
-            advance(now - done, "")
-            done = now
-
-        store = ScanCache(dataset.root)
-        checked = check_images(dataset, tell, decode=False, store=store)
+    checked = scan_images(dataset, display, "reading images", decode=False)
     if dataset.val_was_drawn and dataset.is_labelled:
         dataset = draw_copies_together(dataset, checked.digests, recipe, display)
     if shared := _count_shared(dataset, checked.digests):
         said = "1 image lies" if shared == 1 else f"{shared} images lie"
         display.warn(f"{said} in more than one split, byte for byte the same (`finetune check` names them).")
-    return dataset, checked
+    return dataset.prepared(checked.digests, checked.bad)
 
 
 def _count_shared(dataset: Dataset, digests: Mapping[str, str]) -> int:
     """Return how many images lie in two splits or more."""
-    parts: defaultdict[str, set[Split]] = defaultdict(set)
+    splits: defaultdict[str, set[Split]] = defaultdict(set)
     for sample in dataset.samples:
         if sample.path in digests:
-            parts[digests[sample.path]].add(sample.split)
-    return sum(len(found) > 1 for found in parts.values())
+            splits[digests[sample.path]].add(sample.split)
+    return sum(len(found) > 1 for found in splits.values())

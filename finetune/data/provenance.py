@@ -1,6 +1,7 @@
-"""Which images a model has seen: those it was trained on, and those that chose or calibrated it.
+"""The images that a model has seen: those it was trained on, and those that selected or calibrated it.
 
-Known by content, from the split of the run that made it, and of the runs that this one began from.
+Images are identified by content (SHA-256), from ``split.csv`` of the model's run and of the runs that it
+started from.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import PreparedDataset
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
@@ -19,18 +20,18 @@ from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 _MOST_RUNS = 100
-"""In a row, each of which began from the one before."""
+"""Longest chain of runs, each of which started from the weights of the one before."""
 
 
 @dataclass(frozen=True)
 class SeenImages:
-    """Digests (sha256) of images.
+    """SHA-256 digests of the images that a model has seen.
 
     Attributes:
-        trained: weights depend on them.
-        chose: the best epoch depends on them, or the choice between a training and its floor.
-        fitted: the temperature depends on them.
-        is_known: these are all; otherwise there may be others.
+        trained: images that the weights were trained on.
+        chose: images that selected the best epoch, or training over its linear floor.
+        fitted: images that the temperature was fitted on.
+        is_known: whether the sets are complete; otherwise there may be other images.
     """
 
     trained: frozenset[str] = frozenset()
@@ -40,14 +41,14 @@ class SeenImages:
 
 
 def find_seen(run: RunFolder | None) -> SeenImages:
-    """Return what the model of a run has seen; nothing is known without its run.
+    """Return the images that the model of a run has seen; unknown without a run.
 
     Raises:
         DataError: a split cannot be read.
     """
     if run is None:
         return SeenImages()
-    own = _parts(run)
+    own = _digests_by_split(run)
     reader = RunReader(run, tolerant=True)
     metrics = reader.metrics
     is_choosing = bool(metrics.get("epochs")) or bool(metrics.get("split_chose_checkpoint"))
@@ -61,59 +62,58 @@ def find_seen(run: RunFolder | None) -> SeenImages:
 
 
 def find_ancestors(recipe: Recipe | None) -> SeenImages:
-    """Return what the backbone of a recipe has seen of images, where it is itself a run, or began from one.
+    """Return the images that the backbone of a recipe has seen, if it is a run or started from one.
 
-    Published weights count as known: what they were trained on is nobody's folder.
+    Published weights count as known: they were not trained on a folder of the user.
     """
     trained: set[str] = set()
     chose: set[str] = set()
     for run in _ancestors(recipe):
         if run is None:
             return SeenImages(frozenset(trained), frozenset(chose))
-        parts = _parts(run)
-        trained |= parts["train"]
-        chose |= parts["val"]
+        digests = _digests_by_split(run)
+        trained |= digests["train"]
+        chose |= digests["val"]
     return SeenImages(frozenset(trained), frozenset(chose), is_known=True)
 
 
-def check_seen(
-    dataset: Dataset, digests: Mapping[str, str], recipe: Recipe, display: Display
-) -> dict[str, int]:
-    """Count the judged images that a run has seen otherwise, for ``metrics.json``.
+def check_seen(dataset: PreparedDataset, recipe: Recipe, display: Display) -> dict[str, int]:
+    """Count the evaluated images that a run or its backbone was trained on, for ``metrics.json``.
 
     Args:
-        dataset: of the run.
-        digests: sha256 by path.
-        recipe: whose backbone counts, and whether leaks are allowed.
-        display: is told where they are.
+        dataset: dataset of the run.
+        recipe: recipe of the run: its backbone, and whether leaks are allowed.
+        display: shows a warning if the backbone was trained on some of them.
 
     Returns:
-        ``num_leaked``, of which an exact copy was trained on, and ``num_seen_by_backbone``, which the run was
-        trained on that the weights come from.
+        ``num_leaked``: images with an exact copy in the training split; ``num_seen_by_backbone``: images that
+        the run of the backbone was trained on. Both count images of the split of the final metrics.
 
     Raises:
-        DataError: the backbone was trained on some, and that is not allowed.
+        DataError: the backbone was trained on validation or test images, and that is not allowed.
     """
-    judged = [sample for sample in dataset.samples if sample.split != "train"]
-    own = {digests.get(sample.path) for sample in dataset.of("train")}
+    evaluated = [sample for sample in dataset.samples if sample.split != "train"]
+    own = {dataset.digests.get(sample.path) for sample in dataset.of("train")}
     above = find_ancestors(recipe).trained
-    seen = [sample for sample in judged if digests.get(sample.path) in above]
+    seen = [sample for sample in evaluated if dataset.digests.get(sample.path) in above]
     if seen:
-        found = f"{len(seen)} of {len(judged)} validation and test images are among those that the backbone "
-        found += f"was trained on ({seen[0].path} for one)"
+        found = (
+            f"{len(seen)} of {len(evaluated)} validation and test images are among those that the backbone "
+        )
+        found += f"was trained on ({seen[0].path}, for example)"
         if not recipe.data.allow_leaks:
             fix = "Use the backbone's own split or other images, or continue with --allow-leaks."
             raise DataError(f"--backbone {recipe.backbone.name}", found, fix)
         display.warn(found)
-    part = dataset.of(dataset.eval_split)
+    eval_samples = dataset.of(dataset.eval_split)
     return {
-        "num_leaked": sum(digests.get(sample.path) in own for sample in part),
-        "num_seen_by_backbone": sum(digests.get(sample.path) in above for sample in part),
+        "num_leaked": sum(dataset.digests.get(sample.path) in own for sample in eval_samples),
+        "num_seen_by_backbone": sum(dataset.digests.get(sample.path) in above for sample in eval_samples),
     }
 
 
 def _ancestors(recipe: Recipe | None) -> Iterator[RunFolder | None]:
-    """Yield the runs that a recipe began from, the nearest first; None where the trail is lost."""
+    """Yield the runs that a recipe's backbone comes from, nearest first; None where a run is missing."""
     for _ in range(_MOST_RUNS):
         if recipe is None:
             yield None
@@ -131,14 +131,14 @@ def _ancestors(recipe: Recipe | None) -> Iterator[RunFolder | None]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """A folder that a run has exported, or one that is gone; others hold published weights."""
+    """Return whether a run exported a folder, or it no longer exists; others hold published weights."""
     files = (folder / "config.json", folder / "model" / "config.json")
     configs = [_read_config(file) for file in files if file.is_file()]
     return not configs or any("finetune" in config for config in configs)
 
 
 def find_run(folder: Path) -> RunFolder | None:
-    """Return the run of a folder: itself, or the one whose ``model`` it is."""
+    """Return the run of a folder (itself, or the one whose ``model`` it is), or None."""
     above = folder.absolute().parent
     for run in (RunFolder(folder), RunFolder(above) if folder.name == "model" else RunFolder(folder)):
         if run.split.is_file() and run.model.is_dir():
@@ -154,8 +154,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _parts(run: RunFolder) -> dict[str, frozenset[str]]:
+def _digests_by_split(run: RunFolder) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
     for row in RunReader(run).split:
         found.setdefault(row["split"], set()).add(row["sha256"])
-    return {part: frozenset(digests) for part, digests in found.items()}
+    return {split: frozenset(digests) for split, digests in found.items()}

@@ -1,9 +1,9 @@
-"""Real images that every installation has at hand: ``--data sample:digits``.
+"""Built-in sample datasets: ``--data sample:digits``.
 
-scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, the test split of "Optical Recognition of
-Handwritten Digits", UCI Machine Learning Repository, 1998), 8 x 8 pixels in 17 shades, as a folder of ten
-classes in the user's cache. They come from 13 writers, who are not told apart: a validation split holds
-writers that were trained on.
+These are scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, the test split of "Optical Recognition
+of Handwritten Digits", UCI Machine Learning Repository, 1998), 8 x 8 pixels in 17 shades, written as a folder
+of ten classes into the user's cache. They come from 13 writers, who are not recorded: training and validation
+share writers.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from finetune.runs.cache_dir import make_once
 
 PREFIX = "sample:"
 _VERSION = 1
-"""Of the files that are written; raised when the same name would give others."""
+"""Version of the written files; raised whenever a sample's content changes."""
 _WHITE = 16
-"""Ink of a pixel, at most."""
+"""Largest value of a pixel in scikit-learn's data."""
 
 
 def is_sample(data: str | Path) -> bool:
-    """Return whether a sample is named; a folder of that name would be meant instead."""
+    """Return whether ``data`` names a sample; an existing file or folder of that name takes precedence."""
     return str(data).startswith(PREFIX) and not os.path.lexists(data)
 
 
 def open_sample(data: str | Path) -> Path:
-    """Return the folder that holds a sample's class folders, written now or by an earlier call.
+    """Return the folder with a sample's class folders; it is written on the first call.
 
     Raises:
         UsageError: there is no sample of this name.
@@ -46,14 +46,14 @@ def check_sample(data: str | Path) -> str:
     """
     name = str(data).removeprefix(PREFIX)
     if name not in SAMPLES:
-        known = ", ".join(PREFIX + one for one in SAMPLES)
+        known = ", ".join(PREFIX + sample for sample in SAMPLES)
         found = f"there is no sample of this name{suggest(name, SAMPLES)}"
         raise UsageError(f"--data {data}", found, f"Take {known}, or give a folder of images.")
     return name
 
 
 def _write_digits(folder: Path) -> None:
-    """White on black, as they were scanned; numbered in their order there."""
+    """Write the images, white on black as they were scanned, numbered in scikit-learn's order."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -66,4 +66,4 @@ def _write_digits(folder: Path) -> None:
 
 
 SAMPLES: dict[str, Callable[[Path], None]] = {"digits": _write_digits}
-"""What writes the class folders of each."""
+"""Function that writes the class folders, by name of the sample."""

@@ -1,7 +1,7 @@
-"""Decode every image once before training, so that a broken file is a list at the start, not a crash later.
+"""Decode every image once before training: broken files are listed at the start and do not crash a run later.
 
-Training may go on without a few unreadable images. Validation and test may not: a metric over fewer images
-than the user counted would look like any other figure.
+Training may continue without a few unreadable images. Validation and test may not: nobody would see that a
+metric was computed over fewer images.
 """
 
 from __future__ import annotations
@@ -19,49 +19,58 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.decode import BadImageError, probe_image
 from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row
 from finetune.errors import DataError
 from finetune.system.device import available_cores
+from finetune.system.display import Display
 
 _SHOWN = 5
 _ALLOWED_PERCENT = 1  # of the training images
-_CHUNK = 4096  # tasks queued at a time: a million at once would cost gigabytes
-# Pillow decodes outside Python's lock, so threads do spread over cores.
+_CHUNK = 4096  # tasks queued at a time: a million at once would need gigabytes
+# Pillow releases Python's lock while it decodes, so threads use several cores.
 _THREADS = min(16, available_cores())
 
 
 @dataclass(frozen=True)
-class BadImage:
-    """An image that cannot be decoded, and why."""
-
-    path: str
-    split: Split
-    reason: str
-
-
-@dataclass(frozen=True)
-class Checked:
+class CheckedImages:
     """The result of scanning every image.
 
     Attributes:
         bad: images that cannot be decoded, in the order of the dataset.
-        digests: sha256 of every file that could be read, by path.
-        looks: facts from decoding; empty if the files were only read.
+        digests: SHA-256 of every file that could be read, by path.
+        scan: one row of facts per decoded image; empty if the files were only read.
     """
 
     bad: tuple[BadImage, ...]
     digests: dict[str, str]
-    looks: ScanResult = field(default_factory=ScanResult)
+    scan: ScanResult = field(default_factory=ScanResult)
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """A good image: its digest and, where it was decoded, its row."""
+class _ScannedImage:
+    """A readable image: its digest and, if it was decoded, its row."""
 
     digest: str
     row: NDArray[np.void] | None
+
+
+def scan_images(
+    dataset: Dataset, display: Display, message: str, *, decode: bool = True, is_subset: bool = False
+) -> CheckedImages:
+    """Read and decode every image once, with a progress bar; an unchanged file is not read again.
+
+    Args:
+        dataset: the images, of all splits.
+        display: progress display.
+        message: label of the progress bar.
+        decode: false only reads the files, for their digests.
+        is_subset: whether the dataset has other images, whose cached results are kept.
+    """
+    store = ScanCache(dataset.root, keep_others=is_subset or not dataset.is_folder)
+    with display.track(message, len(dataset.samples)) as advance:
+        return check_images(dataset, lambda _: advance(1, ""), decode=decode, store=store)
 
 
 def check_images(
@@ -70,7 +79,7 @@ def check_images(
     threads: int = _THREADS,
     decode: bool = True,
     store: ScanCache | None = None,
-) -> Checked:
+) -> CheckedImages:
     """Read and decode every image once.
 
     Args:
@@ -87,7 +96,7 @@ def check_images(
     digests: dict[str, str] = {}
     paths: list[str] = []
     rows = np.zeros(len(dataset.samples) if decode else 0, ROW)
-    look = partial(_look, dataset, decode, store)
+    look = partial(_scan_image, dataset, decode, store)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
     try:
         for start in range(0, len(dataset.samples), _CHUNK):
@@ -104,28 +113,30 @@ def check_images(
                     on_progress(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    looks = ScanResult(tuple(paths), rows[: len(paths)])
+    scan = ScanResult(tuple(paths), rows[: len(paths)])
     if store is not None and decode:
-        store.save(looks)
-    return Checked(tuple(bad), digests, looks)
+        store.save(scan)
+    return CheckedImages(tuple(bad), digests, scan)
 
 
-def _look(dataset: Dataset, decode: bool, store: ScanCache | None, sample: Sample) -> BadImage | _Seen:
-    """Return what a good image holds and the fault of a bad one."""
+def _scan_image(
+    dataset: Dataset, decode: bool, store: ScanCache | None, sample: Sample
+) -> BadImage | _ScannedImage:
+    """Scan one image, or take its row from the cache."""
     path = dataset.file(sample)
     try:
         status = _status(path)
         if store is not None and status is not None:
             row = store.find(sample.path, status)
             if row is not None:
-                return _Seen(bytes(row["sha256"]).hex(), row)
+                return _ScannedImage(bytes(row["sha256"]).hex(), row)
         probe: Any = (
             probe_image(path) if decode else None
-        )  # first: it knows what to say of a pipe or a folder
+        )  # first: it reports a pipe or a folder with a clear reason
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         row = None if probe is None or status is None else build_row(probe, digest.digest(), status)
-        return _Seen(digest.hexdigest(), row)
+        return _ScannedImage(digest.hexdigest(), row)
     except BadImageError as error:
         return BadImage(sample.path, sample.split, error.reason)
     except OSError as error:
@@ -133,7 +144,7 @@ def _look(dataset: Dataset, decode: bool, store: ScanCache | None, sample: Sampl
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Return what the file system says before a file is read: a change while it is read shows later."""
+    """Return a file's status, taken before the file is read, so that a change during reading is noticed."""
     with suppress(OSError):
         return path.stat()
     return None
@@ -157,11 +168,11 @@ def check_bad(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
 
 
 def _refuse_outside_training(dataset: Dataset, bad: Sequence[BadImage]) -> None:
-    judged = [image for image in bad if image.split != "train"]
-    if judged:
+    evaluated = [image for image in bad if image.split != "train"]
+    if evaluated:
         raise DataError(
             f"data in {dataset.root}",
-            f"{_count(judged, 'validation or test image')} cannot be read:{_lines(judged)}",
+            f"{_count(evaluated, 'validation or test image')} cannot be read:{_lines(evaluated)}",
             "Replace these files, or remove them yourself: leaving them out here would change what the "
             "reported numbers are measured on.",
         )
@@ -178,14 +189,14 @@ def _refuse_many(dataset: Dataset, bad: Sequence[BadImage]) -> None:
 
 
 def refuse_many_lost(lost: Mapping[str, str], num_train: int) -> None:
-    """Refuse to train on without images that vanished, where they are too many.
+    """Refuse to continue training if too many images have become unreadable.
 
     Args:
-        lost: reasons by path.
-        num_train: images that training began with.
+        lost: the reason for each image that can no longer be read, by path.
+        num_train: number of images that training began with.
 
     Raises:
-        DataError: they are 1 % of the training images or more.
+        DataError: 1 % of the training images or more are lost.
     """
     if 100 * len(lost) >= _ALLOWED_PERCENT * num_train:
         bad = [BadImage(path, "train", reason) for path, reason in lost.items()]

@@ -1,15 +1,15 @@
-"""What one look at every image gave, in rows, and the file that keeps them between looks.
+"""Facts about every image from a scan, one row per image, and the file that caches them between scans.
 
 ::
 
     <cache>/looks/<sha256 of the root>.looks
         a line of JSON: format, decoders' versions, number of images, sha256 of what follows
-        the paths, UTF-8, with a zero byte between
-        the rows, one an image
+        the paths, UTF-8, separated by zero bytes
+        the rows, one per image
 
-A row counts as long as size, times and inode of the file are what they were. A file that is cut, changed or
-of other versions counts as none. Files that changed a moment ago are not kept: a change in the same tick of
-the clock would not be seen.
+A row is valid as long as size, times and inode of the image file are unchanged. A cache file that is
+truncated, damaged or written by other versions is ignored. Files that changed a moment ago are not cached: a
+second change in the same tick of the clock would go unnoticed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from finetune.runs.cache_dir import cache_folder
 from finetune.runs.files import write_chunks
 
 SIDE = 16
-"""Pixels of a thumbnail's sides."""
+"""Width and height of a thumbnail in pixels."""
 SETTLED_SECONDS = 3.0
-"""Age of a file's last change from which its row is kept: the coarsest clocks of file systems tick in 2 s."""
+"""Smallest age of a file's last change for its row to be cached: the coarsest file systems store times in
+steps of 2 s."""
 
 ROW = np.dtype(
     [
@@ -56,17 +57,24 @@ ROW = np.dtype(
         ("thumbnail", "u1", (SIDE, SIDE)),
     ]
 )
-"""What is known of an image. ``format`` counts in ``FORMATS``; the thumbnail is grey, upright, squashed."""
+"""The facts about an image: ``format`` is an index into ``FORMATS``; the thumbnail is grey, upright, and
+resized to a square."""
 
 _FORMAT = 1
 _MOST_HEADER = 2**16
 
 
 def build_row(probe: Probe, digest: bytes, status: os.stat_result) -> NDArray[np.void]:
-    """Return what a probe showed as one row, shape ().
+    """Return the result of a probe as one row, shape ().
 
     The perceptual hash is ImageHash's ``phash``: 64 signs of the lowest frequencies of the image, which
-    survive another size, another compression and grey; unlike images differ in about 32 of them.
+    hardly change when the image is resized, recompressed or made grey. Different images differ in about 32 of
+    them.
+
+    Args:
+        probe: facts from decoding the image.
+        digest: SHA-256 of the file, 32 bytes.
+        status: status of the file before it was read.
     """
     import imagehash
 
@@ -82,49 +90,49 @@ def build_row(probe: Probe, digest: bytes, status: os.stat_result) -> NDArray[np
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what changes whenever a file's content does: size, times and inode."""
+    """Return size, times and inode of a file, which change whenever its content does."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """Rows of images that could be decoded.
+    """The rows of the N images that could be decoded.
 
     Attributes:
-        paths: of the images, below the root.
-        rows: (N,) of ``ROW``, in the order of the paths.
+        paths: N paths, relative to the root.
+        rows: (N,) with dtype ``ROW``, in the order of ``paths``.
     """
 
     paths: tuple[str, ...] = ()
     rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0, ROW))
 
     @cached_property
-    def place(self) -> Mapping[str, int]:
-        """Where a path's row is."""
-        return {path: place for place, path in enumerate(self.paths)}
+    def index(self) -> Mapping[str, int]:
+        """The index of each path's row."""
+        return {path: number for number, path in enumerate(self.paths)}
 
     def __contains__(self, path: str) -> bool:
-        return path in self.place
+        return path in self.index
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def format_of(self, place: int) -> str:
-        """Return the format in the file, as Pillow calls it."""
-        return FORMATS[int(self.rows["format"][place])]
+    def format_of(self, index: int) -> str:
+        """Return Pillow's name of the file's format."""
+        return FORMATS[int(self.rows["format"][index])]
 
-    def mode_of(self, place: int) -> str:
-        """Return the mode in the file, as Pillow calls it."""
-        return bytes(self.rows["mode"][place]).decode()
+    def mode_of(self, index: int) -> str:
+        """Return Pillow's name of the file's mode."""
+        return bytes(self.rows["mode"][index]).decode()
 
     def select(self, paths: Iterable[str]) -> ScanResult:
-        """Return the rows of those paths that have one, in their order."""
+        """Return the rows of the given paths, in their order; paths without a row are left out."""
         chosen = [path for path in paths if path in self]
-        return ScanResult(tuple(chosen), self.rows[[self.place[path] for path in chosen]])
+        return ScanResult(tuple(chosen), self.rows[[self.index[path] for path in chosen]])
 
 
 def clear_scans() -> tuple[int, int]:
-    """Remove the rows of every root; return how many files that were, and their bytes."""
+    """Remove the cached scans of all datasets; return the number of files and their size in bytes."""
     number = num_bytes = 0
     with suppress(OSError):
         for path in cache_folder("looks").glob("*.looks"):
@@ -135,12 +143,12 @@ def clear_scans() -> tuple[int, int]:
 
 
 class ScanCache:
-    """The file that keeps the rows of one root; what cannot be read or written is as if it were not there.
+    """The file that caches the rows of one root; a file that cannot be read or written is ignored.
 
     Args:
-        root: that paths are relative to.
-        keep_others: keep rows of images that are not among those looked at: another table of the same
-            folder may name them.
+        root: the folder that paths are relative to.
+        keep_others: keep the rows of images that are not in the scan: another CSV file of the same folder may
+            name them.
     """
 
     def __init__(self, root: Path, keep_others: bool = False) -> None:
@@ -151,24 +159,24 @@ class ScanCache:
         self._now = time.time()
 
     def find(self, path: str, status: os.stat_result) -> NDArray[np.void] | None:
-        """Return the row of an image whose file is what it was; shape ()."""
-        place = self._known.place.get(path)
-        if place is None:
+        """Return the row of an image, shape (), or None if it is not cached or its file has changed."""
+        index = self._known.index.get(path)
+        if index is None:
             return None
-        row = self._known.rows[place]
+        row = self._known.rows[index]
         kept = row["num_bytes"], row["mtime_ns"], row["ctime_ns"], row["inode"]
         return row if tuple(map(int, kept)) == stamp(status) else None
 
-    def save(self, looks: ScanResult) -> None:
-        """Keep rows for the next look, in place of those that were kept."""
-        settled = np.maximum(looks.rows["mtime_ns"], looks.rows["ctime_ns"]) < int(
+    def save(self, scan: ScanResult) -> None:
+        """Cache the rows for the next scan, in place of the earlier ones."""
+        settled = np.maximum(scan.rows["mtime_ns"], scan.rows["ctime_ns"]) < int(
             (self._now - SETTLED_SECONDS) * 1e9
         )
-        paths = [path for path, is_settled in zip(looks.paths, settled.tolist(), strict=True) if is_settled]
-        rows = looks.rows[settled]
+        paths = [path for path, is_settled in zip(scan.paths, settled.tolist(), strict=True) if is_settled]
+        rows = scan.rows[settled]
         if self._keep_others:
-            others = [place for path, place in self._known.place.items() if path not in looks]
-            paths += [self._known.paths[place] for place in others]
+            others = [index for path, index in self._known.index.items() if path not in scan]
+            paths += [self._known.paths[index] for index in others]
             rows = np.concatenate([rows, self._known.rows[others]])
         if tuple(paths) == self._known.paths and rows.tobytes() == self._known.rows.tobytes():
             return
@@ -181,7 +189,7 @@ class ScanCache:
             with self.path.open("rb") as file:
                 head = json.loads(file.readline(_MOST_HEADER))
                 num_bytes = head["path_bytes"]
-                if not 0 <= num_bytes <= os.fstat(file.fileno()).st_size:  # it would be set aside at once
+                if not 0 <= num_bytes <= os.fstat(file.fileno()).st_size:  # read() allocates it at once
                     return ScanResult()
                 names, rows = file.read(num_bytes), file.read()
             if head != _head(names, rows, head["num_images"]):

@@ -1,9 +1,9 @@
 """Draw the validation split, or folds, from the training images, the same way on every machine.
 
-The order of images comes from a hash of seed, class and path, so neither the order in which a file system
-lists them nor the library version of a random generator can move an image across. What is drawn are units: a
-group of images that belong together, or an image by itself. Exact copies are known only once the files were
-read; then everything is drawn anew, with copies as units.
+The order of images comes from a hash of seed, class and path, so neither the order of a directory listing nor
+the version of a random generator can move an image to another split. The units that are drawn are groups of
+images that belong together, and single images. Exact copies are known only after the files were read; the
+split is then drawn again, with copies as units.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hashlib import sha256
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-from finetune.data.dataset import SPLITS, Dataset, Sample
+from finetune.data.dataset import Dataset, Sample, sample_order
 from finetune.data.layout import LayoutReader, quoted, some
 from finetune.errors import DataError, UsageError
 from finetune.recipe import Recipe
@@ -30,12 +30,11 @@ class SplitConfig:
 
     Attributes:
         val_fraction: share of each class to validate on, 0 < val_fraction < 1.
-        seed: another one gives another draw.
-        group_by: a column of the CSV file, or a regular expression on the path, that names images which stay
-            in one split.
-        folds: number of parts that the images of training and validation are dealt into; None draws a
-            fraction.
-        fold: which of them is the validation split, from 1.
+        seed: seed of the draw.
+        group_by: a column of the CSV file, or a regular expression on the path, that gives the group of an
+            image; a group stays in one split.
+        folds: number of folds that the training and validation images are dealt into; None draws a fraction.
+        fold: the fold that is the validation split, from 1.
     """
 
     val_fraction: float
@@ -46,7 +45,7 @@ class SplitConfig:
 
     @classmethod
     def of(cls, recipe: Recipe) -> SplitConfig:
-        """Return what a recipe asks for."""
+        """Return the configuration of a recipe."""
         data = recipe.data
         return cls(data.val_fraction, recipe.seed, data.group_by, data.folds, data.fold)
 
@@ -54,7 +53,7 @@ class SplitConfig:
         """Refuse a fold that does not exist.
 
         Raises:
-            UsageError: it is none of the folds, or one of the two is missing.
+            UsageError: ``fold`` is larger than ``folds``, or one of the two is missing.
         """
         if (self.folds is None) != (self.fold is None) or (self.fold or 1) > (self.folds or 1):
             found = f"data.fold is {'not given' if self.fold is None else self.fold}"
@@ -67,9 +66,9 @@ class Unit:
     """Images that are drawn together.
 
     Attributes:
-        name: of the group, or the path of an image by itself.
-        paths: of the images.
-        counts: images by class.
+        name: name of the group, or path of a single image.
+        paths: paths of the images.
+        counts: number of images by class.
     """
 
     name: str
@@ -77,12 +76,12 @@ class Unit:
     counts: Mapping[str, int]
 
     def key(self, seed: int) -> tuple[bytes, str]:
-        """Return a place in the order: random to look at, but a function of names alone."""
+        """Return a sort key that gives a pseudo-random order; it depends only on seed, class and name."""
         return sha256(f"{seed}/{min(self.counts)}/{self.name}".encode()).digest(), self.name
 
 
 def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[Unit]:
-    """Return groups, and images that belong to none, as units."""
+    """Return the groups, and the images without a group, as units."""
     members: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     units = []
     for name, paths in paths_by_class.items():
@@ -97,28 +96,28 @@ def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> 
     ]
 
 
-def find_undividable(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[str]:
-    """Return the classes whose images all lie in one unit: they cannot be both trained on and tested."""
-    held: Counter[str] = Counter()
+def find_indivisible(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[str]:
+    """Return the classes whose images are all in one unit, so that they cannot be in two splits."""
+    units_of: Counter[str] = Counter()
     for unit in build_units(paths_by_class, groups):
-        held.update(unit.counts.keys())
-    return sorted(name for name, number in held.items() if number == 1)
+        units_of.update(unit.counts.keys())
+    return sorted(name for name, number in units_of.items() if number == 1)
 
 
 def split_off(
     paths_by_class: Mapping[str, Sequence[str]], fraction: float, seed: int, groups: Groups | None = None
 ) -> set[str]:
-    """Return the paths that become validation images, as evenly over the classes as groups allow.
+    """Return the paths that become validation images, balanced over the classes as far as groups allow.
 
     Args:
         paths_by_class: the training paths of each class, in any order.
         fraction: share of each class to take, 0 < fraction < 1.
-        seed: another seed gives another choice.
-        groups: by path; the images of a group are taken together or not at all.
+        seed: seed of the draw.
+        groups: group of each image, by path; a group is taken as a whole or not at all.
 
     Of n images of a class ``round(n * fraction)`` are taken, at least one, and at least one is left;
-    a class with a single image therefore keeps it for training. With groups it is the nearest that taking
-    them one after the other gives.
+    a class with a single image therefore keeps it for training. With groups, a greedy search comes as close
+    to these numbers as it can.
     """
     total = {name: len(paths) for name, paths in paths_by_class.items()}
     wanted = {name: max(1, round(number * fraction)) for name, number in total.items()}
@@ -138,7 +137,7 @@ def split_off(
         then = sum(abs(wanted[name] - have[name] - number) for name, number in unit.counts.items())
         if then < now and leaves_some(unit):
             take(unit)
-    for name in sorted(total):  # whose groups are all larger than twice of what was wanted
+    for name in sorted(total):  # classes whose groups are all larger than twice the wanted number
         if have[name]:
             continue
         if own := [unit for unit in units if name in unit.counts and leaves_some(unit)]:
@@ -149,9 +148,9 @@ def split_off(
 def draw_folds(
     paths_by_class: Mapping[str, Sequence[str]], num_folds: int, seed: int, groups: Groups | None = None
 ) -> dict[str, int]:
-    """Return the fold of each path, from 1: classes spread evenly, groups whole.
+    """Return the fold of each path, from 1: classes are spread evenly, and groups stay whole.
 
-    The largest units are dealt first, each to the fold that has the least of its classes.
+    The largest units are assigned first, each to the fold that has the fewest images of its classes.
     """
     total = {name: len(paths) for name, paths in paths_by_class.items()}
     have = [Counter[str]() for _ in range(num_folds)]
@@ -159,8 +158,8 @@ def draw_folds(
     folds: dict[str, int] = {}
     units = build_units(paths_by_class, groups or {})
     for unit in sorted(units, key=lambda unit: (-len(unit.paths), unit.key(seed))):
-        held = [sum(n * mine[name] / total[name] for name, n in unit.counts.items()) for mine in have]
-        fold = min(range(num_folds), key=lambda place: (held[place], sizes[place], place))
+        held = [sum(n * own[name] / total[name] for name, n in unit.counts.items()) for own in have]
+        fold = min(range(num_folds), key=lambda number: (held[number], sizes[number], number))
         have[fold].update(unit.counts)
         sizes[fold] += len(unit.paths)
         folds.update(dict.fromkeys(unit.paths, fold + 1))
@@ -173,7 +172,7 @@ FOLD_FIX = "Take fewer folds, or add images of other groups."
 def find_fold_fault(
     paths_by_class: Mapping[str, Sequence[str]], folds: Mapping[str, int], num_folds: int
 ) -> str | None:
-    """Return why some fold cannot be held out: it is empty, or leaves nothing of a class to train on."""
+    """Return why a fold cannot be held out (it is empty, or has every image of a class), or None."""
     if len(set(folds.values())) < num_folds:
         return f"there are only {len(set(folds.values()))} images or groups"
     for name, paths in sorted(paths_by_class.items()):
@@ -183,25 +182,25 @@ def find_fold_fault(
     return None
 
 
-# --- exact copies --------------------------------------------------------------------------------
+# --- Exact copies ---
 
 
 def keep_copies_together(
     dataset: Dataset, digests: Mapping[str, str], config: SplitConfig
 ) -> tuple[Dataset, int]:
-    """Return a drawn data set in which copies of an image lie in one split, and how many images moved.
+    """Return a dataset in which exact copies lie in one split, and the number of images that moved.
 
-    Where there are copies, everything is drawn anew, with copies (and the groups that they join) as units;
-    where there are none, the draw stays what it was. Where an earlier attempt drew, images that are new since
-    join the parts of their copies, and all others stay.
+    If there are copies, the split is drawn again, with copies (and the groups that they join) as units;
+    otherwise it stays the same. If an earlier attempt drew the split, its images stay, and a new image
+    joins the split of its copies.
 
     Args:
-        dataset: whose validation split was drawn; test images stay as they are.
-        digests: sha256 by path; images without one have no copies.
-        config: of the draw.
+        dataset: a dataset whose validation split was drawn; test images stay as they are.
+        digests: SHA-256 of each image, by path; images without one have no copies.
+        config: settings of the draw.
 
     Raises:
-        DataError: too few different images are left for a part, a fold or a class.
+        DataError: too few different images are left for a split, a fold or a class.
     """
     pool = [sample for sample in dataset.samples if sample.split != "test"]
     units = _name_units(pool, digests)
@@ -230,7 +229,7 @@ def keep_copies_together(
 
 
 def _join_settled(dataset: Dataset, pool: Sequence[Sample], units: Mapping[str, str]) -> tuple[Dataset, int]:
-    """Bring new images to their copies: what was trained on must not be judged by, and is not drawn again."""
+    """Move new images to the split of their copies, so that no copy of a training image is tested on."""
     leaders: dict[str, Sample] = {}
     for sample in pool:  # training images come first
         if sample.path in dataset.settled and sample.path in units:
@@ -240,41 +239,42 @@ def _join_settled(dataset: Dataset, pool: Sequence[Sample], units: Mapping[str, 
         for sample in pool
         if sample.path not in dataset.settled
     }
-    taken = {one.path for one in pool if leader_of.get(one.path, one).split == "val"}
-    return _assign(dataset, taken, {one.path: leader_of.get(one.path, one).fold for one in pool})
+    leading = {sample.path: leader_of.get(sample.path, sample) for sample in pool}
+    taken = {path for path, leader in leading.items() if leader.split == "val"}
+    return _assign(dataset, taken, {path: leader.fold for path, leader in leading.items()})
 
 
 def _assign(dataset: Dataset, taken: Collection[str], folds: Mapping[str, int]) -> tuple[Dataset, int]:
-    """Return a data set whose validation split are these paths, and how many images that moved."""
+    """Return the dataset with these paths as validation split, and the number of images that moved."""
     samples = [
-        one
-        if one.split == "test"
-        else replace(one, split="val" if one.path in taken else "train", fold=folds.get(one.path, 0))
-        for one in dataset.samples
+        sample
+        if sample.split == "test"
+        else replace(sample, split="val" if sample.path in taken else "train", fold=folds.get(sample.path, 0))
+        for sample in dataset.samples
     ]
-    moved = sum(one.split != other.split for one, other in zip(samples, dataset.samples, strict=True))
-    samples.sort(key=lambda sample: (SPLITS.index(sample.split), sample.path))
+    moved = sum(new.split != old.split for new, old in zip(samples, dataset.samples, strict=True))
+    samples.sort(key=sample_order)
     return replace(dataset, samples=tuple(samples)), moved
 
 
 def _name_units(pool: Sequence[Sample], digests: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the unit of each image that has copies or a group, by path; None where there are no copies.
+    """Return the unit of each image that has copies or a group, by path; None if there are no copies.
 
-    A unit is called as its group, or else as its first image, so that the rest of the draw stays what it was.
+    A unit has the name of its group, or else of its first image, so that the order of all other units stays.
     """
     copies = Counter(digests[sample.path] for sample in pool if sample.path in digests)
     if not pool or max(copies.values(), default=1) < 2:
         return None
     units = (unit for unit in join_copies(pool, digests) if len(unit) > 1 or unit[0].group)
     return {
-        sample.path: min((one.group for one in unit if one.group), default=unit[0].path)
+        sample.path: min((member.group for member in unit if member.group), default=unit[0].path)
         for unit in units
         for sample in unit
     }
 
 
 def join_copies(pool: Sequence[Sample], digests: Mapping[str, str]) -> list[list[Sample]]:
-    """Return images that are joined by a group or by being copies, however many links lie between them."""
+    """Return the connected sets of images; a common group or equal content links two images."""
     above: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -289,45 +289,48 @@ def join_copies(pool: Sequence[Sample], digests: Mapping[str, str]) -> list[list
         for name in names[1:]:
             above[top(name)] = top(names[0])
     joined: defaultdict[str, list[Sample]] = defaultdict(list)
-    for sample in sorted(pool, key=lambda one: one.path):
+    for sample in sorted(pool, key=lambda sample: sample.path):
         joined[top(f"path {sample.path}")].append(sample)
     return list(joined.values())
 
 
-# --- Images that belong together: a patient, a burst, a video. A draw puts a group into one split ---
+# --- Groups: images that belong together (a patient, a burst, a video) and stay in one split ---
 #
-# Groups are named by a column of the CSV (``data/table.py``) or by a regular expression on the path.
+# Groups are named by a column of the CSV file (``data/table.py``) or by a regular expression on the path.
 
 
 _MANY = 10
-"""Times from which a repetition counts as many, also where their number is fixed."""
+"""Number of repetitions from which a fixed repetition is treated like an open one."""
 _REPEATS = frozenset({"MAX_REPEAT", "MIN_REPEAT"})
 
 
 def find_groups(reader: LayoutReader, group_by: str | None) -> dict[str, str]:
     """Return the group of each image that belongs to one, by path.
 
-    A column of the CSV comes before a regular expression. The first group of the expression (the whole match
-    where it has none) is searched for in the path below the data folder.
+    A column of the CSV file takes precedence over a regular expression. The expression is searched for in the
+    path below the data folder; its first group (or the whole match, if it has none) names the image's group.
 
     Raises:
-        DataError: the expression is none, may take for ever, or finds nothing; the column is empty.
+        DataError: the regular expression is invalid, may take for ever, or matches no path; or the column is
+            empty.
     """
     if group_by is None:
         return {}
-    paths = [path for part in reader.splits.values() for own in part.values() for path in own]
+    paths = [path for by_class in reader.splits.values() for own in by_class.values() for path in own]
     is_column = reader.group_column is not None
     groups = _match(_compile(group_by), paths) if reader.group_column is None else reader.group_column
     if not groups and not is_column:
-        found = f"it names no group of any of {len(paths)} images, {some(sorted(paths)[:2])} for example"
-        fix = "Write a regular expression that is found in the paths, or name a column of the CSV file."
+        found = f"it matches none of {len(paths)} image paths, for example {some(sorted(paths)[:2])}"
+        fix = "Write a regular expression that matches the paths, or name a column of the CSV file."
         raise DataError(f"--group-by {quoted(group_by)}", found, fix)
     if loose := sorted(path for path in paths if path not in groups):
         reader.warn(
             "group-missing",
-            f"{len(loose)} of {len(paths)} images belong to no group, and are drawn one by one: "
+            f"{len(loose)} of {len(paths)} images belong to no group and are drawn individually: "
             f"{some(loose)}.",
-            "Fill in the column if they should." if is_column else "Correct --group-by if they should.",
+            "Fill in the column if they should have one."
+            if is_column
+            else "Correct --group-by if they should have one.",
             len(loose),
             loose,
         )
@@ -339,21 +342,21 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled, parsed = re.compile(pattern), _parser.parse(pattern)
         if _repeats_choice(parsed, False):
-            found = "it repeats a repetition or a choice, which may never end"
-            raise DataError(asked, found, "Write it without, as [0-9]+ instead of ([0-9]+)+ or ([0-9]|x)+.")
+            found = "it repeats a repetition or a choice, so that matching may never end"
+            raise DataError(asked, found, "Write, for example, [0-9]+ instead of ([0-9]+)+ or ([0-9]|x)+.")
         return compiled
     except (re.error, RecursionError, OverflowError) as error:
         found = f"it is not a regular expression ({error})"
         raise DataError(
-            asked, found, r"Write one that names the group in a path, as 'patient(\d+)'."
+            asked, found, r"Write one that matches the group in a path, such as 'patient(\d+)'."
         ) from None
 
 
 def _repeats_choice(node: Any, is_repeated: bool) -> bool:
-    """Tell whether a parsed expression repeats what can be matched in more than one way.
+    """Return whether a parsed expression repeats a part that can match in more than one way.
 
-    ``(a+)+`` and ``(a|a)+`` may be matched in so many ways that nobody waits for the last. It is no proof:
-    ``a*a*a*a*x`` is slow as well.
+    ``(a+)+`` and ``(a|a)+`` can match in exponentially many ways. The test is not complete: ``a*a*a*a*x`` is
+    slow as well.
     """
     if isinstance(node, tuple) and len(node) == 2 and str(node[0]) in _REPEATS:
         least, most, inner = node[1]
@@ -363,7 +366,7 @@ def _repeats_choice(node: Any, is_repeated: bool) -> bool:
     if isinstance(node, tuple) and len(node) == 2 and str(node[0]) == "BRANCH" and is_repeated:
         return True
     is_many = isinstance(node, tuple | list | _parser.SubPattern)
-    return is_many and any(_repeats_choice(one, is_repeated) for one in node)
+    return is_many and any(_repeats_choice(child, is_repeated) for child in node)
 
 
 def _match(pattern: re.Pattern[str], paths: Iterable[str]) -> dict[str, str]:

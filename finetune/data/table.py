@@ -1,4 +1,4 @@
-"""Read a CSV file ``path,label[,split]``; all its mistakes are told at once, with their lines."""
+"""Read a CSV file ``path,label[,split]``; all faulty rows are reported at once, with their line numbers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from finetune.data.layout import SHOWN, SPLIT_NAMES, LayoutReader, count, name_f
 from finetune.errors import DataError, suggest
 
 MAX_BYTES = 2**30
-"""The whole table is held in memory, several times its size on disk. A million rows take 100 MB or less."""
+"""Largest file: the whole table is held in memory, at several times its size on disk. A million rows take
+100 MB or less on disk."""
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 
 @dataclass
-class _Row:
-    """One row of the CSV, cleaned: ``place`` is its position in the table, from 0."""
+class _TableRow:
+    """One row of the CSV file, cleaned; ``position`` is its position in the table, from 0."""
 
-    place: int
+    position: int
     path: str
     label: str
     split: str
@@ -32,16 +33,19 @@ class _Row:
 
 
 def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> None:
-    """Read ``path,label[,split]``; show the first few faults of all rows at once, with line numbers.
+    """Read ``path,label[,split]``; report the first few faulty rows together, with line numbers.
 
     Args:
-        reader: takes the images.
-        file: of the table.
-        group_by: a column whose cells name groups, if there is one of that name.
+        reader: stores the images, and reports faults.
+        file: the CSV file.
+        group_by: name of the column that holds group names; a regular expression is ignored here.
+
+    Raises:
+        DataError: the file is not a table, a row cannot be used, or there are no training rows.
     """
     table = _table(reader, file)
     faults: list[tuple[int, str]] = []
-    first: dict[str, _Row] = {}
+    first: dict[str, _TableRow] = {}
     closed: dict[str, bool] = {}
     for row in _rows(reader, table, group_by):
         path = _below_root(reader.root, row.path)
@@ -49,15 +53,15 @@ def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> N
         if fault is None and path is not None and not _lies_outside(reader, path, closed):
             fault = _file_fault(reader, path, row)
         if fault:
-            faults.append((row.place, fault))
+            faults.append((row.position, fault))
         elif path is not None:
             first[path] = row
-            part = reader.splits.setdefault(SPLIT_NAMES[row.split], {})
-            part.setdefault(row.label, []).append(path)
+            by_label = reader.splits.setdefault(SPLIT_NAMES[row.split], {})
+            by_label.setdefault(row.label, []).append(path)
             if row.group and reader.group_column is not None:
                 reader.group_column[path] = row.group
     if faults:
-        shown = [f"line {_line(table, place)}: {fault}" for place, fault in faults[:SHOWN]]
+        shown = [f"line {_line(table, position)}: {fault}" for position, fault in faults[:SHOWN]]
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         reader.reject(
             "row-unusable",
@@ -73,14 +77,14 @@ def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> N
 
 
 def _table(reader: LayoutReader, file: Path) -> DataFrame:
-    """Return the file as text cells, header included, blank lines left out; the index keeps its positions."""
+    """Return all cells as text, header included, without blank lines; the index is the original position."""
     from pandas import read_csv
     from pandas.errors import EmptyDataError, ParserError
 
     _refuse_huge(reader, file)
     try:
-        # Without a header of its own pandas holds every row to the width of the first: a stray comma
-        # is an error instead of a silent shift of all columns by one.
+        # With header=None pandas requires every row to be as wide as the first: a stray comma is an error
+        # instead of a silent shift of all columns by one.
         table = read_csv(
             file, header=None, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8-sig",
             skip_blank_lines=False, skipinitialspace=True,
@@ -92,8 +96,8 @@ def _table(reader: LayoutReader, file: Path) -> DataFrame:
             f"is not UTF-8 ({error.reason} at byte {error.start})", "Save it as UTF-8."
         ) from error
     except ParserError as error:
-        said = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
-        raise reader.error(f"is not a table ({said})", "Quote cells that hold commas.") from error
+        message = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
+        raise reader.error(f"is not a table ({message})", "Quote cells that hold commas.") from error
     except OSError as error:
         raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from error
     return table[(table != "").any(axis=1)]
@@ -108,8 +112,8 @@ def _refuse_huge(reader: LayoutReader, file: Path) -> None:
         )
 
 
-def _rows(reader: LayoutReader, table: DataFrame, group_by: str | None) -> Iterator[_Row]:
-    """Give the rows below the header, label and split cleaned; without a split column all are training."""
+def _rows(reader: LayoutReader, table: DataFrame, group_by: str | None) -> Iterator[_TableRow]:
+    """Yield the rows below the header, cleaned; without a split column all are training rows."""
     header = [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
     _require_columns(reader, header)
     body = table.iloc[1:]
@@ -121,12 +125,12 @@ def _rows(reader: LayoutReader, table: DataFrame, group_by: str | None) -> Itera
     if group_by in header:
         reader.group_column = {}
     cells = zip(body.index, body[header.index("path")], labels, splits, groups, strict=True)
-    for place, path, label, split, group in cells:
-        yield _Row(int(place), path, label, split, group)
+    for position, path, label, split, group in cells:
+        yield _TableRow(int(position), path, label, split, group)
 
 
 def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Sequence[str] | Series[str]:
-    """Return the group of each row, ``""`` where none is named; a pattern is for paths, not for cells."""
+    """Return the group of each row, ``""`` for none; a regular expression applies to paths, not to cells."""
     if group_by in header:
         cells = body[header.index(group_by)].str.strip()
         if not cells.any():
@@ -157,19 +161,19 @@ def _require_columns(reader: LayoutReader, header: Sequence[str]) -> None:
 
 
 def _below_root(root: Path, path: str) -> str | None:
-    """Return the path relative to the CSV's folder in plain form, or None if it lies outside."""
+    """Return the normalised path relative to the CSV file's folder, or None if it lies outside."""
     if not path or "\0" in path:
         return None
     full = os.path.normpath(root / path)
-    for plain in (os.path.normpath, os.path.realpath):  # the second for absolute paths through a link
-        top = plain(root)
+    for resolve in (os.path.normpath, os.path.realpath):  # realpath: for absolute paths through a link
+        top = resolve(root)
         if full.startswith(os.path.join(top, "")):  # noqa: PTH118
             return Path(full).relative_to(top).as_posix()
     return None
 
 
-def _row_fault(row: _Row, path: str | None, first: dict[str, _Row]) -> str | None:
-    """Say what is wrong with the text of a row, or return None."""
+def _row_fault(row: _TableRow, path: str | None, first: dict[str, _TableRow]) -> str | None:
+    """Return what is wrong with the text of a row, or None."""
     if not row.path:
         return "the path is empty"
     if "\0" in row.path:
@@ -184,29 +188,29 @@ def _row_fault(row: _Row, path: str | None, first: dict[str, _Row]) -> str | Non
 
 
 def _lies_outside(reader: LayoutReader, path: str, closed: dict[str, bool]) -> bool:
-    """Tell whether a folder above the file is a link out of the root, and note it.
+    """Return whether a folder above the image is a link out of the root, and record that link.
 
     Args:
-        reader: takes the note.
-        path: of the image.
-        closed: the answers so far, one a folder: to look anew for each row would be slow.
+        reader: records the link.
+        path: path of the image below the root.
+        closed: earlier answers by folder, updated here: resolving the folder for every row would be slow.
     """
     folder = path.rpartition("/")[0]
     if folder not in closed:
         closed[folder] = bool(folder) and reader.outside(folder) is not None
         if closed[folder]:
-            any(map(reader.leads_out, _way_down(folder)))  # notes the first that leads out: the link itself
+            any(map(reader.leads_out, _folders_to(folder)))  # records the first one: the link itself
     return closed[folder]
 
 
-def _way_down(folder: str) -> Iterator[str]:
-    """Give the folders on the way to this one, from the top, and itself."""
-    yield from (folder[:place] for place, mark in enumerate(folder) if mark == "/")
+def _folders_to(folder: str) -> Iterator[str]:
+    """Yield the folders on the way to this one, from the top, and then itself."""
+    yield from (folder[:end] for end, char in enumerate(folder) if char == "/")
     yield folder
 
 
-def _file_fault(reader: LayoutReader, path: str, row: _Row) -> str | None:
-    """Say what is wrong with the file that a row names, or return None; note a link out of the root."""
+def _file_fault(reader: LayoutReader, path: str, row: _TableRow) -> str | None:
+    """Return what is wrong with the file that a row names, or None; record a link out of the root."""
     full = reader.root / path
     try:
         mode = os.lstat(full).st_mode
@@ -221,14 +225,14 @@ def _file_fault(reader: LayoutReader, path: str, row: _Row) -> str | None:
     return None if stat.S_ISREG(mode) else f"{quoted(row.path)} does not exist or is not a file"
 
 
-def _repeated(row: _Row, before: _Row) -> str:
-    """Say how a path came up before: in the other part is the grave one."""
+def _repeated(row: _TableRow, before: _TableRow) -> str:
+    """Return how a path was listed before: in another split, or twice in one."""
     if SPLIT_NAMES[row.split] != SPLIT_NAMES[before.split]:
         return f"{quoted(row.path)} is in {before.split} and again in {row.split}"
     return f"{quoted(row.path)} is listed twice"
 
 
-def _line(table: DataFrame, place: int) -> int:
-    """Return the line of the file where a row starts, from 1: quoted cells may hold line breaks."""
-    above = table[table.index < place]
-    return 1 + place + sum(int(above[column].str.count("\n").sum()) for column in above.columns)
+def _line(table: DataFrame, position: int) -> int:
+    """Return the line of the file where a row starts, from 1; quoted cells may hold line breaks."""
+    above = table[table.index < position]
+    return 1 + position + sum(int(above[column].str.count("\n").sum()) for column in above.columns)

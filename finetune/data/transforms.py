@@ -1,13 +1,13 @@
-"""From a file to pixels for a network: the evaluation view is timm's, the training views are torchvision's.
+"""Image transforms: the evaluation view is timm's, the training views are torchvision's.
 
 ::
 
     file -> image -> view, uint8 (3, H, W) -> device -> float32, normalised
             Transform.open  Transform()                   Normalizer
 
-Bytes travel between processes and to the device, a quarter of what floats would be. Training views draw from
-torch's generator, which the loader seeds for each image. (timm's RandAugment is not used: it asks Pillow
-for zero bits of colour at its highest magnitude, which Pillow refuses.)
+Views are sent to the device as uint8, a quarter of the size of float32. Training views draw from torch's
+generator, which the loader seeds for each image. (timm's RandAugment is not used: at its highest magnitude it
+asks Pillow for zero bits of colour, which Pillow refuses.)
 
 Shape legend: B batch, H W pixels.
 """
@@ -31,22 +31,22 @@ from finetune.recipe import Augmentation
 from pretrained.catalog import Preprocessing
 
 _SMALLEST_CROP = {"light": 0.5, "medium": 0.5, "heavy": 0.2}
-"""Smallest share of the image's area in a random crop. ImageNet training goes down to 0.08; a small set
-cannot afford that many views without the object in them."""
+"""Smallest share of the image's area in a random crop. ImageNet training uses 0.08, but in a small dataset
+too many views would then miss the object."""
 _NARROWEST = 3 / 4
-"""Width to height of a random crop, or height to width (torchvision's own)."""
+"""Smallest aspect ratio of a random crop, in either orientation (torchvision's default)."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """The way from a file to a view of it.
+    """Makes a view from an image file.
 
     Attributes:
-        draw: image to view, uint8 (3, H, W).
-        preprocessing: what the view is made for, and how its pixels are normalised.
-        is_random: another view every time.
-        short_side: pixels of the shorter side that are enough to draw a view from (``decode_image``); None
-            for views of every pixel, which a plain timm user sees.
+        draw: makes a view, uint8 (3, H, W), from an image.
+        preprocessing: input size and normalisation of the network.
+        is_random: whether every call gives another view.
+        short_side: number of pixels of the shorter side that suffices for a view (``decode_image``); None
+            decodes every pixel, as timm does.
     """
 
     draw: Callable[[Image.Image], Tensor]
@@ -68,15 +68,15 @@ class Transform:
 
 
 class Normalizer:
-    """(x / 255 - mean) / std, to the last bit what timm's ``ToTensor`` and ``Normalize`` give.
+    """Computes (x / 255 - mean) / std, bitwise equal to timm's ``ToTensor`` and ``Normalize``.
 
     Args:
-        preprocessing: its mean and deviation.
-        device: of the images.
+        preprocessing: gives mean and standard deviation.
+        device: device of the images.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        # Tensors on the device: CUDA multiplies by the reciprocal of a plain number, which is another bit.
+        # Tensors on the device: CUDA multiplies by the reciprocal of a number, which rounds differently.
         self._white = torch.tensor(255.0, device=device)
         self._mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
@@ -108,22 +108,22 @@ def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentati
     if augmentation == "heavy":
         steps.append(_erase_at_random)
     short_side = _compute_short_side(preprocessing.img_size, smallest)
-    # Whoever asks for "nearest" wants no colours that the image does not have.
-    is_mixing = preprocessing.interpolation != "nearest"
-    return Transform(v2.Compose(steps), preprocessing, True, short_side if is_mixing else None)
+    # A user of "nearest" wants no interpolated colours, so the image is not reduced.
+    interpolates = preprocessing.interpolation != "nearest"
+    return Transform(v2.Compose(steps), preprocessing, True, short_side if interpolates else None)
 
 
 def _compute_short_side(img_size: int, smallest_crop: float) -> int:
-    """Return how large an image must be for every random crop of it to be made smaller, never larger.
+    """Return the shorter side of an image, in pixels, from which no random crop has to be enlarged.
 
-    The shorter side of the smallest crop of a square of side s is s sqrt(smallest x narrowest), and that of
-    other images is larger. Measured by ``benchmarks/draft.py``: accuracy is the same.
+    The smallest crop of a square of side s has the shorter side s sqrt(smallest x narrowest); that of other
+    images is larger. Accuracy is the same as with full images (``benchmarks/draft.py``).
     """
     return math.ceil(img_size / math.sqrt(smallest_crop * _NARROWEST))
 
 
 def _distortions(augmentation: Augmentation, preprocessing: Preprocessing) -> list[Any]:
-    """Colour and shape: none, one operation of any strength, or several strong ones."""
+    """Return the operations on colour and shape: none, one of random strength, or several strong ones."""
     keys: dict[str, Any] = {
         "interpolation": InterpolationMode.BILINEAR,
         "fill": [round(255 * channel) for channel in preprocessing.mean],
@@ -136,14 +136,16 @@ def _distortions(augmentation: Augmentation, preprocessing: Preprocessing) -> li
 
 
 def _erase_at_random(image: Tensor) -> Tensor:
-    """Fill a rectangle with noise, in a quarter of all cases (arXiv:1708.04896), in uint8 as there.
+    """Fill a random rectangle with uint8 noise, with probability 0.25 (arXiv:1708.04896).
 
-    torchvision's own draws numbers around zero, which mean nothing in uint8.
+    torchvision's ``RandomErasing`` draws normal values around zero, which are wrong for uint8.
     """
     if torch.rand(1).item() >= 0.25:
         return image
     top, left, height, width, _ = RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])
-    if (height, width) != image.shape[1:]:  # all of it: torchvision found no rectangle that fits
+    if (height, width) != image.shape[
+        1:
+    ]:  # the whole image means that torchvision found no rectangle that fits
         noise = torch.randint(0, 256, (len(image), height, width), dtype=torch.uint8)
         image[:, top : top + height, left : left + width] = noise
     return image

@@ -1,4 +1,4 @@
-"""Decoding processes: how they start and end, how many there should be, and what goes wrong with them."""
+"""Decoding processes: start and end, number, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.system.signals import end_with_parent
 
 MOST_WAITING = 0.1
 """Share of the time that may be spent waiting for data before more processes decode."""
-_NO_ROOM = (
+_RESOURCE_PHRASES = (
     "No space left on device",  # of /dev/shm
     "shared memory",
     "Too many open files",
@@ -24,14 +24,19 @@ _NO_ROOM = (
     "Resource temporarily unavailable",  # too many processes
     "Cannot allocate memory",
 )
-"""What the system says where decoding processes cannot be started, or cannot hand over their batches."""
-_DEATH = ("exited unexpectedly", "killed by signal")
-"""What torch says of a process that ended, and of its own thread that met one."""
+"""Parts of system messages that mean: processes cannot be started, or cannot pass on their batches."""
+_DEATH_PHRASES = ("exited unexpectedly", "killed by signal")
+"""Parts of torch's messages about a dead process, from the main thread and from its pinning thread."""
 
 
 def start_worker(parent: int, _: int) -> None:
-    """Stopping is the trainer's business: workers leave its process group, to which terminals and batch
-    systems send their signals. They end when the loader says so, and the kernel ends them with their parent.
+    """Set up signals in a decoding process (``worker_init_fn`` of the loader).
+
+    Only the trainer handles a stop. So a worker leaves its process group, to which terminals and batch
+    systems send their signals. A worker ends when the loader ends it, or with its parent.
+
+    Args:
+        parent: process id of the trainer.
     """
     end_with_parent(parent)
     os.setpgrp()
@@ -40,16 +45,16 @@ def start_worker(parent: int, _: int) -> None:
 
 
 def choose_workers(workers: int, most: int, waited: float, seconds: float) -> int:
-    """Return how many processes should decode from here on: more, where they were waited for.
+    """Return how many processes should decode from here on: more if the caller waited for data.
 
-    They made some batches in ``seconds``, and these can be used up in ``seconds - waited``. No single
-    measurement is believed when it asks for more than twice as many.
+    The workers needed ``seconds`` for some batches, and the caller alone needs ``seconds - waited``. One
+    measurement at most doubles the number.
 
     Args:
-        workers: until now; none stays none.
-        most: that there may be.
-        waited: seconds that were spent waiting for data.
-        seconds: of the whole measurement.
+        workers: number until now; 0 stays 0.
+        most: largest number allowed.
+        waited: seconds that the caller waited for data.
+        seconds: duration of the whole measurement.
     """
     if not 0 < workers < most or waited <= MOST_WAITING * seconds:
         return workers
@@ -58,24 +63,24 @@ def choose_workers(workers: int, most: int, waited: float, seconds: float) -> in
 
 
 class WorkerDiedError(Exception):
-    """A decoding process ended in the middle of its work."""
+    """A decoding process died during a pass."""
 
 
-class NoRoomError(Exception):
-    """Decoding processes cannot be started, or cannot hand over what they made."""
+class WorkerResourceError(Exception):
+    """The system lacks memory, files or processes to start workers or to pass on their batches."""
 
 
 def start_pass(loader: DataLoader[Any]) -> Any:
-    """Start a pass, without torch's handler for the end of a child.
+    """Start a pass, without torch's handler of SIGCHLD.
 
-    That one raises wherever this process happens to be, in the middle of an optimiser step as well. A death
-    is seen without it, a few seconds later, where a batch is waited for.
+    The handler would raise anywhere in this process, even in the middle of an optimizer step. Without it a
+    dead worker is noticed a few seconds later, while waiting for a batch.
 
     Raises:
-        WorkerDiedError: a process ended at once.
-        NoRoomError: processes cannot be started.
+        WorkerDiedError: a process died at once.
+        WorkerResourceError: processes cannot be started.
     """
-    with _named_faults(loader):
+    with _classified_errors(loader):
         if threading.current_thread() is not threading.main_thread():
             return iter(loader)
         before = signal.getsignal(signal.SIGCHLD)
@@ -89,27 +94,29 @@ def fetch(loader: DataLoader[Any], iterator: Any) -> Any:
     """Return the next batch of a pass, or None at its end.
 
     Raises:
-        WorkerDiedError: its process ended.
-        NoRoomError: its process could not hand it over.
+        WorkerDiedError: a process died.
+        WorkerResourceError: a process could not pass on its batch.
     """
-    with _named_faults(loader):
+    with _classified_errors(loader):
         return next(iterator, None)
 
 
 @contextmanager
-def _named_faults(loader: DataLoader[Any]) -> Iterator[None]:
-    """Tell faults of decoding processes from errors of what they carry out, which pass as they are."""
+def _classified_errors(loader: DataLoader[Any]) -> Iterator[None]:
+    """Convert errors of the processes themselves; errors of the code that they run pass unchanged."""
     try:
         yield
     except (OSError, EOFError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         if loader.num_workers == 0:
             raise
-        for word in _NO_ROOM:
-            if word in str(error):
-                raise NoRoomError(word) from None
-        forwarded = said[0].startswith("Caught ")
-        # Between its end and the notice of it, a process leaves sockets that nobody answers.
-        if not forwarded and (not isinstance(error, RuntimeError) or any(word in said[0] for word in _DEATH)):
-            raise WorkerDiedError(said[-1]) from None
+        for phrase in _RESOURCE_PHRASES:
+            if phrase in str(error):
+                raise WorkerResourceError(phrase) from None
+        forwarded = lines[0].startswith("Caught ")
+        # Before a death is noticed, its sockets already raise other errors.
+        if not forwarded and (
+            not isinstance(error, RuntimeError) or any(phrase in lines[0] for phrase in _DEATH_PHRASES)
+        ):
+            raise WorkerDiedError(lines[-1]) from None
         raise

@@ -1,4 +1,4 @@
-"""The predictions of a finished run or evaluation: read back, and checked against its ``metrics.json``."""
+"""Read the predictions of a finished run or evaluation, and check them against its ``metrics.json``."""
 
 from __future__ import annotations
 

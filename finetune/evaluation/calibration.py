@@ -26,13 +26,14 @@ from finetune.targets import decide_with_confidence, to_probabilities
 NUM_BINS = 15
 """Bins of confidence, of equal width, as in the paper."""
 NUM_FOLDS = 5
-"""Folds into which images are divided that must both fit a temperature and measure its effect."""
+"""Folds of the images if the same ones both fit a temperature and measure its effect."""
 COLDEST, HOTTEST = 0.05, 20.0
+"""Smallest and largest temperature."""
 _MOST_STEPS = 60
 _CLOSE = 1e-9
 """Relative change of the temperature at which the fit has converged."""
 ONE_SIDED = 1.644854
-"""Quantile of the normal distribution that 95 % lie below."""
+"""0.95 quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Reliability:
     Attributes:
         ece: expected calibration error in [0, 1]: the mean distance between confidence and accuracy in a
             bin, weighted by its images.
-        bins: each with ``low``, ``high``, ``count``, and the means ``confidence`` and ``accuracy`` (null in
-            an empty one).
+        bins: one dict per bin with ``low``, ``high``, ``count``, and the means ``confidence`` and
+            ``accuracy`` (None in an empty bin).
     """
 
     ece: float
@@ -52,25 +53,25 @@ class Reliability:
 
 def measure_reliability(predictions: Predictions) -> Reliability:
     """Return how well the confidences match the accuracies."""
-    confidence, right = _confidence_and_truth(predictions)
+    confidence, correct = _confidence_and_correctness(predictions)
     edges = np.linspace(0, 1, NUM_BINS + 1)
-    place = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, NUM_BINS - 1)
+    bin_of = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, NUM_BINS - 1)
     bins: list[dict[str, float | int | None]] = []
     error = 0.0
     for number in range(NUM_BINS):
-        inside = place == number
+        inside = bin_of == number
         count = int(inside.sum())
-        claimed = float(confidence[inside].mean()) if count else None
-        true = float(right[inside].mean()) if count else None
-        if claimed is not None and true is not None:
-            error += count / len(right) * abs(claimed - true)
+        mean_confidence = float(confidence[inside].mean()) if count else None
+        accuracy = float(correct[inside].mean()) if count else None
+        if mean_confidence is not None and accuracy is not None:
+            error += count / len(correct) * abs(mean_confidence - accuracy)
         bins.append(
             {
                 "low": float(edges[number]),
                 "high": float(edges[number + 1]),
                 "count": count,
-                "confidence": claimed,
-                "accuracy": true,
+                "confidence": mean_confidence,
+                "accuracy": accuracy,
             }
         )
     return Reliability(error, bins)
@@ -85,21 +86,21 @@ def fit_temperature(predictions: Predictions) -> float:
     """
     logits, labels = predictions.logits.double(), predictions.labels
     num_images = len(labels)
-    own = logits.gather(1, labels[:, None]).mean()
-    wanted = float((num_images * own + logits.mean()) / (num_images + 1))
-    low, high, sharpness = 1 / HOTTEST, 1 / COLDEST, 1.0
+    label_logit = logits.gather(1, labels[:, None]).mean()
+    target = float((num_images * label_logit + logits.mean()) / (num_images + 1))
+    low, high, inverse = 1 / HOTTEST, 1 / COLDEST, 1.0
     for _ in range(_MOST_STEPS):
-        weighed = to_probabilities(sharpness * logits) * logits
-        mean = weighed.sum(dim=1)
-        slope = float(mean.mean()) - wanted
-        bend = float(((weighed * logits).sum(dim=1) - mean**2).mean())
-        low, high = (sharpness, high) if slope < 0 else (low, sharpness)
-        step = sharpness - slope / bend if bend > 0 else low
-        after = step if low < step < high else math.sqrt(low * high)
-        if abs(after / sharpness - 1) < _CLOSE:
+        weighted = to_probabilities(inverse * logits) * logits
+        mean = weighted.sum(dim=1)
+        slope = float(mean.mean()) - target
+        curvature = float(((weighted * logits).sum(dim=1) - mean**2).mean())
+        low, high = (inverse, high) if slope < 0 else (low, inverse)
+        step = inverse - slope / curvature if curvature > 0 else low
+        updated = step if low < step < high else math.sqrt(low * high)
+        if abs(updated / inverse - 1) < _CLOSE:
             break
-        sharpness = after
-    return 1 / sharpness
+        inverse = updated
+    return 1 / inverse
 
 
 def calibrate_cross_fitted(predictions: Predictions) -> Predictions:
@@ -118,7 +119,7 @@ def calibrate_cross_fitted(predictions: Predictions) -> Predictions:
 
 
 def _draw_folds(labels: Tensor) -> Tensor:
-    """Deal the images of each class to the folds in turn, in an order with a fixed seed, (N,) int64."""
+    """Return the fold of each image, (N,) int64: the images of each class in turn, after a seeded shuffle."""
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[torch.argsort(labels[shuffled], stable=True)]
@@ -132,7 +133,7 @@ class Calibration:
     """A temperature and its effect.
 
     Attributes:
-        temperature: 1 where no temperature lowers the loss of images that did not fit it.
+        temperature: the fitted temperature; 1 if it does not lower the loss of images that did not fit it.
         facts: the content of ``calibration`` in ``metrics.json``.
     """
 
@@ -141,18 +142,18 @@ class Calibration:
 
 
 def calibrate(evaluated: Predictions, val: Predictions | None) -> Calibration:
-    """Fit a temperature on validation images, and measure calibration on the scored images.
+    """Fit a temperature on validation images, and measure calibration on the evaluated images.
 
     Args:
-        scored: uncalibrated predictions of the images that the metrics are computed on.
-        val: uncalibrated predictions of the validation images; None where these are the scored images.
+        evaluated: uncalibrated predictions of the images that the metrics are computed on.
+        val: uncalibrated predictions of the validation images; None if these are the evaluated images.
     """
     fitting = evaluated if val is None else val
-    apart = calibrate_cross_fitted(fitting)
-    temperature = fit_temperature(fitting) if apart.loss < fitting.loss else 1.0
+    cross_fitted = calibrate_cross_fitted(fitting)
+    temperature = fit_temperature(fitting) if cross_fitted.loss < fitting.loss else 1.0
     after = evaluated.apply_temperature(temperature)
     if val is None and temperature != 1.0:
-        after = apart
+        after = cross_fitted
     facts = {"temperature": temperature, "fitted_on": "val", "same_images": val is None}
     return Calibration(temperature, facts | compare_calibration(evaluated, after))
 
@@ -170,7 +171,7 @@ def compare_calibration(before: Predictions, after: Predictions) -> dict[str, An
     }
 
 
-# --- thresholds of confidence under which a person should decide -----------------------------------
+# --- confidence thresholds below which a prediction is refused -----------------------------------
 
 
 def find_thresholds(
@@ -180,17 +181,17 @@ def find_thresholds(
 
     Args:
         fitting: calibrated validation predictions, on which the thresholds are chosen.
-        scored: calibrated predictions, on which the effect of the thresholds is measured.
+        evaluated: calibrated predictions, on which the effect of the thresholds is measured.
         wanted: precisions in (0, 1).
 
     Returns:
-        The rows of :func:`measure_thresholds`; a threshold is None where no confidence reaches the precision.
+        The rows of :func:`measure_thresholds`; a threshold is None if no confidence reaches the precision.
     """
-    confidence, right = _confidence_and_truth(fitting)
+    confidence, correct = _confidence_and_correctness(fitting)
     found = []
     for precision in wanted:
-        threshold = find_threshold(confidence, right, precision)
-        kept = right[confidence >= threshold] if threshold is not None else right[:0]
+        threshold = find_threshold(confidence, correct, precision)
+        kept = correct[confidence >= threshold] if threshold is not None else correct[:0]
         low = compute_wilson(int(kept.sum()), len(kept), ONE_SIDED)[0] if len(kept) else None
         found.append({"precision": precision, "threshold": threshold, "num_images": len(kept), "low": low})
     return measure_thresholds(found, evaluated)
@@ -199,18 +200,18 @@ def find_thresholds(
 def measure_thresholds(
     thresholds: Sequence[Mapping[str, Any]], evaluated: Predictions
 ) -> list[dict[str, Any]]:
-    """Return the coverage and the precision of thresholds on scored images.
+    """Return the coverage and the precision of thresholds on the evaluated images.
 
     Args:
-        thresholds: each with ``precision`` (wanted), ``threshold``, ``num_images`` (kept ones of the images
+        thresholds: each with ``precision`` (wanted), ``threshold``, ``num_images`` (number kept of the images
             that chose it) and ``low`` (lower 95 % confidence limit of their precision).
-        scored: calibrated predictions.
+        evaluated: calibrated predictions.
 
     Returns:
         For each threshold these four values, ``coverage`` (fraction of images that is kept) and ``achieved``
-        (precision of the kept ones; null where all are rejected).
+        (precision of the kept images; None if all are rejected).
     """
-    confidence, right = _confidence_and_truth(evaluated)
+    confidence, correct = _confidence_and_correctness(evaluated)
     rows = []
     for row in thresholds:
         threshold = row["threshold"]
@@ -219,32 +220,37 @@ def measure_thresholds(
             {
                 **row,
                 "coverage": float(kept.mean()),
-                "achieved": float(right[kept].mean()) if kept.any() else None,
+                "achieved": float(correct[kept].mean()) if kept.any() else None,
             }
         )
     return rows
 
 
 def find_threshold(
-    confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], precision: float
+    confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], precision: float
 ) -> float | None:
-    """Return the lowest confidence above which the precision is at least the wanted one; None if there is
-    none.
+    """Return the lowest confidence threshold with at least the wanted precision; None if there is none.
 
-    It lies midway between two images, so that rounding moves neither across it; 0 keeps all images.
+    The threshold lies midway between the confidences of two images, so that rounding does not move either
+    across it; 0 keeps all images.
+
+    Args:
+        confidence: confidences (N,) in [0, 1].
+        correct: whether each prediction is correct, (N,).
+        precision: wanted precision in (0, 1).
     """
     order = np.argsort(-confidence, kind="stable")
-    share = right[order].cumsum() / np.arange(1, len(order) + 1)
-    sure = confidence[order]
-    is_last = np.append(sure[1:] != sure[:-1], True)  # equals are kept or rejected together
-    enough = np.flatnonzero((share >= precision) & is_last)
+    precisions = correct[order].cumsum() / np.arange(1, len(order) + 1)
+    descending = confidence[order]
+    is_last = np.append(descending[1:] != descending[:-1], True)  # ties are kept or rejected together
+    enough = np.flatnonzero((precisions >= precision) & is_last)
     if not len(enough):
         return None
     last = enough[-1]
-    return float(sure[last] + sure[last + 1]) / 2 if last + 1 < len(sure) else 0.0
+    return float(descending[last] + descending[last + 1]) / 2 if last + 1 < len(descending) else 0.0
 
 
-def _confidence_and_truth(
+def _confidence_and_correctness(
     predictions: Predictions,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     confidence, predicted = decide_with_confidence(predictions.probabilities)

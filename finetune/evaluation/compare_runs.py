@@ -20,7 +20,7 @@ from finetune.runs.files import write_csv, write_json, write_text
 from finetune.system.display import Display
 
 MOST_FOR_ALL_PAIRS = 4
-"""Most runs that are compared each with each other; more than these are compared with the first only."""
+"""Largest number of runs that are compared pairwise; more are compared with the first one only."""
 
 _PAIR_COLUMNS = (
     "first",
@@ -39,10 +39,10 @@ _PAIR_COLUMNS = (
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        rows: the table, one row a run; values that a run does not record are None.
+        rows: the table, one row per run; values that a run does not record are None.
         pairs: the paired test of each pair of runs.
         warnings: reasons why the metrics may not be comparable, or optimistic.
     """
@@ -97,14 +97,14 @@ def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -
 def _load(paths: Sequence[Path]) -> list[RunAnswers]:
     if len(paths) < 2:
         raise UsageError("finetune compare", f"{len(paths)} run was named", "Name two runs or more.")
-    places = [path.resolve() for path in paths]
+    resolved = [path.resolve() for path in paths]
     for number, path in enumerate(paths):
-        if places[number] in places[:number]:
+        if resolved[number] in resolved[:number]:
             raise UsageError(str(path), "it is given twice", "Name each run once.")
-    last = [place.name for place in places]
+    names = [path.name for path in resolved]
     return [
-        load_answers(path, sanitize(str(path) if last.count(name) > 1 else name))
-        for path, name in zip(paths, last, strict=True)
+        load_answers(path, sanitize(str(path) if names.count(name) > 1 else name))
+        for path, name in zip(paths, names, strict=True)
     ]
 
 

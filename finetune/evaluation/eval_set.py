@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, PreparedDataset
 from finetune.data.inputs import EvalSplit, find_labelled
-from finetune.data.scan import check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.scan import scan_images
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.variants import Model
 from finetune.features.extraction import open_images
@@ -25,12 +24,10 @@ class EvalSet:
 
     Attributes:
         dataset: the images; labels index the first model's classes.
-        digests: sha256 of each image, by path.
         split: train, val or test; all if the images are of several splits or of none.
     """
 
-    dataset: Dataset
-    digests: Mapping[str, str]
+    dataset: PreparedDataset
     split: str
 
 
@@ -43,7 +40,7 @@ def find_eval_set(
         first: the first model; labels are mapped to its classes.
         data: a folder, an archive, a CSV file; None for the data of the model's run. If the data are those
             that the run was trained on, the run's own split is used.
-        part: train, val, test or all; None for test if there is one, else val, else all.
+        split: train, val, test or all; None for test if there is one, else val, else all.
         follow_links: read images through links that lead out of the data.
         display: shows progress and warnings.
 
@@ -54,18 +51,17 @@ def find_eval_set(
     run, classes = first.run, first.predictor.classes
     if run is not None and (data is None or _is_own(run, data)):
         if _has_split(run, split):
-            dataset = _images_of_run(run, classes, split, display)
-            digests = _check_images(dataset, display)
-            _refuse_changed(run, digests)
-            return EvalSet(dataset, digests, _name_split(dataset, split))
+            dataset = _prepare(_images_of_run(run, classes, split, display), display)
+            _refuse_changed(run, dataset.digests)
+            return EvalSet(dataset, _name_split(dataset, split))
         data = _data_of(run)
     if data is None:
         raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
-    with display.count(f"reading {data}") as tell:
-        dataset = find_labelled(data, classes, split, follow_links, tell)
-    for warning in dataset.warnings:
+    with display.count(f"reading {data}") as on_progress:
+        found = find_labelled(data, classes, split, follow_links, on_progress)
+    for warning in found.warnings:
         display.warn(warning)
-    return EvalSet(dataset, _check_images(dataset, display), _name_split(dataset, split))
+    return EvalSet(_prepare(found, display), _name_split(found, split))
 
 
 def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
@@ -78,7 +74,7 @@ def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
 
 
 def _is_own(run: RunFolder, data: Path) -> bool:
-    """Tell whether the data are those that the run was trained on: then the run's own split is used."""
+    """Return whether the data are those of the run; its own split is used then."""
     own = _data_of(run)
     return data.resolve() in (run.path.resolve(), own.resolve() if own is not None else None)
 
@@ -89,7 +85,7 @@ def _data_of(run: RunFolder) -> Path | None:
 
 
 def _has_split(run: RunFolder, split: EvalSplit | None) -> bool:
-    """Tell whether the run recorded this split; a test split may have been added since."""
+    """Return whether the run recorded this split; a test split may have been added since."""
     return split in (None, "all") or any(row["split"] == split for row in RunReader(run).split)
 
 
@@ -113,28 +109,30 @@ def _images_of_run(
     )
     if len(samples) < len(known):
         lost = sorted(known.keys() - {sample.path for sample in samples})
-        said = f"{len(lost)} of {len(known)} images of its {wanted} split are missing (for example {lost[0]})"
-        raise DataError(f"the data of {run.path}", said, "Restore them, or name other --data.")
+        missing = f"{len(lost)} of {len(known)} images of its {wanted} split are missing"
+        raise DataError(
+            f"the data of {run.path}",
+            f"{missing} (for example {lost[0]})",
+            "Restore them, or name other --data.",
+        )
     if not samples:
         raise DataError(f"the data of {run.path}", f"it has no {wanted} images", "Choose another --split.")
     return replace(found, classes=tuple(classes), samples=samples)
 
 
-def _check_images(dataset: Dataset, display: Display) -> dict[str, str]:
-    """Return the sha256 of every image, by path.
+def _prepare(dataset: Dataset, display: Display) -> PreparedDataset:
+    """Decode every image once.
 
     Raises:
         DataError: an image cannot be read: metrics over fewer images than the user expects would mislead.
     """
-    with display.track("checking images", len(dataset.samples)) as advance:
-        store = ScanCache(dataset.root, keep_others=True)
-        checked = check_images(dataset, on_progress=lambda _: advance(1, ""), store=store)
+    checked = scan_images(dataset, display, "checking images", is_subset=True)
     if checked.bad:
         lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])
         more = f"\n  and {len(checked.bad) - 5} more" if len(checked.bad) > 5 else ""
         found = f"{len(checked.bad)} of {len(dataset.samples)} images cannot be read:{lines}{more}"
         raise DataError(f"data in {dataset.root}", found, "Replace these files, or remove them yourself.")
-    return checked.digests
+    return dataset.prepared(checked.digests)
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def find_overlap(models: Sequence[Model], eval_set: EvalSet, allow_leaks: bool, 
     Raises:
         DataError: a model was trained on some of them, and that is not allowed.
     """
-    samples, digests = eval_set.dataset.samples, eval_set.digests
+    samples, digests = eval_set.dataset.samples, eval_set.dataset.digests
     images = [digests[sample.path] for sample in samples]
     for model in models:
         learned = [sample for sample in samples if digests[sample.path] in model.seen.trained]

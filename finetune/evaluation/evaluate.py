@@ -1,4 +1,4 @@
-"""``finetune evaluate``: finished models on labelled images, one or an ensemble, with one view or several.
+"""``finetune evaluate``: test finished models, or an ensemble of them, on labelled images.
 
 ::
 
@@ -52,7 +52,7 @@ class EvaluateRequest:
         scales: short sides in pixels that images are resized to; empty for the default.
         output: a new folder for the results.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_size: images a batch; None for the default.
+        batch_size: images per batch; None for the default.
         workers: decoding threads; None for the default.
         offline: never download weights.
         follow_links: read images through symbolic links that lead out of the data.
@@ -74,17 +74,17 @@ class EvaluateRequest:
 
     @property
     def command(self) -> str:
-        """The command line that asks for this."""
-        words = ["finetune", "evaluate", *self.models]
-        words += ["--data", str(self.data)] if self.data is not None else []
-        words += ["--split", self.split] if self.split is not None else []
-        words += ["--crops", str(self.crops)] if self.crops > 1 else []
-        words += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
-        words += ["--device", self.device] if self.device != "auto" else []
-        words += ["--batch-size", str(self.batch_size)] if self.batch_size else []
-        words += ["--follow-links"] if self.follow_links else []
-        words += ["--allow-leaks"] if self.allow_leaks else []
-        return shlex.join(words)
+        """The command line of this request."""
+        arguments = ["finetune", "evaluate", *self.models]
+        arguments += ["--data", str(self.data)] if self.data is not None else []
+        arguments += ["--split", self.split] if self.split is not None else []
+        arguments += ["--crops", str(self.crops)] if self.crops > 1 else []
+        arguments += ["--scales", ",".join(map(str, self.scales))] if self.scales else []
+        arguments += ["--device", self.device] if self.device != "auto" else []
+        arguments += ["--batch-size", str(self.batch_size)] if self.batch_size else []
+        arguments += ["--follow-links"] if self.follow_links else []
+        arguments += ["--allow-leaks"] if self.allow_leaks else []
+        return shlex.join(arguments)
 
 
 def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
     metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
     metrics["variants"] = write_variants(folder, variants, display)
     write_metrics_tables(folder, dataset.samples, variants[-1].predictions, classes)
-    rows = [(path, *row) for path, row in describe_images(dataset, dict(eval_set.digests)).items()]
+    rows = [(path, *row) for path, row in describe_images(dataset, dataset.digests).items()]
     write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
     write_json(folder.environment, describe_environment(models[0].predictor.device))
     write_json(folder.metrics, metrics)
@@ -152,9 +152,9 @@ def _collect_metrics(
     predictions = final.raw or final.predictions
     metrics = compute_metrics(predictions, classes)
     metrics["intervals"] = {name: list(limits) for name, limits in compute_intervals(predictions).items()}
-    metrics["calibration"] = _calibration(models, final, overlap)
+    metrics["calibration"] = _measure_calibration(models, final, overlap)
     if len(models) == 1:
-        metrics["reject"] = _thresholds(models[0], final.predictions)
+        metrics["reject"] = _measure_thresholds(models[0], final.predictions)
     known = overlap.is_known
     return metrics | {
         "num_classes": len(classes),
@@ -163,7 +163,7 @@ def _collect_metrics(
     }
 
 
-def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
+def _measure_calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> dict[str, Any]:
     """Return ``calibration`` of ``metrics.json``; means of calibrated probabilities have no "before"."""
     num_images = len(final.predictions.labels)
     facts = {
@@ -180,7 +180,8 @@ def _calibration(models: Sequence[Model], final: Variant, overlap: Overlap) -> d
     return facts | compare_calibration(final.raw, after)
 
 
-def _thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
+def _measure_thresholds(model: Model, predictions: Predictions) -> list[dict[str, Any]]:
+    """Return the run's confidence thresholds with their effect on these images; empty if it has none."""
     rows = RunReader(model.run, tolerant=True).metrics.get("reject") if model.run is not None else None
     try:
         return measure_thresholds(rows or [], predictions)

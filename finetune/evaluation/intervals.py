@@ -1,6 +1,6 @@
 """95 % intervals of metrics: how much they would vary over other test images of the same kind.
 
-Percentile bootstrap (Efron, 1979): the scored images are drawn many times with replacement, and the
+Percentile bootstrap (Efron, 1979): the evaluated images are drawn many times with replacement, and the
 interval of a metric spans the middle 95 % of its values. Where nearly all predictions are right or wrong, or
 a class has few images, resampling underestimates the spread. The interval of a proportion is therefore at
 least as wide as Wilson's (1927), and that of a mean of proportions at least as wide as the combination of the
@@ -40,21 +40,24 @@ def compute_intervals(predictions: Predictions, seed: int = 0) -> dict[str, Inte
         seed: seed of the resampling.
     """
     rng = np.random.default_rng(seed)
-    intervals = _intervals_of_shares(compute_confusion(predictions), rng)
+    intervals = _share_intervals(compute_confusion(predictions), rng)
     losses = compute_losses(predictions.logits, predictions.labels)
     intervals["loss"] = _middle(_resample_mean(losses.numpy(), rng))
     if predictions.logits.shape[1] >= TOP5_CLASSES:
         top5 = find_in_top_k(predictions.logits, predictions.labels, 5).double().numpy()
-        drawn = _middle(_resample_mean(top5, rng))
-        intervals["top5_accuracy"] = _join(drawn, compute_wilson(int(top5.sum()), len(top5)))
+        resampled = _middle(_resample_mean(top5, rng))
+        intervals["top5_accuracy"] = _join(resampled, compute_wilson(int(top5.sum()), len(top5)))
     areas = _resample_roc_auc(predictions, rng)
     if len(areas):
         intervals["roc_auc"] = _middle(areas)
     return {name: limits for name, limits in intervals.items() if limits[0] < limits[1]}
 
 
-def _intervals_of_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Interval]:
-    """Resample cells of the confusion matrix: the same as resampling images, and there are far fewer."""
+def _share_intervals(confusion: Counts, rng: np.random.Generator) -> dict[str, Interval]:
+    """Return intervals of accuracy, balanced accuracy and macro F1.
+
+    The cells of the confusion matrix are resampled: that equals resampling images, and is much faster.
+    """
     hits, support = confusion.diagonal(), confusion.sum(axis=1)
     intervals = {name: _middle(values) for name, values in _resample_shares(confusion, rng).items()}
     mean = _combine(hits[support > 0], support[support > 0])
@@ -62,13 +65,13 @@ def _intervals_of_shares(confusion: Counts, rng: np.random.Generator) -> dict[st
     intervals["accuracy"] = _join(intervals["accuracy"], together)
     intervals["balanced_accuracy"] = _join(intervals["balanced_accuracy"], mean)
     low, high = intervals["f1_macro"]
-    if low == high:  # every image right, or none: F1 and recall are the same then
+    if low == high:  # all images are right, or none: F1 equals recall then
         intervals["f1_macro"] = mean
     return intervals
 
 
 def compute_wilson(hits: int, number: int, quantile: float = 1.959964) -> Interval:
-    """Return Wilson's interval of a share (1927), which is not empty at 0 and 1 either.
+    """Return Wilson's interval of a proportion (1927), which has a width even at 0 and 1.
 
     Args:
         hits: number of successes.
@@ -83,7 +86,7 @@ def compute_wilson(hits: int, number: int, quantile: float = 1.959964) -> Interv
 
 
 def _combine(hits: Counts, support: Counts) -> Interval:
-    """Return the interval of the mean of shares, from those of each (MOVER)."""
+    """Return the interval of the mean of several proportions, from the interval of each (MOVER)."""
     shares = hits / support
     limits = np.array([compute_wilson(int(h), int(n)) for h, n in zip(hits, support, strict=True)])
     below, above = np.sqrt(((limits - shares[:, None]) ** 2).sum(axis=0)) / len(shares)
@@ -91,12 +94,13 @@ def _combine(hits: Counts, support: Counts) -> Interval:
     return max(0.0, mean - float(below)), min(1.0, mean + float(above))
 
 
-def _join(one: Interval, other: Interval) -> Interval:
-    return min(one[0], other[0]), max(one[1], other[1])
+def _join(first: Interval, second: Interval) -> Interval:
+    """Return the smallest interval that contains both."""
+    return min(first[0], second[0]), max(first[1], second[1])
 
 
 def _resample_shares(confusion: Counts, rng: np.random.Generator) -> dict[str, Floats]:
-    """Return each metric (R,); classes that a resample lacks are left out of its means."""
+    """Return the values (R,) of each metric; the means of a resample leave out classes without images."""
     rows, columns = np.nonzero(confusion)
     num_images, diagonal = int(confusion.sum()), rows == columns
     draws = rng.multinomial(num_images, confusion[rows, columns] / num_images, size=NUM_RESAMPLES)
@@ -169,5 +173,6 @@ def _weigh_area(scores: Floats, is_own: npt.NDArray[np.bool_], weights: Counts) 
 
 
 def _middle(values: Floats) -> Interval:
+    """Return the limits of the middle 95 % of values (R,)."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)

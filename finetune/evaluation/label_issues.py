@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import Dataset, PreparedDataset, Sample
 from finetune.data.prepare import check_outside, create_new_folder, require_labels
 from finetune.data.provenance import find_ancestors
 from finetune.data.split import draw_folds, join_copies
@@ -48,7 +48,7 @@ _ROUNDING = 1e-6
 """Tolerance below a threshold, since probabilities are float32."""
 NUM_FOLDS = 5
 SHOWN = 36
-"""Images on the contact sheet."""
+"""Largest number of images on the contact sheet."""
 FILE, SHEET = "label_issues.csv", "label_issues.png"
 COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probability", "split")
 
@@ -133,7 +133,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
         with open_features(source, network.layers.select(["last"]), "auto") as features:
             usable = features.usable(dataset.samples)
             samples = [dataset.samples[index] for index in usable.tolist()]
-            folds = _deal(samples, dataset, source.digests, recipe.seed)
+            folds = _assign_folds(samples, dataset, recipe.seed)
             probabilities = _cross_validate(source, features.rows[0], usable, folds)
         found = _collect(dataset, samples, folds, probabilities)
         write_csv(output / FILE, found.rows, COLUMNS)
@@ -154,15 +154,17 @@ def _read_recipe(path: Path) -> Recipe:
     return recipe.model_copy(update={"data": data, "device": "auto"})
 
 
-def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> Dataset:
+def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> PreparedDataset:
     """Return the images that did not change since the run, whose labels it recorded.
 
     Raises:
         DataError: all images changed.
     """
     recorded = RunReader(run).digests
-    digests = source.digests
-    changed = [one.path for one in source.dataset.samples if recorded.get(one.path) != digests[one.path]]
+    digests = source.dataset.digests
+    changed = [
+        sample.path for sample in source.dataset.samples if recorded.get(sample.path) != digests[sample.path]
+    ]
     if changed:
         images = f"1 image ({changed[0]})" if len(changed) == 1 else f"{len(changed)} images"
         display.warn(f"{images} changed since the run: left out")
@@ -177,7 +179,7 @@ def _warn_of_seen(recipe: Recipe, source: Source, display: Display) -> None:
     """Warn if the backbone is a run itself, which has seen some of the images with their labels."""
     seen = find_ancestors(recipe)
     known = seen.trained | seen.chose
-    number = sum(source.digests[sample.path] in known for sample in source.dataset.samples)
+    number = sum(source.dataset.digests[sample.path] in known for sample in source.dataset.samples)
     if number:
         display.warn(
             f"the backbone of this run is a run itself, and was trained on or chosen by {number} of these "
@@ -187,7 +189,7 @@ def _warn_of_seen(recipe: Recipe, source: Source, display: Display) -> None:
         display.warn("it is not known which images the backbone of this run has seen with their labels")
 
 
-def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], seed: int) -> Tensor:
+def _assign_folds(samples: Sequence[Sample], dataset: PreparedDataset, seed: int) -> Tensor:
     """Return the fold in which each image is held out, (N,) int64 from 1; 0 for never.
 
     Copies and groups stay in one fold. A class that lies entirely in one fold is never held out, because no
@@ -195,7 +197,7 @@ def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], 
     """
     joined = {
         sample.path: unit[0].path
-        for unit in join_copies(samples, digests)
+        for unit in join_copies(samples, dataset.digests)
         if len(unit) > 1
         for sample in unit
     }
@@ -204,7 +206,9 @@ def _deal(samples: Sequence[Sample], dataset: Dataset, digests: dict[str, str], 
         pool[dataset.classes[sample.label]].append(sample.path)
     folds = draw_folds(pool, NUM_FOLDS, seed, joined)
     alone = {name for name, paths in pool.items() if len({folds[path] for path in paths}) < 2}
-    return torch.tensor([0 if dataset.classes[one.label] in alone else folds[one.path] for one in samples])
+    return torch.tensor(
+        [0 if dataset.classes[sample.label] in alone else folds[sample.path] for sample in samples]
+    )
 
 
 def _cross_validate(source: Source, rows: Rows, usable: Tensor, folds: Tensor) -> Tensor:
@@ -238,9 +242,9 @@ def _collect(
     known = probabilities[scored]
     predicted = decide(known)
     rows = []
-    for place in find_label_issues(labels, known).tolist():
-        sample, suggested = samples[int(scored[place])], int(predicted[place])
-        own, other = known[place, sample.label].item(), known[place, suggested].item()
+    for index in find_label_issues(labels, known).tolist():
+        sample, suggested = samples[int(scored[index])], int(predicted[index])
+        own, other = known[index, sample.label].item(), known[index, suggested].item()
         names = dataset.classes[sample.label], dataset.classes[suggested]
         rows.append((sample.path, *names, own, other, sample.split))
     accuracy = (predicted == labels).double().mean().item()

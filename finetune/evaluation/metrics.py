@@ -1,7 +1,7 @@
 """The final metrics, from predictions alone. Accuracies, precision, recall and F1 are fractions in [0, 1].
 
-Averages over classes run over the classes that have images in the scored split. A class without images has no
-recall: counting it as 0 would make the mean pessimistic, and as 1 optimistic.
+Averages over classes run over the classes that have images in the evaluated split. A class without images has
+no recall: counting it as 0 would make the mean pessimistic, and as 1 optimistic.
 
 scikit-learn is imported inside the functions that use it: the import takes over a second, and a command that
 is refused must not wait for it.
@@ -21,8 +21,9 @@ from finetune.evaluation.predictions import Predictions
 from finetune.targets import TOP5_CLASSES, compute_log_odds, find_in_top_k
 
 UNKNOWN = "n/a"
-"""In a table, where a metric has no meaning."""
+"""Cell of a table for a metric that is not defined."""
 MOST_CONFUSED = 20
+"""Largest number of confused pairs of classes in ``metrics.json``."""
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -1,12 +1,13 @@
 """Whether one classifier is better than another: a paired test on the images that both predicted.
 
-McNemar's test (1947), exact: of the images that only one of the two gets right, each is equally
-likely to be the one's or the other's under the null hypothesis. The two-sided p-value is twice the smaller
-tail of that binomial distribution, at most 1; not the mid-p value, which is a little smaller and may be too
-small. The interval of the difference is Tango's score interval for paired proportions (Statistics in Medicine
-17, 1998, 891-908): all differences that the score test does not reject. Unlike a bootstrap interval, it is
-not empty where both were right and wrong on the same images, which shows only that they seldom differ.
-Several pairs are corrected by Holm's method (1979).
+McNemar's exact test (1947): under the null hypothesis, an image that only one of the two classifiers gets
+right is equally likely to be right for the first or for the second. The two-sided p-value is twice the
+smaller tail of that binomial distribution, at most 1; the mid-p value is not used, since it may be too small.
+
+The interval of the difference is Tango's score interval for paired proportions (Statistics in Medicine 17,
+1998, 891-908): all differences that the score test does not reject. Unlike a bootstrap interval, it is not
+empty if both classifiers are right on the same images, which shows only that they seldom differ. Several
+pairs are corrected by Holm's method (1979).
 
 Shape legend: N images.
 """
@@ -34,13 +35,13 @@ class PairedTest:
     """How two classifiers differ on the same images. Accuracies and their difference are fractions.
 
     Attributes:
-        first: name of the one.
-        second: name of the other.
+        first: name of the first classifier.
+        second: name of the second classifier.
         num_images: number of images that both predicted.
-        only_first: of these, how many only the first got right.
-        only_second: how many only the second got right.
-        first_accuracy: on these images.
-        second_accuracy: on these images.
+        only_first: number of images that only the first got right.
+        only_second: number of images that only the second got right.
+        first_accuracy: accuracy of the first on these images.
+        second_accuracy: accuracy of the second on these images.
         interval: 95 % interval of the difference, of this pair alone.
         p_value: p-value of McNemar's exact test of this pair alone.
         p_corrected: p-value corrected for the number of compared pairs (Holm).
@@ -61,12 +62,12 @@ class PairedTest:
 
     @property
     def difference(self) -> float:
-        """Accuracy of the second less that of the first, in [-1, 1]."""
+        """Accuracy of the second minus that of the first, in [-1, 1]."""
         return (self.only_second - self.only_first) / self.num_images
 
     @property
     def is_claimed(self) -> bool:
-        """A difference may be claimed: the corrected p-value is small, and the interval leaves 0 out."""
+        """Whether a difference may be claimed: the corrected p-value is small, the interval excludes 0."""
         low, high = self.interval
         return self.p_corrected < SIGNIFICANCE and not low <= 0 <= high
 
@@ -83,13 +84,13 @@ class PairedTest:
         return f"no difference can be claimed between {self.first} and {self.second} ({has}; {numbers})"
 
     def _describe_p(self) -> str:
-        alone = f"McNemar {_say(self.p_value)}"
+        alone = f"McNemar {_format_p(self.p_value)}"
         if self.num_pairs == 1:
             return alone
-        return f"{alone}, corrected for {self.num_pairs} comparisons {_say(self.p_corrected)}"
+        return f"{alone}, corrected for {self.num_pairs} comparisons {_format_p(self.p_corrected)}"
 
 
-def _say(p_value: float) -> str:
+def _format_p(p_value: float) -> str:
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
 
 
@@ -97,8 +98,8 @@ def compare_pairs(rights: Sequence[tuple[str, Rights, str, Rights]]) -> list[Pai
     """Compare pairs of classifiers, with p-values corrected for the number of pairs.
 
     Args:
-        rights: of each pair the name of the first and which images it got right (N,), at least one, and the
-            same of the second, for the same images in the same order.
+        rights: for each pair, the name of the first classifier and which images it got right (N,), then the
+            same for the second, with the same images in the same order; N is at least 1.
     """
     alone = [_compare(*pair) for pair in rights]
     corrected = correct_holm([pair.p_value for pair in alone])
@@ -128,7 +129,7 @@ def _compare(first: str, first_right: Rights, second: str, second_right: Rights)
 
 
 def compute_mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p-value of two numbers of images that only one classifier got right."""
+    """Return the exact two-sided p-value, from the numbers of images that only one classifier got right."""
     total, fewer = only_first + only_second, min(only_first, only_second)
     log_factorials = np.concatenate(([0.0], np.log(np.arange(1, total + 1)).cumsum()))
     tail = np.arange(fewer + 1)
@@ -137,7 +138,7 @@ def compute_mcnemar(only_first: int, only_second: int) -> float:
 
 
 def compute_interval(only_first: int, only_second: int, num_images: int) -> tuple[float, float]:
-    """Return Tango's 95 % interval of the second accuracy less the first, in [-1, 1].
+    """Return Tango's 95 % interval of the second accuracy minus the first, in [-1, 1].
 
     Args:
         only_first: images that only the first got right.
@@ -178,11 +179,11 @@ def _is_rejected(difference: float, only_first: int, only_second: int, num_image
 def correct_holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm-corrected p-values: at 5 %, the chance of any false claim among all of them is at most 5 %.
 
-    The smallest is multiplied by their number, the next by one less and so on; none becomes smaller than one
-    before it, or larger than 1.
+    The smallest of n p-values is multiplied by n, the next by n - 1 and so on. A corrected value is never
+    smaller than the one before it, or larger than 1.
     """
     corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
     return corrected

@@ -48,12 +48,12 @@ LINE_SECONDS = 60.0
 """Seconds between two lines of progress if the output is not a terminal."""
 
 _SHOWN = 5
-"""Unreadable images that are named in a warning; all are listed in the file."""
+"""Largest number of unreadable images named in a warning; the file lists all."""
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What the user asks ``finetune predict`` for; the fields are its options."""
+    """The options of ``finetune predict``."""
 
     model: str
     input: str
@@ -75,15 +75,15 @@ def predict_files(
 ) -> dict[str, Any]:
     """Write one row for each image that can be read, and list the others.
 
-    Every process calls this with the same request: processes take batches in turns, and the main one writes.
+    Every rank calls this with the same request: ranks take batches in turns, and rank 0 writes.
 
     Args:
-        request: what the user asks for.
-        display: shows progress; silent in all but the main process.
-        distributed: the processes that share the images.
+        request: options of the command.
+        display: shows progress; silent on all ranks but rank 0.
+        distributed: ranks that share the images.
 
     Returns:
-        Counts, paths and images a second, as ``--json`` prints them; empty in all but the main process.
+        Counts, paths and images per second, as ``--json`` prints them; empty on all ranks but rank 0.
 
     Raises:
         FinetuneError: the prediction fails; the subclass gives the exit code (docs/errors.md).
@@ -111,27 +111,27 @@ def predict_files(
                 return table.summarise(0.0) if distributed.is_main else {}
             began = time.perf_counter()
             with stop.gently(), table.bar() as advance:
-                answers = predictor.predict_batches(table.batches(start, distributed), open_input)
+                results = predictor.predict_batches(table.batches(start, distributed), open_input)
                 try:
-                    for answer in distributed.merge(_until_stopped(answers, stop)):
-                        table.write(answer)
+                    for result in distributed.merge(_until_stopped(results, stop)):
+                        table.write(result)
                         speed = (table.progress.done - start) / (time.perf_counter() - began)
-                        advance(len(answer.asked), f"{speed:.1f} images/s")
+                        advance(len(result.inputs), f"{speed:.1f} images/s")
                 except InterruptedRunError as error:
                     raise table.keep_interrupted(error) from None
         return table.finish(start, time.perf_counter() - began) if distributed.is_main else {}
 
 
 def _until_stopped(
-    answers: Iterator[BatchResult[InputImage]], stop: StopSignal
+    results: Iterator[BatchResult[InputImage]], stop: StopSignal
 ) -> Iterator[BatchResult[InputImage]]:
     """Yield the results until this process is asked to stop.
 
     Raises:
-        InterruptedRunError: it was asked to stop. All processes end, so that no list counts as complete.
+        InterruptedRunError: it was asked to stop. All ranks end, so that no rank takes the list for complete.
     """
-    for answer in answers:
-        yield answer
+    for result in results:
+        yield result
         if stop.asked:
             found = "one of its processes was asked to stop"
             raise InterruptedRunError("predicting", found, "Give the same command again to resume.")
@@ -156,7 +156,7 @@ def _check_top(top: int, num_classes: int) -> None:
 
 
 def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRows) -> dict[str, Any]:
-    """Return everything that a row depends on but the images, which :class:`Fingerprint` covers."""
+    """Return everything that a row depends on, except for the images (:class:`Fingerprint`)."""
     card = predictor.card
     return {
         "finetune": __version__,
@@ -178,7 +178,7 @@ def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRow
 
 @dataclass
 class _Table:
-    """One attempt to write the file of predictions. Only the main process opens and writes it."""
+    """One attempt to write the file of predictions. Only rank 0 opens and writes it."""
 
     request: PredictRequest
     inputs: InputImages
@@ -194,7 +194,7 @@ class _Table:
 
     @property
     def writer(self) -> ResumableWriter:
-        """The open files; in the main process only."""
+        """The open files; on rank 0 only."""
         assert self._writer is not None
         return self._writer
 
@@ -218,13 +218,13 @@ class _Table:
         self._total = count_inputs(self.inputs, self.display)
         create_folder(output.parent)
         self._writer = files.enter_context(open_writer(output, facts))
-        self._left = self._go_on()
+        self._left = self._resume()
         if not self.progress.done:
             self.writer.write(self.rows.header())
         return self.progress.done
 
-    def _go_on(self) -> Iterator[InputImage]:
-        """Return the images that an earlier attempt did not predict; all of them if it had others."""
+    def _resume(self) -> Iterator[InputImage]:
+        """Return the images that an earlier attempt did not predict; all of them if it cannot be resumed."""
         source, seen = self.inputs.open(), deque[InputImage](maxlen=0 if self.inputs.is_countable else None)
         if self.writer.is_another:
             self.display.say("an earlier attempt had another model or other options: starting anew")
@@ -232,9 +232,9 @@ class _Table:
             return source
         before = PredictionProgress(**self.writer.before)
         number = 0
-        while number < before.done and (one := next(source, None)):
-            self._fingerprint.add(one)
-            seen.append(one)
+        while number < before.done and (image := next(source, None)):
+            self._fingerprint.add(image)
+            seen.append(image)
             number += 1
         rest = next(source, None)
         is_cut_here = rest is None or number % self.predictor.batch_size == 0
@@ -250,42 +250,43 @@ class _Table:
         return chain(seen, [] if rest is None else [rest], source)
 
     def batches(self, start: int, distributed: Distributed) -> Iterator[list[InputImage]]:
-        """Yield the batches of this process; the main process also records those of all processes.
+        """Yield the batches of this rank; rank 0 also records those of all ranks.
 
         Args:
             start: number of images that an earlier attempt predicted.
-            distributed: the processes that share the images.
+            distributed: ranks that share the images.
         """
         left = self._left if distributed.is_main else islice(self.inputs.open(), start, None)
         for number, batch in enumerate(split_batches(left, self.predictor.batch_size)):
             if distributed.is_main:
-                for one in batch:
-                    self._fingerprint.add(one)
+                for image in batch:
+                    self._fingerprint.add(image)
                 self._taken.append((batch, self._fingerprint.value()))
             if number % distributed.size == distributed.rank:
                 yield batch
 
-    def write(self, answer: BatchResult[InputImage]) -> None:
+    def write(self, result: BatchResult[InputImage]) -> None:
         """Write the rows of the next batch, and save the progress every few seconds.
 
         Raises:
-            DataError: another process found other images: they changed meanwhile.
+            DataError: another rank found other images, since they changed meanwhile.
         """
         batch, digest = self._taken.popleft()
-        if list(answer.asked) != batch:
+        if list(result.inputs) != batch:
             fix = "Do not change the images during prediction, and give the same command again."
             raise DataError(self.inputs.asked, "images were added or removed meanwhile", fix)
         self.progress.done += len(batch)
         self.progress.digest = digest
-        self._write_rows(answer)
+        self._write_rows(result)
         self.writer.save(self.progress.to_dict())
 
-    def _write_rows(self, answer: BatchResult[InputImage]) -> None:
-        good = (one for place, one in enumerate(answer.asked) if place not in answer.faults)
+    def _write_rows(self, result: BatchResult[InputImage]) -> None:
+        good = (image for index, image in enumerate(result.inputs) if index not in result.faults)
         lines = [
-            self.rows.line(one.path, values) for one, values in zip(good, answer.probabilities, strict=True)
+            self.rows.line(image.path, values)
+            for image, values in zip(good, result.probabilities, strict=True)
         ]
-        bad = [(answer.asked[place].path, reason) for place, reason in answer.faults.items()]
+        bad = [(result.inputs[index].path, reason) for index, reason in result.faults.items()]
         listed = [format_csv_line([escape_formula(cell) for cell in row]) for row in bad]
         if bad and not self.progress.bad:
             listed.insert(0, format_csv_line(["path", "reason"]))
@@ -293,14 +294,14 @@ class _Table:
             self.display.warn(f"{path} cannot be read: {reason}")
         self.writer.write(b"".join(lines), "".join(listed).encode())
         self.progress.bad += len(bad)
-        self.progress.rejected += sum(map(self.rows.is_rejected, answer.probabilities))
+        self.progress.rejected += sum(map(self.rows.is_rejected, result.probabilities))
 
     def finish(self, start: int, seconds: float) -> dict[str, Any]:
-        """Move the files to their names, and report their content.
+        """Rename the files to their final names, and report their content.
 
         Args:
             start: number of images that an earlier attempt predicted.
-            seconds: time that the others took.
+            seconds: time that the other images took.
 
         Raises:
             DataError: there were no images, or none could be read.
@@ -345,7 +346,7 @@ class _Table:
         }
 
     def keep_interrupted(self, error: InterruptedRunError) -> InterruptedRunError:
-        """Save the rows so far, in the main process; return the error to raise."""
+        """Save the rows so far, on rank 0; return the error to raise."""
         if self._writer is None:
             return error
         self.writer.save(self.progress.to_dict(), now=True)
@@ -357,7 +358,7 @@ class _Table:
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[int, str], None]]:
-        """Show progress: a bar on a terminal, a line a minute elsewhere."""
+        """Show progress: a bar on a terminal, elsewhere a line per minute."""
         if self.display.console.is_terminal:
             with self._terminal_bar() as advance:
                 yield advance

@@ -25,13 +25,13 @@ def find_prediction_inputs(
     Args:
         asked: the ``--input``: a file, a folder, a CSV file, a pattern, or ``-`` for paths on standard input.
         output: the file of predictions; it must lie outside the folders of the images.
-        distributed: the processes that share the work.
+        distributed: ranks that share the work.
         nul: paths on standard input end in a NUL byte instead of a line break.
         follow_links: read images through symbolic links that lead out of the folder.
 
     Raises:
-        UsageError: the output lies among the images, or several processes would share standard input. Where
-            images are not in one folder, this is checked image by image while they are read.
+        UsageError: the output lies among the images, or several processes would share standard input. If the
+            images are not in one folder, the former is checked image by image while they are read.
         DataError: the input does not exist or cannot be read.
     """
     if asked == "-" and distributed.size > 1:
@@ -48,7 +48,7 @@ def find_prediction_inputs(
 def count_inputs(inputs: InputImages, display: Display) -> int | None:
     """Return the number of images, or None for a stream that can only be read once.
 
-    All images are walked over, so that refusals come before anything is computed.
+    All images are listed for that, so that errors are reported before anything is computed.
 
     Raises:
         UsageError: the output lies among the images.

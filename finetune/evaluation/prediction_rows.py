@@ -1,7 +1,7 @@
 """What ``finetune predict`` writes: rows as CSV, JSON lines or Parquet, and the progress in its journal.
 
-Rows are appended to CSV and JSON lines as they are computed. Parquet has its index at the end, so nothing can
-be appended to it: its rows are JSON lines first, and are converted when all are there.
+Rows are appended to CSV and JSON lines as they are computed. Nothing can be appended to Parquet, which has
+its index at the end: its rows are JSON lines first, and are converted when all are there.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _SUFFIXES: dict[str, RowFormat] = {
     ".parquet": "parquet",
 }
 _BLOCK_CELLS = 2**19
-"""Cells of the rows that form a row group of Parquet."""
-Cell = str | float | bool | None
+"""Largest number of cells of a Parquet row group."""
+CellValue = str | float | bool | None
 
 
 def find_format(output: Path, format: str | None) -> RowFormat:
@@ -88,7 +88,7 @@ class PredictionRows:
         return name_answer_columns(self.classes, self.top, self.reject_below is not None)
 
     def is_rejected(self, values: Floats) -> bool:
-        """Tell whether the largest of the probabilities (K,) is too low for a label."""
+        """Return whether the largest of the probabilities (K,) is too low for a label."""
         return self.reject_below is not None and bool(values.max() < self.reject_below)
 
     def header(self) -> bytes:
@@ -109,10 +109,10 @@ class PredictionRows:
         row = dict(zip(self.columns, map(_number, cells), strict=True))
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
-    def _cells(self, path: str, values: Floats) -> list[Cell]:
-        best = [(self.classes[place], float(values[place])) for place in rank_classes(values, self.top)]
+    def _cells(self, path: str, values: Floats) -> list[CellValue]:
+        best = [(self.classes[index], float(values[index])) for index in rank_classes(values, self.top)]
         is_rejected = self.is_rejected(values)
-        cells: list[Cell] = [path, None if is_rejected else best[0][0], best[0][1]]
+        cells: list[CellValue] = [path, None if is_rejected else best[0][0], best[0][1]]
         if self.reject_below is not None:
             cells.append(is_rejected)
         for label, confidence in best[1:]:
@@ -146,7 +146,7 @@ def _kind(pa: Any, name: str) -> Any:
     return pa.float32() if name.startswith("confidence") else pa.string()
 
 
-def _text(cell: Cell) -> str:
+def _text(cell: CellValue) -> str:
     if cell is None:
         return ""
     if isinstance(cell, bool):
@@ -154,7 +154,7 @@ def _text(cell: Cell) -> str:
     return FLOAT_FORMAT % cell if isinstance(cell, float) else escape_formula(cell)
 
 
-def _number(cell: Cell) -> Any:
+def _number(cell: CellValue) -> Any:
     """Round to nine digits, which read back to the same float32; JSON would write seventeen."""
     return float(FLOAT_FORMAT % cell) if isinstance(cell, float) else cell
 
@@ -164,13 +164,13 @@ def _number(cell: Cell) -> Any:
 
 @dataclass
 class PredictionProgress:
-    """How far a prediction is.
+    """The progress of a prediction.
 
     Attributes:
         done: number of images that were processed.
         digest: :class:`Fingerprint` of these images.
-        bad: how many of them could not be read.
-        rejected: how many of them have no label.
+        bad: number of these images that could not be read.
+        rejected: number of these images that have no label.
     """
 
     done: int = 0

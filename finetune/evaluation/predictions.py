@@ -66,20 +66,20 @@ def predict(
 ) -> Predictions:
     """Run a network in eval mode over a data loader; every module gets its previous mode back.
 
-    Several processes take batches in turns, and all return the predictions of all images, each counted once.
+    Several ranks take batches in turns, and each returns the predictions of all images.
 
     Args:
         network: a network (B, 3, H, W) -> (B, K).
         feed: an unshuffled loader.
         precision: the precision of the forward pass; logits are returned as float32.
-        on_batch: called with the number of images of each batch, equally often in all processes.
+        on_batch: called with the number of images of each batch, equally often on all ranks.
         forward: computes the logits of a batch if the loader gives features instead of images; None for the
             network itself.
-        distributed: the processes that share the loader.
+        distributed: ranks that share the loader.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    chunked = ChunkedForward(forward or network, _most(feed))
+    chunked = ChunkedForward(forward or network, _chunk_size(feed))
     found: list[tuple[Tensor, Tensor]] = []
     num_fetched = held = 0
     try:
@@ -93,7 +93,7 @@ def predict(
                 if on_batch is not None:
                     on_batch(len(batch.labels))
             if on_batch is not None and len(found) * distributed.size < feed.num_batches():
-                on_batch(0)  # the other processes have one more batch
+                on_batch(0)  # other ranks have one more batch
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -116,19 +116,19 @@ def _gather(own: list[tuple[Tensor, Tensor]], distributed: Distributed) -> list[
     if distributed.size == 1:
         return own
     turns = zip_longest(*distributed.collect(own))
-    return [one for turn in turns for one in turn if one is not None]
+    return [batch for turn in turns for batch in turn if batch is not None]
 
 
-def _most(feed: BatchLoader) -> int:
-    """Return the images of a forward pass on a CPU, a chunk that fits its caches; 0 for no limit."""
+def _chunk_size(feed: BatchLoader) -> int:
+    """Return the images per forward pass: on a CPU, as many as fit its caches; 0 for no limit."""
     if feed.placement.device.type != "cpu" or feed.input_size is None:
         return 0
     return compute_chunk_size(*feed.input_size[1:])
 
 
 METRICS_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.25}
-"""Largest accepted difference between a probability in predictions.csv and the one of the saved model. In
-half precision and with other batches, a logit of 50 may differ by 0.2."""
+"""Largest accepted difference between a probability in predictions.csv and that of the saved model. In half
+precision and with other batch sizes, a logit of 50 may differ by 0.2."""
 
 GPU_TOLERANCE = 0.02
-"""Smallest such tolerance on a GPU, where some kernels multiply float32 with fewer bits than others."""
+"""Smallest such tolerance on a GPU, where some kernels multiply float32 with reduced precision."""

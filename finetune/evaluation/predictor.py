@@ -8,8 +8,8 @@
 
 ::
 
-    image -> views, uint8 (V, 3, H, W)     -> logits (V, K) -> probabilities (K,)
-               threads, as evaluation sees it   the network      over temperature, averaged over views
+    image -> views, uint8 (V, 3, H, W)         -> logits (V, K) -> probabilities (K,)
+             evaluation transform, in threads     network          softmax of logits / temperature, mean of V
 
 Shape legend: B images, V views of each, K classes, H W pixels.
 """
@@ -49,7 +49,7 @@ ImageInput = str | PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 T = TypeVar("T")
 CPU_BATCH, GPU_BATCH = 32, 128
 _AHEAD = 2
-"""Batches that are decoded while the network computes another one; more would only fill memory."""
+"""Batches that are decoded while the network computes another one; more would only use memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +83,12 @@ class BatchResult(Generic[T]):
     """The predictions for a batch.
 
     Attributes:
-        asked: the images of the batch, in order.
+        inputs: the images of the batch, in order.
         probabilities: (G, K) float32 of the G images that could be read, in order.
-        faults: why each other image could not be read, by its position in the batch.
+        faults: reasons why the other images could not be read, by position in the batch.
     """
 
-    asked: Sequence[T]
+    inputs: Sequence[T]
     probabilities: Floats
     faults: dict[int, str]
 
@@ -96,15 +96,15 @@ class BatchResult(Generic[T]):
 class Predictor:
     """A network with its preprocessing, classes and calibration; :func:`load` creates one.
 
-    Threads may share a predictor: they take turns at the network.
+    Threads may share a predictor: a lock lets one at a time use the network.
 
     Args:
         network: a network with a classifier; it is moved to the device and set to eval mode.
         card: preprocessing, classes and temperature of the network.
-        device: the device that computes.
-        batch_size: images a batch.
+        device: device of the network.
+        batch_size: images per batch.
         workers: number of decoding threads.
-        views: makes the views of each image.
+        views: transform from an image to its views.
 
     Attributes:
         card: preprocessing, classes, temperature, source and licence of the network.
@@ -128,13 +128,13 @@ class Predictor:
         self._views, self._workers = views, max(1, workers)
         self._normalize = Normalizer(card.preprocessing, device)
         img_size = card.preprocessing.img_size
-        most = compute_chunk_size(img_size, img_size) if device.type == "cpu" else batch_size
-        self._chunked = ChunkedForward(self.network, most)
-        self._turn = threading.Lock()
+        chunk_size = compute_chunk_size(img_size, img_size) if device.type == "cpu" else batch_size
+        self._chunked = ChunkedForward(self.network, chunk_size)
+        self._lock = threading.Lock()
 
     @property
     def num_views(self) -> int:
-        """Views of an image (V)."""
+        """Number of views of an image (V)."""
         return self._views.num_views
 
     def without_temperature(self) -> Predictor:
@@ -171,11 +171,11 @@ class Predictor:
 
     def _predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
         found: list[Prediction] = []
-        for answer in self.predict_batches(split_batches(images, self.batch_size), _open):
-            for place, reason in answer.faults.items():
+        for result in self.predict_batches(split_batches(images, self.batch_size), _open):
+            for index, reason in result.faults.items():
                 fix = "Leave it out or repair it; `finetune predict` lists such images and continues."
-                raise DataError(_name(answer.asked[place]), f"it cannot be read: {reason}", fix)
-            found += [self._describe(values) for values in answer.probabilities]
+                raise DataError(_name(result.inputs[index]), f"it cannot be read: {reason}", fix)
+            found += [self._describe(values) for values in result.probabilities]
         return found
 
     def _describe(self, values: Floats) -> Prediction:
@@ -195,46 +195,44 @@ class Predictor:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
         try:
             for batch in batches:
-                waiting.append((batch, [pool.submit(self._view, open, one) for one in batch]))
+                waiting.append((batch, [pool.submit(self._view, open, item) for item in batch]))
                 if len(waiting) > _AHEAD:
-                    yield self._answer(*waiting.popleft())
+                    yield self._collect(*waiting.popleft())
             while waiting:
-                yield self._answer(*waiting.popleft())
+                yield self._collect(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _view(self, open: Callable[[T], Image.Image], one: T) -> Tensor | str:
+    def _view(self, open: Callable[[T], Image.Image], item: T) -> Tensor | str:
+        """Return the views of an image, or the reason why it cannot be read."""
         try:
-            return self._views(open(one))
+            return self._views(open(item))
         except BadImageError as error:
             return error.reason
 
-    def _answer(self, batch: Sequence[T], futures: list[Future[Tensor | str]]) -> BatchResult[T]:
-        made = [future.result() for future in futures]
-        faults = {place: view for place, view in enumerate(made) if isinstance(view, str)}
-        views = [view for view in made if isinstance(view, Tensor)]
+    def _collect(self, batch: Sequence[T], futures: list[Future[Tensor | str]]) -> BatchResult[T]:
+        decoded = [future.result() for future in futures]
+        faults = {index: view for index, view in enumerate(decoded) if isinstance(view, str)}
+        views = [view for view in decoded if isinstance(view, Tensor)]
         return BatchResult(batch, self.compute(views), faults)
 
     def compute(self, views: Sequence[Tensor]) -> Floats:
         """Return probabilities (B, K) float32 for the views (V, 3, H, W) uint8 of B images.
 
         Raises:
-            UsageError: probabilities are not finite: the weights are damaged.
+            UsageError: probabilities are not finite, since the weights are damaged.
         """
         if not views:
             return np.empty((0, len(self.classes)), np.float32)
-        with self._turn, torch.inference_mode():
+        with self._lock, torch.inference_mode():
             images = self._normalize(torch.cat(list(views)).to(self.device)).to(memory_format=self._layout)
             logits = self._chunked(images)
             mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature)
         if not mean.isfinite().all():
-            found, fix = (
-                "its probabilities are not finite",
-                "Its weights are damaged: use another model.",
-            )
-            raise UsageError(f"the model {self.card.name}", found, fix)
-        found_values: Floats = mean.cpu().numpy()
-        return found_values
+            fix = "Its weights are damaged: use another model."
+            raise UsageError(f"the model {self.card.name}", "its probabilities are not finite", fix)
+        probabilities: Floats = mean.cpu().numpy()
+        return probabilities
 
 
 def load(
@@ -252,7 +250,7 @@ def load(
         model: folder of a finished run, its ``model`` folder, any folder in timm's format, or a name with
             published weights (``timm/...``, ``torchvision/...``, ``hf-hub:...``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_size: images a batch; by default 32, on a GPU 128.
+        batch_size: images per batch; by default 32, on a GPU 128.
         workers: number of decoding threads; by default the number of cores.
         crops: 1, 5 or 10 views of each image (:mod:`finetune.evaluation.views`).
         offline: never download weights.
@@ -261,11 +259,11 @@ def load(
         UsageError: there is no such model, or it has no classifier.
         EnvironmentFaultError: this machine lacks the device or the weights.
     """
-    place = resolve_device(device)
+    target = resolve_device(device)
     network, card = _load_network(str(model), offline)
-    size = batch_size or (CPU_BATCH if place.type == "cpu" else GPU_BATCH)
+    size = batch_size or (CPU_BATCH if target.type == "cpu" else GPU_BATCH)
     views = build_views(card.preprocessing, crops)
-    return Predictor(network, card, place, size, workers or available_cores(), views)
+    return Predictor(network, card, target, size, workers or available_cores(), views)
 
 
 def _load_network(model: str, offline: bool) -> tuple[nn.Module, Card]:
@@ -316,10 +314,10 @@ def _open(image: ImageInput) -> Image.Image:
     raise _no_image(image)
 
 
-def _no_image(thing: Any) -> FinetuneError:
-    kind = type(thing).__name__
-    if isinstance(thing, np.ndarray):
-        kind = f"an array of shape {thing.shape} and type {thing.dtype}"
+def _no_image(value: Any) -> FinetuneError:
+    kind = type(value).__name__
+    if isinstance(value, np.ndarray):
+        kind = f"an array of shape {value.shape} and type {value.dtype}"
     fix = "Give paths, Pillow images, or RGB pixels (H, W, 3) as uint8 from 0 to 255."
     return UsageError("predict", f"{kind} is not an image", fix)
 

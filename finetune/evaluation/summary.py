@@ -1,4 +1,4 @@
-"""From predictions to everything that a run reports of them: metrics, intervals, calibration, tables."""
+"""What a run reports about its predictions: metrics, intervals, calibration, thresholds and tables."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def _prediction_lines(
     decided = decide_with_confidence(probabilities)
     for sample, values, confidence, predicted in zip(samples, probabilities, *decided, strict=True):
         texts = (sample.path, classes[sample.label], classes[int(predicted)])
-        who = format_csv_line([escape_formula(text) for text in texts]).removesuffix("\n")
-        yield (who + numbers % (confidence.item(), *values.tolist())).encode()
+        names = format_csv_line([escape_formula(text) for text in texts]).removesuffix("\n")
+        yield (names + numbers % (confidence.item(), *values.tolist())).encode()

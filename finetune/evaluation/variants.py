@@ -120,7 +120,7 @@ def compute_variants(
             yield own
         last.append(own)
     if len(models) > 1:
-        yield _put_together(last, labels)
+        yield _average(last, labels)
 
 
 def _predict(
@@ -133,50 +133,51 @@ def _predict(
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     began, parts = time.perf_counter(), []
     with display.track(f"evaluating {Path(model.name).name}", len(samples)) as advance:
-        for answer in predictor.predict_batches(batches, lambda sample: decode_image(dataset.file(sample))):
-            for place, reason in answer.faults.items():
+        for result in predictor.predict_batches(batches, lambda sample: decode_image(dataset.file(sample))):
+            for index, reason in result.faults.items():
                 fix = "Restore the file, and start again."
-                raise DataError(answer.asked[place].path, f"it could be read before: {reason}", fix)
-            parts.append(torch.from_numpy(answer.probabilities))
-            advance(len(answer.asked), "")
+                raise DataError(result.inputs[index].path, f"it could be read before: {reason}", fix)
+            parts.append(torch.from_numpy(result.probabilities))
+            advance(len(result.inputs), "")
     probabilities = torch.cat(parts)[:, order]
     seconds = time.perf_counter() - began
-    given = Predictions(to_logits(probabilities), labels)
-    softened = given.apply_temperature(temperature) if is_plain else given
-    return Variant(model.name, predictor.num_views, softened, given if is_plain else None, seconds)
+    raw = Predictions(to_logits(probabilities), labels)
+    calibrated = raw.apply_temperature(temperature) if is_plain else raw
+    return Variant(model.name, predictor.num_views, calibrated, raw if is_plain else None, seconds)
 
 
-def _put_together(variants: Sequence[Variant], labels: Tensor) -> Variant:
+def _average(variants: Sequence[Variant], labels: Tensor) -> Variant:
     """Return the ensemble: the mean of the probabilities of several models."""
     mean = torch.stack([variant.predictions.probabilities for variant in variants]).mean(dim=0)
-    together = Predictions(to_logits(mean), labels)
-    views, seconds = sum(one.views for one in variants), sum(one.seconds for one in variants)
-    return Variant(f"{len(variants)} together", views, together, None, seconds)
+    ensemble = Predictions(to_logits(mean), labels)
+    views, seconds = sum(member.views for member in variants), sum(member.seconds for member in variants)
+    return Variant(f"{len(variants)} together", views, ensemble, None, seconds)
 
 
 def write_variants(folder: RunFolder, variants: Sequence[Variant], display: Display) -> list[dict[str, Any]]:
     """Write and show the metrics of each variant, with its gain and cost relative to the first one.
 
     Returns:
-        One row a variant, by :data:`VARIANT_COLUMNS`.
+        One row per variant, by :data:`VARIANT_COLUMNS`.
     """
-    rows = [_row(one, variants[0]) for one in variants]
+    rows = [_row(variant, variants[0]) for variant in variants]
     if len(rows) > 1:
         write_csv(folder.path / "variants.csv", [tuple(row.values()) for row in rows], VARIANT_COLUMNS)
         display.table(VARIANT_COLUMNS, [_cells(row) for row in rows], numbers=VARIANT_COLUMNS[1:])
     return rows
 
 
-def _row(one: Variant, first: Variant) -> dict[str, Any]:
+def _row(variant: Variant, first: Variant) -> dict[str, Any]:
+    predictions = variant.predictions
     values = (
-        one.model,
-        one.views,
-        one.predictions.accuracy,
-        one.predictions.accuracy - first.predictions.accuracy,
-        one.predictions.loss,
-        measure_reliability(one.predictions).ece,
-        1000 * one.seconds / len(one.predictions.labels),
-        one.seconds / first.seconds,
+        variant.model,
+        variant.views,
+        predictions.accuracy,
+        predictions.accuracy - first.predictions.accuracy,
+        predictions.loss,
+        measure_reliability(predictions).ece,
+        1000 * variant.seconds / len(predictions.labels),
+        variant.seconds / first.seconds,
     )
     return dict(zip(VARIANT_COLUMNS, values, strict=True))
 

@@ -1,11 +1,12 @@
-"""Several views of one image (test-time augmentation), which also cover what the evaluation crop leaves out.
+"""Several views of an image (test-time augmentation), which also cover what the evaluation crop cuts off.
 
 ::
 
     image -> resized to short side S, for each scale S -> crops of the network's input size -> (V, 3, H, W)
 
-Five crops are the four corners and the centre; ten are these and their mirrors (AlexNet's; NIPS 2012). Scales
-are those of arXiv:1409.1556, section 3.2. Probabilities are averaged over views, as both did.
+Five crops are the four corners and the centre; ten are these and their mirror images (AlexNet, NIPS 2012).
+Several scales are used as in arXiv:1409.1556, section 3.2. As in both papers, probabilities are averaged over
+views.
 
 Shape legend: B images, V views of each, K classes, H W pixels.
 """
@@ -33,7 +34,7 @@ CROPS = (1, 5, 10)
 LARGEST_SCALE = 4096
 """Largest short side in pixels: the largest input size of a recipe."""
 _ROOM = 0.875
-"""Input size / short side if the evaluation view leaves no room for corners (AlexNet: 224 / 256)."""
+"""Input size / short side if the evaluation transform crops nothing (AlexNet: 224 / 256)."""
 _Step = Callable[[Image.Image], Image.Image]
 
 
@@ -43,7 +44,7 @@ class Views:
 
     Attributes:
         scales: short side in pixels that the image is resized to, in order; ``()`` for the plain view.
-        crops: of each scale.
+        crops: number of crops of each scale.
     """
 
     scales: tuple[int, ...]
@@ -52,14 +53,14 @@ class Views:
 
     @property
     def num_views(self) -> int:
-        """Views of an image (V)."""
+        """Number of views of an image (V)."""
         return max(1, len(self.scales)) * self.crops
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the views of an RGB image, uint8 (V, 3, H, W), contiguous.
 
-        Scale by scale; of each: top left, top right, bottom left, bottom right, centre, then the mirrors in
-        the same order.
+        The order is scale by scale, and within a scale: top left, top right, bottom left, bottom right,
+        centre, then their mirror images in the same order.
         """
         return torch.stack(list(self._draw(image)))
 
@@ -67,20 +68,21 @@ class Views:
 def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[int] = ()) -> Views:
     """Build the transform from an image to its views.
 
-    One crop at the default scale is the evaluation view, to the last bit. The default scale is that of the
-    evaluation view; where that resizes to the input size itself (``crop_pct`` 1), all crops would be one, and
-    the default of several is the input size by 0.875, rounded up.
+    One crop at the default scale equals the evaluation transform, bit for bit. The default scale is that of
+    the evaluation transform. If that resizes to the input size itself (``crop_pct`` 1), all crops would be
+    equal; the default scale for several crops is then the input size / 0.875, rounded up.
 
-    ``squash`` resizes both sides to S. ``border`` resizes the longer side to S, and fills up a side that is
-    shorter than the input.
+    With crop mode ``squash``, both sides are resized to S. With ``border``, the longer side is resized to S,
+    and a side shorter than the input size is padded.
 
     Args:
-        preprocessing: of the network.
-        crops: 1, 5 or 10.
-        scales: short side S in pixels of each scale; none for the default.
+        preprocessing: preprocessing of the network.
+        crops: number of crops: 1, 5 or 10.
+        scales: short side S in pixels of each scale; empty for the default.
 
     Raises:
-        UsageError: another number of crops, or a scale under the input size or over ``LARGEST_SCALE``.
+        UsageError: the number of crops is another one, or a scale is below the input size or above
+            ``LARGEST_SCALE``.
     """
     _check(preprocessing.img_size, crops, scales)
     if crops == 1 and not scales:
@@ -97,7 +99,7 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
             resized = resize(image)
             views = [crop(resized)]
             if crops > 1:
-                views = [*_corners(_fill_up(resized, preprocessing), preprocessing.img_size), *views]
+                views = [*_corners(_pad(resized, preprocessing), preprocessing.img_size), *views]
             if crops == 10:
                 views += [functional.hflip(view) for view in views]
             yield from (to_tensor(view) for view in views)
@@ -106,18 +108,18 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
 
 
 def resolve_scale(preprocessing: Preprocessing) -> int:
-    """Return the default scale of several crops, in pixels."""
-    own = math.floor(preprocessing.img_size / preprocessing.crop_pct)
-    return own if own > preprocessing.img_size else math.ceil(preprocessing.img_size / _ROOM)
+    """Return the default scale for several crops, in pixels."""
+    scale = math.floor(preprocessing.img_size / preprocessing.crop_pct)
+    return scale if scale > preprocessing.img_size else math.ceil(preprocessing.img_size / _ROOM)
 
 
 def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float = 1.0) -> Tensor:
-    """Return probabilities (B, K) float32 of logits over temperature, averaged over views.
+    """Return the probabilities (B, K) float32 of logits / temperature, averaged over views.
 
     Args:
-        logits: (B * V, K), views of one image side by side.
-        num_views: V.
-        temperature: of the classifier (arXiv:1706.04599).
+        logits: logits (B * V, K); the views of an image follow each other.
+        num_views: number of views (V).
+        temperature: temperature of the network (arXiv:1706.04599).
     """
     probabilities = to_probabilities(logits.float() / temperature)
     return probabilities.view(-1, num_views, logits.shape[1]).mean(dim=1)
@@ -135,7 +137,7 @@ def _check(img_size: int, crops: int, scales: Sequence[int]) -> None:
 
 
 def _build_resize(preprocessing: Preprocessing, scale: int) -> _Step:
-    """Return timm's resize step for a network whose input is the whole resized image."""
+    """Return timm's resize step to a short side of ``scale`` pixels."""
     whole = replace(preprocessing, img_size=scale, crop_pct=1.0)
     resize: _Step = _steps(whole)[0]
     return resize
@@ -147,15 +149,15 @@ def _steps(preprocessing: Preprocessing) -> list[Any]:
     return list(view.transforms)
 
 
-def _fill_up(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Pad an image with a side under the input size with the mean colour; only ``border`` needs it."""
+def _pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Pad sides shorter than the input size with the mean colour; only crop mode ``border`` needs it."""
     width, height = (max(side, preprocessing.img_size) for side in image.size)
     if (width, height) == image.size:
         return image
     left, top = (width - image.width) // 2, (height - image.height) // 2
-    filled = Image.new("RGB", (width, height), tuple(round(255 * mean) for mean in preprocessing.mean))
-    filled.paste(image, (left, top))
-    return filled
+    padded = Image.new("RGB", (width, height), tuple(round(255 * mean) for mean in preprocessing.mean))
+    padded.paste(image, (left, top))
+    return padded
 
 
 def _corners(image: Image.Image, size: int) -> Iterator[Image.Image]:

@@ -62,18 +62,18 @@ class GradCam:
     """
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
-        self._network, self._place, self.reason = network, None, ""
+        self._network, self._position, self.reason = network, None, ""
         if isinstance(network, StageClassifier):
             forms = [form for layer in network.extractor.layers for form in layer.forms]
             if not any(form.num_positions > 1 for form in forms):
                 self.reason = NO_MAP
             return
         try:
-            self._place = self._find_place(input_size)
-        except UsageError as error:  # the trial forward
+            self._position = self._find_position(input_size)
+        except UsageError as error:  # from the trial forward pass
             self.reason = f"{NO_MAP} ({error.found})"
         else:
-            self.reason = "" if self._place else NO_MAP
+            self.reason = "" if self._position else NO_MAP
 
     def __call__(self, images: Tensor, *classes: Sequence[int]) -> list[list[HeatMap]]:
         """Return, for each list of classes, a map for each image.
@@ -103,38 +103,40 @@ class GradCam:
         """Return leaves of the autograd graph with their forms, and the logits (B, K) above them."""
         if isinstance(self._network, StageClassifier):
             return _forward_stages(self._network, images)
-        assert self._place is not None
-        return _forward_from(self._network, self._place, images)
+        assert self._position is not None
+        return _forward_from(self._network, self._position, images)
 
-    def _find_place(self, input_size: tuple[int, int, int]) -> MapPosition | None:
+    def _find_position(self, input_size: tuple[int, int, int]) -> MapPosition | None:
         """Return the deepest position in the network whose gradient depends on the position in the image."""
         weight = next(self._network.parameters())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, *input_size, generator=generator).to(weight.device, weight.dtype)
-        for place in find_map_positions(self._network, input_size):
+        for position in find_map_positions(self._network, input_size):
             with torch.inference_mode(False), torch.no_grad():
-                [(leaf, form)], logits = _forward_from(self._network, place, noise)
+                [(leaf, form)], logits = _forward_from(self._network, position, noise)
                 mix = torch.randn(logits.shape[1], generator=generator).to(logits.device)
                 with torch.enable_grad():
                     score = (logits * mix).sum()
                 [gradient] = torch.autograd.grad(score, [leaf])
-            if _to_positions(gradient, form).any() or not gradient.any():  # nor at a class token
-                return place
+            if (
+                _to_positions(gradient, form).any() or not gradient.any()
+            ):  # or it is zero everywhere, also at class tokens
+                return position
         return None
 
 
-# --- leaves in the middle of a network -----------------------------------------------------------
+# --- Leaves of the autograd graph inside a network ---
 
 
-def _forward_from(network: nn.Module, place: MapPosition, images: Tensor) -> tuple[_Maps, Tensor]:
+def _forward_from(network: nn.Module, position: MapPosition, images: Tensor) -> tuple[_Maps, Tensor]:
     """Run the network; autograd records it from the given position on."""
-    with _leaf_at(network, place) as leaves:
+    with _leaf_at(network, position) as leaves:
         logits = tensors_in(network(images))[0].float()
-    return [(leaf, place.form) for leaf in leaves], logits
+    return [(leaf, position.form) for leaf in leaves], logits
 
 
 @contextmanager
-def _leaf_at(network: nn.Module, place: MapPosition) -> Iterator[list[Tensor]]:
+def _leaf_at(network: nn.Module, position: MapPosition) -> Iterator[list[Tensor]]:
     """Replace a tensor by a leaf of the autograd graph while the block runs.
 
     The network continues with a copy, because an in-place operation (a ReLU) would change the leaf.
@@ -149,7 +151,7 @@ def _leaf_at(network: nn.Module, place: MapPosition) -> Iterator[list[Tensor]]:
         return leaves[-1].clone()
 
     try:
-        with replace_value(network, place.point, lambda value: map_tensors(exchange, value)):
+        with replace_value(network, position.point, lambda value: map_tensors(exchange, value)):
             yield leaves
     finally:
         torch.set_grad_enabled(False)
@@ -182,7 +184,7 @@ def _leaves_of(value: Any) -> list[Tensor]:
     return [_leaf_of(tensor) for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
-# --- from gradients to maps ----------------------------------------------------------------------
+# --- From gradients to maps ---
 
 
 def _to_positions(tensor: Tensor, form: Form) -> Tensor:
@@ -203,11 +205,11 @@ def _weigh(leaf: Tensor, gradient: Tensor, form: Form) -> Tensor:
 
 def _add(maps: Sequence[Tensor]) -> Tensor:
     """Return the sum of maps, at the resolution of the finest."""
-    height, width = max((tuple(one.shape[1:]) for one in maps), key=lambda size: size[0] * size[1])
+    height, width = max((tuple(single.shape[1:]) for single in maps), key=lambda size: size[0] * size[1])
     if len(maps) == 1:
         return maps[0]
     return sum(
-        (F.interpolate(one[:, None], (height, width), mode="bilinear")[:, 0] for one in maps),
+        (F.interpolate(single[:, None], (height, width), mode="bilinear")[:, 0] for single in maps),
         torch.zeros(1, device=maps[0].device),
     )
 

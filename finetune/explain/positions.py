@@ -50,18 +50,18 @@ def find_map_positions(network: nn.Module, input_size: tuple[int, int, int]) -> 
         UsageError: a trial forward pass fails at that size.
     """
     trace = trace_calls(network, input_size)
-    prefix, limit = count_prefix_tokens(network), _head_began(network, trace)
+    prefix, limit = count_prefix_tokens(network), _start_of_head(network, trace)
     cuts = [cut for cut in find_cuts(trace, ()) if cut.time <= limit and cut.share >= LEAST_SHARE]
     for _, same_depth in groupby(cuts, key=lambda cut: cut.depth):
-        places = [
+        candidates = [
             (cut, form) for cut in same_depth if (form := _find_map(cut, input_size, prefix)) is not None
         ]
-        if places:
-            cut, form = max(places, key=lambda pair: (pair[1].num_positions, pair[0].time))
+        if candidates:
+            cut, form = max(candidates, key=lambda pair: (pair[1].num_positions, pair[0].time))
             yield MapPosition(cut.point, form)
 
 
-def _head_began(network: nn.Module, trace: Trace) -> int:
+def _start_of_head(network: nn.Module, trace: Trace) -> int:
     names = {module: name for name, module in network.named_modules()}
     wanted = {names[layer] for layer in classifier_layers(network)}
     return min((call.began for call in trace.calls if call.name in wanted), default=2**62)

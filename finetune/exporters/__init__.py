@@ -1,1 +1,1 @@
-"""Hand the trained model over in a form that other tools load."""
+"""Export a trained model to timm's format, ONNX or torch.export, and verify the result."""

@@ -29,7 +29,7 @@ def loads_in_timm(card: Card) -> bool:
 def find_base_model(card: Card) -> str:
     """Return the hub id of the weights that a network started from, ``""`` where there is none.
 
-    A network that started from another run's folder inherits what is written there.
+    For a network that started from another run's folder, it is the id recorded in that folder.
     """
     if card.place == "hub":
         return card.location.partition("@")[0]
@@ -77,7 +77,7 @@ def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     inner = config["pretrained_cfg"]
     for stale in ("label_names", "label_descriptions", "license", "origin_url", "paper_ids", "paper_name"):
-        inner.pop(stale, None)  # of the architecture's default weights, perhaps not of these
+        inner.pop(stale, None)  # timm's entries describe its default weights, which may be others
     inner |= _passport(card)
     return config | {"num_classes": card.num_classes}
 

@@ -1,4 +1,4 @@
-"""The network as others get it in one graph: bytes or normalised numbers in, logits or probabilities out.
+"""The network as one exported graph: from uint8 or normalised images to logits or probabilities.
 
 Shape legend: B batch, H W pixels, K classes.
 """
@@ -23,7 +23,7 @@ from pretrained.stage_classifier import StageClassifier
 Layout = Literal["nchw", "nhwc"]
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
 _TRACED = 2
-"""Batch size of the example; the exporter would fix a batch size of 1."""
+"""Batch size of the example input; with 1, the exporter would fix the batch size."""
 _HINT = 'For more information, run with TORCH_LOGS="+dynamic".'
 
 
@@ -71,8 +71,8 @@ class Deployed(nn.Module):
     """A network with optional normalisation before it and calibrated probabilities after it.
 
     Args:
-        network: (B, 3, H, W) -> (B, K), in eval mode.
-        card: description with preprocessing and temperature.
+        network: network (B, 3, H, W) -> (B, K) in eval mode.
+        card: description of the network, with its preprocessing and temperature.
         interface: input and output of the graph.
     """
 
@@ -92,16 +92,17 @@ class Deployed(nn.Module):
         """Return logits or probabilities (B, K)."""
         if self.interface.layout == "nhwc":
             images = images.permute(0, 3, 1, 2)
-        if self.interface.layout is not None:  # the very operations of Normalizer, in its order
+        if self.interface.layout is not None:  # same operations and order as Normalizer
             images = ((images.float() / 255.0) - self.mean) / self.std
         logits: Tensor = self.network(images)
         return to_probabilities(logits / self.temperature) if self.interface.is_calibrated else logits
 
 
 class _WholeStageClassifier(nn.Module):
-    """A :class:`StageClassifier` whose forward goes on to its end, where the original leaves by an exception.
+    """A :class:`StageClassifier` whose forward runs to the end instead of leaving by an exception.
 
-    Tracing needs an end. What comes after the last feature is read by nobody, and is dropped from the graph.
+    Tracing needs a forward that returns. The operations after the last feature are unused, and are dropped
+    from the graph.
     """
 
     def __init__(self, staged: nn.Module) -> None:
@@ -117,15 +118,15 @@ class _WholeStageClassifier(nn.Module):
 
 
 def build_program(network: nn.Module, card: Card, interface: Interface) -> ExportedProgram:
-    """Trace a network for any number of images.
+    """Trace a network with a dynamic batch size.
 
     Args:
-        network: on the CPU, in eval mode.
-        card: of the network.
+        network: network on the CPU, in eval mode.
+        card: description of the network.
         interface: input and output of the graph.
 
     Raises:
-        UsageError: the network cannot be traced, or works for one number of images only.
+        UsageError: the network cannot be traced, or works for a single batch size only.
     """
     deployed = Deployed(network, card, interface).eval()
     shape = (_TRACED, *interface.input_shape(card.preprocessing))
@@ -136,13 +137,13 @@ def build_program(network: nn.Module, card: Card, interface: Interface) -> Expor
             program = torch.export.export(
                 deployed, (example,), dynamic_shapes={interface.input_name: {0: Dim("batch")}}
             )
-    except Exception as error:  # any kind: it is the network's own code that is traced
+    except Exception as error:  # of any class: the network's own code is traced
         raise cannot_export(card, "torch.export cannot trace it for any number of images", error) from None
     return _without_dead_end(program) if isinstance(network, StageClassifier) else program
 
 
 def _without_dead_end(program: ExportedProgram) -> ExportedProgram:
-    """Drop what nobody reads: torch keeps whatever a note of a tensor's kind hangs on, or writes in place."""
+    """Remove unused operations; torch keeps those with metadata assertions or in-place writes by itself."""
     program = program.run_decompositions({})
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
@@ -154,8 +155,8 @@ def _without_dead_end(program: ExportedProgram) -> ExportedProgram:
 
 def cannot_export(card: Card, what: str, error: Exception) -> UsageError:
     """Return the error for a network that a format cannot represent."""
-    said = " ".join(str(error).replace(_HINT, "").split())[:300] or "no reason was given"
-    found = f"{what} ({type(error).__name__}: {said})"
+    reason = " ".join(str(error).replace(_HINT, "").split())[:300] or "no reason was given"
+    found = f"{what} ({type(error).__name__}: {reason})"
     return UsageError(
         f"exporting {card.architecture}", found, "Use --format timm, which supports every network."
     )

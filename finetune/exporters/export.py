@@ -41,7 +41,7 @@ from finetune.exporters.proof import (
     predict_fresh,
     predict_here,
 )
-from finetune.exporters.source import Exportable, ProofInputs, draw_random, load_judged, open_model
+from finetune.exporters.source import Exportable, ProofInputs, draw_random, load_evaluated, open_model
 from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder
 from finetune.runs.files import disk_error, write_json
@@ -52,12 +52,12 @@ from finetune.system.display import Display
 REPORT_FILE = "export.json"
 
 
-def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[str, Any]:
+def export(path: Path, options: ExportOptions, output: Path, display: Display) -> dict[str, Any]:
     """Write a model in another format, and verify it in a fresh process.
 
     Args:
         path: a finished run, or a model folder.
-        wanted: format and its options.
+        options: format of the artefact, and its interface.
         output: a new folder.
         display: shows progress and warnings.
 
@@ -71,14 +71,14 @@ def export(path: Path, wanted: Wanted, output: Path, display: Display) -> dict[s
         InternalError: the artefact's outputs differ from the network's; nothing is kept.
         DiskError: it cannot be written.
     """
-    place = _resolve_output(output)
+    target = _resolve_output(output)
     source = open_model(path)
     if isinstance(source.images, Dataset):
         check_outside(output, source.images)
-    create_folder(place.parent)
-    with staged_alone(place) as part:
-        report = _make(source, wanted, part, display)
-    display.say(f"{wanted.format} {output}", style="bold")
+    create_folder(target.parent)
+    with staged_alone(target) as folder:
+        report = _make(source, options, folder, display)
+    display.say(f"{options.format} {output}", style="bold")
     return report
 
 
@@ -102,7 +102,7 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
     with TemporaryDirectory(prefix="finetune-push-") as name:
         folder = Path(name)
         try:
-            _make(source, Wanted("timm", Interface()), folder, display)
+            _make(source, ExportOptions("timm", Interface()), folder, display)
         except OSError as error:
             raise disk_error(folder, error) from None
         with display.busy("uploading"):
@@ -116,18 +116,18 @@ def _resolve_output(output: Path) -> Path:
         UsageError: it is a file, not empty, the working directory, or a mount point.
         DiskError: it cannot be read.
     """
-    place = Path(os.path.realpath(output))
+    target = Path(os.path.realpath(output))
     try:
-        if os.path.exists(place) and not os.path.isdir(place):  # noqa: PTH110, PTH112 (Path's may raise)
+        if os.path.exists(target) and not os.path.isdir(target):  # noqa: PTH110, PTH112 (Path's may raise)
             found = "it is a file"
-        elif os.path.isdir(place) and any(place.iterdir()):  # noqa: PTH112
+        elif os.path.isdir(target) and any(target.iterdir()):  # noqa: PTH112
             found = "the folder is not empty"
-        elif place == Path.cwd():
+        elif target == Path.cwd():
             found = "it is the working directory"
-        elif os.path.ismount(place):
+        elif os.path.ismount(target):
             found = "it is a mount point"
         else:
-            return place
+            return target
     except OSError as error:
         raise disk_error(output, error) from None
     raise UsageError(f"--output {output}", found, "Name a new folder.")
@@ -136,41 +136,41 @@ def _resolve_output(output: Path) -> Path:
 # --- export and verification ---------------------------------------------------------------------
 
 
-def _make(source: Exportable, wanted: Wanted, folder: Path, display: Display) -> dict[str, Any]:
+def _make(source: Exportable, options: ExportOptions, folder: Path, display: Display) -> dict[str, Any]:
     """Write the artefact into a folder, verify it, and write ``export.json``."""
     start = time.monotonic()
-    with display.busy(f"exporting {wanted.format}"):
-        artefact, loader = _write(source, wanted, folder)
+    with display.busy(f"exporting {options.format}"):
+        artefact, loader = _write(source, options, folder)
     written = time.monotonic()
     if loader == "finetune":
         display.warn(f"only finetune can load {source.card.architecture} from this folder")
     inputs = _find_inputs(source, display)
     with display.busy("comparing in a fresh process"):
         expected = predict_here(source.network, source.card, inputs.views)
-        found, facts = predict_fresh(loader, artefact, inputs, source.card, wanted.interface)
-    comparisons = _check(source, wanted, inputs, expected, found)
-    _say(inputs, comparisons, display)
+        found, facts = predict_fresh(loader, artefact, inputs, source.card, options.interface)
+    comparisons = _check(source, options, inputs, expected, found)
+    _report(inputs, comparisons, display)
     seconds = {"export": round(written - start, 3), "compare": round(time.monotonic() - written, 3)}
-    report = _describe(source, wanted, artefact, loader, facts) | _describe_proof(inputs, comparisons)
+    report = _describe(source, options, artefact, loader, facts) | _describe_proof(inputs, comparisons)
     report |= {"seconds": seconds}
     write_json(folder / REPORT_FILE, report)
     return report
 
 
-def _write(source: Exportable, wanted: Wanted, folder: Path) -> tuple[Path, str]:
+def _write(source: Exportable, options: ExportOptions, folder: Path) -> tuple[Path, str]:
     """Write the artefact; return its path and the name of its loader (see ``fresh.py``)."""
     card = source.card
-    if wanted.format == "timm":
+    if options.format == "timm":
         metrics = RunReader(source.run, tolerant=True).metrics if source.run is not None else {}
         started = "" if starts_random(str(metrics.get("strategy"))) else card.name
         write_model(
             folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
         )
         return folder, "timm" if loads_in_timm(card) else "finetune"
-    program = build_program(source.network, card, wanted.interface)
-    write_companions(folder, card, wanted.interface)
-    if wanted.format == "onnx":
-        return write_onnx(program, folder, card, wanted.interface, wanted.opset), "onnx"
+    program = build_program(source.network, card, options.interface)
+    write_companions(folder, card, options.interface)
+    if options.format == "onnx":
+        return write_onnx(program, folder, card, options.interface, options.opset), "onnx"
     return write_program(program, folder), "torch-export"
 
 
@@ -189,7 +189,7 @@ def _find_inputs(source: Exportable, display: Display) -> ProofInputs:
     inputs = _load_inputs(source, display)
     if isinstance(inputs, str):
         inputs = draw_random(source.card, inputs)
-        display.warn(f"{inputs.notes[0]}: compared on random inputs instead of the run's judged images")
+        display.warn(f"{inputs.notes[0]}: compared on random inputs instead of the run's evaluated images")
         return inputs
     for note in inputs.notes:
         display.warn(note)
@@ -199,15 +199,15 @@ def _find_inputs(source: Exportable, display: Display) -> ProofInputs:
 def _load_inputs(source: Exportable, display: Display) -> ProofInputs | str:
     if source.run is None or isinstance(source.images, str):
         return str(source.images)
-    with display.busy("reading judged images"):
-        return load_judged(source.run, source.images.root, source.card)
+    with display.busy("reading evaluated images"):
+        return load_evaluated(source.run, source.images.root, source.card)
 
 
 def _check(
-    source: Exportable, wanted: Wanted, inputs: ProofInputs, expected: Tensor, found: Tensor
+    source: Exportable, options: ExportOptions, inputs: ProofInputs, expected: Tensor, found: Tensor
 ) -> dict[str, OutputCheck]:
     """Compare the artefact's outputs with the network's and with ``predictions.csv``."""
-    asked = f"exporting {wanted.format} of {source.path}"
+    asked = f"exporting {options.format} of {source.path}"
     comparisons = {"network": compare(expected, found)}
     if inputs.recorded is not None:
         comparisons["predictions.csv"] = compare(inputs.recorded, found, _recorded_tolerance(source.recipe))
@@ -226,12 +226,12 @@ def _recorded_tolerance(recipe: Recipe | None) -> float:
     return least if kinds == {"float32"} else max(least, *(METRICS_TOLERANCE[kind] for kind in kinds))
 
 
-def _say(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: Display) -> None:
+def _report(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: Display) -> None:
     for what, comparison in comparisons.items():
         same = "most probable class identical"
         if comparison.num_near_ties:
-            others, ties = comparison.num_top1_differences, comparison.num_near_ties
-            same += f" (another one for {others} of {ties} near ties)"
+            differing, ties = comparison.num_top1_differences, comparison.num_near_ties
+            same += f" (another one for {differing} of {ties} near ties)"
         display.say(
             f"a fresh process against {'the network' if what == 'network' else what}, {len(inputs.views)} "
             f"{inputs.source}: largest probability difference {comparison.max_difference:.2g}, {same}"
@@ -242,16 +242,16 @@ def _say(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display: D
 
 
 def _describe(
-    source: Exportable, wanted: Wanted, artefact: Path, loader: str, facts: Mapping[str, Any]
+    source: Exportable, options: ExportOptions, artefact: Path, loader: str, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    card, face = source.card, wanted.interface
+    card, interface = source.card, options.interface
     versions = {key: facts[key] for key in ("onnxruntime",) if key in facts}
-    if wanted.format == "onnx":
+    if options.format == "onnx":
         import onnx
 
         versions["onnx"] = onnx.__version__
     return {
-        "format": wanted.format,
+        "format": options.format,
         "file": artefact.name if artefact.is_file() else WEIGHTS_FILE,
         "loads_with": {"onnx": "onnxruntime", "torch-export": "torch"}.get(loader, loader),
         "architecture": card.architecture,
@@ -264,15 +264,17 @@ def _describe(
             "python": platform.python_version(),
             **versions,
         },
-        "opset": read_opset(artefact) if wanted.format == "onnx" else None,
+        "opset": read_opset(artefact) if options.format == "onnx" else None,
         "inputs": [
             {
-                "name": face.input_name,
-                "dtype": face.input_dtype,
-                "shape": ["batch", *face.input_shape(card.preprocessing)],
+                "name": interface.input_name,
+                "dtype": interface.input_dtype,
+                "shape": ["batch", *interface.input_shape(card.preprocessing)],
             }
         ],
-        "outputs": [{"name": face.output_name, "dtype": "float32", "shape": ["batch", card.num_classes]}],
+        "outputs": [
+            {"name": interface.output_name, "dtype": "float32", "shape": ["batch", card.num_classes]}
+        ],
     }
 
 
@@ -281,7 +283,7 @@ def _describe_proof(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck])
     return {
         "compared_on": inputs.source,
         "num_images": len(inputs.views),
-        "num_judged": inputs.num_judged,
+        "num_judged": inputs.num_evaluated,
         "notes": list(inputs.notes),
         **comparisons["network"].to_dict(),
         "predictions_csv": recorded.to_dict() if recorded else None,
@@ -296,7 +298,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExportOptions:
     """Format of an export and its options.
 
     Attributes:
@@ -310,13 +312,15 @@ class Wanted:
     opset: int = OPSETS[0]
 
 
-def read_wanted(format: str, layout: str | None, with_probabilities: bool, opset: int | None) -> Wanted:
+def parse_export_options(
+    format: str, layout: str | None, with_probabilities: bool, opset: int | None
+) -> ExportOptions:
     """Validate the options of the command line.
 
     Raises:
         UsageError: an option is unknown, or two contradict each other.
     """
-    known = next((one for one in FORMATS if one == format), None)
+    known = next((name for name in FORMATS if name == format), None)
     if known is None:
         found = f"the format is unknown{suggest(format, FORMATS)}"
         raise UsageError(f"--format {format}", found, f"Choose one of {', '.join(FORMATS)}.")
@@ -329,12 +333,12 @@ def read_wanted(format: str, layout: str | None, with_probabilities: bool, opset
     if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
         fix = f"Use {OPSETS[0]} to {OPSETS[1]}."
         raise UsageError(f"--opset {opset}", "torch's exporter does not support it", fix)
-    return Wanted(known, Interface(_read_layout(layout), with_probabilities), opset or OPSETS[0])
+    return ExportOptions(known, Interface(_read_layout(layout), with_probabilities), opset or OPSETS[0])
 
 
-def _read_layout(word: str | None) -> Layout | None:
-    found = next((layout for layout in LAYOUTS if layout == word), None)
-    if word is not None and found is None:
+def _read_layout(name: str | None) -> Layout | None:
+    found = next((layout for layout in LAYOUTS if layout == name), None)
+    if name is not None and found is None:
         fix = f"Use {' or '.join(LAYOUTS)}."
-        raise UsageError(f"--with-preprocessing {word}", "the image layout is unknown", fix)
+        raise UsageError(f"--with-preprocessing {name}", "the image layout is unknown", fix)
     return found

@@ -114,7 +114,7 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
 
 
 STALE = 24 * 60 * 60
-"""Age in seconds from which on an unfinished folder is taken to be left over from a killed process."""
+"""Age in seconds of an unfinished folder from which it counts as left by a killed process."""
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def staged_alone(folder: Path) -> Iterator[Path]:
         yield part
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"--output {folder}", "another process has filled it", "Name a new folder.")
-        part.rename(folder)  # rename replaces nothing but an empty folder
+        part.rename(folder)  # rename only replaces an empty folder
         sync_folder(folder.parent)
     except OSError as error:
         raise disk_error(folder, error) from None

@@ -1,8 +1,8 @@
-"""A program of its own: load an exported artefact with nothing but its own library, and answer inputs.
+"""A separate program that loads an exported artefact with only the library it is made for, and runs it.
 
 ``python -P fresh.py LOADER ARTEFACT FOLDER`` reads ``inputs.npy`` of the folder and writes ``outputs.npy``
-and ``facts.json`` there. It is run as a file, so that nothing of finetune is imported but for the loader
-``finetune``, which is for networks that no other library builds.
+and ``facts.json`` there. It runs as a file, so that it imports nothing of finetune; only the loader
+``finetune``, for networks that no other library builds, does.
 
 Shape legend: N inputs, K classes.
 """
@@ -18,19 +18,19 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Array: TypeAlias = Any
-"""numpy's array; its own type has parameters that say nothing here."""
+"""A numpy array of any shape and type."""
 Facts: TypeAlias = dict[str, Any]
-Answer = Callable[[Array], Array]
+Model = Callable[[Array], Array]
 
 BATCHES = (1, 3)
-"""Sizes of the first batches, before those of :data:`MOST`: a size that the export fixed shows at once."""
+"""Sizes of the first batches. They differ, so that a graph with a fixed batch size fails at once."""
 MOST = 16
-"""Inputs of a batch."""
+"""Size of the other batches."""
 NO_ROOM = 74
-"""Exit code where the answers cannot be written."""
+"""Exit code if the outputs cannot be written."""
 
 
-def load_timm(path: str) -> tuple[Answer, Facts]:
+def load_timm(path: str) -> tuple[Model, Facts]:
     """Load a folder of timm's format with plain timm."""
     import timm
 
@@ -38,15 +38,15 @@ def load_timm(path: str) -> tuple[Answer, Facts]:
     return _in_torch(network.eval()), {"timm": timm.__version__}
 
 
-def load_finetune(path: str) -> tuple[Answer, Facts]:
-    """Load a folder that timm cannot build with the code that wrote it."""
+def load_finetune(path: str) -> tuple[Model, Facts]:
+    """Load a folder that timm cannot build, with finetune itself."""
     from finetune import __version__
     from finetune.exporters.folder import load_exported
 
     return _in_torch(load_exported(Path(path))), {"finetune": __version__}
 
 
-def load_torch_export(path: str) -> tuple[Answer, Facts]:
+def load_torch_export(path: str) -> tuple[Model, Facts]:
     """Load a ``.pt2`` file with torch alone."""
     import torch
 
@@ -55,7 +55,7 @@ def load_torch_export(path: str) -> tuple[Answer, Facts]:
     return _in_torch(program.module()), {"input_names": names}
 
 
-def load_onnx(path: str) -> tuple[Answer, Facts]:
+def load_onnx(path: str) -> tuple[Model, Facts]:
     """Load an ONNX file with onnxruntime, on the CPU."""
     import onnxruntime
 
@@ -73,18 +73,18 @@ LOADERS = {
 }
 
 
-def _in_torch(network: Callable[[Any], Any]) -> Answer:
+def _in_torch(network: Callable[[Any], Any]) -> Model:
     import torch
 
-    def answer(inputs: Array) -> Array:
+    def run(inputs: Array) -> Array:
         with torch.no_grad():
             return network(torch.from_numpy(inputs)).numpy()
 
-    return answer
+    return run
 
 
-def split(count: int) -> Iterator[slice]:
-    """Yield the parts of ``count`` inputs that are answered together."""
+def slice_batches(count: int) -> Iterator[slice]:
+    """Yield the slices of ``count`` inputs that form the batches."""
     start = 0
     sizes = iter(BATCHES)
     while start < count:
@@ -94,10 +94,10 @@ def split(count: int) -> Iterator[slice]:
 
 
 def main(loader: str, path: str, folder: Path) -> None:
-    """Answer the inputs of a folder."""
-    answer, facts = LOADERS[loader](path)
+    """Run the inputs of a folder through an artefact."""
+    model, facts = LOADERS[loader](path)
     inputs = np.load(folder / "inputs.npy", mmap_mode="r", allow_pickle=False)
-    outputs = [np.asarray(answer(np.array(inputs[part]))) for part in split(len(inputs))]
+    outputs = [np.asarray(model(np.array(inputs[batch]))) for batch in slice_batches(len(inputs))]
     loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"finetune", "pretrained"})
     try:
         np.save(folder / "outputs.npy", np.concatenate(outputs), allow_pickle=False)

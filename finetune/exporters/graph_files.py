@@ -22,11 +22,11 @@ from finetune.runs.files import write_bytes, write_json, write_text
 from pretrained.catalog import Card, Preprocessing
 
 OPSETS = (18, 23)
-"""Least and largest that the exporter writes. The least is what it writes without a conversion, and every
-onnxruntime since 1.14 reads it."""
+"""Smallest and largest opset that torch's exporter writes. It writes the smallest without a conversion, and
+every onnxruntime since 1.14 reads that one."""
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 _LARGEST_PROTOBUF = 1_900_000_000
-"""Bytes of weights in one file; a protobuf ends at 2 GiB."""
+"""Most bytes of weights inside the ONNX file itself; a protobuf may have at most 2 GiB."""
 
 
 def write_program(program: ExportedProgram, folder: Path) -> Path:
@@ -39,11 +39,11 @@ def write_program(program: ExportedProgram, folder: Path) -> Path:
 
 
 def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: Interface, opset: int) -> Path:
-    """Write ``model.onnx``, checked by onnx itself; weights of more than 1.9 GB lie in ``model.onnx.data``.
+    """Write ``model.onnx`` and check it with onnx; weights over 1.9 GB go to ``model.onnx.data``.
 
     Raises:
         EnvironmentFaultError: onnx is not installed.
-        UsageError: an operation of the network has no form in ONNX, or none in this opset.
+        UsageError: an operation of the network cannot be expressed in ONNX, or not in this opset.
     """
     onnx = _require_onnx()
     path = folder / ONNX_FILE
@@ -54,7 +54,9 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
                 program,
                 input_names=[interface.input_name],
                 output_names=[interface.output_name],
-                dynamic_shapes={interface.input_name: {0: "batch"}},  # a name, where there would be a number
+                dynamic_shapes={
+                    interface.input_name: {0: "batch"}
+                },  # otherwise the dimension would have a number for a name
                 opset_version=opset,
                 dynamo=True,
             )
@@ -64,15 +66,15 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
             onnx.checker.check_model(path, full_check=True)
     except OSError:
         raise
-    except Exception as error:  # any kind: converters raise what they like
+    except Exception as error:  # of any class: the converters have no common one
         raise cannot_export(card, f"it cannot be converted to ONNX opset {opset}", error) from None
     return path
 
 
 def read_opset(path: Path) -> int:
-    """Return the version of ONNX's own operators that a file needs."""
+    """Return the opset of ONNX's standard operators that a file needs."""
     model = _require_onnx().load(path, load_external_data=False)
-    return max(int(one.version) for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    return max(int(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
 
 
 def _require_onnx() -> Any:
@@ -100,20 +102,20 @@ def _silent() -> Iterator[None]:
 
 
 def write_companions(folder: Path, card: Card, interface: Interface) -> None:
-    """Write ``labels.txt``, a class a line, and ``preprocessing.json``."""
+    """Write ``labels.txt``, one class per line, and ``preprocessing.json``."""
     write_text(folder / "labels.txt", "".join(f"{' '.join(name.split())}\n" for name in label_names(card)))
     write_json(folder / "preprocessing.json", describe_input(card, interface))
 
 
 def label_names(card: Card) -> list[str]:
-    """Return the names of the classes in index order; numbers where the network came without names."""
+    """Return the names of the classes in index order; their indices if the network has no names."""
     return list(card.label_names) or [str(index) for index in range(card.num_classes)]
 
 
 def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
     """Return the content of ``preprocessing.json``: steps before and in the graph, input and output."""
     view = card.preprocessing
-    baked = interface.layout is not None
+    in_graph = interface.layout is not None
     normalise = [
         {"step": "divide", "by": 255},
         {"step": "normalize", "mean": list(view.mean), "std": list(view.std)},
@@ -126,8 +128,8 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
             "shape": ["batch", *interface.input_shape(view)],
             "colors": "RGB",
         },
-        "before_the_graph": [*describe_view(view), *([] if baked else normalise)],
-        "in_the_graph": normalise if baked else [],
+        "before_the_graph": [*describe_view(view), *([] if in_graph else normalise)],
+        "in_the_graph": normalise if in_graph else [],
         "output": {
             "name": interface.output_name,
             "shape": ["batch", card.num_classes],

@@ -42,7 +42,7 @@ class Pushed:
 
 
 def check_push(repo_id: str) -> None:
-    """Refuse what cannot be pushed before anything is computed.
+    """Check the repository name, the network access and the token before anything is computed.
 
     Raises:
         UsageError: ``repo_id`` is invalid.
@@ -66,12 +66,13 @@ def check_push(repo_id: str) -> None:
 
 
 def push_folder(folder: Path, repo_id: str, private: bool) -> Pushed:
-    """Create the repository where there is none, and upload a folder in one commit.
+    """Create the repository if it does not exist, and upload a folder in one commit.
 
-    Token and address are huggingface_hub's own affair: HF_TOKEN or ``hf auth login``, and HF_ENDPOINT.
+    huggingface_hub itself reads the token (HF_TOKEN or ``hf auth login``) and the address (HF_ENDPOINT).
 
     Raises:
-        EnvironmentFaultError: no network, or a hub that refuses.
+        EnvironmentFaultError: there is no network, or the hub refuses.
+        InternalError: the hub refuses the model card.
     """
     from huggingface_hub import HfApi
 
@@ -90,21 +91,21 @@ def _translated(asked: str) -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = are_progress_bars_disabled()
-    disable_progress_bars()  # ours says what goes on
+    disable_progress_bars()  # finetune's display shows the progress
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
         why, fix = _REFUSALS.get(status, (error.server_message or "no reason was given", "Try again later."))
         raise EnvironmentFaultError(asked, f"the hub refused ({status}): {why}", fix) from None
-    except ValueError as error:  # the client's word for a card that the hub does not take
-        said = " ".join(str(error).split())[:300]
+    except ValueError as error:  # the client's error for a model card that the hub refuses
+        reason = " ".join(str(error).split())[:300]
         fix = "Please report this with the README.md of `finetune export`."
-        raise InternalError(asked, f"the hub refused the model card ({said})", fix) from None
+        raise InternalError(asked, f"the hub refused the model card ({reason})", fix) from None
     except (OSError, RuntimeError) as error:
         raise _no_answer(asked, error) from None
     except Exception as error:  # the client's error classes change with every release
-        if not _is_of_transport(error):
+        if not _is_transport_error(error):
             raise
         raise _no_answer(asked, error) from None
     finally:
@@ -112,12 +113,12 @@ def _translated(asked: str) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _is_of_transport(error: Exception) -> bool:
-    """Whether httpx raised it, which the hub's client brings under changing names (``httpx2``)."""
+def _is_transport_error(error: Exception) -> bool:
+    """Return whether an HTTP library raised it (the hub's client has used several, such as ``httpx2``)."""
     return type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
 
 
 def _no_answer(asked: str, error: Exception) -> EnvironmentFaultError:
-    said = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
     fix = "Check the network and HF_ENDPOINT, and give the same command again."
-    return EnvironmentFaultError(asked, f"the hub gave no answer ({said})", fix)
+    return EnvironmentFaultError(asked, f"the hub gave no answer ({reason})", fix)

@@ -39,7 +39,7 @@ _METRICS = METRIC_NAMES | {"roc_auc": "ROC AUC (macro, one vs. rest)", "loss": "
 _HUB_TYPES = {"f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall"}
 """The hub's names of metrics, where they differ from ours."""
 _MOST_ROWS = 50
-"""Most classes in the table of images."""
+"""Largest number of classes in the table of images."""
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,13 @@ def _data(metrics: Metrics, data: TrainingData) -> str:
     text = f"{name}{trained}{metrics['num_samples']} images of the `{metrics['split']}` split were tested."
     if not data.counts:
         return text
-    parts = list(dict.fromkeys(part for counts in data.counts.values() for part in counts))
+    splits = list(dict.fromkeys(split for counts in data.counts.values() for split in counts))
     rows = [
-        (_cell(label), *(str(counts.get(part, 0)) for part in parts)) for label, counts in data.counts.items()
+        (_cell(label), *(str(counts.get(split, 0)) for split in splits))
+        for label, counts in data.counts.items()
     ]
     rest = f"\n\nand {len(rows) - _MOST_ROWS} more classes" if len(rows) > _MOST_ROWS else ""
-    return f"{text}\n\n{_table(('class', *parts), rows[:_MOST_ROWS])}{rest}"
+    return f"{text}\n\n{_table(('class', *splits), rows[:_MOST_ROWS])}{rest}"
 
 
 def _usage(card: Card) -> str:

@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """The comparison of two tables of probabilities (N, K).
+    """The result of comparing two tables of probabilities (N, K).
 
     Attributes:
         max_difference: the largest difference of one probability.
@@ -65,19 +65,19 @@ def compare(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> Ou
     """Compare probabilities.
 
     Args:
-        expected: (N, K).
-        found: (N, K); a NaN differs from everything.
-        tolerance: of a probability.
+        expected: probabilities (N, K) of the network.
+        found: probabilities (N, K) of the artefact; a NaN differs from everything.
+        tolerance: exclusive upper limit of the difference of one probability.
     """
     near = compute_margins(expected) < tolerance
-    others = decide(expected) != decide(found)
+    differs = decide(expected) != decide(found)
     difference = (expected.double() - found.double()).abs().nan_to_num(nan=1.0).max()
     return OutputCheck(
         float(difference),
         tolerance,
-        not bool((others & ~near).any()),
+        not bool((differs & ~near).any()),
         int(near.sum()),
-        int(others.sum()),
+        int(differs.sum()),
     )
 
 
@@ -85,25 +85,25 @@ def predict_here(network: nn.Module, card: Card, views: Tensor) -> Tensor:
     """Return probabilities (N, K) of a network on the CPU, float32, with the card's temperature."""
     normalize = Normalizer(card.preprocessing, torch.device("cpu"))
     with torch.inference_mode():
-        logits = [network.eval()(normalize(part)) for part in torch.split(views, fresh.MOST)]
+        logits = [network.eval()(normalize(batch)) for batch in torch.split(views, fresh.MOST)]
     return to_probabilities(torch.cat(logits) / card.temperature)
 
 
 def predict_fresh(
     loader: str, artefact: Path, inputs: ProofInputs, card: Card, interface: Interface
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return probabilities (N, K) of an artefact that a fresh process has loaded, and facts of that process.
+    """Return probabilities (N, K) of an artefact that a fresh process loads, and facts about that process.
 
     Args:
-        loader: of :data:`finetune.exporters.fresh.LOADERS`.
+        loader: key of :data:`finetune.exporters.fresh.LOADERS`.
         artefact: file or folder.
-        inputs: views.
-        card: of the network.
-        interface: what goes into the artefact and comes out.
+        inputs: images to compare on.
+        card: description of the network.
+        interface: input and output of the artefact.
 
     Raises:
         InternalError: the process could not load or run it.
-        DiskError: there is no room for the inputs or the answers.
+        DiskError: there is no space for the inputs or the outputs.
     """
     with _exchange() as folder:
         _write_inputs(folder / "inputs.npy", inputs.views, card, interface)
@@ -131,8 +131,8 @@ def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for part in torch.split(views, fresh.MOST):
-            file.write(np.ascontiguousarray(interface.arrange(part, card.preprocessing), dtype).tobytes())
+        for batch in torch.split(views, fresh.MOST):
+            file.write(np.ascontiguousarray(interface.arrange(batch, card.preprocessing), dtype).tobytes())
 
 
 @contextmanager
@@ -142,18 +142,18 @@ def _exchange() -> Iterator[Path]:
     Raises:
         DiskError: it cannot be created, or the disk is full.
     """
-    place = "the folder for temporary files"
+    parent = "the folder for temporary files"
     try:
-        place = gettempdir()
+        parent = gettempdir()
         with TemporaryDirectory(prefix="finetune-export-") as name:
             yield Path(name)
     except OSError as error:
-        raise _no_room(place, error.strerror or str(error)) from None
+        raise _no_room(parent, error.strerror or str(error)) from None
 
 
-def _no_room(place: str, found: str) -> DiskError:
+def _no_room(parent: str, found: str) -> DiskError:
     fix = "Free some space there, or set TMPDIR to another folder, and start the same command again."
-    return DiskError(f"writing images for the comparison into {place}", found, fix)
+    return DiskError(f"writing images for the comparison into {parent}", found, fix)
 
 
 def _run(loader: str, artefact: Path, folder: Path) -> None:
@@ -166,27 +166,27 @@ def _run(loader: str, artefact: Path, folder: Path) -> None:
         command, env=environment, capture_output=True, text=True, errors="backslashreplace", check=False
     )
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:300]
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:300]
         if done.returncode == fresh.NO_ROOM:
-            raise _no_room(str(folder.parent), said)
-        found = f"a fresh process could not load and run it: {said}"
+            raise _no_room(str(folder.parent), reason)
+        found = f"a fresh process could not load and run it: {reason}"
         raise InternalError(
             f"exporting {artefact.name}", found, "Please report this with the backbone's name."
         )
 
 
 def check_comparison(asked: str, what: str, comparison: OutputCheck, num_inputs: int, source: str) -> None:
-    """Raise an error if an artefact's outputs differ.
+    """Raise an error if an artefact's outputs differ from those expected.
 
     Args:
-        asked: what was exported.
-        what: it was compared with.
-        comparison: of the two.
-        num_inputs: that were compared.
-        source: what the inputs are.
+        asked: what was exported, for the message.
+        what: name of the outputs that it was compared with, for the message.
+        comparison: result of the comparison.
+        num_inputs: number of inputs compared.
+        source: kind of the inputs: ``judged images`` or ``random inputs``.
 
     Raises:
-        InternalError: with the figure.
+        InternalError: the outputs differ; the message has the largest difference.
     """
     if comparison.holds:
         return

@@ -63,12 +63,11 @@ def open_model(path: Path) -> Exportable:
     card = find_card(f"local-dir:{path}")
     try:
         network = load_exported(Path(card.location))
-    except RuntimeError as error:  # load_state_dict's
+    except RuntimeError as error:  # of load_state_dict
         found = f"its weights do not fit its architecture: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"model {path}", found, "Export it again.") from None
-    recipe = (
-        RunReader(run, tolerant=True).recipe if run is not None else None
-    )  # another version may have written it
+    # Another version may have written the recipe.
+    recipe = RunReader(run, tolerant=True).recipe if run is not None else None
     return Exportable(path, card, network, run, recipe, _find_images(run, recipe))
 
 
@@ -114,9 +113,9 @@ def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
 
 
 MOST_IMAGES = 512
-"""Most images that are compared; more take longer and add little."""
+"""Largest number of images that are compared; more take longer and add little."""
 MOST_BYTES = 256 * 2**20
-"""Most bytes of their pixels, for networks with large inputs."""
+"""Largest number of bytes of their pixels, for networks with large inputs."""
 NUM_RANDOM = 32
 
 
@@ -127,30 +126,30 @@ class ProofInputs:
     Attributes:
         views: uint8 (N, 3, H, W), as the network's evaluation transform makes them.
         recorded: probabilities (N, K) of ``predictions.csv``; None if there are none.
-        num_judged: number of images that the run evaluated; 0 for random inputs.
+        num_evaluated: number of images that the run evaluated; 0 for random inputs.
         notes: what was left out and why, one sentence each.
     """
 
     views: Tensor
     recorded: Tensor | None
-    num_judged: int
+    num_evaluated: int
     notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
         """``judged images`` or ``random inputs``."""
-        return "judged images" if self.num_judged else "random inputs"
+        return "judged images" if self.num_evaluated else "random inputs"
 
 
 def draw_random(card: Card, note: str) -> ProofInputs:
     """Return random inputs, the same on every call."""
     generator = torch.Generator().manual_seed(0)
-    shape = (_most(card, NUM_RANDOM), *card.preprocessing.input_size)
+    shape = (_limit_images(card, NUM_RANDOM), *card.preprocessing.input_size)
     views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return ProofInputs(views, None, 0, (note,))
 
 
-def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
+def load_evaluated(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     """Return views of the run's evaluated images, evenly spaced, or the reason why there are none.
 
     Args:
@@ -165,25 +164,29 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
         return f"{run.predictions} does not exist"
     reader = RunReader(run)
     rows = reader.prediction_rows
-    chosen = _draw_evenly(rows, _most(card, MOST_IMAGES))
+    chosen = _draw_evenly(rows, _limit_images(card, MOST_IMAGES))
     transform = build_eval_transform(card.preprocessing)
 
-    def look(row: CsvRow) -> Tensor | str:
+    def load(row: CsvRow) -> Tensor | str:
         return _open(root / row["path"], reader.digests.get(row["path"]), transform)
 
-    with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="judged") as pool:
-        found = list(pool.map(look, chosen))
+    with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="evaluated") as pool:
+        found = list(pool.map(load, chosen))
     kept = [(row, view) for row, view in zip(chosen, found, strict=True) if isinstance(view, Tensor)]
-    gone = [f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)]
+    unusable = [
+        f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)
+    ]
     if not kept:
         return (
-            f"none of its {len(rows)} judged images is unchanged: {gone[0]}"
-            if gone
-            else "the run judged no images"
+            f"none of its {len(rows)} evaluated images is unchanged: {unusable[0]}"
+            if unusable
+            else "the run evaluated no images"
         )
-    notes = (
-        [f"{len(gone)} of {len(chosen)} judged images are missing or have changed: {gone[0]}"] if gone else []
-    )
+    notes = []
+    if unusable:
+        notes.append(
+            f"{len(unusable)} of {len(chosen)} evaluated images are missing or have changed: {unusable[0]}"
+        )
     recorded = _read_probabilities([row for row, _ in kept], card)
     if recorded is None:
         what = f"probabilities of the model's {card.num_classes} classes in their order"
@@ -191,14 +194,15 @@ def load_judged(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     return ProofInputs(torch.stack([view for _, view in kept]), recorded, len(rows), tuple(notes))
 
 
-def _most(card: Card, wanted: int) -> int:
-    return min(wanted, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
+def _limit_images(card: Card, num_images: int) -> int:
+    """Return a number of images whose pixels take at most :data:`MOST_BYTES`."""
+    return min(num_images, max(1, MOST_BYTES // torch.Size(card.preprocessing.input_size).numel()))
 
 
 def _draw_evenly(rows: Sequence[CsvRow], most: int) -> list[CsvRow]:
     """Return at most ``most`` rows, evenly spaced, since the rows are sorted by class."""
     count = min(most, len(rows))
-    return [rows[place * len(rows) // count] for place in range(count)]
+    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:

@@ -22,9 +22,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import PreparedDataset, Sample
 from finetune.data.prepare import check_outside, read_images
-from finetune.data.scan import Checked
 from finetune.errors import UsageError, suggest
 from finetune.features.extraction import (
     Features,
@@ -54,7 +53,7 @@ INDEX_COLUMNS = ("layer", "file", "module", "size", "num_features", "pool", "num
 
 @dataclass(frozen=True)
 class Target:
-    """Where tables are written.
+    """The output of an extraction.
 
     Attributes:
         path: the folder, or the single table.
@@ -80,7 +79,7 @@ class Target:
 
     @property
     def work(self) -> Path:
-        """Where features are kept on the way when they have no room in the cache."""
+        """The folder for features that do not fit in the cache, until the output is written."""
         return self.path.with_name(f".{self.path.name}.work")
 
     def table_of(self, layer: Layer) -> Path:
@@ -89,10 +88,10 @@ class Target:
 
 
 def find_target(output: Path, format: str | None) -> Target:
-    """Tell a table from a folder: a known suffix makes a table, and names its format.
+    """Return the output: a single table if the suffix is that of a known format, else a folder.
 
     Raises:
-        UsageError: another format than the suffix says, or an unknown one.
+        UsageError: the format is unknown, or differs from the suffix.
         EnvironmentFaultError: the format needs a package that is not installed.
     """
     suffix = output.suffix.lower().removeprefix(".")
@@ -143,8 +142,8 @@ def extract(
         network = distributed.first(lambda: open_network(recipe, display, distributed))
         layers = network.layers.select(wanted, pool)
         check_names(target.format, [layer.name for layer in layers])
-        dataset, checked = distributed.share(lambda: _read_images(recipe, output, display))
-        source = open_source(recipe, network, dataset, display, checked)
+        dataset = distributed.share(lambda: _read_images(recipe, output, display))
+        source = open_source(recipe, network, dataset, display)
         facts = {
             "features": describe_extraction(source, layers, pool),
             "layers": [layer.name for layer in layers],
@@ -158,7 +157,7 @@ def extract(
             return _write(source, features, pool, target, facts) if distributed.is_main else {}
 
 
-def _read_images(recipe: Recipe, output: Path, display: Display) -> tuple[Dataset, Checked]:
+def _read_images(recipe: Recipe, output: Path, display: Display) -> PreparedDataset:
     dataset = open_images(recipe, display)
     check_outside(output, dataset)
     return read_images(recipe, dataset, display)
@@ -175,7 +174,7 @@ def _begin(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_done(target: Target, facts: dict[str, Any]) -> bool:
-    """Tell whether the output holds a finished extraction of the same features.
+    """Return whether the output holds a finished extraction of the same features.
 
     Raises:
         UsageError: the output exists and is something else.
@@ -204,7 +203,7 @@ def _is_done(target: Target, facts: dict[str, Any]) -> bool:
 def _open_kept(
     source: Source, layers: Sequence[Layer], pool: Pool, target: Target, distributed: Distributed
 ) -> Iterator[Features]:
-    """Keep features in the cache; if it has no room, beside the output until that is written."""
+    """Open the features, in the cache or, if they do not fit, in a folder beside the output."""
     cache_dir = FeatureCacheDir(source.recipe.cache.max_gb * 1e9)
     obstacle = cache_dir.find_obstacle(compute_bytes(source, layers, pool))
     if not obstacle or not distributed.is_main:
@@ -226,7 +225,7 @@ def _write(
     source: Source, features: Features, pool: Pool, target: Target, facts: dict[str, Any]
 ) -> dict[str, Any]:
     samples, display = source.dataset.samples, source.display
-    bad = {image.path: image.reason for image in source.unreadable} | features.lost
+    bad = {image.path: image.reason for image in source.dataset.unreadable} | features.lost
     usable = features.usable(samples)
     order = torch.tensor(sorted(usable.tolist(), key=lambda index: samples[index].path))
     _report_bad(bad, target, display)

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import SPLITS, Dataset, Sample, Split
+from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
 from finetune.data.discover import find_images
 from finetune.data.image_cache import decoder_facts
 from finetune.data.loader import ImageLoader, Placement
 from finetune.data.prepare import keep_split, read_images
-from finetune.data.scan import BadImage, Checked
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import DataError, UsageError
@@ -95,16 +94,12 @@ class Source:
     Attributes:
         network: the network with its own classifier.
         dataset: the images that can be read.
-        digests: sha256 of each image, by path.
-        unreadable: the images that cannot be read.
         recipe: settings of backbone, data, input, cache and machine.
         display: shows progress.
     """
 
     network: Network
-    dataset: Dataset
-    digests: dict[str, str]
-    unreadable: tuple[BadImage, ...]
+    dataset: PreparedDataset
     recipe: Recipe
     display: Display
 
@@ -115,9 +110,10 @@ class Source:
             DataError: an image was changed or removed.
         """
         for sample in samples:
+            before = self.dataset.digests[sample.path]
             try:
                 with self.dataset.file(sample).open("rb") as file:
-                    is_same = hashlib.file_digest(file, "sha256").hexdigest() == self.digests[sample.path]
+                    is_same = hashlib.file_digest(file, "sha256").hexdigest() == before
             except OSError:
                 is_same = False
             if not is_same:
@@ -126,31 +122,24 @@ class Source:
 
     def warn_of(self, lost: Mapping[str, str]) -> None:
         """Warn of the images that have no features."""
-        bad = {image.path: image.reason for image in self.unreadable} | dict(lost)
+        bad = {image.path: image.reason for image in self.dataset.unreadable} | dict(lost)
         for path, reason in list(bad.items())[:10]:
             self.display.warn(f"{path} cannot be read: {reason}")
         if len(bad) > 10:
             self.display.warn(f"and {len(bad) - 10} more images")
 
 
-def open_source(
-    recipe: Recipe, network: Network, dataset: Dataset, display: Display, checked: Checked | None = None
-) -> Source:
+def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Display) -> Source:
     """Read the images whose features a network computes.
 
     Args:
         recipe: settings that the features depend on.
         network: the network with its own classifier.
-        dataset: the images.
+        dataset: the images, which are read unless they were prepared before.
         display: shows progress.
-        checked: the result of ``read_images``, if the images were read before.
     """
-    if checked is None:
-        dataset, checked = read_images(recipe, dataset, display)
-    own = {sample.path for sample in dataset.samples}
-    bad = tuple(image for image in checked.bad if image.path in own)
-    readable = dataset.without({image.path for image in bad})
-    return Source(network, readable, checked.digests, bad, recipe, display)
+    prepared = dataset if isinstance(dataset, PreparedDataset) else read_images(recipe, dataset, display)
+    return Source(network, prepared.readable, recipe, display)
 
 
 @dataclass(frozen=True)
@@ -319,7 +308,7 @@ def _place_of_logits(source: Source, kept: KeptRows, split: Split) -> RowSpec:
 def _shared_facts(source: Source, kept: KeptRows, split: Split, weights: str) -> dict[str, Any]:
     network, recipe = source.network, source.recipe
     card = network.backbone.card
-    images = describe_images([source.digests[sample.path] for sample in source.dataset.of(split)])
+    images = describe_images([source.dataset.digests[sample.path] for sample in source.dataset.of(split)])
     return {
         "format": FORMAT,
         "batch_size": kept.batch_size,
@@ -346,7 +335,7 @@ def describe_extraction(source: Source, layers: Sequence[Layer], pool: Pool) -> 
     )
 
 
-# --- what features depend on beside the images and the layer -------------------------------------
+# --- what features depend on, besides the images and the layer ------------------------------------
 
 
 _VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda", "processor")

@@ -37,17 +37,17 @@ from torch.nn import functional as F
 from finetune.targets import to_probabilities
 
 MOST_STEPS = 1000
-"""Most steps; twenty to a hundred are usual."""
+"""Largest number of steps; twenty to a hundred are usual."""
 _MEMORY = 5
-"""Steps that L-BFGS remembers. Ten saved one step in thirty; with one there were a tenth more."""
+"""Steps that L-BFGS stores. With ten it needed 3 % fewer steps, with one 10 % more."""
 _FLATTENED = 0.1
-"""Share of the slope along a direction that may remain after a step (the strong Wolfe condition)."""
+"""Largest share of the slope along a direction that remains after a line search (strong Wolfe condition)."""
 _MOST_LENGTHS = 10
 _PACE = 5
-"""Steps from which the rate of convergence is estimated."""
+"""Number of steps from which the rate of convergence is estimated."""
 _NUM_DIRECTIONS = 128
-"""Directions of the spectrum. With all 2,048 of SqueezeNet's features iterations were hardly fewer, with none
-they were half as many again."""
+"""Directions of the spectrum. On SqueezeNet's features, all 2,048 hardly saved iterations; with none, there
+were 50 % more."""
 _NUM_POWERS = 2
 _FLATTEST = 1e-4
 """Floor of a loss's mean curvature, as a share of the initial one."""
@@ -298,10 +298,10 @@ def _add_up(gains: Sequence[float]) -> float:
 def _find_length(
     objective: Objective, weights: Tensor, scores: Tensor, direction: Tensor, change: Tensor, gradient: Tensor
 ) -> Tensor:
-    """Return lengths (K, 1), or (1, 1), after which a tenth of the slope is left, or less.
+    """Return step lengths (K, 1), or (1, 1), at which at most a tenth of the initial slope remains.
 
-    The slope along a direction never falls, the objective being convex: where it is negative the length is
-    too short, where it is positive too long. Newton's method is kept between the two.
+    The objective is convex, so the slope along a direction never decreases: if it is negative the step is too
+    short, if it is positive too long. Newton's method is kept between these bounds.
     """
     loss, strength = objective.loss, objective.strength
     penalised = F.pad(direction[:, :-1], (0, 1))
@@ -309,7 +309,7 @@ def _find_length(
     first = slope = objective.dot(gradient, direction)
     length, here = torch.zeros_like(slope), scores
     too_short = torch.zeros_like(slope)
-    # Rounding can turn a direction upwards when little is left to gain: then the length stays zero.
+    # Near the minimum, rounding can make a direction point upwards: then the length stays zero.
     too_long = torch.where(first < 0, torch.inf, 0.0)
     for _ in range(_MOST_LENGTHS):
         bend = strength * loss.bends(here, change) + square
@@ -328,7 +328,7 @@ def _find_length(
 
 
 class _Pair(NamedTuple):
-    """One step of L-BFGS: tensors (K, R), and numbers for each problem, (K, 1) or (1, 1)."""
+    """A stored step of L-BFGS: tensors (K, R), and one number per problem, (K, 1) or (1, 1)."""
 
     step: Tensor
     change: Tensor
@@ -338,10 +338,10 @@ class _Pair(NamedTuple):
 
 
 class _Memory:
-    """The last steps and what they did to the gradient: from these L-BFGS guesses the inverse Hessian.
+    """The last steps and their changes of the gradient, from which L-BFGS approximates the inverse Hessian.
 
-    The preconditioner being linear, what it makes of a change of the gradient is the change of what it makes
-    of the gradient. So it is applied once a step.
+    The preconditioner is linear, so a preconditioned change of the gradient is the difference of two
+    preconditioned gradients. So it is applied only once per step.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -349,15 +349,15 @@ class _Memory:
         self._pairs: deque[_Pair] = deque(maxlen=_MEMORY)
 
     def add(self, step: Tensor, change: Tensor, scaled: Tensor) -> None:
-        """Remember a step (K, R), the change of the gradient by it, and that of the scaled gradient."""
+        """Store a step (K, R), its change of the gradient, and that of the preconditioned gradient."""
         product, norm = self._dot(step, change), self._dot(change, scaled)
-        # A class that did not move has no curvature to tell.
+        # A class whose weights did not change gives no curvature.
         inverse = torch.where(product > _TINY, 1 / product.clamp_min(_TINY), 0.0)
         scale = torch.where(norm > _TINY, product / norm.clamp_min(_TINY), 1.0)
         self._pairs.append(_Pair(step, change, scaled, inverse, scale))
 
     def turn(self, gradient: Tensor, scaled: Tensor) -> Tensor:
-        """Return the gradient times the guess of the inverse Hessian, (K, R): the two loops of L-BFGS."""
+        """Return the approximate inverse Hessian times the gradient, (K, R): the two loops of L-BFGS."""
         gradient, scaled = gradient.clone(), scaled.clone()
         shares = []
         for pair in reversed(self._pairs):

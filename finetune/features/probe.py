@@ -290,7 +290,7 @@ def _leave_copies_out(usable: Tensor, source: Source) -> Tensor:
     samples = source.dataset.samples
     first: dict[str, int] = {}
     for index in usable.tolist():
-        first.setdefault(source.digests[samples[index].path], index)
+        first.setdefault(source.dataset.digests[samples[index].path], index)
     if len(first) < len(usable):
         said = (
             "1 exact copy is"

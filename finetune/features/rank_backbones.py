@@ -59,13 +59,13 @@ def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> li
 def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[RankedBackbone]:
     dataset = open_images(recipe, display)
     require_labels(dataset, recipe)
-    dataset, checked = read_images(recipe, dataset, display)
-    few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
+    prepared = read_images(recipe, dataset, display)
+    few = draw_evenly(prepared, MOST_IMAGES, recipe.seed)
     ranked = []
     for name in names:
         backbone = recipe.backbone.model_copy(update={"name": name})
         network = open_network(recipe.model_copy(update={"backbone": backbone}), display)
-        source = open_source(recipe, network, few, display, checked)
+        source = open_source(recipe, network, few, display)
         last = network.layers.all[-1]
         with open_features(source, [last], "auto", splits=("train",)) as features:
             samples = source.dataset.of("train")

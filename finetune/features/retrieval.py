@@ -17,22 +17,22 @@ from finetune.errors import EnvironmentFaultError, InternalError, UsageError
 from finetune.features.rows import Rows
 
 BLOCK_BYTES = 8 * 2**20
-"""Size of the float64 rows of a block. Larger blocks are slower: the system allocates their memory anew."""
+"""Bytes of a block of float64 rows. Larger blocks are slower, since their memory is allocated each time."""
 LARGEST_MATRIX = 4096
 """Rows of the largest matrix whose eigenvectors are computed: 128 MB, and seconds on one core."""
 SMALLEST_STD = 0.1
 """Least standard deviation of a feature, as a fraction of the mean one, as in ``training.standardize``."""
 BEFORE_UMAP = 50
-"""Principal components that UMAP gets: far fewer values than features, with nearly the same variance."""
+"""Number of principal components that UMAP gets: far fewer than features, with nearly the same variance."""
 FEWEST_FOR_UMAP = 16
-"""Fewest images for UMAP, which uses the 15 nearest neighbours of each."""
+"""Smallest number of images for UMAP, which uses the 15 nearest neighbours of each."""
 _TINY = torch.finfo(torch.float64).tiny
 """Divisor in place of zero."""
 _EXTRA = 16
-"""Directions that are followed beside those that are wanted; with them iterations converge soon."""
+"""Additional directions of the subspace iteration; they make it converge faster."""
 _ITERATIONS = 300
 _TOLERANCE = 1e-9
-"""Of a direction: what the matrix turns it by, as a share of the largest eigenvalue."""
+"""Largest residual of an eigenvector, as a share of the largest eigenvalue."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ def find_plane(rows: Rows, indices: Tensor, advance: Callable[[int], None]) -> P
 def find_umap_plane(rows: Rows, indices: Tensor, advance: Callable[[int], None]) -> Plane:
     """Return images on a plane that keeps neighbours together (UMAP, arXiv:1802.03426).
 
-    UMAP is given the first 50 principal components, and a fixed seed. Only who lies beside whom means
-    something there; distances between groups and the axes do not.
+    UMAP gets the first 50 principal components and a fixed seed. Only neighbourhoods have a meaning; axes and
+    distances between groups have none.
 
     Args:
         rows: (all images, D).
         indices: (N,) int64.
         advance: called with the number of rows that were read, :func:`count_reads` in total; then UMAP runs
-            without reports, half a minute for 20,000 images on one core.
+            without progress reports, half a minute for 20,000 images on one core.
 
     Raises:
         EnvironmentFaultError: as :func:`check_umap`.
@@ -126,13 +126,13 @@ def find_umap_plane(rows: Rows, indices: Tensor, advance: Callable[[int], None])
     points, _, num_fitted = _components(rows, indices, BEFORE_UMAP, advance)
     from umap import UMAP
 
-    # A fixed seed allows no threads; one that is not asked for spares a warning.
+    # With a fixed seed UMAP uses one thread; n_jobs=1 avoids its warning about that.
     plane = UMAP(n_components=2, random_state=0, n_jobs=1).fit_transform(points.numpy())
     return Plane(torch.from_numpy(plane).float(), None, num_fitted)
 
 
 def check_umap() -> None:
-    """Refuse UMAP where it cannot be had; to be called before anything is computed.
+    """Check that UMAP is installed; to be called before anything is computed.
 
     Raises:
         EnvironmentFaultError: umap-learn is not installed or cannot be loaded.
@@ -264,10 +264,10 @@ def _shares(values: Tensor, matrix: Tensor) -> list[float]:
 
 
 def _directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest eigenvalues and their vectors (M, count); zeros where M is smaller.
+    """Return the ``count`` largest eigenvalues and their vectors (M, count), padded with zeros.
 
-    By iterations of a subspace: all eigenvectors of 2,048 features took 18 seconds on one core, two take
-    less than one.
+    Large matrices use subspace iteration: all eigenvectors of 2,048 features took 18 seconds on one core, two
+    take less than one.
     """
     size = len(matrix)
     if size <= 4 * (count + _EXTRA):
@@ -282,7 +282,7 @@ def _directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _iterated(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues in ascending order, and their vectors; more than ``count`` of them.
 
-    Eigenvalues that hardly differ are not told apart for ever: vectors between theirs do as well.
+    The number of iterations is limited: if eigenvalues are nearly equal, any vectors of their span will do.
     """
     start = torch.randn(
         len(matrix), count + _EXTRA, dtype=torch.float64, generator=torch.Generator().manual_seed(0)

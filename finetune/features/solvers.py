@@ -44,7 +44,8 @@ from finetune.system.forward import compute_where_it_fits
 from finetune.targets import decide
 
 Kind = Literal["softmax", "svm", "logreg"]
-"""Multinomial logistic regression; of each class against the rest, squared hinges and logistic losses."""
+"""softmax: multinomial logistic regression; svm and logreg: one class against the rest, with the squared
+hinge or the logistic loss."""
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Choices of C, as multiples of its natural unit (see above)."""
@@ -55,22 +56,22 @@ NUM_FOLDS = 3
 LARGE = 2e8
 """N times R times K from which only the first fold is held out; all three would take two seconds or more."""
 SMALLEST_STD = 0.1
-"""Floor of a feature's deviation, as a share of the mean one: as in ``training.standardize``."""
+"""Smallest standard deviation of a feature, as a share of the mean one; as in ``training.standardize``."""
 WIDE = 2
-"""D / N from which the projection to the span of the images saves time."""
+"""D / N from which projecting to the span of the images saves time."""
 
 _SOLVED = 3e-7
-"""Share of the objective by which a solution may miss the minimum, as the minimiser estimates it. Against
-float64 it missed it by up to 1e-6 with C up to ten times its natural unit, and by 3e-6 at a hundred times."""
+"""Largest relative distance from the minimum of the objective, as the minimiser estimates it. Compared with
+float64 it was up to 1e-6 with C up to ten times its natural unit, and 3e-6 at a hundred times."""
 _NEARLY_SOLVED = 5e-3
-"""The same while C is chosen: accuracies move by less than a point, and with a decade of C by more."""
+"""The same while C is chosen: it changes accuracies by less than a point, a factor of ten in C by more."""
 _BLOCK_BYTES = 64 * 2**20
-"""Of features in float64 that are in memory at once."""
+"""Bytes of float64 features that are in memory at once."""
 _PANEL = 1024
 _LEAST_SQUARE = 1e-6
-"""In place of zero, where all images are the same."""
+"""Replaces zero if all images are the same."""
 _RANK = 1e-12
-"""Of the largest squared deviation of rows: directions with less are rounding."""
+"""Smallest squared deviation of a direction, as a share of the largest; anything less is rounding."""
 _CPU = torch.device("cpu")
 _LOSSES: dict[Kind, type[Loss]] = {"softmax": Softmax, "svm": SquaredHinge, "logreg": Logistic}
 
@@ -82,7 +83,7 @@ class LinearClassifier:
     Attributes:
         weight: (K, D) float32, on the CPU.
         bias: (K,) float32, on the CPU.
-        strength: C, of the objective on standardised features.
+        strength: C of the objective on standardised features.
     """
 
     weight: Tensor
@@ -119,11 +120,11 @@ class TrainingRows:
     """Training images, prepared for the solver.
 
     Attributes:
-        matrix: (N, R + 1) float32: standardised features, or coordinates in their span, and a last 1.
+        matrix: (N, R + 1) float32: standardised features or coordinates in their span, then a column of ones.
         labels: (N,) int64.
         num_classes: K.
-        spectrum: of the matrix.
-        mean_square: of the standardised features of an image, summed: at most D.
+        spectrum: the spectrum of the matrix.
+        mean_square: mean over images of the squared norm of their standardised features, at most D.
     """
 
     matrix: Tensor
@@ -379,7 +380,7 @@ def _gather(scaled: _Standardised) -> Tensor:
 
 
 def _turn_into_span(scaled: _Standardised) -> tuple[Tensor, Tensor]:
-    """Return coordinates (N, R) float32 in the span of the images, and the way back (N, R) float64.
+    """Return coordinates (N, R) float32 in the span of the images, and the back projection (N, R) float64.
 
     With Z = standardised features and Z Z' = U S^2 U', the coordinates are U S, in the orthonormal basis
     Z' U / S. Weights V in that basis are V (U / S)' Z.

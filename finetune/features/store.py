@@ -32,12 +32,12 @@ from finetune.system.forward import ChunkedForward, autocast
 
 FORMAT = 1
 GPU_BATCH = 128
-"""Images a forward pass on a GPU."""
+"""Number of images in a forward pass on a GPU."""
 MEMORY_BYTES = 2**26
-"""Bytes of rows that are held in memory; more stay in their files and are read when needed."""
+"""Largest size in bytes of rows that are kept in memory; larger ones are read from their file."""
 
 Forward = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) to rows (B, D + D' + ...) of several places, side by side."""
+"""Takes images (B, 3, H, W) and returns their rows (B, D + D' + ...), concatenated over places."""
 
 
 def compute_batch_size(device: torch.device, input_size: tuple[int, int, int]) -> int:
@@ -60,7 +60,7 @@ class RowSpec:
 
     Attributes:
         facts: everything that the rows depend on; ``kind`` begins the file name, ``num_images`` is N.
-        numel: D.
+        numel: number of features of an image, D.
     """
 
     facts: Mapping[str, Any]
@@ -68,7 +68,7 @@ class RowSpec:
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """Number of images, N."""
         return int(self.facts["num_images"])
 
 
@@ -229,8 +229,8 @@ class KeptRows:
                     path,
                     place.facts,
                     self._num_blocks(place),
-                    waiting=wait_for_writer(path, "another run computes the same features", self.display),
-                    verified=lambda done: advance(done, ""),
+                    on_wait=wait_for_writer(path, "another run computes the same features", self.display),
+                    on_verified=lambda done: advance(done, ""),
                 )
             self._files.append(file)
             if file.was_damaged:

@@ -30,9 +30,10 @@ Floats = npt.NDArray[np.float32]
 WHO = ("path", "label", "split")
 """The first columns of every table."""
 BLOCK_BYTES = 64 * 2**20
-"""Size of the rows of all layers that are read at a time, and of the row groups of Parquet."""
+"""Bytes of the rows of all layers that are read at a time, and of a row group of Parquet."""
 _TEXTS = 4096
-"""Strings of an npz file that are converted at a time, at four bytes a character of the longest."""
+"""Number of strings of an npz file that are converted at a time; each takes four bytes per character of the
+longest."""
 _REPORT = "Please report this, with the command."
 
 
@@ -41,8 +42,8 @@ class LayerRows:
     """Features of one layer.
 
     Attributes:
-        name: of the layer; its columns are ``<name>.0``, ``<name>.1`` and so on.
-        rows: (all images, D).
+        name: name of the layer; its columns are ``<name>.0``, ``<name>.1`` and so on.
+        rows: features of all images, (N, D).
     """
 
     name: str
@@ -55,7 +56,7 @@ class LayerRows:
 
 
 class _Block(NamedTuple):
-    """Some of the table's rows, B of them: ``who`` of (path, label, split), and (B, D) for each layer."""
+    """B rows of the table: path, label and split of each (``who``), and (B, D) features of each layer."""
 
     who: Sequence[tuple[str, str, str]]
     layers: list[Floats]
@@ -87,7 +88,7 @@ def _floats(layer: LayerRows, indices: Tensor) -> Floats:
     """Return rows (B, D) of a layer.
 
     Raises:
-        InternalError: one of them holds a NaN.
+        InternalError: a row contains NaN.
     """
     rows = layer.rows[indices].to("cpu", torch.float32)
     holes = rows.isnan().any(dim=1)
@@ -99,7 +100,7 @@ def _floats(layer: LayerRows, indices: Tensor) -> Floats:
 
 
 def check_format(format: TableFormat) -> None:
-    """Refuse a format that cannot be written here; to be called before anything is computed.
+    """Check that a format can be written here; to be called before anything is computed.
 
     Raises:
         EnvironmentFaultError: it is ``parquet``, and pyarrow is not installed or cannot be loaded.
@@ -114,12 +115,12 @@ def check_format(format: TableFormat) -> None:
 
 
 def check_names(format: TableFormat, layers: Sequence[str]) -> None:
-    """Refuse layers whose names would stand twice in a table; to be called before anything is computed.
+    """Check that no two columns of a table get the same name; to be called before anything is computed.
 
     Raises:
         UsageError: a layer is called ``path``, ``label`` or ``split``, and the format is ``npz``, where
-            layers and these share their names.
-        InternalError: two layers have one name.
+            the arrays are named like the layers.
+        InternalError: two layers have the same name.
     """
     if len(set(layers)) < len(layers):
         raise InternalError("writing a feature table", "two layers have one name", _REPORT)
@@ -221,8 +222,8 @@ def _npz(table: _Table) -> Iterator[bytes]:
 def _array(
     archive: ZipFile, pipe: Pipe, name: str, kind: str, shape: tuple[int, ...], parts: Iterator[Any]
 ) -> Iterator[bytes]:
-    """Yield the bytes of one array of an npz file, which comes in parts of its rows."""
-    member = ZipInfo(f"{name}.npy")  # with the same time always: the same rows give the same file
+    """Yield the bytes of one array of an npz file; ``parts`` are blocks of its rows."""
+    member = ZipInfo(f"{name}.npy")  # with a fixed time, so that the same rows give the same file
     with archive.open(member, "w", force_zip64=True) as file:
         header = {"descr": kind, "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(file, header)
@@ -232,27 +233,27 @@ def _array(
 
 
 class Pipe(io.RawIOBase):
-    """A file for libraries that want one; what they wrote is taken out and yielded."""
+    """A file object for libraries that write to one; :meth:`taken` returns what they wrote."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
 
     def writable(self) -> bool:
-        """Whether it can be written: yes."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Return the bytes that were written so far."""
+        """Return the number of bytes written so far."""
         return self._size
 
     def write(self, content: Any) -> int:
-        """Keep a copy of bytes until they are taken; return their number."""
+        """Store a copy of some bytes until they are taken; return their number."""
         self._parts.append(bytes(content))
         self._size += len(self._parts[-1])
         return len(self._parts[-1])
 
     def taken(self) -> list[bytes]:
-        """Return what was written since the last time."""
+        """Return what was written since the last call."""
         parts, self._parts = self._parts, []
         return parts

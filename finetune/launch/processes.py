@@ -29,7 +29,7 @@ from finetune.system.heartbeat import VARIABLE, Heartbeat, find_parent
 
 REPORT = "FINETUNE_REPORT"
 """Environment variable: the file into which the main process writes its exit code. Those of the other
-processes and of torch's launcher only tell which process noticed first that another one was gone."""
+processes and of torch's launcher only say which process noticed first that another one had ended."""
 _SAVE_SECONDS = 300
 """Seconds that processes have to save and end after a signal; the supervisor's own limit is shorter. After a
 failure torch's launcher gives them 30 seconds, of which they need a part (:mod:`finetune.system.watch`)."""
@@ -131,7 +131,7 @@ def _run(arguments: Sequence[str], processes: int) -> tuple[ExitCode, Mapping[in
 
 
 def _environment(report: Path, processes: int) -> dict[str, str]:
-    """Return the environment variables of the processes beside those that torch's launcher sets."""
+    """Return the environment variables of the processes, besides those that torch's launcher sets."""
     variables = {REPORT: str(report)}
     if (parent := find_parent()) is not None:
         # torch's launcher does not hand the supervisor's pipe down, so it is opened by its path (Linux).

@@ -126,7 +126,7 @@ def _remove_variables_added_since(before: dict[str, str]) -> None:
 
 
 def _check_size(ray: Any, processes: int, on_gpu: bool) -> None:
-    """Refuse a job that is larger than the whole cluster, so that waiting could not help."""
+    """Refuse a job that is larger than the whole cluster, which would wait for ever."""
     asked = f"--{'gpus' if on_gpu else 'processes'} {processes} --engine ray"
     resources = ray.cluster_resources()
     for kind in ("CPU", "GPU") if on_gpu else ("CPU",):
@@ -264,6 +264,6 @@ class _Job:
 
 
 def _write(stream: IO[bytes], content: bytes) -> None:
-    with suppress(OSError, ValueError):  # a reader that is gone must not end the run
+    with suppress(OSError, ValueError):  # a closed pipe must not end the run
         stream.write(content)
         stream.flush()

@@ -3,9 +3,9 @@
 ::
 
     training images, at most 2,000      -> size
-    one forward of the published network -> its own classifier's words: normalised LEEP
+    one forward of the published network -> logits of its own classifier: normalised LEEP
                                          -> features by depth: nearest neighbours, linear classifiers
-    finetune/pipeline/rule.py           -> cell of the matrix, strategy, features, rates
+    finetune/pipeline/rule.py            -> cell of the matrix, strategy, features, learning rates
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Advice:
         evidence: measurements of the data.
         decision: chosen strategy, with reasons.
         depths: one entry per layer, from the stem up.
-        plan: which stages would learn, and with which lr.
+        plan: which stages would be trained, and with which learning rate.
         num_trained: number of parameters that each strategy would train.
         seconds: estimated training time of each strategy.
         num_looked_at: number of training images that were measured.
@@ -129,9 +129,9 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     require_labels(dataset, recipe)
     if output is not None:
         check_outside(output, dataset)
-    dataset, checked = read_images(recipe, dataset, display)
-    few = draw_evenly(dataset, MOST_IMAGES, recipe.seed)
-    source = open_source(recipe, network, few, display, checked)
+    prepared = read_images(recipe, dataset, display)
+    few = draw_evenly(prepared, MOST_IMAGES, recipe.seed)
+    source = open_source(recipe, network, few, display)
     layers = network.layers.all
     if network.backbone.card.taps:  # a classifier on stages takes no other features
         layers = layers[-1:]
@@ -210,23 +210,24 @@ def _measure_leep(
 
 
 def _gap(neighbours: Sequence[Tensor]) -> tuple[float, float]:
-    """The best earlier layer's lead over the last, and its standard error."""
+    """Return the lead in accuracy of the best earlier layer over the last, and its standard error."""
     if len(neighbours) < 2:
         return 0.0, 0.0
     best = max(neighbours[:-1], key=lambda hits: hits.mean().item())
     return _lead(best, neighbours[-1])
 
 
-def _lead(one: Tensor, other: Tensor) -> tuple[float, float]:
-    difference = one - other
+def _lead(hits: Tensor, other: Tensor) -> tuple[float, float]:
+    """Return the mean difference of two tensors of hits (N,), and its standard error."""
+    difference = hits - other
     return difference.mean().item(), difference.std(correction=0).item() / math.sqrt(len(difference))
 
 
 def _candidates(layers: Sequence[Layer], hits: Sequence[Tensor]) -> tuple[Candidate, ...]:
-    """The last features, the best single layer where that is another one, and all together."""
+    """Return the candidates: last features, best single layer if it is another one, all layers together."""
     *single, together = hits
     last = single[-1]
-    best = max(range(len(single)), key=lambda place: (single[place].mean().item(), place))
+    best = max(range(len(single)), key=lambda index: (single[index].mean().item(), index))
     found = [Candidate("last", last.mean().item(), 0.0, 0.0)]
     if best < len(single) - 1:
         found.append(Candidate(layers[best].name, single[best].mean().item(), *_lead(single[best], last)))
@@ -235,7 +236,7 @@ def _candidates(layers: Sequence[Layer], hits: Sequence[Tensor]) -> tuple[Candid
     return tuple(found)
 
 
-# --- what it costs -------------------------------------------------------------------------------
+# --- costs ---------------------------------------------------------------------------------------
 
 
 def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[str, int]:

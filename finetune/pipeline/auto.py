@@ -69,7 +69,7 @@ def _read_keys(output: Path | None) -> Mapping[str, Any] | None:
     return keys if isinstance(keys, dict) and "name" in keys else None
 
 
-# --- The files of an advice: advice.json, probe.png and matrix.png ---
+# --- the files of an advice: advice.json, probe.png and matrix.png --------------------------------
 
 
 def write_advice(advice: Advice, folder: Path) -> None:
@@ -82,14 +82,19 @@ def write_advice(advice: Advice, folder: Path) -> None:
     create_new_folder(folder)
     write_json(folder / "advice.json", advice.to_dict())
     names = [depth.layer for depth in advice.depths]
-    error = [(one.accuracy * (1 - one.accuracy) / advice.num_looked_at) ** 0.5 for one in advice.depths]
-    near = [(one.neighbours * (1 - one.neighbours) / advice.num_looked_at) ** 0.5 for one in advice.depths]
     curves = {
-        "linear classifier": ([one.accuracy for one in advice.depths], error),
-        "nearest neighbours": ([one.neighbours for one in advice.depths], near),
+        "linear classifier": _with_errors([depth.accuracy for depth in advice.depths], advice.num_looked_at),
+        "nearest neighbours": _with_errors(
+            [depth.neighbours for depth in advice.depths], advice.num_looked_at
+        ),
     }
     chance = 1 / advice.evidence.num_classes
     draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
-    cells: dict[tuple[str, str], str] = {place: cell.description for place, cell in CELLS.items()}
-    place = (advice.decision.size, advice.decision.similarity)
-    draw_strategy_matrix(folder / "matrix.png", cells, place, "Which strategy")
+    cells: dict[tuple[str, str], str] = {key: cell.description for key, cell in CELLS.items()}
+    chosen = (advice.decision.size, advice.decision.similarity)
+    draw_strategy_matrix(folder / "matrix.png", cells, chosen, "Which strategy")
+
+
+def _with_errors(accuracies: list[float], num_images: int) -> tuple[list[float], list[float]]:
+    """Return accuracies and their standard errors."""
+    return accuracies, [(accuracy * (1 - accuracy) / num_images) ** 0.5 for accuracy in accuracies]

@@ -73,7 +73,7 @@ def open_loaders(context: FitContext, frozen: Mapping[str, str]) -> Iterator[Dat
         if choice.reason and context.distributed.is_main:
             context.folder.write_trunk(_describe(choice))
         # Beside kept features, images are only looked at to compare: starting processes would take longer.
-        images = {part: factory.loader(part, here=loaders is not None) for part in context.splits}
+        images = {split: factory.loader(split, here=loaders is not None) for split in context.splits}
         yield DataLoaders(loaders or images, images, choice.split)
 
 
@@ -93,25 +93,25 @@ class LoaderFactory:
         self.cache_dir = cache_dir or FeatureCacheDir(context.setup.recipe.cache.max_gb * 1e9)
         self._warn = cache(context.display.warn)  # says the same thing once
 
-    def loader(self, part: Split, here: bool) -> ImageLoader:
+    def loader(self, split: Split, here: bool) -> ImageLoader:
         """Return batches as training and evaluation take them; ``here`` decodes in this process."""
         recipe = self.context.setup.recipe
         batch_size = recipe.training.batch_size
         return self._build(
-            part,
+            split,
             batch_size=min(batch_size, FEW) if here else batch_size,
             seed=recipe.seed,
-            passes=0 if here else 1 if part == "test" else recipe.training.epochs,
-            shuffle=part == "train",
-            persistent=part != "test",
+            passes=0 if here else 1 if split == "test" else recipe.training.epochs,
+            shuffle=split == "train",
+            persistent=split != "test",
             distributed=self.context.distributed,
         )
 
-    def loader_for_trunk(self, part: Split, batch_size: int, passes: int) -> ImageLoader:
+    def loader_for_trunk(self, split: Split, batch_size: int, passes: int) -> ImageLoader:
         """Return batches for the trunk. Views have a seed of their own: a run with another one finds them."""
         distributed = self.context.distributed.machine
         return self._build(
-            part,
+            split,
             batch_size=batch_size,
             seed=0,
             passes=passes,
@@ -122,7 +122,7 @@ class LoaderFactory:
 
     def _build(
         self,
-        part: Split,
+        split: Split,
         *,
         batch_size: int,
         seed: int,
@@ -134,13 +134,13 @@ class LoaderFactory:
         """Return a loader; one of no passes decodes here, and keeps no image."""
         setup, dataset = self.context.setup, self.context.dataset
         workers = setup.recipe.data.workers
-        transform = _build_transform(setup, part)
-        # The trunk's batches are larger than those of training, which the setup's number is for.
+        transform = _build_transform(setup, split)
+        # Batches of the trunk are larger than those of training, for which the setup's number was chosen.
         batch_bytes = batch_size * math.prod(setup.backbone.card.preprocessing.input_size)
         room = resolve_most_workers(batch_bytes, self.context.distributed.machine.size)
         loader = ImageLoader(
             dataset,
-            dataset.of(part),
+            dataset.of(split),
             transform,
             batch_size=batch_size,
             placement=setup.placement,
@@ -148,7 +148,7 @@ class LoaderFactory:
             seed=seed,
             shuffle=shuffle,
             warn=self._warn,
-            images=self._keep_images(part, transform, passes) if passes else None,
+            images=self._keep_images(split, transform, passes) if passes else None,
             max_workers=min(setup.max_workers, room),
             persistent=persistent,
             distributed=distributed,
@@ -156,14 +156,14 @@ class LoaderFactory:
         self.stack.callback(loader.close)
         return loader
 
-    def _keep_images(self, part: Split, transform: Transform, passes: int) -> ImageCache | None:
+    def _keep_images(self, split: Split, transform: Transform, passes: int) -> ImageCache | None:
         context = self.context
         if not context.setup.recipe.cache.pictures:
             return None
         kept = keep_images(
             context.dataset,
-            context.dataset.of(part),
-            context.digests,
+            context.dataset.of(split),
+            context.dataset.digests,
             transform=transform,
             cache_dir=self.cache_dir,
             display=context.display,
@@ -174,9 +174,9 @@ class LoaderFactory:
         return kept
 
 
-def _build_transform(setup: RunSetup, part: Split) -> Transform:
+def _build_transform(setup: RunSetup, split: Split) -> Transform:
     preprocessing = setup.backbone.card.preprocessing
-    if part == "train":
+    if split == "train":
         return build_train_transform(preprocessing, setup.recipe.input.augmentation)
     return build_eval_transform(preprocessing)
 
@@ -192,9 +192,9 @@ def _num_views(context: FitContext) -> int:
 
 def _passes(context: FitContext) -> Iterator[tuple[Split, int]]:
     """Yield every split and view that a trunk would see."""
-    for part in context.splits:
-        for view in range(_num_views(context) if part == "train" else 1):
-            yield part, view
+    for split in context.splits:
+        for view in range(_num_views(context) if split == "train" else 1):
+            yield split, view
 
 
 def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> SplitChoice:
@@ -219,7 +219,8 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
     """Cut the network; an earlier attempt's place is used again."""
     setup = context.setup
     reason = find_reason_against(setup.recipe, setup.plan)
-    if reason is None and any(sample.path not in context.digests for sample in context.dataset.samples):
+    dataset = context.dataset
+    if reason is None and any(sample.path not in dataset.digests for sample in dataset.samples):
         reason = "every epoch runs the whole network: some images can no longer be read"
     if reason is not None:
         return SplitChoice(None, reason)
@@ -245,7 +246,7 @@ def _find_obstacle(context: FitContext, cache_dir: FeatureCacheDir, before: str 
             else f"another place than {before}, where an earlier attempt cut the network"
         )
     each = row_bytes(cut.numel, context.setup.recipe.cache.dtype)
-    total = sum(len(context.dataset.of(part)) for part, _ in _passes(context)) * each
+    total = sum(len(context.dataset.of(split)) for split, _ in _passes(context)) * each
     obstacle = cache_dir.find_obstacle(total)
     return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
 
@@ -264,13 +265,13 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
 
 
 def _try_to_keep(
-    factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]
+    factory: LoaderFactory, cut_network: SplitNetwork, frozen: Mapping[str, str]
 ) -> tuple[dict[Split, BatchLoader] | None, DataError | OSError | None]:
     """Return loaders of cached features, or the error that prevents them; the same on all ranks."""
     distributed = factory.context.distributed
     loaders, fault = None, None
     try:
-        loaders = _keep(factory, split, frozen)
+        loaders = _keep(factory, cut_network, frozen)
     except (DataError, OSError) as error:
         fault = error
     distributed.wait()  # a machine may take much longer than another
@@ -278,7 +279,9 @@ def _try_to_keep(
     return (loaders, None) if fault is None else (None, fault)
 
 
-def _keep(factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]) -> dict[Split, BatchLoader]:
+def _keep(
+    factory: LoaderFactory, cut_network: SplitNetwork, frozen: Mapping[str, str]
+) -> dict[Split, BatchLoader]:
     """Run the trunk over all images whose features are not cached yet.
 
     Raises:
@@ -300,26 +303,26 @@ def _keep(factory: LoaderFactory, split: SplitNetwork, frozen: Mapping[str, str]
     )
     setup.backbone.network.eval()
     release_memory()  # of checking images and trying cuts; decoding processes are copies of this one
-    facts = _describe_trunk(setup, kept, split, frozen)
+    facts = _describe_trunk(setup, kept, cut_network, frozen)
     try:
-        views = {part: _rows_of(factory, kept, split, facts, part) for part in context.splits}
+        views = {split: _rows_of(factory, kept, cut_network, facts, split) for split in context.splits}
     except BaseException:
         kept.close()  # others may need the files, and wait for them
         raise
     factory.stack.callback(kept.close)
     release_memory()
-    _say_kept(kept, split, _num_views(context))
+    _say_kept(kept, cut_network, _num_views(context))
     return {
-        part: FeatureLoader(
+        split: FeatureLoader(
             rows,
-            context.dataset.of(part),
+            context.dataset.of(split),
             batch_size=batch_size,
             placement=setup.placement,
             seed=recipe.seed,
-            shuffle=part == "train",
+            shuffle=split == "train",
             distributed=context.distributed,
         )
-        for part, rows in views.items()
+        for split, rows in views.items()
     }
 
 
@@ -331,7 +334,7 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
     """
     for sample in samples:
         with suppress(OSError), context.dataset.file(sample).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != context.digests[sample.path]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != context.dataset.digests[sample.path]:
                 fix = "Do not change images while a run starts, and run the command again."
                 raise DataError(
                     f"reading {sample.path}", f"{sample.path} changed while the run was starting", fix
@@ -339,15 +342,15 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
 
 
 def _describe_trunk(
-    setup: RunSetup, kept: KeptRows, split: SplitNetwork, frozen: Mapping[str, str]
+    setup: RunSetup, kept: KeptRows, cut_network: SplitNetwork, frozen: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what all features of a trunk depend on, but for the images and their view."""
     recipe, card = setup.recipe, setup.backbone.card
     return {
         "kind": "trunk",
         "format": FORMAT,
-        "cut": split.cut.name,
-        "numel": split.packing.numel,
+        "cut": cut_network.cut.name,
+        "numel": cut_network.packing.numel,
         "dtype": kept.dtype,
         "batch_size": kept.batch_size,
         **describe_source(card, setup.placement, kept.precision, recipe.deterministic),
@@ -357,25 +360,27 @@ def _describe_trunk(
 
 
 def _rows_of(
-    factory: LoaderFactory, kept: KeptRows, split: SplitNetwork, facts: dict[str, Any], part: Split
+    factory: LoaderFactory, kept: KeptRows, cut_network: SplitNetwork, facts: dict[str, Any], split: Split
 ) -> list[Rows]:
     """Return the rows of each view of a split."""
     context = factory.context
-    views = [view for other, view in _passes(context) if other == part]
-    open_loader = cache(partial(factory.loader_for_trunk, part, kept.batch_size, len(views)))
-    augmentation = context.setup.recipe.input.augmentation if part == "train" else "none"
-    images = describe_images([context.digests[sample.path] for sample in context.dataset.of(part)])
+    views = [view for other, view in _passes(context) if other == split]
+    open_loader = cache(partial(factory.loader_for_trunk, split, kept.batch_size, len(views)))
+    augmentation = context.setup.recipe.input.augmentation if split == "train" else "none"
+    images = describe_images([context.dataset.digests[sample.path] for sample in context.dataset.of(split)])
     rows = []
     for view in views:
         own = {"augmentation": augmentation, "view": view}
-        place = RowSpec(facts | own | images, split.packing.numel)
-        which = f"{part}, view {view + 1} of {len(views)}" if len(views) > 1 else part
-        rows += kept.rows([place], lambda _: split.trunk, open_loader, view, f"running the trunk ({which})")
+        spec = RowSpec(facts | own | images, cut_network.packing.numel)
+        which = f"{split}, view {view + 1} of {len(views)}" if len(views) > 1 else split
+        rows += kept.rows(
+            [spec], lambda _: cut_network.trunk, open_loader, view, f"running the trunk ({which})"
+        )
     return rows
 
 
-def _say_kept(kept: KeptRows, split: SplitNetwork, num_views: int) -> None:
-    each = row_bytes(split.packing.numel, kept.dtype)
+def _say_kept(kept: KeptRows, cut_network: SplitNetwork, num_views: int) -> None:
+    each = row_bytes(cut_network.packing.numel, kept.dtype)
     total = kept.num_computed + kept.num_found
     views = f"{num_views} views of each training image, " if num_views > 1 else ""
     found = f", {kept.num_found:,} of them from an earlier run" if kept.num_found else ""

@@ -7,8 +7,7 @@ from typing import Any
 
 from finetune.data.dataset import Dataset, describe_images
 from finetune.data.prepare import keep_split
-from finetune.data.scan import Checked, check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.scan import CheckedImages, scan_images
 from finetune.errors import DataError
 from finetune.pipeline.setup import RunSetup
 from finetune.runs.claim import Claim, find_changed_environment, find_changed_images
@@ -57,21 +56,14 @@ class RunChanges:
         return machine | {"processes": self._num_processes, WEIGHTS: weights}
 
     @cached_property
-    def checked(self) -> Checked:
+    def checked(self) -> CheckedImages:
         """Every image, decoded once."""
-        return self._look("checking images", decode=True)
+        return scan_images(self.dataset, self._display, "checking images")
 
     @cached_property
-    def read(self) -> Checked:
+    def read(self) -> CheckedImages:
         """Every image, read but not decoded, which is enough if nothing will be trained."""
-        return self._look("comparing images", decode=False)
-
-    def _look(self, what: str, decode: bool) -> Checked:
-        with self._display.track(what, len(self.dataset.samples)) as advance:
-            store = ScanCache(self.dataset.root, keep_others=not self.dataset.is_folder)
-            return check_images(
-                self.dataset, on_progress=lambda _: advance(1, ""), decode=decode, store=store
-            )
+        return scan_images(self.dataset, self._display, "comparing images", decode=False)
 
     def find_changes(self, claim: Claim) -> list[str]:
         """Return a line for each change of recipe, images or weights since the last attempt."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from finetune.data.dataset import SPLITS, Dataset, Split
+from finetune.data.dataset import SPLITS, PreparedDataset, Split
 from finetune.pipeline.setup import RunSetup
 from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
@@ -39,8 +39,7 @@ class FitContext:
 
     Attributes:
         setup: decisions from before the start; the network is on its device.
-        dataset: usable images, prepared.
-        digests: sha256 of each image, by path.
+        dataset: usable images.
         claim: claim on the run folder, where only rank 0 writes.
         display: progress display; silent on all ranks but rank 0.
         changed: whether the data or the recipe changed since the last attempt, and the user allowed it.
@@ -51,8 +50,7 @@ class FitContext:
     """
 
     setup: RunSetup
-    dataset: Dataset
-    digests: Mapping[str, str]
+    dataset: PreparedDataset
     claim: Claim
     display: Display
     changed: bool = False

@@ -171,14 +171,14 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
             trainer.fit()
         if distributed.is_main:
             context.claim.check_owner()
-        check_frozen(trainer.judged, setup.plan, digests)
+        check_frozen(trainer.eval_network, setup.plan, digests)
         with clock.phase("evaluate"):
             of_best = trainer.predictions  # already computed during training
-            judged = of_best if part == "val" else evaluate(trainer, loaders.batches[part], context.display)
+            tested = of_best if part == "val" else evaluate(trainer, loaders.batches[part], context.display)
         images = _take_first_images(context, loaders.images[part])
     result = FitResult(
-        replace(setup.backbone, network=trainer.judged),
-        judged,
+        replace(setup.backbone, network=trainer.eval_network),
+        tested,
         of_best if part != "val" else None,
         images,
         precision=trainer.precision,

@@ -77,15 +77,8 @@ def solve_head(context: FitContext, choice: str) -> LinearHead:
     setup, backbone = context.setup, context.setup.backbone
     network = backbone.network.eval()
     layers = Layers(network, backbone.stages, backbone.card.preprocessing.input_size)
-    dataset = _drop_lost(context)
-    source = Source(
-        Network(backbone, setup.placement, layers),
-        dataset,
-        dict(context.digests),
-        unreadable=(),
-        recipe=setup.recipe,
-        display=context.display,
-    )
+    dataset = replace(context.dataset.readable, unreadable=())  # the check of the images has warned of them
+    source = Source(Network(backbone, setup.placement, layers), dataset, setup.recipe, context.display)
     wanted = layers.all if choice in ("best", "all") else layers.all[-1:]
     if choice not in ("last", "best", "all"):
         wanted = layers.select([choice])
@@ -114,12 +107,6 @@ def _every_core() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _drop_lost(context: FitContext) -> Dataset:
-    """Return the dataset without the images that an earlier attempt could not read."""
-    lost = {one.path for one in context.dataset.samples if one.path not in context.digests}
-    return context.dataset.without(lost)
-
-
 def _solve(source: Source, features: Features, choice: str) -> LinearHead:
     dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
     total = 1 + (len(features.layers) if choice == "best" else 0)
@@ -130,8 +117,10 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
         labels = _labels(dataset, indices)
         classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device)
         advance(1, "")
-        parts: list[Split] = ["val", "test"]
-        predictions = {part: _predict(classifier, rows, dataset, part) for part in parts if dataset.of(part)}
+        splits: list[Split] = ["val", "test"]
+        predictions = {
+            split: _predict(classifier, rows, dataset, split) for split in splits if dataset.of(split)
+        }
     is_last = chosen == source.network.layers.all[-1:]
     return LinearHead(chosen, is_last, classifier, predictions)
 
@@ -159,7 +148,7 @@ def _choose(
         )
         accuracies.append(hits.double().mean().item())
         on_done()
-    best = max(range(len(accuracies)), key=lambda place: (accuracies[place], place))
+    best = max(range(len(accuracies)), key=lambda index: (accuracies[index], index))
     return (features.layers[best],)
 
 
@@ -168,17 +157,17 @@ def _concat_rows(features: Features, chosen: Sequence[Layer]) -> Rows:
     return rows[0] if len(rows) == 1 else ConcatRows(rows)
 
 
-def _indices_of(dataset: Dataset, part: Split) -> Tensor:
-    return torch.tensor([i for i, sample in enumerate(dataset.samples) if sample.split == part])
+def _indices_of(dataset: Dataset, split: Split) -> Tensor:
+    return torch.tensor([i for i, sample in enumerate(dataset.samples) if sample.split == split])
 
 
 def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
     return torch.tensor([dataset.samples[index].label for index in indices.tolist()])
 
 
-def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, part: Split) -> Predictions:
-    indices = _indices_of(dataset, part)
-    logits = torch.cat([classifier.scores(rows[some]) for some in torch.split(indices, 1024)])
+def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, split: Split) -> Predictions:
+    indices = _indices_of(dataset, split)
+    logits = torch.cat([classifier.scores(rows[batch]) for batch in torch.split(indices, 1024)])
     return Predictions(logits.float(), _labels(dataset, indices))
 
 

@@ -27,10 +27,10 @@ from finetune.training.trainer import Trainer
 
 def evaluate(trainer: Trainer, loader: BatchLoader, display: Display) -> Predictions:
     """Predict the evaluated split with the network that the trainer selected."""
-    forward = trainer.task.forward(trainer.judged)
+    forward = trainer.task.forward(trainer.eval_network)
     with display.track("evaluating", len(loader.samples)) as advance:
         return predict(
-            trainer.judged,
+            trainer.eval_network,
             loader,
             trainer.precision,
             on_batch=partial(_advance, advance),
@@ -43,7 +43,7 @@ def _advance(advance: Advance, done: int) -> None:
     advance(done, "")
 
 
-def check_figures(
+def check_predictions(
     network: nn.Module, predictions: Predictions, images: Tensor, precision: Precision, dtype: Precision
 ) -> None:
     """Predict the first images again with the whole exported network, and compare.
@@ -126,25 +126,25 @@ def describe_solution(setup: RunSetup, dataset: Dataset, solution: LinearHead) -
 
 
 def _mean_wait(progress: Progress) -> float:
-    """Share of the training time that was spent waiting for data, in [0, 1]."""
+    """Return the share of the training time that was spent waiting for data, in [0, 1]."""
     rows = progress.history
     waited = sum(row["seconds"] * row["data_wait_fraction"] for row in rows)
     return waited / max(sum(row["seconds"] for row in rows), 1e-9)
 
 
-def say_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
+def report_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
     """Report the metrics with their interval, and the paths of the run and the model."""
-    how = "the epoch" if metrics["epochs"] else "this classifier over the trained network"
-    chosen = f" (which also chose {how})" if metrics["split_chose_checkpoint"] else ""
-    came = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
+    choice = "the epoch" if metrics["epochs"] else "this classifier over the trained network"
+    chosen = f" (which also chose {choice})" if metrics["split_chose_checkpoint"] else ""
+    origin = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
     if not metrics["epochs"]:
-        came = f"a linear classifier on {', '.join(metrics['features'])}"
+        origin = f"a linear classifier on {', '.join(metrics['features'])}"
     low, high = metrics["intervals"]["accuracy"]
     display.say(
         f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
         f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
         f"{metrics['num_samples']} {metrics['split']} images{chosen}; "
-        f"{came}, {metrics['seconds']['total']:.0f} s",
+        f"{origin}, {metrics['seconds']['total']:.0f} s",
         style="bold",
     )
     display.say(f"run {folder.path}  model {folder.model}")

@@ -1,9 +1,9 @@
 """The rule that chooses a strategy from measurements: a table of thresholds and a table of cells.
 
-The lectures' matrix has two axes. *Size* is counted. *Similarity* to what the backbone was trained on is
-measured: by what its own classifier says about the new labels, or, where it has none, by how much better its
-earlier layers tell them apart than its last. docs/advise.md says what was measured for each number here, and
-what was not.
+The lectures' matrix has two axes. *Size* is the number of training images. *Similarity* to the images that
+the backbone was trained on is measured by how well its own classifier's predictions explain the new labels
+(LEEP); for a backbone without a classifier, by how much better the features of an earlier layer separate the
+classes than those of the last. docs/advise.md says which of the thresholds were measured, and how.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ SIMILARITIES: tuple[Similarity, ...] = ("similar", "unsure", "different")
 # --- thresholds ----------------------------------------------------------------------------------
 
 LITTLE_IMAGES = 2_000
-"""Fewer training images are little data. "A few thousand" is where the lectures let full fine-tuning begin.
-A judgement, not a measurement."""
+"""Fewer training images count as little data. The lectures begin full fine-tuning at "a few thousand"; the
+exact number was chosen, not measured."""
 LITTLE_PER_CLASS = 50
-"""Fewer images a class are little data too, however many classes there are. A judgement."""
+"""Fewer training images per class count as little data, however many classes there are; chosen."""
 MANY_IMAGES = 10_000
-"""From here on it is a lot, with :data:`MANY_PER_CLASS`. A judgement."""
+"""Training images from which data are a lot, together with :data:`MANY_PER_CLASS`; chosen."""
 MANY_PER_CLASS = 100
-"""Images a class of a lot of data. A judgement."""
+"""Training images per class from which data are a lot; chosen."""
 SIMILAR_LEEP = 0.75
-"""Normalised LEEP (arXiv:2002.12462) from which data are similar. Told three similar sets from two others in
-200 draws of classes and images on one backbone, after it had been chosen on these very sets."""
+"""Normalised LEEP (arXiv:2002.12462) from which data are similar. It separated three similar data sets from
+two others in 200 draws of classes and images on one backbone; it had been chosen on the same data sets."""
 DIFFERENT_LEEP = 0.60
-"""Below it they are different; in between nothing is claimed. Digits were at 0.46 to 0.60 there."""
+"""Normalised LEEP below which data are different; in between they are unsure. Digits had 0.46 to 0.60."""
 GAP_ERRORS = 2.0
-"""Standard errors by which an earlier layer must beat the last (paired, leave-one-out nearest neighbours) to
-make data different where the backbone has no classifier. At one error, 5 to 25 % of similar draws were
-called different; at two, 0 to 5 %."""
+"""Standard errors by which an earlier layer must be better than the last for data to be different, if the
+backbone has no classifier (leave-one-out nearest neighbours, paired by image). With one standard error, 5 to
+25 % of similar draws were called different; with two, 0 to 5 %."""
 CANDIDATE_ERRORS = 1.0
-"""Standard errors by which another linear classifier must beat the one on the last features to be taken. On
-similar data all stages together lost up to 4.6 points in single draws."""
+"""Standard errors by which another linear classifier must be better than the one on the last features to be
+chosen. On similar data, the one on all stages was worse by up to 4.6 points in single draws."""
 CHANCE_ERRORS = 2.0
-"""Standard errors above chance that a linear classifier must reach for the labels to mean anything here."""
+"""Standard errors above chance that a linear classifier must reach; otherwise the labels are suspected."""
 
 
 # --- cells ---------------------------------------------------------------------------------------
@@ -53,10 +53,10 @@ class Cell:
     """The strategy of one cell of the matrix.
 
     Attributes:
-        words: for the matrix.
-        name: of the strategy.
-        chooses_features: linear classifiers on several features compete by cross-validation.
-        keys: of the recipe's section ``strategy``, beside.
+        description: what the strategy trains, as shown in the matrix.
+        name: name of the strategy.
+        chooses_features: whether cross-validation chooses the features of the linear classifier.
+        keys: further keys of the recipe's section ``strategy``.
     """
 
     description: str
@@ -83,9 +83,9 @@ CELLS: Mapping[tuple[Size, Similarity], Cell] = {
     ("a lot", "unsure"): _ALL,
     ("a lot", "different"): _ALL,
 }
-"""A5 of the lectures, with a middle row and a middle column. Whatever is fine-tuned starts from a linear
-classifier (LP-FT, arXiv:2202.10054), which is no new layer then and gets no higher rate than the others; and
-it is handed over only where it beats one on validation."""
+"""The matrix of lecture A5, with a middle row and a middle column. Fine-tuning starts from a trained linear
+classifier (LP-FT, arXiv:2202.10054), so the head needs no higher learning rate than the other layers. The
+fine-tuned network is exported only if it is better than a linear classifier on validation images."""
 
 
 # --- evidence and decision -----------------------------------------------------------------------
@@ -97,8 +97,8 @@ class Candidate:
 
     Attributes:
         features: ``last``, ``all`` or the name of a layer.
-        accuracy: share of images that are right, out of fold.
-        lead: its accuracy less that of ``last``.
+        accuracy: cross-validated accuracy, in [0, 1].
+        lead: its accuracy minus that of ``last``, in [-1, 1].
         lead_error: standard error of the lead, paired by image.
     """
 
@@ -113,13 +113,13 @@ class Evidence:
     """Measurements on the training images.
 
     Attributes:
-        num_images: training images, N.
-        num_classes: K.
-        smallest_class: images of the smallest class.
-        leep: 1 + LEEP / ln K; None where the backbone has no classifier of its own.
-        gap: leave-one-out nearest-neighbour accuracy of the best earlier layer less that of the last.
+        num_images: number of training images.
+        num_classes: number of classes (K).
+        smallest_class: number of training images of the smallest class.
+        leep: normalised LEEP, 1 + LEEP / ln K; None if the backbone has no classifier of its own.
+        gap: leave-one-out nearest-neighbour accuracy of the best earlier layer minus that of the last.
         gap_error: standard error of the gap, paired by image.
-        candidates: ``last`` first.
+        candidates: linear classifiers, the one on the last features first.
     """
 
     num_images: int
@@ -132,7 +132,7 @@ class Evidence:
 
     @property
     def per_class(self) -> float:
-        """Training images a class."""
+        """Training images per class."""
         return self.num_images / self.num_classes
 
 
@@ -143,12 +143,12 @@ class Decision:
     Attributes:
         size: little, medium or a lot.
         similarity: similar, unsure or different.
-        cell: of the matrix.
-        features: of the linear classifier: ``last``, ``all`` or a layer.
-        keys: of the recipe's section ``strategy``.
-        reasons: one sentence each, with the numbers.
-        changes: what would lead elsewhere, one sentence each.
-        warnings: what speaks against any strategy.
+        cell: cell of the matrix.
+        features: features of the linear classifier: ``last``, ``all`` or the name of a layer.
+        keys: keys of the recipe's section ``strategy``.
+        reasons: the measurements that led to the cell, one line each.
+        changes: data that would lead to another cell, one line each.
+        warnings: reasons why no strategy may work, one sentence each.
     """
 
     size: Size
@@ -162,7 +162,7 @@ class Decision:
 
 
 def decide(evidence: Evidence) -> Decision:
-    """Choose a strategy."""
+    """Choose the strategy from the measurements."""
     size, similarity = find_size(evidence), find_similarity(evidence)
     cell = CELLS[size, similarity]
     best = choose_candidate(evidence.candidates) if cell.chooses_features else evidence.candidates[0]
@@ -184,7 +184,7 @@ def decide(evidence: Evidence) -> Decision:
 
 
 def find_size(evidence: Evidence) -> Size:
-    """Return the row of the matrix."""
+    """Return the row of the matrix: how much data there is."""
     if evidence.num_images < LITTLE_IMAGES or evidence.per_class < LITTLE_PER_CLASS:
         return "little"
     if evidence.num_images >= MANY_IMAGES and evidence.per_class >= MANY_PER_CLASS:
@@ -193,7 +193,7 @@ def find_size(evidence: Evidence) -> Size:
 
 
 def find_similarity(evidence: Evidence) -> Similarity:
-    """Return the column of the matrix."""
+    """Return the column of the matrix: how similar the data are to what the backbone was trained on."""
     if evidence.leep is not None:
         if evidence.leep >= SIMILAR_LEEP:
             return "similar"
@@ -203,13 +203,17 @@ def find_similarity(evidence: Evidence) -> Similarity:
 
 
 def choose_candidate(candidates: tuple[Candidate, ...]) -> Candidate:
-    """Return the best classifier, or the one on the last features where none is clearly better."""
+    """Return the best classifier; the one on the last features if no other is clearly better."""
     last = candidates[0]
-    clear = [one for one in candidates[1:] if one.lead > CANDIDATE_ERRORS * one.lead_error and one.lead > 0]
-    return max(clear, key=lambda one: one.accuracy, default=last)
+    better = [
+        candidate
+        for candidate in candidates[1:]
+        if candidate.lead > CANDIDATE_ERRORS * candidate.lead_error and candidate.lead > 0
+    ]
+    return max(better, key=lambda candidate: candidate.accuracy, default=last)
 
 
-# --- words ---------------------------------------------------------------------------------------
+# --- reasons, changes and warnings as text -------------------------------------------------------
 
 
 def _explain(evidence: Evidence, size: Size, similarity: Similarity, best: Candidate) -> tuple[str, ...]:
@@ -227,11 +231,11 @@ def _explain(evidence: Evidence, size: Size, similarity: Similarity, best: Candi
         bounds = (
             f"different over {GAP_ERRORS:g} standard errors; the backbone has no classifier of 1,000 classes"
         )
-    judged = f"cross-validated accuracy {best.accuracy:.3f}"
+    accuracy = f"cross-validated accuracy {best.accuracy:.3f}"
     return (
         f"{size} data: {amount} ({limits[size]})",
         f"{similarity}: {likeness} ({bounds})",
-        f"linear classifier on {_name(best.features)}: {judged}{_lead(best)}",
+        f"linear classifier on {_name(best.features)}: {accuracy}{_lead(best)}",
     )
 
 
@@ -246,7 +250,7 @@ def _lead(best: Candidate) -> str:
 
 
 def _find_changes(evidence: Evidence, size: Size, similarity: Similarity) -> list[str]:
-    """Return what would lead to another cell."""
+    """Return the data that would lead to another cell, one line each."""
     changes = []
     if size != "a lot":
         larger = SIZES[SIZES.index(size) + 1]
@@ -257,11 +261,11 @@ def _find_changes(evidence: Evidence, size: Size, similarity: Similarity) -> lis
         cell = CELLS[larger, similarity]
         if cell != CELLS[size, similarity]:
             changes.append(f"with {needed:,} training images or more: {cell.description} ({cell.name})")
-    told = {CELLS[size, similarity].description}
+    listed = {CELLS[size, similarity].description}
     for other in SIMILARITIES:
         cell = CELLS[size, other]
-        if cell.description not in told:
-            told.add(cell.description)
+        if cell.description not in listed:
+            listed.add(cell.description)
             changes.append(f"{_bound(evidence, other)}: {cell.description} ({cell.name})")
     return changes
 
@@ -278,7 +282,7 @@ def _bound(evidence: Evidence, other: Similarity) -> str:
 
 
 def _find_warnings(evidence: Evidence) -> list[str]:
-    best = max(evidence.candidates, key=lambda one: one.accuracy)
+    best = max(evidence.candidates, key=lambda candidate: candidate.accuracy)
     chance = 1 / evidence.num_classes
     error = math.sqrt(chance * (1 - chance) / evidence.num_images)
     if best.accuracy > chance + CHANCE_ERRORS * error:

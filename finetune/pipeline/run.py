@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune import __version__
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import PreparedDataset
 from finetune.data.prepare import check_outside, describe_data, record_split
 from finetune.data.provenance import check_seen
 from finetune.data.quality.usable import check_data
@@ -30,7 +30,7 @@ from finetune.pipeline.auto import choose_strategy
 from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
-from finetune.pipeline.results import check_figures, collect_metrics, say_result
+from finetune.pipeline.results import check_predictions, collect_metrics, report_result
 from finetune.pipeline.setup import RunSetup, check_asked, check_deterministic, fit_batches, prepare
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
@@ -90,7 +90,7 @@ def run(
     display = display or SilentDisplay()
     clock = Clock()
     with StopSignal(gentle=not distributed.is_main) as stop, translated_errors(distributed=distributed):
-        recipe, advice = distributed.share(lambda: _settle(recipe, output, display, clock))
+        recipe, advice = distributed.share(lambda: _resolve_strategy(recipe, output, display, clock))
         with clock.phase("load"):
             setup, found = prepare(recipe, display, distributed)
         path = distributed.share(lambda: output or default_output(setup))
@@ -98,29 +98,28 @@ def run(
             check_deterministic(setup, distributed)
             if recipe.training.batch_size == "auto":
                 setup = fit_batches(setup, RunFolder(path), distributed)
-        comparison = RunChanges(setup, found, RunFolder(path), display, distributed.size)
-        distributed.share(lambda: _create_folder(path, comparison))
+        run_changes = RunChanges(setup, found, RunFolder(path), display, distributed.size)
+        distributed.share(lambda: _create_folder(path, run_changes))
         with locked(path) if distributed.is_main else nullcontext():
             display.heartbeat.send({"folder": str(path.absolute())})
             with clock.phase("check"):
                 claim = distributed.share(
-                    lambda: _claim(path, setup.recipe, comparison, allow_changed, display)
+                    lambda: _claim(path, setup.recipe, run_changes, allow_changed, display)
                 )
             if claim.finished:
-                metrics = distributed.share(lambda: _read_metrics(claim, comparison, display))
+                metrics = distributed.share(lambda: _read_metrics(claim, run_changes, display))
                 if metrics is not None:
                     return Run(claim.folder, metrics)
             trackers = Trackers(setup.recipe, claim.folder, display)
             with _recorded(claim, trackers, advice, display, distributed):
                 with clock.phase("check"):
-                    dataset, digests, changed, seen = distributed.share(
-                        lambda: _take_data(claim, setup, comparison, allow_changed, display)
+                    dataset, changed, seen = distributed.share(
+                        lambda: _prepare_data(claim, setup, run_changes, allow_changed, display)
                     )
                 place_network(setup.backbone.network, setup.placement)
                 context = FitContext(
                     setup,
                     dataset,
-                    digests,
                     claim,
                     display,
                     changed=changed,
@@ -136,7 +135,7 @@ def run(
                 return Run(claim.folder, metrics)
 
 
-def _settle(
+def _resolve_strategy(
     recipe: Recipe, output: Path | None, display: Display, clock: Clock
 ) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the recipe with its backbone and strategy chosen, and the advice if that chose the strategy."""
@@ -159,20 +158,20 @@ def default_output(setup: RunSetup) -> Path:
 # --- the run folder ------------------------------------------------------------------------------
 
 
-def _create_folder(path: Path, comparison: RunChanges) -> None:
-    check_outside(path, comparison.dataset)
+def _create_folder(path: Path, run_changes: RunChanges) -> None:
+    check_outside(path, run_changes.dataset)
     create_folder(path)
 
 
 def _claim(
-    path: Path, recipe: Recipe, comparison: RunChanges, allow_changed: bool, display: Display
+    path: Path, recipe: Recipe, run_changes: RunChanges, allow_changed: bool, display: Display
 ) -> Claim:
     """Claim the run folder; refuse if it holds a different run."""
 
     def check(claim: Claim) -> None:
         if recipe.strategy.features is None:
             _refuse_without_checkpoints(claim)
-        changes = comparison.find_changes(claim)
+        changes = run_changes.find_changes(claim)
         if not allow_changed:
             accept(changes, claim, False, display)
 
@@ -190,10 +189,10 @@ def _refuse_without_checkpoints(claim: Claim) -> None:
         raise DataError(f"resuming {claim.folder.path}", found, fix)
 
 
-def _read_metrics(claim: Claim, comparison: RunChanges, display: Display) -> dict[str, Any] | None:
+def _read_metrics(claim: Claim, run_changes: RunChanges, display: Display) -> dict[str, Any] | None:
     """Return the metrics of a finished run; None if it changed since and may resume."""
     folder = claim.folder
-    if comparison.find_changes(claim):
+    if run_changes.find_changes(claim):
         return None
     metrics = dict(RunReader(folder, tolerant=True).metrics)
     if not metrics:
@@ -223,35 +222,35 @@ def _recorded(
         yield
 
 
-def _take_data(
-    claim: Claim, setup: RunSetup, comparison: RunChanges, allow_changed: bool, display: Display
-) -> tuple[Dataset, dict[str, str], bool, dict[str, int]]:
+def _prepare_data(
+    claim: Claim, setup: RunSetup, run_changes: RunChanges, allow_changed: bool, display: Display
+) -> tuple[PreparedDataset, bool, dict[str, int]]:
     """Check the images, compare with an earlier attempt, and record the split and the environment.
 
     Returns:
-        The usable images, sha256 of each by path, whether the data or the recipe changed since the last
+        The usable images, whether the data or the recipe changed since the last
         attempt (which the user has allowed), and the counts of :func:`check_seen`.
     """
     folder, recipe = claim.folder, setup.recipe
-    found, digests = comparison.dataset, comparison.checked.digests
+    found = run_changes.dataset
     display.note(f"finetune {__version__}: {recipe.to_dict()}")
     display.note(f"backbone {setup.backbone.card.name}: {setup.backbone.match}")
     for warning in found.warnings:
         display.warn(warning)
-    changes = comparison.find_changes(claim)
+    changes = run_changes.find_changes(claim)
     accept(changes, claim, allow_changed, display)
     if changes:
         folder.split.unlink(missing_ok=True)
         folder.trunk.unlink(missing_ok=True)
-    dataset = check_data(found, comparison.checked, folder, display, recipe)
-    warn_of_versions(claim, comparison.environment, display)
+    dataset = check_data(found, run_changes.checked, folder, display, recipe)
+    warn_of_versions(claim, run_changes.environment, display)
     if not folder.split.exists():
-        record_split(dataset, digests, folder)
-    write_json(folder.environment, comparison.environment)
+        record_split(dataset, folder)
+    write_json(folder.environment, run_changes.environment)
     display.say(f"data {recipe.data.path}: {describe_data(dataset)}")
-    seen = check_seen(dataset, digests, recipe, display)
+    seen = check_seen(dataset, recipe, display)
     _show_plan(setup.plan, folder, display, recipe.strategy.features is not None)
-    return dataset, digests, bool(changes), seen
+    return dataset, bool(changes), seen
 
 
 def _show_plan(plan: Plan, folder: RunFolder, display: Display, is_solved: bool) -> None:
@@ -293,7 +292,7 @@ def _write_results(
     setup, dataset, clock, folder = context.setup, context.dataset, context.clock, context.folder
     with clock.phase("evaluate"):
         network = result.backbone.network
-        check_figures(network, result.predictions, result.images, result.precision, result.dtype)
+        check_predictions(network, result.predictions, result.images, result.precision, result.dtype)
         summary = summarize(result.predictions, result.val, dataset.classes)
     metrics = collect_metrics(setup, dataset, summary, result.facts) | seen
     write_metrics_tables(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
@@ -303,7 +302,7 @@ def _write_results(
     metrics |= find_largest_peak([*peaks, measure_peak_memory(setup.placement.device)])
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
-    say_result(context.display, folder, metrics)
+    report_result(context.display, folder, metrics)
     add_report(folder, context.display)
     return metrics
 

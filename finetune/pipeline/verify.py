@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.prepare import draw_evenly, read_images
-from finetune.data.scan import check_images
+from finetune.data.scan import scan_images
 from finetune.features.network import place_network
 from finetune.features.rows import SubsetRows
 from finetune.features.solvers import draw_folds
@@ -63,7 +63,7 @@ def verify(
     if trained is None:
         display.say("not verified: the network cannot be cut below its last stage")
         return decision, None
-    solved = next(one for one in evidence.candidates if one.features == decision.features).accuracy
+    solved = next(c for c in evidence.candidates if c.features == decision.features).accuracy
     reason = (
         f"verified: accuracy {trained:.3f} of the last stage trained briefly, {solved:.3f} of the classifier"
     )
@@ -76,7 +76,7 @@ def verify(
 
 
 def _try_top(recipe: Recipe, display: Display) -> float | None:
-    """Cross-validated accuracy of the last stage, trained briefly; None if the network cannot be cut."""
+    """Return the cross-validated accuracy of a briefly trained last stage; None if it cannot be cut off."""
     changes = {
         "strategy": recipe.strategy.model_copy(update={"name": "top"}),
         "input": recipe.input.model_copy(update={"augmentation": "none"}),
@@ -84,32 +84,31 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
     }
     setup, found = prepare(recipe.model_copy(update=changes), display)
     network = place_network(setup.backbone.network, setup.placement)
-    settled, _ = read_images(recipe, found, display)
-    few = draw_evenly(settled, MOST_IMAGES, recipe.seed)
-    with display.track("checking images", len(few.samples)) as advance:
-        checked = check_images(few, lambda _: advance(1, ""))
-    dataset = few.without({image.path for image in checked.bad})
+    few = draw_evenly(read_images(recipe, found, display), MOST_IMAGES, recipe.seed)
+    checked = scan_images(few, display, "checking images", is_subset=True)
+    dataset = few.prepared(checked.digests, checked.bad).readable
     with TemporaryDirectory() as folder:
-        context = FitContext(setup, dataset, checked.digests, Claim(RunFolder(Path(folder))), display)
+        context = FitContext(setup, dataset, Claim(RunFolder(Path(folder))), display)
         with open_loaders(context, digest_frozen(network, setup.plan)) as loaders:
             whole = loaders.batches["train"]
             if not isinstance(whole, FeatureLoader) or loaders.split is None:
                 return None
             labels = torch.tensor([sample.label for sample in whole.samples])
-            before = copy.deepcopy(network.state_dict())
+            pretrained = copy.deepcopy(network.state_dict())
             folds = draw_folds(labels, NUM_FOLDS, recipe.seed)
             hits, total = 0.0, int((folds >= 0).sum())
             with display.track("training briefly", int(folds.max()) + 1) as advance:
                 for fold in range(int(folds.max()) + 1):
-                    network.load_state_dict(before)
-                    train, held = _part(whole, folds != fold, True), _part(whole, folds == fold, False)
+                    network.load_state_dict(pretrained)
+                    train, held = _subset(whole, folds != fold, True), _subset(whole, folds == fold, False)
                     task = _task(setup, train, held, dataset.num_classes, loaders.split)
                     hits += _train(setup, task, Path(folder) / str(fold)) * len(held.samples)
                     advance(1, "")
             return hits / max(total, 1)
 
 
-def _part(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:
+def _subset(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:
+    """Return a loader of the chosen rows (N,) bool of another."""
     indices = chosen.nonzero().flatten()
     return FeatureLoader(
         [SubsetRows(whole.views[0], indices)],

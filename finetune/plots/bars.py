@@ -1,4 +1,4 @@
-"""Bars: the reliability diagram of the probabilities (arXiv:1706.04599), and the time of each phase."""
+"""Bar plots: the reliability diagram of probabilities (arXiv:1706.04599), and the time of each phase."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_reliability(name: str, heading: str, bins: Sequence[ReliabilityBin]) ->
 
     Args:
         name: file name without its ending.
-        heading: a few words above the drawing.
+        heading: a few words above the plot.
         bins: in order of their confidence; empty ones are not drawn.
     """
     x, y = Scale(0, 1, _LEFT, _LEFT + _SIDE), Scale(0, 1, _TOP + _SIDE, _TOP)
@@ -46,9 +46,9 @@ def draw_reliability(name: str, heading: str, bins: Sequence[ReliabilityBin]) ->
         parts.append(line(x(0), y(tick), x(1), y(tick), "grid"))
         parts.append(text(_LEFT - 6, y(tick) + 4, f"{100 * tick:.0f} %", "faint end"))
         parts.append(text(x(tick), bottom + 15, f"{100 * tick:.0f} %", "faint middle"))
-    most = max([*(one.count for one in bins), 1])
-    for one in bins:
-        parts.append(_draw_bin(one, x, y, bottom, most))
+    most = max([*(single.count for single in bins), 1])
+    for single in bins:
+        parts.append(_draw_bin(single, x, y, bottom, most))
     parts.append(line(x(0), y(0), x(1), y(1), "guide"))
     parts.append(line(x(0), bottom, x(1), bottom, "axis"))
     parts.append(text(_LEFT + _SIDE / 2, bottom + 32, "confidence", "faint middle"))
@@ -59,8 +59,9 @@ def draw_reliability(name: str, heading: str, bins: Sequence[ReliabilityBin]) ->
     return Plot(name, _LEFT + _SIDE + 24, bottom + 40, title, Markup("").join(parts))
 
 
-def _draw_bin(one: ReliabilityBin, x: Scale, y: Scale, bottom: float, most: int) -> Markup:
-    low, high, count, confidence, accuracy = one.low, one.high, one.count, one.confidence, one.accuracy
+def _draw_bin(single: ReliabilityBin, x: Scale, y: Scale, bottom: float, most: int) -> Markup:
+    low, high, count = single.low, single.high, single.count
+    confidence, accuracy = single.confidence, single.accuracy
     if not count or accuracy is None:
         return Markup("")
     left, width = x(low) + 1, max(x(high) - x(low) - 2, 1.0)
@@ -80,7 +81,7 @@ def _draw_bin(one: ReliabilityBin, x: Scale, y: Scale, bottom: float, most: int)
 
 
 def draw_seconds(seconds: Mapping[str, float]) -> Plot:
-    """Draw the time of each phase, in the order in which they ran; at least one."""
+    """Draw the seconds of each phase in order; at least one phase."""
     left = 16 + LETTER_WIDTH * max(map(len, seconds))
     width, step = 420.0, 26.0
     x = Scale(0, max([*seconds.values(), 1e-9]), left, width - 80)
@@ -98,7 +99,7 @@ def draw_seconds(seconds: Mapping[str, float]) -> Plot:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration for people: ``0.4 s``, ``21 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    """Return a duration as text: ``0.4 s``, ``21 s``, ``4 min 10 s``, ``2 h 5 min``."""
     if 0 < seconds < 0.05:
         return "under 0.1 s"
     if seconds < 10:

@@ -1,4 +1,4 @@
-"""The confusion matrix, for as many classes as can be read.
+"""The confusion matrix, up to a number of classes that can be read.
 
 Shape legend: K classes.
 """
@@ -13,13 +13,13 @@ from markupsafe import Markup
 from finetune.plots.svg import LETTER_WIDTH, Plot, element, shorten, text
 
 MOST_CLASSES = 40
-"""A larger matrix cannot be read."""
+"""Largest number of classes: a larger matrix cannot be read."""
 _LONGEST_LABEL = 20
-"""Characters of a class name."""
+"""Largest number of characters of a class name."""
 
 
 def draw_confusion_matrix(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Plot:
-    """Draw counts: a row a true class, a column a predicted one; darker is a larger share of the row.
+    """Draw counts: rows are true classes, columns are predicted ones; darker is a larger share of the row.
 
     Args:
         classes: K names, at most ``MOST_CLASSES``.
@@ -48,7 +48,7 @@ def draw_confusion_matrix(classes: Sequence[str], counts: Sequence[Sequence[int]
 
 
 def _cell_side(num_classes: int, highest: int) -> float:
-    """Return the pixels of a cell's sides: the largest count has to fit."""
+    """Return the side of a cell in pixels, in which the largest count fits."""
     fitting = 10 + 7.0 * len(str(highest))
     sides = ((3, 96), (6, 64), (12, 44), (1000, 24))
     return max(fitting, next(side for most, side in sides if num_classes <= most))
@@ -75,7 +75,7 @@ def _row(
             parts.append(element("rect", class_="right" if is_right else "wrong", fill_opacity=shade, **box))
             class_ = "middle" + " on" * (shade > 0.6) + " large" * (side >= 64)
             parts.append(text(x + side / 2, y + side / 2 + (5 if side >= 64 else 4), count, class_))
-            tooltip = f"{count} of {total} images of {classes[true]} were called {classes[predicted]}"
+            tooltip = f"{count} of {total} images of {classes[true]} were predicted as {classes[predicted]}"
             parts.append(element("title", f"{tooltip} ({100 * share:.1f} %)"))
         cells.append(element("g", *parts))
     return cells

@@ -11,7 +11,7 @@ from finetune.plots.svg import LETTER_WIDTH, Plot, Scale, element, find_ticks, l
 WIDTH, HEIGHT = 360.0, 230.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 12.0, 30.0, 36.0
 MOST_DOTS = 40
-"""Points up to which a curve has a dot for each."""
+"""Largest number of points for which a curve has a dot for each."""
 
 
 def draw_curves(
@@ -25,7 +25,7 @@ def draw_curves(
 
     Args:
         name: file name without its ending.
-        heading: what is drawn, in a word or two.
+        heading: name of the value, in a word or two.
         curves: one or two lists of (epoch, value) by label, with at least one point in all.
         format_value: formats the ticks of the vertical axis.
         best: epoch whose weights were kept; a ring marks it on the first curve.

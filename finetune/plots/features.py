@@ -1,7 +1,7 @@
-"""What features show: accuracy by depth, a map of images, and the matrix of strategies; as PNG.
+"""Plots of features as PNG: accuracy by depth, a map of images, and the matrix of strategies.
 
-Drawn with matplotlib's objects, not with pyplot: no global state changes, and no display is needed. The
-colours are those of Okabe and Ito, which colour-blind readers can tell apart; a class has a marker as well.
+They are drawn with matplotlib's objects, not with pyplot: no global state changes, and no display is needed.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish; markers differ as well.
 
 Shape legend: N images.
 """
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
-"""Okabe and Ito's, without yellow, which is hard to see on white."""
+"""The palette of Okabe and Ito, without yellow, which is hard to see on white."""
 MARKERS = ("o", "^", "s")
 MOST_CLASSES = 20
-"""Classes up to which each has a colour and a marker of its own."""
+"""Largest number of classes for which each has its own colour and marker."""
 DPI = 150
 _INK, _FAINT, _GRID = "#222222", "#666666", "#e4e4e4"
 
 Curve = tuple[Sequence[float], Sequence[float]]
-"""Accuracies (0 to 1) layer by layer, and their standard deviations."""
+"""Accuracies in [0, 1] by layer, and their standard deviations."""
 
 
 def draw_probe(
@@ -43,11 +43,11 @@ def draw_probe(
     """Draw the accuracy of classifiers on the features of each layer, in order of depth; mark the best.
 
     Args:
-        path: of the PNG.
-        layers: names, in order of depth; at least one.
-        curves: by classifier, at least one and at most seven, each with a value for every layer.
+        path: path of the PNG.
+        layers: names of the layers in order of depth; at least one.
+        curves: one to seven curves by classifier, each with a value for every layer.
         chance: accuracy of a random guess, in [0, 1].
-        title: above the drawing.
+        title: text above the plot.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -56,9 +56,9 @@ def draw_probe(
     figure, axes = _blank(width, 4.4)
     axes.grid(visible=False, axis="x")
     for number, (mean, std) in enumerate(curves.values()):
-        positions = [place + _offset(number, len(curves)) for place in range(len(layers))]
-        look: dict[str, Any] = {"color": COLOURS[number], "marker": "o", "markersize": 5, "linewidth": 1.8}
-        axes.errorbar(positions, mean, std, capsize=2.5, elinewidth=1, **look)
+        positions = [depth + _offset(number, len(curves)) for depth in range(len(layers))]
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": "o", "markersize": 5, "linewidth": 1.8}
+        axes.errorbar(positions, mean, std, capsize=2.5, elinewidth=1, **style)
     axes.axhline(chance, color=_FAINT, linestyle=(0, (5, 4)), linewidth=1.2)
     axes.set_xticks(range(len(layers)), [_label(layer) for layer in layers])
     if sum(map(len, layers)) > 11 * width - 30:
@@ -84,19 +84,19 @@ def _offset(number: int, count: int) -> float:
 
 
 def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -> None:
-    """Draw a ring around the highest point, the first of equal ones, and label it."""
+    """Draw a ring around the highest point (the first of equal ones), and label it."""
     means = [mean for mean, _ in curves.values()]
-    pairs = [(number, place) for place in range(len(layers)) for number in range(len(means))]
-    number, place = max(pairs, key=lambda pair: means[pair[0]][pair[1]])
-    value, error = means[number][place], list(curves.values())[number][1][place]
-    x, colour = place + _offset(number, len(means)), COLOURS[number]
+    pairs = [(number, depth) for depth in range(len(layers)) for number in range(len(means))]
+    number, depth = max(pairs, key=lambda pair: means[pair[0]][pair[1]])
+    value, error = means[number][depth], list(curves.values())[number][1][depth]
+    x, colour = depth + _offset(number, len(means)), COLOURS[number]
     axes.plot([x], [value], "o", markersize=13, fillstyle="none", color=colour, markeredgewidth=1.6)
     axes.annotate(
-        f"best: {_label(layers[place])}, {value:.3f}",
+        f"best: {_label(layers[depth])}, {value:.3f}",
         (x, value + error),
         xytext=(0, 7),
         textcoords="offset points",
-        ha="right" if place > 0.7 * len(layers) else "left" if place < 0.3 * len(layers) else "center",
+        ha="right" if depth > 0.7 * len(layers) else "left" if depth < 0.3 * len(layers) else "center",
         va="bottom",
         color=colour,
         fontweight="bold",
@@ -104,9 +104,9 @@ def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -
 
 
 def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
-    """Write names beside the right ends of lines, moved apart where they would overlap.
+    """Write names beside the right ends of lines, moved apart if they would overlap.
 
-    The last name is that of the line of chance.
+    The last name belongs to the line of chance.
     """
     low, high = axes.get_ylim()
     room = (high - low) * 0.06
@@ -146,13 +146,14 @@ def draw_map(
     the title says. The name of a class stands at the median of its points, where there is room.
 
     Args:
-        path: of the PNG.
-        points: (N, 2).
+        path: path of the PNG.
+        points: (N, 2), coordinates of the images.
         labels: N class indices.
-        classes: names in index order.
-        title: above the drawing.
-        names: of the two axes.
-        shares: of the variance along each axis, in [0, 1]; None for axes without a unit, which get no ticks.
+        classes: class names in index order.
+        title: text above the plot.
+        names: names of the two axes.
+        shares: share of the variance along each axis, in [0, 1]; None for axes without a unit, which get no
+            ticks.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -167,13 +168,15 @@ def draw_map(
         title += f"\n{len(classes)} classes, coloured by their index"
         _draw_many_classes(axes, points, indices, len(classes), size)
     _name_classes(axes, points, indices, classes)
-    said = [_label(name) for name in names]
+    axis_labels = [_label(name) for name in names]
     if shares is None:
         axes.set_xticks([])
         axes.set_yticks([])
     else:
-        said = [f"{name} ({share:.1%} of the variance)" for name, share in zip(said, shares, strict=True)]
-    axes.set(xlabel=said[0], ylabel=said[1])
+        axis_labels = [
+            f"{name} ({share:.1%} of the variance)" for name, share in zip(axis_labels, shares, strict=True)
+        ]
+    axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
     axes.set_title(_wrapped(title, 80), loc="left")
     _write(path, figure)
 
@@ -182,11 +185,11 @@ def _draw_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str], 
     """Draw points (N, 2) class by class, with a legend beside them."""
     handles = []
     for index in range(len(classes)):
-        here = points[labels == index]
+        own = points[labels == index]
         marker = MARKERS[index // len(COLOURS)]
-        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": marker, "linewidths": 0}
-        axes.scatter(here[:, 0], here[:, 1], s=size, alpha=0.65, **look)
-        handles.append(axes.scatter([], [], s=40, **look))
+        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": marker, "linewidths": 0}
+        axes.scatter(own[:, 0], own[:, 1], s=size, alpha=0.65, **style)
+        handles.append(axes.scatter([], [], s=40, **style))
     axes.legend(
         handles,
         [_label(name) for name in classes],
@@ -199,7 +202,7 @@ def _draw_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str], 
 
 
 def _draw_many_classes(axes: Axes, points: Any, labels: Any, num_classes: int, size: float) -> None:
-    """Draw points (N, 2) by the index of their class, with a scale beside them."""
+    """Draw points (N, 2) coloured by class index, with a colour bar beside them."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -213,16 +216,16 @@ def _name_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str]) 
     """Write the name of each class at the median of its points, unless it would overlap another name."""
     from matplotlib.patheffects import withStroke
 
-    axes.apply_aspect()  # as drawing does; only now the extents of texts are final
+    axes.apply_aspect()  # as drawing does; from here on the extents of texts are final
     taken: list[Any] = []
     for index, name in enumerate(classes):
-        here = points[labels == index]
-        if not len(here):
+        own = points[labels == index]
+        if not len(own):
             continue
-        x, y = np.median(here, axis=0)
+        x, y = np.median(own, axis=0)
         halo = [withStroke(linewidth=2.5, foreground="white")]
-        said = _label(name, 16)
-        text = axes.text(x, y, said, ha="center", va="center", fontsize=8.5, color=_INK, path_effects=halo)
+        shown = _label(name, 16)
+        text = axes.text(x, y, shown, ha="center", va="center", fontsize=8.5, color=_INK, path_effects=halo)
         with _quiet():
             box = text.get_window_extent()
         if any(box.overlaps(other) for other in taken):
@@ -237,18 +240,18 @@ def draw_strategy_matrix(
     """Draw the matrix of strategies by amount of data and similarity, and mark one cell.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         cells: text by (amount of data, similarity); a row for each amount, a column for each similarity,
             in order of first appearance.
         marked: a key of ``cells``: the cell of the user's data.
-        title: above the drawing.
+        title: text above the plot.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
     """
     rows, columns = (
         list(dict.fromkeys(row for row, _ in cells)),
-        list(dict.fromkeys(cell for _, cell in cells)),
+        list(dict.fromkeys(column for _, column in cells)),
     )
     figure, axes = _blank(1.6 + 2.9 * len(columns), 1.5 + 1.25 * len(rows))
     axes.grid(visible=False)
@@ -258,8 +261,8 @@ def draw_strategy_matrix(
         _draw_cell(axes, columns.index(column), rows.index(row), text, (row, column) == marked)
     axes.set_xlim(-0.02, len(columns) + 0.02)
     axes.set_ylim(len(rows) + 0.02, -0.02)
-    axes.set_xticks([place + 0.5 for place in range(len(columns))], [_label(name, 28) for name in columns])
-    axes.set_yticks([place + 0.5 for place in range(len(rows))], [_label(name, 28) for name in rows])
+    axes.set_xticks([number + 0.5 for number in range(len(columns))], [_label(name, 28) for name in columns])
+    axes.set_yticks([number + 0.5 for number in range(len(rows))], [_label(name, 28) for name in rows])
     axes.tick_params(length=0, labelsize=11, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("similarity to what the backbone was trained on", labelpad=9, color=_FAINT)
@@ -280,25 +283,25 @@ def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> No
         edgecolor="none",
     )
     axes.add_patch(box)
-    said = _wrapped(text, 30)
+    lines = _wrapped(text, 30)
     axes.text(
         column + 0.5,
         row + 0.5,
-        said,
+        lines,
         ha="center",
         va="center",
         linespacing=1.35,
-        fontsize=min(10.5, 52 / (1 + said.count("\n"))),
+        fontsize=min(10.5, 52 / (1 + lines.count("\n"))),
         fontweight="bold" if marked else "normal",
         color="white" if marked else _INK,
     )
 
 
-# --- common --------------------------------------------------------------------------------------
+# --- Shared helpers ---
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return an empty drawing with a light grid; sizes are in inches."""
+    """Return an empty figure with a light grid; sizes are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -315,7 +318,7 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _write(path: Path, figure: Figure) -> None:
-    """Write a drawing as PNG, cropped to its content, atomically."""
+    """Write a figure as PNG, cropped to its content, atomically."""
     buffer = io.BytesIO()
     with _quiet():
         figure.savefig(
@@ -344,6 +347,6 @@ def _wrapped(text: str, length: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text that matplotlib draws literally: no formulas between dollar signs, no unprintable ones."""
-    seen = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
-    return seen.replace("$", r"\$")
+    """Return text that matplotlib draws literally, without formulas and unprintable characters."""
+    printable = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+    return printable.replace("$", r"\$")

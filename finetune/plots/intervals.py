@@ -13,9 +13,9 @@ Estimate = tuple[str, float, tuple[float, float] | None]
 """A name, its value, and the ends of the 95 % interval; None where there is no interval."""
 _WIDTH, _ROW, _TOP, _FOOT = 720.0, 24.0, 36.0, 40.0
 _LONGEST_LABEL = 38
-"""Characters."""
+"""Largest number of characters of a label."""
 _ANNOTATION = 190.0
-"""Pixels at the right for the value and the interval in words."""
+"""Pixels at the right for value and interval as text."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Difference:
     Attributes:
         first: name of the run that is subtracted.
         second: name of the run that it is subtracted from.
-        value: of the difference.
+        value: the difference.
         interval: its 95 % interval.
-        is_claimed: the difference is significant, and is drawn in colour.
+        is_claimed: whether the difference is significant; it is then drawn in colour.
     """
 
     first: str
@@ -67,8 +67,8 @@ def draw_comparison(accuracies: Sequence[Estimate], differences: Sequence[Differ
     """Draw the accuracies of runs, and below them the differences of pairs; at least one of each.
 
     Args:
-        accuracies: of the runs, in [0, 1].
-        differences: of the pairs that were compared.
+        accuracies: accuracies of the runs, in [0, 1].
+        differences: differences of the compared pairs, in [-1, 1].
     """
     above, below = [_describe_run(run) for run in accuracies], [_describe_pair(pair) for pair in differences]
     longest = max(len(row.name) for row in (*above, *below))
@@ -82,16 +82,16 @@ def draw_comparison(accuracies: Sequence[Estimate], differences: Sequence[Differ
 
 
 @dataclass(frozen=True)
-class _Row:
+class _IntervalRow:
     """A point with its interval, in percent or percentage points.
 
     Attributes:
-        name: at the left.
-        value: of the point.
+        name: label at the left.
+        value: value of the point.
         low: lower end of the interval.
         high: upper end of the interval.
-        annotation: at the right.
-        is_strong: drawn in colour, not in grey.
+        annotation: text at the right.
+        is_strong: whether it is drawn in colour instead of grey.
     """
 
     name: str
@@ -102,28 +102,30 @@ class _Row:
     is_strong: bool
 
 
-def _describe_run(run: Estimate) -> _Row:
+def _describe_run(run: Estimate) -> _IntervalRow:
     name, value, interval = run[0], 100 * run[1], run[2]
     if interval is None:
-        return _Row(name, value, value, value, f"{value:.1f} %", True)
+        return _IntervalRow(name, value, value, value, f"{value:.1f} %", True)
     low, high = (100 * end for end in interval)
-    return _Row(name, value, low, high, f"{value:.1f} % ({low:.1f} to {high:.1f})", True)
+    return _IntervalRow(name, value, low, high, f"{value:.1f} % ({low:.1f} to {high:.1f})", True)
 
 
-def _describe_pair(pair: Difference) -> _Row:
+def _describe_pair(pair: Difference) -> _IntervalRow:
     low, high = (100 * end for end in pair.interval)
     half = (_LONGEST_LABEL - 3) // 2
     name = f"{shorten(pair.second, half)} \u2212 {shorten(pair.first, half)}"
     annotation = f"{_signed(100 * pair.value)} ({_signed(low)} to {_signed(high)})"
-    return _Row(name, 100 * pair.value, low, high, annotation, pair.is_claimed)
+    return _IntervalRow(name, 100 * pair.value, low, high, annotation, pair.is_claimed)
 
 
 def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "\u2212")
 
 
-def _draw_panel(heading: str, rows: Sequence[_Row], left: float, top: float, guide: float | None) -> Markup:
-    """Draw rows below a heading and above an axis of their own."""
+def _draw_panel(
+    heading: str, rows: Sequence[_IntervalRow], left: float, top: float, guide: float | None
+) -> Markup:
+    """Draw rows between a heading and their own axis."""
     ends = [end for row in rows for end in (row.low, row.high)] + ([] if guide is None else [guide])
     ticks = find_ticks(min(ends), max(ends))
     x = Scale(ticks[0], ticks[-1], left, _WIDTH - _ANNOTATION)
@@ -139,7 +141,7 @@ def _draw_panel(heading: str, rows: Sequence[_Row], left: float, top: float, gui
     return Markup("").join(parts)
 
 
-def _draw_row(row: _Row, x: Scale, left: float, y: float) -> Markup:
+def _draw_row(row: _IntervalRow, x: Scale, left: float, y: float) -> Markup:
     line_class, dot_class = ("main", "dot") if row.is_strong else ("other", "other-dot")
     parts = [
         text(left - 10, y + 4, shorten(row.name, _LONGEST_LABEL), "end"),

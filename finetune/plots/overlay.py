@@ -1,4 +1,4 @@
-"""A heat map over the image that it explains.
+"""Draw a heat map over the image that it explains.
 
 The colours are matplotlib's inferno: their lightness rises with the value, so that colour-blind readers and
 grey prints show the same order. Where there is no evidence the image stays as it is, in grey.
@@ -15,15 +15,15 @@ from PIL import Image
 MOST_COVER = 0.75
 """Opacity of the heat map where the evidence is strongest."""
 _DARKEST = 0.25
-"""Position in the colour map of the weakest evidence; lower ones are near black and look like shadow."""
+"""Position in the colour map of the weakest evidence; lower positions are nearly black, like shadow."""
 
 
 def draw_overlay(image: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
-    """Return an image (RGB, of the same size) below its heat map.
+    """Return the image (RGB, of the same size) with the heat map drawn over it.
 
     Args:
-        image: the network's input.
-        heat: (h, w) in [0, 1], over the whole image.
+        image: the input of the network.
+        heat: (h, w) in [0, 1]; it covers the whole image.
     """
     values = np.clip(resize_heat(heat, image.size), 0, 1)
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)

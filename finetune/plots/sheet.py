@@ -16,17 +16,17 @@ from PIL import Image, ImageDraw, ImageFont
 from finetune.runs.files import write_bytes
 
 CELL = 176
-"""Pixels of a tile's sides."""
+"""Width and height of a tile in pixels."""
 QUERY = 300
-"""Pixels of the sides of a query's tile."""
+"""Width and height of a query's tile in pixels."""
 GAP = 20
 """Pixels between tiles."""
 LINE = 19
-"""Pixels of a line of text."""
+"""Height of a line of text in pixels."""
 _PAPER, _INK, _FAINT, _TILE = "#f5f5f3", "#222222", "#666666", "#e6e6e2"
 _FONT_SIZE = 13
 _LINES = 3
-"""Lines below a tile."""
+"""Lines of text below a tile."""
 _FEWEST_HIT_COLUMNS = 5
 _FEWEST_COLUMNS, _MOST_COLUMNS = 4, 6
 
@@ -36,7 +36,7 @@ class Tile:
     """An image and the text below it.
 
     Attributes:
-        image: RGB, its longer side as long as the tile's; or the reason why there is none.
+        image: RGB image whose longer side is that of the tile; or the reason why there is none.
         lines: at most three; the last one is drawn faint.
     """
 
@@ -46,12 +46,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """Images of one kind.
+    """A titled group of tiles.
 
     Attributes:
-        title: what they have in common.
-        total: how many there are in all.
-        tiles: those that are shown.
+        title: what the images have in common.
+        total: number of images, shown or not.
+        tiles: the tiles that are shown.
     """
 
     title: str
@@ -89,7 +89,7 @@ def draw_sections(sections: Sequence[Section]) -> Image.Image:
 
 
 def write_retrieval(path: Path, query: Tile, hits: Sequence[Tile]) -> None:
-    """Draw a query and what was found for it, and write the sheet as PNG, atomically.
+    """Draw a query and its hits, and write the sheet as PNG, atomically.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -101,8 +101,8 @@ def draw_retrieval(query: Tile, hits: Sequence[Tile]) -> Image.Image:
     """Return a sheet (RGB): the query at the left, and a grid of hits, the first hit first.
 
     Args:
-        query: its image has ``QUERY`` pixels at its longer side.
-        hits: in order of their ranks; their images have ``CELL`` pixels at their longer sides.
+        query: tile of the query; the longer side of its image has ``QUERY`` pixels.
+        hits: tiles of the hits by rank; the longer sides of their images have ``CELL`` pixels.
     """
     columns = max(1, min(len(hits), max(_FEWEST_HIT_COLUMNS, math.isqrt(len(hits)))))
     rows = math.ceil(len(hits) / columns)
@@ -140,9 +140,9 @@ def _write(path: Path, sheet: Image.Image) -> None:
 
 @cache
 def load_font() -> ImageFont.FreeTypeFont:
-    """Return matplotlib's DejaVu Sans, as Pillow's own font has no accents.
+    """Return matplotlib's DejaVu Sans, because Pillow's own font has no accents.
 
-    It has the letters of Europe and the Near East; others are drawn as boxes.
+    It covers the scripts of Europe and the Near East; other characters are drawn as boxes.
     """
     import matplotlib
 
@@ -157,7 +157,7 @@ def fit_text(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
     text = "".join(char if char.isprintable() else "\ufffd" for char in text)
     if font.getlength(text) <= width:
         return text
-    lengths = range(1, len(text))  # the width hardly ever falls with more characters
+    lengths = range(1, len(text))  # nearly always, more characters are wider
     longest = bisect_right(lengths, width, key=lambda number: font.getlength(_cut_middle(text, number)))
     return _cut_middle(text, longest)
 

@@ -1,7 +1,7 @@
-"""SVG built as text: nothing from outside becomes markup, and its colours follow light and dark.
+"""SVG drawings built as escaped text, with colours for light and dark pages.
 
 The elements use the classes of ``plot.css`` and have no style of their own, so that a page can forbid inline
-styles. A file that stands alone carries the style sheet.
+styles. A standalone file contains the style sheet.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Plot:
 
     @property
     def file(self) -> str:
-        """The text of an SVG file that stands alone."""
+        """The content of a standalone SVG file."""
         style = Markup("<style>{}</style>").format(Markup(load_style()))  # noqa: S704 - our own file
         paper = element("rect", class_="paper", width="100%", height="100%")
         size = {"xmlns": "http://www.w3.org/2000/svg", "height": round(self.height)}

@@ -1,1 +1,1 @@
-"""The page of a run: everything worth looking at, in one file."""
+"""The HTML report of a run or an evaluation: metrics, plots and images in one file."""

@@ -18,8 +18,8 @@ from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import CsvRow, PredictionRow, RunReader
 
-JUDGED = "evaluated"
-"""Name for images whose split is unknown or mixed."""
+EVALUATED = "evaluated"
+"""Name of the split if it is unknown or mixed."""
 _TOLERANCE = 1e-6
 
 
@@ -112,7 +112,7 @@ class Facts:
     @cached_property
     def mistakes(self) -> list[PredictionRow]:
         """Wrong predictions, the most confident first."""
-        return sorted((one for one in self.predictions if not one.is_right), key=lambda one: -one.confidence)
+        return sorted((row for row in self.predictions if not row.is_right), key=lambda row: -row.confidence)
 
     @cached_property
     def confused(self) -> list[tuple[str, str, int, int]]:
@@ -128,26 +128,26 @@ class Facts:
     @cached_property
     def counts(self) -> dict[str, Counter[str]]:
         """Number of images by split and class, training first; of evaluated images if no split is known."""
-        parts = {row["split"] for row in self.split}
-        order = [*(part for part in SPLITS if part in parts), *sorted(parts - set(SPLITS))]
-        found: dict[str, Counter[str]] = {part: Counter() for part in order}
+        splits = {row["split"] for row in self.split}
+        order = [*(split for split in SPLITS if split in splits), *sorted(splits - set(SPLITS))]
+        found: dict[str, Counter[str]] = {split: Counter() for split in order}
         for row in self.split:
             found[row["split"]][row["label"]] += 1
         if not found and self.predictions:
-            part = self.metrics.get("split")
-            name = part if part in ("val", "test") else JUDGED
-            found[name] = Counter(one.label for one in self.predictions)
+            split = self.metrics.get("split")
+            name = split if split in ("val", "test") else EVALUATED
+            found[name] = Counter(row.label for row in self.predictions)
         return found
 
     @cached_property
     def contradiction(self) -> str:
         """How ``predictions.csv`` disagrees with ``metrics.json``; empty if they agree."""
-        judged, accuracy = self.number("num_samples"), self.number("accuracy")
+        num_samples, accuracy = self.number("num_samples"), self.number("accuracy")
         rows = len(self.predictions)
-        if not rows or judged is None:
+        if not rows or num_samples is None:
             return ""
-        if rows != judged:
-            return f"predictions.csv has {rows:,} rows, but metrics.json counts {judged:,.0f} images"
+        if rows != num_samples:
+            return f"predictions.csv has {rows:,} rows, but metrics.json counts {num_samples:,.0f} images"
         share = 1 - len(self.mistakes) / rows
         if accuracy is not None and abs(share - accuracy) > _TOLERANCE:
             shares = f"{100 * share:.2f} % in predictions.csv, {100 * accuracy:.2f} % in metrics.json"

@@ -22,6 +22,7 @@ from pretrained.catalog import Card
 MOST_BYTES = 3_000_000
 """Size limit of all images of a page together, before base64 encoding."""
 _QUALITY = 78
+"""JPEG quality."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class InlineImage:
 
     Attributes:
         source: a ``data:`` URL; empty if the image is missing.
-        gone: the reason why it is missing, in a few words.
+        missing: the reason why it is missing, in a few words; empty if it is not.
     """
 
     source: str
-    gone: str = ""
+    missing: str = ""
 
 
 class Album:
@@ -94,13 +95,14 @@ def encode(image: Image.Image) -> bytes:
 
 MOST_MISTAKES = 12
 _SIDE = 208
+"""Longer side of an image of a mistake, in pixels."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One image of a mistake: its caption, and its file in ``plots/`` if it is a heat map."""
+    """One image of a mistake with its caption; a heat map also has a file in ``plots/``."""
 
-    words: str
+    caption: str
     image: InlineImage
     name: str = ""
     content: bytes = b""
@@ -172,11 +174,11 @@ def _panels(
     panels = [Panel("network input", album.show(small))]
     wanted = (("predicted", prediction.predicted), ("true", prediction.label))
     for (kind, label), heat in zip(wanted, maps, strict=True):
-        words = f"evidence for {label}"
+        caption = f"evidence for {label}"
         if heat.values is None:
-            panels.append(Panel(words, InlineImage("", heat.reason)))
+            panels.append(Panel(caption, InlineImage("", heat.reason)))
             continue
         content = encode(draw_overlay(small, heat.values.numpy()))
         name = f"mistake-{number:02}-{kind}.jpg"
-        panels.append(Panel(words, album.show_bytes(content), name, content))
+        panels.append(Panel(caption, album.show_bytes(content), name, content))
     return tuple(panels)

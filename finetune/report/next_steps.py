@@ -9,19 +9,21 @@ from itertools import islice
 from finetune.report.facts import Facts, finite
 
 MOST = 6
-"""Most suggestions on the page; the most important rules come first."""
+"""Largest number of suggestions on the page; the most important rules come first."""
 WIDE = 0.08
-"""Width of the accuracy's 95 % interval from which on models are hard to compare."""
+"""Width of the accuracy's 95 % interval above which models are hard to compare."""
 FEW = 50
 """Training images of a class below which more images help most."""
 UNEVEN = 5.0
-"""Ratio of the largest class to the smallest."""
+"""Ratio of the largest to the smallest class from which class weights are suggested."""
 GAP = 1.5
-"""Ratio of validation loss to training loss at the best epoch."""
+"""Ratio of validation loss to training loss at the best epoch that counts as overfitting."""
 MISCALIBRATED = 0.05
+"""ECE after calibration from which the probabilities count as unreliable."""
 SURE = 0.95
+"""Confidence from which a mistake may be a wrong label."""
 WAITING = 0.3
-"""Share of the training time spent waiting for images."""
+"""Share of the training time spent waiting for images that counts as slow loading."""
 
 Step = tuple[str, str]
 """A suggestion, and the numbers that support it."""
@@ -58,7 +60,7 @@ def _mend_data(facts: Facts) -> Iterator[Step]:
 
 
 def _look_at_sure_mistakes(facts: Facts) -> Iterator[Step]:
-    sure = [one for one in facts.mistakes if one.confidence >= SURE]
+    sure = [mistake for mistake in facts.mistakes if mistake.confidence >= SURE]
     if len(sure) >= 3:
         yield (
             "Look at the most confident mistakes: some of them may be wrong labels. "
@@ -68,11 +70,11 @@ def _look_at_sure_mistakes(facts: Facts) -> Iterator[Step]:
 
 
 def _set_a_test_part_aside(facts: Facts) -> Iterator[Step]:
-    judged = facts.number("num_samples")
-    if facts.metrics.get("split_chose_checkpoint") is True and judged:
+    num_samples = facts.number("num_samples")
+    if facts.metrics.get("split_chose_checkpoint") is True and num_samples:
         yield (
             "Keep some images in a `test/` folder that is used for nothing else, and report its accuracy.",
-            f"The {judged:.0f} images evaluated here were also used to choose the epoch.",
+            f"The {num_samples:.0f} images evaluated here were also used to choose the epoch.",
         )
 
 
@@ -90,12 +92,12 @@ def _hold_back(facts: Facts) -> Iterator[Step]:
     row = next((row for row in facts.history if row.get("epoch") == best), None)
     if row is None or "train_loss" not in row or "eval_loss" not in row:
         return
-    train, judged = row["train_loss"], row["eval_loss"]
-    if train > 0 and judged / train >= GAP and judged - train >= 0.1:
+    train, val = row["train_loss"], row["eval_loss"]
+    if train > 0 and val / train >= GAP and val - train >= 0.1:
         yield (
             "Reduce overfitting: stronger augmentation (`input.augmentation`), fewer trained stages, "
             "or more images.",
-            f"At the best epoch the training loss was {train:.2f} and the validation loss {judged:.2f}.",
+            f"At the best epoch the training loss was {train:.2f} and the validation loss {val:.2f}.",
         )
 
 
@@ -109,9 +111,9 @@ def _tell_a_pair_apart(facts: Facts) -> Iterator[Step]:
         both[pair] = both.get(pair, 0) + count
     pair, count = max(both.items(), key=lambda item: item[1])
     if count >= max(5, 0.25 * wrong):
-        one, other = sorted(pair)
+        first, second = sorted(pair)
         yield (
-            f"Compare images of {one} and {other}: add images that show the difference, "
+            f"Compare images of {first} and {second}: add images that show the difference, "
             "or try a larger `--img-size`.",
             f"{count} of {wrong} mistakes are between these two.",
         )
@@ -147,8 +149,8 @@ def _train_counts(facts: Facts) -> list[tuple[int, str]]:
 
 def _weigh_classes(facts: Facts) -> Iterator[Step]:
     counts = _train_counts(facts)
-    weighed = facts.recipe is not None and facts.recipe.training.class_weights == "balanced"
-    if counts and counts[-1][0] / counts[0][0] >= UNEVEN and not weighed:
+    weighted = facts.recipe is not None and facts.recipe.training.class_weights == "balanced"
+    if counts and counts[-1][0] / counts[0][0] >= UNEVEN and not weighted:
         (least, rare), (most, common) = counts[0], counts[-1]
         yield (
             "Weight the classes inversely to their size (`--set training.class_weights=balanced`), or add "
@@ -166,11 +168,11 @@ def _add_images(facts: Facts) -> Iterator[Step]:
 
 
 def _judge_more(facts: Facts) -> Iterator[Step]:
-    pair, judged = facts.interval("accuracy"), facts.number("num_samples")
-    if pair and judged and pair[1] - pair[0] >= WIDE:
+    pair, num_samples = facts.interval("accuracy"), facts.number("num_samples")
+    if pair and num_samples and pair[1] - pair[0] >= WIDE:
         yield (
             "Evaluate on more images before you choose between models, or repeat the run (`--repeats`).",
-            f"With {judged:.0f} images the 95 % interval of the accuracy is {100 * pair[0]:.1f} to "
+            f"With {num_samples:.0f} images the 95 % interval of the accuracy is {100 * pair[0]:.1f} to "
             f"{100 * pair[1]:.1f} %.",
         )
 

@@ -24,11 +24,12 @@ from finetune.report import sections
 from finetune.report.facts import Facts
 from finetune.report.images import Album, Mistake
 from finetune.report.next_steps import suggest_steps
-from finetune.report.tables import list_rejects, list_variants, say_rejects
+from finetune.report.tables import describe_rejects, list_rejects, list_variants
 
 MOST_FINDINGS = 30
+"""Largest number of issues on the page; check.json lists all."""
 MOST_PATHS = 4
-"""Paths shown for each issue; check.json lists all."""
+"""Largest number of paths shown for each issue; check.json lists all."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
         command: command line that started the run; None if unknown.
     """
     drawn = {
-        "figures": _listed(sections.plot_figures(facts)),
+        "metrics": _listed(sections.plot_metrics(facts)),
         "history": sections.plot_history(facts),
         "confusion": _listed(sections.plot_confusion(facts)),
         "calibration": sections.plot_calibration(facts),
@@ -69,16 +70,16 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
             has_heat=any(panel.content for mistake in mistakes for panel in mistake.panels),
             most_paths=MOST_PATHS,
             most_findings=MOST_FINDINGS,
-            commands=sections.say_commands(facts, command),
+            commands=sections.list_commands(facts, command),
             policy=_policy(style, script),
             style=Markup(style),  # noqa: S704 - our own files, no name from outside
             script=Markup(script),  # noqa: S704
             version=__version__,
             title=_title(facts),
-            say=sections,
+            sections=sections,
             list_variants=list_variants,
             rejects=list_rejects(facts),
-            said_of_rejects=say_rejects(facts),
+            rejects_note=describe_rejects(facts),
         )
     )
     return Page(html, [plot for plots in drawn.values() for plot in plots])
@@ -102,9 +103,9 @@ def _environment() -> Environment:
     return environment
 
 
-def mark_code(words: str) -> Markup:
+def mark_code(text: str) -> Markup:
     """Return escaped text in which text between backticks is marked as code."""
-    parts = enumerate(words.split("`"))
+    parts = enumerate(text.split("`"))
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in parts
     )

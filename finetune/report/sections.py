@@ -13,17 +13,20 @@ from finetune.plots.confusion import MOST_CLASSES, draw_confusion_matrix
 from finetune.plots.curves import draw_curves
 from finetune.plots.intervals import draw_intervals
 from finetune.plots.svg import Plot
-from finetune.report.facts import JUDGED, Facts, finite
+from finetune.report.facts import EVALUATED, Facts, finite
 from finetune.report.images import Album, InlineImage
 from finetune.runs.reader import CsvRow
 from finetune.targets import CLASS_METRICS, DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
 
-PARTS = {"val": "validation", "test": "test", "train": "training", "all": JUDGED}
+SPLIT_NAMES = {"val": "validation", "test": "test", "train": "training", "all": EVALUATED}
 MOST_PAIRS = 15
+"""Largest number of confused pairs of classes on the page."""
 MOST_SAMPLES = 120
-"""Sample images on the page, over all classes."""
+"""Largest number of sample images on the page, over all classes."""
 SHOWN_CLASSES = 30
+"""Largest number of classes with sample images."""
 _SAMPLE_SIDE = 104
+"""Side of a sample image, in pixels."""
 
 
 def percent(share: float) -> str:
@@ -31,13 +34,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def say_confidence(share: float) -> str:
+def format_confidence(share: float) -> str:
     """Return a confidence as a percentage; a value below 1 is never rounded up to 100 %."""
     return "more than 99.9 %" if 0.9995 <= share < 1 else percent(share)
 
 
 @dataclass(frozen=True)
-class Figure:
+class ShownMetric:
     """A metric with its name and its 95 % interval, formatted as text."""
 
     name: str
@@ -45,25 +48,25 @@ class Figure:
     interval: str = ""
 
 
-def list_figures(facts: Facts) -> list[Figure]:
+def list_metrics(facts: Facts) -> list[ShownMetric]:
     """Return the metrics, the most important first."""
     found = []
     for key in (*HEADLINE_METRICS, *DETAIL_METRICS):
         value, pair = facts.number(key), facts.interval(key)
         if value is not None:
             show = (lambda number: f"{number:.3f}") if key in ("loss", "roc_auc") else percent
-            said = f"{show(pair[0])} to {show(pair[1])}" if pair else ""
-            found.append(Figure(METRIC_NAMES[key], show(value), said))
+            interval = f"{show(pair[0])} to {show(pair[1])}" if pair else ""
+            found.append(ShownMetric(METRIC_NAMES[key], show(value), interval))
     return found
 
 
-def name_part(facts: Facts) -> str:
+def name_split(facts: Facts) -> str:
     """Return the name of the evaluated split: validation, test, or the name in ``metrics.json``."""
-    part = str(facts.metrics.get("split") or "all")
-    return PARTS.get(part, part)
+    split = str(facts.metrics.get("split") or "all")
+    return SPLIT_NAMES.get(split, split)
 
 
-def say_whence(facts: Facts) -> str:
+def describe_bias(facts: Facts) -> str:
     """Return a sentence on whether the metrics are unbiased; empty where the files do not say."""
     chose = facts.metrics.get("split_chose_checkpoint")
     leaked = (facts.number("num_leaked") or 0) + (facts.number("num_seen_by_backbone") or 0)
@@ -88,7 +91,7 @@ def say_whence(facts: Facts) -> str:
     return ""
 
 
-def plot_figures(facts: Facts) -> Plot | None:
+def plot_metrics(facts: Facts) -> Plot | None:
     """Return a plot of the metrics in [0, 1] with their intervals; None where there are none."""
     rows = [
         (METRIC_NAMES[key], value, facts.interval(key))
@@ -133,16 +136,16 @@ def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
     labels = choose_classes(facts)
     each = min(8, max(3, MOST_SAMPLES // max(len(labels), 1)))
     rows = [(row["path"], row["label"]) for row in facts.split if row["split"] == "train"]
-    rows = rows or [(one.path, one.label) for one in facts.predictions]
+    rows = rows or [(row.path, row.label) for row in facts.predictions]
     paths: dict[str, list[str]] = {label: [] for label in labels}
     for path, label in rows:
         if label in paths:
             paths[label].append(path)
     shown = []
-    for label, all_of_them in paths.items():
-        chosen = spread(all_of_them, each)
+    for label, available in paths.items():
+        chosen = spread(available, each)
         images = tuple((path, album.show_file(path, _SAMPLE_SIDE)) for path in chosen)
-        shown.append(ClassSamples(label, _say_counts(facts, label), images))
+        shown.append(ClassSamples(label, _describe_counts(facts, label), images))
     return shown
 
 
@@ -153,29 +156,35 @@ def spread(items: Sequence[str], most: int) -> list[str]:
     return [items[number * len(items) // most] for number in range(most)]
 
 
-def _say_counts(facts: Facts, label: str) -> str:
-    return ", ".join(f"{counts[label]:,} {PARTS.get(part, part)}" for part, counts in facts.counts.items())
+def _describe_counts(facts: Facts, label: str) -> str:
+    return ", ".join(
+        f"{counts[label]:,} {SPLIT_NAMES.get(split, split)}" for split, counts in facts.counts.items()
+    )
 
 
-def say_sizes(facts: Facts) -> str:
+def describe_sizes(facts: Facts) -> str:
     """Return the number of images by split, and the sizes of the smallest and the largest class."""
-    parts = [f"{sum(counts.values()):,} {PARTS.get(part, part)}" for part, counts in facts.counts.items()]
-    if not parts:
+    sizes = [
+        f"{sum(counts.values()):,} {SPLIT_NAMES.get(split, split)}" for split, counts in facts.counts.items()
+    ]
+    if not sizes:
         return ""
-    said = f"{len(facts.classes)} classes; images: {', '.join(parts)}."
+    text = f"{len(facts.classes)} classes; images: {', '.join(sizes)}."
     counts = next(iter(facts.counts.values()))
     if len(counts) > 1:
         (common, most), (rare, least) = counts.most_common()[0], counts.most_common()[-1]
-        part = PARTS.get(next(iter(facts.counts)), "")
-        said += f" {least:,} ({rare}) to {most:,} ({common}) {part} images per class." * (least < most)
-        said += f" {most:,} {part} images per class." * (least == most)
-    return said
+        split = SPLIT_NAMES.get(next(iter(facts.counts)), "")
+        if least < most:
+            text += f" {least:,} ({rare}) to {most:,} ({common}) {split} images per class."
+        else:
+            text += f" {most:,} {split} images per class."
+    return text
 
 
 # --- plan and training ---------------------------------------------------------------------------
 
 
-def say_plan(facts: Facts) -> str:
+def describe_plan(facts: Facts) -> str:
     """Return a sentence with the number of trained parameters."""
     total = sum(int(row["parameters"]) for row in facts.plan)
     trained = sum(int(row["parameters"]) for row in facts.plan if row["trained"] == "True")
@@ -192,8 +201,8 @@ def list_speed(facts: Facts) -> list[tuple[str, str]]:
     best, epochs = facts.number("best_epoch"), facts.number("epochs")
     if best and epochs:
         found.append(("best epoch", f"{best:.0f} of {epochs:.0f}"))
-    if (rate := facts.number("images_per_second")) is not None:
-        found.append(("training images per second", f"{rate:,.0f}"))
+    if (speed := facts.number("images_per_second")) is not None:
+        found.append(("training images per second", f"{speed:,.0f}"))
     if (waiting := facts.number("data_wait_fraction")) is not None:
         found.append(("time spent waiting for images", percent(waiting)))
     if (size := facts.number("microbatch")) is not None:
@@ -203,9 +212,9 @@ def list_speed(facts: Facts) -> list[tuple[str, str]]:
         "peak_gpu_memory_bytes": "peak GPU memory, allocated",
         "peak_gpu_memory_reserved_bytes": "peak GPU memory, reserved",
     }
-    for key, words in peaks.items():
+    for key, name in peaks.items():
         if (memory := facts.number(key)) is not None:
-            found.append((words, f"{memory / 1e9:.2f} GB"))
+            found.append((name, f"{memory / 1e9:.2f} GB"))
     return found
 
 
@@ -221,12 +230,12 @@ def plot_history(facts: Facts) -> list[Plot]:
     for name, columns, form in wanted:
         scale = 100 if name == "accuracy" else 1
         curves = {
-            words: [
+            curve: [
                 (row["epoch"], row[column] * scale) for row in facts.history if {column, "epoch"} <= set(row)
             ]
-            for words, column in columns.items()
+            for curve, column in columns.items()
         }
-        curves = {words: points for words, points in curves.items() if points}
+        curves = {curve: points for curve, points in curves.items() if points}
         if curves:
             heading = name.replace("_", " ")
             ring = None if name == "learning_rate" else best
@@ -272,14 +281,14 @@ def list_confused(facts: Facts) -> list[ConfusedPair]:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell of a sortable table: its text, and the number to sort by (empty: sorted last)."""
 
-    words: str
+    text: str
     value: str
 
 
-def list_classes(facts: Facts) -> list[tuple[str, list[Cell]]]:
+def list_classes(facts: Facts) -> list[tuple[str, list[TableCell]]]:
     """Return each class with one cell for each of ``class_columns``."""
     return [
         (row["label"], [_cell(row, column) for column in class_columns(facts)]) for row in facts.per_class
@@ -291,12 +300,12 @@ def class_columns(facts: Facts) -> list[str]:
     return [column for column in CLASS_METRICS if facts.per_class and column in facts.per_class[0]]
 
 
-def _cell(row: CsvRow, column: str) -> Cell:
+def _cell(row: CsvRow, column: str) -> TableCell:
     number = finite_text(row[column])
     if number is None:
-        return Cell("n/a", "")
-    words = f"{number:,.0f}" if column in ("support", "predicted") else f"{number:.3f}"
-    return Cell(words, f"{number:.9g}")
+        return TableCell("n/a", "")
+    text = f"{number:,.0f}" if column in ("support", "predicted") else f"{number:.3f}"
+    return TableCell(text, f"{number:.9g}")
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -309,10 +318,10 @@ def plot_calibration(facts: Facts) -> list[Plot]:
         ("reliability_calibrated", "bins_calibrated", "ece_calibrated", "after calibration"),
     )
     plots = []
-    for name, key, error, words in wanted:
+    for name, key, error, when in wanted:
         bins, value = _read_bins(facts.rows("calibration", key)), facts.number("calibration", error)
         if bins:
-            heading = words if value is None else f"{words}: ECE {value:.3f}"
+            heading = when if value is None else f"{when}: ECE {value:.3f}"
             plots.append(draw_reliability(name, heading, bins))
     return plots
 
@@ -329,31 +338,31 @@ def _read_bins(rows: Sequence[Mapping[str, Any]]) -> list[ReliabilityBin]:
     return bins
 
 
-def say_calibration(facts: Facts) -> str:
+def describe_calibration(facts: Facts) -> str:
     """Return the temperature and how calibration changed log loss and ECE."""
     value = facts.number("calibration", "temperature")
     if value is None:
         return ""
-    said = f"Logits are divided by a temperature of {value:.3g}, fitted on the validation images."
+    text = f"Logits are divided by a temperature of {value:.3g}, fitted on the validation images."
     if value > 1.05:
-        said += " It is above 1: the network was overconfident."
+        text += " It is above 1: the network was overconfident."
     elif value < 0.95:
-        said += " It is below 1: the network was underconfident."
+        text += " It is below 1: the network was underconfident."
     before, after = facts.number("calibration", "loss"), facts.number("calibration", "loss_calibrated")
     if before is not None and after is not None:
-        said += f" The log loss went from {before:.3f} to {after:.3f}."
+        text += f" The log loss went from {before:.3f} to {after:.3f}."
     error, error_after = facts.number("calibration", "ece"), facts.number("calibration", "ece_calibrated")
     if error is not None and error_after is not None and error_after > error:
-        said += (
+        text += (
             f" The ECE rose from {error:.3f} to {error_after:.3f}; on few images it is only a rough estimate."
         )
     calibration = facts.metrics["calibration"]
     if calibration.get("same_images") is True:
-        said += (
+        text += (
             " The temperature was fitted on the evaluated images, so the calibrated metrics are cross-fitted "
             "in five folds."
         )
-    return said
+    return text
 
 
 # --- the run itself ------------------------------------------------------------------------------
@@ -369,13 +378,13 @@ def plot_seconds(facts: Facts) -> Plot | None:
     return draw_seconds(phases) if phases else None
 
 
-def say_total(facts: Facts) -> str:
+def format_total_time(facts: Facts) -> str:
     """Return the total time as text; empty where it was not recorded."""
     total = facts.number("seconds", "total")
     return "" if total is None else format_seconds(total)
 
 
-def say_commands(facts: Facts, command: str | None) -> list[tuple[str, str]]:
+def list_commands(facts: Facts, command: str | None) -> list[tuple[str, str]]:
     """Return (heading, command) pairs."""
     found = []
     if facts.recipe is not None:
@@ -388,8 +397,4 @@ def say_commands(facts: Facts, command: str | None) -> list[tuple[str, str]]:
 
 def list_environment(facts: Facts) -> list[tuple[str, str]]:
     """Return versions and hardware as (name, value)."""
-    return [(str(key), _say(value)) for key, value in facts.environment.items() if value is not None]
-
-
-def _say(value: Any) -> str:
-    return sanitize(str(value))
+    return [(str(key), sanitize(str(value))) for key, value in facts.environment.items() if value is not None]

@@ -39,13 +39,13 @@ def list_rejects(facts: Facts) -> list[Reject]:
     ]
 
 
-def _describe_reject(row: Mapping[str, Any], wanted: float, judged: float | None) -> Reject:
+def _describe_reject(row: Mapping[str, Any], wanted: float, num_samples: float | None) -> Reject:
     threshold, coverage, achieved, low, chose = (
         finite(row.get(key)) for key in ("threshold", "coverage", "achieved", "low", "num_images")
     )
     if threshold is None:
         return Reject(f"{100 * wanted:.0f} %", "not reached", percent(coverage or 0.0), "", "")
-    kept = "" if judged is None or coverage is None else f" of {round(coverage * judged):,} images"
+    kept = "" if num_samples is None or coverage is None else f" of {round(coverage * num_samples):,} images"
     limit = "" if low is None else percent(low) + ("" if chose is None else f", by {chose:,.0f} images")
     return Reject(
         f"{100 * wanted:.0f} %",
@@ -56,21 +56,19 @@ def _describe_reject(row: Mapping[str, Any], wanted: float, judged: float | None
     )
 
 
-def say_rejects(facts: Facts) -> str:
+def describe_rejects(facts: Facts) -> str:
     """Return notes on how the thresholds were chosen and what the lower limit means."""
     calibration = facts.metrics.get("calibration")
     chosen = isinstance(calibration, Mapping) and calibration.get("same_images") is True
-    said = (
-        " The thresholds were chosen on these images, so the achieved values are optimistic."
-        if chosen
-        else ""
-    )
-    if any(one.at_least for one in list_rejects(facts)):
-        said += (
-            " 'At least' is the lower one-sided 95 % limit of that share, on the images that chose the "
+    notes = []
+    if chosen:
+        notes.append("The thresholds were chosen on these images, so the achieved values are optimistic.")
+    if any(reject.at_least for reject in list_rejects(facts)):
+        notes.append(
+            "'At least' is the lower one-sided 95 % limit of that share, on the images that chose the "
             "threshold."
         )
-    return said.strip()
+    return " ".join(notes)
 
 
 # --- variants of an evaluation: several views, several models -----------------------------------

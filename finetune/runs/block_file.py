@@ -35,8 +35,8 @@ class BlockFile:
         path: path of the bytes, ending in ``.bin``.
         facts: what the content is made from; a file with other facts is removed.
         num_blocks: number of blocks of the complete file.
-        waiting: called repeatedly while another process writes the file; may raise.
-        verified: called with the number of bytes of every block that was verified.
+        on_wait: called repeatedly while another process writes the file; may raise.
+        on_verified: called with the number of bytes of every block that was verified.
 
     Attributes:
         was_damaged: whether existing content had changed and was removed.
@@ -50,14 +50,14 @@ class BlockFile:
         path: Path,
         facts: Mapping[str, Any],
         num_blocks: int,
-        waiting: Callable[[], None] = lambda: None,
-        verified: Callable[[int], None] = lambda _: None,
+        on_wait: Callable[[], None] = lambda: None,
+        on_verified: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.path, self.num_blocks = path, num_blocks
         self.was_damaged = False
-        self._facts, self._verified = facts, verified
+        self._facts, self._on_verified = facts, on_verified
         while not self._open():
-            waiting()
+            on_wait()
             time.sleep(WAIT_SECONDS)
 
     @property
@@ -125,7 +125,7 @@ class BlockFile:
         alone = self._journal.lock(fcntl.LOCK_EX)
         if not (alone or self._journal.lock(fcntl.LOCK_SH)) or self._journal.was_removed():
             return False
-        if not self._journal.load(self._verified):
+        if not self._journal.load(self._on_verified):
             # Processes that read the file keep their open file; a new one is started.
             self.was_damaged = True
             remove(self.path)

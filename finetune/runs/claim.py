@@ -17,7 +17,7 @@ from finetune.runs.files import disk_error, write_text
 from finetune.runs.folder import Outcome, RunFolder
 from finetune.runs.reader import RunReader
 
-RUNNING = "the run is going on, or was killed"
+RUNNING = "the run is in progress, or was killed"
 
 NO_EFFECT = (
     "data.workers",
@@ -77,7 +77,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         if not _try_lock(descriptor, LOCK_WAIT):
             fix = "Wait for it, or name a new folder."
-            raise UsageError(f"--output {path}", "another process is at work in it", fix)
+            raise UsageError(f"--output {path}", "another process is working in it", fix)
         yield
     finally:
         with suppress(OSError):
@@ -118,14 +118,14 @@ def find_changed_images(
         return ""
     rows = [row for row in RunReader(folder).split if row["path"] not in known_bad]
     before = {row["path"]: (row["label"], row["split"], row["sha256"]) for row in rows}
-    came, went = sorted(images.keys() - before.keys()), sorted(before.keys() - images.keys())
+    added, removed = sorted(images.keys() - before.keys()), sorted(before.keys() - images.keys())
     both = sorted(images.keys() & before.keys())
     moved = [path for path in both if images[path][:2] != before[path][:2]]
     edited = [path for path in both if images[path][2] != before[path][2]]
     parts = (
-        _some(came, "new"),
-        _some(went, "gone"),
-        _some(moved, "in another class or part"),
+        _some(added, "new"),
+        _some(removed, "gone"),
+        _some(moved, "in another class or split"),
         _some(edited, "with another content"),
     )
     return ", ".join(filter(None, parts))
@@ -238,7 +238,7 @@ def _changes(before: Recipe, recipe: Recipe) -> list[Change]:
 def _another_run(path: Path, lines: list[str]) -> UsageError:
     shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
     fix = (
-        "Name a new folder with --output, or give the same command again to go on with that run "
-        "(--allow-changed goes on with this one)."
+        "Name a new folder with --output, or give the earlier command again to resume that run "
+        "(--allow-changed resumes it with this recipe)."
     )
     return UsageError(f"--output {path}", f"it holds another run ({shown})", fix)

@@ -84,8 +84,8 @@ def disk_error(path: Path, error: OSError) -> DiskError:
 def free_bytes(path: Path) -> int | None:
     """Return the free bytes of the disk where a file is or would be; None if they are unknown."""
     try:
-        place = next((above for above in (path, *path.absolute().parents) if above.exists()), None)
-        return None if place is None else shutil.disk_usage(place).free
+        existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
+        return None if existing is None else shutil.disk_usage(existing).free
     except OSError:
         return None
 

@@ -13,7 +13,7 @@ from finetune.runs.files import write_json
 
 State = Literal["running", "done", "interrupted", "failed"]
 RETRYABLE = (ExitCode.INTERNAL, ExitCode.DISK, ExitCode.INTERRUPTED)
-"""Exit codes after which the same command may succeed: once by luck, after space was freed, at any time."""
+"""Exit codes after which the same command may succeed: by chance, after space was freed, or at any time."""
 
 
 @dataclass(frozen=True)

@@ -162,23 +162,23 @@ class Journal:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def load(self, verified: Callable[[int], None] = lambda _: None) -> bool:
+    def load(self, on_verified: Callable[[int], None] = lambda _: None) -> bool:
         """Load and verify the blocks; load none and return False if facts or content differ.
 
         Args:
-            verified: called with the number of bytes of every block that was verified.
+            on_verified: called with the number of bytes of every block that was verified.
         """
         self._journal.seek(0)
         content = self._journal.read()
         if b"\n" not in content:  # new, or its process was killed while it wrote the first line
             return True
         record = parse(content, len(self._files))
-        if record is None or record.facts != self._facts or not self._verify(record.blocks, verified):
+        if record is None or record.facts != self._facts or not self._verify(record.blocks, on_verified):
             return False
         self.blocks, self._size = list(record.blocks), record.num_bytes
         return True
 
-    def _verify(self, blocks: Sequence[Block], verified: Callable[[int], None]) -> bool:
+    def _verify(self, blocks: Sequence[Block], on_verified: Callable[[int], None]) -> bool:
         """Return whether the content of the files matches the digests of the blocks."""
         if not blocks:
             return True
@@ -189,7 +189,7 @@ class Journal:
                     for file, size, digest in zip(files, block.sizes, block.digests, strict=True):
                         if hashlib.sha256(file.read(size)).hexdigest() != digest:
                             return False
-                    verified(block.num_bytes)
+                    on_verified(block.num_bytes)
         except OSError:
             return False
         return True

@@ -31,13 +31,13 @@ from finetune.errors import sanitize
 from finetune.system.heartbeat import Heartbeat
 
 Advance = Callable[[int, str], None]
-"""Takes the number of units done since the last call, and a short text that stands beside the bar."""
+"""Takes the number of units done since the last call, and a short text shown next to the bar."""
 OnProgress = Callable[[int, int], None]
 """Takes the number of units done so far, and the total (0 if it is unknown)."""
 
 
 class _SafeStderr:
-    """stderr that ignores write errors: a full disk or a reader that is gone must not end a run."""
+    """stderr that ignores write errors: a full disk or a closed pipe must not end a run."""
 
     def write(self, text: str) -> int:
         """Write text; an error is ignored."""
@@ -129,7 +129,7 @@ class Display:
             yield advance
 
     def count(self, description: str) -> AbstractContextManager[OnProgress]:
-        """Draw a progress bar while the block runs; its total may become known on the way."""
+        """Draw a progress bar while the block runs; its total may become known later."""
         return self._count(description, self._bar())
 
     def fetch(self, description: str) -> AbstractContextManager[OnProgress]:

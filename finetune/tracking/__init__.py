@@ -1,1 +1,1 @@
-"""Experiment trackers of others, told of a run through their own clients where a recipe asks for them."""
+"""Log a run to third-party experiment trackers, through their own clients, if the recipe names them."""

@@ -56,7 +56,7 @@ class ProgressReporter:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes}:{rest:02}"
 
-    def say_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
+    def report_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
         """Show a row of the history; a star marks the best epoch so far."""
         self.display.say(
             f"epoch {row['epoch']:>3}/{self.num_epochs}  lr {row['lr']:.2e}  "

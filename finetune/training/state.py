@@ -41,7 +41,7 @@ class State:
         self.frozen = frozenset(frozen)
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_network(self) -> nn.Module:
         """The network that is evaluated and exported: the average of the weights if there is one."""
         return self.network if self.average is None else self.average
 
@@ -66,13 +66,13 @@ class State:
         if self.average is not None:
             restore_network(self.average, tensors, "ema.", self.frozen)
 
-    def take_judged(self) -> dict[str, Tensor]:
-        """Return copies of the weights of :attr:`judged` on the CPU, by name."""
-        return _copies(network_tensors(self.judged, "model.", self.frozen))
+    def take_eval_weights(self) -> dict[str, Tensor]:
+        """Return copies of the weights of :attr:`eval_network` on the CPU, by name."""
+        return _copies(network_tensors(self.eval_network, "model.", self.frozen))
 
-    def restore_judged(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the weights that :meth:`take_judged` returned."""
-        restore_network(self.judged, tensors, "model.", self.frozen)
+    def restore_eval_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the weights that :meth:`take_eval_weights` returned."""
+        restore_network(self.eval_network, tensors, "model.", self.frozen)
 
 
 MAX_PINNED_BYTES = 2**29

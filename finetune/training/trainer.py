@@ -125,7 +125,7 @@ class Trainer:
         else:
             moments = self.distributed.share(self._measure_features)
         self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
-        for network in {self.task.network, self.judged}:
+        for network in {self.task.network, self.eval_network}:
             attach(network, self._moments, keep)
 
     def _measure_features(self) -> dict[str, Tensor]:
@@ -142,14 +142,14 @@ class Trainer:
         return self._best_predictions
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_network(self) -> nn.Module:
         """The network that is evaluated and exported: the average of the weights if there is one."""
-        return self.state.judged
+        return self.state.eval_network
 
     # --- the loop --------------------------------------------------------------------------------
 
     def fit(self) -> Progress:
-        """Train to the end; :attr:`judged` then has the weights of the best epoch.
+        """Train to the end; :attr:`eval_network` then has the weights of the best epoch.
 
         Raises:
             DivergedError: losses or gradients stay non-finite; the weights are those from before.
@@ -167,12 +167,11 @@ class Trainer:
         if self._is_stop_asked():
             raise recovery.interrupted_error(self.progress, self.folder)
         assert self._best is not None
-        self.state.restore_judged(self._best.tensors)
-        if (
-            self._best_predictions is None
-        ):  # the best epoch was in an earlier process; these are the same bits
+        self.state.restore_eval_weights(self._best.tensors)
+        # If the best epoch was in an earlier process: its predictions again, bitwise the same.
+        if self._best_predictions is None:
             self._best_predictions = self._validate()
-        fold(self.judged)
+        fold(self.eval_network)
         return self.progress
 
     def _begin(self) -> None:
@@ -299,7 +298,7 @@ class Trainer:
         self._record(metrics)
         if improved:
             self._best_predictions = predictions
-            self._best = Snapshot(self.state.take_judged(), self.progress.copy())
+            self._best = Snapshot(self.state.take_eval_weights(), self.progress.copy())
         self._begin_next_epoch()
         self._epoch_start = self._take()
         if not is_over(self.progress, self.settings):
@@ -313,14 +312,15 @@ class Trainer:
                 if self._is_stop_asked():  # a long validation must not outlast the grace time
                     self._save_and_leave()
 
-            forward = self.task.forward(self.judged)
-            return predict(self.judged, self.task.val, self.precision, on_batch, forward, self.distributed)
+            network = self.eval_network
+            forward = self.task.forward(network)
+            return predict(network, self.task.val, self.precision, on_batch, forward, self.distributed)
 
     def _record(self, metrics: dict[str, float]) -> None:
         progress = self.progress
         row = add_row(progress, metrics, self._loss_sum.item())
         self._tell_history()
-        self.reporter.say_epoch(row, is_best=progress.best_epoch == progress.epoch)
+        self.reporter.report_epoch(row, is_best=progress.best_epoch == progress.epoch)
 
     def _tell_history(self) -> None:
         if self.distributed.is_main:

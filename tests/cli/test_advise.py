@@ -48,7 +48,7 @@ def features_of(cli: Cli, tiny: Path, data: Path, path: Path, layers: str) -> pd
 
 
 @pytest.mark.parametrize("layers", slow_except(["all"], ["last", "layer1", "all"]))
-def test_a_solved_head_is_scikit_learns_optimum(
+def test_a_solved_head_equals_the_optimum_of_scikit_learn(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
 ) -> None:
     words = ("--strategy", "freeze", "--set", f"strategy.features={layers}")
@@ -67,7 +67,7 @@ def test_a_solved_head_is_scikit_learns_optimum(
 
 
 @pytest.mark.parametrize("layers", slow_except(["all"], ["last", "layer1", "all"]))
-def test_the_exported_model_says_what_the_figures_say(
+def test_the_exported_model_gives_the_predictions_of_the_metrics(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
 ) -> None:
     from timm.data import create_transform
@@ -164,7 +164,7 @@ def test_best_is_chosen_without_validation_images(
     assert one["accuracy"] > two["accuracy"]
 
 
-def test_a_killed_solution_ends_in_the_same_bits(
+def test_a_killed_solve_resumes_to_the_same_bits(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
@@ -196,7 +196,7 @@ def test_a_killed_solution_ends_in_the_same_bits(
         (("--strategy", "top", "--set", "strategy.floor=layr4"), "strategy.floor=layr4"),
     ],
 )
-def test_keys_that_do_not_go_together_are_refused(
+def test_contradictory_keys_are_refused(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
     result = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, *words)
@@ -207,7 +207,7 @@ def test_keys_that_do_not_go_together_are_refused(
 # --- the floor, and a head that begins as a solution ----------------------------------------------
 
 
-def test_training_that_does_not_beat_its_floor_is_not_handed_over(
+def test_a_network_worse_than_its_floor_is_not_exported(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--strategy", "full", "--epochs", 1, "--lr", 1e-7, "--set", "strategy.floor=all")
@@ -217,13 +217,13 @@ def test_training_that_does_not_beat_its_floor_is_not_handed_over(
     )
     assert floored["features"] == solved["features"] and floored["epochs"] == 0
     assert floored["accuracy"] == solved["accuracy"]
-    assert floored["split_chose_checkpoint"] is True  # validation chose between the two, and is reported
+    assert floored["split_chose_checkpoint"] is True  # validation images chose between the two
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("floor", "all")]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
-def test_training_that_beats_its_floor_is_handed_over(
+def test_a_network_better_than_its_floor_is_exported(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     with mock.patch.object(fitting, "_beats", return_value=True):
@@ -243,7 +243,9 @@ def test_training_that_beats_its_floor_is_handed_over(
 
 
 @pytest.mark.slow
-def test_a_head_begins_as_the_solution(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_a_head_starts_as_the_solved_classifier(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
     solved = run(
         cli,
         tiny,
@@ -263,7 +265,7 @@ def test_a_head_begins_as_the_solution(cli: Cli, tiny: Path, image_folder: Path,
 
 
 class Stopping(Trainer):
-    """Is asked to stop after four steps."""
+    """A trainer that is asked to stop after four steps."""
 
     def __init__(self, *arguments: Any, **keys: Any) -> None:
         steps = iter([False] * 4)
@@ -271,7 +273,7 @@ class Stopping(Trainer):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_floor_goes_on_to_the_same_bits(
+def test_a_run_with_a_floor_resumes_to_the_same_bits(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("--strategy", "top", "--epochs", 3)
@@ -288,7 +290,7 @@ def test_a_run_with_a_floor_goes_on_to_the_same_bits(
 # --- advice --------------------------------------------------------------------------------------
 
 
-def test_advice_says_where_the_data_stand(
+def test_advice_gives_the_position_in_the_matrix(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.features.network.LEAST_SOURCE_CLASSES", 10)
@@ -305,7 +307,7 @@ def test_advice_says_where_the_data_stand(
         assert Image.open(tmp_path / "advice" / name).size[0] > 500
 
 
-def test_auto_runs_what_advice_says_and_computes_it_once(
+def test_auto_trains_with_the_advice_and_computes_it_once(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     advised = json.loads(cli("advise", "-b", tiny, "-d", image_folder, "--json", *WORDS).stdout)
@@ -320,7 +322,7 @@ def test_auto_runs_what_advice_says_and_computes_it_once(
 
     with mock.patch.object(KeptRows, "rows", spy):
         metrics = run(cli, tiny, image_folder, tmp_path / "run", "--strategy", "auto")
-    assert set(seen) == {"features of val images"}  # those of training images were there
+    assert set(seen) == {"features of val images"}  # those of training images were cached
     saved = json.loads((tmp_path / "run/advice.json").read_text())
     assert saved["strategy"] == advised["strategy"]
     recipe = (tmp_path / "run/recipe.yaml").read_text()
@@ -329,19 +331,19 @@ def test_auto_runs_what_advice_says_and_computes_it_once(
 
 
 @pytest.mark.slow
-def test_auto_keeps_its_strategy_when_it_goes_on(
-    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_auto_keeps_its_strategy_on_resume(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, "--strategy", "auto")
     with mock.patch("finetune.pipeline.run.write_metrics_tables", side_effect=KeyboardInterrupt):
         assert cli(*words).exit_code == 75
     with mock.patch("finetune.pipeline.auto.advise", side_effect=AssertionError("decided again")):
         assert cli(*words).exit_code == 0
-        assert "finished" in cli(*words).stderr  # and once it is done
+        assert "finished" in cli(*words).stderr  # a second time too
 
 
 @pytest.mark.slow
-def test_a_brief_training_can_overrule(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_a_brief_training_can_overrule_the_rule(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
     result = cli("advise", "-b", tiny, "-d", image_folder, "--json", "--set", "advise.verify=true", *WORDS)
     assert result.exit_code == 0, result.stderr
     advice = json.loads(result.stdout)
@@ -389,7 +391,7 @@ def test_images_without_labels_are_refused(cli: Cli, tiny: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupted_advice_leaves_nothing(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_interrupted_advice_leaves_no_files(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     error = InterruptedRunError("the run", "it was stopped", "Again.")
     with mock.patch("finetune.pipeline.advise.decide", side_effect=error):
         result = cli("advise", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *WORDS)

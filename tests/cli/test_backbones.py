@@ -27,10 +27,10 @@ def test_the_whole_list_as_json(cli: Cli) -> None:
     assert {row["weights"] for row in rows} <= {"here", "download", "none"}
 
 
-def test_nothing_found_is_said(cli: Cli) -> None:
+def test_a_search_without_results_is_reported(cli: Cli) -> None:
     result = cli("backbones", "--search", "no such thing")
     assert result.exit_code == 0
-    assert "no backbone's name holds 'no such thing'" in result.stderr
+    assert "no backbone's name contains 'no such thing'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_an_empty_cache(cli: Cli) -> None:
     assert cli("cache", "clear").exit_code == 0
 
 
-def test_what_is_kept_is_listed(cli: Cli) -> None:
+def test_cached_files_are_listed(cli: Cli) -> None:
     keep().close()
     result = cli("cache", "list")
     assert "trunk" in result.stdout
@@ -42,7 +42,7 @@ def test_what_is_kept_is_listed(cli: Cli) -> None:
     assert row["cut"] == "layer3"
 
 
-def test_what_no_run_uses_is_cleared(cli: Cli, tmp_path: Path) -> None:
+def test_files_that_no_run_uses_are_removed(cli: Cli, tmp_path: Path) -> None:
     file = keep()
     result = cli("cache", "clear")
     assert "0 files" in result.stderr and "1 in use by a run" in result.stderr
@@ -52,7 +52,7 @@ def test_what_no_run_uses_is_cleared(cli: Cli, tmp_path: Path) -> None:
     assert not list((tmp_path / "finetune" / "kept").iterdir())
 
 
-def test_damage_is_no_traceback(cli: Cli, tmp_path: Path) -> None:
+def test_a_damaged_cache_gives_no_traceback(cli: Cli, tmp_path: Path) -> None:
     keep().close()
     for journal in (tmp_path / "finetune" / "kept").glob("*.journal"):
         journal.write_bytes(b"\xff\xfe{")

@@ -1,4 +1,4 @@
-"""``finetune compare``: what may be said of two runs, and when nothing may."""
+"""``finetune compare``: claimed differences, warnings and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = [(f"val/{name}/{number:02}.jpg", name) for name in ("ants", "bees") for
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Write a folder as a finished run leaves it, with so many wrong answers."""
+    """Write a folder like that of a finished run, with a number of wrong predictions."""
 
     def make_folder(
         name: str,
@@ -58,7 +58,7 @@ def make(tmp_path: Path) -> Make:
     return make_folder
 
 
-def test_two_runs_and_what_may_be_said(cli: Cli, make: Make, tmp_path: Path) -> None:
+def test_two_runs_with_a_claimed_difference(cli: Cli, make: Make, tmp_path: Path) -> None:
     first = make("a", range(20), backbone="resnet50", strategy="freeze", loss=0.5)
     second = make("b", range(2), backbone="resnet50", strategy="full", f1_macro=0.97)
     result = cli("compare", first, second)
@@ -81,7 +81,9 @@ def test_no_difference(cli: Cli, make: Make) -> None:
 
 
 @pytest.mark.parametrize(("count", "pairs"), [(2, 1), (3, 3), (4, 6), (5, 4)])
-def test_all_pairs_of_a_few_and_the_first_with_many(cli: Cli, make: Make, count: int, pairs: int) -> None:
+def test_few_runs_are_compared_pairwise_and_many_with_the_first(
+    cli: Cli, make: Make, count: int, pairs: int
+) -> None:
     folders = [make(f"run{number}", range(number)) for number in range(count)]
     found = json.loads(cli("compare", *folders, "--json").stdout)["pairs"]
     assert len(found) == pairs
@@ -89,7 +91,7 @@ def test_all_pairs_of_a_few_and_the_first_with_many(cli: Cli, make: Make, count:
     assert {pair["first"] for pair in found} == ({"run0"} if count == 5 else {p["first"] for p in found})
 
 
-def test_what_is_written(cli: Cli, make: Make, tmp_path: Path) -> None:
+def test_the_files_of_a_comparison(cli: Cli, make: Make, tmp_path: Path) -> None:
     first = make("a", range(20), intervals={"accuracy": [0.65, 0.84]}, seconds={"total": 12.5})
     write_csv(
         first / "plan.csv",
@@ -143,23 +145,23 @@ def warnings_of(cli: Cli, *folders: Path) -> str:
     return result.stderr
 
 
-def test_images_that_only_one_judged_are_left_out(cli: Cli, make: Make) -> None:
+def test_images_that_only_one_run_evaluated_are_left_out(cli: Cli, make: Make) -> None:
     said = warnings_of(cli, make("a", images=IMAGES[:70]), make("b", [65], images=IMAGES[10:]))
     assert "10 images of a alone and 10 images of b alone are left out; 60 are compared" in said
 
 
-def test_a_part_that_chose_the_epoch(cli: Cli, make: Make) -> None:
+def test_a_split_that_chose_the_epoch_gives_a_warning(cli: Cli, make: Make) -> None:
     said = warnings_of(cli, make("a", split_chose_checkpoint=True), make("b", split_chose_checkpoint=False))
     assert "the images that a was evaluated on also chose the epoch" in said
 
 
-def test_parts_of_other_names_and_images_that_were_trained_on(cli: Cli, make: Make) -> None:
+def test_other_splits_and_training_images_give_warnings(cli: Cli, make: Make) -> None:
     said = warnings_of(cli, make("a"), make("b", split="test", trained_on=3))
     assert "the evaluated splits differ (a val, b test)" in said
     assert "b was trained on 3 of the images that it was evaluated on" in said
 
 
-def test_other_training_images(cli: Cli, make: Make) -> None:
+def test_different_training_images_give_a_warning(cli: Cli, make: Make) -> None:
     rows = [(f"train/{number}.jpg", "ants", "train", str(number)) for number in range(9)]
     first, second = make("a", train=rows[:6]), make("b", train=rows[2:])
     said = warnings_of(cli, first, second)
@@ -167,7 +169,7 @@ def test_other_training_images(cli: Cli, make: Make) -> None:
     assert warnings_of(cli, first, make("c", train=rows[:6])) == ""
 
 
-def test_what_an_evaluation_judged_was_not_trained_on(cli: Cli, make: Make) -> None:
+def test_evaluated_images_do_not_count_as_training_images(cli: Cli, make: Make) -> None:
     """Its split.csv may call its images a training split."""
     rows = [(f"train/{number}.jpg", "ants", "train", str(number)) for number in range(9)]
     first, second = make("a", train=rows[:6]), make("b", train=rows[2:])
@@ -185,7 +187,7 @@ def refusal(cli: Cli, code: ExitCode, *folders: Path) -> str:
     return result.stderr
 
 
-def test_what_is_no_comparison(cli: Cli, make: Make, tmp_path: Path) -> None:
+def test_invalid_comparisons_are_refused(cli: Cli, make: Make, tmp_path: Path) -> None:
     folder = make("a")
     assert "1 run was named" in refusal(cli, ExitCode.USAGE, folder)
     assert "given twice" in refusal(cli, ExitCode.USAGE, folder, tmp_path / "." / "a")
@@ -195,7 +197,7 @@ def test_what_is_no_comparison(cli: Cli, make: Make, tmp_path: Path) -> None:
     assert "there is no metrics.json and no predictions.csv" in found
 
 
-def test_other_classes(cli: Cli, make: Make) -> None:
+def test_different_classes_are_refused(cli: Cli, make: Make) -> None:
     found = refusal(cli, ExitCode.DATA, make("a"), make("b", classes=("ants", "wasps")))
     assert "only one of them knows 'bees', 'wasps'" in found
 
@@ -204,18 +206,18 @@ def test_classes_in_another_order_are_the_same(cli: Cli, make: Make) -> None:
     assert cli("compare", make("a"), make("b", classes=("bees", "ants"))).exit_code == 0
 
 
-def test_no_image_in_common(cli: Cli, make: Make) -> None:
+def test_runs_without_a_common_image_are_refused(cli: Cli, make: Make) -> None:
     moved = [(f"elsewhere/{path}", label) for path, label in IMAGES]
     assert "they share no image" in refusal(cli, ExitCode.DATA, make("a"), make("b", images=moved))
 
 
-def test_another_label(cli: Cli, make: Make) -> None:
+def test_different_labels_are_refused(cli: Cli, make: Make) -> None:
     images = [(IMAGES[0][0], "bees"), *IMAGES[1:]]
     found = refusal(cli, ExitCode.DATA, make("a"), make("b", images=images))
     assert "val/ants/00.jpg has the labels 'ants' and 'bees'" in found
 
 
-def test_another_content_under_the_same_name(cli: Cli, make: Make) -> None:
+def test_different_images_of_the_same_name_are_refused(cli: Cli, make: Make) -> None:
     path = IMAGES[7][0]
     first, second = make("a", digests={path: "1"}), make("b", digests={path: "2"})
     found = refusal(cli, ExitCode.DATA, first, second)
@@ -239,7 +241,9 @@ def test_images_of_unknown_content_are_not_compared(cli: Cli, make: Make, how: s
         assert "finetune evaluate" in found or how == "no column"
 
 
-def test_evaluations_of_other_images_with_the_same_names(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_evaluations_of_different_images_of_the_same_names_are_refused(
+    cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
     for name, seed in (("x", 1), ("y", 2), ("z", 1)):
         for label in range(2):
             draw(tmp_path / name / str(label) / "1.jpg", (90, 90, 90), seed=seed + 10 * label)
@@ -254,13 +258,13 @@ def test_evaluations_of_other_images_with_the_same_names(cli: Cli, tiny: Path, t
     assert pair["interval"][0] < -0.5 and pair["interval"][1] > 0.5
 
 
-def test_a_run_that_is_not_finished(cli: Cli, make: Make) -> None:
+def test_an_unfinished_run_is_refused(cli: Cli, make: Make) -> None:
     folder = make("b")
     write_json(folder / "outcome.json", {"state": "interrupted"})
     assert "the run is not finished (interrupted)" in refusal(cli, ExitCode.DATA, make("a"), folder)
 
 
-def test_figures_of_other_predictions(cli: Cli, make: Make) -> None:
+def test_metrics_that_contradict_the_predictions_are_refused(cli: Cli, make: Make) -> None:
     found = refusal(cli, ExitCode.DATA, make("a"), make("b", [1, 2], accuracy=0.99))
     assert "it says accuracy 0.9900, but predictions.csv gives 0.9750" in found
 
@@ -307,13 +311,13 @@ def test_figures_of_other_predictions(cli: Cli, make: Make) -> None:
         ("predictions.csv", "\x00\udcff"),
     ],
 )
-def test_damaged_files(cli: Cli, make: Make, name: str, text: str) -> None:
+def test_damaged_files_are_refused(cli: Cli, make: Make, name: str, text: str) -> None:
     folder = make("b")
     (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     assert f"{name}: it cannot be read" in refusal(cli, ExitCode.DATA, make("a"), folder)
 
 
-def test_a_damaged_plan_costs_its_column_only(cli: Cli, make: Make) -> None:
+def test_a_damaged_plan_leaves_only_its_column_empty(cli: Cli, make: Make) -> None:
     folder = make("b")
     (folder / "plan.csv").write_text("group,stage,parameters,trained\nbody\n")
     result = cli("compare", make("a"), folder, "--json")
@@ -321,13 +325,13 @@ def test_a_damaged_plan_costs_its_column_only(cli: Cli, make: Make) -> None:
     assert json.loads(result.stdout)["runs"][1]["learned"] is None
 
 
-def test_runs_of_the_same_name_are_told_apart(cli: Cli, make: Make) -> None:
+def test_runs_of_the_same_name_are_shown_by_path(cli: Cli, make: Make) -> None:
     first, second = make("x/run", range(20)), make("y/run")
     said = cli("compare", first, second).stdout
     assert f"{second} is better than {first} by" in said
 
 
-def test_names_are_those_of_the_folders_wherever_one_stands(
+def test_names_do_not_depend_on_the_working_directory(
     cli: Cli, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make("a"))

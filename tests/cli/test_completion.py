@@ -1,4 +1,4 @@
-"""Shell completion: the shell asks the program itself."""
+"""Shell completion, which runs the program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def complete(words: str, position: int) -> list[str]:
-    """What bash would offer for the word at a position of a line."""
+    """Return the completions that bash offers at a position of a line."""
     asked = {"_FINETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
     code = "import sys; sys.argv[0] = 'finetune'; from finetune.cli.app import main; main()"
     command = [sys.executable, "-c", code]

@@ -1,4 +1,4 @@
-"""``finetune evaluate``: the same metrics as the run's, on the right images, or a refusal."""
+"""``finetune evaluate``: the metrics of the run on the same images, ensembles, views and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs, judged by ``test``."""
+    """Two runs, evaluated on the ``test`` split."""
     folder, made = tmp_path_factory.mktemp("runs"), []
     for seed in (0, 1):
         words = ["run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 2, "--seed", seed]
@@ -44,7 +44,7 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
 
 
-def test_a_run_is_judged_as_it_judged_itself(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluating_a_run_gives_its_own_metrics(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
     result = cli("evaluate", runs[0], "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     ours = json.loads(result.stdout)
@@ -66,7 +66,7 @@ def test_a_run_is_judged_as_it_judged_itself(cli: Cli, runs: tuple[Path, Path], 
     assert read(tmp_path / "out", "per_class").equals(read(runs[0], "per_class"))
 
 
-def test_validation_images_say_that_they_chose(
+def test_validation_images_are_reported_as_having_chosen_the_epoch(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     result = cli("evaluate", runs[0], "-d", data, "--split", "val", "-o", tmp_path / "out", "--json")
@@ -76,7 +76,7 @@ def test_validation_images_say_that_they_chose(
     assert json.loads(result.stdout)["num_samples"] == 15
 
 
-def test_training_images_under_another_name_are_noticed(
+def test_training_images_are_recognised_under_another_name(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data / "test", tmp_path / "new")
@@ -92,9 +92,7 @@ def test_training_images_under_another_name_are_noticed(
     assert json.loads(result.stdout)["trained_on"] == 1
 
 
-def test_the_training_part_may_be_asked_for_by_name(
-    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_training_split_may_be_named(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
     result = cli("evaluate", runs[0], "--split", "train", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["trained_on"] == 24
@@ -161,10 +159,10 @@ def test_crops_and_scales_are_counted(cli: Cli, runs: tuple[Path, Path], tmp_pat
     assert not (tmp_path / "other").exists()
 
 
-def test_classes_are_known_by_name_not_by_place(
+def test_classes_are_matched_by_name_not_by_index(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
-    """A folder whose classifier has its rows in another order, and says so."""
+    """Return a model folder with its classes and classifier rows in another order."""
     other = shutil.copytree(runs[0] / "model", tmp_path / "turned")
     order = [2, 0, 1]
     weights = load_file(other / "model.safetensors")
@@ -178,7 +176,7 @@ def test_classes_are_known_by_name_not_by_place(
     result = cli("evaluate", other, "-d", data / "test", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     before = json.loads((runs[0] / "metrics.json").read_text())
-    assert json.loads(result.stdout)["trained_on"] is None  # a folder without its run tells nothing
+    assert json.loads(result.stdout)["trained_on"] is None  # unknown for a model without its run
     assert "images are unknown" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads(result.stdout)["loss"] == pytest.approx(before["loss"], abs=1e-4)
     result = cli("evaluate", runs[0], other, "-d", data / "test", "-o", tmp_path / "both", "--json")
@@ -190,11 +188,11 @@ def test_classes_are_known_by_name_not_by_place(
     ("words", "said"),
     [
         (("--split", "tset"), "there is no such split"),
-        (("--scales", "big"), "no numbers of pixels"),
+        (("--scales", "big"), "not numbers of pixels"),
         (("--crops", "3"), "number of crops is not supported"),
     ],
 )
-def test_words_that_mean_nothing(
+def test_invalid_options_are_refused(
     cli: Cli, runs: tuple[Path, Path], tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
     result = cli("evaluate", runs[0], "-o", tmp_path / "out", *words)
@@ -228,7 +226,7 @@ def test_what_the_backbone_was_trained_on_counts_as_well(
     assert json.loads(result.stdout)["split_chose_checkpoint"] is True
 
 
-def test_images_without_parts_are_called_all(
+def test_images_without_splits_are_called_all(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     result = cli("evaluate", runs[0], "-d", data / "test", "-o", tmp_path / "out", "--json")
@@ -238,7 +236,7 @@ def test_images_without_parts_are_called_all(
     assert len(split) == 12
 
 
-def test_images_that_fitted_the_temperature_do_not_judge_it(
+def test_images_that_fitted_the_temperature_are_cross_fitted(
     cli: Cli, runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     result = cli("evaluate", runs[0], "--split", "val", "-o", tmp_path / "out", "--json")
@@ -248,7 +246,9 @@ def test_images_that_fitted_the_temperature_do_not_judge_it(
     assert json.loads(result.stdout)["calibration"]["same_images"] is False
 
 
-def test_a_mean_of_probabilities_has_no_before(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_mean_of_probabilities_has_no_uncalibrated_metrics(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
     calibration = json.loads(cli("evaluate", *runs, "-o", tmp_path / "out", "--json").stdout)["calibration"]
     assert "ece" not in calibration
     assert 0 <= calibration["ece_calibrated"] <= 1
@@ -256,22 +256,22 @@ def test_a_mean_of_probabilities_has_no_before(cli: Cli, runs: tuple[Path, Path]
 
 
 @pytest.mark.parametrize("change", slow_except(["other"], ["gone", "other"]))
-def test_a_runs_own_images_must_be_what_they_were(cli: Cli, tiny: Path, tmp_path: Path, change: str) -> None:
+def test_changed_images_of_a_run_are_refused(cli: Cli, tiny: Path, tmp_path: Path, change: str) -> None:
     data = draw_folder(tmp_path / "data", {"blue": 8, "red": 8})
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "-o", tmp_path / "run").exit_code == 0
-    judged = pd.read_csv(tmp_path / "run" / "predictions.csv")["path"][0]
+    image = pd.read_csv(tmp_path / "run" / "predictions.csv")["path"][0]
     if change == "gone":
-        (data / judged).unlink()
+        (data / image).unlink()
     else:
-        draw(data / judged, (1, 2, 3), 5)
+        draw(data / image, (1, 2, 3), 5)
     result = cli("evaluate", tmp_path / "run", "-o", tmp_path / "out")
     assert result.exit_code == 65
-    assert judged in result.stderr
+    assert image in result.stderr
     assert ("are missing" if change == "gone" else "changed since the run") in result.stderr
 
 
-def test_a_test_part_that_came_later_may_judge(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_test_split_added_later_may_be_evaluated(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     draw_folder(data / "train", {"blue": 8, "red": 8})
     words = ("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)
@@ -282,7 +282,9 @@ def test_a_test_part_that_came_later_may_judge(cli: Cli, tiny: Path, tmp_path: P
     assert json.loads(result.stdout)["num_samples"] == 6
 
 
-def test_a_run_without_its_figures_is_not_known(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_without_metrics_has_unknown_training_images(
+    cli: Cli, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
     run = copy_run(runs[0], tmp_path / "run")
     (run / "metrics.json").write_text("{")
     result = cli("evaluate", run, "-o", tmp_path / "out", "--json")
@@ -291,10 +293,10 @@ def test_a_run_without_its_figures_is_not_known(cli: Cli, runs: tuple[Path, Path
     assert "is not known" in result.stderr
 
 
-def test_a_name_is_no_folder_that_happens_to_be_here(
+def test_a_backbone_name_is_not_taken_for_a_folder(
     runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library's name has no folder above it; the working folder is not its run."""
+    """A name has no parent folder, so the working directory is not its run."""
     from finetune.data.provenance import find_run
 
     monkeypatch.chdir(runs[0])

@@ -45,8 +45,10 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run, tmp_path / "copy")
 
 
-def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, image_folder: Path, tmp_path: Path) -> None:
-    """The oracle is plain timm: its transform, its network, its softmax."""
+def test_timm_alone_gives_the_runs_predictions(
+    cli: Cli, run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """The reference is plain timm: its transform and network, and softmax."""
     output = tmp_path / "out"
     result = cli("export", run, "--format", "timm", "-o", output, "--json")
     assert result.exit_code == 0, result.output
@@ -74,7 +76,7 @@ def test_timm_alone_repeats_the_predictions(cli: Cli, run: Path, image_folder: P
 
 
 @pytest.mark.slow
-def test_onnx_takes_bytes_and_gives_probabilities(
+def test_onnx_takes_uint8_and_gives_probabilities(
     cli: Cli, run: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     import onnxruntime
@@ -103,7 +105,7 @@ def test_onnx_takes_bytes_and_gives_probabilities(
 
 
 @pytest.mark.slow
-def test_torch_export_with_data_gone_says_so(cli: Cli, copy: Path, tmp_path: Path) -> None:
+def test_without_the_data_random_inputs_are_compared(cli: Cli, copy: Path, tmp_path: Path) -> None:
     recipe = (copy / "recipe.yaml").read_text()
     line = next(line for line in recipe.splitlines() if line.strip().startswith("path:"))
     (copy / "recipe.yaml").write_text(recipe.replace(line, f"  path: {tmp_path / 'gone'}"))
@@ -116,7 +118,7 @@ def test_torch_export_with_data_gone_says_so(cli: Cli, copy: Path, tmp_path: Pat
         None,
     )
     assert "warning: the run's data" in result.stderr
-    assert "compared on random inputs instead of the run's judged images" in result.stderr
+    assert "compared on random inputs instead of the run's evaluated images" in result.stderr
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     assert program(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
 
@@ -131,13 +133,13 @@ def test_a_model_folder_alone_is_exported(cli: Cli, run: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_model_folder_of_a_run_knows_its_run(cli: Cli, run: Path, tmp_path: Path) -> None:
+def test_the_run_of_a_model_folder_is_found(cli: Cli, run: Path, tmp_path: Path) -> None:
     result = cli("export", run / "model", "-o", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["compared_on"] == "judged images"
 
 
 @pytest.mark.slow
-def test_an_artefact_that_says_something_else_is_not_kept(
+def test_an_artefact_with_other_outputs_is_not_kept(
     cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(path: Path, card: Any, network: Any, readme: str) -> None:
@@ -154,7 +156,7 @@ def test_an_artefact_that_says_something_else_is_not_kept(
 
 
 @pytest.mark.slow
-def test_predictions_of_another_model_are_seen(cli: Cli, copy: Path, tmp_path: Path) -> None:
+def test_predictions_of_another_model_are_detected(cli: Cli, copy: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(copy / "predictions.csv")
     rows["prob_blue"] = rows["prob_blue"] / 2
     rows.to_csv(copy / "predictions.csv", index=False)
@@ -182,8 +184,8 @@ def test_a_table_of_other_classes_is_not_compared(cli: Cli, copy: Path, tmp_path
 
 
 @pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
-def test_a_run_that_is_not_finished_is_refused(cli: Cli, copy: Path, tmp_path: Path, state: str) -> None:
-    """Its model is of the end before, or of none."""
+def test_an_unfinished_run_is_refused(cli: Cli, copy: Path, tmp_path: Path, state: str) -> None:
+    """Its model is that of an earlier attempt, or missing."""
     outcome = json.loads((copy / "outcome.json").read_text())
     (copy / "outcome.json").write_text(json.dumps(outcome | {"state": state}))
     for place in (copy, copy / "model"):
@@ -195,7 +197,7 @@ def test_a_run_that_is_not_finished_is_refused(cli: Cli, copy: Path, tmp_path: P
 
 @pytest.fixture
 def own_data(copy: Path, image_folder: Path, tmp_path: Path) -> Path:
-    """The run's images again, for a test that changes them."""
+    """A copy of the run's images, for a test that changes them."""
     data = shutil.copytree(image_folder, tmp_path / "pictures")
     repoint(copy, data)
     return data
@@ -208,10 +210,10 @@ def repoint(run: Path, data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_added_to_the_data_is_no_reason_for_noise(
+def test_folders_added_to_the_data_do_not_prevent_the_comparison(
     cli: Cli, copy: Path, own_data: Path, tmp_path: Path
 ) -> None:
-    """An empty class folder would be refused by a run; the judged images are what they were."""
+    """An empty class folder would be refused by a run; the evaluated images are unchanged."""
     (own_data / "train" / "yellow").mkdir()
     result = cli("export", copy, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
@@ -241,10 +243,10 @@ def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp
 
 
 @pytest.mark.slow
-def test_places_that_cannot_be_replaced(
+def test_the_working_directory_is_refused_as_output(
     cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen before the work: renaming a folder over them fails only after it."""
+    """It is refused before the export; renaming a folder over it would fail after it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for output in (".", "x/..", tmp_path / "here"):
@@ -262,13 +264,15 @@ def test_places_that_cannot_be_replaced(
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_leaves_no_files(
+    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: Any) -> None:
         assert any(tmp_path.iterdir())
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a test that fails must not end the others
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a failure must not end the other tests
     monkeypatch.setattr("finetune.exporters.export.predict_fresh", stop)
     try:
         result = cli("export", run, "-o", tmp_path / "out")
@@ -289,7 +293,7 @@ def test_sigterm_leaves_nothing(cli: Cli, run: Path, tmp_path: Path, monkeypatch
         (("--format", "onnx", "--with-preprocessing", "chw"), "the image layout is unknown"),
     ],
 )
-def test_words_that_cannot_be_meant(
+def test_invalid_options_are_refused(
     cli: Cli, run: Path, tmp_path: Path, words: tuple[Any, ...], said: str
 ) -> None:
     result = cli("export", run, "-o", tmp_path / "out", *words)
@@ -310,7 +314,7 @@ def test_damaged_models_are_refused(cli: Cli, copy: Path, tmp_path: Path) -> Non
     assert (result.exit_code, "it contains no model" in result.stderr) == (ExitCode.USAGE, True)
 
 
-def test_places_that_are_refused(cli: Cli, run: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_invalid_outputs_are_refused(cli: Cli, run: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for words, said in (
@@ -331,7 +335,7 @@ def test_places_that_are_refused(cli: Cli, run: Path, image_folder: Path, tmp_pa
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as creating a repository and a commit take."""
+    """A server with the parts of the hub's API that create a repository and a commit."""
 
     seen: list[tuple[str, Any]]
     status = 200
@@ -373,7 +377,7 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def log_message(self, format: str, *_: Any) -> None:
-        """Say nothing."""
+        """Write no log."""
 
 
 @pytest.fixture
@@ -386,7 +390,7 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
 
 
 def push(endpoint: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's client reads its environment once."""
+    """It runs in a separate process, since the hub's client reads its environment once."""
     command = [sys.executable, "-m", "finetune", "push", *map(str, words)]
     variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN} | environment
     return subprocess.run(
@@ -395,7 +399,7 @@ def push(endpoint: str, *words: object, **environment: str) -> subprocess.Comple
 
 
 @pytest.mark.slow
-def test_push_uploads_the_proved_folder(run: Path, hub: tuple[str, type[Hub]]) -> None:
+def test_push_uploads_the_verified_folder(run: Path, hub: tuple[str, type[Hub]]) -> None:
     endpoint, handler = hub
     done = push(endpoint, run, "me/ants", "--private", "--json")
     assert done.returncode == 0, done.stderr
@@ -413,7 +417,7 @@ def test_push_uploads_the_proved_folder(run: Path, hub: tuple[str, type[Hub]]) -
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's switches, which it has read from the environment already."""
+    """Set the client's constants, which it has read from the environment already."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
@@ -434,7 +438,7 @@ def model(tmp_path: Path) -> Path:
         (418, r"\(418\)"),
     ],
 )
-def test_a_hub_that_refuses(
+def test_refusals_of_the_hub_are_reported(
     model: Path, hub: tuple[str, type[Hub]], monkeypatch: pytest.MonkeyPatch, status: int, said: str
 ) -> None:
     endpoint, handler = hub
@@ -447,13 +451,13 @@ def test_a_hub_that_refuses(
 
 
 @pytest.mark.usefixtures("online")
-def test_no_network(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(EnvironmentFaultError, match=r"the hub gave no answer \(.+\)"):
         push_folder(model, "me/ants", False)
 
 
-def test_a_token_that_can_be_none_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_token_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_geheimschlüssel")
     monkeypatch.setattr("finetune.exporters.hub.offline_by_environment", lambda: False)
     with pytest.raises(EnvironmentFaultError, match="contains a character that is not ASCII") as caught:
@@ -461,7 +465,7 @@ def test_a_token_that_can_be_none_is_refused_and_not_shown(monkeypatch: pytest.M
     assert "geheim" not in str(caught.value)
 
 
-def test_offline_and_bad_names_are_refused_before_anything(cli: Cli, tmp_path: Path) -> None:
+def test_offline_mode_and_invalid_names_are_refused_first(cli: Cli, tmp_path: Path) -> None:
     result = cli("push", tmp_path, "me/ants")  # tests run offline
     assert result.exit_code == ExitCode.ENVIRONMENT
     assert "offline mode is on (HF_HUB_OFFLINE)" in result.stderr

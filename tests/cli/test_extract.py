@@ -1,4 +1,4 @@
-"""``finetune extract`` from the command line: tables that other programs read, kills, bad input."""
+"""``finetune extract`` from the command line: tables for other programs, resuming, invalid input."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ def test_a_table_for_each_stage_and_an_index(
         assert not table.isna().any().any()
 
 
-def test_numbers_are_the_networks_own(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
-    """Against the plain network, image by image, with timm's own transform."""
+def test_features_equal_those_of_the_network(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """Compared with the plain network, image by image, with timm's transform."""
     import timm
     from timm.data import create_transform
 
@@ -73,7 +75,7 @@ def test_numbers_are_the_networks_own(cli: Cli, tiny: Path, image_folder: Path, 
         assert row[1] == row[0].split("/")[1] and row[2] == row[0].split("/")[0]
 
 
-def test_three_lines_of_scikit_learn(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_scikit_learn_trains_on_the_files(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     assert extract(cli, tiny, image_folder, tmp_path / "f.csv", "--layers", "all").exit_code == 0
     table = pd.read_csv(tmp_path / "f.csv")
     train, val = table[table["split"] == "train"], table[table["split"] == "val"]
@@ -143,7 +145,7 @@ def test_a_bad_image_is_listed_and_has_no_row(cli: Cli, tiny: Path, tmp_path: Pa
     table, before = pd.read_csv(tmp_path / "f.csv"), pd.read_csv(good)
     left = before[~before["path"].isin(bad["path"])].reset_index(drop=True)
     assert list(table["path"]) == list(left["path"])
-    assert np.allclose(table.iloc[:, 3:], left.iloc[:, 3:], atol=1e-5)  # its neighbours are who they were
+    assert np.allclose(table.iloc[:, 3:], left.iloc[:, 3:], atol=1e-5)  # the other rows are unchanged
 
 
 def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -155,8 +157,8 @@ def test_nothing_but_bad_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    """Kept rows know contents, not names: a renamed folder finds them, and the hole in them."""
+def test_a_bad_image_is_recognised_by_its_content(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """Cached rows are found by content, so a renamed folder finds them, without the bad image."""
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
     (data / "blue/003.jpg").write_bytes(b"no image at all")
     assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "last").exit_code == 0
@@ -168,7 +170,7 @@ def test_a_bad_image_is_told_by_its_content(cli: Cli, tiny: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("gone", slow_except([False], [True, False]))
-def test_a_image_that_changes_on_the_way_is_not_kept(
+def test_an_image_that_changes_during_extraction_is_not_cached(
     cli: Cli, tiny: Path, tmp_path: Path, gone: bool
 ) -> None:
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
@@ -197,7 +199,7 @@ def test_other_labels_are_another_extraction(cli: Cli, tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_features_of_the_classifier_know_its_weights(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_features_of_the_classifier_depend_on_its_weights(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 3, "blue": 3})
     state = load_file(tiny / "model.safetensors")
     state |= {key: 2 * value for key, value in state.items() if key.startswith("fc.")}
@@ -220,10 +222,10 @@ def test_the_second_time_nothing_is_computed(
     assert extract(cli, tiny, image_folder, tmp_path / "three.csv", "-l", "layer4,layer2").exit_code == 0
     one, three = pd.read_csv(tmp_path / "one.csv"), pd.read_csv(tmp_path / "three.csv")
     both = [name for name in one.columns if name.startswith("layer4.")]
-    assert one[both].equals(three[both])  # kept, or computed beside another layer: the same bits
+    assert one[both].equals(three[both])  # the same bits, cached or computed with another layer
 
 
-def test_a_finished_folder_is_left_alone(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_is_kept(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert extract(cli, tiny, image_folder, out, "-l", "last").exit_code == 0
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -270,7 +272,7 @@ def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, image_folder: P
         (("-l", ","), 2, "no layer was named"),
     ],
 )
-def test_bad_words_are_refused_before_anything_is_written(
+def test_invalid_options_are_refused_before_anything_is_written(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[str, ...], code: int, said: str
 ) -> None:
     result = extract(cli, tiny, image_folder, tmp_path / "out", *words)
@@ -278,12 +280,12 @@ def test_bad_words_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_output_does_not_lie_in_the_data(cli: Cli, tiny: Path, image_folder: Path) -> None:
+def test_an_output_inside_the_data_is_refused(cli: Cli, tiny: Path, image_folder: Path) -> None:
     result = extract(cli, tiny, image_folder, image_folder / "out")
     assert result.exit_code == 2 and "lies in the data" in result.stderr
 
 
-def test_no_data_and_no_output_are_said(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_missing_data_or_output_are_reported(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert "no output" in cli("extract", "-b", tiny, "-d", tmp_path).stderr
     assert "no data" in cli("extract", "-b", tiny, "-o", tmp_path / "x").stderr
     assert "no backbone" in cli("extract", "-d", tmp_path, "-o", tmp_path / "x").stderr
@@ -309,7 +311,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(
 
 
 @pytest.mark.slow
-def test_features_without_room_in_the_cache_lie_beside_the_output(
+def test_features_that_do_not_fit_the_cache_are_kept_beside_the_output(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ("-l", "last", "--set", "cache.max_gb=0.000001")
@@ -321,7 +323,7 @@ def test_features_without_room_in_the_cache_lie_beside_the_output(
 
 
 @pytest.mark.slow
-def test_a_killed_extraction_goes_on_and_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_extraction_resumes_to_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 200, "blue": 200})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [

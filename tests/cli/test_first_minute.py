@@ -1,4 +1,4 @@
-"""The first minute: no folder, no backbone, no network, and a real result."""
+"""The first minute: a real result without a data folder, a named backbone or a network connection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     assert "report.html" in said
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert (metrics["num_train"], metrics["num_samples"]) == (1438, 359)
-    assert metrics["accuracy"] > 0.75  # features of random weights gave 0.53
+    assert metrics["accuracy"] > 0.75  # random weights gave 0.53
     assert "shorter side" not in said, "they are as small as they are"
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (BUNDLED, "sample:digits")
@@ -41,7 +41,7 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_what_reads_the_digits_again_finds_them(cli: Cli, tmp_path: Path) -> None:
+def test_commands_on_a_run_of_the_digits_find_them(cli: Cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_digits(cli, run)
     assert cli("evaluate", run, "--output", tmp_path / "judged").exit_code == 0
@@ -50,7 +50,7 @@ def test_what_reads_the_digits_again_finds_them(cli: Cli, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_that_was_begun_keeps_its_backbone(
+def test_a_resumed_run_keeps_its_backbone(
     cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("run", "--data", image_folder, "--strategy", "freeze", "--output", tmp_path / "run")
@@ -62,7 +62,7 @@ def test_a_run_that_was_begun_keeps_its_backbone(
 
 
 @pytest.mark.slow
-def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path) -> None:
+def test_a_resumed_run_keeps_its_weights(cli: Cli, tmp_path: Path, image_folder: Path, tiny: Path) -> None:
     words = ("run", "--data", image_folder, "--strategy", "freeze", "--output", tmp_path / "run")
     file = tmp_path / "others.safetensors"
     state = {name: tensor + 0.01 for name, tensor in load_file(tiny / "model.safetensors").items()}
@@ -77,7 +77,7 @@ def test_it_keeps_its_weights_too(cli: Cli, tmp_path: Path, image_folder: Path, 
 def test_a_series_has_one_backbone(
     cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is fetched while it goes on."""
+    """The backbone stays the same, even if better weights are downloaded meanwhile."""
     choices = iter([choose_best(False), *[None] * 5])
     monkeypatch.setattr(default_backbone, "choose_best", lambda _: next(choices))
     words = ("run", "--data", image_folder, "--strategy", "freeze", "--epochs", 1, "--repeats", 2)
@@ -94,7 +94,7 @@ def test_random_weights_need_a_name(cli: Cli, image_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_here_and_was_not_taken_is_named(
+def test_larger_backbones_that_were_not_chosen_are_named(
     cli: Cli, tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = tuple(
@@ -112,7 +112,9 @@ def test_what_is_here_and_was_not_taken_is_named(
     assert "finetune pull" not in said
 
 
-def test_no_data_is_said_before_anything_is_looked_for(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_are_reported_before_a_backbone_is_searched(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(default_backbone, "choose_best", lambda _: pytest.fail("looked for weights"))
     done = cli("run", "--strategy", "auto")
     assert done.exit_code == 2
@@ -133,7 +135,7 @@ def test_features_without_a_backbone(cli: Cli, tmp_path: Path, image_folder: Pat
     assert BUNDLED in done.output
 
 
-def test_a_sample_that_there_is_not(cli: Cli, tmp_path: Path) -> None:
+def test_an_unknown_sample_is_refused(cli: Cli, tmp_path: Path) -> None:
     done = cli("run", "--data", "sample:cats", "--output", tmp_path / "run")
     assert done.exit_code == 2
     assert "sample:digits" in done.output

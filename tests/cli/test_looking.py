@@ -50,7 +50,7 @@ def test_a_probe_is_the_same_twice(cli: Cli, tiny: Path, image_folder: Path, tmp
         (("--per-class", 5, "-l", "layr4"), 2, "did you mean 'layer4'"),
     ],
 )
-def test_probes_that_cannot_be(
+def test_invalid_probes_are_refused(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, words: tuple[object, ...], code: int, said: str
 ) -> None:
     result = cli("probe", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *words, *WORDS)
@@ -86,7 +86,7 @@ def test_a_copy_of_the_query_is_found_first(cli: Cli, tiny: Path, image_folder: 
     assert found["path"] == "train/blue/009.jpg" and found["similarity"] == pytest.approx(1, abs=1e-4)
 
 
-def test_queries_that_cannot_be(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_invalid_queries_are_refused(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "no.jpg").write_bytes(b"nothing")
     for name in ("no.jpg", "missing.jpg"):
         result = cli(
@@ -112,7 +112,7 @@ def test_a_map_has_a_point_for_each_image(
     assert Image.open(tmp_path / "out/map.png").size[0] > 500
 
 
-def test_results_are_not_written_over_others(
+def test_existing_results_are_not_overwritten(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()

@@ -1,4 +1,4 @@
-"""Real photographs and real weights, where they are beside the project."""
+"""Real photographs and real weights, if they are stored beside the project."""
 
 from __future__ import annotations
 

@@ -17,9 +17,7 @@ def trained(finished_run: FinishedRun) -> Path:
     return finished_run("freeze")
 
 
-def test_a_runs_own_predictions_come_again(
-    cli: Cli, trained: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_a_runs_predictions_are_repeated(cli: Cli, trained: Path, image_folder: Path, tmp_path: Path) -> None:
     """On validation images, from run folder and model folder: labels, probabilities, the temperature."""
     own = {row["path"]: row for row in read_rows(trained / "predictions.csv")}
     for number, model in enumerate((trained, trained / "model", f"local-dir:{trained}/model")):
@@ -36,7 +34,7 @@ def test_a_runs_own_predictions_come_again(
                 assert float(row[name]) == pytest.approx(float(before[name]), abs=1e-4)
 
 
-def test_two_lines_of_python_say_the_same(
+def test_the_python_api_gives_the_same_predictions(
     cli: Cli, trained: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     import finetune
@@ -103,7 +101,7 @@ def test_paths_from_standard_input(cli: Cli, tiny: Path, image_folder: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_closed_standard_input_matters_only_where_it_is_named(
+def test_a_closed_standard_input_matters_only_if_it_is_the_input(
     tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     for words, code, said in (

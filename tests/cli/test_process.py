@@ -1,4 +1,4 @@
-"""What only a process of its own shows: start-up, signals, pipes, and what a kill leaves."""
+"""What needs a separate process: start-up, signals, pipes and kills."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def assert_same_result(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize("number", slow_except([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]))
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_a_stopped_run_resumes_to_the_same_bits(
     uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "run"
@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(
+def test_a_killed_run_resumes_to_the_same_bits(
     uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"

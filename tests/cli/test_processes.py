@@ -1,4 +1,4 @@
-"""Commands in several processes: real ones, started by the command itself and by torchrun."""
+"""Commands in several real processes, started by the command itself or by torchrun."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def one(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process; nothing in it sees a batch."""
+    """A run in one process, whose result does not depend on how images are batched."""
     output = tmp_path_factory.mktemp("one") / "run"
     result = CliRunner().invoke(app, [str(word) for word in [*words_of(tiny, data, output), "-s", "freeze"]])
     assert result.exit_code == 0, result.output
     return output
 
 
-def assert_same_figures(one: Path, two: Path) -> None:
+def assert_same_metrics(one: Path, two: Path) -> None:
     left, right = read_metrics(one), read_metrics(two)
     assert left["accuracy"] == right["accuracy"]
     assert left["loss"] == pytest.approx(right["loss"], abs=1e-4)
@@ -72,9 +72,9 @@ def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Pat
         XDG_CACHE_HOME=str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
-    assert_same_figures(one, tmp_path / "two")
+    assert_same_metrics(one, tmp_path / "two")
     assert done.stdout.count("\n") == 1 and '"accuracy"' in done.stdout
-    assert done.stderr.count("features cached") == 1  # said once
+    assert done.stderr.count("features cached") == 1  # reported once
     assert "from an earlier run" not in done.stderr
     for noise in ("Warning", "torch.distributed", "Traceback", "[rank"):
         assert noise not in done.stderr
@@ -85,11 +85,11 @@ def test_torchrun_starts_the_same_run(tiny: Path, data: Path, one: Path, tmp_pat
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = run(*words, "-m", "finetune", *words_of(tiny, data, tmp_path / "two"), "-s", "freeze")
     assert done.returncode == 0, done.stderr
-    assert_same_figures(one, tmp_path / "two")
+    assert_same_metrics(one, tmp_path / "two")
 
 
 @pytest.mark.slow
-def test_a_refusal_is_said_once_with_its_exit_code(tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_an_error_is_reported_once_with_its_exit_code(tiny: Path, data: Path, tmp_path: Path) -> None:
     done = finetune(*words_of(tiny, tmp_path / "nowhere", tmp_path / "run"), "--processes", 2)
     assert done.returncode == 65, done.stderr
     assert done.stderr.count("error:") == 1
@@ -141,7 +141,7 @@ def test_options_that_contradict_each_other(
     assert said in done.stderr
 
 
-def test_gpus_that_are_not_there(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_missing_gpus_are_refused(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     done = cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--gpus", 64)
     assert done.exit_code == 78
     assert "--gpus 64: this machine shows" in done.stderr
@@ -161,7 +161,7 @@ def test_processes_under_a_launcher(
 
 
 @pytest.mark.parametrize("leftover", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
-def test_leftovers_of_a_launcher_are_no_job(
+def test_stale_variables_of_a_launcher_are_ignored(
     cli: Cli,
     tiny: Path,
     data: Path,
@@ -176,14 +176,16 @@ def test_leftovers_of_a_launcher_are_no_job(
     assert '"accuracy"' in done.stdout
 
 
-def test_a_series_needs_a_process_that_watches(cli: Cli, tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_a_series_in_several_processes_needs_a_supervisor(
+    cli: Cli, tiny: Path, data: Path, tmp_path: Path
+) -> None:
     words = words_of(tiny, data, tmp_path / "run")
     done = cli(*words, "--repeats", 2, "--processes", 2, "--stall-timeout", 0)
     assert (done.exit_code, "have one process each" in done.stderr) == (2, True)
 
 
-def test_a_process_that_is_asked_to_stop_ends_no_list() -> None:
-    """Its last answer would look like the last of all."""
+def test_a_stopped_process_does_not_end_the_list() -> None:
+    """Its last result would look like the end of all results."""
     from finetune.errors import InterruptedRunError
     from finetune.evaluation.predict_files import _until_stopped
     from finetune.system.signals import StopSignal

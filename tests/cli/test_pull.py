@@ -1,4 +1,4 @@
-"""``finetune pull`` against a server that plays the hub, whole and broken.
+"""``finetune pull`` from a local server that acts as the hub, with and without faults.
 
 The hub's client reads its environment once, so every machine here is a process of its own. Loading torch
 takes most of its time, so that it is given several commands.
@@ -35,7 +35,7 @@ import json, sys, time
 from finetune.cli.app import main
 
 if sys.argv[1] == "at once":
-    time.sleep = lambda _: None  # the hub's client tries again for half a minute
+    time.sleep = lambda _: None  # the hub's client would retry for half a minute
 for words in json.loads(sys.argv[2]):
     sys.argv[:] = ["finetune", *words]
     try:
@@ -50,7 +50,7 @@ for words in json.loads(sys.argv[2]):
 
 @dataclass
 class Said:
-    """What one command said."""
+    """The output of one command."""
 
     code: int
     stdout: str
@@ -59,7 +59,7 @@ class Said:
 
 @dataclass
 class Machine:
-    """A home folder, and the servers it knows."""
+    """A home folder, and the servers that it is configured for."""
 
     home: Path
     endpoint: str
@@ -99,7 +99,7 @@ class Machine:
         return subprocess.Popen(command, env=self.variables(), cwd=ROOT, **pipes)
 
     def files(self) -> list[str]:
-        """Names of all files that are weights, or are called as if they were to become some."""
+        """Return the names of all weights files, finished or partial."""
         kinds = (".incomplete", ".part", ".safetensors", ".bin", ".pth", ".tar")
         paths = (path for path in self.home.rglob("*") if path.is_symlink() or path.is_file())
         return [path.name for path in paths if path.parent.name == "blobs" or path.suffix in kinds]
@@ -127,11 +127,11 @@ def on_hub(name: str, file: str = "model.safetensors") -> str:
 
 
 IJEPA = "vit_huge_patch14_gap_224.in1k_ijepa"
-"""One of the few whose weights come from an address that tells no hash."""
+"""One of the few networks whose weights have an address without a hash."""
 
 
 @pytest.mark.slow
-def test_fetched_now_and_found_later(
+def test_pulled_weights_are_found_later(
     server: Server, machine: Machine, content: bytes, image_folder: Path, tmp_path: Path
 ) -> None:
     server.files = {on_hub("test_resnet"): content, "/mirror/IN1K-vit.h.14-300e.pth.tar": b"anything"}
@@ -143,7 +143,7 @@ def test_fetched_now_and_found_later(
         "pull squeezenet1_0 test_resnet",
     )
     unknown, resnet, unpublished, from_mirror = json.loads(pull.stdout)
-    assert pull.code == 2  # of the first that failed
+    assert pull.code == 2  # exit code of the first failure
     assert (unknown["name"], unknown["path"]) == ("no_such_network", None)
     assert "pull no_such_network: there is no network of that name" in unknown["error"]
     assert unknown["error"] in pull.stderr
@@ -202,11 +202,11 @@ FAULTS = {
     "test_vit2": (Fault(status=401), "401 Unauthorized"),
     "test_vit3": (Fault(status=404, headers={"X-Error-Code": "RepoNotFound"}), "no such repository"),
 }
-"""A fault of each kind, and what is said; the first two are overcome."""
+"""A fault of each kind with its message; the first two are recovered from."""
 
 
 @pytest.mark.slow
-def test_every_fault_has_its_message_and_leaves_nothing(
+def test_every_failure_has_its_message_and_leaves_no_file(
     server: Server, machine: Machine, content: bytes
 ) -> None:
     server.files = {on_hub(name): content for name in FAULTS}
@@ -235,17 +235,17 @@ def test_every_fault_has_its_message_and_leaves_nothing(
 
     gets = [asked.partition(" ")[2] for asked in server.asked if asked.startswith("GET")]
     (rest,) = [asked for asked in gets if asked.startswith(f"{on_hub('test_resnet')} ")]
-    assert int(rest.rpartition("=")[2].rstrip("-")) > 0.4 * 60_000  # not from the beginning
-    assert sum(on_hub("test_efficientnet") in asked for asked in gets) <= 7  # and no more
-    assert sum(on_hub("test_convnext3") in asked for asked in gets) == 2  # a wrong file is not kept
+    assert int(rest.rpartition("=")[2].rstrip("-")) > 0.4 * 60_000  # resumed, not restarted
+    assert sum(on_hub("test_efficientnet") in asked for asked in gets) <= 7  # retries are limited
+    assert sum(on_hub("test_convnext3") in asked for asked in gets) == 2  # a wrong file is downloaded again
     whole = ["model.safetensors", hashlib.sha256(content).hexdigest()]
     assert sorted(machine.files()) == sorted(2 * whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hub", "mirror"])
-def test_asked_to_stop_in_the_middle(server: Server, machine: Machine, content: bytes, kind: str) -> None:
-    """Ctrl-C and SIGTERM: one line, the code for it, and nothing half fetched."""
+def test_a_pull_can_be_interrupted(server: Server, machine: Machine, content: bytes, kind: str) -> None:
+    """Ctrl-C and SIGTERM give one message and their exit code, and leave no partial file."""
     path, name, number = {
         "hub": (on_hub("test_resnet"), "test_resnet", signal.SIGTERM),
         "mirror": ("/mirror/IN1K-vit.h.14-300e.pth.tar", IJEPA, signal.SIGINT),

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: one clear message, the documented exit code, no traceback."""
+"""Errors that a user can cause: one clear message, the documented exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = ("--workers", 0, "--epochs", 1, "--batch-size", 8)
 
 
 def refused(cli: Cli, code: ExitCode, *words: object) -> str:
-    """Run a command that must be refused, and return what it said."""
+    """Run a command that must be refused, and return its message."""
     result = cli(*words)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -64,7 +64,7 @@ def test_wrong_usage(cli: Cli, run_words: list[object], tmp_path: Path, words: l
     assert said in refused(cli, ExitCode.USAGE, *plain, *words)
 
 
-def test_unknown_words_of_the_command_line(cli: Cli, run_words: list[object]) -> None:
+def test_unknown_options_and_commands_are_refused(cli: Cli, run_words: list[object]) -> None:
     assert cli(*run_words, "--epoch", "3").exit_code == ExitCode.USAGE
     assert cli("rum").exit_code == ExitCode.USAGE
     assert cli(*run_words, "--batch-size", "many").exit_code == ExitCode.USAGE
@@ -109,7 +109,7 @@ def refused_data(cli: Cli, tiny: Path, data: Path, output: Path) -> str:
     return refused(cli, ExitCode.DATA, "run", "-b", tiny, "-d", data, "-o", output, *QUICK)
 
 
-def test_a_path_that_is_not_there(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused_data(cli, tiny, tmp_path / "nowhere", tmp_path / "run")
 
 
@@ -185,7 +185,7 @@ def test_cuda_without_a_device(cli: Cli, run_words: list[object]) -> None:
     assert "--device cpu" in refused(cli, ExitCode.ENVIRONMENT, *run_words, "--device", "cuda")
 
 
-def test_weights_that_are_not_here_offline(
+def test_missing_weights_are_refused_offline(
     cli: Cli, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -205,14 +205,14 @@ def test_an_output_that_cannot_be_written(cli: Cli, run_words: list[object]) -> 
 # --- json, internal errors -----------------------------------------------------------------------
 
 
-def test_json_carries_one_object_even_when_refused(cli: Cli, run_words: list[object]) -> None:
+def test_json_prints_one_object_after_an_error_too(cli: Cli, run_words: list[object]) -> None:
     result = cli(*run_words, "--lr", "-1", "--json")
     assert result.exit_code == ExitCode.USAGE
     outcome = json.loads(result.stdout)
     assert (outcome["state"], outcome["exit_code"]) == ("failed", 2)
 
 
-def test_our_own_fault_is_said_and_logged(
+def test_an_internal_error_is_reported_and_logged(
     cli: Cli, run_words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def break_down(*_: object) -> None:
@@ -225,7 +225,7 @@ def test_our_own_fault_is_said_and_logged(
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["exit_code"] == 70
 
 
-def test_a_huge_rate_diverges_with_its_own_code(
+def test_a_huge_learning_rate_diverges_with_its_own_exit_code(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "-s", "scratch", "--workers", 0]
@@ -251,19 +251,19 @@ def test_a_second_process_is_kept_out(cli: Cli, run_words: list[object], tmp_pat
 
     assert cli(*run_words).exit_code == 0
     with locked(tmp_path / "run"):
-        assert "another process is at work in it" in refused(cli, ExitCode.USAGE, *run_words)
+        assert "another process is working in it" in refused(cli, ExitCode.USAGE, *run_words)
     assert cli(*run_words).exit_code == 0
 
 
 def start_and_fail(cli: Cli, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a run that has begun and not ended."""
+    """Leave an unfinished run."""
     with monkeypatch.context() as patch:
         patch.setattr("finetune.training.trainer.Trainer.fit", lambda _: 1 / 0)
         assert cli(*words).exit_code == ExitCode.INTERNAL
 
 
 @pytest.mark.parametrize("finished", slow_except([False], [True, False]))
-def test_images_that_changed_are_noticed(
+def test_changed_images_are_detected(
     cli: Cli, tiny: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
@@ -276,7 +276,7 @@ def test_images_that_changed_are_noticed(
     said = refused(cli, ExitCode.DATA, *words)
     assert "1 new, red/new.jpg for one" in said
     (data / "red" / "000.jpg").rename(tmp_path / "kept.jpg")
-    (data / "red" / "new.jpg").rename(data / "red" / "000.jpg")  # replaced in place: the same list
+    (data / "red" / "new.jpg").rename(data / "red" / "000.jpg")  # replaced under the same name
     assert "1 with another content, red/000.jpg for one" in refused(cli, ExitCode.DATA, *words)
     (tmp_path / "kept.jpg").rename(data / "red" / "000.jpg")
     assert cli(*words).exit_code == 0
@@ -284,7 +284,7 @@ def test_images_that_changed_are_noticed(
     assert "1 gone, red/001.jpg for one" in refused(cli, ExitCode.DATA, *words)
 
 
-def test_a_mended_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_repaired_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
     whole = (data / "red" / "002.jpg").read_bytes()
     (data / "red" / "002.jpg").write_bytes(b"")
@@ -296,7 +296,7 @@ def test_a_mended_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_other_workers_are_no_other_run(
+def test_another_number_of_workers_is_the_same_run(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", "--epochs", 1, "--batch-size", 8]
@@ -304,12 +304,12 @@ def test_other_workers_are_no_other_run(
     assert cli(*words, "--workers", 0).exit_code == 0
 
 
-def test_what_is_refused_early_leaves_no_folder(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+def test_early_refusals_leave_no_folder(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
     refused(cli, ExitCode.USAGE, *run_words, "--set", "strategy.top_stages=99")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_without_figures_is_refused(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
+def test_a_finished_run_without_metrics_is_refused(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
     assert cli(*run_words).exit_code == 0
     (tmp_path / "run" / "metrics.json").unlink()
     assert "metrics.json" in refused(cli, ExitCode.DATA, *run_words)
@@ -329,7 +329,7 @@ def test_nothing_is_ever_written_among_the_images(
     assert sorted(data.rglob("*")) == before
 
 
-def test_a_run_may_lie_beside_a_csv_but_not_among_its_images(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_may_be_beside_a_csv_but_not_among_its_images(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     rows = [f"img/{name}/{number:03}.jpg,{name}" for name in ("red", "blue") for number in range(4)]
     draw_folder(tmp_path / "img", {"red": 4, "blue": 4})
     (tmp_path / "data.csv").write_text("\n".join(["path,label", *rows]) + "\n")
@@ -338,7 +338,7 @@ def test_a_run_may_lie_beside_a_csv_but_not_among_its_images(cli: Cli, tiny: Pat
     assert cli(*words, "-o", tmp_path / "run").exit_code == 0
 
 
-def test_a_folder_called_as_the_backbone_does_not_hide_it(
+def test_a_folder_named_like_the_backbone_does_not_hide_it(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

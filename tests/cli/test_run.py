@@ -1,4 +1,4 @@
-"""The main job from the command line, on images that a tiny network can tell apart."""
+"""``finetune run`` from the command line, on images that a tiny network can classify."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_strategy_ends_in_a_complete_folder(finished_run: FinishedRun, str
     assert json.loads((output / "outcome.json").read_text())["state"] == "done"
 
 
-def test_colours_are_learnt_and_the_files_agree(finished_run: FinishedRun) -> None:
+def test_colours_are_learned_and_the_files_agree(finished_run: FinishedRun) -> None:
     output = finished_run("freeze")
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["accuracy"] >= 0.9
@@ -80,7 +80,7 @@ def test_colours_are_learnt_and_the_files_agree(finished_run: FinishedRun) -> No
     assert (output / "classes.txt").read_text().split() == ["blue", "green", "red"]
 
 
-def test_a_test_part_is_what_the_figures_come_from(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_metrics_come_from_the_test_split_if_there_is_one(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     for part, count in (("train", 6), ("val", 3), ("test", 2)):
         draw_folder(tmp_path / "data" / part, {"blue": count, "red": count})
     result = cli(
@@ -155,7 +155,7 @@ def test_workers_do_not_change_a_bit(cli: Cli, image_folder: Path, tiny: Path, t
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_a_finished_run_is_left_alone(
+def test_a_finished_run_is_not_repeated(
     cli: Cli, finished_run: FinishedRun, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
     first = finished_run("freeze")
@@ -176,7 +176,7 @@ def test_a_run_is_the_backbone_of_the_next(cli: Cli, finished_run: FinishedRun, 
     assert "0 missing" in result.stderr
 
 
-def test_keep_goes_on_with_the_same_labels(
+def test_head_keep_continues_with_the_same_labels(
     cli: Cli, finished_run: FinishedRun, image_folder: Path, tmp_path: Path
 ) -> None:
     first = finished_run("freeze")
@@ -200,7 +200,7 @@ def test_nothing_is_written_into_the_data_folder(
 
 
 @pytest.mark.slow
-def test_going_on_with_a_good_model_at_default_rates_does_no_harm(
+def test_fine_tuning_a_good_model_with_defaults_keeps_its_accuracy(
     cli: Cli, finished_run: FinishedRun, image_folder: Path, tmp_path: Path
 ) -> None:
     first = finished_run("freeze")
@@ -222,7 +222,7 @@ def test_the_data_are_named_as_they_were_given(cli: Cli, tiny: Path, tmp_path: P
     assert said in result.stderr.splitlines()
 
 
-def test_a_backbone_that_has_seen_the_judged_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_backbone_trained_on_the_evaluated_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """Another seed draws another validation split: images that the first run was trained on."""
     data = draw_folder(tmp_path / "data", {"blue": 10, "red": 10})
     words = ("run", "-d", data, "-s", "freeze", "--epochs", 1, *QUICK)

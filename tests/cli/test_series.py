@@ -1,4 +1,4 @@
-"""``finetune run --repeats`` and ``--folds``: several runs, a mean and how far they lie apart."""
+"""``finetune run --repeats`` and ``--folds``: several runs, their mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tests.conftest import Cli, draw_folder
 QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 
 
-def test_seeds_give_a_mean_and_a_deviation(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+def test_seeds_give_a_mean_and_a_standard_deviation(
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
+) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 1, "--repeats", 3, *QUICK)
     result = cli(*words, "--seed", 4, "-o", tmp_path / "s", "--json")
     assert result.exit_code == 0, result.output
@@ -37,19 +39,19 @@ def test_seeds_give_a_mean_and_a_deviation(cli: Cli, image_folder: Path, tiny: P
     assert again.stderr.count("already holds this run") == 3
 
 
-def test_folds_judge_every_image_once(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_every_image_is_validated_in_one_fold(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"blue": 9, "red": 7})
     result = cli("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, "--folds", 3, *QUICK,
                  "-o", tmp_path / "f", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["kind"] == "folds"
-    judged: list[str] = []
+    evaluated: list[str] = []
     for fold in (1, 2, 3):
         predictions = pd.read_csv(tmp_path / "f" / f"fold-{fold}" / "predictions.csv")
         split = pd.read_csv(tmp_path / "f" / f"fold-{fold}" / "split.csv")
         assert not set(predictions["path"]) & set(split[split["split"] == "train"]["path"])
-        judged += predictions["path"].tolist()
-    assert len(judged) == len(set(judged)) == 16
+        evaluated += predictions["path"].tolist()
+    assert len(evaluated) == len(set(evaluated)) == 16
 
 
 def test_a_run_that_fails_ends_the_series(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_a_run_that_fails_ends_the_series(cli: Cli, tiny: Path, tmp_path: Path) 
     assert not (tmp_path / "s" / "series.json").exists()
 
 
-def test_what_cannot_be_meant(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+def test_invalid_series_are_refused(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "--repeats", 2, "--folds", 2, "-o", tmp_path / "s").exit_code == 2
     assert cli(*words, "-o", tmp_path / "one").exit_code == 0
@@ -69,7 +71,7 @@ def test_what_cannot_be_meant(cli: Cli, image_folder: Path, tiny: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_every_run_of_a_series_is_watched_over(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
+def test_every_run_of_a_series_has_a_supervisor(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     words = ["run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", "1", "--repeats", "2", *QUICK]
     words += ["--stall-timeout", "300", "-o", tmp_path / "s", "--json"]
     command = [sys.executable, "-m", "finetune", *map(str, words)]
@@ -82,7 +84,7 @@ def test_every_run_of_a_series_is_watched_over(image_folder: Path, tiny: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("--set", "seed=7"), ("--seed", 7), ("--recipe", "seven.yaml")])
-def test_seeds_begin_with_the_one_that_was_given(
+def test_seeds_begin_with_the_given_one(
     cli: Cli,
     image_folder: Path,
     tiny: Path,
@@ -99,14 +101,14 @@ def test_seeds_begin_with_the_one_that_was_given(
     assert "seed: 8" in Path("s/seed-8/recipe.yaml").read_text()
 
 
-def test_a_command_line_loses_its_seed() -> None:
+def test_the_seed_is_dropped_from_a_command_line() -> None:
     words = ["run", "--seed", "3", "--set", "seed=4", "--set=seed=5", "--seed=6", "--set", "training.lr=1"]
     assert drop_seed([*words, "-d", "seed=x"]) == ["run", "--set", "training.lr=1", "-d", "seed=x"]
     assert drop_seed(["run", "--set", "data.path=seed"]) == ["run", "--set", "data.path=seed"]
 
 
 @pytest.mark.slow
-def test_an_old_result_does_not_outlive_a_series_that_fails(
+def test_a_failed_series_removes_an_old_result(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
     words = (

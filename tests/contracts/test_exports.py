@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.errors import UsageError
-from finetune.exporters.export import export, read_wanted
+from finetune.exporters.export import export, parse_export_options
 from finetune.exporters.folder import export_model
 from finetune.system.display import SilentDisplay
 from pretrained.backbone import load_backbone
@@ -59,7 +59,7 @@ def test_every_format_says_the_same(tmp_path: Path, name: str) -> None:
     write_random(name, tmp_path / "model")
     for format in ("timm", "torch-export", "onnx"):
         output = tmp_path / format
-        wanted = read_wanted(format, None, False, None)
+        wanted = parse_export_options(format, None, False, None)
         if expected := REFUSED.get((name, format)):
             with pytest.raises(UsageError, match=expected):
                 export(tmp_path / "model", wanted, output, SilentDisplay())

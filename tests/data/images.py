@@ -47,7 +47,7 @@ def near(found: Pixel, wanted: Pixel, tolerance: int = 6) -> bool:
 
 
 def reason(path: Path) -> str:
-    """Both doors must refuse, with the same words."""
+    """Check that both functions refuse a file, with the same reason; return it."""
     with pytest.raises(BadImageError) as probed:
         probe_image(path)
     with pytest.raises(BadImageError) as decoded:

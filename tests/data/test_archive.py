@@ -1,4 +1,4 @@
-"""A zip archive reads as the folder in it does, and a hostile one neither escapes nor fills the disk."""
+"""A zip archive gives the same dataset as its folder; a hostile one neither escapes nor fills the disk."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def unpacked(cache: Path) -> list[Path]:
 
 
 def test_an_archive_reads_as_its_folder(tmp_path: Path, cache: Path) -> None:
-    for part in ("train", "val", "test"):
+    for split in ("train", "val", "test"):
         for name in PLAIN:
-            (tmp_path / "data" / part / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "data" / part / name).write_text(part + name)
+            (tmp_path / "data" / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / split / name).write_text(split + name)
     file = Path(shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "data"))
     by_folder, by_archive = found(tmp_path / "data"), found(file)
     assert by_archive.samples == by_folder.samples and by_archive.classes == by_folder.classes
@@ -117,7 +117,7 @@ def test_folders_in_folders_are_named_without_the_cache(tmp_path: Path) -> None:
     assert error.fix == "Pack it so that the class folders, or train/, lie at the top."
 
 
-def test_only_images_and_tables_come_out(tmp_path: Path) -> None:
+def test_only_images_and_tables_are_unpacked(tmp_path: Path) -> None:
     more = ("labels.csv", "x.sh", "ant/x.PNG", "ant/x.py", "__MACOSX/ant/._0.jpg", ".git/0.jpg", "ant/.1.jpg")
     dataset = found(packed(tmp_path / "x.zip", *PLAIN, *more, "bee/Thumbs.db", "bee/a.py"))
     wanted = [*PLAIN, "labels.csv", "ant/x.PNG", "ant", "bee", ".left-out.json"]
@@ -125,7 +125,7 @@ def test_only_images_and_tables_come_out(tmp_path: Path) -> None:
     assert dataset.warnings == ("Files in the archive that are not images are left out: .py (2), .sh (1).",)
 
 
-def test_a_class_without_images_is_not_forgotten(tmp_path: Path) -> None:
+def test_a_class_without_images_is_reported(tmp_path: Path) -> None:
     assert "'wasp' holds no images" in refused(packed(tmp_path / "a.zip", *PLAIN, "wasp/0.heic")).found
     assert "'wasp' holds no images" in refused(packed(tmp_path / "b.zip", *PLAIN, ("wasp/", b""))).found
 
@@ -163,7 +163,7 @@ def test_the_same_archive_is_unpacked_once(
     assert len(unpacked(cache)) == 1
 
 
-def test_another_content_is_another_folder(tmp_path: Path, cache: Path) -> None:
+def test_other_content_gets_another_folder(tmp_path: Path, cache: Path) -> None:
     first = found(packed(tmp_path / "x.zip", *PLAIN))
     second = found(packed(tmp_path / "x.zip", *PLAIN, "ant/9.jpg"))
     assert first.root != second.root and len(second.samples) == len(first.samples) + 1
@@ -238,7 +238,7 @@ def test_hostile_entries_are_counted_and_the_first_named(tmp_path: Path) -> None
     assert error.found.count("leads upwards") == 5
 
 
-def test_a_zero_byte_in_a_name(tmp_path: Path) -> None:
+def test_a_zero_byte_in_a_name_is_refused(tmp_path: Path) -> None:
     file = patched(packed(tmp_path / "x.zip", *PLAIN, "ant/x#.jpg"), b"x#.jpg", b"x\0.jpg")
     assert "'ant/x\\x00.jpg' holds a control character" in refused(file).found
 
@@ -252,7 +252,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [0x1, 0x41])
-def test_encrypted(tmp_path: Path, flag: int) -> None:
+def test_encrypted_archives_are_refused(tmp_path: Path, flag: int) -> None:
     file = packed(tmp_path / "x.zip", *PLAIN)
     data = bytearray(file.read_bytes())
     start = data.index(b"PK\1\2")
@@ -264,28 +264,28 @@ def test_encrypted(tmp_path: Path, flag: int) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_methods_without_a_limit(tmp_path: Path, method: int) -> None:
+def test_compression_methods_without_a_limit_are_refused(tmp_path: Path, method: int) -> None:
     assert f"is packed by method {method}" in refused(packed(tmp_path / "x.zip", *PLAIN, method=method)).found
 
 
 # Damage
 
 
-def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"<!DOCTYPE html>", b"PK\3\4" + bytes(99)):
         (tmp_path / "x.zip").write_bytes(content)
         assert "is truncated, damaged or not a zip archive" in refused(tmp_path / "x.zip").found
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
-def test_cut_archives(tmp_path: Path, cache: Path, share: float) -> None:
+def test_truncated_archives_are_refused(tmp_path: Path, cache: Path, share: float) -> None:
     data = packed(tmp_path / "x.zip", *PLAIN).read_bytes()
     (tmp_path / "x.zip").write_bytes(data[: int(len(data) * share)])
     assert "is truncated" in refused(tmp_path / "x.zip").found
     assert unpacked(cache) == []
 
 
-def test_a_wrong_checksum(tmp_path: Path, cache: Path) -> None:
+def test_a_wrong_checksum_is_refused(tmp_path: Path, cache: Path) -> None:
     file = packed(tmp_path / "x.zip", *PLAIN, ("ant/z.jpg", b"A" * 99), method=zipfile.ZIP_STORED)
     error = refused(patched(file, b"A" * 99, b"A" * 98 + b"B"))
     assert "Bad CRC-32 for file 'ant/z.jpg'" in error.found
@@ -293,7 +293,7 @@ def test_a_wrong_checksum(tmp_path: Path, cache: Path) -> None:
     assert unpacked(cache) == []
 
 
-def test_a_content_that_does_not_unpack(tmp_path: Path) -> None:
+def test_content_that_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(5000)
     file = packed(tmp_path / "x.zip", *PLAIN, ("ant/z.jpg", content))
     data = file.read_bytes()
@@ -303,7 +303,7 @@ def test_a_content_that_does_not_unpack(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_fuzz_only_refusals_come_out(tmp_path: Path, cache: Path) -> None:
+def test_fuzzed_archives_raise_refusals_only(tmp_path: Path, cache: Path) -> None:
     """Sound archives with a few bytes changed, cut out or put in: nothing lands outside the cache."""
     rng = random.Random(2026)
     whole = packed(tmp_path / "x.zip", *PLAIN, "../a.jpg", ("bee/z.jpg", bytes(9000))).read_bytes()
@@ -376,8 +376,8 @@ def test_limits_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit
     assert len(found(zeros(tmp_path / "x.zip", 10_000)).samples) == 9
 
 
-def test_a_bomb_of_zeros(tmp_path: Path, cache: Path) -> None:
-    """A hundred kilobytes that hold 200 megabytes; by the real limits."""
+def test_a_bomb_of_zeros_is_refused(tmp_path: Path, cache: Path) -> None:
+    """A hundred kilobytes that unpack to 200 megabytes; with the real limits."""
     file = tmp_path / "x.zip"
     packed(file, *PLAIN)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as bomb, bomb.open("ant/z.jpg", "w") as entry:
@@ -388,8 +388,10 @@ def test_a_bomb_of_zeros(tmp_path: Path, cache: Path) -> None:
     assert unpacked(cache) == []
 
 
-def test_a_bomb_that_understates_itself(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size in the headers is a lie: no more than it says is ever read, and the checksum tells."""
+def test_a_bomb_with_a_false_size_is_refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The headers declare a wrong size: no more is ever read, and the checksum does not match."""
     monkeypatch.setattr(archive, "FREE_BYTES", 50_000)
     file = zeros(tmp_path / "x.zip", 1_000_000)
     patched(file, struct.pack("<I", 1_000_000), struct.pack("<I", 1_000))
@@ -397,13 +399,15 @@ def test_a_bomb_that_understates_itself(tmp_path: Path, cache: Path, monkeypatch
     assert "Bad CRC-32" in error.found and unpacked(cache) == []
 
 
-def test_a_file_shorter_than_it_says(tmp_path: Path) -> None:
+def test_a_file_shorter_than_its_declared_size_is_refused(tmp_path: Path) -> None:
     file = zeros(tmp_path / "x.zip", 1_000)
     patched(file, struct.pack("<I", 1_000), struct.pack("<I", 2_000))
     assert "'ant/z0.jpg' has 1000 bytes, and should have 2000" in refused(file).found
 
 
-def test_entries_that_share_their_bytes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_that_share_their_bytes_are_refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the bomb of 42 kilobytes does it: one packed content, and a thousand entries that point to it.
 
     The bytes that come out are held against the size of the file, not against what its entries claim.
@@ -430,7 +434,7 @@ def test_entries_that_share_their_bytes(tmp_path: Path, cache: Path, monkeypatch
 # The disk
 
 
-def test_too_little_room_is_told_before_anything_is_written(
+def test_lack_of_space_is_reported_before_anything_is_written(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
@@ -440,7 +444,7 @@ def test_too_little_room_is_told_before_anything_is_written(
     assert unpacked(cache) == []
 
 
-def test_a_disk_that_fills_up_on_the_way(
+def test_a_disk_that_fills_up_during_unpacking(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, opened = packed(tmp_path / "x.zip", *PLAIN), Path.open
@@ -462,7 +466,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert "XDG_CACHE_HOME" in error.fix
 
 
-def test_an_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, opened = packed(tmp_path / "x.zip", *PLAIN), Path.open
 
     def closed(path: Path, mode: str = "r", *rest: object, **words: object) -> object:
@@ -474,7 +478,7 @@ def test_an_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert refused(file).found == "cannot be read (Permission denied)"
 
 
-# Death on the way
+# A process that dies while it unpacks
 
 SLOWLY = """
 import os, sys, time
@@ -490,7 +494,7 @@ discover(Path(sys.argv[1]), SplitConfig(0.25, 0), on_progress=wait)
 """
 
 
-def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name(tmp_path: Path, cache: Path) -> None:
+def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path: Path, cache: Path) -> None:
     file = packed(tmp_path / "x.zip", *PLAIN)
     child = subprocess.Popen([sys.executable, "-c", SLOWLY, str(file)], stdout=subprocess.PIPE, text=True)
     assert child.stdout and child.stdout.readline() == "unpacking\n"
@@ -506,7 +510,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name(tmp_path: Path
     assert unpacked(cache) == [dataset.root]
 
 
-def test_what_a_dead_process_left_of_another_archive_is_removed(tmp_path: Path, cache: Path) -> None:
+def test_leftovers_of_a_dead_process_are_removed(tmp_path: Path, cache: Path) -> None:
     left = cache / "0123.part-1"
     (left / "ant").mkdir(parents=True)
     (left / "ant/0.jpg").touch()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.data import scan as check
-from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data import scan
+from finetune.data.dataset import BadImage, Dataset, Sample, Split
 from finetune.data.decode import BadImageError
 from finetune.data.discover import discover
-from finetune.data.scan import BadImage, check_bad, check_images
+from finetune.data.scan import check_bad, check_images
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError, ExitCode
 
@@ -25,9 +25,9 @@ def images(folder: Path, names: list[str]) -> None:
 
 
 def listed(train: int, val: int = 2, test: int = 0) -> Dataset:
-    """Return a data set of two classes that exists on paper only."""
-    parts: list[tuple[Split, int]] = [("train", train), ("val", val), ("test", test)]
-    samples = [Sample(f"{split}/{n:04}.jpg", n % 2, split) for split, size in parts for n in range(size)]
+    """Return a dataset of two classes whose files do not exist."""
+    splits: list[tuple[Split, int]] = [("train", train), ("val", val), ("test", test)]
+    samples = [Sample(f"{split}/{n:04}.jpg", n % 2, split) for split, size in splits for n in range(size)]
     return Dataset(Path("/nowhere"), ("ant", "bee"), tuple(samples), ("An earlier warning.",))
 
 
@@ -37,15 +37,15 @@ def bad(*paths: str) -> list[BadImage]:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
-def test_finds_the_bad_ones_in_the_order_of_the_data_set(tmp_path: Path, threads: int) -> None:
-    for part in ("train", "val"):
+def test_bad_images_are_found_in_the_order_of_the_dataset(tmp_path: Path, threads: int) -> None:
+    for split in ("train", "val"):
         for name in ("ant", "bee"):
-            images(tmp_path / part / name, [f"{n}.png" for n in range(9)])
+            images(tmp_path / split / name, [f"{n}.png" for n in range(9)])
     (tmp_path / "train/ant/3.png").write_bytes(b"")
     (tmp_path / "train/bee/0.png").write_text("<!DOCTYPE html>")
     (tmp_path / "val/ant/8.png").write_bytes((tmp_path / "val/ant/8.png").read_bytes()[:-20])
     dataset = discover(tmp_path, SplitConfig(0.2, 0))
-    (tmp_path / "val/bee/1.png").unlink()  # lost between discovery and check
+    (tmp_path / "val/bee/1.png").unlink()  # removed between discovery and scan
     found = check_images(dataset, threads=threads)
     assert found.bad == (
         BadImage("train/ant/3.png", "train", "empty file"),
@@ -67,24 +67,24 @@ def test_digests_are_those_of_sha256sum(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "_CHUNK", 4)
-    monkeypatch.setattr(check, "probe_image", lambda path: None)
-    seen: list[int] = []
-    check_images(listed(9), on_progress=seen.append, threads=3)
-    assert seen == list(range(1, 12))
+    monkeypatch.setattr(scan, "_CHUNK", 4)
+    monkeypatch.setattr(scan, "probe_image", lambda path: None)
+    counts: list[int] = []
+    check_images(listed(9), on_progress=counts.append, threads=3)
+    assert counts == list(range(1, 12))
 
 
 def test_chunks_keep_order_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def probe(path: Path) -> None:
         raise BadImageError("empty file")
 
-    monkeypatch.setattr(check, "_CHUNK", 4)
-    monkeypatch.setattr(check, "probe_image", probe)
+    monkeypatch.setattr(scan, "_CHUNK", 4)
+    monkeypatch.setattr(scan, "probe_image", probe)
     dataset = listed(10)
     assert [image.path for image in check_images(dataset, threads=4).bad] == [s.path for s in dataset.samples]
 
 
-def test_interrupt_drops_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_drops_the_queued_images(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[Path] = []
     gate = threading.Event()
 
@@ -96,7 +96,7 @@ def test_interrupt_drops_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "probe_image", probe)
+    monkeypatch.setattr(scan, "probe_image", probe)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         check_images(listed(1000), on_progress=interrupt, threads=2)
@@ -104,16 +104,16 @@ def test_interrupt_drops_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None
     assert threading.active_count() == before
 
 
-def test_faults_of_ours_are_not_taken_for_bad_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_machine_are_not_blamed_on_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def probe(path: Path) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(check, "probe_image", probe)
+    monkeypatch.setattr(scan, "probe_image", probe)
     with pytest.raises(MemoryError):
         check_images(listed(10), threads=2)
 
 
-def test_nothing_bad_changes_nothing() -> None:
+def test_without_bad_images_the_dataset_stays_the_same() -> None:
     dataset = listed(4)
     assert check_bad(dataset, []) is dataset
 
@@ -140,7 +140,7 @@ def test_one_percent_is_too_many(total: int, allowed: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["val/0001.jpg", "test/0000.jpg"])
-def test_a_judged_image_is_never_left_out(path: str) -> None:
+def test_a_validation_or_test_image_is_never_left_out(path: str) -> None:
     with pytest.raises(DataError) as error:
         check_bad(listed(1000, val=500, test=500), bad("train/0000.jpg", path))
     assert f"{path} (empty file)" in error.value.found

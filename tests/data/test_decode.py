@@ -1,4 +1,4 @@
-"""Every kind of image becomes the right RGB, every kind of damage a BadImageError."""
+"""Every kind of image is decoded to the right RGB; every kind of damage raises BadImageError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data.images import encoded, near, noise, palette, pixel, reason, save
 
 
 @pytest.mark.parametrize("extension", sorted(EXTENSIONS))
-def test_every_extension_we_accept_can_be_read(tmp_path: Path, extension: str) -> None:
+def test_every_accepted_extension_can_be_read(tmp_path: Path, extension: str) -> None:
     path = saved(tmp_path / f"x{extension}", Image.new("RGB", (20, 10), (200, 30, 60)))
     probe_image(path)
     image = decode_image(path)
@@ -40,7 +40,7 @@ def test_multi_image_jpeg_of_a_phone(tmp_path: Path) -> None:
     assert near(pixel(decode_image(path), 8, 8), (255, 0, 0))
 
 
-# A photograph of 40 x 20 with a red left half, as a camera held in each of the eight ways stores it.
+# 40 x 20 pixels with a red left half, as a camera stores it in each of the eight orientations.
 CORNERS: dict[int, tuple[tuple[int, int], str]] = {
     1: ((40, 20), "left"),
     2: ((40, 20), "right"),
@@ -69,7 +69,7 @@ def test_exif_orientation_is_applied_once(tmp_path: Path, kind: str, orientation
     assert "exif" not in image.info  # nobody may rotate it again
 
 
-def test_mirrored_orientations_are_told_from_rotations(tmp_path: Path) -> None:
+def test_mirrored_orientations_are_distinguished_from_rotations(tmp_path: Path) -> None:
     stored = Image.new("RGB", (40, 20), "blue")
     stored.paste((255, 0, 0), (0, 0, 8, 8))  # top left corner
     wanted = {1: (3, 3), 2: (36, 3), 3: (36, 16), 4: (3, 16), 5: (3, 3), 6: (16, 3), 7: (16, 36), 8: (3, 36)}
@@ -88,7 +88,7 @@ def test_broken_exif_leaves_the_image_as_it_is(tmp_path: Path, exif: bytes) -> N
     assert decode_image(path).size == (64, 48)
 
 
-def test_exif_that_pillow_gives_up_on_is_no_fault_of_the_image(
+def test_an_image_with_exif_that_pillow_cannot_read_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "x.png", noise())
@@ -156,11 +156,11 @@ def test_wide_greys_are_scaled(
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 1, 5])
-def test_a_value_that_is_no_number_is_refused(tmp_path: Path, odd: float, place: int) -> None:
+def test_a_non_finite_value_is_refused(tmp_path: Path, odd: float, place: int) -> None:
     values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     values[place] = odd
     path = saved(tmp_path / "x.tif", Image.frombytes("F", (3, 2), struct.pack("<6f", *values)))
-    assert reason(path) == "holds values that are not finite numbers"
+    assert reason(path) == "holds non-finite values"
 
 
 def test_cmyk_jpeg(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_the_result_outlives_its_file_and_travels_between_processes(tmp_path: Pa
 # What must be refused (damaged files: tests/faults/test_images.py)
 
 
-def test_formats_we_do_not_list_are_never_parsed(tmp_path: Path) -> None:
+def test_formats_that_are_not_listed_are_never_parsed(tmp_path: Path) -> None:
     path = written(tmp_path / "x.png", encoded(Image.new("RGB", (4, 4)), "PPM"))
     assert reason(path) == 'not an image (starts with "P6")'
 
@@ -268,8 +268,8 @@ def test_a_file_of_gigabytes_is_refused_at_once(tmp_path: Path) -> None:
     assert reason(path) == "file of 513 MB, more than 512 MB"
 
 
-def test_a_image_of_200_megapixels_is_too_large_and_not_damaged(tmp_path: Path) -> None:
-    """The largest that phones take; 108 megapixels pass."""
+def test_an_image_of_200_megapixels_is_too_large_and_not_damaged(tmp_path: Path) -> None:
+    """The largest images of phones; 108 megapixels are accepted."""
     data = bytearray(encoded(noise(), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
     data[place : place + 4] = struct.pack(">HH", 12_240, 16_320)

@@ -1,4 +1,4 @@
-"""Whatever layout comes in, the labels are right or the refusal says what to do."""
+"""Every layout gives the right labels, or an error that says what to do."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def tree(root: Path, *paths: str) -> Path:
     return root
 
 
-def ants_and_bees(root: Path, part: str, number: int = 4) -> Path:
-    return tree(root, *(f"{part}{name}/{n}.jpg" for name in ("ant", "bee") for n in range(number)))
+def ants_and_bees(root: Path, split: str, number: int = 4) -> Path:
+    return tree(root, *(f"{split}{name}/{n}.jpg" for name in ("ant", "bee") for n in range(number)))
 
 
 def table(root: Path, text: str, *images: str) -> Path:
@@ -57,9 +57,9 @@ def paths(dataset: Dataset, split: Split = "train") -> list[str]:
 # Layouts
 
 
-def test_folder_with_all_three_parts(tmp_path: Path) -> None:
-    for part in ("train/", "val/", "test/"):
-        ants_and_bees(tmp_path, part, 2)
+def test_a_folder_with_all_three_splits(tmp_path: Path) -> None:
+    for split in ("train/", "val/", "test/"):
+        ants_and_bees(tmp_path, split, 2)
     dataset = found(tmp_path)
     assert dataset.classes == ("ant", "bee")
     assert dataset.root == tmp_path
@@ -74,7 +74,7 @@ def test_folder_with_all_three_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alias", ["val", "valid", "validation", "Val", "VALID"])
-def test_names_of_the_validation_part(tmp_path: Path, alias: str) -> None:
+def test_names_of_the_validation_split(tmp_path: Path, alias: str) -> None:
     ants_and_bees(tmp_path, "train/")
     ants_and_bees(tmp_path, f"{alias}/", 2)
     assert paths(found(tmp_path), "val") == [
@@ -94,7 +94,7 @@ def test_flat_folder_is_split_by_class(tmp_path: Path) -> None:
     assert not set(paths(dataset)) & set(paths(dataset, "val"))
 
 
-def test_test_part_stays_out_of_the_split(tmp_path: Path) -> None:
+def test_the_test_split_is_not_drawn_from(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "train/", 8)
     ants_and_bees(tmp_path, "test/", 3)
     dataset = found(tmp_path)
@@ -209,7 +209,7 @@ def test_linked_folders_are_followed_where_that_is_allowed(tmp_path: Path) -> No
     assert {path.split("/")[0] for path in paths(dataset)} == {"ant", "bee"}
 
 
-def test_linked_folders_out_of_the_data_are_named(tmp_path: Path) -> None:
+def test_linked_folders_out_of_the_data_are_refused_by_name(tmp_path: Path) -> None:
     error = refused(linked(tmp_path))
     assert error.found == (
         f"2 links lead out of the folder: 'ant' -> '{tmp_path}/store/ant', 'bee' -> '{tmp_path}/store/bee'"
@@ -220,9 +220,9 @@ def test_linked_folders_out_of_the_data_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place", ["train", "val", "train/ant", "val/bee", "train/ant/deep", "train/ant/0.jpg"]
 )
-def test_a_link_out_of_the_data_is_refused_wherever_it_stands(tmp_path: Path, place: str) -> None:
-    for part in ("train/", "val/"):
-        ants_and_bees(tmp_path / "data", part, 3)
+def test_a_link_out_of_the_data_is_refused_wherever_it_is(tmp_path: Path, place: str) -> None:
+    for split in ("train/", "val/"):
+        ants_and_bees(tmp_path / "data", split, 3)
     link = tmp_path / "data" / place
     if link.exists():
         link.rename(tmp_path / "moved")
@@ -243,7 +243,7 @@ def test_many_links_out_are_counted_and_the_first_named(tmp_path: Path) -> None:
     assert error.found.count("passwd") == 5 and error.found.endswith(" and 3 more")
 
 
-def test_behind_a_link_out_nothing_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_behind_a_link_out_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, scandir, seen = linked(tmp_path), os.scandir, []
 
     def recorded(path: Path) -> object:
@@ -281,7 +281,7 @@ def test_links_that_stay_inside_are_fine(tmp_path: Path) -> None:
     assert dataset.root == tmp_path / "data"
 
 
-def test_links_that_are_not_read_are_no_matter(tmp_path: Path) -> None:
+def test_links_that_are_not_read_do_not_matter(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "train/", 3)
     (tmp_path / "train/ant/README").symlink_to("/etc/passwd")
     for name in ("train/ant/.hidden.jpg", "train/.cache", "notes"):
@@ -305,7 +305,7 @@ def test_linked_folders_do_not_loop_or_borrow_from_other_classes(tmp_path: Path,
     assert sum(sample.label == 1 for sample in found(tmp_path).samples) == 3
 
 
-def test_a_dead_link_is_kept_for_the_check_to_name(tmp_path: Path) -> None:
+def test_a_dead_link_is_kept_so_that_the_check_reports_it(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "", 3)
     (tmp_path / "ant/dead.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "ant/self.jpg").symlink_to(tmp_path / "ant/self.jpg")
@@ -313,14 +313,14 @@ def test_a_dead_link_is_kept_for_the_check_to_name(tmp_path: Path) -> None:
     assert {"ant/dead.jpg", "ant/self.jpg"} <= every
 
 
-def test_a_named_pipe_is_no_image(tmp_path: Path) -> None:
+def test_a_named_pipe_is_not_an_image(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "", 3)
     os.mkfifo(tmp_path / "ant/pipe.jpg")
     assert len(found(tmp_path).samples) == 6
 
 
 @pytest.mark.parametrize("name", [b"ant/\xff.jpg", b"\xfc/0.jpg", b"ant/\xe9/0.jpg"])
-def test_a_name_that_is_not_utf8_is_named(tmp_path: Path, name: bytes) -> None:
+def test_a_name_that_is_not_utf8_is_reported(tmp_path: Path, name: bytes) -> None:
     ants_and_bees(tmp_path, "", 3)
     tree(tmp_path, os.fsdecode(name))
     assert "\\udc" in refused(tmp_path).found
@@ -352,15 +352,15 @@ def test_classes_in_code_point_order_as_imagefolder(tmp_path: Path) -> None:
     assert found(tmp_path).classes == ("10", "9", "B", "a b", "b", "é")
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_a_class_that_a_part_lacks_shifts_no_index(tmp_path: Path, part: Split) -> None:
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_a_split_lacks_shifts_no_index(tmp_path: Path, split: Split) -> None:
     tree(tmp_path, *(f"train/{name}/{n}.jpg" for name in ("ant", "bee", "cat") for n in range(4)))
-    tree(tmp_path, *(f"{part}/{name}/{n}.jpg" for name in ("bee", "cat") for n in range(2)))
+    tree(tmp_path, *(f"{split}/{name}/{n}.jpg" for name in ("bee", "cat") for n in range(2)))
     dataset = found(tmp_path)
     assert dataset.classes == ("ant", "bee", "cat")
-    assert {(s.path.split("/")[1], s.label) for s in dataset.of(part)} == {("bee", 1), ("cat", 2)}
+    assert {(s.path.split("/")[1], s.label) for s in dataset.of(split)} == {("bee", 1), ("cat", 2)}
     assert len(dataset.warnings) == 1
-    assert "'ant'" in dataset.warnings[0] and part in dataset.warnings[0]
+    assert "'ant'" in dataset.warnings[0] and split in dataset.warnings[0]
 
 
 def test_an_empty_class_folder_in_val_is_a_missing_class(tmp_path: Path) -> None:
@@ -371,25 +371,25 @@ def test_an_empty_class_folder_in_val_is_a_missing_class(tmp_path: Path) -> None
     assert any("'bee'" in warning for warning in dataset.warnings)
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_a_class_that_training_does_not_know(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_training_does_not_know_is_refused(tmp_path: Path, split: str) -> None:
     ants_and_bees(tmp_path, "train/")
-    ants_and_bees(tmp_path, f"{part}/")
-    tree(tmp_path, f"{part}/ants/0.jpg")
+    ants_and_bees(tmp_path, f"{split}/")
+    tree(tmp_path, f"{split}/ants/0.jpg")
     error = refused(tmp_path)
-    assert "'ants'" in error.found and "did you mean 'ant'" in error.found and part in error.found
+    assert "'ants'" in error.found and "did you mean 'ant'" in error.found and split in error.found
 
 
-def test_one_class(tmp_path: Path) -> None:
+def test_one_class_is_refused(tmp_path: Path) -> None:
     assert "only one class, 'ant'" in refused(tree(tmp_path, "ant/0.jpg", "ant/1.jpg")).found
 
 
-def test_one_level_too_high(tmp_path: Path) -> None:
+def test_a_folder_one_level_too_high_is_refused(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "unpacked/train/")
     assert refused(tmp_path).fix == f"Did you mean --data {tmp_path / 'unpacked'}?"
 
 
-def test_an_empty_class_folder_in_training(tmp_path: Path) -> None:
+def test_an_empty_class_folder_in_training_is_refused(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "train/")
     assert "'train/wasp' holds no images" in refused(tree(tmp_path, "train/wasp/")).found
 
@@ -415,12 +415,12 @@ def test_a_single_training_image_is_a_warning_when_val_is_given(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x07", "a\u2028b", "a\\b", " "])
-def test_class_names_that_cannot_be(tmp_path: Path, name: str) -> None:
+def test_class_names_that_are_refused(tmp_path: Path, name: str) -> None:
     ants_and_bees(tmp_path, "")
     assert repr(name) in refused(tree(tmp_path, f"{name}/0.jpg", f"{name}/1.jpg")).found
 
 
-def test_class_names_that_only_look_dangerous(tmp_path: Path) -> None:
+def test_class_names_that_only_look_dangerous_are_accepted(tmp_path: Path) -> None:
     names = ["=cmd()", "<script>", "NA", "007", "ant, red", "日本", "a.jpg"]
     tree(tmp_path, *(f"{name}/{n}.jpg" for name in names for n in range(2)))
     assert found(tmp_path).classes == tuple(sorted(names))
@@ -434,7 +434,7 @@ def test_classes_that_look_alike_are_a_warning(tmp_path: Path, twins: tuple[str,
     assert len(dataset.warnings) == 1 and repr(twins[0]) in dataset.warnings[0]
 
 
-# Folders that have no one meaning
+# Ambiguous folders
 
 
 def test_class_folders_beside_train_are_ignored_with_a_warning(tmp_path: Path) -> None:
@@ -446,52 +446,52 @@ def test_class_folders_beside_train_are_ignored_with_a_warning(tmp_path: Path) -
     assert dataset.warnings == ("Beside 'train', these folders are ignored: 'docs', 'wasp'.",)
 
 
-@pytest.mark.parametrize("part", ["val", "valid", "test"])
-def test_a_part_without_train(tmp_path: Path, part: str) -> None:
-    ants_and_bees(tmp_path, f"{part}/")
+@pytest.mark.parametrize("split", ["val", "valid", "test"])
+def test_a_split_without_train_is_refused(tmp_path: Path, split: str) -> None:
+    ants_and_bees(tmp_path, f"{split}/")
     ants_and_bees(tmp_path, "")
-    assert f"has '{part}' but no train folder" in refused(tmp_path).found
+    assert f"has '{split}' but no train folder" in refused(tmp_path).found
 
 
 @pytest.mark.parametrize("second", ["valid", "VAL"])
-def test_two_validation_parts(tmp_path: Path, second: str) -> None:
-    for part in ("train", "val", second):
-        ants_and_bees(tmp_path, f"{part}/")
+def test_two_validation_folders_are_refused(tmp_path: Path, second: str) -> None:
+    for split in ("train", "val", second):
+        ants_and_bees(tmp_path, f"{split}/")
     error = refused(tmp_path)
     assert "more than one val folder" in error.found and repr(second) in error.found
 
 
-def test_val_linked_to_train(tmp_path: Path) -> None:
+def test_val_linked_to_train_is_refused(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "train/")
     (tmp_path / "val").symlink_to("train")
     assert "'train' and 'val' are the same folder" in refused(tmp_path).found
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("content", ["", "ant/"])
-def test_an_empty_part(tmp_path: Path, part: str, content: str) -> None:
+def test_an_empty_split_is_refused(tmp_path: Path, split: str, content: str) -> None:
     ants_and_bees(tmp_path, "train/")
-    assert f"'{part}" in refused(tree(tmp_path, f"{part}/{content}")).found
+    assert f"'{split}" in refused(tree(tmp_path, f"{split}/{content}")).found
 
 
-def test_images_without_class_folders(tmp_path: Path) -> None:
+def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     assert "images but no class folders" in refused(tree(tmp_path, "0.jpg", "1.jpg")).found
 
 
-def test_images_directly_in_train(tmp_path: Path) -> None:
+def test_images_directly_in_train_are_refused(tmp_path: Path) -> None:
     error = refused(tree(tmp_path, "train/0.jpg", "val/ant/0.jpg"))
     assert "'train' holds images but no class folders" in error.found
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     assert "no class folders and no images" in refused(tmp_path).found
 
 
-def test_a_folder_of_other_files(tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     assert "only .txt (1)" in refused(tree(tmp_path, "a.txt")).found
 
 
-def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     tree(tmp_path, "flowers/")
     error = refused(tmp_path / "flower")
     assert "does not exist" in error.found and "did you mean 'flowers'" in error.found
@@ -501,7 +501,7 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "labels.txt"])
-def test_a_file_that_is_no_csv(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_a_csv_file_is_refused(tmp_path: Path, name: str) -> None:
     assert "neither a folder, a zip archive nor a CSV" in refused(tree(tmp_path, name) / name).found
 
 
@@ -509,13 +509,13 @@ def test_a_file_that_is_no_csv(tmp_path: Path, name: str) -> None:
     ("name", "kind"),
     [("x.tar", "tar"), ("x.TGZ", "tar"), ("x.tar.gz", "gzip"), ("x.7z", "7-Zip"), ("x.rar", "RAR")],
 )
-def test_an_archive_that_is_no_zip(tmp_path: Path, name: str, kind: str) -> None:
+def test_an_archive_that_is_not_a_zip_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     error = refused(tree(tmp_path, name) / name)
     assert error.found == f"is a {kind} archive, and only zip is read"
     assert error.fix.startswith("Unpack it first")
 
 
-def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ants_and_bees(tmp_path, "")
     scandir = os.scandir
 
@@ -533,7 +533,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
 FOUR = ("a.jpg", "b.jpg", "sub/c.jpg", "sub/d.jpg")
 
 
-def test_csv_without_split(tmp_path: Path) -> None:
+def test_csv_without_a_split_column(tmp_path: Path) -> None:
     dataset = found(table(tmp_path, "path,label\na.jpg,x\nb.jpg,x\nsub/c.jpg,y\nsub/d.jpg,y\n", *FOUR))
     assert dataset.root == tmp_path
     assert dataset.classes == ("x", "y")
@@ -563,7 +563,7 @@ def test_csv_split_without_val_rows_is_split_off_from_train(tmp_path: Path) -> N
     assert [dataset.counts(split) for split in ("train", "val", "test")] == [[3, 3], [1, 1], [1, 1]]
 
 
-def test_csv_and_folder_give_the_same_data_set(tmp_path: Path) -> None:
+def test_csv_and_folder_give_the_same_dataset(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "", 12)
     by_folder = found(tmp_path)
     rows = [f"{sample.path},{by_folder.classes[sample.label]}" for sample in reversed(by_folder.samples)]
@@ -588,13 +588,13 @@ def test_csv_labels_are_text(tmp_path: Path) -> None:
     ],
     ids=["byte order mark", "windows line ends", "spaces and blank lines", "spaces before paths"],
 )
-def test_csv_spellings(tmp_path: Path, text: str) -> None:
+def test_csv_spellings_that_are_accepted(tmp_path: Path, text: str) -> None:
     dataset = found(table(tmp_path, text, *FOUR))
     assert dataset.classes == ("x", "y")
     assert sorted(sample.path for sample in dataset.samples) == sorted(FOUR)
 
 
-def test_csv_absolute_paths_below_its_folder(tmp_path: Path) -> None:
+def test_csv_absolute_paths_below_its_folder_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
     tree(tmp_path / "real", *FOUR)
     places = [tmp_path / "link" / FOUR[0], *(tmp_path / "real" / name for name in FOUR[1:])]
@@ -638,7 +638,7 @@ def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
         ("a\x00.jpg,x,train", "'a\\x00.jpg' does not exist or is not a file"),
     ],
 )
-def test_csv_each_fault_alone(tmp_path: Path, row: str, fault: str) -> None:
+def test_each_csv_fault_alone_is_refused(tmp_path: Path, row: str, fault: str) -> None:
     (tmp_path.parent / "out.jpg").touch()
     error = refused(table(tmp_path, f"path,label,split\na.jpg,x,train\n{row}\n", *FOUR))
     assert error.found == f"1 row cannot be used:\n  line 3: {fault}"
@@ -683,7 +683,7 @@ def test_csv_folders_are_resolved_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(calls) == 3  # the root and two folders
 
 
-def test_csv_dead_link_and_endless_link(tmp_path: Path) -> None:
+def test_csv_dead_and_endless_links_are_refused(tmp_path: Path) -> None:
     file = table(tmp_path, "path,label\nx.jpg,x\ny.jpg,y\n")
     (tmp_path / "x.jpg").symlink_to("nowhere")
     (tmp_path / "y.jpg").symlink_to("y.jpg")
@@ -693,12 +693,12 @@ def test_csv_dead_link_and_endless_link(tmp_path: Path) -> None:
     )
 
 
-def test_csv_a_path_longer_than_any_file_name(tmp_path: Path) -> None:
+def test_csv_path_longer_than_a_file_name_is_refused(tmp_path: Path) -> None:
     error = refused(table(tmp_path, f"path,label\n{'a' * 9000}.jpg,x\n", *FOUR))
     assert "cannot be read (File name too long)" in error.found and len(error.found) < 400
 
 
-def test_csv_a_label_longer_than_any_folder_name(tmp_path: Path) -> None:
+def test_csv_label_longer_than_a_folder_name_is_refused(tmp_path: Path) -> None:
     error = refused(table(tmp_path, f"path,label\na.jpg,{'a' * 9000}\nb.jpg,{'b' * 255}\n", *FOUR))
     assert "1 row cannot be used" in error.found and len(error.found) < 400
 
@@ -733,16 +733,16 @@ def test_csv_over_a_gigabyte_is_not_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_csv_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> None:
+def test_csv_files_that_are_refused(tmp_path: Path, text: str, said: str) -> None:
     assert said in refused(table(tmp_path, text, *FOUR)).found
 
 
-def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_csv_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"path,label\n\xfc.jpg,x\n")
     assert "is not UTF-8 (invalid start byte at byte 11)" in refused(tmp_path / "labels.csv").found
 
 
-# The list itself
+# The dataset
 
 
 def test_without_keeps_classes_and_the_rest(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Groups by a column or by a pattern in the path; what cannot be meant is refused."""
+"""Groups by a column or by a regular expression on the path; unusable ones are refused."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def test_a_pattern_names_groups_that_are_drawn_whole(folder: Path, pattern: str)
     assert {sample.group for sample in dataset.samples} == (
         {str(n) for n in PATIENTS} if "(" in pattern else {f"patient{n}" for n in PATIENTS}
     )
-    train, val = ({sample.group for sample in dataset.of(part)} for part in ("train", "val"))
+    train, val = ({sample.group for sample in dataset.of(split)} for split in ("train", "val"))
     assert not train & val and len(val) == 2
     assert dataset.counts("val") == [6, 6]
 
 
 def test_a_column_names_groups(table: Path) -> None:
     dataset = discover(table, SplitConfig(0.25, 0, group_by="patient"))
-    train, val = ({sample.group for sample in dataset.of(part)} for part in ("train", "val"))
+    train, val = ({sample.group for sample in dataset.of(split)} for split in ("train", "val"))
     assert not train & val and train | val == {str(n) for n in PATIENTS}
     by_path = discover(table, SplitConfig(0.25, 0, group_by=r"patient(\d)"))
     assert by_path == dataset
 
 
 @pytest.mark.parametrize("fold", [1, 2, 3, 4])
-def test_folds(folder: Path, fold: int) -> None:
+def test_folds_hold_out_whole_groups(folder: Path, fold: int) -> None:
     dataset = discover(folder, SplitConfig(0.2, 0, group_by=r"patient(\d)", folds=4, fold=fold))
     assert dataset.val_was_drawn and dataset.counts("val") == [6, 6]
     assert {sample.fold for sample in dataset.of("val")} == {fold}
@@ -62,9 +62,9 @@ def test_folds(folder: Path, fold: int) -> None:
 
 
 def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path: Path) -> None:
-    for part, kind in (("val", "sick"), ("val", "well"), ("test", "sick"), ("test", "well")):
+    for split, kind in (("val", "sick"), ("val", "well"), ("test", "sick"), ("test", "well")):
         for shot in range(2):
-            draw(tmp_path / "parts" / part / kind / f"{part}{shot}.jpg", (1, 2, 3), shot)
+            draw(tmp_path / "parts" / split / kind / f"{split}{shot}.jpg", (1, 2, 3), shot)
     (tmp_path / "parts" / "train").mkdir()
     for kind in ("sick", "well"):
         (folder / kind).rename(tmp_path / "parts" / "train" / kind)
@@ -85,7 +85,7 @@ def test_every_image_is_held_out_once_also_of_a_given_val(folder: Path, tmp_path
         ("(a|a)+$", "it repeats a repetition or a choice"),
         ("(a{1,50}){1,50}x", "it repeats a repetition"),
         ("(a?){30}x", "it repeats a repetition"),
-        (r"clinic(\d)", "names no group of any of 48 images"),
+        (r"clinic(\d)", "matches none of 48 image paths"),
         ("sick|well", "belong to one group"),
     ],
 )
@@ -101,7 +101,7 @@ def test_columns_that_are_refused(table: Path, column: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(("folds", "fold"), [(5, None), (None, 1), (5, 6)])
-def test_folds_that_there_are_not(folder: Path, folds: int | None, fold: int | None) -> None:
+def test_folds_that_do_not_exist_are_refused(folder: Path, folds: int | None, fold: int | None) -> None:
     with pytest.raises(UsageError):
         discover(folder, SplitConfig(0.2, 0, folds=folds, fold=fold))
 
@@ -111,7 +111,7 @@ def test_more_folds_than_groups_are_refused(folder: Path) -> None:
         discover(folder, SplitConfig(0.2, 0, group_by=r"patient(\d)", folds=9, fold=1))
 
 
-def test_images_without_a_group_are_told_of(folder: Path) -> None:
+def test_images_without_a_group_are_reported(folder: Path) -> None:
     draw(folder / "sick" / "other.jpg", (1, 2, 3), 99)
     dataset = discover(folder, SplitConfig(0.25, 0, group_by=r"patient(\d)"))
     assert [issue.code for issue in dataset.issues] == ["group-missing"]
@@ -119,7 +119,7 @@ def test_images_without_a_group_are_told_of(folder: Path) -> None:
 
 
 def test_a_hostile_pattern_does_not_hang(folder: Path) -> None:
-    with pytest.raises(DataError):  # before it is tried on any path
+    with pytest.raises(DataError):  # before it is applied to any path
         discover(folder, SplitConfig(0.25, 0, group_by=r"((\w+)*-)+x"))
 
 
@@ -127,11 +127,11 @@ def test_a_hostile_pattern_does_not_hang(folder: Path) -> None:
     "pattern",
     [r"(\d{4}-){2}", r"(\d{1,3}\.){3}", r"(ab)+", r"[^/]+/p(\d+)?_", r"(?:sick|well)/(\w+)", r"\(\w+\)+"],
 )
-def test_harmless_patterns_are_taken(pattern: str) -> None:
+def test_harmless_patterns_are_accepted(pattern: str) -> None:
     assert groups._compile(pattern).pattern == pattern
 
 
-def test_empty_cells_of_a_column_are_told_of(table: Path) -> None:
+def test_empty_cells_of_a_column_are_reported(table: Path) -> None:
     rows = table.read_text().splitlines()
     rows[3] = ",".join([*rows[3].split(",")[:2], "", ""])
     table.write_text("\n".join(rows) + "\n")
@@ -140,7 +140,7 @@ def test_empty_cells_of_a_column_are_told_of(table: Path) -> None:
     assert "1 of 48 images" in dataset.warnings[0]
 
 
-def test_a_column_that_only_faulty_rows_fill_is_no_pattern(table: Path) -> None:
+def test_a_column_that_only_faulty_rows_fill_is_not_a_pattern(table: Path) -> None:
     rows = [
         "path,label,sick",
         *(",".join([*row.split(",")[:2], ""]) for row in table.read_text().split()[1:]),
@@ -153,7 +153,7 @@ def test_a_column_that_only_faulty_rows_fill_is_no_pattern(table: Path) -> None:
 
 @pytest.mark.parametrize("fold", [1, 2, 3])
 def test_a_class_in_one_fold_is_refused_whichever_is_held_out(tmp_path: Path, fold: int) -> None:
-    """Three large groups of both classes come first, then the second group of a class, beside its other."""
+    """Both groups of class a are assigned to the same fold."""
     paths = {"a": [f"a/{n}" for n in range(2)], "b": [f"b/{n}" for n in range(30)]}
     own = dict.fromkeys(["a/0", *paths["b"][:10]], "x") | dict.fromkeys(["a/1", *paths["b"][10:20]], "y")
     folds = {**draw_folds(paths, 3, 0, own), "a/0": 2, "a/1": 2}

@@ -1,4 +1,4 @@
-"""Kept images leave no trace in a batch, and only true ones are kept."""
+"""Cached images do not change a bit of a batch, and only valid ones are cached."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.data.test_loader import assert_same
 
 
 class Listener(SilentDisplay):
-    """Remembers what was said."""
+    """A display that records its messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def view_of(augmentation: str, img_size: int = 16) -> Transform:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Dataset:
-    """76 training images of many sizes, so three blocks; some larger than twice 16 pixels."""
+    """76 training images of many sizes, which fill three blocks; some are larger than twice 16 pixels."""
     random = np.random.default_rng(0)
     for number in range(94):
         folder = tmp_path / "photos" / "ab"[number % 2]
@@ -127,12 +127,12 @@ def build(
     )
 
 
-# --- the same bits -------------------------------------------------------------------------------
+# --- Bitwise the same batches ---
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kept_images_leave_no_trace(
+def test_cached_images_do_not_change_a_batch(
     photos: Dataset, keep: Keep, opened: list[str], augmentation: str, workers: int
 ) -> None:
     view = view_of(augmentation)
@@ -147,7 +147,7 @@ def test_kept_images_leave_no_trace(
     loader.close()
 
 
-def test_finished_views_need_no_decoding_processes(photos: Dataset, keep: Keep) -> None:
+def test_cached_views_need_no_decoding_processes(photos: Dataset, keep: Keep) -> None:
     view = view_of("none")
     assert build(photos, view, keep(view), workers=2, shuffle=False).workers == 0
     assert build(photos, view_of("light"), keep(view_of("light")), workers=2, shuffle=False).workers == 2
@@ -181,7 +181,7 @@ def test_a_process_that_is_not_forked_opens_the_file_again(keep: Keep) -> None:
     assert all(np.array_equal(there[index], kept[index]) for index in range(len(kept)))
 
 
-def test_a_image_at_the_end_of_a_file_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+def test_an_image_at_the_end_of_a_file_larger_than_memory(tmp_path: Path) -> None:
     number = 1 + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (3 * 4000**2)
     with (tmp_path / "x.bin").open("wb") as file:
         file.truncate(3 * 4000**2 * number)  # takes no room on the disk
@@ -190,17 +190,17 @@ def test_a_image_at_the_end_of_a_file_that_is_larger_than_the_memory(tmp_path: P
     assert not pixels.flags.writeable
 
 
-def test_a_image_that_was_cut_off_is_decoded(tmp_path: Path) -> None:
+def test_an_image_that_was_cut_off_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(bytes(30))
     kept = ImageCache(tmp_path / "x.bin", np.array([[2, 3, 3], [2, 2, 3]]))
     os.truncate(tmp_path / "x.bin", 25)
     assert kept[0] is not None and kept[1] is None
 
 
-# --- another file for other content --------------------------------------------------------------
+# --- Another cache file for other content ---
 
 
-def test_the_file_depends_on_images_order_view_and_versions(
+def test_the_cache_file_depends_on_images_order_view_and_versions(
     photos: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, digests = photos.of("train"), check_images(photos).digests
@@ -236,10 +236,10 @@ def test_an_image_that_changed_is_decoded_again(photos: Dataset, keep: Keep, ope
     assert not np.array_equal(before[40], after[40])  # type: ignore[arg-type]
 
 
-# --- what goes wrong -----------------------------------------------------------------------------
+# --- Errors ---
 
 
-def test_a_changed_byte_is_found_and_everything_decoded_again(
+def test_a_changed_byte_is_detected_and_everything_decoded_again(
     photos: Dataset, cache_dir: FeatureCacheDir, keep: Keep, opened: list[str], listener: Listener
 ) -> None:
     first = keep()
@@ -260,7 +260,7 @@ def test_a_changed_byte_is_found_and_everything_decoded_again(
     )
 
 
-def test_a_fill_that_was_interrupted_goes_on(
+def test_an_interrupted_fill_is_resumed(
     keep: Keep, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = images_module._submit_blocks
@@ -278,7 +278,7 @@ def test_a_fill_that_was_interrupted_goes_on(
 
 
 @pytest.mark.parametrize("how", ["vanished", "changed"])
-def test_a_image_that_is_no_more_what_was_checked_is_not_kept(
+def test_an_image_that_changed_after_the_check_is_not_cached(
     photos: Dataset, keep: Keep, listener: Listener, how: str
 ) -> None:
     digests = check_images(photos).digests
@@ -290,8 +290,8 @@ def test_a_image_that_is_no_more_what_was_checked_is_not_kept(
     assert ("file not found" if how == "vanished" else "has changed") in line
 
 
-def test_a_image_that_an_earlier_attempt_lost_keeps_its_place(photos: Dataset, keep: Keep) -> None:
-    """The loader tells of it, as it does without kept images."""
+def test_an_image_that_an_earlier_attempt_lost_keeps_its_index(photos: Dataset, keep: Keep) -> None:
+    """The loader reports it, as it does without cached images."""
     lost = photos.of("train")[40]
     photos.file(lost).unlink()
     kept, view = keep(), view_of("light")
@@ -301,14 +301,14 @@ def test_a_image_that_an_earlier_attempt_lost_keeps_its_place(photos: Dataset, k
     assert_same(batches, list(build(photos, view).batches()))
 
 
-def test_images_are_kept_only_where_that_pays(
+def test_images_are_cached_only_where_that_pays(
     keep: Keep, cache_dir: FeatureCacheDir, opened: list[str]
 ) -> None:
     assert keep(passes=1) is None
     assert opened == [] and not cache_dir.folder.exists()
 
 
-def test_images_are_kept_only_where_they_fit(
+def test_images_are_cached_only_where_they_fit(
     keep: Keep, cache_dir: FeatureCacheDir, listener: Listener
 ) -> None:
     assert keep(cache_dir=FeatureCacheDir(100_000, cache_dir.folder)) is None
@@ -316,7 +316,9 @@ def test_images_are_kept_only_where_they_fit(
     assert "0.00039 GB" in line and "cache.max_gb" in line
 
 
-def test_the_size_is_known_before(photos: Dataset, keep: Keep, cache_dir: FeatureCacheDir) -> None:
+def test_the_size_is_estimated_before_decoding(
+    photos: Dataset, keep: Keep, cache_dir: FeatureCacheDir
+) -> None:
     for view, error in ((view_of("light"), 0.1), (view_of("none"), 0.0)):
         estimate = images_module._estimate_bytes(photos, photos.of("train"), view)
         keep(view)
@@ -337,7 +339,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_said(keep: Keep, tmp_path: Path, listener: Listener) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(keep: Keep, tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     assert keep(cache_dir=FeatureCacheDir(1e9, tmp_path / "closed" / "kept")) is None
     assert "Permission denied" in listener.said[0]

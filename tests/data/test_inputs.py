@@ -30,7 +30,7 @@ def test_a_folder_is_walked_in_the_order_of_names(tmp_path: Path) -> None:
     assert paths(tmp_path) == ["a.JPEG", "z.jpg", "a/z/1.jpg", "b/1.jpg", "b/2.jpg", "b/a/9.png"]
 
 
-def test_a_folder_is_walked_as_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_walked_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, *(f"{number:02}/{place}.jpg" for number in range(50) for place in range(3)))
     seen = []
     listing = folders._listing
@@ -41,13 +41,13 @@ def test_a_folder_is_walked_as_it_is_needed(tmp_path: Path, monkeypatch: pytest.
     assert len(list(walk)) == 146
 
 
-def test_a_circle_of_links_ends(tmp_path: Path) -> None:
+def test_a_cycle_of_links_ends(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert paths(tmp_path) == ["a/1.jpg"]
 
 
-def test_standard_input_is_read_as_it_comes() -> None:
+def test_standard_input_is_read_line_by_line() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as stream:
         walk = find_inputs("-", stream).open()
@@ -65,7 +65,7 @@ def test_a_file_called_like_a_pattern_is_a_file(tmp_path: Path) -> None:
     assert paths(tmp_path / "a[0-9].jpg") == [str(tmp_path / "a1.jpg")]
 
 
-def test_rows_of_a_csv_are_read_as_they_come(tmp_path: Path) -> None:
+def test_rows_of_a_csv_file_are_read_one_by_one(tmp_path: Path) -> None:
     table = tmp_path / "list.csv"
     table.write_bytes(b'\xef\xbb\xbflabel,path\nx,a.jpg\n\nx\nx,"b,c.jpg"\nx,../d.jpg\n')
     found = list(find_inputs(str(table), NOTHING).open())
@@ -77,7 +77,7 @@ def test_rows_of_a_csv_are_read_as_they_come(tmp_path: Path) -> None:
     )
 
 
-def test_names_that_are_not_utf8_are_bad_however_they_come(
+def test_names_that_are_not_utf8_are_bad_from_every_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -93,7 +93,7 @@ def test_names_that_are_not_utf8_are_bad_however_they_come(
     assert [one.fault for one in find_inputs(os.fsdecode(names[1]), None).open()] == [NOT_UTF8]
 
 
-def test_standard_input_matters_only_where_it_is_named(tmp_path: Path) -> None:
+def test_standard_input_matters_only_if_it_is_named(tmp_path: Path) -> None:
     fill(tmp_path, "a.jpg")
     assert [one.path for one in find_inputs(str(tmp_path), None).open()] == ["a.jpg"]
     closed = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Content is a function of (seed, epoch, index): not of workers, not of what was loaded before."""
+"""A batch depends on (seed, epoch, index) alone, not on workers or on earlier batches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_same(one: list[Batch], two: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_history_leave_no_trace(image_folder: Path, workers: int) -> None:
+def test_workers_and_history_do_not_change_a_batch(image_folder: Path, workers: int) -> None:
     here, there = build_loader(image_folder, workers=0), build_loader(image_folder, workers=workers)
     list(here.batches(epoch=0))  # draws from every generator
     torch.rand(3)
@@ -62,7 +62,7 @@ def test_workers_and_history_leave_no_trace(image_folder: Path, workers: int) ->
     there.close()
 
 
-def test_an_epoch_can_begin_anywhere(image_folder: Path) -> None:
+def test_an_epoch_can_start_at_any_batch(image_folder: Path) -> None:
     loader = build_loader(image_folder)
     assert_same(list(loader.batches(epoch=2))[4:], list(loader.batches(epoch=2, start=4)))
     assert_same(list(loader.batches(epoch=2))[:2], list(loader.batches(epoch=2, stop=2)))
@@ -79,7 +79,7 @@ def test_epochs_and_seeds_differ_in_order_and_views(image_folder: Path) -> None:
     assert not other.indices.equal(first.indices)
 
 
-def test_batches_are_normalised_and_in_the_asked_layout(image_folder: Path) -> None:
+def test_batches_are_normalised_and_in_the_requested_layout(image_folder: Path) -> None:
     batch = next(build_loader(image_folder).batches())
     assert batch.images.shape == (5, 3, 16, 16)
     assert batch.images.dtype == torch.float32
@@ -90,7 +90,7 @@ def test_batches_are_normalised_and_in_the_asked_layout(image_folder: Path) -> N
 @pytest.mark.parametrize(
     ("count", "size", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [4, 5]), (1, 4, [1]), (8, 4, [4, 4])]
 )
-def test_a_last_batch_of_one_joins_the_one_before(count: int, size: int, sizes: list[int]) -> None:
+def test_a_last_batch_of_one_is_merged_into_the_one_before(count: int, size: int, sizes: list[int]) -> None:
     batches = plan_epoch(count, size, seed=0, epoch=0)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(index for batch in batches for index in batch) == list(range(count))
@@ -102,8 +102,8 @@ def test_evaluation_keeps_order_and_size() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_image_lost_on_the_way_is_named(tmp_path: Path, workers: int, shuffle: bool) -> None:
-    """Training may go on without it; a metric over fewer images is refused."""
+def test_an_image_lost_during_a_run_is_named(tmp_path: Path, workers: int, shuffle: bool) -> None:
+    """Training may continue without it; evaluation on fewer images is refused."""
     draw_folder(tmp_path / "data", {"blue": 4, "red": 4})
     loader = build_loader(tmp_path / "data", workers=workers, shuffle=shuffle)
     lost = loader.samples[2].path
@@ -124,7 +124,7 @@ def test_waiting_is_measured(image_folder: Path) -> None:
     assert loader.wait_seconds > 0
 
 
-# --- how many processes --------------------------------------------------------------------------
+# --- Number of processes ---
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_waiting_is_measured(image_folder: Path) -> None:
         (0, 8, 9.0, 0),
     ],
 )
-def test_waiting_asks_for_more_processes(workers: int, most: int, waited: float, chosen: int) -> None:
+def test_waiting_for_data_gives_more_processes(workers: int, most: int, waited: float, chosen: int) -> None:
     assert choose_workers(workers, most, waited, seconds=10.0) == chosen
 
 
 class Clock:
-    """Time that passes only where the test says so."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -157,7 +157,7 @@ class Clock:
 
 @pytest.fixture
 def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageLoader]:
-    """Make a pass in which every batch is waited for, and trained on, for so long."""
+    """Make a pass with the given seconds of waiting and of training per batch."""
     clock, fetch = Clock(), loader_module.fetch
     monkeypatch.setattr(loader_module, "time", clock)
 
@@ -185,7 +185,7 @@ def pass_over(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ImageLoader]:
     return make_pass
 
 
-def test_a_loader_that_was_waited_for_gets_more_processes(
+def test_a_loader_that_training_waited_for_gets_more_processes(
     image_folder: Path, pass_over: Callable[..., ImageLoader]
 ) -> None:
     loader = build_loader(image_folder, workers=1, max_workers=2)
@@ -246,14 +246,14 @@ def test_processes_wait_for_the_next_pass_or_end(image_folder: Path, persistent:
     assert set(active_children()) == before
 
 
-def test_no_more_batches_lie_in_shared_memory_than_were_reckoned_with(image_folder: Path) -> None:
-    """Two that wait for each process, and the one that it makes."""
+def test_shared_memory_holds_no_more_batches_than_planned(image_folder: Path) -> None:
+    """Per process: two batches that wait, and the one that is being made."""
     assert build_loader(image_folder, workers=2)._loader.prefetch_factor == BATCHES_PER_WORKER - 1
     assert build_loader(image_folder)._loader.prefetch_factor is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bytes_travel_and_floats_arrive(
+def test_bytes_are_sent_and_floats_arrive(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     fetched = []

@@ -1,4 +1,4 @@
-"""Images at a half, a quarter ... of their size: never less than is needed, whoever does it."""
+"""Images at 1/2, 1/4 ... of their size: never smaller than needed, whichever decoder reduces them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.data.images import encoded, near, noise, pixel, saved, written
 
 @pytest.fixture
 def rebuilt(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The sizes that JPEGs are rebuilt at."""
+    """The sizes at which JPEGs are decoded."""
     sizes: list[tuple[int, int]] = []
     load = JpegImageFile.load
 
@@ -29,7 +29,7 @@ def rebuilt(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """An image without detail, which no way of reducing may change much."""
+    """An image without detail, which every way of reducing leaves nearly the same."""
     return noise(4, 3, mode).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -38,7 +38,7 @@ def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
     ("short_side", "factor"),
     [(300, 1), (151, 1), (150, 2), (76, 2), (75, 4), (38, 4), (37, 8), (19, 8), (18, 16), (5, 32)],
 )
-def test_a_image_comes_as_small_as_it_may_and_no_smaller(
+def test_an_image_is_reduced_as_far_as_allowed_and_no_further(
     tmp_path: Path, rebuilt: list[tuple[int, int]], kind: str, short_side: int, factor: int
 ) -> None:
     image = decode_image(saved(tmp_path / f"x.{kind}", smooth(401, 300)), short_side)
@@ -50,8 +50,8 @@ def test_a_image_comes_as_small_as_it_may_and_no_smaller(
         assert rebuilt[0] == (-(-401 // least), -(-300 // least))
 
 
-def test_without_a_short_side_every_pixel_is_rebuilt(tmp_path: Path, rebuilt: list[tuple[int, int]]) -> None:
-    """The way of evaluation."""
+def test_without_a_short_side_every_pixel_is_decoded(tmp_path: Path, rebuilt: list[tuple[int, int]]) -> None:
+    """As evaluation decodes."""
     path = saved(tmp_path / "x.jpg", noise(400, 300))
     assert decode_image(path).tobytes() == Image.open(path).tobytes()
     assert set(rebuilt) == {(400, 300)}
@@ -59,7 +59,7 @@ def test_without_a_short_side_every_pixel_is_rebuilt(tmp_path: Path, rebuilt: li
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 @pytest.mark.parametrize("short_side", [25, 48, 49, 1000])
-def test_a_image_that_is_not_twice_as_large_keeps_every_pixel(
+def test_an_image_that_is_not_twice_as_large_keeps_every_pixel(
     tmp_path: Path, kind: str, short_side: int
 ) -> None:
     path = saved(tmp_path / f"x.{kind}", noise(64, 48))
@@ -67,7 +67,7 @@ def test_a_image_that_is_not_twice_as_large_keeps_every_pixel(
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_reduced_jpegs_of_every_mode_show_what_the_whole_ones_do(tmp_path: Path, mode: str) -> None:
+def test_reduced_jpegs_of_every_mode_show_the_same_as_full_ones(tmp_path: Path, mode: str) -> None:
     path = saved(tmp_path / "x.jpg", smooth(400, 300, mode), quality=95)
     whole = np.asarray(decode_image(path).resize((80, 60), Image.Resampling.BICUBIC), dtype=float)
     reduced = decode_image(path, 60)
@@ -88,7 +88,7 @@ def test_a_reduced_jpeg_is_turned_upright(tmp_path: Path, orientation: int) -> N
         assert near(pixel(whole, *spots[0]), pixel(reduced, *spots[1]), tolerance=12)
 
 
-def test_a_reduced_jpeg_that_is_cut_short_is_refused_all_the_same(tmp_path: Path) -> None:
+def test_a_truncated_jpeg_is_refused_at_reduced_size_too(tmp_path: Path) -> None:
     path = written(tmp_path / "x.jpg", encoded(noise(400, 300), "JPEG")[:-3000])
     with pytest.raises(BadImageError, match="truncated"):
         decode_image(path, 50)

@@ -1,4 +1,4 @@
-"""Samples are real images, the same everywhere, and data like any others."""
+"""Built-in samples are real images, the same on every machine, and are read like any dataset."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_digits_are_those_of_scikit_learn(cache: Path) -> None:
     assert np.asarray(Image.open(files[0])).max() > 200, "the ink is white"
 
 
-def test_they_are_written_once_and_whole(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_written_once_and_atomically(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path) -> None:
         (folder / "0").mkdir()
         raise OSError(28, "No space left on device")
@@ -53,18 +53,18 @@ def test_they_are_written_once_and_whole(cache: Path, monkeypatch: pytest.Monkey
     assert open_sample("sample:digits") == folder
 
 
-def test_they_are_data_like_any_others(cache: Path) -> None:
+def test_a_sample_is_read_like_any_dataset(cache: Path) -> None:
     dataset = discover(DIGITS, SplitConfig(0.2, 0))
     assert dataset.classes == CLASSES
     assert len(dataset.samples) == 1797
     assert len(dataset.of("val")) == 359
-    judged = find_labelled(DIGITS, CLASSES)
-    assert len(judged.samples) == 1797
-    assert dataset.root == judged.root == find_root(DIGITS) == open_sample(DIGITS)
+    found = find_labelled(DIGITS, CLASSES)
+    assert len(found.samples) == 1797
+    assert dataset.root == found.root == find_root(DIGITS) == open_sample(DIGITS)
     assert len(list(find_inputs("sample:digits", None).open())) == 1797
 
 
-def test_a_folder_of_that_name_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_same_name_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_sample("sample:digits")
     (tmp_path / "sample:digits").mkdir()
@@ -72,7 +72,7 @@ def test_a_folder_of_that_name_is_meant(tmp_path: Path, monkeypatch: pytest.Monk
     assert not is_sample(Path("./sample:digits"))
 
 
-def test_a_sample_that_there_is_not() -> None:
+def test_an_unknown_sample_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         open_sample("sample:digit")
     assert "did you mean" in caught.value.found.lower()

@@ -1,4 +1,4 @@
-"""The validation split depends on names and seed alone."""
+"""The validation split depends only on names and seed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.dataset import SPLITS, Dataset, Sample
-from finetune.data.split import SplitConfig, draw_folds, find_undividable, keep_copies_together, split_off
+from finetune.data.dataset import Dataset, Sample, sample_order
+from finetune.data.split import SplitConfig, draw_folds, find_indivisible, keep_copies_together, split_off
 from finetune.errors import DataError
 
 CLASSES = {"ant": [f"ant/{n}.jpg" for n in range(40)], "bee": [f"bee/{n}.jpg" for n in range(10)]}
@@ -62,7 +62,7 @@ def test_at_least_one_is_taken_and_one_is_left(images: int, fraction: float, tak
     assert len(split_off({"x": [f"{n}.jpg" for n in range(images)]}, fraction, seed=0)) == taken
 
 
-# --- groups, folds and copies --------------------------------------------------------------------
+# --- Groups, folds and copies ---
 
 PATIENTS = {
     name: [f"{name}/p{patient}_{shot}.jpg" for patient in range(20) for shot in range(1 + patient % 5)]
@@ -81,13 +81,13 @@ def test_groups_stay_whole_and_classes_even() -> None:
     assert taken == split_off({n: PATIENTS[n][::-1] for n in ("bee", "ant")}, 0.25, 0, GROUPS)
 
 
-def test_one_large_group_of_a_class_leaves_the_other_to_judge() -> None:
+def test_one_large_group_of_a_class_leaves_the_other_for_validation() -> None:
     paths = {"ant": [f"a/{n}" for n in range(10)], "bee": [f"b/{n}" for n in range(10)]}
     groups = {f"a/{n}": "x" if n < 9 else "y" for n in range(10)}
     taken = split_off(paths, 0.2, 0, groups)
     assert {path for path in taken if path.startswith("a")} == {"a/9"}
-    assert find_undividable(paths, groups) == []
-    assert find_undividable(paths, dict.fromkeys(paths["ant"], "x")) == ["ant"]
+    assert find_indivisible(paths, groups) == []
+    assert find_indivisible(paths, dict.fromkeys(paths["ant"], "x")) == ["ant"]
 
 
 @pytest.mark.parametrize("num_folds", [2, 3, 5])
@@ -105,18 +105,18 @@ def test_folds_are_even_and_groups_whole(num_folds: int) -> None:
     assert alone == draw_folds({n: CLASSES[n][::-1] for n in ("bee", "ant")}, num_folds, 0)
 
 
-def drawn(parts: dict[str, str], groups: dict[str, str] | None = None) -> Dataset:
+def drawn(splits: dict[str, str], groups: dict[str, str] | None = None) -> Dataset:
     """``{"ant/0": "train"}``; the class is the folder."""
-    classes = tuple(sorted({path.split("/")[0] for path in parts}))
+    classes = tuple(sorted({path.split("/")[0] for path in splits}))
     samples = [
-        Sample(path, classes.index(path.split("/")[0]), part, (groups or {}).get(path, ""))  # type: ignore[arg-type]
-        for path, part in parts.items()
+        Sample(path, classes.index(path.split("/")[0]), split, (groups or {}).get(path, ""))  # type: ignore[arg-type]
+        for path, split in splits.items()
     ]
-    samples.sort(key=lambda one: (SPLITS.index(one.split), one.path))
+    samples.sort(key=sample_order)
     return Dataset(Path("/x"), classes, tuple(samples), val_was_drawn=True)
 
 
-def parts_of(dataset: Dataset) -> dict[str, str]:
+def splits_of(dataset: Dataset) -> dict[str, str]:
     return {sample.path: sample.split for sample in dataset.samples}
 
 
@@ -126,71 +126,71 @@ def doubled(number: int) -> tuple[dict[str, list[str]], dict[str, str]]:
     return paths, {path: path[:-1] for own in paths.values() for path in own}
 
 
-def parts_for(paths: dict[str, list[str]], taken: set[str]) -> dict[str, str]:
+def splits_for(paths: dict[str, list[str]], taken: set[str]) -> dict[str, str]:
     return {path: "val" if path in taken else "train" for own in paths.values() for path in own}
 
 
-def test_where_every_image_is_there_twice_the_part_keeps_its_size() -> None:
+def test_if_every_image_exists_twice_the_split_keeps_its_size() -> None:
     paths, digests = doubled(100)
-    first = drawn(parts_for(paths, split_off(paths, 0.2, 0)))
+    first = drawn(splits_for(paths, split_off(paths, 0.2, 0)))
     dataset, moved = keep_copies_together(first, digests, SplitConfig(0.2, 0))
     assert first.counts("val") == [40, 40] == dataset.counts("val")
-    parts: dict[str, set[str]] = {}
-    for path, part in parts_of(dataset).items():
-        parts.setdefault(digests[path], set()).add(part)
-    assert all(len(own) == 1 for own in parts.values())
-    assert moved == sum(parts_of(first)[path] != part for path, part in parts_of(dataset).items()) > 0
+    splits: dict[str, set[str]] = {}
+    for path, split in splits_of(dataset).items():
+        splits.setdefault(digests[path], set()).add(split)
+    assert all(len(own) == 1 for own in splits.values())
+    assert moved == sum(splits_of(first)[path] != split for path, split in splits_of(dataset).items()) > 0
     assert keep_copies_together(dataset, digests, SplitConfig(0.2, 0)) == (dataset, 0)
     assert [s.path for s in dataset.of("train")] == sorted(s.path for s in dataset.of("train"))
 
 
 @pytest.mark.parametrize("groups", [{}, GROUPS])
-def test_without_copies_the_draw_stays_what_it_was(groups: dict[str, str]) -> None:
-    first = drawn(parts_for(PATIENTS, split_off(PATIENTS, 0.25, 0, groups)), groups)
-    digests = {path: path for path in parts_of(first)}
+def test_without_copies_the_draw_stays_the_same(groups: dict[str, str]) -> None:
+    first = drawn(splits_for(PATIENTS, split_off(PATIENTS, 0.25, 0, groups)), groups)
+    digests = {path: path for path in splits_of(first)}
     assert keep_copies_together(first, digests, SplitConfig(0.25, 0)) == (first, 0)
     digests |= dict.fromkeys(("ant/p1_0.jpg", "ant/p1_1.jpg"), "same")  # of one group, where there are groups
     again, _ = keep_copies_together(first, digests, SplitConfig(0.25, 0))
     if groups:
         assert again == first
-    assert parts_of(again)["ant/p1_0.jpg"] == parts_of(again)["ant/p1_1.jpg"]
+    assert splits_of(again)["ant/p1_0.jpg"] == splits_of(again)["ant/p1_1.jpg"]
 
 
-def test_a_class_of_nothing_but_copies_keeps_its_training_images() -> None:
-    parts = {"ant/0": "val", "ant/1": "train", "bee/0": "val", "bee/1": "train"}
+def test_a_class_of_copies_only_keeps_its_training_images() -> None:
+    splits = {"ant/0": "val", "ant/1": "train", "bee/0": "val", "bee/1": "train"}
     digests = {"ant/0": "same", "ant/1": "same", "bee/0": "b0", "bee/1": "b1"}
-    dataset, _ = keep_copies_together(drawn(parts), digests, SplitConfig(0.5, 0))
+    dataset, _ = keep_copies_together(drawn(splits), digests, SplitConfig(0.5, 0))
     assert dataset.counts("train") == [2, 1] and dataset.counts("val") == [0, 1]
     with pytest.raises(DataError, match="none is left for validation"):
         keep_copies_together(
-            drawn(parts), digests | dict.fromkeys(("bee/0", "bee/1"), "other"), SplitConfig(0.5, 0)
+            drawn(splits), digests | dict.fromkeys(("bee/0", "bee/1"), "other"), SplitConfig(0.5, 0)
         )
 
 
-def test_copies_take_their_groups_along() -> None:
-    parts = {f"ant/{n}": "val" if n < 4 else "train" for n in range(10)}
+def test_copies_move_with_their_groups() -> None:
+    splits = {f"ant/{n}": "val" if n < 4 else "train" for n in range(10)}
     groups = {"ant/0": "g", "ant/1": "g"}
-    digests = {path: path for path in parts} | {"ant/1": "same", "ant/9": "same"}
-    dataset, _ = keep_copies_together(drawn(parts, groups), digests, SplitConfig(0.4, 0))
-    found = parts_of(dataset)
+    digests = {path: path for path in splits} | {"ant/1": "same", "ant/9": "same"}
+    dataset, _ = keep_copies_together(drawn(splits, groups), digests, SplitConfig(0.4, 0))
+    found = splits_of(dataset)
     assert found["ant/0"] == found["ant/1"] == found["ant/9"] and dataset.counts("val") == [4]
 
 
 def test_given_test_images_stay_where_they_are() -> None:
-    parts = {"ant/0": "test", "ant/1": "val", "ant/2": "train", "ant/3": "train"}
+    splits = {"ant/0": "test", "ant/1": "val", "ant/2": "train", "ant/3": "train"}
     dataset, moved = keep_copies_together(
-        drawn(parts), dict.fromkeys(("ant/0", "ant/2"), "same"), SplitConfig(0.3, 0)
+        drawn(splits), dict.fromkeys(("ant/0", "ant/2"), "same"), SplitConfig(0.3, 0)
     )
-    assert (moved, parts_of(dataset)) == (0, parts)
+    assert (moved, splits_of(dataset)) == (0, splits)
 
 
-def test_what_an_earlier_attempt_drew_stays_and_new_copies_join_it() -> None:
-    parts = {f"ant/{n}": "val" if n < 4 else "train" for n in range(12)}
-    digests = {path: path for path in parts} | {"ant/10": "ant/0", "ant/3": "ant/5", "ant/2": "ant/11"}
-    dataset = replace(drawn(parts), settled=frozenset(set(parts) - {"ant/3", "ant/10", "ant/11"}))
+def test_an_earlier_draw_stays_and_new_copies_join_it() -> None:
+    splits = {f"ant/{n}": "val" if n < 4 else "train" for n in range(12)}
+    digests = {path: path for path in splits} | {"ant/10": "ant/0", "ant/3": "ant/5", "ant/2": "ant/11"}
+    dataset = replace(drawn(splits), settled=frozenset(set(splits) - {"ant/3", "ant/10", "ant/11"}))
     after, moved = keep_copies_together(dataset, digests, SplitConfig(0.4, 0))
     assert moved == 3
-    assert parts_of(after) == parts | {"ant/10": "val", "ant/3": "train", "ant/11": "val"}
+    assert splits_of(after) == splits | {"ant/10": "val", "ant/3": "train", "ant/11": "val"}
 
 
 def dealt(paths: dict[str, list[str]], num_folds: int, held_out: int) -> Dataset:
@@ -201,7 +201,7 @@ def dealt(paths: dict[str, list[str]], num_folds: int, held_out: int) -> Dataset
         for label, name in enumerate(classes)
         for path in sorted(paths[name])
     ]
-    samples.sort(key=lambda one: (SPLITS.index(one.split), one.path))
+    samples.sort(key=sample_order)
     return Dataset(Path("/x"), classes, tuple(samples), val_was_drawn=True)
 
 
@@ -225,6 +225,6 @@ def test_folds_that_copies_empty_are_refused() -> None:
         )
     paths, digests = doubled(6)
     same = digests | dict.fromkeys(paths["ant"], "same")
-    for held_out in (1, 2, 3):  # whichever is held out: the run of one fold would die
+    for held_out in (1, 2, 3):  # whichever fold is held out
         with pytest.raises(DataError, match="has every image of class 'ant'"):
             keep_copies_together(dealt(paths, 3, held_out), same, SplitConfig(0.2, 0))

@@ -25,7 +25,7 @@ def photograph(width: int = 90, height: int = 60) -> Image.Image:
 
 
 def seen(view: Transform, image: Image.Image) -> torch.Tensor:
-    """What a network gets of an image: (3, H, W) float32."""
+    """The input of a network for an image: (3, H, W) float32."""
     pixels = view(image)
     assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
     return Normalizer(view.preprocessing, CPU)(pixels[None])[0]
@@ -34,7 +34,7 @@ def seen(view: Transform, image: Image.Image) -> torch.Tensor:
 @pytest.mark.parametrize(
     "name", ["squeezenet1_0", "efficientnet_b1", "vit_b_16", "convnext_tiny", "inception_v3"]
 )
-def test_the_evaluation_view_is_torchvisions_own(name: str) -> None:
+def test_the_evaluation_view_is_that_of_torchvision(name: str) -> None:
     reference = tv.get_model_weights(name).DEFAULT.transforms()
     ours = build_eval_transform(find_card(f"torchvision/{name}").preprocessing)
     for size in ((400, 300), (301, 500), (230, 231)):
@@ -44,8 +44,8 @@ def test_the_evaluation_view_is_torchvisions_own(name: str) -> None:
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
-def test_the_evaluation_view_is_timms_to_the_last_bit(crop_mode: str, interpolation: str) -> None:
-    """Bytes that are normalised later, a batch at a time, are the floats that a plain timm user has."""
+def test_the_evaluation_view_is_bitwise_that_of_timm(crop_mode: str, interpolation: str) -> None:
+    """uint8 views that are normalised later, batch by batch, equal timm's float32 views."""
     own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation=interpolation)
     inception = replace(own, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     clip = replace(own, mean=(0.4815, 0.4578, 0.4082), std=(0.2686, 0.2613, 0.2758))
@@ -69,7 +69,7 @@ def test_a_gpu_normalises_to_the_same_bits() -> None:
 
 
 def test_normalising_is_within_a_few_bits_of_torchvisions_newer_transforms() -> None:
-    """They multiply by 1/255, and are no reference for the last bit."""
+    """They multiply by 1/255, so the last bits differ."""
     plain = Preprocessing()
     reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(plain.mean, plain.std)])
     ours = Normalizer(plain, CPU)(EVERY_BYTE)
@@ -97,7 +97,7 @@ def test_none_is_the_evaluation_view() -> None:
     assert build_train_transform(Preprocessing(img_size=32), "none")(image).equal(plain)
 
 
-def test_normalisation_is_the_preprocessings() -> None:
+def test_normalisation_uses_the_preprocessing() -> None:
     grey = Image.new("RGB", (50, 50), (128, 128, 128))
     view = build_eval_transform(Preprocessing(img_size=32, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
     value = 128 / 255
@@ -106,8 +106,8 @@ def test_normalisation_is_the_preprocessings() -> None:
 
 
 @pytest.mark.parametrize("augmentation", ["light", "medium", "heavy"])
-def test_five_hundred_views_are_plain_bytes(augmentation: str) -> None:
-    """A rare strength of one operation must not stop a run after an hour."""
+def test_five_hundred_views_are_valid_uint8_images(augmentation: str) -> None:
+    """A rare strength of an operation must not raise an error late in a run."""
     view = build_train_transform(Preprocessing(img_size=16), augmentation)  # type: ignore[arg-type]
     image = photograph(24, 20)
     for seed in range(500):
@@ -118,7 +118,7 @@ def test_five_hundred_views_are_plain_bytes(augmentation: str) -> None:
 
 
 def test_a_quarter_of_heavy_views_has_a_rectangle_of_noise() -> None:
-    """Of every byte, as in arXiv:1708.04896: torchvision's floats around zero would be cut to few of them."""
+    """Noise over all of 0..255, as in arXiv:1708.04896: torchvision's floats around zero would clip."""
     view = build_train_transform(Preprocessing(img_size=32), "heavy")
     erase = view.draw.transforms[-1]  # type: ignore[attr-defined]
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_a_quarter_of_heavy_views_has_a_rectangle_of_noise() -> None:
     assert noise.std().item() == pytest.approx(256 / math.sqrt(12), abs=1)
 
 
-# --- the image that views are drawn from -------------------------------------------------------
+# --- The image that views are made from ---
 
 
 @pytest.mark.parametrize(("augmentation", "smallest"), [("light", 0.5), ("medium", 0.5), ("heavy", 0.2)])
@@ -158,6 +158,6 @@ def test_the_evaluation_view_is_drawn_from_every_pixel(tmp_path: Path) -> None:
     assert random_view.open(tmp_path / "x.jpg").size == (201, 150)
 
 
-def test_nearest_neighbours_are_taken_from_every_pixel() -> None:
-    """Whoever asks for them wants no colour that the image does not have."""
+def test_nearest_interpolation_uses_every_pixel() -> None:
+    """Interpolation must not add colours to the image."""
     assert build_train_transform(Preprocessing(interpolation="nearest"), "light").short_side is None

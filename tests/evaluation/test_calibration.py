@@ -1,4 +1,4 @@
-"""Temperatures against a plain minimiser, and what they promise against new images."""
+"""Temperatures compared with a plain minimiser, and their effect on new images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.evaluation.summary import summarize
 
 
 def draw(num_images: int, seed: int, sharpness: float = 1.0, num_classes: int = 4) -> Predictions:
-    """Predictions whose labels come from their own probabilities, then made sharper than they should be."""
+    """Return predictions with labels drawn from their probabilities; then the logits are scaled."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(num_images, num_classes, generator=generator)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
@@ -28,11 +28,11 @@ def draw(num_images: int, seed: int, sharpness: float = 1.0, num_classes: int = 
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 4.0])
-def test_a_temperature_undoes_what_was_done(sharpness: float) -> None:
+def test_a_temperature_is_recovered(sharpness: float) -> None:
     assert fit_temperature(draw(4000, 0, sharpness)) == pytest.approx(sharpness, rel=0.08)
 
 
-def test_a_temperature_is_where_the_loss_is_least() -> None:
+def test_the_temperature_minimises_the_loss() -> None:
     predictions = draw(500, 1, 3.0)
     best = minimize_scalar(
         lambda log: predictions.apply_temperature(float(np.exp(log))).loss, bounds=(-2, 3), method="bounded"
@@ -40,11 +40,11 @@ def test_a_temperature_is_where_the_loss_is_least() -> None:
     assert fit_temperature(predictions) == pytest.approx(float(np.exp(best.x)), rel=0.01)
 
 
-def test_a_network_that_is_always_right_is_not_infinitely_sure() -> None:
+def test_a_network_that_is_always_right_has_a_finite_temperature() -> None:
     labels = torch.arange(40) % 2
     right = Predictions(2 * torch.nn.functional.one_hot(labels, 2).float(), labels)
     softened = right.apply_temperature(fit_temperature(right))
-    assert 0.95 < softened.probabilities.max() < 0.999  # one in 41 may be otherwise
+    assert 0.95 < softened.probabilities.max() < 0.999  # at most one of 41 is wrong
 
 
 def test_calibration_helps_on_images_that_did_not_fit_it() -> None:
@@ -60,7 +60,7 @@ def test_calibration_helps_on_images_that_did_not_fit_it() -> None:
     assert facts["same_images"] is False
 
 
-def test_images_that_fit_a_temperature_do_not_judge_their_own() -> None:
+def test_images_that_fit_a_temperature_are_cross_fitted() -> None:
     val = draw(60, 4, 4.0)
     facts = calibrate(val, None).facts
     own = val.apply_temperature(fit_temperature(val)).loss
@@ -96,11 +96,11 @@ def test_thresholds_by_hand() -> None:
     assert find_threshold(confidence, right, 0.75) == pytest.approx(0.65)  # four of five
     assert find_threshold(confidence, right, 0.5) == 0  # all of them
     assert find_threshold(confidence, ~right, 0.9) is None
-    equal = np.full(4, 0.9)  # no line can be drawn through equals
+    equal = np.full(4, 0.9)  # no threshold separates ties
     assert find_threshold(equal, np.array([True, True, False, False]), 0.9) is None
 
 
-def test_a_threshold_says_what_it_gives_on_other_images() -> None:
+def test_the_effect_of_a_threshold_is_measured_on_other_images() -> None:
     val, test = draw(800, 5), draw(800, 6)
     (found,) = find_thresholds(val, test, [0.9])
     confidence = test.probabilities.max(dim=1).values
@@ -109,11 +109,11 @@ def test_a_threshold_says_what_it_gives_on_other_images() -> None:
     right = (test.predicted == test.labels)[kept].double().mean().item()
     assert found["achieved"] == pytest.approx(right, abs=1e-9)
     assert found["achieved"] == pytest.approx(0.9, abs=0.05)
-    assert found["low"] < 0.9  # 95 % sure of less than what was seen
+    assert found["low"] < 0.9  # the lower limit is below the observed precision
     assert found["num_images"] == pytest.approx(800 * found["coverage"], rel=0.1)
 
 
-def test_a_judgement_changes_no_prediction() -> None:
+def test_calibration_changes_no_predicted_class() -> None:
     raw = draw(200, 7, 4.0)
     summary = summarize(raw, None, "abcd")
     assert summary.predictions.predicted.equal(raw.predicted)

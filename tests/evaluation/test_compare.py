@@ -1,4 +1,4 @@
-"""Paired comparison, held against scipy, published examples and plain resampling."""
+"""Paired comparison against scipy, published examples and plain resampling."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_p_value_is_that_of_the_binomial_test(only_first: int, only_second: 
 
 def test_the_p_value_of_many_images() -> None:
     assert compute_mcnemar(24_700, 25_300) == pytest.approx(binomtest(24_700, 50_000).pvalue, rel=1e-6)
-    assert compute_mcnemar(0, 3_000) == 0  # 2 ** -2999, which is no float any more
+    assert compute_mcnemar(0, 3_000) == 0  # 2 ** -2999 underflows
     assert compute_mcnemar(25_000, 25_000) == 1
 
 
@@ -91,7 +91,7 @@ def test_the_interval_of_many_images_is_that_of_drawing_images() -> None:
 
 
 def test_the_interval_is_paired() -> None:
-    """Two that nearly always agree differ by less than their own intervals would allow."""
+    """The interval of the difference is narrower than the two separate intervals suggest."""
     low, high = compute_interval(2, 12, 1000)
     assert 0 < low < 0.01 < high < 0.02
 
@@ -100,10 +100,10 @@ def test_the_interval_is_paired() -> None:
     ("num_images", "only_first", "only_second"),
     [(30, 0.01, 0.01), (50, 0.02, 0.05), (40, 0.0, 0.04), (30, 0.1, 0.2)],
 )
-def test_the_interval_holds_the_truth_as_often_as_it_says(
+def test_the_interval_has_its_nominal_coverage(
     num_images: int, only_first: float, only_second: float
 ) -> None:
-    """Also where hardly an image tells them apart: the chance over all numbers that may come."""
+    """Computed over all outcomes, also for classifiers that differ on few images."""
     shares, chance = [only_first, only_second, 1 - only_first - only_second], 0.0
     for one in range(num_images + 1):
         for other in range(num_images + 1 - one):
@@ -114,7 +114,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(
     assert chance >= 0.94
 
 
-def test_where_nothing_differs_the_interval_has_a_width() -> None:
+def test_without_differences_the_interval_has_a_width() -> None:
     square = norm.ppf(0.975) ** 2
     for num_images in (1, 50, 153):
         end = square / (num_images + square)
@@ -122,7 +122,7 @@ def test_where_nothing_differs_the_interval_has_a_width() -> None:
     assert "95 % interval -2.4 to 2.4" in compare(150, 0, 0, 3).sentence
 
 
-def test_where_all_differs_the_interval_ends_at_one() -> None:
+def test_if_all_images_differ_the_interval_ends_at_one() -> None:
     low, high = compute_interval(0, 20, 20)
     assert 0.5 < low < 1 and high == 1
     assert compute_interval(20, 0, 20) == pytest.approx((-1, -low))
@@ -188,7 +188,7 @@ def test_no_difference_that_may_be_claimed() -> None:
 
 
 def test_a_small_p_value_is_not_enough() -> None:
-    """The interval must leave 0 out as well, and 0 lies in one that ends there."""
+    """The interval must exclude 0 too, and an interval that ends at 0 contains it."""
     pair = PairedTest("a", "b", 100, 1, 9, 0.8, 0.88, (0.0, 0.15), 0.021, 0.021)
     assert not pair.is_claimed
     assert PairedTest("a", "b", 100, 1, 9, 0.8, 0.88, (0.01, 0.15), 0.021, 0.021).is_claimed
@@ -199,8 +199,8 @@ def test_a_tiny_p_value_has_no_digits() -> None:
     assert "McNemar p < 0.0001)" in compare(500, 0, 100, 0).sentence
 
 
-def test_equal_classifiers_are_seldom_told_apart() -> None:
-    """The exact test claims too little rather than too much."""
+def test_equal_classifiers_seldom_give_a_claimed_difference() -> None:
+    """The exact test is conservative."""
     generator, claims = np.random.default_rng(3), 0
     for _ in range(200):
         _, only_first, only_second = generator.multinomial(200, [0.8, 0.1, 0.1])

@@ -1,4 +1,4 @@
-"""Confident learning, held against cleanlab where that is installed."""
+"""Confident learning, compared with cleanlab if that is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.evaluation.label_issues import compute_thresholds, find_label_issu
 
 
 def draw(seed: int, num_images: int = 400, num_classes: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, labels of which a tenth is wrong, and which those are."""
+    """Return probabilities, labels of which a tenth is wrong, and the indices of those."""
     generator = torch.Generator().manual_seed(seed)
     true = torch.randint(num_classes, (num_images,), generator=generator)
     logits = torch.randn(num_images, num_classes, generator=generator)
@@ -23,7 +23,7 @@ def draw(seed: int, num_images: int = 400, num_classes: int = 4) -> tuple[Tensor
 
 @pytest.mark.parametrize("num_classes", [2, 4, 11])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_same_as_cleanlab(seed: int, num_classes: int) -> None:
+def test_label_issues_equal_those_of_cleanlab(seed: int, num_classes: int) -> None:
     cleanlab = pytest.importorskip("cleanlab.filter", reason="cleanlab is not installed")
     probabilities, labels, _ = draw(seed, num_classes=num_classes)
     expected = cleanlab.find_label_issues(
@@ -46,12 +46,12 @@ def test_most_wrong_labels_are_found() -> None:
     assert (own.diff() >= 0).all()
 
 
-def test_sure_and_right_probabilities_raise_no_suspicion() -> None:
+def test_confident_correct_predictions_give_no_label_issue() -> None:
     labels = torch.arange(30) % 3
     assert find_label_issues(labels, torch.eye(3)[labels]).tolist() == []
 
 
-def test_a_class_without_images_has_no_threshold_to_reach() -> None:
+def test_a_class_without_images_has_an_infinite_threshold() -> None:
     labels = torch.tensor([0, 0, 1, 1])
     probabilities = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.1, 0.9], [0.1, 0.9, 0.0], [0.7, 0.3, 0.0]])
     assert compute_thresholds(labels, probabilities).tolist() == pytest.approx([0.45, 0.6, float("inf")])

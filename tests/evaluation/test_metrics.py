@@ -26,7 +26,7 @@ def draw_predictions(num_images: int, num_classes: int, seed: int, present: int 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("present", [None, 4])
-def test_figures_are_scikit_learns(seed: int, present: int | None) -> None:
+def test_metrics_equal_those_of_scikit_learn(seed: int, present: int | None) -> None:
     predictions = draw_predictions(80, 7, seed, present)
     truth, guess = predictions.labels.numpy(), predictions.predicted.numpy()
     classes = sorted(set(truth.tolist()))
@@ -53,7 +53,7 @@ def test_top5_needs_six_classes() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_by_class_are_scikit_learns(seed: int) -> None:
+def test_metrics_by_class_equal_those_of_scikit_learn(seed: int) -> None:
     predictions = draw_predictions(80, 7, seed, 5)
     predictions.logits[:, 2] = -100  # never predicted
     truth, guess = predictions.labels.numpy(), predictions.predicted.numpy()
@@ -61,7 +61,7 @@ def test_figures_by_class_are_scikit_learns(seed: int) -> None:
     rows = list_by_class(predictions, "abcdefg")
     for place, (name, precision, recall, f1, support, predicted) in enumerate(rows):
         assert (name, support, predicted) == ("abcdefg"[place], theirs[3][place], (guess == place).sum())
-        if place >= 5:  # no images: nothing can be said, and 0 would say something
+        if place >= 5:  # without images the metrics are undefined, not 0
             assert (precision, recall, f1) == ("n/a", "n/a", "n/a")
             continue
         assert (recall, f1) == pytest.approx((theirs[1][place], theirs[2][place]))
@@ -74,7 +74,7 @@ def test_figures_by_class_are_scikit_learns(seed: int) -> None:
 
 
 @pytest.mark.parametrize("coarse", [False, True], ids=["no ties", "ties"])
-def test_roc_auc_is_scikit_learns(coarse: bool) -> None:
+def test_roc_auc_equals_that_of_scikit_learn(coarse: bool) -> None:
     predictions = draw_predictions(90, 4, 3)
     if coarse:
         predictions = Predictions(predictions.logits.round(), predictions.labels)
@@ -92,14 +92,14 @@ def test_roc_auc_needs_two_classes_with_images() -> None:
     assert compute_metrics(predictions, "abcd")["roc_auc"] is None
 
 
-def test_counts_are_whole_numbers_where_nothing_is_right() -> None:
+def test_counts_are_integers_if_nothing_is_right() -> None:
     predictions = Predictions(torch.tensor([[0.0, 1.0, 0.0]] * 3), torch.zeros(3, dtype=torch.int64))
     rows = list_by_class(predictions, "abc")
     assert rows == [("a", "n/a", 0.0, 0.0, 3, 0), ("b", *["n/a"] * 3, 0, 3), ("c", *["n/a"] * 3, 0, 0)]
     assert all(isinstance(count, int) for row in rows for count in row[4:])
 
 
-def test_confused_pairs_come_with_their_share() -> None:
+def test_confused_pairs_have_their_share() -> None:
     confusion = torch.tensor([[5, 3, 0], [1, 9, 0], [0, 4, 6]]).numpy()
     assert find_most_confused(confusion, ["ant", "bee", "cat"]) == [
         {"label": "cat", "predicted": "bee", "count": 4, "share": 0.4},
@@ -108,8 +108,8 @@ def test_confused_pairs_come_with_their_share() -> None:
     ]
 
 
-def test_roc_auc_of_a_network_that_is_very_sure() -> None:
-    """Its probabilities are all 1 or 0 in float32; which image it is surer of still counts."""
+def test_roc_auc_of_extreme_confidences() -> None:
+    """Its probabilities are 0 or 1 in float32, but the order of its logits still counts."""
     gaps = torch.linspace(-60, 60, 100)
     predictions = Predictions(torch.stack([gaps, -gaps], dim=1) + 40, (gaps < 20).long())
     assert compute_roc_auc(predictions) == 1.0

@@ -15,7 +15,7 @@ from tests.pretend_device import PretendTensor, pretended_device
 from tests.training.helpers import SmallNet, build_trainer
 
 
-def test_prediction_is_in_order_and_leaves_the_modes(image_folder: Path, tmp_path: Path) -> None:
+def test_predictions_are_in_order_and_modes_are_restored(image_folder: Path, tmp_path: Path) -> None:
     network = SmallNet(dropout=0.5).train()
     network.stage1.eval()
     loader = build_trainer(image_folder, tmp_path, network=network, batch_size=4).task.val

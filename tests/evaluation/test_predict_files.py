@@ -78,7 +78,7 @@ def test_every_image_below_a_folder_has_a_row(tiny: Path, folder: Path, tmp_path
     assert any("19 images" in line and "images/s" in line for line in lines)
 
 
-def test_all_formats_say_the_same(tiny: Path, folder: Path, tmp_path: Path) -> None:
+def test_all_formats_hold_the_same_values(tiny: Path, folder: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     options = {"top": 3, "reject_below": 0.12}
     for name in ("out.csv", "out.jsonl", "out.parquet"):
@@ -114,7 +114,7 @@ def test_top_and_reject(tiny: Path, folder: Path, tmp_path: Path) -> None:
         predict(tiny, folder, tmp_path / "x.csv", top=11)
 
 
-def test_bad_images_are_listed_and_the_rest_go_on(tiny: Path, folder: Path, tmp_path: Path) -> None:
+def test_bad_images_are_listed_and_the_others_predicted(tiny: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "001.jpg").write_bytes(b"")
     (folder / "red" / "=x.jpg").write_bytes(b"GIF89a")
     done, lines = predict(tiny, folder, tmp_path / "out.csv")
@@ -126,7 +126,7 @@ def test_bad_images_are_listed_and_the_rest_go_on(tiny: Path, folder: Path, tmp_
     assert any("2 images have no row" in line for line in lines)
 
 
-def test_none_that_can_be_read_is_an_error(tiny: Path, tmp_path: Path) -> None:
+def test_only_unreadable_images_are_an_error(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(6):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"x")
@@ -145,7 +145,7 @@ def test_formulas_are_neutralised_in_csv(tiny: Path, folder: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["path"] == "=cmd().jpg"
 
 
-def test_ten_crops_are_the_predictors(tiny: Path, folder: Path, tmp_path: Path) -> None:
+def test_ten_crops_are_those_of_the_predictor(tiny: Path, folder: Path, tmp_path: Path) -> None:
     predict(tiny, folder / "red" / "000.jpg", tmp_path / "out.jsonl", crops=10)
     row = json.loads((tmp_path / "out.jsonl").read_text())
     expected = finetune.load(tiny, crops=10).predict(folder / "red" / "000.jpg")
@@ -155,7 +155,7 @@ def test_ten_crops_are_the_predictors(tiny: Path, folder: Path, tmp_path: Path) 
 # --- where images come from --------------------------------------------------------------------
 
 
-def test_the_same_images_by_every_way(
+def test_every_kind_of_input_gives_the_same_rows(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -178,7 +178,7 @@ def test_the_same_images_by_every_way(
     assert [row["path"] for row in rows_of(tmp_path / "0.csv")] == names
 
 
-def test_strange_lines_are_bad_images_and_no_end(
+def test_invalid_lines_are_listed_as_bad_images(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = str(folder / "red" / "000.jpg").encode()
@@ -192,7 +192,7 @@ def test_strange_lines_are_bad_images_and_no_end(
     assert bad["none.jpg"] == "file not found" and "not UTF-8" in bad[r"ba\udcffd.jpg"]
 
 
-def test_a_name_that_is_not_utf8_costs_that_image_only(
+def test_a_name_that_is_not_utf8_is_a_bad_image(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -205,10 +205,10 @@ def test_a_name_that_is_not_utf8_costs_that_image_only(
         assert bad["path"].endswith(r"red/\udcff.jpg") and "not UTF-8" in bad["reason"]
 
 
-def test_strange_lines_do_not_keep_work_from_going_on(
+def test_invalid_lines_do_not_prevent_a_resume(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was not looked at has no size and no time, least of all that of the folder we write into."""
+    """A line that names no file has no size and no modification time in the fingerprint."""
     monkeypatch.chdir(tmp_path)
     names = "\n".join(["nu\0l.jpg", *map(str, sorted(folder.rglob("*.jpg")))]).encode()
     with monkeypatch.context() as patch, pytest.raises(FinetuneError):
@@ -255,7 +255,7 @@ def test_links_out_of_a_folder_are_refused_unless_allowed(tiny: Path, folder: Pa
         (b"path\n\n" + b"x" * 200_000, "not a table"),
     ],
 )
-def test_a_csv_that_cannot_be_meant_is_refused(tiny: Path, tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_invalid_csv_is_refused(tiny: Path, tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "list.csv").write_bytes(content)
     with pytest.raises(DataError, match=said):
         predict(tiny, tmp_path / "list.csv", tmp_path / "out.csv")
@@ -294,7 +294,7 @@ def test_nothing_is_written_among_the_images(
     predict(tiny, "list.csv", Path("out.csv"))
 
 
-def test_paths_from_standard_input_are_looked_at_as_they_come(
+def test_paths_from_standard_input_are_checked_one_by_one(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -307,11 +307,11 @@ def test_paths_from_standard_input_are_looked_at_as_they_come(
         assert sorted(tmp_path.rglob("*")) == before
     shutil.copy(names[0], tmp_path / "here.jpg")
     stdin(monkeypatch, "\n".join(["here.jpg", str(tmp_path / "here.jpg"), *names]).encode())
-    done, _ = predict(tiny, "-", Path("out.csv"))  # where we are may hold both
+    done, _ = predict(tiny, "-", Path("out.csv"))  # the working directory may contain both
     assert done["num_images"] == 20
 
 
-def test_a_list_of_bad_images_that_is_there_is_left_alone(tiny: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_existing_list_of_bad_images_is_kept(tiny: Path, folder: Path, tmp_path: Path) -> None:
     mine = tmp_path / "out.csv.bad.csv"
     for spoil in (False, True):
         mine.write_text("mine")
@@ -329,7 +329,7 @@ def test_an_output_without_a_name_is_refused(tiny: Path, folder: Path) -> None:
             predict(tiny, folder, Path(words))
 
 
-def test_a_file_that_is_there_is_left_alone(tiny: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_kept(tiny: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("mine")
     with pytest.raises(UsageError, match="already"):
         predict(tiny, folder, tmp_path / "out.csv")
@@ -337,7 +337,7 @@ def test_a_file_that_is_there_is_left_alone(tiny: Path, folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "format"), [("out.csv", "jsonl"), ("out.parquet", "csv"), ("out", "xml")])
-def test_formats_that_cannot_be_meant_are_refused(
+def test_invalid_formats_are_refused(
     tiny: Path, folder: Path, tmp_path: Path, name: str, format: str
 ) -> None:
     with pytest.raises(UsageError, match="--format"):
@@ -348,7 +348,7 @@ def test_formats_that_cannot_be_meant_are_refused(
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """A power cut after some batches, each of which was saved."""
+    """Simulate a power cut after some batches, each of which was saved."""
     monkeypatch.setattr(resumable_writer, "SAVE_SECONDS", 0)
     save, seen = resumable_writer.ResumableWriter.save, []
 
@@ -363,7 +363,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
 
 
 @pytest.mark.parametrize("name", slow_except(["out.csv"], ["out.csv", "out.jsonl", "out.parquet"]))
-def test_an_interrupted_file_ends_in_the_same_bytes(
+def test_a_resumed_prediction_writes_the_same_bytes(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for place in ("000", "005"):
@@ -385,7 +385,7 @@ def test_an_interrupted_file_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize("change", ["image", "new", "gone", "model", "option"])
-def test_what_changed_is_not_gone_on_with(
+def test_a_changed_prediction_is_not_resumed(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     output, more = tmp_path / "out.csv", {}
@@ -425,7 +425,7 @@ def test_images_that_come_later_are_added(
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_standard_input_goes_on_and_starts_anew(
+def test_standard_input_is_resumed_or_started_anew(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [str(path) for path in sorted(folder.rglob("*.jpg"))]
@@ -447,10 +447,10 @@ def done_of(journal: Path) -> int:
 
 
 @pytest.mark.slow
-def test_sigkill_and_sigterm(
+def test_a_prediction_resumes_after_sigkill_and_sigterm(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real process, which is fed slowly and then killed; SIGTERM ends it with a word."""
+    """A real process with slow input is killed; SIGTERM ends it with a message."""
     names = [str(path) for path in sorted(folder.rglob("*.jpg"))] * 40
     stdin(monkeypatch, "\n".join(names).encode())
     predict(tiny, "-", tmp_path / "whole.csv")

@@ -28,7 +28,7 @@ def images(image_folder: Path) -> list[Path]:
 
 
 def plain_timm(folder: Path, images: list[Image.Image], temperature: float = 1.0) -> np.ndarray:
-    """What a user of plain timm computes, one image at a time."""
+    """Return the probabilities by plain timm, one image at a time."""
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     view = create_transform(**resolve_model_data_config(network), is_training=False)
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def test_predictions_are_those_of_plain_timm(tiny: Path, images: list[Path]) -> 
         assert [value for _, value in one.top(3)] == pytest.approx(row[best].tolist(), abs=1e-6)
 
 
-def test_a_image_may_come_as_anything(tiny: Path, images: list[Path]) -> None:
+def test_an_image_may_be_a_path_a_pillow_image_or_an_array(tiny: Path, images: list[Path]) -> None:
     predictor = finetune.load(str(tiny))
     image = Image.open(images[0])
     forms = [images[0], str(images[0]), image, np.asarray(image)]
@@ -72,8 +72,8 @@ def test_a_image_may_come_as_anything(tiny: Path, images: list[Path]) -> None:
     assert predictor.predict([]) == []
 
 
-def test_an_open_image_is_seen_as_its_file_is(tiny: Path, tmp_path: Path) -> None:
-    """Upright and over white; and it stays as it was."""
+def test_an_open_image_gives_the_prediction_of_its_file(tiny: Path, tmp_path: Path) -> None:
+    """It is turned upright and put on white, and the given image is not changed."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
     Image.fromarray(pixels, "RGBA").save(tmp_path / "clear.png")
     exif = Image.Exif()
@@ -114,7 +114,7 @@ def test_ten_crops_are_averaged_as_torchvision_would(tiny: Path, images: list[Pa
     assert np.abs(found - plain).max() > 5e-4
 
 
-def test_names_are_told_apart(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
+def test_duplicate_class_names_get_their_index(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
     names = ["crane", "bee", "crane", *"defghij"]
     named = copy_model(tiny, tmp_path / "named", label_names=names)
     predictor = finetune.load(named)
@@ -122,14 +122,14 @@ def test_names_are_told_apart(tiny: Path, tmp_path: Path, images: list[Path]) ->
     assert predictor.predict(images[0]).label in predictor.classes
 
 
-def test_what_cannot_be_read_is_named(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
+def test_an_unreadable_image_is_named(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
     (tmp_path / "cut.jpg").write_bytes(images[0].read_bytes()[:300])
     predictor = finetune.load(tiny)
     with pytest.raises(DataError, match=r"cut\.jpg.*cannot be read"):
         predictor.predict([images[0], tmp_path / "cut.jpg"])
     with pytest.raises(DataError, match="file not found"):
         predictor.predict(tmp_path / "none.jpg")
-    assert predictor.predict(images[0]).label  # and it still works
+    assert predictor.predict(images[0]).label  # the predictor still works
 
 
 @pytest.mark.parametrize(
@@ -145,23 +145,23 @@ def test_what_cannot_be_read_is_named(tiny: Path, tmp_path: Path, images: list[P
     ],
     ids=str,
 )
-def test_what_is_no_image_is_refused(tiny: Path, thing: Any) -> None:
+def test_a_value_that_is_not_an_image_is_refused(tiny: Path, thing: Any) -> None:
     with pytest.raises(UsageError, match="is not an image"):
         finetune.load(tiny).predict(thing)
 
 
-def test_bytes_are_called_bytes(tiny: Path) -> None:
+def test_bytes_are_named_in_the_error(tiny: Path) -> None:
     for thing in (b"photo.jpg", bytearray(b"x"), memoryview(b"x"), [b"photo.jpg"]):
         with pytest.raises(UsageError, match=r"(bytes|bytearray|memoryview) is not an image"):
             finetune.load(tiny).predict(thing)  # type: ignore[call-overload]
 
 
-def test_a_folder_is_no_image(tiny: Path, image_folder: Path) -> None:
+def test_a_folder_is_refused(tiny: Path, image_folder: Path) -> None:
     with pytest.raises(FinetuneError, match="not a file"):
         finetune.load(tiny).predict(image_folder)
 
 
-def test_models_that_cannot_answer_are_refused(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
+def test_unusable_models_are_refused(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
     with pytest.raises(UsageError, match=r"^the model no_such_thing: "):
         finetune.load("no_such_thing")
     other = copy_model(tiny, tmp_path / "other", finetune={"sha256": "0" * 64})
@@ -173,7 +173,7 @@ def test_models_that_cannot_answer_are_refused(tiny: Path, tmp_path: Path, image
     with pytest.raises(UsageError, match="classifier"):
         finetune.load(headless)
     broken = copy_model(tiny, tmp_path / "broken")
-    weights["fc.weight"][:] = 3e38  # finite, and what it gives is not
+    weights["fc.weight"][:] = 3e38  # finite, but its logits are not
     save_file(weights, broken / "model.safetensors")
     with pytest.raises(UsageError, match="not finite"):
         finetune.load(broken).predict(images[0])
@@ -187,7 +187,7 @@ def test_threads_share_a_predictor(tiny: Path, images: list[Path]) -> None:
             np.testing.assert_array_equal(np.stack([one.values for one in found]), np.stack(expected))
 
 
-def test_memory_that_runs_out_halves_the_batch(tiny: Path, images: list[Path]) -> None:
+def test_running_out_of_memory_halves_the_batch(tiny: Path, images: list[Path]) -> None:
     predictor = finetune.load(tiny)
     expected = predictor.predict(images)
     predictor = finetune.load(tiny)

@@ -31,7 +31,7 @@ def timms(image: Image.Image, own: Preprocessing, crop_pct: float) -> torch.Tens
 @pytest.mark.parametrize("crop_mode", MODES)
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
 @pytest.mark.parametrize("size", SIZES)
-def test_one_crop_is_the_evaluation_view_to_the_last_bit(
+def test_one_crop_is_the_evaluation_view_bit_for_bit(
     crop_mode: str, crop_pct: float, size: tuple[int, int]
 ) -> None:
     own = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=crop_mode)
@@ -44,7 +44,7 @@ def test_one_crop_is_the_evaluation_view_to_the_last_bit(
 
 @pytest.mark.parametrize("crop_mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_centre_of_a_scale_is_timms_view_of_that_scale(crop_mode: str, size: tuple[int, int]) -> None:
+def test_the_centre_crop_of_a_scale_equals_that_of_timm(crop_mode: str, size: tuple[int, int]) -> None:
     own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation="bilinear")
     for crops, centre in ((1, 0), (5, 4), (10, 4)):
         made = build_views(own, crops, [48, 64, 96])(photograph(*size))
@@ -53,7 +53,7 @@ def test_the_centre_of_a_scale_is_timms_view_of_that_scale(crop_mode: str, size:
             assert made[crops * number + centre].equal(timms(photograph(*size), own, share))
 
 
-def test_ten_crops_are_torchvisions() -> None:
+def test_ten_crops_equal_those_of_torchvision() -> None:
     own = Preprocessing(img_size=48)
     image = photograph(100, 75)
     resized = F.resize(image, [54], F.InterpolationMode.BICUBIC)
@@ -64,7 +64,7 @@ def test_ten_crops_are_torchvisions() -> None:
     assert build_views(own, 10).num_views == 10
 
 
-def test_corners_of_a_bordered_image_reach_into_every_corner_of_it() -> None:
+def test_corner_crops_of_a_bordered_image_cover_its_corners() -> None:
     own = Preprocessing(img_size=48, crop_mode="border", crop_pct=0.5, mean=(0.0, 0.0, 0.0))
     wide = Image.new("RGB", (400, 100), (255, 255, 255))  # 96 x 24 with its longer side at 96
     made = build_views(own, 5)(wide)
@@ -72,7 +72,7 @@ def test_corners_of_a_bordered_image_reach_into_every_corner_of_it() -> None:
     assert all((view == 255).any(dim=0).sum() == 24 * 48 for view in made)
 
 
-def test_crops_without_room_get_some() -> None:
+def test_the_default_scale_leaves_room_for_several_crops() -> None:
     whole = Preprocessing(img_size=224, crop_pct=1.0)
     assert resolve_scale(whole) == build_views(whole, 5).scales[0] == 256
     assert resolve_scale(Preprocessing(img_size=224, crop_pct=0.875)) == 256
@@ -84,13 +84,13 @@ def test_crops_without_room_get_some() -> None:
 @pytest.mark.parametrize(
     ("crops", "scales", "said"), [(3, (), "--crops 3"), (1, (224, 223), "--scales 223"), (0, (), "--crops 0")]
 )
-def test_what_cannot_be_is_refused(crops: int, scales: tuple[int, ...], said: str) -> None:
+def test_invalid_crops_and_scales_are_refused(crops: int, scales: tuple[int, ...], said: str) -> None:
     with pytest.raises(UsageError) as refused:
         build_views(Preprocessing(), crops, scales)
     assert refused.value.asked == said
 
 
-def test_probabilities_are_averaged_and_not_logits() -> None:
+def test_probabilities_are_averaged_over_views() -> None:
     logits = torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 8.0], [0.0, 8.0]])
     mean = compute_mean_over_views(logits, 2, temperature=2.0)
     first = (torch.tensor([2.0, 0.0]).softmax(0) + 0.5) / 2

@@ -26,7 +26,7 @@ def build(name: str, num_classes: int = 10) -> tuple[nn.Module, tuple[int, int, 
     torch.manual_seed(0)
     network = build_network(replace(card, num_classes=num_classes))
     for layer in classifier_layers(network):
-        init_classifier(layer)  # some start at zero, with which nothing has a gradient
+        init_classifier(layer)  # some heads start at zero: there is no gradient
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     return network.eval(), card.preprocessing.input_size
@@ -40,12 +40,12 @@ def normalised(evidence: Tensor) -> Tensor:
     return (evidence / evidence.max()).clamp_min(0)
 
 
-# --- parity ----------------------------------------------------------------------------------------
+# --- Parity ---
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "torchvision/resnet18", "test_resnet"])
-def test_with_pooling_and_a_linear_head_it_is_cam(name: str) -> None:
-    """arXiv:1512.04150: the head's weights times the last map."""
+def test_grad_cam_is_cam_with_pooling_and_a_linear_head(name: str) -> None:
+    """CAM (arXiv:1512.04150) is the sum of the last features, weighted by the head."""
     network, size = build(name)
     change_head(network, 10, "replace")
     network.eval()
@@ -73,7 +73,7 @@ def test_with_pooling_and_a_linear_head_it_is_cam(name: str) -> None:
 
 
 def test_a_relu_in_place_after_the_map_changes_nothing() -> None:
-    """The map is a batch norm's output, which the ReLU after it overwrites."""
+    """The map is the output of a batch norm, which the next ReLU overwrites."""
     torch.manual_seed(0)
     body = [nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
     network = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 4)).eval()
@@ -99,7 +99,7 @@ def test_a_relu_in_place_after_the_map_changes_nothing() -> None:
         assert torch.allclose(heat.values, normalised(evidence), atol=1e-5)
 
 
-def test_a_solved_head_on_stages_gets_the_sum_of_its_stages() -> None:
+def test_a_head_on_several_stages_gets_the_sum_of_their_maps() -> None:
     network, size = build("test_resnet")
     points = [FeaturePoint("layer3", 0, False), FeaturePoint("layer4", 0, False)]
     solved = build_stage_classifier(network, points, "avg", 3, size).eval()
@@ -131,12 +131,12 @@ def _outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list
     return kept
 
 
-# --- every family ----------------------------------------------------------------------------------
+# --- Every family of networks ---
 
 NAMES = [f"timm/{name}" for name in SMALLEST.values()]
 NAMES += [name for name in DEFAULT if name.startswith("torchvision/")]
 REFUSED = {"timm/crossvit_tiny_240", "timm/efficientvim_m1"}
-"""Branches side by side from early on; a state beside the map."""
+"""Networks with parallel branches from early on, or with a state beside the map."""
 
 
 def check(name: str) -> None:
@@ -158,8 +158,10 @@ def check(name: str) -> None:
         assert heat.values.ndim == 2 and min(heat.values.shape) > 1
         assert heat.values.min() >= 0 and heat.values.max() == pytest.approx(1)
     [alone] = cam(images[1:], [2])
-    if (one := alone[0].values) is not None and (other := first[1].values) is not None:
-        assert torch.allclose(one, other, atol=1e-3)  # nothing of its neighbour
+    if (single := alone[0].values) is not None and (batched := first[1].values) is not None:
+        assert torch.allclose(
+            single, batched, atol=1e-3
+        )  # a map does not depend on other images of the batch
     check_positions(cam, network, size)
 
 
@@ -167,7 +169,7 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
     """A change in one quarter of the image changes that quarter of the features most."""
     from finetune.explain.cam import _forward_from, _to_positions
 
-    assert cam._place is not None
+    assert cam._position is not None
     image = noise(size, 1)
     changed = image.repeat(4, 1, 1, 1)
     half_h, half_w = size[1] // 2, size[2] // 2
@@ -177,9 +179,9 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
         window = (slice(None), slice(top, top + half_h), slice(left, left + half_w))
         changed[number][window] = other[window]
     with torch.no_grad():
-        [(leaf, form)], _ = _forward_from(network, cam._place, torch.cat([image, changed]))
+        [(leaf, form)], _ = _forward_from(network, cam._position, torch.cat([image, changed]))
     if form.order == "channels_first":
-        return  # there is no order to get wrong, and random attention mixes everything
+        return  # the order is fixed, and attention with random weights mixes all positions
     grid = _to_positions(leaf, form).detach()
     difference = (grid[1:] - grid[:1]).abs().mean(dim=1, keepdim=True)
     quarters = F.adaptive_avg_pool2d(difference, 2).flatten(1)
@@ -189,22 +191,22 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
-def test_families(name: str) -> None:
+def test_every_family_gives_maps_or_a_reason(name: str) -> None:
     check(name)
 
 
-def test_torchvision_gives_the_same_place_as_its_docs_name() -> None:
-    """Its classifier reads the class token alone: the place is before the last block."""
+def test_a_vision_transformer_is_explained_before_its_last_block() -> None:
+    """Its classifier reads the class token alone, so the position is before the last block."""
     network = torchvision.models.VisionTransformer(64, 16, 3, 2, 32, 64, num_classes=4).eval()
     init_classifier(network.heads[0])  # type: ignore[arg-type]
     cam = GradCam(network, (3, 64, 64))
-    assert cam._place is not None and cam._place.form.prefix == 1
-    assert cam._place.point.module == "encoder.layers.encoder_layer_1"
+    assert cam._position is not None and cam._position.form.prefix == 1
+    assert cam._position.point.module == "encoder.layers.encoder_layer_1"
     [maps] = cam(noise((3, 64, 64)), [0, 1])
     assert any(heat.values is not None and heat.values.shape == (4, 4) for heat in maps)
 
 
-def test_a_network_without_a_map_is_refused() -> None:
+def test_a_network_without_a_map_gives_the_reason() -> None:
     network = nn.Sequential(nn.Flatten(1), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
     cam = GradCam(network, (3, 8, 8))
     assert cam.reason.startswith(NO_MAP)
@@ -212,7 +214,7 @@ def test_a_network_without_a_map_is_refused() -> None:
     assert heat.values is None and heat.reason == cam.reason
 
 
-def test_a_map_without_evidence_says_so() -> None:
+def test_a_map_without_evidence_gives_the_reason() -> None:
     class Against(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""One graph for every way in and out, held against plain timm and torch; strangers are refused in words."""
+"""The exported graph with every input and output, compared with timm and torch."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("is_calibrated", [False, True])
-def test_images_in_answers_out(
+def test_each_interface_gives_the_networks_outputs(
     card: Card, network: nn.Module, layout: Layout | None, is_calibrated: bool
 ) -> None:
-    """The oracle is timm's own transform on the image, and softmax(logits / T) written out."""
+    """The reference is timm's transform of the image, and softmax(logits / T) written out."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 90, 70, 3), dtype=np.uint8)
     images = [Image.fromarray(one) for one in pixels]
     transform = create_transform(**card.preprocessing.to_timm(), is_training=False)
@@ -66,7 +66,7 @@ def test_images_in_answers_out(
     slow_except(["timm/test_vit"], ["timm/test_resnet", "timm/test_vit", "torchvision/squeezenet1_1"]),
 )
 def test_a_classifier_on_stages_is_traced(name: str) -> None:
-    """Its forward is left by an exception, which no tracer follows; the graph holds what is needed."""
+    """Its own forward ends by an exception, which cannot be traced."""
     torch.manual_seed(0)
     card = find_card(name)
     size = card.preprocessing.input_size
@@ -82,7 +82,7 @@ def test_a_classifier_on_stages_is_traced(name: str) -> None:
     read = {node.target for node in program.graph.nodes if node.op == "placeholder" and node.users}
     own_classifier = {f"p_network_network_{key.replace('.', '_')}" for key in head_parameters(below)}
     assert own_classifier
-    assert not own_classifier & read  # what comes after the last feature is not computed
+    assert not own_classifier & read  # operations after the last feature are not computed
 
 
 class OneSize(nn.Module):
@@ -96,7 +96,7 @@ class ByValue(nn.Module):
 
 
 @pytest.mark.parametrize("network", [OneSize(), ByValue()])
-def test_what_cannot_be_traced_is_refused(card: Card, network: nn.Module) -> None:
+def test_a_network_that_cannot_be_traced_is_refused(card: Card, network: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"cannot trace it for any number of images \(\w+: .+\)") as caught:
         build_program(network, card, Interface())
     assert "--format timm" in caught.value.fix

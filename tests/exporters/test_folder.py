@@ -1,4 +1,4 @@
-"""The exported folder: plain timm loads it, gives the same numbers, and finds labels and preprocessing."""
+"""The exported folder: plain timm loads it with its labels and preprocessing, and gives the same logits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build(name: str, img_size: int | None = None, head: HeadChoice = "replace", 
     ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_plain_timm_gives_the_same_numbers(
+def test_plain_timm_gives_the_same_logits(
     tmp_path: Path, name: str, img_size: int | None, dropout: float, channels_last: bool
 ) -> None:
     backbone = build(name, img_size, dropout=dropout)
@@ -125,8 +125,8 @@ def test_heads_of_more_than_one_layer_export_as_linear(name: str) -> None:
     assert plain.state_dict().keys() == backbone.network.state_dict().keys()
 
 
-def test_the_licence_and_tag_are_of_these_weights(tmp_path: Path) -> None:
-    """Not of the architecture's default ones, also in a second generation."""
+def test_licence_and_tag_are_those_of_the_weights(tmp_path: Path) -> None:
+    """They are not those of the architecture's default weights, even after a second export."""
     card = find_card("convnextv2_atto.fcmae")
     assert card.license == "cc-by-nc-4.0"
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def test_the_licence_and_tag_are_of_these_weights(tmp_path: Path) -> None:
     assert "origin_url" not in config["pretrained_cfg"]
 
 
-def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_existing_folder_is_replaced_completely(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
     (target / "pytorch_model.bin").write_text("old")
@@ -192,7 +192,7 @@ def test_a_round_trip_restores_the_mode_of_each_layer(tmp_path: Path) -> None:
     assert measure_round_trip(network, tmp_path / "model", torch.randn(1, 3, 64, 64)) > 1e-6
 
 
-def test_the_card_owes_nothing_to_weights_that_were_not_used(tmp_path: Path) -> None:
+def test_the_model_card_names_no_source_for_random_weights(tmp_path: Path) -> None:
     backbone = build("test_resnet", 64)  # random
     export_model(backbone, backbone.network, tmp_path / "model", METRICS)
     text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""ONNX and torch files: what travels in them and beside them, read back by others."""
+"""ONNX and torch.export files, their metadata and the files beside them, read by other libraries."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def network() -> nn.Module:
     return timm.create_model("test_resnet", num_classes=3).eval()
 
 
-def test_onnx_carries_its_labels_view_and_temperature(
+def test_onnx_metadata_holds_labels_preprocessing_and_temperature(
     card: Card, network: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     interface = Interface("nhwc", is_calibrated=True)
     path = write_onnx(build_program(network, card, interface), tmp_path, card, interface, 20)
-    assert capfd.readouterr().out == ""  # stdout belongs to results
+    assert capfd.readouterr().out == ""  # stdout is for results only
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
     onnx.checker.check_model(str(path), full_check=True)
     assert read_opset(path) == 20
@@ -66,7 +66,7 @@ def test_onnx_carries_its_labels_view_and_temperature(
         assert found.sum(axis=1) == pytest.approx(1)
 
 
-def test_torch_loads_its_program(card: Card, network: nn.Module, tmp_path: Path) -> None:
+def test_torch_loads_the_exported_program(card: Card, network: nn.Module, tmp_path: Path) -> None:
     path = write_program(build_program(network, card, Interface()), tmp_path)
     images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_a_missing_package_is_named(
     assert "finetune[onnx]" in caught.value.fix
 
 
-def test_files_beside_a_graph(card: Card, tmp_path: Path) -> None:
+def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_path: Path) -> None:
     write_companions(tmp_path, card, Interface())
     assert (tmp_path / "labels.txt").read_text(encoding="utf-8").splitlines() == ["ant", "two lines", "蜂"]
     told = json.loads((tmp_path / "preprocessing.json").read_text(encoding="utf-8"))
@@ -123,8 +123,8 @@ def test_files_beside_a_graph(card: Card, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
-def test_the_steps_are_those_that_timm_takes(mode: str, crop_pct: float) -> None:
-    """Somebody who follows ``preprocessing.json`` with Pillow alone gets timm's pixels."""
+def test_the_preprocessing_steps_are_those_of_timm(mode: str, crop_pct: float) -> None:
+    """The steps of ``preprocessing.json``, done with Pillow alone, give timm's pixels."""
     view = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=mode, interpolation="bilinear")
     pixels = np.random.default_rng(1).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)

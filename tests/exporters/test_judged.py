@@ -1,4 +1,4 @@
-"""The images that an export is compared on: the run's own, as they were, and never others in silence."""
+"""The images that an export is compared on: unchanged images of the run, or a reason why there are none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import DataError
 from finetune.exporters import source as module
-from finetune.exporters.source import ProofInputs, load_judged
+from finetune.exporters.source import ProofInputs, load_evaluated
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from pretrained.catalog import Card, find_card
@@ -28,7 +28,7 @@ def card() -> Card:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """Ten judged images of two classes; the second class has the name of a formula."""
+    """Ten evaluated images of two classes; the second class has the name of a formula."""
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     paths = [f"val/{name}/{number}.png" for name in ("a", "=b") for number in range(5)]
@@ -45,14 +45,14 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def load(run: RunFolder, card: Card) -> ProofInputs:
-    found = load_judged(run, run.path.parent / "data", card)
+    found = load_evaluated(run, run.path.parent / "data", card)
     assert isinstance(found, ProofInputs), found
     return found
 
 
 def test_views_and_probabilities_belong_together(run: RunFolder, card: Card) -> None:
     found = load(run, card)
-    assert (found.num_judged, found.source, found.notes) == (10, "judged images", ())
+    assert (found.num_evaluated, found.source, found.notes) == (10, "judged images", ())
     assert found.recorded is not None
     assert found.recorded[:, 1].tolist() == pytest.approx([(place + 1) / 20 for place in range(10)])
     transform = build_eval_transform(card.preprocessing)
@@ -60,15 +60,17 @@ def test_views_and_probabilities_belong_together(run: RunFolder, card: Card) -> 
     assert found.views[9].equal(transform(Image.open(last).convert("RGB")))
 
 
-def test_many_are_drawn_evenly(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_sampled_evenly(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_IMAGES", 5)
     found = load(run, card)
     assert found.recorded is not None
     assert (found.recorded[:, 1] * 20).round().tolist() == [1, 3, 5, 7, 9]
-    assert (len(found.views), found.num_judged) == (5, 10)
+    assert (len(found.views), found.num_evaluated) == (5, 10)
 
 
-def test_large_images_are_fewer(run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_large_images_fewer_are_compared(
+    run: RunFolder, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 3 * 3 * 32 * 32)
     assert len(load(run, card).views) == 3
 
@@ -78,19 +80,19 @@ def test_changed_and_missing_images_are_left_out_and_named(run: RunFolder, card:
     (data / "a" / "0.png").unlink()
     draw(data / "a" / "1.png", (0, 0, 200), 99)
     found = load(run, card)
-    assert (len(found.views), found.num_judged) == (8, 10)
+    assert (len(found.views), found.num_evaluated) == (8, 10)
     assert found.notes == (
-        "2 of 10 judged images are missing or have changed: val/a/0.png (no such file or directory)",
+        "2 of 10 evaluated images are missing or have changed: val/a/0.png (no such file or directory)",
     )
     assert found.recorded is not None
     assert found.recorded[0, 1].item() == pytest.approx(3 / 20)
 
 
 def test_without_images_there_is_a_reason(run: RunFolder, card: Card, tmp_path: Path) -> None:
-    why = load_judged(run, tmp_path / "elsewhere", card)
-    assert why == "none of its 10 judged images is unchanged: val/a/0.png (no such file or directory)"
+    why = load_evaluated(run, tmp_path / "elsewhere", card)
+    assert why == "none of its 10 evaluated images is unchanged: val/a/0.png (no such file or directory)"
     run.predictions.unlink()
-    assert load_judged(run, tmp_path / "data", card) == f"{run.predictions} does not exist"
+    assert load_evaluated(run, tmp_path / "data", card) == f"{run.predictions} does not exist"
 
 
 def test_probabilities_of_other_classes_are_not_compared(run: RunFolder, card: Card) -> None:

@@ -1,4 +1,4 @@
-"""The model card: the hub's own parser reads it, and no name of a class or folder breaks it."""
+"""The model card: the hub's parser reads it, whatever the names of classes and folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLD: dict[str, Any] = {
     "split": "val",
     "split_chose_checkpoint": True,
 }
-"""What the first runs measured."""
+"""Metrics as an early version recorded them."""
 NEW = OLD | {
     "backbone": "timm/resnet18.a1_in1k",
     "num_train": 40,
@@ -66,7 +66,7 @@ def parse(text: str) -> dict[str, Any]:
     return dict(YAML(typ="safe").load(front))
 
 
-def test_the_hub_reads_figures_licence_and_base() -> None:
+def test_the_hub_parses_metrics_licence_and_base_model() -> None:
     data = TrainingData("insects", {"ant": {"train": 20, "test": 6}, "bee": {"train": 20, "test": 4}})
     text = build_readme(card_of(temperature=1.5), NEW, "weights.pth", data)
     read = ModelCard(text).data
@@ -102,7 +102,7 @@ def test_the_hub_reads_figures_licence_and_base() -> None:
     assert "ROC" not in text
 
 
-def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
+def test_the_log_loss_is_given_with_and_without_the_temperature() -> None:
     calibration = NEW["calibration"] | {"loss": 0.3, "loss_calibrated": 0.25, "same_images": True}
     text = build_readme(card_of(temperature=1.5), NEW | {"calibration": calibration}, "weights.pth")
     assert "| log loss (nats) | 0.3000 |  |\n| log loss with the temperature (nats) | 0.2500 |  |" in text
@@ -115,22 +115,22 @@ def test_the_log_loss_is_told_before_and_after_the_temperature() -> None:
     assert "Output: logits; softmax gives the probabilities that the metrics are computed from." in plain
 
 
-def test_images_that_were_learned_from_are_told() -> None:
+def test_test_images_that_were_trained_on_are_reported() -> None:
     text = build_readme(card_of(), NEW | {"num_leaked": 2, "num_seen_by_backbone": 1}, "weights.pth")
-    figures = text.partition("## Metrics")[2].partition("##")[0]
+    section = text.partition("## Metrics")[2].partition("##")[0]
     start = "**Of the 10 test images,"
     assert (
         f"{start} 2 have an exact copy among the images that this model was trained on: these metrics"
-        in figures
+        in section
     )
     assert (
-        f"{start} 1 have an exact copy among the images that its initial weights were trained on" in figures
+        f"{start} 1 have an exact copy among the images that its initial weights were trained on" in section
     )
     for counts in ({"num_leaked": 0, "num_seen_by_backbone": 0}, {"num_leaked": None}, {}):
         assert "exact copy" not in build_readme(card_of(), NEW | counts, "weights.pth")
 
 
-def test_an_old_run_has_a_card_as_well() -> None:
+def test_the_metrics_of_an_old_run_are_enough_for_a_card() -> None:
     text = build_readme(card_of(), OLD, "weights.pth")
     assert "| accuracy | 0.9000 |" in text
     assert "95 %" not in text
@@ -139,7 +139,7 @@ def test_an_old_run_has_a_card_as_well() -> None:
     assert len(ModelCard(text).data.eval_results or ()) == 3
 
 
-def test_a_model_without_figures_claims_none() -> None:
+def test_a_model_without_metrics_has_none_in_its_card() -> None:
     text = build_readme(card_of(), {}, "x")
     assert "This model came without metrics." in text
     assert "model-index" not in parse(text)
@@ -178,15 +178,15 @@ def test_the_name_of_a_folder_does_not_break_the_front_matter(name: str) -> None
     ] * 3
 
 
-def test_no_path_of_this_machine_is_told() -> None:
+def test_the_card_contains_no_path_of_this_machine() -> None:
     metrics = NEW | {"backbone": "local-dir:/home/me/secret/run"}
     text = build_readme(card_of(place="folder", location="/home/me/secret/run"), metrics, "/home/me/secret")
     assert "secret" not in text
     assert "another run or folder" in text
 
 
-def test_the_base_is_inherited(tmp_path: Path) -> None:
-    """A run that began from another run still owes its weights to the first one's base."""
+def test_the_base_model_is_inherited(tmp_path: Path) -> None:
+    """A run that started from another run has the base model of that one."""
     folder = tmp_path / "model"
     folder.mkdir()
     card = card_of(place="folder", location=str(folder))

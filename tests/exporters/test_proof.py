@@ -1,4 +1,4 @@
-"""The proof: what counts as the same, and a fresh process that fails what is not."""
+"""Comparison of outputs, and the fresh process that computes those of an artefact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sweeps import slow_except
 SURE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
 
 
-def test_the_same_is_the_same() -> None:
+def test_equal_outputs_agree() -> None:
     found = compare(SURE, SURE.clone())
     assert (found.max_difference, found.top1_identical, found.num_near_ties, found.holds) == (
         0.0,
@@ -45,21 +45,21 @@ def test_a_difference_is_measured_and_refused() -> None:
         check_comparison("exporting", "the network's", found, 2, "judged images")
 
 
-def test_a_near_tie_may_turn_over_and_is_counted() -> None:
+def test_another_class_in_a_near_tie_is_allowed_and_counted() -> None:
     tie, turned = torch.tensor([[0.50002, 0.49998]]), torch.tensor([[0.49999, 0.50001]])
     found = compare(tie, turned)
     assert (found.top1_identical, found.num_near_ties, found.num_top1_differences) == (True, 1, 1)
     assert found.holds
 
 
-def test_what_is_no_tie_may_not_turn_over() -> None:
+def test_another_class_without_a_near_tie_is_refused() -> None:
     found = compare(torch.tensor([[0.5004, 0.4996]]), torch.tensor([[0.4999, 0.5001]]), tolerance=6e-4)
     assert found.max_difference < found.tolerance
     assert not found.top1_identical
     assert not found.holds
 
 
-def test_nothing_compares_with_nan() -> None:
+def test_nan_never_agrees() -> None:
     for bad in (torch.full((2, 2), torch.nan), torch.tensor([[0.9, 0.1], [0.2, torch.nan]])):
         assert not compare(SURE, bad).holds
         assert not compare(bad, SURE).holds
@@ -71,9 +71,9 @@ def test_one_class_is_never_a_tie() -> None:
 
 
 def test_batches_begin_with_odd_sizes_and_cover_everything() -> None:
-    parts = list(fresh.split(40))
-    assert [part.stop - part.start for part in parts] == [1, 3, 16, 16, 4]
-    assert list(fresh.split(1)) == [slice(0, 1)]
+    batches = list(fresh.slice_batches(40))
+    assert [batch.stop - batch.start for batch in batches] == [1, 3, 16, 16, 4]
+    assert list(fresh.slice_batches(1)) == [slice(0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Card, torch.nn.Mo
 
 
 @pytest.mark.slow
-def test_a_fresh_process_says_the_same(written: tuple[Card, torch.nn.Module, Path]) -> None:
+def test_a_fresh_process_gives_the_same_probabilities(written: tuple[Card, torch.nn.Module, Path]) -> None:
     card, network, path = written
     inputs = ProofInputs(draw_random(card, "").views[:5], None, 0)
     found, facts = predict_fresh("torch-export", path, inputs, card, Interface())
@@ -104,7 +104,7 @@ def test_a_fresh_process_says_the_same(written: tuple[Card, torch.nn.Module, Pat
 
 
 @pytest.mark.slow
-def test_what_cannot_be_loaded_fails_with_its_words(
+def test_an_artefact_that_cannot_be_loaded_fails_with_the_loaders_message(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path
 ) -> None:
     card = written[0]
@@ -132,7 +132,7 @@ def test_a_process_that_imports_finetune_proves_nothing(
 
 
 @pytest.mark.slow
-def test_too_few_answers_are_seen(
+def test_too_few_outputs_are_refused(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card, _, path = written
@@ -147,10 +147,10 @@ def test_too_few_answers_are_seen(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", slow_except(["outputs.npy"], ["inputs.npy", "outputs.npy", "facts.json"]))
-def test_a_full_disk_is_no_fault_of_the_artefact(
+def test_a_full_disk_is_reported_as_such(
     written: tuple[Card, torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """Of this process, and of the fresh one."""
+    """Return the outputs of this process, and those of the fresh one."""
     card, _, path = written
     (tmp_path / "given" / file).parent.mkdir()
     (tmp_path / "given" / file).symlink_to("/dev/full")
@@ -161,7 +161,7 @@ def test_a_full_disk_is_no_fault_of_the_artefact(
     assert "TMPDIR" in caught.value.fix
 
 
-def test_without_a_place_for_temporary_files_that_is_said(
+def test_a_missing_temporary_folder_is_reported(
     written: tuple[Card, torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card, _, path = written
@@ -172,7 +172,7 @@ def test_without_a_place_for_temporary_files_that_is_said(
 
 
 @pytest.mark.parametrize("layout", [None, "nchw", "nhwc"])
-def test_inputs_are_written_as_the_artefact_takes_them(tmp_path: Path, layout: Any) -> None:
+def test_inputs_are_written_in_the_artefacts_layout(tmp_path: Path, layout: Any) -> None:
     card = find_card("timm/test_resnet")
     views = draw_random(card, "").views[:20]
     interface = Interface(layout)
@@ -182,7 +182,7 @@ def test_inputs_are_written_as_the_artefact_takes_them(tmp_path: Path, layout: A
     assert np.array_equal(found, interface.arrange(views, card.preprocessing).numpy())
 
 
-def test_noise_is_the_same_every_time() -> None:
+def test_random_inputs_are_reproducible() -> None:
     card = find_card("timm/test_resnet")
     one, two = draw_random(card, "why").views, draw_random(card, "why").views
     assert one.equal(two)

@@ -1,4 +1,4 @@
-"""A folder under its final name is whole, and two that make it do not meet."""
+"""A folder with its final name is complete, and concurrent writers do not mix their files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.errors import UsageError
 from finetune.exporters.folder import STALE, staged_alone
 
 
-def test_two_at_once_do_not_meet_and_the_first_stays(tmp_path: Path) -> None:
+def test_of_two_concurrent_writers_the_first_to_finish_wins(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with pytest.raises(UsageError, match="another process has filled it"), staged_alone(folder) as one:
         (one / "file").write_text("one")
@@ -21,7 +21,7 @@ def test_two_at_once_do_not_meet_and_the_first_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_others_may_read_it_as_any_folder_of_the_user(tmp_path: Path, umask: int) -> None:
+def test_the_folder_has_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         (tmp_path / "out").mkdir()
@@ -33,14 +33,14 @@ def test_others_may_read_it_as_any_folder_of_the_user(tmp_path: Path, umask: int
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_nothing_is_left_of_what_failed(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failed_write_leaves_no_files(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), staged_alone(tmp_path / "out") as part:
         (part / "file").touch()
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_old_leftovers_of_the_same_name_go(tmp_path: Path) -> None:
+def test_only_old_leftovers_of_the_same_name_are_removed(tmp_path: Path) -> None:
     old, young, other = (tmp_path / name for name in (".o[u]t.a.part", ".o[u]t.b.part", ".out.c.part"))
     for folder in (old, young, other):
         folder.mkdir()

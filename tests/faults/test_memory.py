@@ -250,7 +250,7 @@ def test_a_library_without_memory_gets_a_second_chance_with_one_image(
     image_folder: Path, tmp_path: Path
 ) -> None:
     trainer = build_trainer(image_folder, tmp_path, batch_size=1)
-    expected = predict(trainer.judged, trainer.task.val, "float32")
+    expected = predict(trainer.eval_network, trainer.task.val, "float32")
     left = [RuntimeError(CUDNN)]
 
     def fail(*_: object) -> None:
@@ -258,7 +258,7 @@ def test_a_library_without_memory_gets_a_second_chance_with_one_image(
             raise left.pop()
 
     trainer.task.network.register_forward_pre_hook(fail)
-    assert predict(trainer.judged, trainer.task.val, "float32").logits.equal(expected.logits)
+    assert predict(trainer.eval_network, trainer.task.val, "float32").logits.equal(expected.logits)
 
 
 # --- parts are the whole -------------------------------------------------------------------------
@@ -329,10 +329,10 @@ def test_validation_goes_through_in_parts(image_folder: Path, tmp_path: Path) ->
 
 def test_predictions_in_parts_are_those_of_whole_batches_in_order(image_folder: Path, tmp_path: Path) -> None:
     trainer = build_trainer(image_folder, tmp_path, batch_size=8)
-    expected = predict(trainer.judged, trainer.task.val, "float32")
+    expected = predict(trainer.eval_network, trainer.task.val, "float32")
     limited(trainer, 3, training=False)
     done: list[int] = []
-    found = predict(trainer.judged, trainer.task.val, "float32", done.append)
+    found = predict(trainer.eval_network, trainer.task.val, "float32", done.append)
     torch.testing.assert_close(found.logits, expected.logits)
     assert found.labels.equal(expected.labels)
     assert done == [8, 8, 2]
@@ -342,7 +342,7 @@ def test_one_image_that_is_too_much_to_predict_ends_clearly(image_folder: Path, 
     trainer = build_trainer(image_folder, tmp_path, batch_size=8)
     limited(trainer, 0, training=False)
     with pytest.raises(EnvironmentFaultError, match=CUDA) as ended, translated_errors():
-        predict(trainer.judged, trainer.task.val, "float32")
+        predict(trainer.eval_network, trainer.task.val, "float32")
     assert ended.value.exit_code == 78
     assert trainer.task.network.training
 

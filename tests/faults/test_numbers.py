@@ -32,8 +32,8 @@ from tests.training.helpers import (
     assert_same_tensors,
     build_trainer,
     corrupt,
-    figures,
     fit_until,
+    metrics_of,
     saved,
     warnings,
 )
@@ -227,7 +227,7 @@ def test_patience_and_plateau_do_not_count_an_epoch_that_was_given_up(
     one = build_trainer(image_folder, tmp_path / "one", trainer_type=BadlyJudged, **settings)
     two = build_trainer(image_folder, tmp_path / "two", trainer_type=HalvedInTheSecond, **settings)
     assert one.fit().plateau_factor == two.fit().plateau_factor < 1
-    assert figures(one.progress) == figures(two.progress)
+    assert metrics_of(one.progress) == metrics_of(two.progress)
     assert one.progress.bad_epochs == two.progress.bad_epochs == 4
 
 
@@ -281,7 +281,7 @@ def test_a_huge_rate_ends_as_diverged_and_leaves_nothing_infinite(
     with pytest.raises(DivergedError):
         trainer.fit()
     assert_finite(trainer.task.network.state_dict())
-    assert_finite(trainer.judged.state_dict())
+    assert_finite(trainer.eval_network.state_dict())
     for checkpoint in (saved(tmp_path).now, saved(tmp_path).epoch_start):
         assert_finite(checkpoint.tensors)
 

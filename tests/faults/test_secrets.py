@@ -174,7 +174,7 @@ def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, image_folder: 
     address = f"{mirror.url}/weights.pth"
     cases = [
         (0, "", words(image_folder, tiny, "--output", "runs/whole")),
-        (70, "check_figures", words(image_folder, tiny, "--output", "runs/broken")),
+        (70, "check_predictions", words(image_folder, tiny, "--output", "runs/broken")),
         (70, "prepare", words(image_folder, tiny, "--output", "runs/early")),
         (78, "", words(image_folder, "hf-hub:org/absent")),
         (78, "", words(image_folder, "hf-hub:org/closed")),

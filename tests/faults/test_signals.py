@@ -60,12 +60,12 @@ def test_a_stop_in_the_middle_of_a_validation(
     whole = build_trainer(image_folder, tmp_path / "whole", **settings)
     whole.fit()
     first = build_trainer(image_folder, tmp_path / "parts", **settings)
-    judged = 0
+    validated = 0
 
     def stop_asked() -> bool:
-        nonlocal judged
-        judged += sys._getframe(2).f_code.co_name == "on_batch"  # which asks all processes
-        return judged == 5  # the second batch of the second validation
+        nonlocal validated
+        validated += sys._getframe(2).f_code.co_name == "on_batch"  # which asks all processes
+        return validated == 5  # the second batch of the second validation
 
     first.stop_asked = stop_asked
     with pytest.raises(InterruptedRunError):
@@ -74,7 +74,8 @@ def test_a_stop_in_the_middle_of_a_validation(
     second = build_trainer(image_folder, tmp_path / "parts", **settings)
     second.fit()
     assert all(
-        tensor.equal(second.judged.state_dict()[name]) for name, tensor in whole.judged.state_dict().items()
+        tensor.equal(second.eval_network.state_dict()[name])
+        for name, tensor in whole.eval_network.state_dict().items()
     )
 
 

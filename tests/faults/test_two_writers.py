@@ -73,7 +73,7 @@ def test_a_second_process_is_refused_and_the_first_is_unharmed(
         assert cli(*words_of(tiny, image_folder, output)).exit_code == 0
     (second,) = refused
     assert second.returncode == ExitCode.USAGE == 2, second.stderr
-    assert f"--output {output}: another process is at work in it" in second.stderr
+    assert f"--output {output}: another process is working in it" in second.stderr
     assert cli(*words_of(tiny, image_folder, tmp_path / "alone")).exit_code == 0
     one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "alone"))
     assert one.read_bytes() == two.read_bytes()
@@ -134,7 +134,7 @@ def test_a_finished_run_does_not_declare_done_what_another_process_took_over(
     def take_over(*_: Any) -> None:
         RunFolder(output).write_outcome(Outcome("running", "another process", attempt=2))
 
-    monkeypatch.setattr(job_main, "say_result", take_over)
+    monkeypatch.setattr(job_main, "report_result", take_over)
     result = cli(*words_of(tiny, image_folder, output))
     assert result.exit_code == ExitCode.USAGE, result.stderr
     assert json.loads((output / "outcome.json").read_text())["message"] == "another process"

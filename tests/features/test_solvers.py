@@ -291,7 +291,7 @@ def test_other_images_are_never_read(kind: Kind) -> None:
 # --- how strongly to fit -------------------------------------------------------------------------
 
 
-def judge_by_reference(
+def score_by_reference(
     kind: Kind, rows: Tensor, labels: Tensor, strengths: Sequence[float], folds: Tensor, used: Sequence[int]
 ) -> list[float]:
     """What scikit-learn's classifiers make of held-out images: mean log likelihood, or accuracy of an SVM."""
@@ -321,9 +321,9 @@ def test_the_chosen_strength_is_best_by_scikit_learn(
     rows, labels = draw(120, 16, 3, seed=3)
     training = build_training_rows(MemoryRows(rows), torch.arange(120), labels, 3)
     strengths = [training.strength(kind, multiple) for multiple in STRENGTHS]
-    judged = judge_by_reference(kind, rows, labels, strengths, draw_folds(labels, 3, 7), used)
-    best = max(range(len(judged)), key=lambda place: (judged[place], -place))
-    assert max(judged) > judged[0] + 0.01  # there is something to choose
+    scores = score_by_reference(kind, rows, labels, strengths, draw_folds(labels, 3, 7), used)
+    best = max(range(len(scores)), key=lambda place: (scores[place], -place))
+    assert max(scores) > scores[0] + 0.01  # there is something to choose
     assert choose_strength(training, kind, 7) == strengths[best]
 
 

@@ -47,7 +47,7 @@ def test_a_network_that_says_nothing_is_at_the_bottom() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_shuffled_labels_are_near_the_bottom(seed: int) -> None:
-    """Somewhat above it: the conditional probabilities are counted on the very images that are judged."""
+    """Somewhat above it: the conditional probabilities are counted on the images that are scored."""
     own = torch.arange(5).repeat_interleave(40)
     probabilities = 0.9 * torch.eye(5)[own] + 0.02
     assert compute_normalised_leep(probabilities, own, 5, seed) > 0.6

@@ -36,7 +36,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
     def make(hyperparameters: Mapping[str, Any], channels: Mapping[str, Path], **more: Any) -> Path:
         monkeypatch.setenv(BASE, str(tmp_path / "ml"))
-        monkeypatch.setenv(hosted.TOLD, "")
+        monkeypatch.setenv(hosted.TRANSLATED, "")
         return lay_out(tmp_path / "ml", hyperparameters, channels, **more)
 
     return make
@@ -48,7 +48,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def run(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["finetune", *map(str, words)])
-        monkeypatch.setenv(hosted.TOLD, "")
+        monkeypatch.setenv(hosted.TRANSLATED, "")
         with pytest.raises(SystemExit) as end:
             hosted.call(app)
         return int(end.value.code or 0)
@@ -200,7 +200,7 @@ def test_machines_that_do_not_know_of_each_other(
     assert "each would train a model of its own" in capsys.readouterr().err
     assert "SageMaker: 2 machines" in (base / "output" / "failure").read_text()
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UsageError, match="the run folder has to lie where all of them see it"):
+    with pytest.raises(UsageError, match="the run folder must be on a disk that all of them share"):
         words_of()
     assert words_of("--output", "/fsx/run")[:2] == ["--output", "/fsx/run"]
 

@@ -29,7 +29,7 @@ VARIABLES = (
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*VARIABLES, "RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(hosted.TOLD, "")
+    monkeypatch.setenv(hosted.TRANSLATED, "")
 
 
 def words_of(*given: str) -> tuple[Platform, Sequence[str]]:

@@ -1,4 +1,4 @@
-"""What an earlier attempt has decided stays decided."""
+"""A resumed attempt keeps the decisions of the first one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.processes import together
 
 
 def test_the_first_attempt_chooses_the_batch_size(image_folder: Path, tiny: Path, tmp_path: Path) -> None:
-    """As on a GPU, where the memory that is free changes from one attempt to the next."""
+    """As on a GPU, whose free memory differs between attempts."""
     recipe = load_recipe(None, {"backbone.name": str(tiny), "data.path": str(image_folder)})
     setup, _ = prepare(recipe, SilentDisplay())
     folder = RunFolder(tmp_path)
@@ -48,7 +48,7 @@ def test_the_smallest_gpu_decides_on_the_batch_size(image_folder: Path, tiny: Pa
 
 
 @pytest.mark.parametrize("size", [8, 64])
-def test_a_number_of_the_user_is_taken(image_folder: Path, tiny: Path, size: int) -> None:
+def test_a_given_batch_size_is_used(image_folder: Path, tiny: Path, size: int) -> None:
     keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "training.batch_size": size}
     setup, _ = prepare(load_recipe(None, keys), SilentDisplay())
     assert setup.recipe.training.batch_size == size

@@ -1,4 +1,4 @@
-"""Drawings: they are there, say what they should, and leave nothing behind."""
+"""Plots of features: they are written, show the right text, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Drawings, which are not written."""
+    """Collect the figures instead of writing them."""
     figures: list[Figure] = []
     monkeypatch.setattr(features, "_write", lambda _, figure: figures.append(figure))
     return figures
@@ -70,16 +70,16 @@ def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
 
 
-# --- accuracy against depth ----------------------------------------------------------------------
+# --- Accuracy by depth ---
 
 
-def test_a_probe_is_written(tmp_path: Path) -> None:
+def test_a_probe_plot_is_written(tmp_path: Path) -> None:
     draw_probe(tmp_path / "probe.png", LAYERS, CURVES, 0.5, "ants and bees")
     width, height = size_of(tmp_path / "probe.png")
     assert 800 < width < 1400 and 500 < height < 900
 
 
-def test_a_probe_says_what_it_shows(drawn: list[Figure]) -> None:
+def test_a_probe_plot_names_layers_curves_and_chance(drawn: list[Figure]) -> None:
     draw_probe(Path("unused"), LAYERS, CURVES, 0.5, "ants and bees")
     texts = texts_of(drawn[0])
     for text in (*LAYERS, *CURVES, "ants and bees", "chance 0.5", "best: layer3, 0.930"):
@@ -90,22 +90,22 @@ def test_a_probe_says_what_it_shows(drawn: list[Figure]) -> None:
     assert [line for line in axes.lines if line.is_dashed() and list(line.get_ydata()) == [0.5, 0.5]]
 
 
-@pytest.mark.parametrize("place", [0, 2, 4])
-def test_the_best_layer_is_marked(drawn: list[Figure], place: int) -> None:
+@pytest.mark.parametrize("depth", [0, 2, 4])
+def test_the_best_layer_is_marked(drawn: list[Figure], depth: int) -> None:
     accuracies = [0.5] * 5
-    accuracies[place] = 0.8
+    accuracies[depth] = 0.8
     draw_probe(
         Path("unused"), LAYERS, {"a": (accuracies, [0.01] * 5), "b": ([0.79] * 5, [0.01] * 5)}, 0.1, "t"
     )
     ring = next(line for line in drawn[0].axes[0].lines if line.get_fillstyle() == "none")
-    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([place - 0.06], [0.8])
-    assert f"best: {LAYERS[place]}, 0.800" in texts_of(drawn[0])
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([depth - 0.06], [0.8])
+    assert f"best: {LAYERS[depth]}, 0.800" in texts_of(drawn[0])
     best, *others = drawn[0].axes[0].texts
     assert best.get_text().startswith("best")
     assert not any(best.get_window_extent().overlaps(other.get_window_extent()) for other in others)
 
 
-def test_names_at_the_ends_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
+def test_names_of_curves_do_not_overlap(drawn: list[Figure]) -> None:
     curves: dict[str, Curve] = {f"classifier {n}": ([0.5, 0.9 + n / 1000], [0.01, 0.01]) for n in range(7)}
     draw_probe(Path("unused"), ["a", "b"], curves, 0.89, "t")
     from matplotlib.text import Text
@@ -121,7 +121,7 @@ def test_names_at_the_ends_do_not_lie_on_each_other(drawn: list[Figure]) -> None
 @pytest.mark.parametrize(
     "layers", [["avgpool"], [f"features.{n}" for n in range(13)], [f"blocks.{n}.mlp.fc2" for n in range(24)]]
 )
-def test_names_of_layers_do_not_lie_on_each_other(drawn: list[Figure], layers: list[str]) -> None:
+def test_names_of_layers_do_not_overlap(drawn: list[Figure], layers: list[str]) -> None:
     size = len(layers)
     draw_probe(Path("unused"), layers, {"a": ([0.5] * size, [0.1] * size)}, 0.1, "t")
     drawn[0].draw_without_rendering()
@@ -134,7 +134,7 @@ def test_names_of_layers_do_not_lie_on_each_other(drawn: list[Figure], layers: l
         assert size > 5
 
 
-# --- maps ----------------------------------------------------------------------------------------
+# --- Maps ---
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 20, 21, 60])
@@ -145,7 +145,7 @@ def test_a_map_is_written(tmp_path: Path, num_classes: int) -> None:
     assert 1000 < width < 1800 and 700 < height < 1000
 
 
-def test_a_map_says_what_it_shows(drawn: list[Figure]) -> None:
+def test_a_map_names_axes_and_classes(drawn: list[Figure]) -> None:
     draw_map(Path("unused"), *points_of(2), ["ants", "bees"], "resnet50", ("first", "second"), (0.5, 0.123))
     texts = texts_of(drawn[0])
     for text in ("resnet50", "first (50.0% of the variance)", "second (12.3% of the variance)"):
@@ -154,19 +154,19 @@ def test_a_map_says_what_it_shows(drawn: list[Figure]) -> None:
         assert texts.count(name) == 2, "in the legend, and on its points"
 
 
-def test_axes_that_mean_nothing_have_no_numbers(drawn: list[Figure]) -> None:
+def test_axes_without_a_unit_have_no_ticks(drawn: list[Figure]) -> None:
     draw_map(Path("unused"), *points_of(2), ["ants", "bees"], "t", ("UMAP 1", "UMAP 2"))
     assert sorted(texts_of(drawn[0])) == sorted(["t", "UMAP 1", "UMAP 2", *["ants", "bees"] * 2])
 
 
 def test_twenty_classes_look_different(drawn: list[Figure]) -> None:
     draw_map(Path("unused"), *points_of(20), [str(index) for index in range(20)], "t", ("x", "y"))
-    looks = set()
+    styles = set()
     points = drawn[0].axes[0].collections[::2]  # every other one is for the legend
     for drawing in points:
         (colour,) = drawing.get_facecolor()
-        looks.add((tuple(colour[:3]), len(drawing.get_paths()[0].vertices)))
-    assert len(points) == len(looks) == 20
+        styles.add((tuple(colour[:3]), len(drawing.get_paths()[0].vertices)))
+    assert len(points) == len(styles) == 20
 
 
 def test_more_classes_are_coloured_by_their_index(drawn: list[Figure]) -> None:
@@ -177,7 +177,7 @@ def test_more_classes_are_coloured_by_their_index(drawn: list[Figure]) -> None:
     assert "c29" in texts
 
 
-def test_names_on_a_map_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
+def test_names_on_a_map_do_not_overlap(drawn: list[Figure]) -> None:
     points = np.random.default_rng(0).normal(size=(300, 2))
     labels = [index % 30 for index in range(300)]
     draw_map(Path("unused"), points, labels, [f"class {index}" for index in range(30)], "t", ("x", "y"))
@@ -187,12 +187,12 @@ def test_names_on_a_map_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
     assert not any(one.overlaps(two) for place, one in enumerate(boxes) for two in boxes[:place])
 
 
-def test_a_class_without_images(tmp_path: Path) -> None:
+def test_a_class_without_images_is_not_drawn(tmp_path: Path) -> None:
     draw_map(tmp_path / "map.png", np.zeros((3, 2)), [0, 0, 2], ["a", "b", "c"], "t", ("x", "y"))
     size_of(tmp_path / "map.png")
 
 
-# --- the matrix ----------------------------------------------------------------------------------
+# --- The matrix of strategies ---
 
 
 def test_a_matrix_is_written_with_its_cell_marked(tmp_path: Path) -> None:
@@ -217,8 +217,7 @@ def test_a_matrix_is_written_with_its_cell_marked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_text_stays_in_its_cell(drawn: list[Figure], rows: int, columns: int) -> None:
     long = (
-        "a linear classifier on the best stage or on all together, then everything at a tenth of the rate "
-        * 2
+        "a linear classifier on the best stage or on all together, then everything at a tenth of the lr " * 2
     )
     cells = {(f"r{row}", f"c{column}"): long for row in range(rows) for column in range(columns)}
     draw_strategy_matrix(Path("unused"), cells, ("r0", "c0"), "t")
@@ -233,7 +232,7 @@ def test_text_stays_in_its_cell(drawn: list[Figure], rows: int, columns: int) ->
         assert text.get_text().split() == long.split()
 
 
-# --- all of them ---------------------------------------------------------------------------------
+# --- All plots ---
 
 Draw = Callable[[Path, list[str]], None]
 
@@ -265,7 +264,7 @@ def test_any_name_is_drawn(tmp_path: Path, draw: Draw, names: list[str]) -> None
     assert width < 3500 and height < 2500
 
 
-def test_names_stand_as_they_are(drawn: list[Figure]) -> None:
+def test_names_are_drawn_literally(drawn: list[Figure]) -> None:
     map_of(Path("unused"), ["$x$", "_hidden", "a\x1b[31m", "x" * 255])
     texts = [text.replace(r"\$", "$") for text in texts_of(drawn[0])]
     for name in ("$x$", "_hidden", "a\ufffd[31m"):
@@ -274,7 +273,7 @@ def test_names_stand_as_they_are(drawn: list[Figure]) -> None:
 
 
 @pytest.mark.parametrize("draw", DRAWINGS)
-def test_the_same_drawing_is_the_same_file(tmp_path: Path, draw: Draw) -> None:
+def test_the_same_plot_is_the_same_file(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "a.png", ["a"])
     draw(tmp_path / "b.png", ["a"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -309,7 +308,7 @@ assert before == (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=
 
 
 @pytest.mark.slow
-def test_no_global_state_and_no_screen(tmp_path: Path) -> None:
+def test_plots_change_no_global_state_and_need_no_display(tmp_path: Path) -> None:
     environment: dict[str, Any] = {**os.environ, "MPLBACKEND": "tkagg"}
     command = [sys.executable, "-c", ALONE, str(tmp_path / "a.png")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

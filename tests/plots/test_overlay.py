@@ -1,4 +1,4 @@
-"""Heat maps over images."""
+"""Heat maps drawn over images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image
 from finetune.plots.overlay import draw_overlay, resize_heat
 
 
-def test_evidence_is_where_it_belongs() -> None:
+def test_evidence_is_coloured_where_it_is() -> None:
     heat = np.zeros((4, 4), np.float32)
     heat[0, 3] = 1.0  # top right
     image = Image.new("RGB", (80, 40), (120, 120, 120))
@@ -21,7 +21,7 @@ def test_evidence_is_where_it_belongs() -> None:
 
 
 def test_more_evidence_is_lighter() -> None:
-    """So that grey printers, and colour-blind people, see the same order."""
+    """Grey prints and colour-blind readers then show the same order."""
     black = Image.new("RGB", (8, 8))
     light = [
         np.asarray(draw_overlay(black, np.full((2, 2), value, np.float32)).convert("L")).mean()

@@ -1,4 +1,4 @@
-"""Contact sheets: every image is in its place, whatever its shape, and every name is drawn."""
+"""Contact sheets: every image is at its position, whatever its shape, and every name is drawn."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def pixel(sheet: Image.Image, x: float, y: float) -> Any:
     return sheet.getpixel((round(x), round(y)))
 
 
-def middle_of(place: int, columns: int = 5) -> tuple[float, float]:
-    """Where the middle of a hit's tile should be."""
-    x = LEFT + place % columns * (CELL + GAP)
-    y = GAP + place // columns * (CELL + 3 * LINE + GAP)
+def middle_of(number: int, columns: int = 5) -> tuple[float, float]:
+    """Return the expected centre of a hit's tile."""
+    x = LEFT + number % columns * (CELL + GAP)
+    y = GAP + number // columns * (CELL + 3 * LINE + GAP)
     return x + CELL / 2, y + CELL / 2
 
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lines that were drawn, in order."""
+    """The lines of text that are drawn, in order."""
     lines: list[str] = []
     text = ImageDraw.ImageDraw.text
 
-    def note(self: Any, place: Any, said: str, *words: Any, **more: Any) -> None:
-        lines.append(said)
-        text(self, place, said, *words, **more)
+    def record(self: Any, xy: Any, line: str, *args: Any, **kwargs: Any) -> None:
+        lines.append(line)
+        text(self, xy, line, *args, **kwargs)
 
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     return lines
 
 
@@ -68,18 +68,18 @@ def hit_of(path: Path, *lines: str) -> Tile:
     return Tile(load_thumbnail(path, CELL), (*lines, path.name))
 
 
-def test_every_image_is_in_its_place(tmp_path: Path) -> None:
+def test_every_image_is_at_its_position(tmp_path: Path) -> None:
     query = image(tmp_path / "q.png", RED)
     hits = [hit_of(image(tmp_path / f"{n}.png", (0, 20 * n, 100)), "a") for n in range(12)]
     sheet = draw_retrieval(query_of(query), hits)
     assert sheet.mode == "RGB"
     assert sheet.size == (LEFT + 5 * (CELL + GAP), GAP + 3 * (CELL + 3 * LINE + GAP))
     assert pixel(sheet, GAP + QUERY / 2, GAP + QUERY / 2) == RED
-    for place in range(12):
-        assert pixel(sheet, *middle_of(place)) == (0, 20 * place, 100)
+    for number in range(12):
+        assert pixel(sheet, *middle_of(number)) == (0, 20 * number, 100)
 
 
-def test_captions(tmp_path: Path, written: list[str]) -> None:
+def test_captions_are_drawn_in_order(tmp_path: Path, written: list[str]) -> None:
     query = image(tmp_path / "asked.png", RED)
     draw_retrieval(query_of(query), [hit_of(image(tmp_path / "one.png", RED), "1.  0.988", "ants")])
     assert written == ["query", "asked.png", "1.  0.988", "ants", "one.png"]
@@ -92,10 +92,10 @@ def test_sections_have_rows_of_tiles() -> None:
     sheet = draw_sections([Section("first", 1, tiles[:1]), Section("second", 99, tiles[1:])])
     step = CELL + GAP
     first = 2 * LINE + CELL + 3 * LINE + GAP + GAP
-    for place in range(7):
-        x = GAP + place % 6 * step + CELL // 2
-        y = GAP + first + 2 * LINE + place // 6 * (CELL + 3 * LINE + GAP) + CELL // 2
-        assert sheet.getpixel((x, y)) == (30 * (place + 1), 100, 50)
+    for number in range(7):
+        x = GAP + number % 6 * step + CELL // 2
+        y = GAP + first + 2 * LINE + number // 6 * (CELL + 3 * LINE + GAP) + CELL // 2
+        assert sheet.getpixel((x, y)) == (30 * (number + 1), 100, 50)
     assert sheet.getpixel((GAP + CELL // 2, GAP + 2 * LINE + CELL // 2)) == (0, 100, 50)
 
 
@@ -125,7 +125,7 @@ def test_an_image_is_turned_upright(tmp_path: Path) -> None:
     assert pixel(sheet, GAP + QUERY / 2, GAP + 3 * QUERY / 4) == BLUE
 
 
-def test_images_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, written: list[str]) -> None:
+def test_images_that_cannot_be_read_show_the_reason(tmp_path: Path, written: list[str]) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     good = image(tmp_path / "good.png", GREEN)
     hits = [hit_of(file) for file in (tmp_path / "gone.jpg", tmp_path / "text.jpg", good)]
@@ -136,7 +136,7 @@ def test_images_that_cannot_be_read_give_way_to_the_reason(tmp_path: Path, writt
 
 
 @pytest.mark.parametrize(("num", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 5, 2), (100, 10, 10)])
-def test_the_grid_grows_both_ways(tmp_path: Path, num: int, columns: int, rows: int) -> None:
+def test_the_grid_grows_in_both_directions(tmp_path: Path, num: int, columns: int, rows: int) -> None:
     query = image(tmp_path / "q.png", RED, (4, 4))
     sheet = draw_retrieval(query_of(query), [hit_of(query)] * num)
     assert sheet.width == LEFT + columns * (CELL + GAP)
@@ -159,19 +159,19 @@ def test_any_name_is_shortened_to_fit(name: str) -> None:
             assert load_font().getlength(longer) > width, "more would have fitted"
 
 
-def test_a_sheet_of_hostile_labels(tmp_path: Path) -> None:
+def test_hostile_labels_are_drawn(tmp_path: Path) -> None:
     query = image(tmp_path / "q.png", RED, (4, 4))
     draw_retrieval(query_of(query), [hit_of(query, name) for name in NAMES])
 
 
-def test_accents_have_letters() -> None:
+def test_the_font_has_accents() -> None:
     """Pillow's own font draws the same box for each of them."""
     drawn = {bytes(load_font().getmask(letter)) for letter in "éüñßøčжλ"}
     assert len(drawn) == 8
     assert isinstance(load_font(), ImageFont.FreeTypeFont)
 
 
-def test_a_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sheet_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     query = image(tmp_path / "q.png", RED)
     write_retrieval(tmp_path / "sheet.png", query_of(query), [hit_of(query)])
     with Image.open(tmp_path / "sheet.png") as sheet:

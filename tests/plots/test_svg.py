@@ -21,7 +21,7 @@ from finetune.plots.svg import Plot, element, find_ticks, shorten
         (3, 1234, [0, 500, 1000, 1500]),
     ],
 )
-def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]) -> None:
+def test_ticks_are_round_and_enclose_the_range(low: float, high: float, ticks: list[float]) -> None:
     assert find_ticks(low, high) == pytest.approx(ticks)
 
 
@@ -33,8 +33,8 @@ def test_flat_lines_have_an_axis(low: float, high: float) -> None:
     assert 2 <= len(ticks) <= 8 and ticks[0] <= low <= high <= ticks[-1] and ticks == sorted(set(ticks))
 
 
-def inside(plot: Plot) -> None:
-    """Every shape lies in the drawing."""
+def assert_inside(plot: Plot) -> None:
+    """Check that every shape lies inside the drawing."""
     for shape in ElementTree.fromstring(plot.file).iter():
         for key, most in (("x", plot.width), ("y", plot.height), ("cx", plot.width), ("cy", plot.height)):
             if key in shape.attrib:
@@ -46,26 +46,29 @@ def inside(plot: Plot) -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 37, 300])
-def test_curves(epochs: int) -> None:
+def test_curves_lie_inside_the_drawing(epochs: int) -> None:
     curve = [(float(n), 1 / n) for n in range(1, epochs + 1)]
     plot = draw_curves("loss", "loss", {"validation": curve, "training": curve}, "{:.3g}".format, best=1.0)
-    inside(plot)
+    assert_inside(plot)
     assert plot.file.count("ring") > 1 and plot.file.count("<polyline") == 2
 
 
-def test_intervals() -> None:
-    inside(draw_intervals([("accuracy", 0.9, (0.85, 0.95)), ("F1", 0.0, None), ("AUC", 1.0, (1.0, 1.0))]))
+def test_intervals_lie_inside_the_drawing() -> None:
+    assert_inside(
+        draw_intervals([("accuracy", 0.9, (0.85, 0.95)), ("F1", 0.0, None), ("AUC", 1.0, (1.0, 1.0))])
+    )
 
 
-def test_a_comparison_is_grey_where_no_difference_can_be_claimed() -> None:
+def test_a_difference_that_is_not_significant_is_grey() -> None:
     accuracies = [("<a>", 0.9, (0.85, 0.95)), ("b" * 60, 0.7, None)]
     pairs = [
         Difference("<a>", "b" * 60, -0.2, (-0.3, -0.1), True),
         Difference("c", "d", 0.0, (-0.1, 0.1), False),
     ]
     plot = draw_comparison(accuracies, pairs)
-    inside(plot)
-    texts = {one.text: one for one in ElementTree.fromstring(plot.file).iter() if one.tag.endswith("text")}
+    assert_inside(plot)
+    elements = ElementTree.fromstring(plot.file).iter()
+    texts = {node.text: node for node in elements if node.tag.endswith("text")}
     assert texts["90.0 % (85.0 to 95.0)"].get("class") == "strong"
     assert texts["\u221220.0 (\u221230.0 to \u221210.0)"].get("class") == "strong"
     assert texts["+0.0 (\u221210.0 to +10.0)"].get("class") == "faint"
@@ -73,36 +76,37 @@ def test_a_comparison_is_grey_where_no_difference_can_be_claimed() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 7, 40])
-def test_a_matrix_shows_every_count(count: int) -> None:
+def test_a_confusion_matrix_shows_every_count(count: int) -> None:
     counts = [[row * count + column for column in range(count)] for row in range(count)]
     names = [f"a class with a long name {number}" for number in range(count)]
     plot = draw_confusion_matrix(names, counts)
-    inside(plot)
-    shown = [one.text for one in ElementTree.fromstring(plot.file).iter() if one.tag.endswith("text")]
+    assert_inside(plot)
+    elements = ElementTree.fromstring(plot.file).iter()
+    shown = [node.text for node in elements if node.tag.endswith("text")]
     assert {str(count * count - 1), "1", "2"} <= set(shown)
-    assert "a class with a long name 0 were called" not in plot.title
+    assert "a class with a long name 0 were predicted as" not in plot.title
 
 
 def test_a_class_without_images_is_an_empty_row() -> None:
-    inside(draw_confusion_matrix(["a", "b"], [[0, 0], [3, 1]]))
-    inside(draw_confusion_matrix(["a", "b"], [[0, 0], [0, 0]]))
+    assert_inside(draw_confusion_matrix(["a", "b"], [[0, 0], [3, 1]]))
+    assert_inside(draw_confusion_matrix(["a", "b"], [[0, 0], [0, 0]]))
 
 
 def test_reliability_skips_empty_bins() -> None:
     bins = [ReliabilityBin(0.0, 0.5, 0, None, None), ReliabilityBin(0.5, 1.0, 4, 0.9, 1.0)]
     plot = draw_reliability("reliability", "before", bins)
-    inside(plot)
+    assert_inside(plot)
     assert plot.file.count("<title>") == 1
 
 
-def test_seconds() -> None:
-    inside(draw_seconds({"load": 0.0, "train": 3700.0}))
+def test_durations_are_formatted() -> None:
+    assert_inside(draw_seconds({"load": 0.0, "train": 3700.0}))
     assert [format_seconds(value) for value in (0, 0.01, 3.14, 59.6, 250, 7500)] == [
         "0.0 s", "under 0.1 s", "3.1 s", "1 min 0 s", "4 min 10 s", "2 h 5 min",
     ]  # fmt: skip
 
 
-def test_words_are_escaped_and_shortened() -> None:
+def test_text_is_escaped_and_shortened() -> None:
     assert element("text", "<b>&", aria_label='"') == '<text aria-label="&#34;">&lt;b&gt;&amp;</text>'
     assert shorten("abcdefghij", 5) == "ab\u2026ij" and shorten("abc", 5) == "abc"
     assert "\n" not in shorten("a\nb", 5)

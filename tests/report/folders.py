@@ -1,4 +1,4 @@
-"""Run folders with every file that the report reads, for any class names, without a training."""
+"""Run folders with every file that the report reads, for any class names, without training a network."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def write_folder(root: Path, classes: Sequence[str], per_class: int = 6, *, spar
     Args:
         root: for ``data/`` and ``run/``.
         classes: names in index order.
-        per_class: judged images of each.
-        spare: a class without a judged image.
+        per_class: number of evaluated images of each class.
+        spare: whether to add a class without an evaluated image.
     """
     folder = RunFolder(root / "run")
     make_model(folder.path, classes)
@@ -43,7 +43,7 @@ def write_folder(root: Path, classes: Sequence[str], per_class: int = 6, *, spar
             draw(root / "data" / path, (40 * index % 255, 120, 80), seed=index * 100 + number)
             guess = index if chance.random() < 0.6 else chance.randrange(len(classes))
             sure = 0.4 + 0.5 * chance.random()
-            if number == 1:  # the surest mistake of its class
+            if number == 1:  # the most confident mistake of its class
                 guess, sure = (index + 1) % len(classes), 0.99
             counts[index][guess] += 1
             rows.append(

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing is asked of a network, nothing foreign runs, the table sorts."""
+"""The report in a real browser: it makes no request, runs no foreign script, and sorts its table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_page(browser: Any, page: Path, width: int = 1280, scheme: str = "light") -> None:
     browser.get("about:blank")
-    browser.get_log("browser"), browser.get_log("performance")  # what was before
+    browser.get_log("browser"), browser.get_log("performance")  # discard earlier entries
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -73,7 +73,7 @@ def requests_of(browser: Any) -> list[str]:
     return [one["params"]["request"]["url"] for one in sent]
 
 
-def test_it_opens_without_a_fault_or_a_request(browser: Any, page: Path) -> None:
+def test_the_page_opens_without_errors_or_requests(browser: Any, page: Path) -> None:
     open_page(browser, page)
     assert browser.get_log("browser") == []
     asked = {url.partition(":")[0] for url in requests_of(browser)}
@@ -83,7 +83,7 @@ def test_it_opens_without_a_fault_or_a_request(browser: Any, page: Path) -> None
     assert browser.execute_script("return document.images.length") > 10
 
 
-def test_the_requests_and_faults_would_be_seen(browser: Any, tmp_path: Path) -> None:
+def test_errors_and_requests_would_be_detected(browser: Any, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.html"
     wrong.write_text("<img src='http://127.0.0.1:9/x.png'><script>nothing()</script>")
     open_page(browser, wrong)
@@ -110,8 +110,8 @@ def test_hostile_names_are_text(browser: Any, page: Path) -> None:
     assert any(HOSTILE[0] in words for words in told)
 
 
-def test_what_got_in_could_not_run(browser: Any, page: Path, tmp_path: Path) -> None:
-    """The second wall: the policy, should the first one ever have a hole."""
+def test_an_injected_script_would_not_run(browser: Any, page: Path, tmp_path: Path) -> None:
+    """The content security policy stops a script even if escaping should fail."""
     hole = tmp_path / "hole.html"
     bad = '<script>window.hacked=1</script><img src="x" onerror="window.hacked=1">'
     hole.write_text(page.read_text().replace("<main>", f"<main>{bad}", 1))
@@ -127,7 +127,7 @@ def column(browser: Any, number: int) -> list[str]:
     return found
 
 
-def test_the_table_sorts_numbers_as_numbers_and_nothing_last(browser: Any, page: Path) -> None:
+def test_the_table_sorts_by_number_with_empty_cells_last(browser: Any, page: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -142,7 +142,7 @@ def test_the_table_sorts_numbers_as_numbers_and_nothing_last(browser: Any, page:
     assert rising[-1] == "n/a" and "n/a" not in rising[:-1]
     assert [float(cell) for cell in rising[:-1]] == sorted(float(cell) for cell in rising[:-1])
     assert browser.execute_script(state) == ["none", "none", "ascending", "none", "none", "none"]
-    recall.send_keys(Keys.ENTER)  # the keyboard does what the mouse does
+    recall.send_keys(Keys.ENTER)  # the keyboard works like the mouse
     falling = column(browser, 2)
     assert falling[-1] == "n/a"
     assert [float(cell) for cell in falling[:-1]] == sorted(map(float, falling[:-1]), reverse=True)
@@ -150,7 +150,7 @@ def test_the_table_sorts_numbers_as_numbers_and_nothing_last(browser: Any, page:
     predicted = buttons[5]
     predicted.click()
     counts = [int(cell) for cell in column(browser, 5)]
-    assert counts == sorted(counts) and max(counts) >= 10 > min(counts)  # 9 comes before 10
+    assert counts == sorted(counts) and max(counts) >= 10 > min(counts)  # numeric order: 9 before 10
     buttons[0].click()
     assert column(browser, 0) != [*HOSTILE, "spare"] and sorted(column(browser, 0)) == sorted(
         [*HOSTILE, "spare"]
@@ -163,7 +163,7 @@ def test_a_phone_scrolls_down_only(browser: Any, page: Path, scheme: str) -> Non
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
 
 
-def test_dark_is_dark_in_the_plots_too(browser: Any, page: Path) -> None:
+def test_plots_follow_the_dark_colour_scheme(browser: Any, page: Path) -> None:
     script = (
         "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
         "getComputedStyle(document.querySelector('svg.plot text')).fill]"

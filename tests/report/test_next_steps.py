@@ -1,4 +1,4 @@
-"""Each suggestion comes from a number, and from nothing else."""
+"""Each suggestion depends on one number of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def facts(metrics: dict[str, Any] | None = None, **fields: Any) -> Facts:
     return Facts(RunFolder(Path("runs/x")), metrics=QUIET | (metrics or {}), **(quiet | fields))
 
 
-def test_nothing_is_said_without_a_reason() -> None:
+def test_without_evidence_nothing_is_suggested() -> None:
     assert suggest_steps(facts()) == []
     assert suggest_steps(Facts(RunFolder(Path("x")))) == []
 
@@ -64,13 +64,13 @@ SURE = tuple(PredictionRow("x", "a", "b", 0.97) for _ in range(4))
         (facts({"skipped_steps": 3}), "--lr", "3 steps"),
     ],
 )  # fmt: skip
-def test_each_rule_speaks_alone_and_with_its_number(found: Facts, words: str, number: str) -> None:
+def test_each_rule_suggests_with_its_number(found: Facts, words: str, number: str) -> None:
     [(advice, evidence)] = suggest_steps(found)
     assert words in advice and number in evidence
 
 
-def test_eight_mistakes_are_needed_to_speak_of_a_pair() -> None:
-    """Five of seven would be chance."""
+def test_fewer_than_eight_mistakes_give_no_confused_pair() -> None:
+    """With seven mistakes, five between one pair may be chance."""
     few = {"classes": ("a", "b", "c"), "confusion": ((90, 5, 1), (0, 93, 1), (0, 0, 97))}
     assert suggest_steps(facts(**few)) == []
     enough = few | {"confusion": ((90, 5, 2), (0, 93, 1), (0, 0, 97))}
@@ -79,12 +79,12 @@ def test_eight_mistakes_are_needed_to_speak_of_a_pair() -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "all", None])
-def test_judged_images_are_no_training_images(part: str | None) -> None:
+def test_evaluated_images_do_not_count_as_training_images(part: str | None) -> None:
     few = tuple(PredictionRow("x", name, name, 0.6) for name in "aaaaaab")
     assert suggest_steps(facts({"split": part}, split=(), predictions=few)) == []
 
 
-def test_there_are_never_many() -> None:
+def test_the_number_of_suggestions_is_limited() -> None:
     everything = facts(
         {"split_chose_checkpoint": True, "best_epoch": 5, "data_wait_fraction": 0.9, "skipped_steps": 1,
          "intervals": {"accuracy": [0.5, 0.9]}},

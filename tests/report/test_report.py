@@ -1,4 +1,4 @@
-"""The page from the files of a folder: what it says, what it leaves out, and what it never does."""
+"""The report of a folder's files: its content, what it leaves out, and untrusted names."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_heat_maps_lie_beside_it(made: RunFolder) -> None:
     assert embedded in html
 
 
-def test_mistakes_come_by_confidence(made: RunFolder) -> None:
+def test_mistakes_are_sorted_by_confidence(made: RunFolder) -> None:
     html = made.report.read_text(encoding="utf-8")
     shown = re.findall(r"Predicted <b>(\w+)</b> with ([\d.]+) %, but labelled <b>(\w+)</b>", html)
     expected = [
@@ -108,7 +108,7 @@ def test_mistakes_come_by_confidence(made: RunFolder) -> None:
     ],
 )
 @pytest.mark.parametrize("how", ["absent", "damaged"])
-def test_what_cannot_be_read_is_left_out(copy: RunFolder, file: str, section: str, how: str) -> None:
+def test_unreadable_files_are_left_out(copy: RunFolder, file: str, section: str, how: str) -> None:
     path = copy.path / file
     path.unlink() if how == "absent" else path.write_bytes(b'{"\xff,\n1,2')
     html = remake(copy)
@@ -141,7 +141,7 @@ STRANGE = [None, "many", [1], {"bins": [None]}, -1e400, {"temperature": "x"}]
 
 
 @pytest.mark.parametrize("value", slow_except(["many"], STRANGE))
-def test_strange_metrics_end_in_no_traceback(copy: RunFolder, value: object) -> None:
+def test_invalid_metrics_raise_no_exception(copy: RunFolder, value: object) -> None:
     for key in ("intervals", "calibration", "reject", "most_confused", "seconds", "features", "accuracy"):
         change_metrics(copy, **{key: value})
         remake(copy)
@@ -160,7 +160,7 @@ def test_an_evaluation_needs_no_recipe_and_no_model(made: RunFolder, copy: RunFo
     assert "evidence for" in remake(copy)
 
 
-def test_what_an_evaluation_judged_is_no_training_part(copy: RunFolder) -> None:
+def test_evaluated_images_are_not_shown_as_a_training_split(copy: RunFolder) -> None:
     for path in (copy.recipe, copy.history, copy.plan, copy.check, copy.advice):
         path.unlink()
     copy.split.write_text(copy.split.read_text().replace(",val,", ",train,"))
@@ -172,7 +172,7 @@ def test_what_an_evaluation_judged_is_no_training_part(copy: RunFolder) -> None:
         assert load_facts(copy).counts.keys() == {"test" if part == "test" else "evaluated"}
 
 
-def test_figures_of_other_predictions_are_said(copy: RunFolder) -> None:
+def test_metrics_that_contradict_the_predictions_are_reported(copy: RunFolder) -> None:
     words = "The files do not belong together"
     assert words not in remake(copy)
     change_metrics(copy, num_samples=17)
@@ -184,12 +184,12 @@ def test_figures_of_other_predictions_are_said(copy: RunFolder) -> None:
 
 
 def reject_rows(html: str) -> list[list[str]]:
-    [table] = re.findall(r'aria-label="Predictions to refuse">(.*?)</table>', html, re.DOTALL)
+    [table] = re.findall(r'aria-label="Confidence thresholds">(.*?)</table>', html, re.DOTALL)
     rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
     return [[cell.strip() for cell in row] for row in rows]
 
 
-def test_what_a_threshold_achieved(copy: RunFolder) -> None:
+def test_thresholds_are_shown_with_what_they_achieved(copy: RunFolder) -> None:
     old = reject_rows(remake(copy))
     assert old[0] == ["wanted", "confidence from", "images answered", "achieved"]
     assert old[1] == ["90 %", "0.7000", "60.0 %", ""]
@@ -215,7 +215,7 @@ def test_what_a_threshold_achieved(copy: RunFolder) -> None:
     assert "hosen on these images" not in remake(copy)
 
 
-def test_images_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
+def test_missing_images_are_replaced_by_a_note(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
     copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {tmp_path / 'nowhere'}\n")
     html = remake(copy)
     assert "data:image" not in html and ">missing</span>" in html
@@ -227,7 +227,7 @@ def test_images_that_are_gone_leave_a_word(made: RunFolder, copy: RunFolder, tmp
     assert html.count(">missing: file not found</span>") == 1 and "data:image" in html
 
 
-def test_paths_never_leave_the_data(copy: RunFolder, tmp_path: Path) -> None:
+def test_image_paths_cannot_leave_the_data_folder(copy: RunFolder, tmp_path: Path) -> None:
     from PIL import Image
 
     secret = tmp_path / "secret.jpg"
@@ -247,7 +247,7 @@ def test_a_damaged_model_costs_the_heat_maps_only(copy: RunFolder) -> None:
     assert "mistakes" in sections(html) and "evidence for" not in html
 
 
-def test_the_policy_knows_its_own_style_and_script(made: RunFolder) -> None:
+def test_the_content_security_policy_allows_its_own_style_and_script(made: RunFolder) -> None:
     html = made.report.read_text(encoding="utf-8")
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
     policy = policy.replace("&#39;", "'")
@@ -285,7 +285,7 @@ def test_many_classes_stay_readable_and_small(tmp_path: Path) -> None:
     assert len(html) < 2_000_000
 
 
-def test_no_image_fits_an_album_that_is_full(made: RunFolder) -> None:
+def test_a_full_album_leaves_images_out(made: RunFolder) -> None:
     from finetune.report.images import Album
 
     album = Album(made.path.parent / "data", most_bytes=3000)
@@ -294,12 +294,12 @@ def test_no_image_fits_an_album_that_is_full(made: RunFolder) -> None:
     assert album.left_out == sum(not one.source for one in shown)
 
 
-def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_metrics_and_predictions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"neither metrics\.json nor"):
         write_run_report(RunFolder(tmp_path), SilentDisplay())
 
 
-def test_the_command_makes_it_again(cli: Cli, copy: RunFolder) -> None:
+def test_the_report_command_writes_it_again(cli: Cli, copy: RunFolder) -> None:
     copy.report.unlink()
     shutil.rmtree(copy.plots)
     result = cli("report", copy.path, "--json")

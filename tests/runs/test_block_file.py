@@ -35,7 +35,7 @@ def read(path: Path, **keys: Any) -> list[bytes]:
     return found
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_blocks_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "test.bin"
     fill(path)
     assert read(path) == CONTENT
@@ -45,7 +45,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert file.is_complete
 
 
-def test_a_file_goes_on_after_its_last_whole_block(tmp_path: Path) -> None:
+def test_a_file_is_resumed_after_its_last_complete_block(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     fill(path, CONTENT[:1])
     with path.open("ab") as file, journal_of(path).open("ab") as journal:
@@ -61,7 +61,7 @@ def test_a_file_goes_on_after_its_last_whole_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 2, 3, 5002])
-def test_a_flipped_bit_is_noticed_and_everything_made_again(tmp_path: Path, place: int) -> None:
+def test_after_a_flipped_bit_the_file_is_made_again(tmp_path: Path, place: int) -> None:
     path = tmp_path / "test.bin"
     fill(path)
     content = bytearray(path.read_bytes())
@@ -76,7 +76,7 @@ def test_a_flipped_bit_is_noticed_and_everything_made_again(tmp_path: Path, plac
 
 
 @pytest.mark.parametrize("journal", [b"", b"{", b"[]\n", b"{}\n", b'{"kind": "test", "cut": "layer3"}\n7\n'])
-def test_a_damaged_journal_is_noticed(tmp_path: Path, journal: bytes) -> None:
+def test_a_damaged_journal_is_detected(tmp_path: Path, journal: bytes) -> None:
     path = tmp_path / "test.bin"
     fill(path)
     journal_of(path).write_bytes(journal)
@@ -85,7 +85,7 @@ def test_a_damaged_journal_is_noticed(tmp_path: Path, journal: bytes) -> None:
     assert read(path) == CONTENT
 
 
-def test_a_cut_or_missing_file_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_or_missing_file_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     fill(path)
     os.truncate(path, 100)
@@ -101,7 +101,7 @@ def test_other_facts_are_another_content(tmp_path: Path) -> None:
     assert read(path) == []
 
 
-def test_readers_share_and_keep_it_from_being_removed(tmp_path: Path) -> None:
+def test_readers_share_a_file_and_prevent_its_removal(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     fill(path)
     assert not is_in_use(path)
@@ -118,7 +118,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     writer = BlockFile(path, FACTS, len(CONTENT))
     waited = threading.Event()
     found: list[list[bytes]] = []
-    reader = threading.Thread(target=lambda: found.append(read(path, waiting=waited.set)))
+    reader = threading.Thread(target=lambda: found.append(read(path, on_wait=waited.set)))
     reader.start()
     assert waited.wait(10)
     for block in CONTENT:
@@ -135,11 +135,11 @@ def test_waiting_can_be_ended(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        BlockFile(tmp_path / "test.bin", FACTS, 1, waiting=stop)
+        BlockFile(tmp_path / "test.bin", FACTS, 1, on_wait=stop)
     writer.close()
 
 
-def test_a_damaged_file_that_others_read_is_begun_anew_beside_them(tmp_path: Path) -> None:
+def test_a_damaged_file_is_started_anew_while_others_read_it(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     fill(path)
     reader = BlockFile(path, FACTS, 3)
@@ -155,7 +155,7 @@ def test_a_damaged_file_that_others_read_is_begun_anew_beside_them(tmp_path: Pat
     reader.close()
 
 
-def test_a_killed_writer_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
+def test_a_file_of_a_killed_writer_is_resumed(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     code = (
         "import os, signal, sys, pathlib; from finetune.runs.block_file import BlockFile\n"
@@ -169,7 +169,7 @@ def test_a_killed_writer_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
     assert read(path) == CONTENT
 
 
-def test_a_file_that_was_removed_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_removed_file_is_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "test.bin"
     fill(path, CONTENT[:1])
     file = BlockFile(path, FACTS, 3)
@@ -181,8 +181,8 @@ def test_a_file_that_was_removed_is_not_gone_on_with(tmp_path: Path) -> None:
     assert read(path) == CONTENT
 
 
-def test_an_incomplete_file_survives_whoever_looks_at_it(tmp_path: Path) -> None:
-    """As ``finetune cache clear`` does, for an instant: the lock is not to be had, and nothing is wrong."""
+def test_an_incomplete_file_survives_the_lock_of_a_reader(tmp_path: Path) -> None:
+    """``finetune cache clear`` holds the lock for a moment, which is no error."""
     path = tmp_path / "test.bin"
     fill(path, CONTENT[:2])
     looks: list[int] = []
@@ -193,12 +193,12 @@ def test_an_incomplete_file_survives_whoever_looks_at_it(tmp_path: Path) -> None
             looks.append(1)
             fcntl.flock(other, fcntl.LOCK_UN)
 
-        file = BlockFile(path, FACTS, 3, waiting=go_away)
+        file = BlockFile(path, FACTS, 3, on_wait=go_away)
     assert looks == [1]
     assert len(file.blocks) == 2
 
 
-def test_without_locks_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_file_locks_opening_fails(tmp_path: Path) -> None:
     refused = mock.patch("finetune.runs.journal.fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks"))
     with refused, pytest.raises(OSError, match="No locks"):
         BlockFile(tmp_path / "test.bin", FACTS, 3)

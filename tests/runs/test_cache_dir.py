@@ -25,14 +25,14 @@ def cache_dir(tmp_path: Path) -> FeatureCacheDir:
     return FeatureCacheDir(1000, tmp_path)
 
 
-def test_the_place_depends_on_every_fact(cache_dir: FeatureCacheDir) -> None:
+def test_the_path_depends_on_every_fact(cache_dir: FeatureCacheDir) -> None:
     facts = {"kind": "test", "weights": "a", "images": 3}
     assert cache_dir.path_for(facts) == cache_dir.path_for(dict(reversed(facts.items())))
     assert len({cache_dir.path_for(facts | {key: "other"}) for key in ("weights", "images")}) == 2
     assert cache_dir.path_for(facts).name.startswith("test-")
 
 
-def test_the_longest_unused_makes_room(cache_dir: FeatureCacheDir) -> None:
+def test_the_least_recently_used_file_is_removed_first(cache_dir: FeatureCacheDir) -> None:
     old, new = keep(cache_dir, "old", 300, used=1), keep(cache_dir, "new", 300, used=2)
     cache_dir.make_room(400)
     assert old.exists() and new.exists()
@@ -41,7 +41,7 @@ def test_the_longest_unused_makes_room(cache_dir: FeatureCacheDir) -> None:
     assert [kept.facts["name"] for kept in cache_dir.list()] == ["new"]
 
 
-def test_what_is_in_use_stays(cache_dir: FeatureCacheDir) -> None:
+def test_files_in_use_are_kept(cache_dir: FeatureCacheDir) -> None:
     old = keep(cache_dir, "old", 300, used=1)
     new = keep(cache_dir, "new", 300, used=2)
     reader = BlockFile(old, {"kind": "test", "name": "old"}, 1)
@@ -54,7 +54,7 @@ def test_what_is_in_use_stays(cache_dir: FeatureCacheDir) -> None:
     assert not list(cache_dir.folder.iterdir())
 
 
-def test_limits_are_said(cache_dir: FeatureCacheDir) -> None:
+def test_limits_are_reported(cache_dir: FeatureCacheDir) -> None:
     assert cache_dir.find_obstacle(1000) == ""
     assert "max_gb" in cache_dir.find_obstacle(1001)
     with mock.patch("finetune.runs.cache_dir.free_bytes", return_value=2**30 + 400):
@@ -65,14 +65,14 @@ def test_limits_are_said(cache_dir: FeatureCacheDir) -> None:
         assert "free" in cache_dir.find_obstacle(701)
 
 
-def test_bytes_without_a_journal_are_cleared(cache_dir: FeatureCacheDir) -> None:
+def test_files_without_a_journal_are_removed(cache_dir: FeatureCacheDir) -> None:
     leftover = cache_dir.folder / "trunk-1.bin"
     leftover.write_bytes(b"x")
     cache_dir.clear()
     assert not leftover.exists()
 
 
-def test_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_folder("kept") == Path("/somewhere/finetune/kept")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
@@ -80,14 +80,14 @@ def test_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder("kept") == Path("/home/me/.cache/finetune/kept")
 
 
-def test_another_users_cache_is_an_empty_one(cache_dir: FeatureCacheDir) -> None:
+def test_the_cache_of_another_user_reads_as_empty(cache_dir: FeatureCacheDir) -> None:
     with mock.patch("pathlib.Path.glob", side_effect=PermissionError):
         assert cache_dir.list() == []
         assert cache_dir.clear() == (0, 0)
         cache_dir.make_room(100)
 
 
-def test_what_is_in_use_counts(cache_dir: FeatureCacheDir) -> None:
+def test_files_in_use_count_towards_the_limit(cache_dir: FeatureCacheDir) -> None:
     path = keep(cache_dir, "old", 600, used=1)
     assert cache_dir.find_obstacle(900) == ""
     reader = BlockFile(path, {"kind": "test", "name": "old"}, 1)

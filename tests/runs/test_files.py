@@ -1,4 +1,4 @@
-"""Files whole or not at all, and tables that a spreadsheet may open."""
+"""Atomic writes, and tables that are safe to open in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def names_in(folder: Path) -> list[str]:
 # --- whole or not at all -------------------------------------------------------------------------
 
 
-def test_the_old_content_gives_way_to_the_new(tmp_path: Path) -> None:
+def test_new_content_replaces_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write_bytes(path, b"old and longer")
     write_bytes(path, b"new")
@@ -65,9 +65,7 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(
     assert names_in(tmp_path) == ["a.txt"]
 
 
-def test_the_content_is_on_the_disk_before_it_takes_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_content_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -116,7 +114,7 @@ except FinetuneError as error:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A limit of the system on file sizes fails in the middle of a write, as a full disk does."""
+    """A system limit on file sizes fails in the middle of a write, like a full disk."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     command = [sys.executable, "-c", LIMITED, str(path)]
@@ -146,7 +144,7 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing/a.txt", "file/a.txt", "x" * 300, "taken"])
-def test_a_place_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+def test_a_path_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()
     with pytest.raises(DiskError) as fault:
@@ -168,7 +166,7 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pyt
         sync_folder(tmp_path)
 
 
-def test_an_error_without_a_number_says_something() -> None:
+def test_an_error_without_a_number_has_a_message() -> None:
     assert disk_error(Path("a"), OSError("odd")).found == "odd"
 
 
@@ -243,7 +241,7 @@ def test_other_text_and_numbers_stay(text: str) -> None:
     assert escape_formula(text) == text
 
 
-def test_escaping_can_be_undone_and_never_makes_two_names_one() -> None:
+def test_escaping_is_reversible_and_unambiguous() -> None:
     texts = [*FORMULAS, *HARMLESS]
     assert [unescape_formula(escape_formula(text)) for text in texts] == texts
     assert len({escape_formula(text) for text in texts}) == len(texts)
@@ -286,7 +284,7 @@ NAMES = [
 ]
 
 
-def test_any_name_comes_back(tmp_path: Path) -> None:
+def test_any_name_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     names = [*NAMES, *FORMULAS, *HARMLESS]
     write_csv(path, [(name, 1) for name in names], ("path", *names))
@@ -301,7 +299,7 @@ def test_headers_are_escaped(tmp_path: Path) -> None:
 
 
 def test_a_class_may_be_called_like_a_column(tmp_path: Path) -> None:
-    """The confusion matrix has the columns ``label`` and one a class."""
+    """The confusion matrix has the column ``label`` and one per class."""
     write_csv(tmp_path / "a.csv", [("label", 1, 2), ("=x", 3, 4)], ("label", "label", "=x"))
     assert (tmp_path / "a.csv").read_text() == "label,label,'=x\nlabel,1,2\n'=x,3,4\n"
 
@@ -311,7 +309,7 @@ def test_paths_are_text_too(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_text() == "path\n'=cmd()\n"
 
 
-def test_a_float32_comes_back(tmp_path: Path) -> None:
+def test_a_float32_is_read_back(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 2**32, 20_000, dtype=np.uint32)
     values = bits.view(np.float32)
@@ -335,7 +333,7 @@ def test_a_damaged_table_is_refused_by_name(tmp_path: Path, text: str) -> None:
     assert fault.value.exit_code == ExitCode.DATA and str(path) in fault.value.message
 
 
-def test_a_table_comes_back(tmp_path: Path) -> None:
+def test_a_table_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     write_csv(path, [("=x", "a\nb"), ("y", None)], ("a", "b"))
     assert files.read_rows(path, ("b",)) == [{"a": "=x", "b": "a\nb"}, {"a": "y", "b": ""}]

@@ -1,4 +1,4 @@
-"""The run folder: who may have it, and how the run in it ended."""
+"""The run folder: claiming it, and the outcome of its run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_link_to_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "interrupted", "failed", None])
-def test_the_same_run_goes_on(tmp_path: Path, state: State | None) -> None:
+def test_the_same_run_is_resumed(tmp_path: Path, state: State | None) -> None:
     folder = claim_folder(tmp_path, recipe()).folder
     checkpoint = folder.checkpoints / "checkpoint-000001"
     checkpoint.mkdir()
@@ -86,7 +86,7 @@ def test_the_same_run_goes_on(tmp_path: Path, state: State | None) -> None:
     assert folder.recipe.read_bytes() == text
 
 
-def test_a_finished_run_is_known_as_finished(tmp_path: Path) -> None:
+def test_a_finished_run_is_recognised(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, recipe()).folder
     folder.write_outcome(Outcome("done", "finished"))
     assert claim_folder(tmp_path, recipe()) == Claim(folder, attempt=2, finished=True)
@@ -118,7 +118,7 @@ def test_a_later_claim_ends_an_earlier_one(tmp_path: Path) -> None:
         earlier.check_owner()
 
 
-def test_a_kill_while_a_run_is_made_longer_does_not_make_it_look_finished(
+def test_a_run_killed_while_it_is_extended_is_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = claim_folder(tmp_path, recipe(training__epochs=3)).folder
@@ -134,13 +134,13 @@ def test_a_kill_while_a_run_is_made_longer_does_not_make_it_look_finished(
     assert not claim_folder(tmp_path, recipe(training__epochs=3)).finished
 
 
-def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_another_recipe_is_refused_with_the_differences(tmp_path: Path) -> None:
     claim_folder(tmp_path, recipe())
     refused = refusal(tmp_path, recipe(training__lr=0.5, seed=3))
     assert refused.found == "it holds another run (training.lr: 0.01 -> 0.5; seed: 0 -> 3)"
     assert refused.fix == (
-        "Name a new folder with --output, or give the same command again to go on with that run "
-        "(--allow-changed goes on with this one)."
+        "Name a new folder with --output, or give the earlier command again to resume that run "
+        "(--allow-changed resumes it with this recipe)."
     )
 
 
@@ -149,7 +149,7 @@ def test_another_recipe_is_refused_even_when_that_run_is_finished(tmp_path: Path
     assert "it holds another run" in refusal(tmp_path, recipe(seed=1)).found
 
 
-def test_at_most_five_differences_are_told(tmp_path: Path) -> None:
+def test_at_most_five_differences_are_listed(tmp_path: Path) -> None:
     claim_folder(tmp_path, recipe())
     other = recipe(
         seed=3, training__lr=1, training__epochs=3, training__mixup=1, data__path="/x", input__img_size=64
@@ -196,20 +196,20 @@ def test_a_damaged_recipe_in_the_folder(tmp_path: Path, content: bytes, found: s
         assert "recipe.yaml is damaged" in refused.found
 
 
-def test_a_folder_in_the_place_of_the_recipe(tmp_path: Path) -> None:
+def test_a_folder_instead_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").mkdir()
     assert "recipe.yaml is damaged (it is a folder)" in refusal(tmp_path, recipe()).found
 
 
 @pytest.mark.parametrize("path", ["/proc/finetune", "/proc/finetune/run", "/dev/null/run"])
-def test_a_place_that_cannot_be_written(path: str) -> None:
+def test_a_path_that_cannot_be_written(path: str) -> None:
     with pytest.raises(DiskError) as fault:
         claim_folder(Path(path), recipe())
     assert fault.value.exit_code == ExitCode.DISK
     assert fault.value.asked == f"writing {path}"
 
 
-def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_checkpoint_folder(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, recipe()).folder
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("")
@@ -217,7 +217,7 @@ def test_a_file_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
         claim_folder(folder.path, recipe())
 
 
-def test_after_a_full_disk_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_full_disk_the_same_command_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise DiskError("writing", "No space left on device", "Free some space.")
 
@@ -229,7 +229,7 @@ def test_after_a_full_disk_the_same_command_goes_on(tmp_path: Path, monkeypatch:
     assert claim_folder(path, recipe()) == Claim(RunFolder(path))
 
 
-def test_after_a_kill_in_the_middle_of_a_claim_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_after_a_kill_during_a_claim_the_same_command_resumes(tmp_path: Path) -> None:
     (tmp_path / ".recipe.yaml.part").write_bytes(b"backbo")
     assert claim_folder(tmp_path, recipe()) == Claim(RunFolder(tmp_path))
     assert names_in(tmp_path) == ["checkpoints", "outcome.json", "recipe.yaml"]
@@ -241,7 +241,7 @@ def test_after_a_kill_in_the_middle_of_a_claim_the_same_command_goes_on(tmp_path
 # --- the outcome ---------------------------------------------------------------------------------
 
 
-def test_an_outcome_comes_back(tmp_path: Path) -> None:
+def test_an_outcome_is_read_back(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_outcome(Outcome.of(DivergedError("it", "broke", "mend it"), step=7, attempt=3))
     assert RunReader(folder).outcome == {

@@ -61,7 +61,7 @@ def spoil_head(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [spoil_file, cut_file, remove_file, spoil_line, spoil_head])
-def test_what_has_changed_is_not_used(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_changed_content_is_not_used(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     write(tmp_path, 3)
     spoil(tmp_path)
     journal = open_journal(tmp_path)
@@ -119,7 +119,7 @@ def test_a_block_is_flushed_before_it_counts(
     assert flushed == (["a", "b", "x.journal"] if durable else [])
 
 
-def test_others_are_kept_out(tmp_path: Path) -> None:
+def test_a_second_writer_is_kept_out(tmp_path: Path) -> None:
     one, other = open_journal(tmp_path), open_journal(tmp_path)
     assert one.lock(fcntl.LOCK_EX) and not other.lock(fcntl.LOCK_SH)
     one.path.unlink()
@@ -140,7 +140,7 @@ def test_others_are_kept_out(tmp_path: Path) -> None:
         b"\xff\n",
     ],
 )
-def test_what_is_no_journal(tmp_path: Path, content: bytes) -> None:
+def test_invalid_journals_are_ignored(tmp_path: Path, content: bytes) -> None:
     assert parse(content, 2) is None
     (tmp_path / "x.journal").write_bytes(content)
     assert read_journal(tmp_path / "x.journal", 2) is None

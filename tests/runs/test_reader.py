@@ -33,7 +33,7 @@ READERS: dict[str, Callable[[RunReader], Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A folder with a little of everything."""
+    """A run folder with every file."""
     folder = RunFolder(tmp_path)
     write_text(folder.recipe, load_recipe(None, {"data.path": "x"}).to_yaml())
     for path in (folder.environment, folder.advice, folder.trunk, folder.metrics, folder.check):
@@ -71,11 +71,11 @@ def test_every_file_is_read(folder: RunFolder) -> None:
     assert run.prediction_rows[0]["prob_ants"] == "0.25"
 
 
-def test_all_names_are_known_here(folder: RunFolder) -> None:
+def test_the_test_covers_every_file_name(folder: RunFolder) -> None:
     assert {path.name for path in folder.path.iterdir()} == READERS.keys()
 
 
-def test_what_is_absent_is_none_or_empty(tmp_path: Path) -> None:
+def test_absent_files_are_none_or_empty(tmp_path: Path) -> None:
     run = RunReader(RunFolder(tmp_path / "nowhere"))
     assert not any(read(run) for read in READERS.values())
     assert (run.state, run.attempt, run.digests) == ("done", 0, {})
@@ -84,12 +84,12 @@ def test_what_is_absent_is_none_or_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("content", [b"\xff\x00\n", b"[]\n1,2,3\n", None])
-def test_what_is_damaged_is_refused_by_name(folder: RunFolder, name: str, content: bytes | None) -> None:
+def test_damaged_files_are_refused_by_name(folder: RunFolder, name: str, content: bytes | None) -> None:
     path = folder.path / name
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
     if name == "classes.txt" and content == b"[]\n1,2,3\n":
-        return  # any text is a list of names
+        return  # any text is a valid list of names
     with pytest.raises(UsageError if name == "recipe.yaml" else DataError) as refusal:
         READERS[name](RunReader(folder))
     assert name in refusal.value.asked and refusal.value.found and refusal.value.fix
@@ -110,7 +110,7 @@ def test_what_is_damaged_is_refused_by_name(folder: RunFolder, name: str, conten
         ("metrics.json", "[" * 100_000),
     ],
 )
-def test_what_has_another_shape_is_refused(folder: RunFolder, name: str, text: str) -> None:
+def test_content_of_another_shape_is_refused(folder: RunFolder, name: str, text: str) -> None:
     (folder.path / name).write_text(text)
     with pytest.raises(FinetuneError, match="cannot be read"):
         READERS[name](RunReader(folder))

@@ -16,7 +16,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_files_get_their_names_at_the_end(tmp_path: Path) -> None:
+def test_files_are_renamed_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
         assert files.before is None and not files.is_another
@@ -30,7 +30,7 @@ def test_files_get_their_names_at_the_end(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out.csv", "out.csv.bad.csv"}
 
 
-def test_what_came_after_the_last_save_is_cut_off(tmp_path: Path) -> None:
+def test_content_after_the_last_save_is_truncated(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
@@ -45,7 +45,7 @@ def test_what_came_after_the_last_save_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["facts", "short", "changed", "garbage", "shape", "old version"])
-def test_what_belongs_to_something_else_is_not_used(tmp_path: Path, spoil: str) -> None:
+def test_an_attempt_with_other_facts_is_not_used(tmp_path: Path, spoil: str) -> None:
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
@@ -73,7 +73,7 @@ def test_what_belongs_to_something_else_is_not_used(tmp_path: Path, spoil: str) 
     assert names(tmp_path) == {"out.csv"}
 
 
-def test_a_file_that_failed_to_convert_is_converted_the_next_time(tmp_path: Path) -> None:
+def test_a_failed_conversion_is_repeated_by_the_next_attempt(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(DiskError), open_writer(target, FACTS) as files:
         files.write(b"one\n")
@@ -90,14 +90,14 @@ def test_a_file_that_failed_to_convert_is_converted_the_next_time(tmp_path: Path
     assert target.read_bytes() == b"ONE\n" and names(tmp_path) == {"out"}
 
 
-def test_a_kill_before_the_journal_goes_leaves_a_finished_file(tmp_path: Path) -> None:
+def test_a_kill_before_the_journal_is_removed_leaves_a_finished_file(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with open_writer(target, FACTS) as files:
         files.write(b"one\n")
         files.save({"done": 1}, now=True)
         journal = journal_of(target).read_bytes()
         files.finish()
-    assert find_finished(target, FACTS) is None  # nothing says what it holds
+    assert find_finished(target, FACTS) is None  # without a journal its content is unknown
     journal_of(target).write_bytes(journal)
     assert find_finished(target, {"model": "b"}) is None
     assert find_finished(target, FACTS) == {"done": 1}
@@ -117,7 +117,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         again.__enter__()
 
 
-def test_saves_are_some_time_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_have_a_minimum_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable_writer, "SAVE_SECONDS", 3600)
     with open_writer(tmp_path / "out", FACTS) as files:
         files.save({"done": 1})
@@ -128,8 +128,8 @@ def test_saves_are_some_time_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert journal_of(tmp_path / "out").exists()
 
 
-def test_a_kill_between_the_two_names_is_gone_on_with(tmp_path: Path) -> None:
-    """The list has its name already, the rows have not."""
+def test_a_kill_between_the_two_renames_is_resumed(tmp_path: Path) -> None:
+    """The list has its final name already, the rows do not."""
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
         files.write(b"one\n", b"bad\n")
@@ -144,7 +144,7 @@ def test_a_kill_between_the_two_names_is_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", ["nothing", "journal", "journal without bad ones", "another size"])
-def test_a_list_that_is_not_ours_is_left_alone(tmp_path: Path, before: str) -> None:
+def test_a_foreign_list_is_kept(tmp_path: Path, before: str) -> None:
     target = tmp_path / "out.csv"
     if before != "nothing":
         with open_writer(target, FACTS) as files:
@@ -160,7 +160,7 @@ def test_a_list_that_is_not_ours_is_left_alone(tmp_path: Path, before: str) -> N
     assert bad_of(target).read_text() in ("", "min", "mine")
 
 
-def test_a_list_that_came_meanwhile_is_not_removed(tmp_path: Path) -> None:
+def test_a_list_created_meanwhile_is_not_removed(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
         files.write(b"one\n")

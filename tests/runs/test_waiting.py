@@ -20,7 +20,7 @@ class Witness(SilentDisplay):
         self.beats += 1
 
 
-def test_it_is_said_once_and_only_after_a_while(tmp_path: Path) -> None:
+def test_a_wait_is_reported_once_after_a_while(tmp_path: Path) -> None:
     witness = Witness()
     wait = wait_for_writer(tmp_path / "x.bin", "another run writes", witness)
     for _ in range(4):
@@ -31,7 +31,7 @@ def test_it_is_said_once_and_only_after_a_while(tmp_path: Path) -> None:
     assert witness.said == ["another run writes; this one waits for it"]
 
 
-def test_a_writer_that_hangs_is_no_sign_of_life(tmp_path: Path) -> None:
+def test_a_writer_that_hangs_gives_no_heartbeat(tmp_path: Path) -> None:
     witness = Witness()
     file = tmp_path / "x.bin"
     wait = wait_for_writer(file, "another run writes", witness)

@@ -1,4 +1,4 @@
-"""What trackers were told, read back: by TensorBoard's and MLflow's own readers, and from wandb's records."""
+"""Read logged metrics back: with TensorBoard's and MLflow's own readers, and from wandb's records."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 Series = dict[str, dict[int, list[float]]]
-"""Metrics by name and step; a step that was told twice has two."""
+"""Values by metric and step; a step that was logged twice has two."""
 
 BLOCK, HEADER = 32768, 7
 
 
 def read_tensorboard(folder: Path) -> tuple[Series, dict[str, str]]:
-    """Every scalar, and every text."""
+    """Return all scalars and all texts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
@@ -32,11 +32,11 @@ def read_tensorboard(folder: Path) -> tuple[Series, dict[str, str]]:
 
 
 def read_mlflow(uri: str) -> tuple[Series, Any]:
-    """Every metric of the only run, and the run."""
+    """Return all metrics of the only run, and the run."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     series: Series = {}
     for name in run.data.metrics:
         for metric in client.get_metric_history(run.info.run_id, name):
@@ -45,30 +45,30 @@ def read_mlflow(uri: str) -> tuple[Series, Any]:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """The payloads of a file in LevelDB's log format, which follow 7 bytes of wandb's own."""
-    content, place, whole = path.read_bytes(), HEADER, b""
-    while place < len(content):
-        if BLOCK - place % BLOCK < HEADER:
-            place += BLOCK - place % BLOCK
-        _, size, kind = struct.unpack("<IHB", content[place : place + HEADER])
-        whole += content[place + HEADER : place + HEADER + size]
-        place += HEADER + size
-        if kind in (1, 4):  # full, or the last part
+    """Yield the payloads of a file in LevelDB's log format, which follow a header of 7 bytes."""
+    content, position, whole = path.read_bytes(), HEADER, b""
+    while position < len(content):
+        if BLOCK - position % BLOCK < HEADER:
+            position += BLOCK - position % BLOCK
+        _, size, kind = struct.unpack("<IHB", content[position : position + HEADER])
+        whole += content[position + HEADER : position + HEADER + size]
+        position += HEADER + size
+        if kind in (1, 4):  # a full record, or the last chunk of one
             yield whole
             whole = b""
 
 
 def read_wandb(folder: Path) -> tuple[Series, list[Any], dict[str, Any], str]:
-    """Series, the run of each attempt, the summary, and everything that was recorded as text."""
+    """Return the series, the run of each attempt, the summary, and all records as text."""
     from wandb.proto import wandb_internal_pb2
 
     series: Series = {}
-    runs, summary, said = [], {}, ""
+    runs, summary, text = [], {}, ""
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for chunk in _chunks(path):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(chunk)
-            said += str(record)
+            text += str(record)
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 runs.append(record.run)
@@ -79,7 +79,7 @@ def read_wandb(folder: Path) -> tuple[Series, list[Any], dict[str, Any], str]:
                     if not _key(item).startswith("_"):
                         steps = series.setdefault(_key(item), {})
                         steps.setdefault(record.history.step.num, []).append(json.loads(item.value_json))
-    return series, runs, summary, said
+    return series, runs, summary, text
 
 
 def _key(item: Any) -> str:

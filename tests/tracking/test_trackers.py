@@ -1,4 +1,4 @@
-"""Trackers are told everything once, and can do no harm. Each is the real client, read back."""
+"""Trackers get every epoch once and cannot harm a run. Each test uses the real client and reads its files."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ROW |= {"images_per_second": 7.0, "data_wait_fraction": 0.0}
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the machine's own set-up: these tests stay in their folders."""
+    """Remove the machine's own settings of the trackers, so that all files stay in the test's folder."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "MLFLOW_")):
             monkeypatch.delenv(name)
-    for client in CLIENTS.values():  # what they set as they are imported is put back as well
+    for client in CLIENTS.values():  # imported again, since the import sets variables
         sys.modules.pop(client.rpartition(".")[0], None)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -47,7 +47,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def needs_wandb() -> None:
-    """Its client starts a program of its own, which not every machine can run."""
+    """Skip where wandb-core, the program that the client starts, cannot run."""
     from wandb.util import get_core_path
 
     found = subprocess.run([get_core_path(), "--help"], capture_output=True, check=False)
@@ -71,15 +71,15 @@ def read_all(output: Path) -> Iterator[tuple[str, Series]]:
 def assert_every_epoch_once(output: Path, epochs: int) -> None:
     history = pd.read_csv(output / "history.csv")
     for name, series in read_all(output):
-        for figure in EPOCH_METRICS:
-            assert sorted(series[figure]) == list(range(1, epochs + 1)), (name, figure)
-            for epoch, value in zip(history.epoch, history[figure], strict=True):
-                assert series[figure][epoch] == [pytest.approx(value, rel=1e-6)], (name, figure, epoch)
+        for metric in EPOCH_METRICS:
+            assert sorted(series[metric]) == list(range(1, epochs + 1)), (name, metric)
+            for epoch, value in zip(history.epoch, history[metric], strict=True):
+                assert series[metric][epoch] == [pytest.approx(value, rel=1e-6)], (name, metric, epoch)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("needs_wandb")
-def test_all_are_told_everything_and_no_bit_changes(
+def test_all_trackers_get_everything_and_no_bit_of_the_run_changes(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_API_TOKEN", "tiny-secret-0815")
@@ -88,7 +88,7 @@ def test_all_are_told_everything_and_no_bit_changes(
     result = cli(*words_of(tiny, image_folder, with_all), "--json")
     assert result.exit_code == 0, result.output
     assert "warning" not in result.stderr
-    metrics = json.loads(result.stdout)  # and nothing else is there
+    metrics = json.loads(result.stdout)  # stdout holds nothing else
     assert cli(*words_of(tiny, image_folder, without, to=())).exit_code == 0
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     for name in ("model/model.safetensors", "predictions.csv"):
@@ -104,19 +104,19 @@ def test_all_are_told_everything_and_no_bit_changes(
     assert series["final/seconds.total"] == {3: [metrics["seconds"]["total"]]}
     assert run.data.params["training.epochs"] == "3" and run.data.params["strategy.dropout"] == "0.3"
     assert run.info.status == "FINISHED" and run.info.run_name == "with-***"
-    _, (told,), summary, said = read_wandb(home)
-    config = {item.key: json.loads(item.value_json) for item in told.config.update}
+    _, (recorded,), summary, text = read_wandb(home)
+    config = {item.key: json.loads(item.value_json) for item in recorded.config.update}
     assert config["training.epochs"] == 3 and config["strategy.dropout"] == 0.3
     assert summary["final/accuracy"] == metrics["accuracy"] and summary["final/epochs"] == 3
-    assert told.display_name == "with-***"
-    everything = said + str(texts) + str(run.data.to_dictionary())
+    assert recorded.display_name == "with-***"
+    everything = text + str(texts) + str(run.data.to_dictionary())
     assert socket.gethostname() not in everything.replace(str(tmp_path), "")
     assert "tiny-secret" not in everything and "***" in everything
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("needs_wandb")
-def test_a_run_that_goes_on_is_the_same_run_and_tells_each_epoch_once(
+def test_a_resumed_run_is_the_same_run_and_logs_each_epoch_once(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
@@ -132,10 +132,10 @@ def test_a_run_that_goes_on_is_the_same_run_and_tells_each_epoch_once(
     assert read_mlflow((output / "tracking" / "mlflow").as_uri())[1].info.status == "FINISHED"
 
 
-def test_a_tracker_that_comes_late_is_told_what_was_before(
+def test_a_tracker_that_is_added_later_gets_earlier_epochs(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    """Whom a run tells makes it no other run; one that is done is made longer here."""
+    """Trackers are not part of a run's identity: a finished run is extended with one here."""
     output = tmp_path / "run"
     assert cli(*words_of(tiny, image_folder, output, epochs=1, to=())).exit_code == 0
     result = cli(*words_of(tiny, image_folder, output, epochs=2, to=("tensorboard",)))
@@ -144,21 +144,21 @@ def test_a_tracker_that_comes_late_is_told_what_was_before(
     assert {step: len(values) for step, values in scalars["train_loss"].items()} == {1: 1, 2: 1}
 
 
-def test_an_epoch_that_is_trained_again_is_not_told_again(tmp_path: Path) -> None:
-    """After a kill, training may go on from a checkpoint before what was told."""
+def test_an_epoch_that_is_trained_again_is_not_logged_again(tmp_path: Path) -> None:
+    """After a kill, training may resume from a checkpoint before the last logged epoch."""
     recipe = load_recipe(None, {"tracking.to": ["tensorboard", "mlflow"]})
     rows = [ROW | {"epoch": epoch} for epoch in (1, 2, 3)]
     for history in ([rows[0]], rows[:2]), ([rows[0]], rows[:2], rows):
         trackers = Trackers(recipe, RunFolder(tmp_path), Listener())
         with trackers.opened():
-            for told in history:
-                trackers.log_epochs(told)
+            for rows_so_far in history:
+                trackers.log_epochs(rows_so_far)
     expected = {1: [1.0], 2: [1.0], 3: [1.0]}
     assert read_tensorboard(tmp_path / "tracking" / "tensorboard")[0]["train_loss"] == expected
     assert read_mlflow((tmp_path / "tracking" / "mlflow").as_uri())[0]["train_loss"] == expected
 
 
-# --- trackers that fail --------------------------------------------------------------------------
+# --- Trackers that fail ---
 
 
 class Broken:
@@ -195,7 +195,7 @@ FAILURE = "wandb failed and is switched off (RuntimeError: no such server); the 
 
 
 @pytest.mark.parametrize("fails_at", range(1, 7))
-def test_a_tracker_that_fails_is_warned_of_once_and_dropped(
+def test_a_tracker_that_fails_causes_one_warning_and_is_dropped(
     tmp_path: Path, break_at: Any, fails_at: int
 ) -> None:
     break_at(fails_at)
@@ -205,7 +205,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_dropped(
         trackers.log_epochs([ROW])
         trackers.log_epochs([ROW, ROW | {"epoch": 2}])
         trackers.log_final({"accuracy": 1.0, "epochs": 2})
-    assert display.warnings == ([FAILURE] if fails_at <= 5 else [])  # made, twice an epoch, metrics, closed
+    assert display.warnings == ([FAILURE] if fails_at <= 5 else [])  # init, two epochs, final, close
     assert Broken.calls == min(fails_at, 5)
 
 
@@ -245,16 +245,16 @@ print("survived")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
-def test_a_disk_that_takes_no_more(tmp_path: Path, name: str) -> None:
-    """Real files that cannot grow any more: the error comes to us, and not to a thread of theirs."""
+def test_a_full_disk_does_not_fail_the_run(tmp_path: Path, name: str) -> None:
+    """Real files that cannot grow: the error is raised in the calling thread."""
     command = [sys.executable, "-c", FULL_DISK, name, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (0, "survived\n"), result.stderr
-    assert result.stderr.count("warning:") == 1 and f"{name} cannot be told" in result.stderr
+    assert result.stderr.count("warning:") == 1 and f"{name} failed and is switched off" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_server_that_is_not_there(
+def test_a_missing_server_does_not_fail_the_run(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -264,7 +264,7 @@ def test_a_server_that_is_not_there(
 
 
 @pytest.mark.usefixtures("needs_wandb")
-def test_wandb_online_without_a_key_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_online_without_a_key_does_not_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))
     display = Listener()
@@ -274,7 +274,7 @@ def test_wandb_online_without_a_key_asks_nobody(tmp_path: Path, monkeypatch: pyt
     assert "API key" in warning
 
 
-def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_causes_a_warning_per_tracker(tmp_path: Path) -> None:
     (tmp_path / "tracking").write_text("")
     display = Listener()
     trackers = Trackers(load_recipe(None, {"tracking.to": [*ALL]}), RunFolder(tmp_path), display)
@@ -284,23 +284,23 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"mlflow": 3}', '{"mlflow": {"run_id": "x"}}', "\udcff"])
-def test_damaged_notes_are_no_notes(tmp_path: Path, text: str) -> None:
+def test_damaged_states_are_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "tracking").mkdir()
-    notes = tmp_path / "tracking" / "trackers.json"
-    notes.write_bytes(text.encode(errors="surrogateescape"))
+    states = tmp_path / "tracking" / "trackers.json"
+    states.write_bytes(text.encode(errors="surrogateescape"))
     display = Listener()
     trackers = Trackers(load_recipe(None, {"tracking.to": ["tensorboard"]}), RunFolder(tmp_path), display)
     with trackers.opened():
         trackers.log_epochs([ROW])
     assert display.warnings == []
-    assert json.loads(notes.read_text()) == {"tensorboard": {"run_id": "", "epoch": 1}}
+    assert json.loads(states.read_text()) == {"tensorboard": {"run_id": "", "epoch": 1}}
 
 
-# --- before anything starts ----------------------------------------------------------------------
+# --- Before a run starts ---
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_client_that_is_not_installed(
+def test_a_client_that_is_not_installed_is_refused_before_the_run(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     missing = [module for module in sys.modules if module.partition(".")[0] == name]
@@ -312,13 +312,13 @@ def test_a_client_that_is_not_installed(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_client_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CLIENTS, "wandb", "finetune.tracking.trackers.NoSuchClass")
     with pytest.raises(EnvironmentFaultError, match="AttributeError"):
         check_trackers(["wandb"])
 
 
-def test_off_by_default_and_no_client_is_loaded(
+def test_trackers_are_off_by_default_and_no_client_is_imported(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """(timm imports wandb wherever it is installed.)"""
@@ -328,27 +328,27 @@ def test_off_by_default_and_no_client_is_loaded(
 
 
 @pytest.mark.parametrize("value", ["wandb", "[wandbb]", "[3]", "null", "[[wandb]]", "{a: 1}"])
-def test_what_a_list_of_trackers_is(cli: Cli, tmp_path: Path, value: str) -> None:
+def test_invalid_lists_of_trackers_are_refused(cli: Cli, tmp_path: Path, value: str) -> None:
     result = cli("run", "-b", "x", "-d", tmp_path, "--set", f"tracking.to={value}")
     assert result.exit_code == ExitCode.USAGE
     if "{" not in value:
         assert "it must be a list of tensorboard, wandb or mlflow" in result.stderr
 
 
-# --- what is told --------------------------------------------------------------------------------
+# --- What is logged ---
 
 
-def test_which_figures_are_told() -> None:
+def test_only_numbers_are_logged_as_final_metrics() -> None:
     metrics = {"a": 1, "b": 0.5, "c": None, "d": True, "e": [1, 2], "f": "text", "g": {"h": 2, "i": [1]}}
     assert flatten_metrics(metrics) == {"a": 1.0, "b": 0.5, "g.h": 2.0}
 
 
-def test_no_secret_of_the_recipe_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_secret_of_the_recipe_is_logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOME_TOKEN", "swordfish-4711")
     path = "https://me:hunter22@host/data?X-Amz-Signature=abcdef"
     recipe = load_recipe(None, {"data.path": path, "backbone.weights": "/x/swordfish-4711.safetensors"})
-    subject = describe_run(recipe, tmp_path / "swordfish-4711")
-    told = str(subject)
-    assert "swordfish" not in told.replace(str(subject.home), "")
-    assert "hunter22" not in told and "abcdef" not in told
-    assert subject.settings["training.epochs"] == 10 and "epochs: 10" in subject.recipe
+    run_info = describe_run(recipe, tmp_path / "swordfish-4711")
+    text = str(run_info)
+    assert "swordfish" not in text.replace(str(run_info.home), "")
+    assert "hunter22" not in text and "abcdef" not in text
+    assert run_info.settings["training.epochs"] == 10 and "epochs: 10" in run_info.recipe

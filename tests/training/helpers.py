@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from finetune.data.discover import discover
 from finetune.data.loader import Batch, ImageLoader, Placement
 from finetune.data.split import SplitConfig
-from finetune.data.transforms import Augmentation, build_eval_transform, build_train_transform
+from finetune.data.transforms import build_eval_transform, build_train_transform
 from finetune.errors import InterruptedRunError
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Augmentation, Recipe, load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import SilentDisplay
@@ -215,7 +215,7 @@ def saved(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def figures(progress: Progress) -> list[dict[str, float]]:
+def metrics_of(progress: Progress) -> list[dict[str, float]]:
     """The history, without what a clock has measured."""
     timed = ("seconds", "images_per_second", "data_wait_fraction")
     return [{key: value for key, value in row.items() if key not in timed} for row in progress.history]
@@ -232,7 +232,7 @@ def assert_same_end(one: Path, two: Path, but_for: Collection[str] = ()) -> None
     assert_same_tensors(left.now.tensors, right.now.tensors)
     assert left.best is not None and right.best is not None
     assert_same_tensors(left.best.tensors, right.best.tensors)
-    assert figures(left.now.progress) == figures(right.now.progress)
+    assert metrics_of(left.now.progress) == metrics_of(right.now.progress)
     leave_out = {*_CLOCKS, *but_for}
     counters, others = asdict(left.now.progress), asdict(right.now.progress)
     assert {k: v for k, v in counters.items() if k not in leave_out} == {

@@ -65,7 +65,9 @@ def test_training_uses_it_when_asked(
     asked = build_trainer(image_folder, tmp_path / "asked", epochs=1, compile=True)
     asked.fit()
     assert sum(calls) == 36
-    for one, two in zip(plain.judged.state_dict().values(), asked.judged.state_dict().values(), strict=True):
+    for one, two in zip(
+        plain.eval_network.state_dict().values(), asked.eval_network.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
@@ -77,5 +79,7 @@ def test_a_classifier_sees_standardised_features_when_compiled(image_folder: Pat
     for trainer in (plain, asked):
         trainer.standardize_head()
         trainer.fit()
-    for one, two in zip(plain.judged.state_dict().values(), asked.judged.state_dict().values(), strict=True):
+    for one, two in zip(
+        plain.eval_network.state_dict().values(), asked.eval_network.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)

@@ -145,7 +145,7 @@ def test_a_recipe_can_ask_for_parts(image_folder: Path, tmp_path: Path) -> None:
     assert parts.fit().microbatch == 4
     assert sizes[:9] == [4] * 9
     whole.fit()
-    for left, right in zip(whole.judged.parameters(), parts.judged.parameters(), strict=True):
+    for left, right in zip(whole.eval_network.parameters(), parts.eval_network.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 

@@ -48,7 +48,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty to train on, ten to judge."""
+    """Forty training images and ten validation images."""
     root = tmp_path_factory.mktemp("few")
     draw_folder(root / "train", {"red": 20, "blue": 20})
     draw_folder(root / "val", {"red": 5, "blue": 5})
@@ -316,7 +316,7 @@ def test_the_recipe_can_say_off(tiny: Path) -> None:
     assert not recipe.cache.trunk and not recipe.cache.pictures
 
 
-def test_wrong_features_give_no_figures(fit: Fit) -> None:
+def test_wrong_features_give_no_metrics(fit: Fit) -> None:
     rows = KeptRows.rows
 
     def wrong(self: KeptRows, *arguments: Any) -> list[Rows]:
@@ -467,12 +467,12 @@ def test_a_cache_that_may_not_be_written_costs_the_next_run_alone(fit: Fit) -> N
 @pytest.mark.slow
 def test_large_batches_of_the_recipe_do_not_reach_the_whole_network(fit: Fit) -> None:
     sizes: list[int] = []
-    check = main.check_figures
+    check = main.check_predictions
 
     def spy(network: Any, predictions: Any, images: Tensor, *others: Any) -> None:
         sizes.append(len(images))
         check(network, predictions, images, *others)
 
-    with mock.patch.object(main, "check_figures", spy), mock.patch("finetune.pipeline.fit.FEW", 4):
+    with mock.patch.object(main, "check_predictions", spy), mock.patch("finetune.pipeline.fit.FEW", 4):
         fit("one", keys={"training.batch_size": 40})
     assert sizes == [4]

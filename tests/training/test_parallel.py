@@ -27,7 +27,7 @@ from tests.training.helpers import (
     assert_same_end,
     build_trainer,
     corrupt,
-    figures,
+    metrics_of,
     stop_after,
     warnings,
 )
@@ -60,8 +60,8 @@ def train(distributed: Distributed, data: Path, folder: Path, **words: Any) -> E
     words = {"epochs": 5, "batch_size": 32, "lr": 0.05, "network": net()} | words
     trainer = build_trainer(data, folder / str(distributed.rank), distributed=distributed, **words)
     progress = trainer.fit()
-    weights = {name: tensor.clone() for name, tensor in trainer.judged.state_dict().items()}
-    return weights, figures(progress), progress, warnings(trainer), trainer.predictions.logits
+    weights = {name: tensor.clone() for name, tensor in trainer.eval_network.state_dict().items()}
+    return weights, metrics_of(progress), progress, warnings(trainer), trainer.predictions.logits
 
 
 def assert_close(one: Ended, two: Ended, tolerance: float = 1e-5) -> None:
@@ -224,9 +224,9 @@ def test_lost_images_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: p
 
                 def get(views: Any, key: tuple[int, int]) -> Any:
                     if views.dataset.file(views.samples[key[1]]) == opened:
-                        from finetune.data.loader import _Lost
+                        from finetune.data.loader import _UnreadableImage
 
-                        return _Lost(gone.path, "gone")
+                        return _UnreadableImage(gone.path, "gone")
                     return kept(views, key)
 
                 monkeypatch.setattr(type(loader._views), "__getitem__", get)

@@ -85,7 +85,7 @@ def test_two_processes_change_the_phase_together(image_folder: Path, tmp_path: P
             distributed=distributed,
         )
         trainer.fit()
-        return {name: tensor.clone() for name, tensor in trainer.judged.state_dict().items()}
+        return {name: tensor.clone() for name, tensor in trainer.eval_network.state_dict().items()}
 
     alone = train(SINGLE_PROCESS)
     first, second = together(train)

@@ -48,7 +48,7 @@ def train(image_folder: Path, folder: Path, device: torch.device, **words: Any) 
     """Measure features, train and validate: every part that a trainer has."""
     trainer = build(image_folder, folder, device, **words)
     trainer.fit()
-    assert {weight.device for weight in trainer.judged.parameters()} == {device}
+    assert {weight.device for weight in trainer.eval_network.parameters()} == {device}
     return trainer
 
 

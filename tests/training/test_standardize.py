@@ -88,7 +88,7 @@ def test_the_judged_network_is_plain(image_folder: Path, tmp_path: Path) -> None
     trainer = build_trainer(image_folder, tmp_path, epochs=2, batch_size=8, ema_decay=0.5)
     trainer.standardize_head()
     best = trainer.fit().best
-    assert all(not layer._forward_pre_hooks for layer in trainer.judged.modules())
+    assert all(not layer._forward_pre_hooks for layer in trainer.eval_network.modules())
     assert trainer._validate().loss == pytest.approx(best["loss"], abs=1e-5)
 
 

@@ -14,7 +14,7 @@ from finetune.evaluation.predictions import Predictions
 from finetune.training.freeze import check_frozen, digest_frozen
 from finetune.training.trainer import Trainer
 from tests.sweeps import slow_except
-from tests.training.helpers import SmallNet, assert_same_end, build_trainer, figures, saved, stop_after
+from tests.training.helpers import SmallNet, assert_same_end, build_trainer, metrics_of, saved, stop_after
 
 EVERYTHING_ON: dict[str, Any] = {
     "epochs": 4,
@@ -62,8 +62,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 
     assert second.progress.step == whole.progress.step == 20
     assert_same_state(whole.task.network, second.task.network)
-    assert_same_state(whole.judged, second.judged)
-    assert figures(whole.progress) == figures(second.progress)
+    assert_same_state(whole.eval_network, second.eval_network)
+    assert metrics_of(whole.progress) == metrics_of(second.progress)
 
 
 class StopsWhileJudging(Trainer):
@@ -113,7 +113,7 @@ def test_plateau_and_patience_survive_an_interruption(image_folder: Path, tmp_pa
         parts.fit()
     parts = build_trainer(image_folder, tmp_path / "parts", **settings)
     parts.fit()
-    assert figures(parts.progress) == figures(whole.progress)
+    assert metrics_of(parts.progress) == metrics_of(whole.progress)
 
 
 @pytest.mark.parametrize("strategy", ["freeze", "top"])
@@ -132,7 +132,7 @@ def test_frozen_stages_keep_every_bit(image_folder: Path, tmp_path: Path, strate
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     digests = digest_frozen(network, plan)
     trainer.fit()
-    check_frozen(trainer.judged, plan, digests)
+    check_frozen(trainer.eval_network, plan, digests)
     check_frozen(network, plan, digests)
     frozen = {"freeze": ("stage1", "stage2"), "top": ("stage1",)}[strategy]
     for name, tensor in network.state_dict().items():
@@ -207,7 +207,7 @@ def test_a_shared_tensor_survives_the_checkpoint(image_folder: Path, tmp_path: P
     trainer.fit()
     other = build_trainer(image_folder, tmp_path, network=Tied(), epochs=1, batch_size=8, lr=0.1)
     other.fit()
-    assert_same_state(trainer.judged, other.judged)
+    assert_same_state(trainer.eval_network, other.eval_network)
 
 
 class Brittle(SmallNet):
@@ -226,7 +226,7 @@ class Brittle(SmallNet):
 def test_a_validation_loss_that_is_no_number_stops_the_run(
     image_folder: Path, tmp_path: Path, monitor: str
 ) -> None:
-    """18 validation images in batches of 8 are 3 passes, so the second epoch is judged NaN."""
+    """18 validation images in batches of 8 are 3 passes, so the loss of the second epoch is NaN."""
     trainer = build_trainer(
         image_folder, tmp_path, network=Brittle(), epochs=5, batch_size=8, monitor=monitor
     )
@@ -237,7 +237,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(
     assert all(parameter.isfinite().all() for parameter in trainer.task.network.parameters())
 
 
-def test_figures_are_those_of_the_best_epoch_wherever_it_was_made(image_folder: Path, tmp_path: Path) -> None:
+def test_metrics_are_those_of_the_best_epoch(image_folder: Path, tmp_path: Path) -> None:
     keys = {"epochs": 5, "lr": 2.0, "schedule": "constant"}
     whole = build_trainer(image_folder, tmp_path / "whole", **keys)
     best = whole.fit().best_epoch

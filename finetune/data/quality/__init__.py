@@ -1,1 +1,1 @@
-"""What in a data set would make a metric misleading: copies, leaks, unreadable or unusual files."""
+"""What in a dataset would make a metric misleading: copies, leaks, unreadable or unusual files."""

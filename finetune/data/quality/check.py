@@ -1,4 +1,4 @@
-"""``finetune check``: what can be known of a data set before anything is trained on it."""
+"""``finetune check``: find the problems of a dataset before training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from finetune.data.discover import discover_leniently
 from finetune.data.prepare import check_outside, create_new_folder
 from finetune.data.quality.report import inspect_dataset, to_check
 from finetune.data.quality.sheet import find_sections
-from finetune.data.scan import Checked, check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.scan import CheckedImages, scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError
 from finetune.plots.sheet import write_sections
@@ -25,10 +24,10 @@ CHECK, FOLDS, SHEET = "check.json", "folds.csv", "check.png"
 
 
 def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
-    """Look at every image of a data set, and write everything that is found.
+    """Scan every image of a dataset, and write all issues that are found.
 
     Args:
-        recipe: its data and seed count. With folds, the first is the validation split of the metrics.
+        recipe: only ``data`` and ``seed`` are used. With folds, the first fold is the validation split.
         output: a new folder for ``check.json``, ``check.png`` and, with folds, ``folds.csv``.
         display: shows progress.
 
@@ -36,17 +35,21 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
         The content of ``check.json``.
 
     Raises:
-        FinetuneError: the output cannot be written. What is wrong with the data is in the result.
+        FinetuneError: the output cannot be written. Problems of the data are in the result instead.
     """
     settings = recipe.data
     if not settings.path:
         raise UsageError("finetune check", "no data was named", "Name a folder, a .zip or a CSV file.")
     with translated_errors():
-        with display.count(f"reading {settings.path}") as tell:
+        with display.count(f"reading {settings.path}") as on_progress:
             config = SplitConfig.of(recipe)
-            dataset, issues = discover_leniently(Path(settings.path), config, settings.follow_links, tell)
+            dataset, issues = discover_leniently(
+                Path(settings.path), config, settings.follow_links, on_progress
+            )
         _create_output(output, dataset, Path(settings.path))
-        found = to_check(issues, {}) if dataset is None else _look(recipe, dataset, issues, output, display)
+        found = (
+            to_check(issues, {}) if dataset is None else _inspect(recipe, dataset, issues, output, display)
+        )
         write_json(output / CHECK, found)
         return found
 
@@ -59,12 +62,12 @@ def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:
     create_new_folder(output)
 
 
-def _look(
+def _inspect(
     recipe: Recipe, dataset: Dataset, issues: tuple[Issue, ...], output: Path, display: Display
 ) -> dict[str, Any]:
-    checked = scan_dataset(dataset, display)
+    checked = scan_images(dataset, display, "checking images")
     if dataset.val_was_drawn:
-        dataset, issues = _settle(dataset, checked, recipe, issues)
+        dataset, issues = _join_copies(dataset, checked, recipe, issues)
     report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, issues)
     write_sections(output / SHEET, find_sections(report))
     result = report.to_dict()
@@ -73,15 +76,8 @@ def _look(
     return result
 
 
-def scan_dataset(dataset: Dataset, display: Display) -> Checked:
-    """Decode every image once, or take what is known of it from the last look."""
-    store = ScanCache(dataset.root, keep_others=not dataset.is_folder)
-    with display.track("looking at images", len(dataset.samples)) as advance:
-        return check_images(dataset, lambda _: advance(1, ""), store=store)
-
-
-def _settle(
-    dataset: Dataset, checked: Checked, recipe: Recipe, issues: tuple[Issue, ...]
+def _join_copies(
+    dataset: Dataset, checked: CheckedImages, recipe: Recipe, issues: tuple[Issue, ...]
 ) -> tuple[Dataset, tuple[Issue, ...]]:
     """Keep exact copies in one split, as a run does."""
     try:
@@ -89,14 +85,14 @@ def _settle(
     except DataError as error:
         return dataset, (*issues, Issue("class-copies", "error", error.found, error.fix))
     if moved:
-        said = f"{moved} images of the drawn split moved, so that exact copies stay in one split."
-        issues = (*issues, Issue("draw-moved", "note", said, "Nothing needs to be done.", moved))
+        message = f"{moved} images of the drawn split moved, so that exact copies stay in one split."
+        issues = (*issues, Issue("draw-moved", "note", message, "Nothing needs to be done.", moved))
     return dataset, issues
 
 
 def _write_folds(dataset: Dataset, output: Path) -> dict[str, dict[str, int]]:
-    """Write which image is held out in which fold; return images by fold and class."""
-    samples = sorted((sample for sample in dataset.samples if sample.fold), key=lambda one: one.path)
+    """Write the fold of each image; return the number of images by fold and class."""
+    samples = sorted((sample for sample in dataset.samples if sample.fold), key=lambda sample: sample.path)
     rows = [(sample.path, dataset.classes[sample.label], sample.fold) for sample in samples]
     write_csv(output / FOLDS, rows, ("path", "label", "fold"))
     counts = Counter((sample.fold, sample.label) for sample in samples)

@@ -1,4 +1,4 @@
-"""What class names and numbers of images show: classes too small, alike, or far apart in size."""
+"""Issues of classes and groups: tiny classes, similar names, imbalance, groups in several splits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finetune.data.layout import count, some
 from finetune.data.quality.subject import SHOWN_PATHS
 
 FEW_IMAGES = 10
-"""Training images under which a class is called tiny."""
+"""Number of training images below which a class is reported as tiny."""
 IMBALANCED = 10.0
-"""Largest to smallest class from which the classes are called imbalanced."""
+"""Ratio of the largest to the smallest class from which imbalance is reported."""
 _SHORTEST_TYPO = 6
-"""Letters from which one letter more, less or exchanged counts as a slip, and not as another word."""
+"""Shortest name in letters for which one extra, missing or different letter counts as a typing error."""
 
 
 def find_class_issues(dataset: Dataset) -> Iterator[Issue]:
@@ -52,16 +52,16 @@ def find_class_issues(dataset: Dataset) -> Iterator[Issue]:
 
 
 def compute_imbalance(counts: Sequence[int]) -> float | None:
-    """Return the size of the largest class over that of the smallest that has images; None without any."""
-    there = [number for number in counts if number]
-    return max(there) / min(there) if there else None
+    """Return the ratio of the largest class to the smallest that has images; None if none has any."""
+    sizes = [number for number in counts if number]
+    return max(sizes) / min(sizes) if sizes else None
 
 
 def find_similar_names(classes: Sequence[str]) -> list[list[str]]:
-    """Return classes whose names differ by no more than a slip would.
+    """Return the sets of classes whose names differ by no more than a typing error.
 
-    Spaces, hyphens and underscores, a plural s, or one letter in a longer word. Names that differ only in
-    letter case, or in how an accent is encoded, are found when the data is read.
+    That is: spaces, hyphens and underscores, a plural s, or one letter in a longer word. Names that differ
+    only in letter case, or in the encoding of an accent, are reported when the data is read.
     """
     by_core: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
@@ -70,12 +70,12 @@ def find_similar_names(classes: Sequence[str]) -> list[list[str]]:
     cores = sorted(core for core in by_core if core.isalpha() and len(core) >= _SHORTEST_TYPO)
     by_hole: defaultdict[str, set[str]] = defaultdict(set)
     for core in cores:
-        for place in range(len(core)):
-            by_hole[f"{core[:place]}?{core[place + 1 :]}"].add(core)  # a letter exchanged
-            by_hole[core[:place] + core[place + 1 :]].add(core)  # a letter left out
+        for index in range(len(core)):
+            by_hole[f"{core[:index]}?{core[index + 1 :]}"].add(core)  # a different letter
+            by_hole[core[:index] + core[index + 1 :]].add(core)  # a missing letter
         by_hole[core].add(core)
-    slips = {tuple(sorted(near)) for near in by_hole.values() if len(near) > 1}
-    alike += [[name for core in near for name in by_core[core]] for near in sorted(slips)]
+    typos = {tuple(sorted(near)) for near in by_hole.values() if len(near) > 1}
+    alike += [[name for core in near for name in by_core[core]] for near in sorted(typos)]
     return alike
 
 
@@ -84,7 +84,7 @@ def _folded(name: str) -> str:
 
 
 def _core(name: str) -> str:
-    """Return what is left of a name without case, separators and a plural s."""
+    """Return a name without letter case, separators and a plural s."""
     bare = re.sub(r"(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)", "", _folded(name))  # 1.0 is not 10
     return bare[:-1] if len(bare) > 3 and bare.endswith("s") and not bare.endswith("ss") else bare or name
 
@@ -93,21 +93,21 @@ def _core(name: str) -> str:
 
 
 def find_group_issues(dataset: Dataset) -> Iterator[Issue]:
-    """Yield the issue of groups that lie in several splits; a drawn split never divides one."""
-    parts: defaultdict[str, set[str]] = defaultdict(set)
+    """Yield an issue if groups lie in several splits, which is possible only with given splits."""
+    splits: defaultdict[str, set[str]] = defaultdict(set)
     for sample in dataset.samples:
         if sample.group:
-            parts[sample.group].add(sample.split)
-    broken = sorted(name for name, found in parts.items() if len(found) > 1)
+            splits[sample.group].add(sample.split)
+    broken = sorted(name for name, found in splits.items() if len(found) > 1)
     if broken:
-        torn = frozenset(broken)
-        paths = [sample.path for sample in dataset.samples if sample.group in torn]
+        divided = frozenset(broken)
+        paths = [sample.path for sample in dataset.samples if sample.group in divided]
         yield Issue(
             "group-leak",
             "warning",
-            f"{len(broken)} of {count(len(parts), 'group lies', 'groups lie')} in more than one split: "
+            f"{len(broken)} of {count(len(splits), 'group lies', 'groups lie')} in more than one split: "
             f"{some(broken)}.",
-            "Move each group into one split, or give no val/: then it is drawn by group.",
+            "Move each group into one split, or give no val/: the split is then drawn by group.",
             len(broken),
             tuple(paths[:SHOWN_PATHS]),
         )

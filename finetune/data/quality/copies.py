@@ -1,4 +1,4 @@
-"""Exact copies of images: across splits, under two labels, and the same one again and again."""
+"""Exact copies of images: across splits, under several labels, repeated, and within a split."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from finetune.data.layout import count
 from finetune.data.quality.subject import ScannedDataset
 
 REPEATED = 4
-"""Copies of one image from which it looks like the image for "no image"."""
+"""Number of copies from which an image may be a placeholder for a missing image."""
 WHOLE = 0.9
-"""Share of a part's images that lie in another too, from which it is called that part once more."""
+"""Share of shared images from which one split is reported as a copy of another."""
 
 Group = Sequence[int]
-"""Places of images in ``ScannedDataset.samples``."""
+"""Indices into ``ScannedDataset.samples``."""
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Images that are there more than once, byte for byte; each a group of two images or more.
+    """Groups of two or more images with the same bytes. A group may be in several of the lists.
 
     Attributes:
-        leaks: in more than one split.
-        conflicts: under more than one label.
-        repeated: ``REPEATED`` times or more.
-        within: more than once in one split, under one label.
+        leaks: groups that lie in more than one split.
+        conflicts: groups with more than one label.
+        repeated: groups of ``REPEATED`` images or more.
+        within: groups with several images of the same split and label.
     """
 
     leaks: tuple[Group, ...] = ()
@@ -38,45 +38,44 @@ class Copies:
     within: tuple[Group, ...] = ()
 
 
-def find_copies(seen: ScannedDataset) -> Copies:
+def find_copies(scanned: ScannedDataset) -> Copies:
     """Return groups of images with the same sha256."""
-    groups = _group(seen)
+    groups = _group(scanned)
 
-    def those(is_one: list[bool]) -> tuple[Group, ...]:
-        return tuple(group for group, one in zip(groups, is_one, strict=True) if one)
+    def select(mask: list[bool]) -> tuple[Group, ...]:
+        return tuple(group for group, is_selected in zip(groups, mask, strict=True) if is_selected)
 
-    kinds = [Counter(zip(seen.splits[group], seen.labels[group], strict=True)) for group in groups]
+    kinds = [Counter(zip(scanned.splits[group], scanned.labels[group], strict=True)) for group in groups]
     return Copies(
-        leaks=those([len({part for part, _ in kind}) > 1 for kind in kinds]),
-        conflicts=those([len({label for _, label in kind}) > 1 for kind in kinds]),
-        repeated=those([len(group) >= REPEATED for group in groups]),
-        within=those([max(kind.values()) > 1 for kind in kinds]),
+        leaks=select([len({split for split, _ in kind}) > 1 for kind in kinds]),
+        conflicts=select([len({label for _, label in kind}) > 1 for kind in kinds]),
+        repeated=select([len(group) >= REPEATED for group in groups]),
+        within=select([max(kind.values()) > 1 for kind in kinds]),
     )
 
 
-def _group(seen: ScannedDataset) -> list[list[int]]:
-    if not seen.samples:
+def _group(scanned: ScannedDataset) -> list[list[int]]:
+    if not scanned.samples:
         return []
-    digests = np.ascontiguousarray(seen.looks.rows["sha256"]).view("V32").reshape(-1)
+    digests = np.ascontiguousarray(scanned.scan.rows["sha256"]).view("V32").reshape(-1)
     order = np.argsort(digests, kind="stable")
     starts = np.flatnonzero(digests[order][1:] != digests[order][:-1]) + 1
-    groups = [part.tolist() for part in np.split(order, starts) if len(part) > 1]
+    groups = [equal.tolist() for equal in np.split(order, starts) if len(equal) > 1]
     return sorted(groups)
 
 
-def find_copy_issues(seen: ScannedDataset, copies: Copies, allow_leaks: bool) -> Iterator[Issue]:
-    """Yield what is to be said of exact copies."""
+def find_copy_issues(scanned: ScannedDataset, copies: Copies, allow_leaks: bool) -> Iterator[Issue]:
+    """Yield the issues of exact copies."""
     severity: Severity = "warning" if allow_leaks else "error"
-    yield from _find_leak_issues(seen, copies, severity)
+    yield from _find_leak_issues(scanned, copies, severity)
     if copies.conflicts:
         yield Issue(
             "label-conflict",
             "warning",
-            f"{count(len(copies.conflicts), 'image lies', 'images lie')} under more than one label, byte "
-            "for byte the same.",
+            f"{count(len(copies.conflicts), 'image has', 'images have')} exact copies under another label.",
             "Decide which label is right, and remove the other copies.",
             len(copies.conflicts),
-            seen.paths(place for group in copies.conflicts for place in group),
+            scanned.paths(index for group in copies.conflicts for index in group),
         )
     if copies.repeated:
         most = max(len(group) for group in copies.repeated)
@@ -84,60 +83,62 @@ def find_copy_issues(seen: ScannedDataset, copies: Copies, allow_leaks: bool) ->
         yield Issue(
             "picture-repeated",
             "warning",
-            f"{which} repeatedly, up to {most} times, as a placeholder does.",
-            "Look at it, and remove it if it is a placeholder.",
+            f"{which} repeatedly, up to {most} times, like a placeholder for a missing image.",
+            "Look at them, and remove placeholders.",
             len(copies.repeated),
-            seen.paths(place for group in copies.repeated for place in group),
+            scanned.paths(index for group in copies.repeated for index in group),
         )
     if copies.within:
-        surplus = [place for group in copies.within for place in _surplus(seen, group)]
-        said = count(len(surplus), "image is an exact copy", "images are exact copies")
+        surplus = [index for group in copies.within for index in _surplus(scanned, group)]
+        copied = count(len(surplus), "image is an exact copy", "images are exact copies")
         yield Issue(
             "duplicate",
             "warning",
-            f"{said} of another image of the same split and label; they count more than the others.",
+            f"{copied} of another image of the same split and label, which counts more than others.",
             "Remove the copies.",
             len(surplus),
-            seen.paths(surplus),
+            scanned.paths(surplus),
         )
 
 
-def _find_leak_issues(seen: ScannedDataset, copies: Copies, severity: Severity) -> Iterator[Issue]:
+def _find_leak_issues(scanned: ScannedDataset, copies: Copies, severity: Severity) -> Iterator[Issue]:
     """Yield an issue for each pair of splits that share images."""
     for later in (1, 2):
         for earlier in range(later):
-            shared = [group for group in copies.leaks if {earlier, later} <= set(seen.splits[group].tolist())]
+            shared = [
+                group for group in copies.leaks if {earlier, later} <= set(scanned.splits[group].tolist())
+            ]
             if not shared:
                 continue
-            one, other = SPLITS[earlier], SPLITS[later]
-            held = [place for group in shared for place in group if seen.splits[place] == later]
-            total = int((seen.splits == later).sum())
-            both = [place for group in shared for place in group if seen.splits[place] in (earlier, later)]
+            first, second = SPLITS[earlier], SPLITS[later]
+            held = [index for group in shared for index in group if scanned.splits[index] == later]
+            total = int((scanned.splits == later).sum())
+            both = [index for group in shared for index in group if scanned.splits[index] in (earlier, later)]
             if len(held) >= WHOLE * total:
                 yield Issue(
                     "part-repeated",
                     severity,
-                    f"{other} repeats {one}: {len(held)} of its {total} images are also in {one}.",
-                    f"Give {other} images of its own.",
+                    f"{second} repeats {first}: {len(held)} of its {total} images are also in {first}.",
+                    f"Give {second} images of its own.",
                     len(held),
-                    seen.paths(held),
+                    scanned.paths(held),
                 )
             are = "is an exact copy of one" if len(held) == 1 else "are exact copies of images"
             yield Issue(
                 "leak",
                 severity,
-                f"{len(held)} of {total} {other} images {are} in {one}: the metrics reward memorised images.",
+                f"{len(held)} of {total} {second} images {are} in {first}: the metrics reward memorisation.",
                 "Remove the copies from one of the two splits, or continue with --allow-leaks.",
                 len(held),
-                seen.paths(both),
+                scanned.paths(both),
             )
 
 
-def _surplus(seen: ScannedDataset, group: Group) -> Iterator[int]:
-    """Yield the images of a group that an earlier one of the same split and label repeats."""
-    met = set()
-    for place in group:
-        kind = seen.splits[place], seen.labels[place]
-        if kind in met:
-            yield place
-        met.add(kind)
+def _surplus(scanned: ScannedDataset, group: Group) -> Iterator[int]:
+    """Yield the images of a group that repeat an earlier one of the same split and label."""
+    known = set()
+    for index in group:
+        kind = scanned.splits[index], scanned.labels[index]
+        if kind in known:
+            yield index
+        known.add(kind)

@@ -1,4 +1,4 @@
-"""What single files are: unreadable, disguised, animated, the odd one out, plain, too small, too long."""
+"""Issues of single files: unreadable, misnamed, animated, unusual, plain, too small or too long."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from finetune.data.dataset import Issue, Severity
+from finetune.data.dataset import BadImage, Issue, Severity
 from finetune.data.layout import count
 from finetune.data.quality.subject import SHOWN_PATHS, ScannedDataset
-from finetune.data.scan import BadImage, check_bad
+from finetune.data.scan import check_bad
 from finetune.errors import DataError
 
 SMALL_SIDE = 32
-"""Pixels of the shorter side under which an image shows little."""
+"""Shorter side in pixels below which an image is reported as small."""
 LONG = 4.0
-"""Longer to shorter side from which a centre crop loses three quarters of an image and more."""
+"""Ratio of the sides above which an image is reported as long: a centre crop loses 3/4 of it or more."""
 PLAIN = 1.0
-"""Deviation of a thumbnail's grey levels under which there is nothing to see."""
+"""Standard deviation of a thumbnail's grey levels below which an image is reported as plain."""
 FEWEST = 20
-"""Images from which one can be odd."""
+"""Smallest number of images for which unusual ones are reported."""
 ODD, ODD_SHARE = 3, 0.01
-"""Most images that are odd: so many, or that share; more are a part of the data."""
+"""Largest number and share of unusual images; the larger of the two counts. More are a normal part of the
+data."""
 
 _FORMATS = {
     ".jpg": "JPEG",
@@ -38,7 +39,7 @@ _FORMATS = {
     ".gif": "GIF",
 }
 _GRAPHIC_MODES = frozenset({"1", "P", "PA"})
-"""Of drawings: photographs have no palette."""
+"""Pillow modes of drawings: photographs have no palette."""
 _PLACEHOLDER = re.compile(
     r"(?<![a-z])((image|img|photo|picture|file|page)[ _-]?)?not[ _-]?(found|available)"
     r"|(?<![a-z])no[ _-]?(image|photo|picture)"
@@ -49,8 +50,8 @@ _PLACEHOLDER = re.compile(
 """Matches whole words only: "piano photo" and "volcano picture" are not placeholders."""
 
 _REASONS = (
-    ("file-empty", "empty file", "{} without a byte", "Copy or download them again."),
-    ("file-truncated", "truncated", "{} cut short", "Download or copy them again."),
+    ("file-empty", "empty file", "{} without content", "Copy or download them again."),
+    ("file-truncated", "truncated", "{} truncated", "Download or copy them again."),
     (
         "file-no-image",
         "not an image",
@@ -60,12 +61,12 @@ _REASONS = (
     (
         "picture-too-large",
         "more than",
-        "{} over the limits of pixels or bytes",
+        "{} over the limit of pixels or bytes",
         "Make them smaller, or remove them.",
     ),
     ("file-unreadable", "", "{} that cannot be read", "Replace or remove them."),
 )
-"""Code, what the decoder's reason holds, what was found, and what to do."""
+"""Code, phrase in the decoder's reason, message and fix of each kind of unreadable file."""
 UNREADABLE = frozenset(code for code, *_ in _REASONS)
 
 
@@ -74,19 +75,19 @@ _KINDS = (
         "named",
         "picture-placeholder",
         "named like a placeholder",
-        "Look at it, and remove it.",
+        "Look at them, and remove placeholders.",
     ),
     (
         "odd",
         "picture-odd",
         "unlike the others, nearly all {main} photographs",
-        "Look at it: placeholders and drawings are often of another format.",
+        "Look at them: placeholders and drawings often have another format.",
     ),
     (
         "disguised",
         "file-disguised",
-        "not what the name says",
-        "It is read by its content; rename it.",
+        "in another format than the name says",
+        "They are read by their content; rename them.",
     ),
     (
         "animated",
@@ -94,7 +95,7 @@ _KINDS = (
         "with several frames, of which only the first is used",
         "Save the frames as separate files to use all.",
     ),
-    ("plain", "picture-plain", "of one colour", "Look at it, and remove it if it shows nothing."),
+    ("plain", "picture-plain", "of one colour", "Look at them, and remove those that show nothing."),
     (
         "small",
         "picture-small",
@@ -111,27 +112,27 @@ _KINDS = (
         "other_size",
         "size-odd",
         "with another size than nearly all others",
-        "Look at it: it may come from another source.",
+        "Look at them: they may come from another source.",
     ),
 )
-"""Of oddities: which, code, what is said, what to do."""
-_BY_KIND = frozenset({"picture-placeholder", "picture-odd", "file-disguised", "picture-animated"})
-"""Of which format and mode are shown; of the others, the size."""
+"""Attribute of ``Oddities``, code, message and fix of each kind of unusual image."""
+_SHOWING_FORMAT = frozenset({"picture-placeholder", "picture-odd", "file-disguised", "picture-animated"})
+"""Codes of issues that show format and mode of the images; the others show the size."""
 
 
 @dataclass(frozen=True)
 class Oddities:
-    """Places in ``ScannedDataset.samples`` of images that stand out.
+    """Unusual images, as indices into ``ScannedDataset.samples``.
 
     Attributes:
-        disguised: of another format than their names say.
-        animated: with more than one frame.
-        odd: of a format, or with a palette, that hardly any other has.
-        named: called like the image for a missing image.
-        plain: one colour.
-        small: their shorter sides have few pixels.
-        long: much longer than wide, or wider than long.
-        other_size: where nearly all have one size, the others.
+        disguised: images in another format than their names say.
+        animated: images with more than one frame.
+        odd: images with a format or a palette that hardly any other image has.
+        named: images named like a placeholder for a missing image.
+        plain: images of one colour.
+        small: images whose shorter side is below ``SMALL_SIDE``.
+        long: images whose sides have a ratio above ``LONG``.
+        other_size: images of another size, if nearly all have the same size.
     """
 
     disguised: Sequence[int]
@@ -144,17 +145,17 @@ class Oddities:
     other_size: Sequence[int]
 
 
-def find_unreadable_issues(seen: ScannedDataset) -> Iterator[Issue]:
-    """Yield what is to be said of files that cannot be decoded, by kind; errors where a run would refuse."""
-    bad = seen.checked.bad
+def find_unreadable_issues(scanned: ScannedDataset) -> Iterator[Issue]:
+    """Yield the issues of unreadable files by kind; they are errors if a run would refuse the dataset."""
+    bad = scanned.checked.bad
     severity: Severity = "warning"
     try:
-        check_bad(seen.dataset, bad)
+        check_bad(scanned.dataset, bad)
     except DataError:
         severity = "error"
     kinds: defaultdict[str, list[BadImage]] = defaultdict(list)
     for image in bad:
-        kinds[next(code for code, word, _, _ in _REASONS if word in image.reason)].append(image)
+        kinds[next(code for code, phrase, _, _ in _REASONS if phrase in image.reason)].append(image)
     for code, _, found, fix in _REASONS:
         if own := kinds[code]:
             shown = ", ".join(f"{image.path} ({image.reason})" for image in own[:3])
@@ -163,64 +164,66 @@ def find_unreadable_issues(seen: ScannedDataset) -> Iterator[Issue]:
             yield Issue(code, severity, f"{what}: {shown}{_more(len(own), 3)}.", fix, len(own), paths)
 
 
-def find_oddities(seen: ScannedDataset) -> Oddities:
-    """Return the images that stand out."""
-    rows, places = seen.looks.rows, range(len(seen.samples))
+def find_oddities(scanned: ScannedDataset) -> Oddities:
+    """Return the unusual images."""
+    rows, indices = scanned.scan.rows, range(len(scanned.samples))
     widths, heights = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     short, long = np.minimum(widths, heights), np.maximum(widths, heights)
-    names = [PurePosixPath(sample.path) for sample in seen.samples]
+    names = [PurePosixPath(sample.path) for sample in scanned.samples]
     suffixes, stems = [name.suffix.lower() for name in names], [name.stem for name in names]
     return Oddities(
-        disguised=[place for place in places if _is_disguised(suffixes[place], seen.looks.format_of(place))],
+        disguised=[
+            index for index in indices if _is_disguised(suffixes[index], scanned.scan.format_of(index))
+        ],
         animated=np.flatnonzero(rows["is_animated"]).tolist(),
-        odd=_find_odd(seen),
-        named=[place for place in places if _PLACEHOLDER.search(stems[place])],
-        plain=np.flatnonzero(seen.contrasts < PLAIN).tolist(),
+        odd=_find_odd(scanned),
+        named=[index for index in indices if _PLACEHOLDER.search(stems[index])],
+        plain=np.flatnonzero(scanned.contrasts < PLAIN).tolist(),
         small=np.flatnonzero(short < SMALL_SIDE).tolist(),
         long=np.flatnonzero(long > LONG * short).tolist(),
-        other_size=list(_rare(list(zip(widths.tolist(), heights.tolist(), strict=True)))),
+        other_size=list(_find_rare(list(zip(widths.tolist(), heights.tolist(), strict=True)))),
     )
 
 
 def _is_disguised(suffix: str, form: str) -> bool:
-    """Tell whether a name says another format; a table may name files whose names say none."""
+    """Return whether a suffix belongs to another format; a CSV file may name files with any suffix."""
     return _FORMATS.get(suffix, form) != form
 
 
-def _find_odd(seen: ScannedDataset) -> list[int]:
-    """Return images of a format that few have among many of another one, and drawings among photographs."""
-    places = range(len(seen.samples))
-    formats = [seen.looks.format_of(place) for place in places]
-    drawn = [seen.looks.mode_of(place) in _GRAPHIC_MODES for place in places]
-    return sorted({*_rare(formats), *_rare(drawn)})
+def _find_odd(scanned: ScannedDataset) -> list[int]:
+    """Return the images with a rare format, and drawings among photographs or photographs among drawings."""
+    indices = range(len(scanned.samples))
+    formats = [scanned.scan.format_of(index) for index in indices]
+    drawn = [scanned.scan.mode_of(index) in _GRAPHIC_MODES for index in indices]
+    return sorted({*_find_rare(formats), *_find_rare(drawn)})
 
 
-def _rare(values: Sequence[object]) -> Iterator[int]:
-    """Yield the places of values other than the main one, where that is nearly all."""
+def _find_rare(values: Sequence[object]) -> Iterator[int]:
+    """Yield the indices of values other than the most frequent one, if nearly all have that one."""
     if len(values) < FEWEST:
         return
     main, number = Counter(values).most_common(1)[0]
     if len(values) - number <= max(ODD, ODD_SHARE * len(values)):
-        yield from (place for place, value in enumerate(values) if value != main)
+        yield from (index for index, value in enumerate(values) if value != main)
 
 
-def find_oddity_issues(seen: ScannedDataset, odd: Oddities) -> Iterator[Issue]:
-    """Yield what is to be said of images that stand out."""
-    formats = Counter(seen.looks.format_of(place) for place in range(len(seen.samples)))
+def find_oddity_issues(scanned: ScannedDataset, odd: Oddities) -> Iterator[Issue]:
+    """Yield the issues of unusual images."""
+    formats = Counter(scanned.scan.format_of(index) for index in range(len(scanned.samples)))
     main = formats.most_common(1)[0][0] if formats else ""
-    for field, code, said, fix in _KINDS:
-        if places := getattr(odd, field):
-            shown = ", ".join(_named(seen, place, code in _BY_KIND) for place in places[:3])
-            number = count(len(places), "image", "images")
-            words = f"{number} {said.format(main=main)}: {shown}{_more(len(places), 3)}."
-            yield Issue(code, "warning", words, fix, len(places), seen.paths(places))
+    for field, code, description, fix in _KINDS:
+        if indices := getattr(odd, field):
+            shown = ", ".join(_describe(scanned, index, code in _SHOWING_FORMAT) for index in indices[:3])
+            number = count(len(indices), "image", "images")
+            message = f"{number} {description.format(main=main)}: {shown}{_more(len(indices), 3)}."
+            yield Issue(code, "warning", message, fix, len(indices), scanned.paths(indices))
 
 
-def _named(seen: ScannedDataset, place: int, words: bool) -> str:
-    path = seen.samples[place].path
-    if not words:
-        return f"{path} ({seen.looks.rows['width'][place]} x {seen.looks.rows['height'][place]})"
-    return f"{path} ({seen.looks.format_of(place)}, {seen.looks.mode_of(place)})"
+def _describe(scanned: ScannedDataset, index: int, shows_format: bool) -> str:
+    path = scanned.samples[index].path
+    if not shows_format:
+        return f"{path} ({scanned.scan.rows['width'][index]} x {scanned.scan.rows['height'][index]})"
+    return f"{path} ({scanned.scan.format_of(index)}, {scanned.scan.mode_of(index)})"
 
 
 def _more(total: int, shown: int) -> str:

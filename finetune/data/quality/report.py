@@ -16,44 +16,44 @@ from finetune.data.quality.copies import Copies, find_copies, find_copy_issues
 from finetune.data.quality.files import Oddities, find_oddities, find_oddity_issues, find_unreadable_issues
 from finetune.data.quality.near import NearCopies, find_near, find_near_issues
 from finetune.data.quality.subject import ScannedDataset
-from finetune.data.scan import Checked
+from finetune.data.scan import CheckedImages
 
 _ORDER = ("error", "warning", "note")
 
 
 @dataclass(frozen=True, eq=False)
 class QualityReport:
-    """What was found.
+    """The issues of a dataset, and the images concerned.
 
     Attributes:
         issues: all issues, errors first.
-        summary: the data set in numbers.
-        seen: the images.
+        summary: statistics of the dataset (:func:`summarise`).
+        scanned: the dataset and its scan.
         copies: exact copies.
         near: near copies.
-        oddities: images that stand out.
+        oddities: unusual images.
     """
 
     issues: tuple[Issue, ...]
     summary: dict[str, Any]
-    seen: ScannedDataset
+    scanned: ScannedDataset
     copies: Copies
     near: NearCopies
     oddities: Oddities
 
     @property
     def errors(self) -> tuple[Issue, ...]:
-        """What a run refuses."""
+        """The issues for which a run refuses the dataset."""
         return tuple(issue for issue in self.issues if issue.severity == "error")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``check.json`` holds."""
+        """Return the content of ``check.json``."""
         return to_check(self.issues, self.summary)
 
 
 def to_check(issues: Sequence[Issue], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``check.json`` holds."""
-    numbers = {severity: sum(one.severity == severity for one in issues) for severity in _ORDER}
+    """Return the content of ``check.json``."""
+    numbers = {severity: sum(issue.severity == severity for issue in issues) for severity in _ORDER}
     return {
         "errors": numbers["error"],
         "warnings": numbers["warning"],
@@ -69,42 +69,42 @@ def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
 
 
 def inspect_dataset(
-    dataset: Dataset, checked: Checked, allow_leaks: bool, said: Sequence[Issue] = ()
+    dataset: Dataset, checked: CheckedImages, allow_leaks: bool, known: Sequence[Issue] = ()
 ) -> QualityReport:
     """Find all issues in a dataset from one scan of its files.
 
     Args:
         dataset: the dataset with its final splits.
         checked: result of the scan.
-        allow_leaks: exact copies in two splits are a warning, not an error.
-        said: issues found while the data was read.
+        allow_leaks: whether exact copies in two splits are a warning instead of an error.
+        known: issues found while the data was read.
     """
-    seen = ScannedDataset(dataset, checked)
-    copies, near, oddities = find_copies(seen), find_near(seen), find_oddities(seen)
+    scanned = ScannedDataset(dataset, checked)
+    copies, near, oddities = find_copies(scanned), find_near(scanned), find_oddities(scanned)
     issues = [
-        *said,
-        *find_unreadable_issues(seen),
-        *find_copy_issues(seen, copies, allow_leaks),
-        *find_near_issues(seen, near),
+        *known,
+        *find_unreadable_issues(scanned),
+        *find_copy_issues(scanned, copies, allow_leaks),
+        *find_near_issues(scanned, near),
         *find_group_issues(dataset),
         *find_class_issues(dataset),
-        *find_oddity_issues(seen, oddities),
+        *find_oddity_issues(scanned, oddities),
     ]
-    return QualityReport(sort_issues(issues), summarise(seen), seen, copies, near, oddities)
+    return QualityReport(sort_issues(issues), summarise(scanned), scanned, copies, near, oddities)
 
 
-# --- A data set in numbers: sizes, formats, modes, shapes, classes of each split ---
+# --- Statistics of a dataset: sizes, formats, modes, shapes, classes of each split ---
 
 
-def summarise(seen: ScannedDataset) -> dict[str, Any]:
-    """Return plain JSON; docs/check.md describes it."""
-    dataset, rows = seen.dataset, seen.looks.rows
-    places = range(len(seen.samples))
+def summarise(scanned: ScannedDataset) -> dict[str, Any]:
+    """Return statistics of a dataset as JSON values; docs/check.md describes them."""
+    dataset, rows = scanned.dataset, scanned.scan.rows
+    indices = range(len(scanned.samples))
     widths, heights = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
     return {
         "num_images": len(dataset.samples),
         "num_classes": dataset.num_classes,
-        "num_unreadable": len(seen.checked.bad),
+        "num_unreadable": len(scanned.checked.bad),
         "num_groups": len({sample.group for sample in dataset.samples if sample.group}),
         "val_was_drawn": dataset.val_was_drawn,
         "parts": {
@@ -116,8 +116,8 @@ def summarise(seen: ScannedDataset) -> dict[str, Any]:
             for split in SPLITS
             if dataset.of(split)
         },
-        "formats": _counted(seen.looks.format_of(place) for place in places),
-        "modes": _counted(seen.looks.mode_of(place) for place in places),
+        "formats": _counted(scanned.scan.format_of(index) for index in indices),
+        "modes": _counted(scanned.scan.mode_of(index) for index in indices),
         "width": _spread(widths),
         "height": _spread(heights),
         "aspect_ratio": _spread(widths / heights),

@@ -1,4 +1,4 @@
-"""The sheet of the worst cases: what words cannot show."""
+"""The contact sheet of a report: the images that its issues concern."""
 
 from __future__ import annotations
 
@@ -14,67 +14,70 @@ from finetune.data.thumbnail import load_thumbnail
 from finetune.plots.sheet import CELL, Section, Tile
 
 MOST_TILES = 12
-"""Of a section: two rows."""
+"""Most tiles of a section: two rows."""
 
 
 def find_sections(report: QualityReport) -> list[Section]:
-    """Return the worst cases of a report, the gravest kind first."""
-    seen, odd = report.seen, report.oddities
-    near_leaks, near_conflicts = report.near.leaks(seen), report.near.conflicts(seen)
-    plain = [place for place in odd.plain if place not in {*odd.odd, *odd.named}]
-    every = [
-        _copies(seen, "The same image in two splits", report.copies.leaks),
-        _copies(seen, "The same image under two labels", report.copies.conflicts),
-        _pairs(seen, "Nearly the same image in two splits (pairs)", near_leaks),
-        _pairs(seen, "Nearly the same image under two labels (pairs)", near_conflicts),
-        _single(seen, "The same image repeatedly", [group[0] for group in report.copies.repeated]),
-        _single(seen, "Placeholders, and unlike all others", dict.fromkeys([*odd.named, *odd.odd])),
-        _single(seen, "Of one colour", plain),
-        _single(seen, "Not what the name says", odd.disguised),
-        _single(seen, "Several frames", odd.animated),
-        _single(seen, "Very long", odd.long),
-        _single(seen, "Very small", odd.small),
+    """Return a section of tiles for each kind of issue that has images, the most serious kind first."""
+    scanned, odd = report.scanned, report.oddities
+    near_leaks, near_conflicts = report.near.leaks(scanned), report.near.conflicts(scanned)
+    plain = [index for index in odd.plain if index not in {*odd.odd, *odd.named}]
+    sections = [
+        _copies(scanned, "The same image in two splits", report.copies.leaks),
+        _copies(scanned, "The same image under two labels", report.copies.conflicts),
+        _pairs(scanned, "Nearly the same image in two splits (pairs)", near_leaks),
+        _pairs(scanned, "Nearly the same image under two labels (pairs)", near_conflicts),
+        _single(scanned, "The same image repeatedly", [group[0] for group in report.copies.repeated]),
+        _single(scanned, "Placeholders, and images unlike all others", dict.fromkeys([*odd.named, *odd.odd])),
+        _single(scanned, "Of one colour", plain),
+        _single(scanned, "In another format than the name says", odd.disguised),
+        _single(scanned, "Several frames", odd.animated),
+        _single(scanned, "Very long", odd.long),
+        _single(scanned, "Very small", odd.small),
     ]
-    return [section for section in every if section.total]
+    return [section for section in sections if section.total]
 
 
-def _copies(seen: ScannedDataset, title: str, groups: Sequence[Group]) -> Section:
-    """Two of each group, which lie in different parts or under different labels."""
-    pairs = [(group[0], _other(seen, group)) for group in groups]
-    places = [place for pair in pairs[: MOST_TILES // 2] for place in pair]
-    return Section(title, 2 * len(groups), [_tile(seen, place, _size(seen, place)) for place in places])
+def _copies(scanned: ScannedDataset, title: str, groups: Sequence[Group]) -> Section:
+    """Return a section with two images of each group, of different splits or labels where there are any."""
+    pairs = [(group[0], _different(scanned, group)) for group in groups]
+    indices = [index for pair in pairs[: MOST_TILES // 2] for index in pair]
+    return Section(
+        title, 2 * len(groups), [_tile(scanned, index, _size(scanned, index)) for index in indices]
+    )
 
 
-def _other(seen: ScannedDataset, group: Group) -> int:
-    kind = seen.words(group[0])
-    return next((place for place in group if seen.words(place) != kind), group[1])
+def _different(scanned: ScannedDataset, group: Group) -> int:
+    """Return the first image of a group with another split or label than its first one; else the second."""
+    first = scanned.describe(group[0])
+    return next((index for index in group if scanned.describe(index) != first), group[1])
 
 
-def _pairs(seen: ScannedDataset, title: str, pairs: Sequence[NearCopy]) -> Section:
+def _pairs(scanned: ScannedDataset, title: str, pairs: Sequence[NearCopy]) -> Section:
     tiles = [
-        _tile(seen, place, f"alike {pair.correlation:.4f}, {_size(seen, place)}")
+        _tile(scanned, index, f"alike {pair.correlation:.4f}, {_size(scanned, index)}")
         for pair in pairs[: MOST_TILES // 2]
-        for place in (pair.first, pair.second)
+        for index in (pair.first, pair.second)
     ]
     return Section(title, 2 * len(pairs), tiles)
 
 
-def _single(seen: ScannedDataset, title: str, places: Iterable[int]) -> Section:
-    every = list(places)
-    return Section(title, len(every), list(_described(seen, islice(every, MOST_TILES))))
+def _single(scanned: ScannedDataset, title: str, indices: Iterable[int]) -> Section:
+    found = list(indices)
+    return Section(title, len(found), list(_with_format(scanned, islice(found, MOST_TILES))))
 
 
-def _described(seen: ScannedDataset, places: Iterable[int]) -> Iterator[Tile]:
-    for place in places:
-        kind = f"{seen.looks.format_of(place)} {seen.looks.mode_of(place)}, {_size(seen, place)}"
-        yield _tile(seen, place, kind)
+def _with_format(scanned: ScannedDataset, indices: Iterable[int]) -> Iterator[Tile]:
+    for index in indices:
+        kind = f"{scanned.scan.format_of(index)} {scanned.scan.mode_of(index)}, {_size(scanned, index)}"
+        yield _tile(scanned, index, kind)
 
 
-def _tile(seen: ScannedDataset, place: int, words: str) -> Tile:
-    sample = seen.samples[place]
-    image = load_thumbnail(seen.dataset.file(sample), CELL)
-    return Tile(image, (seen.words(place), words, Path(sample.path).name))
+def _tile(scanned: ScannedDataset, index: int, detail: str) -> Tile:
+    sample = scanned.samples[index]
+    image = load_thumbnail(scanned.dataset.file(sample), CELL)
+    return Tile(image, (scanned.describe(index), detail, Path(sample.path).name))
 
 
-def _size(seen: ScannedDataset, place: int) -> str:
-    return f"{seen.looks.rows['width'][place]} x {seen.looks.rows['height'][place]}"
+def _size(scanned: ScannedDataset, index: int) -> str:
+    return f"{scanned.scan.rows['width'][index]} x {scanned.scan.rows['height'][index]}"

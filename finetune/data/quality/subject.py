@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
-from finetune.data.scan import Checked
+from finetune.data.scan import CheckedImages
 from finetune.data.scan_cache import ScanResult
 
 SHOWN_PATHS = 20
@@ -20,49 +20,49 @@ SHOWN_PATHS = 20
 
 @dataclass(frozen=True, eq=False)
 class ScannedDataset:
-    """Images that could be decoded, their rows, and the others.
+    """A dataset and the result of its scan; the arrays describe the N images that could be decoded.
 
     Attributes:
-        dataset: all images.
+        dataset: the dataset, with all images.
         checked: result of the scan.
     """
 
     dataset: Dataset
-    checked: Checked
+    checked: CheckedImages
 
     @cached_property
     def samples(self) -> Sequence[Sample]:
-        """Images that could be decoded, in the order of the data set."""
-        return [sample for sample in self.dataset.samples if sample.path in self.checked.looks]
+        """The N images that could be decoded, in the order of the dataset."""
+        return [sample for sample in self.dataset.samples if sample.path in self.checked.scan]
 
     @cached_property
-    def looks(self) -> ScanResult:
-        """Their rows, in the same order."""
-        return self.checked.looks.select(sample.path for sample in self.samples)
+    def scan(self) -> ScanResult:
+        """Their rows in the scan, in the same order."""
+        return self.checked.scan.select(sample.path for sample in self.samples)
 
     @cached_property
     def splits(self) -> NDArray[np.int8]:
         """Their splits, as indices into ``SPLITS``; (N,)."""
-        place: Mapping[Split, int] = {split: number for number, split in enumerate(SPLITS)}
-        return np.array([place[sample.split] for sample in self.samples], np.int8)
+        index: Mapping[Split, int] = {split: number for number, split in enumerate(SPLITS)}
+        return np.array([index[sample.split] for sample in self.samples], np.int8)
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Their classes."""
+        """Their class indices; (N,)."""
         return np.array([sample.label for sample in self.samples], np.int64)
 
     @cached_property
     def contrasts(self) -> NDArray[np.float32]:
-        """Standard deviations of their thumbnails, in grey levels (0 to 127.5)."""
-        thumbnails: NDArray[Any] = self.looks.rows["thumbnail"].reshape(len(self.samples), -1)
+        """Standard deviations of their thumbnails, in grey levels (0 to 127.5); (N,)."""
+        thumbnails: NDArray[Any] = self.scan.rows["thumbnail"].reshape(len(self.samples), -1)
         found: NDArray[np.float32] = thumbnails.std(axis=1, dtype=np.float32)
         return found
 
-    def paths(self, places: Iterable[int]) -> tuple[str, ...]:
-        """Return the first few of some images' paths."""
-        return tuple(self.samples[place].path for place, _ in zip(places, range(SHOWN_PATHS), strict=False))
+    def paths(self, indices: Iterable[int]) -> tuple[str, ...]:
+        """Return the paths of the first ``SHOWN_PATHS`` images."""
+        return tuple(self.samples[index].path for index, _ in zip(indices, range(SHOWN_PATHS), strict=False))
 
-    def words(self, place: int) -> str:
-        """Return ``train, ants``."""
-        sample = self.samples[place]
+    def describe(self, index: int) -> str:
+        """Return split and class of an image, such as ``train, ants``."""
+        sample = self.samples[index]
         return f"{sample.split}, {self.dataset.classes[sample.label]}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.data.dataset import Dataset, Sample
-from finetune.data.prepare import _place, draw_copies_together
+from finetune.data.dataset import BadImage, Dataset, PreparedDataset, Sample, sample_order
+from finetune.data.prepare import draw_copies_together
 from finetune.data.quality.files import UNREADABLE
 from finetune.data.quality.report import inspect_dataset
 from finetune.data.samples import is_sample
-from finetune.data.scan import BadImage, Checked, check_bad
+from finetune.data.scan import CheckedImages, check_bad
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.recipe.schema import DataSettings
@@ -20,20 +20,23 @@ from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
 SHOWN = 5
-"""Findings of the preflight that a run shows."""
+"""Most issues that a run shows."""
 
 
 def check_data(
-    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, recipe: Recipe
-) -> Dataset:
-    """Return the images that can be used: all but a few, or a refusal of what cannot be stood behind.
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder, display: Display, recipe: Recipe
+) -> PreparedDataset:
+    """Return the dataset without its unreadable images, and write ``check.json`` and the list of bad images.
 
-    Images that an earlier attempt lost on its way keep their places: they stay lost, and every epoch keeps
-    its order.
+    Training images that an earlier attempt lost during training stay in the dataset, so that the order of
+    every epoch stays the same; the loader leaves them out again.
+
+    Raises:
+        DataError: exact copies lie in two splits and that is not allowed, or too many images are unreadable.
     """
     if dataset.val_was_drawn:
         dataset = draw_copies_together(dataset, checked.digests, recipe, display)
-    _look_over(dataset, checked, folder, display, recipe.data)
+    _report_issues(dataset, checked, folder, display, recipe.data)
     for image in checked.bad[:10]:
         display.warn(f"{image.path} cannot be read: {image.reason}")
     lost = _lost_before(dataset, checked, folder)
@@ -41,29 +44,29 @@ def check_data(
     listed = [*bad, *(image for image, _ in lost.values())]
     write_bad_images(folder, [(image.path, image.split, image.reason) for image in listed])
     usable = check_bad(dataset.without(lost), bad)
-    samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=_place)
-    return replace(usable, samples=tuple(samples))
+    samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=sample_order)
+    return replace(usable, samples=tuple(samples)).prepared(checked.digests, listed)
 
 
-def _look_over(
-    dataset: Dataset, checked: Checked, folder: RunFolder, display: Display, settings: DataSettings
+def _report_issues(
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder, display: Display, settings: DataSettings
 ) -> None:
-    """Write ``check.json``, say what stands out, and refuse exact copies in two splits.
+    """Write ``check.json``, report new issues, and refuse exact copies in two splits.
 
     Raises:
-        DataError: there are some, and they are not allowed.
+        DataError: exact copies lie in two splits, and that is not allowed.
     """
     report = inspect_dataset(dataset, checked, settings.allow_leaks, dataset.issues)
     write_json(folder.check, report.to_dict())
-    said = {issue.message for issue in dataset.issues}
-    news = [one for one in report.issues if one.severity != "note" and one.message not in said]
-    # A sample is as small as it is; nobody has larger originals of it.
-    known = {*UNREADABLE, "picture-small"} if is_sample(settings.path or "") else {*UNREADABLE}
-    news = [one for one in news if one.code not in known]
-    for issue in news[:SHOWN]:
+    reported = {issue.message for issue in dataset.issues}
+    new = [issue for issue in report.issues if issue.severity != "note" and issue.message not in reported]
+    # The built-in samples have no larger originals.
+    ignored = {*UNREADABLE, "picture-small"} if is_sample(settings.path or "") else {*UNREADABLE}
+    new = [issue for issue in new if issue.code not in ignored]
+    for issue in new[:SHOWN]:
         display.warn(issue.message)
-    if len(news) > SHOWN:
-        display.say(f"and {len(news) - SHOWN} findings more, in {folder.check}")
+    if len(new) > SHOWN:
+        display.say(f"and {len(new) - SHOWN} more issues, in {folder.check}")
     leaks = [issue for issue in report.errors if issue.code == "leak"]
     if leaks:
         shown = "".join(f"\n  {path}" for path in leaks[0].paths[:SHOWN])
@@ -71,15 +74,17 @@ def _look_over(
         raise DataError(f"data in {dataset.root}", found, leaks[0].fix)
 
 
-def _lost_before(dataset: Dataset, checked: Checked, folder: RunFolder) -> dict[str, tuple[BadImage, Sample]]:
-    """Return the training images that an earlier attempt began with and lost, and that are still lost."""
+def _lost_before(
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder
+) -> dict[str, tuple[BadImage, Sample]]:
+    """Return, by path, the training images that an earlier attempt lost and that are still unreadable."""
     run = RunReader(folder)
-    began = {row["path"]: row["label"] for row in run.split}
+    labels = {row["path"]: row["label"] for row in run.split}
     return {
         row["path"]: (
             BadImage(row["path"], "train", row["reason"]),
-            Sample(row["path"], dataset.classes.index(began[row["path"]]), "train"),
+            Sample(row["path"], dataset.classes.index(labels[row["path"]]), "train"),
         )
         for row in run.bad_images
-        if began.get(row["path"]) in dataset.classes and row["path"] not in checked.digests
+        if labels.get(row["path"]) in dataset.classes and row["path"] not in checked.digests
     }

@@ -1,4 +1,4 @@
-"""Folders that are spoilt on purpose, in one way or in every way."""
+"""Datasets with deliberate problems, for the tests of the quality report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = (96, 80)
 
 
 def photo(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Soft shapes: unlike noise, it survives compression and resizing as photographs do."""
+    """Return soft shapes, which survive compression and resizing as photographs do, unlike noise."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
@@ -26,7 +26,7 @@ def put(path: Path, seed: int, size: tuple[int, int] = SIZE, **options: object) 
 
 
 def build_clean(root: Path, counts: Mapping[str, int]) -> Path:
-    """``{"train/ants": 12}``: different images, no two alike."""
+    """Write images that all differ; ``{"train/ants": 12}`` gives the number per folder."""
     for number, (folder, many) in enumerate(counts.items()):
         for place in range(many):
             put(root / folder / f"{place:03}.jpg", 1000 * number + place, quality=90)
@@ -34,7 +34,7 @@ def build_clean(root: Path, counts: Mapping[str, int]) -> Path:
 
 
 def spoil(root: Path) -> Path:
-    """A folder with everything that a check looks for."""
+    """Return a folder with every problem that a check looks for."""
     training = {"train/ants": 120, "train/bees": 110, "train/wasps": 3}
     build_clean(root, training | {"val/ants": 12, "val/bees": 12, "val/wasp": 2})
     train, val = root / "train", root / "val"
@@ -49,7 +49,7 @@ def spoil(root: Path) -> Path:
     frames = [photo(seed).convert("P") for seed in (90_003, 90_004)]
     frames[0].save(train / "ants" / "moving.gif", save_all=True, append_images=frames[1:])
     photo(90_005).convert("P").save(train / "ants" / "imageNotFound.gif")
-    shutil.copy(train / "ants" / "001.jpg", val / "ants" / "copy.jpg")  # across parts
+    shutil.copy(train / "ants" / "001.jpg", val / "ants" / "copy.jpg")  # across splits
     shutil.copy(train / "ants" / "002.jpg", train / "ants" / "copy.jpg")  # within one
     shutil.copy(train / "ants" / "003.jpg", train / "bees" / "copy.jpg")  # under two labels
     for name in "abcd":
@@ -66,7 +66,7 @@ def spoil(root: Path) -> Path:
 
 
 def _write_bomb(path: Path) -> None:
-    """A PNG that says of itself that it has 400 million pixels."""
+    """Write a PNG whose header declares 400 million pixels."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "PNG")
     content = bytearray(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The preflight of a run, and ``finetune check``: what is refused, what is drawn, and what is written."""
+"""The data check of a run, and ``finetune check``: refusals, the drawn split, and the written files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def leaky(image_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_a_run_refuses_copies_in_two_parts(cli: Cli, tiny: Path, leaky: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_copies_in_two_splits(cli: Cli, tiny: Path, leaky: Path, tmp_path: Path) -> None:
     words = ["run", "-b", tiny, "-d", leaky, "-o", tmp_path / "run", *QUICK]
     result = cli(*words)
     assert result.exit_code == ExitCode.DATA == 65
@@ -58,10 +58,10 @@ def test_a_run_keeps_its_own_draw_free_of_copies(cli: Cli, tiny: Path, tmp_path:
     assert result.exit_code == 0, result.output
     assert "exact copies stay in one split" in result.stderr
     split = rows(tmp_path / "run" / "split.csv")
-    parts: dict[str, set[str]] = {}
+    splits: dict[str, set[str]] = {}
     for row in split:
-        parts.setdefault(row["sha256"], set()).add(row["split"])
-    assert all(len(found) == 1 for found in parts.values())
+        splits.setdefault(row["sha256"], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
     assert {row["label"] for row in split if row["split"] == "val"} == set(COLOURS)
     again = cli(*words)
     assert again.exit_code == 0 and "already holds this run" in again.stderr
@@ -97,7 +97,7 @@ def test_check_finds_everything_and_ends_with_65(cli: Cli, tmp_path: Path) -> No
     assert (tmp_path / "out" / "check.png").stat().st_size > 1000
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
     words = cli("check", data, "-o", tmp_path / "words")
-    assert "error: 1 file cut short: train/ants/cut.jpg" in words.stdout
+    assert "error: 1 file truncated: train/ants/cut.jpg" in words.stdout
     assert "7 errors, 18 warnings, 1 notes" in words.stdout
 
 
@@ -109,7 +109,7 @@ def test_check_of_good_data_ends_with_0(cli: Cli, image_folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("data", ["nothing", "empty", "text.csv"])
-def test_what_cannot_be_read_at_all_is_one_finding(cli: Cli, tmp_path: Path, data: str) -> None:
+def test_data_that_cannot_be_read_is_one_issue(cli: Cli, tmp_path: Path, data: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.csv").write_text("hello\n")
     result = cli("check", tmp_path / data, "-o", tmp_path / "out", "--json")
@@ -159,7 +159,7 @@ def test_wrong_labels_of_a_run_are_suspected(cli: Cli, tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_images_that_changed_since_are_left_out_and_a_run_as_backbone_is_told_of(
+def test_changed_images_are_left_out_and_a_run_as_backbone_is_reported(
     cli: Cli, tiny: Path, tmp_path: Path
 ) -> None:
     data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
@@ -177,14 +177,14 @@ def test_images_that_changed_since_are_left_out_and_a_run_as_backbone_is_told_of
 
 
 @pytest.mark.parametrize("option", [("--folds", 3), ("--seed", 1), ("--set", "seed=1"), ("--allow-leaks",)])
-def test_a_run_says_itself_how_its_images_were_drawn(
+def test_options_of_the_split_are_refused_with_a_run(
     cli: Cli, tmp_path: Path, option: tuple[object, ...]
 ) -> None:
     result = cli("check", "--run", tmp_path, *option, "-o", tmp_path / "a")
     assert result.exit_code == ExitCode.USAGE and str(option[0]) in result.stderr
 
 
-def test_a_link_whose_name_is_not_utf8(cli: Cli, tmp_path: Path) -> None:
+def test_a_link_whose_name_is_not_utf8_is_reported(cli: Cli, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 4, "blue": 4})
     (data / "red" / os.fsdecode(b"\xff.jpg")).symlink_to("/etc/passwd")
     result = cli("check", data, "-o", tmp_path / "a", "--json")
@@ -215,7 +215,7 @@ def test_a_new_copy_joins_its_image_and_another_recipe_draws_anew(
     result = cli(*words, "--allow-changed")
     assert result.exit_code == 0, result.output
     after = {row["path"]: row["split"] for row in rows(run / "split.csv")}
-    assert after == before | {path.replace(".jpg", "_copy.jpg"): part for path, part in before.items()}
+    assert after == before | {path.replace(".jpg", "_copy.jpg"): split for path, split in before.items()}
     result = cli(*words, "--allow-changed", "--set", "data.val_fraction=0.5")
     assert result.exit_code == 0, result.output
     split = rows(run / "split.csv")
@@ -223,11 +223,11 @@ def test_a_new_copy_joins_its_image_and_another_recipe_draws_anew(
     by_digest: dict[str, set[str]] = {}
     for row in split:
         by_digest.setdefault(row["sha256"], set()).add(row["split"])
-    assert all(len(parts) == 1 for parts in by_digest.values())
+    assert all(len(splits) == 1 for splits in by_digest.values())
 
 
 @pytest.mark.slow
-def test_every_command_takes_the_parts_of_a_run(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_every_command_uses_the_splits_of_a_run(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", dict.fromkeys(COLOURS, 12))
     for name in COLOURS:
         for number in range(8):

@@ -1,4 +1,4 @@
-"""Names that a slip of the pen divides."""
+"""Similar class names, and the sizes of classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from finetune.data.quality.classes import compute_imbalance, find_class_issues, 
         (("s", "ss", "_", "-"), []),
     ],
 )
-def test_names_that_are_alike(classes: tuple[str, ...], alike: list[list[str]]) -> None:
+def test_similar_names_are_found(classes: tuple[str, ...], alike: list[list[str]]) -> None:
     assert [sorted(names) for names in find_similar_names(classes)] == alike
 
 
@@ -38,7 +38,7 @@ def test_many_names_are_compared_quickly() -> None:
     assert find_similar_names([name * 2 for name in names]) == []
 
 
-def test_sizes() -> None:
+def test_tiny_and_imbalanced_classes_are_reported() -> None:
     counts = {"a": 200, "b": 20, "c": 9, "d": 1}
     samples = [
         Sample(f"{name}/{n}.jpg", label, "train")

@@ -1,4 +1,4 @@
-"""Everything that a data set is spoilt with is found, and nothing else; a clean one is left in peace."""
+"""Every problem of a spoilt dataset is found, and nothing else; a clean one has no issues."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("code", EXPECTED)
-def test_each_fault_is_found(spoilt: QualityReport, code: str) -> None:
+def test_each_issue_is_found(spoilt: QualityReport, code: str) -> None:
     severity, number, path = EXPECTED[code]
     issue = by_code(spoilt)[code]
     assert (issue.severity, issue.count) == (severity, number), issue
@@ -79,7 +79,7 @@ def test_nothing_else_is_found(spoilt: QualityReport) -> None:
     )
 
 
-def test_the_figures(spoilt: QualityReport) -> None:
+def test_the_summary_counts_images_classes_and_formats(spoilt: QualityReport) -> None:
     result = json.loads(json.dumps(spoilt.to_dict(), allow_nan=False))
     summary = result["summary"]
     assert (result["errors"], result["warnings"], result["notes"]) == (7, 18, 1)
@@ -92,19 +92,19 @@ def test_the_figures(spoilt: QualityReport) -> None:
     assert summary["aspect_ratio"]["max"] == 7.5
 
 
-def test_clean_data_is_left_in_peace(tmp_path: Path) -> None:
+def test_clean_data_has_no_issues(tmp_path: Path) -> None:
     root = build_clean(tmp_path, {"train/ants": 20, "train/bees": 20, "val/ants": 8, "val/bees": 8})
     assert look(root).issues == ()
 
 
-def test_leaks_that_are_allowed_are_a_warning(tmp_path: Path) -> None:
+def test_allowed_leaks_are_a_warning(tmp_path: Path) -> None:
     root = build_clean(tmp_path, {"train/ants": 20, "train/bees": 20, "val/ants": 8, "val/bees": 8})
     shutil.copy(root / "train/ants/000.jpg", root / "val/bees/new.jpg")
     assert by_code(look(root))["leak"].severity == "error"
     assert by_code(look(root, allow_leaks=True))["leak"].severity == "warning"
 
 
-def test_a_validation_part_that_is_the_training_part(tmp_path: Path) -> None:
+def test_a_validation_split_that_repeats_the_training_split_is_an_error(tmp_path: Path) -> None:
     root = build_clean(tmp_path, {"train/ants": 20, "train/bees": 20})
     shutil.copytree(root / "train", root / "val")
     found = by_code(look(root))
@@ -113,7 +113,7 @@ def test_a_validation_part_that_is_the_training_part(tmp_path: Path) -> None:
     assert "val repeats train" in found["part-repeated"].message
 
 
-def test_the_same_folder_for_two_parts_is_told_with_everything_else(tmp_path: Path) -> None:
+def test_the_same_folder_for_two_splits_is_reported_with_all_other_issues(tmp_path: Path) -> None:
     root = build_clean(tmp_path, {"train/ants": 20, "train/bees": 20})
     (root / "val").symlink_to(root / "train")
     (root / "train/ants/empty.jpg").write_bytes(b"")
@@ -121,13 +121,13 @@ def test_the_same_folder_for_two_parts_is_told_with_everything_else(tmp_path: Pa
     assert errors == {"part-repeated", "leak", "file-empty"}
 
 
-def test_groups_that_given_parts_break(tmp_path: Path) -> None:
-    for part, patients in (("train", (1, 2, 3)), ("val", (3, 4))):
+def test_groups_that_given_splits_divide_are_reported(tmp_path: Path) -> None:
+    for split, patients in (("train", (1, 2, 3)), ("val", (3, 4))):
         for kind, offset in (("ants", 0), ("bees", 500)):
             for patient in patients:
                 for shot in range(6):
-                    seed = offset + 100 * patient + shot + 50 * (part == "val")
-                    put(tmp_path / part / kind / f"p{patient}_{shot}.jpg", seed)
+                    seed = offset + 100 * patient + shot + 50 * (split == "val")
+                    put(tmp_path / split / kind / f"p{patient}_{shot}.jpg", seed)
     found = by_code(look(tmp_path, group_by=r"p(\d+)_"))
     assert found["group-leak"].count == 1 and "'3'" in found["group-leak"].message
     assert found["group-leak"].severity == "warning"
@@ -144,13 +144,13 @@ def test_a_few_unreadable_training_images_are_a_warning(tmp_path: Path) -> None:
     assert by_code(look(root))["file-empty"].severity == "error"
 
 
-def test_another_size_among_equal_ones(tmp_path: Path) -> None:
+def test_another_size_among_equal_ones_is_reported(tmp_path: Path) -> None:
     root = build_clean(tmp_path, {"train/ants": 20, "train/bees": 20, "val/ants": 8, "val/bees": 8})
     photo(7).resize((50, 50)).save(root / "train/ants/other.jpg")
     assert by_code(look(root))["size-odd"].paths == ("train/ants/other.jpg",)
 
 
-def test_the_placeholder_among_real_photographs(hymenoptera: Path) -> None:
+def test_a_placeholder_among_real_photographs_is_reported(hymenoptera: Path) -> None:
     report = look(hymenoptera)
     found = by_code(report)
     assert set(found) == {"picture-placeholder", "picture-odd"}
@@ -158,7 +158,7 @@ def test_the_placeholder_among_real_photographs(hymenoptera: Path) -> None:
         assert issue.paths == ("train/ants/imageNotFound.gif",) and issue.count == 1
 
 
-def test_files_whose_names_say_no_format(tmp_path: Path) -> None:
+def test_files_with_unknown_suffixes_are_not_reported(tmp_path: Path) -> None:
     rows = ["path,label,split"]
     for number in range(8):
         name = f"{number:032x}" if number % 2 else f"{number}.jfif"
@@ -184,5 +184,5 @@ def test_files_whose_names_say_no_format(tmp_path: Path) -> None:
         ("default.placeholder", True),
     ],
 )
-def test_names_of_placeholders(name: str, is_one: bool) -> None:
+def test_names_of_placeholders_are_recognised(name: str, is_one: bool) -> None:
     assert bool(_PLACEHOLDER.search(name)) == is_one

@@ -1,4 +1,4 @@
-"""The sheet of the worst cases shows them, whatever they are."""
+"""The contact sheet shows the images of every kind of issue."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def test_every_kind_has_its_section(tmp_path: Path) -> None:
     assert shown["The same image under two labels"] == ["003.jpg", "copy.jpg"]
     assert shown["Nearly the same image in two splits (pairs)"] == ["001.jpg", "smaller.jpg"]
     assert shown["Nearly the same image under two labels (pairs)"] == ["005.jpg", "near.jpg"]
-    assert shown["Placeholders, and unlike all others"][0] == "imageNotFound.gif"
+    assert shown["Placeholders, and images unlike all others"][0] == "imageNotFound.gif"
     assert len(sections) == 11
     assert write_sections(tmp_path / "check.png", sections)
     with Image.open(tmp_path / "check.png") as sheet:
         assert sheet.format == "PNG" and sheet.width < sheet.height
 
 
-def test_nothing_to_show_is_no_sheet(tmp_path: Path) -> None:
+def test_without_issues_there_is_no_sheet(tmp_path: Path) -> None:
     root = build_clean(tmp_path / "data", {"train/ants": 12, "train/bees": 12, "val/ants": 3, "val/bees": 3})
     assert not write_sections(tmp_path / "check.png", find_sections(look(root)))
     assert not (tmp_path / "check.png").exists()
 
 
-def test_many_are_cut_to_two_rows(tmp_path: Path) -> None:
+def test_a_section_has_at_most_two_rows(tmp_path: Path) -> None:
     root = build_clean(tmp_path / "data", {"train/ants": 40, "train/bees": 40})
     for file in list((root / "train/ants").iterdir())[:30]:
         (root / "train/bees" / f"copy{file.name}").write_bytes(file.read_bytes())

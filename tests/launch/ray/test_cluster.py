@@ -110,7 +110,7 @@ def read_rows(path: Path) -> Sequence[Mapping[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def assert_same_figures(one: Path, other: Path) -> None:
+def assert_same_metrics(one: Path, other: Path) -> None:
     for name, tolerance in (("predictions.csv", 1e-5), ("history.csv", 1e-4)):
         rows = read_rows(one / name)
         others = read_rows(other / name)
@@ -126,7 +126,7 @@ def test_two_nodes_train_as_one_process(cluster: Mapping[str, str], data: Path, 
     result = finish(start(cluster, *words, folder=data.parent))
     assert result.code == 0, result.stderr
     output = data.parent / "here"
-    assert_same_figures(whole, output)
+    assert_same_metrics(whole, output)
     assert (
         json.loads(result.stdout)["accuracy"] == json.loads((whole / "metrics.json").read_text())["accuracy"]
     )
@@ -142,7 +142,7 @@ def test_frozen_features_are_the_same(cluster: Mapping[str, str], tmp_path: Path
     assert finish(start(os.environ, *words, "--output", one)).code == 0
     result = finish(start(cluster, *words, "--output", two, "--engine", "ray", "--processes", 2))
     assert result.code == 0, result.stderr
-    assert_same_figures(one, two)
+    assert_same_metrics(one, two)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -158,7 +158,7 @@ def test_a_killed_process(
     assert result.code == 0, result.stderr
     assert result.stderr.count("starting again in") == 1
     assert (outcome_of(output)["state"], outcome_of(output)["attempt"]) == ("done", 2)
-    assert_same_figures(whole, output)
+    assert_same_metrics(whole, output)
 
 
 def test_a_killed_worker_of_ray(cluster: Mapping[str, str], data: Path, whole: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_killed_worker_of_ray(cluster: Mapping[str, str], data: Path, whole: P
     result = finish(command)
     assert result.code == 0, result.stderr
     assert "the run lost one of its processes; starting again in" in result.stderr
-    assert_same_figures(whole, output)
+    assert_same_metrics(whole, output)
 
 
 def test_sigterm_saves_and_leaves_with_75(
@@ -190,7 +190,7 @@ def test_sigterm_saves_and_leaves_with_75(
     assert (outcome_of(output)["state"], outcome_of(output)["exit_code"]) == ("interrupted", 75)
     assert not rank_process(0, output) and not rank_process(1, output)
     assert finish(start(cluster, *words)).code == 0
-    assert_same_figures(whole, output)
+    assert_same_metrics(whole, output)
 
 
 def test_nothing_is_left_of_a_killed_command(
@@ -204,7 +204,7 @@ def test_nothing_is_left_of_a_killed_command(
     wait_for(lambda: rank_process(0, output) is None and rank_process(1, output) is None)
     command.communicate()
     assert finish(start(cluster, *words)).code == 0
-    assert_same_figures(whole, output)
+    assert_same_metrics(whole, output)
 
 
 def test_a_refusal_keeps_its_exit_code(cluster: Mapping[str, str], tmp_path: Path) -> None:
