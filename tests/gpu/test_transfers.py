@@ -21,7 +21,7 @@ pytestmark = [
 def test_a_snapshot_holds_the_last_step(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(state_module, "MAX_PINNED_BYTES", most)
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 256, 3)).cuda()
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, fused=True)
     network(torch.randn(8, 3, 64, 64, device="cuda")).sum().backward()
     optimizer.step()
