@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,15 +17,20 @@ from finetune.system.signals import end_with_parent
 
 MOST_WAITING = 0.1
 """Share of the time that may be spent waiting for data before more processes decode."""
-_NO_ROOM = (
-    "No space left on device",  # of /dev/shm
-    "shared memory",
-    "Too many open files",
-    "ancdata",  # the same, on the receiving side
-    "Resource temporarily unavailable",  # too many processes
-    "Cannot allocate memory",
-)
-"""What the system says where decoding processes cannot be started, or cannot hand over their batches."""
+_MORE_FILES = "more open files help: ulimit -n 65536, docker run --ulimit nofile=65536"
+_MORE_MEMORY = "more shared memory helps: docker run --shm-size 8g"
+_NO_ROOM = {
+    "Too many open files": _MORE_FILES,
+    "ancdata": _MORE_FILES,  # the same, on the receiving side
+    "No space left on device": _MORE_MEMORY,  # of /dev/shm
+    "shared memory": _MORE_MEMORY,
+    "Resource temporarily unavailable": "more processes help: ulimit -u, docker run --pids-limit",
+    "Cannot allocate memory": "fewer decoding processes help: --workers",
+}
+"""What the system says where decoding processes cannot be started, or cannot hand over batches, and what helps."""
+_MOST_FILES = 65_536
+"""Open files that are enough for any number of decoding processes: each tensor on its way is one."""
+_PINNING = "_pin_memory_loop"
 _DEATH = ("exited unexpectedly", "killed by signal")
 """What torch says of a process that ended, and of its own thread that met one."""
 
@@ -62,7 +68,16 @@ class WorkerDiedError(Exception):
 
 
 class NoRoomError(Exception):
-    """Decoding processes cannot be started, or cannot hand over what they made."""
+    """Decoding processes cannot be started, or cannot hand over what they made.
+
+    Args:
+        found: what the system says.
+        remedy: what helps.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(found)
+        self.remedy = remedy
 
 
 def start_pass(loader: DataLoader[Any]) -> Any:
@@ -75,6 +90,9 @@ def start_pass(loader: DataLoader[Any]) -> Any:
         WorkerDiedError: a process ended at once.
         NoRoomError: processes cannot be started.
     """
+    if loader.num_workers:
+        _raise_limit_of_open_files()
+        _remember_faults_of_pinning()
     with _named_faults(loader):
         if threading.current_thread() is not threading.main_thread():
             return iter(loader)
@@ -92,12 +110,40 @@ def fetch(loader: DataLoader[Any], iterator: Any) -> Any:
         WorkerDiedError: its process ended.
         NoRoomError: its process could not hand it over.
     """
-    with _named_faults(loader):
+    with _named_faults(loader, getattr(iterator, "_pin_memory_thread", None)):
         return next(iterator, None)
 
 
+def _raise_limit_of_open_files() -> None:
+    """Raise this process's own limit as far as it may be raised; the usual one is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _remember_faults_of_pinning() -> None:
+    """Keep the error that ends torch's pinning thread with the thread, instead of printing its traceback.
+
+    That thread receives the batches where a GPU trains. torch only says that it ended.
+    """
+    before = threading.excepthook
+    if getattr(before, "remembers", False):
+        return
+
+    def remember(ended: threading.ExceptHookArgs) -> None:
+        if ended.thread is not None and _PINNING in ended.thread.name:
+            ended.thread.fault = ended.exc_value  # type: ignore[attr-defined]
+        else:
+            before(ended)
+
+    remember.remembers = True  # type: ignore[attr-defined]
+    threading.excepthook = remember
+
+
 @contextmanager
-def _named_faults(loader: DataLoader[Any]) -> Iterator[None]:
+def _named_faults(loader: DataLoader[Any], pinning: threading.Thread | None = None) -> Iterator[None]:
     """Tell faults of decoding processes from errors of what they carry out, which pass as they are."""
     try:
         yield
@@ -105,9 +151,10 @@ def _named_faults(loader: DataLoader[Any]) -> Iterator[None]:
         said = str(error).strip().splitlines() or [type(error).__name__]
         if loader.num_workers == 0:
             raise
-        for word in _NO_ROOM:
-            if word in str(error):
-                raise NoRoomError(word) from None
+        whole = f"{error} {getattr(pinning, 'fault', '')}"
+        for word, remedy in _NO_ROOM.items():
+            if word in whole:
+                raise NoRoomError("Too many open files" if word == "ancdata" else word, remedy) from None
         forwarded = said[0].startswith("Caught ")
         # Between its end and the notice of it, a process leaves sockets that nobody answers.
         if not forwarded and (not isinstance(error, RuntimeError) or any(word in said[0] for word in _DEATH)):
