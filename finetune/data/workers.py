@@ -27,7 +27,7 @@ _NO_ROOM = {
     "Resource temporarily unavailable": "more processes help: ulimit -u, docker run --pids-limit",
     "Cannot allocate memory": "fewer decoding processes help: --workers",
 }
-"""What the system says where decoding processes cannot be started, or cannot hand over batches, and what helps."""
+"""What the system says where processes cannot be started, or cannot hand over batches, and what helps."""
 _MOST_FILES = 65_536
 """Open files that are enough for any number of decoding processes: each tensor on its way is one."""
 _PINNING = "_pin_memory_loop"
