@@ -300,7 +300,7 @@ class ImageLoader:
                     if is_time and done < len(keys) and self._grow(began, waited_before):
                         break  # batches that these workers have prepared beyond this one are made again
             except WorkerResourceError as error:
-                self._decode_here(str(error))
+                self._decode_here(error)
             except WorkerDiedError as error:
                 deaths += 1
                 self._replace_workers(deaths, str(error))
@@ -336,10 +336,10 @@ class ImageLoader:
         self.warn(f"a decoding process ended ({found}); it is replaced")
         self._loader = self._build()
 
-    def _decode_here(self, found: str) -> None:
+    def _decode_here(self, error: WorkerResourceError) -> None:
         self.warn(
-            f"decoding processes cannot hand over their batches ({found}); the training process decodes from "
-            "here on, which is slower (more shared memory helps: docker run --shm-size 8g)"
+            f"decoding processes cannot hand over their batches ({error}); the training process decodes from "
+            f"here on, which is slower ({error.remedy})"
         )
         self.workers = 0
         self._loader = self._build()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,15 +17,20 @@ from finetune.system.signals import end_with_parent
 
 MOST_WAITING = 0.1
 """Share of the time that may be spent waiting for data before more processes decode."""
-_RESOURCE_PHRASES = (
-    "No space left on device",  # of /dev/shm
-    "shared memory",
-    "Too many open files",
-    "ancdata",  # the same, on the receiving side
-    "Resource temporarily unavailable",  # too many processes
-    "Cannot allocate memory",
-)
-"""Parts of system messages that mean: processes cannot be started, or cannot pass on their batches."""
+_MORE_FILES = "more open files help: ulimit -n 65536, docker run --ulimit nofile=65536"
+_MORE_MEMORY = "more shared memory helps: docker run --shm-size 8g"
+_REMEDIES = {
+    "Too many open files": _MORE_FILES,
+    "ancdata": _MORE_FILES,  # the same, on the receiving side
+    "No space left on device": _MORE_MEMORY,  # of /dev/shm
+    "shared memory": _MORE_MEMORY,
+    "Resource temporarily unavailable": "more processes help: ulimit -u, docker run --pids-limit",
+    "Cannot allocate memory": "fewer decoding processes help: --workers",
+}
+"""Parts of system messages that mean: workers cannot start, or cannot pass on batches; and what helps."""
+_MOST_FILES = 65_536
+"""Open files that are enough for any number of workers: each tensor on its way is one."""
+_PINNING = "_pin_memory_loop"
 _DEATH_PHRASES = ("exited unexpectedly", "killed by signal")
 """Parts of torch's messages about a dead process, from the main thread and from its pinning thread."""
 
@@ -67,7 +73,16 @@ class WorkerDiedError(Exception):
 
 
 class WorkerResourceError(Exception):
-    """The system lacks memory, files or processes to start workers or to pass on their batches."""
+    """The system lacks memory, files or processes to start workers or to pass on their batches.
+
+    Args:
+        found: part of the system's message.
+        remedy: what helps.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(found)
+        self.remedy = remedy
 
 
 def start_pass(loader: DataLoader[Any]) -> Any:
@@ -80,6 +95,9 @@ def start_pass(loader: DataLoader[Any]) -> Any:
         WorkerDiedError: a process died at once.
         WorkerResourceError: processes cannot be started.
     """
+    if loader.num_workers:
+        _raise_limit_of_open_files()
+        _remember_faults_of_pinning()
     with _classified_errors(loader):
         if threading.current_thread() is not threading.main_thread():
             return iter(loader)
@@ -97,12 +115,40 @@ def fetch(loader: DataLoader[Any], iterator: Any) -> Any:
         WorkerDiedError: a process died.
         WorkerResourceError: a process could not pass on its batch.
     """
-    with _classified_errors(loader):
+    with _classified_errors(loader, getattr(iterator, "_pin_memory_thread", None)):
         return next(iterator, None)
 
 
+def _raise_limit_of_open_files() -> None:
+    """Raise this process's own limit as far as it may be raised; the usual one is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _remember_faults_of_pinning() -> None:
+    """Keep the error that ends torch's pinning thread with the thread, instead of printing its traceback.
+
+    That thread receives the batches where a GPU trains. torch only says that it ended.
+    """
+    before = threading.excepthook
+    if getattr(before, "remembers", False):
+        return
+
+    def remember(ended: threading.ExceptHookArgs) -> None:
+        if ended.thread is not None and _PINNING in ended.thread.name:
+            ended.thread.fault = ended.exc_value  # type: ignore[attr-defined]
+        else:
+            before(ended)
+
+    remember.remembers = True  # type: ignore[attr-defined]
+    threading.excepthook = remember
+
+
 @contextmanager
-def _classified_errors(loader: DataLoader[Any]) -> Iterator[None]:
+def _classified_errors(loader: DataLoader[Any], pinning: threading.Thread | None = None) -> Iterator[None]:
     """Convert errors of the processes themselves; errors of the code that they run pass unchanged."""
     try:
         yield
@@ -110,9 +156,11 @@ def _classified_errors(loader: DataLoader[Any]) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if loader.num_workers == 0:
             raise
-        for phrase in _RESOURCE_PHRASES:
-            if phrase in str(error):
-                raise WorkerResourceError(phrase) from None
+        whole = f"{error} {getattr(pinning, 'fault', '')}"
+        for phrase, remedy in _REMEDIES.items():
+            if phrase in whole:
+                found = "Too many open files" if phrase == "ancdata" else phrase
+                raise WorkerResourceError(found, remedy) from None
         forwarded = lines[0].startswith("Caught ")
         # Before a death is noticed, its sockets already raise other errors.
         if not forwarded and (

@@ -97,7 +97,9 @@ def choose_split(
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     images = images.to(placement.device, memory_format=layout)
     with autocast(placement.device, precision):
-        return _try(network, trace, cuts, images, partial(set_train_mode, network, plan), find_obstacle)
+        return _try(
+            network, trace, cuts, images, precision, partial(set_train_mode, network, plan), find_obstacle
+        )
 
 
 def _try(
@@ -105,6 +107,7 @@ def _try(
     trace: Trace,
     cuts: Iterable[Cut],
     images: torch.Tensor,
+    precision: Precision,
     to_train_mode: Callable[[], None],
     find_obstacle: Callable[[Cut], str],
 ) -> SplitChoice:
@@ -122,7 +125,9 @@ def _try(
             reason = f"cut at {cut.name}, which saves {cut.share:.0%} of the forward pass"
             return SplitChoice(split, reason + (f" ({obstacles[0]})" if obstacles else ""))
     why = (
-        obstacles[0] if obstacles else f"none of {num_tried} cuts reproduces the output of the whole network"
+        obstacles[0]
+        if obstacles
+        else f"none of {num_tried} cuts reproduces the output of the whole network in {precision}"
     )
     return SplitChoice(None, f"every epoch runs the whole network: {why}")
 

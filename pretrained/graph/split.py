@@ -29,8 +29,10 @@ from pretrained.graph.recorder import FeaturePoint, FeatureRecorder, PointNotRea
 from pretrained.graph.structures import Shape, Structure, map_tensors, shapes_in, tensors_in
 
 TOLERANCE = 1e-5
-"""Largest allowed difference of logits, relative to the largest logit. Most networks are bit-equal; some use
-other kernels if their trunk needs no gradients."""
+"""Largest allowed difference of float32 logits, relative to the largest logit. Most networks are bit-equal;
+some use other kernels if their trunk needs no gradients."""
+ROUNDINGS = 4
+"""The same in mixed precision, in units of its rounding error: other kernels round elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -291,8 +293,17 @@ def _agrees(network: nn.Module, split: SplitNetwork, images: Tensor, rows: Tenso
     whole = network(images)
     if not isinstance(whole, Tensor) or not isinstance(parts, Tensor):
         return False
+    whole, parts = whole.float(), parts.float()
     difference = (whole - parts).abs().max()
-    return bool(difference <= TOLERANCE * whole.abs().max().clamp_min(1e-3))  # NaN is no agreement
+    allowed = _tolerance(images.device) * whole.abs().max().clamp_min(1e-3)
+    return bool(difference <= allowed)  # NaN is no agreement
+
+
+def _tolerance(device: torch.device) -> float:
+    """Return the largest allowed difference in the precision of the surrounding autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return TOLERANCE
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(torch.get_autocast_dtype(device.type)).eps)
 
 
 def _nan(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

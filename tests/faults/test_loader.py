@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -242,21 +243,67 @@ def test_an_error_of_the_work_is_no_death(build: Build, error: Exception) -> Non
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "found", "remedy"),
     [
-        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
-        "Too many open files. Communication with the workers is no longer possible.",
+        (
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+            "No space left on device",
+            "--shm-size",
+        ),
+        ("Too many open files. Communication is no longer possible.", "Too many open files", "ulimit -n"),
+        ("received 0 items of ancdata", "Too many open files", "--ulimit nofile"),
     ],
 )
 def test_where_batches_cannot_be_handed_over_this_process_decodes(
-    build: Build, undisturbed: list[Batch], words: str
+    build: Build, undisturbed: list[Batch], words: str, found: str, remedy: str
 ) -> None:
     said: list[str] = []
     loader = build(fail_with(RuntimeError(words)), 99, said=said)
     assert_same(list(loader.batches(epoch=1)), undisturbed)
     assert_same(list(loader.batches(epoch=1)), undisturbed)
     (line,) = said
-    assert "the training process decodes from here on" in line and "--shm-size" in line
+    assert "the training process decodes from here on" in line and f"({found})" in line and remedy in line
+
+
+@pytest.mark.parametrize(
+    "ends", [OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata")]
+)
+def test_open_files_that_run_out_in_the_pinning_thread_are_no_dead_process(
+    build: Build,
+    undisturbed: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: Exception,
+) -> None:
+    """As on a GPU, where a thread of torch's receives the batches; it ends with a traceback on stderr."""
+
+    def _pin_memory_loop(*_: object) -> None:
+        raise ends
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.utils.data._utils.pin_memory, "_pin_memory_loop", _pin_memory_loop)
+    said: list[str] = []
+    loader = build(said=said)
+    loader._loader.pin_memory = True
+    assert_same(list(loader.batches(epoch=1)), undisturbed)
+    (line,) = said
+    assert "(Too many open files)" in line and "ulimit -n" in line
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_limit_of_open_files_is_raised(build: Build) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        list(build().batches())
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (
+            65_536 if hard == -1 else min(hard, 65_536),
+            hard,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_where_no_process_can_be_started_this_one_decodes(
