@@ -109,7 +109,9 @@ def test_what_training_holds_is_in_memory(
     shape = task.network.get_parameter("stage2.0.weight").shape
 
     def count(*_: object) -> None:
-        found = [one for one in gc.get_objects() if isinstance(one, Tensor) and one.shape == shape]
+        found = [
+            one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter) and one.shape == shape
+        ]
         alive.append(len({one.data_ptr() for one in found}))
 
     for parameter in task.network.parameters():
