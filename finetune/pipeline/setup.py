@@ -21,6 +21,7 @@ from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_si
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO, find_strategy, join_names
+from finetune.system.compiler import check_compiler
 from finetune.system.device import (
     Precision,
     find_lack_of_shared_memory,
@@ -78,6 +79,8 @@ def prepare(
         The decisions, and the images that were found.
     """
     device = prepare_machine(recipe, display, distributed)
+    if recipe.training.compile:
+        check_compiler(device)
     found, card = distributed.share(lambda: (_find_images(recipe, display), _find_card(recipe, display)))
     card = card.with_input(resolve_preprocessing(recipe, card))
     with display.busy(f"loading {recipe.backbone.name}"):

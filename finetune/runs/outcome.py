@@ -19,6 +19,7 @@ from finetune.errors import (
 from finetune.runs.claim import RUNNING, Claim
 from finetune.runs.files import disk_error
 from finetune.runs.folder import Outcome
+from finetune.system.compiler import compile_error, is_compile_error
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import is_out_of_memory, shortage_error
@@ -81,6 +82,8 @@ def _known_fault(error: BaseException) -> FinetuneError | None:
     """Return the error for a known message of torch; None for others."""
     if is_out_of_memory(error):
         return shortage_error("the run", error)
+    if is_compile_error(error):  # of the backward pass, which is compiled when it runs
+        return compile_error(error)
     message = " ".join(str(error).split())[:200]
     if "deterministic implementation" in message:
         fix = "Take another backbone, or --set deterministic=false."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.feed import BatchLoader
-from finetune.errors import EnvironmentFaultError
+from finetune.system.compiler import compile_error, is_compile_error
 from finetune.system.device import compute_chunk_size
 from finetune.system.display import Display
 from finetune.system.memory import is_out_of_memory
@@ -117,14 +117,7 @@ class Compiled:
         try:
             return self._forward(images)
         except Exception as error:
-            if is_out_of_memory(error) or not _is_compile_error(error):
+            if is_out_of_memory(error) or not is_compile_error(error):
                 raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-        fix = "Install a C++ compiler (g++), or set training.compile to false."
-        raise EnvironmentFaultError(
-            "training.compile=true", f"torch cannot compile the network: {reason}", fix
-        )
-
-
-def _is_compile_error(error: Exception) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            refusal = compile_error(error)
+        raise refusal
