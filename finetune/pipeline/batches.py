@@ -27,9 +27,9 @@ from finetune.runs.reader import RunReader
 from finetune.system.device import resolve_most_workers
 from finetune.system.distributed import Distributed
 from finetune.system.memory import release_memory
-from finetune.training.trunk import FeatureLoader, SplitChoice, choose_split, find_reason_against
+from finetune.training.trunk import CutChoice, FeatureLoader, choose_cut, find_reason_against
+from pretrained.graph.cut_network import CutNetwork
 from pretrained.graph.cuts import Cut
-from pretrained.graph.split import SplitNetwork
 
 FEW = 8
 """Number of images on which the exported network is compared with the metrics' predictions."""
@@ -42,12 +42,12 @@ class DataLoaders:
     Attributes:
         batches: batches for training and evaluation.
         images: the same samples as decoded images.
-        split: the cut network, if the batches hold features of its trunk; else None.
+        cut_network: the network as a trunk and the rest, if the batches hold its features; else None.
     """
 
     batches: Mapping[Split, BatchLoader]
     images: Mapping[Split, ImageLoader]
-    split: SplitNetwork | None
+    cut_network: CutNetwork | None
 
 
 @contextmanager
@@ -64,17 +64,17 @@ def open_loaders(context: FitContext, frozen: Mapping[str, str]) -> Iterator[Dat
         if choice.reason:
             context.display.say(f"trunk: {choice.reason}")
         loaders = None
-        if choice.split is not None:
-            loaders, fault = _try_to_keep(factory, choice.split, frozen)
+        if choice.cut_network is not None:
+            loaders, fault = _try_to_keep(factory, choice.cut_network, frozen)
             if fault is not None:
                 words = context.distributed.share(partial(_describe_failure, fault, context.folder))
-                choice = SplitChoice(None, words)
+                choice = CutChoice(None, words)
                 context.display.warn(words)
         if choice.reason and context.distributed.is_main:
             context.folder.write_trunk(_describe(choice))
         # Beside kept features, images are only looked at to compare: starting processes would take longer.
         images = {split: factory.loader(split, here=loaders is not None) for split in context.splits}
-        yield DataLoaders(loaders or images, images, choice.split)
+        yield DataLoaders(loaders or images, images, choice.cut_network)
 
 
 class LoaderFactory:
@@ -197,10 +197,10 @@ def _passes(context: FitContext) -> Iterator[tuple[Split, int]]:
             yield split, view
 
 
-def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> SplitChoice:
+def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> CutChoice:
     """Choose a cut on rank 0, and cut at the same place on every rank."""
     distributed = context.distributed
-    own = SplitChoice(None, "")
+    own = CutChoice(None, "")
     if distributed.is_main:
         own = _choose(context, cache_dir, RunReader(context.folder, tolerant=True).trunk)
     said = distributed.share(lambda: _describe(own))
@@ -211,11 +211,11 @@ def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> SplitCh
     return choice
 
 
-def _describe(choice: SplitChoice) -> dict[str, Any]:
-    return {"cut": choice.split.cut.name if choice.split else None, "reason": choice.reason}
+def _describe(choice: CutChoice) -> dict[str, Any]:
+    return {"cut": choice.cut_network.cut.name if choice.cut_network else None, "reason": choice.reason}
 
 
-def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str, Any]) -> SplitChoice:
+def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str, Any]) -> CutChoice:
     """Cut the network; an earlier attempt's place is used again."""
     setup = context.setup
     reason = find_reason_against(setup.recipe, setup.plan)
@@ -223,11 +223,11 @@ def _choose(context: FitContext, cache_dir: FeatureCacheDir, before: Mapping[str
     if reason is None and any(sample.path not in dataset.digests for sample in dataset.samples):
         reason = "every epoch runs the whole network: some images can no longer be read"
     if reason is not None:
-        return SplitChoice(None, reason)
+        return CutChoice(None, reason)
     if before and before.get("cut") is None:
-        return SplitChoice(None, str(before.get("reason", "")))
+        return CutChoice(None, str(before.get("reason", "")))
     precision = setup.recipe.training.precision
-    return choose_split(
+    return choose_cut(
         setup.backbone.network,
         setup.plan,
         setup.backbone.card.preprocessing.input_size,
@@ -265,7 +265,7 @@ def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
 
 
 def _try_to_keep(
-    factory: LoaderFactory, cut_network: SplitNetwork, frozen: Mapping[str, str]
+    factory: LoaderFactory, cut_network: CutNetwork, frozen: Mapping[str, str]
 ) -> tuple[dict[Split, BatchLoader] | None, DataError | OSError | None]:
     """Return loaders of cached features, or the error that prevents them; the same on all ranks."""
     distributed = factory.context.distributed
@@ -280,7 +280,7 @@ def _try_to_keep(
 
 
 def _keep(
-    factory: LoaderFactory, cut_network: SplitNetwork, frozen: Mapping[str, str]
+    factory: LoaderFactory, cut_network: CutNetwork, frozen: Mapping[str, str]
 ) -> dict[Split, BatchLoader]:
     """Run the trunk over all images whose features are not cached yet.
 
@@ -342,7 +342,7 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
 
 
 def _describe_trunk(
-    setup: RunSetup, kept: KeptRows, cut_network: SplitNetwork, frozen: Mapping[str, str]
+    setup: RunSetup, kept: KeptRows, cut_network: CutNetwork, frozen: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what all features of a trunk depend on, but for the images and their view."""
     recipe, card = setup.recipe, setup.backbone.card
@@ -360,7 +360,7 @@ def _describe_trunk(
 
 
 def _rows_of(
-    factory: LoaderFactory, kept: KeptRows, cut_network: SplitNetwork, facts: dict[str, Any], split: Split
+    factory: LoaderFactory, kept: KeptRows, cut_network: CutNetwork, facts: dict[str, Any], split: Split
 ) -> list[Rows]:
     """Return the rows of each view of a split."""
     context = factory.context
@@ -379,7 +379,7 @@ def _rows_of(
     return rows
 
 
-def _say_kept(kept: KeptRows, cut_network: SplitNetwork, num_views: int) -> None:
+def _say_kept(kept: KeptRows, cut_network: CutNetwork, num_views: int) -> None:
     each = row_bytes(cut_network.packing.numel, kept.dtype)
     total = kept.num_computed + kept.num_found
     views = f"{num_views} views of each training image, " if num_views > 1 else ""

@@ -209,7 +209,7 @@ def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
         train=train,
         val=loaders.batches["val"],
         num_classes=dataset.num_classes,
-        split=loaders.split,
+        cut_network=loaders.cut_network,
     )
     store = CheckpointStore(context.folder.checkpoints, context.claim.attempt, context.claim.check_owner)
     return Trainer(

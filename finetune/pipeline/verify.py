@@ -33,7 +33,7 @@ from finetune.training.freeze import digest_frozen
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from finetune.training.trunk import FeatureLoader
-from pretrained.graph.split import SplitNetwork
+from pretrained.graph.cut_network import CutNetwork
 
 NUM_FOLDS = 3
 EPOCHS = 5
@@ -91,7 +91,7 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
         context = FitContext(setup, dataset, Claim(RunFolder(Path(folder))), display)
         with open_loaders(context, digest_frozen(network, setup.plan)) as loaders:
             whole = loaders.batches["train"]
-            if not isinstance(whole, FeatureLoader) or loaders.split is None:
+            if not isinstance(whole, FeatureLoader) or loaders.cut_network is None:
                 return None
             labels = torch.tensor([sample.label for sample in whole.samples])
             pretrained = copy.deepcopy(network.state_dict())
@@ -101,7 +101,7 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
                 for fold in range(int(folds.max()) + 1):
                     network.load_state_dict(pretrained)
                     train, held = _subset(whole, folds != fold, True), _subset(whole, folds == fold, False)
-                    task = _task(setup, train, held, dataset.num_classes, loaders.split)
+                    task = _task(setup, train, held, dataset.num_classes, loaders.cut_network)
                     hits += _train(setup, task, Path(folder) / str(fold)) * len(held.samples)
                     advance(1, "")
             return hits / max(total, 1)
@@ -121,13 +121,21 @@ def _subset(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoade
 
 
 def _task(
-    setup: RunSetup, train: FeatureLoader, held: FeatureLoader, num_classes: int, split: SplitNetwork
+    setup: RunSetup, train: FeatureLoader, held: FeatureLoader, num_classes: int, cut_network: CutNetwork
 ) -> Task:
     counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
     settings = setup.recipe.training
     loss = build_loss(counts.tolist(), settings.class_weights, settings.label_smoothing)
     loss = loss.to(setup.placement.device)
-    return Task(setup.backbone.network, setup.plan, loss, train, held, num_classes=num_classes, split=split)
+    return Task(
+        setup.backbone.network,
+        setup.plan,
+        loss,
+        train,
+        held,
+        num_classes=num_classes,
+        cut_network=cut_network,
+    )
 
 
 def _train(setup: RunSetup, task: Task, path: Path) -> float:

@@ -17,7 +17,7 @@ from finetune.system.display import Display
 from finetune.system.memory import is_out_of_memory
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
-from pretrained.graph.split import SplitNetwork
+from pretrained.graph.cut_network import CutNetwork
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task:
         train: training batches, shuffled.
         val: validation batches, in order.
         num_classes: number of classes, K.
-        split: the network cut into trunk and rest, if batches hold the trunk's output; else None.
+        cut_network: the network cut into trunk and rest, if batches hold the trunk's output; else None.
     """
 
     network: nn.Module
@@ -40,11 +40,11 @@ class Task:
     train: BatchLoader
     val: BatchLoader
     num_classes: int
-    split: SplitNetwork | None = None
+    cut_network: CutNetwork | None = None
 
     def forward(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the function from a batch to logits (B, K): the network, or the rest of a cut one."""
-        return network if self.split is None else self.split.rest(network)
+        return network if self.cut_network is None else self.cut_network.rest(network)
 
 
 _DROPOUT_NAMES = ("p", "drop_prob", "drop_rate", "drop_path_rate", "dropout", "attn_drop")
@@ -83,7 +83,7 @@ def build_forward(task: Task, compiled: bool, display: Display) -> Callable[[Ten
     """Return the function from a training batch to logits, compiled if asked for."""
     if not compiled:
         return task.forward(task.network)
-    if task.split is not None:
+    if task.cut_network is not None:
         display.say("training.compile: the layers above the cut are few and are not compiled")
         return task.forward(task.network)
     display.say("training.compile: the first steps compile the network, which takes a minute or more")

@@ -25,8 +25,8 @@ from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.forward import autocast
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
+from pretrained.graph.cut_network import CutNetwork, cut_at
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
-from pretrained.graph.split import SplitNetwork, split_at
 
 MIN_SAVING = 0.3
 """Smallest share of the forward pass's multiplications that a cut must save."""
@@ -35,15 +35,15 @@ MAX_TRIED_CUTS = 12
 
 
 @dataclass(frozen=True)
-class SplitChoice:
+class CutChoice:
     """The cut that was chosen, or the reason why there is none.
 
     Attributes:
-        split: the network as a frozen trunk and the rest; None if every epoch runs the whole network.
+        cut_network: the network as a frozen trunk and the rest; None if every epoch runs the whole network.
         reason: message for the user about this choice; empty if there is nothing to report.
     """
 
-    split: SplitNetwork | None
+    cut_network: CutNetwork | None
     reason: str
 
 
@@ -60,14 +60,14 @@ def find_reason_against(recipe: Recipe, plan: Plan) -> str | None:
     return None
 
 
-def choose_split(
+def choose_cut(
     network: nn.Module,
     plan: Plan,
     input_size: tuple[int, int, int],
     placement: Placement,
     precision: Precision,
     find_obstacle: Callable[[Cut], str],
-) -> SplitChoice:
+) -> CutChoice:
     """Cut a network below all trained stages.
 
     Args:
@@ -82,14 +82,14 @@ def choose_split(
     try:
         trace = trace_calls(network, input_size)
     except UsageError as error:
-        return SplitChoice(None, f"every epoch runs the whole network, which cannot be cut: {error.found}")
+        return CutChoice(None, f"every epoch runs the whole network, which cannot be cut: {error.found}")
     cuts = find_cuts(trace, trained)
     if not cuts:
-        return SplitChoice(
+        return CutChoice(
             None, "every epoch runs the whole network: it cannot be cut below the stages that learn"
         )
     if cuts[0].share < MIN_SAVING:
-        return SplitChoice(
+        return CutChoice(
             None,
             f"every epoch runs the whole network: the frozen trunk is {cuts[0].share:.0%} of the work",
         )
@@ -110,7 +110,7 @@ def _try(
     precision: Precision,
     to_train_mode: Callable[[], None],
     find_obstacle: Callable[[Cut], str],
-) -> SplitChoice:
+) -> CutChoice:
     """Take the first cut whose features can be cached and whose output equals that of the whole network."""
     obstacles: list[str] = []
     num_tried = 0
@@ -121,15 +121,15 @@ def _try(
             obstacles.append(f"the features at {cut.name} take {obstacle}")
             continue
         num_tried += 1
-        if split := split_at(network, trace, cut, images, to_train_mode):
+        if cut_network := cut_at(network, trace, cut, images, to_train_mode):
             reason = f"cut at {cut.name}, which saves {cut.share:.0%} of the forward pass"
-            return SplitChoice(split, reason + (f" ({obstacles[0]})" if obstacles else ""))
+            return CutChoice(cut_network, reason + (f" ({obstacles[0]})" if obstacles else ""))
     why = (
         obstacles[0]
         if obstacles
         else f"none of {num_tried} cuts reproduces the output of the whole network in {precision}"
     )
-    return SplitChoice(None, f"every epoch runs the whole network: {why}")
+    return CutChoice(None, f"every epoch runs the whole network: {why}")
 
 
 # --- Batches of cached features ---

@@ -16,7 +16,7 @@ from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.layers import FeatureExtractor, Layers
 from pretrained.network import build_network
 from tests.contracts.families import DEFAULT
-from tests.contracts.test_splits import NAMES
+from tests.contracts.test_cut_networks import NAMES
 from tests.sweeps import slow_except
 
 

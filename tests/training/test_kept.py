@@ -419,18 +419,18 @@ def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
         kept[indices]
 
 
-def test_a_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
+def test_an_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     fit: Fit, tmp_path: Path, few: Path
 ) -> None:
     shutil.copytree(few, tmp_path / "data")
-    choose = loaders.choose_split
+    choose = loaders.choose_cut
 
     def change_and_choose(*arguments: Any, **keys: Any) -> Any:
         shutil.copy(tmp_path / "data/val/red/001.jpg", tmp_path / "data/val/red/002.jpg")
         return choose(*arguments, **keys)
 
     listener = Listener()
-    with mock.patch.object(loaders, "choose_split", change_and_choose):
+    with mock.patch.object(loaders, "choose_cut", change_and_choose):
         plain = fit("plain", keys={"data.path": str(tmp_path / "data")}, listener=listener)
     assert trunk_of(plain)["cut"] is None
     assert "changed while the run was starting" in trunk_of(plain)["reason"]

@@ -17,7 +17,7 @@ from finetune.recipe import StrategySettings
 from finetune.training.freeze import freeze
 from finetune.training.plan import build_plan
 from finetune.training.trainer import Trainer
-from finetune.training.trunk import FeatureLoader, choose_split
+from finetune.training.trunk import FeatureLoader, choose_cut
 from pretrained.graph.stages import find_stages
 from tests.pretend_device import pretended_device
 from tests.training.helpers import SmallNet, assert_same_end, build_trainer, fit_until, saved
@@ -91,17 +91,17 @@ def build_parts(device: torch.device) -> tuple[Tensor, Tensor]:
     plan = build_plan(network, find_stages(network, SIZE), StrategySettings(name="freeze"), 0.1, 1)
     freeze(network, plan)
     placement = Placement(device, channels_last=True)
-    choice = choose_split(network, plan, SIZE, placement, "float32", lambda _: "")
-    assert choice.split is not None, choice.reason
+    choice = choose_cut(network, plan, SIZE, placement, "float32", lambda _: "")
+    assert choice.cut_network is not None, choice.reason
     images = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
-        rows = choice.split.trunk(images).cpu()
+        rows = choice.cut_network.trunk(images).cpu()
     samples = [Sample(f"{number}.png", number % 3, "train") for number in range(4)]
     loader = FeatureLoader(
         [MemoryRows(rows)], samples, batch_size=4, placement=placement, seed=0, shuffle=True
     )
     (batch,) = loader.batches()
-    logits = choice.split.rest(network)(batch.images)
+    logits = choice.cut_network.rest(network)(batch.images)
     nn.functional.cross_entropy(logits, batch.labels).backward()
     assert network.head.weight.grad is not None and network.head.weight.grad.device == device
     return logits.detach().cpu(), network.head.weight.grad.cpu()

@@ -10,7 +10,7 @@ from finetune.data.loader import Placement
 from finetune.recipe import StrategySettings
 from finetune.system.device import Precision
 from finetune.training.plan import build_plan
-from finetune.training.trunk import SplitChoice, choose_split
+from finetune.training.trunk import CutChoice, choose_cut
 from pretrained.graph.stages import find_stages
 
 
@@ -26,14 +26,14 @@ class OtherKernel(nn.Module):
         return values * (1 + self.error * (self.calls % 2))
 
 
-def cut(error: float, precision: Precision) -> SplitChoice:
+def cut(error: float, precision: Precision) -> CutChoice:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
     network = nn.Sequential(*layers, nn.Flatten(), OtherKernel(error), nn.Linear(8, 4))
     stages = find_stages(network, (3, 16, 16))
     plan = build_plan(network, stages, StrategySettings(name="freeze"), 0.01, epochs=1)
     placement = Placement(torch.device("cpu"), channels_last=False)
-    return choose_split(network, plan, (3, 16, 16), placement, precision, lambda _: "")
+    return choose_cut(network, plan, (3, 16, 16), placement, precision, lambda _: "")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def cut(error: float, precision: Precision) -> SplitChoice:
 )
 def test_the_tolerance_follows_the_precision(precision: Precision, error: float, is_kept: bool) -> None:
     choice = cut(error, precision)
-    assert (choice.split is not None) is is_kept, choice.reason
+    assert (choice.cut_network is not None) is is_kept, choice.reason
     if not is_kept:
         assert "every epoch runs the whole network: none of" in choice.reason
         assert choice.reason.endswith(f"reproduces the output of the whole network in {precision}")

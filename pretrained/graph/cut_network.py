@@ -1,4 +1,4 @@
-"""Split a network into trunk and rest, with ``rest(trunk(x)) == network(x)`` bit for bit.
+"""Cut a network into trunk and rest, with ``rest(trunk(x)) == network(x)`` bit for bit.
 
 No code or weight of the network is copied: both parts run the network's own forward.
 
@@ -6,7 +6,7 @@ No code or weight of the network is copied: both parts run the network's own for
 - The *rest* is a forward pass in which module calls that end before the cut compute nothing: they return an
   empty tensor of the right shape. The output of the trunk is inserted at the cut.
 
-What the skipped calls return must not affect the output. Before a split is used, :func:`split_at` checks this
+What the skipped calls return must not affect the output. Before a cut is used, :func:`cut_at` checks this
 with NaN as their return value, in training and evaluation mode.
 
 Shape legend: B batch, D elements per image that the trunk passes on.
@@ -219,13 +219,13 @@ def _plan_replay(calls: Sequence[Call], cut: Cut) -> tuple[list[tuple[Call, int]
     raise ValueError(f"{cut.name} is not a call of this forward pass")
 
 
-class SplitNetwork:
-    """A network split in two.
+class CutNetwork:
+    """A network cut in two.
 
     Args:
         network: the complete network.
         trace: trace of the network.
-        cut: where it is split.
+        cut: where it is cut.
         input_size: (C, H, W) of the images.
         packing: layout of the trunk's output as rows.
     """
@@ -245,15 +245,15 @@ class SplitNetwork:
         return Rest(network, self._trace, self.cut, self.packing, self._input_size, filler)
 
 
-def split_at(
+def cut_at(
     network: nn.Module, trace: Trace, cut: Cut, images: Tensor, set_train_mode: Callable[[], None]
-) -> SplitNetwork | None:
-    """Split a network in two, and check that the parts compute what the network computes.
+) -> CutNetwork | None:
+    """Cut a network in two, and check that the parts compute what the network computes.
 
     Args:
         network: on its device; its modes and buffers do not change.
         trace: trace of the network.
-        cut: where to split.
+        cut: where to cut.
         images: a few images (B, C, H, W) for the check, of any content.
         set_train_mode: sets the network's modes for training.
 
@@ -264,27 +264,29 @@ def split_at(
     with _preserved(network, images.device), suppress(PointNotReachedError):
         network.eval()
         carried = Trunk(network, cut)(images)
-        split = SplitNetwork(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]
-        rows = split.packing.pack(carried, len(images))
+        cut_network = CutNetwork(network, trace, cut, tuple(images.shape[1:]), Packing.of(cut, carried))  # type: ignore[arg-type]
+        rows = cut_network.packing.pack(carried, len(images))
         for set_mode in (network.eval, set_train_mode):
             set_mode()
-            if not _agrees(network, split, images, rows):
+            if not _agrees(network, cut_network, images, rows):
                 return None
-        return split
+        return cut_network
     return None
 
 
-def _agrees(network: nn.Module, split: SplitNetwork, images: Tensor, rows: Tensor) -> bool:
+def _agrees(network: nn.Module, cut_network: CutNetwork, images: Tensor, rows: Tensor) -> bool:
     """Whether, in the network's current modes, the parts give its output and the trunk gives ``rows``."""
     buffers = [buffer.clone() for buffer in network.buffers()]
     state = torch.random.get_rng_state()
-    unchanged = torch.equal(split.trunk(images), rows) and torch.equal(torch.random.get_rng_state(), state)
+    unchanged = torch.equal(cut_network.trunk(images), rows) and torch.equal(
+        torch.random.get_rng_state(), state
+    )
     same = all(map(torch.equal, network.buffers(), buffers))
     if not unchanged or not same:
         return False
     torch.manual_seed(0)
     try:
-        parts = split.rest(network, _nan)(rows)
+        parts = cut_network.rest(network, _nan)(rows)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False  # the forward reads what a skipped call returned
     for buffer, before in zip(network.buffers(), buffers, strict=True):

@@ -15,8 +15,8 @@ from finetune.recipe import StrategySettings
 from finetune.training.freeze import freeze, set_train_mode
 from finetune.training.plan import Plan, build_plan
 from pretrained.catalog import Card, find_card
+from pretrained.graph.cut_network import CutNetwork, cut_at
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
-from pretrained.graph.split import SplitNetwork, split_at
 from pretrained.graph.stages import find_stages
 from pretrained.heads import change_head
 from pretrained.network import build_network
@@ -48,13 +48,13 @@ def build(card: Card, strategy: str) -> tuple[nn.Module, Plan]:
     return network, plan
 
 
-def cut(network: nn.Module, plan: Plan, images: Tensor) -> tuple[list[Cut], Trace, SplitNetwork | None]:
+def cut(network: nn.Module, plan: Plan, images: Tensor) -> tuple[list[Cut], Trace, CutNetwork | None]:
     trace = trace_calls(network, tuple(images.shape[1:]))  # type: ignore[arg-type]
     cuts = find_cuts(trace, {name for row in plan.trained for name in row.stage.parameters})
     for place in cuts:
-        split = split_at(network, trace, place, images, lambda: set_train_mode(network, plan))
-        if split is not None:
-            return cuts, trace, split
+        cut_network = cut_at(network, trace, place, images, lambda: set_train_mode(network, plan))
+        if cut_network is not None:
+            return cuts, trace, cut_network
     return cuts, trace, None
 
 
@@ -66,30 +66,30 @@ def gradients(network: nn.Module, logits: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
-def check(name: str, strategy: str) -> SplitNetwork:
+def check(name: str, strategy: str) -> CutNetwork:
     card = find_card(name)
     network, plan = build(card, strategy)
     images = torch.randn(3, *card.preprocessing.input_size, generator=torch.Generator().manual_seed(1))
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    _, _, split = cut(network, plan, images[:2])
-    assert split is not None
+    _, _, cut_network = cut(network, plan, images[:2])
+    assert cut_network is not None
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     network.eval()
-    rest = split.rest(network)
+    rest = cut_network.rest(network)
     with torch.no_grad():
-        rows = split.trunk(images)  # another number of images than the one it was tried on
+        rows = cut_network.trunk(images)  # another number of images than the one it was tried on
         assert torch.equal(rest(rows), network(images))
     set_train_mode(network, plan)
     torch.manual_seed(2)
     whole = gradients(network, network(images))
     restore(network, before)
     torch.manual_seed(2)
-    parts = gradients(network, rest(split.trunk(images)))
+    parts = gradients(network, rest(cut_network.trunk(images)))
     assert whole.keys() == parts.keys()
     assert whole and set(whole) <= {parameter for row in plan.trained for parameter in row.stage.parameters}
     for key, gradient in whole.items():
         torch.testing.assert_close(parts[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
-    return split
+    return cut_network
 
 
 def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
