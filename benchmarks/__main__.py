@@ -9,14 +9,13 @@ Every measurement is kept at once in a file of results, and the same command goe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks.harness import Bench, Case, Question, run
-from benchmarks.machine import ROOT, count_cores, describe_machine
+from benchmarks.machine import CACHE, ROOT, count_cores, describe_machine
 from benchmarks.page import fill_page, write_section
 from benchmarks.peers_env import PeersEnvironmentError, build_environment, read_versions
 from benchmarks.results import DifferentMachineError, Results
@@ -31,14 +30,13 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"names: {', '.join((*NAMES, 'speed'))}"
     parser.add_argument("names", nargs="+", choices=(*NAMES, "speed"), metavar="NAME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: to see that it works")
     parser.add_argument("--only", default="*", help="names or patterns of cases, separated by commas")
     parser.add_argument("--show", action="store_true", help="print what the file holds, measure nothing")
     parser.add_argument("--repeats", type=int, help="turns of each case (seeds), 3 by default")
     parser.add_argument("--again", action="store_true", help="start over instead of going on")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="original images")
-    parser.add_argument("--cache", type=Path, default=cache, help="images, environment, results")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="images, environment, results")
     parser.add_argument("--results", type=Path, help="file of results; by default in the cache")
     parser.add_argument("--page", type=Path, help="put the tables into this page of docs")
     parser.add_argument("--threads", type=int, default=count_cores(), help="of every tool")

@@ -22,7 +22,7 @@ class Network:
 
     Attributes:
         arch: torchvision's name.
-        data: ``photographs`` or ``cifar``.
+        data: ``photographs``, ``cifar`` or ``drawn``, which need no originals.
         img_size: pixels.
         batch_size: images a step.
     """
@@ -38,6 +38,7 @@ NETWORKS = {
     "resnet18": Network("resnet18", "cifar", 64, 32),
     "resnet50": Network("resnet50", "cifar", 64, 32),
     "resnet50-gpu": Network("resnet50", "cifar", 224, 256),
+    "resnet50-drawn": Network("resnet50", "drawn", 224, 256),
 }
 ON_CPU = ("squeezenet", "resnet18", "resnet50")
 
@@ -65,7 +66,9 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def find_folder(network: Network, bench: Bench) -> Path:
-    """Return the data folder of a network, with ``train`` and ``val``."""
+    """Return the data folder of a network, with ``train`` and ``val`` unless it is drawn."""
+    if network.data == "drawn":
+        return find_blobs(100 if bench.quick else 4000, bench, 64 if bench.quick else 400)
     target = bench.cache / f"{network.data}{'-quick' if bench.quick else ''}"
     if network.data == "photographs":
         return make_once(target, lambda to: _copy_photographs(bench, to))
@@ -155,12 +158,18 @@ def _save_small_network(target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def find_blobs(number: int, bench: Bench) -> Path:
-    """Return a folder with so many drawn images of 32 pixels in ten classes: for counting, not to learn."""
-    return make_once(bench.cache / f"blobs-{number}", lambda to: _draw_blobs(number, to))
+def find_blobs(number: int, bench: Bench, size: int = 32) -> Path:
+    """Return a folder with so many drawn images in ten classes: for counting, not to learn.
+
+    Args:
+        number: of images.
+        bench: for its cache.
+        size: pixels of a side.
+    """
+    return make_once(bench.cache / f"blobs-{number}-{size}", lambda to: _draw_blobs(number, size, to))
 
 
-def _draw_blobs(number: int, target: Path) -> None:
+def _draw_blobs(number: int, size: int, target: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -169,4 +178,4 @@ def _draw_blobs(number: int, target: Path) -> None:
         folder = target / f"class{index % 10}"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((32, 32)).save(folder / f"{index:06}.jpg", quality=90)
+        Image.fromarray(pixels).resize((size, size)).save(folder / f"{index:06}.jpg", quality=90)

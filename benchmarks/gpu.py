@@ -2,22 +2,35 @@
 
 The limit is not a number from a data sheet, but the rate at which this very GPU multiplies large bfloat16
 matrices. Operations of the network are counted by torch, forward and backward. Images lie on the GPU.
+
+    python -m benchmarks.gpu --first-hour [--device cuda] [--quick] [--again] [ITEM ...]
+
+runs what a new GPU should be tried with, in order (:mod:`benchmarks.first_hour`). What is done and as
+expected is not run again.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import first_hour
 from benchmarks.data import find_network
+from benchmarks.first_hour_items import ITEMS
 from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.limits import BARE, build
+from benchmarks.machine import CACHE
 from benchmarks.results import Figures
+from finetune.errors import FinetuneError
+from finetune.system.device import resolve_device
 
 MATRIX = 8192
 
@@ -81,3 +94,35 @@ COLUMNS = {
     "% of it": "training_percent",
 }
 QUESTION = Question("gpu", plan, measure, COLUMNS)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the first hour's list, or one of its items in this process."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=first_hour.__doc__)
+    parser.add_argument("items", nargs="*", metavar="ITEM", help=", ".join(item.name for item in ITEMS))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--first-hour", action="store_true", help="run the list, or the items that are named")
+    what.add_argument("--item", choices=[item.name for item in ITEMS], help="run one in this process")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, cuda:N, or cpu to try the list with small sizes"
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes: to see that it works")
+    parser.add_argument("--again", action="store_true", help="start over instead of going on")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="images, results")
+    options = parser.parse_args(words)
+    if unknown := set(options.items) - {item.name for item in ITEMS}:
+        parser.error(f"there is no item {', '.join(sorted(unknown))}")
+    options.quick, options.cache = options.quick or options.device == "cpu", options.cache.absolute()
+    if options.item:
+        first_hour.act(options)
+        return 0
+    try:
+        resolve_device(options.device)
+    except FinetuneError as error:
+        sys.stderr.write(f"No GPU was found. {error}\n")
+        return error.exit_code
+    return int(any(result.failed for result in first_hour.run_list(options, options.items)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ from typing import Any
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "finetune")
 ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
 
 
 def describe_machine(threads: int, workers: int, quick: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ sys.path.insert(
 )  # the benchmarks are not installed, they run from the checkout
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, harness, peers_env, safety, strategies, transfer
+from benchmarks import accuracy, first_hour, gpu, harness, peers_env, safety, strategies, transfer
 from benchmarks.data import SQUEEZENET, find_folder, find_network
 from benchmarks.harness import Bench, Case, Question, Turn, measure_apart, plan_turns
 from benchmarks.page import fill_page, write_section
 from benchmarks.results import DifferentMachineError, Figures, Result, Results
 from benchmarks.timing import ProcessFailedError, run_timed
+from finetune.errors import ExitCode
 
 MACHINE = {"processor": "a processor", "cores": 2, "memory_gb": 8, "torch": "2.15.0", "threads": 2}
 MACHINE |= {"system": "Linux", "revision": "abc", "finetune": "0.1.0", "workers": 1, "when": "2026-01-01"}
@@ -293,6 +295,52 @@ def test_the_table_of_transfer(tmp_path: Path) -> None:
     assert "| +20.0 ± 0.0 (`top`) |" in text, "chosen by validation images, not by the test images"
     transfer.draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+# --- the first hour on a GPU -----------------------------------------------------------------------------
+
+
+def test_the_first_hour_says_that_there_is_no_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main(["--first-hour", "--cache", str(tmp_path)]) == ExitCode.ENVIRONMENT
+    said = capsys.readouterr()
+    assert "No GPU was found" in said.err and "--device cpu" in said.err and not said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_hour_runs_items_and_goes_on_after_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For real, on a CPU; the images of the third cannot be had."""
+    (tmp_path / "blobs-40-32").write_text("not a folder")
+    words = ["--first-hour", "--device", "cpu", "--cache", str(tmp_path), "tests", "versions", "freeze"]
+    assert gpu.main(words) == 1
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [(row[0], row[-1]) for row in rows[2:]] == [
+        ("| versions", "ok |"),
+        ("| tests", "- |"),
+        ("| freeze", "FAIL |"),
+    ]
+    assert rows[2][1].startswith("torch ") and rows[3][1] == "needs 1 GPU" and "exit status 1" in rows[4][1]
+    (tmp_path / "blobs-40-32").unlink()
+    assert gpu.main(words) == 0
+    said = capsys.readouterr()
+    assert "| freeze | load " in said.out and "versions" not in said.err, "it was done, and is not run again"
+
+
+def test_an_item_of_the_first_hour_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_hour, "QUICK_SECONDS", 0.2)
+    options = Namespace(cache=tmp_path, device="cpu", quick=True)
+    assert "exit status -9" in first_hour.run_item(first_hour.ITEMS[0], options).failed
+
+
+def test_the_first_hour_is_the_list_of_its_page() -> None:
+    page = (Path(__file__).parent / "gpu" / "README.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in page.splitlines()]
+    rows = [row for row in rows if len(row) == 3][1:]
+    assert [(row[0], row[2]) for row in rows] == [(item.name, item.expected) for item in first_hour.ITEMS]
 
 
 # --- a small pass of each --------------------------------------------------------------------------------
