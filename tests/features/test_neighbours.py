@@ -92,7 +92,7 @@ def test_fewer_images_than_neighbours() -> None:
     assert leave_one_out(rows, torch.arange(3), torch.tensor([0, 0, 1]), 2).tolist() == [True, True, False]
 
 
-def test_a_image_without_features_is_near_to_none() -> None:
+def test_an_image_without_features_is_near_to_none() -> None:
     rows = torch.cat([torch.zeros(1, 3), torch.eye(3)])
     found = classify(MemoryRows(rows), torch.arange(1, 4), torch.tensor([2, 1, 0]), torch.tensor([0]), 3)
     assert found.tolist() == [0]  # three equal votes, and no number that is none

@@ -239,7 +239,7 @@ def test_lost_images_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: p
     assert first[2].lost == second[2].lost == one[2].lost != {}
 
 
-def test_a_image_that_is_left_alone_is_not_learnt_from(uneven: Path) -> None:
+def test_an_image_that_is_left_alone_is_not_learnt_from(uneven: Path) -> None:
     """BatchNorm cannot train on a single value."""
 
     def work(distributed: Distributed) -> tuple[int, int, float]:
