@@ -166,18 +166,16 @@ def train_same_bits(optimizer: str, trial: Trial) -> Outcome:
     losses = [[(row["train_loss"], row["eval_loss"]) for row in run] for run in rows]
     tables = [(trial.place / name / "predictions.csv").read_bytes() for name in ("one", "two")]
     same = losses[0] == losses[1], tables[0] == tables[1]
-    return f"losses {'equal' if same[0] else losses}, predictions {'equal' if same[1] else 'differ'}", all(
-        same
-    )
+    said = f"losses {'equal' if same[0] else losses}, predictions {'equal' if same[1] else 'differ'}"
+    return said, all(same)
 
 
 def train_float16(trial: Trial) -> Outcome:
     """float16 with SGD, which begins with steps that overflow."""
     words = ("--strategy", "full", "--set", "training.precision=float16", "--epochs", 2)
     metrics = train(trial, "run", *words)
-    return f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}", trial.bench.quick or metrics[
-        "accuracy"
-    ] > 0.3
+    said = f"loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.3f}"
+    return said, trial.bench.quick or metrics["accuracy"] > 0.3
 
 
 def train_with_little_memory(trial: Trial) -> Outcome:
@@ -352,18 +350,9 @@ def lose_process(trial: Trial) -> Outcome:
 
 def start_run(trial: Trial, *words: object) -> subprocess.Popen[bytes]:
     """Start a training in the background; the end of the block waits for it."""
-    command = [
-        "-m",
-        "finetune",
-        "run",
-        "--backbone",
-        SMALL,
-        "--strategy",
-        "full",
-        "--data",
-        find_digits(trial),
-    ]
-    command += ["--img-size", str(trial.size(64, 32)), "--output", str(trial.place / "run")]
+    command = ["-m", "finetune", "run", "--backbone", SMALL, "--strategy", "full"]
+    command += ["--data", find_digits(trial), "--img-size", str(trial.size(64, 32))]
+    command += ["--output", str(trial.place / "run")]
     return subprocess.Popen([sys.executable, *command, *map(str, words)])  # noqa: S603 - our own words
 
 
@@ -372,10 +361,8 @@ def find_rank(rank: int, folder: Path) -> Iterator[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             variables = (entry / "environ").read_bytes().split(b"\0")
-            if (
-                f"RANK={rank}".encode() in variables
-                and str(folder).encode() in (entry / "cmdline").read_bytes()
-            ):
+            is_ours = str(folder).encode() in (entry / "cmdline").read_bytes()
+            if is_ours and f"RANK={rank}".encode() in variables:
                 yield int(entry.name)
 
 
