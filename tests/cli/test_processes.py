@@ -156,7 +156,7 @@ def test_processes_under_a_launcher(
     done = cli(*words, "--processes", 2)
     assert (done.exit_code, "has already started the processes of this job" in done.stderr) == (2, True)
     done = cli(*words, "--repeats", 2)
-    assert (done.exit_code, "the processes of one run" in done.stderr) == (2, True)
+    assert (done.exit_code, "the processes of a single run" in done.stderr) == (2, True)
     assert cli("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2).exit_code == 2
 
 
@@ -207,10 +207,10 @@ def test_standard_input_cannot_be_shared(tiny: Path, tmp_path: Path) -> None:
 
 BLOCKED = """
 import ctypes, os, sys
-from finetune.cli.output import refusals
+from finetune.cli.output import handled_errors
 from finetune.cli.processes import joined_processes
 
-with refusals(True), joined_processes("cpu", 600, True) as distributed:
+with handled_errors(True), joined_processes("cpu", 600, True) as distributed:
     distributed.wait()
     print("here", file=sys.stderr, flush=True)
     ctypes.CDLL(None).pause()  # as in a collective of NCCL: Python runs in no main thread
