@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-RAY = ["ray", "start", "--block", "--num-cpus", "1", "--num-gpus", "0", "--disable-usage-stats"]
+PROGRAM = str(Path(sys.executable).with_name("ray"))  # an environment need not be activated
+RAY = [PROGRAM, "start", "--block", "--num-cpus", "1", "--num-gpus", "0", "--disable-usage-stats"]
 _PATIENCE = 180
 
 
