@@ -57,12 +57,15 @@ def validate(values: dict[str, Any]) -> Recipe:
     """Return the recipe of plain values; lists, the only sequences of YAML, become tuples."""
     if values.get("cache") == "off":
         values = values | {"cache": {"trunk": False, "pictures": False}}
-    return Recipe.model_validate(_tuples(values))
+    return Recipe.model_validate(_as_in_yaml(values))
 
 
-def _tuples(value: Any) -> Any:
+def _as_in_yaml(value: Any) -> Any:
+    """Return a plain value as a recipe file would give it, so that a valid recipe can be saved."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
+        return {key: _as_in_yaml(item) for key, item in value.items()}
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST_NUMBER:
+        return hex(value)  # text, which no key accepts as a number; decimal text has a limit of its own
     return tuple(value) if isinstance(value, list) else value
 
 

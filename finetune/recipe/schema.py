@@ -339,6 +339,7 @@ class Recipe(_Section):
         yaml = YAML(typ="safe", pure=True)
         yaml.Representer = _Representer
         yaml.default_flow_style = False
+        yaml.width = 2**16  # a folded line cannot keep every character beside the fold
         yaml.sort_base_mapping_type_on_output = False
         yaml.dump(self.to_dict(), buffer)
         return buffer.getvalue()

@@ -326,7 +326,7 @@ from pathlib import Path
 import torch
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
-from finetune.data.loader import Loader, Placement
+from finetune.data.loader import ImageLoader, Placement
 from finetune.data.transforms import build_eval_transform
 from finetune.runs.claim import locked
 from pretrained.catalog import Preprocessing
@@ -334,8 +334,9 @@ from pretrained.catalog import Preprocessing
 dataset = discover(Path(sys.argv[1]), SplitConfig(0.2, 0))
 place = Placement(torch.device("cpu"), False)
 view = build_eval_transform(Preprocessing(img_size=16))
-loader = Loader(
-    dataset, dataset.of("train"), view, batch_size=4, placement=place, workers=2, seed=0, shuffle=True
+loader = ImageLoader(
+    dataset, dataset.of("train"), view, batch_size=4, placement=place, workers=2, seed=0, shuffle=True,
+    persistent=True,
 )
 with locked(Path(sys.argv[2])):
     next(loader.batches())
