@@ -241,11 +241,23 @@ def _choose_splits(
     return chosen
 
 
+def _are_renamed(unknown: Sequence[str], classes: Sequence[str]) -> bool:
+    """Return whether at least half of the names are like one of the model's, only spelt differently."""
+    return 2 * sum(bool(suggest(name, classes)) for name in unknown) >= len(unknown)
+
+
 def _number(
     reader: LayoutReader, splits: Mapping[Split, Mapping[str, Sequence[str]]], classes: Sequence[str]
 ) -> tuple[Sample, ...]:
     index = {name: number for number, name in enumerate(classes)}
-    unknown = sorted({name for found in splits.values() for name in found} - index.keys())
+    names = {name for found in splits.values() for name in found}
+    unknown = sorted(names - index.keys())
+    if unknown and len(unknown) == len(names) and not _are_renamed(unknown, classes):
+        raise reader.error(
+            f"holds other data: the model knows none of its {count(len(names), 'class', 'classes')} "
+            f"({some(unknown)}), only {some(classes)}",
+            "Name images of the model's classes.",
+        )
     if unknown:
         which = count(len(unknown), "class", "classes")
         raise reader.error(

@@ -136,6 +136,11 @@ class Trainer:
             return measure_features(network, loader, self.precision, self.seed, advance, parts)
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether the training resumes from a checkpoint; defined before :meth:`fit`."""
+        return self._start is not None
+
+    @property
     def predictions(self) -> Predictions:
         """Predictions on the validation split in the best epoch; available after :meth:`fit`."""
         assert self._best_predictions is not None

@@ -628,6 +628,8 @@ def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
         ("../out.jpg,x,train", "'../out.jpg' lies outside the folder of the CSV file"),
         ("/etc/passwd,x,train", "'/etc/passwd' lies outside the folder of the CSV file"),
         ("a.jpg,x,train", "'a.jpg' is listed twice"),
+        ("a.jpg,y,train", "'a.jpg' is under two labels, 'x' and 'y'"),
+        ("a.jpg,y,val", "'a.jpg' is under two labels, 'x' and 'y'"),
         ("./sub/../a.jpg,x,val", "'./sub/../a.jpg' is in train and again in val"),
         ("b.jpg,x,", "split '' is not one of train, val, test"),
         ("b.jpg", "the label '' is empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +55,9 @@ class ScannedDataset:
     @cached_property
     def contrasts(self) -> NDArray[np.float32]:
         """Standard deviations of their thumbnails, in grey levels (0 to 127.5); (N,)."""
-        thumbnails: NDArray[Any] = self.scan.rows["thumbnail"].reshape(len(self.samples), -1)
+        thumbnails: NDArray[Any] = self.scan.rows["thumbnail"]
+        # The number of pixels is written out, since numpy cannot infer it from no image at all.
+        thumbnails = thumbnails.reshape(len(self.samples), math.prod(thumbnails.shape[1:]))
         found: NDArray[np.float32] = thumbnails.std(axis=1, dtype=np.float32)
         return found
 
