@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -165,6 +165,26 @@ class Issue:
             "fix": self.fix,
             "paths": list(self.paths),
         }
+
+
+_ORDER = ("error", "warning", "note")
+
+
+def to_check(issues: Sequence[Issue], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of ``check.json``."""
+    numbers = {severity: sum(issue.severity == severity for issue in issues) for severity in _ORDER}
+    return {
+        "errors": numbers["error"],
+        "warnings": numbers["warning"],
+        "notes": numbers["note"],
+        "findings": [issue.to_dict() for issue in sort_issues(issues)],
+        "summary": summary,
+    }
+
+
+def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
+    """Return issues with errors first and notes last."""
+    return tuple(sorted(issues, key=lambda issue: _ORDER.index(issue.severity)))
 
 
 def describe_images(dataset: Dataset, digests: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:

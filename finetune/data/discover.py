@@ -96,6 +96,14 @@ def _discover(
     return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(reader.issues))
 
 
+def find_missing(data: Path) -> DataError | None:
+    """Return the error of a path that does not exist; None if it does, or names a sample."""
+    if is_sample(data) or os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
+        return None
+    found = printable(f"does not exist{suggest(data.name, names_in(data.absolute().parent))}")
+    return DataError(f"--data {printable(data)}", found, "Give a folder of images or a CSV file.")
+
+
 def read_data(
     reader: LayoutReader, data: Path, on_progress: Progress | None = None, group_by: str | None = None
 ) -> bool:
@@ -109,11 +117,8 @@ def read_data(
         reader.root = open_sample(data)
         read_folder(reader)
         return False
-    if not os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
-        siblings = names_in(reader.root.parent)
-        raise reader.error(
-            f"does not exist{suggest(data.name, siblings)}", "Give a folder of images or a CSV file."
-        )
+    if missing := find_missing(data):
+        raise missing
     suffix = data.suffix.lower() if data.is_file() else ""
     if data.is_dir():
         read_folder(reader)

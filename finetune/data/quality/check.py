@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from finetune.data.dataset import Dataset, Issue
+from finetune.data.dataset import Dataset, Issue, to_check
 from finetune.data.discover import discover_leniently
 from finetune.data.prepare import check_outside, create_new_folder
-from finetune.data.quality.report import inspect_dataset, to_check
+from finetune.data.quality.report import inspect_dataset
 from finetune.data.quality.sheet import find_sections
 from finetune.data.scan import CheckedImages, scan_images
 from finetune.data.split import SplitConfig, keep_copies_together

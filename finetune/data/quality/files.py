@@ -216,7 +216,7 @@ def find_oddity_issues(scanned: ScannedDataset, odd: Oddities) -> Iterator[Issue
             shown = ", ".join(_describe(scanned, index, code in _SHOWING_FORMAT) for index in indices[:3])
             number = count(len(indices), "image", "images")
             message = f"{number} {description.format(main=main)}: {shown}{_more(len(indices), 3)}."
-            yield Issue(code, "warning", message, fix, len(indices), scanned.paths(indices))
+            yield Issue(code, "warning", message, fix, len(indices), scanned.first_paths(indices))
 
 
 def _describe(scanned: ScannedDataset, index: int, shows_format: bool) -> str:

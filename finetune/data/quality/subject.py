@@ -16,7 +16,7 @@ from finetune.data.scan import CheckedImages
 from finetune.data.scan_cache import ScanResult
 
 SHOWN_PATHS = 20
-"""Most images that an issue names."""
+"""Most images that an issue names, unless they belong together, as copies do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,10 @@ class ScannedDataset:
         return found
 
     def paths(self, indices: Iterable[int]) -> tuple[str, ...]:
+        """Return the paths of images."""
+        return tuple(self.samples[index].path for index in indices)
+
+    def first_paths(self, indices: Iterable[int]) -> tuple[str, ...]:
         """Return the paths of the first ``SHOWN_PATHS`` images."""
         return tuple(self.samples[index].path for index, _ in zip(indices, range(SHOWN_PATHS), strict=False))
 
