@@ -285,11 +285,11 @@ def find_misfit(
         if unlike := sorted(name for name in shapes.keys() & kept.keys() if shapes[name] != kept[name]):
             name = unlike[0]
             shown = f"{name} is {tuple(kept[name])}, and {tuple(shapes[name])} in this network"
-            return f"{len(unlike)} tensors of its checkpoint have another shape: {shown}"
+            return f"tensors of its checkpoint have another shape ({len(unlike)}): {shown}"
         if missing := sorted(shapes.keys() - kept.keys()):
-            return f"{len(missing)} tensors that would now be trained were not before, such as {missing[0]}"
+            return f"tensors that would now be trained were not before ({len(missing)}), such as {missing[0]}"
         if extra := sorted(kept.keys() - shapes.keys()):
-            return f"{len(extra)} tensors that were trained would not be now, such as {extra[0]}"
+            return f"tensors that were trained would not be now ({len(extra)}), such as {extra[0]}"
     for snapshot in snapshots[:2]:
         if has_average and snapshot.under("ema.").keys() != shapes.keys():
             return "its checkpoint holds no moving average of the weights (training.ema_decay)"
