@@ -51,7 +51,8 @@ def clear() -> None:
         left = len(cache_dir.list())
         in_use = f"; {left} in use by a run or owned by another user, kept" if left else ""
         typer.echo(
-            f"{number} {'file' if number == 1 else 'files'} removed from {cache_dir.folder.parent}, {_size(num_bytes)} freed{in_use}",
+            f"{number} {'file' if number == 1 else 'files'} removed from {cache_dir.folder.parent}, "
+            f"{_size(num_bytes)} freed{in_use}",
             err=True,
         )
 

@@ -170,7 +170,8 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
     ]
     if cells:
         print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
+    labels = "label" if len(found.rows) == 1 else "labels"
     typer.echo(
-        f"{len(found.rows)} suspected {'label' if len(found.rows) == 1 else 'labels'} among {found.num_scored} images (linear classifiers that had "
+        f"{len(found.rows)} suspected {labels} among {found.num_scored} images (linear classifiers that had "
         f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
     )
