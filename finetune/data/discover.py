@@ -15,10 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.data.archive import KINDS, Progress, open_archive
+from finetune.data.archive import (
+    KINDS,
+    Progress,
+    find_split_archives,
+    open_archive,
+    open_split_archives,
+)
+from finetune.data.class_folders import read_folder
 from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
-from finetune.data.folders import images_below, read_folder
-from finetune.data.layout import SPLIT_NAMES, LayoutReader, count, is_junk, names_in, printable, some
+from finetune.data.entries import is_archive
+from finetune.data.folders import images_below
+from finetune.data.layout import LayoutReader, count, is_junk, names_in, printable, some
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
     FOLD_FIX,
@@ -29,6 +37,7 @@ from finetune.data.split import (
     find_indivisible,
     split_off,
 )
+from finetune.data.split_folders import choose, is_plain
 from finetune.data.table import read_csv
 from finetune.errors import DataError, suggest
 
@@ -86,6 +95,7 @@ def _discover(
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(reader, data, on_progress, config.group_by)
+    _join_spellings(reader)
     if reader.is_lenient and not reader.splits.get("train"):
         return None
     for by_class in reader.splits.values():  # only a lenient reader still has links that lead out
@@ -115,19 +125,21 @@ def read_data(
     """
     if is_sample(data):
         reader.root = open_sample(data)
-        read_folder(reader)
+        read_folder(reader, group_by)
         return False
     if missing := find_missing(data):
         raise missing
     suffix = data.suffix.lower() if data.is_file() else ""
     if data.is_dir():
-        read_folder(reader)
+        if packed := find_split_archives(data):
+            reader.root, reader.from_archive = open_split_archives(reader, packed, on_progress), True
+        read_folder(reader, group_by)
     elif suffix == ".csv":
         reader.root = reader.root.parent
         read_csv(reader, data, group_by)
-    elif suffix == ".zip":
+    elif suffix and is_archive(data.name):
         reader.root, reader.from_archive = open_archive(reader, data, on_progress), True
-        read_folder(reader)
+        read_folder(reader, group_by)
     else:
         raise _refuse_kind(reader, suffix)
     return suffix == ".csv"
@@ -136,12 +148,12 @@ def read_data(
 def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
     if suffix in KINDS:
         return reader.error(
-            f"is a {KINDS[suffix]} archive, and only zip is read",
+            f"is a {KINDS[suffix]} archive, and only zip, tar and tar.gz are read",
             "Unpack it first, and give the folder.",
         )
     return reader.error(
-        "is neither a folder, a zip archive nor a CSV file",
-        "Give a folder of class folders, a zip archive of it, or a CSV file with path,label[,split].",
+        "is neither a folder, a zip or tar archive nor a CSV file",
+        "Give a folder of class folders, a zip or tar archive of it, or a CSV file with path,label[,split].",
     )
 
 
@@ -177,8 +189,8 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
         return
     # An archive unpacked into a folder of its own name is the usual reason.
     inside = reader.root / classes[0]
-    folders = [name for name in names_in(inside) if (inside / name).is_dir() and not name.startswith(".")]
-    nested = len(folders) >= 2 or any(name.lower() == "train" for name in folders)
+    folders = [name for name in names_in(inside) if (inside / name).is_dir() and not is_junk(name)]
+    nested = len(folders) >= 2 or "train" in choose(folders)
     fix = "Add the images of at least one more class."
     if nested:
         fix = f"Did you mean --data {printable(inside)}?"
@@ -186,6 +198,36 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
         fix = "Pack it so that the class folders, or train/, lie at the top."
     found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
     reader.reject("class-one", found, fix)
+
+
+def _join_spellings(reader: LayoutReader) -> None:
+    """Join classes whose names differ in their Unicode form only, as macOS and other systems write them.
+
+    The class has the name that the training split gives it, or its composed form if that gives several.
+    """
+    spelled: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for split in SPLITS:
+        for name in reader.splits.get(split, {}):
+            spelled[unicodedata.normalize("NFC", name)][name] = None
+    train = reader.splits.get("train", {})
+    chosen = {}
+    for form, names in spelled.items():
+        own = [name for name in names if name in train] or list(names)
+        chosen.update(dict.fromkeys(names, own[0] if len(own) == 1 else form))
+    joined = sorted({chosen[name] for names in spelled.values() if len(names) > 1 for name in names})
+    if not joined:
+        return
+    for split, by_class in reader.splits.items():
+        merged: dict[str, list[str]] = {}
+        for name, paths in by_class.items():
+            merged.setdefault(chosen[name], []).extend(paths)
+        reader.splits[split] = merged
+    reader.warn(
+        "class-joined",
+        f"Class names that differ in their Unicode form only were read as one class: {some(joined)}.",
+        "Give the folders of one class the same name.",
+        len(joined),
+    )
 
 
 def _compare_with_training(reader: LayoutReader, split: Split) -> None:
@@ -214,7 +256,7 @@ def _compare_with_training(reader: LayoutReader, split: Split) -> None:
 
 
 def _warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
-    """Warn about classes that differ only in letter case or in the encoding of an accent."""
+    """Warn about classes that differ only in letter case."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[unicodedata.normalize("NFC", name).casefold()].append(name)
@@ -313,7 +355,7 @@ def find_images(
     Raises:
         DataError: there is no image, or the layout is ambiguous.
     """
-    if not _is_unlabelled(data):
+    if not _is_unlabelled(data) or find_split_archives(data):
         return discover(data, config, follow_links, on_progress)
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
     images, _ = images_below(reader, "")
@@ -327,4 +369,4 @@ def _is_unlabelled(data: Path) -> bool:
     if not data.is_dir():
         return False
     folders = [name for name in names_in(data) if not is_junk(name) and (data / name).is_dir()]
-    return len(folders) < 2 and not any(name.lower() in SPLIT_NAMES for name in folders)
+    return len(folders) < 2 and not any(map(is_plain, folders)) and "train" not in choose(folders)
