@@ -66,11 +66,11 @@ def _read_splits(
         if leads_out(reader, name):
             continue
         inside, loose = listing(reader, name)
-        if _is_unlabelled_test(reader, name, split, inside):
-            _warn_unlabelled(reader, name, inside, loose)
-            continue
         if (labelled := read_one_hot(reader, name, inside, loose)) is not None:
             reader.splits[split] = labelled
+            continue
+        if _is_unlabelled_test(reader, name, split, inside):
+            _warn_unlabelled(reader, name, inside, loose)
             continue
         _refuse_no_classes(reader, name, inside, loose)
         reader.splits[split] = read_classes(reader, name, inside, loose, split)

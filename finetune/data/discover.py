@@ -27,6 +27,7 @@ from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
 from finetune.data.entries import is_archive
 from finetune.data.folders import images_below
 from finetune.data.layout import LayoutReader, count, is_junk, names_in, printable, some
+from finetune.data.lists import name_lists
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
     FOLD_FIX,
@@ -197,7 +198,7 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
     if nested and reader.from_archive:  # the user has never seen the path into the cache
         fix = "Pack it so that the class folders, or train/, lie at the top."
     found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
-    reader.reject("class-one", found, fix)
+    reader.reject("class-one", found, fix + name_lists(reader, "", names_in(reader.root)))
 
 
 def _join_spellings(reader: LayoutReader) -> None:

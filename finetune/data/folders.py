@@ -21,6 +21,8 @@ from finetune.data.layout import (
     printable,
 )
 
+_LISTS = (".txt", ".csv", ".json", ".mat")
+
 
 def read_classes(
     reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str], split: Split
@@ -37,6 +39,7 @@ def read_classes(
     classes: dict[str, list[str]] = {}
     empty: list[str] = []
     ignored: Counter[str] = Counter()
+    listed = False
     for name in folders:
         folder = f"{top}/{name}" if top else name
         images, others = images_below(reader, folder)
@@ -46,14 +49,16 @@ def read_classes(
             classes[name] = images
             ignored += others
         else:
+            listed = listed or any(others[suffix] for suffix in _LISTS)
             empty.append(f"{folder!r} holds no images{extensions(others, ', only ')}")
     # Links that lead out were not followed: report the link, and not that images are missing.
     if empty and not reader.links_out and (split == "train" or not classes):
+        lists = " If it holds lists of labels, give a CSV file with path,label[,split]." if listed else ""
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
         reader.reject(
             "class-empty",
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
-            f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
+            f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.{lists}",
             len(empty),
         )
     _warn_ignored(reader, top, files, ignored)

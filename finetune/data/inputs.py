@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,6 +252,10 @@ def _number(
 ) -> tuple[Sample, ...]:
     index = {name: number for number, name in enumerate(classes)}
     names = {name for found in splits.values() for name in found}
+    forms = {unicodedata.normalize("NFC", name): number for name, number in index.items()}
+    for name in names:
+        if (number := forms.get(unicodedata.normalize("NFC", name))) is not None:
+            index.setdefault(name, number)
     unknown = sorted(names - index.keys())
     if unknown and len(unknown) == len(names) and not _are_renamed(unknown, classes):
         raise reader.error(

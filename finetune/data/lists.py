@@ -72,12 +72,18 @@ def _read_table(reader: LayoutReader, name: str, group_by: str | None) -> None:
 def advise_list(reader: LayoutReader, top: str, files: Sequence[str]) -> str:
     """Return what to do about images without class folders; names the lists beside them."""
     fix = "Put the images of each class into a folder with the name of the class."
+    return fix + name_lists(reader, top, files)
+
+
+def name_lists(reader: LayoutReader, top: str, files: Sequence[str]) -> str:
+    """Return a sentence about the lists in the folder ``top`` and in the root; "" if there are none."""
     lists = [f"{top}/{name}".lstrip("/") for name in files if _may_be_list(name)]
-    lists += [name for name in names_in(reader.root) if top and _may_be_list(name)]
+    if top:
+        lists += [name for name in names_in(reader.root) if _may_be_list(name)]
     if not lists:
-        return fix
-    shown = some(lists)
-    return f"{fix} Or give a CSV file with path,label[,split]; {shown} beside the images may hold the labels."
+        return ""
+    said = f"{some(lists)} beside the images may hold the labels."
+    return f" Or give a CSV file with path,label[,split]; {said}"
 
 
 def _may_be_list(name: str) -> bool:

@@ -100,10 +100,10 @@ def choose(names: Iterable[str]) -> dict[Split, list[str]]:
     found = parse_all(names)
     chosen = _by_split(one for one in found if one.is_certain)
     if "train" not in chosen:
-        for rest in dict.fromkeys(one.rest for one in found):
-            group = _by_split(one for one in found if one.rest == rest)
-            if "train" in group and len(group) > 1:
-                return group
+        rests = dict.fromkeys(one.rest for one in found if one.split == "train")
+        group = _by_split(one for one in found if one.rest in rests)
+        if len(rests) == 1 and len(group) > 1:
+            return group
     return chosen
 
 
