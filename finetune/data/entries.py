@@ -238,12 +238,18 @@ class TarEntries:
 
 
 _CODECS = (
-    ("cp437", ("LATIN",)), ("cp850", ("LATIN",)), ("cp852", ("LATIN",)),
-    ("cp1252", ("LATIN",)), ("cp1250", ("LATIN",)),
-    ("cp866", ("CYRILLIC",)), ("cp1251", ("CYRILLIC",)),
-    ("cp932", ("HIRAGANA", "KATAKANA", "CJK")), ("gbk", ("CJK",)), ("big5", ("CJK",)), ("cp949", ("HANGUL",)),
+    (
+        ("cp437", ("LATIN",)), ("cp850", ("LATIN",)), ("cp852", ("LATIN",)), ("cp866", ("CYRILLIC",)),
+        ("cp932", ("HIRAGANA", "KATAKANA", "CJK")), ("gb2312", ("CJK",)), ("big5", ("CJK",)),
+        ("euc_kr", ("HANGUL",)),
+    ),
+    (("cp1252", ("LATIN",)), ("cp1250", ("LATIN",)), ("cp1251", ("CYRILLIC",))),
 )  # fmt: skip
-"""Encodings of names that packers write without saying so, and the scripts that each is used for."""
+"""Encodings of names that packers write without saying so, and the scripts that each is used for.
+
+First what zip tools of DOS and Windows write; the others only where none of these fits.
+"""
+_RARE_BIG5 = re.compile(rb"[\xc7-\xfe][\x40-\x7e\xa1-\xfe]")
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -279,16 +285,25 @@ def find_readings(names: Iterable[bytes]) -> dict[str, Sequence[str]]:
     """
     raws = sorted(set(names))
     readings: dict[str, Sequence[str]] = {}
-    if not raws:
-        return readings
-    for codec, scripts in _CODECS:
-        try:
-            texts = [raw.decode(codec) for raw in raws]
-        except UnicodeDecodeError:
-            continue
-        if texts not in readings.values() and all(_is_plausible(text, scripts) for text in texts):
-            readings[codec] = texts
+    for codecs in _CODECS if raws else ():
+        for codec, scripts in codecs:
+            texts = _read_all(raws, codec)
+            if texts not in [None, *readings.values()] and all(
+                _is_plausible(text, scripts) for text in texts or ()
+            ):
+                readings[codec] = texts or []
+        if readings:
+            break
     return readings
+
+
+def _read_all(raws: Sequence[bytes], codec: str) -> list[str] | None:
+    try:
+        texts = [raw.decode(codec) for raw in raws]
+    except UnicodeDecodeError:
+        return None
+    # Nearly all pairs of bytes are some character of Big5; names use the common ones.
+    return None if codec == "big5" and any(map(_RARE_BIG5.search, raws)) else texts
 
 
 def _is_plausible(text: str, scripts: Sequence[str]) -> bool:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from finetune.data.dataset import Split
+from finetune.data.entries import is_archive
 from finetune.data.folders import class_names, images_below, is_image, peek
-from finetune.data.layout import LayoutReader, count, name_fault, names_in, quoted, some
+from finetune.data.layout import LayoutReader, count, name_fault, names_in, printable, quoted, some
 from finetune.data.table import read_csv
 
 TABLES = frozenset({".csv", ".tsv"})
@@ -71,6 +72,8 @@ def _read_table(reader: LayoutReader, name: str, group_by: str | None) -> None:
 
 def advise_list(reader: LayoutReader, top: str, files: Sequence[str]) -> str:
     """Return what to do about images without class folders; names the lists beside them."""
+    if packed := [name for name in files if is_archive(name)]:
+        return f"Unpack {some(packed)}, or name one: --data {printable(reader.root / packed[0])}."
     fix = "Put the images of each class into a folder with the name of the class."
     return fix + name_lists(reader, top, files)
 
