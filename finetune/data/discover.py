@@ -44,7 +44,11 @@ from finetune.errors import DataError, suggest
 
 
 def discover(
-    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+    data: Path,
+    config: SplitConfig,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    draws: bool = True,
 ) -> Dataset:
     """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and split.
 
@@ -54,6 +58,8 @@ def discover(
         config: how the validation split is made, where ``data`` gives none or folds are asked for.
         follow_links: read images through links that lead out of the folder.
         on_progress: called with (entries unpacked, entries in all) while an archive is unpacked.
+        draws: whether a validation split is drawn where the data give none; without it, all images that the
+            data give no split are training images.
 
     Raises:
         DataError: there is nothing to train on, or the layout is ambiguous.
@@ -61,7 +67,7 @@ def discover(
         DiskError: no space or no permission to unpack an archive.
     """
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    dataset = _discover(reader, data, config, on_progress)
+    dataset = _discover(reader, data, config, on_progress, draws)
     assert dataset is not None
     return dataset
 
@@ -92,7 +98,11 @@ def discover_leniently(
 
 
 def _discover(
-    reader: LayoutReader, data: Path, config: SplitConfig, on_progress: Progress | None
+    reader: LayoutReader,
+    data: Path,
+    config: SplitConfig,
+    on_progress: Progress | None,
+    draws: bool = True,
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(reader, data, on_progress, config.group_by)
@@ -102,8 +112,8 @@ def _discover(
     for by_class in reader.splits.values():  # only a lenient reader still has links that lead out
         for name, paths in by_class.items():
             by_class[name] = [path for path in paths if path not in reader.links_out]
-    drawn = "val" not in reader.splits or config.folds is not None
-    dataset = _dataset(reader, config)
+    drawn = (draws and "val" not in reader.splits) or config.folds is not None
+    dataset = _dataset(reader, config, drawn)
     return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(reader.issues))
 
 
@@ -158,8 +168,8 @@ def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
     )
 
 
-def _dataset(reader: LayoutReader, config: SplitConfig) -> Dataset:
-    """Apply the checks common to all layouts, draw the validation split, and number the classes."""
+def _dataset(reader: LayoutReader, config: SplitConfig, draws: bool) -> Dataset:
+    """Apply the checks common to all layouts, draw the validation split if asked to, number the classes."""
     train = reader.splits["train"]
     # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
     classes = tuple(sorted(train))
@@ -172,7 +182,7 @@ def _dataset(reader: LayoutReader, config: SplitConfig) -> Dataset:
     folds: dict[str, int] = {}
     if config.folds is not None and config.fold is not None:
         folds = _deal_folds(reader, config.folds, config.fold, config.seed, groups)
-    elif "val" in reader.splits:
+    elif not draws:
         _warn_singles(reader)
     else:
         _split_off_validation(reader, config.val_fraction, config.seed, groups)
@@ -346,7 +356,11 @@ def _deal_folds(
 
 
 def find_images(
-    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+    data: Path,
+    config: SplitConfig,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    draws: bool = True,
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
@@ -357,7 +371,7 @@ def find_images(
         DataError: there is no image, or the layout is ambiguous.
     """
     if not _is_unlabelled(data) or find_split_archives(data):
-        return discover(data, config, follow_links, on_progress)
+        return discover(data, config, follow_links, on_progress, draws)
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
     images, _ = images_below(reader, "")
     reader.check_links()

@@ -63,8 +63,13 @@ _PRECISION: Precision = "float32"
 """Precision of features. Users read them, so they keep all digits."""
 
 
-def open_images(recipe: Recipe, display: Display) -> Dataset:
-    """Find images: a folder with or without class folders, a zip archive, a CSV file, or the data of a run.
+def open_images(recipe: Recipe, display: Display, draws: bool = True) -> Dataset:
+    """Find images: a folder with or without class folders, an archive, a CSV file, or the data of a run.
+
+    Args:
+        recipe: names the data.
+        display: shows progress and warnings.
+        draws: whether a validation split is drawn where the data give none. A run's data keep its split.
 
     Raises:
         UsageError: no data were named.
@@ -77,7 +82,8 @@ def open_images(recipe: Recipe, display: Display) -> Dataset:
     own = began or recipe
     with display.count(f"reading {own.data.path}") as tell:
         data = Path(own.data.path or "")
-        dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell)
+        draws = draws or began is not None
+        dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell, draws)
     if began is not None:
         dataset = keep_split(dataset, run.folder, own)
         known = run.digests.keys()
