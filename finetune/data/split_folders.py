@@ -20,8 +20,8 @@ from finetune.data.layout import SPLIT_NAMES, LayoutReader, printable, some
 WORDS: dict[str, Split] = {
     "train": "train", "training": "train", "trn": "train",
     "val": "val", "valid": "val", "validation": "val", "validate": "val", "validating": "val", "dev": "val",
-    "eval": "val", "evaluation": "val",
-    "test": "test", "testing": "test", "tst": "test",
+    "vali": "val", "eval": "val", "evaluation": "val",
+    "test": "test", "testing": "test", "tst": "test", "tests": "test",
 }  # fmt: skip
 """Words for a split. ``eval`` also names test splits: see :func:`is_unsure`."""
 UNSURE = frozenset({"eval", "evaluation", "holdout", "heldout", "development"})
@@ -196,7 +196,10 @@ def refuse_unsure_beside(reader: LayoutReader, others: Sequence[str], splits: Ma
     for name in others:
         word = parse(name)
         is_missing = word is not None and word.split not in splits
-        if (is_missing or is_unsure(name)) and train & set(class_names(reader, name)):
+        own = set(class_names(reader, name))
+        # Beside train alone, a folder with the same classes is hardly anything else, whatever its name.
+        is_same = len(splits) == 1 and len(train & own) > 1 and 2 * len(train & own) > len(train | own)
+        if is_same or ((is_missing or is_unsure(name)) and train & own):
             raise reader.error(
                 f"has {name!r} beside {splits['train']!r}: it may be a split or not",
                 "Rename it to val or test, or move it out of the folder.",

@@ -70,6 +70,7 @@ TAKEN: tuple[Mapping[str, str], ...] = (
     {"train": "ILSVRC2012_img_train", "val": "ILSVRC2012_img_val"},
     {"train": "train.v2", "test": "test.v2"},
     {"train": "train", "val": "eval", "test": "test"},
+    {"train": "train", "val": "vali", "test": "tests"},
 )
 
 
@@ -104,6 +105,8 @@ def test_the_documented_names_need_no_word(tmp_path: Path, names: tuple[str, ...
         ("train", "val", "eval"),
         ("train", "test_small"),
         ("Training", "ant"),
+        ("train", "pruebas"),
+        ("train", "extra"),
     ],
     ids="+".join,
 )
