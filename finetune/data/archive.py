@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
-from finetune.data.decode import EXTENSIONS
 from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
+from finetune.data.formats import is_image_name
 from finetune.data.layout import (
     NAME_BYTES,
     SHOWN,
@@ -192,7 +192,7 @@ class _Plan:
             return "is a link or another kind of entry that is not a file"
         if path in self.files or path in self.left_out:
             return "is in there twice"
-        if os.path.splitext(path)[1].lower() not in EXTENSIONS | {".csv"}:  # noqa: PTH122
+        if not is_image_name(path) and not path.lower().endswith(".csv"):
             self.left_out.add(path)
             return None
         if entry.flag_bits & _ENCRYPTED:

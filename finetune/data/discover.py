@@ -17,8 +17,17 @@ from pathlib import Path
 
 from finetune.data.archive import KINDS, Progress, open_archive
 from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
-from finetune.data.folders import images_below, read_folder
-from finetune.data.layout import SPLIT_NAMES, LayoutReader, count, is_junk, names_in, printable, some
+from finetune.data.folders import explain_others, images_below, read_folder, warn_ignored
+from finetune.data.layout import (
+    SPLIT_NAMES,
+    LayoutReader,
+    count,
+    extensions,
+    is_junk,
+    names_in,
+    printable,
+    some,
+)
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
     FOLD_FIX,
@@ -316,11 +325,14 @@ def find_images(
     if not _is_unlabelled(data):
         return discover(data, config, follow_links, on_progress)
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    images, _ = images_below(reader, "")
+    images, others = images_below(reader, "")
     reader.check_links()
     if not images:
-        raise reader.error("holds no images", "Give a folder of images or a CSV file.")
-    return Dataset(reader.root, (), tuple(Sample(path, -1, "train") for path in images))
+        found = f"holds no images{extensions(others, ', only ')}"
+        raise reader.error(found, f"Give a folder of images or a CSV file.{explain_others(others)}")
+    warn_ignored(reader, "", (), others)
+    samples = tuple(Sample(path, -1, "train") for path in images)
+    return Dataset(reader.root, (), samples, tuple(reader.warnings))
 
 
 def _is_unlabelled(data: Path) -> bool:

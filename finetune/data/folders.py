@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from finetune.data.dataset import SPLITS, Split
-from finetune.data.decode import EXTENSIONS
+from finetune.data.formats import explain_suffix, is_image_name, list_suffixes
 from finetune.data.layout import (
     SHOWN,
     SPLIT_NAMES,
@@ -88,11 +88,12 @@ def _refuse_no_classes(reader: LayoutReader, top: str, folders: Sequence[str], f
     if folders:
         return
     where = f"{top!r} holds" if top else "holds"
-    if any(is_image(name) for name in files):
+    if any(is_image_name(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
         found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
     fix = "Put the images of each class into a folder with the name of the class."
+    fix += explain_others(extension_counts(files))
     reader.reject("no-classes", found, fix)
 
 
@@ -111,6 +112,7 @@ def _read_classes(
     classes: dict[str, list[str]] = {}
     empty: list[str] = []
     ignored: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     for name in folders:
         folder = f"{top}/{name}" if top else name
         images, others = images_below(reader, folder)
@@ -121,16 +123,17 @@ def _read_classes(
             ignored += others
         else:
             empty.append(f"{folder!r} holds no images{extensions(others, ', only ')}")
+            unused += others
     # Links that lead out were not followed: report the link, and not that images are missing.
     if empty and not reader.links_out and (split == "train" or not classes):
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
         reader.reject(
             "class-empty",
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
-            f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
+            f"Add images ({list_suffixes()}), or remove the folder.{explain_others(unused)}",
             len(empty),
         )
-    _warn_ignored(reader, top, files, ignored)
+    warn_ignored(reader, top, files, ignored)
     return classes
 
 
@@ -141,9 +144,9 @@ def _is_good_name(reader: LayoutReader, name: str) -> bool:
     return not fault
 
 
-def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
+def warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
     """Warn about files that a user may believe to be used and that are not."""
-    loose = sum(is_image(name) for name in files)
+    loose = sum(is_image_name(name) for name in files)
     where = repr(top) if top else "the data folder"
     if loose:
         reader.warn(
@@ -155,15 +158,16 @@ def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: 
     if others:
         reader.warn(
             "ignored-file",
-            f"Files in {where} that are not images are ignored{extensions(others, ': ')}.",
-            f"Convert images among them to one of {' '.join(sorted(EXTENSIONS))}.",
+            f"Files in {where} that are not images are ignored{extensions(others, ': ')}."
+            f"{explain_others(others)}",
+            f"Convert images among them to one of {list_suffixes()}.",
             sum(others.values()),
         )
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file has the extension of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+def explain_others(others: Counter[str]) -> str:
+    """Return how to convert those of some files, by extension, that hold images in another form, or ""."""
+    return "".join(f" {suffix} is {told}." for suffix in sorted(others) if (told := explain_suffix(suffix)))
 
 
 def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
@@ -175,13 +179,16 @@ def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str
     return sorted(walk_images(reader, top, others)), others
 
 
-def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
+def walk_images(
+    reader: LayoutReader, top: str, others: Counter[str], left_out: list[str] | None = None
+) -> Iterator[str]:
     """Yield the images of :func:`images_below` folder by folder; only one folder is in memory at a time.
 
     Args:
         reader: gives the root, and records links that lead out of it.
         top: folder below the root; ``""`` for the root.
         others: counts the other files by extension.
+        left_out: the paths of the first few other files are added to it.
     """
     outside = frozenset(_identity(reader, above) for above in _above(top))
     stack = [(top, outside)]
@@ -193,8 +200,11 @@ def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterato
         if identity in inside:
             continue
         folders, files = _listing(reader, folder)
-        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
-        others.update(extension_counts(name for name in files if not is_image(name)))
+        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
+        rest = [name for name in files if not is_image_name(name)]
+        others.update(extension_counts(rest))
+        if left_out is not None:
+            left_out += [f"{folder}/{name}".lstrip("/") for name in rest[: SHOWN - len(left_out)]]
         below = [(f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders]
         stack.extend(reversed(below))  # the first folder is visited first
 
@@ -235,12 +245,12 @@ def _listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
                         folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
-                    if entry.is_symlink() and is_image(entry.name):
+                    if entry.is_symlink() and is_image_name(entry.name):
                         reader.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
         found = f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})"
         reader.reject("folder-unreadable", found, "Make it readable for this user.")
-    files = [name for name in files if not is_image(name) or _is_utf8(reader, folder, name)]
+    files = [name for name in files if not is_image_name(name) or _is_utf8(reader, folder, name)]
     return sorted(folders), sorted(files)
 
 
