@@ -34,6 +34,10 @@ class Backbone:
     stages: tuple[Stage, ...]
     match: Match
 
+    def with_value_range(self, value_range: tuple[float, float]) -> Backbone:
+        """Return the same network with another range of values of images of more than 8 bits."""
+        return replace(self, card=self.card.with_value_range(value_range))
+
 
 def load_backbone(
     card: Card,

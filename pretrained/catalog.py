@@ -42,6 +42,7 @@ from pretrained.config import (
     read_pool,
     read_taps,
     read_text,
+    read_value_range,
 )
 from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
@@ -62,6 +63,7 @@ class Preprocessing:
         interpolation: name of a Pillow filter in lower case.
         mean: subtracted from the channels of an RGB image in [0, 1].
         std: divisor of the channels.
+        value_range: values that become black and white in images of more than 8 bits; None if unknown.
     """
 
     img_size: int = 224
@@ -70,6 +72,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    value_range: tuple[float, float] | None = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -77,13 +80,13 @@ class Preprocessing:
         return (3, self.img_size, self.img_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values with the recipe's keys (section ``input``)."""
-        return asdict(self)
+        """Return the values with the recipe's keys (section ``input``), and the range of values if known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def to_timm(self) -> dict[str, Any]:
         """Return the values with timm's keys (``data_config``)."""
-        values = self.to_dict() | {"input_size": self.input_size}
-        del values["img_size"]
+        values = asdict(self) | {"input_size": self.input_size}
+        del values["img_size"], values["value_range"]
         return values
 
 
@@ -128,6 +131,10 @@ class Card:
     def with_input(self, preprocessing: Preprocessing) -> Card:
         """Return the card with other preprocessing."""
         return replace(self, preprocessing=preprocessing)
+
+    def with_value_range(self, value_range: tuple[float, float]) -> Card:
+        """Return the card with another range of values."""
+        return self.with_input(replace(self.preprocessing, value_range=value_range))
 
 
 # --- resolving a name ----------------------------------------------------------------------------
@@ -329,7 +336,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
     head = ours.get("head", "keep")
     if head not in get_args(HeadChoice):
         raise ValueError(f"head {head!r}")
-    preprocessing = _timm_preprocessing(inner)
+    preprocessing = replace(_timm_preprocessing(inner), value_range=read_value_range(ours.get("value_range")))
     check_preprocessing(preprocessing.to_dict())
     return Card(
         name=name,

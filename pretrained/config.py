@@ -26,6 +26,8 @@ MAX_TEXT_LENGTH = 200
 """In characters: licence, origin and tag are displayed, and written into model cards."""
 MAX_TAPS = 1_000
 """Points whose features a classifier reads; no network has as many stages."""
+MAX_VALUE = 1e38
+"""Largest magnitude of a pixel's value: that of 32-bit floating-point numbers."""
 TEMPERATURES = (0.01, 100.0)
 """Smallest and largest temperature."""
 _CROP_MODES = ("center", "squash", "border")
@@ -146,6 +148,18 @@ def read_pool(value: Any) -> Pool:
         if pool == (value or "auto"):
             return pool
     raise ValueError(f"pool is {repr(value)[:40]}, not one of {', '.join(POOLS)}")
+
+
+def read_value_range(value: Any) -> tuple[float, float] | None:
+    """Return the values that become black and white in images of more than 8 bits; None if none is given."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"value_range is {repr(value)[:40]}, not two numbers")
+    low, high = (read_number("value_range", one, -MAX_VALUE, MAX_VALUE) for one in value)
+    if not low < high:
+        raise ValueError(f"value_range is {repr(value)[:40]}, and does not ascend")
+    return low, high
 
 
 def read_text(value: Any) -> str:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.data.decode import EXTENSIONS
 from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
 from finetune.data.entries import (
     Entry,
@@ -34,7 +33,7 @@ from finetune.data.entries import (
     is_utf8,
     shown_name,
 )
-from finetune.data.folders import is_image
+from finetune.data.formats import is_image_name
 from finetune.data.layout import (
     NAME_BYTES,
     SHOWN,
@@ -48,9 +47,9 @@ from finetune.data.layout import (
     printable,
     quoted,
 )
-from finetune.data.lists import LIST_FILES, TABLES
+from finetune.data.layouts.lists import LIST_FILES, TABLES
+from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
-from finetune.data.split_folders import choose, is_plain
 from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
 
@@ -126,10 +125,8 @@ def find_split_archives(folder: Path) -> dict[str, Path]:
     if not packed or any((folder / name).is_dir() for name in names):
         return {}
     by_stem = {archive_stem(name): folder / name for name in packed}
-    chosen = choose(by_stem)
-    if "train" not in chosen or len(by_stem) < len(packed):
-        return {}
-    return {stem: by_stem[stem] for stems in chosen.values() for stem in stems}
+    chosen = choose(by_stem) if len(by_stem) == len(packed) else {}
+    return {stem: by_stem[stem] for stems in chosen.values() for stem in stems} if "train" in chosen else {}
 
 
 def open_split_archives(
@@ -227,7 +224,7 @@ class _Plan:
         if fault := _path_fault(name):
             return fault
         parts = [part for part in name.split("/") if part not in {"", "."}]
-        if any(map(is_system, parts)) or (any(map(is_junk, parts)) and not is_image(name)):
+        if any(map(is_system, parts)) or (any(map(is_junk, parts)) and not is_image_name(name)):
             return None
         self.folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
         if name.endswith("/"):
@@ -241,7 +238,7 @@ class _Plan:
         if path in self.files or path in self.left_out:
             return "is in there twice"
         extension = os.path.splitext(path)[1].lower()  # noqa: PTH122
-        if extension not in EXTENSIONS | TABLES and path.rpartition("/")[2] not in LIST_FILES:
+        if not is_image_name(path) and extension not in TABLES and path.rpartition("/")[2] not in LIST_FILES:
             self.left_out.add(path)
             return None
         if entry.content_fault:
@@ -396,5 +393,5 @@ def _entered(folder: Path) -> Path:
     inside = [entry for entry in os.scandir(folder) if not is_junk(entry.name)]
     if len(inside) != 1 or not inside[0].is_dir() or is_plain(inside[0].name):
         return folder
-    # A folder that holds images is a class; one that holds lists or folders is not.
-    return folder if any(is_image(name) for name in names_in(Path(inside[0].path))) else Path(inside[0].path)
+    top = Path(inside[0].path)  # a folder that holds images is a class; one that holds lists is not
+    return folder if any(map(is_image_name, names_in(top))) else top

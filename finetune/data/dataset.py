@@ -94,10 +94,15 @@ class Dataset:
         gone = frozenset(paths)
         return replace(self, samples=tuple(sample for sample in self.samples if sample.path not in gone))
 
-    def prepared(self, digests: Mapping[str, str], unreadable: Collection[BadImage] = ()) -> PreparedDataset:
+    def prepared(
+        self,
+        digests: Mapping[str, str],
+        unreadable: Collection[BadImage] = (),
+        value_range: tuple[float, float] | None = None,
+    ) -> PreparedDataset:
         """Return the dataset together with what reading its files has shown."""
         own = {field.name: getattr(self, field.name) for field in fields(Dataset)}
-        return PreparedDataset(**own, digests=digests, unreadable=tuple(unreadable))
+        return PreparedDataset(**own, digests=digests, unreadable=tuple(unreadable), value_range=value_range)
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,13 @@ class PreparedDataset(Dataset):
     Attributes:
         digests: SHA-256 of each file that could be read, by path.
         unreadable: the images that cannot be read.
+        value_range: the values that become black and white in training images of more than 8 bits; None if
+            there are none.
     """
 
     digests: Mapping[str, str]
     unreadable: tuple[BadImage, ...] = ()
+    value_range: tuple[float, float] | None = None
 
     @property
     def readable(self) -> PreparedDataset:

@@ -22,12 +22,13 @@ from finetune.data.archive import (
     open_archive,
     open_split_archives,
 )
-from finetune.data.class_folders import read_folder
 from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
 from finetune.data.entries import is_archive
-from finetune.data.folders import images_below
-from finetune.data.layout import LayoutReader, count, is_junk, names_in, printable, some
-from finetune.data.lists import name_lists
+from finetune.data.folders import explain_others, images_below, warn_ignored
+from finetune.data.layout import LayoutReader, count, extensions, is_junk, names_in, printable, some
+from finetune.data.layouts.class_folders import read_folder
+from finetune.data.layouts.lists import name_lists
+from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
     FOLD_FIX,
@@ -38,7 +39,6 @@ from finetune.data.split import (
     find_indivisible,
     split_off,
 )
-from finetune.data.split_folders import choose, is_plain
 from finetune.data.table import read_csv
 from finetune.errors import DataError, suggest
 
@@ -373,11 +373,14 @@ def find_images(
     if not _is_unlabelled(data) or find_split_archives(data):
         return discover(data, config, follow_links, on_progress, draws)
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    images, _ = images_below(reader, "")
+    images, others = images_below(reader, "")
     reader.check_links()
     if not images:
-        raise reader.error("holds no images", "Give a folder of images or a CSV file.")
-    return Dataset(reader.root, (), tuple(Sample(path, -1, "train") for path in images))
+        found = f"holds no images{extensions(others, ', only ')}"
+        raise reader.error(found, f"Give a folder of images or a CSV file.{explain_others(others)}")
+    warn_ignored(reader, "", (), others)
+    samples = tuple(Sample(path, -1, "train") for path in images)
+    return Dataset(reader.root, (), samples, tuple(reader.warnings))
 
 
 def _is_unlabelled(data: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from finetune.data.dataset import Split
-from finetune.data.decode import EXTENSIONS
+from finetune.data.formats import explain_suffix, is_image_name, list_suffixes
 from finetune.data.layout import (
     SHOWN,
     LayoutReader,
@@ -40,6 +40,7 @@ def read_classes(
     empty: list[str] = []
     ignored: Counter[str] = Counter()
     listed = False
+    unused: Counter[str] = Counter()
     for name in folders:
         folder = f"{top}/{name}" if top else name
         images, others = images_below(reader, folder)
@@ -51,6 +52,7 @@ def read_classes(
         else:
             listed = listed or any(others[suffix] for suffix in _LISTS)
             empty.append(f"{folder!r} holds no images{extensions(others, ', only ')}")
+            unused += others
     # Links that lead out were not followed: report the link, and not that images are missing.
     if empty and not reader.links_out and (split == "train" or not classes):
         lists = " If it holds lists of labels, give a CSV file with path,label[,split]." if listed else ""
@@ -58,10 +60,10 @@ def read_classes(
         reader.reject(
             "class-empty",
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
-            f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.{lists}",
+            f"Add images ({list_suffixes()}), or remove the folder.{lists}{explain_others(unused)}",
             len(empty),
         )
-    _warn_ignored(reader, top, files, ignored)
+    warn_ignored(reader, top, files, ignored)
     return classes
 
 
@@ -72,9 +74,9 @@ def _is_good_name(reader: LayoutReader, name: str) -> bool:
     return not fault
 
 
-def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
+def warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
     """Warn about files that a user may believe to be used and that are not."""
-    loose = sum(is_image(name) for name in files)
+    loose = sum(is_image_name(name) for name in files)
     where = repr(top) if top else "the data folder"
     if loose:
         reader.warn(
@@ -86,15 +88,16 @@ def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: 
     if others:
         reader.warn(
             "ignored-file",
-            f"Files in {where} that are not images are ignored{extensions(others, ': ')}.",
-            f"Convert images among them to one of {' '.join(sorted(EXTENSIONS))}.",
+            f"Files in {where} that are not images are ignored{extensions(others, ': ')}."
+            f"{explain_others(others)}",
+            f"Convert images among them to one of {list_suffixes()}.",
             sum(others.values()),
         )
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file has the extension of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+def explain_others(others: Counter[str]) -> str:
+    """Return how to convert those of some files, by extension, that hold images in another form, or ""."""
+    return "".join(f" {suffix} is {told}." for suffix in sorted(others) if (told := explain_suffix(suffix)))
 
 
 def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
@@ -106,13 +109,16 @@ def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str
     return sorted(walk_images(reader, top, others)), others
 
 
-def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
+def walk_images(
+    reader: LayoutReader, top: str, others: Counter[str], left_out: list[str] | None = None
+) -> Iterator[str]:
     """Yield the images of :func:`images_below` folder by folder; only one folder is in memory at a time.
 
     Args:
         reader: gives the root, and records links that lead out of it.
         top: folder below the root; ``""`` for the root.
         others: counts the other files by extension.
+        left_out: the paths of the first few other files are added to it.
     """
     outside = frozenset(identity_of(reader, above) for above in _above(top))
     stack = [(top, outside)]
@@ -124,8 +130,11 @@ def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterato
         if identity in inside:
             continue
         folders, files = listing(reader, folder)
-        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
-        others.update(extension_counts(name for name in files if not is_image(name)))
+        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
+        rest = [name for name in files if not is_image_name(name)]
+        others.update(extension_counts(rest))
+        if left_out is not None:
+            left_out += [f"{folder}/{name}".lstrip("/") for name in rest[: SHOWN - len(left_out)]]
         below = [(f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders]
         stack.extend(reversed(below))  # the first folder is visited first
 
@@ -170,12 +179,12 @@ def listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
                         folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
-                    if entry.is_symlink() and is_image(entry.name):
+                    if entry.is_symlink() and is_image_name(entry.name):
                         reader.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
         found = f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})"
         reader.reject("folder-unreadable", found, "Make it readable for this user.")
-    files = [name for name in files if not is_image(name) or _is_utf8(reader, folder, name)]
+    files = [name for name in files if not is_image_name(name) or _is_utf8(reader, folder, name)]
     return sorted(folders), sorted(files)
 
 
@@ -194,9 +203,9 @@ def _counts_as_file(entry: os.DirEntry[str]) -> bool:
 def _holds_image(entry: os.DirEntry[str]) -> bool:
     """Return whether a hidden entry is an image, or a folder with one; links are not followed."""
     if entry.is_symlink() or not entry.is_dir():
-        return not entry.is_symlink() and is_image(entry.name)
+        return not entry.is_symlink() and is_image_name(entry.name)
     return any(
-        is_image(name) and not is_system(name) for _, _, names in os.walk(entry.path) for name in names
+        is_image_name(name) and not is_system(name) for _, _, names in os.walk(entry.path) for name in names
     )
 
 
@@ -215,7 +224,7 @@ def peek(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
                 continue
             if _is_folder(entry):
                 folders.append(entry.name)
-            elif is_image(entry.name):
+            elif is_image_name(entry.name):
                 images.append(entry.name)
     return sorted(folders), sorted(images)
 

@@ -247,10 +247,10 @@ def _collect(
     return LabelIssues(rows, len(scored), len(samples), accuracy)
 
 
-def _sections(dataset: Dataset, found: LabelIssues) -> list[Section]:
+def _sections(dataset: PreparedDataset, found: LabelIssues) -> list[Section]:
     tiles = [
         Tile(
-            load_thumbnail(dataset.root / path, CELL),
+            load_thumbnail(dataset.root / path, CELL, dataset.value_range),
             (f"{label}: {own:.3f}", f"{suggested}: {other:.3f}", Path(path).name),
         )
         for path, label, suggested, own, other, _ in found.rows[:SHOWN]

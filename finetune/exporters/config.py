@@ -55,10 +55,16 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         "taps": [list(tap) for tap in card.taps],
         "pool": card.pool,
         "temperature": card.temperature,
+        **_value_range(card),
         "base_model": find_base_model(card),
     }
     config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
     return config | {"finetune": ours}
+
+
+def _value_range(card: Card) -> dict[str, list[float]]:
+    value_range = card.preprocessing.value_range
+    return {"value_range": list(value_range)} if value_range is not None else {}
 
 
 def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
+from finetune.data.depth import ValueRange
 from finetune.data.discover import find_images
 from finetune.data.image_cache import decoder_facts
 from finetune.data.loader import ImageLoader, Placement
@@ -109,6 +110,11 @@ class Source:
     recipe: Recipe
     display: Display
 
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The values that become black and white in images of more than 8 bits."""
+        return self.network.backbone.card.preprocessing.value_range
+
     def check_unchanged(self, samples: Sequence[Sample]) -> None:
         """Check that images did not change since the command began, before their features are cached.
 
@@ -145,6 +151,8 @@ def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Dis
         display: shows progress.
     """
     prepared = dataset if isinstance(dataset, PreparedDataset) else read_images(recipe, dataset, display)
+    if network.backbone.card.preprocessing.value_range is None:  # or the images are seen as in its training
+        network = network.with_value_range(prepared.value_range)
     return Source(network, prepared.readable, recipe, display)
 
 

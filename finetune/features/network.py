@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from finetune.data.depth import ValueRange
 from finetune.data.loader import Placement
 from finetune.errors import FinetuneError, UsageError, sanitize
 from finetune.recipe import Recipe
@@ -205,6 +206,12 @@ class Network:
         match = self.backbone.match
         is_there = bool(match.head) and not match.head_replaced
         return is_there and self.backbone.card.num_classes >= LEAST_SOURCE_CLASSES
+
+    def with_value_range(self, value_range: ValueRange | None) -> Network:
+        """Return the same network with another range of values; None keeps its own."""
+        if value_range is None:
+            return self
+        return replace(self, backbone=self.backbone.with_value_range(value_range))
 
     @cached_property
     def weights(self) -> str:

@@ -114,6 +114,7 @@ def run(
                     dataset, changed, seen = distributed.share(
                         lambda: _prepare_data(claim, setup, run_changes, allow_changed, display)
                     )
+                setup = setup.with_value_range(dataset.value_range)
                 place_network(setup.backbone.network, setup.placement)
                 context = FitContext(
                     setup,
@@ -239,6 +240,9 @@ def _prepare_data(
         record_split(dataset, folder)
     write_json(folder.environment, run_changes.environment)
     display.say(f"data {recipe.data.path}: {describe_data(dataset)}")
+    if dataset.value_range is not None:
+        low, high = dataset.value_range
+        display.say(f"images of more than 8 bits: {low:g} becomes black and {high:g} white, in all of them")
     seen = check_seen(dataset, recipe, display)
     _show_plan(setup.plan, folder, display, recipe.strategy.features is not None)
     return dataset, bool(changes), seen

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from finetune.data.dataset import Dataset
+from finetune.data.depth import ValueRange
 from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.samples import check_sample, is_sample
@@ -60,6 +61,13 @@ class RunSetup:
     plan: Plan
     max_workers: int
     source_card: Card
+
+    def with_value_range(self, value_range: ValueRange | None) -> RunSetup:
+        """Return the decisions with the range of values of the training images; None keeps the backbone's."""
+        if value_range is None:
+            return self
+        backbone, card = self.backbone.with_value_range(value_range), self.source_card
+        return replace(self, backbone=backbone, source_card=card.with_value_range(value_range))
 
 
 def prepare(

@@ -129,7 +129,7 @@ def test_only_images_and_tables_are_unpacked(tmp_path: Path) -> None:
 
 
 def test_a_class_without_images_is_reported(tmp_path: Path) -> None:
-    assert "'wasp' holds no images" in refused(packed(tmp_path / "a.zip", *PLAIN, "wasp/0.heic")).found
+    assert "'wasp' holds no images" in refused(packed(tmp_path / "a.zip", *PLAIN, "wasp/0.txt")).found
     assert "'wasp' holds no images" in refused(packed(tmp_path / "b.zip", *PLAIN, ("wasp/", b""))).found
 
 

@@ -340,10 +340,10 @@ def test_other_files_need_no_utf8(tmp_path: Path) -> None:
 
 def test_ignored_files_are_counted_in_a_warning(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "", 3)
-    tree(tmp_path, "ant/a.heic", "bee/b.HEIC", "bee/README", "0.jpg", "notes.txt")
+    tree(tmp_path, "ant/a.mov", "bee/b.MOV", "bee/README", "0.jpg", "notes.txt")
     assert found(tmp_path).warnings == (
         "1 image directly in the data folder, outside the class folders, ignored.",
-        "Files in the data folder that are not images are ignored: .heic (2), no extension (1).",
+        "Files in the data folder that are not images are ignored: .mov (2), no extension (1).",
     )
 
 
@@ -400,8 +400,8 @@ def test_an_empty_class_folder_in_training_is_refused(tmp_path: Path) -> None:
 
 def test_a_class_folder_of_other_files_names_their_extensions(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "")
-    tree(tmp_path, "wasp/0.heic", "wasp/1.heic", "wasp/deep/x.txt")
-    assert "'wasp' holds no images, only .heic (2), .txt (1)" in refused(tmp_path).found
+    tree(tmp_path, "wasp/0.mov", "wasp/1.mov", "wasp/deep/x.txt")
+    assert "'wasp' holds no images, only .mov (2), .txt (1)" in refused(tmp_path).found
 
 
 def test_a_single_image_cannot_be_split(tmp_path: Path) -> None:

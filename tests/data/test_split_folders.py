@@ -10,8 +10,8 @@ import pytest
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.inputs import find_labelled
+from finetune.data.layouts.split_folders import parse
 from finetune.data.split import SplitConfig
-from finetune.data.split_folders import parse
 from finetune.errors import DataError
 
 CLASSES = ("ant", "bee")

@@ -87,7 +87,8 @@ def _leave_out(dataset: Dataset, checked: CheckedImages, lost: _Lost) -> Prepare
     """
     usable = check_bad(dataset.without(lost), [image for image in checked.bad if image.path not in lost])
     samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=sample_order)
-    return replace(usable, samples=tuple(samples)).prepared(checked.digests, _list_bad(checked, lost))
+    usable = replace(usable, samples=tuple(samples))
+    return usable.prepared(checked.digests, _list_bad(checked, lost), checked.find_value_range(usable))
 
 
 def _show_issues(report: QualityReport, folder: RunFolder, display: Display, settings: DataSettings) -> None:

@@ -8,16 +8,17 @@ from finetune.data.dataset import Split
 from finetune.data.entries import archive_stem, is_archive
 from finetune.data.folders import (
     class_names,
+    explain_others,
     identity_of,
     images_below,
-    is_image,
     leads_out,
     listing,
     read_classes,
 )
+from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, count, extension_counts, extensions, some
-from finetune.data.lists import advise_list, read_list, read_one_hot
-from finetune.data.split_folders import (
+from finetune.data.layouts.lists import advise_list, read_list, read_one_hot
+from finetune.data.layouts.split_folders import (
     describe,
     find_splits,
     is_filler,
@@ -134,7 +135,7 @@ def _is_unlabelled_test(reader: LayoutReader, top: str, split: Split, folders: S
 
 def _warn_unlabelled(reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str]) -> None:
     inside = sum(len(images_below(reader, f"{top}/{name}")[0]) for name in folders)
-    number = inside + sum(is_image(name) for name in files)
+    number = inside + sum(is_image_name(name) for name in files)
     held = f"{count(number, 'image', 'images')} without classes" if number else "no images"
     later = f"; `finetune predict RUN {top}/` predicts them later" if number else ""
     reader.warn(
@@ -181,8 +182,10 @@ def _refuse_no_classes(reader: LayoutReader, top: str, folders: Sequence[str], f
     if folders:
         return
     where = f"{top!r} holds" if top else "holds"
-    if any(is_image(name) for name in files):
+    if any(is_image_name(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
         found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
-    reader.reject("no-classes", found, advise_list(reader, top, files))
+    reader.reject(
+        "no-classes", found, advise_list(reader, top, files) + explain_others(extension_counts(files))
+    )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from finetune.data.dataset import Split
 from finetune.data.entries import is_archive
-from finetune.data.folders import class_names, images_below, is_image, peek
+from finetune.data.folders import class_names, images_below, peek
+from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, count, name_fault, names_in, printable, quoted, some
 from finetune.data.table import read_csv
 
@@ -55,7 +56,7 @@ def read_list(
         return False
     has_images = [name for name in folders if peek(reader, name)[1]]
     is_one = len(has_images) == 1 and (len(folders) == 1 or bool(splits))
-    if splits or is_one or (not folders and any(map(is_image, files))):
+    if splits or is_one or (not folders and any(map(is_image_name, files))):
         _read_table(reader, tables[0], group_by)
         return True
     return False
@@ -125,7 +126,7 @@ def read_one_hot(
     if odd:
         found = f"{where!r} gives {count(len(odd), 'image', 'images')} no class or several: {some(odd)}"
         raise reader.error(found, "Leave them out, or give each image one class.")
-    found_images = [f"{top}/{name}" for name in files if is_image(name)]
+    found_images = [f"{top}/{name}" for name in files if is_image_name(name)]
     reader.warn(
         "list-read", f"The labels of {top!r} were read from {where!r}.", "Remove it if that is wrong."
     )
