@@ -128,7 +128,7 @@ class GradCam:
 
 
 def _find_reason(network: nn.Module, input_size: tuple[int, int, int]) -> str:
-    """Return why a network has no map: its images are too small, or it has no spatial features at any size."""
+    """Return why a network has no map: its images are too small, or it never has spatial features."""
     return _one_cell(input_size) if has_single_cell(network, input_size) else NO_MAP
 
 
