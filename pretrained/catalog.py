@@ -156,6 +156,10 @@ def find_card(name: str, offline: bool = False) -> Card:
     prefix, colon, rest = name.partition(":")
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
+    if _is_file(Path(name)):
+        found = "it is a file, and not the name of a network"
+        fix = f"Name the network that it belongs to: --backbone NAME --weights {name}"
+        raise UsageError(f"--backbone {name}", found, fix)
     if colon and prefix == "local-dir":
         return _card_from_folder(name, Path(rest))
     if colon and prefix == "hf-hub":
@@ -326,7 +330,7 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
 def _card_from_values(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     ours = config.get("finetune", {})
     library: Library = "torchvision" if ours.get("library") == "torchvision" else "timm"
-    architecture, tag = split_model_name_tag(config["architecture"])
+    architecture, tag = split_model_name_tag(ours.get("architecture") or config["architecture"])
     known = torchvision_names() if library == "torchvision" else timm.list_models()
     if architecture not in known:
         architecture = architecture[:100]
@@ -381,7 +385,8 @@ def list_names(search: str = "") -> Iterator[str]:
 
 
 @cache
-def _sizes() -> dict[tuple[str, str, int], int]:
+def parameter_counts() -> dict[tuple[str, str, int], int]:
+    """Return the table of parameters by library, architecture and number of classes."""
     text = resources.files("pretrained").joinpath("sizes.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
     return {
@@ -395,4 +400,4 @@ def num_parameters(card: Card) -> int | None:
 
     ``python -m pretrained.sizes`` writes the table, because building 1,400 networks takes minutes.
     """
-    return _sizes().get((card.library, card.architecture, card.num_classes))
+    return parameter_counts().get((card.library, card.architecture, card.num_classes))
