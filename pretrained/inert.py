@@ -20,20 +20,26 @@ import numpy as np
 import torch
 
 
-class Settings(dict[Any, Any]):
-    """Stands for a settings object of another library; it accepts any content and does nothing."""
+class Settings:
+    """Stands for a mapping of another class: it becomes a plain one, which torch allows to be filled."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Return an empty mapping, whatever the arguments are."""
+        return collections.OrderedDict()
 
-    def __setstate__(self, _: Any) -> None:
-        """Ignore the content."""
+
+class Items:
+    """Stands for a ``deque``: it becomes a list, which torch allows to be filled."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Return an empty list, whatever the arguments are."""
+        return []
 
 
 _SETTINGS = re.compile(
-    r"(?:omegaconf|yacs|easydict|addict|box|munch|ml_collections|mmcv\.utils|mmengine|fvcore|detectron2\.config"
+    r"(?:omegaconf|yacs|easydict|addict|munch|ml_collections|mmcv\.utils|mmengine|fvcore|detectron2\.config"
     r"|lightning|lightning_fabric|lightning_utilities|pytorch_lightning|fastcore|transformers\.training_args"
-    r"|transformers\.trainer_utils|accelerate|enum)(?:\.\w+)+"
+    r"|transformers\.trainer_utils|accelerate)(?:\.\w+)+"
 )
 """Modules whose classes are replaced by :class:`Settings`."""
 
@@ -69,8 +75,8 @@ def _numpy_globals() -> list[Any]:
 _ALLOWED: list[Any] = [
     argparse.Namespace,
     types.SimpleNamespace,
-    collections.defaultdict,
-    collections.deque,
+    (Settings, "collections.defaultdict"),
+    (Items, "collections.deque"),
     datetime.datetime,
     datetime.date,
     datetime.timedelta,
@@ -88,7 +94,7 @@ _ALLOWED: list[Any] = [
         )
     ),
 ]
-"""Factories of ``defaultdict`` are among the built-in types. Paths of any system become pure paths."""
+"""Factories of a ``defaultdict`` are among the built-in types. Paths of any system become pure paths."""
 
 
 def find_globals(path: Path) -> list[str]:

@@ -214,7 +214,7 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a single number"
 
 
-def check_frozen(match: Match, frozen: Collection[str], card: Card) -> None:
+def check_complete(match: Match, frozen: Collection[str], card: Card) -> None:
     """Refuse weights that lack a tensor of a stage that never learns: it would stay random.
 
     Args:

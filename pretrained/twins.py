@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -78,17 +79,20 @@ def _shapes_of(name: str) -> Mapping[str, torch.Size]:
 
 
 def _read_hint(path: Path, names: list[str]) -> str:
-    """Return the longest of some names that stands in the file's metadata or name, as a word of its own."""
-    texts = [path.name.lower(), path.parent.name.lower()]
+    """Return the one of some names that the file's metadata or its name has as a word of its own.
+
+    A file name that is part of another of the names says nothing: the file ``efficientnet_lite0.pth`` of the
+    package index holds weights of ``tf_efficientnet_lite0``.
+    """
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                texts.insert(0, " ".join((file.metadata() or {}).values()).lower())
-        except (SafetensorError, OSError):  # the reader of weights says what is wrong
-            pass
-    for text in texts:
-        normal = text.replace("-", "_")
-        found = [name for name in names if re.search(rf"(?<![a-z0-9_]){name}(?![a-z0-9])", normal)]
-        if found:
-            return max(found, key=len)
-    return ""
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            values = " ".join((file.metadata() or {}).values())
+            if found := _find_words(values, names):
+                return max(found, key=len)
+    clear = [name for name in names if not any(name in other and name != other for other in names)]
+    return max(_find_words(path.name, clear), key=len, default="")
+
+
+def _find_words(text: str, names: list[str]) -> list[str]:
+    normal = text.lower().replace("-", "_")
+    return [name for name in names if re.search(rf"(?<![a-z0-9_]){name}(?![a-z0-9])", normal)]

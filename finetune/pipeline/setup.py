@@ -39,7 +39,7 @@ from pretrained.backbone import Backbone, load_backbone
 from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, find_card
 from pretrained.graph.layers import Layers
-from pretrained.loading import check_frozen
+from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
 
 
@@ -216,7 +216,7 @@ def _check_frozen(recipe: ResolvedRecipe, backbone: Backbone, plan: Plan) -> Non
     whole = recipe.strategy.features is not None or recipe.strategy.name == AUTO
     stages = [row.stage for row in (plan.rows if whole else plan.frozen)]
     names = [name for stage in stages for name in (*stage.parameters, *stage.modules)]
-    check_frozen(backbone.match, names, backbone.card)
+    check_complete(backbone.match, names, backbone.card)
 
 
 def _plan(recipe: ResolvedRecipe, backbone: Backbone) -> Plan:
