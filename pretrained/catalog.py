@@ -36,6 +36,7 @@ from pretrained.config import (
     describe_invalid_value,
     read_arguments,
     read_config,
+    read_interpolation,
     read_label_names,
     read_num_classes,
     read_number,
@@ -157,9 +158,8 @@ def find_card(name: str, offline: bool = False) -> Card:
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
     if _is_file(Path(name)):
-        found = "it is a file, and not the name of a network"
         fix = f"Name the network that it belongs to: --backbone NAME --weights {name}"
-        raise UsageError(f"--backbone {name}", found, fix)
+        raise UsageError(f"--backbone {name}", "it is a file, and not the name of a network", fix)
     if colon and prefix == "local-dir":
         return _card_from_folder(name, Path(rest))
     if colon and prefix == "hf-hub":
@@ -244,14 +244,10 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
         img_size=(config.get("input_size") or default.input_size)[-1],
         crop_pct=config.get("crop_pct") or default.crop_pct,
         crop_mode=config.get("crop_mode") or default.crop_mode,
-        interpolation=_interpolation(config.get("interpolation") or default.interpolation),
+        interpolation=read_interpolation(config.get("interpolation") or default.interpolation),
         mean=_three(config.get("mean") or default.mean),
         std=_three(config.get("std") or default.std),
     )
-
-
-def _interpolation(name: str) -> str:
-    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
 
 
 def _three(values: Any) -> tuple[float, float, float]:

@@ -99,6 +99,11 @@ def check_preprocessing(view: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is out of bounds")
 
 
+def read_interpolation(name: str) -> str:
+    """Return the name of a Pillow filter; ``bicubic`` for one that is unknown."""
+    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
+
+
 def read_number(key: str, value: Any, low: float, high: float) -> float:
     """Return a number in [low, high]."""
     if type(value) not in (int, float) or not low <= value <= high:

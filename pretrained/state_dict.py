@@ -137,7 +137,8 @@ def _flatten(content: Any, prefix: str, depth: int, seen: set[int]) -> Iterator[
         return
     seen.add(id(content))
     is_mapping = isinstance(content, Mapping)
-    for key, value in content.items() if is_mapping else enumerate(content):
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in items:
         if isinstance(value, Tensor) and is_mapping:
             yield f"{prefix}{key}", value
         elif isinstance(value, np.ndarray) and is_mapping and value.dtype.kind in "fiub" and value.ndim:
