@@ -120,7 +120,8 @@ def check(
             ``allow_leaks`` count.
 
     Returns:
-        The content of ``check.json``. A run would accept the data where ``errors`` is 0.
+        The content of ``check.json``. A run would accept the data where ``errors`` is 0. Nothing is written
+        for a path that does not exist.
     """
     wanted = _recipe(recipe, settings, flags)
     with _loading(display) as shown:

@@ -33,13 +33,42 @@ def build_loss(
 
     Args:
         counts: number of training images of each class, (K,); only read for balanced weights.
-        class_weights: ``balanced`` weights each class by its inverse frequency.
+        class_weights: ``balanced`` weights each image by the inverse frequency of its class, or of its mixed
+            classes by their shares. The mean over hard labels is divided by the sum of the weights; that over
+            soft labels by the number of images.
         label_smoothing: share of a label that is spread over all classes, in [0, 1).
     """
     from torch import nn
 
-    weights = compute_class_weights(counts) if class_weights == "balanced" else None
-    return nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
+    if class_weights == "none":
+        return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    weights = compute_class_weights(counts)
+    if not label_smoothing:
+        return nn.CrossEntropyLoss(weight=weights)
+    return _build_weighted_smooth_loss(weights, label_smoothing)
+
+
+def _build_weighted_smooth_loss(weights: Tensor, label_smoothing: float) -> nn.Module:
+    """Return the smoothed cross entropy in which an image's whole loss has the weight of its true class.
+
+    torch multiplies the smoothed share of every class by that class's own weight instead. In an image of a
+    common class, the share of a rare one then outweighs the true class: with 40 images of one class for each
+    of the other, the best prediction for the common class would be the rare one.
+    """
+    from torch import nn
+    from torch.nn import functional as F
+
+    class WeightedSmoothLoss(nn.CrossEntropyLoss):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            assert self.weight is not None
+            is_hard = target.ndim == 1
+            shares = (F.one_hot(target, len(self.weight)) if is_hard else target) * self.weight
+            whole = shares.sum(dim=1, keepdim=True)  # (B, 1), the weight of each image
+            smoothed = shares * (1 - self.label_smoothing) + whole * (self.label_smoothing / len(self.weight))
+            summed = F.cross_entropy(input, smoothed, reduction="sum")
+            return summed / (whole.sum() if is_hard else len(target))  # as torch does without smoothing
+
+    return WeightedSmoothLoss(weight=weights, label_smoothing=label_smoothing)
 
 
 def compute_class_weights(counts: Sequence[int]) -> Tensor:

@@ -36,12 +36,14 @@ from pretrained.config import (
     describe_invalid_value,
     read_arguments,
     read_config,
+    read_interpolation,
     read_label_names,
     read_num_classes,
     read_number,
     read_pool,
     read_taps,
     read_text,
+    read_value_range,
 )
 from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
@@ -62,6 +64,7 @@ class Preprocessing:
         interpolation: name of a Pillow filter in lower case.
         mean: subtracted from the channels of an RGB image in [0, 1].
         std: divisor of the channels.
+        value_range: values that become black and white in images of more than 8 bits; None if unknown.
     """
 
     img_size: int = 224
@@ -70,6 +73,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    value_range: tuple[float, float] | None = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -77,13 +81,13 @@ class Preprocessing:
         return (3, self.img_size, self.img_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values with the recipe's keys (section ``input``)."""
-        return asdict(self)
+        """Return the values with the recipe's keys (section ``input``), and the range of values if known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def to_timm(self) -> dict[str, Any]:
         """Return the values with timm's keys (``data_config``)."""
-        values = self.to_dict() | {"input_size": self.input_size}
-        del values["img_size"]
+        values = asdict(self) | {"input_size": self.input_size}
+        del values["img_size"], values["value_range"]
         return values
 
 
@@ -129,6 +133,10 @@ class Card:
         """Return the card with other preprocessing."""
         return replace(self, preprocessing=preprocessing)
 
+    def with_value_range(self, value_range: tuple[float, float]) -> Card:
+        """Return the card with another range of values."""
+        return self.with_input(replace(self.preprocessing, value_range=value_range))
+
 
 # --- resolving a name ----------------------------------------------------------------------------
 
@@ -149,6 +157,9 @@ def find_card(name: str, offline: bool = False) -> Card:
     prefix, colon, rest = name.partition(":")
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
+    if _is_file(Path(name)):
+        fix = f"Name the network that it belongs to: --backbone NAME --weights {name}"
+        raise UsageError(f"--backbone {name}", "it is a file, and not the name of a network", fix)
     if colon and prefix == "local-dir":
         return _card_from_folder(name, Path(rest))
     if colon and prefix == "hf-hub":
@@ -233,14 +244,10 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
         img_size=(config.get("input_size") or default.input_size)[-1],
         crop_pct=config.get("crop_pct") or default.crop_pct,
         crop_mode=config.get("crop_mode") or default.crop_mode,
-        interpolation=_interpolation(config.get("interpolation") or default.interpolation),
+        interpolation=read_interpolation(config.get("interpolation") or default.interpolation),
         mean=_three(config.get("mean") or default.mean),
         std=_three(config.get("std") or default.std),
     )
-
-
-def _interpolation(name: str) -> str:
-    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -319,7 +326,7 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
 def _card_from_values(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     ours = config.get("finetune", {})
     library: Library = "torchvision" if ours.get("library") == "torchvision" else "timm"
-    architecture, tag = split_model_name_tag(config["architecture"])
+    architecture, tag = split_model_name_tag(ours.get("architecture") or config["architecture"])
     known = torchvision_names() if library == "torchvision" else timm.list_models()
     if architecture not in known:
         architecture = architecture[:100]
@@ -329,7 +336,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
     head = ours.get("head", "keep")
     if head not in get_args(HeadChoice):
         raise ValueError(f"head {head!r}")
-    preprocessing = _timm_preprocessing(inner)
+    preprocessing = replace(_timm_preprocessing(inner), value_range=read_value_range(ours.get("value_range")))
     check_preprocessing(preprocessing.to_dict())
     return Card(
         name=name,
@@ -374,7 +381,8 @@ def list_names(search: str = "") -> Iterator[str]:
 
 
 @cache
-def _sizes() -> dict[tuple[str, str, int], int]:
+def parameter_counts() -> dict[tuple[str, str, int], int]:
+    """Return the table of parameters by library, architecture and number of classes."""
     text = resources.files("pretrained").joinpath("sizes.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
     return {
@@ -388,4 +396,4 @@ def num_parameters(card: Card) -> int | None:
 
     ``python -m pretrained.sizes`` writes the table, because building 1,400 networks takes minutes.
     """
-    return _sizes().get((card.library, card.architecture, card.num_classes))
+    return parameter_counts().get((card.library, card.architecture, card.num_classes))

@@ -26,6 +26,8 @@ MAX_TEXT_LENGTH = 200
 """In characters: licence, origin and tag are displayed, and written into model cards."""
 MAX_TAPS = 1_000
 """Points whose features a classifier reads; no network has as many stages."""
+MAX_VALUE = 1e38
+"""Largest magnitude of a pixel's value: that of 32-bit floating-point numbers."""
 TEMPERATURES = (0.01, 100.0)
 """Smallest and largest temperature."""
 _CROP_MODES = ("center", "squash", "border")
@@ -51,9 +53,22 @@ def read_config(asked: str, path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(asked, f"{path} cannot be read: {_shorten(error)}", "Export it again.") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+            raise _refuse_transformers(asked, config)
         fix = "Name a folder in timm's format or of a finished run."
         raise UsageError(asked, f"{path} names no architecture", fix)
     return config
+
+
+def _refuse_transformers(asked: str, config: dict[str, Any]) -> UsageError:
+    """Return the refusal of a model of transformers, other than its wrapper of timm's networks."""
+    classes = f" ({read_text(config['architectures'])})" if config.get("architectures") else ""
+    found = (
+        f"it is a model of transformers of the type {read_text(config['model_type'])!r}{classes}; networks "
+        "of timm and torchvision are read, and of transformers those in its TimmWrapper"
+    )
+    fix = "Take the same network from timm (see `finetune backbones`)."
+    return UsageError(asked, found, fix)
 
 
 def describe_invalid_value(error: Exception) -> str:
@@ -82,6 +97,11 @@ def check_preprocessing(view: Mapping[str, Any]) -> None:
     for key, held in holds.items():
         if not held:
             raise ValueError(f"{key} is out of bounds")
+
+
+def read_interpolation(name: str) -> str:
+    """Return the name of a Pillow filter; ``bicubic`` for one that is unknown."""
+    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
 
 
 def read_number(key: str, value: Any, low: float, high: float) -> float:
@@ -146,6 +166,18 @@ def read_pool(value: Any) -> Pool:
         if pool == (value or "auto"):
             return pool
     raise ValueError(f"pool is {repr(value)[:40]}, not one of {', '.join(POOLS)}")
+
+
+def read_value_range(value: Any) -> tuple[float, float] | None:
+    """Return the values that become black and white in images of more than 8 bits; None if none is given."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"value_range is {repr(value)[:40]}, not two numbers")
+    low, high = (read_number("value_range", one, -MAX_VALUE, MAX_VALUE) for one in value)
+    if not low < high:
+        raise ValueError(f"value_range is {repr(value)[:40]}, and does not ascend")
+    return low, high
 
 
 def read_text(value: Any) -> str:

@@ -35,6 +35,74 @@ def test_the_loss_weighs_classes_and_smooths_labels() -> None:
     assert targets.build_loss([1, 9])(logits, mixed).item() == pytest.approx((first + second - 1) / 2)
 
 
+def weigh_by_true_class(logits: torch.Tensor, shares: torch.Tensor, weights: list[float]) -> list[float]:
+    """The loss of each image, smoothed by 0.1, in plain Python: the weight of each class of its label times
+    the smoothed loss that this class alone would give."""
+    losses = []
+    for row, own in zip(logits.tolist(), shares.tolist(), strict=True):
+        total = math.log(sum(map(math.exp, row)))
+        of_class = [total - value for value in row]
+        smooth = sum(of_class) / len(of_class)
+        losses.append(
+            sum(
+                share * weight * (0.9 * one + 0.1 * smooth)
+                for share, weight, one in zip(own, weights, of_class, strict=True)
+            )
+        )
+    return losses
+
+
+def test_weights_apply_to_the_whole_smoothed_loss_of_an_image() -> None:
+    counts = [40, 1, 3]
+    loss = targets.build_loss(counts, "balanced", 0.1)
+    weights = targets.compute_class_weights(counts).tolist()
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 3, generator=generator), torch.tensor([0, 0, 1, 2, 0, 2])
+    hard = nn.functional.one_hot(labels, 3).float()
+    own = sum(weights[label] for label in labels)
+    expected = weigh_by_true_class(logits, hard, weights)
+    assert loss(logits, labels).item() == pytest.approx(sum(expected) / own)
+    mixed = 0.3 * hard + 0.7 * hard.flip(0)  # as mixup and cutmix make them
+    expected = weigh_by_true_class(logits, mixed, weights)
+    assert loss(logits, mixed).item() == pytest.approx(sum(expected) / len(labels))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_without_smoothing_or_weights_the_loss_is_torchs(soft: bool) -> None:
+    logits, labels = (
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 2, 2, 0]),
+    )
+    wanted = nn.functional.one_hot(labels, 3) * 0.7 + 0.1 if soft else labels
+    weights = targets.compute_class_weights([4, 1, 2])
+    pairs = (
+        (targets.build_loss([4, 1, 2], "balanced"), nn.CrossEntropyLoss(weights)),
+        (targets.build_loss([4, 1, 2], "none", 0.1), nn.CrossEntropyLoss(label_smoothing=0.1)),
+    )
+    for ours, torchs in pairs:
+        assert ours(logits, wanted).equal(torchs(logits, wanted))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["hard", "mixup"])
+def test_forty_to_one_stays_separable_with_weights_and_smoothing(mixed: bool) -> None:
+    """torch's own combination of the two predicts the rare class everywhere."""
+    labels = torch.tensor([0] * 400 + [1] * 10)
+    noise = torch.randn(410, 2, generator=torch.Generator().manual_seed(0)) * 0.3
+    points = noise + torch.tensor([[-2.0, 0.0], [2.0, 0.0]])[labels]
+    layer, loss = nn.Linear(2, 2), targets.build_loss([400, 10], "balanced", 0.1)
+    wanted = 0.8 * nn.functional.one_hot(labels, 2) + 0.2 * torch.tensor([1.0, 0.0]) if mixed else labels
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        value: torch.Tensor = loss(layer(points), wanted)
+        value.backward()
+        return value
+
+    optimizer.step(step)  # type: ignore[no-untyped-call]
+    assert (targets.decide(layer(points)) == labels).double().mean() == 1.0
+
+
 @pytest.mark.parametrize("class_weights", ["none", "balanced"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_shares_of_parts_put_the_mean_loss_together_again(

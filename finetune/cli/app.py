@@ -23,10 +23,12 @@ from finetune.cli import (
     retrieve,
     run,
 )
+from finetune.cli.group import ValueShowingGroup
 from finetune.cli.processes import leave
 
 app = typer.Typer(
     name="finetune",
+    cls=ValueShowingGroup,
     help="Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -33,7 +33,10 @@ def list_files(
         if files:
             print_table(COLUMNS, [_cells(file) for file in files])
         total = sum(file.num_bytes for file in files)
-        typer.echo(f"{len(files)} files, {_size(total)}, in {cache_dir.folder}", err=True)
+        typer.echo(
+            f"{len(files)} {'file' if len(files) == 1 else 'files'}, {_size(total)}, in {cache_dir.folder}",
+            err=True,
+        )
 
 
 @app.command("clear")
@@ -48,7 +51,8 @@ def clear() -> None:
         left = len(cache_dir.list())
         in_use = f"; {left} in use by a run or owned by another user, kept" if left else ""
         typer.echo(
-            f"{number} files removed from {cache_dir.folder.parent}, {_size(num_bytes)} freed{in_use}",
+            f"{number} {'file' if number == 1 else 'files'} removed from {cache_dir.folder.parent}, "
+            f"{_size(num_bytes)} freed{in_use}",
             err=True,
         )
 

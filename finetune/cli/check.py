@@ -13,6 +13,8 @@ from finetune.cli.output import handled_errors, print_table, write_stdout
 from finetune.errors import ExitCode, UsageError, sanitize
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": None}
+_SHOWN_PATHS = 6
+"""Largest number of images printed of an issue; the file lists the others."""
 _SHOWN = 20
 """Largest number of suspected labels printed; the file lists all."""
 
@@ -21,6 +23,9 @@ def check_command(
     data: Annotated[
         str | None,
         typer.Argument(help="A folder with train/ and val/, of class folders, a .zip, a CSV."),
+    ] = None,
+    data_option: Annotated[
+        str | None, typer.Option("--data", "-d", help="The same, as the other commands take it.")
     ] = None,
     run: Annotated[
         Path | None,
@@ -61,6 +66,9 @@ def check_command(
         from finetune.runs.folder import default_folder
 
         folder = output or default_folder("check")
+        if data is not None and data_option is not None:
+            raise UsageError("finetune check", "it was given data twice", "Name them once.")
+        data = data if data is not None else data_option
         if run is not None:
             if data is not None:
                 raise UsageError("finetune check", "it was given data and a run", "Name one of the two.")
@@ -78,9 +86,10 @@ def check_command(
             _check_run(run, folder, as_json)
             return
         from finetune import api
+        from finetune.data.discover import check_missing
         from finetune.recipe import parse_assignments
 
-        result = api.check(
+        result = check_missing(data) or api.check(  # a wrong path is answered before torch is loaded
             data=data,
             group_by=group_by,
             folds=folds,
@@ -100,10 +109,13 @@ def check_command(
 
 def _print(result: dict[str, Any], folder: Path) -> None:
     """Print a paragraph per issue with its fix, then the counts and the path of the files."""
+    from finetune.runs.folder import RunFolder
+
     for finding in result["findings"]:
         severity = finding["severity"]
         typer.echo(typer.style(f"{severity}: ", fg=_COLOURS[severity], bold=True), nl=False)
         typer.echo(f"{sanitize(finding['message'])}\n  {sanitize(finding['fix'])} [{finding['code']}]")
+        _print_paths(finding, RunFolder(folder).check)
     summary = result["summary"]
     if summary:
         _print_classes(summary)
@@ -111,8 +123,22 @@ def _print(result: dict[str, Any], folder: Path) -> None:
             names = list(next(iter(folds.values())))
             rows = [[fold, *map(str, counts.values())] for fold, counts in folds.items()]
             print_table(("fold", *names), rows)
-    totals = ", ".join(f"{result[kind]} {kind}" for kind in ("errors", "warnings", "notes"))
-    typer.echo(f"{totals}; everything is in {folder}")
+    kinds = ("errors", "warnings", "notes")
+    totals = ", ".join(f"{result[kind]} {kind[:-1] if result[kind] == 1 else kind}" for kind in kinds)
+    written = f"; everything is in {folder}" if RunFolder(folder).check.is_file() else ""
+    typer.echo(f"{totals}{written}")
+
+
+def _print_paths(finding: dict[str, Any], file: Path) -> None:
+    """Print the first images of an issue, unless its message names some, and where the others are listed."""
+    paths = finding["paths"]
+    if any(path in finding["message"] for path in paths):
+        return
+    width = 2 if finding["code"].startswith("near-") else 1  # near copies are listed in pairs
+    for start in range(0, len(paths[:_SHOWN_PATHS]), width):
+        typer.echo(f"    {sanitize(' and '.join(paths[start : start + width]))}")
+    if more := len(paths[_SHOWN_PATHS:]):
+        typer.echo(f"    and {more} more, in {file}")
 
 
 def _print_classes(summary: dict[str, Any]) -> None:
@@ -128,8 +154,10 @@ def _print_classes(summary: dict[str, Any]) -> None:
 
 
 def _check_run(run: Path, folder: Path, as_json: bool) -> None:
+    from finetune.runs.reader import require_run
     from finetune.system.display import Display
 
+    require_run(run)  # before torch is loaded
     display = Display()
     with display.busy("loading torch"):
         from finetune.evaluation.label_issues import find_run_label_issues
@@ -143,7 +171,8 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
     ]
     if cells:
         print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
+    labels = "label" if len(found.rows) == 1 else "labels"
     typer.echo(
-        f"{len(found.rows)} suspected labels among {found.num_scored} images (linear classifiers that had "
+        f"{len(found.rows)} suspected {labels} among {found.num_scored} images (linear classifiers that had "
         f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
     )

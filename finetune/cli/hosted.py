@@ -22,6 +22,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
+from finetune.cli.group import add_value
 from finetune.cli.output import handled_errors, say
 from finetune.errors import ExitCode, UsageError, sanitize
 from finetune.launch.platforms import Platform, find_platform, is_main_process
@@ -239,6 +240,7 @@ def _usage_error(run: Any, arguments: Sequence[str]) -> str:
     try:
         run.make_context("run", list(arguments))
     except Exception as error:  # Typer may bundle its own Click, so the class is unknown
+        add_value(error)
         format_message = getattr(error, "format_message", None)
         return sanitize(f"finetune run: {format_message()}") if format_message else ""
     return ""

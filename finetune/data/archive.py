@@ -1,4 +1,4 @@
-"""Unpack an untrusted zip archive into the user's cache, once.
+"""Unpack an untrusted zip or tar archive into the user's cache, once.
 
 Names and sizes in an archive are whatever its author wrote. So all names are checked before a byte is
 written, bytes are counted as they are unpacked, and only images and tables are unpacked. The folder gets its
@@ -9,39 +9,52 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from typing import TypeVar
 
-from finetune.data.decode import EXTENSIONS
 from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
+from finetune.data.entries import (
+    Entry,
+    GuardedFile,
+    TarEntries,
+    ZipEntries,
+    archive_faults,
+    archive_stem,
+    find_readings,
+    is_archive,
+    is_utf8,
+    shown_name,
+)
+from finetune.data.formats import is_image_name
 from finetune.data.layout import (
     NAME_BYTES,
     SHOWN,
-    SPLIT_NAMES,
     LayoutReader,
     count,
     extension_counts,
     extensions,
     is_junk,
+    is_system,
+    names_in,
     printable,
     quoted,
 )
+from finetune.data.layouts.lists import LIST_FILES, TABLES
+from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
-from finetune.errors import DataError
 from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
 
 Progress = Callable[[int, int], None]
+_Item = TypeVar("_Item")
 
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 256 * 2**30
@@ -52,17 +65,15 @@ MAX_PATH_BYTES = 1024
 MAX_DEPTH = 32
 
 KINDS = {
-    ".tar": "tar", ".tgz": "tar", ".tbz2": "tar", ".txz": "tar", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz",
-    ".zst": "zstd", ".7z": "7-Zip", ".rar": "RAR",
+    ".tbz2": "tar (bzip2)", ".txz": "tar (xz)", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd",
+    ".7z": "7-Zip", ".rar": "RAR",
 }  # fmt: skip
-"""Archives that are refused: Python versions in use unpack a hostile tar outside its target folder."""
+"""Archives that are refused: their unpackers have no limits, or are not part of Python."""
 
-_CHUNK = 2**20
 _DRIVE = re.compile("[A-Za-z]:")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LEFT_OUT = ".left-out.json"
-_ENCRYPTED = 0x1 | 0x40  # flag bits: encryption, strong encryption
-_UTF8 = 0x800  # flag bit: zipfile has decoded the name as UTF-8, not as code page 437
+_CODEC = ".names.json"
 _REPACK = (
     "If you know where it comes from, pack the folder again as an ordinary zip "
     "(UTF-8 names, no links, no password)."
@@ -82,13 +93,13 @@ def find_root(data: Path) -> Path | None:
     """
     if is_sample(data):
         return open_sample(data)
+    reader = LayoutReader(f"--data {printable(data)}", data.absolute())
     if os.path.isdir(data):  # noqa: PTH112 (Path.is_dir raises below a closed folder)
-        return data
+        packed = find_split_archives(data)
+        return open_split_archives(reader, packed) if packed else data
     if not os.path.isfile(data):  # noqa: PTH113
         return None
-    if data.suffix.lower() == ".zip":
-        return open_archive(LayoutReader(f"--data {printable(data)}", data.absolute()), data)
-    return data.parent
+    return open_archive(reader, data) if is_archive(data.name) else data.parent
 
 
 def open_archive(reader: LayoutReader, file: Path, on_progress: Progress | None = None) -> Path:
@@ -98,63 +109,96 @@ def open_archive(reader: LayoutReader, file: Path, on_progress: Progress | None 
         DataError: the archive is damaged, hostile, encrypted or over a limit.
         DiskError: the disk is full, or the cache cannot be written.
     """
-    try:
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
-    except OSError as error:
-        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+    digest = _digest(reader, file)
     folder = make_once("archives", digest, lambda target: _unpack(reader, file, target, on_progress))
     _warn_left_out(reader, folder)
     return _entered(folder)
 
 
+def find_split_archives(folder: Path) -> dict[str, Path]:
+    """Return the archives of a folder's splits (``train.zip``, ``test.tar.gz``), by name without suffix.
+
+    Empty if there is none for training, or if there are folders beside them.
+    """
+    names = [name for name in names_in(folder) if not is_junk(name)]
+    packed = [name for name in names if is_archive(name) and (folder / name).is_file()]
+    if not packed or any((folder / name).is_dir() for name in names):
+        return {}
+    by_stem = {archive_stem(name): folder / name for name in packed}
+    chosen = choose(by_stem) if len(by_stem) == len(packed) else {}
+    return {stem: by_stem[stem] for stems in chosen.values() for stem in stems} if "train" in chosen else {}
+
+
+def open_split_archives(
+    reader: LayoutReader, packed: Mapping[str, Path], on_progress: Progress | None = None
+) -> Path:
+    """Return a folder that holds the content of each archive in a folder of the archive's name.
+
+    Raises:
+        DataError: an archive leads out of the folder, or is damaged, hostile, encrypted or over a limit.
+        DiskError: the disk is full, or the cache cannot be written.
+    """
+    for file in packed.values():
+        if file.is_symlink():
+            reader.leads_out(file.name)
+    reader.check_links()
+    digests = {stem: _digest(reader, file) for stem, file in packed.items()}
+    name = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+
+    def unpack(target: Path) -> None:
+        for stem, file in packed.items():
+            (target / stem).mkdir(mode=0o700)
+            _unpack(reader, file, target / stem, on_progress)
+
+    folder = make_once("archives", name, unpack)
+    for stem in packed:
+        _warn_left_out(reader, folder / stem)
+    files = ", ".join(repr(file.name) for file in packed.values())
+    reader.warn("split-names", f"The archives {files} were read as splits.", "Rename them if that is wrong.")
+    return folder
+
+
+def _digest(reader: LayoutReader, file: Path) -> str:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+
+
 def _unpack(reader: LayoutReader, file: Path, target: Path, on_progress: Progress | None) -> None:
     with _opened(reader, file) as archive:
-        plan = _plan(reader, archive)
+        plan = _plan(reader, file, archive)
         _check_sizes(reader, file, plan, target.parent)
-        _extract(reader, archive, plan, target, on_progress)
+        _extract(reader, file, archive, plan, target, on_progress)
     write_json(target / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
-
-
-class _Guarded(io.FileIO):
-    """A file that refuses an overlong table of contents, which zipfile would read into memory at once."""
-
-    def __init__(self, reader: LayoutReader, file: Path) -> None:
-        super().__init__(file)
-        self.reader = reader
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Read up to ``size`` bytes, unless they are too many for a table of contents."""
-        data = b"" if (size or 0) > MAX_CONTENTS_BYTES else super().read(size) or b""
-        if (size or 0) > MAX_CONTENTS_BYTES or data.count(b"PK\1\2") > MAX_ENTRIES:
-            raise self.reader.error(f"holds more than {MAX_ENTRIES} files", _UNPACK)
-        return data
+    if plan.codec:
+        write_json(target / _CODEC, plan.codec)
 
 
 @contextmanager
-def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipFile]:
-    """Yield the open archive, its table of contents read."""
-    with ExitStack() as stack:
-        with _zip_faults(reader):
-            archive = ZipFile(stack.enter_context(_Guarded(reader, file)))
+def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipEntries | TarEntries]:
+    """Yield the open archive; of a zip, the table of contents has been read."""
+    if file.suffix.lower() != ".zip":
+        packed = file.stat().st_size
+        yield TarEntries(file, lambda size: _check_unpacked(reader, size, packed))
+        return
+    with _faults(reader, file):
+        guarded = GuardedFile(reader, file, MAX_CONTENTS_BYTES, MAX_ENTRIES, _UNPACK)
+    with guarded:
+        with _faults(reader, file):
+            archive = ZipEntries(guarded)
         yield archive
 
 
-@contextmanager
-def _zip_faults(reader: LayoutReader) -> Iterator[None]:
-    """Convert every error of reading into a DataError: zipfile raises a dozen kinds."""
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except UnicodeDecodeError as error:
-        raise reader.error(f"holds the name {error.object!r}, which is not UTF-8", _REPACK) from None
-    except OSError as error:
-        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
-    except Exception as error:
-        message = printable(" ".join(str(error).split())[:120] or type(error).__name__)
-        found = f"is truncated, damaged or not a zip archive ({message})"
-        raise reader.error(found, "Get it or make it again.") from None
+def _check_unpacked(reader: LayoutReader, size: int, packed: int) -> None:
+    """Refuse a tar file that grows too large, also by what is not unpacked, before more of it is read."""
+    if fault := _size_fault(0, size, packed):
+        raise reader.error(fault, _UNPACK)
+
+
+def _faults(reader: LayoutReader, file: Path) -> AbstractContextManager[None]:
+    return archive_faults(reader, "zip" if file.suffix.lower() == ".zip" else "tar", _REPACK)
 
 
 @dataclass
@@ -165,21 +209,22 @@ class _Plan:
         files: entries to unpack, by path.
         folders: every folder, including those without images: an empty class must be reported, not dropped.
         left_out: paths of files that are not images; neither read nor written.
+        codec: encoding of the names that are not UTF-8; "" if there are none, or if it is not certain.
     """
 
-    files: dict[str, ZipInfo] = field(default_factory=dict)
+    files: dict[str, Entry] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
+    codec: str = ""
 
-    def add(self, entry: ZipInfo) -> str | None:
+    def add(self, entry: Entry, name: str | None) -> str | None:
         """Add an entry, or return why it cannot be trusted."""
-        name = _decoded(entry)
         if name is None:
             return "is not UTF-8"
         if fault := _path_fault(name):
             return fault
         parts = [part for part in name.split("/") if part not in {"", "."}]
-        if any(map(is_junk, parts)):
+        if any(map(is_system, parts)) or (any(map(is_junk, parts)) and not is_image_name(name)):
             return None
         self.folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
         if name.endswith("/"):
@@ -187,27 +232,39 @@ class _Plan:
             return None
         return self._add_file(entry, "/".join(parts))
 
-    def _add_file(self, entry: ZipInfo, path: str) -> str | None:
-        if stat.S_IFMT(entry.external_attr >> 16) not in {0, stat.S_IFREG}:
-            return "is a link or another kind of entry that is not a file"
+    def _add_file(self, entry: Entry, path: str) -> str | None:
+        if entry.kind_fault:
+            return entry.kind_fault
         if path in self.files or path in self.left_out:
             return "is in there twice"
-        if os.path.splitext(path)[1].lower() not in EXTENSIONS | {".csv"}:  # noqa: PTH122
+        extension = os.path.splitext(path)[1].lower()  # noqa: PTH122
+        if not is_image_name(path) and extension not in TABLES and path.rpartition("/")[2] not in LIST_FILES:
             self.left_out.add(path)
             return None
-        if entry.flag_bits & _ENCRYPTED:
-            return "is encrypted"
-        if entry.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
-            # zipfile decompresses other methods without a limit: a kilobyte of bzip2 may fill the memory.
-            return f"is packed by method {entry.compress_type}; only stored and deflated files are read"
+        if entry.content_fault:
+            return entry.content_fault
         self.files[path] = entry
         return None
 
 
-def _plan(reader: LayoutReader, archive: ZipFile) -> _Plan:
+def _plan(reader: LayoutReader, file: Path, archive: ZipEntries | TarEntries) -> _Plan:
     """Check every entry before anything is written; report all faulty ones together, by name."""
-    plan = _Plan()
-    faults = [(entry.orig_filename, fault) for entry in archive.infolist() if (fault := plan.add(entry))]
+    entries = []
+    with _faults(reader, file):
+        for entry in archive.entries():
+            entries.append(entry)
+            if len(entries) > MAX_ENTRIES:
+                raise reader.error(f"holds more than {MAX_ENTRIES} files", _UNPACK)
+    readings = find_readings(
+        part for entry in entries if not is_utf8(entry.raw) for part in entry.raw.split(b"/")
+    )
+    plan = _Plan(codec=next(iter(readings), "") if len(readings) == 1 else "")
+    faults = []
+    for entry in entries:
+        name = _decoded(entry.raw, plan.codec)
+        if fault := plan.add(entry, name):
+            may_be = _may_be(entry.raw, readings) if name is None else ""
+            faults.append((shown_name(entry.raw, plan.codec), fault + may_be))
     both = sorted(plan.folders & (plan.files.keys() | plan.left_out))
     faults += [(name, "is both a file and a folder") for name in both]
     if not faults:
@@ -221,14 +278,20 @@ def _plan(reader: LayoutReader, archive: ZipFile) -> _Plan:
     )
 
 
-def _decoded(entry: ZipInfo) -> str | None:
-    """Return the name as UTF-8, or None. Many packers write UTF-8 without setting the flag."""
-    if entry.flag_bits & _UTF8:
-        return entry.orig_filename
-    try:
-        return entry.orig_filename.encode("cp437").decode()
-    except UnicodeError:
+def _may_be(raw: bytes, readings: Iterable[str]) -> str:
+    """Return what a name says in each encoding that fits all names of the archive."""
+    texts = [f"{raw.decode(codec)!r} ({codec})" for codec in readings]
+    return f", and may be {' or '.join(texts)}" if texts else ""
+
+
+def _decoded(raw: bytes, codec: str) -> str | None:
+    """Return a name with ``/`` between its parts, or None if its encoding is unknown.
+
+    Many packers write UTF-8 without setting the flag, and some on Windows separate the parts by a backslash.
+    """
+    if not is_utf8(raw) and not codec:
         return None
+    return raw.decode("utf-8" if is_utf8(raw) else codec).replace("\\", "/")
 
 
 def _path_fault(name: str) -> str | None:
@@ -237,7 +300,6 @@ def _path_fault(name: str) -> str | None:
     faults = {
         "is an absolute path": name.startswith("/") or _DRIVE.match(name),
         "leads upwards": ".." in parts,
-        "holds a backslash": "\\" in name,
         "holds a control character or a line break": _CONTROL.search(name),
         "is too long": len(parts) > MAX_DEPTH or len(name.encode()) > MAX_PATH_BYTES,
         "has a part that is too long": max(len(part.encode()) for part in parts) > NAME_BYTES,
@@ -248,7 +310,7 @@ def _path_fault(name: str) -> str | None:
 
 def _check_sizes(reader: LayoutReader, file: Path, plan: _Plan, cache: Path) -> None:
     """Refuse an archive whose declared sizes are too large, before anything is written."""
-    sizes = [entry.file_size for entry in plan.files.values()]
+    sizes = [entry.size for entry in plan.files.values()]
     if fault := _size_fault(max(sizes, default=0), sum(sizes), file.stat().st_size):
         raise reader.error(fault, _UNPACK)
     if sum(sizes) > shutil.disk_usage(cache).free:
@@ -271,34 +333,42 @@ def _megabytes(size: int) -> str:
 
 
 def _extract(
-    reader: LayoutReader, archive: ZipFile, plan: _Plan, target: Path, on_progress: Progress | None
+    reader: LayoutReader,
+    file: Path,
+    archive: ZipEntries | TarEntries,
+    plan: _Plan,
+    target: Path,
+    on_progress: Progress | None,
 ) -> None:
     """Write the planned files, counting the bytes that are really unpacked."""
-    assert archive.fp is not None
-    packed = os.fstat(archive.fp.fileno()).st_size
-    in_all = 0
+    packed, in_all = file.stat().st_size, 0
     for folder in plan.folders:
         (target / folder).mkdir(parents=True, exist_ok=True)
-    for done, (path, entry) in enumerate(plan.files.items(), 1):
+    contents = _guarded(reader, file, archive.contents(plan.files))
+    for done, (path, chunks) in enumerate(contents, 1):
         size = 0
         with (target / path).open("xb") as output:
-            for chunk in _chunks(reader, archive, entry):
+            for chunk in _guarded(reader, file, chunks):
                 size, in_all = size + len(chunk), in_all + len(chunk)
                 if fault := _size_fault(size, in_all, packed):
                     raise reader.error(fault, _UNPACK)
                 output.write(chunk)
-        if size != entry.file_size:
-            found = f"is damaged: {quoted(path)} has {size} bytes, and should have {entry.file_size}"
+        if size != plan.files[path].size:
+            found = f"is damaged: {quoted(path)} has {size} bytes, and should have {plan.files[path].size}"
             raise reader.error(found, "Get it or make it again.")
         if on_progress:
             on_progress(done, len(plan.files))
 
 
-def _chunks(reader: LayoutReader, archive: ZipFile, entry: ZipInfo) -> Iterator[bytes]:
-    """Yield the content of a file in chunks; zipfile checks its checksum at the end."""
-    with _zip_faults(reader), archive.open(entry) as source:
-        while chunk := source.read(_CHUNK):
-            yield chunk
+def _guarded(reader: LayoutReader, file: Path, items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield the items of an archive; errors of reading them become a DataError, others stay what they are."""
+    while True:
+        with _faults(reader, file):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
@@ -309,12 +379,19 @@ def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
             reader.warnings.append(
                 f"Files in the archive that are not images are left out{extensions(others, ': ')}."
             )
+    with suppress(OSError, ValueError):
+        codec = json.loads((folder / _CODEC).read_text(encoding="utf-8"))
+        reader.warn(
+            "archive-names",
+            f"Names in the archive are not UTF-8, and were read as {codec}.",
+            "Pack it again with UTF-8 names if they are wrong.",
+        )
 
 
 def _entered(folder: Path) -> Path:
     """Return the single folder that many archives hold at the top, or else the folder itself."""
     inside = [entry for entry in os.scandir(folder) if not is_junk(entry.name)]
-    if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in SPLIT_NAMES:
+    if len(inside) != 1 or not inside[0].is_dir() or is_plain(inside[0].name):
         return folder
-    # A folder that holds files is a class.
-    return Path(inside[0].path) if all(entry.is_dir() for entry in os.scandir(inside[0])) else folder
+    top = Path(inside[0].path)  # a folder that holds images is a class; one that holds lists is not
+    return folder if any(map(is_image_name, names_in(top))) else top

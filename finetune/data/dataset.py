@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -94,10 +94,15 @@ class Dataset:
         gone = frozenset(paths)
         return replace(self, samples=tuple(sample for sample in self.samples if sample.path not in gone))
 
-    def prepared(self, digests: Mapping[str, str], unreadable: Collection[BadImage] = ()) -> PreparedDataset:
+    def prepared(
+        self,
+        digests: Mapping[str, str],
+        unreadable: Collection[BadImage] = (),
+        value_range: tuple[float, float] | None = None,
+    ) -> PreparedDataset:
         """Return the dataset together with what reading its files has shown."""
         own = {field.name: getattr(self, field.name) for field in fields(Dataset)}
-        return PreparedDataset(**own, digests=digests, unreadable=tuple(unreadable))
+        return PreparedDataset(**own, digests=digests, unreadable=tuple(unreadable), value_range=value_range)
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,13 @@ class PreparedDataset(Dataset):
     Attributes:
         digests: SHA-256 of each file that could be read, by path.
         unreadable: the images that cannot be read.
+        value_range: the values that become black and white in training images of more than 8 bits; None if
+            there are none.
     """
 
     digests: Mapping[str, str]
     unreadable: tuple[BadImage, ...] = ()
+    value_range: tuple[float, float] | None = None
 
     @property
     def readable(self) -> PreparedDataset:
@@ -165,6 +173,26 @@ class Issue:
             "fix": self.fix,
             "paths": list(self.paths),
         }
+
+
+_ORDER = ("error", "warning", "note")
+
+
+def to_check(issues: Sequence[Issue], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of ``check.json``."""
+    numbers = {severity: sum(issue.severity == severity for issue in issues) for severity in _ORDER}
+    return {
+        "errors": numbers["error"],
+        "warnings": numbers["warning"],
+        "notes": numbers["note"],
+        "findings": [issue.to_dict() for issue in sort_issues(issues)],
+        "summary": summary,
+    }
+
+
+def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
+    """Return issues with errors first and notes last."""
+    return tuple(sorted(issues, key=lambda issue: _ORDER.index(issue.severity)))
 
 
 def describe_images(dataset: Dataset, digests: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:

@@ -6,7 +6,6 @@ raises. An image is either decoded completely or refused; half an image padded w
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 import warnings
@@ -14,25 +13,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-# Only these parsers see the bytes, which limits the attack surface (the EPS parser starts Ghostscript).
-# Phones' multi-picture JPEGs (MPO) come in through JPEG.
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-EXTENSIONS: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+from finetune.data.depth import (
+    FULL,
+    ValueRange,
+    Values,
+    find_range,
+    is_deep,
+    measure_values,
+    read_values,
+    to_eight_bits,
+)
+from finetune.data.formats import HEAD_BYTES, describe_raw, describe_unread, readable_formats
+from finetune.data.tiff import read_layout
 
 # Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
 # is a global that any library may have switched off, and because warning filters are not thread safe.
 MAX_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of images under that limit
+warnings.filterwarnings("ignore", module=r"PIL\.")  # these name no file; what matters is raised
 MAX_BYTES = 512 * 2**20
 """Size of an uncompressed image of ``MAX_PIXELS``. A parser may hold all of a larger file in memory."""
 
 # First bytes that no text file has: a file that starts like this is a damaged image.
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", *_TIFF)
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 (or none) is upright
 _UPRIGHT: dict[object, Transpose] = {
@@ -59,29 +70,33 @@ class BadImageError(Exception):
         self.reason = reason
 
 
-def decode_image(path: Path, short_side: int | None = None) -> Image.Image:
+def decode_image(
+    path: Path, short_side: int | None = None, value_range: ValueRange | None = None
+) -> Image.Image:
     """Return the image as RGB, upright (EXIF rotation applied), first frame of an animation.
 
-    Transparent pixels are laid over white, since the colours under them are undefined. 16-bit greys are
-    divided by 257 (65535 becomes 255). Greys outside 0..65535 and floating-point greys have no agreed
-    white point, so their own minimum becomes 0 and their own maximum 255.
+    Transparent pixels are laid over white, since the colours under them are undefined.
 
     Args:
         path: path of the file.
         short_side: number of pixels that the shorter side needs. The image is returned at the smallest of
             1/1, 1/2, 1/4 ... of its size that has them; a JPEG decodes faster at a reduced size
             (``Image.draft``). None returns the full size.
+        value_range: the values that become black and white in images of more than 8 bits, as measured on a
+            data set (:mod:`finetune.data.depth`). None for that of the file's format: 0 to 65535, or 0 to 1
+            for floating-point numbers.
 
     Raises:
-        BadImageError: the file is missing, no image, damaged, cut short, or over ``MAX_PIXELS`` or
-            ``MAX_BYTES``.
+        BadImageError: the file is missing, no image, damaged, cut short, in a format or with bands that are
+            not read, over ``MAX_PIXELS`` or ``MAX_BYTES``, or holds values outside of its format's range
+            while ``value_range`` is None.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, file):
         if short_side is None:
-            return _finished(image)
+            return _finished(image, file, value_range)
         factor, shorter = compute_factor(image.size, short_side), min(image.size)
         image.draft("RGB", (short_side, short_side))  # up to 1/8; formats that cannot do nothing
-        upright = _finished(image)
+        upright = _finished(image, file, value_range)
         rest = factor // max(1, round(shorter / min(upright.size)))
         return upright.reduce(rest) if rest > 1 else upright
 
@@ -92,8 +107,33 @@ def read_size(path: Path) -> tuple[int, int]:
     Raises:
         BadImageError: as ``decode_image``, for faults that the header shows.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, _):
         return image.size
+
+
+def read_spread(path: Path) -> Values | None:
+    """Return the spread of an image's values, or None for an image of 8 bits, which is not decoded.
+
+    Raises:
+        BadImageError: as ``decode_image``.
+    """
+    with _opened(path) as (image, file):
+        return _measure(file) if is_deep(image) else None
+
+
+def _measure(file: BinaryIO) -> Values:
+    """Return the spread of the values of an image of more than 8 bits; the file's position stays."""
+    here = file.tell()
+    with _again(file) as whole:
+        values = measure_values(_check_finite(read_values(whole, file)))
+    file.seek(here)
+    return values
+
+
+def _check_finite(pixels: NDArray[Any]) -> NDArray[Any]:
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise BadImageError("holds non-finite values")
+    return pixels
 
 
 def compute_factor(size: tuple[int, int], short_side: int) -> int:
@@ -106,12 +146,14 @@ class Probe:
     """Facts about an image, from decoding it once.
 
     Attributes:
-        format: one of ``FORMATS``; phones' multi-picture JPEGs are JPEG.
+        format: one of :data:`finetune.data.formats.FORMATS`; phones' multi-picture JPEGs are JPEG.
         mode: Pillow's name for the pixel format in the file (``RGB``, ``L``, ``P`` ...).
         width: in pixels, upright.
         height: in pixels, upright.
         is_animated: whether it has more than one frame or page.
-        grey: the image in grey, upright, squashed to ``PROBE_SIDE`` by ``PROBE_SIDE`` pixels.
+        grey: the image in grey, upright, squashed to ``PROBE_SIDE`` by ``PROBE_SIDE`` pixels; that of an
+            image of more than 8 bits has the image's own range.
+        values: spread of the values of an image of more than 8 bits; None for others.
     """
 
     format: str
@@ -120,6 +162,7 @@ class Probe:
     height: int
     is_animated: bool
     grey: Image.Image
+    values: Values | None = None
 
 
 PROBE_SIDE = 32
@@ -129,15 +172,18 @@ PROBE_SIDE = 32
 def probe_image(path: Path) -> Probe:
     """Decode all the data as cheaply as possible; ``decode_image`` accepts every image that this accepts.
 
+    It may need the range of values of the data set for those of more than 8 bits.
+
     A JPEG is entropy-decoded to its end, but reconstructed in grey at down to an eighth of its size: this
     detects a truncated file at a fraction of the cost. Other formats are decoded in full.
 
     Raises:
         BadImageError: as ``decode_image``.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, file):
         is_jpeg = image.format in {"JPEG", "MPO"}
         mode, (width, height) = image.mode, image.size
+        values = _measure(file) if is_deep(image) else None
         if is_jpeg:
             # Reduced, it has a whole number of pixels, of which the last may be half outside the image.
             image.draft("L", (PROBE_SIDE, PROBE_SIDE))
@@ -145,7 +191,8 @@ def probe_image(path: Path) -> Probe:
             image.load()
             grey = _squash(image.convert("L"), (width / scale, height / scale))
         else:
-            upright = _finished(image).convert("L")
+            own = None if values is None else find_range([values])
+            upright = _finished(image, file, own).convert("L")
             grey = _squash(upright, upright.size)
         # Read after the pixels: a PNG reads them to find the tag, and would hide their faults.
         turn = _UPRIGHT.get(_orientation(image))
@@ -154,7 +201,8 @@ def probe_image(path: Path) -> Probe:
         if turn is not None and turn not in _KEEPS_SIZE:
             width, height = height, width
         is_animated = not is_jpeg and _is_animated(image)
-        return Probe("JPEG" if is_jpeg else str(image.format), mode, width, height, is_animated, grey)
+        form = "JPEG" if is_jpeg else str(image.format)
+        return Probe(form, mode, width, height, is_animated, grey, values)
 
 
 def _squash(grey: Image.Image, size: tuple[float, float]) -> Image.Image:
@@ -173,16 +221,16 @@ def _is_animated(image: Image.Image) -> bool:
         return False
 
 
-def convert_image(image: Image.Image) -> Image.Image:
+def convert_image(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
     """Return a copy of an open image as ``decode_image`` returns a file: RGB, upright, over white.
 
     Raises:
-        BadImageError: it is damaged, cut short, or over ``MAX_PIXELS``.
+        BadImageError: it is damaged, cut short, over ``MAX_PIXELS``, or holds values whose range is unknown.
     """
     try:
         if image.width * image.height > MAX_PIXELS:
             raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
-        return _finished(image.copy())
+        return _finished(image.copy(), None, value_range)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
@@ -190,15 +238,15 @@ def convert_image(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Yield the image with its header read; convert every error of opening or using it into BadImageError.
+def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """Yield the image with its header read, and its file; convert every error into BadImageError.
 
     A MemoryError passes: it is a fault of the machine, and the image may be good.
     """
     try:
         _check_file(path)
         with path.open("rb") as file:
-            yield _identified(file)
+            yield _identified(file, path.name), file
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
@@ -214,16 +262,19 @@ def _check_file(path: Path) -> None:
         raise BadImageError(f"file of {-(-status.st_size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB")
 
 
-def _identified(file: BinaryIO) -> Image.Image:
+def _identified(file: BinaryIO, name: str) -> Image.Image:
     """Open the image from its header; refuse files that are empty, of unknown format or too large."""
-    head = file.read(16)
-    file.seek(0)
+    head = file.read(HEAD_BYTES)
     if not head:
         raise BadImageError("empty file")
+    if head.startswith(_TIFF) and (raw := describe_raw(name)):
+        raise BadImageError(raw)
+    refusal = _refuse_bands(file) if head.startswith(_TIFF) else None
+    file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=readable_formats())
     except UnidentifiedImageError:
-        raise BadImageError(_unidentified(head)) from None
+        raise BadImageError(refusal or _unidentified(head, name)) from None
     except Image.DecompressionBombError:  # Pillow's own limit, the same number; the file is not damaged
         raise BadImageError(f"more than {MAX_PIXELS} pixels") from None
     if image.width * image.height > MAX_PIXELS:
@@ -231,6 +282,15 @@ def _identified(file: BinaryIO) -> Image.Image:
     if image.format == "PNG":
         _require_end(file)
     return image
+
+
+def _refuse_bands(file: BinaryIO) -> str | None:
+    """Refuse a TIFF of which Pillow would drop bands; return what to say where Pillow cannot read it."""
+    file.seek(0)
+    layout = read_layout(file)
+    if layout is not None and layout.fault:
+        raise BadImageError(layout.fault)
+    return None if layout is None else layout.refusal
 
 
 def _require_end(file: BinaryIO) -> None:
@@ -244,11 +304,13 @@ def _require_end(file: BinaryIO) -> None:
     file.seek(here)
 
 
-def _unidentified(head: bytes) -> str:
-    """Describe a file that is not an image by its first word, with unprintable bytes escaped."""
+def _unidentified(head: bytes, name: str) -> str:
+    """Describe a file that is not read: by its format, or by its first word, unprintable bytes escaped."""
+    if known := describe_unread(name, head):
+        return known
     if head.startswith(_MAGIC):
         return "damaged: starts like an image, but its header cannot be read"
-    word = (head.split() or [head])[0]
+    word = (head[:16].split() or [head[:16]])[0]
     return f'not an image (starts with "{repr(word)[2:-1]}")'
 
 
@@ -263,15 +325,38 @@ def _reason(path: Path, error: Exception) -> str:
     return f"{'truncated' if cut_short else 'damaged'}: {message}"
 
 
-def _finished(image: Image.Image) -> Image.Image:
+def _finished(image: Image.Image, file: BinaryIO | None, value_range: ValueRange | None) -> Image.Image:
     """Decode the pixels, make them RGB and turn them upright."""
+    is_wide = file is not None and is_deep(image) and image.mode in ("RGB", "RGBA", "LA")
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
-    image = _rgb(image)
+    if is_wide and file is not None and value_range not in (None, FULL):
+        image = _wide_rgb(image, file, value_range)
+    else:
+        image = _rgb(image, value_range)
     if turn is not None:
         image = image.transpose(turn)
     image.info = {}  # otherwise a later step may find the orientation tag and rotate again
     return image
+
+
+def _wide_rgb(image: Image.Image, file: BinaryIO, value_range: ValueRange) -> Image.Image:
+    """Return an image with 16 bits in each of several channels, of which Pillow keeps the upper 8, as RGB."""
+    alpha = image.getchannel("A") if "A" in image.getbands() else None
+    with _again(file) as whole:
+        rgb = to_eight_bits(read_values(whole, file), value_range).convert("RGB")
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    return _over_white(rgb)
+
+
+@contextmanager
+def _again(file: BinaryIO) -> Iterator[Image.Image]:
+    """Yield the image of a file with its pixels not loaded yet."""
+    file.seek(0)
+    with Image.open(file, formats=readable_formats()) as image:
+        yield image
 
 
 def _orientation(image: Image.Image) -> object:
@@ -284,10 +369,11 @@ def _orientation(image: Image.Image) -> object:
         return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
     """Return decoded pixels of any mode as RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bit(image).convert("RGB")
+        pixels = _check_finite(np.asarray(image))
+        return to_eight_bits(pixels, value_range or _format_range(pixels)).convert("RGB")
     if image.has_transparency_data:
         return _over_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -300,22 +386,10 @@ def _over_white(image: Image.Image) -> Image.Image:
     return page
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Return greys of 16 bits, 32 bits or floating point as 8 bits (Pillow's ``convert`` would clip them)."""
-    grey = image.convert("F") if image.mode == "F" else image.convert("I").convert("F")
-    low, high = _range(grey)
-    if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    scale = 255.0 / (high - low) if high > low else 0.0
-    # Add 0.5 to round to the nearest: conversion to L truncates.
-    return grey.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
-
-
-def _range(grey: Image.Image) -> tuple[float, float]:
-    """Return the smallest and the largest grey; refuse NaN and infinity."""
-    # A NaN does not change the extremes, but it does change the mean.
-    mean = grey.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    low, high = grey.getextrema()
-    if not all(isinstance(value, float) and math.isfinite(value) for value in (mean, low, high)):
-        raise BadImageError("holds non-finite values")
-    return float(low), float(high)  # type: ignore[arg-type]
+def _format_range(pixels: NDArray[Any]) -> ValueRange:
+    """Return the range of values of a file's format; refuse values outside of it, whose white is unknown."""
+    full = (0.0, 1.0) if pixels.dtype.kind == "f" else FULL
+    low, high = float(pixels.min()), float(pixels.max())
+    if full[0] <= low and high <= full[1]:
+        return full
+    raise BadImageError(f"holds values from {low:g} to {high:g}, and the model knows no range for them")

@@ -14,11 +14,22 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from finetune.data.archive import KINDS, Progress, open_archive
-from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
-from finetune.data.folders import images_below, read_folder
-from finetune.data.layout import SPLIT_NAMES, LayoutReader, count, is_junk, names_in, printable, some
+from finetune.data.archive import (
+    KINDS,
+    Progress,
+    find_split_archives,
+    open_archive,
+    open_split_archives,
+)
+from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split, to_check
+from finetune.data.entries import is_archive
+from finetune.data.folders import explain_others, images_below, warn_ignored
+from finetune.data.layout import LayoutReader, count, extensions, is_junk, names_in, printable, some
+from finetune.data.layouts.class_folders import read_folder
+from finetune.data.layouts.lists import name_lists
+from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
     FOLD_FIX,
@@ -34,7 +45,11 @@ from finetune.errors import DataError, suggest
 
 
 def discover(
-    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+    data: Path,
+    config: SplitConfig,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    draws: bool = True,
 ) -> Dataset:
     """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and split.
 
@@ -44,6 +59,8 @@ def discover(
         config: how the validation split is made, where ``data`` gives none or folds are asked for.
         follow_links: read images through links that lead out of the folder.
         on_progress: called with (entries unpacked, entries in all) while an archive is unpacked.
+        draws: whether a validation split is drawn where the data give none; without it, all images that the
+            data give no split are training images.
 
     Raises:
         DataError: there is nothing to train on, or the layout is ambiguous.
@@ -51,7 +68,7 @@ def discover(
         DiskError: no space or no permission to unpack an archive.
     """
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    dataset = _discover(reader, data, config, on_progress)
+    dataset = _discover(reader, data, config, on_progress, draws)
     assert dataset is not None
     return dataset
 
@@ -82,18 +99,37 @@ def discover_leniently(
 
 
 def _discover(
-    reader: LayoutReader, data: Path, config: SplitConfig, on_progress: Progress | None
+    reader: LayoutReader,
+    data: Path,
+    config: SplitConfig,
+    on_progress: Progress | None,
+    draws: bool = True,
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(reader, data, on_progress, config.group_by)
+    _join_spellings(reader)
     if reader.is_lenient and not reader.splits.get("train"):
         return None
     for by_class in reader.splits.values():  # only a lenient reader still has links that lead out
         for name, paths in by_class.items():
             by_class[name] = [path for path in paths if path not in reader.links_out]
-    drawn = "val" not in reader.splits or config.folds is not None
-    dataset = _dataset(reader, config)
+    drawn = (draws and "val" not in reader.splits) or config.folds is not None
+    dataset = _dataset(reader, config, drawn)
     return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(reader.issues))
+
+
+def find_missing(data: Path) -> DataError | None:
+    """Return the error of a path that does not exist; None if it does, or names a sample."""
+    if is_sample(data) or os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
+        return None
+    found = printable(f"does not exist{suggest(data.name, names_in(data.absolute().parent))}")
+    return DataError(f"--data {printable(data)}", found, "Give a folder of images or a CSV file.")
+
+
+def check_missing(data: str | None) -> dict[str, Any] | None:
+    """Return what ``finetune check`` finds at a path that does not exist; None if there is one."""
+    error = find_missing(Path(data)) if data else None
+    return to_check([Issue("unusable", "error", error.message, error.fix)], {}) if error else None
 
 
 def read_data(
@@ -107,22 +143,21 @@ def read_data(
     """
     if is_sample(data):
         reader.root = open_sample(data)
-        read_folder(reader)
+        read_folder(reader, group_by)
         return False
-    if not os.path.exists(data):  # noqa: PTH110 (Path.exists raises below a closed folder)
-        siblings = names_in(reader.root.parent)
-        raise reader.error(
-            f"does not exist{suggest(data.name, siblings)}", "Give a folder of images or a CSV file."
-        )
+    if missing := find_missing(data):
+        raise missing
     suffix = data.suffix.lower() if data.is_file() else ""
     if data.is_dir():
-        read_folder(reader)
+        if packed := find_split_archives(data):
+            reader.root, reader.from_archive = open_split_archives(reader, packed, on_progress), True
+        read_folder(reader, group_by)
     elif suffix == ".csv":
         reader.root = reader.root.parent
         read_csv(reader, data, group_by)
-    elif suffix == ".zip":
+    elif suffix and is_archive(data.name):
         reader.root, reader.from_archive = open_archive(reader, data, on_progress), True
-        read_folder(reader)
+        read_folder(reader, group_by)
     else:
         raise _refuse_kind(reader, suffix)
     return suffix == ".csv"
@@ -131,17 +166,17 @@ def read_data(
 def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
     if suffix in KINDS:
         return reader.error(
-            f"is a {KINDS[suffix]} archive, and only zip is read",
+            f"is a {KINDS[suffix]} archive, and only zip, tar and tar.gz are read",
             "Unpack it first, and give the folder.",
         )
     return reader.error(
-        "is neither a folder, a zip archive nor a CSV file",
-        "Give a folder of class folders, a zip archive of it, or a CSV file with path,label[,split].",
+        "is neither a folder, a zip or tar archive nor a CSV file",
+        "Give a folder of class folders, a zip or tar archive of it, or a CSV file with path,label[,split].",
     )
 
 
-def _dataset(reader: LayoutReader, config: SplitConfig) -> Dataset:
-    """Apply the checks common to all layouts, draw the validation split, and number the classes."""
+def _dataset(reader: LayoutReader, config: SplitConfig, draws: bool) -> Dataset:
+    """Apply the checks common to all layouts, draw the validation split if asked to, number the classes."""
     train = reader.splits["train"]
     # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
     classes = tuple(sorted(train))
@@ -154,7 +189,7 @@ def _dataset(reader: LayoutReader, config: SplitConfig) -> Dataset:
     folds: dict[str, int] = {}
     if config.folds is not None and config.fold is not None:
         folds = _deal_folds(reader, config.folds, config.fold, config.seed, groups)
-    elif "val" in reader.splits:
+    elif not draws:
         _warn_singles(reader)
     else:
         _split_off_validation(reader, config.val_fraction, config.seed, groups)
@@ -172,15 +207,45 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
         return
     # An archive unpacked into a folder of its own name is the usual reason.
     inside = reader.root / classes[0]
-    folders = [name for name in names_in(inside) if (inside / name).is_dir() and not name.startswith(".")]
-    nested = len(folders) >= 2 or any(name.lower() == "train" for name in folders)
+    folders = [name for name in names_in(inside) if (inside / name).is_dir() and not is_junk(name)]
+    nested = len(folders) >= 2 or "train" in choose(folders)
     fix = "Add the images of at least one more class."
     if nested:
         fix = f"Did you mean --data {printable(inside)}?"
     if nested and reader.from_archive:  # the user has never seen the path into the cache
         fix = "Pack it so that the class folders, or train/, lie at the top."
     found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
-    reader.reject("class-one", found, fix)
+    reader.reject("class-one", found, fix + name_lists(reader, "", names_in(reader.root)))
+
+
+def _join_spellings(reader: LayoutReader) -> None:
+    """Join classes whose names differ in their Unicode form only, as macOS and other systems write them.
+
+    The class has the name that the training split gives it, or its composed form if that gives several.
+    """
+    spelled: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for split in SPLITS:
+        for name in reader.splits.get(split, {}):
+            spelled[unicodedata.normalize("NFC", name)][name] = None
+    train = reader.splits.get("train", {})
+    chosen = {}
+    for form, names in spelled.items():
+        own = [name for name in names if name in train] or list(names)
+        chosen.update(dict.fromkeys(names, own[0] if len(own) == 1 else form))
+    joined = sorted({chosen[name] for names in spelled.values() if len(names) > 1 for name in names})
+    if not joined:
+        return
+    for split, by_class in reader.splits.items():
+        merged: dict[str, list[str]] = {}
+        for name, paths in by_class.items():
+            merged.setdefault(chosen[name], []).extend(paths)
+        reader.splits[split] = merged
+    reader.warn(
+        "class-joined",
+        f"Class names that differ in their Unicode form only were read as one class: {some(joined)}.",
+        "Give the folders of one class the same name.",
+        len(joined),
+    )
 
 
 def _compare_with_training(reader: LayoutReader, split: Split) -> None:
@@ -209,7 +274,7 @@ def _compare_with_training(reader: LayoutReader, split: Split) -> None:
 
 
 def _warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
-    """Warn about classes that differ only in letter case or in the encoding of an accent."""
+    """Warn about classes that differ only in letter case."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[unicodedata.normalize("NFC", name).casefold()].append(name)
@@ -298,7 +363,11 @@ def _deal_folds(
 
 
 def find_images(
-    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+    data: Path,
+    config: SplitConfig,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    draws: bool = True,
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
@@ -308,18 +377,21 @@ def find_images(
     Raises:
         DataError: there is no image, or the layout is ambiguous.
     """
-    if not _is_unlabelled(data):
-        return discover(data, config, follow_links, on_progress)
+    if not _is_unlabelled(data) or find_split_archives(data):
+        return discover(data, config, follow_links, on_progress, draws)
     reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
-    images, _ = images_below(reader, "")
+    images, others = images_below(reader, "")
     reader.check_links()
     if not images:
-        raise reader.error("holds no images", "Give a folder of images or a CSV file.")
-    return Dataset(reader.root, (), tuple(Sample(path, -1, "train") for path in images))
+        found = f"holds no images{extensions(others, ', only ')}"
+        raise reader.error(found, f"Give a folder of images or a CSV file.{explain_others(others)}")
+    warn_ignored(reader, "", (), others)
+    samples = tuple(Sample(path, -1, "train") for path in images)
+    return Dataset(reader.root, (), samples, tuple(reader.warnings))
 
 
 def _is_unlabelled(data: Path) -> bool:
     if not data.is_dir():
         return False
     folders = [name for name in names_in(data) if not is_junk(name) and (data / name).is_dir()]
-    return len(folders) < 2 and not any(name.lower() in SPLIT_NAMES for name in folders)
+    return len(folders) < 2 and not any(map(is_plain, folders)) and "train" not in choose(folders)

@@ -1,102 +1,30 @@
-"""Read class folders: below ``train/``, ``val/`` and ``test/``, or side by side."""
+"""Walk through folders: their images, class by class, without what systems leave and links that lead out."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from finetune.data.dataset import SPLITS, Split
-from finetune.data.decode import EXTENSIONS
+from finetune.data.dataset import Split
+from finetune.data.formats import explain_suffix, is_image_name, list_suffixes
 from finetune.data.layout import (
     SHOWN,
-    SPLIT_NAMES,
     LayoutReader,
     count,
     extension_counts,
     extensions,
     is_junk,
+    is_system,
     name_fault,
     printable,
-    some,
 )
 
-
-def read_folder(reader: LayoutReader) -> None:
-    """Read ``train/`` with ``val/`` and ``test/``, or a flat folder of class folders."""
-    folders, files = _listing(reader, "")
-    splits = _split_folders(reader, folders)
-    if splits:
-        _read_splits(reader, folders, splits)
-    else:
-        _refuse_no_classes(reader, "", folders, files)
-        reader.splits["train"] = _read_classes(reader, "", folders, files, "train")
-    reader.check_links()
+_LISTS = (".txt", ".csv", ".json", ".mat")
 
 
-def _read_splits(reader: LayoutReader, folders: Sequence[str], splits: dict[Split, str]) -> None:
-    """Read the class folders of each split."""
-    others = [name for name in folders if name not in splits.values()]
-    if others:
-        beside = splits.get("train", next(iter(splits.values())))
-        reader.warn(
-            "ignored-folder",
-            f"Beside {beside!r}, these folders are ignored: {some(others)}.",
-            "Remove them, or name them after a split (train, val, test).",
-            len(others),
-        )
-    for split, name in splits.items():
-        if _leads_out(reader, name):
-            continue
-        inside, loose = _listing(reader, name)
-        _refuse_no_classes(reader, name, inside, loose)
-        reader.splits[split] = _read_classes(reader, name, inside, loose, split)
-
-
-def _split_folders(reader: LayoutReader, folders: Sequence[str]) -> dict[Split, str]:
-    """Return the folder of each split; empty for a flat layout."""
-    named: defaultdict[Split, list[str]] = defaultdict(list)
-    for name in folders:
-        # In any letter case: otherwise Train/ and Val/ would be trained on as two classes.
-        if name.lower() in SPLIT_NAMES:
-            named[SPLIT_NAMES[name.lower()]].append(name)
-    for split, names in named.items():
-        if len(names) > 1:
-            found = f"has more than one {split} folder: {some(names)}"
-            reader.reject("part-twice", found, "Keep one of these folders.", len(names))
-    if named and "train" not in named and not reader.for_evaluation:
-        raise reader.error(
-            f"has {some(names[0] for names in named.values())} but no train folder",
-            "Add train/ with a folder for each class; a class that has such a name needs another.",
-        )
-    splits = {split: named[split][0] for split in SPLITS if split in named}
-    _refuse_same_folder(reader, splits)
-    return splits
-
-
-def _refuse_same_folder(reader: LayoutReader, splits: dict[Split, str]) -> None:
-    """Refuse two splits that are links to one folder: the model would be tested on training images."""
-    seen: dict[tuple[int, int], str] = {}
-    for name in splits.values():
-        twin = seen.setdefault(_identity(reader, name), name)
-        if twin != name:
-            found = f"{twin!r} and {name!r} are the same folder"
-            reader.reject("part-repeated", found, "Give each split its own images.", 2)
-
-
-def _refuse_no_classes(reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str]) -> None:
-    if folders:
-        return
-    where = f"{top!r} holds" if top else "holds"
-    if any(is_image(name) for name in files):
-        found = f"{where} images but no class folders, so that no image has a label"
-    else:
-        found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
-    fix = "Put the images of each class into a folder with the name of the class."
-    reader.reject("no-classes", found, fix)
-
-
-def _read_classes(
+def read_classes(
     reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str], split: Split
 ) -> dict[str, list[str]]:
     """Return the image paths of each class folder in one split; a class without images is left out.
@@ -111,6 +39,8 @@ def _read_classes(
     classes: dict[str, list[str]] = {}
     empty: list[str] = []
     ignored: Counter[str] = Counter()
+    listed = False
+    unused: Counter[str] = Counter()
     for name in folders:
         folder = f"{top}/{name}" if top else name
         images, others = images_below(reader, folder)
@@ -120,17 +50,20 @@ def _read_classes(
             classes[name] = images
             ignored += others
         else:
+            listed = listed or any(others[suffix] for suffix in _LISTS)
             empty.append(f"{folder!r} holds no images{extensions(others, ', only ')}")
+            unused += others
     # Links that lead out were not followed: report the link, and not that images are missing.
     if empty and not reader.links_out and (split == "train" or not classes):
+        lists = " If it holds lists of labels, give a CSV file with path,label[,split]." if listed else ""
         more = f" (and {len(empty) - SHOWN} more such folders)" if len(empty) > SHOWN else ""
         reader.reject(
             "class-empty",
             f"class folder {'; '.join(empty[:SHOWN])}{more}",
-            f"Add images ({' '.join(sorted(EXTENSIONS))}), or remove the folder.",
+            f"Add images ({list_suffixes()}), or remove the folder.{lists}{explain_others(unused)}",
             len(empty),
         )
-    _warn_ignored(reader, top, files, ignored)
+    warn_ignored(reader, top, files, ignored)
     return classes
 
 
@@ -141,9 +74,9 @@ def _is_good_name(reader: LayoutReader, name: str) -> bool:
     return not fault
 
 
-def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
+def warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
     """Warn about files that a user may believe to be used and that are not."""
-    loose = sum(is_image(name) for name in files)
+    loose = sum(is_image_name(name) for name in files)
     where = repr(top) if top else "the data folder"
     if loose:
         reader.warn(
@@ -155,15 +88,16 @@ def _warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: 
     if others:
         reader.warn(
             "ignored-file",
-            f"Files in {where} that are not images are ignored{extensions(others, ': ')}.",
-            f"Convert images among them to one of {' '.join(sorted(EXTENSIONS))}.",
+            f"Files in {where} that are not images are ignored{extensions(others, ': ')}."
+            f"{explain_others(others)}",
+            f"Convert images among them to one of {list_suffixes()}.",
             sum(others.values()),
         )
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file has the extension of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122
+def explain_others(others: Counter[str]) -> str:
+    """Return how to convert those of some files, by extension, that hold images in another form, or ""."""
+    return "".join(f" {suffix} is {told}." for suffix in sorted(others) if (told := explain_suffix(suffix)))
 
 
 def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str]]:
@@ -175,26 +109,32 @@ def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str
     return sorted(walk_images(reader, top, others)), others
 
 
-def walk_images(reader: LayoutReader, top: str, others: Counter[str]) -> Iterator[str]:
+def walk_images(
+    reader: LayoutReader, top: str, others: Counter[str], left_out: list[str] | None = None
+) -> Iterator[str]:
     """Yield the images of :func:`images_below` folder by folder; only one folder is in memory at a time.
 
     Args:
         reader: gives the root, and records links that lead out of it.
         top: folder below the root; ``""`` for the root.
         others: counts the other files by extension.
+        left_out: the paths of the first few other files are added to it.
     """
-    outside = frozenset(_identity(reader, above) for above in _above(top))
+    outside = frozenset(identity_of(reader, above) for above in _above(top))
     stack = [(top, outside)]
     while stack:
         folder, inside = stack.pop()
-        if _leads_out(reader, folder):
+        if leads_out(reader, folder):
             continue
-        identity = _identity(reader, folder)
+        identity = identity_of(reader, folder)
         if identity in inside:
             continue
-        folders, files = _listing(reader, folder)
-        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image(name))
-        others.update(extension_counts(name for name in files if not is_image(name)))
+        folders, files = listing(reader, folder)
+        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
+        rest = [name for name in files if not is_image_name(name)]
+        others.update(extension_counts(rest))
+        if left_out is not None:
+            left_out += [f"{folder}/{name}".lstrip("/") for name in rest[: SHOWN - len(left_out)]]
         below = [(f"{folder}/{name}".lstrip("/"), inside | {identity}) for name in folders]
         stack.extend(reversed(below))  # the first folder is visited first
 
@@ -206,12 +146,14 @@ def _above(folder: str) -> Iterator[str]:
         yield folder
 
 
-def _leads_out(reader: LayoutReader, folder: str) -> bool:
+def leads_out(reader: LayoutReader, folder: str, *, record: bool = True) -> bool:
     """Return whether a folder is a link out of the root; its target is not read."""
-    return os.path.islink(reader.root / folder) and reader.leads_out(folder)  # noqa: PTH114
+    if not os.path.islink(reader.root / folder):  # noqa: PTH114
+        return False
+    return reader.leads_out(folder) if record else reader.outside(folder) is not None
 
 
-def _identity(reader: LayoutReader, folder: str) -> tuple[int, int]:
+def identity_of(reader: LayoutReader, folder: str) -> tuple[int, int]:
     """Return device and inode, which are the same for a folder and every link to it."""
     try:
         status = (reader.root / folder).stat()
@@ -221,7 +163,7 @@ def _identity(reader: LayoutReader, folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
+def listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
     """Return the names of the folders and files in a folder, each sorted, without hidden ones and junk."""
     folders: list[str] = []
     files: list[str] = []
@@ -229,18 +171,20 @@ def _listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
         with os.scandir(reader.root / folder) as entries:
             for entry in entries:
                 if is_junk(entry.name):
+                    if not is_system(entry.name) and _holds_image(entry):
+                        reader.hidden.add(f"{folder}/{entry.name}".lstrip("/"))
                     continue
                 if _is_folder(entry):
                     if _is_utf8(reader, folder, entry.name):
                         folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
-                    if entry.is_symlink() and is_image(entry.name):
+                    if entry.is_symlink() and is_image_name(entry.name):
                         reader.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
         found = f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})"
         reader.reject("folder-unreadable", found, "Make it readable for this user.")
-    files = [name for name in files if not is_image(name) or _is_utf8(reader, folder, name)]
+    files = [name for name in files if not is_image_name(name) or _is_utf8(reader, folder, name)]
     return sorted(folders), sorted(files)
 
 
@@ -254,6 +198,41 @@ def _counts_as_file(entry: os.DirEntry[str]) -> bool:
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)  # noqa: PTH110, PTH113
     return entry.is_file()
+
+
+def _holds_image(entry: os.DirEntry[str]) -> bool:
+    """Return whether a hidden entry is an image, or a folder with one; links are not followed."""
+    if entry.is_symlink() or not entry.is_dir():
+        return not entry.is_symlink() and is_image_name(entry.name)
+    return any(
+        is_image_name(name) and not is_system(name) for _, _, names in os.walk(entry.path) for name in names
+    )
+
+
+# --- a look at one level, without reporting anything ---
+
+
+def peek(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and images in a folder; none behind a link that leads out."""
+    folders: list[str] = []
+    images: list[str] = []
+    if leads_out(reader, folder, record=False):
+        return folders, images
+    with suppress(OSError), os.scandir(reader.root / folder) as entries:
+        for entry in entries:
+            if is_junk(entry.name):
+                continue
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif is_image_name(entry.name):
+                images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def class_names(reader: LayoutReader, folder: str) -> list[str]:
+    """Return the names of the folders in a folder that holds no images itself; else an empty list."""
+    folders, images = peek(reader, folder)
+    return [] if images else folders
 
 
 def _is_utf8(reader: LayoutReader, folder: str, name: str) -> bool:

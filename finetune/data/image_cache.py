@@ -156,8 +156,14 @@ def _describe(samples: Sequence[Sample], digests: Mapping[str, str], transform: 
         "images": images.hexdigest(),
         "num_images": len(samples),
         "view": short_side if transform.is_random else plain,
+        **_value_range(transform),
         "versions": {name: metadata.version(name) for name in packages} | decoder_facts(),
     }
+
+
+def _value_range(transform: Transform) -> dict[str, Any]:
+    value_range = transform.preprocessing.value_range
+    return {} if value_range is None or not transform.is_random else {"value_range": list(value_range)}
 
 
 def decoder_facts() -> dict[str, Any]:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import csv
 import glob
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from finetune.data.archive import Progress
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import read_data
-from finetune.data.folders import is_image, walk_images
-from finetune.data.layout import LayoutReader, count, extensions, printable, some
+from finetune.data.folders import explain_others, walk_images
+from finetune.data.formats import is_image_name
+from finetune.data.layout import SHOWN, LayoutReader, count, extension_counts, extensions, printable, some
 from finetune.data.samples import is_sample, open_sample
 from finetune.errors import DataError, UsageError, suggest
 
@@ -37,6 +39,31 @@ class InputImage(NamedTuple):
     fault: str = ""
 
 
+@dataclass
+class LeftOut:
+    """Files that are not read: their number by extension, and the first few paths."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    paths: list[str] = field(default_factory=list)
+
+    def start(self) -> LeftOut:
+        """Forget all files, at the start of an iteration."""
+        self.kinds.clear()
+        self.paths.clear()
+        return self
+
+    def __str__(self) -> str:
+        """Return the number of files with the first few paths, or "" if there are none."""
+        total = self.kinds.total()
+        if not total:
+            return ""
+        files = "1 file is not an image and has" if total == 1 else f"{total:,} files are not images and have"
+        more = f" and {total - len(self.paths):,} more" if total > len(self.paths) else ""
+        shown = ", ".join(map(printable, self.paths))
+        kinds = f" ({extensions(self.kinds, '')})" if total > 1 else ""
+        return f"{files} no row: {shown}{more}{kinds}.{explain_others(self.kinds)}"
+
+
 @dataclass(frozen=True)
 class InputImages:
     """Images to predict, in a reproducible order.
@@ -47,6 +74,7 @@ class InputImages:
         is_countable: whether a second iteration is cheap.
         folder: the folder that the user named; nothing is written into it.
         home: folder that may hold both images and results: the CSV file's, or the working directory.
+        left_out: files that the last iteration left out, since their names are not those of images.
     """
 
     asked: str
@@ -54,6 +82,7 @@ class InputImages:
     is_countable: bool = True
     folder: Path | None = None
     home: Path = Path()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def find_inputs(
@@ -82,16 +111,26 @@ def find_inputs(
         reader = LayoutReader(
             printable(source), path.absolute(), follow_links=follow_links, takes_any_name=True
         )
-        return InputImages(printable(source), lambda: _of_folder(reader), folder=path)
+        left_out = LeftOut()
+        return InputImages(
+            printable(source), lambda: _of_folder(reader, left_out.start()), folder=path, left_out=left_out
+        )
     if os.path.lexists(path):
         if path.suffix.lower() != ".csv":
             return InputImages(printable(source), lambda: iter([_of_name(source)]), home=path.parent)
         reader = LayoutReader(printable(source), path.parent.absolute(), follow_links=follow_links)
         return InputImages(printable(source), lambda: _of_table(reader, path), home=path.parent)
     if glob.has_magic(source):
-        found = sorted(name for name in glob.iglob(source, recursive=True) if is_image(name))  # noqa: PTH207
-        return InputImages(printable(source), lambda: map(_of_name, found))
+        return _of_pattern(source)
     raise DataError(printable(source), "there is no such file or folder", "Check the path.")
+
+
+def _of_pattern(source: str) -> InputImages:
+    files = [name for name in sorted(glob.iglob(source, recursive=True)) if not os.path.isdir(name)]  # noqa: PTH112, PTH207
+    found = [name for name in files if is_image_name(name)]
+    others = [name for name in files if not is_image_name(name)]
+    left_out = LeftOut(extension_counts(others), others[:SHOWN])
+    return InputImages(printable(source), lambda: map(_of_name, found), left_out=left_out)
 
 
 def _check_open(stream: BinaryIO | None) -> BinaryIO:
@@ -127,15 +166,15 @@ def _of_lines(lines: list[bytes], end: bytes) -> Iterator[InputImage]:
             yield _of_name(name)
 
 
-def _of_folder(reader: LayoutReader) -> Iterator[InputImage]:
-    others: Counter[str] = Counter()
+def _of_folder(reader: LayoutReader, left_out: LeftOut) -> Iterator[InputImage]:
     is_empty = True
-    for path in walk_images(reader, "", others):
+    for path in walk_images(reader, "", left_out.kinds, left_out.paths):
         is_empty = False
         yield _of_name(path, reader.root)
     reader.check_links(FLAG)
     if is_empty:
-        raise reader.error(f"holds no images{extensions(others, ', only ')}", "Name a folder of images.")
+        found = f"holds no images{extensions(left_out.kinds, ', only ')}"
+        raise reader.error(found, f"Name a folder of images.{explain_others(left_out.kinds)}")
 
 
 def _of_table(reader: LayoutReader, file: Path) -> Iterator[InputImage]:
@@ -241,11 +280,27 @@ def _choose_splits(
     return chosen
 
 
+def _are_renamed(unknown: Sequence[str], classes: Sequence[str]) -> bool:
+    """Return whether at least half of the names are like one of the model's, only spelt differently."""
+    return 2 * sum(bool(suggest(name, classes)) for name in unknown) >= len(unknown)
+
+
 def _number(
     reader: LayoutReader, splits: Mapping[Split, Mapping[str, Sequence[str]]], classes: Sequence[str]
 ) -> tuple[Sample, ...]:
     index = {name: number for number, name in enumerate(classes)}
-    unknown = sorted({name for found in splits.values() for name in found} - index.keys())
+    names = {name for found in splits.values() for name in found}
+    forms = {unicodedata.normalize("NFC", name): number for name, number in index.items()}
+    for name in names:
+        if (number := forms.get(unicodedata.normalize("NFC", name))) is not None:
+            index.setdefault(name, number)
+    unknown = sorted(names - index.keys())
+    if unknown and len(unknown) == len(names) and not _are_renamed(unknown, classes):
+        raise reader.error(
+            f"holds other data: the model knows none of its {count(len(names), 'class', 'classes')} "
+            f"({some(unknown)}), only {some(classes)}",
+            "Name images of the model's classes.",
+        )
     if unknown:
         which = count(len(unknown), "class", "classes")
         raise reader.error(

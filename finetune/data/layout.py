@@ -23,7 +23,18 @@ SPLIT_NAMES: dict[str, Split] = {
 SHOWN = 5
 NAME_BYTES = 255  # what a file system takes
 _LONG = 200
-JUNK = frozenset({"__MACOSX", "Thumbs.db"})
+SYSTEM = frozenset(
+    {
+        "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "__pycache__",
+        "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot",
+        "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000",
+        "network trash folder", "temporary items",
+        ".git", ".svn", ".hg", ".dvc", ".idea", ".vscode", ".venv", ".ipynb_checkpoints", ".cache",
+        ".thumbnails", ".trash", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems",
+        ".documentrevisions-v100", ".appledouble", ".@__thumb", ".snapshot", ".snapshots", ".ds_store",
+    }
+)  # fmt: skip
+"""Names, in lower case, of files and folders that systems, file managers and editors leave behind."""
 
 
 @dataclass
@@ -42,6 +53,7 @@ class LayoutReader:
         is_lenient: whether errors are collected in ``issues`` instead of raised, where reading can continue.
         issues: every warning, and every error of a lenient reading.
         group_column: filled cells of the CSV column that names groups, by path; None without such a column.
+        hidden: hidden images, and hidden folders that hold images, none of which are read.
     """
 
     asked: str
@@ -56,6 +68,7 @@ class LayoutReader:
     is_lenient: bool = False
     issues: list[Issue] = field(default_factory=list)
     group_column: dict[str, str] | None = None
+    hidden: set[str] = field(default_factory=set)
 
     def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
         """Add a warning of one sentence."""
@@ -143,8 +156,13 @@ def names_in(folder: Path) -> list[str]:
 
 
 def is_junk(name: str) -> bool:
-    """Return whether a name is a hidden file or one that file managers leave behind."""
-    return name.startswith(".") or name in JUNK
+    """Return whether a name is hidden, or one that systems and file managers leave behind."""
+    return name.startswith(".") or is_system(name)
+
+
+def is_system(name: str) -> bool:
+    """Return whether systems and file managers leave files or folders of this name behind."""
+    return name.startswith(("._", ".Trash-")) or name.lower() in SYSTEM
 
 
 def extension_counts(files: Iterable[str]) -> Counter[str]:

@@ -142,7 +142,7 @@ def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> PreparedD
     if shared := _count_shared(dataset, checked.digests):
         said = "1 image lies" if shared == 1 else f"{shared} images lie"
         display.warn(f"{said} in more than one split, byte for byte the same (`finetune check` names them).")
-    return dataset.prepared(checked.digests, checked.bad)
+    return dataset.prepared(checked.digests, checked.bad, checked.find_value_range(dataset))
 
 
 def _count_shared(dataset: Dataset, digests: Mapping[str, str]) -> int:

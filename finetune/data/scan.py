@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import BadImage, Dataset, Sample
-from finetune.data.decode import BadImageError, probe_image
-from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row
+from finetune.data.decode import BadImageError, probe_image, read_spread
+from finetune.data.depth import ValueRange, Values, find_range
+from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row, read_values
 from finetune.errors import DataError
 from finetune.system.device import available_cores
 from finetune.system.display import Display
@@ -41,18 +42,26 @@ class CheckedImages:
         bad: images that cannot be decoded, in the order of the dataset.
         digests: SHA-256 of every file that could be read, by path.
         scan: one row of facts per decoded image; empty if the files were only read.
+        values: spread of the values of each image of more than 8 bits, by path.
     """
 
     bad: tuple[BadImage, ...]
     digests: dict[str, str]
     scan: ScanResult = field(default_factory=ScanResult)
+    values: dict[str, Values] = field(default_factory=dict)
+
+    def find_value_range(self, dataset: Dataset) -> ValueRange | None:
+        """Return the range of values of the training images; None if none has more than 8 bits."""
+        paths = [sample.path for sample in dataset.of("train")]
+        return find_range(self.values[path] for path in paths if path in self.values)
 
 
 @dataclass(frozen=True, slots=True)
 class _ScannedImage:
-    """A readable image: its digest and, if it was decoded, its row."""
+    """A readable image: its digest, the spread of its values and, if it was decoded, its row."""
 
     digest: str
+    values: Values | None
     row: NDArray[np.void] | None
 
 
@@ -94,6 +103,7 @@ def check_images(
     """
     bad: list[BadImage] = []
     digests: dict[str, str] = {}
+    values: dict[str, Values] = {}
     paths: list[str] = []
     rows = np.zeros(len(dataset.samples) if decode else 0, ROW)
     look = partial(_scan_image, dataset, decode, store)
@@ -106,6 +116,8 @@ def check_images(
                     bad.append(found)
                 else:
                     digests[sample.path] = found.digest
+                    if found.values is not None:
+                        values[sample.path] = found.values
                     if decode and found.row is not None:
                         rows[len(paths)] = found.row
                         paths.append(sample.path)
@@ -116,7 +128,7 @@ def check_images(
     scan = ScanResult(tuple(paths), rows[: len(paths)])
     if store is not None and decode:
         store.save(scan)
-    return CheckedImages(tuple(bad), digests, scan)
+    return CheckedImages(tuple(bad), digests, scan, values)
 
 
 def _scan_image(
@@ -129,18 +141,25 @@ def _scan_image(
         if store is not None and status is not None:
             row = store.find(sample.path, status)
             if row is not None:
-                return _ScannedImage(bytes(row["sha256"]).hex(), row)
-        probe: Any = (
-            probe_image(path) if decode else None
-        )  # first: it reports a pipe or a folder with a clear reason
+                return _ScannedImage(bytes(row["sha256"]).hex(), read_values(row), row)
+        # First: it reports a pipe or a folder with a clear reason.
+        probe: Any = probe_image(path) if decode else None
+        values = (None if probe is None else probe.values) if decode else _read_spread(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         row = None if probe is None or status is None else build_row(probe, digest.digest(), status)
-        return _ScannedImage(digest.hexdigest(), row)
+        return _ScannedImage(digest.hexdigest(), values, row)
     except BadImageError as error:
         return BadImage(sample.path, sample.split, error.reason)
     except OSError as error:
         return BadImage(sample.path, sample.split, (error.strerror or str(error)).lower())
+
+
+def _read_spread(path: Path) -> Values | None:
+    """Return the spread of values of an image; None for 8 bits, and for files that cannot be decoded."""
+    with suppress(BadImageError):
+        return read_spread(path)
+    return None
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import features
 
-from finetune.data.decode import FORMATS, PROBE_SIDE, Probe
+from finetune.data.decode import PROBE_SIDE, Probe
+from finetune.data.depth import Values
+from finetune.data.formats import FORMATS, readable_formats
 from finetune.errors import DiskError
 from finetune.runs.cache_dir import cache_folder
 from finetune.runs.files import write_chunks
@@ -55,12 +58,13 @@ ROW = np.dtype(
         ("is_animated", "?"),
         ("phash", "<u8"),
         ("thumbnail", "u1", (SIDE, SIDE)),
+        ("values", "<f8", 4),
     ]
 )
 """The facts about an image: ``format`` is an index into ``FORMATS``; the thumbnail is grey, upright, and
-resized to a square."""
+resized to a square; ``values`` are those of ``Values``, NaN for an image of 8 bits."""
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_HEADER = 2**16
 
 
@@ -86,7 +90,14 @@ def build_row(probe: Probe, digest: bytes, status: os.stat_result) -> NDArray[np
     bits = imagehash.phash(probe.grey).hash
     row["phash"] = np.packbits(bits.reshape(-1)).view(">u8")[0]
     row["thumbnail"] = np.asarray(probe.grey.reduce(PROBE_SIDE // SIDE))
+    row["values"] = np.nan if probe.values is None else astuple(probe.values)
     return row
+
+
+def read_values(row: NDArray[np.void]) -> Values | None:
+    """Return the spread of values of the image of a row, shape (); None for an image of 8 bits."""
+    values = row["values"].tolist()
+    return None if math.isnan(values[0]) else Values(*values)
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -211,11 +222,12 @@ def _encode(paths: Sequence[str], rows: NDArray[Any]) -> Iterator[bytes]:
 def _head(names: bytes, rows: bytes, num_images: int) -> dict[str, Any]:
     digest = hashlib.sha256(names)
     digest.update(rows)
-    codecs = {name: features.version(name) for name in ("jpg", "zlib", "webp", "libtiff")}
+    codecs = {name: features.version(name) for name in ("jpg", "zlib", "webp", "libtiff", "avif")}
     versions = {name: metadata.version(name) for name in ("pillow", "ImageHash", "scipy")}
     return {
         "format": _FORMAT,
         "versions": versions | codecs,
+        "formats": list(readable_formats()),
         "num_images": num_images,
         "path_bytes": len(names),
         "sha256": digest.hexdigest(),

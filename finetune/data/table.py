@@ -226,7 +226,9 @@ def _file_fault(reader: LayoutReader, path: str, row: _TableRow) -> str | None:
 
 
 def _repeated(row: _TableRow, before: _TableRow) -> str:
-    """Return how a path was listed before: in another split, or twice in one."""
+    """Return how a path was listed before: under another label, in another split, or twice."""
+    if row.label != before.label:
+        return f"{quoted(row.path)} is under two labels, {quoted(before.label)} and {quoted(row.label)}"
     if SPLIT_NAMES[row.split] != SPLIT_NAMES[before.split]:
         return f"{quoted(row.path)} is in {before.split} and again in {row.split}"
     return f"{quoted(row.path)} is listed twice"

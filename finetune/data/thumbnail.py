@@ -7,15 +7,16 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.data.decode import BadImageError, decode_image
+from finetune.data.depth import ValueRange
 
 
-def load_thumbnail(path: Path, side: int) -> Image.Image | str:
+def load_thumbnail(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image | str:
     """Return an image (RGB) scaled so that its longer side has ``side`` pixels; small ones are enlarged.
 
     For a file that cannot be decoded, return the reason in a few words.
     """
     try:
-        image = decode_image(path, side)
+        image = decode_image(path, side, value_range)
     except BadImageError as error:
         return error.reason
     scale = side / max(image.size)

@@ -60,7 +60,7 @@ class Transform:
         Raises:
             BadImageError: as ``decode_image``.
         """
-        return decode_image(path, self.short_side)
+        return decode_image(path, self.short_side, self.preprocessing.value_range)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return a view, uint8 (3, H, W), contiguous."""

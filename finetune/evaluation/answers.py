@@ -69,12 +69,12 @@ def load_answers(path: Path, name: str) -> RunAnswers:
         DataError: the run is not finished, or its files are damaged or do not belong together.
     """
     folder = RunFolder(path)
+    _check_done(folder)
     missing = [file.name for file in (folder.metrics, folder.predictions) if not file.is_file()]
     if missing:
         found = f"there is no {' and no '.join(missing)}" if path.is_dir() else "there is no such folder"
         fix = "Name folders of finished runs (`finetune run`), or of `finetune evaluate`."
         raise UsageError(str(path), found, fix)
-    _check_done(folder)
     run = RunReader(folder)
     try:
         _check_shape(run.metrics)
@@ -106,9 +106,11 @@ def _check_known(folder: RunFolder, answers: Mapping[str, Any], digests: Mapping
 
 def _check_done(folder: RunFolder) -> None:
     state = RunReader(folder, tolerant=True).state
-    if state != "done":
-        fix = f"Give its command again, with --output {folder.path}, to resume it."
-        raise DataError(str(folder.path), f"the run is not finished ({state}); its metrics are outdated", fix)
+    if state == "done":
+        return
+    outdated = "; its metrics are outdated" if folder.metrics.is_file() else ""
+    fix = f"Give its command again, with --output {folder.path}, to resume it."
+    raise DataError(str(folder.path), f"the run is not finished ({state}){outdated}", fix)
 
 
 def _check_shape(metrics: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import translated_errors
-from finetune.runs.reader import RunReader
+from finetune.runs.reader import RunReader, require_run
 from finetune.system.display import Display
 from finetune.targets import LINEAR_CLASSIFIER, decide, to_probabilities
 
@@ -142,11 +142,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
 
 
 def _read_recipe(path: Path) -> Recipe:
-    run = RunFolder(path)
-    recipe = RunReader(run).recipe if run.split.is_file() and run.recipe.is_file() else None
-    if recipe is None:
-        found = "it is not a run folder, or the run has not started training"
-        raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
+    recipe = require_run(path)
     if recipe.strategy.starts_random:
         found = "it was trained from random weights: there is no network that has not seen the labels"
         raise UsageError(f"--run {path}", found, "Name a run with pretrained weights.")
@@ -251,10 +247,10 @@ def _collect(
     return LabelIssues(rows, len(scored), len(samples), accuracy)
 
 
-def _sections(dataset: Dataset, found: LabelIssues) -> list[Section]:
+def _sections(dataset: PreparedDataset, found: LabelIssues) -> list[Section]:
     tiles = [
         Tile(
-            load_thumbnail(dataset.root / path, CELL),
+            load_thumbnail(dataset.root / path, CELL, dataset.value_range),
             (f"{label}: {own:.3f}", f"{suggested}: {other:.3f}", Path(path).name),
         )
         for path, label, suggested, own, other, _ in found.rows[:SHOWN]

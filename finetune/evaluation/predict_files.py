@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,9 @@ def predict_files(
             start = distributed.share(lambda: table.open(files))
             if start is None:
                 return table.summarise(0.0) if distributed.is_main else {}
-            began = time.perf_counter()
+            began, opened = time.perf_counter(), partial(open_input, predictor)
             with stop.gently(), table.bar() as advance:
-                results = predictor.predict_batches(table.batches(start, distributed), open_input)
+                results = predictor.predict_batches(table.batches(start, distributed), opened)
                 try:
                     for result in distributed.merge(_until_stopped(results, stop)):
                         table.write(result)

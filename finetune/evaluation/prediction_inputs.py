@@ -10,9 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.data.decode import BadImageError, decode_image
+from finetune.data.decode import BadImageError
 from finetune.data.inputs import InputImage, InputImages, find_inputs
+from finetune.data.layout import extensions
 from finetune.errors import DataError, UsageError
+from finetune.evaluation.predictor import Predictor
 from finetune.system.display import Display
 from finetune.system.distributed import Distributed
 
@@ -60,15 +62,18 @@ def count_inputs(inputs: InputImages, display: Display) -> int | None:
         number = sum(1 for _ in inputs.open())
     if not number:
         raise no_images(inputs)
+    if left_out := str(inputs.left_out):
+        display.warn(left_out)
     return number
 
 
 def no_images(inputs: InputImages) -> DataError:
     """Return the error for an input without images."""
-    return DataError(inputs.asked, "there are no images", "Name a file, a folder, a CSV file or a pattern.")
+    found = f"there are no images{extensions(inputs.left_out.kinds, ', only ')}"
+    return DataError(inputs.asked, found, "Name a file, a folder, a CSV file or a pattern.")
 
 
-def open_input(image: InputImage) -> Image.Image:
+def open_input(predictor: Predictor, image: InputImage) -> Image.Image:
     """Decode one image.
 
     Raises:
@@ -76,7 +81,7 @@ def open_input(image: InputImage) -> Image.Image:
     """
     if image.fault:
         raise BadImageError(image.fault)
-    return decode_image(image.file)
+    return predictor.open(image.file)
 
 
 def _open_checked(inputs: InputImages, output: Path) -> Iterator[InputImage]:

@@ -132,6 +132,17 @@ class Predictor:
         self._chunked = ChunkedForward(self.network, chunk_size)
         self._lock = threading.Lock()
 
+    def open(self, image: Path | Image.Image) -> Image.Image:
+        """Return an image as the network sees it before it is resized: RGB, upright, 8 bits a channel.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        value_range = self.card.preprocessing.value_range
+        if isinstance(image, Image.Image):
+            return convert_image(image, value_range)
+        return decode_image(image, value_range=value_range)
+
     @property
     def num_views(self) -> int:
         """Number of views of an image (V)."""
@@ -171,12 +182,23 @@ class Predictor:
 
     def _predict(self, images: Iterable[ImageInput]) -> list[Prediction]:
         found: list[Prediction] = []
-        for result in self.predict_batches(split_batches(images, self.batch_size), _open):
+        for result in self.predict_batches(split_batches(images, self.batch_size), self._open_any):
             for index, reason in result.faults.items():
                 fix = "Leave it out or repair it; `finetune predict` lists such images and continues."
                 raise DataError(_name(result.inputs[index]), f"it cannot be read: {reason}", fix)
             found += [self._describe(values) for values in result.probabilities]
         return found
+
+    def _open_any(self, image: ImageInput) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return self.open(image)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise _no_image(image)
+            return Image.fromarray(np.ascontiguousarray(image))
+        if isinstance(image, str | PathLike):
+            return self.open(Path(image))
+        raise _no_image(image)
 
     def _describe(self, values: Floats) -> Prediction:
         best = rank_classes(values, 1)[0]
@@ -300,18 +322,6 @@ def resolve_names(card: Card) -> tuple[str, ...]:
     return tuple(
         f"{name} ({index})" if times[name] > 1 else name for index, name in enumerate(card.label_names)
     )
-
-
-def _open(image: ImageInput) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return convert_image(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise _no_image(image)
-        return Image.fromarray(np.ascontiguousarray(image))
-    if isinstance(image, str | PathLike):
-        return decode_image(Path(image))
-    raise _no_image(image)
 
 
 def _no_image(value: Any) -> FinetuneError:

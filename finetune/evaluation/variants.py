@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import Dataset
-from finetune.data.decode import decode_image
 from finetune.data.provenance import SeenImages, find_run, find_seen
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.calibration import measure_reliability
@@ -133,7 +132,7 @@ def _predict(
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     began, parts = time.perf_counter(), []
     with display.track(f"evaluating {Path(model.name).name}", len(samples)) as advance:
-        for result in predictor.predict_batches(batches, lambda sample: decode_image(dataset.file(sample))):
+        for result in predictor.predict_batches(batches, lambda sample: predictor.open(dataset.file(sample))):
             for index, reason in result.faults.items():
                 fix = "Restore the file, and start again."
                 raise DataError(result.inputs[index].path, f"it could be read before: {reason}", fix)

@@ -154,7 +154,10 @@ def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
     crop: dict[str, Any] = {"step": "center_crop", "height": view.img_size, "width": view.img_size}
     if view.crop_mode == "border":
         crop |= {"pad_with": [round(255 * channel) for channel in view.mean]}
-    return [{"step": "decode", "colors": "RGB", "upright": True}, resize, crop]
+    decode: dict[str, Any] = {"step": "decode", "colors": "RGB", "upright": True}
+    if view.value_range is not None:
+        decode |= {"range_over_8_bits": list(view.value_range)}
+    return [decode, resize, crop]
 
 
 def _metadata(card: Card, interface: Interface) -> dict[str, str]:

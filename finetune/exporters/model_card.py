@@ -14,7 +14,7 @@ from typing import Any
 from finetune import __version__
 from finetune.exporters.config import find_base_model, loads_in_timm
 from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES
-from pretrained.catalog import Card
+from pretrained.catalog import Card, Preprocessing
 
 Metrics = Mapping[str, Any]
 
@@ -249,6 +249,17 @@ def _input_sentence(card: Card) -> str:
     return (
         f"Input: RGB, {view.img_size} x {view.img_size} pixels (`crop_pct` {view.crop_pct:.4g}, "
         f"{view.crop_mode}, {view.interpolation}), in [0, 1], mean {view.mean}, std {view.std}."
+    ) + _range_sentence(view)
+
+
+def _range_sentence(view: Preprocessing) -> str:
+    """Return how images of more than 8 bits become images of 8; empty if the model was trained on none."""
+    if view.value_range is None:
+        return ""
+    low, high = view.value_range
+    return (
+        f" Images of more than 8 bits are first brought to 8: {low:g} becomes 0 and {high:g} becomes 255, "
+        "the same for every image. `finetune` does this; other programs must do it themselves."
     )
 
 

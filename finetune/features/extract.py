@@ -158,7 +158,7 @@ def extract(
 
 
 def _read_images(recipe: Recipe, output: Path, display: Display) -> PreparedDataset:
-    dataset = open_images(recipe, display)
+    dataset = open_images(recipe, display, draws=False)
     check_outside(output, dataset)
     return read_images(recipe, dataset, display)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
+from finetune.data.depth import ValueRange
 from finetune.data.discover import find_images
 from finetune.data.image_cache import decoder_facts
 from finetune.data.loader import ImageLoader, Placement
@@ -63,8 +64,13 @@ _PRECISION: Precision = "float32"
 """Precision of features. Users read them, so they keep all digits."""
 
 
-def open_images(recipe: Recipe, display: Display) -> Dataset:
-    """Find images: a folder with or without class folders, a zip archive, a CSV file, or the data of a run.
+def open_images(recipe: Recipe, display: Display, draws: bool = True) -> Dataset:
+    """Find images: a folder with or without class folders, an archive, a CSV file, or the data of a run.
+
+    Args:
+        recipe: names the data.
+        display: shows progress and warnings.
+        draws: whether a validation split is drawn where the data give none. A run's data keep its split.
 
     Raises:
         UsageError: no data were named.
@@ -77,7 +83,8 @@ def open_images(recipe: Recipe, display: Display) -> Dataset:
     own = began or recipe
     with display.count(f"reading {own.data.path}") as tell:
         data = Path(own.data.path or "")
-        dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell)
+        draws = draws or began is not None
+        dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell, draws)
     if began is not None:
         dataset = keep_split(dataset, run.folder, own)
         known = run.digests.keys()
@@ -102,6 +109,11 @@ class Source:
     dataset: PreparedDataset
     recipe: Recipe
     display: Display
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The values that become black and white in images of more than 8 bits."""
+        return self.network.backbone.card.preprocessing.value_range
 
     def check_unchanged(self, samples: Sequence[Sample]) -> None:
         """Check that images did not change since the command began, before their features are cached.
@@ -139,6 +151,8 @@ def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Dis
         display: shows progress.
     """
     prepared = dataset if isinstance(dataset, PreparedDataset) else read_images(recipe, dataset, display)
+    if network.backbone.card.preprocessing.value_range is None:  # or the images are seen as in its training
+        network = network.with_value_range(prepared.value_range)
     return Source(network, prepared.readable, recipe, display)
 
 

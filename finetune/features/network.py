@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from finetune.data.depth import ValueRange
 from finetune.data.loader import Placement
 from finetune.errors import FinetuneError, UsageError, sanitize
 from finetune.recipe import Recipe
@@ -28,6 +29,7 @@ from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.default_backbone import DefaultChoice, choose_best
 from pretrained.graph.layers import Layers
+from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
 from pretrained.state_dict import digest_tensors
 from pretrained.weights import find_cached, find_weights
@@ -206,6 +208,12 @@ class Network:
         is_there = bool(match.head) and not match.head_replaced
         return is_there and self.backbone.card.num_classes >= LEAST_SOURCE_CLASSES
 
+    def with_value_range(self, value_range: ValueRange | None) -> Network:
+        """Return the same network with another range of values; None keeps its own."""
+        if value_range is None:
+            return self
+        return replace(self, backbone=self.backbone.with_value_range(value_range))
+
     @cached_property
     def weights(self) -> str:
         """The sha256 of all weights."""
@@ -242,4 +250,7 @@ def open_network(recipe: Recipe, display: Display, distributed: Distributed = SI
         network = place_network(backbone.network, placement).eval()
         layers = Layers(network, backbone.stages, card.preprocessing.input_size)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
+    for note in backbone.match.notes:
+        display.warn(note)
+    check_complete(backbone.match, backbone.match.missing, card)  # features are computed with all of them
     return Network(backbone, placement, layers)

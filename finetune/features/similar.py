@@ -64,8 +64,9 @@ def find_similar(
     with translated_errors():
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
-        query = _see(network, image, chosen, pool)
         source = _open(recipe, network, output, display)
+        query = _see(source.network, image, chosen, pool)
+        create_new_folder(output)
         samples = source.dataset.samples
         with open_features(source, [chosen], pool) as features:
             usable = features.usable(samples)
@@ -83,26 +84,23 @@ def find_similar(
             for rank, (i, cosine) in enumerate(found, 1)
         ]
         write_csv(output / "similar.csv", [tuple(row.values()) for row in rows], _SIMILAR_COLUMNS)
-        hits = [
-            _draw_hit(source.dataset.file(samples[i]), rank, cosine, _label(source, samples[i]))
-            for rank, (i, cosine) in enumerate(found, 1)
-        ]
-        query_tile = Tile(load_thumbnail(image, QUERY), ("query", image.name))
+        hits = [_draw_hit(source, samples[i], rank, cosine) for rank, (i, cosine) in enumerate(found, 1)]
+        query_tile = Tile(load_thumbnail(image, QUERY, source.value_range), ("query", image.name))
         write_retrieval(output / "similar.png", query_tile, hits)
         display.say(f"{output}/similar.csv, similar.png", style="bold")
         return rows
 
 
-def _draw_hit(file: Path, rank: int, similarity: float, label: str) -> Tile:
-    return Tile(load_thumbnail(file, CELL), (f"{rank}.  {similarity:.3f}", label, file.name))
+def _draw_hit(source: Source, sample: Sample, rank: int, similarity: float) -> Tile:
+    file = source.dataset.file(sample)
+    image = load_thumbnail(file, CELL, source.value_range)
+    return Tile(image, (f"{rank}.  {similarity:.3f}", _label(source, sample), file.name))
 
 
 def _open(recipe: Recipe, network: Network, output: Path, display: Display) -> Source:
     dataset = open_images(recipe, display)
     check_outside(output, dataset)
-    source = open_source(recipe, network, dataset, display)
-    create_new_folder(output)
-    return source
+    return open_source(recipe, network, dataset, display)
 
 
 def _is_same(file: Path, image: Path) -> bool:

@@ -82,6 +82,19 @@ class RunChanges:
             changes.append("weights: the content of the file changed")
         return changes
 
+    def describe_other_backbone(self, claim: Claim) -> str:
+        """Return which backbone was trained before, if it is another one; "" if it is the same.
+
+        A folder that was moved is another name for the same weights.
+        """
+        before = RunReader(claim.folder).recipe
+        now = self._setup.recipe.backbone.name
+        if before is None or before.backbone.name == now:
+            return ""
+        if WEIGHTS not in find_changed_environment(claim.folder, self.environment):
+            return ""
+        return f"its checkpoints belong to another backbone ({before.backbone.name}, and now {now})"
+
 
 def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Display) -> None:
     """Refuse to resume a run that changed, unless ``allow_changed``.

@@ -37,7 +37,8 @@ from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.ddp import synchronize_batch_norm
 from finetune.training.freeze import check_frozen, digest_frozen
-from finetune.training.recovery import restart_epoch
+from finetune.training.optim import has_other_optimizer
+from finetune.training.recovery import drop_optimizer, restart_epoch
 from finetune.training.state import Checkpoint
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
@@ -162,8 +163,8 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
         keeps_head = recipe.strategy.head == "keep" or _start_head(network, first)
         trainer = _build_trainer(context, loaders)
         with clock.phase("measure"):
-            if not recipe.strategy.starts_random:  # random features are not worth measuring
-                trainer.standardize_head(keep=keeps_head)
+            # Random features are not worth measuring.
+            trainer.standardize_head(keep=keeps_head, measure=not recipe.strategy.starts_random)
         if recipe.training.sync_batch_norm and distributed.size > 1:
             synchronize_batch_norm(network)  # after rank 0 measured the features alone
         distributed.wait()  # machines may differ in speed
@@ -229,11 +230,19 @@ def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
 
 def _find_start(context: FitContext, store: CheckpointStore, steps: int) -> Checkpoint | None:
     """Return the checkpoint to resume from, moved to the start of its epoch if anything changed since."""
+    store.clean()
     start = store.load(context.display.warn)
     if start is None and context.claim.attempt > 1:
         context.display.say("there is no checkpoint yet: training starts from the beginning")
-    # Compare the steps too: after a kill between the two writes, `changed` is false on the next attempt.
-    if start is not None and (context.changed or start.now.progress.steps_per_epoch != steps):
+    if start is None:
+        return None
+    # Compare these too: after a kill between the two writes, `changed` is false on the next attempt.
+    is_other = has_other_optimizer(start, context.setup.recipe.training)
+    if is_other:
+        name = context.setup.recipe.training.optimizer
+        context.display.warn(f"the checkpoint holds the state of another optimizer: {name} starts afresh")
+        start = drop_optimizer(start)
+    if context.changed or is_other or start.now.progress.steps_per_epoch != steps:
         start = restart_epoch(start, steps)
         store.save(start)  # the next attempt sees no change, and must not resume inside the epoch
     return start

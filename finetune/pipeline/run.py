@@ -31,6 +31,7 @@ from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
 from finetune.pipeline.results import check_predictions, collect_metrics, report_result
+from finetune.pipeline.resume import refuse_other_classes, try_resume
 from finetune.pipeline.setup import RunSetup, check_asked, check_deterministic, fit_batches, prepare
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
@@ -45,7 +46,6 @@ from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import find_largest_peak, measure_peak_memory
 from finetune.system.signals import StopSignal
 from finetune.tracking.trackers import Trackers, check_trackers
-from finetune.training.checkpoint import CheckpointStore
 from finetune.training.plan import PLAN_COLUMNS, Plan
 from pretrained.backbone import Backbone
 
@@ -103,9 +103,7 @@ def run(
         with locked(path) if distributed.is_main else nullcontext():
             display.heartbeat.send({"folder": str(path.absolute())})
             with clock.phase("check"):
-                claim = distributed.share(
-                    lambda: _claim(path, setup.recipe, run_changes, allow_changed, display)
-                )
+                claim = distributed.share(lambda: _claim(path, setup, run_changes, allow_changed, display))
             if claim.finished:
                 metrics = distributed.share(lambda: _read_metrics(claim, run_changes, display))
                 if metrics is not None:
@@ -116,6 +114,7 @@ def run(
                     dataset, changed, seen = distributed.share(
                         lambda: _prepare_data(claim, setup, run_changes, allow_changed, display)
                     )
+                setup = setup.with_value_range(dataset.value_range)
                 place_network(setup.backbone.network, setup.placement)
                 context = FitContext(
                     setup,
@@ -164,29 +163,22 @@ def _create_folder(path: Path, run_changes: RunChanges) -> None:
 
 
 def _claim(
-    path: Path, recipe: Recipe, run_changes: RunChanges, allow_changed: bool, display: Display
+    path: Path, setup: RunSetup, run_changes: RunChanges, allow_changed: bool, display: Display
 ) -> Claim:
-    """Claim the run folder; refuse if it holds a different run."""
+    """Claim the run folder; refuse if it holds a different run, or one that cannot resume."""
 
     def check(claim: Claim) -> None:
-        if recipe.strategy.features is None:
-            _refuse_without_checkpoints(claim)
         changes = run_changes.find_changes(claim)
         if not allow_changed:
             accept(changes, claim, False, display)
+        if changes or claim.was_finished:
+            try_resume(setup, claim, run_changes, is_changed=bool(changes))
 
-    claim = claim_folder(path, recipe, allow_changed, check)
+    refuse_other_classes(RunFolder(path), run_changes.dataset.classes)
+    claim = claim_folder(path, setup.recipe, allow_changed, check)
     if not claim.finished:
         display.heartbeat.send({"attempt": claim.attempt})
     return claim
-
-
-def _refuse_without_checkpoints(claim: Claim) -> None:
-    """Refuse to extend a finished run whose checkpoints are missing, since that would train it all again."""
-    if claim.was_finished and not CheckpointStore(claim.folder.checkpoints).names():
-        found = "the checkpoints of the finished run are missing, so it cannot be trained for more epochs"
-        fix = "Restore them, or start a new run with another --output."
-        raise DataError(f"resuming {claim.folder.path}", found, fix)
 
 
 def _read_metrics(claim: Claim, run_changes: RunChanges, display: Display) -> dict[str, Any] | None:
@@ -248,6 +240,9 @@ def _prepare_data(
         record_split(dataset, folder)
     write_json(folder.environment, run_changes.environment)
     display.say(f"data {recipe.data.path}: {describe_data(dataset)}")
+    if dataset.value_range is not None:
+        low, high = dataset.value_range
+        display.say(f"images of more than 8 bits: {low:g} becomes black and {high:g} white, in all of them")
     seen = check_seen(dataset, recipe, display)
     _show_plan(setup.plan, folder, display, recipe.strategy.features is not None)
     return dataset, bool(changes), seen

@@ -86,7 +86,8 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
     network = place_network(setup.backbone.network, setup.placement)
     few = draw_evenly(read_images(recipe, found, display), MOST_IMAGES, recipe.seed)
     checked = scan_images(few, display, "checking images", is_subset=True)
-    dataset = few.prepared(checked.digests, checked.bad).readable
+    dataset = few.prepared(checked.digests, checked.bad, few.value_range).readable
+    setup = setup.with_value_range(few.value_range)
     with TemporaryDirectory() as folder:
         context = FitContext(setup, dataset, Claim(RunFolder(Path(folder))), display)
         with open_loaders(context, digest_frozen(network, setup.plan)) as loaders:

@@ -77,9 +77,9 @@ class DataSettings(_Section):
 
     path: str | None = Field(
         None,
-        description="a folder with train/ and val/ (and test/), a folder of class folders, a .zip of "
-        "either, a CSV with the columns path,label[,split], or `sample:digits`: handwritten digits that come "
-        "with the installation",
+        description="a folder with train/ and val/ (and test/), a folder of class folders, a .zip, "
+        ".tar or .tar.gz of either, a CSV with the columns path,label[,split], or `sample:digits`: "
+        "handwritten digits that come with the installation",
     )
     val_fraction: float = Field(
         0.2,

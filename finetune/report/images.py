@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import device, nn
 
 from finetune.data.decode import BadImageError, decode_image
+from finetune.data.depth import ValueRange
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.explain.cam import GradCam, HeatMap
 from finetune.plots.overlay import draw_overlay
@@ -44,13 +45,17 @@ class Album:
     Args:
         root: folder that image paths are relative to; None if it is unknown or missing.
         most_bytes: size limit of all images together; images beyond it are left out.
+        value_range: the values that become black and white in images of more than 8 bits.
 
     Attributes:
         left_out: number of images left out because the page was full.
     """
 
-    def __init__(self, root: Path | None, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(
+        self, root: Path | None, most_bytes: int = MOST_BYTES, value_range: ValueRange | None = None
+    ) -> None:
         self._root, self._room, self.left_out = root, most_bytes, 0
+        self._value_range = value_range
 
     def find(self, path: str) -> Path | None:
         """Return the file of an image; None if the root is unknown or the path leaves it."""
@@ -65,7 +70,7 @@ class Album:
         if file is None:
             return InlineImage("", "missing")
         try:
-            image = decode_image(file, side)
+            image = decode_image(file, side, self._value_range)
         except BadImageError as error:
             return InlineImage("", f"missing: {error.reason}")
         return self.show(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))

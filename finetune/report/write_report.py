@@ -14,7 +14,7 @@ from finetune.report.render import Page, build_page
 from finetune.runs.files import write_text
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
-from pretrained.catalog import find_card
+from pretrained.catalog import Card, find_card
 
 
 def write_run_report(folder: RunFolder, display: Display, *, command: str | None = None) -> None:
@@ -37,7 +37,10 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
         fix = "Give the folder of a finished run or of an evaluation."
         raise UsageError(f"a report of {folder.path}", "it has neither metrics.json nor predictions.csv", fix)
     with display.busy("making the report"):
-        album, explainer = Album(_find_root(facts)), _open_explainer(facts, display)
+        card = _find_card(facts, display)
+        value_range = card.preprocessing.value_range if card is not None else None
+        album = Album(_find_root(facts), value_range=value_range)
+        explainer = _open_explainer(facts, card, display)
     with display.track("making the report", min(len(facts.mistakes), MOST_MISTAKES) + 1) as advance:
         mistakes = show_mistakes(facts, album, explainer, lambda: advance(1, "heat maps"))
         page = build_page(facts, album, mistakes, command)
@@ -78,10 +81,8 @@ def _find_root(facts: Facts) -> Path | None:
         return None
 
 
-def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
-    """Return the explainer of the folder's or the evaluated model; None without model or mistakes."""
-    if not facts.mistakes:
-        return None
+def _find_card(facts: Facts, display: Display) -> Card | None:
+    """Return the card of the folder's or the evaluated model; None without a model."""
     named = facts.metrics.get("model")
     model = facts.folder.model
     if not model.is_dir() and isinstance(named, str):
@@ -89,7 +90,17 @@ def _open_explainer(facts: Facts, display: Display) -> Explainer | None:
     if not model.is_dir():
         return None
     try:
-        card = find_card(str(model))
+        return find_card(str(model))
+    except FinetuneError as error:
+        display.warn(f"the report has no heat maps: {error.message}")
+        return None
+
+
+def _open_explainer(facts: Facts, card: Card | None, display: Display) -> Explainer | None:
+    """Return the explainer of a model; None without model or mistakes."""
+    if not facts.mistakes or card is None:
+        return None
+    try:
         return Explainer(load_exported(Path(card.location)), card)
     except FinetuneError as error:
         display.warn(f"the report has no heat maps: {error.message}")

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, UsageError
 from finetune.runs.files import damaged_file, read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
 from finetune.targets import PREDICTION_COLUMNS, read_classes
@@ -200,6 +200,20 @@ class RunReader:
     def prediction_rows(self) -> tuple[CsvRow, ...]:
         """All columns of ``predictions.csv`` as text; not cached, since they may be large."""
         return self._rows(self.folder.predictions, "path")
+
+
+def require_run(path: Path) -> Recipe:
+    """Return the recipe of the run in a folder that the user named with ``--run``.
+
+    Raises:
+        UsageError: there is no run in it, or it has not started training.
+    """
+    run = RunFolder(path)
+    recipe = RunReader(run).recipe if run.split.is_file() and run.recipe.is_file() else None
+    if recipe is None:
+        found = "it is not a run folder, or the run has not started training"
+        raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
+    return recipe
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:

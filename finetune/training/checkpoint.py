@@ -159,7 +159,6 @@ class CheckpointStore:
         Raises:
             DataError: there are checkpoints but none verifies, so training does not silently start over.
         """
-        self._clean()
         faults = []
         for name in reversed(self.names()):
             try:
@@ -184,7 +183,7 @@ class CheckpointStore:
         best = _read_snapshot(path / _BEST, files[_BEST]) if _BEST in files else None
         return Checkpoint(now, start, best)
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         """Remove temporary folders of a killed process."""
         if self.folder.is_dir():
             for leftover in [*self.folder.glob(".*.part"), *self.folder.glob(".*.trash")]:

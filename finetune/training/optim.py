@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from finetune.recipe import TrainingSettings
 from finetune.targets import is_better
-from finetune.training.state import Progress
+from finetune.training.state import Checkpoint, Progress
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -24,6 +24,16 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) ->
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=fused)
     return (FusedSGD if fused else torch.optim.SGD)(groups, momentum=settings.momentum, fused=fused)
+
+
+_STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+"""Names of the tensors that each optimizer keeps of a parameter."""
+
+
+def has_other_optimizer(checkpoint: Checkpoint, settings: TrainingSettings) -> bool:
+    """Return whether a checkpoint holds the state of another optimizer than the recipe names."""
+    kept = {name.rpartition(":")[2] for name in checkpoint.epoch_start.under("optimizer.")}
+    return not kept <= _STATE[settings.optimizer]
 
 
 class FusedSGD(torch.optim.SGD):

@@ -78,6 +78,14 @@ def restart_epoch(checkpoint: Checkpoint, steps_per_epoch: int) -> Checkpoint:
     return Checkpoint(start, start, checkpoint.best)
 
 
+def drop_optimizer(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint at the start of an epoch without the optimizer's tensors: it starts afresh."""
+    before = checkpoint.epoch_start
+    tensors = {name: tensor for name, tensor in before.tensors.items() if not name.startswith("optimizer.")}
+    start = Snapshot(tensors, before.progress)
+    return Checkpoint(start, start, checkpoint.best)
+
+
 def describe(progress: Progress, loss: Tensor) -> str:
     """Return what is non-finite in a step, and which step it is, for a message."""
     nan = "gradient, or a running statistic of the features, became infinite or nan"

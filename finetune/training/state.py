@@ -267,6 +267,35 @@ class Checkpoint:
     best: Snapshot | None
 
 
+def find_misfit(
+    checkpoint: Checkpoint, network: nn.Module, frozen: Collection[str], has_average: bool
+) -> str:
+    """Return why a training of a network cannot resume from a checkpoint; "" if it can.
+
+    Args:
+        checkpoint: the checkpoint.
+        network: network that would be trained.
+        frozen: names of its tensors that would never change.
+        has_average: whether a moving average of its weights would be kept.
+    """
+    shapes = {name: tensor.shape for name, tensor in network_tensors(network, "", frozen).items()}
+    snapshots = [checkpoint.now, checkpoint.epoch_start, *([checkpoint.best] if checkpoint.best else [])]
+    for snapshot in snapshots:
+        kept = {name: tensor.shape for name, tensor in snapshot.under("model.").items()}
+        if unlike := sorted(name for name in shapes.keys() & kept.keys() if shapes[name] != kept[name]):
+            name = unlike[0]
+            shown = f"{name} is {tuple(kept[name])}, and {tuple(shapes[name])} in this network"
+            return f"tensors of its checkpoint have another shape ({len(unlike)}): {shown}"
+        if missing := sorted(shapes.keys() - kept.keys()):
+            return f"tensors that would now be trained were not before ({len(missing)}), such as {missing[0]}"
+        if extra := sorted(kept.keys() - shapes.keys()):
+            return f"tensors that were trained would not be now ({len(extra)}), such as {extra[0]}"
+    for snapshot in snapshots[:2]:
+        if has_average and snapshot.under("ema.").keys() != shapes.keys():
+            return "its checkpoint holds no moving average of the weights (training.ema_decay)"
+    return ""
+
+
 # --- Checks for finite values ---
 
 

@@ -261,7 +261,23 @@ def test_evaluations_of_different_images_of_the_same_names_are_refused(
 def test_an_unfinished_run_is_refused(cli: Cli, make: Make) -> None:
     folder = make("b")
     write_json(folder / "outcome.json", {"state": "interrupted"})
-    assert "the run is not finished (interrupted)" in refusal(cli, ExitCode.DATA, make("a"), folder)
+    assert "the run is not finished (interrupted); its metrics" in refusal(
+        cli, ExitCode.DATA, make("a"), folder
+    )
+
+
+@pytest.mark.parametrize("state", ["interrupted", "failed", "running"])
+def test_a_run_that_ended_before_its_first_metrics_is_no_foreign_folder(
+    cli: Cli, make: Make, state: str
+) -> None:
+    folder = make("b")
+    write_json(folder / "outcome.json", {"state": state})
+    for name in ("metrics.json", "predictions.csv"):
+        (folder / name).unlink()
+    for folders in ((make("a"), folder), (folder, make("c"))):
+        found = refusal(cli, ExitCode.DATA, *folders)
+        assert f"the run is not finished ({state})" in found and "its metrics" not in found
+        assert f"--output {folder}" in found
 
 
 def test_metrics_that_contradict_the_predictions_are_refused(cli: Cli, make: Make) -> None:

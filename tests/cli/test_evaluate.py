@@ -121,6 +121,30 @@ def test_a_class_that_the_model_does_not_know_is_refused(
     assert "1 class that the model does not know: 'reds'; did you mean 'red'?" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "names", [("0", "1", "2"), ("ants", "bees", "flies"), ("ants", "bees", "blues"), ("one",)]
+)
+def test_data_of_other_classes_are_no_renaming(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        shutil.copytree(data / "test" / "red", tmp_path / "new" / name)
+    result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert "holds other data: the model knows none of its" in result.stderr
+    assert "only 'blue', 'green', 'red'" in result.stderr and "did you mean" not in result.stderr
+
+
+def test_classes_that_are_all_spelt_in_another_way_are_a_renaming(
+    cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    for name in ("Blue", "Green", "Red"):
+        shutil.copytree(data / "test" / name.lower(), tmp_path / "new" / name)
+    result = cli("evaluate", runs[0], "-d", tmp_path / "new", "-o", tmp_path / "out")
+    assert result.exit_code == 65
+    assert "3 classes that the model does not know" in result.stderr and "did you mean" in result.stderr
+
+
 def test_an_image_that_cannot_be_read_is_refused(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:

@@ -111,6 +111,21 @@ def test_images_without_labels(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert table.iloc[0, 3:].equals(table.iloc[3, 3:].set_axis(table.columns[3:]))
 
 
+def test_no_split_is_drawn(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """Neither is a class with one image refused, nor are copies moved: nothing is trained."""
+    draw_folder(tmp_path / "data", {"red": 6, "blue": 6, "green": 1})
+    for number in range(3):
+        shutil.copy(tmp_path / "data/red/000.jpg", tmp_path / f"data/red/copy{number}.jpg")
+    result = extract(cli, tiny, tmp_path / "data", tmp_path / "f.csv", "-l", "last")
+    assert result.exit_code == 0 and "moved" not in result.stderr + result.stdout, result.stderr
+    table = pd.read_csv(tmp_path / "f.csv")
+    assert (
+        len(table) == 16
+        and set(table["split"]) == {"train"}
+        and set(table["label"]) == {"red", "blue", "green"}
+    )
+
+
 @pytest.mark.slow
 def test_a_csv_and_a_runs_split(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     draw_folder(tmp_path / "data", {"red": 10, "blue": 10})

@@ -345,3 +345,26 @@ def test_a_folder_named_like_the_backbone_does_not_hide_it(
     (tmp_path / "squeezenet1_1").mkdir()
     result = cli("backbones", "show", "squeezenet1_1", "--json")
     assert json.loads(result.stdout)["name"].startswith("torchvision/")
+
+
+# --- values that the parser refuses --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--lr", "0,01"], "'--lr': '0,01' is not a number; write 0.01"),
+        (["run", "--lr=1,000.5"], "'--lr': '1,000.5' is not a number"),
+        (["run", "--lr", "high"], "'--lr': 'high' is not a number"),
+        (["run", "--val-fraction", "0,2"], "'--val-fraction': '0,2' is not a number; write 0.2"),
+        (["run", "--epochs", "2.5"], "'--epochs': '2.5' is not a whole number"),
+        (["run", "--repeats", "0"], "'--repeats': '0': it should be greater than or equal to 1"),
+        (["run", "--engine", "x"], "'--engine': 'x' is not one of 'torch', 'ray'"),
+        (["evaluate", "run", "--crops", "five"], "'--crops': 'five' is not a whole number"),
+    ],
+)
+def test_a_refused_value_is_shown(cli: Cli, words: list[object], said: str) -> None:
+    result = cli(*words)
+    assert result.exit_code == ExitCode.USAGE == 2
+    shown = " ".join(result.stderr.replace("│", " ").split())
+    assert said in shown

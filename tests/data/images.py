@@ -11,6 +11,10 @@ import pytest
 from PIL import Image
 
 from finetune.data.decode import BadImageError, decode_image, probe_image
+from finetune.data.formats import FORMATS
+
+WRITTEN = tuple(form for form in FORMATS if form != "HEIF")
+"""Formats that Pillow writes without another package."""
 
 Pixel = tuple[int, int, int]
 

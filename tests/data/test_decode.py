@@ -12,13 +12,16 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from finetune.data import decode
-from finetune.data.decode import EXTENSIONS, FORMATS, BadImageError, decode_image, probe_image
-from tests.data.images import encoded, near, noise, palette, pixel, reason, saved, written
+from finetune.data.decode import BadImageError, decode_image, probe_image
+from finetune.data.formats import READ, readable_formats
+from tests.data.images import WRITTEN, encoded, near, noise, palette, pixel, reason, saved, written
 
 # What must be read
 
 
-@pytest.mark.parametrize("extension", sorted(EXTENSIONS))
+@pytest.mark.parametrize(
+    "extension", sorted(suffix for suffix, form in READ.items() if form in readable_formats())
+)
 def test_every_accepted_extension_can_be_read(tmp_path: Path, extension: str) -> None:
     path = saved(tmp_path / f"x{extension}", Image.new("RGB", (20, 10), (200, 30, 60)))
     probe_image(path)
@@ -139,11 +142,8 @@ def test_big_endian_16_bit_tiff(tmp_path: Path) -> None:
     [
         ("I", "i", (0, 257, 65535), (0, 1, 255)),  # fits 16 bits: divided by 257
         ("I", "i", (257, 514, 1028), (1, 2, 4)),  # dim stays dim
-        ("I", "i", (-100, 0, 100), (0, 128, 255)),  # negative: own minimum to own maximum
-        ("I", "i", (0, 500_000, 1_000_000), (0, 128, 255)),
         ("F", "f", (0.0, 0.5, 1.0), (0, 128, 255)),
-        ("F", "f", (-3.0, -2.0, 1.0), (0, 64, 255)),
-        ("F", "f", (5.0, 5.0, 5.0), (0, 0, 0)),  # no range: black
+        ("F", "f", (0.0, 0.1, 0.2), (0, 26, 51)),
     ],
 )
 def test_wide_greys_are_scaled(
@@ -226,7 +226,7 @@ def test_first_frame_of_several(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_result_outlives_its_file_and_travels_between_processes(tmp_path: Path) -> None:
-    for kind in FORMATS:
+    for kind in WRITTEN:
         path = written(tmp_path / "x", encoded(noise(), kind))
         image = decode_image(path)
         path.unlink()
@@ -238,8 +238,8 @@ def test_the_result_outlives_its_file_and_travels_between_processes(tmp_path: Pa
 
 
 def test_formats_that_are_not_listed_are_never_parsed(tmp_path: Path) -> None:
-    path = written(tmp_path / "x.png", encoded(Image.new("RGB", (4, 4)), "PPM"))
-    assert reason(path) == 'not an image (starts with "P6")'
+    path = written(tmp_path / "x.png", encoded(Image.new("RGB", (4, 4)), "PCX"))
+    assert reason(path).startswith("not an image (starts with")
 
 
 def test_the_pixel_limit_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,6 @@ def test_hidden_things_and_junk_are_not_images(tmp_path: Path) -> None:
     before = found(tmp_path)
     tree(
         tmp_path,
-        "train/ant/.hidden.jpg",
         "train/ant/.ipynb_checkpoints/0-checkpoint.jpg",
         "train/.ipynb_checkpoints/0.jpg",
         "train/__MACOSX/ant/._0.jpg",
@@ -173,6 +172,11 @@ def test_hidden_things_and_junk_are_not_images(tmp_path: Path) -> None:
         "train/ant/Thumbs.db",
         "val/.DS_Store",
         ".git/0.jpg",
+        "@eaDir/0.jpg",
+        "train/@eaDir/ant/0.jpg",
+        "train/$RECYCLE.BIN/0.jpg",
+        "train/lost+found/",
+        "val/System Volume Information/0.jpg",
     )
     assert found(tmp_path) == before
 
@@ -336,10 +340,10 @@ def test_other_files_need_no_utf8(tmp_path: Path) -> None:
 
 def test_ignored_files_are_counted_in_a_warning(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "", 3)
-    tree(tmp_path, "ant/a.heic", "bee/b.HEIC", "bee/README", "0.jpg", "notes.txt")
+    tree(tmp_path, "ant/a.mov", "bee/b.MOV", "bee/README", "0.jpg", "notes.txt")
     assert found(tmp_path).warnings == (
         "1 image directly in the data folder, outside the class folders, ignored.",
-        "Files in the data folder that are not images are ignored: .heic (2), no extension (1).",
+        "Files in the data folder that are not images are ignored: .mov (2), no extension (1).",
     )
 
 
@@ -396,8 +400,8 @@ def test_an_empty_class_folder_in_training_is_refused(tmp_path: Path) -> None:
 
 def test_a_class_folder_of_other_files_names_their_extensions(tmp_path: Path) -> None:
     ants_and_bees(tmp_path, "")
-    tree(tmp_path, "wasp/0.heic", "wasp/1.heic", "wasp/deep/x.txt")
-    assert "'wasp' holds no images, only .heic (2), .txt (1)" in refused(tmp_path).found
+    tree(tmp_path, "wasp/0.mov", "wasp/1.mov", "wasp/deep/x.txt")
+    assert "'wasp' holds no images, only .mov (2), .txt (1)" in refused(tmp_path).found
 
 
 def test_a_single_image_cannot_be_split(tmp_path: Path) -> None:
@@ -426,12 +430,11 @@ def test_class_names_that_only_look_dangerous_are_accepted(tmp_path: Path) -> No
     assert found(tmp_path).classes == tuple(sorted(names))
 
 
-@pytest.mark.parametrize("twins", [("Ant", "ant"), ("caf\u00e9", "cafe\u0301")])
-def test_classes_that_look_alike_are_a_warning(tmp_path: Path, twins: tuple[str, str]) -> None:
-    tree(tmp_path, *(f"{name}/{n}.jpg" for name in (*twins, "bee") for n in range(2)))
+def test_classes_that_look_alike_are_a_warning(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{name}/{n}.jpg" for name in ("Ant", "ant", "bee") for n in range(2)))
     dataset = found(tmp_path)
     assert dataset.num_classes == 3
-    assert len(dataset.warnings) == 1 and repr(twins[0]) in dataset.warnings[0]
+    assert len(dataset.warnings) == 1 and "'Ant'" in dataset.warnings[0]
 
 
 # Ambiguous folders
@@ -467,11 +470,10 @@ def test_val_linked_to_train_is_refused(tmp_path: Path) -> None:
     assert "'train' and 'val' are the same folder" in refused(tmp_path).found
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("content", ["", "ant/"])
-def test_an_empty_split_is_refused(tmp_path: Path, split: str, content: str) -> None:
+def test_an_empty_validation_split_is_refused(tmp_path: Path, content: str) -> None:
     ants_and_bees(tmp_path, "train/")
-    assert f"'{split}" in refused(tree(tmp_path, f"{split}/{content}")).found
+    assert "'val" in refused(tree(tmp_path, f"val/{content}")).found
 
 
 def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
@@ -502,16 +504,22 @@ def test_a_missing_path_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.jpg", "labels.txt"])
 def test_a_file_that_is_not_a_csv_file_is_refused(tmp_path: Path, name: str) -> None:
-    assert "neither a folder, a zip archive nor a CSV" in refused(tree(tmp_path, name) / name).found
+    assert "neither a folder, a zip or tar archive nor a CSV" in refused(tree(tmp_path, name) / name).found
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("x.tar", "tar"), ("x.TGZ", "tar"), ("x.tar.gz", "gzip"), ("x.7z", "7-Zip"), ("x.rar", "RAR")],
+    [
+        ("x.tar.bz2", "bzip2"),
+        ("x.TXZ", "tar (xz)"),
+        ("x.jpg.gz", "gzip"),
+        ("x.7z", "7-Zip"),
+        ("x.rar", "RAR"),
+    ],
 )
-def test_an_archive_that_is_not_a_zip_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+def test_an_archive_of_another_kind_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     error = refused(tree(tmp_path, name) / name)
-    assert error.found == f"is a {kind} archive, and only zip is read"
+    assert error.found == f"is a {kind} archive, and only zip, tar and tar.gz are read"
     assert error.fix.startswith("Unpack it first")
 
 
@@ -628,6 +636,8 @@ def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
         ("../out.jpg,x,train", "'../out.jpg' lies outside the folder of the CSV file"),
         ("/etc/passwd,x,train", "'/etc/passwd' lies outside the folder of the CSV file"),
         ("a.jpg,x,train", "'a.jpg' is listed twice"),
+        ("a.jpg,y,train", "'a.jpg' is under two labels, 'x' and 'y'"),
+        ("a.jpg,y,val", "'a.jpg' is under two labels, 'x' and 'y'"),
         ("./sub/../a.jpg,x,val", "'./sub/../a.jpg' is in train and again in val"),
         ("b.jpg,x,", "split '' is not one of train, val, test"),
         ("b.jpg", "the label '' is empty"),

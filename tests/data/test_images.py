@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -99,9 +100,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = transforms_module.decode_image
 
-    def recorded(path: Path, short_side: int | None) -> Image.Image:
+    def recorded(path: Path, *settings: Any) -> Image.Image:
         names.append(path.name)
-        return decode(path, short_side)
+        return decode(path, *settings)
 
     monkeypatch.setattr(transforms_module, "decode_image", recorded)
     return names

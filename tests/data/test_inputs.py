@@ -33,8 +33,8 @@ def test_a_folder_is_walked_in_the_order_of_names(tmp_path: Path) -> None:
 def test_a_folder_is_walked_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, *(f"{number:02}/{place}.jpg" for number in range(50) for place in range(3)))
     seen = []
-    listing = folders._listing
-    monkeypatch.setattr(folders, "_listing", lambda *words: (seen.append(words[1]), listing(*words))[1])
+    listing = folders.listing
+    monkeypatch.setattr(folders, "listing", lambda *words: (seen.append(words[1]), listing(*words))[1])
     walk = find_inputs(str(tmp_path), NOTHING).open()
     assert [one.path for one in islice(walk, 4)] == ["00/0.jpg", "00/1.jpg", "00/2.jpg", "01/0.jpg"]
     assert seen == ["", "00", "01"]

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.dataset import Dataset
-from finetune.data.decode import FORMATS, BadImageError, decode_image, probe_image
+from finetune.data.decode import BadImageError, decode_image, probe_image
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError
-from tests.data.images import encoded, noise, palette
+from tests.data.images import WRITTEN, encoded, noise, palette
 
 
 def outcome(data: Path) -> Dataset | None:
@@ -166,7 +166,7 @@ def test_tables(table: Path) -> None:
 
 
 def kinds() -> list[bytes]:
-    whole = [encoded(noise(24, 16), kind) for kind in FORMATS]
+    whole = [encoded(noise(24, 16), kind) for kind in WRITTEN]
     whole += [
         encoded(noise(24, 16), "JPEG", progressive=True),
         encoded(noise(24, 16, "CMYK"), "JPEG"),

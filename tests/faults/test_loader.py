@@ -404,11 +404,11 @@ def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
     decode, home, token = transforms_module.decode_image, os.getpid(), tmp_path / "token"
     token.touch()
 
-    def die_once(path: Path, short_side: int | None) -> Any:
+    def die_once(path: Path, *settings: Any) -> Any:
         if os.getpid() != home and path.name == "007.jpg" and token.exists():
             token.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(path, short_side)
+        return decode(path, *settings)
 
     monkeypatch.setattr(transforms_module, "decode_image", die_once)
     result = cli(*words_of(tiny, image_folder, tmp_path / "killed"))

@@ -26,6 +26,7 @@ from finetune.errors import EnvironmentFaultError, ExitCode
 from finetune.evaluation.predictions import predict
 from finetune.runs.outcome import translated_errors
 from finetune.system.device import seed_everything
+from finetune.targets import build_loss
 from finetune.training.step import Gradient
 from finetune.training.trainer import Trainer
 from tests.conftest import Cli
@@ -268,7 +269,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: timm.create_model("test_vit", num_classes=3, img_size=32),
     "convnext": lambda: timm.create_model("test_convnext", num_classes=3),
 }
-WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.3, 0.7, 2.0]), label_smoothing=0.1)
+WEIGHTED = build_loss([7, 3, 1], "balanced", 0.1)
 LOSSES = {"plain": nn.CrossEntropyLoss(), "weights and smoothing": WEIGHTED}
 MIXERS = {"no mixing": None, "mixup": v2.MixUp(num_classes=3), "cutmix": v2.CutMix(num_classes=3)}
 

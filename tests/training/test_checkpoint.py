@@ -29,6 +29,8 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     shutil.copytree(tmp_path / "checkpoint-000001", tmp_path / ".checkpoint-000000.trash")
     (tmp_path / "checkpoint-000001" / "notes.txt").write_text("the user's")
     assert load(tmp_path) == (2, [])
+    assert leftovers(tmp_path) != []  # reading changes nothing
+    CheckpointStore(tmp_path).clean()
     assert leftovers(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
     assert (tmp_path / "checkpoint-000001" / "notes.txt").exists()

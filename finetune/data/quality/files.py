@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from finetune.data.dataset import BadImage, Issue, Severity
+from finetune.data.formats import READ
 from finetune.data.layout import count
 from finetune.data.quality.subject import SHOWN_PATHS, ScannedDataset
 from finetune.data.scan import check_bad
@@ -28,16 +29,6 @@ ODD, ODD_SHARE = 3, 0.01
 """Largest number and share of unusual images; the larger of the two counts. More are a normal part of the
 data."""
 
-_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".gif": "GIF",
-}
 _GRAPHIC_MODES = frozenset({"1", "P", "PA"})
 """Pillow modes of drawings: photographs have no palette."""
 _PLACEHOLDER = re.compile(
@@ -63,6 +54,12 @@ _REASONS = (
         "more than",
         "{} over the limit of pixels or bytes",
         "Make them smaller, or remove them.",
+    ),
+    (
+        "file-format",
+        "convert",
+        "{} in a format or with bands that are not read",
+        "Convert them to JPEG or PNG.",
     ),
     ("file-unreadable", "", "{} that cannot be read", "Replace or remove them."),
 )
@@ -187,7 +184,7 @@ def find_oddities(scanned: ScannedDataset) -> Oddities:
 
 def _is_disguised(suffix: str, form: str) -> bool:
     """Return whether a suffix belongs to another format; a CSV file may name files with any suffix."""
-    return _FORMATS.get(suffix, form) != form
+    return READ.get(suffix, form) != form
 
 
 def _find_odd(scanned: ScannedDataset) -> list[int]:
@@ -216,7 +213,7 @@ def find_oddity_issues(scanned: ScannedDataset, odd: Oddities) -> Iterator[Issue
             shown = ", ".join(_describe(scanned, index, code in _SHOWING_FORMAT) for index in indices[:3])
             number = count(len(indices), "image", "images")
             message = f"{number} {description.format(main=main)}: {shown}{_more(len(indices), 3)}."
-            yield Issue(code, "warning", message, fix, len(indices), scanned.paths(indices))
+            yield Issue(code, "warning", message, fix, len(indices), scanned.first_paths(indices))
 
 
 def _describe(scanned: ScannedDataset, index: int, shows_format: bool) -> str:

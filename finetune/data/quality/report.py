@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import SPLITS, Dataset, Issue
+from finetune.data.dataset import SPLITS, Dataset, Issue, sort_issues, to_check
 from finetune.data.quality.classes import compute_imbalance, find_class_issues, find_group_issues
 from finetune.data.quality.copies import Copies, find_copies, find_copy_issues
 from finetune.data.quality.files import Oddities, find_oddities, find_oddity_issues, find_unreadable_issues
 from finetune.data.quality.near import NearCopies, find_near, find_near_issues
 from finetune.data.quality.subject import ScannedDataset
 from finetune.data.scan import CheckedImages
-
-_ORDER = ("error", "warning", "note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,23 +47,6 @@ class QualityReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``check.json``."""
         return to_check(self.issues, self.summary)
-
-
-def to_check(issues: Sequence[Issue], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of ``check.json``."""
-    numbers = {severity: sum(issue.severity == severity for issue in issues) for severity in _ORDER}
-    return {
-        "errors": numbers["error"],
-        "warnings": numbers["warning"],
-        "notes": numbers["note"],
-        "findings": [issue.to_dict() for issue in sort_issues(issues)],
-        "summary": summary,
-    }
-
-
-def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
-    """Return issues with errors first and notes last."""
-    return tuple(sorted(issues, key=lambda issue: _ORDER.index(issue.severity)))
 
 
 def inspect_dataset(

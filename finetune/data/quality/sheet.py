@@ -75,7 +75,7 @@ def _with_format(scanned: ScannedDataset, indices: Iterable[int]) -> Iterator[Ti
 
 def _tile(scanned: ScannedDataset, index: int, detail: str) -> Tile:
     sample = scanned.samples[index]
-    image = load_thumbnail(scanned.dataset.file(sample), CELL)
+    image = load_thumbnail(scanned.dataset.file(sample), CELL, scanned.value_range)
     return Tile(image, (scanned.describe(index), detail, Path(sample.path).name))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from finetune.data.dataset import BadImage, Dataset, PreparedDataset, Sample, sample_order
 from finetune.data.prepare import draw_copies_together
 from finetune.data.quality.files import UNREADABLE
-from finetune.data.quality.report import inspect_dataset
+from finetune.data.quality.report import QualityReport, inspect_dataset
 from finetune.data.samples import is_sample
 from finetune.data.scan import CheckedImages, check_bad
 from finetune.errors import DataError
@@ -17,7 +18,7 @@ from finetune.runs.bad_images import write_bad_images
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from finetune.system.display import Display
+from finetune.system.display import Display, SilentDisplay
 
 SHOWN = 5
 """Most issues that a run shows."""
@@ -34,30 +35,65 @@ def check_data(
     Raises:
         DataError: exact copies lie in two splits and that is not allowed, or too many images are unreadable.
     """
-    if dataset.val_was_drawn:
-        dataset = draw_copies_together(dataset, checked.digests, recipe, display)
-    _report_issues(dataset, checked, folder, display, recipe.data)
+    dataset = _draw(dataset, checked, recipe, display)
+    report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, dataset.issues)
+    write_json(folder.check, report.to_dict())
+    _show_issues(report, folder, display, recipe.data)
+    _refuse_leaks(report)
     for image in checked.bad[:10]:
         display.warn(f"{image.path} cannot be read: {image.reason}")
     lost = _lost_before(dataset, checked, folder)
-    bad = [image for image in checked.bad if image.path not in lost]
-    listed = [*bad, *(image for image, _ in lost.values())]
+    listed = _list_bad(checked, lost)
     write_bad_images(folder, [(image.path, image.split, image.reason) for image in listed])
-    usable = check_bad(dataset.without(lost), bad)
-    samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=sample_order)
-    return replace(usable, samples=tuple(samples)).prepared(checked.digests, listed)
+    return _leave_out(dataset, checked, lost)
 
 
-def _report_issues(
-    dataset: Dataset, checked: CheckedImages, folder: RunFolder, display: Display, settings: DataSettings
-) -> None:
-    """Write ``check.json``, report new issues, and refuse exact copies in two splits.
+def find_usable(
+    dataset: Dataset, checked: CheckedImages, folder: RunFolder, recipe: Recipe, *, forget: bool
+) -> PreparedDataset:
+    """Return or raise what :func:`check_data` would, without writing or showing anything.
+
+    Args:
+        dataset: the images that exist now.
+        checked: result of their scan.
+        folder: folder of a run that has begun.
+        recipe: recipe of this attempt.
+        forget: whether images that an earlier attempt lost count as any other unreadable image.
+    """
+    dataset = _draw(dataset, checked, recipe, SilentDisplay())
+    _refuse_leaks(inspect_dataset(dataset, checked, recipe.data.allow_leaks, dataset.issues))
+    return _leave_out(dataset, checked, {} if forget else _lost_before(dataset, checked, folder))
+
+
+_Lost = Mapping[str, tuple[BadImage, Sample]]
+
+
+def _draw(dataset: Dataset, checked: CheckedImages, recipe: Recipe, display: Display) -> Dataset:
+    if not dataset.val_was_drawn:
+        return dataset
+    return draw_copies_together(dataset, checked.digests, recipe, display)
+
+
+def _list_bad(checked: CheckedImages, lost: _Lost) -> list[BadImage]:
+    bad = [image for image in checked.bad if image.path not in lost]
+    return [*bad, *(image for image, _ in lost.values())]
+
+
+def _leave_out(dataset: Dataset, checked: CheckedImages, lost: _Lost) -> PreparedDataset:
+    """Return the dataset without its unreadable images; refuse if there are too many.
 
     Raises:
-        DataError: exact copies lie in two splits, and that is not allowed.
+        DataError: see :func:`finetune.data.scan.check_bad`.
     """
-    report = inspect_dataset(dataset, checked, settings.allow_leaks, dataset.issues)
-    write_json(folder.check, report.to_dict())
+    usable = check_bad(dataset.without(lost), [image for image in checked.bad if image.path not in lost])
+    samples = sorted([*usable.samples, *(sample for _, sample in lost.values())], key=sample_order)
+    usable = replace(usable, samples=tuple(samples))
+    return usable.prepared(checked.digests, _list_bad(checked, lost), checked.find_value_range(usable))
+
+
+def _show_issues(report: QualityReport, folder: RunFolder, display: Display, settings: DataSettings) -> None:
+    """Warn of the first issues that reading the data has not reported already."""
+    dataset = report.scanned.dataset
     reported = {issue.message for issue in dataset.issues}
     new = [issue for issue in report.issues if issue.severity != "note" and issue.message not in reported]
     # The built-in samples have no larger originals.
@@ -67,11 +103,19 @@ def _report_issues(
         display.warn(issue.message)
     if len(new) > SHOWN:
         display.say(f"and {len(new) - SHOWN} more issues, in {folder.check}")
+
+
+def _refuse_leaks(report: QualityReport) -> None:
+    """Refuse exact copies in two splits.
+
+    Raises:
+        DataError: there are some, and that is not allowed.
+    """
     leaks = [issue for issue in report.errors if issue.code == "leak"]
     if leaks:
         shown = "".join(f"\n  {path}" for path in leaks[0].paths[:SHOWN])
         found = f"{' '.join(issue.message for issue in leaks)} Among them:{shown}"
-        raise DataError(f"data in {dataset.root}", found, leaks[0].fix)
+        raise DataError(f"data in {report.scanned.dataset.root}", found, leaks[0].fix)
 
 
 def _lost_before(

@@ -6,10 +6,15 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.errors import ExitCode
 from tests.conftest import COLOURS, Cli, draw_folder
@@ -98,7 +103,7 @@ def test_check_finds_everything_and_ends_with_65(cli: Cli, tmp_path: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
     words = cli("check", data, "-o", tmp_path / "words")
     assert "error: 1 file truncated: train/ants/cut.jpg" in words.stdout
-    assert "7 errors, 18 warnings, 1 notes" in words.stdout
+    assert "7 errors, 18 warnings, 1 note;" in words.stdout
 
 
 def test_check_of_good_data_ends_with_0(cli: Cli, image_folder: Path, tmp_path: Path) -> None:
@@ -244,3 +249,74 @@ def test_every_command_uses_the_splits_of_a_run(cli: Cli, tiny: Path, tmp_path: 
     )
     assert result.exit_code == 0, result.output
     assert "24 exact copies are left out" in result.stderr
+
+
+# --- on the screen -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--data", "-d"])
+def test_data_are_named_as_for_the_other_commands(
+    cli: Cli, image_folder: Path, tmp_path: Path, flag: str
+) -> None:
+    result = cli("check", flag, image_folder, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["summary"]["num_images"] == 54
+    both = cli("check", image_folder, flag, image_folder, "-o", tmp_path / "both")
+    assert both.exit_code == ExitCode.USAGE and "twice" in both.stderr
+    of_run = cli("check", flag, image_folder, "--run", tmp_path, "-o", tmp_path / "both")
+    assert of_run.exit_code == ExitCode.USAGE and "data and a run" in of_run.stderr
+
+
+def resave(source: Path, target: Path) -> None:
+    """Write a near copy: the same image with another compression."""
+    Image.open(source).save(target, quality=60)
+
+
+def test_copies_leaks_and_double_labels_are_named(cli: Cli, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    for split, label, number in product(("train", "val"), ("x", "y"), range(12)):
+        (data / split / label).mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((64, 64)).save(data / split / label / f"{number:02}.png")
+    for number in range(8):
+        shutil.copy(data / f"train/x/{number:02}.png", data / f"val/x/leak{number}.png")
+    shutil.copy(data / "train/y/03.png", data / "train/x/double.png")
+    resave(data / "train/y/05.png", data / "val/y/near.jpg")
+    result = cli("check", data, "-o", tmp_path / "out")
+    assert result.exit_code == ExitCode.DATA
+    lines = result.stdout.splitlines()
+    assert "    train/x/00.png" in lines and "    val/x/leak0.png" in lines
+    file = tmp_path / "out" / "check.json"
+    assert f"    and 10 more, in {file}" in lines  # 8 images of train and 8 of val, and 6 are shown
+    assert "    train/y/05.png and val/y/near.jpg" in lines
+    assert "    train/x/double.png" in lines and "    train/y/03.png" in lines
+    paths = {issue["code"]: issue["paths"] for issue in read(file)["findings"]}
+    assert len(paths["leak"]) == 16 and set(paths["label-conflict"]) == {
+        "train/x/double.png",
+        "train/y/03.png",
+    }
+    assert "1 error, " in lines[-1]
+
+
+def test_a_path_that_does_not_exist_leaves_no_folder_and_loads_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    script = "import sys; from finetune.cli.app import app; app(standalone_mode=False)"
+    for words in (["photo"], ["--data", tmp_path / "photo"], ["photo/", "-o", "out"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", script, "check", *map(str, words)],
+            capture_output=True,
+            check=False,
+            text=True,
+        )
+        assert "does not exist; did you mean 'photos'?" in done.stdout, done.stderr[-2000:]
+        assert "1 error, 0 warnings, 0 notes\n" in done.stdout and "everything" not in done.stdout
+        assert " torch\n" not in done.stderr
+    result = cli("check", "photo")
+    assert result.exit_code == ExitCode.DATA
+    result = cli("check", "--run", "photo")
+    assert result.exit_code == ExitCode.USAGE
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
