@@ -39,7 +39,10 @@ from finetune.data.split import (
     find_indivisible,
     split_off,
 )
-from finetune.data.table import read_csv
+from finetune.data.tables.config import BY_NAMES, TableConfig
+from finetune.data.tables.files import FETCH, is_address
+from finetune.data.tables.format import is_table
+from finetune.data.tables.rows import read_csv
 from finetune.errors import DataError, suggest
 
 
@@ -49,6 +52,7 @@ def discover(
     follow_links: bool = False,
     on_progress: Progress | None = None,
     draws: bool = True,
+    table: TableConfig = BY_NAMES,
 ) -> Dataset:
     """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and split.
 
@@ -60,20 +64,27 @@ def discover(
         on_progress: called with (entries unpacked, entries in all) while an archive is unpacked.
         draws: whether a validation split is drawn where the data give none; without it, all images that the
             data give no split are training images.
+        table: how a CSV file is read, where its own names do not say so.
 
     Raises:
         DataError: there is nothing to train on, or the layout is ambiguous.
         UsageError: the fold does not exist.
         DiskError: no space or no permission to unpack an archive.
     """
-    reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    reader = LayoutReader(
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, table=table
+    )
     dataset = _discover(reader, data, config, on_progress, draws)
     assert dataset is not None
     return dataset
 
 
 def discover_leniently(
-    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+    data: Path,
+    config: SplitConfig,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    table: TableConfig = BY_NAMES,
 ) -> tuple[Dataset | None, tuple[Issue, ...]]:
     """Read as :func:`discover` does, but collect errors instead of raising, and leave out the faulty images.
 
@@ -86,7 +97,7 @@ def discover_leniently(
         DiskError: no space or no permission to unpack an archive.
     """
     reader = LayoutReader(
-        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True, table=table
     )
     config = replace(config, fold=1 if config.folds else None)
     dataset = None
@@ -138,14 +149,17 @@ def read_data(
         reader.root = open_sample(data)
         read_folder(reader, group_by)
         return False
+    if is_address(str(data).replace(":/", "://", 1)):  # Path joins the two slashes
+        raise reader.error("is an address", FETCH)
     if missing := find_missing(data):
         raise missing
     suffix = data.suffix.lower() if data.is_file() else ""
+    is_list = bool(suffix) and is_table(data.name)
     if data.is_dir():
         if packed := find_split_archives(data):
             reader.root, reader.from_archive = open_split_archives(reader, packed, on_progress), True
         read_folder(reader, group_by)
-    elif suffix == ".csv":
+    elif is_list:
         reader.root = reader.root.parent
         read_csv(reader, data, group_by)
     elif suffix and is_archive(data.name):
@@ -153,7 +167,7 @@ def read_data(
         read_folder(reader, group_by)
     else:
         raise _refuse_kind(reader, suffix)
-    return suffix == ".csv"
+    return is_list
 
 
 def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
@@ -361,6 +375,7 @@ def find_images(
     follow_links: bool = False,
     on_progress: Progress | None = None,
     draws: bool = True,
+    table: TableConfig = BY_NAMES,
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
@@ -371,8 +386,10 @@ def find_images(
         DataError: there is no image, or the layout is ambiguous.
     """
     if not _is_unlabelled(data) or find_split_archives(data):
-        return discover(data, config, follow_links, on_progress, draws)
-    reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+        return discover(data, config, follow_links, on_progress, draws, table)
+    reader = LayoutReader(
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, table=table
+    )
     images, others = images_below(reader, "")
     reader.check_links()
     if not images:

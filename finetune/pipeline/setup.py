@@ -16,6 +16,7 @@ from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.samples import check_sample, is_sample
 from finetune.data.split import SplitConfig
+from finetune.data.tables.config import TableConfig
 from finetune.errors import EnvironmentFaultError, UsageError
 from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
 from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
@@ -147,7 +148,7 @@ def _read_batch_size(folder: RunFolder) -> int | None:
 def _find_images(recipe: Recipe, display: Display) -> Dataset:
     with display.count(f"reading {recipe.data.path}") as on_progress:
         path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)
-        return discover(path, config, recipe.data.follow_links, on_progress)
+        return discover(path, config, recipe.data.follow_links, on_progress, TableConfig.of(recipe))
 
 
 def _find_card(recipe: Recipe, display: Display) -> Card:
