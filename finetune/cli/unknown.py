@@ -14,7 +14,8 @@ class RecipeCommand(TyperCommand):
         """Parse the arguments; an unknown flag with the name of a recipe key is answered with ``--set``."""
         try:
             return super().parse_args(ctx, args)
-        except Exception as error:  # Typer may bundle its own Click, so the class is unknown
+        except Exception as failure:  # Typer may bundle its own Click, so the class is unknown
+            error: Any = failure
             flag = str(getattr(error, "option_name", ""))
             if keys := _find_keys(flag):
                 error.message += ". It is a key of the recipe: " + " or ".join(

@@ -176,14 +176,17 @@ def _remaining(
     reader: LayoutReader, header: Sequence[str], body: DataFrame, path: int | None, group: int | None
 ) -> list[int]:
     """Return the columns that are neither paths, splits nor groups, nor the numbers of rows."""
-    return [
+    others = [
         number
         for number, name in enumerate(header)
         if number not in {path, group}
-        and plain(name) not in PATHS | {""}
+        and plain(name)
         and not name.startswith("Unnamed:")
         and not is_split_column(reader, header, body, number)
     ]
+    if [plain(header[number]) in PATHS for number in others] == [True]:  # such as Image,Id
+        return [number for number in others if body[number].nunique() < len(body)]
+    return [number for number in others if plain(header[number]) not in PATHS]
 
 
 def _are_one(body: DataFrame, columns: Sequence[int]) -> bool:

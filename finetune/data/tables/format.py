@@ -57,19 +57,23 @@ class TableFormat:
         encoding: name of the encoding, as Python knows it.
         separator: the character between cells.
         skipped: lines before the header (Excel's ``sep=;``).
+        is_packed: whether it is compressed by gzip.
     """
 
     encoding: str
     separator: str
     skipped: int = 0
+    is_packed: bool = False
 
     @property
     def said(self) -> str:
         """What is unusual about it, as part of a sentence; "" for UTF-8 with commas."""
         text = "UTF-8" if self.encoding == "utf-8-sig" else self.encoding.upper()
         text = "Windows-1252" if self.encoding == _WINDOWS else text
-        usual = text == "UTF-8" and self.separator == ","
-        return "" if usual else f"{text} with {_SEPARATORS.get(self.separator, repr(self.separator))}"
+        if text == "UTF-8" and self.separator == "," and not self.is_packed:
+            return ""
+        packed = ", compressed by gzip" if self.is_packed else ""
+        return f"{text} with {_SEPARATORS.get(self.separator, repr(self.separator))}{packed}"
 
 
 def find_format(reader: LayoutReader, file: Path) -> TableFormat:
@@ -83,10 +87,11 @@ def find_format(reader: LayoutReader, file: Path) -> TableFormat:
         first = content.read(_FIRST)
         encoding = _find_encoding(reader, first, content)
         lines = first.decode(encoding, "ignore").splitlines()
+        is_packed = isinstance(content, gzip.GzipFile)
     header = lines[0] if lines else ""
     if hint := _HINT.fullmatch(header):
-        return TableFormat(encoding, hint[1], 1)
-    return TableFormat(encoding, _find_separator(file.name, header))
+        return TableFormat(encoding, hint[1], 1, is_packed)
+    return TableFormat(encoding, _find_separator(file.name, header), is_packed=is_packed)
 
 
 def read_cells(reader: LayoutReader, file: Path, found: TableFormat) -> DataFrame:

@@ -95,6 +95,8 @@ def _fix_rows(reader: LayoutReader, faults: Sequence[str]) -> str:
         "split ": (SPLIT_KEY, "Or name another column"),
     }
     hints = [reader.decide(*how) for text, how in keys.items() if any(text in fault for fault in faults)]
+    if any("lies outside" in fault for fault in faults):
+        hints += ["Or put the CSV file into a folder above the images."]
     if not hints and any("does not exist" in fault for fault in faults):
         hints = [reader.decide("data.image_root", "Or name the folder of the images"),
                  reader.decide("data.suffix", "or the ending of their names")]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,9 @@ from finetune.errors import suggest
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-NAMES = frozenset(
-    {
-        "split", "splits", "set", "sets", "subset", "partition", "partitions", "fold", "folds", "mluse",
-        "datasplit", "datasetsplit", "splitset", "splitname", "splittype", "traintest", "trainval",
-        "traintestsplit", "trainvaltest", "trainvalsplit", "trainvaltestsplit", "traintestval",
-        "traintestvalid", "trainorvalid", "trainortest", "datapartition", "evalpartition",
-    }
-)  # fmt: skip
+_NAME = re.compile(
+    "sets?|tvt|.*(split|partition|subset|mluse|train(or)?(and)?(val|test)|holdout).*|(k|cv|x)?folds?(id|no|num|number|idx|index|[0-9]+)?"
+)
 """Names of columns that hold splits, in lower case and without separators."""
 _OF: Mapping[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val",
                             "validation": "val", "test": "test", "testing": "test"}  # fmt: skip
@@ -57,6 +53,9 @@ def read_splits(
         DataError: the columns can be read in two ways, or a column that is named like a split holds none.
     """
     words, flags = _find_columns(reader, header, body, taken)
+    telling = [number for number in words if any(_meaning(cell) in SPLITS for cell in _cells(body, number))]
+    if telling or flags:  # a column "fold" of numbers beside them is something else
+        words = telling
     readings = {number: _read_words(reader, header[number], _cells(body, number)) for number in words}
     if flags:
         readings[flags[0]] = _read_flags(reader, header, body, flags)
@@ -69,7 +68,7 @@ def read_splits(
                 f"names splits in two columns, {header[first]!r} and {header[other]!r}, that differ",
                 reader.decide(KEY, "Name the right one"),
             )
-    _tell(reader, header, [first] if first not in flags else flags, readings[first])
+    _tell(reader, header, body, [first] if first not in flags else flags, readings[first])
     return readings[first], _cells(body, first)
 
 
@@ -110,7 +109,7 @@ def is_split_column(reader: LayoutReader, header: Sequence[str], body: DataFrame
     wanted = reader.table.split_column
     if wanted is not None or "split" in header:
         return name == (wanted or "split")
-    is_named = plain(name) in NAMES | FLAGS.keys()
+    is_named = _NAME.fullmatch(plain(name)) is not None or plain(name) in FLAGS
     return is_named or _is_flag(name, cells) or _holds_splits(reader, name, cells)
 
 
@@ -196,10 +195,17 @@ def _read_flags(
     return read
 
 
-def _tell(reader: LayoutReader, header: Sequence[str], columns: Sequence[int], splits: Sequence[str]) -> None:
+def _tell(
+    reader: LayoutReader,
+    header: Sequence[str],
+    body: DataFrame,
+    columns: Sequence[int],
+    splits: Sequence[str],
+) -> None:
     """Say which column was taken, unless it is ``split``, and how many rows have no split."""
     names = [header[number] for number in columns]
-    if names != ["split"]:
+    cells = {cell.lower() for number in columns for cell in _cells(body, number)}
+    if names != ["split"] or not cells <= SPLIT_NAMES.keys() | DRAWN:
         numbers = ", ".join(f"{splits.count(name)} {name}" for name in SPLITS if name in splits)
         column = "Column" if len(names) == 1 else "Columns"
         reader.warn(
