@@ -7,6 +7,7 @@ told from another is never guessed: the table is refused, and the recipe's key n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,7 @@ from finetune.data.tables.splits import is_split_column
 from finetune.errors import DataError, suggest
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 _IMAGE = ("image", "images", "img", "imgs", "photo", "picture", "pic", "file", "sample")
 _ASPECTS = ("", "path", "paths", "name", "names", "id", "ids", "file", "files", "filename", "filepath",
@@ -163,12 +164,12 @@ def _find_label(
             f"has {len(known)} columns that may hold the labels: {some(header[n] for n in known)}",
             reader.decide("data.label_column", "Name the right one"),
         )
-    return min(known, key=lambda number: _is_code(header[number], body[number]))
+    return min(known, key=lambda number: _is_code(header[number], body[number].str.strip().tolist()))
 
 
-def _is_code(name: str, cells: Series[str]) -> tuple[bool, bool]:
+def _is_code(name: str, cells: Sequence[str]) -> tuple[bool, bool]:
     """Return what speaks for numbers or codes: of two forms of one labelling, the names are taken."""
-    is_numeric = bool(cells.str.strip().str.fullmatch(r"[-\d.]*").all())
+    is_numeric = all(re.fullmatch(r"[-\d.]*", cell) for cell in cells)
     return is_numeric, plain(name).endswith(("id", "ids", "idx", "index", "number", "code"))
 
 

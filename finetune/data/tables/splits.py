@@ -160,7 +160,8 @@ def _read_words(reader: LayoutReader, name: str, cells: Sequence[str]) -> list[s
             f"has {some(held)} in column {name!r}, which may mean validation or test",
             "Write val or test instead.",
         )
-    return [meanings[cell] for cell in cells]
+    read: list[str] = [meanings[cell] for cell in cells]
+    return read
 
 
 def _meaning(cell: str) -> str:
@@ -180,7 +181,7 @@ def _read_flags(
     No column says yes: the row is of the training split, unless a column says that it is not.
     """
     of = [FLAGS.get(plain(header[number])) or _OF[plain(header[number])] for number in columns]
-    read = []
+    read: list[str] = []
     for cells in zip(*(_cells(body, number) for number in columns), strict=True):
         yes = {split for split, cell in zip(of, cells, strict=True) if cell.lower() in _YES}
         no = {split for split, cell in zip(of, cells, strict=True) if cell.lower() in _NO}
