@@ -123,12 +123,7 @@ def check(
         The content of ``check.json``. A run would accept the data where ``errors`` is 0. Nothing is written
         for a path that does not exist.
     """
-    from finetune.data.dataset import Issue, to_check
-    from finetune.data.discover import find_missing
-
     wanted = _recipe(recipe, settings, flags)
-    if wanted.data.path and (missing := find_missing(Path(wanted.data.path))):  # before torch is loaded
-        return to_check([Issue("unusable", "error", missing.message, missing.fix)], {})
     with _loading(display) as shown:
         from finetune.data.quality.check import check as check_data
     return check_data(wanted, _path(output) or default_folder("check"), shown)

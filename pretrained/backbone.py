@@ -13,9 +13,12 @@ from pretrained.catalog import Card, HeadChoice, Preprocessing
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.graph.stages import Stage, find_stages
 from pretrained.heads import change_head
+from pretrained.loading import Match, load_weights
 from pretrained.network import build_network, build_outline
+from pretrained.patches import check_patches
 from pretrained.state_dict import check_digest
-from pretrained.weights import Match, find_weights, load_weights
+from pretrained.twins import check_twins
+from pretrained.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,15 @@ def load_backbone(
     if not classifier_layers(network):
         found = "it is an encoder that gives features only, and cannot hold a classifier"
         raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
+    check_patches(network, card)
     path = find_weights(card, weights, offline) if pretrained else None
     if path is not None and weights is None:
         check_digest(path, card.sha256)
     old_head = head_parameters(network)
     if path is not None:
         match = load_weights(network, card, path, old_head, load_head=head == "keep")
+        if weights is not None:
+            match = _with_note(match, check_twins(network, card, path))
     else:
         match = Match("", 0, len(network.state_dict()))
         card = _without_weights(card)
@@ -113,12 +119,20 @@ def load_source(card: Card, weights: str | None = None, offline: bool = False) -
     if weights is None:
         check_digest(path, card.sha256)
     network = build_network(card)
+    if card.place not in ("folder", "bundled"):  # an exported network is used as it was trained
+        check_patches(network, card)
     head = head_parameters(network)
     match = load_weights(network, card, path, head, load_head=False)
     if head:
         with suppress(UsageError):
             match = load_weights(network, card, path, head, load_head=True)
+    if weights is not None:
+        match = _with_note(match, check_twins(network, card, path))
     return Backbone(network, card, _stages_of(network, card.preprocessing), match)
+
+
+def _with_note(match: Match, note: str) -> Match:
+    return replace(match, notes=(*match.notes, note)) if note else match
 
 
 def _without_weights(card: Card) -> Card:

@@ -36,6 +36,7 @@ from pretrained.config import (
     describe_invalid_value,
     read_arguments,
     read_config,
+    read_interpolation,
     read_label_names,
     read_num_classes,
     read_number,
@@ -156,6 +157,9 @@ def find_card(name: str, offline: bool = False) -> Card:
     prefix, colon, rest = name.partition(":")
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
+    if _is_file(Path(name)):
+        fix = f"Name the network that it belongs to: --backbone NAME --weights {name}"
+        raise UsageError(f"--backbone {name}", "it is a file, and not the name of a network", fix)
     if colon and prefix == "local-dir":
         return _card_from_folder(name, Path(rest))
     if colon and prefix == "hf-hub":
@@ -240,14 +244,10 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
         img_size=(config.get("input_size") or default.input_size)[-1],
         crop_pct=config.get("crop_pct") or default.crop_pct,
         crop_mode=config.get("crop_mode") or default.crop_mode,
-        interpolation=_interpolation(config.get("interpolation") or default.interpolation),
+        interpolation=read_interpolation(config.get("interpolation") or default.interpolation),
         mean=_three(config.get("mean") or default.mean),
         std=_three(config.get("std") or default.std),
     )
-
-
-def _interpolation(name: str) -> str:
-    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -326,7 +326,7 @@ def _card_from_config(name: str, config: dict[str, Any], place: Place, location:
 def _card_from_values(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     ours = config.get("finetune", {})
     library: Library = "torchvision" if ours.get("library") == "torchvision" else "timm"
-    architecture, tag = split_model_name_tag(config["architecture"])
+    architecture, tag = split_model_name_tag(ours.get("architecture") or config["architecture"])
     known = torchvision_names() if library == "torchvision" else timm.list_models()
     if architecture not in known:
         architecture = architecture[:100]
@@ -381,7 +381,8 @@ def list_names(search: str = "") -> Iterator[str]:
 
 
 @cache
-def _sizes() -> dict[tuple[str, str, int], int]:
+def parameter_counts() -> dict[tuple[str, str, int], int]:
+    """Return the table of parameters by library, architecture and number of classes."""
     text = resources.files("pretrained").joinpath("sizes.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
     return {
@@ -395,4 +396,4 @@ def num_parameters(card: Card) -> int | None:
 
     ``python -m pretrained.sizes`` writes the table, because building 1,400 networks takes minutes.
     """
-    return _sizes().get((card.library, card.architecture, card.num_classes))
+    return parameter_counts().get((card.library, card.architecture, card.num_classes))

@@ -53,9 +53,22 @@ def read_config(asked: str, path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(asked, f"{path} cannot be read: {_shorten(error)}", "Export it again.") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+            raise _refuse_transformers(asked, config)
         fix = "Name a folder in timm's format or of a finished run."
         raise UsageError(asked, f"{path} names no architecture", fix)
     return config
+
+
+def _refuse_transformers(asked: str, config: dict[str, Any]) -> UsageError:
+    """Return the refusal of a model of transformers, other than its wrapper of timm's networks."""
+    classes = f" ({read_text(config['architectures'])})" if config.get("architectures") else ""
+    found = (
+        f"it is a model of transformers of the type {read_text(config['model_type'])!r}{classes}; networks "
+        "of timm and torchvision are read, and of transformers those in its TimmWrapper"
+    )
+    fix = "Take the same network from timm (see `finetune backbones`)."
+    return UsageError(asked, found, fix)
 
 
 def describe_invalid_value(error: Exception) -> str:
@@ -84,6 +97,11 @@ def check_preprocessing(view: Mapping[str, Any]) -> None:
     for key, held in holds.items():
         if not held:
             raise ValueError(f"{key} is out of bounds")
+
+
+def read_interpolation(name: str) -> str:
+    """Return the name of a Pillow filter; ``bicubic`` for one that is unknown."""
+    return name if name in {"nearest", "bilinear", "bicubic", "lanczos"} else "bicubic"
 
 
 def read_number(key: str, value: Any, low: float, high: float) -> float:

@@ -18,6 +18,8 @@ from pretrained.stage_classifier import build_stage_classifier
 
 _NOT_FOR_CONFIGS = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 """Arguments of timm's factory that download or read weights; an untrusted config.json must not set them."""
+_SMALLEST_SIZE = 16
+"""Smallest image size of a recipe."""
 
 
 def build_network(card: Card, dropout: float | None = None) -> nn.Module:
@@ -104,6 +106,21 @@ def _cannot_build(card: Card, error: Exception) -> UsageError:
     )
 
 
+def refuse_size(card: Card, patch: int) -> UsageError:
+    """Return the refusal of an image size that the patches of a network do not divide."""
+    size = card.preprocessing.img_size
+    seen = size // patch * patch
+    unseen = 100 * (1 - (seen / size) ** 2)
+    found = (
+        f"its patches of {patch} pixels do not divide {size} pixels: {size - seen} at the right and lower "
+        f"edge ({unseen:.0f} % of the area) would not be seen"
+    )
+    near = [str(one) for one in (seen, seen + patch) if one >= _SMALLEST_SIZE]
+    return UsageError(
+        f"backbone {card.name} at {size} pixels", found, f"Take --img-size {' or '.join(near)}."
+    )
+
+
 def _build_torchvision(card: Card) -> nn.Module:
     kwargs: dict[str, Any] = {"num_classes": card.num_classes if card.head == "keep" else 1000}
     if card.architecture in ("googlenet", "inception_v3"):
@@ -111,6 +128,9 @@ def _build_torchvision(card: Card) -> nn.Module:
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     if card.architecture.startswith("vit_"):
         kwargs["image_size"] = card.preprocessing.img_size
+        patch = int(card.architecture.rpartition("_")[2])
+        if card.preprocessing.img_size % patch:
+            raise refuse_size(card, patch)
     try:
         network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
     except (AssertionError, ValueError, ArithmeticError) as error:  # build_outline handles RuntimeError

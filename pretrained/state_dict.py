@@ -1,39 +1,43 @@
-"""Read a state dict from safetensors, or from PyTorch files with weights_only: only tensors are read."""
+"""Read tensors from safetensors, or from PyTorch files with weights_only: no code of a file ever runs."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
+from pretrained.inert import allowed_globals, find_globals
 
 MAX_FILE_BYTES = 2**36
 """64 GiB, four times the largest image classifier. Checked before a file is opened."""
 MAX_UNPACK_RATIO = 10
 """Largest ratio of unpacked to packed bytes. PyTorch does not compress; packed zeros could fill memory."""
 MAX_WRAPPERS = 8
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-_PREFIXES = ("module.", "_orig_mod.")
+"""Largest depth of mappings in mappings."""
 _FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
 """Finds what a pickle would import in PyTorch's error message."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, without the wrappers of training scripts and ``torch.compile``.
+    """Return every named tensor of a file; those in a mapping have its key and a dot before their names.
+
+    The names that ``torch.compile`` puts in between are left out.
 
     Raises:
-        UsageError: the file is too large or damaged, contains other objects than tensors, or no tensors.
+        UsageError: the file is too large or damaged, contains other objects than tensors and settings, or no
+            named tensors.
     """
     asked = f"weights {path}"
     try:
@@ -47,9 +51,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
         found = f"the file cannot be read: {_reason(error, path)}"
         raise UsageError(asked, found, "Fetch or save the file again.") from None
-    tensors = {_clean_key(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
+    tensors = {_clean_key(key): value for key, value in _flatten(content, "", 0, set())}
     if not tensors:
-        raise UsageError(asked, "it holds no tensors", "Name a file with a state dict.")
+        raise UsageError(asked, _describe_content(content), "Name a file with a state dict.")
     odd = next((key for key, value in tensors.items() if not _is_dense(value)), None)
     if odd is not None:
         found = f"its tensor {odd[:100]!r} is sparse, quantised or without content"
@@ -100,7 +104,9 @@ def _is_dense(tensor: Tensor) -> bool:
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    with warnings.catch_warnings(action="ignore"):  # the errors below are clearer
+    allowed = allowed_globals(find_globals(path))
+    # The errors below are clearer than torch's warnings.
+    with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -125,19 +131,35 @@ def _reason(error: Exception, path: Path) -> str:
     return "it is damaged, cut off, or no PyTorch file at all"
 
 
-def _unwrap(content: Any) -> Mapping[str, Any]:
-    """Remove wrappers, up to a limit, because a pickle may contain itself."""
-    for _ in range(MAX_WRAPPERS):
-        inner = (content.get(key) for key in _WRAPPERS) if isinstance(content, Mapping) else ()
-        content = next((value for value in inner if isinstance(value, Mapping)), content)
-    return content if isinstance(content, Mapping) else {}
+def _flatten(content: Any, prefix: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in mappings, and in lists of mappings; each once, as a pickle may contain itself."""
+    if not isinstance(content, Mapping | list | tuple) or depth > MAX_WRAPPERS or id(content) in seen:
+        return
+    seen.add(id(content))
+    is_mapping = isinstance(content, Mapping)
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in items:
+        if isinstance(value, Tensor) and is_mapping:
+            yield f"{prefix}{key}", value
+        elif isinstance(value, np.ndarray) and is_mapping and value.dtype.kind in "fiub" and value.ndim:
+            yield f"{prefix}{key}", torch.from_numpy(np.ascontiguousarray(value))
+        else:
+            yield from _flatten(value, f"{prefix}{key}.", depth + 1, seen)
+
+
+def _describe_content(content: Any) -> str:
+    """Say what a file holds that has no named tensors."""
+    if isinstance(content, Tensor):
+        return f"it holds a single tensor of shape {tuple(content.shape)}, without a name"
+    if isinstance(content, list | tuple) and any(isinstance(value, Tensor) for value in content):
+        return f"it holds a list of {len(content):,} tensors without names, so none can be assigned"
+    keys = ", ".join(repr(str(key)[:40]) for key in list(content)[:4]) if isinstance(content, Mapping) else ""
+    return f"it holds no tensors{f', only {keys}' if keys else ''}"
 
 
 def _clean_key(key: str) -> str:
-    """Remove the prefixes of wrappers, and those of ``torch.compile`` in any part of a name."""
-    while str(key).startswith(_PREFIXES):
-        key = key.partition(".")[2]
-    return str(key).replace("._orig_mod.", ".")
+    """Leave out the part that ``torch.compile`` adds to names, wherever it is."""
+    return re.sub(r"(^|\.)(?:_orig_mod\.)+", r"\1", key)
 
 
 def digest_tensors(network: nn.Module, without: Collection[str], modules: Collection[str] = ()) -> str:

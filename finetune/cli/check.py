@@ -86,9 +86,10 @@ def check_command(
             _check_run(run, folder, as_json)
             return
         from finetune import api
+        from finetune.data.discover import check_missing
         from finetune.recipe import parse_assignments
 
-        result = api.check(
+        result = check_missing(data) or api.check(  # a wrong path is answered before torch is loaded
             data=data,
             group_by=group_by,
             folds=folds,

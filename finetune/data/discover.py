@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.data.archive import (
     KINDS,
@@ -22,7 +23,7 @@ from finetune.data.archive import (
     open_archive,
     open_split_archives,
 )
-from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split
+from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split, to_check
 from finetune.data.entries import is_archive
 from finetune.data.folders import explain_others, images_below, warn_ignored
 from finetune.data.layout import LayoutReader, count, extensions, is_junk, names_in, printable, some
@@ -134,6 +135,12 @@ def find_missing(data: Path) -> DataError | None:
         return None
     found = printable(f"does not exist{suggest(data.name, names_in(data.absolute().parent))}")
     return DataError(f"--data {printable(data)}", found, "Give a folder of images or a CSV file.")
+
+
+def check_missing(data: str | None) -> dict[str, Any] | None:
+    """Return what ``finetune check`` finds at a path that does not exist; None if there is one."""
+    error = find_missing(Path(data)) if data else None
+    return to_check([Issue("unusable", "error", error.message, error.fix)], {}) if error else None
 
 
 def read_data(

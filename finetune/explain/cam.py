@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.errors import UsageError
-from finetune.explain.positions import MapPosition, find_map_positions
+from finetune.explain.positions import MapPosition, find_map_positions, has_single_cell
 from pretrained.graph.pooling import Form
 from pretrained.graph.recorder import FeatureRecorder, replace_value
 from pretrained.graph.structures import map_tensors, tensors_in
 from pretrained.stage_classifier import StageClassifier
 
 NO_MAP = "the network has no spatial features"
+ONE_CELL = "at {} pixels, its last features have a single cell: heat maps need larger images (--img-size)"
 NO_EVIDENCE = "nothing in the image is evidence for this class: the map has no positive value"
 _FAINT = 1e-6
 """A map has no positive value if the largest is at most this share of the largest magnitude."""
@@ -66,14 +67,15 @@ class GradCam:
         if isinstance(network, StageClassifier):
             forms = [form for layer in network.extractor.layers for form in layer.forms]
             if not any(form.num_positions > 1 for form in forms):
-                self.reason = NO_MAP
+                is_cell = any(form.size == (1, 1) for form in forms)
+                self.reason = _one_cell(input_size) if is_cell else NO_MAP
             return
         try:
             self._position = self._find_position(input_size)
         except UsageError as error:  # from the trial forward pass
             self.reason = f"{NO_MAP} ({error.found})"
         else:
-            self.reason = "" if self._position else NO_MAP
+            self.reason = "" if self._position else _find_reason(network, input_size)
 
     def __call__(self, images: Tensor, *classes: Sequence[int]) -> list[list[HeatMap]]:
         """Return, for each list of classes, a map for each image.
@@ -123,6 +125,15 @@ class GradCam:
             ):  # or it is zero everywhere, also at class tokens
                 return position
         return None
+
+
+def _find_reason(network: nn.Module, input_size: tuple[int, int, int]) -> str:
+    """Return why a network has no map: its images are too small, or it never has spatial features."""
+    return _one_cell(input_size) if has_single_cell(network, input_size) else NO_MAP
+
+
+def _one_cell(input_size: tuple[int, int, int]) -> str:
+    return ONE_CELL.format(f"{input_size[1]} x {input_size[2]}")
 
 
 # --- Leaves of the autograd graph inside a network ---

@@ -61,6 +61,22 @@ def find_map_positions(network: nn.Module, input_size: tuple[int, int, int]) -> 
             yield MapPosition(cut.point, form)
 
 
+def has_single_cell(network: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    """Return whether the deep features have one position only at this size, since the images are small.
+
+    Args:
+        network: a network in eval mode, without a map at this size.
+        input_size: the shape (C, H, W) of the images.
+    """
+    prefix = count_prefix_tokens(network)
+    trace = trace_calls(network, input_size)
+    limit = _start_of_head(network, trace)
+    deep = [cut for cut in find_cuts(trace, ()) if cut.time <= limit and cut.share >= LEAST_SHARE]
+    shapes = [shape.of(1) for cut in deep for shape in shapes_in(cut.carries)]
+    forms = [find_form(shape, input_size, prefix) for shape in shapes]
+    return any(form is not None and form.size == (1, 1) for form in forms)
+
+
 def _start_of_head(network: nn.Module, trace: Trace) -> int:
     names = {module: name for name, module in network.named_modules()}
     wanted = {names[layer] for layer in classifier_layers(network)}

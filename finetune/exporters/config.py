@@ -59,12 +59,28 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         "base_model": find_base_model(card),
     }
     config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
+    if not loads_in_timm(card):
+        ours["architecture"] = config["architecture"]
+        config["architecture"] = name_for_timm(card)
     return config | {"finetune": ours}
 
 
 def _value_range(card: Card) -> dict[str, list[float]]:
     value_range = card.preprocessing.value_range
     return {"value_range": list(value_range)} if value_range is not None else {}
+
+
+def name_for_timm(card: Card) -> str:
+    """Return an architecture that timm does not know, so that plain timm refuses the folder and says why.
+
+    timm would build the network of this name with another classifier, load what fits with a warning, and
+    predict nonsense. It shows the text up to the first dot.
+    """
+    if card.library == "torchvision":
+        kind = "of torchvision"
+    else:
+        kind = "on several stages" if card.taps else "with a changed head"
+    return f"{card.architecture} {kind}, which only finetune loads"
 
 
 def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:

@@ -56,6 +56,9 @@ def open_model(path: Path) -> Exportable:
     """
     files = ("config.json", WEIGHTS_FILE)
     if not any(all((folder / file).is_file() for file in files) for folder in (path / "model", path)):
+        if path.is_file():
+            fix = f"Train it first, or name its network: finetune run --backbone NAME --weights {path}"
+            raise UsageError(f"model {path}", "it is a file, and no folder of a model", fix)
         found = "it contains no model" if path.is_dir() else "there is no such folder"
         raise UsageError(f"model {path}", found, "Give a finished run or a model folder.")
     run = _find_run(path)

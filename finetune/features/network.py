@@ -29,6 +29,7 @@ from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.default_backbone import DefaultChoice, choose_best
 from pretrained.graph.layers import Layers
+from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
 from pretrained.state_dict import digest_tensors
 from pretrained.weights import find_cached, find_weights
@@ -249,4 +250,7 @@ def open_network(recipe: Recipe, display: Display, distributed: Distributed = SI
         network = place_network(backbone.network, placement).eval()
         layers = Layers(network, backbone.stages, card.preprocessing.input_size)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
+    for note in backbone.match.notes:
+        display.warn(note)
+    check_complete(backbone.match, backbone.match.missing, card)  # features are computed with all of them
     return Network(backbone, placement, layers)

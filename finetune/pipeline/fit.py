@@ -163,8 +163,8 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
         keeps_head = recipe.strategy.head == "keep" or _start_head(network, first)
         trainer = _build_trainer(context, loaders)
         with clock.phase("measure"):
-            if trainer.is_resumed or not recipe.strategy.starts_random:  # random features are not worth it
-                trainer.standardize_head(keep=keeps_head)
+            # Random features are not worth measuring.
+            trainer.standardize_head(keep=keeps_head, measure=not recipe.strategy.starts_random)
         if recipe.training.sync_batch_norm and distributed.size > 1:
             synchronize_batch_norm(network)  # after rank 0 measured the features alone
         distributed.wait()  # machines may differ in speed

@@ -40,6 +40,7 @@ from pretrained.backbone import Backbone, load_backbone
 from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, find_card
 from pretrained.graph.layers import Layers
+from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
 
 
@@ -92,8 +93,10 @@ def prepare(
     with display.busy(f"loading {recipe.backbone.name}"):
         backbone = _load_backbone(recipe, card, found.classes, distributed)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
+    for note in backbone.match.notes:
+        display.warn(note)
     if backbone.match.missing:
-        display.warn(f"{len(backbone.match.missing)} tensors are missing from the weights and stay random")
+        display.warn(f"{len(backbone.match.missing)} tensors are missing from the weights and start random")
     precision = resolve_precision(device, distributed)
 
     def decide() -> tuple[ResolvedRecipe, int]:
@@ -106,6 +109,7 @@ def prepare(
     resolved, max_workers = distributed.share(decide)
     placement = Placement(device, bool(resolved.training.channels_last))
     plan = _plan(resolved, backbone)
+    _check_frozen(resolved, backbone, plan)
     _check_batch_norm(resolved, device, distributed)
     setup = RunSetup(resolved, backbone, placement, plan, max_workers=max_workers, source_card=card)
     return setup, found
@@ -206,6 +210,14 @@ def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distrib
     if recipe.training.microbatch:
         found = "training.microbatch may give ranks different numbers of microbatches"
         raise UsageError(asked, found, "Drop one of the two.")
+
+
+def _check_frozen(recipe: ResolvedRecipe, backbone: Backbone, plan: Plan) -> None:
+    """Refuse weights without a tensor of a stage that does not learn, or whose features are used."""
+    whole = recipe.strategy.features is not None or recipe.strategy.name == AUTO
+    stages = [row.stage for row in (plan.rows if whole else plan.frozen)]
+    names = [name for stage in stages for name in (*stage.parameters, *stage.modules)]
+    check_complete(backbone.match, names, backbone.card)
 
 
 def _plan(recipe: ResolvedRecipe, backbone: Backbone) -> Plan:

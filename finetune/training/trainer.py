@@ -112,18 +112,19 @@ class Trainer:
         self._moments: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def standardize_head(self, keep: bool = False) -> None:
+    def standardize_head(self, keep: bool = False, measure: bool = True) -> None:
         """Train the classifier on standardised features (:mod:`finetune.training.standardize`).
 
         Mean and deviation are measured now, or read from the checkpoint if the training resumes.
 
         Args:
             keep: adjust the weights so that the classifier computes the same function as before.
+            measure: false leaves the features of a new training as they are.
         """
         if self._start is not None:
             moments = self._start.now.under("moments.")
         else:
-            moments = self.distributed.share(self._measure_features)
+            moments = self.distributed.share(self._measure_features) if measure else {}
         self._moments = {name: tensor.to(self.device) for name, tensor in moments.items()}
         for network in {self.task.network, self.eval_network}:
             attach(network, self._moments, keep)
@@ -134,11 +135,6 @@ class Trainer:
         with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
             parts = ChunkedForward(self.task.forward(network), self.progress.microbatch)
             return measure_features(network, loader, self.precision, self.seed, advance, parts)
-
-    @property
-    def is_resumed(self) -> bool:
-        """Whether the training resumes from a checkpoint; defined before :meth:`fit`."""
-        return self._start is not None
 
     @property
     def predictions(self) -> Predictions:

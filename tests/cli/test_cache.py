@@ -48,7 +48,7 @@ def test_files_that_no_run_uses_are_removed(cli: Cli, tmp_path: Path) -> None:
     assert "0 files" in result.stderr and "1 in use by a run" in result.stderr
     file.close()
     result = cli("cache", "clear")
-    assert "1 files" in result.stderr and "2.5 MB freed" in result.stderr
+    assert "1 file removed" in result.stderr and "2.5 MB freed" in result.stderr
     assert not list((tmp_path / "finetune" / "kept").iterdir())
 
 

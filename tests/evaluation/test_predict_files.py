@@ -78,6 +78,35 @@ def test_every_image_below_a_folder_has_a_row(tiny: Path, folder: Path, tmp_path
     assert any("19 images" in line and "images/s" in line for line in lines)
 
 
+def test_what_is_left_out_is_counted_and_named(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    words = Warnings()
+    (folder / "noext").write_bytes(b"x")
+    (folder / "deep").mkdir()
+    np.save(folder / "deep" / "a.npy", np.zeros(3))
+    (folder / "IMG.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    request = PredictRequest(str(tiny), str(folder), tmp_path / "out.csv", batch_size=4)
+    result = predict_files(request, words)
+    assert (result["num_images"], result["num_bad"]) == (18, 1)
+    said = next(line for line in words.warnings if "have no row" in line)
+    assert said.startswith("2 files are not images and have no row: noext, deep/a.npy")
+    assert ".npy is a NumPy array, which is not read: convert it" in said
+    assert "a HEIC photograph: convert it" in (tmp_path / "out.csv.bad.csv").read_text()
+    pattern = PredictRequest(str(tiny), str(folder / "*"), tmp_path / "two.csv", batch_size=4)
+    words.warnings.clear()
+    with pytest.raises(DataError):  # the photograph is the only image there, and cannot be read
+        predict_files(pattern, words)
+    assert any(line.startswith("1 file is not an image and has no row") for line in words.warnings)
+
+
+class Warnings(Words):
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def test_all_formats_hold_the_same_values(tiny: Path, folder: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     options = {"top": 3, "reject_below": 0.12}

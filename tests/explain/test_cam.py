@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -212,6 +213,25 @@ def test_a_network_without_a_map_gives_the_reason() -> None:
     assert cam.reason.startswith(NO_MAP)
     [[heat]] = cam(noise((3, 8, 8), 1), [0])
     assert heat.values is None and heat.reason == cam.reason
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_a_map_of_one_cell_is_left_out_with_the_reason(name: str) -> None:
+    """It would colour the whole image."""
+    more = {"img_size": 16} if name.startswith("vit") else {}
+    network = timm.create_model(name, num_classes=2, **more).eval()
+    [[heat]] = GradCam(network, (3, 16, 16))(noise((3, 16, 16), 1), [0])
+    assert heat.values is None and heat.reason.startswith(
+        "at 16 x 16 pixels, its last features have a single"
+    )
+
+
+def test_stages_of_one_cell_are_left_out_with_the_reason() -> None:
+    network, _ = build("test_resnet")
+    size = (3, 16, 16)
+    points = [FeaturePoint("layer4", 0, False)]
+    solved = build_stage_classifier(network, points, "avg", 3, size).eval()
+    assert GradCam(solved, size).reason.startswith("at 16 x 16 pixels, its last features have a single")
 
 
 def test_a_map_without_evidence_gives_the_reason() -> None:

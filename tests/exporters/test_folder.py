@@ -17,9 +17,10 @@ from torch import nn
 from finetune.errors import DiskError
 from finetune.exporters import folder as module
 from finetune.exporters.config import build_config, loads_in_timm
-from finetune.exporters.folder import export_model, load_exported, measure_round_trip
+from finetune.exporters.folder import export_model, load_exported, measure_round_trip, write_model
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import HeadChoice, find_card
+from pretrained.network import build_network
 
 METRICS = {
     "strategy": "top",
@@ -208,3 +209,25 @@ def test_the_model_card_names_no_source_for_random_weights(tmp_path: Path) -> No
         "The initial weights are those of `timm/test_resnet`"
         in (tmp_path / "loaded" / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize("kind", ["plain", "stages", "torchvision"])
+def test_plain_timm_predicts_the_same_or_raises(tmp_path: Path, kind: str) -> None:
+    """A network that plain timm cannot build must not load there with a warning and random values."""
+    name = "torchvision/squeezenet1_1" if kind == "torchvision" else "timm/test_resnet"
+    backbone = build(name, img_size=64)
+    network, card = backbone.network, backbone.card
+    if kind == "stages":
+        card = replace(card, taps=(("layer2", 0, False), ("layer4", 0, False)))
+        network = build_network(card)
+    write_model(tmp_path, card, network.eval(), "")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = network(images)
+        assert expected.equal(load_exported(tmp_path)(images))
+        if kind == "plain":
+            plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+            torch.testing.assert_close(plain(images), expected)
+            return
+    with pytest.raises(RuntimeError, match=f"Unknown model .*{card.architecture}.*only finetune loads"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dataset import Dataset, Issue, to_check
-from finetune.data.discover import discover_leniently
+from finetune.data.discover import check_missing, discover_leniently
 from finetune.data.prepare import check_outside, create_new_folder
 from finetune.data.quality.report import inspect_dataset
 from finetune.data.quality.sheet import find_sections
@@ -33,7 +33,7 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
         display: shows progress.
 
     Returns:
-        The content of ``check.json``.
+        The content of ``check.json``; the file is not written for a path that does not exist.
 
     Raises:
         FinetuneError: the output cannot be written. Problems of the data are in the result instead.
@@ -41,6 +41,8 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
     settings = recipe.data
     if not settings.path:
         raise UsageError("finetune check", "no data was named", "Name a folder, a .zip or a CSV file.")
+    if missing := check_missing(settings.path):
+        return missing
     with translated_errors():
         with display.count(f"reading {settings.path}") as on_progress:
             config = SplitConfig.of(recipe)

@@ -1,0 +1,182 @@
+"""Checkpoints as training scripts write them, and weights of networks that are nearly the same."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import pathlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.errors import UsageError
+from pretrained.backbone import load_backbone
+from pretrained.blocks import find_further_blocks
+from pretrained.catalog import find_card
+from pretrained.loading import check_complete
+from pretrained.twins import check_twins
+
+State = dict[str, Tensor]
+CLASSES = ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    torch.manual_seed(1)
+    return dict(timm.create_model("test_resnet").state_dict())
+
+
+def load(file: Path) -> Any:
+    return load_backbone(find_card("test_resnet"), classes=CLASSES, weights=str(file))
+
+
+WRAPPED = [
+    "model_state_dict.",
+    "net.",
+    "params.",
+    "teacher.backbone.",
+    "state_dict.model.backbone.",
+    "encoder.",
+    "timm_model.",
+    "0.",
+    "state_dict.module.encoder_q.",
+    "any.thing.",
+]
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+@pytest.mark.parametrize("nested", [False, True])
+def test_any_wrapper_or_prefix_is_left_out_and_said(
+    state: State, tmp_path: Path, prefix: str, nested: bool
+) -> None:
+    first, _, rest = prefix.partition(".")
+    flat = {f"{rest if nested else prefix}{key}": value for key, value in state.items()}
+    torch.save({first: flat, "epoch": 3} if nested else flat, tmp_path / "w.pth")
+    backbone = load(tmp_path / "w.pth")
+    assert backbone.network.state_dict()["conv1.0.weight"].equal(state["conv1.0.weight"])
+    assert f"without the prefix {prefix!r}" in str(backbone.match)
+
+
+def test_settings_numbers_and_paths_beside_the_tensors(state: State, tmp_path: Path) -> None:
+    beside = {
+        "args": argparse.Namespace(lr=0.1, data=pathlib.Path("data")),
+        "best": np.float64(0.9),
+        "log": collections.defaultdict(list, {"loss": [1.0]}),
+        "last": collections.deque([1]),
+    }
+    for legacy in (False, True):
+        content = {"net": state, **beside}
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        assert load(tmp_path / "w.pth").match.missing == ()
+
+
+def test_the_refusal_says_what_the_names_begin_with(tmp_path: Path) -> None:
+    torch.save({"model": {"body.weight": torch.ones(2), "neck.weight": torch.ones(2)}}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"holds 2 tensors whose names begin with 'model'.*'layer"):
+        load(tmp_path / "w.pth")
+    torch.save(torch.ones(2), tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"a single tensor of shape \(2,\), without a name"):
+        load(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("small", "deep", "head", "first"),
+    [
+        ("resnet18", "resnet34", "fc.weight", "layer1.2"),
+        ("convnext_tiny", "convnext_small", "head.fc.weight", "stages.2.blocks.9"),
+        ("efficientnet_b0", "efficientnet_b1", "classifier.weight", "blocks.0.1"),
+    ],
+)
+def test_further_blocks_of_a_deeper_sibling(small: str, deep: str, head: str, first: str) -> None:
+    with torch.device("meta"):
+        own, theirs = (timm.create_model(name).state_dict() for name in (small, deep))
+    assert find_further_blocks(own, [key for key in theirs if key not in own], [head])[0] == first
+
+
+def test_leftovers_are_no_further_blocks(state: State) -> None:
+    unused = ["decoder_blocks.0.a.weight", "decoder_blocks.0.b.weight", "aux1.fc.weight", "fc2.weight"]
+    assert find_further_blocks(state, unused, ["fc.weight"]) == []
+
+
+def test_weights_of_a_deeper_sibling_are_refused(state: State, tmp_path: Path) -> None:
+    further = {key.replace("layer1.0.", "layer1.1."): value for key, value in state.items()}
+    torch.save({**further, **state}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"1 further blocks .*\(layer1.1\)"):
+        load(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_first_convolution_is_adapted_and_said(tmp_path: Path, channels: int) -> None:
+    torch.manual_seed(2)
+    theirs = timm.create_model("test_resnet", in_chans=channels).state_dict()
+    save_file(theirs, tmp_path / "w.safetensors")
+    backbone = load(tmp_path / "w.safetensors")
+    assert backbone.match.missing == ()
+    assert f"(16, {channels}, 3, 3) in the file and (16, 3, 3, 3)" in backbone.match.notes[0]
+    mine, old = backbone.network.state_dict()["conv1.0.weight"], theirs["conv1.0.weight"]
+    if channels == 1:
+        torch.testing.assert_close(mine.sum(dim=1, keepdim=True), old)
+    else:
+        torch.testing.assert_close(mine, old[:, :3] * 4 / 3)
+
+
+def test_other_shapes_are_refused_with_both(state: State, tmp_path: Path) -> None:
+    save_file(state | {"conv1.0.weight": torch.ones(16, 13, 3, 3)}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="is 16 x 13 x 3 x 3 in the file and 16 x 3 x 3 x 3 in the network"):
+        load(tmp_path / "w.safetensors")
+
+
+def test_a_frozen_stage_has_no_random_tensor(state: State, tmp_path: Path) -> None:
+    save_file({k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, tmp_path / "w.safetensors")
+    backbone = load(tmp_path / "w.safetensors")
+    check_complete(backbone.match, ["conv1.0.weight"], backbone.card)
+    with pytest.raises(UsageError, match=r"no layer1.0.conv1.weight; 1 tensors would stay random"):
+        check_complete(backbone.match, ["layer1.0.conv1.weight"], backbone.card)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fix"),
+    [("vit_small_patch14_dinov2", 96, "84 or 98"), ("convnext_atto", 98, "96 or 100")],
+)
+def test_a_size_that_the_patches_do_not_divide(name: str, size: int, fix: str) -> None:
+    card = find_card(name)
+    card = card.with_input(replace(card.preprocessing, img_size=size))
+    with torch.device("meta"), pytest.raises(UsageError, match="do not divide") as caught:
+        load_backbone(card, classes=CLASSES, pretrained=False)
+    assert fix in caught.value.fix
+
+
+def test_twins_with_other_pixels(tmp_path: Path) -> None:
+    card = find_card("efficientnet_lite0")
+    with torch.device("meta"):
+        network = timm.create_model("efficientnet_lite0")
+    for name in ("w.pth", "efficientnet_lite0.pth"):
+        note = check_twins(network, card, tmp_path / name)
+        assert "the mean (0.485, 0.456, 0.406)" in note
+        assert "also fits tf_efficientnet_lite0" in note
+    with pytest.raises(UsageError, match="it is of tf_efficientnet_lite0"):
+        check_twins(network, card, tmp_path / "tf_efficientnet_lite0-1a2b.pth")
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", {"model": "efficientnet_lite0"})
+    assert check_twins(network, card, tmp_path / "w.safetensors") == ""
+
+
+def test_folders_of_transformers_and_files_as_backbones(state: State, tmp_path: Path) -> None:
+    save_file({f"timm_model.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")
+    wrapper = {"architecture": "test_resnet", "model_type": "timm_wrapper", "num_classes": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper))
+    assert load_backbone(find_card(str(tmp_path)), classes=CLASSES).match.missing == ()
+    other = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UsageError, match=r"of the type 'vit' \(ViTForImageClassification\)"):
+        find_card(str(tmp_path))
+    with pytest.raises(UsageError, match="it is a file") as caught:
+        find_card(str(tmp_path / "model.safetensors"))
+    assert "--backbone NAME --weights" in caught.value.fix
