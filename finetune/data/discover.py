@@ -9,7 +9,6 @@ without labels are found as well (:func:`find_images`). Nothing is written into 
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from finetune.data.entries import is_archive
 from finetune.data.folders import explain_others, images_below, warn_ignored
 from finetune.data.layout import LayoutReader, count, extensions, is_junk, names_in, printable, some
 from finetune.data.layouts.class_folders import read_folder
+from finetune.data.layouts.class_names import join_spellings, warn_look_alikes
 from finetune.data.layouts.lists import name_lists
 from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
@@ -118,7 +118,7 @@ def _discover(
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(reader, data, on_progress, config.group_by)
-    _join_spellings(reader)
+    join_spellings(reader)
     if reader.is_lenient and not reader.splits.get("train"):
         return None
     for by_class in reader.splits.values():  # only a lenient reader still has links that lead out
@@ -198,7 +198,7 @@ def _dataset(reader: LayoutReader, config: SplitConfig, draws: bool) -> Dataset:
     for split in ("val", "test"):
         if split in reader.splits:
             _compare_with_training(reader, split)
-    _warn_look_alikes(reader, classes)
+    warn_look_alikes(reader, classes)
     groups = find_groups(reader, config.group_by)
     folds: dict[str, int] = {}
     if config.folds is not None and config.fold is not None:
@@ -232,36 +232,6 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
     reader.reject("class-one", found, fix + name_lists(reader, "", names_in(reader.root)))
 
 
-def _join_spellings(reader: LayoutReader) -> None:
-    """Join classes whose names differ in their Unicode form only, as macOS and other systems write them.
-
-    The class has the name that the training split gives it, or its composed form if that gives several.
-    """
-    spelled: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for split in SPLITS:
-        for name in reader.splits.get(split, {}):
-            spelled[unicodedata.normalize("NFC", name)][name] = None
-    train = reader.splits.get("train", {})
-    chosen = {}
-    for form, names in spelled.items():
-        own = [name for name in names if name in train] or list(names)
-        chosen.update(dict.fromkeys(names, own[0] if len(own) == 1 else form))
-    joined = sorted({chosen[name] for names in spelled.values() if len(names) > 1 for name in names})
-    if not joined:
-        return
-    for split, by_class in reader.splits.items():
-        merged: dict[str, list[str]] = {}
-        for name, paths in by_class.items():
-            merged.setdefault(chosen[name], []).extend(paths)
-        reader.splits[split] = merged
-    reader.warn(
-        "class-joined",
-        f"Class names that differ in their Unicode form only were read as one class: {some(joined)}.",
-        "Give the folders of one class the same name.",
-        len(joined),
-    )
-
-
 def _compare_with_training(reader: LayoutReader, split: Split) -> None:
     """Reject classes that the training split does not have; warn about classes missing from this split."""
     train, own = reader.splits["train"], reader.splits[split]
@@ -285,21 +255,6 @@ def _compare_with_training(reader: LayoutReader, split: Split) -> None:
             f"Add images of it to {split}.",
             len(missing),
         )
-
-
-def _warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
-    """Warn about classes that differ only in letter case."""
-    alike: defaultdict[str, list[str]] = defaultdict(list)
-    for name in classes:
-        alike[unicodedata.normalize("NFC", name).casefold()].append(name)
-    for names in alike.values():
-        if len(names) > 1:
-            reader.warn(
-                "class-alike",
-                f"Classes {some(names)} differ only in letter case and are trained as different classes.",
-                "Merge them if they are the same class.",
-                len(names),
-            )
 
 
 def _singles(reader: LayoutReader) -> list[str]:
