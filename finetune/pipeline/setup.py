@@ -112,6 +112,7 @@ def prepare(
     _check_frozen(resolved, backbone, plan)
     _check_batch_norm(resolved, device, distributed)
     setup = RunSetup(resolved, backbone, placement, plan, max_workers=max_workers, source_card=card)
+    _check_single_images(setup)
     return setup, found
 
 
@@ -218,6 +219,26 @@ def _check_frozen(recipe: ResolvedRecipe, backbone: Backbone, plan: Plan) -> Non
     stages = [row.stage for row in (plan.rows if whole else plan.frozen)]
     names = [name for stage in stages for name in (*stage.parameters, *stage.modules)]
     check_complete(backbone.match, names, backbone.card)
+
+
+def _check_single_images(setup: RunSetup) -> None:
+    """Refuse steps of one image with a network that cannot be trained on one.
+
+    Raises:
+        UsageError: a BatchNorm in train mode gets features of 1x1.
+    """
+    training = setup.recipe.training
+    asked = {"--batch-size 1": training.batch_size, "training.microbatch=1": training.microbatch}
+    single = next((key for key, value in asked.items() if value == 1), None)
+    if single is None or setup.recipe.strategy.features is not None:
+        return
+    if not _open_trial(setup).takes_single_images():
+        found = (
+            "a BatchNorm of this network, in train mode, gets features of 1x1, and one image has no variance"
+        )
+        frozen = ", or --set strategy.norm=eval, which keeps the statistics of the pretrained network"
+        fix = f"Set it to 2 or more{'' if setup.recipe.strategy.starts_random else frozen}."
+        raise UsageError(single, found, fix)
 
 
 def _plan(recipe: ResolvedRecipe, backbone: Backbone) -> Plan:
