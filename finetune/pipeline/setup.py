@@ -127,6 +127,16 @@ def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = S
     return replace(setup, recipe=setup.recipe.model_copy(update={"training": training}))
 
 
+def keep_views(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:
+    """Take the number of cached views of an earlier attempt: a run that gets more epochs keeps its views."""
+    recipe = setup.recipe
+    views = distributed.share(lambda: _read_views(folder))
+    if views is None or recipe.input.augmentation == "none":
+        return setup
+    cache = recipe.cache.model_copy(update={"views": views})
+    return replace(setup, recipe=recipe.model_copy(update={"cache": cache}))
+
+
 def check_deterministic(setup: RunSetup, distributed: Distributed = SINGLE_PROCESS) -> None:
     """Try a training step if the recipe allows deterministic operations only, before any image is read.
 
@@ -148,6 +158,11 @@ def _read_batch_size(folder: RunFolder) -> int | None:
     before = RunReader(folder, tolerant=True).recipe  # the claim refuses a damaged one
     size = before.training.batch_size if before is not None else None
     return size if isinstance(size, int) else None
+
+
+def _read_views(folder: RunFolder) -> int | None:
+    before = RunReader(folder, tolerant=True).recipe
+    return before.cache.views if before is not None and before.cache.views != "auto" else None
 
 
 def _find_images(recipe: Recipe, display: Display) -> Dataset:
