@@ -25,6 +25,7 @@ from finetune.cli import (
 )
 from finetune.cli.group import ValueShowingGroup
 from finetune.cli.processes import leave
+from finetune.cli.unknown import RecipeCommand
 
 app = typer.Typer(
     name="finetune",
@@ -34,17 +35,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run.run_command)
-app.command("check")(check.check_command)
-app.command("advise")(advise.advise_command)
+app.command("run", cls=RecipeCommand)(run.run_command)
+app.command("check", cls=RecipeCommand)(check.check_command)
+app.command("advise", cls=RecipeCommand)(advise.advise_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("report")(report.report_command)
 app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
-app.command("extract")(extract.extract_command)
-app.command("probe")(probe.probe_command)
-app.command("similar")(retrieve.similar_command)
-app.command("map")(retrieve.map_command)
+app.command("extract", cls=RecipeCommand)(extract.extract_command)
+app.command("probe", cls=RecipeCommand)(probe.probe_command)
+app.command("similar", cls=RecipeCommand)(retrieve.similar_command)
+app.command("map", cls=RecipeCommand)(retrieve.map_command)
 app.command("export")(export.export_command)
 app.command("push")(export.push_command)
 app.command("pull")(pull.pull_command)

@@ -68,11 +68,23 @@ def run_command(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Number of epochs.", show_default="10")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="auto")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd or adamw.", show_default="sgd", metavar="NAME")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay of trained parameters.", show_default="0.0001")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Base learning rate, which the head uses.", show_default="auto")
     ] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Height and width in pixels.", show_default="the weights' own")
+    ] = None,
+    augmentation: Annotated[
+        str | None,
+        typer.Option(
+            help="Of training images: none, light, medium or heavy.", show_default="light", metavar="NAME"
+        ),
     ] = None,
     val_fraction: Annotated[
         float | None,
@@ -148,9 +160,12 @@ def run_command(
         "allow_leaks": allow_leaks or None,
         "workers": workers,
         "img_size": img_size,
+        "augmentation": augmentation,
         "strategy": strategy,
         "epochs": epochs,
         "batch_size": batch_size,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
         "lr": lr,
         "seed": seed,
         "device": "cuda" if gpus else device,

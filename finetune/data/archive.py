@@ -44,12 +44,10 @@ from finetune.data.layout import (
     is_junk,
     is_system,
     names_in,
-    printable,
     quoted,
 )
 from finetune.data.layouts.lists import LIST_FILES, TABLES
 from finetune.data.layouts.split_folders import choose, is_plain
-from finetune.data.samples import is_sample, open_sample
 from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
 
@@ -79,27 +77,6 @@ _REPACK = (
     "(UTF-8 names, no links, no password)."
 )
 _UNPACK = "If you know where it comes from, unpack it yourself, and give the folder."
-
-
-def find_root(data: Path) -> Path | None:
-    """Return the folder that the paths of a dataset are relative to; None if it no longer exists.
-
-    Args:
-        data: the folder, CSV file, archive or sample that the user named.
-
-    Raises:
-        DataError: the archive can no longer be unpacked.
-        UsageError: there is no sample of this name.
-    """
-    if is_sample(data):
-        return open_sample(data)
-    reader = LayoutReader(f"--data {printable(data)}", data.absolute())
-    if os.path.isdir(data):  # noqa: PTH112 (Path.is_dir raises below a closed folder)
-        packed = find_split_archives(data)
-        return open_split_archives(reader, packed) if packed else data
-    if not os.path.isfile(data):  # noqa: PTH113
-        return None
-    return open_archive(reader, data) if is_archive(data.name) else data.parent
 
 
 def open_archive(reader: LayoutReader, file: Path, on_progress: Progress | None = None) -> Path:

@@ -9,7 +9,6 @@ without labels are found as well (:func:`find_images`). Nothing is written into 
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from finetune.data.entries import is_archive
 from finetune.data.folders import explain_others, images_below, warn_ignored
 from finetune.data.layout import LayoutReader, count, extensions, is_junk, names_in, printable, some
 from finetune.data.layouts.class_folders import read_folder
+from finetune.data.layouts.class_names import join_spellings, warn_look_alikes
 from finetune.data.layouts.lists import name_lists
 from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
@@ -40,7 +40,10 @@ from finetune.data.split import (
     find_indivisible,
     split_off,
 )
-from finetune.data.table import read_csv
+from finetune.data.tables.config import BY_NAMES, TableConfig
+from finetune.data.tables.files import FETCH, is_address
+from finetune.data.tables.format import is_table
+from finetune.data.tables.rows import read_csv
 from finetune.errors import DataError, suggest
 
 
@@ -50,6 +53,7 @@ def discover(
     follow_links: bool = False,
     on_progress: Progress | None = None,
     draws: bool = True,
+    table: TableConfig = BY_NAMES,
 ) -> Dataset:
     """Return every image below ``data`` (a folder, a zip archive or a CSV file) with its class and split.
 
@@ -61,20 +65,27 @@ def discover(
         on_progress: called with (entries unpacked, entries in all) while an archive is unpacked.
         draws: whether a validation split is drawn where the data give none; without it, all images that the
             data give no split are training images.
+        table: how a CSV file is read, where its own names do not say so.
 
     Raises:
         DataError: there is nothing to train on, or the layout is ambiguous.
         UsageError: the fold does not exist.
         DiskError: no space or no permission to unpack an archive.
     """
-    reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+    reader = LayoutReader(
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, table=table
+    )
     dataset = _discover(reader, data, config, on_progress, draws)
     assert dataset is not None
     return dataset
 
 
 def discover_leniently(
-    data: Path, config: SplitConfig, follow_links: bool = False, on_progress: Progress | None = None
+    data: Path,
+    config: SplitConfig,
+    follow_links: bool = False,
+    on_progress: Progress | None = None,
+    table: TableConfig = BY_NAMES,
 ) -> tuple[Dataset | None, tuple[Issue, ...]]:
     """Read as :func:`discover` does, but collect errors instead of raising, and leave out the faulty images.
 
@@ -87,7 +98,7 @@ def discover_leniently(
         DiskError: no space or no permission to unpack an archive.
     """
     reader = LayoutReader(
-        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, is_lenient=True, table=table
     )
     config = replace(config, fold=1 if config.folds else None)
     dataset = None
@@ -107,7 +118,7 @@ def _discover(
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(reader, data, on_progress, config.group_by)
-    _join_spellings(reader)
+    join_spellings(reader)
     if reader.is_lenient and not reader.splits.get("train"):
         return None
     for by_class in reader.splits.values():  # only a lenient reader still has links that lead out
@@ -145,14 +156,17 @@ def read_data(
         reader.root = open_sample(data)
         read_folder(reader, group_by)
         return False
+    if is_address(str(data).replace(":/", "://", 1)):  # Path joins the two slashes
+        raise reader.error("is an address", FETCH)
     if missing := find_missing(data):
         raise missing
     suffix = data.suffix.lower() if data.is_file() else ""
+    is_list = bool(suffix) and is_table(data.name)
     if data.is_dir():
         if packed := find_split_archives(data):
             reader.root, reader.from_archive = open_split_archives(reader, packed, on_progress), True
         read_folder(reader, group_by)
-    elif suffix == ".csv":
+    elif is_list:
         reader.root = reader.root.parent
         read_csv(reader, data, group_by)
     elif suffix and is_archive(data.name):
@@ -160,7 +174,7 @@ def read_data(
         read_folder(reader, group_by)
     else:
         raise _refuse_kind(reader, suffix)
-    return suffix == ".csv"
+    return is_list
 
 
 def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
@@ -184,7 +198,7 @@ def _dataset(reader: LayoutReader, config: SplitConfig, draws: bool) -> Dataset:
     for split in ("val", "test"):
         if split in reader.splits:
             _compare_with_training(reader, split)
-    _warn_look_alikes(reader, classes)
+    warn_look_alikes(reader, classes)
     groups = find_groups(reader, config.group_by)
     folds: dict[str, int] = {}
     if config.folds is not None and config.fold is not None:
@@ -218,36 +232,6 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
     reader.reject("class-one", found, fix + name_lists(reader, "", names_in(reader.root)))
 
 
-def _join_spellings(reader: LayoutReader) -> None:
-    """Join classes whose names differ in their Unicode form only, as macOS and other systems write them.
-
-    The class has the name that the training split gives it, or its composed form if that gives several.
-    """
-    spelled: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for split in SPLITS:
-        for name in reader.splits.get(split, {}):
-            spelled[unicodedata.normalize("NFC", name)][name] = None
-    train = reader.splits.get("train", {})
-    chosen = {}
-    for form, names in spelled.items():
-        own = [name for name in names if name in train] or list(names)
-        chosen.update(dict.fromkeys(names, own[0] if len(own) == 1 else form))
-    joined = sorted({chosen[name] for names in spelled.values() if len(names) > 1 for name in names})
-    if not joined:
-        return
-    for split, by_class in reader.splits.items():
-        merged: dict[str, list[str]] = {}
-        for name, paths in by_class.items():
-            merged.setdefault(chosen[name], []).extend(paths)
-        reader.splits[split] = merged
-    reader.warn(
-        "class-joined",
-        f"Class names that differ in their Unicode form only were read as one class: {some(joined)}.",
-        "Give the folders of one class the same name.",
-        len(joined),
-    )
-
-
 def _compare_with_training(reader: LayoutReader, split: Split) -> None:
     """Reject classes that the training split does not have; warn about classes missing from this split."""
     train, own = reader.splits["train"], reader.splits[split]
@@ -271,21 +255,6 @@ def _compare_with_training(reader: LayoutReader, split: Split) -> None:
             f"Add images of it to {split}.",
             len(missing),
         )
-
-
-def _warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
-    """Warn about classes that differ only in letter case."""
-    alike: defaultdict[str, list[str]] = defaultdict(list)
-    for name in classes:
-        alike[unicodedata.normalize("NFC", name).casefold()].append(name)
-    for names in alike.values():
-        if len(names) > 1:
-            reader.warn(
-                "class-alike",
-                f"Classes {some(names)} differ only in letter case and are trained as different classes.",
-                "Merge them if they are the same class.",
-                len(names),
-            )
 
 
 def _singles(reader: LayoutReader) -> list[str]:
@@ -368,6 +337,7 @@ def find_images(
     follow_links: bool = False,
     on_progress: Progress | None = None,
     draws: bool = True,
+    table: TableConfig = BY_NAMES,
 ) -> Dataset:
     """Return what :func:`finetune.data.discover.discover` finds, or every image of a folder without classes.
 
@@ -378,8 +348,10 @@ def find_images(
         DataError: there is no image, or the layout is ambiguous.
     """
     if not _is_unlabelled(data) or find_split_archives(data):
-        return discover(data, config, follow_links, on_progress, draws)
-    reader = LayoutReader(f"--data {printable(data)}", data.absolute(), follow_links=follow_links)
+        return discover(data, config, follow_links, on_progress, draws, table)
+    reader = LayoutReader(
+        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, table=table
+    )
     images, others = images_below(reader, "")
     reader.check_links()
     if not images:

@@ -6,7 +6,6 @@ only a pattern holds all paths in memory. Labelled images are numbered by the cl
 
 from __future__ import annotations
 
-import csv
 import glob
 import os
 import unicodedata
@@ -23,6 +22,9 @@ from finetune.data.folders import explain_others, walk_images
 from finetune.data.formats import is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, count, extension_counts, extensions, printable, some
 from finetune.data.samples import is_sample, open_sample
+from finetune.data.tables.columns import find_path_column
+from finetune.data.tables.files import FETCH, TableFiles, is_address
+from finetune.data.tables.format import is_table, read_rows
 from finetune.errors import DataError, UsageError, suggest
 
 STANDARD_INPUT = "-"
@@ -116,7 +118,7 @@ def find_inputs(
             printable(source), lambda: _of_folder(reader, left_out.start()), folder=path, left_out=left_out
         )
     if os.path.lexists(path):
-        if path.suffix.lower() != ".csv":
+        if not is_table(path.name):
             return InputImages(printable(source), lambda: iter([_of_name(source)]), home=path.parent)
         reader = LayoutReader(printable(source), path.parent.absolute(), follow_links=follow_links)
         return InputImages(printable(source), lambda: _of_table(reader, path), home=path.parent)
@@ -178,42 +180,26 @@ def _of_folder(reader: LayoutReader, left_out: LeftOut) -> Iterator[InputImage]:
 
 
 def _of_table(reader: LayoutReader, file: Path) -> Iterator[InputImage]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines)
-            column = _column(reader, next(rows, []))
-            for row in rows:
-                if row:
-                    yield _of_row(reader, row[column] if column < len(row) else "")
-    except UnicodeDecodeError as error:
-        found = f"is not UTF-8 ({error.reason} at byte {error.start})"
-        raise reader.error(found, "Save it as UTF-8.") from None
-    except csv.Error as error:
-        raise reader.error(f"is not a table ({error})", "Quote cells that hold commas.") from None
-    except OSError as error:
-        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
+    files = TableFiles(reader, file.parent.absolute())
+    rows = read_rows(reader, file)
+    column = find_path_column(reader, [name.strip() for name in next(rows, [])])
+    for row in rows:
+        if row:
+            yield _of_row(reader, files, row[column] if column < len(row) else "")
 
 
-def _column(reader: LayoutReader, header: list[str]) -> int:
-    names = [name.strip() for name in header]
-    if names.count("path") == 1:
-        return names.index("path")
-    found = f"has no column 'path' (columns: {some(names) or 'none'}{suggest('path', names)})"
-    raise reader.error(
-        found if "path" not in names else "has more than one column 'path'",
-        "Name the column of the images' paths `path` in the first line.",
-    )
-
-
-def _of_row(reader: LayoutReader, cell: str) -> InputImage:
+def _of_row(reader: LayoutReader, files: TableFiles, cell: str) -> InputImage:
     path = cell.strip()
     shown = printable(path)
     if not path or "\0" in path:
         return InputImage(
             shown, Path(), "the path is empty" if not path else "is not a path: it holds a zero byte"
         )
-    file = reader.root / path
-    if reader.outside(path) is not None:
+    found, fault = (path, None) if os.path.lexists(reader.root / path) else files.find(path)
+    if fault:
+        return InputImage(shown, reader.root / path, FETCH if is_address(path) else fault)
+    file = reader.root / (found or path)
+    if reader.outside(found or path) is not None:
         return InputImage(shown, file, f"lies outside the folder of the CSV file ({FLAG} allows it)")
     return InputImage(shown, file)
 

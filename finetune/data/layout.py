@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune.data.dataset import Issue, Split
+from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.errors import DataError
 
 SPLIT_NAMES: dict[str, Split] = {
@@ -54,6 +55,7 @@ class LayoutReader:
         issues: every warning, and every error of a lenient reading.
         group_column: filled cells of the CSV column that names groups, by path; None without such a column.
         hidden: hidden images, and hidden folders that hold images, none of which are read.
+        table: how a table is read where its own names do not say so.
     """
 
     asked: str
@@ -69,6 +71,7 @@ class LayoutReader:
     issues: list[Issue] = field(default_factory=list)
     group_column: dict[str, str] | None = None
     hidden: set[str] = field(default_factory=set)
+    table: TableConfig = BY_NAMES
 
     def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
         """Add a warning of one sentence."""
@@ -89,6 +92,12 @@ class LayoutReader:
     def error(self, found: str, fix: str) -> DataError:
         """Return an error that names the argument as the user wrote it."""
         return DataError(self.asked, printable(found), fix)
+
+    def decide(self, key: str, what: str) -> str:
+        """Return how to decide what a table means: by a key of the recipe, where a recipe is read at all."""
+        return (
+            "Rename the columns: path, label, split." if self.for_evaluation else f"{what}: --set {key}=..."
+        )
 
     @cached_property
     def real_root(self) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.data.archive import find_root
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import BadImageError
+from finetune.data.root import find_root
+from finetune.data.tables.config import TableConfig
 from finetune.data.transforms import Transform, build_eval_transform
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.exporters.folder import WEIGHTS_FILE, load_exported
@@ -103,7 +104,7 @@ def _find_images(run: RunFolder | None, recipe: Recipe | None) -> Dataset | str:
         return f"{run.recipe} cannot be read"
     data = Path(recipe.data.path)
     try:
-        root = find_root(data)
+        root = find_root(data, TableConfig.of(recipe))
     except FinetuneError as error:
         return f"the run's data cannot be read ({error.message})"
     if root is None:

@@ -29,6 +29,7 @@ from finetune.data.image_cache import decoder_facts
 from finetune.data.loader import ImageLoader, Placement
 from finetune.data.prepare import keep_split, read_images
 from finetune.data.split import SplitConfig
+from finetune.data.tables.config import TableConfig
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import DataError, UsageError
 from finetune.features.network import (
@@ -84,7 +85,8 @@ def open_images(recipe: Recipe, display: Display, draws: bool = True) -> Dataset
     with display.count(f"reading {own.data.path}") as tell:
         data = Path(own.data.path or "")
         draws = draws or began is not None
-        dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell, draws)
+        table = TableConfig.of(own)
+        dataset = find_images(data, SplitConfig.of(own), own.data.follow_links, tell, draws, table)
     if began is not None:
         dataset = keep_split(dataset, run.folder, own)
         known = run.digests.keys()

@@ -11,6 +11,7 @@ saved with the run.
             reading         reading              schema    resolve          (mistakes: error messages)
 """
 
+from finetune.recipe.changes import Change, changed_keys
 from finetune.recipe.reading import (
     find_recipe,
     load_recipe,
@@ -33,7 +34,6 @@ from finetune.recipe.schema import (
     Auto,
     BackboneSettings,
     CacheSettings,
-    Change,
     DataSettings,
     HeadChoice,
     InputSettings,
@@ -42,7 +42,6 @@ from finetune.recipe.schema import (
     StrategySettings,
     TrackerName,
     TrainingSettings,
-    changed_keys,
     flatten,
 )
 

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from finetune.errors import UsageError, suggest
 from finetune.recipe.reading import load_recipe, merge_override
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Augmentation, Optimizer, Recipe
 
 FLAGS = {
     "backbone": "backbone.name",
@@ -20,10 +20,13 @@ FLAGS = {
     "allow_leaks": "data.allow_leaks",
     "workers": "data.workers",
     "img_size": "input.img_size",
+    "augmentation": "input.augmentation",
     "strategy": "strategy.name",
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
+    "optimizer": "training.optimizer",
     "lr": "training.lr",
+    "weight_decay": "training.weight_decay",
     "seed": "seed",
     "device": "device",
 }
@@ -43,10 +46,13 @@ class Flags(TypedDict, total=False):
     allow_leaks: bool | None
     workers: int | None
     img_size: int | None
+    augmentation: Augmentation | None
     strategy: str | None
     epochs: int | None
     batch_size: int | None
+    optimizer: Optimizer | None
     lr: float | None
+    weight_decay: float | None
     seed: int | None
     device: str | None
 

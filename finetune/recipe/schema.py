@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
@@ -20,8 +20,10 @@ from finetune.targets import ClassWeights, Monitor
 Auto = Literal["auto"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 Augmentation = Literal["none", "light", "medium", "heavy"]
+Optimizer = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16", "float16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+_ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
@@ -78,7 +80,7 @@ class DataSettings(_Section):
     path: str | None = Field(
         None,
         description="a folder with train/ and val/ (and test/), a folder of class folders, a .zip, "
-        ".tar or .tar.gz of either, a CSV with the columns path,label[,split], or `sample:digits`: "
+        ".tar or .tar.gz of either, a CSV with columns of paths, labels and splits, or `sample:digits`: "
         "handwritten digits that come with the installation",
     )
     val_fraction: float = Field(
@@ -104,6 +106,25 @@ class DataSettings(_Section):
     )
     fold: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="which fold is the validation split, from 1; the other folds are the training split"
+    )
+    path_column: _ColumnName | None = Field(
+        None, description="the column of a CSV that holds the paths; null: by its name and its cells"
+    )
+    label_column: _ColumnName | None = Field(
+        None, description="the column of a CSV that holds the labels; null: by its name"
+    )
+    split_column: _ColumnName | None = Field(
+        None,
+        description="the column of a CSV that holds the splits; null: by its name and its cells; none: no "
+        "column does",
+    )
+    image_root: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="the folder that the paths in a CSV are relative to, itself relative to its folder; "
+        "null: the CSV's folder",
+    )
+    suffix: Annotated[str, Field(min_length=1, max_length=20)] | None = Field(
+        None, description="ending of the files' names that the paths in a CSV leave out, such as .jpg"
     )
     allow_leaks: bool = Field(
         False, description="only warn if exact copies of an image are in two splits, instead of refusing"
@@ -211,7 +232,7 @@ class TrainingSettings(_Section):
         "null: the whole batch, or on a CPU as many as fit its caches, if that is exact (no BatchNorm in "
         "train mode and no dropout)",
     )
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw suits transformers")
+    optimizer: Optimizer = Field("sgd", description="adamw suits transformers")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto", description="base learning rate, that of a new head; auto: 0.01 for sgd, 0.001 for adamw"
     )
@@ -280,7 +301,7 @@ class CacheSettings(_Section):
         "auto",
         description="number of random views of each training image that the trunk sees, used in turn by the "
         f"epochs; auto: {', '.join(f'{s.views} for {s.name}' for s in STRATEGIES.values() if s.views > 1)}, "
-        "1 without augmentation",
+        "but one for every 2.5 epochs at most, since more save nothing in this run; 1 without augmentation",
     )
     dtype: Precision = Field(
         "float32",
@@ -365,27 +386,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-class Change(NamedTuple):
-    """A key whose value differs between two recipes."""
-
-    key: str
-    before: Any
-    after: Any
-
-    @property
-    def line(self) -> str:
-        """``key: before -> after``."""
-        return f"{self.key}: {self.before!r} -> {self.after!r}"
-
-    @property
-    def is_extension(self) -> bool:
-        """Whether the change only makes the same run longer."""
-        return self.key == "training.epochs" and self.after > self.before
-
-
-def changed_keys(before: Recipe, after: Recipe) -> list[Change]:
-    """Return every dotted key whose value differs between two recipes."""
-    old, new = dict(flatten(before.to_dict())), dict(flatten(after.to_dict()))
-    return [Change(key, old[key], new[key]) for key in old if old[key] != new[key]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-from finetune.data.archive import find_root
+from finetune.data.root import find_root
+from finetune.data.tables.config import TableConfig
 from finetune.errors import DiskError, FinetuneError, UsageError
 from finetune.exporters.folder import load_exported, staged
 from finetune.report.facts import Facts, load_facts
@@ -76,7 +77,9 @@ def _find_root(facts: Facts) -> Path | None:
     """Return the folder that image paths are relative to; None if it is unknown or missing."""
     named = facts.metrics.get("data") or (facts.recipe.data.path if facts.recipe else None)
     try:
-        return find_root(Path(named)) if isinstance(named, str) else None
+        is_own = facts.recipe is not None and named == facts.recipe.data.path
+        table = TableConfig.of(facts.recipe) if is_own and facts.recipe else TableConfig()
+        return find_root(Path(named), table) if isinstance(named, str) else None
     except FinetuneError:
         return None
 

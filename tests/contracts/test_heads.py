@@ -14,8 +14,8 @@ from pretrained.backbone import load_backbone
 from pretrained.catalog import Card, find_card, torchvision_names
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.heads import change_head
+from pretrained.loading import _find_timm_filter
 from pretrained.network import build_network
-from pretrained.weights import _find_timm_filter
 from tests.contracts.families import (
     DEFAULT_TIMM,
     DEFAULT_TORCHVISION,

@@ -639,7 +639,6 @@ def test_csv_faults_are_collected_with_line_numbers(tmp_path: Path) -> None:
         ("a.jpg,y,train", "'a.jpg' is under two labels, 'x' and 'y'"),
         ("a.jpg,y,val", "'a.jpg' is under two labels, 'x' and 'y'"),
         ("./sub/../a.jpg,x,val", "'./sub/../a.jpg' is in train and again in val"),
-        ("b.jpg,x,", "split '' is not one of train, val, test"),
         ("b.jpg", "the label '' is empty"),
         ("sub,x,train", "'sub' does not exist or is not a file"),
         ("b.jpg,a/b,train", "the label 'a/b' is a path, not a name"),
@@ -725,10 +724,9 @@ def test_csv_over_a_gigabyte_is_not_read(tmp_path: Path) -> None:
         ("", "has an empty first line"),
         ("path,label\n", "has no training rows"),
         ("path,label,split\na.jpg,x,val\n", "has no training rows"),
-        ("pth,Label\na.jpg,x\n", "for 'path' did you mean 'pth'?; for 'label' did you mean 'Label'?"),
+        ("pth,Label\nz.jpg,x\n", "(columns: 'pth', 'Label'; for 'path' did you mean 'pth'?)"),
         ("a.jpg,x\nb.jpg,y\n", "has no column 'path' and no column 'label'"),
         ("path\na.jpg\n", "has no column 'label'"),
-        ("path;label\na.jpg;x\n", "columns: 'path;label'"),
         ("path,label,label\na.jpg,x,y\n", "more than one column 'label'"),
         ("path,label\na.jpg,x,\nb.jpg,y\n", "Expected 2 fields in line 2, saw 3"),
         ('path,label\na.jpg,"x\n', "is not a table"),
@@ -747,8 +745,8 @@ def test_csv_files_that_are_refused(tmp_path: Path, text: str, said: str) -> Non
     assert said in refused(table(tmp_path, text, *FOUR)).found
 
 
-def test_a_csv_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_bytes(b"path,label\n\xfc.jpg,x\n")
+def test_a_csv_file_that_is_neither_utf8_nor_windows_1252_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(b"path,label\n\x81.jpg,x\n")
     assert "is not UTF-8 (invalid start byte at byte 11)" in refused(tmp_path / "labels.csv").found
 
 

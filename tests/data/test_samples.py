@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from finetune.data.archive import find_root
 from finetune.data.discover import discover
 from finetune.data.inputs import find_inputs, find_labelled
+from finetune.data.root import find_root
 from finetune.data.samples import SAMPLES, is_sample, open_sample
 from finetune.data.split import SplitConfig
 from finetune.errors import DiskError, UsageError

@@ -20,11 +20,11 @@ from torchvision.transforms import InterpolationMode
 
 from finetune.errors import UsageError
 from pretrained.catalog import (
-    _sizes,
     _torchvision_preprocessing,
     find_card,
     list_names,
     num_parameters,
+    parameter_counts,
     torchvision_names,
 )
 from pretrained.sizes import count_parameters
@@ -304,7 +304,7 @@ def test_a_config_that_is_not_text(tmp_path: Path) -> None:
 def test_every_architecture_has_a_size() -> None:
     known = {("timm", name) for name in timm.list_models()}
     known |= {("torchvision", name) for name in torchvision_names()}
-    assert {key[:2] for key in _sizes()} == known
+    assert {key[:2] for key in parameter_counts()} == known
     assert all(num_parameters(find_card(name)) for name in list_names())
 
 

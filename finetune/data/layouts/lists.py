@@ -16,7 +16,8 @@ from finetune.data.entries import is_archive
 from finetune.data.folders import class_names, images_below, peek
 from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, count, name_fault, names_in, printable, quoted, some
-from finetune.data.table import read_csv
+from finetune.data.tables.format import is_table
+from finetune.data.tables.rows import read_csv
 
 TABLES = frozenset({".csv", ".tsv"})
 """Extensions of tables that may hold labels."""
@@ -49,7 +50,7 @@ def read_list(
     if {_IMAGES, _LABELS} <= set(files) and "images" in folders:
         _read_numbered(reader)
         return True
-    tables = [name for name in files if Path(name).suffix.lower() in TABLES]
+    tables = [name for name in files if is_table(name)]
     if len(tables) != 1 or any(class_names(reader, name) for name in folders):
         return False
     if any(ONE_HOT in names_in(reader.root / name) for name in splits.values()):
@@ -92,7 +93,9 @@ def name_lists(reader: LayoutReader, top: str, files: Sequence[str]) -> str:
 
 def _may_be_list(name: str) -> bool:
     stem, suffix = Path(name).stem.lower(), Path(name).suffix.lower()
-    return suffix in _LISTS and not stem.startswith((".", "readme", "license", "licence", "requirements"))
+    return (suffix in _LISTS or is_table(name)) and not stem.startswith(
+        (".", "readme", "license", "licence", "requirements")
+    )
 
 
 # --- a table of 0 and 1 in each split ---

@@ -13,6 +13,7 @@ from finetune.data.quality.report import inspect_dataset
 from finetune.data.quality.sheet import find_sections
 from finetune.data.scan import CheckedImages, scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
+from finetune.data.tables.config import TableConfig
 from finetune.errors import DataError, UsageError
 from finetune.plots.sheet import write_sections
 from finetune.recipe import Recipe
@@ -46,7 +47,7 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
         with display.count(f"reading {settings.path}") as on_progress:
             config = SplitConfig.of(recipe)
             dataset, issues = discover_leniently(
-                Path(settings.path), config, settings.follow_links, on_progress
+                Path(settings.path), config, settings.follow_links, on_progress, TableConfig.of(recipe)
             )
         _create_output(output, dataset, Path(settings.path))
         found = (

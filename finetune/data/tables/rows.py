@@ -8,14 +8,16 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from finetune.data.layout import SHOWN, SPLIT_NAMES, LayoutReader, count, name_fault, quoted, some
+from finetune.data.dataset import SPLITS, Split
+from finetune.data.layout import SHOWN, LayoutReader, count, name_fault, quoted, some
+from finetune.data.tables.columns import choose_columns
+from finetune.data.tables.files import FETCH, TableFiles
+from finetune.data.tables.format import find_format, read_cells, tell_format
+from finetune.data.tables.splits import KEY as SPLIT_KEY
+from finetune.data.tables.splits import read_splits, split_fault
 from finetune.errors import DataError, suggest
-
-MAX_BYTES = 2**30
-"""Largest file: the whole table is held in memory, at several times its size on disk. A million rows take
-100 MB or less on disk."""
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -29,7 +31,8 @@ class _TableRow:
     path: str
     label: str
     split: str
-    group: str = ""
+    group: str
+    split_cell: str
 
 
 def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> None:
@@ -43,23 +46,30 @@ def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> N
     Raises:
         DataError: the file is not a table, a row cannot be used, or there are no training rows.
     """
-    table = _table(reader, file)
+    found = find_format(reader, file)
+    table = read_cells(reader, file, found)
+    files = TableFiles(reader, file.parent.absolute())
     faults: list[tuple[int, str]] = []
     first: dict[str, _TableRow] = {}
     closed: dict[str, bool] = {}
-    for row in _rows(reader, table, group_by):
-        path = _below_root(reader.root, row.path)
-        fault = _row_fault(row, path, first)
+    for row in _rows(reader, table, files, group_by):
+        path, fault = files.find(row.path)
+        fault = _row_fault(row) or fault or _path_fault(row, path, first)
         if fault is None and path is not None and not _lies_outside(reader, path, closed):
             fault = _file_fault(reader, path, row)
         if fault:
             faults.append((row.position, fault))
         elif path is not None:
             first[path] = row
-            by_label = reader.splits.setdefault(SPLIT_NAMES[row.split], {})
+            by_label = reader.splits.setdefault(cast(Split, row.split), {})
             by_label.setdefault(row.label, []).append(path)
             if row.group and reader.group_column is not None:
                 reader.group_column[path] = row.group
+    tell_format(reader, found, (cell for row in first.values() for cell in (row.label, row.path)))
+    for said in files.renamed.values():
+        reader.warn(
+            "table-paths", f"In the table, {said}.", reader.decide("data.image_root", "Name the folder")
+        )
     if faults:
         shown = [f"line {_line(table, position)}: {fault}" for position, fault in faults[:SHOWN]]
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -67,7 +77,7 @@ def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> N
             "row-unusable",
             f"{count(len(faults), 'row', 'rows')} cannot be used:"
             + "".join(f"\n  {s}" for s in shown + more),
-            "Correct these lines.",
+            _fix_rows(reader, [fault for _, fault in faults]),
             len(faults),
         )
     reader.check_links()
@@ -76,57 +86,42 @@ def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> N
         reader.reject("no-train", "has no training rows", fix)
 
 
-def _table(reader: LayoutReader, file: Path) -> DataFrame:
-    """Return all cells as text, header included, without blank lines; the index is the original position."""
-    from pandas import read_csv
-    from pandas.errors import EmptyDataError, ParserError
-
-    _refuse_huge(reader, file)
-    try:
-        # With header=None pandas requires every row to be as wide as the first: a stray comma is an error
-        # instead of a silent shift of all columns by one.
-        table = read_csv(
-            file, header=None, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8-sig",
-            skip_blank_lines=False, skipinitialspace=True,
-        )  # fmt: skip
-    except EmptyDataError:
-        raise reader.error("has an empty first line", "Start it with the header path,label.") from None
-    except UnicodeDecodeError as error:
-        raise reader.error(
-            f"is not UTF-8 ({error.reason} at byte {error.start})", "Save it as UTF-8."
-        ) from error
-    except ParserError as error:
-        message = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
-        raise reader.error(f"is not a table ({message})", "Quote cells that hold commas.") from error
-    except OSError as error:
-        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from error
-    return table[(table != "").any(axis=1)]
+def _fix_rows(reader: LayoutReader, faults: Sequence[str]) -> str:
+    """Return what to do about faulty rows; where a key of the recipe would decide, it is named."""
+    if any(fault.endswith("is an address") for fault in faults):
+        return FETCH
+    keys = {
+        " fits ": ("data.image_root", "Or name the folder"),
+        "split ": (SPLIT_KEY, "Or name another column"),
+    }
+    hints = [reader.decide(*how) for text, how in keys.items() if any(text in fault for fault in faults)]
+    if any("lies outside" in fault for fault in faults):
+        hints += ["Or put the CSV file into a folder above the images."]
+    if not hints and any("does not exist" in fault for fault in faults):
+        hints = [reader.decide("data.image_root", "Or name the folder of the images"),
+                 reader.decide("data.suffix", "or the ending of their names")]  # fmt: skip
+    return " ".join(["Correct these lines.", *dict.fromkeys(hints)])
 
 
-def _refuse_huge(reader: LayoutReader, file: Path) -> None:
-    size = file.stat().st_size
-    if size > MAX_BYTES:
-        raise reader.error(
-            f"has {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB",
-            "Leave out columns other than path,label,split, or give a folder of class folders.",
-        )
-
-
-def _rows(reader: LayoutReader, table: DataFrame, group_by: str | None) -> Iterator[_TableRow]:
+def _rows(
+    reader: LayoutReader, table: DataFrame, files: TableFiles, group_by: str | None
+) -> Iterator[_TableRow]:
     """Yield the rows below the header, cleaned; without a split column all are training rows."""
     header = [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
-    _require_columns(reader, header)
+    if any(map(files.find_existing, header)) and "path" not in header:
+        raise _refuse_no_header(reader, header, files)
     body = table.iloc[1:]
-    labels = body[header.index("label")].str.strip()
-    splits = (
-        body[header.index("split")].str.strip().str.lower() if "split" in header else ["train"] * len(body)
-    )
+    columns = choose_columns(reader, header, body, files.find_existing, group_by)
+    splits, cells = read_splits(reader, header, body, [number for number in columns if number is not None])
     groups = _groups(header, body, group_by)
     if group_by in header:
         reader.group_column = {}
-    cells = zip(body.index, body[header.index("path")], labels, splits, groups, strict=True)
-    for position, path, label, split, group in cells:
-        yield _TableRow(int(position), path, label, split, group)
+    paths = [str(path) for path in body[columns.path]]
+    files.leave_out_leading(paths)
+    labels = body[columns.label].str.strip()
+    rows = zip(body.index, paths, labels, splits, cells, groups, strict=True)
+    for position, path, label, split, cell, group in rows:
+        yield _TableRow(int(position), path, label, split or "train", group, cell)
 
 
 def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Sequence[str] | Series[str]:
@@ -144,35 +139,16 @@ def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Seq
     return [""] * len(body)
 
 
-def _require_columns(reader: LayoutReader, header: Sequence[str]) -> None:
-    missing = [name for name in ("path", "label") if name not in header]
-    twice = [name for name in ("path", "label", "split") if header.count(name) > 1]
-    if twice:
-        raise reader.error(f"has more than one column {twice[0]!r}", "Keep one of them.")
-    if missing:
-        near = "".join(
-            f"; for {name!r}{suggest(name, header)[1:]}" for name in missing if suggest(name, header)
-        )
-        commas = " with commas between the cells" if any(mark in c for c in header for mark in ";\t|") else ""
-        raise reader.error(
-            f"has no column {' and no column '.join(map(repr, missing))} (columns: {some(header)}{near})",
-            f"Write path,label[,split] into the first line{commas}.",
-        )
+def _refuse_no_header(reader: LayoutReader, header: Sequence[str], files: TableFiles) -> DataError:
+    name = next(cell for cell in header if files.find_existing(cell))
+    return reader.error(
+        f"has no column 'path' and no column 'label': the first line is no header, "
+        f"but names the image {name!r}",
+        "Write path,label[,split] above the first line.",
+    )
 
 
-def _below_root(root: Path, path: str) -> str | None:
-    """Return the normalised path relative to the CSV file's folder, or None if it lies outside."""
-    if not path or "\0" in path:
-        return None
-    full = os.path.normpath(root / path)
-    for resolve in (os.path.normpath, os.path.realpath):  # realpath: for absolute paths through a link
-        top = resolve(root)
-        if full.startswith(os.path.join(top, "")):  # noqa: PTH118
-            return Path(full).relative_to(top).as_posix()
-    return None
-
-
-def _row_fault(row: _TableRow, path: str | None, first: dict[str, _TableRow]) -> str | None:
+def _row_fault(row: _TableRow) -> str | None:
     """Return what is wrong with the text of a row, or None."""
     if not row.path:
         return "the path is empty"
@@ -180,8 +156,11 @@ def _row_fault(row: _TableRow, path: str | None, first: dict[str, _TableRow]) ->
         return f"{quoted(row.path)} does not exist or is not a file"
     if fault := name_fault(row.label):
         return f"the label {quoted(row.label)} {fault}"
-    if row.split not in SPLIT_NAMES:
-        return f"split {quoted(row.split)} is not one of train, val, test{suggest(row.split, SPLIT_NAMES)}"
+    return split_fault(row.split_cell) if row.split not in SPLITS else None
+
+
+def _path_fault(row: _TableRow, path: str | None, first: dict[str, _TableRow]) -> str | None:
+    """Return what is wrong with the path of a row, or None."""
     if path is None:
         return f"{quoted(row.path)} lies outside the folder of the CSV file"
     return _repeated(row, first[path]) if path in first else None
@@ -229,7 +208,7 @@ def _repeated(row: _TableRow, before: _TableRow) -> str:
     """Return how a path was listed before: under another label, in another split, or twice."""
     if row.label != before.label:
         return f"{quoted(row.path)} is under two labels, {quoted(before.label)} and {quoted(row.label)}"
-    if SPLIT_NAMES[row.split] != SPLIT_NAMES[before.split]:
+    if row.split != before.split:
         return f"{quoted(row.path)} is in {before.split} and again in {row.split}"
     return f"{quoted(row.path)} is listed twice"
 

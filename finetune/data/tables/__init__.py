@@ -1,0 +1,1 @@
+"""Read tables of images: text into cells, columns by their names, cells into files and splits."""

@@ -1,0 +1,256 @@
+"""Open tables as programs write them: separators, encodings and compression are found from the content.
+
+A UTF-16 file is known by its first bytes. What is not UTF-8 is read as Windows-1252, the encoding of Excel in
+western Europe and America, and that is said; text that cannot be Windows-1252 either is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from finetune.data.layout import LayoutReader, quoted
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MAX_BYTES = 2**30
+"""Largest file: the whole table is held in memory, at several times its size on disk. A million rows take
+100 MB or less on disk."""
+
+SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+"""Endings of tables' names."""
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_WINDOWS = "cp1252"
+_CHUNK = 2**20
+_FIRST = 2**16
+_MARKS = (
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+_UTF8_LETTER = re.compile(rb"[\xc3-\xf4][\x80-\xbf]")
+_LONG_RUN = re.compile(rb"[\x80-\xff]{4}")
+_HINT = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)
+
+
+def is_table(name: str) -> bool:
+    """Return whether a file has the name of a table."""
+    return name.lower().endswith(SUFFIXES)
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How the text of a table is written.
+
+    Attributes:
+        encoding: name of the encoding, as Python knows it.
+        separator: the character between cells.
+        skipped: lines before the header (Excel's ``sep=;``).
+        is_packed: whether it is compressed by gzip.
+    """
+
+    encoding: str
+    separator: str
+    skipped: int = 0
+    is_packed: bool = False
+
+    @property
+    def said(self) -> str:
+        """What is unusual about it, as part of a sentence; "" for UTF-8 with commas."""
+        text = "UTF-8" if self.encoding == "utf-8-sig" else self.encoding.upper()
+        text = "Windows-1252" if self.encoding == _WINDOWS else text
+        if text == "UTF-8" and self.separator == "," and not self.is_packed:
+            return ""
+        packed = ", compressed by gzip" if self.is_packed else ""
+        return f"{text} with {_SEPARATORS.get(self.separator, repr(self.separator))}{packed}"
+
+
+def find_format(reader: LayoutReader, file: Path) -> TableFormat:
+    """Return how a table is written.
+
+    Raises:
+        DataError: it is too large, cannot be read, or its encoding is unknown.
+    """
+    _refuse_huge(reader, file.stat().st_size)
+    with reading(reader, file), _open(file) as content:
+        first = content.read(_FIRST)
+        encoding = _find_encoding(reader, first, content)
+        lines = first.decode(encoding, "ignore").splitlines()
+        is_packed = isinstance(content, gzip.GzipFile)
+    header = lines[0] if lines else ""
+    if hint := _HINT.fullmatch(header):
+        return TableFormat(encoding, hint[1], 1, is_packed)
+    return TableFormat(encoding, _find_separator(file.name, header), is_packed=is_packed)
+
+
+def read_cells(reader: LayoutReader, file: Path, found: TableFormat) -> DataFrame:
+    """Return all cells as text, header included, without blank lines; the index is the original position.
+
+    Raises:
+        DataError: the file is not a table.
+    """
+    from pandas import read_csv
+    from pandas.errors import EmptyDataError, ParserError
+
+    try:
+        with reading(reader, file), _open(file) as content:
+            # With header=None pandas requires every row to be as wide as the first: a stray comma is an error
+            # instead of a silent shift of all columns by one.
+            table = read_csv(
+                content, header=None, dtype=str, keep_default_na=False, na_filter=False,
+                encoding=found.encoding, sep=found.separator, skiprows=found.skipped,
+                skip_blank_lines=False, skipinitialspace=True,
+            )  # fmt: skip
+    except EmptyDataError:
+        raise reader.error("has an empty first line", "Start it with the header path,label.") from None
+    except ParserError as error:
+        message = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
+        raise reader.error(f"is not a table ({message})", "Quote cells that hold commas.") from error
+    table.index += found.skipped
+    return table[(table != "").any(axis=1)]
+
+
+def read_rows(reader: LayoutReader, file: Path) -> Iterator[list[str]]:
+    """Yield the rows of a table as lists of cells, the header first, without holding it in memory.
+
+    Raises:
+        DataError: the file is not a table.
+    """
+    found = find_format(reader, file)
+    try:
+        with reading(reader, file), _open(file) as content:
+            lines = io.TextIOWrapper(content, encoding=found.encoding, newline="")
+            for _ in range(found.skipped):
+                lines.readline()
+            yield from csv.reader(lines, delimiter=found.separator, skipinitialspace=True)
+    except csv.Error as error:
+        raise reader.error(f"is not a table ({error})", "Quote cells that hold commas.") from None
+
+
+@contextmanager
+def reading(reader: LayoutReader, file: Path) -> Iterator[None]:
+    """Convert errors of reading into a DataError."""
+    try:
+        yield
+    except (UnicodeDecodeError, UnicodeError) as error:
+        where = f" ({error.reason} at byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        raise reader.error(f"is not the text that it begins as{where}", "Save it as UTF-8.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        found = f"is truncated, damaged or not compressed by gzip ({error})"
+        raise reader.error(found, f"Get {file.name} or make it again.") from error
+    except OSError as error:
+        raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from error
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading bytes; one that begins as gzip does is unpacked."""
+    with file.open("rb") as content:
+        if content.peek(2)[:2] != b"\x1f\x8b":
+            yield content
+            return
+        with gzip.GzipFile(fileobj=content) as unpacked:
+            yield cast(BinaryIO, unpacked)
+
+
+def _refuse_huge(reader: LayoutReader, size: int) -> None:
+    if size > MAX_BYTES:
+        raise reader.error(
+            f"has {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB",
+            "Leave out columns other than path,label,split, or give a folder of class folders.",
+        )
+
+
+def _find_encoding(reader: LayoutReader, first: bytes, rest: BinaryIO) -> str:
+    for mark, name in _MARKS:
+        if first.startswith(mark):
+            return name
+    even, odd = first[:512:2], first[1:512:2]
+    if 2 * odd.count(0) > len(odd) > 0:
+        return "utf-16-le"
+    if 2 * even.count(0) > len(even) > 0:
+        return "utf-16-be"
+    return _check_text(reader, first, iter(lambda: rest.read(_CHUNK), b""))
+
+
+def _check_text(reader: LayoutReader, first: bytes, rest: Iterable[bytes]) -> str:
+    """Return UTF-8, or Windows-1252 where the bytes can be nothing but that.
+
+    Raises:
+        DataError: it is neither, or too large once unpacked.
+    """
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    size, fault, others = 0, "", bytearray()
+    for block in _chained(first, rest):
+        _refuse_huge(reader, size + len(block))
+        if not fault:
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                at = size - (len(error.object) - len(block)) + error.start
+                fault = f"is not UTF-8 ({error.reason} at byte {at})"
+        size += len(block)
+        if not block.isascii():
+            others += block
+    if not fault:
+        return "utf-8-sig"
+    try:
+        others.decode(_WINDOWS)
+        is_western = not _LONG_RUN.search(others) and not _UTF8_LETTER.search(others)
+    except UnicodeDecodeError:
+        is_western = False
+    if not is_western:
+        raise reader.error(f"{fault}, and not Windows-1252 either", "Save it as UTF-8.")
+    return _WINDOWS
+
+
+def _chained(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _find_separator(name: str, header: str) -> str:
+    """Return the character that divides the header into most cells; a comma where none does."""
+    ranked = sorted(_SEPARATORS, key=lambda mark: _count_cells(header, mark), reverse=True)
+    best = ranked[0]
+    if _count_cells(header, best) > 1:
+        return best
+    return "\t" if ".tsv" in name.lower() else ","
+
+
+def _count_cells(header: str, mark: str) -> int:
+    try:
+        return len(next(csv.reader([header], delimiter=mark, skipinitialspace=True), []))
+    except csv.Error:
+        return 0
+
+
+def tell_format(reader: LayoutReader, found: TableFormat, cells: Iterable[str]) -> None:
+    """Warn about a format other than UTF-8 with commas; an example shows whether letters are right.
+
+    Args:
+        reader: gets the warning.
+        found: the format.
+        cells: cells of the table, of which the first that is not ASCII is shown.
+    """
+    if found.said:
+        odd = next((cell for cell in cells if not cell.isascii()), "") if found.encoding == _WINDOWS else ""
+        example = f", so that a cell is {quoted(odd)}" if odd else ""
+        reader.warn(
+            "table-format",
+            f"The table was read as {found.said}{example}.",
+            "Save it as UTF-8 with commas if that is wrong.",
+        )

@@ -1,0 +1,34 @@
+"""Compare names of columns as people write them: any case, with or without separators."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from finetune.data.layout import LayoutReader, some
+from finetune.errors import suggest
+
+_SEPARATORS = re.compile(r"[\W_]+")
+
+
+def plain(name: str) -> str:
+    """Return a name in lower case and without separators: ``Image_ID`` is ``imageid``."""
+    return _SEPARATORS.sub("", name.casefold())
+
+
+def find_named(reader: LayoutReader, header: Sequence[str], name: str, key: str) -> int:
+    """Return the number of the column that a recipe names.
+
+    Raises:
+        DataError: there is no such column, or there are several.
+    """
+    for same in (str, str.casefold, plain):
+        numbers = [number for number, column in enumerate(header) if same(column) == same(name)]
+        if len(numbers) == 1:
+            return numbers[0]
+        if numbers:
+            raise reader.error(f"has more than one column {name!r}", "Keep one of them.")
+    raise reader.error(
+        f"has no column {name!r} (columns: {some(header)}{suggest(name, header)})",
+        f"Correct --set data.{key}={name}.",
+    )
