@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from finetune.data import archive
-from finetune.data.archive import find_root
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover, find_images
+from finetune.data.root import find_root
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError
 
