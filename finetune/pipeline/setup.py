@@ -152,7 +152,7 @@ def _read_batch_size(folder: RunFolder) -> int | None:
 def _find_images(recipe: Recipe, display: Display) -> Dataset:
     with display.count(f"reading {recipe.data.path}") as on_progress:
         path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)
-        return discover(path, config, recipe.data.follow_links, on_progress, TableConfig.of(recipe))
+        return discover(path, config, recipe.data.follow_links, on_progress, table=TableConfig.of(recipe))
 
 
 def _find_card(recipe: Recipe, display: Display) -> Card:
