@@ -98,9 +98,14 @@ class DiskError(FinetuneError):
 
 
 class InterruptedRunError(FinetuneError):
-    """The user or the system stopped the run; the same command resumes it (exit 75)."""
+    """The user or the system stopped the run; the same command resumes it (exit 75).
+
+    Attributes:
+        output: the run folder to resume, as ``--output`` takes it; empty if there is none yet.
+    """
 
     exit_code = ExitCode.INTERRUPTED
+    output = ""
 
 
 class LostProcessError(InterruptedRunError):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 import typer
 
-from finetune.errors import ExitCode, FinetuneError, sanitize
+from finetune.errors import ExitCode, FinetuneError, InterruptedRunError, sanitize
 from finetune.launch.platforms import write_failure
 
 DEBUG_VARIABLE = "FINETUNE_DEBUG"
@@ -32,10 +34,13 @@ def handled_errors(as_json: bool = False) -> Iterator[None]:
         yield
     except typer.Exit:
         raise
+    except InterruptedRunError as error:
+        _fail(error.message, _with_command(error.fix, error.output), error.exit_code, as_json)
     except FinetuneError as error:
         _fail(error.message, error.fix, error.exit_code, as_json)
     except KeyboardInterrupt:
-        _fail("interrupted", "Give the same command again.", ExitCode.INTERRUPTED, as_json)
+        fix = _with_command("Give the same command again.", "")
+        _fail("interrupted", fix, ExitCode.INTERRUPTED, as_json)
     except BrokenPipeError:  # the reader of stdout has ended, such as `head`
         _silence(sys.stdout)
         raise typer.Exit(ExitCode.DONE) from None
@@ -44,6 +49,19 @@ def handled_errors(as_json: bool = False) -> Iterator[None]:
             raise
         fix = f"This is a bug in finetune: please report it with the output of {DEBUG_VARIABLE}=1."
         _fail(sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL, as_json)
+
+
+def _with_command(fix: str, output: str) -> str:
+    """Add the whole command that resumes, on a line of its own, with ``--output`` if the user left it out."""
+    program, words = Path(sys.argv[0]), sys.argv[1:]
+    if not words or "finetune" not in (
+        program.name,
+        program.parent.name,
+    ):  # called from Python, or by a platform
+        return fix
+    given = any(word.partition("=")[0] == "--output" or word.startswith("-o") for word in words)
+    more = ["--output", output] if output and not given else []
+    return f"{fix}\n  {sanitize(shlex.join(['finetune', *words, *more]))}"
 
 
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:

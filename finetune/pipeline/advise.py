@@ -171,14 +171,18 @@ def _measure(
     labels = torch.tensor([samples[index].label for index in usable.tolist()])
     num_classes = dataset.num_classes
     neighbours, hits = [], []
-    with source.display.track("measuring layers", 2 * len(features.layers) + 1) as advance:
-        for rows in features.rows:
+    with source.display.track("nearest neighbours by depth", len(features.layers)) as advance:
+        for layer, rows in zip(features.layers, features.rows, strict=True):
+            advance(0, layer.name)
             neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
-            advance(1, "")
-        for rows in (*features.rows, ConcatRows(features.rows)):
+            advance(1, layer.name)
+    names = (*(layer.name for layer in features.layers), "all together")
+    with source.display.track("linear classifiers by depth", len(names)) as advance:
+        for name, rows in zip(names, (*features.rows, ConcatRows(features.rows)), strict=True):
+            advance(0, name)
             hit = cross_validate(rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed, device=device)
             hits.append(hit.double())
-            advance(1, "")
+            advance(1, name)
     depths = tuple(
         Depth(layer.name, rows.shape[1], near.mean().item(), hit.mean().item())
         for layer, rows, near, hit in zip(
@@ -257,7 +261,7 @@ def _estimate(network: Network, recipe: Recipe, num_train: int) -> dict[str, flo
     trunk = below[0].share if below else 0.0
     epochs = recipe.training.epochs
     views = recipe.cache.views
-    views = compute_views("top", recipe.input.augmentation) if views == "auto" else views
+    views = compute_views("top", recipe.input.augmentation, epochs) if views == "auto" else views
     rest = BACKWARD * epochs * (1 - trunk)
     times = {
         "freeze": 1.0,

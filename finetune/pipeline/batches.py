@@ -60,7 +60,8 @@ def open_loaders(context: FitContext, frozen: Mapping[str, str]) -> Iterator[Dat
     """
     with ExitStack() as stack:
         factory = LoaderFactory(context, stack)
-        choice = _choose_together(context, factory.cache_dir)
+        with context.display.busy("looking for a place to cut the network"):
+            choice = _choose_together(context, factory.cache_dir)
         if choice.reason:
             context.display.say(f"trunk: {choice.reason}")
         loaders = None

@@ -12,7 +12,7 @@ No choice here uses validation images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,7 @@ from finetune.launch.processes import is_in_job, is_started_here
 from finetune.pipeline.context import FitContext
 from finetune.pipeline.setup import RunSetup
 from finetune.system.device import available_cores
+from finetune.system.display import Advance
 from finetune.targets import LINEAR_CLASSIFIER
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers
@@ -111,12 +112,14 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
     dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
     total = 1 + (len(features.layers) if choice == "best" else 0)
     with source.display.track("solving linear classifiers", total) as advance:
-        chosen = _choose(source, features, choice, lambda: advance(1, ""))
+        chosen = _choose(source, features, choice, advance)
         rows = _concat_rows(features, chosen)
         indices = _indices_of(dataset, "train")
         labels = _labels(dataset, indices)
+        names = ", ".join(layer.name for layer in chosen)
+        advance(0, names)
         classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device)
-        advance(1, "")
+        advance(1, names)
         splits: list[Split] = ["val", "test"]
         predictions = {
             split: _predict(classifier, rows, dataset, split) for split in splits if dataset.of(split)
@@ -132,9 +135,7 @@ def _refuse_lost(features: Features) -> None:
         raise DataError("reading an image that was readable before", found, fix)
 
 
-def _choose(
-    source: Source, features: Features, choice: str, on_done: Callable[[], None]
-) -> tuple[Layer, ...]:
+def _choose(source: Source, features: Features, choice: str, advance: Advance) -> tuple[Layer, ...]:
     """Return the layers to read; ``best`` is the stage with the highest cross-validated accuracy."""
     if choice != "best":
         return features.layers
@@ -142,12 +143,13 @@ def _choose(
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
     accuracies = []
-    for rows in features.rows:
+    for layer, rows in zip(features.layers, features.rows, strict=True):
+        advance(0, layer.name)
         hits = cross_validate(
             rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device=device
         )
         accuracies.append(hits.double().mean().item())
-        on_done()
+        advance(1, layer.name)
     best = max(range(len(accuracies)), key=lambda index: (accuracies[index], index))
     return (features.layers[best],)
 

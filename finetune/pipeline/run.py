@@ -32,7 +32,14 @@ from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
 from finetune.pipeline.results import check_predictions, collect_metrics, report_result
 from finetune.pipeline.resume import refuse_other_classes, try_resume
-from finetune.pipeline.setup import RunSetup, check_asked, check_deterministic, fit_batches, prepare
+from finetune.pipeline.setup import (
+    RunSetup,
+    check_asked,
+    check_deterministic,
+    fit_batches,
+    keep_views,
+    prepare,
+)
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
 from finetune.runs.claim import Claim, claim_folder, create_folder, locked
@@ -94,6 +101,8 @@ def run(
         with clock.phase("load"):
             setup, found = prepare(recipe, display, distributed)
         path = distributed.share(lambda: output or default_output(setup))
+        if recipe.cache.views == "auto":
+            setup = keep_views(setup, RunFolder(path), distributed)
         if setup.placement.device.type == "cuda":
             check_deterministic(setup, distributed)
             if recipe.training.batch_size == "auto":
@@ -285,13 +294,13 @@ def _write_results(
         peaks: peak memory of every rank when the fit ended.
     """
     setup, dataset, clock, folder = context.setup, context.dataset, context.clock, context.folder
-    with clock.phase("evaluate"):
+    with clock.phase("evaluate"), context.display.busy("computing the metrics"):
         network = result.backbone.network
         check_predictions(network, result.predictions, result.images, result.precision, result.dtype)
         summary = summarize(result.predictions, result.val, dataset.classes)
     metrics = collect_metrics(setup, dataset, summary, result.facts) | seen
     write_metrics_tables(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
-    with clock.phase("export"):
+    with clock.phase("export"), context.display.busy("exporting the model"):
         card = replace(result.backbone.card, temperature=summary.temperature)
         _export(replace(result.backbone, card=card), folder, metrics, result.images)
     metrics |= find_largest_peak([*peaks, measure_peak_memory(setup.placement.device)])

@@ -112,6 +112,7 @@ def prepare(
     _check_frozen(resolved, backbone, plan)
     _check_batch_norm(resolved, device, distributed)
     setup = RunSetup(resolved, backbone, placement, plan, max_workers=max_workers, source_card=card)
+    _check_single_images(setup)
     return setup, found
 
 
@@ -124,6 +125,16 @@ def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = S
     size = kept or min(distributed.collect(_open_trial(setup, distributed.size).find_batch_size()))
     training = setup.recipe.training.model_copy(update={"batch_size": size})
     return replace(setup, recipe=setup.recipe.model_copy(update={"training": training}))
+
+
+def keep_views(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:
+    """Take the number of cached views of an earlier attempt: a run that gets more epochs keeps its views."""
+    recipe = setup.recipe
+    views = distributed.share(lambda: _read_views(folder))
+    if views is None or recipe.input.augmentation == "none":
+        return setup
+    cache = recipe.cache.model_copy(update={"views": views})
+    return replace(setup, recipe=recipe.model_copy(update={"cache": cache}))
 
 
 def check_deterministic(setup: RunSetup, distributed: Distributed = SINGLE_PROCESS) -> None:
@@ -147,6 +158,11 @@ def _read_batch_size(folder: RunFolder) -> int | None:
     before = RunReader(folder, tolerant=True).recipe  # the claim refuses a damaged one
     size = before.training.batch_size if before is not None else None
     return size if isinstance(size, int) else None
+
+
+def _read_views(folder: RunFolder) -> int | None:
+    before = RunReader(folder, tolerant=True).recipe
+    return before.cache.views if before is not None and before.cache.views != "auto" else None
 
 
 def _find_images(recipe: Recipe, display: Display) -> Dataset:
@@ -218,6 +234,26 @@ def _check_frozen(recipe: ResolvedRecipe, backbone: Backbone, plan: Plan) -> Non
     stages = [row.stage for row in (plan.rows if whole else plan.frozen)]
     names = [name for stage in stages for name in (*stage.parameters, *stage.modules)]
     check_complete(backbone.match, names, backbone.card)
+
+
+def _check_single_images(setup: RunSetup) -> None:
+    """Refuse steps of one image with a network that cannot be trained on one.
+
+    Raises:
+        UsageError: a BatchNorm in train mode gets features of 1x1.
+    """
+    training = setup.recipe.training
+    asked = {"--batch-size 1": training.batch_size, "training.microbatch=1": training.microbatch}
+    single = next((key for key, value in asked.items() if value == 1), None)
+    if single is None or setup.recipe.strategy.features is not None:
+        return
+    if not _open_trial(setup).takes_single_images():
+        found = (
+            "a BatchNorm of this network, in train mode, gets features of 1x1, and one image has no variance"
+        )
+        frozen = ", or --set strategy.norm=eval, which keeps the statistics of the pretrained network"
+        fix = f"Set it to 2 or more{'' if setup.recipe.strategy.starts_random else frozen}."
+        raise UsageError(single, found, fix)
 
 
 def _plan(recipe: ResolvedRecipe, backbone: Backbone) -> Plan:

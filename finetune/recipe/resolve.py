@@ -28,6 +28,11 @@ BASE_LRS = {"sgd": 0.01, "adamw": 0.001}
 (Loshchilov and Hutter, arXiv:1711.05101)."""
 
 
+EPOCHS_PER_VIEW = 2.5
+"""Epochs that a cached view must serve. It costs one pass of the trunk, and saves one in each of these epochs
+but one: a view for each epoch would save nothing. Chosen so that ten epochs, the default, have four views."""
+
+
 @dataclass(frozen=True)
 class AutoValues:
     """Values that the machine, the backbone and the data give to keys that are ``"auto"``.
@@ -98,7 +103,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
         "training.lr": BASE_LRS[recipe.training.optimizer],
         "training.precision": facts.precision,
         "training.channels_last": facts.channels_last,
-        "cache.views": compute_views(recipe.strategy.name, recipe.input.augmentation),
+        "cache.views": compute_views(recipe.strategy.name, recipe.input.augmentation, recipe.training.epochs),
         **{f"input.{key}": value for key, value in facts.preprocessing.items()},
         "device": facts.device,
     }
@@ -108,9 +113,14 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
     return ResolvedRecipe.model_validate(validate(values).model_dump())
 
 
-def compute_views(strategy: str, augmentation: Augmentation) -> int:
-    """Return how many random views of a training image to cache (docs/cache.md)."""
-    return 1 if augmentation == "none" else find_strategy(strategy).views
+def compute_views(strategy: str, augmentation: Augmentation, epochs: int) -> int:
+    """Return how many random views of a training image to cache (docs/cache.md).
+
+    They follow from the recipe alone, not from a clock, so that the same recipe gives the same bits.
+    """
+    if augmentation == "none":
+        return 1
+    return max(1, min(find_strategy(strategy).views, int(epochs / EPOCHS_PER_VIEW)))
 
 
 def compute_batch_size(num_train: int) -> int:

@@ -301,7 +301,7 @@ class CacheSettings(_Section):
         "auto",
         description="number of random views of each training image that the trunk sees, used in turn by the "
         f"epochs; auto: {', '.join(f'{s.views} for {s.name}' for s in STRATEGIES.values() if s.views > 1)}, "
-        "1 without augmentation",
+        "but one for every 2.5 epochs at most, since more save nothing in this run; 1 without augmentation",
     )
     dtype: Precision = Field(
         "float32",

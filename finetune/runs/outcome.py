@@ -18,7 +18,7 @@ from finetune.errors import (
 )
 from finetune.runs.claim import RUNNING, Claim
 from finetune.runs.files import disk_error
-from finetune.runs.folder import Outcome
+from finetune.runs.folder import Outcome, RunFolder
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import is_out_of_memory, shortage_error
@@ -63,9 +63,7 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
     except KeyboardInterrupt:
         if failure := distributed.read_failure():  # the launcher has stopped this process after a failure
             raise failure from None
-        found = "it was stopped at once; the last checkpoint is kept"
-        fix = f"Give the same command again{f', with --output {output},' if output else ''} to resume."
-        raise InterruptedRunError("the run", found, fix) from None
+        raise _stopped_at_once(output) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
@@ -75,6 +73,18 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
         if known is None:
             raise
         raise known from None
+
+
+def _stopped_at_once(output: str) -> InterruptedRunError:
+    """Return the error of a command that was stopped outside a training step; it says what is kept."""
+    has_checkpoint = bool(output) and any(RunFolder(Path(output)).checkpoints.glob("*"))
+    kept = "the last checkpoint and the cached features are" if has_checkpoint else "what was cached is"
+    resume = f", with --output {output}, to resume" if output else "; it takes from the cache what is there"
+    error = InterruptedRunError(
+        "the run", f"it was stopped at once; {kept} kept", f"Give the same command again{resume}."
+    )
+    error.output = output
+    return error
 
 
 def _known_fault(error: BaseException) -> FinetuneError | None:

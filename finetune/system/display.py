@@ -1,39 +1,40 @@
-"""Messages and progress bars for the user, on stderr; messages also go to the run's log.
+"""Messages and progress for the user, on stderr; messages also go to the run's log.
 
-Progress bars are drawn on a terminal only; a pipe or a log file gets plain lines.
+Progress bars are drawn on a terminal. A pipe and the log get a line after two seconds, and then from time to
+time.
 """
 
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from finetune.errors import sanitize
 from finetune.system.heartbeat import Heartbeat
+from finetune.system.progress_line import GAP, ProgressLine, fit, format_time, list_facts
 
 Advance = Callable[[int, str], None]
 """Takes the number of units done since the last call, and a short text shown next to the bar."""
 OnProgress = Callable[[int, int], None]
 """Takes the number of units done so far, and the total (0 if it is unknown)."""
+
+
+FIRST_LINE = 2.0
+"""Seconds after which a line tells of work that has not ended."""
+LONGEST_WAIT = 64.0
+"""Longest time between two such lines, in seconds."""
 
 
 class _SafeStderr:
@@ -66,16 +67,39 @@ class Display:
         self.console = console or Console(file=cast(TextIO, _SafeStderr()), highlight=False, emoji=False)
         self.heartbeat = heartbeat or Heartbeat()
         self._log: Path | None = None
+        self._waiting: deque[str] = deque(maxlen=1000)
 
     def log_to(self, path: Path) -> None:
-        """Append every message from now on to a file, with date and time."""
+        """Append every message, those from before included, to a file, with date and time."""
         self._log = path
+        lines, self._waiting = [*self._waiting], deque(maxlen=0)
+        self._append(lines)
 
     def say(self, text: str, style: str = "") -> None:
-        """Show one message, and write it to the log."""
+        """Show one message, and write it to the log. A terminal breaks it between words only."""
         text = sanitize(text)
-        self.console.print(text, style=style or None, soft_wrap=True, markup=False)
+        self._print(text, style)
         self.note(text)
+
+    def say_fields(self, fields: Sequence[str]) -> None:
+        """Show one line of fields, the most important first; a terminal shows as many as fit.
+
+        The log has all of them.
+        """
+        texts = [sanitize(field) for field in fields]
+        self.note(GAP.join(texts))
+        most = self.console.width if self.console.is_terminal else None
+        self._print(fit(texts, most), "")
+
+    def _print(self, text: str, style: str) -> None:
+        if self.console.is_terminal:
+            text = "\n".join(map(self._break, text.splitlines()))
+        self.console.print(text, style=style or None, soft_wrap=True, markup=False)
+
+    def _break(self, line: str) -> str:
+        """Break a line between words; a word that is longer than a line, such as a path, stays whole."""
+        width = max(self.console.width, 2)
+        return "\n".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False))
 
     def warn(self, text: str) -> None:
         """Show a warning, and write it to the log."""
@@ -83,12 +107,16 @@ class Display:
 
     def note(self, text: str) -> None:
         """Write a message to the log only."""
-        if self._log is None:
-            return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self._append([f"{stamp} {line}\n" for line in sanitize(text).splitlines()])
+
+    def _append(self, lines: Sequence[str]) -> None:
+        if self._log is None:
+            self._waiting.extend(lines)
+            return
         try:
             with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(f"{stamp} {line}\n" for line in sanitize(text).splitlines())
+                file.writelines(lines)
         except OSError as error:
             path, self._log = self._log, None
             self.warn(f"{path} cannot be written ({error.strerror}); the log ends here")
@@ -99,7 +127,10 @@ class Display:
         """Show a table, and write it to the log; columns named in ``numbers`` are aligned to the right."""
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in columns:
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+            is_number = column in numbers
+            table.add_column(
+                column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
+            )
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self.console.print(table)
@@ -108,18 +139,21 @@ class Display:
 
     @contextmanager
     def busy(self, description: str) -> Iterator[None]:
-        """Show a spinner while the block runs, for work of unknown length; on a terminal only."""
-        if not self.console.is_terminal:
-            yield
-            return
-        with self.console.status(description):
-            yield
+        """Show a spinner while the block runs, for work of unknown length."""
+        with self._tell(lambda: description):
+            if not self.console.is_terminal:
+                yield
+                return
+            with self.console.status(description):
+                yield
 
     @contextmanager
     def track(self, description: str, total: int) -> Iterator[Advance]:
-        """Draw a progress bar over ``total`` units while the block runs; yield a function to advance it."""
-        with self._bar() as progress:
-            task = progress.add_task(description, total=total, text="")
+        """Show the progress over ``total`` units while the block runs; yield a function to advance it.
+
+        The text beside the bar may have several parts, separated by commas, the most important first.
+        """
+        with self._bar(description, total) as (progress, task):
             self.heartbeat.beat()
 
             def advance(done: int, text: str) -> None:
@@ -129,17 +163,16 @@ class Display:
             yield advance
 
     def count(self, description: str) -> AbstractContextManager[OnProgress]:
-        """Draw a progress bar while the block runs; its total may become known later."""
-        return self._count(description, self._bar())
+        """Show the progress while the block runs; its total may become known later."""
+        return self._count(description)
 
     def fetch(self, description: str) -> AbstractContextManager[OnProgress]:
-        """Draw a progress bar over bytes while the block runs, with the transfer rate; used like `count`."""
-        return self._count(description, self._bar(DownloadColumn(), TransferSpeedColumn()))
+        """Show the progress over bytes while the block runs, with the transfer rate; used like `count`."""
+        return self._count(description, in_bytes=True)
 
     @contextmanager
-    def _count(self, description: str, bar: Progress) -> Iterator[OnProgress]:
-        with bar as progress:
-            task = progress.add_task(description, total=None, text="")
+    def _count(self, description: str, in_bytes: bool = False) -> Iterator[OnProgress]:
+        with self._bar(description, None, in_bytes) as (progress, task):
 
             def on_progress(done: int, total: int) -> None:
                 self.heartbeat.beat()
@@ -147,16 +180,42 @@ class Display:
 
             yield on_progress
 
-    def _bar(self, *numbers: ProgressColumn) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            *(numbers or [MofNCompleteColumn()]),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+    @contextmanager
+    def _bar(
+        self, description: str, total: int | None, in_bytes: bool = False
+    ) -> Iterator[tuple[Progress, TaskID]]:
+        drawn = self.console.is_terminal
+        column = ProgressLine(self.console)
+        with Progress(column, console=self.console, transient=True, disable=not drawn) as progress:
+            task = progress.add_task(description, total=total, text="", in_bytes=in_bytes)
+            with self._tell(lambda: ", ".join([description, *list_facts(progress.tasks[0])])):
+                yield progress, task
+
+    @contextmanager
+    def _tell(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Tell how far the block is, for as long as it runs: in the log, and where no bar can be drawn.
+
+        The first line comes after two seconds, the others after ever longer times. A thread writes them,
+        since a single step of the block may take minutes.
+        """
+        show = self.note if self.console.is_terminal else self.say
+        ended, began = Event(), time.monotonic()
+
+        def work() -> None:
+            wait = FIRST_LINE
+            while not ended.wait(wait):
+                show(describe())
+                wait = min(2 * wait, LONGEST_WAIT)
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+        if (seconds := time.monotonic() - began) > FIRST_LINE:
+            show(f"{describe()}, done in {format_time(seconds)}")
 
 
 class SilentDisplay(Display):

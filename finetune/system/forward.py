@@ -26,29 +26,33 @@ class ChunkedForward:
     Args:
         forward: function (B, ...) -> (B, ...).
         chunk_size: largest number of images in a chunk at the start; 0 takes the whole batch.
+        least: smallest number of images in a chunk; a smaller rest joins the chunk before it.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], chunk_size: int = 0) -> None:
-        self.forward, self._chunk_size = forward, chunk_size
+    def __init__(self, forward: Callable[[Tensor], Tensor], chunk_size: int = 0, least: int = 1) -> None:
+        self.forward, self._chunk_size, self._least = forward, chunk_size, least
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the output for a batch.
 
         Raises:
-            torch.OutOfMemoryError: memory runs out for a single image.
+            torch.OutOfMemoryError: memory runs out for the smallest chunk.
         """
         outputs: list[Tensor] = []
         done = 0
         while done < len(images):
-            chunk = images[done : done + (self._chunk_size or len(images))]
+            size = self._chunk_size or len(images)
+            chunk = images[done : done + size]
+            if 0 < len(images) - done - size < self._least:
+                chunk = images[done:]
             output = attempt(partial(self.forward, chunk))
             if not isinstance(output, str):
                 outputs.append(output)
                 done += len(chunk)
-            elif len(chunk) == 1:
+            elif len(chunk) < 2 * self._least:
                 raise torch.OutOfMemoryError(output)
             else:
-                self._chunk_size = -(-len(chunk) // 2)
+                self._chunk_size = max(self._least, -(-len(chunk) // 2))
         return torch.cat(outputs)
 
 

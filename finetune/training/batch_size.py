@@ -22,7 +22,7 @@ from finetune.targets import build_loss
 from finetune.training.freeze import build_param_groups, freeze, set_train_mode
 from finetune.training.optim import build_optimizer
 from finetune.training.plan import Plan
-from finetune.training.step import Gradient, min_microbatch
+from finetune.training.step import Gradient, min_microbatch, takes_single_images
 
 HEADROOM = 1.1
 """Factor of the tried number of images over the one returned: for fragmentation, for the next batch, which is
@@ -74,6 +74,12 @@ class StepTrial:
         """
         with self._prepared():
             attempt(partial(self._run, min_microbatch(self.network)))
+
+    def takes_single_images(self) -> bool:
+        """Return whether one image can be trained on: not if a BatchNorm in train mode gets 1x1 features."""
+        with self._prepared(), torch.random.fork_rng(devices=[]):
+            image = torch.zeros(1, *self.input_size, device=self.placement.device)
+            return takes_single_images(self.network, image)
 
     def _fits(self, batch_size: int) -> bool:
         own = math.ceil(batch_size / self.num_ranks)

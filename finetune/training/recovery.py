@@ -103,7 +103,9 @@ def interrupted_error(progress: Progress, folder: RunFolder) -> InterruptedRunEr
     """Return the error of a training that was asked to stop and has written a checkpoint."""
     found = f"it was interrupted after step {progress.step}, in epoch {progress.epoch + 1}"
     fix = f"Run the same command again, with --output {folder.path}, to resume."
-    return InterruptedRunError("training", found, fix)
+    error = InterruptedRunError("training", found, fix)
+    error.output = str(folder.path)
+    return error
 
 
 def save_diverged_batch(

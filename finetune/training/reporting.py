@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.runs.files import write_csv
 from finetune.system.display import Advance, Display
+from finetune.system.progress_line import format_time
 from finetune.training.state import Progress
 
 
@@ -34,35 +35,40 @@ class ProgressReporter:
     @contextmanager
     def bar(self, progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Advance]:
         """Show a bar over ``total`` images, of which ``done`` are processed already."""
-        name = f"epoch {progress.epoch + 1}/{self.num_epochs} {what}"
+        name = f"{what}, epoch {progress.epoch + 1}/{self.num_epochs}"
         with self.display.track(name, total) as advance:
             advance(done, "")
             yield advance
 
     def describe_speed(self, progress: Progress) -> str:
-        """Return speed, share of time spent waiting for data, and time until the run ends."""
+        """Return the time until the run ends, the speed, and the share of time spent waiting for data."""
         seconds = max(progress.epoch_seconds, 1e-9)
         speed, waiting = progress.num_seen / seconds, progress.wait_seconds / seconds
-        return f"{speed:.0f} images/s, waiting {waiting:.0%}, run ends in {self._time_left(progress)}"
+        return f"run ends in {self._time_left(progress)}, {speed:.0f} images/s, waiting {waiting:.0%}"
 
     def _done(self, progress: Progress) -> float:
         """Share of the run's training that is done, in [0, 1]."""
         return min((progress.epoch + progress.num_seen / self.num_images) / self.num_epochs, 1.0)
 
     def _time_left(self, progress: Progress) -> str:
-        """Minutes and seconds left at the speed since this process started to train."""
+        """Return the time left at the speed since this process started to train."""
         done = self._done(progress)
         seconds = (time.perf_counter() - self._began) * (1 - done) / max(done - self._done_before, 1e-9)
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes}:{rest:02}"
+        return format_time(seconds)
 
     def report_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
         """Show a row of the history; a star marks the best epoch so far."""
-        self.display.say(
-            f"epoch {row['epoch']:>3}/{self.num_epochs}  lr {row['lr']:.2e}  "
-            f"train loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
-            f"val accuracy {row['eval_accuracy']:.4f}  {row['images_per_second']:.0f} images/s  "
-            f"waiting {row['data_wait_fraction']:.0%}  {row['seconds']:.1f} s{' *' if is_best else ''}"
+        self.display.say_fields(
+            [
+                f"epoch {row['epoch']:>3}/{self.num_epochs}",
+                f"val accuracy {row['eval_accuracy']:.4f} {'*' if is_best else ' '}",
+                f"val loss {row['eval_loss']:.4f}",
+                f"train loss {row['train_loss']:.4f}",
+                f"lr {row['lr']:.2e}",
+                f"{row['seconds']:.1f} s",
+                f"{row['images_per_second']:.0f} images/s",
+                f"waiting {row['data_wait_fraction']:.0%}",
+            ]
         )
 
 

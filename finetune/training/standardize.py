@@ -13,7 +13,7 @@ Shape legend: B batch, C features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from finetune.data.feed import BatchLoader
 from finetune.system.device import Precision, seed_everything
 from finetune.system.display import Advance
 from finetune.system.forward import ChunkedForward, autocast
-from finetune.training.step import has_enough_images
+from finetune.training.step import has_enough_images, learns_batch_statistics, takes_single_images
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.recorder import observe_calls
 
@@ -59,12 +59,22 @@ def measure_features(
     precision: Precision,
     seed: int,
     advance: Advance,
-    in_parts: ChunkedForward | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    microbatch: int = 0,
 ) -> dict[str, Tensor]:
     """Return mean and std of the input of each classifier layer, over at most 256 training images.
 
     The network runs in its current modes, which should be those of training, since a BatchNorm in train
     mode gives other features than one in eval mode. Its buffers are restored.
+
+    Args:
+        network: network with the classifier layers.
+        loader: training batches.
+        precision: precision of the forward pass.
+        seed: seed of dropout.
+        advance: called with the number of images of each batch.
+        forward: function from a batch to logits; by default the network.
+        microbatch: images in one forward pass; 0 is the whole batch.
 
     Returns:
         ``{"<layer>.mean": (C,), "<layer>.std": (C,)}``, on the network's device.
@@ -72,7 +82,8 @@ def measure_features(
     names = {layer: name for name, layer in network.named_modules()}
     # A mean cannot be folded into a layer without bias (torchvision's own MaxViT classifier).
     layers = {names[layer]: layer for layer in classifier_layers(network) if layer.bias is not None}
-    device, forward = loader.placement.device, in_parts or ChunkedForward(network)
+    device, forward = loader.placement.device, forward or network
+    chunked: ChunkedForward | None = None
     with (
         _kept_buffers(network),
         _recorded_inputs(layers) as inputs,
@@ -81,10 +92,15 @@ def measure_features(
     ):
         batches = loader.batches(stop=math.ceil(NUM_MEASURED / loader.batch_size), whole=True)
         for number, batch in enumerate(batches):
+            if chunked is None:
+                least = _find_smallest_chunk(network, forward, batch.images[:1], microbatch)
+                chunked = ChunkedForward(forward, microbatch, least)
+                for rows in inputs.values():
+                    rows.clear()  # those of the trial
             # For dropout; decoding in this process draws random views between the passes.
             seed_everything(seed, "measure", number)
             if has_enough_images(network, len(batch.labels), bool(batch.lost)):
-                forward(batch.images)
+                chunked(batch.images)
             advance(len(batch.labels), "")
     moments = {}
     for name, features in inputs.items():
@@ -93,6 +109,15 @@ def measure_features(
         moments[f"{name}.mean"] = stacked.mean(dim=0)
         moments[f"{name}.std"] = std.clamp_min(max(SMALLEST_STD * std.mean().item(), 1e-12))
     return moments
+
+
+def _find_smallest_chunk(
+    network: nn.Module, forward: Callable[[Tensor], Tensor], image: Tensor, microbatch: int
+) -> int:
+    """Return the smallest part of a batch that the network takes: a rest of one image may be too small."""
+    if not microbatch or not len(image) or not learns_batch_statistics(network):
+        return 1
+    return 1 if takes_single_images(forward, image) else 2
 
 
 @contextmanager

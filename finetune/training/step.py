@@ -98,6 +98,26 @@ def min_microbatch(network: nn.Module) -> int:
     return 2 if learns_batch_statistics(network) else 1
 
 
+@torch.no_grad()
+def takes_single_images(forward: Callable[[Tensor], Tensor], image: Tensor) -> bool:
+    """Return whether a forward pass in the current modes accepts one image.
+
+    It does not where a BatchNorm in train mode gets one value per channel (features of 1x1), which has no
+    variance. Running statistics change; the caller restores them.
+
+    Args:
+        forward: function from a batch to logits.
+        image: a batch of one image or row, on the device.
+    """
+    try:
+        forward(image)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        return False
+    return True
+
+
 def halve(network: nn.Module, microbatch: int) -> int:
     """Return half of a microbatch, rounded up and at least :func:`min_microbatch`, but never a larger one."""
     return max(-(-microbatch // 2), min(microbatch, min_microbatch(network)))

@@ -43,7 +43,6 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.system.forward import ChunkedForward
 from finetune.targets import compute_monitored
 from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
@@ -133,8 +132,8 @@ class Trainer:
         network, loader = self.task.network, self.task.train
         set_train_mode(network, self.phase.plan)
         with self.display.track("measuring features", min(NUM_MEASURED, len(loader.samples))) as advance:
-            parts = ChunkedForward(self.task.forward(network), self.progress.microbatch)
-            return measure_features(network, loader, self.precision, self.seed, advance, parts)
+            forward, microbatch = self.task.forward(network), self.progress.microbatch
+            return measure_features(network, loader, self.precision, self.seed, advance, forward, microbatch)
 
     @property
     def predictions(self) -> Predictions:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.errors import EnvironmentFaultError
+from finetune.errors import EnvironmentFaultError, UsageError
 from finetune.pipeline.setup import check_deterministic, fit_batches, prepare
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
@@ -75,6 +75,31 @@ def test_an_operation_that_cannot_be_deterministic_is_found_before_images_are_re
                 check_deterministic(setup)
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+SINGLE = {
+    "--batch-size 1": {"training.batch_size": 1},
+    "training.microbatch=1": {"training.microbatch": 1},
+}
+
+
+@pytest.mark.parametrize("asked", SINGLE)
+@pytest.mark.parametrize("strategy", ["full", "scratch"])
+def test_one_image_a_step_is_refused_where_a_batch_norm_gets_one_value(
+    image_folder: Path, tiny: Path, asked: str, strategy: str
+) -> None:
+    """The last stage of this network has features of 1x1 at 32 pixels, and of 2x2 at 64."""
+    keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "strategy.name": strategy} | SINGLE[
+        asked
+    ]
+    with pytest.raises(UsageError) as error:
+        prepare(load_recipe(None, keys), SilentDisplay())
+    assert error.value.asked == asked
+    assert "1x1" in error.value.found
+    assert ("strategy.norm=eval" in error.value.fix) == (strategy == "full")
+    for fix in ({"strategy.norm": "eval"}, {"input.img_size": 64}, {"strategy.name": "freeze"}):
+        setup, _ = prepare(load_recipe(None, keys | fix), SilentDisplay())
+        assert setup.recipe.training.microbatch == 1 or setup.recipe.training.batch_size == 1
 
 
 def unpool(images: Tensor) -> Tensor:

@@ -694,6 +694,22 @@ def test_every_auto_is_decided() -> None:
     assert len(changed_keys(recipe, resolved)) == len(recipe.auto_keys())
 
 
+@pytest.mark.parametrize(
+    ("strategy", "epochs", "views"),
+    [
+        *(("top", 1, 1), ("top", 4, 1), ("top", 5, 2), ("top", 9, 3), ("top", 10, 4), ("top", 100, 4)),
+        *(("freeze", 4, 1), ("freeze", 5, 2), ("freeze", 100, 2), ("full", 100, 1)),
+    ],
+)
+def test_each_cached_view_serves_several_epochs(strategy: str, epochs: int, views: int) -> None:
+    keys = {"strategy.name": strategy, "training.epochs": epochs}
+    assert resolve_recipe(load_recipe(None, keys), facts()).cache.views == views
+    asked = resolve_recipe(load_recipe(None, keys | {"cache.views": 4}), facts())
+    assert asked.cache.views == 4
+    plain = resolve_recipe(load_recipe(None, keys | {"input.augmentation": "none"}), facts())
+    assert plain.cache.views == 1
+
+
 def test_a_false_and_a_zero_are_decisions() -> None:
     resolved = resolve_recipe(load_recipe(), facts(channels_last=False, workers=0))
     assert resolved.training.channels_last is False and resolved.data.workers == 0

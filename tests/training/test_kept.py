@@ -70,6 +70,7 @@ def fit(tiny: Path, few: Path, tmp_path: Path) -> Fit:
             "data.path": str(few),
             "data.workers": 0,
             "cache.pictures": False,
+            "cache.views": 2,
             "strategy.name": strategy,
             "training.epochs": 3,
             "training.batch_size": 8,
@@ -150,6 +151,21 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
     computed.clear()
     fit("four", keys={"cache.views": 9, "training.epochs": 3})
     assert computed == []  # no more views than epochs
+
+
+def test_no_more_views_than_pay_in_this_run(fit: Fit, computed: list[int]) -> None:
+    """A view for each epoch saves nothing. A run that gets more epochs keeps its number of views."""
+    auto = {"cache.views": "auto"}
+    first = fit("one", "top", keys=auto | {"training.epochs": 4})
+    assert sum(computed) == 40 + 10
+    longer = fit("one", "top", keys=auto | {"training.epochs": 6})
+    assert sum(computed) == 40 + 10
+    for finished in (first, longer):
+        recipe = RunReader(finished.folder).recipe
+        assert recipe is not None
+        assert recipe.cache.views == 1
+    fit("two", "top", keys=auto | {"training.epochs": 6})
+    assert sum(computed) == 2 * 40 + 10  # the second view
 
 
 @pytest.mark.parametrize(

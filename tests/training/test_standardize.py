@@ -108,3 +108,23 @@ def test_a_kept_classifier_computes_what_it_did() -> None:
     torch.testing.assert_close(network(images), before, atol=1e-4, rtol=1e-4)
     fold(network)
     torch.testing.assert_close(network(images), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_microbatch_that_leaves_a_rest_of_one_image_can_be_measured(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """A BatchNorm on pooled features cannot normalise a single image."""
+    trainer = build_trainer(image_folder, tmp_path, batch_size=9)
+    network = trainer.task.network
+    network.head = nn.Sequential(nn.BatchNorm1d(8), network.head)
+    network.get_classifier = lambda: network.head[1]
+    network.train()
+    found = [
+        measure_features(network, trainer.task.train, "float32", 0, lambda *_: None, microbatch=size)
+        for size in (4, 0)
+    ]
+    assert found[0].keys() == {"head.1.mean", "head.1.std"}
+    # Each chunk has a mean of 0 and a deviation of 1, so only the trial of one image could spoil them.
+    for moments in found:
+        torch.testing.assert_close(moments["head.1.mean"], torch.zeros(8), atol=1e-4, rtol=0)
+        torch.testing.assert_close(moments["head.1.std"], torch.ones(8), atol=1e-2, rtol=0)

@@ -36,7 +36,8 @@ def check_data(
         DataError: exact copies lie in two splits and that is not allowed, or too many images are unreadable.
     """
     dataset = _draw(dataset, checked, recipe, display)
-    report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, dataset.issues)
+    with display.busy("comparing images"):
+        report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, dataset.issues)
     write_json(folder.check, report.to_dict())
     _show_issues(report, folder, display, recipe.data)
     _refuse_leaks(report)
