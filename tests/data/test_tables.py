@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from finetune.api import check
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.inputs import find_inputs, find_labelled
 from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
 from finetune.errors import DataError
+from finetune.features.extraction import open_images
+from finetune.pipeline.setup import _find_images
+from finetune.recipe import load_recipe
+from finetune.system.display import SilentDisplay
 
 NAMES = [f"img/{label}{number}.jpg" for label in "xy" for number in range(6)]
 
@@ -341,3 +346,14 @@ def test_prediction_reads_the_same_tables(tmp_path: Path, name: str, header: str
 def test_prediction_does_not_fetch_addresses(tmp_path: Path) -> None:
     table = write(images(tmp_path), "path\nhttp://x.org/a.jpg\n")
     assert "not fetched" in next(iter(find_inputs(str(table), None).open())).fault
+
+
+def test_the_keys_of_the_recipe_reach_every_reader(tmp_path: Path) -> None:
+    table = write(images(tmp_path, *NAMES, "masks/x0.png"), rows("f,Art,Ort", "{i},{l},q{i}"))
+    data = {"path": str(table), "path_column": "f", "label_column": "Art", "suffix": ".jpg"}
+    recipe = load_recipe(None, {"data": data})
+    assert_read(_find_images(recipe, SilentDisplay()))
+    assert_read(open_images(recipe, SilentDisplay()))
+    settings = {f"data.{key}": value for key, value in data.items()}
+    result = check(settings=settings, output=tmp_path / "check", display=SilentDisplay())
+    assert "table-columns" in str(result) and "may hold the labels" not in str(result)

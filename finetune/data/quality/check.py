@@ -47,7 +47,7 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
         with display.count(f"reading {settings.path}") as on_progress:
             config = SplitConfig.of(recipe)
             dataset, issues = discover_leniently(
-                Path(settings.path), config, settings.follow_links, on_progress, TableConfig.of(recipe)
+                Path(settings.path), config, settings.follow_links, on_progress, table=TableConfig.of(recipe)
             )
         _create_output(output, dataset, Path(settings.path))
         found = (
