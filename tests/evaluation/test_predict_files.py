@@ -277,9 +277,9 @@ def test_links_out_of_a_folder_are_refused_unless_allowed(tiny: Path, folder: Pa
     ("content", "said"),
     [
         (b"", "no column 'path'"),
-        (b"file,label\na.jpg,x\n", "no column 'path'"),
+        (b"caption,label\na dog,x\n", "no column 'path'"),
         (b"path,path\n", "more than one column"),
-        (b"path\n\xff\xfe\n", "not UTF-8"),
+        (b"path\n\xff\x81\n", "not UTF-8"),
         (b"path\n", "there are no images"),
         (b"path\n\n" + b"x" * 200_000, "not a table"),
     ],
