@@ -160,6 +160,7 @@ def draw_feature_map(
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
         source = _open(recipe, network, output, display)
+        create_new_folder(output)
         samples = source.dataset.samples
         with open_features(source, [chosen], pool) as features:
             usable = features.usable(samples)

@@ -463,7 +463,7 @@ def test_a_run_that_has_learnt_from_features_does_not_go_on_without(fit: Fit) ->
     with (
         full,
         mock.patch("finetune.features.store.MEMORY_BYTES", 0),
-        pytest.raises(DiskError, match="kept features"),
+        pytest.raises(DiskError, match="cached features"),
     ):
         fit("one")
     again = fit("one")
