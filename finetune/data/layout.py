@@ -176,7 +176,7 @@ def is_system(name: str) -> bool:
 
 def extension_counts(files: Iterable[str]) -> Counter[str]:
     """Count files by extension, in lower case."""
-    return Counter(os.path.splitext(name)[1].lower() or "no extension" for name in files)  # noqa: PTH122
+    return Counter(os.path.splitext(name)[1].lower() or "no extension" for name in sorted(files))  # noqa: PTH122
 
 
 def extensions(others: Counter[str], before: str) -> str:
