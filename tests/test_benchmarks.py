@@ -310,6 +310,7 @@ def test_the_first_hour_says_that_there_is_no_gpu(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_first_hour_runs_items_and_goes_on_after_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

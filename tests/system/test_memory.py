@@ -124,6 +124,7 @@ def test_torch_has_emptied_its_cache_itself() -> None:
         assert count_calls(error, failures=1) == (describe_shortage(error), 1, 1)
 
 
+@pytest.mark.slow
 def test_a_library_gets_a_second_call_with_an_empty_cache() -> None:
     for error in BY_LIBRARIES:
         assert count_calls(error, failures=1) == (7, 2, 1)
