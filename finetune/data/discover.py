@@ -348,7 +348,7 @@ def find_images(
         DataError: there is no image, or the layout is ambiguous.
     """
     if not _is_unlabelled(data) or find_split_archives(data):
-        return discover(data, config, follow_links, on_progress, draws, table)
+        return discover(data, config, follow_links, on_progress, draws=draws, table=table)
     reader = LayoutReader(
         f"--data {printable(data)}", data.absolute(), follow_links=follow_links, table=table
     )

@@ -85,12 +85,7 @@ def solve_head(context: FitContext, choice: str) -> LinearHead:
         wanted = layers.select([choice])
     with open_features(source, wanted, "auto", distributed=context.distributed.machine) as features:
         _refuse_lost(features)
-        return context.distributed.share(lambda: _solve_alone(source, features, choice))
-
-
-def _solve_alone(source: Source, features: Features, choice: str) -> LinearHead:
-    with _every_core():
-        return _solve(source, features, choice)
+        return context.distributed.share(lambda: _solve(source, features, choice))
 
 
 @contextmanager
@@ -108,6 +103,7 @@ def _every_core() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@_every_core()
 def _solve(source: Source, features: Features, choice: str) -> LinearHead:
     dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
     total = 1 + (len(features.layers) if choice == "best" else 0)

@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -32,6 +31,7 @@ from finetune.training.trainer import Trainer
 from tests.conftest import Cli
 from tests.sweeps import slow_except
 from tests.training.helpers import (
+    EVERYTHING_ON,
     NormFree,
     SmallNet,
     assert_same_end,
@@ -43,19 +43,6 @@ from tests.training.helpers import (
     warnings,
 )
 
-EVERYTHING_ON: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 8,
-    "lr": 0.05,
-    "augmentation": "light",
-    "dropout": 0.2,
-    "mixup": 0.3,
-    "cutmix": 1.0,
-    "ema_decay": 0.9,
-    "label_smoothing": 0.1,
-    "class_weights": "balanced",
-    "clip_grad": 1.0,
-}
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 

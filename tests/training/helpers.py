@@ -31,6 +31,21 @@ from finetune.training.trainer import Trainer
 from pretrained.catalog import Preprocessing
 from pretrained.graph.stages import find_stages
 
+EVERYTHING_ON: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 8,
+    "lr": 0.05,
+    "augmentation": "light",
+    "dropout": 0.2,
+    "mixup": 0.3,
+    "cutmix": 1.0,
+    "ema_decay": 0.9,
+    "label_smoothing": 0.1,
+    "class_weights": "balanced",
+    "clip_grad": 1.0,
+}
+"""Settings that bring every kind of state into a training."""
+
 
 class SmallNet(nn.Module):
     """Two stages with BatchNorm and dropout, and a linear head: (B, 3, H, W) -> (B, 3)."""
