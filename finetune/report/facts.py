@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.data.dataset import SPLITS
 from finetune.recipe import Recipe
@@ -31,6 +31,29 @@ class IssueFact:
     message: str
     fix: str
     paths: tuple[str, ...]
+
+
+class ConfusedTwo(NamedTuple):
+    """Two classes and their mistakes.
+
+    Attributes:
+        first: one class.
+        second: the other.
+        there: images of the first that were predicted as the second.
+        back: images of the second that were predicted as the first.
+        images: evaluated images of both.
+    """
+
+    first: str
+    second: str
+    there: int
+    back: int
+    images: int
+
+    @property
+    def mistakes(self) -> int:
+        """Images of one that were predicted as the other, both ways."""
+        return self.there + self.back
 
 
 @dataclass(frozen=True)
@@ -126,6 +149,23 @@ class Facts:
         return sorted(pairs, key=lambda pair: -pair[2])
 
     @cached_property
+    def confused_two(self) -> list[ConfusedTwo]:
+        """Every two classes with mistakes between them; the most frequent first."""
+        counts = {(label, guess): count for label, guess, count, _ in self.confused}
+        totals = dict(zip(self.classes, map(sum, self.confusion), strict=True))
+        twos = [
+            ConfusedTwo(
+                one,
+                other,
+                counts.get((one, other), 0),
+                counts.get((other, one), 0),
+                totals[one] + totals[other],
+            )
+            for one, other in sorted({(min(pair), max(pair)) for pair in counts})
+        ]
+        return sorted(twos, key=lambda two: -two.mistakes)
+
+    @cached_property
     def counts(self) -> dict[str, Counter[str]]:
         """Number of images by split and class, training first; of evaluated images if no split is known."""
         splits = {row["split"] for row in self.split}
@@ -160,6 +200,14 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def finite_text(text: str) -> float | None:
+    """Return the finite number in a table cell; None for ``n/a`` and other text."""
+    try:
+        return finite(float(text))
+    except ValueError:
+        return None
 
 
 def load_facts(folder: RunFolder) -> Facts:

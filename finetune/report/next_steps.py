@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from finetune.report.facts import Facts, finite
+from finetune.report.facts import Facts, finite_text
+from finetune.report.neighbours import find_better_linear
 
 MOST = 6
 """Largest number of suggestions on the page; the most important rules come first."""
@@ -25,6 +26,9 @@ SURE = 0.95
 WAITING = 0.3
 """Share of the training time spent waiting for images that counts as slow loading."""
 
+NEXT = {"freeze": "top", "top": "full"}
+"""The strategy that trains more stages than another."""
+
 Step = tuple[str, str]
 """A suggestion, and the numbers that support it."""
 
@@ -34,6 +38,7 @@ def suggest_steps(facts: Facts) -> list[Step]:
     rules = (
         _mend_data,
         _look_at_sure_mistakes,
+        _take_the_next_strategy,
         _set_a_test_part_aside,
         _train_longer,
         _hold_back,
@@ -66,6 +71,30 @@ def _look_at_sure_mistakes(facts: Facts) -> Iterator[Step]:
             "Look at the most confident mistakes: some of them may be wrong labels. "
             f"`finetune check --run {shlex.quote(str(facts.folder.path))}` lists the probable ones.",
             f"{len(sure)} of {len(facts.mistakes)} mistakes have a confidence of {100 * SURE:.0f} % or more.",
+        )
+
+
+def _take_the_next_strategy(facts: Facts) -> Iterator[Step]:
+    """Suggest a floor where a linear classifier was better on the same images, else the next strategy."""
+    accuracy = facts.number("accuracy")
+    strategy = facts.recipe.strategy if facts.recipe else None
+    if strategy is None or accuracy is None or accuracy == 1 or strategy.features or strategy.floor:
+        return
+    linear = find_better_linear(facts)
+    if linear is not None:
+        freezes = strategy.name == "freeze"
+        yield (
+            f"Train again with `--set strategy.{'features' if freezes else 'floor'}={linear.features}`: the "
+            f"linear classifier on these features {'replaces' if freezes else 'is kept unless it loses to'} "
+            "training.",
+            f"It classified {100 * linear.accuracy:.1f} % of the same images correctly ({linear.run}), and "
+            f"this network {100 * accuracy:.1f} %.",
+        )
+    elif strategy.name in NEXT and not facts.advice and not any(_hold_back(facts)):
+        yield (
+            f"Train more stages: `--strategy {NEXT[strategy.name]}` with a new `--output`, then "
+            "`finetune compare` with both runs.",
+            f"`{strategy.name}` classified {100 * accuracy:.1f} % correctly.",
         )
 
 
@@ -105,23 +134,20 @@ def _tell_a_pair_apart(facts: Facts) -> Iterator[Step]:
     wrong = sum(count for _, _, count, _ in facts.confused)
     if len(facts.classes) < 3 or wrong < 8:
         return
-    both: dict[frozenset[str], int] = {}
-    for label, guess, count, _ in facts.confused:
-        pair = frozenset((label, guess))
-        both[pair] = both.get(pair, 0) + count
-    pair, count = max(both.items(), key=lambda item: item[1])
-    if count >= max(5, 0.25 * wrong):
-        first, second = sorted(pair)
+    two = facts.confused_two[0]
+    if two.mistakes >= max(5, 0.25 * wrong):
         yield (
-            f"Compare images of {first} and {second}: add images that show the difference, "
+            f"Compare images of {two.first} and {two.second}: add images that show the difference, "
             "or try a larger `--img-size`.",
-            f"{count} of {wrong} mistakes are between these two.",
+            f"{two.mistakes} of {wrong} mistakes are between these two.",
         )
 
 
 def _find_a_weak_class(facts: Facts) -> Iterator[Step]:
     accuracy = facts.number("balanced_accuracy")
-    rows = [(_number(row["recall"]), _number(row["support"]), row["label"]) for row in facts.per_class]
+    rows = [
+        (finite_text(row["recall"]), finite_text(row["support"]), row["label"]) for row in facts.per_class
+    ]
     known = [(recall, support, label) for recall, support, label in rows if recall is not None and support]
     if accuracy is None or len(known) < 3:
         return
@@ -133,13 +159,6 @@ def _find_a_weak_class(facts: Facts) -> Iterator[Step]:
             f"{100 * recall:.0f} % of its {support:.0f} images were classified correctly; the mean over all "
             f"classes is {100 * accuracy:.0f} %.",
         )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return finite(float(text))
-    except ValueError:
-        return None
 
 
 def _train_counts(facts: Facts) -> list[tuple[int, str]]:

@@ -20,11 +20,10 @@ from markupsafe import Markup, escape
 
 from finetune import __version__
 from finetune.plots.svg import Plot, load_style
-from finetune.report import sections
+from finetune.report import sections, tables
 from finetune.report.facts import Facts
 from finetune.report.images import Album, Mistake
 from finetune.report.next_steps import suggest_steps
-from finetune.report.tables import describe_rejects, list_rejects, list_variants
 
 MOST_FINDINGS = 30
 """Largest number of issues on the page; check.json lists all."""
@@ -77,9 +76,7 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
             version=__version__,
             title=_title(facts),
             sections=sections,
-            list_variants=list_variants,
-            rejects=list_rejects(facts),
-            rejects_note=describe_rejects(facts),
+            tables=tables,
         )
     )
     return Page(html, [plot for plots in drawn.values() for plot in plots])

@@ -1,4 +1,4 @@
-"""The text, tables and plots of each section of the report, without markup."""
+"""The text and plots of each section of the report, without markup."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from finetune.plots.confusion import MOST_CLASSES, draw_confusion_matrix
 from finetune.plots.curves import draw_curves
 from finetune.plots.intervals import draw_intervals
 from finetune.plots.svg import Plot
-from finetune.report.facts import EVALUATED, Facts, finite
+from finetune.report.facts import EVALUATED, Facts, finite, finite_text
 from finetune.report.images import Album, InlineImage
-from finetune.runs.reader import CsvRow
-from finetune.targets import CLASS_METRICS, DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
+from finetune.targets import DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
 
 SPLIT_NAMES = {"val": "validation", "test": "test", "train": "training", "all": EVALUATED}
-MOST_PAIRS = 15
-"""Largest number of confused pairs of classes on the page."""
 MOST_SAMPLES = 120
 """Largest number of sample images on the page, over all classes."""
 SHOWN_CLASSES = 30
@@ -121,14 +118,6 @@ def choose_classes(facts: Facts) -> list[str]:
     known = [name for name in facts.classes if finite_text(recalls.get(name, "")) is not None]
     worst = sorted(known, key=lambda name: finite_text(recalls[name]) or 0.0)
     return (worst or list(facts.classes))[:SHOWN_CLASSES]
-
-
-def finite_text(text: str) -> float | None:
-    """Return the finite number in a table cell; None for ``n/a`` and other text."""
-    try:
-        return finite(float(text))
-    except ValueError:
-        return None
 
 
 def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
@@ -251,61 +240,6 @@ def plot_confusion(facts: Facts) -> Plot | None:
     if not facts.confusion or len(facts.classes) > MOST_CLASSES:
         return None
     return draw_confusion_matrix(facts.classes, facts.confusion)
-
-
-@dataclass(frozen=True)
-class ConfusedPair:
-    """How many images of one class were predicted as another."""
-
-    label: str
-    predicted: str
-    count: int
-    share: str
-
-
-def list_confused(facts: Facts) -> list[ConfusedPair]:
-    """Return the most frequently confused pairs, from ``metrics.json`` or else from the confusion matrix."""
-    found = [
-        ConfusedPair(str(row["label"]), str(row["predicted"]), int(count), percent(share))
-        for row in facts.rows("most_confused")
-        if {"label", "predicted"} <= set(row)
-        and (count := finite(row.get("count"))) is not None
-        and (share := finite(row.get("share"))) is not None
-    ]
-    if found:
-        return found[:MOST_PAIRS]
-    return [
-        ConfusedPair(label, guess, count, percent(count / total))
-        for label, guess, count, total in facts.confused[:MOST_PAIRS]
-    ]
-
-
-@dataclass(frozen=True)
-class TableCell:
-    """A cell of a sortable table: its text, and the number to sort by (empty: sorted last)."""
-
-    text: str
-    value: str
-
-
-def list_classes(facts: Facts) -> list[tuple[str, list[TableCell]]]:
-    """Return each class with one cell for each of ``class_columns``."""
-    return [
-        (row["label"], [_cell(row, column) for column in class_columns(facts)]) for row in facts.per_class
-    ]
-
-
-def class_columns(facts: Facts) -> list[str]:
-    """Return the numeric columns of ``per_class.csv`` that the table shows."""
-    return [column for column in CLASS_METRICS if facts.per_class and column in facts.per_class[0]]
-
-
-def _cell(row: CsvRow, column: str) -> TableCell:
-    number = finite_text(row[column])
-    if number is None:
-        return TableCell("n/a", "")
-    text = f"{number:,.0f}" if column in ("support", "predicted") else f"{number:.3f}"
-    return TableCell(text, f"{number:.9g}")
 
 
 # --- calibration ---------------------------------------------------------------------------------

@@ -490,8 +490,8 @@ def test_a_prediction_resumes_after_sigkill_and_sigterm(
         pipe = subprocess.PIPE
         process = subprocess.Popen([*command, "--batch-size", "4"], stdin=pipe, stderr=pipe)
         assert process.stdin and process.stderr
-        said = process.stderr.readline().decode()
-        assert "10 classes" in said  # it is ready
+        while "10 classes" not in (said := process.stderr.readline().decode()):
+            assert said, "it ended before it was ready"
         for name in names:
             process.stdin.write(f"{name}\n".encode())
             process.stdin.flush()

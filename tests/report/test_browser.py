@@ -20,6 +20,10 @@ pytestmark = [
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine"),
     pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed"),
 ]
+FRUIT = (
+    "Delicious", "Pineapple", "Watermelon", "Grapefruit", "Pomegranate", "Nectarine", "Cantaloupe", "Mango",
+    "Peach", "Kiwi", "Plum",
+)  # fmt: skip
 SWITCHES = (
     "--headless",
     "--no-sandbox",
@@ -101,7 +105,7 @@ def test_hostile_names_are_text(browser: Any, page: Path) -> None:
     labels = browser.execute_script(
         "return [...document.querySelectorAll('#classes tbody th')].map(one => one.textContent)"
     )
-    assert labels == [*HOSTILE, "spare"]
+    assert sorted(labels) == sorted([*HOSTILE, "spare"])
     shown = browser.execute_script("return document.body.textContent")
     assert HOSTILE_FILE in shown
     told = browser.execute_script(
@@ -137,6 +141,10 @@ def test_the_table_sorts_by_number_with_empty_cells_last(browser: Any, page: Pat
     state = (
         "return [...document.querySelectorAll('#classes thead th')].map(one => one.getAttribute('aria-sort'))"
     )
+    assert browser.execute_script(state) == ["none", "none", "none", "ascending", "none", "none"]
+    lowest_first = column(browser, 3)
+    assert lowest_first[-1] == "n/a"
+    assert [float(cell) for cell in lowest_first[:-1]] == sorted(map(float, lowest_first[:-1]))
     recall.click()
     rising = column(browser, 2)
     assert rising[-1] == "n/a" and "n/a" not in rising[:-1]
@@ -155,6 +163,20 @@ def test_the_table_sorts_by_number_with_empty_cells_last(browser: Any, page: Pat
     assert column(browser, 0) != [*HOSTILE, "spare"] and sorted(column(browser, 0)) == sorted(
         [*HOSTILE, "spare"]
     )
+
+
+def test_no_small_table_scrolls_sideways_on_a_desktop(browser: Any, tmp_path: Path) -> None:
+    """22 classes make the widest matrix that is common; the table of mistakes moves below it."""
+    names = [f"{first} {second}" for first in ("Golden", "Yellow") for second in FRUIT]
+    folder = write_folder(tmp_path, names, per_class=3)
+    write_run_report(folder, SilentDisplay())
+    open_page(browser, folder.report)
+    wide = (
+        "return [...document.querySelectorAll('.scrolls, .tall')].filter(one => one.scrollWidth > "
+        "one.clientWidth).map(one => one.getAttribute('aria-label'))"
+    )
+    assert browser.execute_script(wide) == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 1280
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

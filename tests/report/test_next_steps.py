@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.report.facts import Facts
+from finetune.recipe import Recipe
+from finetune.report.facts import Facts, load_facts
 from finetune.report.next_steps import suggest_steps
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import PredictionRow
@@ -91,3 +93,70 @@ def test_the_number_of_suggestions_is_limited() -> None:
         split=split(a=100, b=2), predictions=SURE, per_class=WEAK, **CONFUSED,
     )  # fmt: skip
     assert len(suggest_steps(everything)) == 6
+
+
+# --- the next strategy ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "following"), [("freeze", "top"), ("top", "full")])
+def test_the_next_strategy_trains_more_stages(name: str, following: str) -> None:
+    recipe = Recipe.model_validate({"backbone": {"name": "resnet18"}, "strategy": {"name": name}})
+    [(advice, evidence)] = suggest_steps(facts({"accuracy": 0.9}, recipe=recipe))
+    assert f"--strategy {following}" in advice and evidence == f"`{name}` classified 90.0 % correctly."
+
+
+@pytest.mark.parametrize(
+    ("changed", "strategy"),
+    [
+        ({}, {"name": "full"}),
+        ({}, {"name": "freeze", "features": "all"}),
+        ({"metrics": QUIET | {"accuracy": 1.0}}, {"name": "top"}),
+        ({"advice": {"reasons": ["measured"]}}, {"name": "top"}),
+        ({"history": APART}, {"name": "top"}),
+    ],
+    ids=["all stages", "solved", "no mistake", "chosen from evidence", "overfitting"],
+)
+def test_no_strategy_follows(changed: dict[str, Any], strategy: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate({"backbone": {"name": "resnet18"}, "strategy": strategy})
+    values = {"metrics": QUIET | {"accuracy": 0.9}, "history": HISTORY, "recipe": recipe} | changed
+    assert "--strategy" not in str(suggest_steps(Facts(RunFolder(Path("runs/x")), **values)))
+
+
+def write_run(folder: Path, accuracy: float, images: str = "ab", **strategy: Any) -> RunFolder:
+    """Write the files of a run that a suggestion reads."""
+    run = RunFolder(folder)
+    folder.mkdir(parents=True)
+    features = ["layer4"] if "features" in strategy else None
+    metrics = {"accuracy": accuracy, "backbone": "timm/resnet18", "features": features}
+    run.metrics.write_text(json.dumps(metrics))
+    run.recipe.write_text(json.dumps({"backbone": {"name": "resnet18"}, "strategy": strategy}))
+    rows = [f"{path}.jpg,a,a,0.9,0.9,0.1" for path in images]
+    run.predictions.write_text("\n".join(["path,label,predicted,confidence,prob_a,prob_b", *rows]) + "\n")
+    return run
+
+
+@pytest.mark.parametrize(("name", "key"), [("top", "floor"), ("full", "floor"), ("freeze", "features")])
+def test_a_better_linear_classifier_beside_the_run_is_suggested(tmp_path: Path, name: str, key: str) -> None:
+    run = write_run(tmp_path / "trained", 0.9, name=name)
+    write_run(tmp_path / "some", 0.95, name="freeze", features="last")
+    write_run(tmp_path / "most", 0.97, name="freeze", features="all")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/metrics.json").write_text("{")
+    [(advice, evidence)] = suggest_steps(load_facts(run))
+    assert f"--set strategy.{key}=all" in advice
+    assert "97.0 %" in evidence and "(most)" in evidence and "90.0 %" in evidence
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "backbone"),
+    [(0.9, "ab", "resnet18"), (0.97, "abc", "resnet18"), (0.97, "ab", "resnet50")],
+    ids=["not better", "other images", "another backbone"],
+)
+def test_a_run_that_cannot_be_compared_suggests_no_floor(
+    tmp_path: Path, accuracy: float, images: str, backbone: str
+) -> None:
+    run = write_run(tmp_path / "trained", 0.9, name="top")
+    other = write_run(tmp_path / "solved", accuracy, images, name="freeze", features="all")
+    other.metrics.write_text(other.metrics.read_text().replace("resnet18", backbone))
+    [(advice, _)] = suggest_steps(load_facts(run))
+    assert "floor" not in advice and "--strategy full" in advice

@@ -15,6 +15,7 @@ import pytest
 from finetune.errors import UsageError
 from finetune.report.facts import load_facts
 from finetune.report.write_report import write_run_report
+from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.system.display import SilentDisplay
 from tests.conftest import Cli
@@ -24,13 +25,13 @@ from tests.sweeps import slow_except
 SECTIONS = (
     "result",
     "check",
+    "mistakes",
     "data",
     "plan",
     "training",
     "confusion",
     "classes",
     "calibration",
-    "mistakes",
     "next",
     "run",
 )
@@ -283,6 +284,35 @@ def test_many_classes_stay_readable_and_small(tmp_path: Path) -> None:
     assert "the other 100 are left out" in html
     assert html.count('<th scope="row" data-value="class ') == 130
     assert len(html) < 2_000_000
+
+
+def write_confusion(folder: RunFolder, classes: tuple[str, ...], counts: list[list[int]]) -> None:
+    rows = [(name, *row) for name, row in zip(classes, counts, strict=True)]
+    write_csv(folder.confusion_matrix, rows, ("label", *classes))
+
+
+def test_classes_that_are_often_confused_both_ways_are_named(copy: RunFolder) -> None:
+    classes = ("ants", "bees", "wasps")
+    write_confusion(copy, classes, [[20, 0, 1], [9, 12, 4], [0, 6, 19]])
+    words = "both ways: 10 of 20 mistakes are between these two, 20.0 % of their 50 images"
+    assert remake(copy).count("often confused both ways") == 1
+    assert words in remake(copy)
+    write_confusion(copy, classes, [[20, 0, 1], [9, 12, 0], [0, 6, 19]])  # one way only
+    assert "both ways" not in remake(copy)
+    write_confusion(copy, classes, [[200, 0, 0], [0, 200, 2], [0, 2, 200]])  # rarely
+    assert "both ways" not in remake(copy)
+
+
+def test_the_lowest_f1_comes_first_and_an_undefined_one_last(copy: RunFolder) -> None:
+    rows = [
+        ("ants", 0.9, 0.9, 0.9, 9, 9),
+        ("bees", "n/a", "n/a", "n/a", 0, 0),
+        ("wasps", 0.1, 0.1, 0.1, 9, 9),
+    ]
+    write_csv(copy.per_class, rows, ("label", "precision", "recall", "f1", "support", "predicted"))
+    table = remake(copy).partition('<section id="classes"')[2].partition("</table>")[0]
+    assert re.findall(r'<th scope="row" data-value="(\w+)"', table) == ["wasps", "ants", "bees"]
+    assert table.count('aria-sort="ascending"') == 1
 
 
 def test_a_full_album_leaves_images_out(made: RunFolder) -> None:
