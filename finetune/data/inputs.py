@@ -23,6 +23,7 @@ from finetune.data.formats import is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, count, extension_counts, extensions, printable, some
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.tables.columns import find_path_column
+from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.data.tables.files import FETCH, TableFiles, is_address
 from finetune.data.tables.format import is_table, read_rows
 from finetune.errors import DataError, UsageError, suggest
@@ -230,6 +231,7 @@ def find_labelled(
     split: EvalSplit | None = None,
     follow_links: bool = False,
     on_progress: Progress | None = None,
+    table: TableConfig = BY_NAMES,
 ) -> Dataset:
     """Return labelled images of a folder, a zip archive or a CSV file, numbered as a model's classes are.
 
@@ -239,6 +241,7 @@ def find_labelled(
         split: the split to read; by default ``test`` if there is one, else ``val``, else ``train``.
         follow_links: read images through links that lead out of the folder.
         on_progress: called with the entries done and their number while an archive is unpacked.
+        table: how the model's training table was read; what fits a table of ``data`` applies to it too.
 
     Returns:
         A dataset with these classes; every image keeps the split it is found in.
@@ -247,7 +250,11 @@ def find_labelled(
         DataError: there are no images, the split does not exist, or a class is unknown to the model.
     """
     reader = LayoutReader(
-        f"--data {printable(data)}", data.absolute(), follow_links=follow_links, for_evaluation=True
+        f"--data {printable(data)}",
+        data.absolute(),
+        follow_links=follow_links,
+        for_evaluation=True,
+        table=table,
     )
     is_table = read_data(reader, data, on_progress)
     samples = _number(reader, _choose_splits(reader, split), classes)

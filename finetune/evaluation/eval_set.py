@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune.data.dataset import Dataset, PreparedDataset
 from finetune.data.inputs import EvalSplit, find_labelled
 from finetune.data.scan import scan_images
+from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.variants import Model
 from finetune.features.extraction import open_images
@@ -58,7 +59,7 @@ def find_eval_set(
     if data is None:
         raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
     with display.count(f"reading {data}") as on_progress:
-        found = find_labelled(data, classes, split, follow_links, on_progress)
+        found = find_labelled(data, classes, split, follow_links, on_progress, _table_of(run))
     for warning in found.warnings:
         display.warn(warning)
     return EvalSet(_prepare(found, display), _name_split(found, split))
@@ -82,6 +83,12 @@ def _is_own(run: RunFolder, data: Path) -> bool:
 def _data_of(run: RunFolder) -> Path | None:
     recipe = RunReader(run).recipe
     return Path(recipe.data.path) if recipe is not None and recipe.data.path is not None else None
+
+
+def _table_of(run: RunFolder | None) -> TableConfig:
+    """Return how the run read its table, since a table of test images is often written like it."""
+    recipe = RunReader(run).recipe if run is not None else None
+    return TableConfig.of(recipe) if recipe is not None else BY_NAMES
 
 
 def _has_split(run: RunFolder, split: EvalSplit | None) -> bool:

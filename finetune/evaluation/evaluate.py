@@ -132,11 +132,11 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
 
 
 def _report(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
-    low, high = metrics["intervals"]["accuracy"]
+    (low, high), split = metrics["intervals"]["accuracy"], metrics["split"]
     display.say(
         f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
         f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
-        f"{metrics['num_samples']} {metrics['split']} images",
+        f"{metrics['num_samples']}{'' if split == 'all' else f' {split}'} images",
         style="bold",
     )
     display.say(f"metrics {folder.path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert "Traceback" not in said
-    assert "same command again" in said
+    words = shlex.join(map(str, words_of(tiny, long_data, output)))
+    assert said.endswith(f", to resume.\n  finetune {words}\n")
     outcome = json.loads((output / "outcome.json").read_text())
     assert (outcome["state"], outcome["exit_code"]) == ("interrupted", 75)
     again = finish(*words_of(tiny, long_data, output))

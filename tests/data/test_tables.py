@@ -357,3 +357,14 @@ def test_the_keys_of_the_recipe_reach_every_reader(tmp_path: Path) -> None:
     settings = {f"data.{key}": value for key, value in data.items()}
     result = check(settings=settings, output=tmp_path / "check", display=SilentDisplay())
     assert "table-columns" in str(result) and "may hold the labels" not in str(result)
+
+
+def test_evaluation_reads_a_table_as_the_training_table_was_read(tmp_path: Path) -> None:
+    """Other names decide where the table lacks the columns of the training table."""
+    trained = TableConfig("file", "species", "none", "img", "")
+    text = rows("file,class,Species,split", "{b},q{b},{l},test")
+    dataset = find_labelled(write(images(tmp_path), text), ("x", "y"), table=trained)
+    assert len(dataset.samples) == 12 and {s.split for s in dataset.samples} == {"train"}
+    other = write(tmp_path, rows("path,label", "{p},{l}"), "other.csv")
+    trained = TableConfig("file", "species", "part", "photos", "")
+    assert len(find_labelled(other, ("x", "y"), table=trained).samples) == 12

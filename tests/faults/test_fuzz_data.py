@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError, decode_image, probe_image
+from finetune.data.depth import find_range
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError
@@ -226,7 +228,10 @@ def read(reader: Callable[[Path], Any], path: Path) -> Any:
 def fuzz_images(folder: Path, data: bytes) -> None:
     path = folder / "x.jpg"
     path.write_bytes(data)
-    image, probed = read(decode_image, path), read(probe_image, path)
+    probed = read(probe_image, path)
+    values = None if isinstance(probed, BadImageError) else probed.values
+    measured = None if values is None else find_range([values])  # as training measures it
+    image = read(partial(decode_image, value_range=measured), path)
     if not isinstance(image, BadImageError):
         assert image.mode == "RGB" and len(image.tobytes()) == 3 * image.width * image.height
     assert isinstance(image, BadImageError) == isinstance(probed, BadImageError), (image, probed)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from finetune.data.layout import LayoutReader, some
+from finetune.data.tables.config import NO_COLUMN, TableConfig
 from finetune.errors import suggest
 
 _SEPARATORS = re.compile(r"[\W_]+")
@@ -32,3 +34,18 @@ def find_named(reader: LayoutReader, header: Sequence[str], name: str, key: str)
         f"has no column {name!r} (columns: {some(header)}{suggest(name, header)})",
         f"Correct --set data.{key}={name}.",
     )
+
+
+def keep_fitting(table: TableConfig, header: Sequence[str], folder: Path) -> TableConfig:
+    """Return what a training table's configuration says of another table in ``folder``.
+
+    Columns that the other table lacks, and a folder of images that is not there, are left out.
+    """
+    known = {plain(name) for name in header} | {plain(NO_COLUMN)}
+    kept = {
+        key: name
+        for key in ("path_column", "label_column", "split_column")
+        if (name := getattr(table, key)) is not None and plain(name) in known
+    }
+    root = table.image_root if table.find_folder(folder).is_dir() else None
+    return TableConfig(**kept, image_root=root, suffix=table.suffix)

@@ -15,6 +15,7 @@ from finetune.data.layout import SHOWN, LayoutReader, count, name_fault, quoted,
 from finetune.data.tables.columns import choose_columns
 from finetune.data.tables.files import FETCH, TableFiles
 from finetune.data.tables.format import find_format, read_cells, tell_format
+from finetune.data.tables.names import keep_fitting
 from finetune.data.tables.splits import KEY as SPLIT_KEY
 from finetune.data.tables.splits import read_splits, split_fault
 from finetune.errors import DataError, suggest
@@ -48,6 +49,8 @@ def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> N
     """
     found = find_format(reader, file)
     table = read_cells(reader, file, found)
+    if reader.for_evaluation:
+        reader.table = keep_fitting(reader.table, _header(table), file.parent)
     files = TableFiles(reader, file.parent.absolute())
     faults: list[tuple[int, str]] = []
     first: dict[str, _TableRow] = {}
@@ -103,11 +106,15 @@ def _fix_rows(reader: LayoutReader, faults: Sequence[str]) -> str:
     return " ".join(["Correct these lines.", *dict.fromkeys(hints)])
 
 
+def _header(table: DataFrame) -> list[str]:
+    return [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
+
+
 def _rows(
     reader: LayoutReader, table: DataFrame, files: TableFiles, group_by: str | None
 ) -> Iterator[_TableRow]:
     """Yield the rows below the header, cleaned; without a split column all are training rows."""
-    header = [str(cell).strip() for cell in table.iloc[0]] if len(table) else []
+    header = _header(table)
     if any(map(files.find_existing, header)) and "path" not in header:
         raise _refuse_no_header(reader, header, files)
     body = table.iloc[1:]
