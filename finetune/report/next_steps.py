@@ -90,7 +90,7 @@ def _take_the_next_strategy(facts: Facts) -> Iterator[Step]:
             f"It classified {100 * linear.accuracy:.1f} % of the same images correctly ({linear.run}), and "
             f"this network {100 * accuracy:.1f} %.",
         )
-    elif strategy.name in NEXT and not facts.advice and not any(_hold_back(facts)):
+    elif strategy.name in NEXT and not facts.advice:
         yield (
             f"Train more stages: `--strategy {NEXT[strategy.name]}` with a new `--output`, then "
             "`finetune compare` with both runs.",
@@ -124,8 +124,8 @@ def _hold_back(facts: Facts) -> Iterator[Step]:
     train, val = row["train_loss"], row["eval_loss"]
     if train > 0 and val / train >= GAP and val - train >= 0.1:
         yield (
-            "Reduce overfitting: stronger augmentation (`input.augmentation`), fewer trained stages, "
-            "or more images.",
+            "Reduce overfitting: stronger augmentation (`--augmentation`), more weight decay "
+            "(`--weight-decay`), or more images.",
             f"At the best epoch the training loss was {train:.2f} and the validation loss {val:.2f}.",
         )
 
