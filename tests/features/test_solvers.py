@@ -31,6 +31,7 @@ from finetune.features.solvers import (
     solve,
 )
 from tests.pretend_device import pretended_device
+from tests.sweeps import slow_except
 
 KINDS: tuple[Kind, ...] = ("softmax", "svm", "logreg")
 
@@ -439,7 +440,7 @@ def test_refusals() -> None:
 # --- the device ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(["svm"], KINDS))
 @pytest.mark.parametrize("width", [20, 200])  # all features, and their span
 def test_a_device_solves_and_the_cpu_gets_the_same_weights(kind: Kind, width: int) -> None:
     features, labels = draw(60, width, 3)
