@@ -143,6 +143,11 @@ def _secrets() -> Iterator[str]:
         yield from (secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, such as ``1 image`` or ``2,000 images``; the plural ends in ``s``."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def find_nearest(word: str, known: Iterable[str]) -> list[str]:
     """Return up to three of ``known`` that are spelled like ``word``, the nearest first."""
     return get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from finetune.errors import UsageError
+from finetune.errors import UsageError, count
 from pretrained.catalog import Card, HeadChoice, Preprocessing
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.graph.stages import Stage, find_stages
@@ -161,7 +161,8 @@ def check_same_labels(card: Card, classes: Sequence[str]) -> None:
         UsageError: the number of classes differs, or the network has other label names from an earlier run.
     """
     if card.num_classes != len(classes):
-        found = f"the network's classifier has {card.num_classes} outputs, the data {len(classes)} classes"
+        found = f"the network's classifier has {count(card.num_classes, 'output')}, the data "
+        found += count(len(classes), "class", "classes")
         raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")
     if card.place in ("folder", "bundled") and card.label_names and tuple(classes) != card.label_names:
         other = [name for name in classes if name not in card.label_names] or list(classes)

@@ -15,7 +15,7 @@ from timm.models import _builder as timm_builder
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from finetune.errors import UsageError
+from finetune.errors import UsageError, count
 from pretrained.blocks import find_further_blocks
 from pretrained.catalog import Card
 from pretrained.first_convolution import adapt_first_convolution
@@ -228,9 +228,8 @@ def check_complete(match: Match, frozen: Collection[str], card: Card) -> None:
     names = set(frozen)
     random = [key for key in match.missing if key in names or key.rpartition(".")[0] in names]
     if match.source and random:
-        found = (
-            f"the file has no {_some_of(random)}; {len(random)} tensors would stay random in frozen stages"
-        )
+        tensors = count(len(random), "tensor")
+        found = f"the file has no {_some_of(random)}; {tensors} would stay random in frozen stages"
         fix = "Take complete weights, or train all stages with --strategy full."
         raise UsageError(f"weights {match.source} for {card.name}", found, fix)
 

@@ -10,7 +10,7 @@ import typer
 
 from finetune.cli.options import JsonOption, OutputOption
 from finetune.cli.output import handled_errors, print_table, write_stdout
-from finetune.errors import ExitCode, UsageError, sanitize
+from finetune.errors import ExitCode, UsageError, count, sanitize
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": None}
 _SHOWN_PATHS = 6
@@ -145,11 +145,12 @@ def _print_classes(summary: dict[str, Any]) -> None:
     splits = summary["parts"]
     totals = ", ".join(f"{counts['num_images']} {split}" for split, counts in splits.items())
     limits = "{min:g} to {max:g}"
+    images, classes = count(summary["num_images"], "image"), count(summary["num_classes"], "class", "classes")
     typer.echo(
-        f"{summary['num_images']} images ({totals}), {summary['num_classes']} classes; "
+        f"{images} ({totals}), {classes}; "
         f"width {limits.format(**summary['width'])}, height {limits.format(**summary['height'])}"
         if summary["width"]["max"]
-        else f"{summary['num_images']} images ({totals}), {summary['num_classes']} classes"
+        else f"{images} ({totals}), {classes}"
     )
 
 
@@ -171,8 +172,8 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
     ]
     if cells:
         print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
-    labels = "label" if len(found.rows) == 1 else "labels"
+    images = count(found.num_scored, "image")
     typer.echo(
-        f"{len(found.rows)} suspected {labels} among {found.num_scored} images (linear classifiers that had "
+        f"{count(len(found.rows), 'suspected label')} among {images} (linear classifiers that had "
         f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
     )

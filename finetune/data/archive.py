@@ -38,7 +38,6 @@ from finetune.data.layout import (
     NAME_BYTES,
     SHOWN,
     LayoutReader,
-    count,
     extension_counts,
     extensions,
     is_junk,
@@ -48,6 +47,7 @@ from finetune.data.layout import (
 )
 from finetune.data.layouts.lists import LIST_FILES, TABLES
 from finetune.data.layouts.split_folders import choose, is_plain
+from finetune.errors import count
 from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
 

@@ -25,7 +25,7 @@ from finetune.data.archive import (
 from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split, to_check
 from finetune.data.entries import is_archive
 from finetune.data.folders import explain_others, images_below, warn_ignored
-from finetune.data.layout import LayoutReader, count, extensions, is_junk, names_in, printable, some
+from finetune.data.layout import LayoutReader, extensions, is_junk, names_in, printable, some
 from finetune.data.layouts.class_folders import read_folder
 from finetune.data.layouts.class_names import join_spellings, warn_look_alikes
 from finetune.data.layouts.lists import name_lists
@@ -44,7 +44,7 @@ from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.data.tables.files import FETCH, is_address
 from finetune.data.tables.format import is_table
 from finetune.data.tables.rows import read_csv
-from finetune.errors import DataError, suggest
+from finetune.errors import DataError, count, suggest
 
 
 def discover(

@@ -12,7 +12,6 @@ from finetune.data.formats import explain_suffix, is_image_name, list_suffixes
 from finetune.data.layout import (
     SHOWN,
     LayoutReader,
-    count,
     extension_counts,
     extensions,
     is_junk,
@@ -20,6 +19,7 @@ from finetune.data.layout import (
     name_fault,
     printable,
 )
+from finetune.errors import count
 
 _LISTS = (".txt", ".csv", ".json", ".mat")
 

@@ -20,13 +20,13 @@ from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import read_data
 from finetune.data.folders import explain_others, walk_images
 from finetune.data.formats import is_image_name
-from finetune.data.layout import SHOWN, LayoutReader, count, extension_counts, extensions, printable, some
+from finetune.data.layout import SHOWN, LayoutReader, extension_counts, extensions, printable, some
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.tables.columns import find_path_column
 from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.data.tables.files import FETCH, TableFiles, is_address
 from finetune.data.tables.format import is_table, read_rows
-from finetune.errors import DataError, UsageError, suggest
+from finetune.errors import DataError, UsageError, count, suggest
 
 STANDARD_INPUT = "-"
 FLAG = "--follow-links"
@@ -60,7 +60,7 @@ class LeftOut:
         total = self.kinds.total()
         if not total:
             return ""
-        files = "1 file is not an image and has" if total == 1 else f"{total:,} files are not images and have"
+        files = count(total, "file is not an image and has", "files are not images and have")
         more = f" and {total - len(self.paths):,} more" if total > len(self.paths) else ""
         shown = ", ".join(map(printable, self.paths))
         kinds = f" ({extensions(self.kinds, '')})" if total > 1 else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune.data.dataset import Issue, Split
 from finetune.data.tables.config import BY_NAMES, TableConfig
-from finetune.errors import DataError
+from finetune.errors import DataError, count
 
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
@@ -203,8 +203,3 @@ def name_fault(name: str) -> str | None:
     if any(unicodedata.category(char) in {"Cc", "Zl", "Zp"} for char in name):
         return "holds a control character or a line break"
     return None
-
-
-def count(number: int, one: str, many: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {one if number == 1 else many}"

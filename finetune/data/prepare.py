@@ -21,7 +21,7 @@ from finetune.data.dataset import (
 )
 from finetune.data.scan import scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError, UsageError, count
 from finetune.recipe import Recipe
 from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_text
@@ -37,8 +37,7 @@ def draw_copies_together(
     """Return a dataset with a drawn split in which exact copies stay together; report the images moved."""
     dataset, moved = keep_copies_together(dataset, digests, SplitConfig.of(recipe))
     if moved:
-        images = "1 image" if moved == 1 else f"{moved} images"
-        display.say(f"exact copies stay in one split: {images} moved between train and val")
+        display.say(f"exact copies stay in one split: {count(moved, 'image')} moved between train and val")
     return dataset
 
 
@@ -72,7 +71,8 @@ def describe_data(dataset: Dataset) -> str:
     parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
     fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
     spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return f"{dataset.num_classes} classes, {parts}; {spread} training images a class"
+    images = "image" if spread == "1" else "images"
+    return f"{count(dataset.num_classes, 'class', 'classes')}, {parts}; {spread} training {images} a class"
 
 
 def check_outside(output: Path, dataset: Dataset) -> None:
@@ -140,7 +140,7 @@ def read_images(recipe: Recipe, dataset: Dataset, display: Display) -> PreparedD
     if dataset.val_was_drawn and dataset.is_labelled:
         dataset = draw_copies_together(dataset, checked.digests, recipe, display)
     if shared := _count_shared(dataset, checked.digests):
-        said = "1 image lies" if shared == 1 else f"{shared} images lie"
+        said = count(shared, "image lies", "images lie")
         display.warn(f"{said} in more than one split, byte for byte the same (`finetune check` names them).")
     return dataset.prepared(checked.digests, checked.bad, checked.find_value_range(dataset))
 

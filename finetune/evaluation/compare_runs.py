@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.prepare import create_new_folder
-from finetune.errors import DataError, UsageError, sanitize
+from finetune.errors import DataError, UsageError, count, sanitize
 from finetune.evaluation.answers import RunAnswers, load_answers
 from finetune.evaluation.paired_tests import PairedTest, Rights, compare_pairs
 from finetune.plots.intervals import Difference, Estimate, draw_comparison
@@ -173,8 +173,8 @@ def _find_faults(runs: Sequence[RunAnswers]) -> list[str]:
 
 def _describe_left_out(first: RunAnswers, second: RunAnswers, num_shared: int) -> list[str]:
     left = [(run.name, len(run.answers) - num_shared) for run in (first, second)]
-    listed = " and ".join(f"{count} images of {name} alone" for name, count in left if count)
-    return [f"{listed} are left out; {num_shared} are compared"] if listed else []
+    listed = " and ".join(f"{count(number, 'image')} of {name} alone" for name, number in left if number)
+    return [f"left out: {listed}; compared: {num_shared}"] if listed else []
 
 
 def _compare_training(first: RunAnswers, second: RunAnswers) -> list[str]:

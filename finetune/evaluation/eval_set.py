@@ -10,7 +10,7 @@ from finetune.data.dataset import Dataset, PreparedDataset
 from finetune.data.inputs import EvalSplit, find_labelled
 from finetune.data.scan import scan_images
 from finetune.data.tables.config import BY_NAMES, TableConfig
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError, UsageError, count
 from finetune.evaluation.variants import Model
 from finetune.features.extraction import open_images
 from finetune.recipe import load_recipe
@@ -69,7 +69,8 @@ def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
     before = RunReader(run).digests
     changed = sorted(path for path, digest in digests.items() if before.get(path) != digest)
     if changed:
-        found = f"{len(changed)} of {len(digests)} images changed since the run (for example {changed[0]})"
+        images = count(len(digests), "image")
+        found = f"{len(changed)} of {images} changed since the run (for example {changed[0]})"
         fix = "Restore them, or evaluate on a copy of the data in another folder."
         raise DataError(f"the data of {run.path}", found, fix)
 
@@ -116,7 +117,7 @@ def _images_of_run(
     )
     if len(samples) < len(known):
         lost = sorted(known.keys() - {sample.path for sample in samples})
-        missing = f"{len(lost)} of {len(known)} images of its {wanted} split are missing"
+        missing = f"of {count(len(known), 'image')} of its {wanted} split, {len(lost)} cannot be found"
         raise DataError(
             f"the data of {run.path}",
             f"{missing} (for example {lost[0]})",
@@ -137,7 +138,7 @@ def _prepare(dataset: Dataset, display: Display) -> PreparedDataset:
     if checked.bad:
         lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])
         more = f"\n  and {len(checked.bad) - 5} more" if len(checked.bad) > 5 else ""
-        found = f"{len(checked.bad)} of {len(dataset.samples)} images cannot be read:{lines}{more}"
+        found = f"{len(checked.bad)} of {count(len(dataset.samples), 'image')} cannot be read:{lines}{more}"
         raise DataError(f"data in {dataset.root}", found, "Replace these files, or remove them yourself.")
     return dataset.prepared(checked.digests)
 
@@ -176,7 +177,7 @@ def find_overlap(models: Sequence[Model], eval_set: EvalSet, allow_leaks: bool, 
     for model in models:
         learned = [sample for sample in samples if digests[sample.path] in model.seen.trained]
         if learned and not allow_leaks:
-            found = f"{len(learned)} of {len(images)} images are among those it was trained on "
+            found = f"it was trained on {len(learned)} of {count(len(images), 'image')} "
             fix = "Evaluate it on other images, or add --allow-leaks to use these anyway."
             raise DataError(f"evaluating {model.name}", f"{found}(for example {learned[0].path})", fix)
     overlap = Overlap(

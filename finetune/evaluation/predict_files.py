@@ -25,7 +25,7 @@ import torch
 
 from finetune import __version__
 from finetune.data.inputs import InputImage, InputImages
-from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError
+from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError, count
 from finetune.evaluation.prediction_inputs import (
     count_inputs,
     find_prediction_inputs,
@@ -240,7 +240,7 @@ class _Table:
         rest = next(source, None)
         is_cut_here = rest is None or number % self.predictor.batch_size == 0
         if number == before.done and self._fingerprint.value() == before.digest and is_cut_here:
-            self.display.say(f"resuming after {number:,} images")
+            self.display.say(f"resuming after {count(number, 'image')}")
             self.progress = before
             return chain([] if rest is None else [rest], source)
         self.display.say("the images changed since an earlier attempt: starting anew")
@@ -313,7 +313,7 @@ class _Table:
         self.writer.save(progress.to_dict(), now=True)
         if progress.bad == progress.done:
             self.writer.discard()
-            found = f"none of {progress.done:,} images can be read"
+            found = f"none of {count(progress.done, 'image')} can be read"
             fix = f"See the reasons in {self.writer.bad_target}."
             raise DataError(self.inputs.asked, found, fix)
         self.writer.finish(self.rows.convert if self.rows.format == "parquet" else None)
@@ -324,14 +324,15 @@ class _Table:
     def _report(self, speed: float) -> None:
         progress, display = self.progress, self.display
         if progress.bad:
-            images = "image has" if progress.bad == 1 else "images have"
-            display.warn(f"{progress.bad:,} {images} no row; listed in {self.writer.bad_target}")
+            images = count(progress.bad, "image has", "images have")
+            display.warn(f"{images} no row; listed in {self.writer.bad_target}")
         if self.request.reject_below is not None:
             display.say(
-                f"{progress.rejected:,} images have no label: confidence below {self.request.reject_below:g}"
+                f"{count(progress.rejected, 'image has', 'images have')} no label: confidence below "
+                f"{self.request.reject_below:g}"
             )
         rows = progress.done - progress.bad
-        display.say(f"{rows:,} images, {speed:.1f} images/s: {self.request.output}", style="bold")
+        display.say(f"{count(rows, 'image')}, {speed:.1f} images/s: {self.request.output}", style="bold")
 
     def summarise(self, speed: float) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -353,9 +354,14 @@ class _Table:
         self.writer.save(self.progress.to_dict(), now=True)
         if isinstance(error, LostProcessError):
             return error
-        of = f" of {self._total:,}" if self._total is not None else ""
-        found = f"it was stopped after {self.progress.done:,}{of} images, which are kept"
+        found = f"it was stopped after {self._describe_progress()}, which are kept"
         return InterruptedRunError("predicting", found, "Give the same command again to resume.")
+
+    def _describe_progress(self) -> str:
+        """Return the number of images done, of all where that is known."""
+        if self._total is None:
+            return count(self.progress.done, "image")
+        return f"{self.progress.done:,} of {count(self._total, 'image')}"
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[int, str], None]]:
@@ -369,8 +375,7 @@ class _Table:
         def report(_: int, speed: str) -> None:
             nonlocal last
             if time.monotonic() - last >= LINE_SECONDS:
-                of = f" of {self._total:,}" if self._total is not None else ""
-                self.display.say(f"{self.progress.done:,}{of} images, {speed}")
+                self.display.say(f"{self._describe_progress()}, {speed}")
                 last = time.monotonic()
 
         yield report

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from finetune.data.dataset import PreparedDataset, Sample
 from finetune.data.prepare import check_outside, read_images
-from finetune.errors import UsageError, suggest
+from finetune.errors import UsageError, count, suggest
 from finetune.features.extraction import (
     Features,
     Source,
@@ -254,14 +254,16 @@ def _write(
     }
     if target.is_folder:
         write_json(target.record, done)
-    display.say(f"{len(order):,} images, {len(features.layers)} layers: {target.path}", style="bold")
+    found = f"{count(len(order), 'image')}, {count(len(features.layers), 'layer')}"
+    display.say(f"{found}: {target.path}", style="bold")
     return done
 
 
 def _report_bad(bad: dict[str, str], target: Target, display: Display) -> None:
     if bad:
         write_csv(target.bad_images, sorted(bad.items()), ("path", "reason"))
-        display.warn(f"{len(bad)} images have no row; they are listed in {target.bad_images}")
+        images = count(len(bad), "image has", "images have")
+        display.warn(f"{images} no row; listed in {target.bad_images}")
 
 
 def _write_tables(

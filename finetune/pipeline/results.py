@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.data.dataset import Dataset
 from finetune.data.feed import BatchLoader
-from finetune.errors import InternalError
+from finetune.errors import InternalError, count
 from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE, Predictions, predict
 from finetune.evaluation.summary import Summary
 from finetune.pipeline.linear_head import LinearHead
@@ -140,10 +140,11 @@ def report_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) 
     if not metrics["epochs"]:
         origin = f"a linear classifier on {', '.join(metrics['features'])}"
     low, high = metrics["intervals"]["accuracy"]
+    images = count(metrics["num_samples"], f"{metrics['split']} image")
     display.say(
         f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
         f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
-        f"{metrics['num_samples']} {metrics['split']} images{chosen}; "
+        f"{images}{chosen}; "
         f"{origin}, {metrics['seconds']['total']:.0f} s",
         style="bold",
     )

@@ -17,7 +17,7 @@ from finetune.data.loader import Placement
 from finetune.data.samples import check_sample, is_sample
 from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
-from finetune.errors import EnvironmentFaultError, UsageError
+from finetune.errors import EnvironmentFaultError, UsageError, count
 from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
 from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
@@ -99,7 +99,8 @@ def prepare(
     for note in backbone.match.notes:
         display.warn(note)
     if backbone.match.missing:
-        display.warn(f"{len(backbone.match.missing)} tensors are missing from the weights and start random")
+        tensors = count(len(backbone.match.missing), "tensor is", "tensors are")
+        display.warn(f"{tensors} missing from the weights: random at first")
     precision = resolve_precision(device, distributed)
 
     def decide() -> tuple[ResolvedRecipe, int]:

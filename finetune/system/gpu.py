@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.errors import EnvironmentFaultError
+from finetune.errors import EnvironmentFaultError, count
 from finetune.system.rank import RankInfo
 
 DRIVER = Path("/proc/driver/nvidia")
@@ -27,11 +27,12 @@ def choose_device(rank_info: RankInfo) -> int:
     Raises:
         EnvironmentFaultError: there are fewer GPUs than processes.
     """
-    count = torch.cuda.device_count()
-    if count != 1 and rank_info.local_rank >= count:
-        found = f"this machine has {count} CUDA devices for {rank_info.local_size} processes"
+    number = torch.cuda.device_count()
+    if number != 1 and rank_info.local_rank >= number:
+        devices, size = count(number, "CUDA device"), rank_info.local_size
+        found = f"this machine has {devices} for {count(size, 'process', 'processes')}"
         raise EnvironmentFaultError("a GPU for each process", found, "Start fewer processes: --gpus N.")
-    return 0 if count == 1 else rank_info.local_rank
+    return 0 if number == 1 else rank_info.local_rank
 
 
 def identify_card(index: int) -> str:

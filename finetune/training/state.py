@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import DataError
+from finetune.errors import DataError, count
 
 
 class State:
@@ -119,7 +119,8 @@ def restore_network(
     expected = {name[len(prefix) :]: t.shape for name, t in network_tensors(network, prefix, without).items()}
     unlike = [name for name, shape in expected.items() if name not in own or own[name].shape != shape]
     if unlike:
-        found = f"{len(unlike)} tensors are missing or have another shape, among them {sorted(unlike)[0]}"
+        missing = count(len(unlike), "tensor is missing or has", "tensors are missing or have")
+        found = f"{missing} another shape, such as {sorted(unlike)[0]}"
         raise DataError("resuming from a checkpoint", found, "Start a new run with another --output.")
     network.load_state_dict(own, strict=False)
 

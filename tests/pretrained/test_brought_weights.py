@@ -138,7 +138,7 @@ def test_a_frozen_stage_has_no_random_tensor(state: State, tmp_path: Path) -> No
     save_file({k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, tmp_path / "w.safetensors")
     backbone = load(tmp_path / "w.safetensors")
     check_complete(backbone.match, ["conv1.0.weight"], backbone.card)
-    with pytest.raises(UsageError, match=r"no layer1.0.conv1.weight; 1 tensors would stay random"):
+    with pytest.raises(UsageError, match=r"no layer1.0.conv1.weight; 1 tensor would stay random"):
         check_complete(backbone.match, ["layer1.0.conv1.weight"], backbone.card)
 
 

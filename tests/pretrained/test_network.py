@@ -192,7 +192,7 @@ def test_a_size_that_fits_no_patch_is_refused() -> None:
 
 def test_a_kept_classifier_must_have_the_same_labels() -> None:
     card = find_card("test_resnet")
-    with pytest.raises(UsageError, match="1000 outputs, the data 2 classes"):
+    with pytest.raises(UsageError, match="1,000 outputs, the data 2 classes"):
         load_backbone(card, classes=["a", "b"], head="keep", pretrained=False)
     ours = replace(card, place="folder", num_classes=2, label_names=("b", "a"))
     with pytest.raises(UsageError, match="other labels or another order"):

@@ -16,7 +16,7 @@ from finetune.data.folders import (
     read_classes,
 )
 from finetune.data.formats import is_image_name
-from finetune.data.layout import LayoutReader, count, extension_counts, extensions, some
+from finetune.data.layout import LayoutReader, extension_counts, extensions, some
 from finetune.data.layouts.lists import advise_list, read_list, read_one_hot
 from finetune.data.layouts.split_folders import (
     describe,
@@ -28,6 +28,7 @@ from finetune.data.layouts.split_folders import (
     refuse_splits_as_classes,
     refuse_unsure_beside,
 )
+from finetune.errors import count
 
 
 def read_folder(reader: LayoutReader, group_by: str | None = None) -> None:

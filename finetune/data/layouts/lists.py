@@ -15,9 +15,10 @@ from finetune.data.dataset import Split
 from finetune.data.entries import is_archive
 from finetune.data.folders import class_names, images_below, peek
 from finetune.data.formats import is_image_name
-from finetune.data.layout import LayoutReader, count, name_fault, names_in, printable, quoted, some
+from finetune.data.layout import LayoutReader, name_fault, names_in, printable, quoted, some
 from finetune.data.tables.format import is_table
 from finetune.data.tables.rows import read_csv
+from finetune.errors import count
 
 TABLES = frozenset({".csv", ".tsv"})
 """Extensions of tables that may hold labels."""

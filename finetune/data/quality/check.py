@@ -14,7 +14,7 @@ from finetune.data.quality.sheet import find_sections
 from finetune.data.scan import CheckedImages, scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.data.tables.config import TableConfig
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError, UsageError, count
 from finetune.plots.sheet import write_sections
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv, write_json
@@ -88,7 +88,7 @@ def _join_copies(
     except DataError as error:
         return dataset, (*issues, Issue("class-copies", "error", error.found, error.fix))
     if moved:
-        message = f"{moved} images of the drawn split moved, so that exact copies stay in one split."
+        message = f"{count(moved, 'image')} of the drawn split moved, so that exact copies stay in one split."
         issues = (*issues, Issue("draw-moved", "note", message, "Nothing needs to be done.", moved))
     return dataset, issues
 

@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from finetune.data.dataset import Dataset, Issue
-from finetune.data.layout import count, some
+from finetune.data.layout import some
 from finetune.data.quality.subject import SHOWN_PATHS
+from finetune.errors import count
 
 FEW_IMAGES = 10
 """Number of training images below which a class is reported as tiny."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.data.dataset import SPLITS, Issue, Severity
-from finetune.data.layout import count
 from finetune.data.quality.subject import ScannedDataset
+from finetune.errors import count
 
 REPEATED = 4
 """Number of copies from which an image may be a placeholder for a missing image."""

@@ -12,10 +12,9 @@ import numpy as np
 
 from finetune.data.dataset import BadImage, Issue, Severity
 from finetune.data.formats import READ
-from finetune.data.layout import count
 from finetune.data.quality.subject import SHOWN_PATHS, ScannedDataset
 from finetune.data.scan import check_bad
-from finetune.errors import DataError
+from finetune.errors import DataError, count
 
 SMALL_SIDE = 32
 """Shorter side in pixels below which an image is reported as small."""
@@ -156,7 +155,7 @@ def find_unreadable_issues(scanned: ScannedDataset) -> Iterator[Issue]:
     for code, _, found, fix in _REASONS:
         if own := kinds[code]:
             shown = ", ".join(f"{image.path} ({image.reason})" for image in own[:3])
-            what = found.format(count(len(own), "file", "files"))
+            what = found.format(count(len(own), "file"))
             paths = tuple(image.path for image in own[:SHOWN_PATHS])
             yield Issue(code, severity, f"{what}: {shown}{_more(len(own), 3)}.", fix, len(own), paths)
 
@@ -211,7 +210,7 @@ def find_oddity_issues(scanned: ScannedDataset, odd: Oddities) -> Iterator[Issue
     for field, code, description, fix in _KINDS:
         if indices := getattr(odd, field):
             shown = ", ".join(_describe(scanned, index, code in _SHOWING_FORMAT) for index in indices[:3])
-            number = count(len(indices), "image", "images")
+            number = count(len(indices), "image")
             message = f"{number} {description.format(main=main)}: {shown}{_more(len(indices), 3)}."
             yield Issue(code, "warning", message, fix, len(indices), scanned.first_paths(indices))
 

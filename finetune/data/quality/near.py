@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import SPLITS, Issue
-from finetune.data.layout import count
 from finetune.data.quality.subject import ScannedDataset
+from finetune.errors import count
 
 MOST_BITS = 8
 """Largest number of the 64 bits in which the perceptual hashes of near copies differ."""

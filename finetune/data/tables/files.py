@@ -12,9 +12,10 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from finetune.data.folders import walk_images
-from finetune.data.layout import LayoutReader, count, quoted, some
+from finetune.data.layout import LayoutReader, quoted, some
 from finetune.data.layouts.split_folders import parse
 from finetune.data.tables.config import find_table_root
+from finetune.errors import count
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:image/|www\.", re.IGNORECASE)
 _DRIVE = re.compile(r"[A-Za-z]:(?=/)")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from finetune.data.dataset import SPLITS, Split
-from finetune.data.layout import SHOWN, LayoutReader, count, name_fault, quoted, some
+from finetune.data.layout import SHOWN, LayoutReader, name_fault, quoted, some
 from finetune.data.tables.columns import choose_columns
 from finetune.data.tables.files import FETCH, TableFiles
 from finetune.data.tables.format import find_format, read_cells, tell_format
 from finetune.data.tables.names import keep_fitting
 from finetune.data.tables.splits import KEY as SPLIT_KEY
 from finetune.data.tables.splits import read_splits, split_fault
-from finetune.errors import DataError, suggest
+from finetune.errors import DataError, count, suggest
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series

@@ -11,7 +11,7 @@ from finetune.data.layout import SPLIT_NAMES, LayoutReader, quoted, some
 from finetune.data.layouts.split_folders import is_unsure, parse
 from finetune.data.tables.config import NO_COLUMN
 from finetune.data.tables.names import find_named, plain
-from finetune.errors import suggest
+from finetune.errors import count, suggest
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -215,10 +215,10 @@ def _tell(
             reader.decide(KEY, "Name another column, or none"),
         )
     if drawn := splits.count(""):
-        given = "are training images" if "val" in splits else "are drawn for training and validation"
+        given = "for training" if "val" in splits else "drawn for training and validation"
         reader.warn(
             "table-unassigned",
-            f"{drawn} rows without a split in {some(names)} {given}.",
+            f"{count(drawn, 'row')} without a split in {some(names)}: {given}.",
             "Fill in the column if they should have one.",
             drawn,
         )
