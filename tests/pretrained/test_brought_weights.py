@@ -9,6 +9,7 @@ import pathlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -63,6 +64,75 @@ def test_any_wrapper_or_prefix_is_left_out_and_said(
     backbone = load(tmp_path / "w.pth")
     assert backbone.network.state_dict()["conv1.0.weight"].equal(state["conv1.0.weight"])
     assert f"without the prefix {prefix!r}" in str(backbone.match)
+
+
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"])
+def test_wrappers_of_single_layers_are_left_out(state: State, tmp_path: Path, wrapper: str) -> None:
+    wrapped = {key.replace(".0.", f".0.{wrapper}.", 1): value for key, value in state.items()}
+    torch.save(wrapped, tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth").match.missing == ()
+
+
+@pytest.mark.parametrize(
+    ("other", "taken"),
+    [("gradients", "weights"), ("momentum_buffer", "p"), ("model_weights", "ema_weights"), ("v", "net_w")],
+)
+def test_of_two_sets_of_tensors_the_weights_are_taken(
+    state: State, tmp_path: Path, other: str, taken: str
+) -> None:
+    zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({other: zeros, taken: state}, tmp_path / "w.pth")
+    backbone = load(tmp_path / "w.pth")
+    assert backbone.network.state_dict()["conv1.0.weight"].equal(state["conv1.0.weight"])
+
+
+def test_the_content_decides_and_not_the_suffix(state: State, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "w.pth")
+    torch.save(state, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        assert load(tmp_path / name).match.missing == ()
+
+
+FOREIGN = {
+    "w.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of git-lfs"),
+    "w.pth": (b"\n<!DOCTYPE html><html>", "a web page"),
+    "w.bin": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+    "w.pth.gz": (b"\x1f\x8b\x08", "packed with gzip"),
+    "w.pth.tar": (bytes(257) + b"ustar" + bytes(300), "a tar archive"),
+    "w.onnx": (b"\x08\x07\x12\x07pytorch", "an ONNX file"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_without_weights_is_named_as_what_it_is(tmp_path: Path, name: str) -> None:
+    content, kind = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"cannot be read: it is {kind}"):
+        load(tmp_path / name)
+
+
+def test_archives_and_shards_are_named_as_what_they_are(state: State, tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", a=np.ones(2))
+    with ZipFile(tmp_path / "w.zip", "w") as archive:
+        archive.writestr("w.pth", b"")
+    for name, kind in (("w.npz", "an archive of NumPy"), ("w.zip", "a zip archive")):
+        with pytest.raises(UsageError, match=kind):
+            load(tmp_path / name)
+    for number in (1, 2):
+        save_file(state, tmp_path / f"model-{number:05}-of-00002.safetensors")
+    with pytest.raises(UsageError, match="divided among 2 files"):
+        load(tmp_path)
+
+
+def test_classes_and_pairs_are_named(state: State, tmp_path: Path) -> None:
+    torch.save({"model": state, "tags": frozenset("ab")}, tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth").match.missing == ()
+    torch.save({"model": state, "epochs": range(3)}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"more than tensors \(range\)"):
+        load(tmp_path / "w.pth")
+    torch.save(list(state.items()), tmp_path / "w.pth")
+    with pytest.raises(UsageError, match="a list of 92 tensors without names"):
+        load(tmp_path / "w.pth")
 
 
 def test_settings_numbers_and_paths_beside_the_tensors(state: State, tmp_path: Path) -> None:
