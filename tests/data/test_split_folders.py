@@ -71,6 +71,8 @@ TAKEN: tuple[Mapping[str, str], ...] = (
     {"train": "train.v2", "test": "test.v2"},
     {"train": "train", "val": "eval", "test": "test"},
     {"train": "train", "val": "vali", "test": "tests"},
+    {"train": "trainval", "test": "test"},
+    {"train": "train+val", "test": "test"},
 )
 
 

@@ -210,6 +210,8 @@ THIRDS = ["TRAIN", "TRAIN", "TRAIN", "TRAIN", "VAL", "TEST"] * 2
         ("usage", ("train_set", "val_set", "test_set")),
         ("irgendwas", ("Train", "Val", "Test")),
         ("fold,Split", ("1,train", "2,eval", "3,test")),
+        ("irgendwas", ("tr", "va", "te")),
+        ("irgendwas", ("trainval", "val", "test")),
     ],
 )
 def test_split_columns(tmp_path: Path, column: str, words: tuple[str, str, str]) -> None:
@@ -232,6 +234,8 @@ def test_split_columns(tmp_path: Path, column: str, words: tuple[str, str, str])
         ("split", ["train", "", "UNASSIGNED", "", "train", "test"], (8, 2, 2)),
         ("split", ["train", "", "", "train", "val", "test"], (8, 2, 2)),
         ("set", ["", "", "", "", "", ""], (8, 4, 0)),
+        ("test_flag", ["0"] * 5 + ["1"], (8, 2, 2)),
+        ("useForVal,image_test", ["0,0"] * 4 + ["1,0", "0,1"], (8, 2, 2)),
     ],
 )
 def test_flags_and_rows_without_a_split(
@@ -249,6 +253,12 @@ def test_flags_and_rows_without_a_split(
         ("kfold", ["0", "1", "2", "3", "4", "0"], "whose cells name no split"),
         ("is_train", ["1", "1", "1", "1", "0", "0"], "may mean more than one split"),
         ("valid", ["1", "1", "1", "1", "0", "0"], "may mean the validation split, or images"),
+        ("valid_image", ["1", "1", "1", "1", "0", "0"], "may mean the validation split, or images"),
+        ("use_for_train", ["1", "1", "1", "1", "0", "0"], "may mean more than one split"),
+        ("is_eval", ["0", "0", "0", "0", "1", "1"], "whose cells name no split"),
+        ("held_out", ["0", "0", "0", "0", "1", "1"], "whose cells name no split"),
+        ("cv", ["0", "1", "2", "3", "4", "0"], "whose cells name no split"),
+        ("test_fold", ["-1", "-1", "0", "1", "2", "0"], "whose cells name no split"),
         ("set", ["A", "A", "A", "B", "B", "B"], "whose cells name no split ('A', 'B')"),
         ("phase", ["train", "train", "train", "val", "spare", "spare"], "and also holds 'spare'"),
         ("phase", ["train", "train", "train", "train", "holdout", "holdout"], "'holdout'"),
@@ -263,6 +273,24 @@ def test_doubtful_split_columns_are_refused(tmp_path: Path, column: str, cells: 
     if "val or test" not in error.fix:
         assert "--set data.split_column=" in error.fix
     assert_read(found(table, split_column="none"))
+
+
+@pytest.mark.parametrize("before", ["", "data/"])
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("seg_train", "seg_val", "seg_test")])
+def test_folders_of_the_images_give_the_splits_of_a_table_without_them(
+    tmp_path: Path, before: str, names: tuple[str, str, str]
+) -> None:
+    number = {"train": 4, "val": 2, "test": 2}
+    paths = [f"{before}{folder}/{c}{n}.jpg" for folder, k in zip(names, number.values(), strict=True)
+             for c in "xy" for n in range(k)]  # fmt: skip
+    table = write(images(tmp_path, *paths), rows("path,label", "{p},{l}", paths))
+    dataset = found(table)
+    assert {split: len(dataset.of(split)) for split in number} == {"train": 8, "val": 4, "test": 4}
+    assert f"gave the splits: '{names[0]}' as train" in dataset.warnings[0]
+    assert found(table, split_column="none").val_was_drawn
+    more = [f"{before}other/{c}{n}.jpg" for c in "xy" for n in range(2)]
+    error = refused(write(images(tmp_path, *more), rows("path,label", "{p},{l}", paths + more)))
+    assert "and in others ('other')" in error.found and "data.split_column" in error.fix
 
 
 # --- text ---

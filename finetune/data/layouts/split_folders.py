@@ -18,13 +18,15 @@ from finetune.data.folders import class_names, peek
 from finetune.data.layout import SPLIT_NAMES, LayoutReader, printable, some
 
 WORDS: dict[str, Split] = {
-    "train": "train", "training": "train", "trn": "train",
+    "train": "train", "training": "train", "trn": "train", "trainval": "train", "trainvalid": "train",
     "val": "val", "valid": "val", "validation": "val", "validate": "val", "validating": "val", "dev": "val",
     "vali": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test", "tst": "test", "tests": "test",
 }  # fmt: skip
 """Words for a split. ``eval`` also names test splits: see :func:`is_unsure`."""
-UNSURE = frozenset({"eval", "evaluation", "holdout", "heldout", "development"})
+UNSURE = frozenset(
+    {"eval", "evaluation", "holdout", "heldout", "development", "cv", "crossval", "crossvalidation"}
+)
 """Words for images that are held out, without saying what for."""
 _FILLERS = (
     "sets", "set", "datasets", "dataset", "database", "data", "images", "image", "imgs", "img", "pictures",
