@@ -29,8 +29,9 @@ def _find_patch_size(network: nn.Module) -> int:
         if getattr(module, "dynamic_img_pad", False):  # it pads the images itself
             return 0
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
-            cuts = module.kernel_size == module.stride and not any(module.padding)
-            return int(module.stride[0]) if cuts and module.stride[0] > 1 else 0
+            kernel, step = int(module.kernel_size[0]), int(module.stride[0])
+            cuts = kernel % step == 0 and not any(module.padding)  # PiT's patches overlap by half
+            return step if cuts and step > 1 else 0
     return 0
 
 

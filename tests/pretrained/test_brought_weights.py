@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.errors import UsageError
 from pretrained.backbone import load_backbone
-from pretrained.blocks import find_further_blocks
+from pretrained.blocks import find_further_blocks, find_further_layers
 from pretrained.catalog import find_card
 from pretrained.loading import check_complete
 from pretrained.twins import check_twins
@@ -176,6 +176,33 @@ def test_leftovers_are_no_further_blocks(state: State) -> None:
     assert find_further_blocks(state, unused, ["fc.weight"]) == []
 
 
+@pytest.mark.parametrize(
+    ("plain", "other", "head", "first"),
+    [
+        ("regnetx_002", "regnety_002", "head.fc.weight", "s1.b1.se.fc1"),
+        ("resnet26t", "ecaresnet26t", "fc.weight", "layer1.0.se.conv"),
+        ("efficientnet_lite0", "efficientnet_b0", "classifier.weight", "blocks.0.0.se.conv_reduce"),
+        ("resnet50_gn", "resnet50", "fc.weight", "bn1"),
+        ("nfnet_f0", "dm_nfnet_f0", "head.fc.weight", "stages.0.0"),
+    ],
+)
+def test_further_layers_in_the_blocks_of_a_sibling(plain: str, other: str, head: str, first: str) -> None:
+    with torch.device("meta"):
+        own, theirs = (timm.create_model(name).state_dict() for name in (plain, other))
+    assert find_further_layers(own, [key for key in theirs if key not in own], [head])[0] == first
+
+
+def test_weights_of_a_sibling_with_further_layers_are_refused(state: State, tmp_path: Path) -> None:
+    for last in ("total_ops", "relative_position_index"):  # counters and buffers are leftovers
+        extra = {f"layer{stage}.0.se.{last}": torch.ones(1) for stage in (1, 2)}
+        save_file(state | extra, tmp_path / "w.safetensors")
+        assert load(tmp_path / "w.safetensors").match.missing == ()
+    extra = {f"layer{stage}.0.se.fc1.weight": torch.ones(2, 2) for stage in (1, 2)}
+    save_file(state | extra, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=r"2 layers inside the network's blocks .*\(layer1.0.se.fc1"):
+        load(tmp_path / "w.safetensors")
+
+
 def test_weights_of_a_deeper_sibling_are_refused(state: State, tmp_path: Path) -> None:
     further = {key.replace("layer1.0.", "layer1.1."): value for key, value in state.items()}
     torch.save({**further, **state}, tmp_path / "w.pth")
@@ -214,7 +241,11 @@ def test_a_frozen_stage_has_no_random_tensor(state: State, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "size", "fix"),
-    [("vit_small_patch14_dinov2", 96, "84 or 98"), ("convnext_atto", 98, "96 or 100")],
+    [
+        ("vit_small_patch14_dinov2", 96, "84 or 98"),
+        ("convnext_atto", 98, "96 or 100"),
+        ("pit_ti_224", 101, "96 or 104"),
+    ],
 )
 def test_a_size_that_the_patches_do_not_divide(name: str, size: int, fix: str) -> None:
     card = find_card(name)
