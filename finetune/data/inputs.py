@@ -21,6 +21,7 @@ from finetune.data.discover import read_data
 from finetune.data.folders import explain_others, walk_images
 from finetune.data.formats import is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, count, extension_counts, extensions, printable, some
+from finetune.data.layouts.class_folders import find_inner
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.tables.columns import find_path_column
 from finetune.data.tables.config import BY_NAMES, TableConfig
@@ -292,7 +293,9 @@ def _number(
         raise reader.error(
             f"holds other data: the model knows none of its {count(len(names), 'class', 'classes')} "
             f"({some(unknown)}), only {some(classes)}",
-            "Name images of the model's classes.",
+            f"Did you mean --data {printable(reader.root / inner)}?"
+            if len(names) == 1 and not reader.from_archive and (inner := find_inner(reader, unknown[0]))
+            else "Name images of the model's classes.",
         )
     if unknown:
         which = count(len(unknown), "class", "classes")

@@ -219,6 +219,42 @@ def test_evaluation_reads_the_same_names(tmp_path: Path) -> None:
     assert len(find_labelled(alone, CLASSES).samples) == 8
 
 
+@pytest.mark.parametrize(
+    ("folders", "inner"),
+    [
+        (("flowers/train", "flowers/test"), "flowers"),
+        (("a b/data/Training", "a b/data/Testing"), "a b/data"),
+        (("a/b/c",), "a/b/c"),
+        (("photos/ant/train", "photos/bee/train"), "photos"),
+    ],
+)
+def test_the_folder_inside_a_single_one_is_named(
+    tmp_path: Path, folders: tuple[str, ...], inner: str
+) -> None:
+    data = images(tmp_path, *folders)
+    with pytest.raises(DataError, match="has only one class") as error:
+        found(data)
+    assert error.value.fix == f"Did you mean --data {tmp_path}/{inner}?"
+    with pytest.raises(DataError) as error:
+        find_labelled(data, CLASSES)
+    assert error.value.fix == f"Did you mean --data {tmp_path}/{inner}?"
+
+
+def test_a_single_class_in_a_split_is_no_folder_to_enter(tmp_path: Path) -> None:
+    """A flat train/train: --data train would lose val/."""
+    loose(tmp_path, "train/train", "val/val")
+    with pytest.raises(DataError, match="has only one class") as error:
+        found(tmp_path)
+    assert "Did you mean" not in error.value.fix
+
+
+def test_a_validation_folder_without_classes_may_be_left_out(tmp_path: Path) -> None:
+    loose(images(tmp_path, "train"), "val")
+    with pytest.raises(DataError, match="'val' holds images but no class folders") as error:
+        found(tmp_path)
+    assert "Or move 'val' away" in error.value.fix
+
+
 # A test folder without labels
 
 
@@ -256,8 +292,15 @@ def test_hidden_images_are_named(tmp_path: Path) -> None:
     assert dataset.warnings[-1] == f"Hidden images and hidden folders with images are not read: {said}."
 
 
+@pytest.mark.parametrize("names", [(".ant", ".bee"), (".ant", "bee")])
+def test_hidden_images_are_named_in_refusals(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"no class folders|only one class") as error:
+        found(images(tmp_path, "", classes=names))
+    assert "Hidden images are not read ('.ant'" in error.value.fix
+
+
 @pytest.mark.parametrize(
-    "name", ["@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "#recycle"]
+    "name", ["@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "#recycle", "FOUND.001"]
 )
 def test_system_folders_are_no_classes(tmp_path: Path, name: str) -> None:
     dataset = found(images(tmp_path, "", classes=(*CLASSES, name)))

@@ -235,7 +235,7 @@ def read_nested(reader: LayoutReader) -> None:
     splits = {name: _split_of_each(folders) for name, folders in inner.items()}
     if len(inner) > 1 and all(splits.values()):
         _take_nested(reader, splits)
-    elif any(_has_train_and_more(folders) for folders in inner.values()):
+    elif len(inner) > 1 and any(_has_train_and_more(folders) for folders in inner.values()):
         some_of = some(name for name, folders in inner.items() if _has_train_and_more(folders))
         found = f"the class folders {some_of} hold splits, and others do not, or hold more"
         raise reader.error(found, "Put train, val and test at the top, and the classes into each of them.")
