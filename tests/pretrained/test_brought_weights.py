@@ -269,6 +269,24 @@ def test_twins_with_other_pixels(tmp_path: Path) -> None:
     assert check_twins(network, card, tmp_path / "w.safetensors") == ""
 
 
+def test_other_weights_of_the_same_architecture_with_other_pixels(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        network = timm.create_model("vit_small_patch16_224")
+    card, dino = find_card("vit_small_patch16_224"), "vit_small_patch16_224.dino"
+    assert f"also fits deit_small_patch16_224, {dino}" in check_twins(network, card, tmp_path / "w.pth")
+    hub = tmp_path / f"models--timm--{dino}" / "snapshots" / "1a2b" / "model.safetensors"
+    for path in (tmp_path / f"{dino}.pth", tmp_path / "dino_deitsmall16_pretrain.pth", hub):
+        with pytest.raises(UsageError, match=f"it is of {dino}") as caught:
+            check_twins(network, card, path)
+        assert f"--backbone timm/{dino}" in caught.value.fix
+        assert check_twins(network, find_card(dino), path) == ""
+    assert "also fits" in check_twins(network, card, tmp_path / "dinov2.pth")
+    assert check_twins(network, card, tmp_path / "vit_small_patch16_224.pth") == ""
+    own = replace(card.preprocessing, mean=find_card(dino).preprocessing.mean)
+    own = replace(own, std=find_card(dino).preprocessing.std)
+    assert check_twins(network, card.with_input(own), hub) == ""
+
+
 def test_folders_of_transformers_and_files_as_backbones(state: State, tmp_path: Path) -> None:
     save_file({f"timm_model.{key}": value for key, value in state.items()}, tmp_path / "model.safetensors")
     wrapper = {"architecture": "test_resnet", "model_type": "timm_wrapper", "num_classes": 1000}
