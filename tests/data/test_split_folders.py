@@ -109,6 +109,9 @@ def test_the_documented_names_need_no_word(tmp_path: Path, names: tuple[str, ...
         ("Training", "ant"),
         ("train", "pruebas"),
         ("train", "extra"),
+        ("train", "test", "vaild"),
+        ("train", "val", "tets"),
+        ("train", "test", "cv"),
     ],
     ids="+".join,
 )
@@ -173,6 +176,14 @@ def test_splits_inside_the_classes(tmp_path: Path, parts: tuple[str, ...]) -> No
             {word.split, "val"} if dataset.val_was_drawn else {word.split}
         )
     assert "'ant/" + parts[0] in dataset.warnings[0]
+
+
+def test_splits_inside_the_classes_with_the_name_of_the_class(tmp_path: Path) -> None:
+    for name in CLASSES:
+        loose(tmp_path, f"{name}/train_{name}", f"{name}/test_{name}")
+    dataset = found(tmp_path)
+    assert dataset.classes == CLASSES and dataset.counts("test") == [4, 4]
+    assert "'ant/test_ant'" in dataset.warnings[0]
 
 
 @pytest.mark.parametrize("other", ["more", ""], ids=["a folder", "images"])

@@ -184,7 +184,16 @@ def test_the_folder_of_another_split_is_not_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://x.org/{b}", "HTTPS://x/{b}", "s3://a/{b}", "gs://a/{b}", "www.x.org/{b}"]
+    "address",
+    [
+        "http://x.org/{b}",
+        "HTTPS://x/{b}",
+        "s3://a/{b}",
+        "gs://a/{b}",
+        "www.x.org/{b}",
+        "//x.org/{b}",
+        "dbfs:/{b}",
+    ],
 )
 def test_addresses_are_not_fetched(tmp_path: Path, address: str) -> None:
     error = refused(write(images(tmp_path), rows("path,label", address + ",{l}")))
@@ -330,6 +339,9 @@ def test_windows_1252_from_excel_shows_an_example(tmp_path: Path) -> None:
 def test_other_encodings_are_not_taken_for_windows_1252(tmp_path: Path, text: str, encoding: str) -> None:
     table = write(images(tmp_path), rows("path,label", "{p},{l}" + text * 2), encoding=encoding)
     assert "is not UTF-8" in refused(table).found
+    if len(text) > 2:
+        table = write(tmp_path, rows("path,label", "{p},{l}" + text), encoding=encoding)
+        assert "is not UTF-8" in refused(table).found
 
 
 def test_damaged_utf8_is_not_taken_for_windows_1252(tmp_path: Path) -> None:
@@ -369,6 +381,24 @@ def test_prediction_reads_the_same_tables(tmp_path: Path, name: str, header: str
     table = write(images(tmp_path), rows(header, line), name)
     files = [image.file for image in find_inputs(str(table), None).open()]
     assert files == [tmp_path / name for name in NAMES]
+
+
+def test_an_address_in_the_first_line_is_no_header(tmp_path: Path) -> None:
+    error = refused(write(images(tmp_path), rows("TRAIN,gs://b/0.jpg,a", "TRAIN,gs://b/{b},{l}")))
+    assert "begins with no header" in error.found and "not fetched" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html><body>Sign in, please</body></html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        (b"PK\3\4\x14\0\6\0", "is a zip or an Excel workbook"),
+    ],
+)
+def test_other_files_named_as_tables(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(content)
+    assert said in refused(tmp_path / "labels.csv").found
 
 
 def test_prediction_does_not_fetch_addresses(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from finetune.data.dataset import SPLITS, Split
@@ -198,6 +199,8 @@ def refuse_unsure_beside(reader: LayoutReader, others: Sequence[str], splits: Ma
     for name in others:
         word = parse(name)
         is_missing = word is not None and word.split not in splits
+        missing = [known for known, split in SPLIT_NAMES.items() if split not in splits]
+        is_missing = is_missing or (not word and bool(get_close_matches(name.casefold(), missing, 1, 0.75)))
         own = set(class_names(reader, name))
         # Beside train alone, a folder with the same classes is hardly anything else, whatever its name.
         is_same = len(splits) == 1 and len(train & own) > 1 and 2 * len(train & own) > len(train | own)
@@ -257,7 +260,10 @@ def _second(path: str) -> str:
 def _split_of_each(folders: Iterable[str]) -> dict[str, Split]:
     """Return the split of each folder of a class; empty if they are not the splits of a class."""
     words = {name: parse(name) for name in folders}
-    found = {name: word.split for name, word in words.items() if word and word.is_certain}
+    rests = {word.rest for word in words.values() if word}
+    # cat/train_cat beside cat/test_cat: the same further word in both.
+    is_shared = len(rests) == 1 and len(words) > 1
+    found = {name: word.split for name, word in words.items() if word and (word.is_certain or is_shared)}
     is_whole = len(found) == len(words) and len(set(found.values())) == len(found)
     return found if is_whole and "train" in found.values() else {}
 

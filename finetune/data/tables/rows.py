@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from finetune.data.dataset import SPLITS, Split
 from finetune.data.layout import SHOWN, LayoutReader, count, name_fault, quoted, some
 from finetune.data.tables.columns import choose_columns
-from finetune.data.tables.files import FETCH, TableFiles
+from finetune.data.tables.files import FETCH, TableFiles, is_address
 from finetune.data.tables.format import find_format, read_cells, tell_format
 from finetune.data.tables.names import keep_fitting
 from finetune.data.tables.splits import KEY as SPLIT_KEY
@@ -117,6 +117,9 @@ def _rows(
     header = _header(table)
     if any(map(files.find_existing, header)) and "path" not in header:
         raise _refuse_no_header(reader, header, files)
+    if addresses := [cell for cell in header if is_address(cell)]:
+        found = f"begins with no header, but with the address {quoted(addresses[0])}"
+        raise reader.error(found, f"{FETCH} Write path,label[,split] above the first line.")
     body = table.iloc[1:]
     columns = choose_columns(reader, header, body, files.find_existing, group_by)
     read = read_splits(reader, header, body, [number for number in columns if number is not None])
