@@ -217,6 +217,13 @@ def test_splits_inside_train_are_no_classes(tmp_path: Path) -> None:
     assert said == "the classes in 'train' would be 'train', 'val', which look like splits"
 
 
+@pytest.mark.parametrize("top", ["", "train"])
+@pytest.mark.parametrize("names", [("images", "masks"), ("imgs", "annotations"), ("Images", "Labels")])
+def test_images_and_masks_are_no_classes(tmp_path: Path, top: str, names: tuple[str, str]) -> None:
+    said = refusal(images(tmp_path, top, classes=names))
+    assert "images and their masks or annotations" in said
+
+
 def test_a_documented_name_comes_first(tmp_path: Path) -> None:
     dataset = found(images(tmp_path, "train", "training_old", "val", "validation_set", "test", "test2"))
     assert folders_by_split(dataset) == {"train": "train", "val": "val", "test": "test"}
@@ -280,7 +287,7 @@ def test_a_test_folder_without_labels_is_left_out(tmp_path: Path, name: str, ins
     dataset = found(tmp_path)
     assert {sample.split for sample in dataset.samples} == {"train", "val"} and len(dataset.samples) == 8
     (said,) = [warning for warning in dataset.warnings if "left out" in warning]
-    assert (f"`finetune predict RUN {name}/`" in said) == (not inside.startswith("empty"))
+    assert (f"`finetune predict RUN {name}/ --output " in said) == (not inside.startswith("empty"))
 
 
 def test_evaluation_still_needs_the_labels(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from finetune.data.layouts.split_folders import (
     is_plain,
     parse,
     read_nested,
+    refuse_masks,
     refuse_splits_as_classes,
     refuse_unsure_beside,
 )
@@ -49,6 +50,7 @@ def read_folder(reader: LayoutReader, group_by: str | None = None) -> None:
         else:
             _refuse_no_classes(reader, "", folders, files)
             reader.splits["train"] = read_classes(reader, "", folders, files, "train")
+            refuse_masks(reader, reader.splits["train"])
             read_nested(reader)
     _warn_hidden(reader)
     reader.check_links()
@@ -81,6 +83,7 @@ def _read_splits(
         reader.splits[split] = read_classes(reader, name, inside, loose, split)
         if split == "train":
             refuse_splits_as_classes(reader, name, reader.splits["train"])
+            refuse_masks(reader, reader.splits["train"])
 
 
 def _warn_beside(
@@ -141,7 +144,7 @@ def _warn_unlabelled(reader: LayoutReader, top: str, folders: Sequence[str], fil
     inside = sum(len(images_below(reader, f"{top}/{name}")[0]) for name in folders)
     number = inside + sum(is_image_name(name) for name in files)
     held = f"{count(number, 'image', 'images')} without classes" if number else "no images"
-    later = f"; `finetune predict RUN {top}/` predicts them later" if number else ""
+    later = f"; `finetune predict RUN {top}/ --output test.csv` predicts them later" if number else ""
     reader.warn(
         "test-unlabelled",
         f"The test folder {top!r} holds {held}, and is left out{later}.",

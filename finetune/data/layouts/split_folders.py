@@ -225,6 +225,23 @@ def refuse_splits_as_classes(reader: LayoutReader, top: str, classes: Iterable[s
         )
 
 
+_MASKS = frozenset({"mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "gt"})
+
+
+def refuse_masks(reader: LayoutReader, classes: Iterable[str]) -> None:
+    """Refuse ``images`` beside ``masks`` as classes: they are parts of data for another task.
+
+    Raises:
+        DataError: all names are such.
+    """
+    kinds = {"mask" if name.casefold() in _MASKS else "image" if is_filler(name) else "" for name in classes}
+    if kinds == {"mask", "image"}:
+        raise reader.error(
+            f"has the folders {some(classes)}, which are images and their masks or annotations, and no classes",
+            "Put the images of each class into a folder with the name of the class, without the masks.",
+        )
+
+
 def read_nested(reader: LayoutReader) -> None:
     """Look at the folders inside the classes of a flat layout: each class may hold its own splits.
 
