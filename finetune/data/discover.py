@@ -228,7 +228,7 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
         fix = "Pack it so that the class folders, or train/, lie at the top."
     found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
     lists = "" if inner else name_lists(reader, classes[0], names_in(reader.root / classes[0]))
-    lists = lists or name_lists(reader, "", names_in(reader.root))
+    lists = "" if is_table(reader.asked) else lists or name_lists(reader, "", names_in(reader.root))
     reader.reject("class-one", found, fix + lists + tell_hidden(reader))
 
 

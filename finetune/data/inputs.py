@@ -18,6 +18,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from finetune.data.archive import Progress
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import read_data
+from finetune.data.entries import is_archive, is_unread_archive
 from finetune.data.folders import explain_others, tell_hidden, walk_images
 from finetune.data.formats import is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, count, extension_counts, extensions, printable, some
@@ -125,6 +126,12 @@ def find_inputs(
             printable(source), lambda: _of_folder(reader, left_out.start()), folder=path, left_out=left_out
         )
     if os.path.lexists(path):
+        if is_archive(path.name) or is_unread_archive(path.name):
+            raise DataError(
+                printable(source),
+                "is an archive, which is not unpacked here",
+                "Unpack it, and name the folder.",
+            )
         if not is_table(path.name):
             return InputImages(printable(source), lambda: iter([_of_name(source)]), home=path.parent)
         reader = LayoutReader(printable(source), path.parent.absolute(), follow_links=follow_links)

@@ -118,3 +118,10 @@ def test_hidden_images_are_told_of_and_have_no_row(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images") as error:
         list(inputs.open())
     assert "Hidden images are not read ('.b.jpg', '.kept')" in error.value.fix
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.7z"])
+def test_an_archive_is_refused_as_what_it_is(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, name)
+    with pytest.raises(DataError, match="is an archive"):
+        find_inputs(str(tmp_path / name), None)

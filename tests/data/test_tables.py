@@ -383,6 +383,11 @@ def test_prediction_reads_the_same_tables(tmp_path: Path, name: str, header: str
     assert files == [tmp_path / name for name in NAMES]
 
 
+def test_a_table_of_one_class_does_not_name_itself(tmp_path: Path) -> None:
+    fix = refused(write(images(tmp_path), rows("path,label", "{p},x"))).fix
+    assert fix == "Add the images of at least one more class."
+
+
 def test_an_address_in_the_first_line_is_no_header(tmp_path: Path) -> None:
     error = refused(write(images(tmp_path), rows("TRAIN,gs://b/0.jpg,a", "TRAIN,gs://b/{b},{l}")))
     assert "begins with no header" in error.found and "not fetched" in error.fix

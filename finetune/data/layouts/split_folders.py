@@ -237,7 +237,7 @@ def refuse_masks(reader: LayoutReader, classes: Iterable[str]) -> None:
     kinds = {"mask" if name.casefold() in _MASKS else "image" if is_filler(name) else "" for name in classes}
     if kinds == {"mask", "image"}:
         raise reader.error(
-            f"has the folders {some(classes)}, which are images and their masks or annotations, and no classes",
+            f"has the folders {some(classes)}, which are images and their masks or annotations, not classes",
             "Put the images of each class into a folder with the name of the class, without the masks.",
         )
 
