@@ -224,6 +224,18 @@ def test_images_and_masks_are_no_classes(tmp_path: Path, top: str, names: tuple[
     assert "images and their masks or annotations" in said
 
 
+def test_a_class_that_is_named_train(tmp_path: Path) -> None:
+    loose(tmp_path, "bus", "car", "train")
+    with pytest.raises(DataError, match="'train' holds images but no class folders") as error:
+        found(tmp_path)
+    assert (
+        "If 'train' is a class, as 'bus', 'car', put them all into one more folder named train."
+        in error.value.fix
+    )
+    loose(tmp_path / "way out/train", "bus", "car", "train")
+    assert found(tmp_path / "way out").classes == ("bus", "car", "train")
+
+
 def test_a_documented_name_comes_first(tmp_path: Path) -> None:
     dataset = found(images(tmp_path, "train", "training_old", "val", "validation_set", "test", "test2"))
     assert folders_by_split(dataset) == {"train": "train", "val": "val", "test": "test"}
