@@ -205,8 +205,8 @@ def _refuse_no_classes(
         fix += f" Or move {top!r} away: a validation split is then drawn from the training images."
     beside = [name for name in peek(reader, "")[0] if name != top and peek(reader, name)[1]]
     if top and split == "train" and beside and not any(map(parse, beside)):
-        others = f"If {top!r} is a class, as {some(beside)}, put them all into one more folder named train."
-        fix = f"{others} Else: {fix}"
+        keep = f"If {top!r} is a class, as {some(beside)}, put them all into one more folder named train."
+        fix = f"{keep} Else: {fix}"
     reader.reject("no-classes", found, fix)
 
 
