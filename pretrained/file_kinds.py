@@ -11,6 +11,7 @@ _MAGIC = {
         "Fetch the weights with git lfs pull.",
     ),
     b"<": ("a web page or XML, not the weights", "Download the file itself."),
+    b"{": ("JSON, not the weights", "Name the file with the weights."),
     b"\x89HDF": ("an HDF5 file, as Keras writes it", "Give a state dict of PyTorch or safetensors."),
     b"\x1f\x8b": ("packed with gzip", "Unpack it first."),
 }

@@ -97,6 +97,7 @@ FOREIGN = {
     "w.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of git-lfs"),
     "w.pth": (b"\n<!DOCTYPE html><html>", "a web page"),
     "w.bin": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+    "config.json": (b'{"architecture": "resnet18"}', "JSON"),
     "w.pth.gz": (b"\x1f\x8b\x08", "packed with gzip"),
     "w.pth.tar": (bytes(257) + b"ustar" + bytes(300), "a tar archive"),
     "w.onnx": (b"\x08\x07\x12\x07pytorch", "an ONNX file"),
