@@ -256,6 +256,14 @@ def test_a_size_that_the_patches_do_not_divide(name: str, size: int, fix: str) -
     assert fix in caught.value.fix
 
 
+def test_a_size_that_the_forward_does_not_take() -> None:
+    card = find_card("mvitv2_tiny")
+    card = card.with_input(replace(card.preprocessing, img_size=214))
+    with pytest.raises(UsageError, match="its forward fails on images of this size: IndexError") as caught:
+        load_backbone(card, classes=CLASSES, pretrained=False)
+    assert "published at 224" in caught.value.fix
+
+
 def test_twins_with_other_pixels(tmp_path: Path) -> None:
     card = find_card("efficientnet_lite0")
     with torch.device("meta"):
