@@ -1,7 +1,8 @@
-"""Tell whether a file belongs to a deeper sibling of a network: it has whole further blocks of the same kind.
+"""Tell whether a file belongs to a sibling of a network, with further blocks or further layers in its blocks.
 
 Every tensor of a ResNet-18 is also in the file of a ResNet-34, under the same name and in the same shape, but
-its weights were trained with further blocks in between.
+its weights were trained with further blocks in between; those of a RegNetY with squeeze and excitation in
+each block of a RegNetX.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from collections.abc import Collection, Iterator
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 _LEAST_LAYERS = 2
 """A block has at least two layers with weights; a single one more may be a leftover."""
+_LEARNED = re.compile(r"weight|bias|gamma(?:_\d)?|tau|v|\w+_gain|\w+_bias_table|logit_scale")
+"""Last parts of names of learned values; buffers, masks and counters may be leftovers."""
+_STATISTIC = "running_var"
+_LEAST_BLOCKS = 2
+"""A further layer of a kind is in several blocks; in one it may be a leftover."""
 
 
 def find_further_blocks(own: Collection[str], unused: Collection[str], head: Collection[str]) -> list[str]:
@@ -23,8 +29,7 @@ def find_further_blocks(own: Collection[str], unused: Collection[str], head: Col
         unused: names of the file's tensors that the network does not have.
         head: names of the classifier's tensors; what stands beside them may be another classifier.
     """
-    near_head = {name.partition(".")[0] for name in head if "." in name}
-    candidates = [name for name in unused if name.partition(".")[0] not in near_head]
+    candidates = _leave_out_head(unused, head)
     if not candidates:
         return []
     known = _group(own)
@@ -40,6 +45,31 @@ def find_further_blocks(own: Collection[str], unused: Collection[str], head: Col
         and any(2 * len(layers & other) > len(layers) for other in siblings[_kind(block)])
     ]
     return [block for block in found if not any(block.startswith(f"{outer}.") for outer in found)]
+
+
+def find_further_layers(own: Collection[str], unused: Collection[str], head: Collection[str]) -> list[str]:
+    """Return the layers that a file has inside the network's own blocks, such as ``layer1.0.se.conv``.
+
+    A normalisation with running statistics counts, where the network's has none.
+
+    Args:
+        own: names of the network's tensors.
+        unused: names of the file's tensors that the network does not have.
+        head: names of the classifier's tensors; what stands beside them may be another classifier.
+    """
+    known, found = _group(own), dict[str, str]()  # from a layer to the innermost block that it is in
+    for name in _leave_out_head(unused, head):
+        layer, _, last = name.rpartition(".")
+        is_other_norm = last == _STATISTIC and f"{layer}.weight" in own
+        blocks = [block for block, _ in _blocks_of(name) if block in known]
+        if is_other_norm or (blocks and _LEARNED.fullmatch(last)):
+            found[layer] = blocks[-1] if blocks else layer
+    return list(found) if len(set(found.values())) >= _LEAST_BLOCKS else []
+
+
+def _leave_out_head(names: Collection[str], head: Collection[str]) -> list[str]:
+    near_head = {name.partition(".")[0] for name in head if "." in name}
+    return [name for name in names if name.partition(".")[0] not in near_head]
 
 
 def _group(names: Collection[str]) -> dict[str, frozenset[str]]:

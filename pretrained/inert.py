@@ -82,7 +82,7 @@ _ALLOWED: list[Any] = [
     datetime.timedelta,
     torch.torch_version.TorchVersion,
     *_numpy_globals(),
-    *((kind, f"builtins.{kind.__name__}") for kind in (int, float, str, bool, list, dict, tuple)),
+    *((kind, f"builtins.{kind.__name__}") for kind in (int, float, str, bool, list, dict, tuple, frozenset)),
     *(
         (kind, f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")

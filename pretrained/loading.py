@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from finetune.errors import UsageError, count
-from pretrained.blocks import find_further_blocks
+from pretrained.blocks import find_further_blocks, find_further_layers
 from pretrained.catalog import Card
 from pretrained.first_convolution import adapt_first_convolution
 from pretrained.network import timm_arguments, timm_name
@@ -166,12 +166,9 @@ def _find_problem(
         return _too_few(asked, match, own, tensors)
     if other_shape:
         return _wrong_shapes(asked, other_shape, own, state)
-    if further := find_further_blocks(own, match.unused, match.head):
-        found = (
-            f"the file has {len(further)} further blocks that the network does not have ({_some_of(further)})"
-        )
-        fix = "They belong to a deeper network of the same family: name that one with --backbone."
-        return UsageError(asked, found, fix)
+    if sibling := _describe_sibling(own, match):
+        fix = "They belong to another network of the same family: name that one with --backbone."
+        return UsageError(asked, sibling, fix)
     fitting = _fitting(own, state)
     broken = [
         key for key, _ in network.named_parameters() if key in fitting and not fitting[key].isfinite().all()
@@ -184,6 +181,20 @@ def _find_problem(
         found = f"the classifier does not fit: {_some_of(absent)}"
         return UsageError(f"strategy.head=keep with {match.source}", found, "Take head=replace.")
     return None
+
+
+def _describe_sibling(own: Collection[str], match: Match) -> str:
+    """Return what shows that a file is of a sibling of the network; ``""`` if nothing does."""
+    if blocks := find_further_blocks(own, match.unused, match.head):
+        return (
+            f"the file has {len(blocks)} further blocks that the network does not have ({_some_of(blocks)})"
+        )
+    if layers := find_further_layers(own, match.unused, match.head):
+        return (
+            f"the file has {len(layers)} layers inside the network's blocks that the network does not have "
+            f"({_some_of(layers)})"
+        )
+    return ""
 
 
 def _too_few(asked: str, match: Match, own: Mapping[str, Tensor], tensors: Collection[str]) -> UsageError:

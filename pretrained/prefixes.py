@@ -6,6 +6,7 @@ another one (``model.``, ``backbone.``). In a flat state dict both are the same:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -23,9 +24,15 @@ PLAIN = (
     "params",
     "teacher",
     "student",
+    "weights",
+    "model_weights",
 )
 _WRAPPERS = (*AVERAGED, *PLAIN)
-_NO_WEIGHTS = ("optimizer", "optimizer_state_dict", "optim", "opt", "grad", "grads", "exp_avg", "exp_avg_sq")
+_AVERAGED = re.compile(r"(?:\w+_)?(?:ema|swa|averaged)(?:_\w+)?")
+_NO_WEIGHTS = re.compile(
+    r"optim(?:izer)?(?:_state(?:s|_dict)?)?|opt|grads?|gradients?|exp_avg(?:_sq)?|m|v|mu|nu|velocity"
+    r"|momentum(?:_buffers?)?|variances?|masks?|fisher\w*|deltas?"
+)
 """Keys of values that have the names and shapes of weights, and are none."""
 _MAX_NAME = 1_000
 _MAX_CANDIDATES = 16
@@ -83,9 +90,11 @@ def _divide(key: str) -> Iterator[tuple[str, str]]:
 def _rank(prefix: str) -> tuple[int, int]:
     """Averaged weights first, then known wrappers in their order, then the others; the shortest first."""
     words = prefix.rstrip(".").split(".")
-    if any(word in _NO_WEIGHTS for word in words):
+    if any(_NO_WEIGHTS.fullmatch(word.lower()) for word in words):
         return len(_WRAPPERS) + 1, len(words)
     ranks = [_WRAPPERS.index(word) for word in words if word in _WRAPPERS]
+    if any(_AVERAGED.fullmatch(word.lower()) for word in words):
+        ranks.append(len(AVERAGED) - 1)
     averaged = [rank for rank in ranks if rank < len(AVERAGED)]
     return min(averaged or ranks[:1] or [len(_WRAPPERS)]), len(words)
 

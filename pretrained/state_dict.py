@@ -6,6 +6,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
+from pretrained.file_kinds import describe_foreign, is_safetensors
 from pretrained.inert import allowed_globals, find_globals
 
 MAX_FILE_BYTES = 2**36
@@ -26,14 +28,16 @@ MAX_UNPACK_RATIO = 10
 """Largest ratio of unpacked to packed bytes. PyTorch does not compress; packed zeros could fill memory."""
 MAX_WRAPPERS = 8
 """Largest depth of mappings in mappings."""
-_FORBIDDEN = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
+_LAYER_WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+"""What ``torch.compile``, FSDP and activation checkpointing put into names."""
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+\.[\w.]+)")
 """Finds what a pickle would import in PyTorch's error message."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return every named tensor of a file; those in a mapping have its key and a dot before their names.
 
-    The names that ``torch.compile`` puts in between are left out.
+    The names that ``torch.compile``, FSDP and activation checkpointing put in between are left out.
 
     Raises:
         UsageError: the file is too large or damaged, contains other objects than tensors and settings, or no
@@ -49,6 +53,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(error, UnpicklingError) and (more := _forbidden_content(error, path)):
             found = f"it holds more than tensors ({more}), and nothing else is ever loaded or run"
             raise UsageError(asked, found, "Save its state_dict as safetensors.") from None
+        if not isinstance(error, OSError) and (foreign := describe_foreign(path)) is not None:
+            what, fix = foreign
+            raise UsageError(asked, f"the file cannot be read: it is {what}", fix) from None
         found = f"the file cannot be read: {_reason(error, path)}"
         raise UsageError(asked, found, "Fetch or save the file again.") from None
     tensors = {_clean_key(key): value for key, value in _flatten(content, "", 0, set())}
@@ -66,7 +73,7 @@ def _check_size(asked: str, path: Path) -> None:
     if size > MAX_FILE_BYTES:
         found = f"it has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
         raise UsageError(asked, found, "Name the weights of an image classifier.")
-    if path.suffix == ".safetensors" or not is_zipfile(path):
+    if is_safetensors(path) or not is_zipfile(path):
         return
     try:
         with ZipFile(path) as archive:
@@ -102,18 +109,22 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if is_safetensors(path) or (path.suffix == ".safetensors" and not is_zipfile(path)):
         return safetensors.torch.load_file(path)
     allowed = allowed_globals(find_globals(path))
     # The errors below are clearer than torch's warnings.
-    with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.serialization.safe_globals(allowed),
+        path.open("rb") as file,  # of a path, torch believes the suffix
+    ):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _forbidden_content(error: UnpicklingError, path: Path) -> str:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden:
-        return forbidden[1]
+        return forbidden[1] or forbidden[2]
     with path.open("rb") as file:
         return "a plain pickle" if file.read(1) == b"\x80" else ""
 
@@ -151,15 +162,21 @@ def _describe_content(content: Any) -> str:
     """Say what a file holds that has no named tensors."""
     if isinstance(content, Tensor):
         return f"it holds a single tensor of shape {tuple(content.shape)}, without a name"
-    if isinstance(content, list | tuple) and any(isinstance(value, Tensor) for value in content):
+    if isinstance(content, list | tuple) and _holds_tensor(content):
         return f"it holds a list of {len(content):,} tensors without names, so none can be assigned"
     keys = ", ".join(repr(str(key)[:40]) for key in list(content)[:4]) if isinstance(content, Mapping) else ""
     return f"it holds no tensors{f', only {keys}' if keys else ''}"
 
 
+def _holds_tensor(content: list[Any] | tuple[Any, ...]) -> bool:
+    """Return whether a list has a tensor, or pairs with one."""
+    pairs = [value for value in content if isinstance(value, list | tuple)]
+    return any(isinstance(value, Tensor) for value in chain(content, *pairs))
+
+
 def _clean_key(key: str) -> str:
-    """Leave out the part that ``torch.compile`` adds to names, wherever it is."""
-    return re.sub(r"(^|\.)(?:_orig_mod\.)+", r"\1", key)
+    """Leave out the parts that wrappers of single layers add to names, wherever they are."""
+    return _LAYER_WRAPPERS.sub(r"\1", key)
 
 
 def digest_tensors(network: nn.Module, without: Collection[str], modules: Collection[str] = ()) -> str:

@@ -1,7 +1,8 @@
 """Name the networks that share all tensors of another one, but expect other pixels.
 
 ``tf_efficientnet_lite0`` and ``efficientnet_lite0`` have the same names and shapes, and different means. No
-check of tensors can tell whose weights a file holds; its name or metadata may.
+check of tensors can tell whose weights a file holds; its name or metadata may. So it is with other weights of
+one architecture: ``vit_small_patch16_224.dino`` expects other pixels than its default weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -21,6 +23,8 @@ from pretrained.catalog import Card, find_card, num_parameters, parameter_counts
 from pretrained.network import build_outline
 
 _MAX_TWINS = 12
+_FOLDERS = 5
+"""Last parts of a path that may name a network: ``models--timm--NAME/snapshots/ID/model.safetensors``."""
 
 
 def check_twins(network: nn.Module, card: Card, path: Path) -> str:
@@ -34,9 +38,12 @@ def check_twins(network: nn.Module, card: Card, path: Path) -> str:
     Raises:
         UsageError: the file names one of the others.
     """
+    if _pixels(find_card(card.name)) != _pixels(card):  # the user's own choice
+        return ""
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     others = [name for name in _list_same_size(card) if _differs(name, card)][:_MAX_TWINS]
     twins = [name for name in others if _shapes_of(f"{card.library}/{name}") == shapes]
+    twins += _list_other_tags(card)
     if not twins:
         return ""
     hint = _read_hint(path, [card.architecture, *twins])
@@ -68,9 +75,26 @@ def _list_same_size(card: Card) -> list[str]:
     ]
 
 
+def _list_other_tags(card: Card) -> list[str]:
+    """Return the other published weights of an architecture that expect other pixels, ``NAME.TAG``.
+
+    A tag that the user chose is what the file was trained as; only the default one may be an accident.
+    """
+    if card.library != "timm" or card.place == "folder":
+        return []
+    default = timm.get_pretrained_cfg(card.architecture, allow_unregistered=True)
+    if default is None or default.tag != card.tag:
+        return []
+    names = [name for name in timm.list_pretrained(f"{card.architecture}.*") if _differs(name, card)]
+    return names[:_MAX_TWINS]
+
+
 def _differs(name: str, card: Card) -> bool:
-    other, own = (find_card(f"{card.library}/{one}").preprocessing for one in (name, card.architecture))
-    return (other.mean, other.std) != (own.mean, own.std)
+    return _pixels(find_card(f"{card.library}/{name}")) != _pixels(card)
+
+
+def _pixels(card: Card) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    return card.preprocessing.mean, card.preprocessing.std
 
 
 @cache
@@ -89,10 +113,20 @@ def _read_hint(path: Path, names: list[str]) -> str:
             values = " ".join((file.metadata() or {}).values())
             if found := _find_words(values, names):
                 return max(found, key=len)
-    clear = [name for name in names if not any(name in other and name != other for other in names)]
+    tagged = [name for name in names if "." in name]
+    folders = " ".join(part.replace("--", " ") for part in path.parts[-_FOLDERS:])  # as in the hub's cache
+    if found := _find_words(folders, tagged):
+        return max(found, key=len)
+    words = set(re.split(r"[^a-z0-9]", path.name.lower()))
+    for name in tagged:
+        tag = name.partition(".")[2]
+        if tag.isalpha() and tag in words:
+            return name
+    plain = [name for name in names if "." not in name]
+    clear = [name for name in plain if not any(name in other and name != other for other in plain)]
     return max(_find_words(path.name, clear), key=len, default="")
 
 
 def _find_words(text: str, names: list[str]) -> list[str]:
     normal = text.lower().replace("-", "_")
-    return [name for name in names if re.search(rf"(?<![a-z0-9_]){name}(?![a-z0-9])", normal)]
+    return [name for name in names if re.search(rf"(?<![a-z0-9_]){re.escape(name)}(?![a-z0-9])", normal)]

@@ -33,6 +33,7 @@ MIRROR_VARIABLE = "FINETUNE_MIRROR"
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _LEFTOVER_SECONDS = 3600
 _CHUNK = 2**17
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -103,6 +104,13 @@ def _file_in(asked: str, path: Path) -> Path:
         raise UsageError(asked, f"the folder holds no {', '.join(_SUFFIXES)} file", "Name the file itself.")
     if len(files) > 1 and files[0].name != _HUB_FILES[0]:
         found = f"the folder holds several weight files: {_some_of([file.name for file in files])}"
+        if all(_SHARD.search(file.name) for file in files):
+            found = (
+                f"the weights are divided among {len(files)} files: {_some_of([file.name for file in files])}"
+            )
+            raise UsageError(
+                asked, found, "Save them as one file (save_pretrained with a larger max_shard_size)."
+            )
         raise UsageError(asked, found, "Name one of them.")
     return files[0]
 

@@ -30,6 +30,7 @@ from finetune.data.entries import (
     archive_stem,
     find_readings,
     is_archive,
+    is_unread_archive,
     is_utf8,
     shown_name,
 )
@@ -44,9 +45,10 @@ from finetune.data.layout import (
     is_system,
     names_in,
     quoted,
+    some,
 )
 from finetune.data.layouts.lists import LIST_FILES, TABLES
-from finetune.data.layouts.split_folders import choose, is_plain
+from finetune.data.layouts.split_folders import choose, is_plain, parse
 from finetune.errors import count
 from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
@@ -61,12 +63,6 @@ MAX_RATIO = 100  # unpacked to packed size; photographs are near 1
 FREE_BYTES = 100 * 2**20  # unpacked size below which any ratio is allowed: flat images compress that well
 MAX_PATH_BYTES = 1024
 MAX_DEPTH = 32
-
-KINDS = {
-    ".tbz2": "tar (bzip2)", ".txz": "tar (xz)", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd",
-    ".7z": "7-Zip", ".rar": "RAR",
-}  # fmt: skip
-"""Archives that are refused: their unpackers have no limits, or are not part of Python."""
 
 _DRIVE = re.compile("[A-Za-z]:")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -119,6 +115,7 @@ def open_split_archives(
         if file.is_symlink():
             reader.leads_out(file.name)
     reader.check_links()
+    _refuse_others(reader, packed)
     digests = {stem: _digest(reader, file) for stem, file in packed.items()}
     name = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -133,6 +130,25 @@ def open_split_archives(
     files = ", ".join(repr(file.name) for file in packed.values())
     reader.warn("split-names", f"The archives {files} were read as splits.", "Rename them if that is wrong.")
     return folder
+
+
+def _refuse_others(reader: LayoutReader, packed: Mapping[str, Path]) -> None:
+    """Refuse an archive beside those of the splits that may be one, and is not read; warn about others."""
+    folder, taken = next(iter(packed.values())).parent, {file.name for file in packed.values()}
+    names = [name for name in names_in(folder) if not is_junk(name) and name not in taken]
+    others = [name for name in names if is_archive(name) or is_unread_archive(name)]
+    if splits := [name for name in others if is_unread_archive(name) and parse(archive_stem(name))]:
+        raise reader.error(
+            f"holds {some(splits)} beside {some(sorted(taken))}, and only zip, tar and tar.gz are read",
+            "Unpack all of them into folders named train, val or test.",
+        )
+    if others:
+        reader.warn(
+            "ignored-file",
+            f"Beside {some(sorted(taken))}, these archives are not read: {some(others)}.",
+            "Unpack what belongs to the data.",
+            len(others),
+        )
 
 
 def _digest(reader: LayoutReader, file: Path) -> str:
@@ -150,7 +166,8 @@ def _unpack(reader: LayoutReader, file: Path, target: Path, on_progress: Progres
         _extract(reader, file, archive, plan, target, on_progress)
     write_json(target / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
     if plan.codec:
-        write_json(target / _CODEC, plan.codec)
+        odd = [name for name in sorted(plan.folders | plan.files.keys()) if not name.isascii()]
+        write_json(target / _CODEC, plan.codec + (f", as in {quoted(odd[0])}" if odd else ""))
 
 
 @contextmanager
@@ -352,6 +369,7 @@ def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
     """Warn about files that are not used, also if the archive was unpacked by an earlier call."""
     with suppress(OSError, ValueError):
         others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))
+        reader.left_out += others
         if others:
             reader.warnings.append(
                 f"Files in the archive that are not images are left out{extensions(others, ': ')}."
@@ -366,9 +384,12 @@ def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
 
 
 def _entered(folder: Path) -> Path:
-    """Return the single folder that many archives hold at the top, or else the folder itself."""
-    inside = [entry for entry in os.scandir(folder) if not is_junk(entry.name)]
-    if len(inside) != 1 or not inside[0].is_dir() or is_plain(inside[0].name):
-        return folder
-    top = Path(inside[0].path)  # a folder that holds images is a class; one that holds lists is not
-    return folder if any(map(is_image_name, names_in(top))) else top
+    """Return the folder below the single folders that many archives hold at the top, or the folder itself."""
+    while True:
+        inside = [entry for entry in os.scandir(folder) if not is_junk(entry.name)]
+        if len(inside) != 1 or not inside[0].is_dir() or is_plain(inside[0].name):
+            return folder
+        top = Path(inside[0].path)  # a folder that holds images is a class; one that holds lists is not
+        if any(map(is_image_name, names_in(top))):
+            return folder
+        folder = top

@@ -310,6 +310,8 @@ def _unidentified(head: bytes, name: str) -> str:
         return known
     if head.startswith(_MAGIC):
         return "damaged: starts like an image, but its header cannot be read"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the image itself"
     word = (head[:16].split() or [head[:16]])[0]
     return f'not an image (starts with "{repr(word)[2:-1]}")'
 

@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.archive import (
-    KINDS,
     Progress,
     find_split_archives,
     open_archive,
     open_split_archives,
 )
 from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split, to_check
-from finetune.data.entries import is_archive
-from finetune.data.folders import explain_others, images_below, warn_ignored
+from finetune.data.entries import KINDS, is_archive
+from finetune.data.folders import explain_others, images_below, tell_hidden, warn_ignored
 from finetune.data.layout import LayoutReader, extensions, is_junk, names_in, printable, some
-from finetune.data.layouts.class_folders import read_folder
+from finetune.data.layouts.class_folders import find_inner, read_folder
 from finetune.data.layouts.class_names import join_spellings, warn_look_alikes
-from finetune.data.layouts.lists import name_lists
+from finetune.data.layouts.lists import find_lists, name_lists
 from finetune.data.layouts.split_folders import choose, is_plain
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.split import (
@@ -164,6 +163,7 @@ def read_data(
     is_list = bool(suffix) and is_table(data.name)
     if data.is_dir():
         if packed := find_split_archives(data):
+            reader.beside = find_lists(reader)
             reader.root, reader.from_archive = open_split_archives(reader, packed, on_progress), True
         read_folder(reader, group_by)
     elif is_list:
@@ -220,16 +220,16 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
     if len(classes) >= 2:
         return
     # An archive unpacked into a folder of its own name is the usual reason.
-    inside = reader.root / classes[0]
-    folders = [name for name in names_in(inside) if (inside / name).is_dir() and not is_junk(name)]
-    nested = len(folders) >= 2 or "train" in choose(folders)
+    inner = find_inner(reader, classes[0])
     fix = "Add the images of at least one more class."
-    if nested:
-        fix = f"Did you mean --data {printable(inside)}?"
-    if nested and reader.from_archive:  # the user has never seen the path into the cache
+    if inner:
+        fix = f"Did you mean --data {printable(reader.root / inner)}?"
+    if inner and reader.from_archive:  # the user has never seen the path into the cache
         fix = "Pack it so that the class folders, or train/, lie at the top."
     found = f"has only one class, {classes[0]!r}; a classifier needs at least two"
-    reader.reject("class-one", found, fix + name_lists(reader, "", names_in(reader.root)))
+    lists = "" if inner else name_lists(reader, classes[0], names_in(reader.root / classes[0]))
+    lists = "" if is_table(reader.asked) else lists or name_lists(reader, "", names_in(reader.root))
+    reader.reject("class-one", found, fix + lists + tell_hidden(reader))
 
 
 def _compare_with_training(reader: LayoutReader, split: Split) -> None:

@@ -26,6 +26,12 @@ from finetune.errors import DataError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SUFFIXES = (".zip", *TAR_SUFFIXES)
+KINDS = {
+    ".tbz2": "tar (bzip2)", ".txz": "tar (xz)", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd",
+    ".7z": "7-Zip", ".rar": "RAR",
+}  # fmt: skip
+"""Archives that are refused: their unpackers have no limits, or are not part of Python."""
+
 CHUNK = 2**20
 _UTF8 = 0x800  # flag bit of a zip entry: zipfile has decoded the name as UTF-8, not as code page 437
 _ENCRYPTED = 0x1 | 0x40  # flag bits: encryption, strong encryption
@@ -37,9 +43,15 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def is_unread_archive(name: str) -> bool:
+    """Return whether a file's name says that it is an archive of a kind that is not read."""
+    return Path(name).suffix.lower() in KINDS and not name.lower().endswith((*SUFFIXES, ".csv.gz", ".tsv.gz"))
+
+
 def archive_stem(name: str) -> str:
     """Return the name of an archive without its suffix: ``train`` for ``train.tar.gz``."""
-    suffix = max((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), key=len, default="")
+    endings = (*SUFFIXES, *KINDS, *(f".tar{kind}" for kind in KINDS))
+    suffix = max((suffix for suffix in endings if name.lower().endswith(suffix)), key=len, default="")
     return name[: len(name) - len(suffix)]
 
 
@@ -312,9 +324,12 @@ def _is_plausible(text: str, scripts: Sequence[str]) -> bool:
     words = [word for word in _WORD.findall(text) if not word.isascii()]
     if scripts == ("LATIN",):
         return all(_is_in(char, scripts) for word in words for char in word if not char.isascii()) and all(
-            word.isupper() or word[1:].islower() or len(word) == 1 for word in words
+            (word.isupper() or word[1:].islower() or len(word) == 1)
+            and (len(word) < 3 or any(map(str.isascii, word)))
+            for word in words
         )
-    return all(_is_in(char, scripts) for word in words for char in word)
+    is_cased = all(word.isupper() or not any(map(str.isupper, word[1:])) for word in words)
+    return is_cased and all(_is_in(char, scripts) for word in words for char in word)
 
 
 def _is_in(char: str, scripts: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from finetune.data.layout import (
     is_system,
     name_fault,
     printable,
+    some,
 )
 from finetune.errors import count
 
@@ -93,6 +94,13 @@ def warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: C
             f"Convert images among them to one of {list_suffixes()}.",
             sum(others.values()),
         )
+
+
+def tell_hidden(reader: LayoutReader) -> str:
+    """Return a sentence about hidden images, which may be what is missing, or ""."""
+    if not reader.hidden:
+        return ""
+    return f" Hidden images are not read ({some(sorted(reader.hidden))}); rename them if they belong to it."
 
 
 def explain_others(others: Counter[str]) -> str:

@@ -18,9 +18,11 @@ from typing import BinaryIO, Literal, NamedTuple
 from finetune.data.archive import Progress
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import read_data
-from finetune.data.folders import explain_others, walk_images
+from finetune.data.entries import is_archive, is_unread_archive
+from finetune.data.folders import explain_others, tell_hidden, walk_images
 from finetune.data.formats import is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, extension_counts, extensions, printable, some
+from finetune.data.layouts.class_folders import find_inner
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.tables.columns import find_path_column
 from finetune.data.tables.config import BY_NAMES, TableConfig
@@ -44,27 +46,32 @@ class InputImage(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """Files that are not read: their number by extension, and the first few paths."""
+    """Files that are not read: their number by extension, the first few paths, and what is hidden."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     paths: list[str] = field(default_factory=list)
+    hidden: set[str] = field(default_factory=set)
 
     def start(self) -> LeftOut:
         """Forget all files, at the start of an iteration."""
         self.kinds.clear()
         self.paths.clear()
+        self.hidden.clear()
         return self
 
     def __str__(self) -> str:
         """Return the number of files with the first few paths, or "" if there are none."""
         total = self.kinds.total()
+        shown = some(map(printable, sorted(self.hidden)))
+        hidden = f"Hidden images and hidden folders with images have no row: {shown}." if self.hidden else ""
         if not total:
-            return ""
+            return hidden
         files = count(total, "file is not an image and has", "files are not images and have")
         more = f" and {total - len(self.paths):,} more" if total > len(self.paths) else ""
         shown = ", ".join(map(printable, self.paths))
         kinds = f" ({extensions(self.kinds, '')})" if total > 1 else ""
-        return f"{files} no row: {shown}{more}{kinds}.{explain_others(self.kinds)}"
+        hidden = f" {hidden}" if hidden else ""
+        return f"{files} no row: {shown}{more}{kinds}.{explain_others(self.kinds)}{hidden}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,12 @@ def find_inputs(
             printable(source), lambda: _of_folder(reader, left_out.start()), folder=path, left_out=left_out
         )
     if os.path.lexists(path):
+        if is_archive(path.name) or is_unread_archive(path.name):
+            raise DataError(
+                printable(source),
+                "is an archive, which is not unpacked here",
+                "Unpack it, and name the folder.",
+            )
         if not is_table(path.name):
             return InputImages(printable(source), lambda: iter([_of_name(source)]), home=path.parent)
         reader = LayoutReader(printable(source), path.parent.absolute(), follow_links=follow_links)
@@ -174,10 +187,12 @@ def _of_folder(reader: LayoutReader, left_out: LeftOut) -> Iterator[InputImage]:
     for path in walk_images(reader, "", left_out.kinds, left_out.paths):
         is_empty = False
         yield _of_name(path, reader.root)
+    left_out.hidden |= reader.hidden
     reader.check_links(FLAG)
     if is_empty:
         found = f"holds no images{extensions(left_out.kinds, ', only ')}"
-        raise reader.error(found, f"Name a folder of images.{explain_others(left_out.kinds)}")
+        fix = f"Name a folder of images.{explain_others(left_out.kinds)}{tell_hidden(reader)}"
+        raise reader.error(found, fix)
 
 
 def _of_table(reader: LayoutReader, file: Path) -> Iterator[InputImage]:
@@ -292,7 +307,9 @@ def _number(
         raise reader.error(
             f"holds other data: the model knows none of its {count(len(names), 'class', 'classes')} "
             f"({some(unknown)}), only {some(classes)}",
-            "Name images of the model's classes.",
+            f"Did you mean --data {printable(reader.root / inner)}?"
+            if len(names) == 1 and not reader.from_archive and (inner := find_inner(reader, unknown[0]))
+            else "Name images of the model's classes.",
         )
     if unknown:
         which = count(len(unknown), "class", "classes")

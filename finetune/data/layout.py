@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,8 @@ SYSTEM = frozenset(
     {
         "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "__pycache__",
         "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot",
-        "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000",
+        "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "@sharebin",
+        "_vti_cnf", "_gsdata_",
         "network trash folder", "temporary items",
         ".git", ".svn", ".hg", ".dvc", ".idea", ".vscode", ".venv", ".ipynb_checkpoints", ".cache",
         ".thumbnails", ".trash", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems",
@@ -36,6 +38,9 @@ SYSTEM = frozenset(
     }
 )  # fmt: skip
 """Names, in lower case, of files and folders that systems, file managers and editors leave behind."""
+
+
+_FOUND = re.compile(r"found\.[0-9]{3}", re.IGNORECASE)  # what CHKDSK recovers
 
 
 @dataclass
@@ -56,6 +61,8 @@ class LayoutReader:
         group_column: filled cells of the CSV column that names groups, by path; None without such a column.
         hidden: hidden images, and hidden folders that hold images, none of which are read.
         table: how a table is read where its own names do not say so.
+        left_out: number of files that were left in an archive, by extension.
+        beside: lists beside the archives that were read, which may hold the labels.
     """
 
     asked: str
@@ -72,6 +79,8 @@ class LayoutReader:
     group_column: dict[str, str] | None = None
     hidden: set[str] = field(default_factory=set)
     table: TableConfig = BY_NAMES
+    left_out: Counter[str] = field(default_factory=Counter)
+    beside: list[str] = field(default_factory=list)
 
     def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
         """Add a warning of one sentence."""
@@ -171,7 +180,7 @@ def is_junk(name: str) -> bool:
 
 def is_system(name: str) -> bool:
     """Return whether systems and file managers leave files or folders of this name behind."""
-    return name.startswith(("._", ".Trash-")) or name.lower() in SYSTEM
+    return name.startswith(("._", ".Trash-")) or name.lower() in SYSTEM or bool(_FOUND.fullmatch(name))
 
 
 def extension_counts(files: Iterable[str]) -> Counter[str]:

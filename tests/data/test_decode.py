@@ -23,7 +23,8 @@ from tests.data.images import WRITTEN, encoded, near, noise, palette, pixel, rea
     "extension", sorted(suffix for suffix, form in READ.items() if form in readable_formats())
 )
 def test_every_accepted_extension_can_be_read(tmp_path: Path, extension: str) -> None:
-    path = saved(tmp_path / f"x{extension}", Image.new("RGB", (20, 10), (200, 30, 60)))
+    content = encoded(Image.new("RGB", (20, 10), (200, 30, 60)), READ[extension])
+    path = written(tmp_path / f"x{extension}", content)
     probe_image(path)
     image = decode_image(path)
     assert (image.mode, image.size) == ("RGB", (20, 10))

@@ -349,6 +349,7 @@ def renamed(path: Path, names: dict[str, bytes], extra: bytes = b"") -> Path:
         ("caf\u00e9", "cp1252"),
         ("\u00c1gua", "cp850"),
         ("\u043a\u043e\u0442\u044b", "cp866"),
+        ("\u043a\u043e\u0448\u043a\u0430", "cp1251"),
         ("\u30cd\u30b3\u3068\u72ac", "cp932"),
     ],
 )
@@ -358,7 +359,7 @@ def test_names_in_the_encoding_of_the_packer(tmp_path: Path, name: str, codec: s
     for _ in range(2):  # also when it was unpacked before
         dataset = found(file)
         assert set(dataset.classes) == {"ant", "bee", name}
-        assert "are not UTF-8, and were read as" in dataset.warnings[0]
+        assert "are not UTF-8, and were read as" in dataset.warnings[0] and repr(name) in dataset.warnings[0]
 
 
 def test_the_name_in_the_extra_field_decides(tmp_path: Path) -> None:
@@ -370,6 +371,14 @@ def test_a_name_that_may_be_two_is_refused_with_both(tmp_path: Path) -> None:
     said = refused(renamed(tmp_path / "x.zip", {"XX": "\u044c\u044f".encode("cp1251")}))
     assert "is not UTF-8, and may be '\u00fc\u00ff/0.jpg' (cp1252) or '\u044c\u044f/0.jpg' (cp1251)" in said
     assert "'\\\\xfc\\\\xff/0.jpg'" in said or "\\xfc\\xff/0.jpg" in said
+
+
+@pytest.mark.parametrize(("name", "codec"), [("γάτες", "cp1253"), ("γάτα", "cp737")])
+def test_names_in_an_encoding_that_is_not_known_are_not_taken_for_cyrillic(
+    tmp_path: Path, name: str, codec: str
+) -> None:
+    raw = name.encode(codec)
+    assert "is not UTF-8" in refused(renamed(tmp_path / "x.zip", {"X" * len(raw): raw}))
 
 
 def test_names_of_tar_members_in_another_encoding(tmp_path: Path) -> None:

@@ -128,8 +128,13 @@ def test_a_page_with_an_image_name_is_still_no_image(tmp_path: Path) -> None:
         assert reason(written(tmp_path / name, b"<!DOCTYPE html><html>")).startswith("not an image")
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    assert reason(written(tmp_path / "x.jpg", pointer)) == "a pointer of git-lfs, not the image itself"
+
+
 def test_one_list_of_suffixes() -> None:
-    assert {".avif", ".jfif", ".ppm", ".pgm", ".heic", ".dcm"} <= SUFFIXES
+    assert {".avif", ".jfif", ".pjpeg", ".apng", ".ppm", ".pgm", ".heic", ".dcm"} <= SUFFIXES
     assert not SUFFIXES & {".npy", ".txt", ".csv", ".mov", ""} and ".heic" not in UNREAD
     assert is_image_name("A.JFIF") and not is_image_name("jpg")
 

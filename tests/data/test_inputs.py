@@ -9,7 +9,7 @@ import pytest
 
 from finetune.data import folders
 from finetune.data.inputs import NOT_UTF8, find_inputs
-from finetune.errors import UsageError
+from finetune.errors import DataError, UsageError
 
 NOTHING = io.BytesIO()
 
@@ -101,3 +101,27 @@ def test_standard_input_matters_only_if_it_is_named(tmp_path: Path) -> None:
     for stream in (None, closed):
         with pytest.raises(UsageError, match="standard input: it is closed"):
             find_inputs("-", stream)
+
+
+def test_hidden_images_are_told_of_and_have_no_row(tmp_path: Path) -> None:
+    for name in ("a.jpg", ".b.jpg", ".kept/deep/c.jpg", ".DS_Store", ".git/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    inputs = find_inputs(str(tmp_path), None)
+    for _ in range(2):
+        assert [image.path for image in inputs.open()] == ["a.jpg"]
+        assert (
+            str(inputs.left_out)
+            == "Hidden images and hidden folders with images have no row: '.b.jpg', '.kept'."
+        )
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(DataError, match="holds no images") as error:
+        list(inputs.open())
+    assert "Hidden images are not read ('.b.jpg', '.kept')" in error.value.fix
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.7z"])
+def test_an_archive_is_refused_as_what_it_is(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, name)
+    with pytest.raises(DataError, match="is an archive"):
+        find_inputs(str(tmp_path / name), None)

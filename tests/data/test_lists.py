@@ -99,6 +99,45 @@ def test_a_table_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert labels(found(tmp_path / "x.zip")) == wanted("images/")
 
 
+def zipped(file: Path, *paths: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in paths:
+            archive.writestr(path, path)
+
+
+@pytest.mark.parametrize("inside", ["train/", ""])
+def test_a_list_beside_archives_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    zipped(tmp_path / "data/train.zip", *(inside + name for name in NAMES))
+    write(tmp_path / "data", "labels.csv", rows(""))
+    assert "unpack the archives; 'labels.csv' beside the archives" in refused(tmp_path / "data").fix
+
+
+def test_a_split_in_an_archive_that_is_not_read_is_no_missing_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    zipped(tmp_path / "data/train.zip", *(f"{c}/{name}" for c in "xy" for name in NAMES))
+    (tmp_path / "data/more.zip").touch()
+    assert "Beside 'train.zip', these archives are not read: 'more.zip'." in found(tmp_path / "data").warnings
+    (tmp_path / "data/val.tar.bz2").touch()
+    assert "holds 'val.tar.bz2' beside 'train.zip'" in refused(tmp_path / "data").found
+    (tmp_path / "data/train.zip").rename(tmp_path / "data/train.7z")
+    assert (
+        "Unpack 'more.zip', 'train.7z', 'val.tar.bz2', and give the folder." in refused(tmp_path / "data").fix
+    )
+
+
+def test_archives_in_an_archive_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    zipped(tmp_path / "x.zip", "train.zip", "test.zip")
+    assert "only .zip (2)" in refused(tmp_path / "x.zip").found
+    assert "the archives in it" in refused(tmp_path / "x.zip").fix
+
+
 # Roboflow
 
 
@@ -159,6 +198,18 @@ def test_the_lists_of_cub(tmp_path: Path) -> None:
         "images/002.bird/1.jpg",
     }
     assert "'train_test_split.txt'" in dataset.warnings[0]
+
+
+def test_the_lists_of_cub_in_a_folder_are_not_lost(tmp_path: Path) -> None:
+    data = cub(tmp_path / "CUB_200_2011")
+    assert refused(tmp_path).fix == f"Did you mean --data {data}?"
+
+
+def test_the_lists_of_cub_with_tabs(tmp_path: Path) -> None:
+    data = cub(tmp_path)
+    for name in ("images.txt", "image_class_labels.txt"):
+        (data / name).write_text((data / name).read_text().replace(" ", "\t"))
+    assert found(data).classes == ("001.Black_Bird", "002.Red Bird")
 
 
 def test_the_lists_of_cub_without_names_and_splits(tmp_path: Path) -> None:

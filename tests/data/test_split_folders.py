@@ -71,6 +71,8 @@ TAKEN: tuple[Mapping[str, str], ...] = (
     {"train": "train.v2", "test": "test.v2"},
     {"train": "train", "val": "eval", "test": "test"},
     {"train": "train", "val": "vali", "test": "tests"},
+    {"train": "trainval", "test": "test"},
+    {"train": "train+val", "test": "test"},
 )
 
 
@@ -107,6 +109,9 @@ def test_the_documented_names_need_no_word(tmp_path: Path, names: tuple[str, ...
         ("Training", "ant"),
         ("train", "pruebas"),
         ("train", "extra"),
+        ("train", "test", "vaild"),
+        ("train", "val", "tets"),
+        ("train", "test", "cv"),
     ],
     ids="+".join,
 )
@@ -173,6 +178,14 @@ def test_splits_inside_the_classes(tmp_path: Path, parts: tuple[str, ...]) -> No
     assert "'ant/" + parts[0] in dataset.warnings[0]
 
 
+def test_splits_inside_the_classes_with_the_name_of_the_class(tmp_path: Path) -> None:
+    for name in CLASSES:
+        loose(tmp_path, f"{name}/train_{name}", f"{name}/test_{name}")
+    dataset = found(tmp_path)
+    assert dataset.classes == CLASSES and dataset.counts("test") == [4, 4]
+    assert "'ant/test_ant'" in dataset.warnings[0]
+
+
 @pytest.mark.parametrize("other", ["more", ""], ids=["a folder", "images"])
 def test_splits_in_some_classes_only_are_refused(tmp_path: Path, other: str) -> None:
     images(tmp_path, "ant", classes=("train", "val"))
@@ -204,6 +217,25 @@ def test_splits_inside_train_are_no_classes(tmp_path: Path) -> None:
     assert said == "the classes in 'train' would be 'train', 'val', which look like splits"
 
 
+@pytest.mark.parametrize("top", ["", "train"])
+@pytest.mark.parametrize("names", [("images", "masks"), ("imgs", "annotations"), ("Images", "Labels")])
+def test_images_and_masks_are_no_classes(tmp_path: Path, top: str, names: tuple[str, str]) -> None:
+    said = refusal(images(tmp_path, top, classes=names))
+    assert "images and their masks or annotations" in said
+
+
+def test_a_class_that_is_named_train(tmp_path: Path) -> None:
+    loose(tmp_path, "bus", "car", "train")
+    with pytest.raises(DataError, match="'train' holds images but no class folders") as error:
+        found(tmp_path)
+    assert (
+        "If 'train' is a class, as 'bus', 'car', put them all into one more folder named train."
+        in error.value.fix
+    )
+    loose(tmp_path / "way out/train", "bus", "car", "train")
+    assert found(tmp_path / "way out").classes == ("bus", "car", "train")
+
+
 def test_a_documented_name_comes_first(tmp_path: Path) -> None:
     dataset = found(images(tmp_path, "train", "training_old", "val", "validation_set", "test", "test2"))
     assert folders_by_split(dataset) == {"train": "train", "val": "val", "test": "test"}
@@ -215,6 +247,42 @@ def test_evaluation_reads_the_same_names(tmp_path: Path) -> None:
     assert {s.path.split("/")[0] for s in find_labelled(data, CLASSES).samples} == {"Testing"}
     alone = images(tmp_path / "alone", "Test Images")
     assert len(find_labelled(alone, CLASSES).samples) == 8
+
+
+@pytest.mark.parametrize(
+    ("folders", "inner"),
+    [
+        (("flowers/train", "flowers/test"), "flowers"),
+        (("a b/data/Training", "a b/data/Testing"), "a b/data"),
+        (("a/b/c",), "a/b/c"),
+        (("photos/ant/train", "photos/bee/train"), "photos"),
+    ],
+)
+def test_the_folder_inside_a_single_one_is_named(
+    tmp_path: Path, folders: tuple[str, ...], inner: str
+) -> None:
+    data = images(tmp_path, *folders)
+    with pytest.raises(DataError, match="has only one class") as error:
+        found(data)
+    assert error.value.fix == f"Did you mean --data {tmp_path}/{inner}?"
+    with pytest.raises(DataError) as error:
+        find_labelled(data, CLASSES)
+    assert error.value.fix == f"Did you mean --data {tmp_path}/{inner}?"
+
+
+def test_a_single_class_in_a_split_is_no_folder_to_enter(tmp_path: Path) -> None:
+    """A flat train/train: --data train would lose val/."""
+    loose(tmp_path, "train/train", "val/val")
+    with pytest.raises(DataError, match="has only one class") as error:
+        found(tmp_path)
+    assert "Did you mean" not in error.value.fix
+
+
+def test_a_validation_folder_without_classes_may_be_left_out(tmp_path: Path) -> None:
+    loose(images(tmp_path, "train"), "val")
+    with pytest.raises(DataError, match="'val' holds images but no class folders") as error:
+        found(tmp_path)
+    assert "Or move 'val' away" in error.value.fix
 
 
 # A test folder without labels
@@ -231,7 +299,7 @@ def test_a_test_folder_without_labels_is_left_out(tmp_path: Path, name: str, ins
     dataset = found(tmp_path)
     assert {sample.split for sample in dataset.samples} == {"train", "val"} and len(dataset.samples) == 8
     (said,) = [warning for warning in dataset.warnings if "left out" in warning]
-    assert (f"`finetune predict RUN {name}/`" in said) == (not inside.startswith("empty"))
+    assert (f"`finetune predict RUN {name}/ --output " in said) == (not inside.startswith("empty"))
 
 
 def test_evaluation_still_needs_the_labels(tmp_path: Path) -> None:
@@ -254,8 +322,15 @@ def test_hidden_images_are_named(tmp_path: Path) -> None:
     assert dataset.warnings[-1] == f"Hidden images and hidden folders with images are not read: {said}."
 
 
+@pytest.mark.parametrize("names", [(".ant", ".bee"), (".ant", "bee")])
+def test_hidden_images_are_named_in_refusals(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"no class folders|only one class") as error:
+        found(images(tmp_path, "", classes=names))
+    assert "Hidden images are not read ('.ant'" in error.value.fix
+
+
 @pytest.mark.parametrize(
-    "name", ["@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "#recycle"]
+    "name", ["@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "#recycle", "FOUND.001"]
 )
 def test_system_folders_are_no_classes(tmp_path: Path, name: str) -> None:
     dataset = found(images(tmp_path, "", classes=(*CLASSES, name)))

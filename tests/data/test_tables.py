@@ -184,7 +184,16 @@ def test_the_folder_of_another_split_is_not_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://x.org/{b}", "HTTPS://x/{b}", "s3://a/{b}", "gs://a/{b}", "www.x.org/{b}"]
+    "address",
+    [
+        "http://x.org/{b}",
+        "HTTPS://x/{b}",
+        "s3://a/{b}",
+        "gs://a/{b}",
+        "www.x.org/{b}",
+        "//x.org/{b}",
+        "dbfs:/{b}",
+    ],
 )
 def test_addresses_are_not_fetched(tmp_path: Path, address: str) -> None:
     error = refused(write(images(tmp_path), rows("path,label", address + ",{l}")))
@@ -210,6 +219,8 @@ THIRDS = ["TRAIN", "TRAIN", "TRAIN", "TRAIN", "VAL", "TEST"] * 2
         ("usage", ("train_set", "val_set", "test_set")),
         ("irgendwas", ("Train", "Val", "Test")),
         ("fold,Split", ("1,train", "2,eval", "3,test")),
+        ("irgendwas", ("tr", "va", "te")),
+        ("irgendwas", ("trainval", "val", "test")),
     ],
 )
 def test_split_columns(tmp_path: Path, column: str, words: tuple[str, str, str]) -> None:
@@ -232,6 +243,8 @@ def test_split_columns(tmp_path: Path, column: str, words: tuple[str, str, str])
         ("split", ["train", "", "UNASSIGNED", "", "train", "test"], (8, 2, 2)),
         ("split", ["train", "", "", "train", "val", "test"], (8, 2, 2)),
         ("set", ["", "", "", "", "", ""], (8, 4, 0)),
+        ("test_flag", ["0"] * 5 + ["1"], (8, 2, 2)),
+        ("useForVal,image_test", ["0,0"] * 4 + ["1,0", "0,1"], (8, 2, 2)),
     ],
 )
 def test_flags_and_rows_without_a_split(
@@ -249,6 +262,12 @@ def test_flags_and_rows_without_a_split(
         ("kfold", ["0", "1", "2", "3", "4", "0"], "whose cells name no split"),
         ("is_train", ["1", "1", "1", "1", "0", "0"], "may mean more than one split"),
         ("valid", ["1", "1", "1", "1", "0", "0"], "may mean the validation split, or images"),
+        ("valid_image", ["1", "1", "1", "1", "0", "0"], "may mean the validation split, or images"),
+        ("use_for_train", ["1", "1", "1", "1", "0", "0"], "may mean more than one split"),
+        ("is_eval", ["0", "0", "0", "0", "1", "1"], "whose cells name no split"),
+        ("held_out", ["0", "0", "0", "0", "1", "1"], "whose cells name no split"),
+        ("cv", ["0", "1", "2", "3", "4", "0"], "whose cells name no split"),
+        ("test_fold", ["-1", "-1", "0", "1", "2", "0"], "whose cells name no split"),
         ("set", ["A", "A", "A", "B", "B", "B"], "whose cells name no split ('A', 'B')"),
         ("phase", ["train", "train", "train", "val", "spare", "spare"], "and also holds 'spare'"),
         ("phase", ["train", "train", "train", "train", "holdout", "holdout"], "'holdout'"),
@@ -263,6 +282,24 @@ def test_doubtful_split_columns_are_refused(tmp_path: Path, column: str, cells: 
     if "val or test" not in error.fix:
         assert "--set data.split_column=" in error.fix
     assert_read(found(table, split_column="none"))
+
+
+@pytest.mark.parametrize("before", ["", "data/"])
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("seg_train", "seg_val", "seg_test")])
+def test_folders_of_the_images_give_the_splits_of_a_table_without_them(
+    tmp_path: Path, before: str, names: tuple[str, str, str]
+) -> None:
+    number = {"train": 4, "val": 2, "test": 2}
+    paths = [f"{before}{folder}/{c}{n}.jpg" for folder, k in zip(names, number.values(), strict=True)
+             for c in "xy" for n in range(k)]  # fmt: skip
+    table = write(images(tmp_path, *paths), rows("path,label", "{p},{l}", paths))
+    dataset = found(table)
+    assert {split: len(dataset.of(split)) for split in number} == {"train": 8, "val": 4, "test": 4}
+    assert f"gave the splits: '{names[0]}' as train" in dataset.warnings[0]
+    assert found(table, split_column="none").val_was_drawn
+    more = [f"{before}other/{c}{n}.jpg" for c in "xy" for n in range(2)]
+    error = refused(write(images(tmp_path, *more), rows("path,label", "{p},{l}", paths + more)))
+    assert "and in others ('other')" in error.found and "data.split_column" in error.fix
 
 
 # --- text ---
@@ -302,6 +339,9 @@ def test_windows_1252_from_excel_shows_an_example(tmp_path: Path) -> None:
 def test_other_encodings_are_not_taken_for_windows_1252(tmp_path: Path, text: str, encoding: str) -> None:
     table = write(images(tmp_path), rows("path,label", "{p},{l}" + text * 2), encoding=encoding)
     assert "is not UTF-8" in refused(table).found
+    if len(text) > 2:
+        table = write(tmp_path, rows("path,label", "{p},{l}" + text), encoding=encoding)
+        assert "is not UTF-8" in refused(table).found
 
 
 def test_damaged_utf8_is_not_taken_for_windows_1252(tmp_path: Path) -> None:
@@ -341,6 +381,29 @@ def test_prediction_reads_the_same_tables(tmp_path: Path, name: str, header: str
     table = write(images(tmp_path), rows(header, line), name)
     files = [image.file for image in find_inputs(str(table), None).open()]
     assert files == [tmp_path / name for name in NAMES]
+
+
+def test_a_table_of_one_class_does_not_name_itself(tmp_path: Path) -> None:
+    fix = refused(write(images(tmp_path), rows("path,label", "{p},x"))).fix
+    assert fix == "Add the images of at least one more class."
+
+
+def test_an_address_in_the_first_line_is_no_header(tmp_path: Path) -> None:
+    error = refused(write(images(tmp_path), rows("TRAIN,gs://b/0.jpg,a", "TRAIN,gs://b/{b},{l}")))
+    assert "begins with no header" in error.found and "not fetched" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html><body>Sign in, please</body></html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        (b"PK\3\4\x14\0\6\0", "is a zip or an Excel workbook"),
+    ],
+)
+def test_other_files_named_as_tables(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(content)
+    assert said in refused(tmp_path / "labels.csv").found
 
 
 def test_prediction_does_not_fetch_addresses(tmp_path: Path) -> None:

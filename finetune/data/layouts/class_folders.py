@@ -13,21 +13,26 @@ from finetune.data.folders import (
     images_below,
     leads_out,
     listing,
+    peek,
     read_classes,
+    tell_hidden,
 )
 from finetune.data.formats import is_image_name
-from finetune.data.layout import LayoutReader, extension_counts, extensions, some
-from finetune.data.layouts.lists import advise_list, read_list, read_one_hot
+from finetune.data.layout import LayoutReader, extension_counts, extensions, names_in, some
+from finetune.data.layouts.lists import LIST_FILES, advise_list, read_list, read_one_hot
 from finetune.data.layouts.split_folders import (
+    choose,
     describe,
     find_splits,
     is_filler,
     is_plain,
     parse,
     read_nested,
+    refuse_masks,
     refuse_splits_as_classes,
     refuse_unsure_beside,
 )
+from finetune.data.tables.format import is_table
 from finetune.errors import count
 
 
@@ -46,6 +51,7 @@ def read_folder(reader: LayoutReader, group_by: str | None = None) -> None:
         else:
             _refuse_no_classes(reader, "", folders, files)
             reader.splits["train"] = read_classes(reader, "", folders, files, "train")
+            refuse_masks(reader, reader.splits["train"])
             read_nested(reader)
     _warn_hidden(reader)
     reader.check_links()
@@ -74,10 +80,11 @@ def _read_splits(
         if _is_unlabelled_test(reader, name, split, inside):
             _warn_unlabelled(reader, name, inside, loose)
             continue
-        _refuse_no_classes(reader, name, inside, loose)
+        _refuse_no_classes(reader, name, inside, loose, split)
         reader.splits[split] = read_classes(reader, name, inside, loose, split)
         if split == "train":
             refuse_splits_as_classes(reader, name, reader.splits["train"])
+            refuse_masks(reader, reader.splits["train"])
 
 
 def _warn_beside(
@@ -138,7 +145,7 @@ def _warn_unlabelled(reader: LayoutReader, top: str, folders: Sequence[str], fil
     inside = sum(len(images_below(reader, f"{top}/{name}")[0]) for name in folders)
     number = inside + sum(is_image_name(name) for name in files)
     held = f"{count(number, 'image', 'images')} without classes" if number else "no images"
-    later = f"; `finetune predict RUN {top}/` predicts them later" if number else ""
+    later = f"; `finetune predict RUN {top}/ --output test.csv` predicts them later" if number else ""
     reader.warn(
         "test-unlabelled",
         f"The test folder {top!r} holds {held}, and is left out{later}.",
@@ -179,14 +186,44 @@ def _refuse_same_folder(reader: LayoutReader, splits: dict[Split, str]) -> None:
             reader.reject("part-repeated", found, "Give each split its own images.", 2)
 
 
-def _refuse_no_classes(reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str]) -> None:
+def _refuse_no_classes(
+    reader: LayoutReader,
+    top: str,
+    folders: Sequence[str],
+    files: Sequence[str],
+    split: Split = "train",
+) -> None:
     if folders:
         return
     where = f"{top!r} holds" if top else "holds"
     if any(is_image_name(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
-        found = f"{where} no class folders and no images{extensions(extension_counts(files), ', only ')}"
-    reader.reject(
-        "no-classes", found, advise_list(reader, top, files) + explain_others(extension_counts(files))
-    )
+        others = extension_counts(files) + reader.left_out
+        found = f"{where} no class folders and no images{extensions(others, ', only ')}"
+    fix = advise_list(reader, top, files) + explain_others(extension_counts(files)) + tell_hidden(reader)
+    if split == "val" and not reader.for_evaluation:
+        fix += f" Or move {top!r} away: a validation split is then drawn from the training images."
+    beside = [name for name in peek(reader, "")[0] if name != top and peek(reader, name)[1]]
+    if top and split == "train" and beside and not any(map(parse, beside)):
+        keep = f"If {top!r} is a class, as {some(beside)}, put them all into one more folder named train."
+        fix = f"{keep} Else: {fix}"
+    reader.reject("no-classes", found, fix)
+
+
+def find_inner(reader: LayoutReader, top: str) -> str | None:
+    """Return the folder below the single class ``top`` that the data may begin at, or None.
+
+    It holds splits, several folders, or a list beside images.
+    """
+    if "train" in choose(peek(reader, "")[0]):
+        return None
+    for _ in range(8):
+        folders, images = peek(reader, top)
+        lists = [name for name in names_in(reader.root / top) if is_table(name) or name in LIST_FILES]
+        if choose(folders) or len(folders) > 1 or (lists and (images or folders)):
+            return top
+        if len(folders) != 1 or images:
+            return None
+        top = f"{top}/{folders[0]}"
+    return None

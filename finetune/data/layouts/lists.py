@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from finetune.data.dataset import Split
-from finetune.data.entries import is_archive
+from finetune.data.entries import KINDS, SUFFIXES, is_archive, is_unread_archive
 from finetune.data.folders import class_names, images_below, peek
 from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, name_fault, names_in, printable, quoted, some
@@ -28,7 +28,7 @@ _IMAGES, _LABELS, _CLASSES, _SPLITS = (
 )  # fmt: skip
 LIST_FILES = frozenset({_IMAGES, _LABELS, _CLASSES, _SPLITS})
 """Text files that are unpacked from an archive, since they may hold labels."""
-_LISTS = TABLES | {".txt", ".json", ".mat", ".xml", ".parquet", ".xlsx"}
+_LISTS = TABLES | {".txt", ".json", ".mat", ".xml", ".parquet", ".xlsx", ".xls", ".jsonl"}
 _MAX_BYTES = 64 * 2**20
 
 
@@ -75,8 +75,12 @@ def _read_table(reader: LayoutReader, name: str, group_by: str | None) -> None:
 
 def advise_list(reader: LayoutReader, top: str, files: Sequence[str]) -> str:
     """Return what to do about images without class folders; names the lists beside them."""
-    if packed := [name for name in files if is_archive(name)]:
+    if packed := [name for name in files if is_archive(name) or is_unread_archive(name)]:
+        if not all(map(is_archive, packed)):
+            return f"Unpack {some(packed)}, and give the folder."
         return f"Unpack {some(packed)}, or name one: --data {printable(reader.root / packed[0])}."
+    if any(suffix.endswith(SUFFIXES) or suffix in KINDS for suffix in reader.left_out):
+        return "Unpack it, and the archives in it, and give the folder."
     fix = "Put the images of each class into a folder with the name of the class."
     return fix + name_lists(reader, top, files)
 
@@ -86,10 +90,18 @@ def name_lists(reader: LayoutReader, top: str, files: Sequence[str]) -> str:
     lists = [f"{top}/{name}".lstrip("/") for name in files if _may_be_list(name)]
     if top:
         lists += [name for name in names_in(reader.root) if _may_be_list(name)]
+    if reader.beside:
+        said = f"{some(reader.beside)} beside the archives may hold the labels"
+        return f" Or unpack the archives; {said}."
     if not lists:
         return ""
     said = f"{some(lists)} beside the images may hold the labels."
     return f" Or give a CSV file with path,label[,split]; {said}"
+
+
+def find_lists(reader: LayoutReader) -> list[str]:
+    """Return the files at the top that may hold labels."""
+    return [name for name in names_in(reader.root) if _may_be_list(name.removesuffix(".zip"))]
 
 
 def _may_be_list(name: str) -> bool:
@@ -175,7 +187,7 @@ def _pairs(reader: LayoutReader, name: str) -> dict[str, str]:
     """
     pairs: dict[str, str] = {}
     for line, text in enumerate(_lines(reader, name), 1):
-        key, _, value = text.strip().partition(" ")
+        key, _, value = text.strip().replace("\t", " ").partition(" ")
         if not key:
             continue
         if not value.strip() or key in pairs:

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from finetune.data.dataset import SPLITS, Split
@@ -18,13 +19,15 @@ from finetune.data.folders import class_names, peek
 from finetune.data.layout import SPLIT_NAMES, LayoutReader, printable, some
 
 WORDS: dict[str, Split] = {
-    "train": "train", "training": "train", "trn": "train",
+    "train": "train", "training": "train", "trn": "train", "trainval": "train", "trainvalid": "train",
     "val": "val", "valid": "val", "validation": "val", "validate": "val", "validating": "val", "dev": "val",
     "vali": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test", "tst": "test", "tests": "test",
 }  # fmt: skip
 """Words for a split. ``eval`` also names test splits: see :func:`is_unsure`."""
-UNSURE = frozenset({"eval", "evaluation", "holdout", "heldout", "development"})
+UNSURE = frozenset(
+    {"eval", "evaluation", "holdout", "heldout", "development", "cv", "crossval", "crossvalidation"}
+)
 """Words for images that are held out, without saying what for."""
 _FILLERS = (
     "sets", "set", "datasets", "dataset", "database", "data", "images", "image", "imgs", "img", "pictures",
@@ -196,6 +199,8 @@ def refuse_unsure_beside(reader: LayoutReader, others: Sequence[str], splits: Ma
     for name in others:
         word = parse(name)
         is_missing = word is not None and word.split not in splits
+        missing = [known for known, split in SPLIT_NAMES.items() if split not in splits]
+        is_missing = is_missing or (not word and bool(get_close_matches(name.casefold(), missing, 1, 0.75)))
         own = set(class_names(reader, name))
         # Beside train alone, a folder with the same classes is hardly anything else, whatever its name.
         is_same = len(splits) == 1 and len(train & own) > 1 and 2 * len(train & own) > len(train | own)
@@ -220,6 +225,23 @@ def refuse_splits_as_classes(reader: LayoutReader, top: str, classes: Iterable[s
         )
 
 
+_MASKS = frozenset({"mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "gt"})
+
+
+def refuse_masks(reader: LayoutReader, classes: Iterable[str]) -> None:
+    """Refuse ``images`` beside ``masks`` as classes: they are parts of data for another task.
+
+    Raises:
+        DataError: all names are such.
+    """
+    kinds = {"mask" if name.casefold() in _MASKS else "image" if is_filler(name) else "" for name in classes}
+    if kinds == {"mask", "image"}:
+        raise reader.error(
+            f"has the folders {some(classes)}, which are images and their masks or annotations, not classes",
+            "Put the images of each class into a folder with the name of the class, without the masks.",
+        )
+
+
 def read_nested(reader: LayoutReader) -> None:
     """Look at the folders inside the classes of a flat layout: each class may hold its own splits.
 
@@ -233,7 +255,7 @@ def read_nested(reader: LayoutReader) -> None:
     splits = {name: _split_of_each(folders) for name, folders in inner.items()}
     if len(inner) > 1 and all(splits.values()):
         _take_nested(reader, splits)
-    elif any(_has_train_and_more(folders) for folders in inner.values()):
+    elif len(inner) > 1 and any(_has_train_and_more(folders) for folders in inner.values()):
         some_of = some(name for name, folders in inner.items() if _has_train_and_more(folders))
         found = f"the class folders {some_of} hold splits, and others do not, or hold more"
         raise reader.error(found, "Put train, val and test at the top, and the classes into each of them.")
@@ -255,7 +277,10 @@ def _second(path: str) -> str:
 def _split_of_each(folders: Iterable[str]) -> dict[str, Split]:
     """Return the split of each folder of a class; empty if they are not the splits of a class."""
     words = {name: parse(name) for name in folders}
-    found = {name: word.split for name, word in words.items() if word and word.is_certain}
+    rests = {word.rest for word in words.values() if word}
+    # cat/train_cat beside cat/test_cat: the same further word in both.
+    is_shared = len(rests) == 1 and len(words) > 1
+    found = {name: word.split for name, word in words.items() if word and (word.is_certain or is_shared)}
     is_whole = len(found) == len(words) and len(set(found.values())) == len(found)
     return found if is_whole and "train" in found.values() else {}
 

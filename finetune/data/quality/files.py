@@ -44,6 +44,12 @@ _REASONS = (
     ("file-truncated", "truncated", "{} truncated", "Download or copy them again."),
     (
         "file-no-image",
+        "git-lfs",
+        "{} that are pointers of git-lfs, not images",
+        "Fetch the images with git lfs pull.",
+    ),
+    (
+        "file-no-image",
         "not an image",
         "{} with an image's name that are not images",
         "Remove them; they may be saved error pages.",
@@ -151,9 +157,9 @@ def find_unreadable_issues(scanned: ScannedDataset) -> Iterator[Issue]:
         severity = "error"
     kinds: defaultdict[str, list[BadImage]] = defaultdict(list)
     for image in bad:
-        kinds[next(code for code, phrase, _, _ in _REASONS if phrase in image.reason)].append(image)
-    for code, _, found, fix in _REASONS:
-        if own := kinds[code]:
+        kinds[next(phrase for _, phrase, _, _ in _REASONS if phrase in image.reason)].append(image)
+    for code, phrase, found, fix in _REASONS:
+        if own := kinds[phrase]:
             shown = ", ".join(f"{image.path} ({image.reason})" for image in own[:3])
             what = found.format(count(len(own), "file"))
             paths = tuple(image.path for image in own[:SHOWN_PATHS])

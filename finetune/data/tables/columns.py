@@ -202,7 +202,7 @@ def _refuse_one_hot(
     reader: LayoutReader, header: Sequence[str], body: DataFrame, known: Sequence[int]
 ) -> None:
     flags = [n for n in known if set(body[n].str.strip()) <= {"0", "1", "0.0", "1.0"}]
-    if len(flags) > 1 and len(flags) == len(known):
+    if len(body) and len(flags) > 1 and len(flags) == len(known):
         raise reader.error(
             f"has a column of 0 and 1 for each class ({some(header[n] for n in flags)}), "
             "and no column of labels",

@@ -17,7 +17,7 @@ from finetune.data.layouts.split_folders import parse
 from finetune.data.tables.config import find_table_root
 from finetune.errors import count
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:image/|www\.", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:image/|www\.|//[a-z0-9-]+(\.[a-z0-9-]+)+/", re.IGNORECASE)
 _DRIVE = re.compile(r"[A-Za-z]:(?=/)")
 FETCH = "Addresses are not fetched; download them first, and name the files."
 
@@ -63,7 +63,8 @@ class TableFiles:
                 continue
             if all(self._below("/".join(part[number:])) for part in parts):
                 self._leading = number
-                self.renamed["leading"] = f"{'/'.join(common[:number])!r} at the start of paths is left out"
+                start = "/".join(common[:number]) or "/"
+                self.renamed["leading"] = f"{start!r} at the start of paths is left out"
                 return
 
     def _may_leave_out(self, parts: Sequence[str]) -> bool:

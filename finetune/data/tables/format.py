@@ -40,7 +40,17 @@ _MARKS = (
     (b"\xfe\xff", "utf-16"),
 )
 _UTF8_LETTER = re.compile(rb"[\xc3-\xf4][\x80-\xbf]")
-_LONG_RUN = re.compile(rb"[\x80-\xff]{4}")
+_LONG_RUN = re.compile(rb"[\x80-\xff]{4}|[\xc0-\xff]{3}")
+_OTHER_FILES = (
+    (re.compile(rb"\s*<(!doctype|html)", re.IGNORECASE), "is a web page, not a table",
+     "Download the table itself."),
+    (re.compile(rb"version https://git-lfs"), "is a git-lfs pointer, not the table", "Run `git lfs pull`."),
+    (re.compile(rb"PK\x03\x04"), "is a zip or an Excel workbook, not a table",
+     "Unpack it, or save it as CSV from Excel."),
+    (re.compile(rb"\xd0\xcf\x11\xe0"), "is an Excel workbook, not a table", "Save it as CSV from Excel."),
+    (re.compile(rb"PAR1"), "is a Parquet file, not a table of text", "Write it as CSV (pandas: to_csv)."),
+)  # fmt: skip
+"""Beginnings of files that are often named as tables, what they are, and what to do."""
 _HINT = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)
 
 
@@ -85,6 +95,9 @@ def find_format(reader: LayoutReader, file: Path) -> TableFormat:
     _refuse_huge(reader, file.stat().st_size)
     with reading(reader, file), _open(file) as content:
         first = content.read(_FIRST)
+        for begin, found, fix in _OTHER_FILES:
+            if begin.match(first):
+                raise reader.error(found, fix)
         encoding = _find_encoding(reader, first, content)
         lines = first.decode(encoding, "ignore").splitlines()
         is_packed = isinstance(content, gzip.GzipFile)

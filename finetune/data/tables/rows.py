@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, cast
 from finetune.data.dataset import SPLITS, Split
 from finetune.data.layout import SHOWN, LayoutReader, name_fault, quoted, some
 from finetune.data.tables.columns import choose_columns
-from finetune.data.tables.files import FETCH, TableFiles
+from finetune.data.tables.files import FETCH, TableFiles, is_address
 from finetune.data.tables.format import find_format, read_cells, tell_format
 from finetune.data.tables.names import keep_fitting
 from finetune.data.tables.splits import KEY as SPLIT_KEY
-from finetune.data.tables.splits import read_splits, split_fault
+from finetune.data.tables.splits import read_folder_splits, read_splits, split_fault
 from finetune.errors import DataError, count, suggest
 
 if TYPE_CHECKING:
@@ -117,14 +117,19 @@ def _rows(
     header = _header(table)
     if any(map(files.find_existing, header)) and "path" not in header:
         raise _refuse_no_header(reader, header, files)
+    if addresses := [cell for cell in header if is_address(cell)]:
+        found = f"begins with no header, but with the address {quoted(addresses[0])}"
+        raise reader.error(found, f"{FETCH} Write path,label[,split] above the first line.")
     body = table.iloc[1:]
     columns = choose_columns(reader, header, body, files.find_existing, group_by)
-    splits, cells = read_splits(reader, header, body, [number for number in columns if number is not None])
+    read = read_splits(reader, header, body, [number for number in columns if number is not None])
     groups = _groups(header, body, group_by)
     if group_by in header:
         reader.group_column = {}
     paths = [str(path) for path in body[columns.path]]
     files.leave_out_leading(paths)
+    none = [""] * len(body)
+    splits, cells = read or (read_folder_splits(reader, [*map(files.find_existing, paths)]) or none, none)
     labels = body[columns.label].str.strip()
     rows = zip(body.index, paths, labels, splits, cells, groups, strict=True)
     for position, path, label, split, cell, group in rows:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.data.dataset import SPLITS, Split
 from finetune.data.layout import SPLIT_NAMES, LayoutReader, quoted, some
-from finetune.data.layouts.split_folders import is_unsure, parse
+from finetune.data.layouts.split_folders import UNSURE, choose, describe, is_unsure, parse
 from finetune.data.tables.config import NO_COLUMN
 from finetune.data.tables.names import find_named, plain
 from finetune.errors import count, suggest
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _NAME = re.compile(
-    "sets?|tvt|.*(split|partition|subset|mluse|train(or)?(and)?(val|test)|holdout).*|(k|cv|x)?folds?(id|no|num|number|idx|index|[0-9]+)?"
+    "sets?|tvt|.*(split|partition|subset|mluse|train(or)?(and)?(val|test)|holdout).*|(k|cv|x)?folds?(id|no|num|number|idx|index|[0-9]+)?|"
+    "(cv|crossval|crossvalidation)(group|set)?|(train|val|valid|validation|test)folds?"
 )
 """Names of columns that hold splits, in lower case and without separators."""
 _OF: Mapping[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val",
@@ -29,6 +30,12 @@ FLAGS: Mapping[str, Split] = {
     **{f"is{word}image": split for word, split in _OF.items()},
 }
 """Names of columns that say yes or no, and the split that yes stands for."""
+_FLAG_WORDS = frozenset(
+    {"is", "in", "for", "as", "use", "used", "flag", "indicator", "row", "set", "image", "sample", "fold"}
+)
+"""Words beside the one for a split in the name of such a column: ``use_for_train``, ``test_flag``."""
+_SHORT: Mapping[str, Split] = {"tr": "train", "va": "val", "vl": "val", "te": "test", "ts": "test"}
+"""Cells that name a split only where all cells do."""
 _YES = frozenset({"true", "1", "1.0", "yes", "t", "y"})
 _NO = frozenset({"false", "0", "0.0", "no", "f", "n"})
 DRAWN = frozenset({"", "unassigned", "none", "null", "nan", "na", "n/a"})
@@ -40,8 +47,10 @@ UNKNOWN = "?"
 
 def read_splits(
     reader: LayoutReader, header: Sequence[str], body: DataFrame, taken: Collection[int]
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str]] | None:
     """Return the split of each row ("" where it is to be drawn), and its cell as the table has it.
+
+    None if no column gives splits.
 
     Args:
         reader: gives the configuration, and is told what was taken.
@@ -60,7 +69,7 @@ def read_splits(
     if flags:
         readings[flags[0]] = _read_flags(reader, header, body, flags)
     if not readings:
-        return [""] * len(body), [""] * len(body)
+        return None
     first, *others = readings
     for other in others:
         if readings[other] != readings[first]:
@@ -70,6 +79,42 @@ def read_splits(
             )
     _tell(reader, header, body, [first] if first not in flags else flags, readings[first])
     return readings[first], _cells(body, first)
+
+
+def read_folder_splits(reader: LayoutReader, paths: Sequence[str | None]) -> list[str] | None:
+    """Return the split of each row by the folder of its image, for a table without a column of splits.
+
+    None where the folders are not named like splits, or the recipe says that there is none.
+
+    Raises:
+        DataError: some of the folders are named like splits, for training and others, and some are not.
+    """
+    if reader.table.split_column is not None:
+        return None
+    folders = [(path or "").split("/")[:-1] for path in paths]
+    for depth in range(3):
+        own = [parts[depth] if len(parts) > depth else "" for parts in folders]
+        names = set(own) - {""}
+        chosen = choose(sorted(names))
+        if "train" not in chosen or len(chosen) == 1:
+            continue
+        splits = {split: some_of[0] for split, some_of in chosen.items()}
+        of = {name: split for split, name in splits.items()}
+        held = [name for name in of if is_unsure(name) and not {"val", "test"} <= splits.keys()]
+        others = sorted(names - of.keys()) or held
+        if others or "" in {name for name, path in zip(own, paths, strict=True) if path}:
+            raise reader.error(
+                f"has no column of splits, and names images in folders like splits ({some(of)}) and in others"
+                f"{f' ({some(others)})' if others else ''}",
+                f"Write a column split with train, val and test. {reader.decide(KEY, 'Or name it, or none')}",
+            )
+        reader.warn(
+            "table-split",
+            f"The folders of the images gave the splits: {describe(splits)}.",
+            reader.decide(KEY, "Name a column, or none"),
+        )
+        return [of.get(name, "train") for name in own]
+    return None
 
 
 def _cells(body: DataFrame, number: int) -> list[str]:
@@ -85,15 +130,14 @@ def _find_columns(
         return [], []
     if wanted is not None or "split" in header:
         number = find_named(reader, header, wanted, "split_column") if wanted else header.index("split")
-        is_flag = plain(header[number]) in FLAGS or plain(header[number]) in _OF
+        is_flag = _flag_split(header[number]) is not None
         return ([], [number]) if is_flag and _is_yes_no(_cells(body, number)) else ([number], [])
     free = [number for number in range(len(header)) if number not in taken]
     flags = [number for number in free if _is_flag(header[number], _cells(body, number))]
-    if len(flags) == 1 and plain(header[flags[0]]) == "valid":
+    if len(flags) == 1 and _may_mean_usable(header[flags[0]]):
         raise reader.error(
             f"has a column {header[flags[0]]!r} of yes and no, which may mean the validation split, or "
-            "images "
-            "that can be used",
+            "images that can be used",
             reader.decide(KEY, "Name it, or none"),
         )
     return [n for n in free if n not in flags and is_split_column(reader, header, body, n)], flags
@@ -110,12 +154,27 @@ def is_split_column(reader: LayoutReader, header: Sequence[str], body: DataFrame
     if wanted is not None or "split" in header:
         return name == (wanted or "split")
     is_named = _NAME.fullmatch(plain(name)) is not None or plain(name) in FLAGS
+    is_named = is_named or (is_unsure(re.sub(r"^(is|in|for)[\W_]*", "", name)) and _is_yes_no(cells))
     return is_named or _is_flag(name, cells) or _holds_splits(reader, name, cells)
 
 
 def _is_flag(name: str, cells: Sequence[str]) -> bool:
     """Return whether a column says yes or no to a split."""
-    return plain(name) in FLAGS.keys() | _OF.keys() and _is_yes_no(cells)
+    return _flag_split(name) is not None and _is_yes_no(cells)
+
+
+def _flag_split(name: str) -> Split | None:
+    """Return the split that yes stands for in a column of this name, or None."""
+    if split := FLAGS.get(plain(name)) or _OF.get(plain(name)):
+        return split
+    found = parse(name)
+    is_flag = found is not None and found.word not in UNSURE and _FLAG_WORDS.issuperset(found.rest)
+    return found.split if found and is_flag else None
+
+
+def _may_mean_usable(name: str) -> bool:
+    found = parse(name)
+    return found is not None and found.word == "valid" and plain(name) not in FLAGS
 
 
 def _is_yes_no(cells: Sequence[str]) -> bool:
@@ -132,6 +191,9 @@ def _holds_splits(reader: LayoutReader, name: str, cells: Sequence[str]) -> bool
     filled = {cell for cell in cells if cell.lower() not in DRAWN}
     sure = {cell for cell in filled if (found := parse(cell)) and found.is_certain}
     if sure and all(cell in sure or is_unsure(cell) for cell in filled):
+        return True
+    lower = {cell.lower() for cell in filled}
+    if "tr" in lower and len(lower) > 1 and lower <= _SHORT.keys():
         return True
     hinted = {found.split for cell in filled if (found := parse(cell))}
     if len(filled) <= 20 and sure and len(hinted) > 1:
@@ -167,8 +229,8 @@ def _read_words(reader: LayoutReader, name: str, cells: Sequence[str]) -> list[s
 def _meaning(cell: str) -> str:
     if cell.lower() in DRAWN:
         return ""
-    if cell.lower() in SPLIT_NAMES:
-        return SPLIT_NAMES[cell.lower()]
+    if split := SPLIT_NAMES.get(cell.lower()) or _SHORT.get(cell.lower()):
+        return split
     found = parse(cell)
     return found.split if found and found.is_certain else UNKNOWN
 
@@ -180,10 +242,10 @@ def _read_flags(
 
     No column says yes: the row is of the training split, unless a column says that it is not.
     """
-    of = [FLAGS.get(plain(header[number])) or _OF[plain(header[number])] for number in columns]
+    of = [_flag_split(header[number]) for number in columns]
     read: list[str] = []
     for cells in zip(*(_cells(body, number) for number in columns), strict=True):
-        yes = {split for split, cell in zip(of, cells, strict=True) if cell.lower() in _YES}
+        yes = {split for split, cell in zip(of, cells, strict=True) if split and cell.lower() in _YES}
         no = {split for split, cell in zip(of, cells, strict=True) if cell.lower() in _NO}
         left = [split for split in SPLITS if split not in no]
         if len(yes) > 1 or (not yes and "train" in no and len(left) != 1):
