@@ -430,11 +430,16 @@ def test_class_names_that_only_look_dangerous_are_accepted(tmp_path: Path) -> No
     assert found(tmp_path).classes == tuple(sorted(names))
 
 
-def test_classes_that_look_alike_are_a_warning(tmp_path: Path) -> None:
-    tree(tmp_path, *(f"{name}/{n}.jpg" for name in ("Ant", "ant", "bee") for n in range(2)))
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("Ant", " and"), ("ant ", ", spaces"), ("ant\u00a0", ", spaces"), ("a\u200bnt", ", spaces")],
+)
+def test_classes_that_look_alike_are_a_warning(tmp_path: Path, name: str, how: str) -> None:
+    tree(tmp_path, *(f"{folder}/{n}.jpg" for folder in (name, "ant", "bee") for n in range(2)))
     dataset = found(tmp_path)
     assert dataset.num_classes == 3
-    assert len(dataset.warnings) == 1 and "'Ant'" in dataset.warnings[0]
+    [warning] = dataset.warnings
+    assert "'ant'" in warning and f"differ only in letter case{how}" in warning
 
 
 # Ambiguous folders

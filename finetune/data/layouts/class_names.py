@@ -41,15 +41,22 @@ def join_spellings(reader: LayoutReader) -> None:
 
 
 def warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
-    """Warn about classes that differ only in letter case."""
+    """Warn about classes that differ only in letter case, spaces or invisible characters."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
-        alike[unicodedata.normalize("NFC", name).casefold()].append(name)
+        alike[fold_name(name)].append(name)
     for names in alike.values():
         if len(names) > 1:
+            more = "" if len({name.casefold() for name in names}) == 1 else ", spaces or invisible characters"
             reader.warn(
                 "class-alike",
-                f"Classes {some(names)} differ only in letter case and are trained as different classes.",
+                f"Classes {some(names)} differ only in letter case{more} and are trained as different classes.",
                 "Merge them if they are the same class.",
                 len(names),
             )
+
+
+def fold_name(name: str) -> str:
+    """Return a name as a reader sees it: without letter case, invisible characters and further spaces."""
+    seen = "".join(char for char in unicodedata.normalize("NFKC", name) if unicodedata.category(char) != "Cf")
+    return " ".join(seen.split()).casefold()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from finetune.data.dataset import Dataset, Issue
 from finetune.data.layout import some
+from finetune.data.layouts.class_names import fold_name
 from finetune.data.quality.subject import SHOWN_PATHS
 from finetune.errors import count
 
@@ -67,7 +67,7 @@ def find_similar_names(classes: Sequence[str]) -> list[list[str]]:
     by_core: defaultdict[str, list[str]] = defaultdict(list)
     for name in classes:
         by_core[_core(name)].append(name)
-    alike = [names for names in by_core.values() if len({_folded(name) for name in names}) > 1]
+    alike = [names for names in by_core.values() if len({fold_name(name) for name in names}) > 1]
     cores = sorted(core for core in by_core if core.isalpha() and len(core) >= _SHORTEST_TYPO)
     by_hole: defaultdict[str, set[str]] = defaultdict(set)
     for core in cores:
@@ -80,13 +80,9 @@ def find_similar_names(classes: Sequence[str]) -> list[list[str]]:
     return alike
 
 
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
-
-
 def _core(name: str) -> str:
     """Return a name without letter case, separators and a plural s."""
-    bare = re.sub(r"(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)", "", _folded(name))  # 1.0 is not 10
+    bare = re.sub(r"(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)", "", fold_name(name))  # 1.0 is not 10
     return bare[:-1] if len(bare) > 3 and bare.endswith("s") and not bare.endswith("ss") else bare or name
 
 
