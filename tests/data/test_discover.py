@@ -432,7 +432,7 @@ def test_class_names_that_only_look_dangerous_are_accepted(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("Ant", " and"), ("ant ", ", spaces"), ("ant\u00a0", ", spaces"), ("a\u200bnt", ", spaces")],
+    [("Ant", ", and"), ("ant ", ", spaces"), ("ant\u00a0", ", spaces"), ("a\u200bnt", ", spaces")],
 )
 def test_classes_that_look_alike_are_a_warning(tmp_path: Path, name: str, how: str) -> None:
     tree(tmp_path, *(f"{folder}/{n}.jpg" for folder in (name, "ant", "bee") for n in range(2)))

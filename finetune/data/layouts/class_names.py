@@ -50,7 +50,8 @@ def warn_look_alikes(reader: LayoutReader, classes: Sequence[str]) -> None:
             more = "" if len({name.casefold() for name in names}) == 1 else ", spaces or invisible characters"
             reader.warn(
                 "class-alike",
-                f"Classes {some(names)} differ only in letter case{more} and are trained as different classes.",
+                f"Classes {some(names)} differ only in letter case{more}, and are trained as different "
+                "classes.",
                 "Merge them if they are the same class.",
                 len(names),
             )
