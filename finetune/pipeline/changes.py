@@ -93,7 +93,7 @@ class RunChanges:
             return ""
         if WEIGHTS not in find_changed_environment(claim.folder, self.environment):
             return ""
-        return f"its checkpoints belong to another backbone ({before.backbone.name}, and now {now})"
+        return f"it has another backbone ({before.backbone.name}, and now {now})"
 
 
 def accept(changes: list[str], claim: Claim, allow_changed: bool, display: Display) -> None:

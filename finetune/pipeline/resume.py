@@ -18,6 +18,10 @@ from finetune.training.checkpoint import CheckpointStore, estimate_bytes
 from finetune.training.freeze import frozen_tensors
 from finetune.training.state import find_misfit
 
+MOST_LISTED = 50
+"""Most class names of a list in a message."""
+UNDO = "Undo the change, or start a new run with another --output."
+
 
 def refuse_other_classes(folder: RunFolder, classes: Sequence[str]) -> None:
     """Refuse classes that differ in names or order from those that the run began with.
@@ -47,10 +51,6 @@ def refuse_other_classes(folder: RunFolder, classes: Sequence[str]) -> None:
     raise DataError(f"resuming {folder.path}", found, f"{fix}.")
 
 
-MOST_LISTED = 50
-"""Most class names of a list in a message."""
-
-
 def _listed(classes: Sequence[str]) -> str:
     more = len(classes) - MOST_LISTED
     return ", ".join(classes[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
@@ -74,6 +74,8 @@ def try_resume(setup: RunSetup, claim: Claim, run_changes: RunChanges, is_change
     check_seen(dataset, recipe, SilentDisplay())
     if recipe.strategy.features is None:
         _try_checkpoint(setup, claim, run_changes)
+    elif claim.finished or claim.was_finished:
+        _try_solving(claim, run_changes)
 
 
 def _try_checkpoint(setup: RunSetup, claim: Claim, run_changes: RunChanges) -> None:
@@ -89,6 +91,15 @@ def _try_checkpoint(setup: RunSetup, claim: Claim, run_changes: RunChanges) -> N
         checkpoint, network, frozen_tensors(network, setup.plan), has_average=settings.ema_decay is not None
     )
     if found:
-        fix = "Undo the change, or start a new run with another --output."
-        raise DataError(asked, found, fix)
+        raise DataError(asked, found, UNDO)
     store.check_space(estimate_bytes(checkpoint.now, settings))
+
+
+def _try_solving(claim: Claim, run_changes: RunChanges) -> None:
+    """Refuse to solve a linear classifier where nothing of the finished run would go on."""
+    before = RunReader(claim.folder, tolerant=True).recipe
+    found = run_changes.describe_other_backbone(claim)
+    if not found and before is not None and before.strategy.features is None:
+        found = "it was trained for epochs, and a linear classifier would be solved instead"
+    if found:
+        raise DataError(f"resuming {claim.folder.path}", found, UNDO)

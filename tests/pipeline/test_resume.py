@@ -130,6 +130,7 @@ def no_edit(_: Path) -> None:
 REFUSED: dict[str, tuple[Edit, list[object], str]] = {
     "strategy, more": (no_edit, ["-s", "full"], "that would now be trained were not before"),
     "strategy, fewer": (no_edit, ["-s", "freeze"], "that were trained would not be now"),
+    "solved": (no_edit, ["-s", "freeze", "--set", "strategy.features=last"], "it was trained for epochs"),
     "average": (no_edit, ["--set", "training.ema_decay=0.9"], "no moving average"),
     "unreadable": (damage_images, [], "cannot be read"),
     "leak": (leak, [], "copies"),
@@ -138,7 +139,9 @@ REFUSED: dict[str, tuple[Edit, list[object], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", slow_except(["strategy, fewer", "average", "leak", "lost"], REFUSED))
+@pytest.mark.parametrize(
+    "kind", slow_except(["strategy, fewer", "solved", "average", "leak", "lost"], REFUSED)
+)
 def test_a_refused_change_leaves_a_finished_run_as_it_was(
     cli: Cli, words: list[object], finished: Path, data: Path, kind: str
 ) -> None:
@@ -162,6 +165,16 @@ def make_other(folder: Path) -> Path:
         folder / "model.safetensors",
     )
     return folder
+
+
+def test_a_solved_run_refuses_another_backbone(cli: Cli, words: list[object], tmp_path: Path) -> None:
+    solved = [*words, "-s", "freeze", "--set", "strategy.features=last"]
+    assert cli(*solved).exit_code == 0
+    before = digest(tmp_path / "run")
+    result = cli(*solved, "--allow-changed", "-b", make_other(tmp_path / "other"))
+    assert result.exit_code == 65, result.output
+    assert "another backbone" in result.stderr
+    assert digest(tmp_path / "run") == before
 
 
 def test_another_backbone_is_refused_even_where_its_shapes_fit(
