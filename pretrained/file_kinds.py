@@ -31,6 +31,8 @@ def describe_foreign(path: Path) -> tuple[str, str] | None:
     """Return what a file is that PyTorch cannot read, and what to do; None if it may be damaged weights."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
+    if head[4:8] == bytes(4) and head[8:9] in (b"{", b"["):
+        return None  # safetensors: the length of a header may begin like any file
     offset, tar = _TAR_MAGIC
     if head[offset : offset + len(tar)] == tar:
         return "a tar archive", _UNPACK
