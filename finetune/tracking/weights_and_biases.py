@@ -41,8 +41,9 @@ class WeightsAndBiases:
         return str(self._run.id)
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
-        """Log one row of the history."""
-        self._run.log({name: row[name] for name in EPOCH_METRICS}, step=int(row["epoch"]))
+        """Log one row of the history; it is written at once, and not with the next one."""
+        values = {name: row[name] for name in EPOCH_METRICS}
+        self._run.log(values, step=int(row["epoch"]), commit=True)
 
     def log_final(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Put the final metrics into the summary, under ``final/``."""
