@@ -8,6 +8,7 @@ from itertools import islice
 
 from finetune.report.facts import Facts, finite_text
 from finetune.report.neighbours import find_better_linear
+from finetune.strategies import find_strategy
 
 MOST = 6
 """Largest number of suggestions on the page; the most important rules come first."""
@@ -25,9 +26,6 @@ SURE = 0.95
 """Confidence from which a mistake may be a wrong label."""
 WAITING = 0.3
 """Share of the training time spent waiting for images that counts as slow loading."""
-
-NEXT = {"freeze": "top", "top": "full"}
-"""The strategy that trains more stages than another."""
 
 Step = tuple[str, str]
 """A suggestion, and the numbers that support it."""
@@ -80,19 +78,19 @@ def _take_the_next_strategy(facts: Facts) -> Iterator[Step]:
     strategy = facts.recipe.strategy if facts.recipe else None
     if strategy is None or accuracy is None or accuracy == 1 or strategy.features or strategy.floor:
         return
-    linear = find_better_linear(facts)
+    known = find_strategy(strategy.name)
+    key = "features" if known.solvable else "floor" if known.fine_tunes else None
+    linear = find_better_linear(facts) if key else None
     if linear is not None:
-        freezes = strategy.name == "freeze"
         yield (
-            f"Train again with `--set strategy.{'features' if freezes else 'floor'}={linear.features}`: the "
-            f"linear classifier on these features {'replaces' if freezes else 'is kept unless it loses to'} "
-            "training.",
+            f"Train again with `--set strategy.{key}={linear.features}`: the linear classifier on these "
+            f"features {'replaces' if known.solvable else 'is kept unless it loses to'} training.",
             f"It classified {100 * linear.accuracy:.1f} % of the same images correctly ({linear.run}), and "
             f"this network {100 * accuracy:.1f} %.",
         )
-    elif strategy.name in NEXT and not facts.advice:
+    elif known.wider and not facts.advice:
         yield (
-            f"Train more stages: `--strategy {NEXT[strategy.name]}` with a new `--output`, then "
+            f"Train more stages: `--strategy {known.wider}` with a new `--output`, then "
             "`finetune compare` with both runs.",
             f"`{strategy.name}` classified {100 * accuracy:.1f} % correctly.",
         )

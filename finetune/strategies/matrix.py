@@ -45,6 +45,7 @@ FREEZE = GroupStrategy(
     "freeze",
     "the head",
     solvable=True,
+    wider="top",
     views=2,
     factors=lambda keys: {"head": keys.head_factor, "top": 0.0, "body": 0.0},
 )
@@ -52,6 +53,7 @@ TOP = GroupStrategy(
     "top",
     "the head and the last stages",
     fine_tunes=True,
+    wider="full",
     views=4,
     factors=lambda keys: {"head": keys.head_factor, "top": keys.top_factor, "body": 0.0},
 )

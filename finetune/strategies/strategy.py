@@ -54,6 +54,7 @@ class Strategy(ABC):
         pretrained: whether it starts from pretrained weights.
         fine_tunes: whether it trains pretrained stages, so that ``probe_first`` and ``floor`` apply.
         solvable: whether only the head learns, so that ``features`` may solve it instead of training it.
+        wider: name of the strategy that trains more stages, which the report suggests next; "" for none.
         views: default number of random views of a training image for the frozen trunk (docs/cache.md).
     """
 
@@ -62,6 +63,7 @@ class Strategy(ABC):
     pretrained: bool = True
     fine_tunes: bool = False
     solvable: bool = False
+    wider: str = ""
     views: int = 1
 
     @abstractmethod

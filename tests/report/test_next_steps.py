@@ -146,6 +146,13 @@ def test_a_better_linear_classifier_beside_the_run_is_suggested(tmp_path: Path, 
     assert "97.0 %" in evidence and "(most)" in evidence and "90.0 %" in evidence
 
 
+def test_a_strategy_that_knows_no_floor_is_given_none(tmp_path: Path) -> None:
+    """The recipe refuses `strategy.floor` for scratch."""
+    run = write_run(tmp_path / "trained", 0.9, name="scratch")
+    write_run(tmp_path / "solved", 0.97, name="freeze", features="all")
+    assert suggest_steps(load_facts(run)) == []
+
+
 @pytest.mark.parametrize(
     ("accuracy", "images", "backbone"),
     [(0.9, "ab", "resnet18"), (0.97, "abc", "resnet18"), (0.97, "ab", "resnet50")],

@@ -49,6 +49,7 @@ class TableFiles:
                 f"has no folder {reader.table.image_root!r} beside it", "Correct --set data.image_root."
             )
         self._leading = 0
+        self._found: dict[str, str | None] = {}  # a table is read several times, the disk only once
         self.renamed: dict[str, str] = {}
 
     def leave_out_leading(self, cells: Sequence[str]) -> None:
@@ -63,6 +64,7 @@ class TableFiles:
                 continue
             if all(self._below("/".join(part[number:])) for part in parts):
                 self._leading = number
+                self._found.clear()
                 start = "/".join(common[:number]) or "/"
                 self.renamed["leading"] = f"{start!r} at the start of paths is left out"
                 return
@@ -96,6 +98,11 @@ class TableFiles:
 
     def find_existing(self, cell: str) -> str | None:
         """Return the path below the root of the existing file that a cell names, or None."""
+        if cell not in self._found:
+            self._found[cell] = self._search(cell)
+        return self._found[cell]
+
+    def _search(self, cell: str) -> str | None:
         if not cell or "\0" in cell:
             return None
         if path := self._plain_path(cell):
