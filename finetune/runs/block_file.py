@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.runs.journal import Block, Journal, count_bytes, read_facts
+from finetune.system.regular_files import open_regular
 
 WAIT_SECONDS = 0.2
 """Seconds between two checks whether another process has finished the file."""
@@ -94,7 +95,7 @@ class BlockFile:
         """
         content = bytearray(self.num_bytes)
         if content:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.readinto(content)
         return content
 
@@ -158,7 +159,7 @@ def remove(path: Path) -> None:
 def remove_unused(path: Path) -> bool:
     """Remove a file of blocks unless a process reads or writes it; return whether it is gone."""
     try:
-        with journal_of(path).open("rb") as file:
+        with open_regular(journal_of(path)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(path)  # under the lock, so that no process opens it in between
             return not journal_of(path).exists()
@@ -169,7 +170,7 @@ def remove_unused(path: Path) -> bool:
 def is_in_use(path: Path) -> bool:
     """Return whether a process reads or writes a file of blocks."""
     try:
-        with journal_of(path).open("rb") as file:
+        with open_regular(journal_of(path)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.runs.files import sync_folder
+from finetune.system.regular_files import open_regular, open_to_update
 
 FORMAT = 2
 """Version of the journal's format; every change of the format increases it."""
@@ -100,7 +101,8 @@ def _parse_block(line: Any, num_files: int) -> Block:
 def read_journal(path: Path, num_files: int) -> Record | None:
     """Return the content of the journal at a path, without verifying the files; None as :func:`parse`."""
     try:
-        return parse(path.read_bytes(), num_files)
+        with open_regular(path) as file:
+            return parse(file.read(), num_files)
     except OSError:
         return None
 
@@ -108,7 +110,7 @@ def read_journal(path: Path, num_files: int) -> Record | None:
 def read_facts(path: Path) -> dict[str, Any]:
     """Return what the files of a journal are made from; empty if that cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             record = parse(file.readline(2**20), 0)
     except OSError:
         return {}
@@ -136,7 +138,7 @@ class Journal:
         self.path, self.blocks = path, list[Block]()
         self._files, self._facts, self._durable = tuple(files), as_json(facts), durable
         self._size = 0  # bytes of the complete lines
-        self._journal = _open(path)
+        self._journal = open_to_update(path)
         self._data: list[BinaryIO] = []
 
     # --- the lock --------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ class Journal:
         if self._data:
             return
         for number, path in enumerate(self._files):
-            file, size = _open(path), count_bytes(self.blocks, number)
+            file, size = open_to_update(path), count_bytes(self.blocks, number)
             self._data.append(file)
             if os.fstat(file.fileno()).st_size < size:
                 raise OSError(errno.ESTALE, "the file was removed while it was written", str(path))
@@ -279,9 +281,7 @@ class Journal:
 
 def _open_to_read(path: Path) -> BinaryIO:
     """Open a file; a missing file counts as empty."""
-    return path.open("rb") if path.exists() else io.BytesIO()
-
-
-def _open(path: Path) -> BinaryIO:
-    """Open for reading and writing without truncation; append mode would ignore every ``seek``."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        return io.BytesIO()

@@ -1,0 +1,68 @@
+"""Open files that others may have prepared: regular files only, so that a pipe never blocks and no device fills
+the memory, and never through a link for writing, so that no other file is overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = (
+    (stat.S_ISDIR, errno.EISDIR, "it is a folder"),
+    (stat.S_ISFIFO, errno.EINVAL, "it is a named pipe, not a file"),
+)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, through links too.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device; its ``strerror`` says so.
+    """
+    # O_NONBLOCK, since opening a pipe would wait for its other end. It changes nothing for a file on a disk.
+    return _checked(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path, "rb")
+
+
+def open_to_update(path: Path) -> BinaryIO:
+    """Open a file of our own for reading and writing, without truncation; create it if there is none.
+
+    Raises:
+        OSError: it cannot be opened, or its name is taken by anything but a file with this name alone: another
+            user of the folder may have put a link there.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from None
+        raise
+    return _checked(descriptor, path, "r+b")
+
+
+def create_regular(path: Path) -> BinaryIO:
+    """Create a file for writing in place of what has its name, which is removed and not written to.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def _checked(descriptor: int, path: Path, mode: str) -> BinaryIO:
+    try:
+        status = os.fstat(descriptor)
+        for is_kind, number, found in _KINDS:
+            if is_kind(status.st_mode):
+                raise OSError(number, found, str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is a device, not a file", str(path))
+        if mode != "rb" and status.st_nlink > 1:
+            raise OSError(errno.EMLINK, "it has a second name, and another file would change", str(path))
+        return os.fdopen(descriptor, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
