@@ -245,7 +245,6 @@ def evaluate(
         from finetune.data.inputs import read_split_name
         from finetune.evaluation.evaluate import EvaluateRequest, evaluate_models
         from finetune.report.write_report import add_report
-        from finetune.runs.folder import RunFolder
     listed = [models] if isinstance(models, str | PathLike) else models
     request = EvaluateRequest(
         models=tuple(fspath(one) for one in listed),
@@ -261,8 +260,7 @@ def evaluate(
         follow_links=follow_links,
         allow_leaks=allow_leaks,
     )
-    metrics = evaluate_models(request, shown)
-    add_report(RunFolder(request.output), shown, request.command)
+    metrics = evaluate_models(request, shown, lambda folder: add_report(folder, shown, request.command))
     return {"output": str(request.output), **metrics}
 
 

@@ -26,5 +26,6 @@ def report_command(
             from finetune.runs.folder import RunFolder
         folder = RunFolder(run)
         write_run_report(folder, display)
+        display.say(f"report {folder.report}")
         if as_json:
             write_stdout(json.dumps({"report": str(folder.report), "plots": str(folder.plots)}) + "\n")

@@ -23,7 +23,6 @@ from finetune.data.scan import scan_images
 from finetune.data.split import SplitConfig, keep_copies_together
 from finetune.errors import DataError, UsageError, count
 from finetune.recipe import Recipe
-from finetune.runs.claim import create_folder
 from finetune.runs.files import write_csv, write_text
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import SPLIT_COLUMNS, RunReader
@@ -87,18 +86,6 @@ def check_outside(output: Path, dataset: Dataset) -> None:
     if any(inside.is_relative_to(os.path.realpath(top)) for top in tops):
         fix = "Name an --output outside of it."
         raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
-
-
-def create_new_folder(path: Path) -> None:
-    """Create a folder for results, where there is none or an empty one.
-
-    Raises:
-        UsageError: something is there already.
-        DiskError: it cannot be created.
-    """
-    if path.is_dir() and any(path.iterdir()):
-        raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
-    create_folder(path)
 
 
 def require_labels(dataset: Dataset, recipe: Recipe) -> None:

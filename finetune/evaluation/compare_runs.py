@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.prepare import create_new_folder
 from finetune.errors import DataError, UsageError, count, sanitize
 from finetune.evaluation.answers import RunAnswers, load_answers
 from finetune.evaluation.paired_tests import PairedTest, Rights, compare_pairs
 from finetune.plots.intervals import Difference, Estimate, draw_comparison
 from finetune.plots.svg import Plot
 from finetune.runs.files import write_csv, write_json, write_text
+from finetune.runs.new_folder import new_folder
 from finetune.system.display import Display
 
 MOST_FOR_ALL_PAIRS = 4
@@ -89,7 +89,8 @@ def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -
     for warning in warnings:
         display.warn(warning)
     if output is not None:
-        _write(result, output)
+        with new_folder(output) as folder:
+            _write(result, folder)
         display.say(f"{output}/runs.csv, pairs.csv, comparison.json, comparison.svg", style="bold")
     return result
 
@@ -220,10 +221,9 @@ def _describe(run: RunAnswers) -> dict[str, Any]:
     }
 
 
-def _write(result: ComparisonResult, output: Path) -> None:
-    create_new_folder(output)
+def _write(result: ComparisonResult, folder: Path) -> None:
     rows = result.rows
-    write_csv(output / "runs.csv", [tuple(row.values()) for row in rows], tuple(rows[0]))
+    write_csv(folder / "runs.csv", [tuple(row.values()) for row in rows], tuple(rows[0]))
     pairs = [
         (
             pair.first,
@@ -239,9 +239,9 @@ def _write(result: ComparisonResult, output: Path) -> None:
         )
         for pair in result.pairs
     ]
-    write_csv(output / "pairs.csv", pairs, _PAIR_COLUMNS)
-    write_json(output / "comparison.json", result.to_dict())
-    write_text(output / "comparison.svg", _draw(result).file)
+    write_csv(folder / "pairs.csv", pairs, _PAIR_COLUMNS)
+    write_json(folder / "comparison.json", result.to_dict())
+    write_text(folder / "comparison.svg", _draw(result).file)
 
 
 def _draw(result: ComparisonResult) -> Plot:

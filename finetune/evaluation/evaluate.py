@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from finetune import __version__
 from finetune.data.dataset import describe_images
 from finetune.data.inputs import EvalSplit
-from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.prepare import check_outside
 from finetune.evaluation.calibration import calibrate_cross_fitted, compare_calibration, measure_thresholds
 from finetune.evaluation.eval_set import Overlap, find_eval_set, find_overlap
 from finetune.evaluation.intervals import compute_intervals
@@ -34,6 +34,7 @@ from finetune.evaluation.variants import (
 from finetune.evaluation.views import build_views
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
+from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.system.device import describe_environment
 from finetune.system.display import Display
@@ -87,8 +88,15 @@ class EvaluateRequest:
         return shlex.join(arguments)
 
 
-def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any]:
+def evaluate_models(
+    request: EvaluateRequest, display: Display, add_report: Callable[[RunFolder], None]
+) -> dict[str, Any]:
     """Evaluate models, and write their metrics into a new folder.
+
+    Args:
+        request: options of the command.
+        display: shows progress.
+        add_report: adds the report to the files, before the folder appears.
 
     Returns:
         The content of ``metrics.json``.
@@ -113,25 +121,26 @@ def evaluate_models(request: EvaluateRequest, display: Display) -> dict[str, Any
     check_outside(request.output, dataset)
     is_allowed = request.allow_leaks or request.split in ("train", "all")
     overlap = find_overlap(models, eval_set, is_allowed, display)
-    create_new_folder(request.output)
-    variants = list(compute_variants(models, dataset, request.crops, request.scales, display))
-    folder = RunFolder(request.output)
-    metrics = _collect_metrics(models, variants, classes, overlap) | {"split": eval_set.split}
-    metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
-    if len(models) == 1 and models[0].predictor.card.place == "folder":
-        metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
-    metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
-    metrics["variants"] = write_variants(folder, variants, display)
-    write_metrics_tables(folder, dataset.samples, variants[-1].predictions, classes)
-    rows = [(path, *row) for path, row in describe_images(dataset, dataset.digests).items()]
-    write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
-    write_json(folder.environment, describe_environment(models[0].predictor.device))
-    write_json(folder.metrics, metrics)
-    _report(metrics, folder, display)
+    with new_folder(request.output) as path:
+        folder = RunFolder(path)
+        variants = list(compute_variants(models, dataset, request.crops, request.scales, display))
+        metrics = _collect_metrics(models, variants, classes, overlap) | {"split": eval_set.split}
+        metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
+        if len(models) == 1 and models[0].predictor.card.place == "folder":
+            metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
+        metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
+        metrics["variants"] = write_variants(folder, variants, display)
+        write_metrics_tables(folder, dataset.samples, variants[-1].predictions, classes)
+        rows = [(path, *row) for path, row in describe_images(dataset, dataset.digests).items()]
+        write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
+        write_json(folder.environment, describe_environment(models[0].predictor.device))
+        write_json(folder.metrics, metrics)
+        add_report(folder)
+    _say(metrics, RunFolder(request.output), display)
     return metrics
 
 
-def _report(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
+def _say(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
     (low, high), split = metrics["intervals"]["accuracy"], metrics["split"]
     display.say(
         f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
@@ -140,6 +149,8 @@ def _report(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> 
         style="bold",
     )
     display.say(f"metrics {folder.path}")
+    if folder.report.exists():
+        display.say(f"report {folder.report}")
 
 
 # --- metrics -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import Dataset, PreparedDataset, Sample
-from finetune.data.prepare import check_outside, create_new_folder, require_labels
+from finetune.data.prepare import check_outside, require_labels
 from finetune.data.provenance import find_ancestors
 from finetune.data.split import draw_folds, join_copies
 from finetune.data.thumbnail import load_thumbnail
@@ -39,6 +39,7 @@ from finetune.plots.sheet import CELL, Section, Tile, write_sections
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
+from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.runs.reader import RunReader, require_run
 from finetune.system.display import Display
@@ -129,15 +130,15 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
         dataset = _leave_changed_out(source, RunFolder(run), display)
         source = replace(source, dataset=dataset)
         _warn_of_seen(recipe, source, display)
-        create_new_folder(output)
-        with open_features(source, network.layers.select(["last"]), "auto") as features:
-            usable = features.usable(dataset.samples)
-            samples = [dataset.samples[index] for index in usable.tolist()]
-            folds = _assign_folds(samples, dataset, recipe.seed)
-            probabilities = _cross_validate(source, features.rows[0], usable, folds)
-        found = _collect(dataset, samples, folds, probabilities)
-        write_csv(output / FILE, found.rows, COLUMNS)
-        write_sections(output / SHEET, _sections(dataset, found))
+        with new_folder(output) as folder:
+            with open_features(source, network.layers.select(["last"]), "auto") as features:
+                usable = features.usable(dataset.samples)
+                samples = [dataset.samples[index] for index in usable.tolist()]
+                folds = _assign_folds(samples, dataset, recipe.seed)
+                probabilities = _cross_validate(source, features.rows[0], usable, folds)
+            found = _collect(dataset, samples, folds, probabilities)
+            write_csv(folder / FILE, found.rows, COLUMNS)
+            write_sections(folder / SHEET, _sections(dataset, found))
         return found
 
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from finetune.errors import UsageError, suggest
 from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE
 from finetune.exporters.config import loads_in_timm
 from finetune.exporters.deployed import LAYOUTS, Interface, Layout, build_program
-from finetune.exporters.folder import WEIGHTS_FILE, staged_alone, write_model
+from finetune.exporters.folder import WEIGHTS_FILE, write_model
 from finetune.exporters.graph_files import OPSETS, read_opset, write_companions, write_onnx, write_program
 from finetune.exporters.hub import Pushed, check_push, push_folder
 from finetune.exporters.model_card import TrainingData, build_readme
@@ -43,8 +42,8 @@ from finetune.exporters.proof import (
 )
 from finetune.exporters.source import Exportable, ProofInputs, draw_random, load_evaluated, open_model
 from finetune.recipe import Recipe
-from finetune.runs.claim import create_folder
 from finetune.runs.files import disk_error, write_json
+from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
@@ -71,12 +70,10 @@ def export(path: Path, options: ExportOptions, output: Path, display: Display) -
         InternalError: the artefact's outputs differ from the network's; nothing is kept.
         DiskError: it cannot be written.
     """
-    target = _resolve_output(output)
     source = open_model(path)
     if isinstance(source.images, Dataset):
         check_outside(output, source.images)
-    create_folder(target.parent)
-    with staged_alone(target) as folder:
+    with new_folder(output) as folder:
         report = _make(source, options, folder, display)
     display.say(f"{options.format} {output}", style="bold")
     return report
@@ -101,36 +98,9 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
     source = open_model(path)
     with TemporaryDirectory(prefix="finetune-push-") as name:
         folder = Path(name)
-        try:
-            _make(source, ExportOptions("timm", Interface()), folder, display)
-        except OSError as error:
-            raise disk_error(folder, error) from None
+        _make(source, ExportOptions("timm", Interface()), folder, display)
         with display.busy("uploading"):
             return push_folder(folder, repo_id, private)
-
-
-def _resolve_output(output: Path) -> Path:
-    """Return the output as an absolute path without links and dots; it must be new, or an empty folder.
-
-    Raises:
-        UsageError: it is a file, not empty, the working directory, or a mount point.
-        DiskError: it cannot be read.
-    """
-    target = Path(os.path.realpath(output))
-    try:
-        if os.path.exists(target) and not os.path.isdir(target):  # noqa: PTH110, PTH112 (Path's may raise)
-            found = "it is a file"
-        elif os.path.isdir(target) and any(target.iterdir()):  # noqa: PTH112
-            found = "the folder is not empty"
-        elif target == Path.cwd():
-            found = "it is the working directory"
-        elif os.path.ismount(target):
-            found = "it is a mount point"
-        else:
-            return target
-    except OSError as error:
-        raise disk_error(output, error) from None
-    raise UsageError(f"--output {output}", found, "Name a new folder.")
 
 
 # --- export and verification ---------------------------------------------------------------------
@@ -140,7 +110,10 @@ def _make(source: Exportable, options: ExportOptions, folder: Path, display: Dis
     """Write the artefact into a folder, verify it, and write ``export.json``."""
     start = time.monotonic()
     with display.busy(f"exporting {options.format}"):
-        artefact, loader = _write(source, options, folder)
+        try:
+            artefact, loader = _write(source, options, folder)
+        except OSError as error:
+            raise disk_error(folder, error) from None
     written = time.monotonic()
     if loader == "finetune":
         display.warn(f"only finetune can load {source.card.architecture} from this folder")

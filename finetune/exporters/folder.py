@@ -5,28 +5,22 @@ timm cannot build (a torchvision network, a classifier on several stages, or a t
 connected layers) has an architecture that timm refuses (:func:`finetune.exporters.config.name_for_timm`), and
 loads with :func:`load_exported`.
 
-:func:`staged` and :func:`staged_alone` write a folder under a temporary name, so that it appears complete or
-not at all.
+:func:`staged` writes a folder under a temporary name, so that it appears complete or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import UsageError
 from finetune.exporters.config import build_config
 from finetune.exporters.model_card import build_readme
 from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json, write_text
@@ -114,10 +108,6 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
 # --- folders that appear complete or not at all ---------------------------------------------------
 
 
-STALE = 24 * 60 * 60
-"""Age in seconds of an unfinished folder from which it counts as left by a killed process."""
-
-
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``folder`` when the block ends without an error.
@@ -138,50 +128,6 @@ def staged(folder: Path) -> Iterator[Path]:
         raise disk_error(folder, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def staged_alone(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder as :func:`staged` does, unique to this process, for a path that must be new.
-
-    Args:
-        folder: final path; missing or an empty folder. Its parent folder exists.
-
-    Raises:
-        UsageError: another process has written to ``folder`` meanwhile.
-        DiskError: it cannot be written.
-    """
-    prefix, suffix = f".{folder.name}.", ".part"
-    try:
-        _remove_stale(folder.parent, prefix, suffix)
-        part = Path(mkdtemp(suffix, prefix, folder.parent))
-    except OSError as error:
-        raise disk_error(folder, error) from None
-    try:
-        part.chmod(0o777 & ~_read_umask())
-        yield part
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--output {folder}", "another process has filled it", "Name a new folder.")
-        part.rename(folder)  # rename only replaces an empty folder
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise disk_error(folder, error) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _remove_stale(parent: Path, prefix: str, suffix: str) -> None:
-    """Remove folders left by killed processes; a recent one may be in use."""
-    for part in parent.glob(f"{escape(prefix)}*{suffix}"):
-        if part.is_dir() and time.time() - part.stat().st_mtime > STALE:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _read_umask() -> int:
-    """Return the umask, which the system reports only when it is set."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
 
 
 def _put_in_place(part: Path, folder: Path) -> None:

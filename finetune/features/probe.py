@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.prepare import check_outside, create_new_folder, require_labels
+from finetune.data.prepare import check_outside, require_labels
 from finetune.errors import DataError, UsageError, suggest
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.network import open_network
@@ -28,6 +28,7 @@ from finetune.features.transferability import classify
 from finetune.plots.features import draw_probe
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
+from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.device import derive_seed
 from finetune.system.display import Display
@@ -258,29 +259,29 @@ def probe(
         every = torch.tensor([sample.label for sample in dataset.samples])
         draw_probe_split(every, dataset.classes, per_class, recipe.seed, 0)  # raises early
         source = open_source(recipe, network, dataset, display)
-        create_new_folder(output)
-        samples = source.dataset.samples
-        with open_features(source, layers, pool) as features:
-            usable = _leave_copies_out(features.usable(samples), source)
-            labels = torch.tensor([samples[index].label for index in usable.tolist()])
-            draws = [
-                draw_probe_split(labels, dataset.classes, per_class, recipe.seed, repeat)
-                for repeat in range(repeats)
-            ]
-            total = len(layers) * len(classifiers) * repeats
-            with display.track("probing layers", total) as advance:
-                rows = _probe_layers(
-                    features,
-                    usable,
-                    labels,
-                    draws,
-                    classifiers,
-                    lambda: advance(1, ""),
-                    network.placement.device,
-                )
-        write_csv(output / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
-        title = f"{network.backbone.card.name}, {per_class} training images a class"
-        _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, output / "probe.png")
+        with new_folder(output) as folder:
+            samples = source.dataset.samples
+            with open_features(source, layers, pool) as features:
+                usable = _leave_copies_out(features.usable(samples), source)
+                labels = torch.tensor([samples[index].label for index in usable.tolist()])
+                draws = [
+                    draw_probe_split(labels, dataset.classes, per_class, recipe.seed, repeat)
+                    for repeat in range(repeats)
+                ]
+                total = len(layers) * len(classifiers) * repeats
+                with display.track("probing layers", total) as advance:
+                    rows = _probe_layers(
+                        features,
+                        usable,
+                        labels,
+                        draws,
+                        classifiers,
+                        lambda: advance(1, ""),
+                        network.placement.device,
+                    )
+            write_csv(folder / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
+            title = f"{network.backbone.card.name}, {per_class} training images a class"
+            _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, folder / "probe.png")
         display.say(f"{output}/probe.csv, probe.png", style="bold")
         return rows
 

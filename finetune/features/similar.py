@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.data.dataset import Sample
 from finetune.data.decode import BadImageError
-from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.prepare import check_outside
 from finetune.data.thumbnail import load_thumbnail
 from finetune.data.transforms import Normalizer, build_eval_transform
 from finetune.errors import DataError, UsageError
@@ -29,6 +29,7 @@ from finetune.plots.features import draw_map
 from finetune.plots.sheet import CELL, QUERY, Tile, write_retrieval
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
+from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
 from pretrained.graph.layers import FeatureExtractor, Layer
@@ -66,27 +67,32 @@ def find_similar(
         chosen = _one(network, layer, pool)
         source = _open(recipe, network, output, display)
         query = _see(source.network, image, chosen, pool)
-        create_new_folder(output)
-        samples = source.dataset.samples
-        with open_features(source, [chosen], pool) as features:
-            usable = features.usable(samples)
-            others = [i for i in usable.tolist() if not _is_same(source.dataset.file(samples[i]), image)]
-            with display.track("comparing", len(others)) as advance:
-                found = find_nearest(
-                    features.rows[0],
-                    torch.tensor(others, dtype=torch.int64),
-                    query,
-                    top,
-                    lambda done: advance(done, ""),
-                )
-        rows = [
-            {"rank": rank, "path": samples[i].path, "label": _label(source, samples[i]), "similarity": cosine}
-            for rank, (i, cosine) in enumerate(found, 1)
-        ]
-        write_csv(output / "similar.csv", [tuple(row.values()) for row in rows], _SIMILAR_COLUMNS)
-        hits = [_draw_hit(source, samples[i], rank, cosine) for rank, (i, cosine) in enumerate(found, 1)]
-        query_tile = Tile(load_thumbnail(image, QUERY, source.value_range), ("query", image.name))
-        write_retrieval(output / "similar.png", query_tile, hits)
+        with new_folder(output) as folder:
+            samples = source.dataset.samples
+            with open_features(source, [chosen], pool) as features:
+                usable = features.usable(samples)
+                others = [i for i in usable.tolist() if not _is_same(source.dataset.file(samples[i]), image)]
+                with display.track("comparing", len(others)) as advance:
+                    found = find_nearest(
+                        features.rows[0],
+                        torch.tensor(others, dtype=torch.int64),
+                        query,
+                        top,
+                        lambda done: advance(done, ""),
+                    )
+            rows = [
+                {
+                    "rank": rank,
+                    "path": samples[i].path,
+                    "label": _label(source, samples[i]),
+                    "similarity": cosine,
+                }
+                for rank, (i, cosine) in enumerate(found, 1)
+            ]
+            write_csv(folder / "similar.csv", [tuple(row.values()) for row in rows], _SIMILAR_COLUMNS)
+            hits = [_draw_hit(source, samples[i], rank, cosine) for rank, (i, cosine) in enumerate(found, 1)]
+            query_tile = Tile(load_thumbnail(image, QUERY, source.value_range), ("query", image.name))
+            write_retrieval(folder / "similar.png", query_tile, hits)
         display.say(f"{output}/similar.csv, similar.png", style="bold")
         return rows
 
@@ -160,32 +166,32 @@ def draw_feature_map(
         network = open_network(recipe, display)
         chosen = _one(network, layer, pool)
         source = _open(recipe, network, output, display)
-        create_new_folder(output)
-        samples = source.dataset.samples
-        with open_features(source, [chosen], pool) as features:
-            usable = features.usable(samples)
-            find = find_plane if method == "pca" else find_umap_plane
-            with display.track(
-                f"projecting to a plane ({method})", count_reads(features.rows[0], usable)
-            ) as advance:
-                plane = find(features.rows[0], usable, lambda done: advance(done, ""))
-        shown = [samples[index] for index in usable.tolist()]
-        rows = [
-            (sample.path, _label(source, sample), sample.split, x, y)
-            for sample, (x, y) in zip(shown, plane.points.tolist(), strict=True)
-        ]
-        write_csv(output / "map.csv", rows, ("path", "label", "split", "x", "y"))
-        title = f"{network.backbone.card.name}, {chosen.name}, {len(shown):,} images"
-        names = ("component 1", "component 2") if method == "pca" else ("UMAP 1", "UMAP 2")
-        draw_map(
-            output / "map.png",
-            plane.points.numpy(),
-            _classes(shown),
-            _names(source),
-            title,
-            names,
-            plane.shares,
-        )
+        with new_folder(output) as folder:
+            samples = source.dataset.samples
+            with open_features(source, [chosen], pool) as features:
+                usable = features.usable(samples)
+                find = find_plane if method == "pca" else find_umap_plane
+                with display.track(
+                    f"projecting to a plane ({method})", count_reads(features.rows[0], usable)
+                ) as advance:
+                    plane = find(features.rows[0], usable, lambda done: advance(done, ""))
+            shown = [samples[index] for index in usable.tolist()]
+            rows = [
+                (sample.path, _label(source, sample), sample.split, x, y)
+                for sample, (x, y) in zip(shown, plane.points.tolist(), strict=True)
+            ]
+            write_csv(folder / "map.csv", rows, ("path", "label", "split", "x", "y"))
+            title = f"{network.backbone.card.name}, {chosen.name}, {len(shown):,} images"
+            names = ("component 1", "component 2") if method == "pca" else ("UMAP 1", "UMAP 2")
+            draw_map(
+                folder / "map.png",
+                plane.points.numpy(),
+                _classes(shown),
+                _names(source),
+                title,
+                names,
+                plane.shares,
+            )
         display.say(f"{output}/map.csv, map.png", style="bold")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.data.prepare import create_new_folder
 from finetune.errors import UsageError
 from finetune.pipeline.advise import Advice, advise
 from finetune.pipeline.rule import CELLS
@@ -14,6 +13,7 @@ from finetune.plots.features import draw_probe, draw_strategy_matrix
 from finetune.recipe import Recipe, StrategySettings, flatten, load_recipe
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
+from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 
@@ -72,15 +72,13 @@ def _read_keys(output: Path | None) -> Mapping[str, Any] | None:
 # --- the files of an advice: advice.json, probe.png and matrix.png --------------------------------
 
 
-def write_advice(advice: Advice, folder: Path) -> None:
+def write_advice(advice: Advice, output: Path) -> None:
     """Write the advice into a new folder.
 
     Raises:
         UsageError: the folder exists already.
         DiskError: a file cannot be written.
     """
-    create_new_folder(folder)
-    write_json(folder / "advice.json", advice.to_dict())
     names = [depth.layer for depth in advice.depths]
     curves = {
         "linear classifier": _with_errors([depth.accuracy for depth in advice.depths], advice.num_looked_at),
@@ -89,10 +87,12 @@ def write_advice(advice: Advice, folder: Path) -> None:
         ),
     }
     chance = 1 / advice.evidence.num_classes
-    draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
-    cells: dict[tuple[str, str], str] = {key: cell.description for key, cell in CELLS.items()}
-    chosen = (advice.decision.size, advice.decision.similarity)
-    draw_strategy_matrix(folder / "matrix.png", cells, chosen, "Which strategy")
+    with new_folder(output) as folder:
+        write_json(folder / "advice.json", advice.to_dict())
+        draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
+        cells: dict[tuple[str, str], str] = {key: cell.description for key, cell in CELLS.items()}
+        chosen = (advice.decision.size, advice.decision.similarity)
+        draw_strategy_matrix(folder / "matrix.png", cells, chosen, "Which strategy")
 
 
 def _with_errors(accuracies: list[float], num_images: int) -> tuple[list[float], list[float]]:

@@ -308,6 +308,8 @@ def _write_results(
     write_json(folder.metrics, metrics)
     report_result(context.display, folder, metrics)
     add_report(folder, context.display)
+    if folder.report.exists():
+        context.display.say(f"report {folder.report}")
     return metrics
 
 

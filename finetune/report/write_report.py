@@ -47,7 +47,6 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
         page = build_page(facts, album, mistakes, command)
         advance(1, "")
     _write(folder, page, mistakes)
-    display.say(f"report {folder.report}")
 
 
 def add_report(folder: RunFolder, display: Display, command: str | None = None) -> None:

@@ -75,13 +75,21 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise disk_error(path, error) from None
     try:
-        if not _try_lock(descriptor, LOCK_WAIT):
+        if not _try_lock(descriptor, LOCK_WAIT) or _was_removed(descriptor, path):
             fix = "Wait for it, or name a new folder."
             raise UsageError(f"--output {path}", "another process is working in it", fix)
         yield
     finally:
         with suppress(OSError):
             os.close(descriptor)
+
+
+def _was_removed(descriptor: int, path: Path) -> bool:
+    """Return whether the process that had the lock has removed the folder."""
+    try:
+        return not os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return True
 
 
 def _try_lock(descriptor: int, seconds: float) -> bool:

@@ -1,5 +1,8 @@
-"""Open files that others may have prepared: regular files only, so that a pipe never blocks and no device fills
-the memory, and never through a link for writing, so that no other file is overwritten."""
+"""Open files that others may have prepared.
+
+Only regular files are opened, so that a pipe never blocks and no device fills the memory. Files are never
+written through a link, so that no other file is overwritten.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ def open_to_update(path: Path) -> BinaryIO:
     """Open a file of our own for reading and writing, without truncation; create it if there is none.
 
     Raises:
-        OSError: it cannot be opened, or its name is taken by anything but a file with this name alone: another
-            user of the folder may have put a link there.
+        OSError: it cannot be opened, or it is a link, has a second name, or is no regular file; its
+            ``strerror`` says so.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.data.dataset import Dataset, Issue, to_check
 from finetune.data.discover import check_missing, discover_leniently
-from finetune.data.prepare import check_outside, create_new_folder
+from finetune.data.prepare import check_outside
 from finetune.data.quality.report import inspect_dataset
 from finetune.data.quality.sheet import find_sections
 from finetune.data.scan import CheckedImages, scan_images
@@ -18,6 +18,7 @@ from finetune.errors import DataError, UsageError, count
 from finetune.plots.sheet import write_sections
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv, write_json
+from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
 
@@ -49,20 +50,22 @@ def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
             dataset, issues = discover_leniently(
                 Path(settings.path), config, settings.follow_links, on_progress, table=TableConfig.of(recipe)
             )
-        _create_output(output, dataset, Path(settings.path))
-        found = (
-            to_check(issues, {}) if dataset is None else _inspect(recipe, dataset, issues, output, display)
-        )
-        write_json(output / CHECK, found)
+        _check_outside(output, dataset, Path(settings.path))
+        with new_folder(output) as folder:
+            found = (
+                to_check(issues, {})
+                if dataset is None
+                else _inspect(recipe, dataset, issues, folder, display)
+            )
+            write_json(folder / CHECK, found)
         return found
 
 
-def _create_output(output: Path, dataset: Dataset | None, data: Path) -> None:
+def _check_outside(output: Path, dataset: Dataset | None, data: Path) -> None:
     if dataset is not None:
         check_outside(output, dataset)
     elif data.is_dir():
         check_outside(output, Dataset(data.absolute(), (), ()))
-    create_new_folder(output)
 
 
 def _inspect(

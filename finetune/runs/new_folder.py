@@ -1,0 +1,88 @@
+"""A folder of results: complete or not at all, written by one process at a time.
+
+::
+
+    NAME/.unfinished/NAME/    the results while they are written; what a killed process left is removed
+    NAME/.finished/NAME/      the complete results, while they are moved up; after a kill, the next process
+                              moves the rest
+
+Everything lies inside the folder, since it may be a mount point, or all that the user may write to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from finetune.errors import UsageError
+from finetune.runs.claim import create_folder, locked
+from finetune.runs.files import disk_error, sync_folder
+
+_UNFINISHED, _FINISHED = ".unfinished", ".finished"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder whose content becomes that of ``path`` when the block ends without an error.
+
+    Args:
+        path: a folder that is new, empty, or holds only what a killed process of this function left. It is
+            created, and removed again if the block fails.
+
+    Raises:
+        UsageError: it is a file, holds files, or another process is writing it.
+        DiskError: it cannot be written.
+    """
+    is_new = not path.exists()
+    create_folder(path)
+    try:
+        with locked(path):
+            part = _take(path)
+            try:
+                yield part
+                _finish(path)
+            except BaseException:
+                shutil.rmtree(part.parent, ignore_errors=True)
+                raise
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # not empty: it is another process's
+                path.rmdir()
+        raise
+
+
+def _take(path: Path) -> Path:
+    """Remove what a killed process left, and return the folder to write into."""
+    name = Path(os.path.realpath(path)).name or "results"  # a report shows it; "/" has none
+    try:
+        if (path / _FINISHED).is_dir():
+            _move_up(path)
+        if any(entry.name != _UNFINISHED for entry in path.iterdir()):
+            raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
+        if (path / _UNFINISHED).exists():
+            shutil.rmtree(path / _UNFINISHED)
+        part = path / _UNFINISHED / name
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+    return part
+
+
+def _finish(path: Path) -> None:
+    try:
+        (path / _UNFINISHED).rename(path / _FINISHED)
+        _move_up(path)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def _move_up(path: Path) -> None:
+    for folder in (path / _FINISHED).iterdir():
+        for entry in sorted(folder.iterdir()):
+            entry.rename(path / entry.name)
+        folder.rmdir()
+    (path / _FINISHED).rmdir()
+    sync_folder(path)

@@ -1,0 +1,143 @@
+"""A folder of results is complete or not there, and is written by one process at a time, also after a kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import DiskError, UsageError
+from finetune.runs import claim
+from finetune.runs.new_folder import new_folder
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(path: Path, text: str) -> None:
+    with new_folder(path) as folder:
+        (folder / "a.csv").write_text(text)
+        (folder / "plots").mkdir()
+        (folder / "plots/b.svg").write_text(text)
+
+
+def test_the_content_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "new/out") as folder:
+        (folder / "a.csv").write_text("a")
+        assert folder.name == "out"  # a report shows the name of its folder
+        assert not (tmp_path / "new/out/a.csv").exists()
+    assert files_in(tmp_path) == {"new/out/a.csv": "a"}
+    with pytest.raises(UsageError, match="not empty"), new_folder(tmp_path / "new/out"):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_block_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "old").mkdir()
+    for path in (tmp_path / "new", tmp_path / "old"):
+        with pytest.raises(error), new_folder(path) as folder:
+            (folder / "file").touch()
+            raise error
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_files_and_folders_that_hold_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/.hidden").write_text("precious")
+    before = files_in(tmp_path)
+    for name, said in (("file", "it is a file"), ("full", "not empty")):
+        with pytest.raises(UsageError, match=said), new_folder(tmp_path / name):
+            pass
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(DiskError), new_folder(tmp_path / "link"):
+        pass
+    assert files_in(tmp_path) == before
+
+
+def test_the_working_directory_and_links_to_folders_may_be_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(Path()) as folder:
+        (folder / "a.csv").touch()
+        assert folder.name == "here"
+    (tmp_path / "here/a.csv").unlink()
+    write(tmp_path / "link", "b")
+    assert files_in(tmp_path / "here") == {"a.csv": "b", "plots/b.svg": "b"}
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "LOCK_WAIT", 0.0)
+    with new_folder(tmp_path / "out") as first:
+        with pytest.raises(UsageError, match="another process"), new_folder(tmp_path / "out"):
+            pass
+        (first / "file").write_text("first")
+    assert files_in(tmp_path) == {"out/file": "first"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from finetune.runs.new_folder import new_folder
+calls, rename = int(sys.argv[2]), Path.rename
+def counted(self, target):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+Path.rename = counted
+with new_folder(Path(sys.argv[1])) as folder:
+    for name in ("a", "b", "c"):
+        (folder / name).write_text("of the killed process")
+"""
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_after_a_kill_at_any_rename_the_folder_is_made_again_or_whole(tmp_path: Path, calls: int) -> None:
+    path = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), str(calls)], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    if calls == 0:  # killed before the content was complete
+        write(path, "again")
+        assert files_in(path) == {"a.csv": "again", "plots/b.svg": "again"}
+        return
+    with pytest.raises(UsageError, match="not empty"):  # it is whole, and stays
+        write(path, "again")
+    assert files_in(path) == dict.fromkeys("abc", "of the killed process")
+
+
+def test_a_link_in_place_of_the_temporary_folder_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.unfinished").symlink_to(victim)
+    with pytest.raises(DiskError):
+        write(tmp_path / "out", "new")
+    assert files_in(victim) == {"precious": "kept"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_folder_has_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "out", "x")
+        assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+        assert (tmp_path / "out/plots").stat().st_mode & 0o777 == 0o777 & ~umask
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskError), new_folder(tmp_path / "out"):
+        shutil.rmtree(tmp_path / "out")
