@@ -48,15 +48,19 @@ EVERYTHING_ON: dict[str, Any] = {
 
 
 class SmallNet(nn.Module):
-    """Two stages with BatchNorm and dropout, and a linear head: (B, 3, H, W) -> (B, 3)."""
+    """Two stages with BatchNorm and dropout, and a linear head: (B, 3, H, W) -> (B, 3).
+
+    The convolutions have no bias: before a BatchNorm its gradient is rounding noise, which differs between
+    processors, and AdamW makes steps of full length of it.
+    """
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.stage1 = nn.Sequential(
-            nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(dropout)
+            nn.Conv2d(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(dropout)
         )
         self.stage2 = nn.Sequential(
-            nn.Conv2d(6, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout)
+            nn.Conv2d(6, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout)
         )
         self.head = nn.Linear(8, 3)
 
