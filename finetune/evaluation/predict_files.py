@@ -27,8 +27,8 @@ from finetune import __version__
 from finetune.data.inputs import InputImage, InputImages
 from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError, count
 from finetune.evaluation.prediction_inputs import (
-    count_inputs,
     find_prediction_inputs,
+    list_inputs,
     no_images,
     open_input,
 )
@@ -216,7 +216,7 @@ class _Table:
             self.progress = PredictionProgress(**before)
             return None
         check_free(output)
-        self._total = count_inputs(self.inputs, self.display)
+        self.inputs, self._total = list_inputs(self.inputs, self.display)
         create_folder(output.parent)
         self._writer = files.enter_context(open_writer(output, facts))
         self._left = self._resume()

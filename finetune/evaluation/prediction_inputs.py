@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TextIO
 
 from PIL import Image
 
@@ -47,24 +50,38 @@ def find_prediction_inputs(
     return replace(inputs, open=lambda: _open_checked(inputs, output))
 
 
-def count_inputs(inputs: InputImages, display: Display) -> int | None:
-    """Return the number of images, or None for a stream that can only be read once.
+def list_inputs(inputs: InputImages, display: Display) -> tuple[InputImages, int | None]:
+    """List all images in a temporary file, so that errors are reported before anything is computed.
 
-    All images are listed for that, so that errors are reported before anything is computed.
+    An image that is removed after that cannot be read; a second walk through its folder would overlook it.
+
+    Returns:
+        The images of the list, and their number; the same images and None for a stream, which can only be
+        read once.
 
     Raises:
         UsageError: the output lies among the images.
         DataError: there are no images.
     """
     if not inputs.is_countable:
-        return None
+        return inputs, None
+    listed, number = TemporaryFile("w+", encoding="ascii"), 0  # noqa: SIM115 - closed with its last reader
     with display.busy(f"looking through {inputs.asked}"):
-        number = sum(1 for _ in inputs.open())
+        for image in inputs.open():
+            listed.write(json.dumps([image.path, str(image.file), image.fault]) + "\n")
+            number += 1
     if not number:
         raise no_images(inputs)
     if left_out := str(inputs.left_out):
         display.warn(left_out)
-    return number
+    return replace(inputs, open=lambda: _read_list(listed)), number
+
+
+def _read_list(listed: TextIO) -> Iterator[InputImage]:
+    listed.seek(0)
+    for line in listed:
+        path, file, fault = json.loads(line)
+        yield InputImage(path, Path(file), fault)
 
 
 def no_images(inputs: InputImages) -> DataError:

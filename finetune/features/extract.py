@@ -12,9 +12,10 @@ written from the cache, sorted by path, and appear under their names when they a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -39,11 +40,12 @@ from finetune.features.network import open_network
 from finetune.features.tables import LayerRows, TableFormat, check_format, check_names, write_table
 from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
-from finetune.runs.claim import create_folder
-from finetune.runs.files import write_csv, write_json
+from finetune.runs.claim import create_folder, locked
+from finetune.runs.files import rename_to_new, sync_folder, write_csv, write_json
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
+from finetune.system.regular_files import open_regular
 from pretrained.graph.layers import Layer
 from pretrained.graph.pooling import Pool
 
@@ -79,8 +81,13 @@ class Target:
 
     @property
     def work(self) -> Path:
-        """The folder for features that do not fit in the cache, until the output is written."""
-        return self.path.with_name(f".{self.path.name}.work")
+        """The folder for a table, and features that do not fit in the cache, until the output is written."""
+        return self.path / ".work" if self.is_folder else self.path.with_name(f".{self.path.name}.work")
+
+    @property
+    def claimed(self) -> Path:
+        """The folder that is locked while the output is written."""
+        return self.path if self.is_folder else self.work
 
     def table_of(self, layer: Layer) -> Path:
         """Return the path of a layer's table in a folder."""
@@ -137,7 +144,7 @@ def extract(
     Raises:
         FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
-    with translated_errors(distributed=distributed):
+    with translated_errors(distributed=distributed), ExitStack() as files:
         target = find_target(output, format)
         network = distributed.first(lambda: open_network(recipe, display, distributed))
         layers = network.layers.select(wanted, pool)
@@ -150,11 +157,14 @@ def extract(
             "format": target.format,
             "pictures": digest_of([_describe(source, sample) for sample in dataset.samples]),
         }
-        if before := distributed.share(lambda: _begin(target, facts)):
+        if before := distributed.share(lambda: _begin(target, facts, files)):
             display.say(f"{output} already holds these features")
             return before
         with _open_kept(source, layers, pool, target, distributed) as features:
-            return _write(source, features, pool, target, facts) if distributed.is_main else {}
+            done = _write(source, features, pool, target, facts) if distributed.is_main else {}
+        if distributed.is_main:
+            shutil.rmtree(target.work, ignore_errors=True)
+        return done
 
 
 def _read_images(recipe: Recipe, output: Path, display: Display) -> PreparedDataset:
@@ -163,40 +173,75 @@ def _read_images(recipe: Recipe, output: Path, display: Display) -> PreparedData
     return read_images(recipe, dataset, display)
 
 
-def _begin(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Claim the output; return the record of a finished extraction of the same features, else None."""
-    if _is_done(target, facts):
-        return json.loads(target.record.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    create_folder(target.path if target.is_folder else target.path.parent)
-    if target.is_folder:
-        write_json(target.record, facts)
+def _begin(target: Target, facts: dict[str, Any], files: ExitStack) -> dict[str, Any] | None:
+    """Claim the output; return the record of a finished extraction of the same features, else None.
+
+    Args:
+        target: the output.
+        facts: everything that the tables depend on.
+        files: keeps the output locked until it is closed.
+
+    Raises:
+        UsageError: the output is something else, or another process is writing it.
+        DiskError: it cannot be written.
+    """
+    if not target.is_folder:
+        _check_names_free(target)
+    create_folder(target.claimed)
+    files.enter_context(locked(target.claimed))
+    if not target.is_folder:
+        files.callback(_remove_if_empty, target.work)
+        _check_names_free(target)  # again: another process may have written it before it released the lock
+        return None
+    before = _read_record(target, facts)
+    if _is_done(before):
+        return before
+    write_json(target.record, facts)
     return None
 
 
-def _is_done(target: Target, facts: dict[str, Any]) -> bool:
-    """Return whether the output holds a finished extraction of the same features.
+def _check_names_free(target: Target) -> None:
+    for path in (target.path, target.bad_images):
+        if os.path.lexists(path):
+            raise _taken(target, path, "Name another --output, or remove it yourself.")
+
+
+def _taken(target: Target, path: Path, fix: str) -> UsageError:
+    what = "there is a file of that name already"
+    if path == target.bad_images:
+        what = f"{path.name}, where images that cannot be read are listed, already exists beside it"
+    return UsageError(f"--output {target.path}", what, fix)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _read_record(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of an extraction of the same features in the folder; None if the folder is empty.
 
     Raises:
-        UsageError: the output exists and is something else.
+        UsageError: it holds something else.
     """
-    asked, fix = f"--output {target.path}", "Name another --output, or remove it yourself."
-    if not target.is_folder:
-        if target.path.exists():
-            raise UsageError(asked, "there is a file of that name already", fix)
-        return False
-    if not target.path.exists():
-        return False
-    if not target.path.is_dir():
-        raise UsageError(asked, "it is a file", fix)
+    if not any(entry != target.work for entry in target.path.iterdir()):
+        return None
     try:
-        before = json.loads(target.record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(target.record) as file:
+            before = json.loads(file.read())
+    except (OSError, ValueError, RecursionError):
         before = None
-    if before is None and not any(target.path.iterdir()):
-        return False
     if not isinstance(before, dict) or any(before.get(key) != value for key, value in facts.items()):
-        raise UsageError(asked, "it holds another extraction, or something else", fix)
-    return "tables" in before and all(Path(path).exists() for path in before["tables"])
+        found = "it holds another extraction, or something else"
+        fix = "Name another --output, or remove it yourself."
+        raise UsageError(f"--output {target.path}", found, fix)
+    return before
+
+
+def _is_done(before: dict[str, Any] | None) -> bool:
+    """Return whether all tables that a record names are there."""
+    tables = (before or {}).get("tables")
+    return isinstance(tables, list) and all(isinstance(path, str) and Path(path).exists() for path in tables)
 
 
 @contextmanager
@@ -218,7 +263,6 @@ def _open_kept(
     ) as features:
         yield features
         features.kept.discard()
-        shutil.rmtree(target.work, ignore_errors=True)  # of ours; a killed one may have left more
 
 
 def _write(
@@ -244,6 +288,8 @@ def _write(
             for one, path in zip(features.layers, tables, strict=True)
         ]
         write_csv(target.path / "index.csv", rows, INDEX_COLUMNS)
+    if not target.is_folder:
+        _name(target, bool(bad))
     done = facts | {
         "backbone": source.network.backbone.card.name,
         "pool": pool,
@@ -261,7 +307,8 @@ def _write(
 
 def _report_bad(bad: dict[str, str], target: Target, display: Display) -> None:
     if bad:
-        write_csv(target.bad_images, sorted(bad.items()), ("path", "reason"))
+        path = target.bad_images if target.is_folder else target.work / target.bad_images.name
+        write_csv(path, sorted(bad.items()), ("path", "reason"))
         images = count(len(bad), "image has", "images have")
         display.warn(f"{images} no row; listed in {target.bad_images}")
 
@@ -271,15 +318,37 @@ def _write_tables(
 ) -> list[Path]:
     images = [_describe(source, sample) for sample in source.dataset.samples]
     layers = [LayerRows(one.name, rows) for one, rows in zip(features.layers, features.rows, strict=True)]
-    groups = [(target.path, layers)]
+    groups = [(target.work / target.path.name, layers)]
     if target.is_folder:
         groups = [(target.table_of(one), [rows]) for one, rows in zip(features.layers, layers, strict=True)]
     for path, group in groups:
-        if path.exists():  # whole, from before a kill: extraction.json says what it holds
+        if target.is_folder and path.exists():  # from before a kill: extraction.json says what it holds
             continue
         with display.track(f"writing {path.name}", len(order) * len(group)) as advance:
             write_table(path, target.format, images, order, group, lambda done: advance(done, ""))
-    return [path for path, _ in groups]
+    return [path for path, _ in groups] if target.is_folder else [target.path]
+
+
+def _name(target: Target, has_bad: bool) -> None:
+    """Give a single table its name, and the list of the images without a row.
+
+    Raises:
+        UsageError: another file has one of the names meanwhile; what was computed is kept.
+    """
+    paths = (target.path, target.bad_images) if has_bad else (target.path,)
+    for path in paths:  # both, before one of them is renamed
+        if os.path.lexists(path):
+            raise _appeared(target, path)
+    for path in paths:
+        try:
+            rename_to_new(target.work / path.name, path)
+        except FileExistsError:
+            raise _appeared(target, path) from None
+    sync_folder(target.path.parent)
+
+
+def _appeared(target: Target, path: Path) -> UsageError:
+    return _taken(target, path, f"Move it away, and take {target.work / path.name} in its place.")
 
 
 def _describe(source: Source, sample: Sample) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import errno
 import io
 import json
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError, DiskError
+from finetune.system.regular_files import create_regular
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """Text that a spreadsheet may run as a formula (the last four are full-width), after any apostrophes."""
 _NUMBER = re.compile(r"'*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux: <fcntl.h>, <linux/fs.h>
 FLOAT_FORMAT = "%.9g"
 """Nine significant digits read back to the same float32."""
 
@@ -38,7 +41,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file as :func:`write_bytes` does, without holding all of it in memory."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with create_regular(part) as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +53,26 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
     except BaseException:
         _remove(part)
         raise
+
+
+def rename_to_new(part: Path, path: Path) -> None:
+    """Rename a file to a name that is free, in one step where the system and the file system can do that.
+
+    Raises:
+        FileExistsError: the name is taken; nothing has changed.
+        OSError: it cannot be renamed.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        here, names = ctypes.c_int(_AT_FDCWD), (os.fsencode(part), os.fsencode(path))
+        if rename(here, names[0], here, names[1], ctypes.c_uint(_RENAME_NOREPLACE)) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(number, os.strerror(number), str(part), None, str(path))
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(part), None, str(path))
+    part.rename(path)
 
 
 def _remove(path: Path) -> None:

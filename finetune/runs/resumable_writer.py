@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UsageError
-from finetune.runs.files import disk_error, sync_folder
+from finetune.runs.files import disk_error, rename_to_new, sync_folder
 from finetune.runs.journal import Journal, as_json, count_bytes, read_journal
 
 SAVE_SECONDS = 2.0
@@ -82,18 +82,23 @@ class ResumableWriter:
         """Rename the files to their final names; everything must have been saved.
 
         Args:
-            convert: writes the target (second argument) from the rows (first argument) atomically; by default
-                the rows become the target.
+            convert: writes a file (second argument) from the rows (first argument) atomically, which becomes
+                the target; by default the rows become it.
+
+        Raises:
+            UsageError: another file has one of the names meanwhile; the rows and the journal are kept.
         """
         rows, bad = _parts(self.target)
         if count_bytes(self._journal.blocks, file=1):
-            bad.replace(self.bad_target)
+            self._name(bad, self.bad_target)
         else:
             bad.unlink(missing_ok=True)
         if convert is None:
-            rows.replace(self.target)
+            self._name(rows, self.target)
         else:
-            convert(rows, self.target)
+            whole = self.target.with_name(f".{self.target.name}.part")
+            convert(rows, whole)
+            self._name(whole, self.target)
             rows.unlink()
         sync_folder(self.target.parent)
         self._journal.path.unlink(missing_ok=True)
@@ -101,9 +106,18 @@ class ResumableWriter:
     def discard(self) -> None:
         """Remove everything except the list of inputs that cannot be used."""
         rows, bad = _parts(self.target)
-        bad.replace(self.bad_target)
+        self._name(bad, self.bad_target)
         rows.unlink(missing_ok=True)
         self._journal.path.unlink(missing_ok=True)
+
+    def _name(self, part: Path, path: Path) -> None:
+        """Give a file its final name."""
+        try:
+            rename_to_new(part, path)
+        except FileExistsError:
+            found = f"{path} was made by something else meanwhile; what was computed is kept in {part}"
+            fix = f"Move {path.name} away, and give the same command again."
+            raise UsageError(f"--output {self.target}", found, fix) from None
 
 
 @contextmanager
@@ -133,7 +147,7 @@ def open_writer(target: Path, facts: Mapping[str, Any]) -> Iterator[ResumableWri
         finally:
             journal.close()
     except OSError as error:
-        raise disk_error(target, error) from None
+        raise disk_error(Path(error.filename or target), error) from None
 
 
 def check_free(target: Path) -> None:

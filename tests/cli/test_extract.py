@@ -21,8 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
+from finetune.features import extract as command
 from finetune.features import extraction as source
 from finetune.features.store import KeptRows
+from finetune.runs import claim
 from pretrained.catalog import find_card
 from tests.conftest import Cli, draw_folder
 from tests.sweeps import slow_except
@@ -275,6 +277,69 @@ def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, image_folder: P
     (tmp_path / "out/notes.txt").write_text("mine")
     result = extract(cli, tiny, image_folder, tmp_path / "out")
     assert result.exit_code == 2 and [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["f.csv", "f.bad_images.csv"])
+def test_files_that_appear_meanwhile_are_kept(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 5})
+    (data / "red/004.jpg").write_bytes(b"no image at all")
+    write = command.write_table
+
+    def write_meanwhile(*args: Any) -> None:
+        write(*args)
+        (tmp_path / name).write_text("mine")
+
+    monkeypatch.setattr(command, "write_table", write_meanwhile)
+    result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last")
+    assert result.exit_code == 2 and "Move it away" in result.stderr
+    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / ".f.csv.work/f.csv").is_file()  # what was computed
+    monkeypatch.undo()
+    result = extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last")
+    assert result.exit_code == 2 and "already" in result.stderr
+    (tmp_path / name).unlink()
+    assert extract(cli, tiny, data, tmp_path / "f.csv", "-l", "last").exit_code == 0
+    assert not (tmp_path / ".f.csv.work").exists()
+    assert len(pd.read_csv(tmp_path / "f.csv")) == 10 and len(pd.read_csv(tmp_path / "f.bad_images.csv")) == 1
+
+
+@pytest.mark.parametrize("output", ["f.csv", "folder"])
+def test_two_extractions_do_not_write_one_output(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.setattr(claim, "LOCK_WAIT", 0.0)
+    words = (cli, tiny, image_folder, tmp_path / output, "-l", "last")
+    write, others = command.write_table, []
+
+    def write_meanwhile(*args: Any) -> None:
+        if not others:
+            others.append(extract(*words))
+        write(*args)
+
+    monkeypatch.setattr(command, "write_table", write_meanwhile)
+    result = extract(*words)
+    assert result.exit_code == 0, result.stderr
+    assert [other.exit_code for other in others] == [2]
+    assert "another process is working in it" in others[0].stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache", output])
+
+
+def test_a_damaged_record_of_an_extraction_is_refused(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert extract(cli, tiny, image_folder, out, "-l", "last").exit_code == 0
+    whole = (out / "extraction.json").read_bytes()
+    for content in (b"", b"[" * 100_000, b"null", b"[]", b"\xff", whole[:-20]):
+        (out / "extraction.json").write_bytes(content)
+        result = extract(cli, tiny, image_folder, out, "-l", "last")
+        assert result.exit_code == 2 and "something else" in result.stderr, content
+    for tables in (5, [5], "x", None):  # made again
+        (out / "extraction.json").write_text(json.dumps(json.loads(whole) | {"tables": tables}))
+        assert extract(cli, tiny, image_folder, out, "-l", "last").exit_code == 0
+        assert (out / "extraction.json").read_bytes() == whole
 
 
 @pytest.mark.parametrize(

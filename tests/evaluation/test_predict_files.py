@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,45 @@ def test_an_existing_list_of_bad_images_is_kept(tiny: Path, folder: Path, tmp_pa
             predict(tiny, folder, tmp_path / "out.csv")
         assert mine.read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out.csv.bad.csv"}
+
+
+class Meanwhile(SilentDisplay):
+    """Does something else when a phase of the command ends."""
+
+    def __init__(self, phase: str, act: Callable[[], object]) -> None:
+        super().__init__()
+        self.phase, self.act = phase, act
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        yield
+        if text.startswith(self.phase):
+            self.act()
+
+
+def test_an_image_that_is_removed_meanwhile_is_listed(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    display = Meanwhile("looking through", (folder / "red/003.jpg").unlink)
+    request = PredictRequest(str(tiny), str(folder), tmp_path / "out.csv", batch_size=4)
+    done = predict_files(request, display)
+    assert (done["num_images"], done["num_bad"]) == (17, 1)
+    assert rows_of(tmp_path / "out.csv.bad.csv") == [{"path": "red/003.jpg", "reason": "file not found"}]
+    assert len(rows_of(tmp_path / "out.csv")) == 17
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.bad.csv"])
+def test_a_file_that_appears_meanwhile_is_kept(tiny: Path, folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / "red/000.jpg").write_bytes(b"no image")
+    taken = tmp_path / name
+    display = Meanwhile("looking through", lambda: taken.write_text("mine"))
+    request = PredictRequest(str(tiny), str(folder), tmp_path / "out.csv", batch_size=4)
+    with pytest.raises(UsageError, match=r"Move .* away"):
+        predict_files(request, display)
+    assert taken.read_text() == "mine"
+    taken.unlink()
+    done, lines = predict(tiny, folder, tmp_path / "out.csv")
+    assert (done["num_images"], done["num_bad"]) == (17, 1)
+    assert any("resuming after 18 images" in line for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "out.csv", "out.csv.bad.csv"}
 
 
 def test_an_output_without_a_name_is_refused(tiny: Path, folder: Path) -> None:

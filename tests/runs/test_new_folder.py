@@ -1,4 +1,4 @@
-"""A folder of results is complete or not there, and is written by one process at a time, also after a kill."""
+"""A folder of results is complete or not there, and one process at a time writes it."""
 
 from __future__ import annotations
 

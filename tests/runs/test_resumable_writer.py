@@ -160,6 +160,54 @@ def test_a_foreign_list_is_kept(tmp_path: Path, before: str) -> None:
     assert bad_of(target).read_text() in ("", "min", "mine")
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.bad.csv"])
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "folder"])
+def test_a_file_created_meanwhile_is_not_replaced(
+    tmp_path: Path, name: str, converted: bool, kind: str
+) -> None:
+    """What was computed is kept, and the same command ends it when the name is free again."""
+    target, taken = tmp_path / "out.csv", tmp_path / name
+    convert = (lambda rows, to: (to.write_bytes(rows.read_bytes()), None)[1]) if converted else None
+    with pytest.raises(UsageError, match=r"Move .* away") as refusal, open_writer(target, FACTS) as files:
+        files.write(b"one\n", b"bad\n")
+        files.save({"done": 2}, now=True)
+        if kind == "file":
+            taken.write_text("mine")
+        elif kind == "folder":
+            taken.mkdir()
+        else:
+            taken.symlink_to("nothing")
+        files.finish(convert)
+    assert name in str(refusal.value)
+    if kind == "file":
+        assert taken.read_text() == "mine"
+    taken.rmdir() if kind == "folder" else taken.unlink()
+    check_free(target)
+    with open_writer(target, FACTS) as files:
+        assert files.before == {"done": 2}
+        files.finish(convert)
+    assert (target.read_bytes(), bad_of(target).read_bytes()) == (b"one\n", b"bad\n")
+    assert names(tmp_path) == {"out.csv", "out.csv.bad.csv"}
+
+
+@pytest.mark.parametrize("name", [".out.csv.rows.part", ".out.csv.bad.part", ".out.csv.journal"])
+@pytest.mark.parametrize("link", ["symbolic", "second name"])
+def test_links_at_temporary_names_are_not_followed(tmp_path: Path, name: str, link: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    if link == "symbolic":
+        (tmp_path / name).symlink_to(victim)
+    else:
+        (tmp_path / name).hardlink_to(victim)
+    with (
+        pytest.raises(DiskError, match=r"symbolic link|second name"),
+        open_writer(tmp_path / "out.csv", FACTS),
+    ):
+        pass
+    assert victim.read_text() == "precious"
+
+
 def test_a_list_created_meanwhile_is_not_removed(tmp_path: Path) -> None:
     target = tmp_path / "out.csv"
     with open_writer(target, FACTS) as files:
