@@ -36,6 +36,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UsageError: it is a file, holds files, or another process is writing it.
         DiskError: it cannot be written.
     """
+    path = Path(os.path.realpath(path))  # "x/.." creates no x
     is_new = not path.exists()
     create_folder(path)
     try:
@@ -56,7 +57,6 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _take(path: Path) -> Path:
     """Remove what a killed process left, and return the folder to write into."""
-    name = Path(os.path.realpath(path)).name or "results"  # a report shows it; "/" has none
     try:
         if (path / _FINISHED).is_dir():
             _move_up(path)
@@ -64,7 +64,7 @@ def _take(path: Path) -> Path:
             raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
         if (path / _UNFINISHED).exists():
             shutil.rmtree(path / _UNFINISHED)
-        part = path / _UNFINISHED / name
+        part = path / _UNFINISHED / (path.name or "results")  # a report shows the name
         part.mkdir(parents=True)
     except OSError as error:
         raise disk_error(path, error) from None

@@ -7,10 +7,10 @@ written through a link, so that no other file is overwritten.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "it is a folder"),
@@ -18,17 +18,19 @@ _KINDS = (
 )
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a file for reading, through links too.
 
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe or a device; its ``strerror`` says so.
     """
     # O_NONBLOCK, since opening a pipe would wait for its other end. It changes nothing for a file on a disk.
-    return _checked(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path, "rb")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    _check(descriptor, path)
+    return os.fdopen(descriptor, "rb")
 
 
-def open_to_update(path: Path) -> BinaryIO:
+def open_to_update(path: Path) -> io.BufferedRandom:
     """Open a file of our own for reading and writing, without truncation; create it if there is none.
 
     Raises:
@@ -42,10 +44,11 @@ def open_to_update(path: Path) -> BinaryIO:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from None
         raise
-    return _checked(descriptor, path, "r+b")
+    _check(descriptor, path, is_own=True)
+    return os.fdopen(descriptor, "r+b")
 
 
-def create_regular(path: Path) -> BinaryIO:
+def create_regular(path: Path) -> io.BufferedWriter:
     """Create a file for writing in place of what has its name, which is removed and not written to.
 
     Raises:
@@ -55,7 +58,8 @@ def create_regular(path: Path) -> BinaryIO:
     return path.open("xb")
 
 
-def _checked(descriptor: int, path: Path, mode: str) -> BinaryIO:
+def _check(descriptor: int, path: Path, *, is_own: bool = False) -> None:
+    """Close a file that is not regular, or that has a second name although it is our own."""
     try:
         status = os.fstat(descriptor)
         for is_kind, number, found in _KINDS:
@@ -63,9 +67,8 @@ def _checked(descriptor: int, path: Path, mode: str) -> BinaryIO:
                 raise OSError(number, found, str(path))
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is a device, not a file", str(path))
-        if mode != "rb" and status.st_nlink > 1:
+        if is_own and status.st_nlink > 1:
             raise OSError(errno.EMLINK, "it has a second name, and another file would change", str(path))
-        return os.fdopen(descriptor, mode)
     except BaseException:
         os.close(descriptor)
         raise

@@ -243,23 +243,19 @@ def test_data_in_a_table_or_an_archive_are_found(copy: Path, own_data: Path, tmp
 
 
 @pytest.mark.slow
-def test_the_working_directory_is_refused_as_output(
-    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("output", ["x/..", "x/../../link"])
+def test_the_working_directory_and_a_link_may_be_the_output(
+    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """It is refused before the export; renaming a folder over it would fail after it."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for output in (".", "x/..", tmp_path / "here"):
-        result = cli("export", run, "-o", output)
-        assert result.exit_code == ExitCode.USAGE
-        assert "it is the working directory" in result.stderr
-        assert "comparing" not in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
-    (tmp_path / "empty").mkdir()
+    for name in ("here", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to("empty")
-    result = cli("export", run, "-o", "x/../../link")
+    monkeypatch.chdir(tmp_path / "here")
+    result = cli("export", run, "-o", output)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "empty" / "export.json").is_file()
+    filled = "empty" if "link" in output else "here"
+    assert "export.json" in {path.name for path in (tmp_path / filled).iterdir()}
+    assert sorted(len(list((tmp_path / name).iterdir())) for name in ("here", "empty")) == [0, 4]
     assert {path.name for path in tmp_path.iterdir()} == {"here", "empty", "link"}
 
 
