@@ -128,6 +128,23 @@ def _images_of_run(
     return replace(found, classes=tuple(classes), samples=samples)
 
 
+def check_unchanged(dataset: PreparedDataset, display: Display) -> None:
+    """Check after an evaluation that the images are those that were recorded before it.
+
+    Raises:
+        DataError: an image was changed or removed meanwhile: its prediction may be that of another image.
+    """
+    now = scan_images(
+        dataset, display, "checking that no image changed", decode=False, is_subset=True
+    ).digests
+    changed = [path for path, digest in dataset.digests.items() if now.get(path) != digest]
+    if changed:
+        images = count(len(changed), "image was", "images were")
+        found = f"{images} changed or removed meanwhile (for example {changed[0]})"
+        fix = "Do not change images while a command runs, and start again."
+        raise DataError(f"data in {dataset.root}", found, fix)
+
+
 def _prepare(dataset: Dataset, display: Display) -> PreparedDataset:
     """Decode every image once.
 

@@ -18,7 +18,7 @@ from finetune.data.dataset import describe_images
 from finetune.data.inputs import EvalSplit
 from finetune.data.prepare import check_outside
 from finetune.evaluation.calibration import calibrate_cross_fitted, compare_calibration, measure_thresholds
-from finetune.evaluation.eval_set import Overlap, find_eval_set, find_overlap
+from finetune.evaluation.eval_set import Overlap, check_unchanged, find_eval_set, find_overlap
 from finetune.evaluation.intervals import compute_intervals
 from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.predictions import Predictions
@@ -124,6 +124,7 @@ def evaluate_models(
     with new_folder(request.output) as path:
         folder = RunFolder(path)
         variants = list(compute_variants(models, dataset, request.crops, request.scales, display))
+        check_unchanged(dataset, display)
         metrics = _collect_metrics(models, variants, classes, overlap) | {"split": eval_set.split}
         metrics |= {"models": [model.name for model in models], "data": str(dataset.root)}
         if len(models) == 1 and models[0].predictor.card.place == "folder":

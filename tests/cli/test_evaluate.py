@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from finetune.cli.app import app
-from tests.conftest import Cli, draw, draw_folder
+from finetune.evaluation import evaluate
+from finetune.evaluation.variants import Variant, compute_variants
+from tests.conftest import COLOURS, Cli, draw, draw_folder
 from tests.sweeps import slow_except
 
 QUICK = ("--workers", "0", "--batch-size", "8", "--set", "input.augmentation=none")
@@ -64,6 +67,34 @@ def test_evaluating_a_run_gives_its_own_metrics(cli: Cli, runs: tuple[Path, Path
     for name in KINDS:
         assert one[f"prob_{name}"].tolist() == pytest.approx(other[f"prob_{name}"].tolist(), abs=1e-4)
     assert read(tmp_path / "out", "per_class").equals(read(runs[0], "per_class"))
+
+
+@pytest.mark.parametrize("change", ["another image", "removed"])
+def test_data_that_change_meanwhile_are_refused_and_the_command_can_be_repeated(
+    cli: Cli,
+    runs: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    image, out = tmp_path / "data/test/red/000.jpg", tmp_path / "out"
+    whole = image.read_bytes()
+
+    def compute_and_change(*words: Any) -> list[Variant]:
+        variants = list(compute_variants(*words))
+        image.unlink() if change == "removed" else draw(image, COLOURS["blue"], seed=7)
+        return variants
+
+    monkeypatch.setattr(evaluate, "compute_variants", compute_and_change)
+    result = cli("evaluate", runs[0], "-d", tmp_path / "data", "-o", out)
+    assert result.exit_code == 65 and "1 image was changed or removed meanwhile" in result.stderr
+    assert not out.exists()
+    monkeypatch.undo()
+    image.write_bytes(whole)
+    assert cli("evaluate", runs[0], "-d", tmp_path / "data", "-o", out).exit_code == 0
+    assert not (out / ".unfinished").exists()
 
 
 def test_validation_images_are_reported_as_having_chosen_the_epoch(
