@@ -1,7 +1,8 @@
 """Errors that a user can cause, each in three parts and with an exit code that scripts can rely on.
 
 Every error answers the same three questions: what was asked, what was found, what to do.
-All text passes :func:`sanitize`, so that no secret and no control character reaches a terminal or a file.
+All text passes :func:`sanitize`, so that no secret, no control character and no megabytes of text reach a
+terminal or a file.
 This module imports nothing else of finetune, so every other module may raise these errors.
 """
 
@@ -23,8 +24,17 @@ _SIGNATURE = re.compile(
     r"([?&](?:X-Amz-[\w-]+|[\w-]*(?:signature|token|policy|sig))=)[^&\s'\"]+", re.IGNORECASE
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[\w.~+/=-]{20,}", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]+"
+)
 """Characters that control a terminal, change the direction of text, or cannot be encoded as UTF-8."""
+MOST_TEXT = 10_000
+"""Largest number of characters of a text that is shown: a list of issues is shorter, a file is not shown."""
+_GAP = " ... "
+_EDGE = 1_000
+"""Characters beside a cut that are left out as well, since a cut token would not be recognised."""
+_LONGEST_WORD = 200
+"""Characters of the longest word that is compared with known names."""
 
 
 class ExitCode(IntEnum):
@@ -128,12 +138,31 @@ def sanitize(text: str) -> str:
     """Return text without secrets and with control characters escaped, so that it can be shown and stored.
 
     User and password of a URL, its signature, tokens, and the values of environment variables whose names
-    sound like secrets (``..._TOKEN``, ``..._KEY``) become ``***``. The function is idempotent.
+    sound like secrets (``..._TOKEN``, ``..._KEY``) become ``***``. The middle of a text of more than
+    :data:`MOST_TEXT` characters is left out. Line breaks stay. The function is idempotent.
     """
     for secret in sorted(_secrets(), key=len, reverse=True):  # one secret may contain another
         text = text.replace(secret, "***")
+    if len(text) > 4 * MOST_TEXT:  # the patterns take half a minute for ten megabytes
+        head, tail = _escape(text[: 2 * MOST_TEXT]), _escape(text[-2 * MOST_TEXT :])
+        text = f"{head[:-_EDGE]}{_GAP}{tail[_EDGE:]}"
+    return shorten(_escape(text), MOST_TEXT)
+
+
+def sanitize_line(text: str) -> str:
+    """Return text as :func:`sanitize` does, on one line: for a cell of a table, or a progress bar."""
+    return sanitize(text).replace("\n", "\\n")
+
+
+def _escape(text: str) -> str:
     text = _TOKEN.sub("***", _SIGNATURE.sub(r"\1***", _ADDRESS.sub(r"\1***@", text)))
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shorten(text: str, most: int) -> str:
+    """Return text of at most ``most`` characters (six or more); dots replace the middle of a longer one."""
+    half = (most - len(_GAP)) // 2
+    return text if len(text) <= most else f"{text[:half]}{_GAP}{text[-half:]}"
 
 
 def _secrets() -> Iterator[str]:
@@ -150,6 +179,8 @@ def count(number: int, one: str, many: str = "") -> str:
 
 def find_nearest(word: str, known: Iterable[str]) -> list[str]:
     """Return up to three of ``known`` that are spelled like ``word``, the nearest first."""
+    if len(word) > _LONGEST_WORD:
+        return []
     return get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
 
 

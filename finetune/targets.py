@@ -11,6 +11,7 @@ Shape legend: B batch, N images, K classes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -251,6 +252,21 @@ def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: 
 PREDICTION_COLUMNS = ("path", "label", "predicted", "confidence")
 """First columns of ``predictions.csv``; the columns of :func:`name_probabilities` follow."""
 _PROBABILITY = "prob_"
+
+
+def make_unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names of which no two are equal: one that occurs several times gets its index appended.
+
+    A name that occurs once stays as it is.
+    """
+    times, taken, unique = Counter(names), set(names), []
+    for index, name in enumerate(names):
+        own = name
+        while times[name] > 1 and own in taken:
+            own = f"{own} ({index})"
+        taken.add(own)
+        unique.append(own)
+    return tuple(unique)
 
 
 def name_probabilities(classes: Sequence[str]) -> list[str]:

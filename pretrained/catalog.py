@@ -371,12 +371,12 @@ def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
 
 def list_names(search: str = "") -> Iterator[str]:
     """Yield every full name that contains ``search`` (case-insensitive): bundled, timm, torchvision."""
-    tagged = timm.list_pretrained()
+    tagged, wanted = timm.list_pretrained(), search.lower()
     bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged}
     timm_names = (f"timm/{name}" for name in sorted([*tagged, *bare]))
     bundled = (f"{bundle.LIBRARY}/{name}" for name in bundle.list_bundled())
     for name in [*bundled, *timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
-        if search.lower() in name.lower():
+        if wanted in name.lower():
             yield name
 
 

@@ -7,8 +7,9 @@ memory before any weight is read.
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,20 @@ MAX_ARGUMENT = 20_000
 MAX_ARGUMENTS = 200
 MAX_TEXT_LENGTH = 200
 """In characters: licence, origin and tag are displayed, and written into model cards."""
+MAX_NAME_BYTES = 255
+"""Longest label name, in UTF-8: that of a class that a network can be trained for, which is a file's name."""
 MAX_TAPS = 1_000
 """Points whose features a classifier reads; no network has as many stages."""
 MAX_VALUE = 1e38
 """Largest magnitude of a pixel's value: that of 32-bit floating-point numbers."""
 TEMPERATURES = (0.01, 100.0)
 """Smallest and largest temperature."""
+CROPS = (0.1, 1.0)
+"""Smallest and largest ``crop_pct``. The smallest resizes images to ten times the network's size."""
+MEANS, STDS = (-1e6, 1e6), (1e-6, 1e6)
+"""Smallest and largest mean and standard deviation of a channel: float32 holds what they give."""
+_LINE_BREAKERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, line breaks, and halves of a character, which UTF-8 has not."""
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -85,14 +94,15 @@ def _shorten(error: Exception) -> str:
 
 
 def check_preprocessing(view: Mapping[str, Any]) -> None:
-    """Check preprocessing against the bounds of a recipe (section ``input``)."""
+    """Check preprocessing against bounds."""
     read_number("input_size", view["img_size"], 16, 4096)
+    read_number("crop_pct", view["crop_pct"], *CROPS)
+    for key, bounds in {"mean": MEANS, "std": STDS}.items():
+        for value in view[key]:
+            read_number(key, value, *bounds)
     holds = {
         "input_size": isinstance(view["img_size"], int),
-        "crop_pct": read_number("crop_pct", view["crop_pct"], 0, 1) > 0,
         "crop_mode": view["crop_mode"] in _CROP_MODES,
-        "mean": all(map(math.isfinite, view["mean"])),
-        "std": all(0 < value < math.inf for value in view["std"]),
     }
     for key, held in holds.items():
         if not held:
@@ -107,7 +117,7 @@ def read_interpolation(name: str) -> str:
 def read_number(key: str, value: Any, low: float, high: float) -> float:
     """Return a number in [low, high]."""
     if type(value) not in (int, float) or not low <= value <= high:
-        raise ValueError(f"{key} is {repr(value)[:40]}, not a number between {low} and {high}")
+        raise ValueError(f"{key} is {repr(value)[:40]}, not a number between {low:g} and {high:g}")
     return float(value)
 
 
@@ -119,11 +129,25 @@ def read_num_classes(config: Mapping[str, Any], inner: Mapping[str, Any]) -> int
 
 def read_label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return label names from a list or ``{index: name}``; earlier releases of timm call them ``labels``."""
-    names = config.get("label_names") or config.get("labels") or ()
-    found = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
-    if not all(isinstance(name, (str, int)) for name in found):
+    names = config.get("label_names") or config.get("labels") or []
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
         raise ValueError("label_names are not all text")
-    return tuple(map(str, found))
+    return tuple(read_name(str(name)) for name in names)
+
+
+def read_name(name: str) -> str:
+    """Return a label name on one line and of at most :data:`MAX_NAME_BYTES` bytes; may equal another's.
+
+    Control characters are escaped (``\\n``). The name of a class that a network can be trained for
+    (:func:`finetune.data.layout.name_fault`) stays as it is.
+    """
+    start = name[: MAX_NAME_BYTES + 1]
+    escaped = _LINE_BREAKERS.sub(lambda found: found[0].encode("unicode_escape").decode(), start).encode()
+    if len(escaped) <= MAX_NAME_BYTES:
+        return escaped.decode()
+    return f"{escaped[: MAX_NAME_BYTES - 3].decode(errors='ignore')}..."
 
 
 def read_arguments(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -183,4 +207,4 @@ def read_value_range(value: Any) -> tuple[float, float] | None:
 def read_text(value: Any) -> str:
     """Return text for display: printable characters of one line, shortened."""
     joined = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
-    return "".join(letter for letter in joined if letter.isprintable())[:MAX_TEXT_LENGTH]
+    return "".join(islice((letter for letter in joined if letter.isprintable()), MAX_TEXT_LENGTH))

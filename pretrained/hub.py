@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
 import re
 import ssl
+import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -128,12 +130,13 @@ def _fetch(repo: str, revision: str | None, names: Collection[str], bar: type[An
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    began = time.time()
     for name in names:
         try:
             file = hf_hub_download(
                 repo, name, revision=revision, etag_timeout=NETWORK_TIMEOUT_SECONDS, tqdm_class=bar
             )
-            return _verify(Path(file))
+            return _verify(Path(file), began)
         except LocalEntryNotFoundError as error:  # no connection; a subclass of the next one
             return _root_cause(error)
         except EntryNotFoundError:
@@ -143,14 +146,16 @@ def _fetch(repo: str, revision: str | None, names: Collection[str], bar: type[An
     return "the repository holds none of these files"
 
 
-def _verify(file: Path) -> Path | str:
+def _verify(file: Path, began: float) -> Path | str:
     """Return a downloaded file; remove it and return a problem if its sha256 is not the hub's.
 
-    The client compares sizes only. It stores a large file under the sha256 that the hub states.
+    The client compares sizes only. It stores a large file under the sha256 that the hub states, and leaves
+    what it had received when it was killed.
     """
     if not file.is_symlink():  # a file system without links: the hash is unknown
         return file
     stored = file.parent / file.readlink()  # may itself be a link to a file with another hash in its name
+    remove_leftovers(stored.parent, f"{glob.escape(stored.name)}.*incomplete", began)
     if not _SHA256.fullmatch(stored.name):
         return file
     with stored.open("rb") as content:
@@ -160,6 +165,20 @@ def _verify(file: Path) -> Path | str:
     for path in (stored.resolve(), stored, file):
         path.unlink(missing_ok=True)
     return f"what came has the sha256 {digest[:16]}..., and should have {stored.name[:16]}...; it was removed"
+
+
+def remove_leftovers(folder: Path, pattern: str, began: float) -> None:
+    """Remove partial files of killed downloads, after the same file has been downloaded.
+
+    Args:
+        folder: where they are.
+        pattern: of their names.
+        began: time when the download began; a process that lives has written to its own one since then.
+    """
+    for part in folder.glob(pattern):
+        with suppress(OSError):
+            if part.stat().st_mtime < began:
+                part.unlink()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
@@ -69,8 +70,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_size(asked: str, path: Path) -> None:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever, and a device has no end
+        raise UsageError(asked, "it is a folder, a pipe or a device, not a file", "Name a file.")
+    if (size := status.st_size) > MAX_FILE_BYTES:
         found = f"it has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
         raise UsageError(asked, found, "Name the weights of an image classifier.")
     if is_safetensors(path) or not is_zipfile(path):
@@ -93,8 +96,11 @@ def check_digest(path: Path, sha256: str) -> None:
         sha256: digest from the time of writing; ``""`` if there is none.
 
     Raises:
-        UsageError: the file has another digest.
+        UsageError: the file has another digest, or there is no such file.
     """
+    if not path.is_file():
+        fix = "Bring it back from a copy, or export the model again."
+        raise UsageError(f"weights {path}", "there is no such file", fix)
     with path.open("rb") as file:
         if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             found = "it has changed since it was written (sha256)"

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib import request
@@ -34,7 +34,6 @@ MIRROR_VARIABLE = "FINETUNE_MIRROR"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-_LEFTOVER_SECONDS = 3600
 _CHUNK = 2**17
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")
 """The first digits of a file's sha256 in its name."""
@@ -129,17 +128,17 @@ def _torch_file(card: Card) -> Path:
 
 def _download(card: Card, on_progress: Progress | None) -> Path:
     """Download into torch.hub's cache; the partial file is renamed after its hash was checked."""
-    target = _torch_file(card)
+    target, began = _torch_file(card), time.time()
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
         with _with_login(_url_of(card)) as url:
             digest = _copy(url, part, on_progress)
         expected = _DIGEST.search(target.name)
         if expected and not digest.startswith(expected[1]):
             raise ValueError(f"invalid hash value: {digest[:16]}..., and its name says {expected[1]}")
         part.replace(target)
+        hub.remove_leftovers(target.parent, f"{glob.escape(target.name)}.*.part", began)
     except (OSError, ValueError, HTTPException) as error:  # ValueError also if the mirror is no URL
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(
@@ -149,14 +148,6 @@ def _download(card: Card, on_progress: Progress | None) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return target
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove partial files of killed downloads: those that were not written for an hour."""
-    for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
-        with suppress(OSError):
-            if time.time() - part.stat().st_mtime > _LEFTOVER_SECONDS:
-                part.unlink()
 
 
 def _copy(url: str, part: Path, on_progress: Progress | None) -> str:

@@ -80,7 +80,7 @@ def never_waits() -> Iterator[None]:
     """A test that opens pipes fails after half a minute instead of waiting for ever."""
 
     def fail(*_: object) -> None:
-        raise TimeoutError("it waits for ever")
+        pytest.fail("it waits for ever")  # not a TimeoutError, which is an OSError that the program handles
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(30)
@@ -217,11 +217,15 @@ Cli = Callable[..., Result]
 
 @pytest.fixture
 def cli() -> Iterator[Cli]:
-    """Call the command line in this process: ``cli("run", "--epochs", 1)``."""
+    """Call the command line in this process: ``cli("run", "--epochs", 1)``; ``given`` is standard input."""
     from finetune.cli.app import app
+    from finetune.system.signals import signals_to_stop
 
     runner = CliRunner()
-    yield lambda *words: runner.invoke(app, [str(word) for word in words])
+    before = {number: signal.getsignal(number) for number in signals_to_stop()}
+    yield lambda *words, given=None: runner.invoke(app, [str(word) for word in words], input=given)
+    for number, handler in before.items():  # a command that was stopped ignores further signals
+        signal.signal(number, handler)
 
 
 @pytest.fixture

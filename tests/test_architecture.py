@@ -307,6 +307,60 @@ def test_nothing_can_run_what_it_reads() -> None:
     assert [fault for name, tree in modules().items() for fault in unsafe(name, tree)] == []
 
 
+# --- one door to the terminal --------------------------------------------------------------------
+
+OUTPUT_ALLOWED = {
+    "finetune.cli.output": "the door of the commands",
+    "finetune.system.display": "the door of everything else",
+    "finetune.cli.processes": "flushes both streams before the process ends at once",
+    "finetune.system.watch": "the same",
+    "finetune.launch.ray": "passes on the bytes that other processes of this program wrote",
+    "finetune.exporters.fresh": "runs as a file, without this package; an error of ours quotes what it says",
+    "pretrained.sizes": "a tool of developers; it names networks of the libraries",
+}
+"""Modules that may write to stdout or stderr. Both doors sanitise: file names hold terminal commands."""
+STREAMS = {"stdout", "stderr", "__stdout__", "__stderr__"}
+WRITERS = {"print", "echo", "secho", "print_exc", "print_exception", "pprint", "Console", "input"}
+
+
+def writes_output(tree: ast.Module) -> Iterator[int]:
+    """Yield the line of every use of a standard stream, and of every call that writes to one."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="sys"), attr=word) if word in STREAMS:
+                yield node.lineno
+            case ast.Call(func=ast.Name(id=word) | ast.Attribute(attr=word)) if word in WRITERS:
+                yield node.lineno
+            case ast.ImportFrom(module="sys" | "typer" | "click" | "rich", names=names):
+                if (STREAMS | WRITERS) & {alias.name for alias in names}:
+                    yield node.lineno
+            case ast.Attribute(value=ast.Name(id="warnings" | "logging"), attr="warn" | "warning" | "error"):
+                yield node.lineno
+
+
+def test_writing_to_a_terminal_is_seen() -> None:
+    for line in (
+        "print(name)",
+        "typer.echo(name)",
+        "from typer import echo as show",
+        "sys.stderr.write(name)",
+        "write = sys.stdout.buffer.write",
+        "from sys import stdout",
+        "Console(stderr=True)",
+        "self.console.print(name)",
+        "traceback.print_exc()",
+        "warnings.warn(name)",
+    ):
+        assert list(writes_output(ast.parse(line))), line
+    for line in ("display.say(name)", "print_table(columns, rows)", "logging.disable(level)", "sys.stdin"):
+        assert not list(writes_output(ast.parse(line))), line
+
+
+def test_only_two_modules_write_to_a_terminal() -> None:
+    found = {name for name, tree in modules().items() if list(writes_output(tree))}
+    assert found == set(OUTPUT_ALLOWED)
+
+
 # --- what a label is --------------------------------------------------------------------------------
 
 OF_LABELS = {

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
@@ -196,3 +198,31 @@ def test_every_listed_metric_has_a_name() -> None:
     listed = {*targets.HEADLINE_METRICS, *targets.DETAIL_METRICS}
     assert listed == set(targets.METRIC_NAMES)
     assert {*targets.CARD_METRICS, *targets.SERIES_METRICS} <= listed
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+FEW_NAMES = st.lists(st.text("a (01)", max_size=7) | st.sampled_from(["a", "a (0)", "a (1)", "a (0) (0)"]))
+"""Names among which an appended index meets a name that stands there."""
+
+
+@given(FEW_NAMES)
+def test_unique_names(names: list[str]) -> None:
+    unique = targets.make_unique(names)
+    assert len(unique) == len(names) == len(set(unique))
+    assert targets.make_unique(unique) == unique
+    for name, own in zip(names, unique, strict=True):
+        assert own == name if names.count(name) == 1 else own.startswith(f"{name} (")
+
+
+@pytest.mark.parametrize(
+    ("names", "unique"),
+    [
+        (["crane", "bee", "crane"], ("crane (0)", "bee", "crane (2)")),
+        (["a", "a", "a (1)"], ("a (0)", "a (1) (1)", "a (1)")),
+        (["a", "a", "a (0)", "a (0)"], ("a (0) (0)", "a (1)", "a (0) (2)", "a (0) (3)")),
+        ([], ()),
+    ],
+)
+def test_what_is_appended(names: list[str], unique: tuple[str, ...]) -> None:
+    assert targets.make_unique(names) == unique

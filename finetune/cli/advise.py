@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ from finetune.cli.options import (
     JsonOption,
     takes_source,
 )
-from finetune.cli.output import print_table, write_stdout
+from finetune.cli.output import print_json, print_line, print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def advise_command(
 
     advice = api.advise(recipe=recipe, output=output)
     if as_json:
-        write_stdout(json.dumps(advice.to_dict()) + "\n")
+        print_json(advice.to_dict())
     else:
         _print(advice)
 
@@ -67,7 +66,7 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
         from finetune.features.rank_backbones import rank_backbones
     ranked = rank_backbones(recipe, names, display)
     if as_json:
-        write_stdout(json.dumps([vars(ranking) for ranking in ranked]) + "\n")
+        print_json([vars(ranking) for ranking in ranked])
         return
     rows = [
         [
@@ -88,19 +87,19 @@ def _print(advice: Advice) -> None:
     for size in SIZES:
         for column in SIMILARITIES:
             mark = "->" if (size, column) == (decision.size, decision.similarity) else "  "
-            typer.echo(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].description}")
-    typer.echo()
+            print_line(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].description}")
+    print_line()
     rows = [
         [depth.layer, f"{depth.num_features:,}", f"{depth.neighbours:.3f}", f"{depth.accuracy:.3f}"]
         for depth in advice.depths
     ]
     print_table(("layer", "features", "nearest neighbours", "linear classifier"), rows)
-    typer.echo()
+    print_line()
     for reason in decision.reasons:
-        typer.echo(reason)
+        print_line(reason)
     for warning in decision.warnings:
-        typer.echo(f"warning: {warning}")
-    typer.echo()
+        print_line(f"warning: {warning}")
+    print_line()
     _print_plan(advice)
 
 
@@ -108,7 +107,7 @@ def _print_plan(advice: Advice) -> None:
     from finetune.pipeline.auto import describe_keys
 
     keys = advice.decision.keys
-    typer.echo(f"strategy: {describe_keys(keys)}")
+    print_line(f"strategy: {describe_keys(keys)}")
     solved = "features" in keys
     rows = [
         [
@@ -119,13 +118,13 @@ def _print_plan(advice: Advice) -> None:
         for row in advice.plan.rows
     ]
     print_table(("group", "stage", "rate"), rows)
-    typer.echo()
+    print_line()
     rows = [
         [name, f"{advice.num_trained[name]:,}", f"{seconds:,.0f} s"]
         for name, seconds in advice.seconds.items()
     ]
     print_table(("strategy", "numbers trained", "estimated"), rows)
-    typer.echo()
-    typer.echo("What would change this:")
+    print_line()
+    print_line("What would change this:")
     for change in advice.decision.changes or ("nothing that is measured here",):
-        typer.echo(f"  {change}")
+        print_line(f"  {change}")

@@ -24,6 +24,7 @@ from finetune.cli import (
     run,
 )
 from finetune.cli.group import ValueShowingGroup
+from finetune.cli.output import print_line
 from finetune.cli.processes import leave
 from finetune.cli.unknown import RecipeCommand
 
@@ -58,7 +59,7 @@ app.add_typer(cache.app, name="cache")
 def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     """Fine-tune ImageNet backbones on a folder of images, and trust the number that comes out."""
     if version:
-        typer.echo(__version__)
+        print_line(__version__)
         raise typer.Exit
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import handled_errors, print_table
+from finetune.cli.output import handled_errors, print_json, print_line, print_table, say
 from finetune.strategies import assign_groups, find_strategy, join_names, lay_phases
 
 if TYPE_CHECKING:
@@ -34,11 +33,11 @@ def list_backbones(
 
             rows = [_facts(find_card(name)) for name in list_names(search)]
         if as_json:
-            typer.echo(json.dumps(rows, indent=1))
+            print_json(rows, indent=1)
         elif rows:
             print_table(COLUMNS, ([_cell(row[column]) for column in COLUMNS] for row in rows))
         else:
-            typer.echo(f"no backbone's name contains {search!r}", err=True)
+            say(f"no backbone's name contains {search!r}")
 
 
 def _busy() -> AbstractContextManager[None]:
@@ -74,11 +73,11 @@ def show_backbone(
         with _busy():
             facts = _describe(name, strategy, top_stages)
         if as_json:
-            typer.echo(json.dumps(facts, indent=1))
+            print_json(facts, indent=1)
             return
         for key in ("name", "parameters", "input_size", "license", "weights", "origin"):
-            typer.echo(f"{key:<11} {_cell(facts[key])}")
-        typer.echo()
+            print_line(f"{key:<11} {_cell(facts[key])}")
+        print_line()
         columns = ("stage", "role", "parameters", "layers", "group", "factor")
         print_table(columns, ([_cell(row[column]) for column in columns] for row in facts["stages"]))
 

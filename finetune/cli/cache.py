@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import handled_errors, print_table
+from finetune.cli.output import handled_errors, print_json, print_table, say
+from finetune.errors import sanitize
 
 if TYPE_CHECKING:
     from finetune.runs.cache_dir import CachedFile
@@ -28,15 +28,12 @@ def list_files(
         cache_dir = FeatureCacheDir()
         files = cache_dir.list()
         if as_json:
-            typer.echo(json.dumps([_facts(file) for file in files], indent=1))
+            print_json([_facts(file) for file in files], indent=1)
             return
         if files:
             print_table(COLUMNS, [_cells(file) for file in files])
         total = sum(file.num_bytes for file in files)
-        typer.echo(
-            f"{len(files)} {'file' if len(files) == 1 else 'files'}, {_size(total)}, in {cache_dir.folder}",
-            err=True,
-        )
+        say(f"{len(files)} {'file' if len(files) == 1 else 'files'}, {_size(total)}, in {cache_dir.folder}")
 
 
 @app.command("clear")
@@ -50,10 +47,9 @@ def clear() -> None:
         number, num_bytes = map(sum, zip(cache_dir.clear(), clear_scans(), strict=True))
         left = len(cache_dir.list())
         in_use = f"; {left} in use by a run or owned by another user, kept" if left else ""
-        typer.echo(
+        say(
             f"{number} {'file' if number == 1 else 'files'} removed from {cache_dir.folder.parent}, "
-            f"{_size(num_bytes)} freed{in_use}",
-            err=True,
+            f"{_size(num_bytes)} freed{in_use}"
         )
 
 
@@ -66,8 +62,8 @@ def _cells(file: CachedFile) -> list[str]:
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
     known = (facts[key] for key in ("backbone", "cut", "augmentation", "view") if key in facts)
     what = " ".join(str(value) for value in known if isinstance(value, int | str)) or "evaluation views"
-    number = str(facts.get("num_images", "?"))
-    return [str(facts.get("kind", "?")), what, number, _size(file.num_bytes), used]
+    texts = str(facts.get("kind", "?")), what, str(facts.get("num_images", "?"))
+    return [*map(sanitize, texts), _size(file.num_bytes), used]
 
 
 def _size(num_bytes: int) -> str:

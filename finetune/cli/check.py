@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from finetune.cli.options import JsonOption, OutputOption
-from finetune.cli.output import handled_errors, print_table, write_stdout
-from finetune.errors import ExitCode, UsageError, count, sanitize
+from finetune.cli.output import handled_errors, print_json, print_line, print_table
+from finetune.errors import ExitCode, UsageError, count
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": None}
 _SHOWN_PATHS = 6
@@ -100,7 +99,7 @@ def check_command(
             output=folder,
         )
         if as_json:
-            write_stdout(json.dumps(result) + "\n")
+            print_json(result)
         else:
             _print(result, folder)
         if result["errors"]:
@@ -113,8 +112,8 @@ def _print(result: dict[str, Any], folder: Path) -> None:
 
     for finding in result["findings"]:
         severity = finding["severity"]
-        typer.echo(typer.style(f"{severity}: ", fg=_COLOURS[severity], bold=True), nl=False)
-        typer.echo(f"{sanitize(finding['message'])}\n  {sanitize(finding['fix'])} [{finding['code']}]")
+        print_line(f"{severity}: ", colour=_COLOURS[severity], bold=True, end="")
+        print_line(f"{finding['message']}\n  {finding['fix']} [{finding['code']}]")
         _print_paths(finding, RunFolder(folder).check)
     summary = result["summary"]
     if summary:
@@ -126,7 +125,7 @@ def _print(result: dict[str, Any], folder: Path) -> None:
     kinds = ("errors", "warnings", "notes")
     totals = ", ".join(f"{result[kind]} {kind[:-1] if result[kind] == 1 else kind}" for kind in kinds)
     written = f"; everything is in {folder}" if RunFolder(folder).check.is_file() else ""
-    typer.echo(f"{totals}{written}")
+    print_line(f"{totals}{written}")
 
 
 def _print_paths(finding: dict[str, Any], file: Path) -> None:
@@ -136,9 +135,9 @@ def _print_paths(finding: dict[str, Any], file: Path) -> None:
         return
     width = 2 if finding["code"].startswith("near-") else 1  # near copies are listed in pairs
     for start in range(0, len(paths[:_SHOWN_PATHS]), width):
-        typer.echo(f"    {sanitize(' and '.join(paths[start : start + width]))}")
+        print_line(f"    {' and '.join(paths[start : start + width])}")
     if more := len(paths[_SHOWN_PATHS:]):
-        typer.echo(f"    and {more} more, in {file}")
+        print_line(f"    and {more} more, in {file}")
 
 
 def _print_classes(summary: dict[str, Any]) -> None:
@@ -146,7 +145,7 @@ def _print_classes(summary: dict[str, Any]) -> None:
     totals = ", ".join(f"{counts['num_images']} {split}" for split, counts in splits.items())
     limits = "{min:g} to {max:g}"
     images, classes = count(summary["num_images"], "image"), count(summary["num_classes"], "class", "classes")
-    typer.echo(
+    print_line(
         f"{images} ({totals}), {classes}; "
         f"width {limits.format(**summary['width'])}, height {limits.format(**summary['height'])}"
         if summary["width"]["max"]
@@ -164,7 +163,7 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
         from finetune.evaluation.label_issues import find_run_label_issues
     found = find_run_label_issues(run, folder, display)
     if as_json:
-        write_stdout(json.dumps(found.to_dict()) + "\n")
+        print_json(found.to_dict())
         return
     cells = [
         [f"{own:.3f}", label, f"{other:.3f}", suggested, path]
@@ -173,7 +172,7 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
     if cells:
         print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
     images = count(found.num_scored, "image")
-    typer.echo(
+    print_line(
         f"{count(len(found.rows), 'suspected label')} among {images} (linear classifiers that had "
         f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import handled_errors, print_table, write_stdout
+from finetune.cli.output import handled_errors, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from finetune.evaluation.compare_runs import ComparisonResult
@@ -47,14 +46,16 @@ def compare_command(
 
         result = api.compare(runs, output)
         if as_json:
-            write_stdout(json.dumps(result.to_dict()) + "\n")
+            print_json(result.to_dict())
         else:
             _print(result)
 
 
 def _print(result: ComparisonResult) -> None:
     print_table(_COLUMNS, [_cells(row) for row in result.rows])
-    write_stdout("\n" + "".join(f"{pair.sentence}, on {pair.num_images} images\n" for pair in result.pairs))
+    print_line()
+    for pair in result.pairs:
+        print_line(f"{pair.sentence}, on {pair.num_images} images")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finetune.cli.options import JsonOption, OutputOption
-from finetune.cli.output import handled_errors, write_stdout
+from finetune.cli.output import handled_errors, print_json
 from finetune.errors import UsageError
 
 
@@ -69,7 +68,7 @@ def evaluate_command(
             allow_leaks=allow_leaks,
         )
         if as_json:
-            write_stdout(json.dumps(metrics) + "\n")
+            print_json(metrics)
 
 
 def _read_scales(text: str | None) -> tuple[int, ...]:

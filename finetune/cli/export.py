@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import handled_errors, write_stdout
-from finetune.system.signals import StopSignal
+from finetune.cli.output import handled_errors, print_json, print_line
 
 RunArgument = Annotated[Path, typer.Argument(help="A finished run, or a model folder.", metavar="RUN")]
 
@@ -45,7 +43,7 @@ def export_command(
             run, output, format=format, preprocessing=layout, probabilities=with_probabilities, opset=opset
         )
         if as_json:
-            write_stdout(json.dumps(report | {"output": str(output)}) + "\n")
+            print_json(report | {"output": str(output)})
 
 
 def push_command(
@@ -59,10 +57,13 @@ def push_command(
 
     from finetune.system.display import Display
 
-    with handled_errors(as_json), StopSignal():
+    with handled_errors(as_json):
         display = Display()
         with display.busy("loading torch"):
             from finetune.exporters.export import push
         pushed = push(run, repo_id, private, display)
         display.say(f"pushed {pushed.repo_id}, commit {pushed.commit[:12]}")
-        write_stdout(json.dumps(asdict(pushed)) + "\n" if as_json else f"{pushed.url}\n")
+        if as_json:
+            print_json(asdict(pushed))
+        else:
+            print_line(pushed.url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,7 @@ from finetune.cli.options import (
     PoolOption,
     takes_source,
 )
-from finetune.cli.output import print_table, write_stdout
+from finetune.cli.output import print_json, print_table
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 from finetune.errors import UsageError
 
@@ -75,7 +74,7 @@ def extract_command(
             distributed=distributed,
         )
         if as_json and distributed.is_main:
-            write_stdout(json.dumps(done) + "\n")
+            print_json(done)
 
 
 def _list(recipe: Recipe, as_json: bool) -> None:
@@ -88,7 +87,7 @@ def _list(recipe: Recipe, as_json: bool) -> None:
     rows = [_facts("stage", layer) for layer in layers.all]
     rows += [_facts("module", layer) for layer in layers.modules().values()]
     if as_json:
-        write_stdout(json.dumps(rows, indent=1) + "\n")
+        print_json(rows, indent=1)
         return
     columns = ("layer", "kind", "from", "size", "num_features", "pool", "depth")
     print_table(columns, ([str(row[column]) for column in columns] for row in rows))

@@ -22,7 +22,7 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from finetune.cli.group import add_value
+from finetune.cli.group import complete_message
 from finetune.cli.output import handled_errors, say
 from finetune.errors import ExitCode, UsageError, sanitize
 from finetune.launch.platforms import Platform, find_platform, is_main_process
@@ -68,7 +68,7 @@ def _serve(platform: Platform, app: typer.Typer) -> int:
     except typer.Exit as end:
         return end.exit_code
     if is_main_process():
-        say(sanitize(f"{platform.name}: finetune run {shlex.join(arguments)}"))
+        say(f"{platform.name}: finetune run {shlex.join(arguments)}")
         if platform.warning:
             say(f"warning: {platform.warning}")
     sys.argv[1:] = ["run", *arguments]
@@ -240,7 +240,7 @@ def _usage_error(run: Any, arguments: Sequence[str]) -> str:
     try:
         run.make_context("run", list(arguments))
     except Exception as error:  # Typer may bundle its own Click, so the class is unknown
-        add_value(error)
+        complete_message(error)
         format_message = getattr(error, "format_message", None)
         return sanitize(f"finetune run: {format_message()}") if format_message else ""
     return ""

@@ -1,37 +1,52 @@
 """Output of the commands: errors and messages on stderr, results and tables on stdout.
 
-An error becomes a message and the documented exit code, never a traceback.
+An error becomes a message and the documented exit code, never a traceback. Commands write to a terminal
+through this module and :mod:`finetune.system.display` only (tests/test_architecture.py), which let no control
+character of a file name pass.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import typer
 
-from finetune.errors import ExitCode, FinetuneError, InterruptedRunError, sanitize
+from finetune.errors import (
+    DiskError,
+    ExitCode,
+    FinetuneError,
+    InterruptedRunError,
+    sanitize,
+    sanitize_line,
+)
 from finetune.launch.platforms import write_failure
+from finetune.launch.processes import is_in_job
+from finetune.system.signals import StopSignal, signals_to_stop
 
 DEBUG_VARIABLE = "FINETUNE_DEBUG"
 
 
 @contextmanager
 def handled_errors(as_json: bool = False) -> Iterator[None]:
-    """Turn errors into messages and exit codes.
+    """Turn errors, and signals that ask a process to stop, into messages and exit codes.
 
     Args:
         as_json: also write the error to stdout, as one JSON object.
     """
     try:
-        yield
+        # Processes of a job are stopped by their launcher, which they tell why.
+        with nullcontext() if is_in_job() else StopSignal():
+            yield
     except typer.Exit:
         raise
     except InterruptedRunError as error:
@@ -41,9 +56,6 @@ def handled_errors(as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         fix = _with_command("Give the same command again.", "")
         _fail("interrupted", fix, ExitCode.INTERRUPTED, as_json)
-    except BrokenPipeError:  # the reader of stdout has ended, such as `head`
-        _silence(sys.stdout)
-        raise typer.Exit(ExitCode.DONE) from None
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -65,50 +77,107 @@ def _with_command(fix: str, output: str) -> str:
 
 
 def _fail(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
-    if code == ExitCode.INTERRUPTED:  # everything is saved: ignore further Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == ExitCode.INTERRUPTED:  # all is saved; a closed terminal sends two signals, the shell's too
+        for number in signals_to_stop():
+            signal.signal(number, signal.SIG_IGN)
     show_failure(message, fix, code, as_json)
     raise typer.Exit(int(code))
 
 
 def show_failure(message: str, fix: str, code: ExitCode, as_json: bool) -> None:
     """Show what happened and what to do about it, on stderr, to a platform, and as JSON if asked for."""
-    say(typer.style(f"error: {message}", fg="red"))
+    say(f"error: {message}", colour="red")
     say(fix)
     if code != ExitCode.INTERRUPTED:
         write_failure(message, fix)
     if as_json:
         state = "interrupted" if code == ExitCode.INTERRUPTED else "failed"
-        write_stdout(
-            json.dumps({"state": state, "message": message, "hint": fix, "exit_code": int(code)}) + "\n"
-        )
+        with suppress(DiskError):  # the exit code is that of the first failure
+            print_json({"state": state, "message": message, "hint": fix, "exit_code": int(code)})
 
 
-def say(line: str) -> None:
-    """Write a line to stderr; a closed stderr is ignored, so that the exit code stays right."""
+# --- the only ways to stdout and stderr; the text of all but `relay` is sanitised -------------------
+
+
+def say(text: str, colour: str | None = None, bold: bool = False) -> None:
+    """Write a line to stderr; one that cannot be written is dropped, so that the exit code stays right."""
+    with suppress(DiskError):
+        _write(f"{_style(text, colour, bold)}\n", to_stderr=True)
+
+
+def print_line(text: str = "", colour: str | None = None, bold: bool = False, end: str = "\n") -> None:
+    """Write a line to stdout.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    _write(f"{_style(text, colour, bold)}{end}")
+
+
+def print_text(text: str) -> None:
+    """Write the lines of a file to stdout. Its tabs stay, since they may separate words.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    for line in text.splitlines():
+        _write("\t".join(map(sanitize, line.split("\t"))) + "\n")
+
+
+def print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
+    """Write a table to stdout in plain columns, so that grep, sort and less work on it.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    safe = cache(sanitize_line)  # of thousands of cells most are equal
+    table = [[safe(cell) for cell in row] for row in (list(columns), *rows)]
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        _write("  ".join(cells).rstrip() + "\n")
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Write a value to stdout as JSON, in which every control character is escaped.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    _write(json.dumps(value, indent=indent).replace("\x7f", "\\u007f") + "\n")
+
+
+def relay(content: bytes) -> None:
+    """Write to stdout what another process of this program wrote to its own.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    _write(content)
+
+
+def _style(text: str, colour: str | None, bold: bool) -> str:
+    safe = sanitize(text)
+    return typer.style(safe, fg=colour, bold=bold or None) if colour or bold else safe
+
+
+def _write(text: str | bytes, to_stderr: bool = False) -> None:
+    """Write to a stream; one that is closed is ignored, so that the exit code stays right."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    if isinstance(text, str):  # a stream of another encoding lacks most letters
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        typer.echo(line, err=True)
-    except OSError:
-        _silence(sys.stderr)
-
-
-def write_stdout(text: str | bytes) -> None:
-    """Write to stdout; a closed stdout is ignored, so that the exit code stays right."""
-    try:
-        typer.echo(text, nl=False)
-    except OSError:
-        _silence(sys.stdout)
+        typer.echo(text, nl=False, err=to_stderr)
+    except OSError as error:
+        _silence(stream)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            name = "standard error" if to_stderr else "standard output"
+            fix = "Free some space, and give the same command again."
+            raise DiskError(name, error.strerror or str(error), fix) from None
 
 
 def _silence(stream: TextIO) -> None:
     """Redirect a closed stream to the null device, so that flushing it at exit raises no error."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def print_table(columns: Iterable[str], rows: Iterable[list[str]]) -> None:
-    """Write a table to stdout in plain columns, so that grep, sort and less work on it."""
-    table = [list(columns), *rows]
-    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

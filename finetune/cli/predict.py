@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import handled_errors, write_stdout
+from finetune.cli.output import handled_errors, print_json
 from finetune.cli.processes import GpusOption, ProcessesOption, joined_processes, start_processes
 
 
@@ -87,4 +86,4 @@ def predict_command(
                 distributed=distributed,
             )
             if as_json and distributed.is_main:
-                write_stdout(json.dumps(done) + "\n")
+                print_json(done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,7 @@ from finetune.cli.options import (
     PoolOption,
     takes_source,
 )
-from finetune.cli.output import print_table, write_stdout
+from finetune.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from finetune.features.probe import ProbeRow
@@ -53,7 +52,7 @@ def probe_command(
         pool=pool,
     )
     if as_json:
-        write_stdout(json.dumps([row.to_dict(per_class) for row in rows]) + "\n")
+        print_json([row.to_dict(per_class) for row in rows])
     else:
         _print(rows)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
+from multiprocessing import active_children
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from finetune.cli.output import say, show_failure
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import ExitCode, FinetuneError, UsageError
 from finetune.launch.processes import check_processes, is_in_job, launch, report_exit, reported_exit
-from finetune.system.signals import end_with_parent
+from finetune.system.signals import end_with_parent, signals_to_stop
 
 if TYPE_CHECKING:
     from finetune.system.distributed import Distributed
@@ -126,8 +129,20 @@ def _silent_failures(distributed: Distributed) -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit; a rank of a job exits without closing its connections, in which torch sometimes crashes."""
-    if is_in_job():
+    """Exit; at once where Python's own way out takes long or may fail.
+
+    A rank of a job exits without closing its connections, in which torch sometimes crashes. A command that
+    was interrupted waits for none of its threads and processes, which may still decode; further signals
+    change nothing.
+    """
+    at_once = is_in_job()
+    if code == ExitCode.INTERRUPTED:
+        for number in signals_to_stop():
+            signal.signal(number, signal.SIG_IGN)
+        for child in active_children():
+            child.kill()
+        at_once = at_once or sum(not thread.daemon for thread in threading.enumerate()) > 1
+    if at_once:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli.output import handled_errors, say, write_stdout
-from finetune.system.signals import StopSignal
+from finetune.cli.output import handled_errors, print_json, print_line, say
 
 if TYPE_CHECKING:
     from finetune.features.network import Pulled
@@ -24,7 +22,7 @@ def pull_command(
     Later runs find them without a network. HF_ENDPOINT and FINETUNE_MIRROR name mirrors. If some downloads
     fail, the others continue, and the exit code is that of the first failure.
     """
-    with handled_errors(as_json), StopSignal():
+    with handled_errors(as_json):
         from finetune.system.display import Display
 
         display = Display()
@@ -33,7 +31,7 @@ def pull_command(
 
         pulled = pull(names, offline, display)
         if as_json:
-            write_stdout(json.dumps([_facts(weights) for weights in pulled]) + "\n")
+            print_json([_facts(weights) for weights in pulled])
         for weights in pulled:
             _report(weights, as_json)
         failures = [weights.error for weights in pulled if weights.error is not None]
@@ -56,4 +54,4 @@ def _report(weights: Pulled, as_json: bool) -> None:
     elif weights.path is not None and not as_json:
         size = weights.path.stat().st_size / 1e6
         cached = ", here already" if weights.was_here else ""
-        typer.echo(f"{weights.name}  {weights.path}  {size:.1f} MB{cached}")
+        print_line(f"{weights.name}  {weights.path}  {size:.1f} MB{cached}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import handled_errors
+from finetune.cli.output import handled_errors, print_line, print_text
 
 app = typer.Typer(help="List and show the shipped recipes.", invoke_without_command=True)
 
@@ -22,7 +22,7 @@ def list_recipes(context: typer.Context) -> None:
         recipes = shipped_recipes()
         width = max(map(len, recipes))
         for name, text in recipes.items():
-            typer.echo(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}")
+            print_line(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}")
 
 
 @app.command("show")
@@ -31,4 +31,4 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe or a 
     with handled_errors():
         from finetune.recipe import find_recipe
 
-        typer.echo(find_recipe(name), nl=False)
+        print_text(find_recipe(name))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finetune.cli.options import JsonOption
-from finetune.cli.output import handled_errors, write_stdout
+from finetune.cli.output import handled_errors, print_json
 
 
 def report_command(
@@ -28,4 +27,4 @@ def report_command(
         write_run_report(folder, display)
         display.say(f"report {folder.report}")
         if as_json:
-            write_stdout(json.dumps({"report": str(folder.report), "plots": str(folder.plots)}) + "\n")
+            print_json({"report": str(folder.report), "plots": str(folder.plots)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from finetune.cli.options import (
     PoolOption,
     takes_source,
 )
-from finetune.cli.output import print_table, write_stdout
+from finetune.cli.output import print_json, print_table
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def similar_command(
         recipe, image, layer, top, output or default_folder("similar"), read_pool(pool), display
     )
     if as_json:
-        write_stdout(json.dumps(rows) + "\n")
+        print_json(rows)
         return
     cells = [[str(row["rank"]), f"{row['similarity']:.4f}", row["label"], row["path"]] for row in rows]
     print_table(("rank", "similarity", "label", "path"), cells)

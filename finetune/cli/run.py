@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from finetune.cli.output import handled_errors, say, write_stdout
+from finetune.cli.output import handled_errors, print_json, relay, say
 from finetune.cli.processes import (
     Engine,
     EngineOption,
@@ -200,13 +199,13 @@ def run_command(
             heartbeat = Heartbeat(parent[0] if parent is not None and distributed.is_main else None)
             metrics = _run(settings, output, heartbeat, allow_changed, distributed)
             if as_json and distributed.is_main:
-                write_stdout(json.dumps(metrics) + "\n")
+                print_json(metrics)
 
 
 def _supervise(stall_timeout: float) -> NoReturn:
     """Run the command in a supervised child process, and exit with its exit code."""
     code, output = Supervisor(sys.argv[1:], stall_timeout, say).run()
-    write_stdout(output)
+    relay(output)
     raise typer.Exit(code)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from finetune.cli.output import say, write_stdout
+from finetune.cli.output import print_json, relay, say
 from finetune.errors import UsageError
 from finetune.launch.supervisor import Supervisor
 
@@ -145,11 +145,11 @@ def run_series(
     create_series_folder(series.output)
     runs: dict[str, dict[str, Any]] = {}
     for number, member in enumerate(series.members, 1):
-        say(typer.style(f"{member.name} ({number} of {len(series.members)})", bold=True))
+        say(f"{member.name} ({number} of {len(series.members)})", bold=True)
         runs[member.name] = _run_child(series, member, stall_timeout) if stall_timeout else run_here(member)
     result = finish_series(series.output, series.kind, runs, Display())
     if as_json:
-        write_stdout(json.dumps(result) + "\n")
+        print_json(result)
 
 
 def _run_child(series: Series, member: Member, stall_timeout: float) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _run_child(series: Series, member: Member, stall_timeout: float) -> dict[str
     code, output = Supervisor([*given, *member.arguments(series.output)], stall_timeout, say).run()
     if code:
         if "--json" in sys.argv:
-            write_stdout(output)
+            relay(output)
         raise typer.Exit(code)
     metrics: dict[str, Any] = json.loads(output)
     return metrics

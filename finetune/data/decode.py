@@ -7,7 +7,6 @@ raises. An image is either decoded completely or refused; half an image padded w
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,9 @@ from finetune.data.depth import (
     to_eight_bits,
 )
 from finetune.data.formats import HEAD_BYTES, describe_raw, describe_unread, readable_formats
+from finetune.data.limits import OverdueError, TimedFile, find_excess, png_chunks
 from finetune.data.tiff import read_layout
+from finetune.system.regular_files import open_regular
 
 # Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
 # is a global that any library may have switched off, and because warning filters are not thread safe.
@@ -88,8 +89,8 @@ def decode_image(
 
     Raises:
         BadImageError: the file is missing, no image, damaged, cut short, in a format or with bands that are
-            not read, over ``MAX_PIXELS`` or ``MAX_BYTES``, or holds values outside of its format's range
-            while ``value_range`` is None.
+            not read, over ``MAX_PIXELS``, ``MAX_BYTES`` or a limit of :mod:`finetune.data.limits`, or holds
+            values outside of its format's range while ``value_range`` is None.
     """
     with _opened(path) as (image, file):
         if short_side is None:
@@ -244,22 +245,15 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     A MemoryError passes: it is a fault of the machine, and the image may be good.
     """
     try:
-        _check_file(path)
-        with path.open("rb") as file:
+        with open_regular(path) as opened, TimedFile(opened) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise BadImageError(f"file of {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB")
             yield _identified(file, path.name), file
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
         raise BadImageError(_reason(path, error)) from error
-
-
-def _check_file(path: Path) -> None:
-    """Refuse, before opening, a named pipe (reading would block forever) and a huge file."""
-    status = os.stat(path)  # noqa: PTH116
-    if not stat.S_ISREG(status.st_mode):
-        raise BadImageError("not a file")
-    if status.st_size > MAX_BYTES:
-        raise BadImageError(f"file of {-(-status.st_size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB")
 
 
 def _identified(file: BinaryIO, name: str) -> Image.Image:
@@ -269,6 +263,8 @@ def _identified(file: BinaryIO, name: str) -> Image.Image:
         raise BadImageError("empty file")
     if head.startswith(_TIFF) and (raw := describe_raw(name)):
         raise BadImageError(raw)
+    if excess := find_excess(file, head):
+        raise BadImageError(excess)
     refusal = _refuse_bands(file) if head.startswith(_TIFF) else None
     file.seek(0)
     try:
@@ -296,10 +292,8 @@ def _refuse_bands(file: BinaryIO) -> str | None:
 def _require_end(file: BinaryIO) -> None:
     """Refuse a PNG without its last chunk: Pillow accepts it if all rows happen to be complete."""
     here = file.tell()
-    file.seek(8)
-    while len(chunk := file.read(8)) == 8 and not chunk.endswith(b"IEND"):
-        file.seek(int.from_bytes(chunk[:4]) + 4, os.SEEK_CUR)
-    if not chunk.endswith(b"IEND") or len(file.read(4)) < 4:
+    *_, last = png_chunks(file)
+    if not last.endswith(b"IEND") or len(file.read(4)) < 4:
         raise BadImageError("truncated: the end of the file is missing")
     file.seek(here)
 
@@ -322,6 +316,8 @@ def _reason(path: Path, error: Exception) -> str:
         return "link to a file that does not exist" if path.is_symlink() else "file not found"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, OverdueError):
+        return str(error)
     message = " ".join(str(error).split())[:120] or type(error).__name__
     cut_short = isinstance(error, EOFError) or "truncated" in message.lower()
     return f"{'truncated' if cut_short else 'damaged'}: {message}"

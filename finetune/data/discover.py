@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.data.archive import (
+from finetune.data.archives.archive import (
     Progress,
     find_split_archives,
     open_archive,
     open_split_archives,
 )
+from finetune.data.archives.entries import KINDS, is_archive
 from finetune.data.dataset import SPLITS, Dataset, Issue, Sample, Split, to_check
-from finetune.data.entries import KINDS, is_archive
 from finetune.data.folders import explain_others, images_below, tell_hidden, warn_ignored
 from finetune.data.layout import LayoutReader, extensions, is_junk, names_in, printable, some
 from finetune.data.layouts.class_folders import find_inner, read_folder

@@ -33,8 +33,10 @@ from finetune.data.decode import BadImageError, compute_factor, read_size
 from finetune.data.transforms import Transform
 from finetune.runs.block_file import BlockFile, remove_unused
 from finetune.runs.cache_dir import FeatureCacheDir, wait_for_writer
+from finetune.runs.journal import Block
 from finetune.system.device import available_cores
 from finetune.system.display import Display
+from finetune.system.regular_files import open_regular
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -65,7 +67,7 @@ class ImageCache:
     def __init__(self, path: Path, shapes: np.ndarray[Any, Any], file: BlockFile | None = None) -> None:
         self._path, self._shapes, self._file = path, shapes, file
         self._ends = shapes.prod(axis=1).cumsum()
-        self._pixels = path.open("rb", buffering=0) if self._ends[-1] else None
+        self._pixels = open_regular(path) if self._ends[-1] else None
 
     def __len__(self) -> int:
         """Return the number of images (N)."""
@@ -124,7 +126,7 @@ def keep_images(
         if passes < 2 and not path.exists():
             return None
         with ExitStack() as stack:
-            file = _open(path, facts, len(samples), display)
+            file = _open(path, facts, partial(_fits, transform, len(samples)), len(samples), display)
             stack.callback(file.close)
             if not file.is_complete:
                 if passes < 2:
@@ -171,13 +173,37 @@ def decoder_facts() -> dict[str, Any]:
     return {"jpeg": features.version("jpg"), "pictures": _FORMAT}
 
 
-def _open(path: Path, facts: dict[str, Any], num_images: int, display: Display) -> BlockFile:
+def _fits(transform: Transform, num_images: int, number: int, block: Block) -> bool:
+    """Return whether a block holds the pixels of its images; its note is the shape of each, or null."""
+    shapes = block.note
+    if not isinstance(shapes, list) or len(shapes) != min(PER_BLOCK, num_images - number * PER_BLOCK):
+        return False
+    kept = [shape for shape in shapes if shape is not None]
+    if not all(_is_shape(shape, transform) for shape in kept):
+        return False
+    return sum(map(math.prod, kept)) == block.num_bytes
+
+
+def _is_shape(shape: Any, transform: Transform) -> bool:
+    if not transform.is_random:
+        return bool(shape == list(transform.preprocessing.input_size))
+    is_list = isinstance(shape, list) and len(shape) == 3 and shape[2] == 3
+    return is_list and all(type(side) is int and side > 0 for side in shape)
+
+
+def _open(
+    path: Path,
+    facts: dict[str, Any],
+    fits: Callable[[int, Block], bool],
+    num_images: int,
+    display: Display,
+) -> BlockFile:
     """Open a cache file and verify its content."""
     wait = wait_for_writer(path, "another run decodes the same images", display)
     size = path.stat().st_size if path.exists() else 0
     with display.track("reading kept images", size) as advance:
         file = BlockFile(
-            path, facts, -(-num_images // PER_BLOCK), wait, lambda num_bytes: advance(num_bytes, "")
+            path, facts, -(-num_images // PER_BLOCK), wait, lambda num_bytes: advance(num_bytes, ""), fits
         )
     if file.was_damaged:
         display.warn(f"{path} was damaged; its images are decoded again")
@@ -220,7 +246,7 @@ def _fill(
                 shapes = [None if array is None else array.shape for array in pixels]
                 file.append(b"".join(array.tobytes() for array in pixels if array is not None), shapes)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _submit_blocks(
@@ -244,7 +270,7 @@ def _read(
     path = dataset.file(sample)
     try:
         image = transform.open(path)
-        with path.open("rb") as file:  # after decoding, so that a change before it is noticed
+        with open_regular(path) as file:  # after decoding, so that a change before it is noticed
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (BadImageError, OSError) as error:
         reason = error.reason if isinstance(error, BadImageError) else error.strerror

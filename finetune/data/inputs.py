@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from finetune.data.archive import Progress
+from finetune.data.archives.archive import Progress
+from finetune.data.archives.entries import is_archive, is_unread_archive
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import read_data
-from finetune.data.entries import is_archive, is_unread_archive
 from finetune.data.folders import explain_others, tell_hidden, walk_images
 from finetune.data.formats import is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, extension_counts, extensions, printable, some
@@ -33,6 +33,8 @@ from finetune.errors import DataError, UsageError, count, suggest
 STANDARD_INPUT = "-"
 FLAG = "--follow-links"
 NOT_UTF8 = "its name is not UTF-8, which rows are"
+LONGEST_PATH = 4096
+"""Bytes of the longest path that Linux opens; rows show as many characters of a longer text."""
 _BLOCK = 2**16
 
 
@@ -159,27 +161,40 @@ def _check_open(stream: BinaryIO | None) -> BinaryIO:
 def _of_name(name: str, root: Path = Path()) -> InputImage:
     """Return an image by its name; names that are not UTF-8 are faulty, since the output is UTF-8."""
     shown = printable(name)
-    return InputImage(shown, root / name, "" if shown == name else NOT_UTF8)
+    return _no_path(name) or InputImage(shown, root / name, "" if shown == name else NOT_UTF8)
+
+
+def _no_path(name: str) -> InputImage | None:
+    """Return the faulty image of a text that is no path, with the start of a long one; None for a path."""
+    if "\0" in name:
+        fault = "is not a path: it holds a zero byte"
+    elif len(name.encode(errors="replace")) > LONGEST_PATH:
+        fault = f"is not a path: it has more than {LONGEST_PATH:,} bytes"
+    else:
+        return None
+    shown = printable(name.replace("\0", "\\0"))
+    return InputImage(shown if len(shown) <= LONGEST_PATH else f"{shown[:LONGEST_PATH]}...", Path(), fault)
 
 
 def _of_stream(stream: BinaryIO, end: bytes) -> Iterator[InputImage]:
-    """Yield the image of each path as soon as the path is complete."""
+    """Yield the image of each path as soon as the path is complete.
+
+    Raises:
+        DataError: there is no end of a path in 64 KiB, as where an image itself or a device is read.
+    """
     rest = b""
     while block := stream.read1(_BLOCK) if hasattr(stream, "read1") else stream.read(_BLOCK):
         *lines, rest = (rest + block).split(end)
         yield from _of_lines(lines, end)
+        if len(rest) > _BLOCK:
+            found = f"a path has more than {_BLOCK:,} bytes"
+            raise DataError("standard input", found, "Give it paths, one a line (with -0, each with a NUL).")
     yield from _of_lines([rest], end)
 
 
 def _of_lines(lines: list[bytes], end: bytes) -> Iterator[InputImage]:
-    for line in lines:
-        name = os.fsdecode(line.removesuffix(b"\r") if end == b"\n" else line)
-        if "\0" in name:
-            yield InputImage(
-                printable(name.replace("\0", "\\0")), Path(), "is not a path: it holds a zero byte"
-            )
-        elif name:
-            yield _of_name(name)
+    names = (os.fsdecode(line.removesuffix(b"\r") if end == b"\n" else line) for line in lines)
+    yield from (_of_name(name) for name in names if name)
 
 
 def _of_folder(reader: LayoutReader, left_out: LeftOut) -> Iterator[InputImage]:
@@ -206,11 +221,11 @@ def _of_table(reader: LayoutReader, file: Path) -> Iterator[InputImage]:
 
 def _of_row(reader: LayoutReader, files: TableFiles, cell: str) -> InputImage:
     path = cell.strip()
+    if (faulty := _no_path(path)) is not None:
+        return faulty
     shown = printable(path)
-    if not path or "\0" in path:
-        return InputImage(
-            shown, Path(), "the path is empty" if not path else "is not a path: it holds a zero byte"
-        )
+    if not path:
+        return InputImage(shown, Path(), "the path is empty")
     found, fault = (path, None) if os.path.lexists(reader.root / path) else files.find(path)
     if fault:
         return InputImage(shown, reader.root / path, FETCH if is_address(path) else fault)

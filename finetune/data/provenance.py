@@ -6,18 +6,18 @@ started from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.dataset import PreparedDataset
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.display import Display
+from pretrained.config import read_config
 
 _MOST_RUNS = 100
 """Longest chain of runs, each of which started from the weights of the one before."""
@@ -147,11 +147,11 @@ def find_run(folder: Path) -> RunFolder | None:
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
+    """Return a network's config; empty for anything else of that name."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_config(str(path), path)
+    except UsageError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _digests_by_split(run: RunFolder) -> dict[str, frozenset[str]]:

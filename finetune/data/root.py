@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from finetune.data.archive import find_split_archives, open_archive, open_split_archives
-from finetune.data.entries import is_archive
+from finetune.data.archives.archive import find_split_archives, open_archive, open_split_archives
+from finetune.data.archives.entries import is_archive
 from finetune.data.layout import LayoutReader, printable
 from finetune.data.samples import is_sample, open_sample
 from finetune.data.tables.config import BY_NAMES, TableConfig, find_table_root

@@ -26,6 +26,7 @@ from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row, read
 from finetune.errors import DataError
 from finetune.system.device import available_cores
 from finetune.system.display import Display
+from finetune.system.regular_files import open_regular
 
 _SHOWN = 5
 _ALLOWED_PERCENT = 1  # of the training images
@@ -98,7 +99,7 @@ def check_images(
         decode: false only reads the files, for their digests.
         store: results of earlier scans; an unchanged file is not read again.
 
-    An interrupt (or an error in ``on_progress``) drops what is queued and waits only for the images
+    An interrupt (or an error in ``on_progress``) drops what is queued, and does not wait for the images
     being decoded at that moment.
     """
     bad: list[BadImage] = []
@@ -124,7 +125,7 @@ def check_images(
                 if on_progress:
                     on_progress(done)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
     scan = ScanResult(tuple(paths), rows[: len(paths)])
     if store is not None and decode:
         store.save(scan)
@@ -145,7 +146,7 @@ def _scan_image(
         # First: it reports a pipe or a folder with a clear reason.
         probe: Any = probe_image(path) if decode else None
         values = (None if probe is None else probe.values) if decode else _read_spread(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256")
         row = None if probe is None or status is None else build_row(probe, digest.digest(), status)
         return _ScannedImage(digest.hexdigest(), values, row)

@@ -37,6 +37,7 @@ from finetune.data.formats import FORMATS, readable_formats
 from finetune.errors import DiskError
 from finetune.runs.cache_dir import cache_folder
 from finetune.runs.files import write_chunks
+from finetune.system.regular_files import open_regular
 
 SIDE = 16
 """Width and height of a thumbnail in pixels."""
@@ -145,12 +146,19 @@ class ScanResult:
 def clear_scans() -> tuple[int, int]:
     """Remove the cached scans of all datasets; return the number of files and their size in bytes."""
     number = num_bytes = 0
-    with suppress(OSError):
-        for path in cache_folder("looks").glob("*.looks"):
+    for path in _list_scans():
+        with suppress(OSError):
             size = path.stat().st_size
             path.unlink()
             number, num_bytes = number + 1, num_bytes + size
     return number, num_bytes
+
+
+def _list_scans() -> list[Path]:
+    try:
+        return list(cache_folder("looks").glob("*.looks"))
+    except OSError:  # another user's folder
+        return []
 
 
 class ScanCache:
@@ -197,7 +205,7 @@ class ScanCache:
 
     def _load(self) -> ScanResult:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 head = json.loads(file.readline(_MOST_HEADER))
                 num_bytes = head["path_bytes"]
                 if not 0 <= num_bytes <= os.fstat(file.fileno()).st_size:  # read() allocates it at once

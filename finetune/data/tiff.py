@@ -11,11 +11,17 @@ from typing import Any, BinaryIO
 
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from finetune.data.limits import MAX_PARTS
+
 _COLOUR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}
 """Bands by photometric interpretation: greys, RGB, palette, mask, CMYK, YCbCr, Lab."""
 _ALPHA = frozenset({1, 2, 999})  # 999: as Corel Draw 10 writes it
 _RAW_PHOTOMETRIC = frozenset({32803, 34892})
 _FIX = "convert it to RGB or grey"
+_COUNTED = frozenset({258, 273, 324, 338, 339})
+"""Tags with a value for each band, strip or tile: Pillow makes an object of each value."""
+_SIZES = {3: 2, 4: 4, 8: 2, 9: 4, 13: 4, 16: 8}
+"""Bytes of a value by the type of a tag."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class TiffLayout:
         photometric: TIFF's ``PhotometricInterpretation``; -1 if it is missing.
         is_planar: whether bands are stored one after the other.
         extra: meaning of each band beyond the colours (TIFF's ``ExtraSamples``).
+        parts: number of strips or tiles, or of values for bands if there are more.
     """
 
     bands: int
@@ -37,6 +44,7 @@ class TiffLayout:
     photometric: int
     is_planar: bool
     extra: tuple[int, ...]
+    parts: int
 
     def __str__(self) -> str:
         """Return what the file is, such as ``TIFF with 13 bands of 16 bits``."""
@@ -48,15 +56,15 @@ class TiffLayout:
     @property
     def fault(self) -> str | None:
         """Why Pillow would read other pixels than the file holds; None if it reads them rightly."""
+        if self.parts > MAX_PARTS:
+            return f"a TIFF of {self.parts} strips or tiles, more than {MAX_PARTS}: save it with larger ones"
         colours = _COLOUR_BANDS.get(self.photometric, 1)
         if self.photometric in _RAW_PHOTOMETRIC:
             return f"{self} from a camera's sensor: convert it to JPEG"
         has_alpha = any(value in _ALPHA for value in self.extra[:1]) or not self.extra
         if self.bands > colours + has_alpha:
             return f"{self}: only greys and RGB are read; convert one or three of the bands"
-        if self.bands == 2 and self.bits > 8:
-            return f"{self}: {_FIX}"
-        if self.is_planar and self.bands > 1 and self.bits > 8:
+        if self.bits > 8 and (self.bands == 2 or (self.is_planar and self.bands > 1)):
             return f"{self}: {_FIX}"
         if self.kind == 2 and self.bits == 8:
             return f"{self}: convert it to unsigned numbers"
@@ -81,6 +89,9 @@ def read_layout(file: BinaryIO) -> TiffLayout | None:
         tags: Any = ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
+        parts = _count_parts(tags)
+        if parts > MAX_PARTS:  # looking at them takes as long as decoding
+            return TiffLayout(1, 1, 1, -1, False, (), parts)
         bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
         layout = TiffLayout(
             bands=int(tags.get(277, 1)),
@@ -89,6 +100,7 @@ def read_layout(file: BinaryIO) -> TiffLayout | None:
             photometric=int(tags.get(262, -1)),
             is_planar=tags.get(284, 1) == 2,
             extra=tuple(map(int, tags.get(338, ()))),
+            parts=parts,
         )
     except MemoryError:
         raise
@@ -96,3 +108,9 @@ def read_layout(file: BinaryIO) -> TiffLayout | None:
         return None
     is_whole = 256 in tags and 257 in tags and (273 in tags or 324 in tags)  # size, and strips or tiles
     return layout if layout.bands > 0 and is_whole else None
+
+
+def _count_parts(tags: Any) -> int:
+    """Return the number of strips or tiles, or that of bands' values if it is larger."""
+    held = {tag: len(tags._tagdata[tag]) // _SIZES.get(tags.tagtype[tag], 1) for tag in _COUNTED & set(tags)}
+    return max(held.values(), default=0)

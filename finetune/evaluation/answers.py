@@ -55,10 +55,7 @@ class RunAnswers:
     def num_learned(self) -> int | None:
         """The number of trained parameters; None if the folder has no plan."""
         rows = RunReader(self.folder, tolerant=True).plan
-        try:
-            return sum(int(row["parameters"]) for row in rows if row["trained"] == "True") if rows else None
-        except ValueError:
-            return None
+        return sum(int(row["parameters"]) for row in rows if row["trained"] == "True") if rows else None
 
 
 def load_answers(path: Path, name: str) -> RunAnswers:

@@ -211,9 +211,9 @@ class _Table:
         """
         output = self.request.output
         facts = _describe(self.request, self.predictor, self.rows)
-        if before := find_finished(output, facts):
+        if finished := PredictionProgress.read(find_finished(output, facts)):
             self.display.say(f"{output} already holds these predictions")
-            self.progress = PredictionProgress(**before)
+            self.progress = finished
             return None
         check_free(output)
         self.inputs, self._total = list_inputs(self.inputs, self.display)
@@ -231,7 +231,11 @@ class _Table:
             self.display.say("an earlier attempt had another model or other options: starting anew")
         if self.writer.before is None:
             return source
-        before = PredictionProgress(**self.writer.before)
+        before = PredictionProgress.read(self.writer.before)
+        if before is None:
+            self.display.say("the progress of an earlier attempt is damaged: starting anew")
+            self.writer.start_anew()
+            return source
         number = 0
         while number < before.done and (image := next(source, None)):
             self._fingerprint.add(image)

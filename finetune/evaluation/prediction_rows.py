@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from finetune.data.inputs import InputImage
 from finetune.errors import EnvironmentFaultError, UsageError, suggest
@@ -181,6 +181,15 @@ class PredictionProgress:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON that the journal keeps."""
         return dict(vars(self))
+
+    @classmethod
+    def read(cls, note: Any) -> Self | None:
+        """Return the progress of a journal's note; None if it is damaged."""
+        if not isinstance(note, dict) or note.keys() != vars(cls()).keys():
+            return None
+        counts = [note[key] for key in ("bad", "rejected", "done")]
+        is_sound = all(type(count) is int and count >= 0 for count in counts) and sum(counts[:2]) <= counts[2]
+        return cls(**note) if is_sound and isinstance(note["digest"], str) else None
 
 
 class Fingerprint:

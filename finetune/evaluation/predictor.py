@@ -17,7 +17,7 @@ Shape legend: B images, V views of each, K classes, H W pixels.
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.views import Views, build_views, compute_mean_over_views
 from finetune.system.device import available_cores, compute_chunk_size, resolve_device
 from finetune.system.forward import ChunkedForward
-from finetune.targets import rank_classes
+from finetune.targets import make_unique, rank_classes
 from pretrained.backbone import load_source
 from pretrained.catalog import Card, find_card
 from pretrained.network import is_convolutional
@@ -223,7 +223,7 @@ class Predictor:
             while waiting:
                 yield self._collect(*waiting.popleft())
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # an image may take a minute
 
     def _view(self, open: Callable[[T], Image.Image], item: T) -> Tensor | str:
         """Return the views of an image, or the reason why it cannot be read."""
@@ -318,10 +318,7 @@ def resolve_names(card: Card) -> tuple[str, ...]:
     """Return the class names of a card; duplicates (ImageNet has two cranes) get their index appended."""
     if len(card.label_names) != card.num_classes:
         return tuple(map(str, range(card.num_classes)))
-    times = Counter(card.label_names)
-    return tuple(
-        f"{name} ({index})" if times[name] > 1 else name for index, name in enumerate(card.label_names)
-    )
+    return make_unique(card.label_names)
 
 
 def _no_image(value: Any) -> FinetuneError:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from finetune import __version__
 from finetune.errors import EnvironmentFaultError
+from finetune.evaluation.predictor import resolve_names
 from finetune.exporters.deployed import Interface, cannot_export
 from finetune.runs.files import write_bytes, write_json, write_text
 from pretrained.catalog import Card, Preprocessing
@@ -103,13 +104,8 @@ def _silent() -> Iterator[None]:
 
 def write_companions(folder: Path, card: Card, interface: Interface) -> None:
     """Write ``labels.txt``, one class per line, and ``preprocessing.json``."""
-    write_text(folder / "labels.txt", "".join(f"{' '.join(name.split())}\n" for name in label_names(card)))
+    write_text(folder / "labels.txt", "".join(f"{name}\n" for name in resolve_names(card)))
     write_json(folder / "preprocessing.json", describe_input(card, interface))
-
-
-def label_names(card: Card) -> list[str]:
-    """Return the names of the classes in index order; their indices if the network has no names."""
-    return list(card.label_names) or [str(index) for index in range(card.num_classes)]
 
 
 def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
@@ -136,7 +132,7 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
             "temperature": card.temperature,
             "temperature_applied": interface.is_calibrated,
         },
-        "label_names": label_names(card),
+        "label_names": list(resolve_names(card)),
         "timm": view.to_timm(),
     }
 
@@ -163,7 +159,7 @@ def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
 def _metadata(card: Card, interface: Interface) -> dict[str, str]:
     """Return the metadata of an ONNX file; every value is text."""
     return {
-        "label_names": json.dumps(label_names(card), ensure_ascii=False),
+        "label_names": json.dumps(resolve_names(card), ensure_ascii=False),
         "preprocessing": json.dumps(describe_input(card, interface) | {"label_names": None}),
         "temperature": repr(card.temperature),
         "architecture": card.architecture,

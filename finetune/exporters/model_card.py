@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune import __version__
+from finetune.errors import sanitize
 from finetune.exporters.config import find_base_model, loads_in_timm
-from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES
+from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES, make_unique
 from pretrained.catalog import Card, Preprocessing
 
 Metrics = Mapping[str, Any]
@@ -284,7 +285,7 @@ def _source(card: Card, metrics: Metrics, source: str) -> str:
 
 
 def _class_list(card: Card) -> str:
-    return _names(card.label_names, "config.json") or "without names"
+    return _names(make_unique(card.label_names), "config.json") or "without names"
 
 
 def _names(names: Sequence[str], rest: str = "metrics.json") -> str:
@@ -294,7 +295,7 @@ def _names(names: Sequence[str], rest: str = "metrics.json") -> str:
 
 def _code(text: str) -> str:
     """Return text as inline Markdown code on one line; HTML and backticks in it are literal."""
-    line = " ".join(text.split())
+    line = sanitize(" ".join(text.split()))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 

@@ -22,6 +22,7 @@ from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import CsvRow, RunReader
 from finetune.system.device import resolve_threads
+from finetune.system.regular_files import open_regular
 from finetune.targets import name_probabilities, read_classes
 from pretrained.catalog import Card, find_card
 
@@ -174,8 +175,11 @@ def load_evaluated(run: RunFolder, root: Path, card: Card) -> ProofInputs | str:
     def load(row: CsvRow) -> Tensor | str:
         return _open(root / row["path"], reader.digests.get(row["path"]), transform)
 
-    with ThreadPoolExecutor(resolve_threads(), thread_name_prefix="evaluated") as pool:
+    pool = ThreadPoolExecutor(resolve_threads(), thread_name_prefix="evaluated")
+    try:
         found = list(pool.map(load, chosen))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     kept = [(row, view) for row, view in zip(chosen, found, strict=True) if isinstance(view, Tensor)]
     unusable = [
         f"{row['path']} ({why})" for row, why in zip(chosen, found, strict=True) if isinstance(why, str)
@@ -212,7 +216,7 @@ def _draw_evenly(rows: Sequence[CsvRow], most: int) -> list[CsvRow]:
 def _open(path: Path, sha256: str | None, transform: Transform) -> Tensor | str:
     """Return the view of an unchanged image, or the reason why it cannot be used."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 return "it has changed"
         return transform(transform.open(path))

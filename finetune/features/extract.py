@@ -11,7 +11,6 @@ written from the cache, sorted by path, and appear under their names when they a
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -43,9 +42,9 @@ from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.claim import create_folder, locked
 from finetune.runs.files import rename_to_new, sync_folder, write_csv, write_json
 from finetune.runs.outcome import translated_errors
+from finetune.runs.reader import read_object
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.system.regular_files import open_regular
 from pretrained.graph.layers import Layer
 from pretrained.graph.pooling import Pool
 
@@ -227,11 +226,10 @@ def _read_record(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None
     if not any(entry != target.work for entry in target.path.iterdir()):
         return None
     try:
-        with open_regular(target.record) as file:
-            before = json.loads(file.read())
-    except (OSError, ValueError, RecursionError):
+        before = read_object(target.record)
+    except (OSError, ValueError):
         before = None
-    if not isinstance(before, dict) or any(before.get(key) != value for key, value in facts.items()):
+    if before is None or any(before.get(key) != value for key, value in facts.items()):
         found = "it holds another extraction, or something else"
         fix = "Name another --output, or remove it yourself."
         raise UsageError(f"--output {target.path}", found, fix)

@@ -45,7 +45,7 @@ from finetune.features.store import (
     row_bytes,
 )
 from finetune.recipe import Recipe
-from finetune.runs.cache_dir import FeatureCacheDir
+from finetune.runs.cache_dir import FeatureCacheDir, cache_faults
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.device import (
@@ -57,6 +57,7 @@ from finetune.system.device import (
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import release_memory
+from finetune.system.regular_files import open_regular
 from pretrained.catalog import Card
 from pretrained.graph.layers import FeatureExtractor, Layer
 from pretrained.graph.pooling import Pool
@@ -126,7 +127,7 @@ class Source:
         for sample in samples:
             before = self.dataset.digests[sample.path]
             try:
-                with self.dataset.file(sample).open("rb") as file:
+                with open_regular(self.dataset.file(sample)) as file:
                     is_same = hashlib.file_digest(file, "sha256").hexdigest() == before
             except OSError:
                 is_same = False
@@ -207,7 +208,7 @@ def open_features(
 
     Raises:
         DataError: no image can be decoded.
-        OSError: the rows cannot be written, and do not fit in memory.
+        DiskError: the rows cannot be written, and do not fit in memory.
     """
     network = source.network
     device = network.placement.device
@@ -235,7 +236,8 @@ def open_features(
             samples = source.dataset.of(split)
             if samples:
                 kept.lost.clear()
-                found.append(_rows_of_split(source, kept, layers, pool, with_logits, split, stack))
+                with cache_faults(kept.cache_dir.folder):
+                    found.append(_rows_of_split(source, kept, layers, pool, with_logits, split, stack))
                 lost |= {samples[index].path: reason for index, reason in kept.lost.items()}
         rows = tuple(ChainRows(same) for same in zip(*found, strict=True))
         if len(lost) == sum(len(source.dataset.of(split)) for split in splits):

@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, ImageLoader
 from finetune.errors import DataError
 from finetune.features.rows import FileRows, MemoryRows, Rows
-from finetune.runs.block_file import BlockFile
+from finetune.runs.block_file import BlockFile, remove_unused
 from finetune.runs.cache_dir import FeatureCacheDir, wait_for_writer
+from finetune.runs.journal import Block
 from finetune.system.device import DTYPES, Precision, compute_chunk_size
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
@@ -231,6 +233,7 @@ class KeptRows:
                     self._num_blocks(place),
                     on_wait=wait_for_writer(path, "another run computes the same features", self.display),
                     on_verified=lambda done: advance(done, ""),
+                    fits=partial(self._fits, place),
                 )
             self._files.append(file)
             if file.was_damaged:
@@ -238,15 +241,29 @@ class KeptRows:
             if not file.is_complete:
                 self.cache_dir.make_room(num_bytes - file.num_bytes)
         except OSError as error:
+            remove_unused(path)  # a pipe in its place, or on a full disk an incomplete file
             self._give_up_disk(error, fits_memory)
             return None
         return file
+
+    def _fits(self, place: RowSpec, number: int, block: Block) -> bool:
+        """Return whether a block holds the rows of its images, and reasons for some of these."""
+        start = number * self.batch_size
+        images = range(start, min(start + self.batch_size, place.num_images))
+        lost = block.note or {}
+        return (
+            block.num_bytes == len(images) * row_bytes(place.numel, self.dtype)
+            and isinstance(lost, dict)
+            and lost.keys() <= set(map(str, images))
+            and all(isinstance(reason, str) for reason in lost.values())
+        )
 
     def _give_up_disk(self, error: OSError, fits_memory: bool) -> None:
         if not fits_memory:
             raise error
         self._fault = error
-        self.display.warn(f"features cannot be cached for the next run ({error.strerror or error})")
+        where = error.filename or self.cache_dir.folder
+        self.display.warn(f"features cannot be cached for the next run ({where}: {error.strerror or error})")
 
     def _read(self, file: BlockFile, memory: Tensor | None) -> None:
         for block in file.blocks:

@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune.errors import DiskError, FinetuneError, UsageError
 from finetune.runs.files import write_text
+from finetune.runs.reader import read_object
 
 LONGEST_FAILURE = 1024
 """Number of characters of a failure message that SageMaker shows."""
@@ -202,13 +203,10 @@ def _to_text(value: Any) -> str:
 def _read(base: Path, name: str) -> dict[str, Any]:
     path = base / "input" / "config" / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
         found = f"it cannot be read ({' '.join(str(error).split())[:200]})"
         raise UsageError(str(path), found, _RESTART) from None
-    if not isinstance(content, dict):
-        raise UsageError(str(path), "it is not a JSON object", _RESTART)
-    return content
 
 
 # --- Vertex AI custom jobs: AIP_* variables name folders, and buckets are mounted below /gcs ------

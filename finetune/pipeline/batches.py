@@ -27,6 +27,7 @@ from finetune.runs.reader import RunReader
 from finetune.system.device import resolve_most_workers
 from finetune.system.distributed import Distributed
 from finetune.system.memory import release_memory
+from finetune.system.regular_files import open_regular
 from finetune.training.trunk import CutChoice, FeatureLoader, choose_cut, find_reason_against
 from pretrained.graph.cut_network import CutNetwork
 from pretrained.graph.cuts import Cut
@@ -334,7 +335,7 @@ def _check_unchanged(context: FitContext, samples: Sequence[Sample]) -> None:
         DataError: one was changed. One that has vanished was read before.
     """
     for sample in samples:
-        with suppress(OSError), context.dataset.file(sample).open("rb") as file:
+        with suppress(OSError), open_regular(context.dataset.file(sample)) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != context.dataset.digests[sample.path]:
                 fix = "Do not change images while a run starts, and run the command again."
                 raise DataError(

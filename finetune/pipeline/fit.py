@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.data.loader import ImageLoader
+from finetune.errors import DataError
 from finetune.evaluation.predictions import Predictions
 from finetune.features.network import place_network
 from finetune.pipeline.batches import FEW, DataLoaders, LoaderFactory, open_loaders
@@ -36,10 +37,11 @@ from finetune.system.device import Precision
 from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.ddp import synchronize_batch_norm
-from finetune.training.freeze import check_frozen, digest_frozen
-from finetune.training.optim import has_other_optimizer
+from finetune.training.freeze import check_frozen, digest_frozen, frozen_tensors
+from finetune.training.optim import find_odd_state, has_other_optimizer
 from finetune.training.recovery import drop_optimizer, restart_epoch
-from finetune.training.state import Checkpoint
+from finetune.training.standardize import are_moments
+from finetune.training.state import Checkpoint, find_misfit
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from pretrained.backbone import Backbone
@@ -229,7 +231,11 @@ def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
 
 
 def _find_start(context: FitContext, store: CheckpointStore, steps: int) -> Checkpoint | None:
-    """Return the checkpoint to resume from, moved to the start of its epoch if anything changed since."""
+    """Return the checkpoint to resume from, moved to the start of its epoch if anything changed since.
+
+    Raises:
+        DataError: its tensors are not those of this training.
+    """
     store.clean()
     start = store.load(context.display.warn)
     if start is None and context.claim.attempt > 1:
@@ -242,7 +248,22 @@ def _find_start(context: FitContext, store: CheckpointStore, steps: int) -> Chec
         name = context.setup.recipe.training.optimizer
         context.display.warn(f"the checkpoint holds the state of another optimizer: {name} starts afresh")
         start = drop_optimizer(start)
+    _check_fits(context, start)
     if context.changed or is_other or start.now.progress.steps_per_epoch != steps:
         start = restart_epoch(start, steps)
         store.save(start)  # the next attempt sees no change, and must not resume inside the epoch
     return start
+
+
+def _check_fits(context: FitContext, start: Checkpoint) -> None:
+    """Refuse a checkpoint of other tensors: only its bytes were compared with their sha256."""
+    setup = context.setup
+    network, has_average = setup.backbone.network, setup.recipe.training.ema_decay is not None
+    found = find_misfit(start, network, frozen_tensors(network, setup.plan), has_average)
+    if not found and (name := find_odd_state(start, network)):
+        found = f"the optimizer's tensor {name[:100]} of its checkpoint does not fit this network"
+    if not found and not are_moments(network, start.now.under("moments.")):
+        found = "its checkpoint holds means and deviations of features that do not fit this classifier"
+    if found:
+        fix = "Restore the checkpoints from a backup, or start a new run with another --output."
+        raise DataError(f"resuming {context.folder.path}", found, fix)

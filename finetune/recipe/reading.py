@@ -26,6 +26,7 @@ from ruamel.yaml.events import (
 from finetune.errors import UsageError, suggest
 from finetune.recipe.mistakes import explain
 from finetune.recipe.schema import SECTIONS, Recipe, flatten
+from finetune.system.regular_files import open_regular
 
 LARGEST_FILE = 2**16
 """Largest recipe in bytes; a larger file is probably not a recipe."""
@@ -112,7 +113,7 @@ def find_recipe(source: str) -> str:
 def _read_file(source: str, shipped: Iterable[str]) -> str:
     asked, fix = f"--recipe {source}", "Name a YAML file, or a shipped recipe (`finetune recipes`)."
     try:
-        with Path(source).open("rb") as file:
+        with open_regular(Path(source)) as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         found = f"no such file, and no shipped recipe of that name{suggest(source, shipped)}"

@@ -24,7 +24,10 @@ Optimizer = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16", "float16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 _ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
-_Positive = Annotated[float, Field(gt=0)]
+_CropPct = Annotated[float, Field(ge=0.1, le=1)]
+_Mean = Annotated[float, Field(ge=-1_000_000, le=1_000_000)]
+_Std = Annotated[float, Field(ge=1e-6, le=1_000_000)]
+# The bounds of pretrained.config, so that a model can be read again with its preprocessing.
 
 
 class _Representer(SafeRepresenter):  # type: ignore[misc]
@@ -137,7 +140,7 @@ class InputSettings(_Section):
     img_size: Annotated[int, Field(ge=16, le=4096)] | Auto = Field(
         "auto", description="height and width in pixels; auto: the size the weights were trained at"
     )
-    crop_pct: Annotated[float, Field(gt=0, le=1)] | Auto = Field(
+    crop_pct: _CropPct | Auto = Field(
         "auto", description="share of the resized shorter side that the centre crop keeps"
     )
     crop_mode: Literal["center", "squash", "border"] | Auto = Field(
@@ -146,12 +149,10 @@ class InputSettings(_Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | Auto = Field(
         "auto", description="resampling filter"
     )
-    mean: tuple[float, float, float] | Auto = Field(
+    mean: tuple[_Mean, _Mean, _Mean] | Auto = Field(
         "auto", description="subtracted from each channel of an RGB image in [0, 1]"
     )
-    std: tuple[_Positive, _Positive, _Positive] | Auto = Field(
-        "auto", description="each channel is divided by it"
-    )
+    std: tuple[_Std, _Std, _Std] | Auto = Field("auto", description="each channel is divided by it")
     augmentation: Augmentation = Field(
         "light",
         description="augmentation of training images; none: the evaluation view, light: random crop and "

@@ -137,12 +137,17 @@ class Facts:
         """Wrong predictions, the most confident first."""
         return sorted((row for row in self.predictions if not row.is_right), key=lambda row: -row.confidence)
 
+    @property
+    def _rows_of_confusion(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Each class with its row of the confusion matrix; empty if there is no table."""
+        return list(zip(self.classes, self.confusion, strict=True)) if self.confusion else []
+
     @cached_property
     def confused(self) -> list[tuple[str, str, int, int]]:
         """(true class, predicted class, count, images of the true class); the most frequent first."""
         pairs = [
             (label, guess, count, sum(counts))
-            for label, counts in zip(self.classes, self.confusion, strict=True)
+            for label, counts in self._rows_of_confusion
             for guess, count in zip(self.classes, counts, strict=True)
             if count and guess != label
         ]
@@ -152,7 +157,7 @@ class Facts:
     def confused_two(self) -> list[ConfusedTwo]:
         """Every two classes with mistakes between them; the most frequent first."""
         counts = {(label, guess): count for label, guess, count, _ in self.confused}
-        totals = dict(zip(self.classes, map(sum, self.confusion), strict=True))
+        totals = {label: sum(row) for label, row in self._rows_of_confusion}
         twos = [
             ConfusedTwo(
                 one,
@@ -197,9 +202,13 @@ class Facts:
 
 def finite(value: Any) -> float | None:
     """Return a finite number, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def finite_text(text: str) -> float | None:

@@ -14,6 +14,7 @@ from torch import device, nn
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.depth import ValueRange
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
+from finetune.evaluation.predictor import resolve_names
 from finetune.explain.cam import GradCam, HeatMap
 from finetune.plots.overlay import draw_overlay
 from finetune.report.facts import Facts
@@ -130,7 +131,7 @@ class Explainer:
     """
 
     def __init__(self, network: nn.Module, card: Card) -> None:
-        self._labels = {name: index for index, name in enumerate(card.label_names)}
+        self._labels = {name: index for index, name in enumerate(resolve_names(card))}
         self._cam = GradCam(network, card.preprocessing.input_size)
         self._normalize = Normalizer(card.preprocessing, device("cpu"))
         self.transform: Transform = build_eval_transform(card.preprocessing)

@@ -106,7 +106,9 @@ def _open_explainer(facts: Facts, card: Card | None, display: Display) -> Explai
         return Explainer(load_exported(Path(card.location)), card)
     except FinetuneError as error:
         display.warn(f"the report has no heat maps: {error.message}")
-        return None
+    except (OSError, RuntimeError) as error:  # no weights, or others than the network's
+        display.warn(f"the report has no heat maps: {' '.join(str(error).split())[:200]}")
+    return None
 
 
 def _write(folder: RunFolder, page: Page, mistakes: list[Mistake]) -> None:

@@ -14,6 +14,7 @@ done twice.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -38,6 +39,8 @@ class BlockFile:
         num_blocks: number of blocks of the complete file.
         on_wait: called repeatedly while another process writes the file; may raise.
         on_verified: called with the number of bytes of every block that was verified.
+        fits: returns whether a block can be the one with this number, from 0; a file with any other block is
+            damaged. The sha256 proves the bytes of a block, but neither their number nor the note.
 
     Attributes:
         was_damaged: whether existing content had changed and was removed.
@@ -53,10 +56,11 @@ class BlockFile:
         num_blocks: int,
         on_wait: Callable[[], None] = lambda: None,
         on_verified: Callable[[int], None] = lambda _: None,
+        fits: Callable[[int, Block], bool] = lambda *_: True,
     ) -> None:
         self.path, self.num_blocks = path, num_blocks
         self.was_damaged = False
-        self._facts, self._on_verified = facts, on_verified
+        self._facts, self._on_verified, self._fits = facts, on_verified, fits
         while not self._open():
             on_wait()
             time.sleep(WAIT_SECONDS)
@@ -69,7 +73,7 @@ class BlockFile:
     @property
     def is_complete(self) -> bool:
         """Whether all blocks have been written."""
-        return len(self.blocks) >= self.num_blocks
+        return len(self.blocks) == self.num_blocks
 
     @property
     def num_bytes(self) -> int:
@@ -126,10 +130,12 @@ class BlockFile:
         alone = self._journal.lock(fcntl.LOCK_EX)
         if not (alone or self._journal.lock(fcntl.LOCK_SH)) or self._journal.was_removed():
             return False
-        if not self._journal.load(self._on_verified):
+        if not (self._journal.load(self._on_verified) and self._all_fit()):
             # Processes that read the file keep their open file; a new one is started.
             self.was_damaged = True
             remove(self.path)
+            if not self._journal.was_removed():  # in a folder of another user: it would be tried for ever
+                raise OSError(errno.EACCES, "it is damaged and cannot be removed", str(self.path))
             return False
         if self.is_complete:
             self._journal.lock(fcntl.LOCK_SH)
@@ -137,6 +143,10 @@ class BlockFile:
         elif alone:
             self._journal.begin()
         return self.is_complete or alone
+
+    def _all_fit(self) -> bool:
+        is_too_long = len(self.blocks) > self.num_blocks
+        return not is_too_long and all(self._fits(number, block) for number, block in enumerate(self.blocks))
 
 
 def journal_of(path: Path) -> Path:
@@ -158,11 +168,15 @@ def remove(path: Path) -> None:
 
 def remove_unused(path: Path) -> bool:
     """Remove a file of blocks unless a process reads or writes it; return whether it is gone."""
+    journal = journal_of(path)
     try:
-        with open_regular(journal_of(path)) as file:
+        if os.path.lexists(journal) and not journal.is_file():  # a pipe or a device, which no process uses
+            remove(path)
+            return not os.path.lexists(journal)
+        with open_regular(journal) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(path)  # under the lock, so that no process opens it in between
-            return not journal_of(path).exists()
+            return not os.path.lexists(journal)
     except OSError:
         return False
 

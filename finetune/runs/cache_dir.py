@@ -65,7 +65,7 @@ class FeatureCacheDir:
     def list(self) -> list[CachedFile]:
         """Return every cached file, the least recently used first."""
         kept = []
-        for journal in self._journals():
+        for journal in self._files("*.journal"):
             path = journal.with_suffix(".bin")
             try:
                 num_bytes = path.stat().st_size if path.exists() else 0
@@ -74,9 +74,9 @@ class FeatureCacheDir:
                 continue
         return sorted(kept, key=lambda file: file.used)
 
-    def _journals(self) -> Sequence[Path]:
+    def _files(self, pattern: str) -> Sequence[Path]:
         try:
-            return list(self.folder.glob("*.journal"))
+            return list(self.folder.glob(pattern))
         except OSError:  # another user's folder
             return []
 
@@ -110,8 +110,8 @@ class FeatureCacheDir:
     def clear(self) -> tuple[int, int]:
         """Remove every file that no process uses; return the number of files, and their bytes."""
         removed = [file for file in self.list() if remove_unused(file.path)]
-        with suppress(OSError):
-            for leftover in self.folder.glob("*.bin"):
+        for leftover in self._files("*.bin"):
+            with suppress(OSError):
                 if not journal_of(leftover).exists():
                     leftover.unlink(missing_ok=True)
         return len(removed), sum(file.num_bytes for file in removed)
@@ -169,18 +169,18 @@ def make_once(kind: str, name: str, write: Callable[[Path], None]) -> Path:
     """
     cache = cache_folder(kind)
     folder = cache / name
-    with _disk_faults(cache):
+    with cache_faults(cache):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         remove_leftovers(cache)
     if not folder.is_dir():
-        with _disk_faults(cache), _locked(cache / f"{name}.lock"):
+        with cache_faults(cache), _locked(cache / f"{name}.lock"):
             if not folder.is_dir():  # another process may have made it while this one waited
                 _make(folder, write)
     return folder
 
 
 @contextmanager
-def _disk_faults(cache: Path) -> Iterator[None]:
+def cache_faults(cache: Path) -> Iterator[None]:
     """Turn an OSError about the cache into a DiskError."""
     try:
         yield
@@ -193,16 +193,38 @@ def _disk_faults(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Lock a file while the block runs; yield whether it is locked. The lock ends with its process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    """Lock a file while the block runs, and remove it; yield whether it is locked.
+
+    The lock ends with its process. Who has waited for it locks the file that now has the name.
+    """
+    descriptor, is_locked = _lock(path, wait)
+    while is_locked and not _is_file(descriptor, path):
+        os.close(descriptor)
+        descriptor, is_locked = _lock(path, wait)
     try:
-        is_locked = False
-        with suppress(OSError):  # another process has it, or the file system has no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            is_locked = True
         yield is_locked
     finally:
+        if is_locked:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _lock(path: Path, wait: bool) -> tuple[int, bool]:
+    """Open a file, which is created, and lock it; return its descriptor, and whether it is locked."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another process has it, or the file system has no locks
+        return descriptor, False
+    return descriptor, True
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Return whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))  # noqa: PTH116
+    except OSError:
+        return False
 
 
 def remove_leftovers(cache: Path) -> None:

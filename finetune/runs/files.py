@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError, DiskError
-from finetune.system.regular_files import create_regular
+from finetune.system.regular_files import create_regular, open_text
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """Text that a spreadsheet may run as a formula (the last four are full-width), after any apostrophes."""
@@ -141,7 +141,7 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
         OSError: the file cannot be opened or read.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with open_text(path) as file:
             reader = csv.reader(file, strict=True)
             header, rows = next(reader, []), [row for row in reader if row]
         if absent := [name for name in needed if name not in header]:
@@ -156,7 +156,8 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
 
 def damaged_file(path: Path, error: Exception) -> DataError:
     """Return the DataError for a file that exists but cannot be read."""
-    message = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = error.strerror if isinstance(error, OSError) else None
+    message = " ".join((reason or str(error)).split())[:200] or type(error).__name__
     fix = "Restore the file as it was, or make its folder again."
     return DataError(str(path), f"it cannot be read ({message})", fix)
 

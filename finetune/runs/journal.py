@@ -93,7 +93,7 @@ def _parse_block(line: Any, num_files: int) -> Block:
     block = Block(tuple(line["bytes"]), tuple(line["sha256"]), line["note"])
     if not len(block.sizes) == len(block.digests) == num_files:
         raise ValueError("wrong number of files")
-    if not all(isinstance(size, int) and size >= 0 for size in block.sizes):
+    if not all(type(size) is int and size >= 0 for size in block.sizes):  # True is an int as well
         raise ValueError("invalid sizes")
     return block
 
@@ -187,6 +187,10 @@ class Journal:
         try:
             with ExitStack() as stack:
                 files = [stack.enter_context(_open_to_read(path)) for path in self._files]
+                for number, file in enumerate(files):  # before a damaged size is allocated
+                    if file.seek(0, os.SEEK_END) < count_bytes(blocks, number):
+                        return False
+                    file.seek(0)
                 for block in blocks:
                     for file, size, digest in zip(files, block.sizes, block.digests, strict=True):
                         if hashlib.sha256(file.read(size)).hexdigest() != digest:

@@ -79,8 +79,8 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
 def _stopped_at_once(output: str) -> InterruptedRunError:
     """Return the error of a command that was stopped outside a training step; it says what is kept."""
     has_checkpoint = bool(output) and any(RunFolder(Path(output)).checkpoints.glob("*"))
-    kept = "the last checkpoint and the cached features are" if has_checkpoint else "what was cached is"
-    resume = f", with --output {output}, to resume" if output else "; it takes from the cache what is there"
+    kept = "the last checkpoint and the cached features are" if has_checkpoint else "what was saved is"
+    resume = f", with --output {output}, to resume" if output else "; it goes on with what is there"
     error = InterruptedRunError(
         "the run", f"it was stopped at once; {kept} kept", f"Give the same command again{resume}."
     )

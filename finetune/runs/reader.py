@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from finetune.errors import FinetuneError, UsageError
 from finetune.runs.files import damaged_file, read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
+from finetune.system.regular_files import open_text
 from finetune.targets import PREDICTION_COLUMNS, read_classes
 
 if TYPE_CHECKING:  # the supervisor reads outcomes and must stay small
@@ -31,6 +33,12 @@ SPLIT_COLUMNS = ("path", "label", "split", "sha256")
 BAD_IMAGES_COLUMNS = ("path", "split", "reason")
 _PLAN_COLUMNS = ("group", "stage", "parameters", "trained", "rate")
 _PER_CLASS_COLUMNS = ("label", "recall", "support")
+_LARGEST_COUNT = 2**53
+"""Counts from here on are damage; smaller ones are exact as floats."""
+_LARGEST_METRIC = 1e40
+"""Metrics from here on are damage, as those that are not finite are: losses come from 32-bit logits."""
+_TOLERANCE = 1e-3
+"""Largest difference of a sum of probabilities from 1. They are written with nine digits."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class RunReader:
 
     def _object(self, path: Path) -> Mapping[str, Any]:
         nothing: Mapping[str, Any] = {}
-        return self._read(path, _read_object, nothing)
+        return self._read(path, read_object, nothing)
 
     def _rows(self, path: Path, *columns: str) -> tuple[CsvRow, ...]:
         return self._read(path, lambda path: tuple(read_rows(path, columns)), ())
@@ -126,11 +134,11 @@ class RunReader:
     @cached_property
     def plan(self) -> tuple[CsvRow, ...]:
         """Which stages are trained, with which learning rate, one row per stage."""
-        return self._rows(self.folder.plan, *_PLAN_COLUMNS)
+        return self._read(self.folder.plan, _read_plan, ())
 
     @cached_property
     def history(self) -> tuple[Mapping[str, float], ...]:
-        """Metrics of training, one row per epoch, without empty cells."""
+        """Metrics of training, one row per epoch, without empty cells; finite, and whole epochs from 1."""
         return self._read(self.folder.history, _read_history, ())
 
     # --- its images ------------------------------------------------------------------------------
@@ -216,8 +224,19 @@ def require_run(path: Path) -> Recipe:
     return recipe
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises:
+        OSError: it cannot be opened, or is not a file.
+        ValueError: it is not a JSON object in UTF-8.
+    """
+    with open_text(path) as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     return content
@@ -230,18 +249,45 @@ def _load_recipe(path: Path) -> Recipe | None:
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    with open_text(path) as file:
+        lines = file.read().removesuffix("\n").split("\n")
+    return tuple(line.removesuffix("\r") for line in lines)  # of an editor that ends lines with both
+
+
+def _read_count(cell: str) -> int:
+    number = int(cell)
+    if not 0 <= number < _LARGEST_COUNT:
+        raise ValueError(f"a count is {cell}")
+    return number
+
+
+def _read_plan(path: Path) -> tuple[CsvRow, ...]:
+    rows = tuple(read_rows(path, _PLAN_COLUMNS))
+    for row in rows:
+        _read_count(row["parameters"])
+    return rows
 
 
 def _read_history(path: Path) -> tuple[Mapping[str, float], ...]:
-    return tuple({key: float(value) for key, value in row.items() if value} for row in read_rows(path))
+    return tuple(map(_read_epoch, read_rows(path, ["epoch"])))
+
+
+def _read_epoch(cells: CsvRow) -> Mapping[str, float]:
+    row = {key: float(value) for key, value in cells.items() if value}
+    if not all(abs(value) < _LARGEST_METRIC for value in row.values()):
+        raise ValueError(f"epoch {cells['epoch']} has a metric that is not finite")
+    if not (row["epoch"].is_integer() and 1 <= row["epoch"] < _LARGEST_COUNT):
+        raise ValueError(f"an epoch is {cells['epoch']}")
+    return row
 
 
 def _read_confusion(path: Path) -> Confusion:
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_text(path) as file:
         header, *rows = csv.reader(file)
     labels = tuple(unescape_formula(cell) for cell in header[1:])
-    counts = tuple(tuple(int(cell) for cell in row[1:]) for row in rows)
+    if [unescape_formula(row[0]) for row in rows] != list(labels) or len(set(labels)) < len(labels):
+        raise ValueError("its rows are not of the classes of its columns")
+    counts = tuple(tuple(_read_count(cell) for cell in row[1:]) for row in rows)
     if [len(row) for row in counts] != [len(labels)] * len(labels):
         raise ValueError("the table is not square")
     return labels, counts
@@ -249,15 +295,35 @@ def _read_confusion(path: Path) -> Confusion:
 
 def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow, ...]]:
     """Return class names, and the first four columns of each row; the probabilities may be very many."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_text(path) as file:
         rows = csv.reader(file)
         header = next(rows, [])
         if tuple(header[:4]) != PREDICTION_COLUMNS:
             raise ValueError(f"its columns do not begin with {', '.join(PREDICTION_COLUMNS)}")
-        return tuple(read_classes(header)), tuple(_to_predictions(rows))
+        classes = tuple(read_classes(header))
+        if len(classes) != len(header) - len(PREDICTION_COLUMNS) or len(set(classes)) < len(classes):
+            raise ValueError("its other columns are not the probabilities of its classes")
+        index = {name: number for number, name in enumerate(classes)}
+        return classes, tuple(_to_prediction(row, index) for row in rows)
 
 
-def _to_predictions(rows: Iterator[list[str]]) -> Iterator[PredictionRow]:
-    for path, label, predicted, confidence, *_ in rows:
-        names = [unescape_formula(cell) for cell in (path, label, predicted)]
-        yield PredictionRow(names[0], names[1], names[2], float(confidence))
+def _to_prediction(row: Sequence[str], index: Mapping[str, int]) -> PredictionRow:
+    """Return a row of ``predictions.csv`` whose numbers are those of a prediction.
+
+    Args:
+        row: its cells.
+        index: number of each class; empty if the table has no probabilities.
+
+    Raises:
+        ValueError: its numbers are no probabilities, or those of another prediction.
+    """
+    path, label, predicted = map(unescape_formula, row[:3])
+    confidence, *probabilities = map(float, row[3:])
+    if not 0 <= confidence <= 1:  # also refuses nan
+        raise ValueError(f"{path} has the confidence {row[3]}")
+    if index:
+        if len(probabilities) != len(index) or not math.isclose(sum(probabilities), 1, abs_tol=_TOLERANCE):
+            raise ValueError(f"the probabilities of {path} do not add up to 1")
+        if min(probabilities) < 0 or not probabilities[index[predicted]] == max(probabilities) == confidence:
+            raise ValueError(f"the confidence of {path} is not its largest probability, or another class's")
+    return PredictionRow(path, label, predicted, confidence)

@@ -1,5 +1,8 @@
 """Messages and progress for the user, on stderr; messages also go to the run's log.
 
+This is the only way to a terminal outside of the command line (:mod:`finetune.cli.output`), and all text on
+it is sanitised (:func:`finetune.errors.sanitize`): a file name sends no commands to the terminal.
+
 Progress bars are drawn on a terminal. A pipe and the log get a line after two seconds, and then from time to
 time.
 """
@@ -17,13 +20,14 @@ from threading import Event, Thread
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from rich.text import Text
 
-from finetune.errors import sanitize
+from finetune.errors import sanitize, sanitize_line
 from finetune.system.heartbeat import Heartbeat
 from finetune.system.progress_line import GAP, ProgressLine, fit, format_time, list_facts
+from finetune.system.regular_files import open_to_append
 
 Advance = Callable[[int, str], None]
 """Takes the number of units done since the last call, and a short text shown next to the bar."""
@@ -106,17 +110,17 @@ class Display:
         self.say(f"warning: {text}", style="yellow")
 
     def note(self, text: str) -> None:
-        """Write a message to the log only."""
+        """Write a message to the log only. Each of its lines is sanitised alone: a traceback is long."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-        self._append([f"{stamp} {line}\n" for line in sanitize(text).splitlines()])
+        self._append([f"{stamp} {sanitize(line)}\n" for line in text.removesuffix("\n").split("\n")])
 
     def _append(self, lines: Sequence[str]) -> None:
         if self._log is None:
             self._waiting.extend(lines)
             return
         try:
-            with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(lines)
+            with open_to_append(self._log) as file:
+                file.write("".join(lines).encode(errors="backslashreplace"))
         except OSError as error:
             path, self._log = self._log, None
             self.warn(f"{path} cannot be written ({error.strerror}); the log ends here")
@@ -128,14 +132,15 @@ class Display:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in columns:
             is_number = column in numbers
+            header = Text(sanitize_line(column))  # Text: brackets are no markup
             table.add_column(
-                column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
+                header, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
             )
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(Text(sanitize_line(cell)) for cell in row))
         self.console.print(table)
         for row in [columns, *rows]:
-            self.note("  ".join(row))
+            self.note("  ".join(map(sanitize_line, row)))
 
     @contextmanager
     def busy(self, description: str) -> Iterator[None]:
@@ -144,7 +149,7 @@ class Display:
             if not self.console.is_terminal:
                 yield
                 return
-            with self.console.status(description):
+            with self.console.status(Text(sanitize_line(description))):
                 yield
 
     @contextmanager

@@ -17,6 +17,8 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from finetune.errors import sanitize_line
+
 GAP = "  "
 """Between two facts of a line."""
 _LONGEST_BAR, _SHORTEST_BAR = 40, 8
@@ -38,8 +40,8 @@ class ProgressLine(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the line; it is shorter than the terminal is wide."""
         width = self._console.width - 1
-        facts = list_facts(task)
-        name = Text(task.description)
+        facts = [sanitize_line(fact) for fact in list_facts(task)]
+        name = Text(sanitize_line(task.description))
         name.truncate(max(width // 2, _SHORTEST_NAME), overflow="ellipsis")
         line = Text(fit([name.plain, *facts], width))
         room = width - cell_len(line.plain) - len(GAP)

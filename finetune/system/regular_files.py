@@ -11,6 +11,7 @@ import io
 import os
 import stat
 from pathlib import Path
+from typing import TextIO
 
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "it is a folder"),
@@ -30,6 +31,15 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def open_text(path: Path) -> TextIO:
+    """Open a file of UTF-8 text for reading, as :func:`open_regular` does; its line ends stay as they are.
+
+    Raises:
+        OSError: as :func:`open_regular`.
+    """
+    return io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="")
+
+
 def open_to_update(path: Path) -> io.BufferedRandom:
     """Open a file of our own for reading and writing, without truncation; create it if there is none.
 
@@ -46,6 +56,18 @@ def open_to_update(path: Path) -> io.BufferedRandom:
         raise
     _check(descriptor, path, is_own=True)
     return os.fdopen(descriptor, "r+b")
+
+
+def open_to_append(path: Path) -> io.BufferedWriter:
+    """Open a file for appending, through links too; create it if there is none.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    _check(descriptor, path)
+    return os.fdopen(descriptor, "ab")
 
 
 def create_regular(path: Path) -> io.BufferedWriter:

@@ -7,7 +7,6 @@ once, to the same run of the tracker.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from finetune.errors import EnvironmentFaultError, InterruptedRunError
 from finetune.recipe import Recipe, TrackerName
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import read_object
 from finetune.system.display import Display
 from finetune.tracking.tracker import End, Tracker, describe_run, flatten_metrics
 
@@ -148,10 +148,10 @@ class Trackers:
     def _read_states(self) -> dict[str, TrackerState]:
         """Return the states that an earlier attempt has written; empty if the file is absent or damaged."""
         try:
-            content = json.loads(self._states_file.read_text(encoding="utf-8"))
+            content = read_object(self._states_file)
             return {
-                str(name): TrackerState(str(state["run_id"]), int(state["epoch"]))
+                name: TrackerState(str(state["run_id"]), int(state["epoch"]))
                 for name, state in content.items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             return {}

@@ -36,6 +36,7 @@ from finetune import __version__
 from finetune.errors import DataError, DiskError
 from finetune.recipe import TrainingSettings
 from finetune.runs.files import disk_error, free_bytes, sync_folder, write_bytes, write_json
+from finetune.runs.reader import read_object
 from finetune.training.state import Checkpoint, Progress, Snapshot
 
 NUM_KEPT = 2
@@ -181,6 +182,8 @@ class CheckpointStore:
         now = _read_snapshot(path / _STATE, files[_STATE])
         start = _read_snapshot(path / _EPOCH, files[_EPOCH]) if _EPOCH in files else now
         best = _read_snapshot(path / _BEST, files[_BEST]) if _BEST in files else None
+        if best is None and now.progress.best_epoch >= 0:
+            raise ValueError(f"{_BEST} is missing")
         return Checkpoint(now, start, best)
 
     def clean(self) -> None:
@@ -204,8 +207,7 @@ def _write(path: Path, snapshot: Snapshot) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files: dict[str, Any] = content["files"]
+        files: dict[str, Any] = read_object(path / "manifest.json")["files"]
         for name in files:
             files[name]["bytes"], files[name]["sha256"]
     except FileNotFoundError:

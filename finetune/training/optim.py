@@ -31,9 +31,30 @@ _STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}
 
 
 def has_other_optimizer(checkpoint: Checkpoint, settings: TrainingSettings) -> bool:
-    """Return whether a checkpoint holds the state of another optimizer than the recipe names."""
-    kept = {name.rpartition(":")[2] for name in checkpoint.epoch_start.under("optimizer.")}
-    return not kept <= _STATE[settings.optimizer]
+    """Return whether a checkpoint holds other state than the recipe's optimizer keeps, if it holds any."""
+    for snapshot in (checkpoint.now, checkpoint.epoch_start):
+        kept = {name.rpartition(":")[2] for name in snapshot.under("optimizer.")}
+        if kept and kept != _STATE[settings.optimizer]:
+            return True
+    return False
+
+
+def find_odd_state(checkpoint: Checkpoint, network: nn.Module) -> str:
+    """Return the name of an optimizer's tensor that does not fit a network; "" if all of them fit.
+
+    A tensor has the shape of its parameter or is a count, and every parameter has the same of them.
+    """
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    for snapshot in (checkpoint.now, checkpoint.epoch_start):
+        tensors = snapshot.under("optimizer.")
+        keys = {name.rpartition(":")[2] for name in tensors}
+        for name, tensor in tensors.items():
+            parameter = name.rpartition(":")[0]
+            is_like = tensor.shape == shapes.get(parameter)
+            fits = tensor.is_floating_point() and (is_like or (not tensor.ndim and 0 <= tensor < math.inf))
+            if not fits or any(f"{parameter}:{key}" not in tensors for key in keys):
+                return name
+    return ""
 
 
 class FusedSGD(torch.optim.SGD):

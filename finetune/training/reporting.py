@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.runs.files import write_csv
 from finetune.system.display import Advance, Display
 from finetune.system.progress_line import format_time
-from finetune.training.state import Progress
+from finetune.training.state import HISTORY_COLUMNS, Progress
 
 
 class ProgressReporter:
@@ -77,17 +77,6 @@ class ProgressReporter:
 
 Listener = Callable[[Sequence[Mapping[str, float]]], None]
 """Called with all rows after each epoch, and when training resumes."""
-
-HISTORY_COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "eval_loss",
-    "eval_accuracy",
-    "seconds",
-    "images_per_second",
-    "data_wait_fraction",
-)
 
 
 def add_row(progress: Progress, metrics: Mapping[str, float], loss_sum: float) -> dict[str, float]:

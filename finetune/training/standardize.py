@@ -142,6 +142,23 @@ def _recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list
         yield inputs
 
 
+def are_moments(network: nn.Module, moments: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors can be a result of :func:`measure_features` for a network."""
+    layers = dict(network.named_modules())
+    for key, tensor in moments.items():
+        name, _, what = key.rpartition(".")
+        layer = layers.get(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.bias is None:
+            return False
+        is_whole = f"{name}.mean" in moments and f"{name}.std" in moments
+        shape = layer.weight.flatten(1).shape[1:]
+        if not is_whole or tensor.shape != shape or tensor.dtype != torch.float32:
+            return False
+        if not tensor.isfinite().all() or (what == "std" and tensor.min() <= 0):
+            return False
+    return True
+
+
 def attach(network: nn.Module, moments: Mapping[str, Tensor], keep: bool = False) -> None:
     """Standardise the input of the classifier layers from now on.
 

@@ -7,7 +7,8 @@ Frozen tensors are left out: every run verifies at its end that they did not cha
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
@@ -165,6 +166,21 @@ def _copy_like(parameter: Tensor, value: Tensor) -> Tensor:
 # --- Counters, snapshots and checkpoints ---
 
 
+HISTORY_COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "eval_loss",
+    "eval_accuracy",
+    "seconds",
+    "images_per_second",
+    "data_wait_fraction",
+)
+"""The columns of ``history.csv``, and the keys of a row of :attr:`Progress.history`."""
+_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+"""The keys of the state of float16's loss scaler."""
+
+
 @dataclass
 class Progress:
     """The counters of a training. All values are plain JSON.
@@ -230,15 +246,54 @@ class Progress:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: it is not JSON, or has unknown keys because another version wrote it.
+            ValueError: it is not JSON, has unknown keys because another version wrote it, or a value that no
+                training has.
         """
         content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("its progress is not a JSON object")
         unknown = sorted(content.keys() - {key.name for key in fields(cls)})
         if unknown:
             raise ValueError(
                 f"it has unknown keys ({', '.join(unknown)}); another version of finetune wrote it"
             )
-        return cls(**content)
+        progress = cls(**content)
+        if odd := next(progress._odd_values(), ""):
+            raise ValueError(f"its value of {odd} is not one of a training")
+        return progress
+
+    def _odd_values(self) -> Iterator[str]:
+        """Yield the names of values that no training has."""
+        for key in fields(self):
+            value, default = getattr(self, key.name), key.default
+            if isinstance(default, int | float):
+                is_kind = _is_number(value) and (isinstance(default, float) or type(value) is int)
+                if not is_kind or value < min(default, 0):
+                    yield key.name
+                    return
+        has_best = self.best_epoch >= 0
+        if self.best_epoch > self.epoch or (self.epoch and not has_best):
+            yield "best_epoch"
+        if not _has_numbers(self.best, ("accuracy", "loss") if has_best else ()):
+            yield "best"
+        if not isinstance(self.history, list) or not all(
+            _has_numbers(row, HISTORY_COLUMNS) for row in self.history
+        ):
+            yield "history"
+        if self.scaler != {} and not _has_numbers(self.scaler, _SCALER):
+            yield "scaler"
+        if not isinstance(self.lost, dict) or not all(isinstance(why, str) for why in self.lost.values()):
+            yield "lost"
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite float, or a count that a float holds exactly."""
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
+
+
+def _has_numbers(values: Any, keys: Collection[str]) -> bool:
+    """Return whether a value is a mapping of these keys, in their order, to finite numbers."""
+    return isinstance(values, dict) and list(values) == list(keys) and all(map(_is_number, values.values()))
 
 
 @dataclass(frozen=True)
@@ -279,22 +334,39 @@ def find_misfit(
         frozen: names of its tensors that would never change.
         has_average: whether a moving average of its weights would be kept.
     """
-    shapes = {name: tensor.shape for name, tensor in network_tensors(network, "", frozen).items()}
+    expected = _forms(network_tensors(network, "", frozen))
     snapshots = [checkpoint.now, checkpoint.epoch_start, *([checkpoint.best] if checkpoint.best else [])]
     for snapshot in snapshots:
-        kept = {name: tensor.shape for name, tensor in snapshot.under("model.").items()}
-        if unlike := sorted(name for name in shapes.keys() & kept.keys() if shapes[name] != kept[name]):
+        kept = _forms(snapshot.under("model."))
+        if unlike := sorted(name for name in expected.keys() & kept.keys() if expected[name] != kept[name]):
             name = unlike[0]
-            shown = f"{name} is {tuple(kept[name])}, and {tuple(shapes[name])} in this network"
+            shown = f"{name} is {kept[name]}, and {expected[name]} in this network"
             return f"tensors of its checkpoint have another shape ({len(unlike)}): {shown}"
-        if missing := sorted(shapes.keys() - kept.keys()):
+        if missing := sorted(expected.keys() - kept.keys()):
             return f"tensors that would now be trained were not before ({len(missing)}), such as {missing[0]}"
-        if extra := sorted(kept.keys() - shapes.keys()):
+        if extra := sorted(kept.keys() - expected.keys()):
             return f"tensors that were trained would not be now ({len(extra)}), such as {extra[0]}"
+        if broken := _find_broken(network, snapshot):
+            return f"tensors of its checkpoint hold nan or infinity ({len(broken)}), such as {broken[0]}"
     for snapshot in snapshots[:2]:
-        if has_average and snapshot.under("ema.").keys() != shapes.keys():
+        if has_average and _forms(snapshot.under("ema.")) != expected:
             return "its checkpoint holds no moving average of the weights (training.ema_decay)"
     return ""
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return type and shape of each tensor, such as ``float32 (64, 3)``."""
+    return {
+        name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+    }
+
+
+def _find_broken(network: nn.Module, snapshot: Snapshot) -> list[str]:
+    """Return the weights that are not finite; no checkpoint is written of such ones."""
+    names = {name for name, _ in network.named_parameters()}
+    kept = [(name, tensor) for one in ("model.", "ema.") for name, tensor in snapshot.under(one).items()]
+    return [name for name, tensor in kept if name in names and not tensor.isfinite().all()]
 
 
 # --- Checks for finite values ---

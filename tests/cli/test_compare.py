@@ -37,10 +37,11 @@ def make(tmp_path: Path) -> Make:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         other = {"ants": "bees", "bees": "ants"}
-        rows = [
-            (path, label, other[label] if number in wrong else label, 0.9, 0.9, 0.1)
+        guesses = [
+            (path, label, other[label] if number in wrong else label)
             for number, (path, label) in enumerate(images)
         ]
+        rows = [(*row, 0.9, *(0.9 if one == row[2] else 0.1 for one in classes)) for row in guesses]
         write_csv(
             folder / "predictions.csv",
             rows,
@@ -198,7 +199,8 @@ def test_invalid_comparisons_are_refused(cli: Cli, make: Make, tmp_path: Path) -
 
 
 def test_different_classes_are_refused(cli: Cli, make: Make) -> None:
-    found = refusal(cli, ExitCode.DATA, make("a"), make("b", classes=("ants", "wasps")))
+    other = make("b", images=IMAGES[:40], classes=("ants", "wasps"))
+    found = refusal(cli, ExitCode.DATA, make("a"), other)
     assert "only one of them knows 'bees', 'wasps'" in found
 
 

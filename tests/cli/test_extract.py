@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from finetune.features.store import KeptRows
 from finetune.runs import claim
 from pretrained.catalog import find_card
 from tests.conftest import Cli, draw_folder
+from tests.damage import KINDS
 from tests.sweeps import slow_except
 
 
@@ -240,6 +242,42 @@ def test_the_second_time_nothing_is_computed(
     one, three = pd.read_csv(tmp_path / "one.csv"), pd.read_csv(tmp_path / "three.csv")
     both = [name for name in one.columns if name.startswith("layer4.")]
     assert one[both].equals(three[both])  # the same bits, cached or computed with another layer
+
+
+DAMAGED: list[dict[str, Any]] = [
+    {"note": {"99": "gone"}},
+    {"note": {"0": 5}},
+    {"note": {"first": "gone"}},
+    {"note": [1]},
+    {"bytes": [0], "sha256": [hashlib.sha256().hexdigest()]},
+]
+"""What a journal may say of a block of features that is not so."""
+
+
+@pytest.mark.parametrize("change", slow_except([DAMAGED[0], DAMAGED[-1]], DAMAGED))
+def test_damaged_features_are_computed_again(
+    cli: Cli, tiny: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 3, "blue": 3})
+    assert extract(cli, tiny, data, tmp_path / "one.csv", "-l", "last").exit_code == 0
+    (journal,) = (tmp_path / "cache/finetune/kept").glob("*.journal")
+    facts, block = journal.read_text().splitlines()
+    journal.write_text(f"{facts}\n{json.dumps(json.loads(block) | change)}\n")
+    result = extract(cli, tiny, data, tmp_path / "two.csv", "-l", "last")
+    assert result.exit_code == 0 and "computed again" in result.stderr
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+@pytest.mark.usefixtures("never_waits")
+@pytest.mark.parametrize("kind", slow_except([None, "pipe"], [None, *KINDS]))
+def test_a_damaged_record_is_none_of_an_extraction(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, kind: str | None
+) -> None:
+    record = tmp_path / "out" / "extraction.json"
+    record.parent.mkdir()
+    record.write_text("[" * 100_000) if kind is None else KINDS[kind](record)
+    result = extract(cli, tiny, image_folder, tmp_path / "out", "-l", "last")
+    assert result.exit_code == 2 and "another extraction, or something else" in result.stderr
 
 
 def test_a_finished_folder_is_kept(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -1,26 +1,40 @@
-"""What a command says when it is stopped."""
+"""What a command says when it is stopped, and results that cannot be written."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import typer
 
-from finetune.cli.output import handled_errors
+from finetune.cli.output import (
+    handled_errors,
+    print_json,
+    print_line,
+    print_table,
+    print_text,
+    relay,
+    say,
+)
 from finetune.errors import ExitCode, InterruptedRunError
 
 STOPPED = InterruptedRunError("training", "it was stopped", "Give the same command again to resume.")
 STOPPED.output = "runs/a b"
 
 
+TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @pytest.fixture(autouse=True)
-def interrupts() -> Iterator[None]:
-    """A stopped command ignores further Ctrl-C; the tests after this one must not."""
-    before = signal.getsignal(signal.SIGINT)
+def signals() -> Iterator[None]:
+    """A stopped command ignores further signals; the tests after this one must not."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in TO_STOP}  # as without nohup
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +62,56 @@ def test_a_program_that_calls_the_api_is_told_no_command(
     with pytest.raises(typer.Exit), handled_errors():
         raise STOPPED
     assert capsys.readouterr().err.endswith("Give the same command again to resume.\n")
+
+
+@pytest.mark.parametrize("number", TO_STOP)
+def test_a_signal_ends_every_command_with_75(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A closed terminal sends SIGHUP twice, from the kernel and from the shell: the second one is ignored."""
+    with pytest.raises(typer.Exit) as ended, handled_errors(as_json=True):
+        signal.raise_signal(number)
+        time.sleep(5)
+    signal.raise_signal(number)
+    assert ended.value.exit_code == ExitCode.INTERRUPTED
+    shown = capsys.readouterr()
+    assert shown.err == "error: interrupted\nGive the same command again.\n"
+    assert '"exit_code": 75' in shown.out
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: print_line("a", colour="red"),
+        lambda: print_text("a"),
+        lambda: print_table(["a"], [["b"]]),
+        lambda: print_json({"a": 1}),
+        lambda: relay(b"a"),
+    ],
+)
+def test_a_result_that_a_full_disk_does_not_take_is_an_error(
+    write: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``finetune compare ... > file``: a lost result must not look like success, nor like a bug."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(typer.Exit) as ended, handled_errors():
+            write()
+    assert ended.value.exit_code == ExitCode.DISK
+    assert capsys.readouterr().err.startswith("error: standard output: No space left on device\n")
+
+
+def test_an_error_keeps_its_code_if_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full, Path("/dev/full").open("w") as other:
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.stderr", other)
+        say("a")
+        with pytest.raises(typer.Exit) as ended, handled_errors(as_json=True):
+            raise STOPPED
+    assert ended.value.exit_code == ExitCode.INTERRUPTED
+
+
+def test_only_colours_are_styled(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_line("plain")
+    say("plain")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("plain\n", "plain\n")

@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import archive
+from finetune.data.archives import archive, plan
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
@@ -71,6 +72,13 @@ def refused(data: Path, kind: type[DataError | DiskError] = DataError) -> DataEr
 def names(folder: Path) -> list[str]:
     """Everything below a folder, by its path."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
+    """Change a limit, or a check, wherever it is used."""
+    for module in (archive, plan):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
 
 
 def unpacked(cache: Path) -> list[Path]:
@@ -128,6 +136,19 @@ def test_only_images_and_tables_are_unpacked(tmp_path: Path) -> None:
         "Files in the archive that are not images are left out: .py (2), .sh (1).",
         "Hidden images and hidden folders with images are not read: 'ant/.1.jpg'.",
     )
+
+
+@pytest.mark.parametrize("name", [".left-out.json", ".names.json"])
+@pytest.mark.parametrize(
+    "text", ["5", "[]", '{".py": "two"}', "[" * 100_000, "", '{".py": null}', "NaN", None]
+)
+def test_a_damaged_note_of_an_archive_is_ignored(tmp_path: Path, name: str, text: str | None) -> None:
+    file = packed(tmp_path / "x.zip", *PLAIN, "x.py", "ant/caf\u00e9.py")
+    first = found(file)
+    note = first.root / name
+    note.unlink(missing_ok=True)
+    os.mkfifo(note) if text is None else note.write_text(text)
+    assert found(file).samples == first.samples
 
 
 def test_a_class_without_images_is_reported(tmp_path: Path) -> None:
@@ -235,7 +256,7 @@ def test_a_hostile_entry_is_refused_by_name(tmp_path: Path, cache: Path, entry: 
     assert fault in error.found
     assert error.found.startswith("1 entry is not what a plain archive of images holds:\n  ")
     assert len(error.found) < 400 and "\x1b" not in error.found
-    assert unpacked(cache) == []
+    assert list(cache.iterdir()) == []  # no lock either
     left = [name for name in names(tmp_path) if not name.startswith(("cache", "x.zip"))]
     assert left == before
 
@@ -346,13 +367,13 @@ def zeros(path: Path, size: int, number: int = 1) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "said"),
+    ("name", "value", "said"),
     [
         ("MAX_FILE_BYTES", 9_999, "holds a file of more than 1 MB"),
         ("MAX_BYTES", 25_000, "holds more than 1 MB"),
         ("FREE_BYTES", 20_000, "grows to more than 100 times its size"),
-        ("MAX_ENTRIES", 5, "holds more than 5 files"),
-        ("MAX_CONTENTS_BYTES", 300, "holds more than 1000000 files"),
+        ("MAX_ENTRIES", 5, "holds more than 5 files and folders"),
+        ("MAX_NAMES_BYTES", 300, "holds more than 1000000 files and folders"),
     ],
 )
 @pytest.mark.parametrize("honest", [True, False])
@@ -360,28 +381,92 @@ def test_limits(
     tmp_path: Path,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
-    limit: str,
+    name: str,
     value: int,
     said: str,
     honest: bool,
 ) -> None:
     file = zeros(tmp_path / "x.zip", 10_000, 3)
-    if limit == "FREE_BYTES":
-        monkeypatch.setattr(archive, "MAX_RATIO", 10)
+    if name == "FREE_BYTES":
+        limit(monkeypatch, "MAX_RATIO", 10)
         said = "grows to more than 10 times its size"
-    monkeypatch.setattr(archive, limit, value)
+    limit(monkeypatch, name, value)
     if not honest:  # what the table of contents says is not asked; the bytes that come out are counted
-        monkeypatch.setattr(archive, "_check_sizes", lambda *_: None)
+        limit(monkeypatch, "check_sizes", lambda *_: None)
     error = refused(file)
     assert said in error.found
     assert unpacked(cache) == []
 
 
-@pytest.mark.parametrize("limit", ["MAX_FILE_BYTES", "MAX_BYTES"])
-def test_limits_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    in_all = 10_000 + sum(map(len, PLAIN))
-    monkeypatch.setattr(archive, limit, 10_000 if limit == "MAX_FILE_BYTES" else in_all)
-    assert len(found(zeros(tmp_path / "x.zip", 10_000)).samples) == 9
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MAX_FILE_BYTES", 10_000),
+        ("MAX_BYTES", 4096 * (2 + 8 + 3)),  # two folders, eight files of a block, one of three
+        ("MAX_ENTRIES", 2 + 9),
+    ],
+)
+def test_limits_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
+    file = zeros(tmp_path / "x.zip", 10_000)
+    limit(monkeypatch, name, value - 1)
+    refused(file)
+    limit(monkeypatch, name, value)
+    assert len(found(file).samples) == 9
+
+
+# Folders
+
+
+def deep(*parts: object) -> str:
+    """A name in a folder 30 folders below the first part."""
+    return f"{parts[0]}/" + "d/" * 29 + "/".join(map(str, parts[1:]))
+
+
+@pytest.mark.parametrize("last", ["x.txt", ""])
+def test_folders_of_what_is_left_out_are_not_made(tmp_path: Path, cache: Path, last: str) -> None:
+    """A small archive would make a hundred thousand of them. The first is made: it may be an empty class."""
+    names = [deep(f"ant/{n}", last) for n in range(50)] + [deep(n, last) for n in range(50)]
+    error = refused(packed(tmp_path / "x.zip", *PLAIN, *((name, b"") for name in names)))
+    assert "class folder '0' holds no images" in error.found and "and 45 more such folders" in error.found
+    (root,) = unpacked(cache)
+    made = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir()}
+    assert made == {"ant", "bee", *map(str, range(50)), *(f"ant/{n}" for n in range(50))}
+
+
+def test_an_archive_without_images_makes_its_first_folders_only(tmp_path: Path, cache: Path) -> None:
+    error = refused(packed(tmp_path / "x.zip", "top/ant/1.txt", "top/bee/2.txt"))
+    assert "holds no class folders and no images, only .txt (2)" in error.found
+    (root,) = unpacked(cache)
+    assert [path.name for path in root.rglob("*") if path.is_dir()] == ["top"]
+
+
+def test_an_archive_of_folders_is_refused_before_anything_is_written(tmp_path: Path, cache: Path) -> None:
+    """With the real limits: each image lies alone, 30 folders deep, and 130 kilobytes would take 125 MB."""
+    file = packed(tmp_path / "x.zip", *PLAIN, *((deep(n, "x.jpg"), b"") for n in range(1000)))
+    assert file.stat().st_size < 300_000
+    assert "grows to more than 100 times its size" in refused(file).found
+    assert unpacked(cache) == []
+
+
+def test_folders_count_as_entries(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, "MAX_ENTRIES", 30)
+    error = refused(packed(tmp_path / "x.zip", *PLAIN, deep("wasp", "x.jpg")))
+    assert "holds more than 30 files and folders" in error.found and unpacked(cache) == []
+
+
+def test_a_file_takes_a_block_of_the_disk(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand files of one byte take four megabytes."""
+    limit(monkeypatch, "FREE_BYTES", 1000 * 4096)
+    limit(monkeypatch, "MAX_RATIO", 10)
+    file = packed(tmp_path / "x.zip", *((f"ant/{n}.jpg", b"x") for n in range(1000)))
+    assert "grows to more than 10 times its size" in refused(file).found and unpacked(cache) == []
+
+
+def test_a_file_in_the_place_of_a_folder_of_what_is_left_out(tmp_path: Path) -> None:
+    error = refused(packed(tmp_path / "x.zip", *PLAIN, "ant/0.jpg/a/b/readme.txt"))
+    assert "'ant/0.jpg' is both a file and a folder" in error.found
 
 
 def test_a_bomb_of_zeros_is_refused(tmp_path: Path, cache: Path) -> None:
@@ -400,7 +485,7 @@ def test_a_bomb_with_a_false_size_is_refused(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The headers declare a wrong size: no more is ever read, and the checksum does not match."""
-    monkeypatch.setattr(archive, "FREE_BYTES", 50_000)
+    limit(monkeypatch, "FREE_BYTES", 50_000)
     file = zeros(tmp_path / "x.zip", 1_000_000)
     patched(file, struct.pack("<I", 1_000_000), struct.pack("<I", 1_000))
     error = refused(file)
@@ -420,7 +505,7 @@ def test_entries_that_share_their_bytes_are_refused(
 
     The bytes that come out are held against the size of the file, not against what its entries claim.
     """
-    monkeypatch.setattr(archive, "FREE_BYTES", 100_000)
+    limit(monkeypatch, "FREE_BYTES", 100_000)
     content = zlib.compress(bytes(100_000), 9)[2:-4]
     name = b"ant/0.jpg"
     head = (20, 0, 8, 0, 33, zlib.crc32(bytes(100_000)), len(content), 100_000, len(name), 0)
@@ -434,7 +519,7 @@ def test_entries_that_share_their_bytes_are_refused(
     file.write_bytes(local + table + end)
     error = refused(file)
     assert "grows to more than 100 times its size" in error.found
-    monkeypatch.setattr(archive, "_check_sizes", lambda *_: None)
+    limit(monkeypatch, "check_sizes", lambda *_: None)
     refused(file)
     assert unpacked(cache) == []
 
@@ -475,14 +560,12 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, opened = packed(tmp_path / "x.zip", *PLAIN), Path.open
+    file = packed(tmp_path / "x.zip", *PLAIN)
 
-    def closed(path: Path, mode: str = "r", *rest: object, **words: object) -> object:
-        if path == file:
-            raise PermissionError(13, "Permission denied")
-        return opened(path, mode, *rest, **words)  # type: ignore[call-overload]
+    def closed(path: Path) -> object:
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", closed)  # chmod means nothing to root
+    monkeypatch.setattr(archive, "open_regular", closed)  # chmod means nothing to root
     assert refused(file).found == "cannot be read (Permission denied)"
 
 
@@ -494,12 +577,23 @@ from pathlib import Path
 os.sync = lambda: None
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
+from finetune.system.signals import StopSignal
 def wait(done, total):
     if done == 3:
         print("unpacking", flush=True)
         time.sleep(60)
-discover(Path(sys.argv[1]), SplitConfig(0.25, 0), on_progress=wait)
+with StopSignal():
+    discover(Path(sys.argv[1]), SplitConfig(0.25, 0), on_progress=wait)
 """
+
+
+def test_a_process_that_is_asked_to_stop_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    command = [sys.executable, "-c", SLOWLY, str(packed(tmp_path / "x.zip", *PLAIN))]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert child.stdout and child.stdout.readline() == "unpacking\n"
+    child.send_signal(signal.SIGHUP)
+    child.wait(20)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path: Path, cache: Path) -> None:
@@ -515,7 +609,7 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path: Path, ca
     assert len([name for name in names(part) if name.endswith(".jpg")]) == 3
     dataset = found(file)
     assert len(dataset.samples) == 8
-    assert unpacked(cache) == [dataset.root]
+    assert list(cache.iterdir()) == [dataset.root]
 
 
 def test_leftovers_of_a_dead_process_are_removed(tmp_path: Path, cache: Path) -> None:
@@ -532,7 +626,7 @@ def test_an_interrupt_cleans_up(tmp_path: Path, cache: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         discover(packed(tmp_path / "x.zip", *PLAIN), SplitConfig(0.25, 0), on_progress=interrupt)
-    assert unpacked(cache) == []
+    assert list(cache.iterdir()) == []
 
 
 def count_unpacked(file: Path, counts: multiprocessing.Queue[int]) -> None:
@@ -556,7 +650,27 @@ def test_runs_that_start_together_unpack_once(tmp_path: Path, cache: Path) -> No
     for run in runs:
         run.join(timeout=60)
     assert sorted(counts.get(timeout=5) for _ in runs) == [0, 0, 0, 8]
-    assert len(unpacked(cache)) == 1
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_who_waits_for_a_lock_gets_the_one_that_others_see(tmp_path: Path) -> None:
+    """The lock that was waited for is a file that has been removed, and that nobody else would lock."""
+    path, entered = tmp_path / "x.lock", threading.Event()
+
+    def wait() -> None:
+        with made_once._locked(path) as is_locked:
+            assert is_locked
+            with made_once._locked(path, wait=False) as again:
+                assert not again
+            entered.set()
+
+    with made_once._locked(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.1)
+        assert not entered.is_set()
+    thread.join(10)
+    assert entered.is_set() and not path.exists()
 
 
 def test_a_file_system_without_locks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,14 +251,14 @@ def test_the_pixel_limit_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert reason(path) == "64 x 48 pixels, more than 3071 in all"
 
 
-def test_the_byte_limit_is_exact_and_comes_before_opening(
+def test_the_byte_limit_is_exact_and_comes_before_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "x.png", noise())
     monkeypatch.setattr(decode, "MAX_BYTES", path.stat().st_size)
     probe_image(path)
     monkeypatch.setattr(decode, "MAX_BYTES", path.stat().st_size - 1)
-    monkeypatch.setattr(Path, "open", None)
+    monkeypatch.setattr(decode, "_identified", None)
     assert reason(path) == "file of 1 MB, more than 0 MB"
 
 

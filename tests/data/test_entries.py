@@ -9,13 +9,14 @@ import random
 import shutil
 import struct
 import tarfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
 
-from finetune.data import archive
+from finetune.data.archives import plan
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover, find_images
 from finetune.data.root import find_root
@@ -205,6 +206,55 @@ def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
     assert "is truncated, damaged" in refused(tmp_path / "x.tgz")
 
 
+def global_header(**fields: str) -> bytes:
+    """A header for all members that follow."""
+    return tarfile.TarInfo.create_pax_global_header(fields)
+
+
+def test_long_headers_of_one_member_are_refused(tmp_path: Path) -> None:
+    """A chain of them, each of a permitted length, would be held in memory whole."""
+    start = packed(tmp_path / "x.tar", *PLAIN).read_bytes()[: 1024 * 8]
+    for number, read in ((1, True), (3, False)):
+        chain = global_header(comment="x" * 400_000) * number
+        content = start + chain + packed(tmp_path / "z.tar", "cat/1.jpg", "cat/2.jpg").read_bytes()
+        (tmp_path / "y.tar").write_bytes(content)
+        if read:
+            assert found(tmp_path / "y.tar").classes == ("ant", "bee", "cat")
+        else:
+            assert "a header of an impossible length" in refused(tmp_path / "y.tar")
+
+
+def test_many_fields_for_all_members_are_refused(tmp_path: Path) -> None:
+    """tarfile keeps them to the end, and copies them for each member."""
+    fields = {f"field{n}": "x" for n in range(1001)}
+    tail = packed(tmp_path / "z.tar", "cat/1.jpg", "cat/2.jpg").read_bytes()
+    (tmp_path / "x.tar").write_bytes(global_header(**fields) + tail)
+    assert "too many fields in headers for all members" in refused(tmp_path / "x.tar")
+
+
+def test_folders_of_what_is_left_out_are_not_made(tmp_path: Path, cache: Path) -> None:
+    deep = [f"{n}/" + "d/" * 29 for n in range(20)]
+    file = packed(tmp_path / "x.tgz", *PLAIN, *(f"ant/{name}x.txt" for name in deep))
+    root = found(file).root
+    folders = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir()}
+    assert folders == {"ant", "bee", *(f"ant/{n}" for n in range(20))}
+    many = packed(
+        tmp_path / "y.tgz", *PLAIN, *(member(f"{n}-{name}x.jpg", b"") for n in range(50) for name in deep)
+    )
+    assert many.stat().st_size < 1_000_000
+    assert "grows to more than 100 times its size" in refused(many)
+    assert unpacked(cache) == [root]
+
+
+def test_a_header_of_digits_is_refused_at_once(tmp_path: Path) -> None:
+    """tarfile's search for a number in it takes the square of its length: 200 kilobytes half a minute."""
+    chain = header("x", b"00000620000\0", tarfile.XHDTYPE) + b"1" * 0o620000
+    (tmp_path / "x.tgz").write_bytes(gzip.compress(chain))
+    began = time.thread_time()
+    assert "a number of an impossible length" in refused(tmp_path / "x.tgz")
+    assert time.thread_time() - began < 1
+
+
 def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     info, _ = member("ant/9.jpg", b"")
     info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1000000000000"}
@@ -224,13 +274,14 @@ def test_a_bomb_is_refused(tmp_path: Path, cache: Path, name: str) -> None:
     [
         ("MAX_FILE_BYTES", 9_999, "holds a file of more than 1 MB"),
         ("MAX_BYTES", 25_000, "holds more than 1 MB"),
-        ("MAX_ENTRIES", 5, "holds more than 5 files"),
+        ("MAX_ENTRIES", 5, "holds more than 5 files and folders"),
+        ("MAX_NAMES_BYTES", 90, "holds more than 1000000 files and folders"),
     ],
 )
 def test_limits(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, said: str
 ) -> None:
-    monkeypatch.setattr(archive, limit, value)
+    monkeypatch.setattr(plan, limit, value)
     file = packed(tmp_path / "x.tar", *PLAIN, *(member(f"ant/z{n}.jpg", bytes(10_000)) for n in range(3)))
     assert said in refused(file) and unpacked(cache) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -259,6 +260,29 @@ def test_a_changed_byte_is_detected_and_everything_decoded_again(
     assert_same(
         list(build(photos, view_of("light"), kept).batches()), list(build(photos, view_of("light")).batches())
     )
+
+
+NOTES: list[Any] = [
+    None, 5, {}, [], [None] * 31, [None] * 33, [[1, 2]] * 32, [5] * 32, [[-1, -1, 3]] * 32,
+    [[10**30, 1, 3]] * 32, [[True, 1, 3]] * 32, [["9", 9, 3]] * 32, [[9, 9, 4]] * 32, [[9, 9, 3]] * 32,
+]  # fmt: skip
+"""What a journal may say of the shapes of a block's images that is none, or not those of its bytes."""
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_damaged_shapes_are_detected_and_everything_decoded_again(
+    cache_dir: FeatureCacheDir, keep: Keep, opened: list[str], listener: Listener, note: Any
+) -> None:
+    first = keep()
+    assert first is not None
+    first.close()
+    (path,) = cache_dir.folder.glob("*.journal")
+    facts, block, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([facts, json.dumps(json.loads(block) | {"note": note}), *rest]) + "\n")
+    opened.clear()
+    kept = keep()
+    assert kept is not None and len(opened) == 76
+    assert "damaged" in listener.said[0]
 
 
 def test_an_interrupted_fill_is_resumed(

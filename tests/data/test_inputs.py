@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data import folders
-from finetune.data.inputs import NOT_UTF8, find_inputs
+from finetune.data.inputs import LONGEST_PATH, NOT_UTF8, find_inputs
 from finetune.errors import DataError, UsageError
 
 NOTHING = io.BytesIO()
@@ -57,6 +57,24 @@ def test_standard_input_is_read_line_by_line() -> None:
         assert next(walk).path == "b.jpg"
         os.close(writing)
         assert [one.path for one in walk] == ["c.jpg"]
+
+
+def test_standard_input_without_an_end_of_a_path_is_refused() -> None:
+    with Path("/dev/zero").open("rb") as endless, pytest.raises(DataError, match="more than 65,536 bytes"):
+        list(find_inputs("-", endless).open())
+
+
+def test_the_longest_path_is_one(tmp_path: Path) -> None:
+    for path in ("x" * 4096, "\u8702" * 1365):
+        [image] = find_inputs("-", io.BytesIO(path.encode())).open()
+        assert (image.path, image.fault) == (path, "")
+    [image] = find_inputs("-", io.BytesIO("\u8702".encode() * 1366)).open()
+    assert "more than 4,096 bytes" in image.fault
+    table = tmp_path / "t.csv"
+    table.write_text("path\n" + "x" * 100_000 + "\na\0b\n")
+    first, second = find_inputs(str(table), None).open()
+    assert len(first.path) == LONGEST_PATH + 3 and "more than 4,096 bytes" in first.fault
+    assert second.path == r"a\0b" and "zero byte" in second.fault
 
 
 def test_a_file_called_like_a_pattern_is_a_file(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_a_table_of_zeros_and_ones_in_each_split(tmp_path: Path) -> None:
         ("filename,x,y\n../0.jpg,1,0\n", "1 image that do not exist: 'train/../0.jpg'"),
         ("filename,x,y\n/etc/passwd,1,0\n", "do not exist: 'train//etc/passwd'"),
         ("filename\n0.jpg\n", "no column for a class"),
+        (f"filename,x,y\n{'0' * 200_000}.jpg,1,0\n", "is not a table (field larger than field limit"),
         ("filename,x,y\n0.jpg,1\n", "1 image no class or several"),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from finetune.data import scan, scan_cache
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.scan import CheckedImages, check_images
-from finetune.data.scan_cache import ScanCache
+from finetune.data.scan_cache import ScanCache, clear_scans
 from finetune.data.split import SplitConfig
 from tests.conftest import draw_folder
 
@@ -83,6 +86,32 @@ def test_bad_images_are_scanned_every_time(data: Dataset, probed: list[Path]) ->
     probed.clear()
     assert [image.reason for image in scan_data(data).bad] == ["empty file"]
     assert len(probed) == 1
+
+
+HEADS: list[Any] = [-5, 10**30, True, 1.5, None, "3", [], {}]
+
+
+@pytest.mark.parametrize("value", HEADS)
+@pytest.mark.parametrize("key", ["path_bytes", "num_images"])
+def test_a_damaged_number_in_the_cache_file_is_detected(data: Dataset, key: str, value: Any) -> None:
+    scan_data(data)
+    path = ScanCache(data.root).path
+    head, _, rest = path.read_bytes().partition(b"\n")
+    path.write_bytes(json.dumps(json.loads(head) | {key: value}).encode() + b"\n" + rest)
+    assert len(ScanCache(data.root)._known) == 0
+
+
+@pytest.mark.usefixtures("never_waits")
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_in_the_place_of_the_cache_file_is_ignored(
+    data: Dataset, make: Callable[[Path], object]
+) -> None:
+    first = scan_data(data)
+    path = ScanCache(data.root).path
+    path.unlink()
+    make(path)
+    assert scan_data(data).digests == first.digests
+    clear_scans()
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "head", "noise", "version"])

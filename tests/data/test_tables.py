@@ -359,6 +359,19 @@ def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
 # --- tables that a finished model reads ---
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_what_a_gzip_file_unpacks_to_is_limited_in_every_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setattr("finetune.data.tables.format.MAX_BYTES", 200_000)
+    file = tmp_path / "labels.csv.gz"
+    file.write_bytes(gzip.compress(("path,label\n" + "a.jpg,x\n" * 50_000).encode(encoding)))
+    assert file.stat().st_size < 10_000
+    assert "more than 0 MB" in refused(file).found
+    with pytest.raises(DataError, match="more than 0 MB"):
+        list(find_inputs(str(file), None).open())
+
+
 def test_evaluation_reads_the_same_tables(tmp_path: Path) -> None:
     text = rows("ImageId;Breed;Usage", "{i};{l};{s}", s=THIRDS)
     dataset = find_labelled(write(images(tmp_path), text), ("x", "y"), "test")

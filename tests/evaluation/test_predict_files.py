@@ -19,11 +19,12 @@ import pytest
 import finetune
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.predict_files import PredictRequest, predict_files
+from finetune.evaluation.prediction_rows import PredictionProgress
 from finetune.runs import resumable_writer
 from finetune.runs.files import read_rows
 from finetune.runs.journal import read_journal
 from finetune.system.display import SilentDisplay
-from tests.conftest import draw
+from tests.conftest import Cli, draw
 from tests.sweeps import slow_except
 
 
@@ -221,6 +222,19 @@ def test_invalid_lines_are_listed_as_bad_images(
     bad = {row["path"]: row["reason"] for row in rows_of(tmp_path / "out.csv.bad.csv")}
     assert list(bad) == ["none.jpg", r"ba\udcffd.jpg", r"nu\0l.jpg", str(folder), "/dev/zero"]
     assert bad["none.jpg"] == "file not found" and "not UTF-8" in bad[r"ba\udcffd.jpg"]
+
+
+def test_text_that_is_no_path_is_shown_shortened(tiny: Path, folder: Path, tmp_path: Path, cli: Cli) -> None:
+    good = bytes(folder / "red" / "000.jpg")
+    for number, text in enumerate((b"x" * 50_000, b"\x1b" * 50_000)):
+        output = tmp_path / f"{number}.csv"
+        result = cli("predict", tiny, "-", "-o", output, "--device", "cpu", given=good + b"\n" + text)
+        assert result.exit_code == 0 and len(result.stderr) < 15_000
+        assert Path(f"{output}.bad.csv").stat().st_size < 5_000
+        assert len(rows_of(output)) == 1
+    result = cli("predict", tiny, "-", "-o", tmp_path / "o.csv", given=good + b"\n" + b"x" * 10_000_000)
+    assert result.exit_code == 65 and len(result.stderr) < 1_000
+    assert "a path has more than 65,536 bytes" in result.stderr
 
 
 def test_a_name_that_is_not_utf8_is_a_bad_image(
@@ -480,6 +494,51 @@ def test_a_changed_prediction_is_not_resumed(
     assert any("starting anew" in line for line in lines)
     predict(model, folder, tmp_path / "whole.csv", **more)
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+SOUND = {"done": 12, "digest": "0" * 64, "bad": 2, "rejected": 3}
+DAMAGED: list[Any] = [
+    5, [], {}, {"done": 12}, SOUND | {"more": 1}, SOUND | {"done": -1}, SOUND | {"done": True},
+    SOUND | {"done": 12.0}, SOUND | {"done": "12"}, SOUND | {"bad": -2}, SOUND | {"bad": 10},
+    SOUND | {"rejected": None}, SOUND | {"digest": 5},
+]  # fmt: skip
+"""What a journal may say of the progress that no prediction has written."""
+
+
+def test_the_progress_of_a_journal_is_read_only_if_it_can_be_one() -> None:
+    assert PredictionProgress.read(SOUND) == PredictionProgress(**SOUND)
+    assert [note for note in DAMAGED if PredictionProgress.read(note) is not None] == []
+
+
+@pytest.mark.parametrize("note", slow_except([5, SOUND | {"done": -1}], [*DAMAGED, SOUND, {"done": 10**30}]))
+def test_a_damaged_progress_is_not_resumed(
+    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Any
+) -> None:
+    output, journal = tmp_path / "out.csv", tmp_path / ".out.csv.journal"
+    with monkeypatch.context() as patch, pytest.raises(FinetuneError):
+        stop_after(patch, 3)
+        predict(tiny, folder, output)
+    *lines, last = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"note": note})]) + "\n")
+    _, said = predict(tiny, folder, output)
+    assert any("starting anew" in line for line in said)
+    predict(tiny, folder, tmp_path / "whole.csv")
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_an_output_with_a_damaged_progress_beside_it_is_kept(
+    tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the two last acts: the rows have their name, and the journal is still there."""
+    output, journal = tmp_path / "out.csv", tmp_path / ".out.csv.journal"
+    with monkeypatch.context() as patch, pytest.raises(FinetuneError):
+        stop_after(patch, 5)
+        predict(tiny, folder, output)
+    (tmp_path / ".out.csv.rows.part").rename(output)
+    *lines, last = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"note": {"done": 18}})]) + "\n")
+    with pytest.raises(UsageError, match="already exists"):
+        predict(tiny, folder, output)
 
 
 def test_images_that_come_later_are_added(

@@ -122,6 +122,13 @@ def test_duplicate_class_names_get_their_index(tiny: Path, tmp_path: Path, image
     assert predictor.predict(images[0]).label in predictor.classes
 
 
+def test_no_class_vanishes_whatever_its_name(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
+    named = copy_model(tiny, tmp_path / "named", label_names=["a", "a", "a (1)", *"defghij"])
+    prediction = finetune.load(named).predict(images[0])
+    assert len(prediction.probabilities) == 10
+    assert sum(prediction.probabilities.values()) == pytest.approx(1)
+
+
 def test_an_unreadable_image_is_named(tiny: Path, tmp_path: Path, images: list[Path]) -> None:
     (tmp_path / "cut.jpg").write_bytes(images[0].read_bytes()[:300])
     predictor = finetune.load(tiny)
@@ -157,7 +164,7 @@ def test_bytes_are_named_in_the_error(tiny: Path) -> None:
 
 
 def test_a_folder_is_refused(tiny: Path, image_folder: Path) -> None:
-    with pytest.raises(FinetuneError, match="not a file"):
+    with pytest.raises(FinetuneError, match="it is a folder"):
         finetune.load(tiny).predict(image_folder)
 
 

@@ -28,7 +28,7 @@ from finetune.exporters.graph_files import (
 )
 from pretrained.catalog import Card, Preprocessing, find_card
 
-LABELS = ("ant", "two\nlines", "蜂")
+LABELS = ("ant", "two  spaces ", "蜂")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_missing_package_is_named(
 
 def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_path: Path) -> None:
     write_companions(tmp_path, card, Interface())
-    assert (tmp_path / "labels.txt").read_text(encoding="utf-8").splitlines() == ["ant", "two lines", "蜂"]
+    assert (tmp_path / "labels.txt").read_text(encoding="utf-8").splitlines() == list(LABELS)
     told = json.loads((tmp_path / "preprocessing.json").read_text(encoding="utf-8"))
     assert told["label_names"] == list(LABELS)
     assert (told["input"]["dtype"], told["input"]["layout"]) == ("float32", "NCHW")
@@ -119,6 +119,8 @@ def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_pat
     nameless = describe_input(replace(card, label_names=()), Interface("nchw", True))
     assert nameless["label_names"] == ["0", "1", "2"]
     assert nameless["output"]["temperature_applied"] is True
+    write_companions(tmp_path, replace(card, label_names=("a", "a", "a (1)")), Interface())
+    assert (tmp_path / "labels.txt").read_text().splitlines() == ["a (0)", "a (1) (1)", "a (1)"]
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])

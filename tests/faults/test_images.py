@@ -115,8 +115,8 @@ CASES = (
         "link to a file that does not exist",
     ),
     Case("link to itself", lambda path: path.symlink_to(path), "too many levels of symbolic links"),
-    Case("folder", lambda path: path.mkdir(), "not a file"),
-    Case("named pipe", os.mkfifo, "not a file"),
+    Case("folder", lambda path: path.mkdir(), "it is a folder"),
+    Case("named pipe", os.mkfifo, "it is a named pipe, not a file"),
 )
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.Monk
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", refused)  # chmod means nothing to root
+    monkeypatch.setattr(os, "open", refused)  # chmod means nothing to root
     assert reason(path) == "permission denied"
 
 

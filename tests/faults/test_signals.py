@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
+from PIL import Image
 
+from finetune.cli.app import main
+from finetune.cli.processes import leave
+from finetune.data import decode
 from finetune.errors import InterruptedRunError
+from finetune.runs import resumable_writer
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
-from tests.conftest import draw_folder
+from finetune.system.signals import ECHO
+from tests.conftest import Cli, draw_folder
 from tests.faults.crash import Crasher, open_crasher
 from tests.faults.results import assert_same_run, fault_of
 from tests.faults.test_kill_points import words_of
@@ -130,3 +140,114 @@ def test_a_stopped_decoding_process_is_no_hang_for_ever(tiny: Path, tmp_path: Pa
     assert "no heartbeat for 15 s" in said
     outcome = RunReader(RunFolder(output)).outcome
     assert (outcome["state"], outcome["attempt"]) == ("done", 2)
+
+
+# --- while a decoder is busy, which hears of no signal ---------------------------------------------
+
+SLOW = "003.jpg"
+
+
+def decode_for_ever(words: list[str], said: Path, reached: Any, where: str) -> None:
+    """Run the command line; decoding one image takes minutes, in a thread or in a decoding process."""
+    identified, own = decode._identified, os.getpid()
+
+    def slowly(file: BinaryIO, name: str) -> Image.Image:
+        if name == SLOW and (os.getpid() == own) == (where == "thread"):
+            reached.set()
+            time.sleep(600)
+        return identified(file, name)
+
+    decode._identified = slowly
+    resumable_writer.SAVE_SECONDS = 0.0
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY, 0o600), 2)
+    sys.argv = ["finetune", *words]
+    main()
+
+
+@contextmanager
+def decoding(tmp_path: Path, *words: object, where: str = "thread") -> Iterator[BaseProcess]:
+    """A process, forked from this one, that runs the command line and decodes the slow image by now."""
+    fork = multiprocessing.get_context("fork")
+    reached = fork.Event()
+    arguments = ([str(word) for word in words], tmp_path / "said", reached, where)
+    process = fork.Process(target=decode_for_ever, args=arguments)
+    process.start()
+    try:
+        assert reached.wait(60), (tmp_path / "said").read_text()
+        yield process
+    finally:
+        process.kill()
+
+
+def send(process: BaseProcess, number: int) -> None:
+    assert process.pid
+    os.kill(process.pid, number)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_a_decoder(
+    tiny: Path, tmp_path: Path, cli: Cli, second: int
+) -> None:
+    data, output = draw_folder(tmp_path / "data", {"red": 4, "blue": 4}), tmp_path / "out.csv"
+    words = ["predict", tiny, data, "-o", output, "--batch-size", 2, "--workers", 1]
+    with decoding(tmp_path, *words) as process:
+        while not output.with_name(".out.csv.rows.part").stat().st_size:
+            time.sleep(0.01)
+        send(process, signal.SIGTERM)
+        process.join(1.5 * ECHO)
+        assert process.is_alive()  # it would finish the batch
+        send(process, second)
+        process.join(10)
+        assert process.exitcode == 75
+    assert "what was saved is kept" in (tmp_path / "said").read_text()
+    result = cli(*words)
+    assert result.exit_code == 0 and "resuming after 2 images" in result.stderr
+    cli(*words[:-6], "-o", tmp_path / "whole.csv", *words[-4:])
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+TRAIN = ["--set", "cache=off", "-s", "full", "--epochs", 1, "--workers", 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [("evaluate", "thread"), ("check", "thread"), ("run", "thread"), ("run", "process")],
+    ids=["evaluate", "check", "run", "run, in a process"],
+)
+def test_no_command_waits_for_a_decoder(
+    tiny: Path, tmp_path: Path, command: str, where: str, number: int
+) -> None:
+    """Where no step has to be finished, the first signal ends it."""
+    data = draw_folder(tmp_path / "data", {"0": 6, "1": 6})
+    model = {"evaluate": [tiny], "check": [], "run": ["-b", tiny, *TRAIN]}[command]
+    with decoding(tmp_path, command, *model, "-d", data, "-o", tmp_path / "out", where=where) as process:
+        send(process, number)
+        process.join(10)
+        assert process.exitcode == 75, (tmp_path / "said").read_text()
+    assert "Give the same command again" in (tmp_path / "said").read_text()
+
+
+def be_deaf() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+def leave_busy(started: Any) -> None:
+    """Leave while a thread and a process are at work, which Python would join."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    multiprocessing.get_context("fork").Process(target=be_deaf, daemon=True).start()
+    started.set()
+    leave(75)
+
+
+def test_an_interrupted_command_joins_nobody() -> None:
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+    process = fork.Process(target=leave_busy, args=(started,))
+    process.start()
+    assert started.wait(20)
+    process.join(10)
+    code = process.exitcode
+    process.kill()
+    assert code == 75

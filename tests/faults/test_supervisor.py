@@ -192,8 +192,7 @@ def test_an_outcome_that_is_not_the_childs_own_stays(trial: Start, written: str)
 def test_words_that_nobody_reads_change_no_exit_code() -> None:
     """As in ``finetune run ... 2>&1 | head``: the reader has left before the end."""
     code = (
-        "from finetune.cli.output import say, write_stdout; "
-        "say('x' * 9); write_stdout('y'); raise SystemExit(7)"
+        "from finetune.cli.output import print_line, say; say('x' * 9); print_line('y'); raise SystemExit(7)"
     )
     script = f"import os, sys\nos.close(0)\n{code}"
     reading, writing = os.pipe()

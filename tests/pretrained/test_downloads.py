@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,10 +23,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from finetune.errors import EnvironmentFaultError
+from finetune.system.signals import StopSignal
 from pretrained import hub as module
 from pretrained.catalog import Card, find_card
 from pretrained.weights import find_cached, find_weights
-from tests.hub_server import COMMIT, Server, serve
+from tests.hub_server import COMMIT, Fault, Server, serve
 
 
 @pytest.fixture
@@ -117,6 +120,54 @@ def test_a_silent_mirror_ends_at_the_timeout(
     assert time.monotonic() - began < 3
     assert socket.getdefaulttimeout() is None
     assert list(online.iterdir()) == []
+
+
+def download(card: Card) -> None:
+    with StopSignal():
+        find_weights(card)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_download_that_was_ended_is_made_again(
+    server: Server, online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What was received is not used, and does not stay in the cache."""
+    card = card_of(content)
+    name = card.location.rpartition("/")[2]
+    server.files[f"/{name}"] = content
+    server.faults[f"/{name}"] = Fault(pause=0.05, piece=1000)
+    monkeypatch.setenv("FINETUNE_MIRROR", server.url)
+    process = multiprocessing.get_context("fork").Process(target=download, args=(card,))
+    process.start()
+    while not [part for part in online.glob("*.part") if part.stat().st_size]:
+        time.sleep(0.01)
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(20)
+    assert len(list(online.iterdir())) == (number == signal.SIGKILL)
+    server.faults.clear()
+    path = find_weights(card)
+    assert path.read_bytes() == content
+    assert list(online.iterdir()) == [path]
+
+
+def test_only_what_killed_downloads_have_left_is_removed(tmp_path: Path, content: bytes) -> None:
+    """A process that still downloads the same file has written to its own part since this one began."""
+    digest, began = hashlib.sha256(content).hexdigest(), time.time()
+    blobs, pointer = tmp_path / "blobs", tmp_path / "snapshots" / COMMIT / "model.safetensors"
+    blobs.mkdir()
+    pointer.parent.mkdir(parents=True)
+    (blobs / digest).write_bytes(content)
+    pointer.symlink_to(f"../../blobs/{digest}")
+    for name, age in (("killed", 5.0), ("living", -5.0)):
+        part = blobs / f"{digest}.{name}.incomplete"
+        part.write_bytes(content[:100])
+        os.utime(part, (began - age, began - age))
+    other = blobs / f"{'0' * 64}.killed.incomplete"  # of another file, which nobody has downloaded since
+    other.write_bytes(b"")
+    os.utime(other, (0, 0))
+    assert module._verify(pointer, began) == pointer
+    assert {path.name for path in blobs.iterdir()} == {digest, f"{digest}.living.incomplete", other.name}
 
 
 @pytest.mark.parametrize("mirror", ["no url at all", "http://127.0.0.1:9", "http://[", "ftp:"])
@@ -248,6 +299,29 @@ def test_the_hub_then_its_cache_then_offline(server: Server, tmp_path: Path, con
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_pull_that_was_ended_is_given_again(
+    server: Server, tmp_path: Path, content: bytes, number: int
+) -> None:
+    server.files["/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"] = content
+    server.faults |= {path: Fault(pause=0.05, piece=4096) for path in server.files}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": server.url}
+    command = [sys.executable, "-m", "finetune", "pull", "test_resnet"]
+    process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+    while not [part for part in tmp_path.rglob("*.incomplete") if part.stat().st_size]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 75), said
+    server.faults.clear()
+    again = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 0, again.stderr
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nobody there", "silent"])
 def test_no_network_is_said_at_once(silent: str, tmp_path: Path, kind: str) -> None:
     endpoint = silent if kind == "silent" else "http://127.0.0.1:9"
@@ -283,10 +357,10 @@ def test_a_wrong_file_of_the_shared_store_is_removed_and_a_right_one_kept(
         shared = pointer.resolve()
         assert shared.name == other_hash
         if right:
-            assert module._verify(pointer) == pointer
+            assert module._verify(pointer, 0.0) == pointer
             assert pointer.read_bytes() == content
         else:
-            assert "it was removed" in str(module._verify(pointer))
+            assert "it was removed" in str(module._verify(pointer, 0.0))
             assert not any(path.exists() or path.is_symlink() for path in (pointer, blob, shared))
 
 

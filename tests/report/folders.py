@@ -52,7 +52,7 @@ def write_folder(root: Path, classes: Sequence[str], per_class: int = 6, *, spar
                     name,
                     classes[guess],
                     sure,
-                    *[sure if k == guess else 0.1 for k in range(len(classes))],
+                    *[sure if k == guess else (1 - sure) / (len(classes) - 1) for k in range(len(classes))],
                 )
             )
             split.append((path, name, "val", "0" * 64))

@@ -7,17 +7,22 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from finetune.errors import UsageError
 from finetune.report.facts import load_facts
+from finetune.report.images import Explainer
 from finetune.report.write_report import write_run_report
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.system.display import SilentDisplay
+from pretrained.backbone import load_source
+from pretrained.catalog import find_card
 from tests.conftest import Cli
 from tests.report.folders import HOSTILE, write_folder
 from tests.sweeps import slow_except
@@ -337,3 +342,16 @@ def test_the_report_command_writes_it_again(cli: Cli, copy: RunFolder) -> None:
     assert json.loads(result.stdout) == {"report": str(copy.report), "plots": str(copy.plots)}
     assert copy.report.is_file() and (copy.plots / "loss.svg").is_file()
     assert cli("report", copy.path / "nowhere").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"), [(("a", "a", *"cdefghij"), ["a (0)", "a (1)"]), ((), ["0", "9"])]
+)
+def test_evidence_is_shown_for_the_names_that_predictions_have(
+    tiny: Path, names: tuple[str, ...], classes: list[str]
+) -> None:
+    """Of a model of others, which may have one name twice, or no names."""
+    card = replace(find_card(str(tiny)), label_names=names)
+    explainer = Explainer(load_source(card).network.eval(), card)
+    _, maps = explainer.explain(Image.new("RGB", (40, 36)), classes)
+    assert all(one.values is not None for one in maps)

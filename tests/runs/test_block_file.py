@@ -3,11 +3,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +17,7 @@ from unittest import mock
 import pytest
 
 from finetune.runs.block_file import BlockFile, facts_of, is_in_use, journal_of, remove_unused
+from finetune.runs.journal import Block
 
 FACTS = {"kind": "test", "cut": "layer3"}
 CONTENT = [b"one", b"", b"three" * 1000]
@@ -83,6 +86,89 @@ def test_a_damaged_journal_is_detected(tmp_path: Path, journal: bytes) -> None:
     assert read(path) == []
     fill(path)
     assert read(path) == CONTENT
+
+
+def rewrite(path: Path, number: int, **changes: Any) -> None:
+    """Change a line of the journal of a file of blocks, which is the line after the facts from 1."""
+    lines = journal_of(path).read_text().splitlines()
+    lines[number] = json.dumps(json.loads(lines[number]) | changes)
+    journal_of(path).write_text("\n".join(lines) + "\n")
+
+
+SIZES: list[Any] = [-5, 10**30, 2**62, 2**40, 4, True, 3.0, "3", None, [3], {}]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_damaged_size_is_detected_before_it_is_read(tmp_path: Path, size: Any) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    rewrite(path, 1, bytes=[size])
+    assert read(path) == []
+    fill(path)
+    assert read(path) == CONTENT
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"a":' * 100_000, b"NaN", b"1" * 5000, b'{"bytes": 3}'])
+def test_a_damaged_line_is_detected(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    journal_of(path).write_bytes(journal_of(path).read_bytes() + line + b"\n")
+    assert read(path) == []
+
+
+def test_a_block_that_does_not_fit_is_detected(tmp_path: Path) -> None:
+    """Its bytes are those of the sha256, which says nothing of the note."""
+    path = tmp_path / "test.bin"
+    fill(path)
+
+    def fits(number: int, block: Block) -> bool:
+        return bool(block.note == {"number": number})
+
+    assert read(path, fits=fits) == CONTENT
+    rewrite(path, 2, note={"number": "one"})
+    assert read(path, fits=fits) == []
+
+
+def test_more_blocks_than_there_can_be_are_detected(tmp_path: Path) -> None:
+    path = tmp_path / "test.bin"
+    file = BlockFile(path, FACTS, 4)
+    for content in [*CONTENT, b"more"]:
+        file.append(content)
+    file.close()
+    assert read(path) == []
+
+
+def test_a_damaged_file_that_cannot_be_removed_is_no_endless_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the folder of another user."""
+    path = tmp_path / "test.bin"
+    fill(path)
+    rewrite(path, 1, bytes=[-5])
+    monkeypatch.setattr("finetune.runs.block_file.remove", lambda _: None)
+    with pytest.raises(OSError, match="cannot be removed"):
+        read(path)
+
+
+@pytest.mark.usefixtures("never_waits")
+@pytest.mark.parametrize("name", ["test.bin", "test.journal"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_replaced_or_refused(
+    tmp_path: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "test.bin"
+    fill(path)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    assert facts_of(path) in ({}, FACTS)
+    assert not is_in_use(path)
+    try:
+        fill(path)
+    except OSError as error:
+        assert str(tmp_path / name) in str(error)
+        assert remove_unused(path) == (make != Path.mkdir)
+    else:
+        assert read(path) == CONTENT
 
 
 def test_a_truncated_or_missing_file_is_detected(tmp_path: Path) -> None:

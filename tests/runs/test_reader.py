@@ -106,6 +106,37 @@ def test_damaged_files_are_refused_by_name(folder: RunFolder, name: str, content
         ("predictions.csv", "path,label,predicted,confidence\na,ants,ants,sure\n"),
         ("predictions.csv", "path,label,predicted,confidence\na,ants\n"),
         ("confusion_matrix.csv", ",ants,bees\nants,1,0\n"),
+        ("predictions.csv", "path,label,predicted,confidence\na,ants,ants,nan\n"),
+        ("predictions.csv", "path,label,predicted,confidence\na,ants,ants,1.5\n"),
+        ("predictions.csv", "path,label,predicted,confidence,prob_ants,else\na,ants,ants,1,1,0\n"),
+        ("predictions.csv", "path,label,predicted,confidence,prob_ants,prob_ants\na,ants,ants,1,1,0\n"),
+        *(
+            ("predictions.csv", f"path,label,predicted,confidence,prob_ants,prob_bees\na,ants,{row}\n")
+            for row in (
+                "ants,0.9,0.9,nan",
+                "ants,0.9,0.9,inf",
+                "ants,0.9,0.9,0.9",
+                "ants,0.9,0.9",
+                "ants,0.9,0.9,x",
+                "ants,1,1.5,-0.5",
+                "ants,0.8,0.9,0.1",
+                "bees,0.9,0.9,0.1",
+                "wasps,0.9,0.9,0.1",
+                "ants,0.9,0.9,0.1,0",
+            )
+        ),
+        ("confusion_matrix.csv", "label,ants,bees\nants,1,-1\nbees,0,1\n"),
+        ("confusion_matrix.csv", f"label,ants,bees\nants,1,{10**400}\nbees,0,1\n"),
+        ("confusion_matrix.csv", "label,ants,bees\nbees,1,0\nants,0,1\n"),
+        ("confusion_matrix.csv", "label,ants,ants\nants,1,0\nants,0,1\n"),
+        ("plan.csv", "group,stage,parameters,trained,rate\nhead,fc,many,True,0.1\n"),
+        ("plan.csv", "group,stage,parameters,trained,rate\nhead,fc,-1,True,0.1\n"),
+        *(
+            ("history.csv", f"epoch,eval_loss\n{row}\n")
+            for row in ("1,nan", "1,inf", "1,1e300", "-1,1", "0,1")
+        ),
+        *(("history.csv", f"epoch,eval_loss\n{row}\n") for row in ("1.5,1", "nan,1", "1e300,1", ",1")),
+        ("history.csv", "eval_loss\n1\n"),
         ("history.csv", "epoch\nfirst\n"),
         ("metrics.json", "[" * 100_000),
     ],

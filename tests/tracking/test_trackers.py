@@ -283,7 +283,13 @@ def test_a_file_in_place_of_the_folder_causes_a_warning_per_tracker(tmp_path: Pa
     assert len(display.warnings) == 3
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"mlflow": 3}', '{"mlflow": {"run_id": "x"}}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{", '{"mlflow": 3}', '{"mlflow": {"run_id": "x"}}', "\udcff", "[" * 100_000,
+        '{"mlflow": {"run_id": "x", "epoch": Infinity}}',
+    ],
+)  # fmt: skip
 def test_damaged_states_are_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "tracking").mkdir()
     states = tmp_path / "tracking" / "trackers.json"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.training.optim import FusedSGD
-from finetune.training.state import State, optimizer_tensors, restore_optimizer
+from finetune.training.optim import FusedSGD, find_odd_state, has_other_optimizer
+from finetune.training.standardize import are_moments
+from finetune.training.state import (
+    HISTORY_COLUMNS,
+    Checkpoint,
+    Progress,
+    Snapshot,
+    State,
+    find_misfit,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from finetune.training.trainer import Trainer
 from tests.training.helpers import SmallNet, assert_same_end, build_trainer, fit_until
 
@@ -138,3 +149,133 @@ def train_after_overflow(fused: bool) -> Tensor:
         scaler.step(optimizer)
         scaler.update()
     return weight.detach()
+
+
+# --- what a checkpoint may say ---
+
+ROW = dict.fromkeys(HISTORY_COLUMNS, 1.0)
+SOUND = {
+    "epoch": 1,
+    "best": {"accuracy": 0.5, "loss": 1.0},
+    "best_epoch": 0,
+    "history": [ROW],
+    "lost": {"a.jpg": "gone"},
+}
+ODD: list[dict[str, Any]] = [
+    *({key: value} for key in ("epoch", "step", "batch", "num_seen") for value in (-1, True, 1.0, "1", None)),
+    *(
+        {key: value}
+        for key in ("lr", "loss_sum", "rate_factor")
+        for value in (-1, float("nan"), "1", 10**400)
+    ),
+    {"best": {}},
+    {"best": {"accuracy": 1.0}},
+    {"best": {"accuracy": 1.0, "loss": "low"}},
+    {"best_epoch": -1},
+    {"best_epoch": -2},
+    {"best_epoch": 2},
+    {"history": {}},
+    {"history": [{}]},
+    {"history": [ROW | {"epoch": float("inf")}]},
+    {"scaler": {"scale": 1.0}},
+    {"scaler": 5},
+    {"lost": {"a.jpg": 5}},
+    {"lost": []},
+    {"unknown": 1},
+]
+
+
+def test_the_progress_of_a_checkpoint_is_read_only_if_a_training_can_have_it() -> None:
+    assert Progress.from_json(json.dumps(SOUND)) == Progress(**SOUND)  # type: ignore[arg-type]
+    assert Progress.from_json("{}") == Progress()
+    for text in ("[]", "null", "5", "{", *(json.dumps(SOUND | odd) for odd in ODD)):
+        with pytest.raises(ValueError, match=r"progress|value|unknown|Expecting"):
+            Progress.from_json(text)
+
+
+def forged(trainer: Trainer, change: Callable[[dict[str, Tensor]], object]) -> Checkpoint:
+    """The state of a trainer as a checkpoint, with other tensors."""
+    now = trainer._take()
+    tensors = dict(now.tensors)
+    change(tensors)
+    other = Snapshot(tensors, now.progress)
+    return Checkpoint(other, other, None)
+
+
+def replaced(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], object]:
+    """A change of the first tensor whose name begins and ends so."""
+    start, _, end = name.partition("...")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if key.startswith(start) and key.endswith(end))
+        tensors[key] = make(tensors[key])
+
+    return change
+
+
+MISFITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "another shape": replaced("model.", lambda _: torch.zeros(2)),
+    "int8 (": replaced("model.", lambda tensor: tensor.to(torch.int8)),
+    "hold nan": replaced("model.", lambda tensor: tensor * float("nan")),
+    "hold infinity": replaced("ema.", lambda tensor: tensor + float("inf")),
+    "no moving average": replaced("ema.", lambda _: torch.zeros(2)),
+    "such as head.bias": lambda tensors: tensors.pop("model.head.bias"),
+    "such as more": lambda tensors: tensors.update({"model.more": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("said", MISFITS)
+def test_a_checkpoint_of_other_tensors_does_not_fit(image_folder: Path, tmp_path: Path, said: str) -> None:
+    trainer = build(image_folder, tmp_path)
+    frozen = trainer.state.frozen
+    assert find_misfit(forged(trainer, lambda _: None), trainer.task.network, frozen, has_average=True) == ""
+    found = find_misfit(forged(trainer, MISFITS[said]), trainer.task.network, frozen, has_average=True)
+    assert said.replace("infinity", "nan or infinity") in found or said in found
+
+
+ODD_STATE: tuple[Callable[[dict[str, Tensor]], object], ...] = (
+    replaced("optimizer....:exp_avg", lambda _: torch.zeros(2)),
+    replaced("optimizer....:exp_avg", lambda tensor: tensor.long()),
+    replaced("optimizer....:step", lambda _: torch.tensor(-5.0)),
+    replaced("optimizer....:step", lambda _: torch.tensor(float("nan"))),
+    lambda tensors: tensors.pop("optimizer.head.bias:exp_avg_sq"),
+    lambda tensors: tensors.update({"optimizer.more:exp_avg": torch.zeros(2)}),
+)
+
+
+@pytest.mark.parametrize("number", range(len(ODD_STATE)))
+def test_a_state_of_another_optimizer_is_found(image_folder: Path, tmp_path: Path, number: int) -> None:
+    trainer = build(image_folder, tmp_path, optimizer="adamw")
+    fit_until(trainer, lambda at: at.step >= 1)
+    assert find_odd_state(forged(trainer, lambda _: None), trainer.task.network) == ""
+    assert find_odd_state(forged(trainer, ODD_STATE[number]), trainer.task.network).startswith(
+        ("head", "stage", "more")
+    )
+
+
+def test_an_optimizer_without_one_of_its_tensors_starts_afresh(image_folder: Path, tmp_path: Path) -> None:
+    trainer = build(image_folder, tmp_path, optimizer="adamw")
+    fit_until(trainer, lambda at: at.step >= 1)
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith(":exp_avg_sq")]:
+            del tensors[key]
+
+    assert not has_other_optimizer(forged(trainer, lambda _: None), trainer.settings)
+    assert has_other_optimizer(forged(trainer, leave_out), trainer.settings)
+
+
+def test_moments_of_another_classifier_are_found(image_folder: Path, tmp_path: Path) -> None:
+    network = SmallNet()
+    moments = {"head.mean": torch.zeros(8), "head.std": torch.ones(8)}
+    assert are_moments(network, {}) and are_moments(network, moments)
+    for odd in (
+        {"head.std": torch.zeros(8)},
+        {"head.std": torch.ones(3)},
+        {"head.std": torch.ones(8).double()},
+        {"head.mean": torch.full((8,), float("nan"))},
+        {"tail.mean": torch.zeros(8)},
+        {"stage1.1.mean": torch.zeros(6), "stage1.1.std": torch.ones(6)},
+    ):
+        assert not are_moments(network, moments | odd), odd
+    assert not are_moments(network, {"head.mean": torch.zeros(8)})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetune.data.archives.entries import archive_stem, is_archive
 from finetune.data.dataset import Split
-from finetune.data.entries import archive_stem, is_archive
 from finetune.data.folders import (
     class_names,
     explain_others,

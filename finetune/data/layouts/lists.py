@@ -11,14 +11,15 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from finetune.data.archives.entries import KINDS, SUFFIXES, is_archive, is_unread_archive
 from finetune.data.dataset import Split
-from finetune.data.entries import KINDS, SUFFIXES, is_archive, is_unread_archive
 from finetune.data.folders import class_names, images_below, peek
 from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, name_fault, names_in, printable, quoted, some
 from finetune.data.tables.format import is_table
 from finetune.data.tables.rows import read_csv
 from finetune.errors import count
+from finetune.system.regular_files import open_regular
 
 TABLES = frozenset({".csv", ".tsv"})
 """Extensions of tables that may hold labels."""
@@ -125,7 +126,10 @@ def read_one_hot(
     if ONE_HOT not in files or folders:
         return None
     where = f"{top}/{ONE_HOT}"
-    rows = list(csv.reader(_lines(reader, where)))
+    try:
+        rows = list(csv.reader(_lines(reader, where)))
+    except csv.Error as error:
+        raise reader.error(f"{where!r} is not a table ({error})", "Export the data set again.") from None
     header = [cell.strip() for cell in rows[0]] if rows else []
     if len(header) < 2:
         raise reader.error(f"{where!r} has no column for a class", "Export the data set again.")
@@ -201,16 +205,18 @@ def _lines(reader: LayoutReader, name: str) -> list[str]:
     """Return the lines of a list in the data.
 
     Raises:
-        DataError: it cannot be read, is too large, is not UTF-8, or is a link that leads out.
+        DataError: it is not a file, cannot be read, is too large, is not UTF-8, or is a link that leads out.
     """
     file = reader.root / name
     try:
         if file.is_symlink() and reader.leads_out(name):
             reader.check_links()
             return []
-        if file.stat().st_size > _MAX_BYTES:
+        with open_regular(file) as content:
+            text = content.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
             raise reader.error(f"{name!r} has more than {_MAX_BYTES // 2**20} MB", "Give a CSV file.")
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return text.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise reader.error(f"{name!r} is not UTF-8", "Save it as UTF-8.") from None
     except OSError as error:

@@ -57,8 +57,8 @@ _REASONS = (
     (
         "picture-too-large",
         "more than",
-        "{} over the limit of pixels or bytes",
-        "Make them smaller, or remove them.",
+        "{} over a limit of size or of the time to decode them",
+        "Make them smaller and save them again, or remove them.",
     ),
     (
         "file-format",

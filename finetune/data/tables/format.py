@@ -9,22 +9,25 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.data.layout import LayoutReader, quoted
+from finetune.errors import DataError
+from finetune.system.regular_files import open_regular
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAX_BYTES = 2**30
-"""Largest file: the whole table is held in memory, at several times its size on disk. A million rows take
-100 MB or less on disk."""
+"""Largest table, unpacked: it is held in memory at several times its size. A million rows take 100 MB or
+less."""
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 """Endings of tables' names."""
@@ -90,17 +93,16 @@ def find_format(reader: LayoutReader, file: Path) -> TableFormat:
     """Return how a table is written.
 
     Raises:
-        DataError: it is too large, cannot be read, or its encoding is unknown.
+        DataError: it is too large, is not a file or cannot be read, or its encoding is unknown.
     """
-    _refuse_huge(reader, file.stat().st_size)
-    with reading(reader, file), _open(file) as content:
+    with reading(reader, file), _open(reader, file) as content:
         first = content.read(_FIRST)
         for begin, found, fix in _OTHER_FILES:
             if begin.match(first):
                 raise reader.error(found, fix)
         encoding = _find_encoding(reader, first, content)
         lines = first.decode(encoding, "ignore").splitlines()
-        is_packed = isinstance(content, gzip.GzipFile)
+        is_packed = content.raw.is_packed
     header = lines[0] if lines else ""
     if hint := _HINT.fullmatch(header):
         return TableFormat(encoding, hint[1], 1, is_packed)
@@ -117,7 +119,7 @@ def read_cells(reader: LayoutReader, file: Path, found: TableFormat) -> DataFram
     from pandas.errors import EmptyDataError, ParserError
 
     try:
-        with reading(reader, file), _open(file) as content:
+        with reading(reader, file), _open(reader, file) as content:
             # With header=None pandas requires every row to be as wide as the first: a stray comma is an error
             # instead of a silent shift of all columns by one.
             table = read_csv(
@@ -142,7 +144,7 @@ def read_rows(reader: LayoutReader, file: Path) -> Iterator[list[str]]:
     """
     found = find_format(reader, file)
     try:
-        with reading(reader, file), _open(file) as content:
+        with reading(reader, file), _open(reader, file) as content:
             lines = io.TextIOWrapper(content, encoding=found.encoding, newline="")
             for _ in range(found.skipped):
                 lines.readline()
@@ -166,23 +168,47 @@ def reading(reader: LayoutReader, file: Path) -> Iterator[None]:
         raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from error
 
 
+class _Bytes(io.RawIOBase):
+    """The bytes of a table, unpacked if they begin as gzip does; more than ``MAX_BYTES`` are refused.
+
+    Attributes:
+        is_packed: whether the file is compressed by gzip.
+    """
+
+    def __init__(self, reader: LayoutReader, file: BinaryIO) -> None:
+        self._reader, self._size = reader, 0
+        self.is_packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        self._source: Any = gzip.GzipFile(fileobj=file) if self.is_packed else file
+
+    def readable(self) -> bool:
+        """Return that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes; the table is refused if they are too many."""
+        size: int = self._source.readinto(buffer)
+        self._size += size
+        if self._size > MAX_BYTES:
+            raise _too_large(self._reader, self._size)
+        return size
+
+
 @contextmanager
-def _open(file: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes; one that begins as gzip does is unpacked."""
-    with file.open("rb") as content:
-        if content.peek(2)[:2] != b"\x1f\x8b":
-            yield content
-            return
-        with gzip.GzipFile(fileobj=content) as unpacked:
-            yield cast(BinaryIO, unpacked)
+def _open(reader: LayoutReader, file: Path) -> Iterator[io.BufferedReader[_Bytes]]:
+    """Open a table; the one way in which any command reads one."""
+    with open_regular(file) as content:
+        if (size := os.fstat(content.fileno()).st_size) > MAX_BYTES:
+            raise _too_large(reader, size)
+        with io.BufferedReader(_Bytes(reader, content), _FIRST) as unpacked:
+            yield unpacked
 
 
-def _refuse_huge(reader: LayoutReader, size: int) -> None:
-    if size > MAX_BYTES:
-        raise reader.error(
-            f"has {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB",
-            "Leave out columns other than path,label,split, or give a folder of class folders.",
-        )
+def _too_large(reader: LayoutReader, size: int) -> DataError:
+    return reader.error(
+        f"has {-(-size // 2**20)} MB, more than {MAX_BYTES // 2**20} MB",
+        "Leave out columns other than path,label,split, or give a folder of class folders.",
+    )
 
 
 def _find_encoding(reader: LayoutReader, first: bytes, rest: BinaryIO) -> str:
@@ -201,14 +227,13 @@ def _check_text(reader: LayoutReader, first: bytes, rest: Iterable[bytes]) -> st
     """Return UTF-8, or Windows-1252 where the bytes can be nothing but that.
 
     Raises:
-        DataError: it is neither, or too large once unpacked.
+        DataError: it is neither.
     """
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")()
     size, fault, others = 0, "", bytearray()
     for block in _chained(first, rest):
-        _refuse_huge(reader, size + len(block))
         if not fault:
             try:
                 decoder.decode(block)

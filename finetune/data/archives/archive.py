@@ -1,78 +1,64 @@
 """Unpack an untrusted zip or tar archive into the user's cache, once.
 
 Names and sizes in an archive are whatever its author wrote. So all names are checked before a byte is
-written, bytes are counted as they are unpacked, and only images and tables are unpacked. The folder gets its
-final name when it is complete, so that name never holds half an archive.
+written (:mod:`finetune.data.archives.plan`), bytes are counted as they are unpacked, and only images and
+tables are unpacked. The folder gets its final name when it is complete, so that name never holds half an
+archive.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.data.decode import MAX_BYTES as MAX_FILE_BYTES
-from finetune.data.entries import (
-    Entry,
+from finetune.data.archives.entries import (
     GuardedFile,
     TarEntries,
     ZipEntries,
     archive_faults,
     archive_stem,
-    find_readings,
     is_archive,
     is_unread_archive,
-    is_utf8,
-    shown_name,
+)
+from finetune.data.archives.plan import (
+    MAX_ENTRIES,
+    MAX_NAMES_BYTES,
+    REPACK,
+    UNPACK,
+    Plan,
+    check_sizes,
+    find_size_fault,
+    make_plan,
+    too_many,
 )
 from finetune.data.formats import is_image_name
 from finetune.data.layout import (
-    NAME_BYTES,
     SHOWN,
     LayoutReader,
     extension_counts,
     extensions,
     is_junk,
-    is_system,
     names_in,
     quoted,
     some,
 )
-from finetune.data.layouts.lists import LIST_FILES, TABLES
 from finetune.data.layouts.split_folders import choose, is_plain, parse
-from finetune.errors import count
 from finetune.runs.cache_dir import make_once
 from finetune.runs.files import write_json
+from finetune.runs.reader import read_object
+from finetune.system.regular_files import open_regular, open_text
 
 Progress = Callable[[int, int], None]
 _Item = TypeVar("_Item")
 
-MAX_ENTRIES = 1_000_000
-MAX_BYTES = 256 * 2**30
-MAX_CONTENTS_BYTES = 2**30  # size of the table of contents, which is held in memory
-MAX_RATIO = 100  # unpacked to packed size; photographs are near 1
-FREE_BYTES = 100 * 2**20  # unpacked size below which any ratio is allowed: flat images compress that well
-MAX_PATH_BYTES = 1024
-MAX_DEPTH = 32
-
-_DRIVE = re.compile("[A-Za-z]:")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LEFT_OUT = ".left-out.json"
 _CODEC = ".names.json"
-_REPACK = (
-    "If you know where it comes from, pack the folder again as an ordinary zip "
-    "(UTF-8 names, no links, no password)."
-)
-_UNPACK = "If you know where it comes from, unpack it yourself, and give the folder."
 
 
 def open_archive(reader: LayoutReader, file: Path, on_progress: Progress | None = None) -> Path:
@@ -153,7 +139,7 @@ def _refuse_others(reader: LayoutReader, packed: Mapping[str, Path]) -> None:
 
 def _digest(reader: LayoutReader, file: Path) -> str:
     try:
-        with file.open("rb") as content:
+        with open_regular(file) as content:
             return hashlib.file_digest(content, "sha256").hexdigest()[:32]
     except OSError as error:
         raise reader.error(f"cannot be read ({error.strerror})", "Make the file readable.") from None
@@ -161,8 +147,8 @@ def _digest(reader: LayoutReader, file: Path) -> str:
 
 def _unpack(reader: LayoutReader, file: Path, target: Path, on_progress: Progress | None) -> None:
     with _opened(reader, file) as archive:
-        plan = _plan(reader, file, archive)
-        _check_sizes(reader, file, plan, target.parent)
+        plan = make_plan(reader, _guarded(reader, file, archive.entries()))
+        check_sizes(reader, plan, file.stat().st_size, target.parent)
         _extract(reader, file, archive, plan, target, on_progress)
     write_json(target / _LEFT_OUT, dict(extension_counts(plan.left_out).most_common(SHOWN)))
     if plan.codec:
@@ -178,7 +164,7 @@ def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipEntries | TarEntrie
         yield TarEntries(file, lambda size: _check_unpacked(reader, size, packed))
         return
     with _faults(reader, file):
-        guarded = GuardedFile(reader, file, MAX_CONTENTS_BYTES, MAX_ENTRIES, _UNPACK)
+        guarded = GuardedFile(file, MAX_NAMES_BYTES, MAX_ENTRIES, too_many(reader))
     with guarded:
         with _faults(reader, file):
             archive = ZipEntries(guarded)
@@ -187,165 +173,34 @@ def _opened(reader: LayoutReader, file: Path) -> Iterator[ZipEntries | TarEntrie
 
 def _check_unpacked(reader: LayoutReader, size: int, packed: int) -> None:
     """Refuse a tar file that grows too large, also by what is not unpacked, before more of it is read."""
-    if fault := _size_fault(0, size, packed):
-        raise reader.error(fault, _UNPACK)
+    if fault := find_size_fault(0, size, packed):
+        raise reader.error(fault, UNPACK)
 
 
 def _faults(reader: LayoutReader, file: Path) -> AbstractContextManager[None]:
-    return archive_faults(reader, "zip" if file.suffix.lower() == ".zip" else "tar", _REPACK)
-
-
-@dataclass
-class _Plan:
-    """What is unpacked of an archive, and what is left out.
-
-    Attributes:
-        files: entries to unpack, by path.
-        folders: every folder, including those without images: an empty class must be reported, not dropped.
-        left_out: paths of files that are not images; neither read nor written.
-        codec: encoding of the names that are not UTF-8; "" if there are none, or if it is not certain.
-    """
-
-    files: dict[str, Entry] = field(default_factory=dict)
-    folders: set[str] = field(default_factory=set)
-    left_out: set[str] = field(default_factory=set)
-    codec: str = ""
-
-    def add(self, entry: Entry, name: str | None) -> str | None:
-        """Add an entry, or return why it cannot be trusted."""
-        if name is None:
-            return "is not UTF-8"
-        if fault := _path_fault(name):
-            return fault
-        parts = [part for part in name.split("/") if part not in {"", "."}]
-        if any(map(is_system, parts)) or (any(map(is_junk, parts)) and not is_image_name(name)):
-            return None
-        self.folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-        if name.endswith("/"):
-            self.folders.add("/".join(parts))
-            return None
-        return self._add_file(entry, "/".join(parts))
-
-    def _add_file(self, entry: Entry, path: str) -> str | None:
-        if entry.kind_fault:
-            return entry.kind_fault
-        if path in self.files or path in self.left_out:
-            return "is in there twice"
-        extension = os.path.splitext(path)[1].lower()  # noqa: PTH122
-        if not is_image_name(path) and extension not in TABLES and path.rpartition("/")[2] not in LIST_FILES:
-            self.left_out.add(path)
-            return None
-        if entry.content_fault:
-            return entry.content_fault
-        self.files[path] = entry
-        return None
-
-
-def _plan(reader: LayoutReader, file: Path, archive: ZipEntries | TarEntries) -> _Plan:
-    """Check every entry before anything is written; report all faulty ones together, by name."""
-    entries = []
-    with _faults(reader, file):
-        for entry in archive.entries():
-            entries.append(entry)
-            if len(entries) > MAX_ENTRIES:
-                raise reader.error(f"holds more than {MAX_ENTRIES} files", _UNPACK)
-    readings = find_readings(
-        part for entry in entries if not is_utf8(entry.raw) for part in entry.raw.split(b"/")
-    )
-    plan = _Plan(codec=next(iter(readings), "") if len(readings) == 1 else "")
-    faults = []
-    for entry in entries:
-        name = _decoded(entry.raw, plan.codec)
-        if fault := plan.add(entry, name):
-            may_be = _may_be(entry.raw, readings) if name is None else ""
-            faults.append((shown_name(entry.raw, plan.codec), fault + may_be))
-    both = sorted(plan.folders & (plan.files.keys() | plan.left_out))
-    faults += [(name, "is both a file and a folder") for name in both]
-    if not faults:
-        return plan
-    shown = [f"{quoted(name)} {fault}" for name, fault in faults[:SHOWN]]
-    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    raise reader.error(
-        f"{count(len(faults), 'entry is', 'entries are')} not what a plain archive of images holds:"
-        + "".join(f"\n  {line}" for line in shown + more),
-        _REPACK,
-    )
-
-
-def _may_be(raw: bytes, readings: Iterable[str]) -> str:
-    """Return what a name says in each encoding that fits all names of the archive."""
-    texts = [f"{raw.decode(codec)!r} ({codec})" for codec in readings]
-    return f", and may be {' or '.join(texts)}" if texts else ""
-
-
-def _decoded(raw: bytes, codec: str) -> str | None:
-    """Return a name with ``/`` between its parts, or None if its encoding is unknown.
-
-    Many packers write UTF-8 without setting the flag, and some on Windows separate the parts by a backslash.
-    """
-    if not is_utf8(raw) and not codec:
-        return None
-    return raw.decode("utf-8" if is_utf8(raw) else codec).replace("\\", "/")
-
-
-def _path_fault(name: str) -> str | None:
-    """Return why a name is not a safe path below the target folder, or None."""
-    parts = name.split("/")
-    faults = {
-        "is an absolute path": name.startswith("/") or _DRIVE.match(name),
-        "leads upwards": ".." in parts,
-        "holds a control character or a line break": _CONTROL.search(name),
-        "is too long": len(parts) > MAX_DEPTH or len(name.encode()) > MAX_PATH_BYTES,
-        "has a part that is too long": max(len(part.encode()) for part in parts) > NAME_BYTES,
-        "is no name": parts[-1] == "." or not name,
-    }
-    return next((fault for fault, found in faults.items() if found), None)
-
-
-def _check_sizes(reader: LayoutReader, file: Path, plan: _Plan, cache: Path) -> None:
-    """Refuse an archive whose declared sizes are too large, before anything is written."""
-    sizes = [entry.size for entry in plan.files.values()]
-    if fault := _size_fault(max(sizes, default=0), sum(sizes), file.stat().st_size):
-        raise reader.error(fault, _UNPACK)
-    if sum(sizes) > shutil.disk_usage(cache).free:
-        raise OSError(errno.ENOSPC, f"the archive needs {_megabytes(sum(sizes))}")
-
-
-def _size_fault(of_file: int, in_all: int, packed: int) -> str | None:
-    """Return which limit the bytes of one file, or of all files so far, exceed, or None."""
-    if of_file > MAX_FILE_BYTES:
-        return f"holds a file of more than {_megabytes(MAX_FILE_BYTES)}"
-    if in_all > MAX_BYTES:
-        return f"holds more than {_megabytes(MAX_BYTES)}"
-    if in_all > FREE_BYTES and in_all > MAX_RATIO * packed:
-        return f"grows to more than {MAX_RATIO} times its size, as an archive made to fill a disk does"
-    return None
-
-
-def _megabytes(size: int) -> str:
-    return f"{-(-size // 2**20)} MB"
+    return archive_faults(reader, "zip" if file.suffix.lower() == ".zip" else "tar", REPACK)
 
 
 def _extract(
     reader: LayoutReader,
     file: Path,
     archive: ZipEntries | TarEntries,
-    plan: _Plan,
+    plan: Plan,
     target: Path,
     on_progress: Progress | None,
 ) -> None:
     """Write the planned files, counting the bytes that are really unpacked."""
     packed, in_all = file.stat().st_size, 0
-    for folder in plan.folders:
-        (target / folder).mkdir(parents=True, exist_ok=True)
+    for folder in sorted(plan.folders):
+        (target / folder).mkdir(exist_ok=True)
     contents = _guarded(reader, file, archive.contents(plan.files))
     for done, (path, chunks) in enumerate(contents, 1):
         size = 0
         with (target / path).open("xb") as output:
             for chunk in _guarded(reader, file, chunks):
                 size, in_all = size + len(chunk), in_all + len(chunk)
-                if fault := _size_fault(size, in_all, packed):
-                    raise reader.error(fault, _UNPACK)
+                if fault := find_size_fault(size, in_all, packed):
+                    raise reader.error(fault, UNPACK)
                 output.write(chunk)
         if size != plan.files[path].size:
             found = f"is damaged: {quoted(path)} has {size} bytes, and should have {plan.files[path].size}"
@@ -368,14 +223,16 @@ def _guarded(reader: LayoutReader, file: Path, items: Iterator[_Item]) -> Iterat
 def _warn_left_out(reader: LayoutReader, folder: Path) -> None:
     """Warn about files that are not used, also if the archive was unpacked by an earlier call."""
     with suppress(OSError, ValueError):
-        others = Counter(json.loads((folder / _LEFT_OUT).read_text(encoding="utf-8")))
+        counts = read_object(folder / _LEFT_OUT)
+        others = Counter({name: number for name, number in counts.items() if type(number) is int})
         reader.left_out += others
         if others:
             reader.warnings.append(
                 f"Files in the archive that are not images are left out{extensions(others, ': ')}."
             )
-    with suppress(OSError, ValueError):
-        codec = json.loads((folder / _CODEC).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, RecursionError):
+        with open_text(folder / _CODEC) as file:
+            codec = json.loads(file.read())
         reader.warn(
             "archive-names",
             f"Names in the archive are not UTF-8, and were read as {codec}.",

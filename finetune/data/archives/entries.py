@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
@@ -33,6 +34,10 @@ KINDS = {
 """Archives that are refused: their unpackers have no limits, or are not part of Python."""
 
 CHUNK = 2**20
+_MANY_DIGITS = re.compile(rb"[0-9]{256}")
+"""More than a part of a name may have. Before 3.11.10 and 3.12.6, tarfile needs hours for such a header."""
+_MOST_FIELDS = 1000
+"""Fields for all members of a tar file (``git archive`` writes one), which tarfile copies for each."""
 _UTF8 = 0x800  # flag bit of a zip entry: zipfile has decoded the name as UTF-8, not as code page 437
 _ENCRYPTED = 0x1 | 0x40  # flag bits: encryption, strong encryption
 _UNICODE_PATH = 0x7075  # extra field of a zip entry: the name as UTF-8
@@ -55,7 +60,7 @@ def archive_stem(name: str) -> str:
     return name[: len(name) - len(suffix)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An entry of an archive.
 
@@ -104,19 +109,15 @@ class GuardedFile(io.FileIO):
     """A file that refuses an overlong table of contents, which zipfile would read into memory at once.
 
     Args:
-        reader: reports it.
         file: the zip archive.
         most_bytes: largest size of the table of contents.
         most_entries: largest number of its entries.
-        fix: what the user can do about it.
+        error: raised if it is larger.
     """
 
-    def __init__(
-        self, reader: LayoutReader, file: Path, most_bytes: int, most_entries: int, fix: str
-    ) -> None:
+    def __init__(self, file: Path, most_bytes: int, most_entries: int, error: DataError) -> None:
         super().__init__(file)
-        self.most_bytes, self.most_entries = most_bytes, most_entries
-        self.error = reader.error(f"holds more than {most_entries} files", fix)
+        self.most_bytes, self.most_entries, self.error = most_bytes, most_entries, error
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read up to ``size`` bytes, unless they are too many for a table of contents."""
@@ -168,17 +169,29 @@ class _ForwardFile:
     Args:
         file: the open file.
         check: called with the number of bytes so far; raises if they are too many.
+
+    Attributes:
+        of_headers: bytes that were read as headers since it was last set to 0.
     """
 
     def __init__(self, file: io.BufferedReader, check: Callable[[int], None]) -> None:
         is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
         self.source: Any = gzip.GzipFile(fileobj=file) if is_gzip else file
         self.check, self.position, self.last = check, 0, b""
+        self.of_headers = 0
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to ``size`` bytes; names and other headers are never longer than a chunk."""
-        if not 0 <= size <= CHUNK:
+        """Read up to ``size`` bytes of a header; those of one member are never longer than a chunk."""
+        self.of_headers += size
+        if size < 0 or self.of_headers > CHUNK:
             raise tarfile.ReadError("a header of an impossible length")
+        data = self.take(size)
+        if _MANY_DIGITS.search(data):
+            raise tarfile.ReadError("a number of an impossible length")
+        return data
+
+    def take(self, size: int) -> bytes:
+        """Read up to ``size`` bytes, a chunk at most."""
         parts = []
         while size and (part := self.source.read(size)):
             parts.append(part)
@@ -196,7 +209,7 @@ class _ForwardFile:
         if position < self.position:
             raise tarfile.ReadError("entries that overlap")
         while self.position < position:
-            if not self.read(min(CHUNK, position - self.position)):
+            if not self.take(min(CHUNK, position - self.position)):
                 raise tarfile.ReadError("unexpected end of data")
 
 
@@ -229,7 +242,7 @@ class TarEntries:
                 yield paths[number], self._chunks(stream, member.size)
 
     def _chunks(self, stream: _ForwardFile, size: int) -> Iterator[bytes]:
-        while size > 0 and (chunk := stream.read(min(CHUNK, size))):
+        while size > 0 and (chunk := stream.take(min(CHUNK, size))):
             size -= len(chunk)
             yield chunk
 
@@ -239,6 +252,9 @@ class TarEntries:
             archive = tarfile.TarFile(fileobj=stream, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header
+                stream.of_headers = 0
+                if len(archive.pax_headers) > _MOST_FIELDS:
+                    raise tarfile.ReadError("too many fields in headers for all members")
                 if member.size < 0 or archive.offset < stream.tell():
                     raise tarfile.ReadError("a negative size")
                 yield member, stream
@@ -270,11 +286,11 @@ def raw_name(entry: ZipInfo) -> bytes:
     if entry.flag_bits & _UTF8:
         return entry.orig_filename.encode("utf-8", "surrogateescape")
     raw = entry.orig_filename.encode("cp437")
-    rest = entry.extra
+    rest, checksum = entry.extra, struct.pack("<I", zlib.crc32(raw))
     while len(rest) >= 4:
         kind, size = struct.unpack_from("<HH", rest)
         field, rest = rest[4 : 4 + size], rest[4 + size :]
-        if kind == _UNICODE_PATH and len(field) > 5 and field[1:5] == struct.pack("<I", zlib.crc32(raw)):
+        if kind == _UNICODE_PATH and len(field) > 5 and field[1:5] == checksum:
             return field[5:]
     return raw
 
@@ -318,7 +334,7 @@ def _read_all(raws: Sequence[bytes], codec: str) -> list[str] | None:
     return None if codec == "big5" and any(map(_RARE_BIG5.search, raws)) else texts
 
 
-def _is_plausible(text: str, scripts: Sequence[str]) -> bool:
+def _is_plausible(text: str, scripts: tuple[str, ...]) -> bool:
     if not all(char.isascii() or char.isalpha() for char in text):
         return False
     words = [word for word in _WORD.findall(text) if not word.isascii()]
@@ -332,8 +348,9 @@ def _is_plausible(text: str, scripts: Sequence[str]) -> bool:
     return is_cased and all(_is_in(char, scripts) for word in words for char in word)
 
 
-def _is_in(char: str, scripts: Sequence[str]) -> bool:
-    return unicodedata.name(char, "").startswith(tuple(scripts))
+@cache
+def _is_in(char: str, scripts: tuple[str, ...]) -> bool:
+    return unicodedata.name(char, "").startswith(scripts)
 
 
 def shown_name(raw: bytes, codec: str) -> str:
