@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, also in the processes of tests
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 QUICK_RUN = ("--epochs", 5, "--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}

@@ -591,7 +591,7 @@ def test_a_process_that_is_asked_to_stop_leaves_nothing(tmp_path: Path, cache: P
     command = [sys.executable, "-c", SLOWLY, str(packed(tmp_path / "x.zip", *PLAIN))]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout and child.stdout.readline() == "unpacking\n"
-    child.send_signal(signal.SIGHUP)
+    child.send_signal(signal.SIGTERM)
     child.wait(20)
     assert list(cache.iterdir()) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_an_interrupt_drops_the_queued_images(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         check_images(listed(1000), on_progress=interrupt, threads=2)
     assert len(probed) < 10
+    end = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)  # nothing waits for images that are being decoded
     assert threading.active_count() == before
 
 

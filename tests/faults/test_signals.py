@@ -159,7 +159,7 @@ def decode_for_ever(words: list[str], said: Path, reached: Any, where: str) -> N
 
     decode._identified = slowly
     resumable_writer.SAVE_SECONDS = 0.0
-    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY, 0o600), 2)
+    sys.stderr = said.open("w", encoding="utf-8", buffering=1)  # that of pytest is a file of its own
     sys.argv = ["finetune", *words]
     main()
 
@@ -193,6 +193,7 @@ def test_a_second_signal_does_not_wait_for_a_decoder(
     with decoding(tmp_path, *words) as process:
         while not output.with_name(".out.csv.rows.part").stat().st_size:
             time.sleep(0.01)
+        time.sleep(1)  # until it waits for the second batch; before that the first signal ends it
         send(process, signal.SIGTERM)
         process.join(1.5 * ECHO)
         assert process.is_alive()  # it would finish the batch

@@ -115,9 +115,21 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ("data: {path: 3}", "`data.path` is 3; it must be text or null"),
         ("backbone: {offline: no}", "`backbone.offline` is 'no'; it must be true or false"),
         ("training: {channels_last: 1}", "`training.channels_last` is 1; it must be true, false or auto"),
-        ("input: {mean: [1, 2]}", "`input.mean` is [1, 2]; it must be three numbers or auto"),
-        ("input: {mean: [a, 1, 2]}", "`input.mean` is ['a', 1, 2]; it must be three numbers or auto"),
-        ("input: {std: [0, 1, 1]}", "`input.std` is [0, 1, 1]; it must be three numbers above 0 or auto"),
+        (
+            "input: {mean: [1, 2]}",
+            "`input.mean` is [1, 2]; it must be "
+            "three numbers of at least -1000000 and at most 1000000 or auto",
+        ),
+        (
+            "input: {mean: [a, 1, 2]}",
+            "`input.mean` is ['a', 1, 2]; it must be "
+            "three numbers of at least -1000000 and at most 1000000 or auto",
+        ),
+        (
+            "input: {std: [0, 1, 1]}",
+            "`input.std` is [0, 1, 1]; it must be "
+            "three numbers of at least 1e-06 and at most 1000000 or auto",
+        ),
         (
             "seed: null",
             "`seed` is null; it must be a whole number of at least 0 and below 9223372036854775808",
