@@ -111,7 +111,7 @@ def _make(source: Exportable, options: ExportOptions, folder: Path, display: Dis
     start = time.monotonic()
     with display.busy(f"exporting {options.format}"):
         try:
-            artefact, loader = _write(source, options, folder)
+            artefact, loader = _write(source, options, folder, display)
         except OSError as error:
             raise disk_error(folder, error) from None
     written = time.monotonic()
@@ -130,21 +130,29 @@ def _make(source: Exportable, options: ExportOptions, folder: Path, display: Dis
     return report
 
 
-def _write(source: Exportable, options: ExportOptions, folder: Path) -> tuple[Path, str]:
+def _write(source: Exportable, options: ExportOptions, folder: Path, display: Display) -> tuple[Path, str]:
     """Write the artefact; return its path and the name of its loader (see ``fresh.py``)."""
     card = source.card
     if options.format == "timm":
-        metrics = RunReader(source.run, tolerant=True).metrics if source.run is not None else {}
-        started = "" if starts_random(str(metrics.get("strategy"))) else card.name
-        write_model(
-            folder, card, source.network, build_readme(card, metrics, started, _describe_data(source))
-        )
+        write_model(folder, card, source.network, _build_card(source, display))
         return folder, "timm" if loads_in_timm(card) else "finetune"
     program = build_program(source.network, card, options.interface)
     write_companions(folder, card, options.interface)
     if options.format == "onnx":
         return write_onnx(program, folder, card, options.interface, options.opset), "onnx"
     return write_program(program, folder), "torch-export"
+
+
+def _build_card(source: Exportable, display: Display) -> str:
+    """Return the model card; of a run whose ``metrics.json`` was damaged, one without metrics."""
+    metrics = RunReader(source.run, tolerant=True).metrics if source.run is not None else {}
+    started = "" if starts_random(str(metrics.get("strategy"))) else source.card.name
+    data = _describe_data(source)
+    try:
+        return build_readme(source.card, metrics, started, data)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        display.warn(f"the model card has no metrics: metrics.json is not one of a run ({error!r:.200})")
+        return build_readme(source.card, {}, started, data)
 
 
 def _describe_data(source: Exportable) -> TrainingData:

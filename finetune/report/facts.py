@@ -116,6 +116,12 @@ class Facts:
             value = value.get(key) if isinstance(value, Mapping) else None
         return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
+    @property
+    def classes_not_judged(self) -> list[str]:
+        """Names of the classes without an evaluated image."""
+        names = self.metrics.get("classes_not_judged")
+        return list(map(str, names)) if isinstance(names, list) else []
+
     @cached_property
     def findings(self) -> list[IssueFact]:
         """Issues of the data check that have a message."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune.errors import UsageError
 from finetune.runs.claim import create_folder, locked
-from finetune.runs.files import disk_error, sync_folder
+from finetune.runs.files import disk_error, rename_to_new, sync_folder
 
 _UNFINISHED, _FINISHED = ".unfinished", ".finished"
 
@@ -58,9 +58,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 def _take(path: Path) -> Path:
     """Remove what a killed process left, and return the folder to write into."""
     try:
-        if (path / _FINISHED).is_dir():
+        if _is_own(path / _FINISHED):
             _move_up(path)
-        if any(entry.name != _UNFINISHED for entry in path.iterdir()):
+        if any(not (entry.name == _UNFINISHED and _is_own(entry)) for entry in path.iterdir()):
             raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
         if (path / _UNFINISHED).exists():
             shutil.rmtree(path / _UNFINISHED)
@@ -69,6 +69,11 @@ def _take(path: Path) -> Path:
     except OSError as error:
         raise disk_error(path, error) from None
     return part
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether a folder is one of this function, and not a link to another's."""
+    return folder.is_dir() and not folder.is_symlink()
 
 
 def _finish(path: Path) -> None:
@@ -82,7 +87,16 @@ def _finish(path: Path) -> None:
 def _move_up(path: Path) -> None:
     for folder in (path / _FINISHED).iterdir():
         for entry in sorted(folder.iterdir()):
-            entry.rename(path / entry.name)
+            _move(entry, path / entry.name)
         folder.rmdir()
     (path / _FINISHED).rmdir()
     sync_folder(path)
+
+
+def _move(entry: Path, target: Path) -> None:
+    try:
+        rename_to_new(entry, target)
+    except FileExistsError:
+        found = f"{target.name} was made in it by something else meanwhile; the results are in {entry.parent}"
+        fix = f"Move {target.name} away, and give the same command again."
+        raise UsageError(f"--output {target.parent}", found, fix) from None

@@ -229,12 +229,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be opened, or is not a file.
-        ValueError: it is not a JSON object in UTF-8.
+        ValueError: it is not a JSON object in UTF-8, or has half of a character, which nothing can show.
     """
     with open_text(path) as file:
         text = file.read()
     try:
         content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):

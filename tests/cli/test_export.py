@@ -468,3 +468,17 @@ def test_offline_mode_and_invalid_names_are_refused_first(cli: Cli, tmp_path: Pa
     result = cli("push", tmp_path, "a/b/c")
     assert result.exit_code == ExitCode.USAGE
     assert "'a/b/c' is not a valid name of a hub repository" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", [{"intervals": 3}, {"most_confused": [5]}, {"classes_not_judged": -5}]
+)
+def test_damaged_metrics_leave_the_card_without_metrics(
+    cli: Cli, copy: Path, tmp_path: Path, damage: dict[str, object]
+) -> None:
+    path = copy / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    result = cli("export", copy, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "the model card has no metrics" in " ".join(result.stderr.split())
+    assert "Model card" in (tmp_path / "out/README.md").read_text("utf-8")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -129,6 +130,15 @@ def test_a_damaged_file_ends_no_command_by_surprise(
     assert end_of(cli, damaged, command, file, damage) == ""
 
 
+MOST_VARIANTS = 150
+"""Of each file and command, the same ones every time. All of them take an hour: each is a whole command."""
+
+
+def some_of(variants: Iterator[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Return variants drawn by their names, so that a new one changes none of the others."""
+    return sorted(variants, key=lambda variant: crc32(variant[0].encode()))[:MOST_VARIANTS]
+
+
 TABLES = [(file, command) for file in READERS if file.endswith(".csv") for command in ("report", "compare")]
 OBJECTS = [
     *((file, command) for file in READERS for command in ("report", "compare") if file.endswith("s.json")),
@@ -145,7 +155,7 @@ OBJECTS = [
 def test_no_cell_of_a_table_ends_a_command_by_surprise(
     cli: Cli, damaged: Damaged, file: str, command: str
 ) -> None:
-    variants = csv_variants((damaged.sound / file).read_bytes())
+    variants = some_of(csv_variants((damaged.sound / file).read_bytes()))
     ends = {name: end_of(cli, damaged, command, file, content) for name, content in variants}
     assert {name: end for name, end in ends.items() if end} == {}
 
@@ -155,6 +165,6 @@ def test_no_cell_of_a_table_ends_a_command_by_surprise(
 def test_no_value_of_an_object_ends_a_command_by_surprise(
     cli: Cli, damaged: Damaged, file: str, command: str
 ) -> None:
-    variants = json_variants((damaged.sound / file).read_bytes())
+    variants = some_of(json_variants((damaged.sound / file).read_bytes()))
     ends = {name: end_of(cli, damaged, command, file, content) for name, content in variants}
     assert {name: end for name, end in ends.items() if end} == {}

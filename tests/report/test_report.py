@@ -355,3 +355,11 @@ def test_evidence_is_shown_for_the_names_that_predictions_have(
     explainer = Explainer(load_source(card).network.eval(), card)
     _, maps = explainer.explain(Image.new("RGB", (40, 36)), classes)
     assert all(one.values is not None or "no positive value" in one.reason for one in maps)
+
+
+@pytest.mark.parametrize("names", [None, -5, 1.5, True, "x", {"a": 1}, [None, ["a"]], 10**30, float("inf")])
+def test_classes_not_judged_that_are_no_names(copy: RunFolder, names: object) -> None:
+    metrics = json.loads(copy.metrics.read_text("utf-8")) | {"classes_not_judged": names}
+    copy.metrics.write_text(json.dumps(metrics))
+    page = remake(copy)
+    assert ("no image among them" in page) == isinstance(names, list)

@@ -84,15 +84,18 @@ def test_one_process_writes_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from finetune.runs.new_folder import new_folder
-calls, rename = int(sys.argv[2]), Path.rename
-def counted(self, target):
-    global calls
-    calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-Path.rename = counted
+from finetune.runs import new_folder as module
+calls = int(sys.argv[2])
+def counted(rename):
+    def call(path, target):
+        global calls
+        calls -= 1
+        if calls < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+    return call
+Path.rename, module.rename_to_new = counted(Path.rename), counted(module.rename_to_new)
+new_folder = module.new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     for name in ("a", "b", "c"):
         (folder / name).write_text("of the killed process")
@@ -113,15 +116,31 @@ def test_after_a_kill_at_any_rename_the_folder_is_made_again_or_whole(tmp_path: 
     assert files_in(path) == dict.fromkeys("abc", "of the killed process")
 
 
-def test_a_link_in_place_of_the_temporary_folder_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".unfinished", ".finished"])
+def test_a_link_in_place_of_a_folder_of_ours_is_not_followed(tmp_path: Path, name: str) -> None:
     victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "precious").write_text("kept")
+    (victim / "inner").mkdir(parents=True)
+    (victim / "inner/precious").write_text("kept")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/.unfinished").symlink_to(victim)
-    with pytest.raises(DiskError):
+    (tmp_path / "out" / name).symlink_to(victim)
+    with pytest.raises(UsageError, match="not empty"):
         write(tmp_path / "out", "new")
-    assert files_in(victim) == {"precious": "kept"}
+    assert files_in(victim) == {"inner/precious": "kept"}
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with (
+        pytest.raises(UsageError, match=r"a\.csv was made in it by something else"),
+        new_folder(path) as folder,
+    ):
+        (folder / "a.csv").write_text("ours")
+        (path / "a.csv").write_text("theirs")
+    assert (path / "a.csv").read_text() == "theirs"
+    (path / "a.csv").rename(tmp_path / "away.csv")
+    with pytest.raises(UsageError, match="not empty"):  # the results have moved up
+        write(path, "again")
+    assert files_in(path) == {"a.csv": "ours"}
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -145,3 +145,11 @@ def test_content_of_another_shape_is_refused(folder: RunFolder, name: str, text:
     (folder.path / name).write_text(text)
     with pytest.raises(FinetuneError, match="cannot be read"):
         READERS[name](RunReader(folder))
+
+
+def test_half_of_a_character_is_damage(folder: RunFolder) -> None:
+    """JSON can name it, and no page, terminal or file can hold it."""
+    folder.metrics.write_text('{"strategy": "top", "names": [{"\\ud800": 1}]}')
+    with pytest.raises(DataError, match="cannot be read"):
+        _ = RunReader(folder).metrics
+    assert RunReader(folder, tolerant=True).metrics == {}
