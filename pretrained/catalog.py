@@ -13,13 +13,11 @@ For example, ``resnet50`` is timm's, and ``squeezenet1_0`` is torchvision's, bec
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,9 +45,10 @@ from pretrained.config import (
 )
 from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
+from pretrained.packages import PACKAGES
 
 Library = Literal["timm", "torchvision"]
-Place = Literal["hub", "url", "folder", "bundled", "none"]
+Place = Literal["hub", "url", "folder", "package", "bundled", "none"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 
@@ -99,11 +98,11 @@ class Card:
         name: the full name; it resolves to this card.
         architecture: name of the network in its library.
         tag: name of its weights, ``""`` for none.
-        location: hub id, URL or folder of the weights, depending on ``place``.
+        location: hub id, URL, folder or installed file of the weights, depending on ``place``.
         num_classes: number of outputs of its own classifier.
         label_names: class names of its own classifier in index order, if known.
         head: how the classifier of an exported network differs from the library's.
-        sha256: digest of the weights file of an exported network.
+        sha256: digest of the weights file of an exported network, or of an installed package.
         taps: points whose features the classifier reads, if these are not the last ones: module, number of
             the call, and whether it is the input of the call.
         pool: how these features are pooled.
@@ -213,7 +212,7 @@ def _card_from_timm(name: str) -> Card:
     tag = config.tag or "" if config.has_weights else ""
     hub = config.hf_hub_id or ""
     place: Place = "hub" if hub and config.has_weights else "url" if config.url else "none"
-    return Card(
+    card = Card(
         name=f"timm/{architecture}{'.' + tag if tag else ''}",
         library="timm",
         architecture=architecture,
@@ -225,6 +224,10 @@ def _card_from_timm(name: str) -> Card:
         license=config.license or "",
         origin=read_text(config.paper_ids or config.origin_url),
     )
+    package = PACKAGES.get(f"{architecture}.{tag}")
+    if package is None or (file := package.find()) is None:
+        return card
+    return replace(card, place="package", location=str(file), sha256=package.sha256, license=package.license)
 
 
 def _timm_config(name: str, architecture: str, tag: str) -> Any:
@@ -378,22 +381,3 @@ def list_names(search: str = "") -> Iterator[str]:
     for name in [*bundled, *timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
         if wanted in name.lower():
             yield name
-
-
-@cache
-def parameter_counts() -> dict[tuple[str, str, int], int]:
-    """Return the table of parameters by library, architecture and number of classes."""
-    text = resources.files("pretrained").joinpath("sizes.csv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines())
-    return {
-        (row["library"], row["architecture"], int(row["num_classes"])): int(row["num_parameters"])
-        for row in rows
-    }
-
-
-def num_parameters(card: Card) -> int | None:
-    """Return the number of parameters with the network's own classifier, None if it is not in the table.
-
-    ``python -m pretrained.sizes`` writes the table, because building 1,400 networks takes minutes.
-    """
-    return parameter_counts().get((card.library, card.architecture, card.num_classes))

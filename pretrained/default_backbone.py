@@ -23,7 +23,8 @@ import torchvision.models as tv
 
 from finetune.errors import EnvironmentFaultError
 from pretrained.bundle import LIBRARY, list_bundled
-from pretrained.catalog import Card, find_card, num_parameters, torchvision_names
+from pretrained.catalog import Card, find_card, torchvision_names
+from pretrained.sizes import num_parameters
 from pretrained.weights import find_cached
 
 

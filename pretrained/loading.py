@@ -18,6 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from finetune.errors import UsageError, count
 from pretrained.blocks import find_further_blocks, find_further_layers
 from pretrained.catalog import Card
+from pretrained.efficientnet_names import is_first_port, to_timm_names
 from pretrained.first_convolution import adapt_first_convolution
 from pretrained.network import timm_arguments, timm_name
 from pretrained.prefixes import describe_names, find_prefixes, strip_prefix
@@ -266,6 +267,8 @@ def _find_converter(card: Card) -> _Convert:
 def _converted(convert: _Convert, network: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
     """Convert names; if the converter fails, the check of matching names decides on the names as they are."""
     try:
+        if is_first_port(state):
+            state = to_timm_names(state, network)
         return convert(dict(state), network)
     except Exception:  # converters do not check their input, and may raise anything
         return state

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from finetune.errors import UsageError
-from pretrained.catalog import Card, find_card, num_parameters, parameter_counts
+from pretrained.catalog import Card, find_card
 from pretrained.network import build_outline
+from pretrained.sizes import num_parameters, parameter_counts
 
 _MAX_TWINS = 12
 _FOLDERS = 5

@@ -47,10 +47,11 @@ def _busy() -> AbstractContextManager[None]:
 
 
 def _facts(card: Card) -> dict[str, Any]:
-    from pretrained.catalog import num_parameters
+    from pretrained.sizes import num_parameters
     from pretrained.weights import find_cached
 
-    place = "none" if card.place == "none" else "here" if find_cached(card) else "download"
+    place = {"none": "none", "package": "installed"}.get(card.place)
+    place = place or ("here" if find_cached(card) else "download")
     return {
         "name": card.name,
         "source": card.library,
