@@ -44,7 +44,7 @@ EPS parser starts Ghostscript). Phones' multi-picture JPEGs (MPO) come in throug
 
 HEIC = "HEIC"
 _CONVERT = {
-    HEIC: "a HEIC photograph: convert it to JPEG, or install pillow-heif (pip install 'finetune[heic]')",
+    HEIC: "a HEIC photograph: convert it to JPEG, or install pillow-heif (pip install pillow-heif)",
     "AVIF": "an AVIF photograph, which this Pillow cannot read: convert it to JPEG",
     "JPEG 2000": "a JPEG 2000 image, which is not read: convert it to PNG",
     "JPEG XL": "a JPEG XL image, which is not read: convert it to JPEG or PNG",

@@ -62,7 +62,7 @@ def _check_installed(format: RowFormat) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        fix = "Run `pip install 'finetune[parquet]'`, or choose --format csv or --format jsonl."
+        fix = "Run `pip install pyarrow`, or choose --format csv or --format jsonl."
         raise EnvironmentFaultError("--format parquet", f"it needs pyarrow ({error})", fix) from None
 
 

@@ -85,7 +85,9 @@ def _require_onnx() -> Any:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         found = f"{error.name} is not installed"
-        raise EnvironmentFaultError("--format onnx", found, "pip install 'finetune[onnx]'.") from None
+        raise EnvironmentFaultError(
+            "--format onnx", found, "Run `pip install onnx onnxruntime onnxscript`."
+        ) from None
     return onnx
 
 

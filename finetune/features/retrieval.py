@@ -140,7 +140,7 @@ def check_umap() -> None:
     try:
         import umap  # noqa: F401
     except ImportError as error:
-        fix = "Run `pip install 'finetune[umap]'`, or take principal components."
+        fix = "Run `pip install umap-learn`, or take principal components."
         raise EnvironmentFaultError("a plane by UMAP", f"it needs umap-learn ({error})", fix) from None
 
 

@@ -110,7 +110,7 @@ def check_format(format: TableFormat) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        fix = "Run `pip install 'finetune[parquet]'`, or take --format csv or --format npz."
+        fix = "Run `pip install pyarrow`, or take --format csv or --format npz."
         raise EnvironmentFaultError("--format parquet", f"it needs pyarrow ({error})", fix) from None
 
 

@@ -79,7 +79,7 @@ def _import_ray() -> Any:
         import ray.train
     except ImportError as error:
         found = f"Ray is not installed here ({error})"
-        raise EnvironmentFaultError("--engine ray", found, "pip install 'finetune[ray]'") from None
+        raise EnvironmentFaultError("--engine ray", found, "Run `pip install 'ray[train]'`.") from None
     return ray
 
 

@@ -28,6 +28,8 @@ CLIENTS: dict[TrackerName, str] = {
     "mlflow": "finetune.tracking.mlflow.MLflow",
 }
 """Class of each tracker's client, imported only if it is used: each needs its own package."""
+_PACKAGES: dict[TrackerName, str] = {"mlflow": "mlflow-skinny"}
+"""Names of packages that differ from the tracker's."""
 
 
 @dataclass
@@ -47,13 +49,13 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
     """Check before the run starts that the clients of the trackers can be imported.
 
     Raises:
-        EnvironmentFaultError: a client is not installed or cannot be imported; names the extra to install.
+        EnvironmentFaultError: a client is not installed or cannot be imported; names the package to install.
     """
     for name in names:
         try:
             _find_client(name)
         except Exception as error:  # an installed client may fail in any way
-            fix = f'Run `pip install "finetune[{name}]"`, or leave it out of tracking.to.'
+            fix = f"Run `pip install {_PACKAGES.get(name, name)}`, or leave it out of tracking.to."
             found = f"its client cannot be loaded ({type(error).__name__}: {error})"
             raise EnvironmentFaultError(f"tracking.to={name}", found, fix) from None
 

@@ -93,7 +93,7 @@ def test_a_missing_package_is_named(
     program = build_program(network, card, Interface())
     with pytest.raises(EnvironmentFaultError, match="onnxscript is not installed") as caught:
         write_onnx(program, tmp_path, card, Interface(), 18)
-    assert "finetune[onnx]" in caught.value.fix
+    assert "pip install onnx onnxruntime onnxscript" in caught.value.fix
 
 
 def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_umap_of_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_umap_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(EnvironmentFaultError, match=r"pip install 'finetune\[umap\]'"):
+    with pytest.raises(EnvironmentFaultError, match=r"pip install umap-learn"):
         find_umap_plane(MemoryRows(torch.rand(20, 4)), torch.arange(20), silent)
 
 

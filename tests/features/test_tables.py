@@ -284,7 +284,7 @@ def test_pyarrow_is_missing(tmp_path: Path, layers: list[LayerRows], monkeypatch
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(EnvironmentFaultError, match=r"pip install 'finetune\[parquet\]'"):
+    with pytest.raises(EnvironmentFaultError, match=r"pip install pyarrow"):
         check_format("parquet")
     with pytest.raises(EnvironmentFaultError):
         write(tmp_path, "parquet", layers)

@@ -26,7 +26,7 @@ EPOCHS = 60
 
 @pytest.fixture(scope="module")
 def cluster(own_cache: None) -> Iterator[Mapping[str, str]]:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'finetune[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[train]'")
     with two_nodes() as environment:
         yield environment
 

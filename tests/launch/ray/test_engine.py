@@ -44,7 +44,7 @@ def test_without_ray(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (["--processes", 2], ["--gpus", 64]):
         result = cli("run", "--data", "sample:digits", "--engine", "ray", *words)
         assert result.exit_code == 78
-        assert "pip install 'finetune[ray]'" in result.stderr
+        assert "pip install 'ray[train]'" in result.stderr
 
 
 @pytest.mark.parametrize("address", ["http://10.0.0.1:8265", "ray://10.0.0.1:10001"])
