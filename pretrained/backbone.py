@@ -119,7 +119,7 @@ def load_source(card: Card, weights: str | None = None, offline: bool = False) -
     if weights is None:
         check_digest(path, card.sha256)
     network = build_network(card)
-    if card.place not in ("folder", "bundled"):  # an exported network is used as it was trained
+    if card.place != "folder":  # an exported network is used as it was trained
         check_patches(network, card)
     head = head_parameters(network)
     match = load_weights(network, card, path, head, load_head=False)
@@ -164,7 +164,7 @@ def check_same_labels(card: Card, classes: Sequence[str]) -> None:
         found = f"the network's classifier has {count(card.num_classes, 'output')}, the data "
         found += count(len(classes), "class", "classes")
         raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")
-    if card.place in ("folder", "bundled") and card.label_names and tuple(classes) != card.label_names:
+    if card.place == "folder" and card.label_names and tuple(classes) != card.label_names:
         other = [name for name in classes if name not in card.label_names] or list(classes)
         found = f"the network was trained for other labels or another order (here: {', '.join(other[:3])})"
         raise UsageError("strategy.head=keep", found, "Take head=replace for other labels.")

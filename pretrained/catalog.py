@@ -2,11 +2,10 @@
 
 A name is resolved in this order; the first match is taken:
 
-1. a bundled backbone, ``finetune/NAME`` or NAME;
-2. a folder on this machine: a finished run, or its ``model`` folder (with or without ``local-dir:``);
-3. a prefix that names the source: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
-4. a name of timm, also of its earlier releases, with or without a tag (``resnet50.a1_in1k``);
-5. a name of torchvision.
+1. a folder on this machine: a finished run, or its ``model`` folder (with or without ``local-dir:``);
+2. a prefix that names the source: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
+3. a name of timm, also of its earlier releases, with or without a tag (``resnet50.a1_in1k``);
+4. a name of torchvision.
 
 For example, ``resnet50`` is timm's, and ``squeezenet1_0`` is torchvision's, because timm has none.
 """
@@ -27,7 +26,6 @@ from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
-from pretrained import bundle
 from pretrained.config import (
     TEMPERATURES,
     check_preprocessing,
@@ -48,7 +46,7 @@ from pretrained.hub import find_hub_file
 from pretrained.packages import PACKAGES
 
 Library = Literal["timm", "torchvision"]
-Place = Literal["hub", "url", "folder", "package", "bundled", "none"]
+Place = Literal["hub", "url", "folder", "package", "none"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 
@@ -151,8 +149,6 @@ def find_card(name: str, offline: bool = False) -> Card:
         UsageError: there is no such backbone; the message lists similar names.
         EnvironmentFaultError: the ``config.json`` of an ``hf-hub:`` name cannot be downloaded.
     """
-    if (bundled := bundle.find_bundled(name)) is not None:
-        return _card_from_bundle(bundled)
     prefix, colon, rest = name.partition(":")
     if name and _is_folder(Path(name)) and (_holds_model(Path(name)) or not _is_known(name)):
         return _card_from_folder(name, Path(name))
@@ -166,8 +162,8 @@ def find_card(name: str, offline: bool = False) -> Card:
     library, slash, bare = name.partition("/")
     if not slash:
         library, bare = "", name
-    if library not in ("", "timm", "torchvision", bundle.LIBRARY):
-        found = "it is no folder, and names with a slash start with timm/, torchvision/ or finetune/"
+    if library not in ("", "timm", "torchvision"):
+        found = "it is no folder, and names with a slash start with timm/ or torchvision/"
         fix = "Check the path, or see `finetune backbones`."
         raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), fix)
     if library in ("", "timm") and is_model(bare):
@@ -196,8 +192,7 @@ def _is_known(name: str) -> bool:
 
 
 def _nearest(name: str) -> str:
-    known = [*timm.list_models(), *torchvision_names(), *bundle.list_bundled()]
-    return suggest(name.partition(".")[0], known)
+    return suggest(name.partition(".")[0], [*timm.list_models(), *torchvision_names()])
 
 
 @cache
@@ -313,12 +308,6 @@ def _card_from_folder(name: str, folder: Path) -> Card:
     return _card_from_config(f"local-dir:{folder}", config, place="folder", location=str(model))
 
 
-def _card_from_bundle(folder: Path) -> Card:
-    name = f"{bundle.LIBRARY}/{folder.name}"
-    config = read_config(f"--backbone {name}", folder / "config.json")
-    return _card_from_config(name, config, place="bundled", location=str(folder))
-
-
 def _card_from_config(name: str, config: dict[str, Any], place: Place, location: str) -> Card:
     try:
         return _card_from_values(name, config, place, location)
@@ -373,11 +362,10 @@ def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
 
 
 def list_names(search: str = "") -> Iterator[str]:
-    """Yield every full name that contains ``search`` (case-insensitive): bundled, timm, torchvision."""
+    """Yield every full name that contains ``search`` (case-insensitive): timm, then torchvision."""
     tagged, wanted = timm.list_pretrained(), search.lower()
     bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged}
     timm_names = (f"timm/{name}" for name in sorted([*tagged, *bare]))
-    bundled = (f"{bundle.LIBRARY}/{name}" for name in bundle.list_bundled())
-    for name in [*bundled, *timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
+    for name in [*timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
         if wanted in name.lower():
             yield name

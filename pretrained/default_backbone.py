@@ -1,4 +1,4 @@
-"""The default backbone: the best one whose weights are on this machine.
+"""The default backbone: the best one whose weights are on this machine, downloaded or installed.
 
 The criterion is the published top-1 accuracy on the validation split of ImageNet. It correlates with the
 accuracy after transfer (Kornblith et al., "Do better ImageNet models transfer better?", arXiv:1805.08974),
@@ -22,8 +22,8 @@ import timm
 import torchvision.models as tv
 
 from finetune.errors import EnvironmentFaultError
-from pretrained.bundle import LIBRARY, list_bundled
 from pretrained.catalog import Card, find_card, torchvision_names
+from pretrained.packages import DEFAULT
 from pretrained.sizes import num_parameters
 from pretrained.weights import find_cached
 
@@ -56,11 +56,11 @@ class LocalBackbone:
 
     Attributes:
         card: its metadata.
-        accuracy: published top-1 accuracy on ImageNet-1k in percent; None if unknown.
+        accuracy: published top-1 accuracy on ImageNet-1k in percent.
     """
 
     card: Card
-    accuracy: float | None
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class DefaultChoice:
     """The default backbone, and the ones that were skipped.
 
     Attributes:
-        best: the best downloaded backbone, else the bundled one.
-        skipped: downloaded backbones that have no published accuracy or are too large, with the reason.
+        best: the one with the highest published accuracy.
+        skipped: backbones that have no published accuracy or are too large, with the reason.
     """
 
     best: LocalBackbone
@@ -77,39 +77,32 @@ class DefaultChoice:
 
 
 def choose_best(on_gpu: bool) -> DefaultChoice:
-    """Return the best backbone whose weights are on this machine: a downloaded one, else the bundled one.
+    """Return the best backbone whose weights are on this machine, downloaded or installed.
 
     Args:
         on_gpu: whether it will be trained on a GPU.
 
     Raises:
-        EnvironmentFaultError: the bundled backbone is missing from the installation.
+        EnvironmentFaultError: there is none; not even the package with weights that finetune needs.
     """
     ranked: list[LocalBackbone] = []
     skipped: list[tuple[Card, str]] = []
-    for card in find_downloaded():
+    for card in find_local():
         accuracy = published_accuracy(card)
-        why = (
-            "no published accuracy on ImageNet"
-            if accuracy is None
-            else _describe_excess(card, LIMITS[on_gpu])
-        )
-        if why:
+        if accuracy is None:
+            skipped.append((card, "no published accuracy on ImageNet"))
+        elif why := _describe_excess(card, LIMITS[on_gpu]):
             skipped.append((card, why))
         else:
             ranked.append(LocalBackbone(card, accuracy))
-    best = max(ranked, key=lambda one: (one.accuracy, one.card.name)) if ranked else _bundled()
-    return DefaultChoice(best, tuple(skipped))
+    if not ranked:
+        found = "no backbone was named, and no weights to choose from are on this machine"
+        fix = f"Run `pip install {DEFAULT.name}`, or add --backbone NAME."
+        raise EnvironmentFaultError("--backbone", found, fix)
+    return DefaultChoice(max(ranked, key=lambda one: (one.accuracy, one.card.name)), tuple(skipped))
 
 
-def _bundled() -> LocalBackbone:
-    for name in list_bundled():
-        return LocalBackbone(find_card(f"{LIBRARY}/{name}"), None)
-    fix = "Install the package again, or add --backbone NAME."
-    raise EnvironmentFaultError("finetune", "the bundled backbone is missing from the installation", fix)
-
-
-def find_downloaded() -> Iterator[Card]:
+def find_local() -> Iterator[Card]:
     """Yield every published backbone whose weights are on this machine."""
     yield from filter(find_cached, (find_card(f"timm/{name}") for name in timm.list_pretrained()))
     for name in torchvision_names():

@@ -53,4 +53,6 @@ PACKAGES = {
         2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
     ),
 }
-"""By timm's name of the architecture and its weights, which come from the same TensorFlow checkpoints."""
+"""By timm's name of the architecture and of weights with the same tensors."""
+DEFAULT = PACKAGES["tf_efficientnet_lite0.in1k"]
+"""The one that is installed with finetune."""

@@ -64,7 +64,7 @@ def find_weights(
     """
     if weights is not None:
         return _file_in(f"--weights {weights}", Path(weights))
-    if card.place in ("folder", "bundled", "package"):
+    if card.place in ("folder", "package"):
         return _file_in(f"--backbone {card.name}", Path(card.location))
     if card.place == "none":
         found = f"no weights were ever published for {card.name}"
@@ -85,7 +85,7 @@ def find_cached(card: Card) -> Path | None:
     """Return the card's weights file if it is on this machine, else None."""
     if card.place == "package":
         return Path(card.location)
-    if card.place in ("folder", "bundled"):
+    if card.place == "folder":
         return next((path for path in _weight_files(Path(card.location))), None)
     if card.place == "url":
         path = _torch_file(card)

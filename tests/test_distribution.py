@@ -82,6 +82,8 @@ def test_a_wheel_runs_outside_of_the_checkout(tmp_path: Path) -> None:
         "freeze",
         "--epochs",
         "1",
+        "--img-size",
+        "32",
         "-o",
         "run",
     ]

@@ -145,12 +145,9 @@ def _read_begun(output: Path | None) -> BackboneSettings | None:
 
 def _describe(choice: DefaultChoice) -> str:
     """Say why this backbone was chosen, and which others are on this machine."""
-    if choice.best.accuracy is not None:
-        reason = f"the best whose weights are on this machine ({choice.best.accuracy:.1f} % on ImageNet)"
-    elif choice.skipped:
-        reason = "which comes with the installation"
-    else:
-        return "which comes with the installation (`finetune pull NAME` fetches a larger one)"
+    reason = f"the best whose weights are on this machine ({choice.best.accuracy:.1f} % on ImageNet"
+    is_alone = choice.best.card.place == "package" and not choice.skipped
+    reason += "; `finetune pull NAME` fetches a larger one)" if is_alone else ")"
     if not choice.skipped:
         return reason
     shown = [f"{card.name} ({why})" for card, why in choice.skipped[:_SHOWN]]

@@ -38,7 +38,6 @@ from finetune.training.batch_size import StepTrial
 from finetune.training.ddp import share_weights
 from finetune.training.plan import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
-from pretrained.bundle import find_bundled
 from pretrained.catalog import Card, find_card
 from pretrained.graph.layers import Layers
 from pretrained.loading import check_complete
@@ -126,7 +125,7 @@ def fit_batches(setup: RunSetup, folder: RunFolder, distributed: Distributed = S
     The free memory of a shared GPU may change between attempts, but the run must not.
     """
     kept = distributed.share(lambda: _read_batch_size(folder))
-    size = kept or min(distributed.collect(_open_trial(setup, distributed.size).find_batch_size()))
+    size = kept or min(distributed.collect(open_trial(setup, distributed.size).find_batch_size()))
     training = setup.recipe.training.model_copy(update={"batch_size": size})
     return replace(setup, recipe=setup.recipe.model_copy(update={"training": training}))
 
@@ -149,10 +148,11 @@ def check_deterministic(setup: RunSetup, distributed: Distributed = SINGLE_PROCE
             and AlexNet's adaptive pooling on a GPU.
     """
     if setup.recipe.deterministic and setup.recipe.strategy.features is None:
-        distributed.share(_open_trial(setup).run_smallest)
+        distributed.share(open_trial(setup).run_smallest)
 
 
-def _open_trial(setup: RunSetup, num_ranks: int = 1) -> StepTrial:
+def open_trial(setup: RunSetup, num_ranks: int = 1) -> StepTrial:
+    """Return trial steps of a run's training."""
     network = place_network(setup.backbone.network, setup.placement)
     input_size = setup.backbone.card.preprocessing.input_size
     return StepTrial(network, setup.plan, input_size, setup.placement, setup.recipe.training, num_ranks)
@@ -251,7 +251,7 @@ def _check_single_images(setup: RunSetup) -> None:
     single = next((key for key, value in asked.items() if value == 1), None)
     if single is None or setup.recipe.strategy.features is not None:
         return
-    if not _open_trial(setup).takes_single_images():
+    if not open_trial(setup).takes_single_images():
         found = (
             "a BatchNorm of this network, in train mode, gets features of 1x1, and one image has no variance"
         )
@@ -372,5 +372,4 @@ def _absolute_data(path: str) -> str:
 def _absolute_name(name: str | None) -> str | None:
     if name and name.startswith("local-dir:"):
         return f"local-dir:{_absolute(name.removeprefix('local-dir:'))}"
-    is_folder = bool(name) and find_bundled(str(name)) is None and Path(str(name)).is_dir()
-    return _absolute(str(name)) if is_folder else name
+    return _absolute(name) if name and Path(name).is_dir() else name

