@@ -101,6 +101,8 @@ def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
     for stale in ("label_names", "label_descriptions", "license", "origin_url", "paper_ids", "paper_name"):
         inner.pop(stale, None)  # timm's entries describe its default weights, which may be others
     inner |= _passport(card)
+    # transformers passes the number of classes itself, and refuses to be given it twice.
+    config["model_args"] = {key: value for key, value in config["model_args"].items() if key != "num_classes"}
     return config | {"num_classes": card.num_classes}
 
 

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -29,7 +30,7 @@ from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE
 from finetune.exporters.config import loads_in_timm
 from finetune.exporters.deployed import LAYOUTS, Interface, Layout, build_program
 from finetune.exporters.folder import WEIGHTS_FILE, write_model
-from finetune.exporters.graph_files import OPSETS, read_opset, write_companions, write_onnx, write_program
+from finetune.exporters.graph_files import OPSETS, read_versions, write_companions, write_onnx, write_program
 from finetune.exporters.hub import Pushed, check_push, push_folder
 from finetune.exporters.model_card import TrainingData, build_readme
 from finetune.exporters.proof import (
@@ -47,6 +48,7 @@ from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
+from pretrained.catalog import Card
 
 REPORT_FILE = "export.json"
 
@@ -111,36 +113,48 @@ def _make(source: Exportable, options: ExportOptions, folder: Path, display: Dis
     start = time.monotonic()
     with display.busy(f"exporting {options.format}"):
         try:
-            artefact, loader = _write(source, options, folder, display)
+            artefact, loaders = _write(source, options, folder, display)
         except OSError as error:
             raise disk_error(folder, error) from None
     written = time.monotonic()
-    if loader == "finetune":
+    if loaders == ("finetune",):
         display.warn(f"only finetune can load {source.card.architecture} from this folder")
     inputs = _find_inputs(source, display)
+    found, facts = dict[str, Tensor](), dict[str, Any]()
     with display.busy("comparing in a fresh process"):
         expected = predict_here(source.network, source.card, inputs.views)
-        found, facts = predict_fresh(loader, artefact, inputs, source.card, options.interface)
+        for loader in loaders:
+            found[loader], its = predict_fresh(loader, artefact, inputs, source.card, options.interface)
+            facts |= its
     comparisons = _check(source, options, inputs, expected, found)
     _report(inputs, comparisons, display)
     seconds = {"export": round(written - start, 3), "compare": round(time.monotonic() - written, 3)}
-    report = _describe(source, options, artefact, loader, facts) | _describe_proof(inputs, comparisons)
+    report = _describe(source, options, artefact, loaders[0], facts) | _describe_proof(inputs, comparisons)
     report |= {"seconds": seconds}
     write_json(folder / REPORT_FILE, report)
     return report
 
 
-def _write(source: Exportable, options: ExportOptions, folder: Path, display: Display) -> tuple[Path, str]:
-    """Write the artefact; return its path and the name of its loader (see ``fresh.py``)."""
+def _write(
+    source: Exportable, options: ExportOptions, folder: Path, display: Display
+) -> tuple[Path, tuple[str, ...]]:
+    """Write the artefact; return its path and the names of its loaders (see ``fresh.py``)."""
     card = source.card
     if options.format == "timm":
         write_model(folder, card, source.network, _build_card(source, display))
-        return folder, "timm" if loads_in_timm(card) else "finetune"
+        return folder, _find_loaders(card)
     program = build_program(source.network, card, options.interface)
     write_companions(folder, card, options.interface)
     if options.format == "onnx":
-        return write_onnx(program, folder, card, options.interface, options.opset), "onnx"
-    return write_program(program, folder), "torch-export"
+        return write_onnx(program, folder, card, options.interface, options.opset), ("onnx",)
+    return write_program(program, folder), ("torch-export",)
+
+
+def _find_loaders(card: Card) -> tuple[str, ...]:
+    """Return the libraries that must load a folder of timm's format: transformers too if installed."""
+    if not loads_in_timm(card):
+        return ("finetune",)
+    return ("timm", "transformers") if find_spec("transformers") else ("timm",)
 
 
 def _build_card(source: Exportable, display: Display) -> str:
@@ -185,16 +199,24 @@ def _load_inputs(source: Exportable, display: Display) -> ProofInputs | str:
 
 
 def _check(
-    source: Exportable, options: ExportOptions, inputs: ProofInputs, expected: Tensor, found: Tensor
+    source: Exportable,
+    options: ExportOptions,
+    inputs: ProofInputs,
+    expected: Tensor,
+    found: Mapping[str, Tensor],
 ) -> dict[str, OutputCheck]:
-    """Compare the artefact's outputs with the network's and with ``predictions.csv``."""
+    """Compare the outputs of each loader with the network's, and the first's with ``predictions.csv``."""
     asked = f"exporting {options.format} of {source.path}"
-    comparisons = {"network": compare(expected, found)}
+    first, *others = found
+    comparisons = {"network": compare(expected, found[first])}
     if inputs.recorded is not None:
-        comparisons["predictions.csv"] = compare(inputs.recorded, found, _recorded_tolerance(source.recipe))
+        tolerance = _recorded_tolerance(source.recipe)
+        comparisons["predictions.csv"] = compare(inputs.recorded, found[first], tolerance)
+    comparisons |= {loader: compare(expected, found[loader]) for loader in others}
     for what, comparison in comparisons.items():
-        name = "the network's" if what == "network" else "those of the run's predictions.csv"
-        check_comparison(asked, name, comparison, len(inputs.views), inputs.source)
+        name = "those of the run's predictions.csv" if what == "predictions.csv" else "the network's"
+        loaded = f" in {what}" if what in others else ""
+        check_comparison(f"{asked}{loaded}", name, comparison, len(inputs.views), inputs.source)
     return comparisons
 
 
@@ -213,9 +235,11 @@ def _report(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck], display
         if comparison.num_near_ties:
             differing, ties = comparison.num_top1_differences, comparison.num_near_ties
             same += f" (another one for {differing} of {ties} near ties)"
+        against = "predictions.csv" if what == "predictions.csv" else "the network"
+        loaded = " with transformers" if what == "transformers" else ""
         display.say(
-            f"a fresh process against {'the network' if what == 'network' else what}, {len(inputs.views)} "
-            f"{inputs.source}: largest probability difference {comparison.max_difference:.2g}, {same}"
+            f"a fresh process{loaded} against {against}, {len(inputs.views)} {inputs.source}: largest "
+            f"probability difference {comparison.max_difference:.2g}, {same}"
         )
 
 
@@ -226,7 +250,7 @@ def _describe(
     source: Exportable, options: ExportOptions, artefact: Path, loader: str, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     card, interface = source.card, options.interface
-    versions = {key: facts[key] for key in ("onnxruntime",) if key in facts}
+    versions = {key: facts[key] for key in ("onnxruntime", "transformers") if key in facts}
     if options.format == "onnx":
         import onnx
 
@@ -245,7 +269,7 @@ def _describe(
             "python": platform.python_version(),
             **versions,
         },
-        "opset": read_opset(artefact) if options.format == "onnx" else None,
+        **(read_versions(artefact) if options.format == "onnx" else {"opset": None, "ir_version": None}),
         "inputs": [
             {
                 "name": interface.input_name,
@@ -260,7 +284,7 @@ def _describe(
 
 
 def _describe_proof(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck]) -> dict[str, Any]:
-    recorded = comparisons.get("predictions.csv")
+    recorded, transformers = comparisons.get("predictions.csv"), comparisons.get("transformers")
     return {
         "compared_on": inputs.source,
         "num_images": len(inputs.views),
@@ -268,6 +292,7 @@ def _describe_proof(inputs: ProofInputs, comparisons: Mapping[str, OutputCheck])
         "notes": list(inputs.notes),
         **comparisons["network"].to_dict(),
         "predictions_csv": recorded.to_dict() if recorded else None,
+        "transformers": transformers.to_dict() if transformers else None,
     }
 
 

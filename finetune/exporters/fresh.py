@@ -38,6 +38,19 @@ def load_timm(path: str) -> tuple[Model, Facts]:
     return _in_torch(network.eval()), {"timm": timm.__version__}
 
 
+def load_transformers(path: str) -> tuple[Model, Facts]:
+    """Load a folder of timm's format with transformers, which wraps timm's network."""
+    import transformers
+
+    network = transformers.AutoModelForImageClassification.from_pretrained(path).eval()
+    names = network.config.id2label
+    facts = {
+        "transformers": transformers.__version__,
+        "label_names": [names[index] for index in range(len(names))],
+    }
+    return _in_torch(lambda images: network(pixel_values=images).logits), facts
+
+
 def load_finetune(path: str) -> tuple[Model, Facts]:
     """Load a folder that timm cannot build, with finetune itself."""
     from finetune import __version__
@@ -67,6 +80,7 @@ def load_onnx(path: str) -> tuple[Model, Facts]:
 
 LOADERS = {
     "timm": load_timm,
+    "transformers": load_transformers,
     "finetune": load_finetune,
     "torch-export": load_torch_export,
     "onnx": load_onnx,

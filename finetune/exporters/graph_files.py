@@ -24,7 +24,7 @@ from pretrained.catalog import Card, Preprocessing
 
 OPSETS = (18, 23)
 """Smallest and largest opset that torch's exporter writes. It writes the smallest without a conversion, and
-every onnxruntime since 1.14 reads that one."""
+every onnxruntime since 1.14 reads that one, in the oldest format of the file that knows it."""
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 _LARGEST_PROTOBUF = 1_900_000_000
 """Most bytes of weights inside the ONNX file itself; a protobuf may have at most 2 GiB."""
@@ -63,6 +63,9 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
             )
             assert converted is not None
             converted.model.metadata_props.update(_metadata(card, interface))
+            # torch writes IR 10, which onnxruntime before 1.18 refuses whatever the opset.
+            standard = onnx.helper.make_opsetid("", converted.model.opset_imports[""])
+            converted.model.ir_version = onnx.helper.find_min_ir_version_for([standard])
             converted.save(path, external_data=num_bytes > _LARGEST_PROTOBUF)
             onnx.checker.check_model(path, full_check=True)
     except OSError:
@@ -72,10 +75,11 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
     return path
 
 
-def read_opset(path: Path) -> int:
-    """Return the opset of ONNX's standard operators that a file needs."""
+def read_versions(path: Path) -> dict[str, int]:
+    """Return the ``opset`` of ONNX's standard operators that a file needs, and the file's ``ir_version``."""
     model = _require_onnx().load(path, load_external_data=False)
-    return max(int(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
+    opset = max(int(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
+    return {"opset": opset, "ir_version": int(model.ir_version)}
 
 
 def _require_onnx() -> Any:

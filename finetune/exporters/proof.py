@@ -102,7 +102,7 @@ def predict_fresh(
         interface: input and output of the artefact.
 
     Raises:
-        InternalError: the process could not load or run it.
+        InternalError: the process could not load or run it, or read other label names.
         DiskError: there is no space for the inputs or the outputs.
     """
     with _exchange() as folder:
@@ -112,6 +112,9 @@ def predict_fresh(
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if loader != "finetune" and facts["loaded"]:
         found = f"the fresh process imported {', '.join(facts['loaded'])}, so it proves nothing"
+        raise InternalError(f"exporting {artefact.name}", found, "Please report this.")
+    if card.label_names and facts.get("label_names", list(card.label_names)) != list(card.label_names):
+        found = f"{loader} reads other label names from it"
         raise InternalError(f"exporting {artefact.name}", found, "Please report this.")
     if outputs.shape != (len(inputs.views), card.num_classes):
         found = f"the fresh process gave {tuple(outputs.shape)} for {len(inputs.views)} inputs"

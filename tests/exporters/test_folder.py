@@ -48,6 +48,19 @@ def build(name: str, img_size: int | None = None, head: HeadChoice = "replace", 
     return backbone
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_transformers_gives_the_same_logits_and_labels(tmp_path: Path, name: str) -> None:
+    backbone = build(name, 64 if name != "test_vit" else None)
+    network = backbone.network.eval()
+    export_model(backbone, network, tmp_path / "model", METRICS)
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    assert loaded.config.id2label == dict(enumerate(backbone.card.label_names))
+    images = torch.randn(2, *backbone.card.preprocessing.input_size)
+    with torch.inference_mode():
+        assert network(images).equal(loaded(pixel_values=images).logits)
+
+
 @pytest.mark.parametrize(
     ("name", "img_size", "dropout"),
     [

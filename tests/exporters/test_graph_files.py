@@ -21,7 +21,7 @@ from finetune.exporters.deployed import Interface, build_program
 from finetune.exporters.graph_files import (
     describe_input,
     describe_view,
-    read_opset,
+    read_versions,
     write_companions,
     write_onnx,
     write_program,
@@ -52,7 +52,7 @@ def test_onnx_metadata_holds_labels_preprocessing_and_temperature(
     assert capfd.readouterr().out == ""  # stdout is for results only
     assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
     onnx.checker.check_model(str(path), full_check=True)
-    assert read_opset(path) == 20
+    assert read_versions(path) == {"opset": 20, "ir_version": 9}
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,), (made,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape, given.type) == ("images", ["batch", 64, 64, 3], "tensor(uint8)")
