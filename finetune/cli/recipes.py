@@ -1,4 +1,4 @@
-"""``finetune recipes``: list and show the recipes that come with the package."""
+"""``finetune recipes``: list and show the recipes that come with the package, and print their schema."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.output import handled_errors, print_line, print_text
+from finetune.cli.output import handled_errors, print_json, print_line, print_text
 
 app = typer.Typer(help="List and show the shipped recipes.", invoke_without_command=True)
 
@@ -22,7 +22,7 @@ def list_recipes(context: typer.Context) -> None:
         recipes = shipped_recipes()
         width = max(map(len, recipes))
         for name, text in recipes.items():
-            print_line(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}")
+            print_line(f"{name:<{width}}  {text.splitlines()[1].lstrip('# ')}")
 
 
 @app.command("show")
@@ -32,3 +32,12 @@ def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe or a 
         from finetune.recipe import find_recipe
 
         print_text(find_recipe(name))
+
+
+@app.command("schema")
+def show_schema() -> None:
+    """Print the JSON Schema of recipes, for editors; save it beside them as recipe.schema.json."""
+    with handled_errors():
+        from finetune.recipe import build_schema
+
+        print_json(build_schema(), indent=2)

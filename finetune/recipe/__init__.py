@@ -12,6 +12,7 @@ saved with the run.
 """
 
 from finetune.recipe.changes import Change, changed_keys
+from finetune.recipe.json_schema import LANGUAGE_SERVER_LINE, build_schema
 from finetune.recipe.reading import (
     find_recipe,
     load_recipe,
@@ -47,6 +48,7 @@ from finetune.recipe.schema import (
 
 __all__ = [
     "BASE_LRS",
+    "LANGUAGE_SERVER_LINE",
     "Augmentation",
     "Auto",
     "AutoValues",
@@ -63,6 +65,7 @@ __all__ = [
     "StrategySettings",
     "TrackerName",
     "TrainingSettings",
+    "build_schema",
     "changed_keys",
     "compute_batch_size",
     "compute_views",

@@ -32,6 +32,8 @@ training:
 ```
 
 - `finetune recipes` lists the shipped recipes; `finetune recipes show top > mine.yaml` is a good start.
+- `finetune recipes schema > recipe.schema.json` beside your recipes makes editors with a YAML language server
+  complete keys and mark mistakes: shipped recipes begin with a line that names this file.
 - On the command line `--set training.lr=0.003` sets any key and overrides the file; the most used keys also
   have flags (`--lr 0.003`). Two different values for one key are refused.
 - `auto` is decided when the run starts, from the data, the backbone and the machine. The run folder's

@@ -169,6 +169,7 @@ class StrategySettings(_Section):
         description="what is trained; "
         + "; ".join(f"{name}: {strategy.description}" for name, strategy in STRATEGIES.items())
         + "; auto: chosen from evidence (`finetune advise`)",
+        json_schema_extra=lambda schema: schema.update(enum=[*list_strategy_names()]),
     )
     head: HeadChoice = Field(
         "replace",

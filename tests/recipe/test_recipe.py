@@ -7,9 +7,11 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -17,10 +19,12 @@ from ruamel.yaml import YAML
 import pretrained.catalog
 from finetune.errors import UsageError
 from finetune.recipe import (
+    LANGUAGE_SERVER_LINE,
     AutoValues,
     HeadChoice,
     Precision,
     Recipe,
+    build_schema,
     changed_keys,
     compute_batch_size,
     find_recipe,
@@ -28,11 +32,13 @@ from finetune.recipe import (
     load_recipe,
     merge_override,
     parse_assignments,
+    read_recipe,
     resolve_recipe,
     shipped_recipes,
 )
 from finetune.recipe.mistakes import list_fields
 from finetune.system import device as runtime
+from tests.conftest import Cli
 
 Load = Callable[..., Recipe]
 
@@ -798,10 +804,43 @@ def test_which_recipes_are_shipped() -> None:
 def test_a_shipped_recipe(name: str) -> None:
     text = find_recipe(name)
     assert changed_keys(Recipe(), load_recipe(name)) or name == "top"
-    sentence = text.splitlines()[0]
-    assert re.fullmatch(r"# [A-Z].{20,}\.", sentence), f"the first line is no sentence: {sentence}"
+    first, sentence, *_ = text.splitlines()
+    assert first == LANGUAGE_SERVER_LINE
+    assert re.fullmatch(r"# [A-Z].{20,}\.", sentence), f"the second line is no sentence: {sentence}"
+    jsonschema.validate(read_recipe(name), build_schema())
     assert re.search(rf"^#\s+finetune run --recipe {re.escape(name)} --", text, re.MULTILINE)
     assert text.endswith("\n") and max(map(len, text.splitlines())) <= 110
+
+
+def test_the_schema_beside_the_recipes_is_up_to_date(cli: Cli) -> None:
+    """Make it again: finetune recipes schema > recipes/recipe.schema.json."""
+    written = (Path(__file__).parents[2] / "recipes" / "recipe.schema.json").read_text("utf-8")
+    assert cli("recipes", "schema").stdout == written
+    jsonschema.Draft202012Validator.check_schema(json.loads(written))
+
+
+@pytest.mark.parametrize(
+    ("values", "fits"),
+    [
+        ({}, True),
+        ({"training": None, "cache": "off"}, True),
+        ({"strategy": {"name": "auto"}, "input": {"mean": [0.5, 0.5, 0.5], "img_size": "auto"}}, True),
+        ({"strategy": {"name": "frieze"}}, False),
+        ({"training": {"epoch": 3}}, False),
+        ({"training": {"epochs": 0}}, False),
+        ({"training": "off"}, False),
+        ({"input": {"mean": [0.5, 0.5]}}, False),
+    ],
+)
+def test_the_schema_takes_what_a_recipe_takes(values: dict[str, Any], fits: bool, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(values))
+    for accept, refusal in (
+        (lambda: jsonschema.validate(values, build_schema()), jsonschema.ValidationError),
+        (lambda: load_recipe(str(file)), UsageError),
+    ):
+        with nullcontext() if fits else pytest.raises(refusal):
+            accept()
 
 
 @pytest.mark.parametrize("name", ["freeze", "top", "full", "scratch"])
