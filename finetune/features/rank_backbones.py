@@ -13,6 +13,7 @@ import torch
 
 from finetune.data.prepare import draw_evenly, read_images, require_labels
 from finetune.features.extraction import open_features, open_images, open_source
+from finetune.features.look_alikes import find_groups
 from finetune.features.network import open_network
 from finetune.features.transferability import MOST_IMAGES, leave_one_out
 from finetune.recipe import Recipe
@@ -70,8 +71,10 @@ def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[Ranked
         with open_features(source, [last], "auto", splits=("train",)) as features:
             samples = source.dataset.of("train")
             usable = features.usable(samples)
-            labels = torch.tensor([samples[index].label for index in usable.tolist()])
-            hits = leave_one_out(features.rows[0], usable, labels, dataset.num_classes).double()
+            used = [samples[index] for index in usable.tolist()]
+            labels = torch.tensor([sample.label for sample in used])
+            groups = find_groups(features.rows[0], usable, labels, [sample.group for sample in used])
+            hits = leave_one_out(features.rows[0], usable, labels, dataset.num_classes, groups).double()
         ranked.append(
             RankedBackbone(
                 network.backbone.card.name,

@@ -123,12 +123,14 @@ class TrainingRows:
         matrix: (N, R + 1) float32: standardised features or coordinates in their span, then a column of ones.
         labels: (N,) int64.
         num_classes: K.
+        groups: (N,) int64; images of equal numbers are held out together.
         spectrum: the spectrum of the matrix.
         mean_square: mean over images of the squared norm of their standardised features, at most D.
     """
 
     matrix: Tensor
     labels: Tensor
+    groups: Tensor
     num_classes: int
     spectrum: Spectrum
     mean_square: float
@@ -137,7 +139,8 @@ class TrainingRows:
 
     def select(self, chosen: Tensor) -> TrainingRows:
         """Return some of the images, (N,) bool, in the same coordinates."""
-        return replace(self, matrix=self.matrix[chosen], labels=self.labels[chosen])
+        matrix, labels, groups = (one[chosen] for one in (self.matrix, self.labels, self.groups))
+        return replace(self, matrix=matrix, labels=labels, groups=groups)
 
     def strength(self, kind: Kind, multiple: float) -> float:
         """Return C for a multiple of its natural unit."""
@@ -181,7 +184,12 @@ class TrainingRows:
 
 
 def build_training_rows(
-    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, device: torch.device = _CPU
+    rows: Rows,
+    indices: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    device: torch.device = _CPU,
+    groups: Tensor | None = None,
 ) -> TrainingRows:
     """Return training images, prepared for any kind of classifier and any C.
 
@@ -194,6 +202,7 @@ def build_training_rows(
         labels: (N,) int64 of these images.
         num_classes: K, at least 2.
         device: device of the result, and of all that is computed with it.
+        groups: (N,) int64; images of equal numbers are held out together. By default each is held out alone.
 
     Raises:
         DataError: there is only one class, or a class has no training image.
@@ -208,7 +217,9 @@ def build_training_rows(
     matrix = torch.nn.functional.pad(inner, (0, 1), value=1.0)
     mean_square = inner.square().sum(dtype=torch.float64).item() / len(inner)
     spectrum = measure_spectrum(matrix)
-    return TrainingRows(matrix, labels.to(matrix.device), num_classes, spectrum, mean_square, scaled, turn)
+    groups = torch.arange(len(labels)) if groups is None else groups
+    labels, groups = labels.to(matrix.device), groups.to(matrix.device)
+    return TrainingRows(matrix, labels, groups, num_classes, spectrum, mean_square, scaled, turn)
 
 
 def solve(training: TrainingRows, kind: Kind, strength: float) -> LinearClassifier:
@@ -247,6 +258,7 @@ def fit(
     kind: Kind,
     seed: int,
     device: torch.device = _CPU,
+    groups: Tensor | None = None,
 ) -> LinearClassifier:
     """Choose C by cross-validation inside the training images, and solve with all of them.
 
@@ -255,14 +267,16 @@ def fit(
     """
 
     def solve_on(place: torch.device) -> LinearClassifier:
-        return choose_and_solve(build_training_rows(rows, indices, labels, num_classes, place), kind, seed)
+        training = build_training_rows(rows, indices, labels, num_classes, place, groups)
+        return choose_and_solve(training, kind, seed)
 
     return compute_where_it_fits(device, solve_on)
 
 
 def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tensor | None]:
     """Return the best C, and initial weights for all images: the mean of those of the folds."""
-    folds = draw_folds(training.labels.cpu(), NUM_FOLDS, seed).to(training.labels.device)
+    folds = draw_folds(training.labels.cpu(), NUM_FOLDS, seed, training.groups.cpu())
+    folds = folds.to(training.labels.device)
     is_large = training.matrix.numel() * training.num_classes >= LARGE
     numbers = [fold for fold in range(1 if is_large else NUM_FOLDS) if (folds == fold).any()]
     if not numbers:
@@ -296,21 +310,22 @@ def cross_validate(
     seed: int,
     num_folds: int = 5,
     device: torch.device = _CPU,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Return whether cross-validation predicts the label of each image, (N,) bool.
 
     C is chosen separately inside the training images of each fold, so no held-out label influences it. Means,
-    deviations and span are those of all N images; they do not depend on labels. The folds depend on ``seed``
-    and ``labels`` alone, so layers can be compared image by image. An image that is the only one of its class
-    is never held out, and counts as wrong.
+    deviations and span are those of all N images; they do not depend on labels. The folds depend on ``seed``,
+    ``labels`` and ``groups`` alone, so layers can be compared image by image. An image whose group is the
+    only one of its class is never held out, and counts as wrong.
 
     The other arguments and the refusals are those of :func:`build_training_rows`. If the memory of a GPU runs
     out, the CPU solves.
     """
 
     def validate_on(place: torch.device) -> Tensor:
-        training = build_training_rows(rows, indices, labels, num_classes, place)
-        folds = draw_folds(labels, num_folds, seed).to(place)
+        training = build_training_rows(rows, indices, labels, num_classes, place, groups)
+        folds = draw_folds(labels, num_folds, seed, groups).to(place)
         hits = torch.zeros_like(training.labels, dtype=torch.bool)
         for fold in range(num_folds):
             held = folds == fold
@@ -324,22 +339,27 @@ def cross_validate(
     return compute_where_it_fits(device, validate_on)
 
 
-def draw_folds(labels: Tensor, num_folds: int, seed: int) -> Tensor:
+def draw_folds(labels: Tensor, num_folds: int, seed: int, groups: Tensor | None = None) -> Tensor:
     """Return the fold in which each image is held out, (N,) int64 in [0, ``num_folds``), -1 for never.
 
-    The images of a class are distributed over the folds in turn, in random order, so every class has a
-    training image in every fold. An image that is the only one of its class is never held out.
+    The groups of a class are distributed over the folds in turn, in random order, so every class has a
+    training image in every fold. Images whose group is the only one of its class are never held out.
 
     Args:
         labels: (N,) int64.
-        num_folds: at least 2. Some are empty where there are fewer images.
+        num_folds: at least 2. Some are empty where there are fewer groups.
         seed: the seed of the random order.
+        groups: (N,) int64; images of equal numbers get the same fold. By default each is a group.
     """
+    groups = torch.arange(len(labels)) if groups is None else groups
+    num_groups = torch.stack([labels, groups]).unique(dim=1)[0].bincount()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
-    order = order[labels.bincount()[labels[order]] > 1]
+    order = order[num_groups[labels[order]] > 1]
+    turns = dict.fromkeys(groups[order].tolist())
+    turns = {group: turn % num_folds for turn, group in enumerate(turns)}
     folds = torch.full_like(labels, -1)
-    folds[order] = torch.arange(len(order)) % num_folds
+    folds[order] = torch.tensor([turns[group] for group in groups[order].tolist()], dtype=torch.int64)
     return folds
 
 

@@ -73,16 +73,20 @@ _SHORTEST = 1e-12
 """Smallest norm of a row, instead of zero: a row of zeros has cosine 0 with all others."""
 
 
-def leave_one_out(rows: Rows, indices: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return whether the nearest other images predict the label of each image, (N,) bool.
+def leave_one_out(
+    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, groups: Tensor | None = None
+) -> Tensor:
+    """Return whether the nearest images of other groups predict the label of each image, (N,) bool.
 
     Args:
         rows: features (all images, D).
         indices: (N,) int64, the images to use.
         labels: (N,) int64, the labels of these images.
         num_classes: K.
+        groups: (N,) int64; images of equal numbers do not vote for each other. By default each is a group.
     """
-    return _vote(rows, indices, labels, indices, num_classes, True) == labels
+    groups = torch.arange(len(indices)) if groups is None else groups
+    return _vote(rows, indices, labels, indices, num_classes, groups) == labels
 
 
 def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
@@ -97,17 +101,21 @@ def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classe
         test: (M,) int64, the test images.
         num_classes: K.
     """
-    return _vote(rows, train, labels, test, num_classes, False)
+    return _vote(rows, train, labels, test, num_classes, None)
 
 
-def _vote(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int, is_same: bool) -> Tensor:
-    found = []
+def _vote(
+    rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int, groups: Tensor | None
+) -> Tensor:
+    """Return the class of each test image; with groups, the test images are the training images."""
+    found, is_same = [], groups is not None
     size = max(1, _BLOCK_BYTES // (4 * len(train)))
     for start in range(0, len(test), size):
         part = test[start : start + size]
         cosines = _compare(rows, part, train)
-        if is_same:
-            cosines.diagonal(start).fill_(-torch.inf)
+        if groups is not None:
+            own = groups[start : start + size, None] == groups
+            cosines.masked_fill_(own.to(cosines.device), -torch.inf)
         places = _find_nearest(cosines, min(NEIGHBOURS, len(train) - is_same))
         weights = (cosines.gather(1, places) / TEMPERATURE).exp()
         votes = cosines.new_zeros(len(part), num_classes)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside, draw_evenly, read_images, require_labels
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
+from finetune.features.look_alikes import find_groups
 from finetune.features.network import Network, open_network
 from finetune.features.rows import ConcatRows
 from finetune.features.solvers import cross_validate
@@ -31,6 +31,7 @@ from finetune.pipeline.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.pipeline.verify import verify
 from finetune.recipe import BASE_LRS, Recipe, compute_views
 from finetune.system.display import Display
+from finetune.system.forward import time_forward
 from finetune.targets import LINEAR_CLASSIFIER, to_probabilities
 from finetune.training.plan import Plan, lay_plan
 from pretrained.graph.layers import Layer
@@ -97,6 +98,7 @@ class Advice:
             "num_classes": evidence.num_classes,
             "smallest_class": evidence.smallest_class,
             "num_looked_at": self.num_looked_at,
+            "num_independent": evidence.num_independent,
             "normalised_leep": evidence.leep,
             "neighbours_gap": evidence.gap,
             "neighbours_gap_error": evidence.gap_error,
@@ -170,17 +172,22 @@ def _measure(
     samples, seed, device = source.dataset.of("train"), source.recipe.seed, source.network.placement.device
     labels = torch.tensor([samples[index].label for index in usable.tolist()])
     num_classes = dataset.num_classes
+    groups = find_groups(
+        features.rows[-1], usable, labels, [samples[index].group for index in usable.tolist()]
+    )
     neighbours, hits = [], []
     with source.display.track("nearest neighbours by depth", len(features.layers)) as advance:
         for layer, rows in zip(features.layers, features.rows, strict=True):
             advance(0, layer.name)
-            neighbours.append(leave_one_out(rows, usable, labels, num_classes).double())
+            neighbours.append(leave_one_out(rows, usable, labels, num_classes, groups).double())
             advance(1, layer.name)
     names = (*(layer.name for layer in features.layers), "all together")
     with source.display.track("linear classifiers by depth", len(names)) as advance:
         for name, rows in zip(names, (*features.rows, ConcatRows(features.rows)), strict=True):
             advance(0, name)
-            hit = cross_validate(rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed, device=device)
+            hit = cross_validate(
+                rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed, device=device, groups=groups
+            )
             hits.append(hit.double())
             advance(1, name)
     depths = tuple(
@@ -200,6 +207,8 @@ def _measure(
         gap,
         gap_error,
         _candidates(features.layers, hits),
+        num_measured=len(usable),
+        num_independent=len(groups.unique()),
     )
     return evidence, depths
 
@@ -256,7 +265,8 @@ def _count_trained(network: Network, recipe: Recipe, num_classes: int) -> dict[s
 
 def _estimate(network: Network, recipe: Recipe, num_train: int) -> dict[str, float]:
     """Return estimated seconds by strategy, from the measured time of a forward pass."""
-    forward = _time_forward(network)
+    size, placement = network.backbone.card.preprocessing.input_size, network.placement
+    forward = time_forward(network.backbone.network, size, placement.device, placement.channels_last)
     below = network.layers.stages[-1 - recipe.strategy.top_stages :][:1]
     trunk = below[0].share if below else 0.0
     epochs = recipe.training.epochs
@@ -269,19 +279,3 @@ def _estimate(network: Network, recipe: Recipe, num_train: int) -> dict[str, flo
         "full": float(BACKWARD * epochs),
     }
     return {name: round(num_train * forward * passes, 1) for name, passes in times.items()}
-
-
-def _time_forward(network: Network, num_images: int = 8) -> float:
-    """Return the seconds of a forward pass per image, measured after a warm-up pass."""
-    layout = torch.channels_last if network.placement.channels_last else torch.contiguous_format
-    size = network.backbone.card.preprocessing.input_size
-    images = torch.zeros(num_images, *size, device=network.placement.device).to(memory_format=layout)
-    seconds = 0.0
-    with torch.inference_mode():
-        for _ in range(2):
-            began = time.perf_counter()
-            network.backbone.network(images)
-            if images.is_cuda:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-    return seconds / num_images

@@ -23,6 +23,7 @@ from finetune.data.dataset import Dataset, Split
 from finetune.errors import DataError
 from finetune.evaluation.predictions import Predictions
 from finetune.features.extraction import Features, Source, open_features
+from finetune.features.look_alikes import find_groups
 from finetune.features.network import Network
 from finetune.features.rows import ConcatRows, Rows
 from finetune.features.solvers import LinearClassifier, cross_validate, fit
@@ -114,7 +115,8 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
         labels = _labels(dataset, indices)
         names = ", ".join(layer.name for layer in chosen)
         advance(0, names)
-        classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device)
+        groups = _find_groups(source, features, indices, labels)
+        classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device, groups)
         advance(1, names)
         splits: list[Split] = ["val", "test"]
         predictions = {
@@ -138,16 +140,29 @@ def _choose(source: Source, features: Features, choice: str, advance: Advance) -
     dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
+    groups = _find_groups(source, features, indices, labels)
     accuracies = []
     for layer, rows in zip(features.layers, features.rows, strict=True):
         advance(0, layer.name)
         hits = cross_validate(
-            rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device=device
+            rows,
+            indices,
+            labels,
+            dataset.num_classes,
+            LINEAR_CLASSIFIER,
+            seed,
+            device=device,
+            groups=groups,
         )
         accuracies.append(hits.double().mean().item())
         advance(1, layer.name)
     best = max(range(len(accuracies)), key=lambda index: (accuracies[index], index))
     return (features.layers[best],)
+
+
+def _find_groups(source: Source, features: Features, indices: Tensor, labels: Tensor) -> Tensor:
+    named = [source.dataset.samples[index].group for index in indices.tolist()]
+    return find_groups(features.rows[-1], indices, labels, named)
 
 
 def _concat_rows(features: Features, chosen: Sequence[Layer]) -> Rows:

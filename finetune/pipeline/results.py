@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetune.data.dataset import Dataset
 from finetune.data.feed import BatchLoader
 from finetune.errors import InternalError, count
+from finetune.evaluation.intervals import compute_wilson
 from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE, Predictions, predict
 from finetune.evaluation.summary import Summary
 from finetune.pipeline.linear_head import LinearHead
@@ -132,6 +133,40 @@ def _mean_wait(progress: Progress) -> float:
     return waited / max(sum(row["seconds"] for row in rows), 1e-9)
 
 
+def find_gap(advice: Mapping[str, Any], val_accuracy: float, num_val: int) -> dict[str, float] | None:
+    """Return how far validation is below the cross-validation that chose the strategy.
+
+    Args:
+        advice: content of ``advice.json``; empty if the strategy was given.
+        val_accuracy: accuracy on the validation split.
+        num_val: number of its images.
+
+    Returns:
+        The two accuracies and the facing ends of their 95 % intervals; None if the intervals overlap.
+    """
+    try:
+        best = max(float(one["accuracy"]) for one in advice["candidates"])
+        number = max(int(advice["num_independent"]), 0)
+        low, _ = compute_wilson(round(best * number), number)
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # no advice, or a damaged one
+        return None
+    _, high = compute_wilson(round(val_accuracy * num_val), num_val)
+    if high >= low:
+        return None
+    return {"cross_validated": best, "at_least": low, "val": val_accuracy, "at_most": high}
+
+
+GAP_CAUSES = (
+    "Either training images come in groups (bursts, patients, frames of one video), so that a fold is "
+    "predicted from images of the same object, or the validation images are of another kind than the "
+    "training images."
+)
+GAP_FIX = (
+    "If they come in groups, name them with --group-by, and train again: the strategy was chosen by a number "
+    "that says nothing about new images."
+)
+
+
 def report_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) -> None:
     """Report the metrics with their interval, and the paths of the run and the model."""
     choice = "the epoch" if metrics["epochs"] else "this classifier over the trained network"
@@ -148,4 +183,9 @@ def report_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) 
         f"{origin}, {metrics['seconds']['total']:.0f} s",
         style="bold",
     )
+    if gap := metrics.get("advice_gap"):
+        display.warn(
+            f"the advice cross-validated {gap['cross_validated']:.3f} (at least {gap['at_least']:.3f}), and "
+            f"validation is {gap['val']:.3f} (at most {gap['at_most']:.3f}). {GAP_CAUSES} {GAP_FIX}"
+        )
     display.say(f"run {folder.path}  model {folder.model}")

@@ -9,7 +9,7 @@ classes than those of the last. docs/advise.md says which of the thresholds were
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ backbone has no classifier (leave-one-out nearest neighbours, paired by image). 
 CANDIDATE_ERRORS = 1.0
 """Standard errors by which another linear classifier must be better than the one on the last features to be
 chosen. On similar data, the one on all stages was worse by up to 4.6 points in single draws."""
+INDEPENDENT = 0.8
+"""Share of independent images from which groups are not worth a warning."""
 CHANCE_ERRORS = 2.0
 """Standard errors above chance that a linear classifier must reach; otherwise the labels are suspected."""
 
@@ -120,6 +122,8 @@ class Evidence:
         gap: leave-one-out nearest-neighbour accuracy of the best earlier layer minus that of the last.
         gap_error: standard error of the gap, paired by image.
         candidates: linear classifiers, the one on the last features first.
+        num_measured: number of training images that were measured.
+        num_independent: number of groups of look-alikes among them.
     """
 
     num_images: int
@@ -129,6 +133,8 @@ class Evidence:
     gap: float
     gap_error: float
     candidates: tuple[Candidate, ...]
+    num_measured: int = 1
+    num_independent: int = 1
 
     @property
     def per_class(self) -> float:
@@ -282,6 +288,20 @@ def _bound(evidence: Evidence, other: Similarity) -> str:
 
 
 def _find_warnings(evidence: Evidence) -> list[str]:
+    return [*_warn_of_groups(evidence), *_warn_of_chance(evidence)]
+
+
+def _warn_of_groups(evidence: Evidence) -> Iterator[str]:
+    measured, independent = evidence.num_measured, evidence.num_independent
+    if independent < INDEPENDENT * measured:
+        yield (
+            f"training images come in groups of look-alikes: of {measured:,} images, about {independent:,} "
+            "are independent. Folds keep look-alikes together. If a group is one object, patient or video, "
+            "name it with --group-by: a drawn validation split then keeps them together, too"
+        )
+
+
+def _warn_of_chance(evidence: Evidence) -> list[str]:
     best = max(evidence.candidates, key=lambda candidate: candidate.accuracy)
     chance = 1 / evidence.num_classes
     error = math.sqrt(chance * (1 - chance) / evidence.num_images)

@@ -35,6 +35,7 @@ def suggest_steps(facts: Facts) -> list[Step]:
     """Return at most ``MOST`` suggestions, the most important first."""
     rules = (
         _mend_data,
+        _explain_the_gap,
         _look_at_sure_mistakes,
         _take_the_next_strategy,
         _set_a_test_part_aside,
@@ -60,6 +61,17 @@ def _mend_data(facts: Facts) -> Iterator[Step]:
     if any(counts.values()):
         found = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items() if count)
         yield "Fix what the data check found, then train again.", f"The check reports {found} (above)."
+
+
+def _explain_the_gap(facts: Facts) -> Iterator[Step]:
+    cross, val = (facts.number("advice_gap", key) for key in ("cross_validated", "val"))
+    if cross is not None and val is not None:
+        yield (
+            "Find out whether training images come in groups (bursts, patients, frames), and name them with "
+            "`--group-by`; or whether the validation images are of another kind.",
+            f"The strategy was chosen by a cross-validated accuracy of {100 * cross:.1f} %, and the "
+            f"validation accuracy is {100 * val:.1f} %: their 95 % intervals do not meet.",
+        )
 
 
 def _look_at_sure_mistakes(facts: Facts) -> Iterator[Step]:
