@@ -15,6 +15,7 @@ _MODULES = {
     "advise": "finetune.api",
     "check": "finetune.api",
     "compare": "finetune.api",
+    "dry_run": "finetune.api",
     "evaluate": "finetune.api",
     "export": "finetune.api",
     "extract": "finetune.api",

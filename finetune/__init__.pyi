@@ -1,6 +1,7 @@
 from finetune.api import advise as advise
 from finetune.api import check as check
 from finetune.api import compare as compare
+from finetune.api import dry_run as dry_run
 from finetune.api import evaluate as evaluate
 from finetune.api import export as export
 from finetune.api import extract as extract

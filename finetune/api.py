@@ -70,6 +70,35 @@ def run(
     return run_recipe(wanted, _path(output), shown, allow_changed, distributed or SINGLE_PROCESS)
 
 
+def dry_run(
+    *,
+    recipe: Recipe | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    output: AnyPath | None = None,
+    display: Display | None = None,
+    **flags: Unpack[Flags],
+) -> dict[str, Any]:
+    """Show what :func:`run` would train, cache and need, as ``finetune run --dry-run`` does.
+
+    Args:
+        recipe: as for :func:`run`.
+        settings: as for :func:`run`.
+        output: the run folder, which is not created.
+        display: where the plan is shown; stderr by default.
+        flags: as for :func:`run`.
+
+    Returns:
+        Plain JSON (docs/strategies.md).
+
+    Raises:
+        FinetuneError: every refusal of the run before it would claim its folder.
+    """
+    wanted = _recipe(recipe, settings, flags)
+    with _loading(display) as shown:
+        from finetune.pipeline.dry_run import dry_run as show_run
+    return show_run(wanted, _path(output), shown)
+
+
 def advise(
     *,
     recipe: Recipe | str | None = None,

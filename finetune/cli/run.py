@@ -129,6 +129,13 @@ def run_command(
             "--allow-changed", help="Resume a run even if its recipe, images or weights have changed."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what would be trained and cached, and the memory, disk and time needed.",
+        ),
+    ] = False,
     gpus: GpusOption = None,
     processes: ProcessesOption = None,
     engine: EngineOption = Engine.TORCH,
@@ -171,6 +178,15 @@ def run_command(
     }
     with handled_errors(as_json):
         settings_given = assignments or []
+        if dry_run:
+            others = {
+                "--repeats": repeats > 1,
+                "--folds": folds > 1,
+                "--gpus": gpus,
+                "--processes": processes,
+            }
+            _dry_run(_read(recipe, flags, settings_given), output, others, as_json)
+            return
         if is_in_job() and (repeats > 1 or folds > 1):
             found = "a launcher has started the processes of a single run"
             raise UsageError("--repeats or --folds", found, "Start without the launcher, with --gpus N.")
@@ -200,6 +216,16 @@ def run_command(
             metrics = _run(settings, output, heartbeat, allow_changed, distributed)
             if as_json and distributed.is_main:
                 print_json(metrics)
+
+
+def _dry_run(recipe: Recipe, output: Path | None, others: dict[str, Any], as_json: bool) -> None:
+    if flag := next((flag for flag, is_given in others.items() if is_given), None):
+        raise UsageError(f"--dry-run {flag}", "it shows one run in one process", "Drop one of the two.")
+    from finetune import api
+
+    facts = api.dry_run(recipe=recipe, output=output)
+    if as_json:
+        print_json(facts)
 
 
 def _supervise(stall_timeout: float) -> NoReturn:

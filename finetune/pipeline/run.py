@@ -30,7 +30,7 @@ from finetune.pipeline.auto import choose_strategy
 from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
-from finetune.pipeline.results import check_predictions, collect_metrics, report_result
+from finetune.pipeline.results import check_predictions, collect_metrics, find_gap, report_result
 from finetune.pipeline.resume import refuse_other_classes, try_resume
 from finetune.pipeline.setup import (
     RunSetup,
@@ -97,7 +97,7 @@ def run(
     display = display or SilentDisplay()
     clock = Clock()
     with StopSignal(gentle=not distributed.is_main) as stop, translated_errors(distributed=distributed):
-        recipe, advice = distributed.share(lambda: _resolve_strategy(recipe, output, display, clock))
+        recipe, advice = distributed.share(lambda: resolve_strategy(recipe, output, display, clock))
         with clock.phase("load"):
             setup, found = prepare(recipe, display, distributed)
         path = distributed.share(lambda: output or default_output(setup))
@@ -143,7 +143,7 @@ def run(
                 return Run(claim.folder, metrics)
 
 
-def _resolve_strategy(
+def resolve_strategy(
     recipe: Recipe, output: Path | None, display: Display, clock: Clock
 ) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the recipe with its backbone and strategy chosen, and the advice if that chose the strategy."""
@@ -299,6 +299,8 @@ def _write_results(
         check_predictions(network, result.predictions, result.images, result.precision, result.dtype)
         summary = summarize(result.predictions, result.val, dataset.classes)
     metrics = collect_metrics(setup, dataset, summary, result.facts) | seen
+    advice = RunReader(folder, tolerant=True).advice
+    metrics["advice_gap"] = find_gap(advice, metrics["val_accuracy"], len(dataset.of("val")))
     write_metrics_tables(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
     with clock.phase("export"), context.display.busy("exporting the model"):
         card = replace(result.backbone.card, temperature=summary.temperature)

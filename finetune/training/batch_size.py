@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -75,6 +76,13 @@ class StepTrial:
         with self._prepared():
             attempt(partial(self._run, min_microbatch(self.network)))
 
+    def time_step(self, most_images: int = 16) -> float:
+        """Return the seconds per image of a training step, measured after a first step."""
+        num_images = max(min(self.settings.batch_size, most_images), min_microbatch(self.network))
+        with self._prepared(), torch.random.fork_rng(devices=[]):
+            self._run(num_images)
+            return self._run(num_images) / num_images
+
     def takes_single_images(self) -> bool:
         """Return whether one image can be trained on: not if a BatchNorm in train mode gets 1x1 features."""
         with self._prepared(), torch.random.fork_rng(devices=[]):
@@ -103,8 +111,8 @@ class StepTrial:
                 module.training = mode
             reset_peak_memory(self.placement.device)
 
-    def _run(self, num_images: int) -> None:
-        """Compute a gradient beside everything else that training holds."""
+    def _run(self, num_images: int) -> float:
+        """Compute a gradient beside everything else that training holds; return the seconds of it."""
         device, settings = self.placement.device, self.settings
         held = [*self._allocate_state(), copy.deepcopy(self.network) if settings.ema_decay else None]
         layout = torch.channels_last if self.placement.channels_last else torch.contiguous_format
@@ -112,8 +120,12 @@ class StepTrial:
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
         gradient = Gradient(self.network, build_loss(), None, scaler, settings.precision)
+        began = time.perf_counter()
         try:
             gradient.compute(Batch(images, labels, labels, {}), settings.microbatch or 0)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - began
         finally:
             self.network.zero_grad(set_to_none=True)
             held.clear()
