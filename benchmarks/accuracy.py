@@ -19,7 +19,7 @@ from zlib import crc32
 
 import numpy as np
 
-from benchmarks.data import find_sets, make_once
+from benchmarks.data import find_sets, find_weights, make_once
 from benchmarks.harness import Bench, Case, Turn
 from benchmarks.results import Figures, Results
 from finetune.data.samples import open_sample
@@ -61,19 +61,50 @@ DATASETS = {
 }
 
 
+BACKBONES = {"lite0": "timm/tf_efficientnet_lite0", "squeezenet": "torchvision/squeezenet1_0"}
+"""Those with ImageNet weights."""
+IMG_SIZE = 96
+"""128 have 1.8 times the area, and the time went into more data sets and seeds."""
+
+
 def plan_cases(question: str, strategies: Iterable[str], bench: Bench) -> list[Case]:
-    """Return a case for each data set and number of images; the names hold all that the figures depend on."""
+    """Return a case for each backbone, data set and number of images.
+
+    The names hold all that the figures depend on.
+    """
     sizes = [
         (name, size, epochs) for name, dataset in DATASETS.items() for size, epochs in dataset.epochs.items()
     ]
     return [
-        Case(f"{question}-{name}-{size or 'all'}-{epochs}", tuple(strategies), "", "", name, size, epochs)
+        Case(
+            f"{question}-{backbone}-{name}-{size or 'all'}-{epochs}",
+            tuple(strategies),
+            backbone,
+            "",
+            name,
+            size,
+            epochs,
+        )
+        for backbone in (["lite0"] if bench.quick else BACKBONES)
         for name, size, epochs in ([("digits", 10, 1)] if bench.quick else sizes)
     ]
 
 
+def describe_backbone(case: Case, bench: Bench) -> dict[str, object]:
+    """Return the keys of the recipe that say which network a case trains, at which size."""
+    keys: dict[str, object] = {"backbone.name": BACKBONES[case.network], "input.img_size": IMG_SIZE}
+    if case.network == "squeezenet":
+        keys["backbone.weights"] = str(find_weights("squeezenet1_0", bench))
+    return keys
+
+
 def collect(results: Results, question: str) -> dict[str, Runs]:
-    """Return the runs of each case by strategy, of those seeds that every strategy in it has finished."""
+    """Return the runs of each case by strategy, of those seeds that every strategy in it has finished.
+
+    Args:
+        results: the measurements.
+        question: beginning of the cases' names: a question and a backbone.
+    """
     found: dict[str, dict[str, dict[int, Figures]]] = {}
     for case, tool in results.measured(f"{question}-"):
         runs = {one.repeat: one.figures for one in results.of(case, tool)}

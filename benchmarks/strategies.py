@@ -1,22 +1,18 @@
-"""How well ``--strategy auto`` chooses, with an ImageNet backbone on data of other kinds.
+"""How well ``--strategy auto`` chooses, with ImageNet backbones on data of other kinds.
 
 Regret is what a strategy loses, in accuracy, to the fixed one that is best in hindsight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 
-from benchmarks.accuracy import Runs, average, collect, plan_cases, train
-from benchmarks.data import find_weights
+from benchmarks.accuracy import BACKBONES, Runs, average, collect, describe_backbone, plan_cases, train
 from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.results import Figures, Results
 from benchmarks.text import bold_best, table
 
-ARCH = "squeezenet1_0"
-IMG_SIZE = 96
-"""128 have 1.8 times the area, and the time went into more data sets and seeds."""
 AUTO = "auto"
 STRATEGIES: dict[str, dict[str, object]] = {
     "freeze": {"strategy.name": "freeze"},
@@ -29,15 +25,13 @@ STRATEGIES: dict[str, dict[str, object]] = {
 
 
 def plan(bench: Bench) -> list[Case]:
-    """Return a case for each data set and number of images."""
+    """Return a case for each backbone, data set and number of images."""
     return plan_cases("strategies", STRATEGIES, bench)
 
 
 def measure(turn: Turn) -> Figures:
     """Return what a strategy found."""
-    keys: dict[str, object] = {"backbone.name": f"torchvision/{ARCH}", "input.img_size": IMG_SIZE}
-    keys["backbone.weights"] = str(find_weights(ARCH, turn.bench))
-    return train(turn, keys | STRATEGIES[turn.tool])
+    return train(turn, describe_backbone(turn.case, turn.bench) | STRATEGIES[turn.tool])
 
 
 def best_of_each(runs: Runs) -> list[float]:
@@ -59,10 +53,16 @@ def standard_error(accuracy: float, number: int) -> float:
 
 
 def write(results: Results) -> Iterator[str]:
+    """Yield a section for each backbone."""
+    for backbone, name in BACKBONES.items():
+        yield f"### {name.partition('/')[2]}\n"
+        yield from _write_backbone(collect(results, f"strategies-{backbone}"))
+        yield ""
+
+
+def _write_backbone(cases: Mapping[str, Runs]) -> Iterator[str]:
     """Yield the table, the cost, and the regret over all cases in which ``auto`` can be compared."""
-    found = {
-        case: runs for case, runs in collect(results, "strategies").items() if AUTO in runs and len(runs) > 1
-    }
+    found = {case: runs for case, runs in cases.items() if AUTO in runs and len(runs) > 1}
     tools = [tool for tool in STRATEGIES if found and all(tool in runs for runs in found.values())]
     head = ["data set, images a class, epochs", "images", "seeds", "test images", "one s.e."]
     head += [*(f"`{tool}`" for tool in tools), "`auto` chose", "regret, means", "regret, each seed"]
