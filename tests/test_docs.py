@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from finetune.recipe import Recipe, flatten, load_recipe
 from finetune.recipe.page import COMMAND, build_page
 
@@ -46,3 +48,12 @@ def test_the_example_of_the_page_is_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(example)
     assert load_recipe(str(path)) != Recipe()
+
+
+@pytest.mark.slow
+def test_the_pages_are_a_site_without_a_dead_link(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=PAGE.parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem for path in PAGE.parent.glob("*.md")} - {"index"}
+    assert {path.name for path in (tmp_path / "site").iterdir() if path.is_dir()} >= pages

@@ -470,9 +470,7 @@ def test_offline_mode_and_invalid_names_are_refused_first(cli: Cli, tmp_path: Pa
     assert "'a/b/c' is not a valid name of a hub repository" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "damage", [{"intervals": 3}, {"most_confused": [5]}, {"classes_not_judged": -5}]
-)
+@pytest.mark.parametrize("damage", [{"intervals": 3}, {"most_confused": [5]}, {"classes_not_judged": -5}])
 def test_damaged_metrics_leave_the_card_without_metrics(
     cli: Cli, copy: Path, tmp_path: Path, damage: dict[str, object]
 ) -> None:
