@@ -38,18 +38,18 @@ def find_groups(rows: Rows, indices: Tensor, labels: Tensor, known: Sequence[str
         known: group of each image, N of them, that the user has named; empty text for none.
     """
     groups, middle = torch.arange(len(indices)), _mean(rows, indices)
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         places = (labels == label).nonzero().flatten()
         if 2 < len(places) <= MOST_IMAGES:
             views = torch.nn.functional.normalize(rows[indices[places]].float() - middle)
             own = _link(views, places)
-            if len(own.unique()) > 1:
+            if len(torch.unique(own)) > 1:
                 groups[places] = own
     return _join_known(groups, known)
 
 
 def _mean(rows: Rows, indices: Tensor) -> Tensor:
-    sums = [rows[part].float().sum(dim=0) for part in indices.split(MOST_IMAGES)]
+    sums = [rows[part].float().sum(dim=0) for part in torch.split(indices, MOST_IMAGES)]
     return torch.stack(sums).sum(dim=0) / len(indices)
 
 

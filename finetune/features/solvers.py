@@ -352,7 +352,7 @@ def draw_folds(labels: Tensor, num_folds: int, seed: int, groups: Tensor | None 
         groups: (N,) int64; images of equal numbers get the same fold. By default each is a group.
     """
     groups = torch.arange(len(labels)) if groups is None else groups
-    num_groups = torch.stack([labels, groups]).unique(dim=1)[0].bincount()
+    num_groups = torch.unique(torch.stack([labels, groups]), dim=1)[0].bincount()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
     order = order[num_groups[labels[order]] > 1]

@@ -208,7 +208,7 @@ def _measure(
         gap_error,
         _candidates(features.layers, hits),
         num_measured=len(usable),
-        num_independent=len(groups.unique()),
+        num_independent=len(torch.unique(groups)),
     )
     return evidence, depths
 

@@ -24,7 +24,11 @@ def test_the_whole_list_as_json(cli: Cli) -> None:
     assert len(rows) > 2000
     assert {row["source"] for row in rows} == {"timm", "torchvision"}
     assert all(row["parameters"] > 0 and row["input_size"] >= 28 for row in rows)
-    assert {row["weights"] for row in rows} <= {"here", "download", "none"}
+    assert (
+        {"installed", "download"}
+        <= {row["weights"] for row in rows}
+        <= {"installed", "here", "download", "none"}
+    )
 
 
 def test_a_search_without_results_is_reported(cli: Cli) -> None:
