@@ -20,8 +20,8 @@ DEFAULT = BEST.card.name
 
 
 def run_digits(cli: Cli, run: Path) -> str:
-    words = ("run", "--data", "sample:digits", "--strategy", "freeze", "--epochs", 2, "--img-size", 32)
-    done = cli(*words, "--output", run)
+    words = ("run", "--data", "sample:digits", "--strategy", "freeze", "--set", "strategy.features=all")
+    done = cli(*words, "--img-size", 32, "--output", run)
     assert done.exit_code == 0, done.output
     return " ".join(done.output.split())
 
@@ -36,7 +36,7 @@ def test_digits_without_a_folder_and_a_backbone(cli: Cli, tmp_path: Path) -> Non
     assert "report.html" in said
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert (metrics["num_train"], metrics["num_samples"]) == (1438, 359)
-    assert metrics["accuracy"] > 0.75  # random weights gave 0.53
+    assert metrics["accuracy"] > 0.9
     assert "shorter side" not in said, "they are as small as they are"
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert (recipe.backbone.name, recipe.data.path) == (DEFAULT, "sample:digits")
