@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from finetune.recipe import Recipe
-from finetune.recipe.flags import Flags, build_recipe
+from finetune.recipe.flags import Flags, build_recipe, split_words
 from finetune.runs.folder import default_folder
 from finetune.system.display import Display
 from finetune.system.signals import StopSignal
@@ -49,8 +49,7 @@ def run(
     Args:
         recipe: a whole recipe, the name of a shipped one, or the path of a YAML file.
         settings: other keys of the recipe, such as ``{"training.weight_decay": 0.0}``.
-        output: the run folder; by default ``runs/<time>-<backbone>-<strategy>``. A folder that holds this
-            very run is resumed where it stopped.
+        output: the run folder, by default ``runs/<time>-<backbone>-<strategy>``; this run in it is resumed.
         allow_changed: resume a run even if its recipe, images or weights have changed.
         display: where progress is shown; stderr by default.
         distributed: the processes that share the work; by default this one alone.
@@ -63,7 +62,7 @@ def run(
     Raises:
         FinetuneError: every refusal and failure; its ``exit_code`` is documented in docs/errors.md.
     """
-    wanted = _recipe(recipe, settings, flags)
+    wanted = build_recipe(recipe, flags, settings)
     with _loading(display) as shown:
         from finetune.pipeline.run import run as run_recipe
         from finetune.system.distributed import SINGLE_PROCESS
@@ -78,22 +77,11 @@ def dry_run(
     display: Display | None = None,
     **flags: Unpack[Flags],
 ) -> dict[str, Any]:
-    """Show what :func:`run` would train, cache and need, as ``finetune run --dry-run`` does.
+    """Return what :func:`run` would train, cache and need, as plain JSON (docs/strategies.md).
 
-    Args:
-        recipe: as for :func:`run`.
-        settings: as for :func:`run`.
-        output: the run folder, which is not created.
-        display: where the plan is shown; stderr by default.
-        flags: as for :func:`run`.
-
-    Returns:
-        Plain JSON (docs/strategies.md).
-
-    Raises:
-        FinetuneError: every refusal of the run before it would claim its folder.
+    The arguments are those of :func:`run`; the run folder is not created.
     """
-    wanted = _recipe(recipe, settings, flags)
+    wanted = build_recipe(recipe, flags, settings)
     with _loading(display) as shown:
         from finetune.pipeline.dry_run import dry_run as show_run
     return show_run(wanted, _path(output), shown)
@@ -118,7 +106,7 @@ def advise(
         DataError: the images have no labels.
         FinetuneError: every other refusal and failure.
     """
-    wanted, folder = _recipe(recipe, settings, flags), _path(output)
+    wanted, folder = build_recipe(recipe, flags, settings), _path(output)
     with _loading(display) as shown:
         from finetune.pipeline.advise import advise as advise_strategy
         from finetune.pipeline.auto import write_advice
@@ -152,7 +140,7 @@ def check(
         The content of ``check.json``. A run would accept the data where ``errors`` is 0. Nothing is written
         for a path that does not exist.
     """
-    wanted = _recipe(recipe, settings, flags)
+    wanted = build_recipe(recipe, flags, settings)
     with _loading(display) as shown:
         from finetune.data.quality.check import check as check_data
     return check_data(wanted, _path(output) or default_folder("check"), shown)
@@ -182,7 +170,7 @@ def extract(
     Returns:
         Counts and paths.
     """
-    wanted = _recipe(recipe, settings, flags)
+    wanted = build_recipe(recipe, flags, settings)
     with _loading(display) as shown:
         from finetune.features.extract import extract as extract_features
         from finetune.system.distributed import SINGLE_PROCESS
@@ -222,7 +210,7 @@ def probe(
         pool: see :func:`extract`.
         recipe, settings, display, flags: see :func:`run`.
     """
-    wanted = _recipe(recipe, settings, flags)
+    wanted = build_recipe(recipe, flags, settings)
     with _loading(display) as shown:
         from finetune.features.probe import probe as probe_layers
         from finetune.features.probe import read_classifiers
@@ -369,8 +357,7 @@ def export(
         run: a finished run, or a model folder.
         output: a new folder.
         format: ``timm``, ``onnx`` or ``torch-export``.
-        preprocessing: ``nchw`` or ``nhwc``: the graph takes uint8 RGB images of the network's size and
-            normalises them; None: it takes normalised float32.
+        preprocessing: ``nchw`` or ``nhwc``: the graph takes uint8 RGB images, and normalises them itself.
         probabilities: the graph gives probabilities instead of logits, with the temperature applied.
         opset: of ONNX, 18 to 23.
         display: see :func:`run`.
@@ -399,20 +386,6 @@ def compare(
     with _loading(display) as shown:
         from finetune.evaluation.compare_runs import compare_runs
     return compare_runs([Path(fspath(one)) for one in runs], _path(output), shown)
-
-
-# --- what they share -----------------------------------------------------------------------------
-
-
-def split_words(words: str | Sequence[str]) -> list[str]:
-    """Return the words of a comma-separated list; a sequence is such a list already."""
-    given = words.split(",") if isinstance(words, str) else words
-    return [word.strip() for word in given if word.strip()]
-
-
-def _recipe(recipe: Recipe | str | None, settings: Mapping[str, Any] | None, flags: Flags) -> Recipe:
-    named = {name: fspath(value) if isinstance(value, PathLike) else value for name, value in flags.items()}
-    return build_recipe(recipe, named, settings)
 
 
 def _path(path: AnyPath | None) -> Path | None:

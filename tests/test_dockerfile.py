@@ -162,7 +162,7 @@ def test_settings_that_the_program_relies_on() -> None:
 def test_labels_agree_with_the_package() -> None:
     labels, package = pairs("LABEL"), project()["project"]
     prefix = "org.opencontainers.image"
-    assert labels[f"{prefix}.title"] == package["name"]
+    assert labels[f"{prefix}.title"] in package["scripts"]  # the image is called like the command
     assert labels[f"{prefix}.version"] == package["version"]
     assert labels[f"{prefix}.licenses"] == package["license"]
 

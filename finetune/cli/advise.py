@@ -38,7 +38,7 @@ def advise_command(
     then trains with the chosen strategy.
     """
     if backbones is not None:
-        from finetune.api import split_words
+        from finetune.recipe.flags import split_words
 
         _rank(recipe, split_words(backbones), as_json)
         return

@@ -72,7 +72,7 @@ def evaluate_command(
 
 
 def _read_scales(text: str | None) -> tuple[int, ...]:
-    from finetune.api import split_words
+    from finetune.recipe.flags import split_words
 
     sides = split_words(text or "")
     if not all(side.isdecimal() and len(side) < 6 for side in sides):

@@ -49,7 +49,7 @@ def extract_command(
 
     All layers come from one forward pass. An interrupted extraction is resumed.
     """
-    from finetune.api import split_words
+    from finetune.recipe.flags import split_words
 
     wanted = split_words(layers)
     if wanted == ["list"]:

@@ -128,7 +128,7 @@ def _count_rows(setup: RunSetup, found: Dataset, choice: CutChoice) -> tuple[int
 
 
 def _estimate_folder(setup: RunSetup) -> int:
-    """Return the bytes of the model and, where it is trained by epochs, of its checkpoints."""
+    """Return the most bytes of the model and, where it is trained by epochs, of its checkpoints."""
     recipe, trained = setup.recipe, setup.plan.num_trained
     model = sum(row.num_parameters for row in setup.plan.rows)
     if recipe.strategy.features is not None:
@@ -196,7 +196,7 @@ def _show(setup: RunSetup, found: Dataset, facts: Mapping[str, Any], display: Di
         rows, total = facts["num_cached_rows"], facts["cached_bytes"]
         where = FeatureCacheDir().folder
         display.say(f"cache: {rows:,} rows of features, {total / 1e6:,.0f} MB, in {where}")
-    display.say(f"run folder: {facts['output']}, about {facts['run_folder_bytes'] / 1e6:,.0f} MB")
+    display.say(f"run folder: {facts['output']}, at most {facts['run_folder_bytes'] / 1e6:,.0f} MB")
     display.say(_describe_memory(facts))
     display.say(_describe_time(facts))
     display.say("nothing was trained: this was --dry-run")

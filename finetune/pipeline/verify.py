@@ -16,9 +16,9 @@ from torch import Tensor
 
 from finetune.data.prepare import draw_evenly, read_images
 from finetune.data.scan import scan_images
+from finetune.features.folds import draw_folds
 from finetune.features.network import place_network
 from finetune.features.rows import SubsetRows
-from finetune.features.solvers import draw_folds
 from finetune.pipeline.batches import open_loaders
 from finetune.pipeline.context import FitContext
 from finetune.pipeline.rule import TOP, Decision, Evidence

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import Any, TypedDict
 
 from finetune.errors import UsageError, suggest
@@ -64,7 +65,7 @@ def build_recipe(
 
     Args:
         source: a recipe, the name of a shipped one, the path of a YAML file, or None for the defaults.
-        flags: values of flags by name; None for a flag that was not given.
+        flags: values of flags by name, also paths; None for a flag that was not given.
         overrides: values by dotted key.
 
     Raises:
@@ -76,5 +77,11 @@ def build_recipe(
             fix = f"Take one of {', '.join(FLAGS)}, or settings={{'section.key': value}}."
             raise UsageError(f"{name}={value}", f"there is no such argument{suggest(name, FLAGS)}", fix)
         if value is not None:
-            merge_override(values, FLAGS[name], value)
+            merge_override(values, FLAGS[name], fspath(value) if isinstance(value, PathLike) else value)
     return load_recipe(source, values)
+
+
+def split_words(words: str | Sequence[str]) -> list[str]:
+    """Return the words of a comma-separated list; a sequence is such a list already."""
+    given = words.split(",") if isinstance(words, str) else words
+    return [word.strip() for word in given if word.strip()]

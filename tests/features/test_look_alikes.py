@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from finetune.features.folds import draw_folds
 from finetune.features.look_alikes import MOST_IMAGES, find_groups
 from finetune.features.rows import MemoryRows
-from finetune.features.solvers import cross_validate, draw_folds
+from finetune.features.solvers import cross_validate
 from finetune.features.transferability import leave_one_out
 
 NUM_CLASSES, OBJECTS, VIEWS, FEATURES = 4, 9, 5, 64

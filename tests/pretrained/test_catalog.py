@@ -23,11 +23,9 @@ from pretrained.catalog import (
     _torchvision_preprocessing,
     find_card,
     list_names,
-    num_parameters,
-    parameter_counts,
     torchvision_names,
 )
-from pretrained.sizes import count_parameters
+from pretrained.sizes import count_parameters, num_parameters, parameter_counts
 
 Folder = Callable[..., Path]
 

@@ -854,9 +854,10 @@ def test_the_example_command_of_a_shipped_recipe_names_flags_that_exist(name: st
 
     from finetune.cli.run import run_command
 
-    (line,) = re.findall(r"^#\s+(finetune run .*)$", find_recipe(name), re.MULTILINE)
+    lines = re.findall(r"^#\s+(finetune run .*)$", find_recipe(name), re.MULTILINE)
+    assert lines
     parameters = set(inspect.signature(run_command).parameters)
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", line)}
+    flags = {flag.replace("-", "_") for line in lines for flag in re.findall(r"--([a-z-]+)", line)}
     assert flags <= parameters | {"set", "json"}, flags - parameters
 
 
