@@ -29,7 +29,8 @@ MOST_IMAGES = 5_000
 def find_groups(rows: Rows, indices: Tensor, labels: Tensor, known: Sequence[str] = ()) -> Tensor:
     """Return the number of each image's group, (N,) int64: the place of its first image.
 
-    A class in which that leaves fewer than two groups stays as it is: it could never be held out.
+    A class in which that leaves fewer than two groups stays as it is: it could never be held out. So do more
+    than ``REACH`` images that are linked one to the next, as features of few dimensions link them.
 
     Args:
         rows: features (all images, D); those of the last layer tell objects apart best.
@@ -65,7 +66,8 @@ def _link(views: Tensor, places: Tensor) -> Tensor:
         low, high = sorted((int(first[one]), int(first[other])))
         if low != high:
             first[first == high] = low
-    return places[first]
+    sizes = first.bincount(minlength=number)[first]
+    return places[torch.where(sizes <= REACH, first, torch.arange(number))]  # more are no burst, but a chain
 
 
 def _join_known(groups: Tensor, known: Sequence[str]) -> Tensor:

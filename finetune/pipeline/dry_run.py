@@ -196,7 +196,7 @@ def _show(setup: RunSetup, found: Dataset, facts: Mapping[str, Any], display: Di
         rows, total = facts["num_cached_rows"], facts["cached_bytes"]
         where = FeatureCacheDir().folder
         display.say(f"cache: {rows:,} rows of features, {total / 1e6:,.0f} MB, in {where}")
-    display.say(f"run folder: {facts['output']}, at most {facts['run_folder_bytes'] / 1e6:,.0f} MB")
+    display.say(f"run folder: {facts['output']}, up to about {facts['run_folder_bytes'] / 1e6:,.0f} MB")
     display.say(_describe_memory(facts))
     display.say(_describe_time(facts))
     display.say("nothing was trained: this was --dry-run")

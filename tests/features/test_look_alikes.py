@@ -97,3 +97,11 @@ def test_a_class_that_is_too_large_to_compare_stays_as_it_is(monkeypatch: pytest
     rows, labels, _ = draw_bursts(noise=0.3)
     groups = find_groups(as_rows(rows), torch.arange(len(rows)), labels)
     assert torch.equal(groups, torch.arange(len(rows)))
+
+
+def test_a_chain_of_images_is_no_burst() -> None:
+    steps = torch.arange(40.0)[:, None] * torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    angles = steps[:, 0] / 40
+    rows = torch.stack([angles.cos(), angles.sin(), -angles.cos(), -angles.sin()], dim=1)
+    groups = find_groups(as_rows(rows), torch.arange(40), torch.zeros(40, dtype=torch.int64))
+    assert torch.equal(groups, torch.arange(40))

@@ -63,7 +63,7 @@ def test_the_plan_is_that_of_the_run(
         for path in (folder.model, folder.checkpoints)
         for path in path.rglob("*.safetensors")
     )
-    assert written <= facts["run_folder_bytes"] < 5 * written
+    assert written < 1.1 * facts["run_folder_bytes"] < 5 * written
 
 
 def test_what_the_run_refuses_is_refused(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:

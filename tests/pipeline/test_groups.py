@@ -52,15 +52,6 @@ def test_the_advice_counts_objects_and_promises_nothing(
     assert json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))["advice_gap"] is None
 
 
-def test_independent_images_are_not_called_groups(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    draw_bursts(tmp_path / "images", 3 * OBJECTS, 1, seed=0)
-    done = cli("advise", "-b", tiny, "-d", tmp_path / "images", "--json")
-    assert done.exit_code == 0, done.output
-    advice = json.loads(done.stdout)
-    assert advice["num_independent"] > 0.9 * advice["num_looked_at"] > 30
-    assert "look-alikes" not in done.output
-
-
 def advice(accuracy: float, number: int) -> dict[str, Any]:
     return {"candidates": [{"accuracy": 0.1}, {"accuracy": accuracy}], "num_independent": number}
 
