@@ -215,7 +215,7 @@ def _check(
     comparisons |= {loader: compare(expected, found[loader]) for loader in others}
     for what, comparison in comparisons.items():
         name = "those of the run's predictions.csv" if what == "predictions.csv" else "the network's"
-        loaded = f" in {what}" if what in others else ""
+        loaded = f", loaded with {what}," if what in others else ""
         check_comparison(f"{asked}{loaded}", name, comparison, len(inputs.views), inputs.source)
     return comparisons
 

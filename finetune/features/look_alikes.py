@@ -75,5 +75,6 @@ def _join_known(groups: Tensor, known: Sequence[str]) -> Tensor:
     for place, name in enumerate(known):
         if name:
             other, own = firsts.setdefault(name, int(groups[place])), int(groups[place])
-            groups[groups == own] = other
+            if own != other:
+                groups[groups == own] = other
     return groups

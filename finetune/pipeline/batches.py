@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from finetune.data.dataset import Sample, Split
+from finetune.data.dataset import Dataset, Sample, Split
 from finetune.data.feed import BatchLoader
 from finetune.data.image_cache import ImageCache, keep_images
 from finetune.data.loader import ImageLoader
@@ -21,6 +21,7 @@ from finetune.features.rows import Rows
 from finetune.features.store import FORMAT, KeptRows, RowSpec, compute_batch_size, describe_images, row_bytes
 from finetune.pipeline.context import FitContext
 from finetune.pipeline.setup import RunSetup
+from finetune.recipe import ResolvedRecipe
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -186,17 +187,21 @@ def _build_transform(setup: RunSetup, split: Split) -> Transform:
 # --- the trunk -----------------------------------------------------------------------------------
 
 
-def _num_views(context: FitContext) -> int:
-    """Views of each training image that a trunk would see."""
-    recipe = context.setup.recipe
+def _num_views(recipe: ResolvedRecipe) -> int:
+    """Return how many views of each training image a trunk sees."""
     return min(recipe.cache.views, recipe.training.epochs)
 
 
-def _passes(context: FitContext) -> Iterator[tuple[Split, int]]:
-    """Yield every split and view that a trunk would see."""
-    for split in context.splits:
-        for view in range(_num_views(context) if split == "train" else 1):
-            yield split, view
+def count_rows(recipe: ResolvedRecipe, dataset: Dataset) -> int:
+    """Return how many rows of features a trunk gives: one for each image, and view of a training image."""
+    return len(dataset.samples) + (_num_views(recipe) - 1) * len(dataset.of("train"))
+
+
+def find_lack_of_room(recipe: ResolvedRecipe, dataset: Dataset, cache_dir: FeatureCacheDir, cut: Cut) -> str:
+    """Return why a cut's features cannot be cached; empty if they can."""
+    total = count_rows(recipe, dataset) * row_bytes(cut.numel, recipe.cache.dtype)
+    obstacle = cache_dir.find_obstacle(total)
+    return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
 
 
 def _choose_together(context: FitContext, cache_dir: FeatureCacheDir) -> CutChoice:
@@ -247,10 +252,7 @@ def _find_obstacle(context: FitContext, cache_dir: FeatureCacheDir, before: str 
             if cut.name == before
             else f"another place than {before}, where an earlier attempt cut the network"
         )
-    each = row_bytes(cut.numel, context.setup.recipe.cache.dtype)
-    total = sum(len(context.dataset.of(split)) for split, _ in _passes(context)) * each
-    obstacle = cache_dir.find_obstacle(total)
-    return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
+    return find_lack_of_room(context.setup.recipe, context.dataset, cache_dir, cut)
 
 
 def _describe_failure(error: DataError | OSError, folder: RunFolder) -> str:
@@ -313,7 +315,7 @@ def _keep(
         raise
     factory.stack.callback(kept.close)
     release_memory()
-    _say_kept(kept, cut_network, _num_views(context))
+    _say_kept(kept, cut_network, _num_views(recipe))
     return {
         split: FeatureLoader(
             rows,
@@ -366,7 +368,7 @@ def _rows_of(
 ) -> list[Rows]:
     """Return the rows of each view of a split."""
     context = factory.context
-    views = [view for other, view in _passes(context) if other == split]
+    views = range(_num_views(context.setup.recipe) if split == "train" else 1)
     open_loader = cache(partial(factory.loader_for_trunk, split, kept.batch_size, len(views)))
     augmentation = context.setup.recipe.input.augmentation if split == "train" else "none"
     images = describe_images([context.dataset.digests[sample.path] for sample in context.dataset.of(split)])

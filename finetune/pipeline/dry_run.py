@@ -19,6 +19,7 @@ from finetune.data.prepare import check_outside, describe_data
 from finetune.data.transforms import build_train_transform
 from finetune.features.network import place_network
 from finetune.features.store import row_bytes
+from finetune.pipeline.batches import count_rows, find_lack_of_room
 from finetune.pipeline.context import Clock
 from finetune.pipeline.run import default_output, plan_cells, resolve_strategy
 from finetune.pipeline.setup import RunSetup, fit_batches, open_trial, prepare
@@ -33,7 +34,6 @@ from finetune.system.progress_line import format_time
 from finetune.training.checkpoint import NUM_KEPT
 from finetune.training.plan import PLAN_COLUMNS
 from finetune.training.trunk import CutChoice, choose_cut, find_reason_against
-from pretrained.graph.cuts import Cut
 from pretrained.graph.layers import Layers
 
 _NUM_DECODED = 16
@@ -86,9 +86,10 @@ def dry_run(recipe: Recipe, output: Path | None, display: Display) -> dict[str, 
 
 def _choose(setup: RunSetup, found: Dataset) -> CutChoice:
     """Return where the run would cut the network."""
-    if setup.recipe.strategy.features is not None:
+    recipe = setup.recipe
+    if recipe.strategy.features is not None:
         return CutChoice(None, "")
-    reason = find_reason_against(setup.recipe, setup.plan)
+    reason = find_reason_against(recipe, setup.plan)
     if reason is not None:
         return CutChoice(None, reason)
     return choose_cut(
@@ -96,29 +97,16 @@ def _choose(setup: RunSetup, found: Dataset) -> CutChoice:
         setup.plan,
         setup.backbone.card.preprocessing.input_size,
         setup.placement,
-        precision=setup.recipe.training.precision,
-        find_obstacle=partial(_find_obstacle, setup, found),
+        precision=recipe.training.precision,
+        find_obstacle=partial(find_lack_of_room, recipe, found, FeatureCacheDir(recipe.cache.max_gb * 1e9)),
     )
-
-
-def _find_obstacle(setup: RunSetup, found: Dataset, cut: Cut) -> str:
-    recipe = setup.recipe
-    total = _count_views(setup, found) * row_bytes(cut.numel, recipe.cache.dtype)
-    obstacle = FeatureCacheDir(recipe.cache.max_gb * 1e9).find_obstacle(total)
-    return f"{total / 1e9:.1f} GB, {obstacle}" if obstacle else ""
-
-
-def _count_views(setup: RunSetup, found: Dataset) -> int:
-    """Return how often a trunk runs: once for each image, and view of a training image."""
-    views = min(setup.recipe.cache.views, setup.recipe.training.epochs)
-    return len(found.samples) + (views - 1) * len(found.of("train"))
 
 
 def _count_rows(setup: RunSetup, found: Dataset, choice: CutChoice) -> tuple[int, int]:
     """Return how many rows of features would be cached, and the bytes of each."""
     recipe = setup.recipe
     if choice.cut_network is not None:
-        return _count_views(setup, found), row_bytes(choice.cut_network.packing.numel, recipe.cache.dtype)
+        return count_rows(recipe, found), row_bytes(choice.cut_network.packing.numel, recipe.cache.dtype)
     if (wanted := recipe.strategy.features) is None:
         return 0, 0
     card = setup.backbone.card
@@ -176,7 +164,7 @@ def _estimate(
         return seconds | {"features": images * forward}
     share = choice.cut_network.cut.share if choice.cut_network is not None else 0.0
     if choice.cut_network is not None:
-        seconds["trunk"] = _count_views(setup, found) * share * forward
+        seconds["trunk"] = count_rows(setup.recipe, found) * share * forward
     rest = max(0.0, costs["step"] - share * forward)
     return seconds | {"train": epochs * train * rest, "validate": epochs * val * (1 - share) * forward}
 

@@ -17,7 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DataError, DiskError
+from finetune.errors import DataError, DiskError, UsageError
 from finetune.system.regular_files import create_regular, open_text
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -73,6 +73,26 @@ def rename_to_new(part: Path, path: Path) -> None:
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(part), None, str(path))
     part.rename(path)
+
+
+def name_result(part: Path, path: Path, output: Path) -> None:
+    """Give what was computed its final name.
+
+    Args:
+        part: where it is.
+        path: its name.
+        output: what the user asked for, for the message.
+
+    Raises:
+        UsageError: the name is taken; nothing has changed.
+        OSError: it cannot be renamed.
+    """
+    try:
+        rename_to_new(part, path)
+    except FileExistsError:
+        found = f"{path} was made by something else meanwhile; what was computed is kept in {part}"
+        fix = f"Move {path.name} away, and give the same command again."
+        raise UsageError(f"--output {output}", found, fix) from None
 
 
 def _remove(path: Path) -> None:

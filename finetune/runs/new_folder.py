@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune.errors import UsageError
 from finetune.runs.claim import create_folder, locked
-from finetune.runs.files import disk_error, rename_to_new, sync_folder
+from finetune.runs.files import disk_error, name_result, sync_folder
 
 _UNFINISHED, _FINISHED = ".unfinished", ".finished"
 
@@ -87,16 +87,7 @@ def _finish(path: Path) -> None:
 def _move_up(path: Path) -> None:
     for folder in (path / _FINISHED).iterdir():
         for entry in sorted(folder.iterdir()):
-            _move(entry, path / entry.name)
+            name_result(entry, path / entry.name, path)
         folder.rmdir()
     (path / _FINISHED).rmdir()
     sync_folder(path)
-
-
-def _move(entry: Path, target: Path) -> None:
-    try:
-        rename_to_new(entry, target)
-    except FileExistsError:
-        found = f"{target.name} was made in it by something else meanwhile; the results are in {entry.parent}"
-        fix = f"Move {target.name} away, and give the same command again."
-        raise UsageError(f"--output {target.parent}", found, fix) from None

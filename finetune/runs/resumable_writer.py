@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UsageError
-from finetune.runs.files import disk_error, rename_to_new, sync_folder
+from finetune.runs.files import disk_error, name_result, sync_folder
 from finetune.runs.journal import Journal, as_json, count_bytes, read_journal
 
 SAVE_SECONDS = 2.0
@@ -90,15 +90,15 @@ class ResumableWriter:
         """
         rows, bad = _parts(self.target)
         if count_bytes(self._journal.blocks, file=1):
-            self._name(bad, self.bad_target)
+            name_result(bad, self.bad_target, self.target)
         else:
             bad.unlink(missing_ok=True)
         if convert is None:
-            self._name(rows, self.target)
+            name_result(rows, self.target, self.target)
         else:
             whole = self.target.with_name(f".{self.target.name}.part")
             convert(rows, whole)
-            self._name(whole, self.target)
+            name_result(whole, self.target, self.target)
             rows.unlink()
         sync_folder(self.target.parent)
         self._journal.path.unlink(missing_ok=True)
@@ -106,18 +106,9 @@ class ResumableWriter:
     def discard(self) -> None:
         """Remove everything except the list of inputs that cannot be used."""
         rows, bad = _parts(self.target)
-        self._name(bad, self.bad_target)
+        name_result(bad, self.bad_target, self.target)
         rows.unlink(missing_ok=True)
         self._journal.path.unlink(missing_ok=True)
-
-    def _name(self, part: Path, path: Path) -> None:
-        """Give a file its final name."""
-        try:
-            rename_to_new(part, path)
-        except FileExistsError:
-            found = f"{path} was made by something else meanwhile; what was computed is kept in {part}"
-            fix = f"Move {path.name} away, and give the same command again."
-            raise UsageError(f"--output {self.target}", found, fix) from None
 
 
 @contextmanager

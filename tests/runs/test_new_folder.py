@@ -84,7 +84,8 @@ def test_one_process_writes_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from finetune.runs import new_folder as module
+from finetune.runs import files
+from finetune.runs.new_folder import new_folder
 calls = int(sys.argv[2])
 def counted(rename):
     def call(path, target):
@@ -94,8 +95,7 @@ def counted(rename):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
     return call
-Path.rename, module.rename_to_new = counted(Path.rename), counted(module.rename_to_new)
-new_folder = module.new_folder
+Path.rename, files.rename_to_new = counted(Path.rename), counted(files.rename_to_new)
 with new_folder(Path(sys.argv[1])) as folder:
     for name in ("a", "b", "c"):
         (folder / name).write_text("of the killed process")
@@ -131,7 +131,7 @@ def test_a_link_in_place_of_a_folder_of_ours_is_not_followed(tmp_path: Path, nam
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out"
     with (
-        pytest.raises(UsageError, match=r"a\.csv was made in it by something else"),
+        pytest.raises(UsageError, match=r"a\.csv was made by something else"),
         new_folder(path) as folder,
     ):
         (folder / "a.csv").write_text("ours")
