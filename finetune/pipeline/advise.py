@@ -140,11 +140,16 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
     with open_features(
         source, layers, "auto", with_logits=network.has_classifier, splits=("train",)
     ) as features:
-        usable = features.usable(source.dataset.of("train"))
-        evidence, depths = _measure(source, features, usable, dataset)
+        samples = source.dataset.of("train")
+        usable = features.usable(samples)
+        chosen = [samples[index] for index in usable.tolist()]
+        labels = torch.tensor([sample.label for sample in chosen])
+        groups = find_groups(features.rows[-1], usable, labels, [sample.group for sample in chosen])
+        evidence, depths = _measure(source, features, usable, labels, groups, dataset)
     decision, verified = decide(evidence), None
     if recipe.advise.verify:
-        decision, verified = verify(recipe, evidence, decision, display)
+        together = dict(zip((sample.path for sample in chosen), groups.tolist(), strict=True))
+        decision, verified = verify(recipe, evidence, decision, together, display)
     settings = recipe.strategy.model_copy(update=dict(decision.keys))
     lr = recipe.training.lr
     lr = BASE_LRS[recipe.training.optimizer] if lr == "auto" else lr
@@ -166,15 +171,11 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
 
 
 def _measure(
-    source: Source, features: Features, usable: Tensor, dataset: Dataset
+    source: Source, features: Features, usable: Tensor, labels: Tensor, groups: Tensor, dataset: Dataset
 ) -> tuple[Evidence, tuple[Depth, ...]]:
     """Measure layers on the usable images of a source; ``dataset`` is the whole, of which they are a part."""
-    samples, seed, device = source.dataset.of("train"), source.recipe.seed, source.network.placement.device
-    labels = torch.tensor([samples[index].label for index in usable.tolist()])
+    seed, device = source.recipe.seed, source.network.placement.device
     num_classes = dataset.num_classes
-    groups = find_groups(
-        features.rows[-1], usable, labels, [samples[index].group for index in usable.tolist()]
-    )
     neighbours, hits = [], []
     with source.display.track("nearest neighbours by depth", len(features.layers)) as advance:
         for layer, rows in zip(features.layers, features.rows, strict=True):

@@ -7,6 +7,7 @@ output. Full fine-tuning has no frozen trunk, so it cannot be tried this way and
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from finetune.data.dataset import Sample
 from finetune.data.prepare import draw_evenly, read_images
 from finetune.data.scan import scan_images
 from finetune.features.folds import draw_folds
@@ -43,7 +45,11 @@ MOST_IMAGES = 2_000
 
 
 def verify(
-    recipe: Recipe, evidence: Evidence, decision: Decision, display: Display
+    recipe: Recipe,
+    evidence: Evidence,
+    decision: Decision,
+    groups: Mapping[str, int],
+    display: Display,
 ) -> tuple[Decision, dict[str, float] | None]:
     """Return the decision for the better of its linear classifier and a briefly trained last stage.
 
@@ -51,6 +57,7 @@ def verify(
         recipe: recipe of the run.
         evidence: evidence that the decision was made from.
         decision: decision of the rule.
+        groups: number of the group of each image, by path; the images of a group are held out together.
         display: progress display.
 
     Returns:
@@ -59,7 +66,7 @@ def verify(
     if decision.cell.name == "full":
         display.say("not verified: full fine-tuning cannot be tried on cached features")
         return decision, None
-    trained = _try_top(recipe, display)
+    trained = _try_top(recipe, groups, display)
     if trained is None:
         display.say("not verified: the network cannot be cut below its last stage")
         return decision, None
@@ -75,7 +82,7 @@ def verify(
     return decision, {"top": trained, "freeze": solved}
 
 
-def _try_top(recipe: Recipe, display: Display) -> float | None:
+def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> float | None:
     """Return the cross-validated accuracy of a briefly trained last stage; None if it cannot be cut off."""
     changes = {
         "strategy": recipe.strategy.model_copy(update={"name": "top"}),
@@ -96,7 +103,7 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
                 return None
             labels = torch.tensor([sample.label for sample in whole.samples])
             pretrained = copy.deepcopy(network.state_dict())
-            folds = draw_folds(labels, NUM_FOLDS, recipe.seed)
+            folds = draw_folds(labels, NUM_FOLDS, recipe.seed, _number(whole.samples, groups))
             hits, total = 0.0, int((folds >= 0).sum())
             with display.track("training briefly", int(folds.max()) + 1) as advance:
                 for fold in range(int(folds.max()) + 1):
@@ -106,6 +113,12 @@ def _try_top(recipe: Recipe, display: Display) -> float | None:
                     hits += _train(setup, task, Path(folder) / str(fold)) * len(held.samples)
                     advance(1, "")
             return hits / max(total, 1)
+
+
+def _number(samples: Sequence[Sample], groups: Mapping[str, int]) -> Tensor:
+    """Return the group of each image, (N,) int64; an image that was not measured is alone."""
+    alone = max(groups.values(), default=-1) + 1
+    return torch.tensor([groups.get(sample.path, alone + i) for i, sample in enumerate(samples)])
 
 
 def _subset(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoader:

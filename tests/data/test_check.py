@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -98,14 +97,14 @@ def test_an_interrupt_drops_the_queued_images(monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scan, "probe_image", probe)
-    before = threading.active_count()
+    before = set(threading.enumerate())  # those of earlier tests may end meanwhile
     with pytest.raises(KeyboardInterrupt):
         check_images(listed(1000), on_progress=interrupt, threads=2)
     assert len(probed) < 10
-    end = time.monotonic() + 20
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.01)  # nothing waits for images that are being decoded
-    assert threading.active_count() == before
+    own = set(threading.enumerate()) - before
+    for thread in own:
+        thread.join(timeout=20)  # nothing waits for images that are being decoded
+    assert not any(thread.is_alive() for thread in own)
 
 
 def test_errors_of_the_machine_are_not_blamed_on_images(monkeypatch: pytest.MonkeyPatch) -> None:

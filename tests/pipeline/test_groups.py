@@ -13,6 +13,7 @@ from PIL import Image
 from finetune.pipeline.results import find_gap
 from tests.conftest import Cli
 
+VERIFIED = ("--set", "advise.verify=true", "--set", "training.batch_size=2")
 CLASSES, OBJECTS, VIEWS, SIZE = ("a", "b"), 8, 6, 32
 
 
@@ -50,6 +51,16 @@ def test_the_advice_counts_objects_and_promises_nothing(
     assert "training images come in groups of look-alikes" in " ".join(done.stderr.split())
     assert max(one["accuracy"] for one in advice["candidates"]) < 0.8  # 1.0 if views were held out alone
     assert json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))["advice_gap"] is None
+
+
+def test_a_brief_training_holds_groups_out_whole(cli: Cli, bursts: Path, tiny: Path) -> None:
+    found = {}
+    for known in ("", "group"):  # what look-alikes find, and what the user names
+        words = ["--set", r"data.group_by=([a-z]/\d+)-"] if known else []
+        done = cli("advise", "-b", tiny, "-d", bursts, "--json", *VERIFIED, *words)
+        assert done.exit_code == 0, done.output
+        found[known] = json.loads(done.stdout)["verified"]["top"]
+    assert max(found.values()) < 0.65  # 0.78 if views were held out alone
 
 
 def advice(accuracy: float, number: int) -> dict[str, Any]:
