@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "finetune")
+from finetune import __version__
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-benchmarks"
 
@@ -25,6 +27,7 @@ def describe_machine(threads: int, workers: int, quick: bool) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
+        "finetune": __version__,
         "revision": _revision(),
         "gpu": _gpu(),
         "threads": threads,

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
 sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # the benchmarks are not installed, they run from the checkout
 
+import finetune
 from benchmarks import __main__ as command
 from benchmarks import accuracy, first_hour, gpu, harness, peers_env, safety, strategies, transfer
 from benchmarks.data import SQUEEZENET, find_folder, find_network
 from benchmarks.harness import Bench, Case, Question, Turn, measure_apart, plan_turns
+from benchmarks.machine import describe_machine
 from benchmarks.page import fill_page, write_section
 from benchmarks.results import DifferentMachineError, Figures, Result, Results
 from benchmarks.timing import ProcessFailedError, run_timed
@@ -297,6 +300,11 @@ def test_the_table_of_transfer(tmp_path: Path) -> None:
     assert "| +20.0 ± 0.0 (`top`) |" in text, "chosen by validation images, not by the test images"
     transfer.draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+def test_the_machine_is_described_with_every_version() -> None:
+    found = describe_machine(1, 0, quick=True)
+    assert found["finetune"] == finetune.__version__ and found["timm"] == timm.__version__
 
 
 # --- the first hour on a GPU -----------------------------------------------------------------------------

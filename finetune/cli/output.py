@@ -26,6 +26,7 @@ from finetune.errors import (
     ExitCode,
     FinetuneError,
     InterruptedRunError,
+    UsageError,
     sanitize,
     sanitize_line,
 )
@@ -46,6 +47,7 @@ def handled_errors(as_json: bool = False) -> Iterator[None]:
     try:
         # Processes of a job are stopped by their launcher, which they tell why.
         with nullcontext() if is_in_job() else StopSignal():
+            _check_working_folder()
             yield
     except typer.Exit:
         raise
@@ -61,6 +63,14 @@ def handled_errors(as_json: bool = False) -> Iterator[None]:
             raise
         fix = f"This is a bug in finetune: please report it with the output of {DEBUG_VARIABLE}=1."
         _fail(sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL, as_json)
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109 - the same
+    except FileNotFoundError:
+        fix = "Change to a folder that exists, and give the same command again."
+        raise UsageError("the working directory", "it does not exist any more", fix) from None
 
 
 def _with_command(fix: str, output: str) -> str:

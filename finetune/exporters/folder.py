@@ -11,7 +11,6 @@ loads with :func:`load_exported`.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from finetune.exporters.config import build_config
 from finetune.exporters.model_card import build_readme
-from finetune.runs.files import disk_error, sync_folder, write_bytes, write_json, write_text
+from finetune.runs.files import disk_error, remove_folder, sync_folder, write_bytes, write_json, write_text
 from finetune.targets import to_probabilities
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
@@ -119,7 +118,7 @@ def staged(folder: Path) -> Iterator[Path]:
         DiskError: it cannot be written.
     """
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove_folder(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         yield part
@@ -127,13 +126,13 @@ def staged(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise disk_error(folder, error) from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove_folder(part, ignore_errors=True)
 
 
 def _put_in_place(part: Path, folder: Path) -> None:
     """Replace a folder; the old one is deleted only after the new one has its name."""
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     try:
@@ -143,4 +142,4 @@ def _put_in_place(part: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old, ignore_errors=True)

@@ -12,8 +12,7 @@ written from the cache, sorted by path, and appear under their names when they a
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from finetune.features.tables import LayerRows, TableFormat, check_format, check
 from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.claim import create_folder, locked
-from finetune.runs.files import rename_to_new, sync_folder, write_csv, write_json
+from finetune.runs.files import name_result, remove_folder, rename_to_new, sync_folder, write_csv, write_json
 from finetune.runs.outcome import translated_errors
 from finetune.runs.reader import read_object
 from finetune.system.display import Display
@@ -159,10 +158,11 @@ def extract(
         if before := distributed.share(lambda: _begin(target, facts, files)):
             display.say(f"{output} already holds these features")
             return before
+        begun = set(target.path.iterdir()) if distributed.is_main and target.is_folder else set()
         with _open_kept(source, layers, pool, target, distributed) as features:
-            done = _write(source, features, pool, target, facts) if distributed.is_main else {}
+            done = _write(source, features, pool, target, begun, facts) if distributed.is_main else {}
         if distributed.is_main:
-            shutil.rmtree(target.work, ignore_errors=True)
+            remove_folder(target.work, ignore_errors=True)
         return done
 
 
@@ -186,10 +186,13 @@ def _begin(target: Target, facts: dict[str, Any], files: ExitStack) -> dict[str,
     """
     if not target.is_folder:
         _check_names_free(target)
+    if target.work.is_symlink():
+        found = f"{target.work.name}, where unfinished tables are written, is a link to another folder"
+        raise UsageError(f"--output {target.path}", found, "Remove the link, or name another --output.")
     create_folder(target.claimed)
     files.enter_context(locked(target.claimed))
+    files.callback(_remove_if_empty, target.work)
     if not target.is_folder:
-        files.callback(_remove_if_empty, target.work)
         _check_names_free(target)  # again: another process may have written it before it released the lock
         return None
     before = _read_record(target, facts)
@@ -264,14 +267,21 @@ def _open_kept(
 
 
 def _write(
-    source: Source, features: Features, pool: Pool, target: Target, facts: dict[str, Any]
+    source: Source,
+    features: Features,
+    pool: Pool,
+    target: Target,
+    begun: Collection[Path],
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
+    """Write everything; ``begun`` are the files that a killed process of the same extraction has left."""
     samples, display = source.dataset.samples, source.display
     bad = {image.path: image.reason for image in source.dataset.unreadable} | features.lost
     usable = features.usable(samples)
     order = torch.tensor(sorted(usable.tolist(), key=lambda index: samples[index].path))
-    _report_bad(bad, target, display)
-    tables = _write_tables(source, features, order, target, display)
+    target.work.mkdir(exist_ok=True)
+    _report_bad(bad, target, begun, display)
+    tables = _write_tables(source, features, order, target, begun, display)
     if target.is_folder:
         rows = [
             (
@@ -285,7 +295,8 @@ def _write(
             )
             for one, path in zip(features.layers, tables, strict=True)
         ]
-        write_csv(target.path / "index.csv", rows, INDEX_COLUMNS)
+        write_csv(target.work / "index.csv", rows, INDEX_COLUMNS)
+        _name_in_folder(target, target.path / "index.csv", begun)
     if not target.is_folder:
         _name(target, bool(bad))
     done = facts | {
@@ -303,28 +314,46 @@ def _write(
     return done
 
 
-def _report_bad(bad: dict[str, str], target: Target, display: Display) -> None:
+def _report_bad(bad: dict[str, str], target: Target, begun: Collection[Path], display: Display) -> None:
     if bad:
-        path = target.bad_images if target.is_folder else target.work / target.bad_images.name
-        write_csv(path, sorted(bad.items()), ("path", "reason"))
+        write_csv(target.work / target.bad_images.name, sorted(bad.items()), ("path", "reason"))
+        if target.is_folder:
+            _name_in_folder(target, target.bad_images, begun)
         images = count(len(bad), "image has", "images have")
         display.warn(f"{images} no row; listed in {target.bad_images}")
 
 
 def _write_tables(
-    source: Source, features: Features, order: Tensor, target: Target, display: Display
+    source: Source,
+    features: Features,
+    order: Tensor,
+    target: Target,
+    begun: Collection[Path],
+    display: Display,
 ) -> list[Path]:
     images = [_describe(source, sample) for sample in source.dataset.samples]
     layers = [LayerRows(one.name, rows) for one, rows in zip(features.layers, features.rows, strict=True)]
-    groups = [(target.work / target.path.name, layers)]
+    groups = [(target.path, layers)]
     if target.is_folder:
         groups = [(target.table_of(one), [rows]) for one, rows in zip(features.layers, layers, strict=True)]
     for path, group in groups:
-        if target.is_folder and path.exists():  # from before a kill: extraction.json says what it holds
+        if path in begun:  # extraction.json says what it holds
             continue
+        part = target.work / path.name
         with display.track(f"writing {path.name}", len(order) * len(group)) as advance:
-            write_table(path, target.format, images, order, group, lambda done: advance(done, ""))
-    return [path for path, _ in groups] if target.is_folder else [target.path]
+            write_table(part, target.format, images, order, group, lambda done: advance(done, ""))
+        if target.is_folder:
+            _name_in_folder(target, path, begun)
+    return [path for path, _ in groups]
+
+
+def _name_in_folder(target: Target, path: Path, begun: Collection[Path]) -> None:
+    """Give a file its name; what a killed process has left there is replaced, and nothing else."""
+    part = target.work / path.name
+    if path in begun:
+        part.replace(path)
+    else:
+        name_result(part, path, target.path)
 
 
 def _name(target: Target, has_bad: bool) -> None:

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from finetune.errors import DiskError
 from finetune.runs.block_file import facts_of, is_in_use, journal_of, remove_unused
-from finetune.runs.files import disk_error, free_bytes, sync_folder
+from finetune.runs.files import disk_error, free_bytes, remove_folder, sync_folder
 from finetune.runs.journal import FORMAT
 from finetune.system.display import Display
 
@@ -232,19 +231,19 @@ def remove_leftovers(cache: Path) -> None:
     for part in cache.glob("*.part-*"):
         with _locked(cache / f"{part.name.partition('.')[0]}.lock", wait=False) as is_locked:
             if is_locked:
-                shutil.rmtree(part, ignore_errors=True)
+                remove_folder(part, ignore_errors=True)
 
 
 def _make(folder: Path, write: Callable[[Path], None]) -> None:
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
+    remove_folder(part, ignore_errors=True)
     try:
         part.mkdir(mode=0o700)
         write(part)
         os.sync()  # otherwise a power cut could keep the new name and lose the content
         _rename(part, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove_folder(part, ignore_errors=True)
 
 
 def _rename(part: Path, folder: Path) -> None:

@@ -20,6 +20,17 @@ from typing import Any
 from finetune.errors import DataError, DiskError, UsageError
 from finetune.system.regular_files import create_regular, open_text
 
+_OF_THE_SYSTEM = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """Text that a spreadsheet may run as a formula (the last four are full-width), after any apostrophes."""
 _NUMBER = re.compile(r"'*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -110,6 +121,24 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def remove_folder(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder and all that it holds.
+
+    Raises:
+        OSError: it cannot be removed, or holds folders that are nested more deeply than Python can follow.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
+    except RecursionError:
+        if not ignore_errors:
+            raise OSError(errno.ELOOP, "it holds folders that are nested too deeply", str(folder)) from None
+
+
+def is_of_the_system(error: OSError) -> bool:
+    """Return whether the disk, its rights, or a name that the user gave is the cause."""
+    return error.errno in _OF_THE_SYSTEM
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:

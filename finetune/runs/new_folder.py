@@ -12,14 +12,13 @@ Everything lies inside the folder, since it may be a mount point, or all that th
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.errors import UsageError
 from finetune.runs.claim import create_folder, locked
-from finetune.runs.files import disk_error, name_result, sync_folder
+from finetune.runs.files import disk_error, name_result, remove_folder, sync_folder
 
 _UNFINISHED, _FINISHED = ".unfinished", ".finished"
 
@@ -37,7 +36,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         DiskError: it cannot be written.
     """
     path = Path(os.path.realpath(path))  # "x/.." creates no x
-    is_new = not path.exists()
+    is_new = not os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
     create_folder(path)
     try:
         with locked(path):
@@ -46,7 +45,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 yield part
                 _finish(path)
             except BaseException:
-                shutil.rmtree(part.parent, ignore_errors=True)
+                remove_folder(part.parent, ignore_errors=True)
                 raise
     except BaseException:
         if is_new:
@@ -63,7 +62,7 @@ def _take(path: Path) -> Path:
         if any(not (entry.name == _UNFINISHED and _is_own(entry)) for entry in path.iterdir()):
             raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
         if (path / _UNFINISHED).exists():
-            shutil.rmtree(path / _UNFINISHED)
+            remove_folder(path / _UNFINISHED)
         part = path / _UNFINISHED / (path.name or "results")  # a report shows the name
         part.mkdir(parents=True)
     except OSError as error:
@@ -86,6 +85,8 @@ def _finish(path: Path) -> None:
 
 def _move_up(path: Path) -> None:
     for folder in (path / _FINISHED).iterdir():
+        if not _is_own(folder):
+            raise UsageError(f"--output {path}", "the folder is not empty", "Name a new folder.")
         for entry in sorted(folder.iterdir()):
             name_result(entry, path / entry.name, path)
         folder.rmdir()

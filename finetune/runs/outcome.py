@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from finetune.errors import (
     TakenOverError,
 )
 from finetune.runs.claim import RUNNING, Claim
-from finetune.runs.files import disk_error
+from finetune.runs.files import disk_error, is_of_the_system
 from finetune.runs.folder import Outcome, RunFolder
 from finetune.system.compiler import compile_error, is_compile_error
 from finetune.system.display import Display
@@ -66,7 +65,7 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
             raise failure from None
         raise _stopped_at_once(output) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if not is_of_the_system(error):
             raise
         raise disk_error(Path(error.filename or "."), error) from None
     except (RuntimeError, MemoryError) as error:

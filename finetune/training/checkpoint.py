@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -35,7 +34,7 @@ from safetensors import SafetensorError
 from finetune import __version__
 from finetune.errors import DataError, DiskError
 from finetune.recipe import TrainingSettings
-from finetune.runs.files import disk_error, free_bytes, sync_folder, write_bytes, write_json
+from finetune.runs.files import disk_error, free_bytes, remove_folder, sync_folder, write_bytes, write_json
 from finetune.runs.reader import read_object
 from finetune.training.state import Checkpoint, Progress, Snapshot
 
@@ -102,7 +101,7 @@ class CheckpointStore:
         final = self.folder / f"checkpoint-{number:06}"
         part = self.folder / f".{final.name}.part"
         try:
-            shutil.rmtree(part, ignore_errors=True)
+            remove_folder(part, ignore_errors=True)
             part.mkdir(parents=True)
             files = dict(self._write_files(part, checkpoint))
             write_json(part / "manifest.json", self._manifest(checkpoint.now.progress, files))
@@ -114,7 +113,7 @@ class CheckpointStore:
             error.asked = f"writing {final}"  # not the temporary folder
             raise
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # it exists only after a failure
+            remove_folder(part, ignore_errors=True)  # it exists only after a failure
 
     def _write_files(self, part: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _STATE, _write(part / _STATE, checkpoint.now)
@@ -141,7 +140,7 @@ class CheckpointStore:
             trash = self.folder / f".{name}.trash"
             with suppress(OSError):
                 (self.folder / name).rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            remove_folder(trash, ignore_errors=True)
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -190,7 +189,7 @@ class CheckpointStore:
         """Remove temporary folders of a killed process."""
         if self.folder.is_dir():
             for leftover in [*self.folder.glob(".*.part"), *self.folder.glob(".*.trash")]:
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove_folder(leftover, ignore_errors=True)
 
 
 def _number(name: str) -> int:

@@ -343,6 +343,47 @@ def test_files_that_appear_meanwhile_are_kept(
     assert len(pd.read_csv(tmp_path / "f.csv")) == 10 and len(pd.read_csv(tmp_path / "f.bad_images.csv")) == 1
 
 
+@pytest.mark.parametrize("name", ["blocks.csv", "index.csv", "bad_images.csv"])
+def test_files_that_appear_in_the_folder_are_kept(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data = draw_folder(tmp_path / "data", {"red": 6, "blue": 5})
+    (data / "red/004.jpg").write_bytes(b"no image at all")
+    output, precious = tmp_path / "f", tmp_path / "precious"
+    precious.write_text("mine")
+    open_kept = command._open_kept
+    layer = "layer3"
+
+    def appear(*arguments: Any) -> Any:
+        (output / name.replace("blocks", layer)).symlink_to(precious)
+        return open_kept(*arguments)
+
+    monkeypatch.setattr(command, "_open_kept", appear)
+    result = extract(cli, tiny, data, output, "-l", layer)
+    assert result.exit_code == 2 and "was made by something else meanwhile" in result.stderr
+    assert precious.read_text() == "mine"
+    monkeypatch.undo()
+    (output / name.replace("blocks", layer)).unlink()
+    assert extract(cli, tiny, data, output, "-l", layer).exit_code == 0
+    assert len(pd.read_csv(output / f"{layer}.csv")) == 10
+    assert not (output / ".work").exists()
+
+
+@pytest.mark.parametrize("output", ["f.csv", "f"])
+def test_a_link_in_place_of_the_folder_for_work_is_not_followed(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, output: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "f.csv").write_text("mine")
+    link = tmp_path / ("f/.work" if output == "f" else ".f.csv.work")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(victim)
+    result = extract(cli, tiny, image_folder, tmp_path / output, "-l", "last")
+    assert result.exit_code == 2 and "is a link to another folder" in result.stderr
+    assert [path.read_text() for path in victim.iterdir()] == ["mine"]
+
+
 @pytest.mark.parametrize("output", ["f.csv", "folder"])
 def test_two_extractions_do_not_write_one_output(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str

@@ -99,6 +99,18 @@ def test_a_result_that_a_full_disk_does_not_take_is_an_error(
     assert capsys.readouterr().err.startswith("error: standard output: No space left on device\n")
 
 
+def test_a_working_directory_that_is_gone_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(typer.Exit) as ended, handled_errors():
+        raise AssertionError("began")
+    assert ended.value.exit_code == ExitCode.USAGE
+    assert "the working directory: it does not exist any more" in capsys.readouterr().err
+
+
 def test_an_error_keeps_its_code_if_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w") as full, Path("/dev/full").open("w") as other:
         monkeypatch.setattr("sys.stdout", full)

@@ -93,7 +93,7 @@ def test_the_table_is_of_weights_that_there_are() -> None:
 @pytest.mark.slow
 def test_a_cache_is_searched(tmp_path: Path) -> None:
     """In a process of its own: the hub's client reads its folder once."""
-    folder = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
+    folder = tmp_path / "hub" / "models--timm--resnet50.a1_in1k"
     (folder / "snapshots" / "c0ffee").mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("c0ffee")
@@ -107,4 +107,4 @@ def test_a_cache_is_searched(tmp_path: Path) -> None:
         check=True,
         cwd=ROOT,
     )
-    assert done.stdout.strip() == "timm/resnet18.a1_in1k"
+    assert done.stdout.strip() == "timm/resnet50.a1_in1k"  # better than the installed packages

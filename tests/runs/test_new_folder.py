@@ -116,16 +116,29 @@ def test_after_a_kill_at_any_rename_the_folder_is_made_again_or_whole(tmp_path: 
     assert files_in(path) == dict.fromkeys("abc", "of the killed process")
 
 
-@pytest.mark.parametrize("name", [".unfinished", ".finished"])
+@pytest.mark.parametrize("name", [".unfinished", ".finished", ".finished/out"])
 def test_a_link_in_place_of_a_folder_of_ours_is_not_followed(tmp_path: Path, name: str) -> None:
     victim = tmp_path / "victim"
     (victim / "inner").mkdir(parents=True)
     (victim / "inner/precious").write_text("kept")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).symlink_to(victim)
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
     with pytest.raises(UsageError, match="not empty"):
         write(tmp_path / "out", "new")
     assert files_in(victim) == {"inner/precious": "kept"}
+
+
+def test_leftovers_that_are_too_deep_to_remove_are_named(tmp_path: Path) -> None:
+    inner = os.open(tmp_path, os.O_RDONLY)
+    for name in ("out", ".unfinished", *["d"] * 1500):  # a path of this length has no name
+        os.mkdir(name, dir_fd=inner)
+        inner, outer = os.open(name, os.O_RDONLY, dir_fd=inner), inner
+        os.close(outer)
+    os.close(inner)
+    with pytest.raises(DiskError, match="nested too deeply"):
+        write(tmp_path / "out", "new")
+    subprocess.run(["rm", "-rf", tmp_path / "out"], check=True)  # pytest cannot either
 
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
