@@ -61,8 +61,24 @@ def handled_errors(as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        fix = f"This is a bug in finetune: please report it with the output of {DEBUG_VARIABLE}=1."
-        _fail(sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL, as_json)
+        _fail(*_describe(error), as_json)
+
+
+def _describe(error: Exception) -> tuple[str, str, ExitCode]:
+    """Return message, remedy and exit code for an error that no part of the program expected."""
+    if isinstance(error, RecursionError):
+        found = "folders, patterns or values are nested too deeply to follow"
+        return found, "Name a folder further down, or less deeply nested input.", ExitCode.DATA
+    if _is_not_utf8(error):
+        found = "the name of a file or folder holds bytes that are not UTF-8"
+        return found, "Rename it, and give the same command again.", ExitCode.USAGE
+    fix = f"This is a bug in finetune: please report it with the output of {DEBUG_VARIABLE}=1."
+    return sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL
+
+
+def _is_not_utf8(error: Exception) -> bool:
+    """Return whether a text that stands for other bytes, as Python reads names of files, was written."""
+    return isinstance(error, UnicodeEncodeError) and any("\udc80" <= one <= "\udcff" for one in error.object)
 
 
 def _check_working_folder() -> None:

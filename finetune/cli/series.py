@@ -142,7 +142,7 @@ def run_series(
     from finetune.pipeline.series import create_series_folder, finish_series
     from finetune.system.display import Display
 
-    create_series_folder(series.output)
+    create_series_folder(series.output, [member.name for member in series.members])
     runs: dict[str, dict[str, Any]] = {}
     for number, member in enumerate(series.members, 1):
         say(f"{member.name} ({number} of {len(series.members)})", bold=True)

@@ -22,6 +22,8 @@ from finetune.data.layout import (
 )
 from finetune.errors import count
 
+MOST_WAYS = 100
+"""Ways to one folder: folders of links to folders of links double them with each level."""
 _LISTS = (".txt", ".csv", ".json", ".mat")
 
 
@@ -112,6 +114,9 @@ def images_below(reader: LayoutReader, top: str) -> tuple[list[str], Counter[str
     """Return the images in a folder and its sub-folders, and the number of other files by extension.
 
     Links to folders are followed, except to a folder that the walk is already inside, and out of the root.
+
+    Raises:
+        DataError: links lead to one folder in more than ``MOST_WAYS`` ways.
     """
     others: Counter[str] = Counter()
     return sorted(walk_images(reader, top, others)), others
@@ -129,7 +134,7 @@ def walk_images(
         left_out: the paths of the first few other files are added to it.
     """
     outside = frozenset(identity_of(reader, above) for above in _above(top))
-    stack = [(top, outside)]
+    stack, ways = [(top, outside)], Counter[tuple[int, int]]()
     while stack:
         folder, inside = stack.pop()
         if leads_out(reader, folder):
@@ -137,6 +142,10 @@ def walk_images(
         identity = identity_of(reader, folder)
         if identity in inside:
             continue
+        ways[identity] += 1
+        if ways[identity] > MOST_WAYS:
+            found = f"links lead to the folder {printable(folder)!r} in more than {MOST_WAYS} ways"
+            raise reader.error(found, "Remove links to folders that hold links to folders.")
         folders, files = listing(reader, folder)
         yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
         rest = [name for name in files if not is_image_name(name)]

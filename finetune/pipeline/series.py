@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,19 +18,32 @@ from finetune.targets import SERIES_METRICS
 _KIND = {"repeats": "seed", "folds": "fold"}
 
 
-def create_series_folder(output: Path) -> None:
+_SUMMARIES = ("series.json", "series.csv")
+
+
+def create_series_folder(output: Path, names: Collection[str]) -> None:
     """Create the folder that holds the runs of a series.
 
+    Args:
+        output: the folder: new, empty, or that of the same series, which may have had fewer runs.
+        names: names of the runs.
+
     Raises:
-        UsageError: it holds a single run.
+        UsageError: it holds a single run, or files that are not of a series.
         DiskError: it cannot be created.
     """
     if RunFolder(output).recipe.exists():
         fix = "Name a new folder: it will hold one folder for each run of the series."
         raise UsageError(f"--output {output}", "it holds a single run", fix)
     create_folder(output)
-    for old in (output / "series.json", output / "series.csv"):  # stale if the runs are extended
-        old.unlink(missing_ok=True)
+    entries = {entry.name for entry in output.iterdir()}
+    others = sorted(entries - {*_SUMMARIES} - {*names})
+    others = [name for name in others if not RunFolder(output / name).recipe.exists()]
+    if others or (entries and entries <= {*_SUMMARIES}):
+        found = f"the folder holds other files ({', '.join([*others, *sorted(entries)][:3])})"
+        raise UsageError(f"--output {output}", found, "Name a new folder.")
+    for name in _SUMMARIES:  # stale if the runs are extended
+        (output / name).unlink(missing_ok=True)
 
 
 def finish_series(output: Path, kind: str, runs: Mapping[str, Mapping[str, Any]], display: Display) -> Any:

@@ -111,6 +111,22 @@ def test_a_working_directory_that_is_gone_is_named(
     assert "the working directory: it does not exist any more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RecursionError(), ExitCode.DATA, "nested too deeply"),
+        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), ExitCode.USAGE, "not UTF-8"),
+        (UnicodeEncodeError("ascii", "\u00fc", 0, 1, "ordinal"), ExitCode.INTERNAL, "a bug in finetune"),
+    ],
+)
+def test_what_users_bring_is_no_bug(
+    error: Exception, code: ExitCode, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, handled_errors():
+        raise error
+    assert ended.value.exit_code == code and said in capsys.readouterr().err
+
+
 def test_an_error_keeps_its_code_if_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w") as full, Path("/dev/full").open("w") as other:
         monkeypatch.setattr("sys.stdout", full)

@@ -61,6 +61,20 @@ def test_a_run_that_fails_ends_the_series(cli: Cli, tiny: Path, tmp_path: Path) 
     assert not (tmp_path / "s" / "series.json").exists()
 
 
+@pytest.mark.parametrize("names", [["series.csv"], ["series.csv", "thesis.txt"], ["seed-0", "notes"]])
+def test_files_of_others_are_kept(
+    cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, names: list[str]
+) -> None:
+    (tmp_path / "s").mkdir()
+    for name in names:
+        (tmp_path / "s" / name).write_text("theirs")
+    result = cli("run", "-b", tiny, "-d", image_folder, "--repeats", 2, *QUICK, "-o", tmp_path / "s")
+    assert result.exit_code == 2 and "the folder holds other files" in result.stderr
+    assert {path.name: path.read_text() for path in (tmp_path / "s").iterdir()} == dict.fromkeys(
+        names, "theirs"
+    )
+
+
 def test_invalid_series_are_refused(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-s", "freeze", "--epochs", 1, *QUICK)
     assert cli(*words, "--repeats", 2, "--folds", 2, "-o", tmp_path / "s").exit_code == 2

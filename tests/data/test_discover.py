@@ -247,6 +247,17 @@ def test_many_links_out_are_counted_and_the_first_named(tmp_path: Path) -> None:
     assert error.found.count("passwd") == 5 and error.found.endswith(" and 3 more")
 
 
+def test_links_that_double_with_each_level_end_the_walk(tmp_path: Path) -> None:
+    ants_and_bees(tmp_path, "", 3)
+    for level in range(26):  # 2 ** 26 ways to the last
+        folder = tmp_path / f"ant/{level}"
+        folder.mkdir()
+        for name in ("x", "y"):
+            (folder / name).symlink_to(f"../{level + 1}")
+    tree(tmp_path / "ant/26", "last.jpg")
+    assert "in more than 100 ways" in refused(tmp_path).found
+
+
 def test_nothing_behind_a_link_out_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, scandir, seen = linked(tmp_path), os.scandir, []
 
