@@ -83,7 +83,7 @@ def _is_not_utf8(error: Exception) -> bool:
 
 def _check_working_folder() -> None:
     try:
-        os.getcwd()  # noqa: PTH109 - the same
+        Path.cwd()
     except FileNotFoundError:
         fix = "Change to a folder that exists, and give the same command again."
         raise UsageError("the working directory", "it does not exist any more", fix) from None

@@ -39,7 +39,7 @@ from finetune.features.tables import LayerRows, TableFormat, check_format, check
 from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.claim import create_folder, locked
-from finetune.runs.files import name_result, remove_folder, rename_to_new, sync_folder, write_csv, write_json
+from finetune.runs.files import name_result, remove_folder, sync_folder, write_csv, write_json
 from finetune.runs.outcome import translated_errors
 from finetune.runs.reader import read_object
 from finetune.system.display import Display
@@ -367,10 +367,7 @@ def _name(target: Target, has_bad: bool) -> None:
         if os.path.lexists(path):
             raise _appeared(target, path)
     for path in paths:
-        try:
-            rename_to_new(target.work / path.name, path)
-        except FileExistsError:
-            raise _appeared(target, path) from None
+        name_result(target.work / path.name, path, target.path)
     sync_folder(target.path.parent)
 
 

@@ -40,7 +40,7 @@ def create_series_folder(output: Path, names: Collection[str]) -> None:
     others = sorted(entries - {*_SUMMARIES} - {*names})
     others = [name for name in others if not RunFolder(output / name).recipe.exists()]
     if others or (entries and entries <= {*_SUMMARIES}):
-        found = f"the folder holds other files ({', '.join([*others, *sorted(entries)][:3])})"
+        found = f"the folder holds other files ({', '.join((others or sorted(entries))[:3])})"
         raise UsageError(f"--output {output}", found, "Name a new folder.")
     for name in _SUMMARIES:  # stale if the runs are extended
         (output / name).unlink(missing_ok=True)

@@ -20,17 +20,8 @@ from typing import Any
 from finetune.errors import DataError, DiskError, UsageError
 from finetune.system.regular_files import create_regular, open_text
 
-_OF_THE_SYSTEM = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}
+_OF_OUTPUTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors that concern what is written. Those of rights and devices may come from reading as well."""
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """Text that a spreadsheet may run as a formula (the last four are full-width), after any apostrophes."""
 _NUMBER = re.compile(r"'*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -136,15 +127,17 @@ def remove_folder(folder: Path, *, ignore_errors: bool = False) -> None:
             raise OSError(errno.ELOOP, "it holds folders that are nested too deeply", str(folder)) from None
 
 
-def is_of_the_system(error: OSError) -> bool:
-    """Return whether the disk, its rights, or a name that the user gave is the cause."""
-    return error.errno in _OF_THE_SYSTEM
+def concerns_output(error: OSError) -> bool:
+    """Return whether the disk, or the name that the user gave to the output, is the cause."""
+    return error.errno in _OF_OUTPUTS
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:
     """Return the DiskError for an error of the operating system."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "Free some space" if full else "Choose a folder you may write to with --output"
+    if error.errno == errno.ENAMETOOLONG:
+        fix = "Take a shorter name"
     found = error.strerror or str(error)
     if error.errno == errno.ENOSPC and (free := free_bytes(path)) is not None:
         found += f" ({free / 1e6:,.0f} MB free)"

@@ -16,7 +16,7 @@ from finetune.errors import (
     TakenOverError,
 )
 from finetune.runs.claim import RUNNING, Claim
-from finetune.runs.files import disk_error, is_of_the_system
+from finetune.runs.files import concerns_output, disk_error
 from finetune.runs.folder import Outcome, RunFolder
 from finetune.system.compiler import compile_error, is_compile_error
 from finetune.system.display import Display
@@ -65,7 +65,7 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
             raise failure from None
         raise _stopped_at_once(output) from None
     except OSError as error:
-        if not is_of_the_system(error):
+        if not concerns_output(error):
             raise
         raise disk_error(Path(error.filename or "."), error) from None
     except (RuntimeError, MemoryError) as error:

@@ -13,6 +13,7 @@ from PIL import Image
 from finetune.pipeline.results import find_gap
 from tests.conftest import Cli
 
+# Small batches, so that five epochs learn the views of an object.
 VERIFIED = ("--set", "advise.verify=true", "--set", "training.batch_size=2")
 CLASSES, OBJECTS, VIEWS, SIZE = ("a", "b"), 8, 6, 32
 
