@@ -21,7 +21,7 @@ from benchmarks.peers_env import PeersEnvironmentError, build_environment, read_
 from benchmarks.results import DifferentMachineError, Results
 
 SPEED = ("startup", "limits", "pipeline", "overhead", "extract", "gpu", "scaling", "commands")
-NAMES = (*SPEED, "predict", "safety", "draft", "strategies", "transfer")
+NAMES = (*SPEED, "predict", "safety", "draft", "strategies", "transfer", "planted")
 
 
 def read_arguments(words: list[str] | None = None) -> argparse.Namespace:

@@ -386,6 +386,8 @@ NOT_OF_LABELS = {
     ("finetune.features.probe", "softmax"): "the name under which a user asks for it",
     ("finetune.features.transferability", "topk"): "the nearest images by cosine",
     ("finetune.features.retrieval", "argmax"): "the sign of a principal axis",
+    ("finetune.explain.dependencies", "softmax"): "attention",
+    ("finetune.explain.relu_rules", "softmax"): "attention",
 }
 """Where another thing has such a name, and what it is."""
 

@@ -12,6 +12,7 @@ from finetune.cli import (
     check,
     compare,
     evaluate,
+    explain,
     export,
     extract,
     hosted,
@@ -50,6 +51,7 @@ app.command("map", cls=RecipeCommand)(retrieve.map_command)
 app.command("export")(export.export_command)
 app.command("push")(export.push_command)
 app.command("pull")(pull.pull_command)
+app.add_typer(explain.app, name="explain")
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")

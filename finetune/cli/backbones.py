@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,10 +68,25 @@ def show_backbone(
     name: Annotated[str, typer.Argument(help="A backbone's name, or a finished run.")],
     strategy: Annotated[str, typer.Option("--strategy", "-s", help=f"{join_names()}.")] = "top",
     top_stages: Annotated[int, typer.Option(help="Stages that count as the top.")] = 1,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show every layer instead, with sizes, operations and memory.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Images whose memory --layers shows.")
+    ] = 1,
+    graph: Annotated[
+        Path | None, typer.Option("--graph", help="Draw the layers as a graph, into a new .svg file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object to stdout.")] = False,
 ) -> None:
     """Show a backbone's stages in order, and which of them a strategy would train, at which factor."""
     with handled_errors(as_json):
+        if graph is not None:
+            _draw_graph(name, graph)
+        if layers:
+            _show_layers(name, batch_size, as_json)
+        if layers or graph is not None:
+            return
         with _busy():
             facts = _describe(name, strategy, top_stages)
         if as_json:
@@ -81,6 +97,47 @@ def show_backbone(
         print_line()
         columns = ("stage", "role", "parameters", "layers", "group", "factor")
         print_table(columns, ([_cell(row[column]) for column in columns] for row in facts["stages"]))
+
+
+@app.command("chart")
+def chart_backbones(
+    names: Annotated[
+        list[str], typer.Argument(help="Backbones with a published accuracy, or finished runs.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object to stdout.")] = False,
+) -> None:
+    """Draw the accuracy of networks against their operations, and against their speed on this machine."""
+    with handled_errors(as_json):
+        with _busy():
+            from finetune.explain.backbone_chart import write_chart
+            from finetune.system.display import Display
+        chart = write_chart(names, output, device, Display())
+        if as_json:
+            print_json(chart, indent=1)
+
+
+def _draw_graph(name: str, path: Path) -> None:
+    with _busy():
+        from finetune.explain.network_tables import draw_graph
+        from pretrained.catalog import find_card
+
+        draw_graph(find_card(name), path)
+    say(f"graph {path}", bold=True)
+
+
+def _show_layers(name: str, batch_size: int, as_json: bool) -> None:
+    with _busy():
+        from finetune.explain.network_tables import LAYER_COLUMNS, describe_layers, list_cells
+        from pretrained.catalog import find_card
+
+        facts = describe_layers(find_card(name), batch_size)
+    if as_json:
+        print_json(facts, indent=1)
+        return
+    print_line(f"{facts['name']} at {facts['input_size'][-1]} pixels, memory of {batch_size} in float32 (MB)")
+    print_table(LAYER_COLUMNS, list_cells(facts))
 
 
 def _describe(name: str, strategy: str, top_stages: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -93,6 +93,11 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
 """Annotation and default of each flag."""
 
 
+_MODEL = Annotated[
+    str, typer.Argument(help="A finished run, an exported folder, or a backbone's name.", metavar="MODEL")
+]
+
+
 def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     """Add the flags that choose a network and images to a command, which gets the recipe built from them.
 
@@ -101,20 +106,33 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     Args:
         command: function whose first parameter is ``recipe``.
     """
-    hints = get_type_hints(command, localns={"Recipe": object}, include_extras=True)
+    return _take_flags(command, tuple(_FLAGS))
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the same flags to a command whose first argument is the model, instead of ``--backbone``.
+
+    Args:
+        command: function whose first parameters are ``recipe``, without a backbone, and ``model``.
+    """
+    return _take_flags(command, tuple(name for name in _FLAGS if name != "backbone"))
+
+
+def _take_flags(command: Callable[..., None], names: Sequence[str]) -> Callable[..., None]:
+    hints = get_type_hints(command, localns={"Recipe": object}, include_extras=True) | {"model": _MODEL}
     own = [
         parameter.replace(annotation=hints[name])
         for name, parameter in signature(command).parameters.items()
         if name != "recipe"
     ]
     shared = [
-        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
-        for name, (annotation, default) in _FLAGS.items()
+        Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=_FLAGS[name][1], annotation=_FLAGS[name][0])
+        for name in names
     ]
 
     @wraps(command)
     def wrapper(**arguments: Any) -> None:
-        flags = {name: arguments.pop(name) for name in _FLAGS}
+        flags = {name: arguments.pop(name) for name in names}
         with handled_errors(arguments.get("as_json", False)):
             command(_build_recipe(flags), **arguments)
 

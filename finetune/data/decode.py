@@ -30,13 +30,10 @@ from finetune.data.depth import (
     to_eight_bits,
 )
 from finetune.data.formats import HEAD_BYTES, describe_raw, describe_unread, readable_formats
-from finetune.data.limits import OverdueError, TimedFile, find_excess, png_chunks
+from finetune.data.limits import MAX_PIXELS, OverdueError, TimedFile, find_excess, find_size_fault, png_chunks
 from finetune.data.tiff import read_layout
 from finetune.system.regular_files import open_regular
 
-# Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
-# is a global that any library may have switched off, and because warning filters are not thread safe.
-MAX_PIXELS = 178_956_970
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of images under that limit
 warnings.filterwarnings("ignore", module=r"PIL\.")  # these name no file; what matters is raised
 MAX_BYTES = 512 * 2**20
@@ -229,8 +226,8 @@ def convert_image(image: Image.Image, value_range: ValueRange | None = None) -> 
         BadImageError: it is damaged, cut short, over ``MAX_PIXELS``, or holds values whose range is unknown.
     """
     try:
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
+        if fault := find_size_fault(image.size):
+            raise BadImageError(fault)
         return _finished(image.copy(), None, value_range)
     except (BadImageError, MemoryError):
         raise
@@ -273,8 +270,8 @@ def _identified(file: BinaryIO, name: str) -> Image.Image:
         raise BadImageError(refusal or _unidentified(head, name)) from None
     except Image.DecompressionBombError:  # Pillow's own limit, the same number; the file is not damaged
         raise BadImageError(f"more than {MAX_PIXELS} pixels") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
+    if fault := find_size_fault(image.size):
+        raise BadImageError(fault)
     if image.format == "PNG":
         _require_end(file)
     return image

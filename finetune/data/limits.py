@@ -14,6 +14,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import BinaryIO
 
+MAX_PIXELS = 178_956_970
+"""Twice Pillow's own warning level, where Pillow itself would refuse. Compared here, because Pillow's limit
+is a global that any library may have switched off, and because warning filters are not thread safe."""
+MAX_RATIO = 500
+"""Long side of an image over its short one. The short side becomes that of the network's input: an image of
+400,000 x 1 pixels would take 60 GB."""
 MAX_PARTS = 100_000
 """Chunks of a PNG (one of 512 MB has 65,536 of the usual 8 KB), segments of a JPEG or blocks of a GIF before
 its image, strips or tiles of a TIFF."""
@@ -28,6 +34,16 @@ _WITHOUT_CONTENT = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xDA)})
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _SEQUENTIAL = frozenset({0xC0, 0xC1, 0xC9})
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)
+
+
+def find_size_fault(size: tuple[int, int]) -> str:
+    """Return why an image of this width and height is not decoded; empty if it is."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} pixels, more than {MAX_PIXELS} in all"
+    if max(size) > MAX_RATIO * min(size):
+        return f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other"
+    return ""
 
 
 class OverdueError(Exception):

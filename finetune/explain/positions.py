@@ -8,18 +8,21 @@ the pooling after it).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
+import torch
 from torch import nn
 
+from finetune.errors import UsageError
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
-from pretrained.graph.layers import count_prefix_tokens
+from pretrained.graph.layers import Layer, count_prefix_tokens
 from pretrained.graph.pooling import Form, find_form
-from pretrained.graph.recorder import FeaturePoint
-from pretrained.graph.structures import shapes_in
+from pretrained.graph.recorder import FeaturePoint, FeatureRecorder
+from pretrained.graph.structures import shapes_in, tensors_in
 
 LEAST_SHARE = 0.5
 """Smallest share of the network's computation before the tensor: earlier features are edges and colours only.
@@ -59,6 +62,60 @@ def find_map_positions(network: nn.Module, input_size: tuple[int, int, int]) -> 
         if candidates:
             cut, form = max(candidates, key=lambda pair: (pair[1].num_positions, pair[0].time))
             yield MapPosition(cut.point, form)
+
+
+def find_position(network: nn.Module, layer: Layer, input_size: tuple[int, int, int]) -> MapPosition:
+    """Return the position of a layer that the user named.
+
+    Args:
+        network: a network in eval mode; it is not modified.
+        layer: a layer of the network.
+        input_size: the shape (C, H, W) of the images.
+
+    Raises:
+        UsageError: the layer is no map: it has a single position, several tensors, or windows in the batch
+            axis, whose order depends on the network.
+    """
+    [found] = find_positions(network, [layer], input_size)
+    if isinstance(found, str):
+        fix = "Name a layer with two positions or more in each direction (`finetune extract --layers list`)."
+        raise UsageError(f"--layer {layer.name}", found, fix)
+    return found
+
+
+@torch.no_grad()
+def find_positions(
+    network: nn.Module, layers: Sequence[Layer], input_size: tuple[int, int, int]
+) -> list[MapPosition | str]:
+    """Return the position of each layer, or why it is no map; one forward pass finds all.
+
+    Args:
+        network: a network in eval mode; it is not modified.
+        layers: layers of the network.
+        input_size: the shape (C, H, W) of the images.
+    """
+    weight = next(network.parameters())
+    recorder = FeatureRecorder(network, [layer.point for layer in layers], [_count_windows for _ in layers])
+    windows = recorder.record(weight.new_zeros(1, *input_size)) if layers else []
+    refused = [_refuse(layer, number) for layer, number in zip(layers, windows, strict=True)]
+    return [
+        reason or MapPosition(layer.point, layer.forms[0])
+        for layer, reason in zip(layers, refused, strict=True)
+    ]
+
+
+def _count_windows(value: Any) -> int:
+    """Return the length of the first axis for one image."""
+    return len(next(tensor for tensor in tensors_in(value) if tensor.is_floating_point()))
+
+
+def _refuse(layer: Layer, num_windows: int) -> str:
+    """Return why a layer is no map; empty if it is one."""
+    if len(layer.forms) != 1:
+        return f"it gives {len(layer.forms)} tensors, and not one map"
+    if layer.forms[0].size is None or 1 in layer.forms[0].size:
+        return f"it is no map: its features are {layer.size}"
+    return "" if num_windows == 1 else f"it gives {num_windows} windows of an image, and not one map"
 
 
 def has_single_cell(network: nn.Module, input_size: tuple[int, int, int]) -> bool:

@@ -28,7 +28,8 @@ from finetune.system.gpu import explain_unused_gpu
 from pretrained.backbone import Backbone, load_source
 from pretrained.catalog import Card, Preprocessing, find_card
 from pretrained.default_backbone import DefaultChoice, choose_best
-from pretrained.graph.layers import Layers
+from pretrained.graph.layers import Layer, Layers
+from pretrained.graph.pooling import Pool
 from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
 from pretrained.state_dict import digest_tensors
@@ -210,6 +211,32 @@ class Network:
         if value_range is None:
             return self
         return replace(self, backbone=self.backbone.with_value_range(value_range))
+
+    def find_layer(self, name: str, pool: Pool = "auto") -> Layer:
+        """Return one layer by its name.
+
+        Raises:
+            UsageError: there is no such layer (the message lists similar names), the name is a pattern of
+                several, or the pool does not fit.
+        """
+        layers = self.find_layers([name], pool)
+        if len(layers) != 1:
+            found = f"it matches {len(layers)} layers"
+            raise UsageError(f"--layer {name}", found, "Name one layer (`finetune extract --layers list`).")
+        return layers[0]
+
+    def find_layers(self, names: Sequence[str], pool: Pool = "auto") -> tuple[Layer, ...]:
+        """Return layers by names, keywords and patterns, each once (:mod:`pretrained.graph.layers`).
+
+        Raises:
+            UsageError: there is no such layer (the message lists similar names), or the pool does not fit.
+        """
+        try:
+            return self.layers.select(names, pool)
+        except UsageError as error:  # the original message speaks of --layers
+            asked = error.asked.replace("--layers", "--layer")
+            fix = error.fix.replace("`--layers list`", "`finetune extract --layers list`")
+            raise UsageError(asked, error.found, fix.replace("--layers last", "--layer last")) from None
 
     @cached_property
     def weights(self) -> str:

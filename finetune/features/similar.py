@@ -15,7 +15,7 @@ from finetune.data.decode import BadImageError
 from finetune.data.prepare import check_outside
 from finetune.data.thumbnail import load_thumbnail
 from finetune.data.transforms import Normalizer, build_eval_transform
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError
 from finetune.features.extraction import Source, open_features, open_images, open_source
 from finetune.features.network import Network, open_network
 from finetune.features.retrieval import (
@@ -64,7 +64,7 @@ def find_similar(
     """
     with translated_errors():
         network = open_network(recipe, display)
-        chosen = _one(network, layer, pool)
+        chosen = network.find_layer(layer, pool)
         source = _open(recipe, network, output, display)
         query = _see(source.network, image, chosen, pool)
         with new_folder(output) as folder:
@@ -116,14 +116,6 @@ def _is_same(file: Path, image: Path) -> bool:
         return False
 
 
-def _one(network: Network, layer: str, pool: Pool) -> Layer:
-    layers = network.layers.select([layer], pool)
-    if len(layers) != 1:
-        found = f"it matches {len(layers)} layers"
-        raise UsageError(f"--layer {layer}", found, "Name one layer (`finetune extract --layers list`).")
-    return layers[0]
-
-
 def _see(network: Network, image: Path, layer: Layer, pool: Pool) -> Tensor:
     """Return the features (D,) of one image."""
     preprocessing = network.backbone.card.preprocessing
@@ -164,7 +156,7 @@ def draw_feature_map(
         if method == "umap":
             check_umap()
         network = open_network(recipe, display)
-        chosen = _one(network, layer, pool)
+        chosen = network.find_layer(layer, pool)
         source = _open(recipe, network, output, display)
         with new_folder(output) as folder:
             samples = source.dataset.samples

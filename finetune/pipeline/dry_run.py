@@ -116,7 +116,7 @@ def _count_rows(setup: RunSetup, found: Dataset, choice: CutChoice) -> tuple[int
 
 
 def _estimate_folder(setup: RunSetup) -> int:
-    """Return the most bytes of the model and, where it is trained by epochs, of its checkpoints."""
+    """Return the most bytes of the model and, where it is trained by epochs, of what is kept of them."""
     recipe, trained = setup.recipe, setup.plan.num_trained
     model = sum(row.num_parameters for row in setup.plan.rows)
     if recipe.strategy.features is not None:
@@ -124,7 +124,8 @@ def _estimate_folder(setup: RunSetup) -> int:
     averaged = 1 if recipe.training.ema_decay is not None else 0
     state = (1 + _STATES[recipe.training.optimizer] + averaged) * trained
     best = (1 + averaged) * trained
-    return 4 * (model + NUM_KEPT * (2 * state + best))  # now, at the start of the epoch, and the best
+    kept = trained * sum(number <= recipe.training.epochs for number in recipe.training.keep_epochs)
+    return 4 * (model + NUM_KEPT * (2 * state + best) + kept)  # now, at the start of the epoch, and the best
 
 
 # --- time ----------------------------------------------------------------------------------------

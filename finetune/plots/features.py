@@ -1,37 +1,36 @@
 """Plots of features as PNG: accuracy by depth, a map of images, and the matrix of strategies.
 
-They are drawn with matplotlib's objects, not with pyplot: no global state changes, and no display is needed.
-The colours are those of Okabe and Ito, which colour-blind readers can distinguish; markers differ as well.
+Classes have a colour and a marker each (:mod:`finetune.plots.figure`).
 
 Shape legend: N images.
 """
 
 from __future__ import annotations
 
-import io
-import textwrap
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.runs.files import write_bytes
+from finetune.plots.figure import (
+    COLOURS,
+    FAINT,
+    INK,
+    blank_figure,
+    to_label,
+    without_glyph_warnings,
+    wrap,
+    write_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
-"""The palette of Okabe and Ito, without yellow, which is hard to see on white."""
 MARKERS = ("o", "^", "s")
 MOST_CLASSES = 20
 """Largest number of classes for which each has its own colour and marker."""
-DPI = 150
-_INK, _FAINT, _GRID = "#222222", "#666666", "#e4e4e4"
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """Accuracies in [0, 1] by layer, and their standard deviations."""
@@ -53,14 +52,14 @@ def draw_probe(
         DiskError: the disk is full, or the folder cannot be written.
     """
     width = max(6.4, 3.2 + 0.55 * len(layers))
-    figure, axes = _blank(width, 4.4)
+    figure, axes = blank_figure(width, 4.4)
     axes.grid(visible=False, axis="x")
     for number, (mean, std) in enumerate(curves.values()):
         positions = [depth + _offset(number, len(curves)) for depth in range(len(layers))]
         style: dict[str, Any] = {"color": COLOURS[number], "marker": "o", "markersize": 5, "linewidth": 1.8}
         axes.errorbar(positions, mean, std, capsize=2.5, elinewidth=1, **style)
-    axes.axhline(chance, color=_FAINT, linestyle=(0, (5, 4)), linewidth=1.2)
-    axes.set_xticks(range(len(layers)), [_label(layer) for layer in layers])
+    axes.axhline(chance, color=FAINT, linestyle=(0, (5, 4)), linewidth=1.2)
+    axes.set_xticks(range(len(layers)), [to_label(layer) for layer in layers])
     if sum(map(len, layers)) > 11 * width - 30:
         for text in axes.get_xticklabels():
             text.set(rotation=40, ha="right", rotation_mode="anchor")
@@ -74,8 +73,8 @@ def draw_probe(
     ends = {name: mean[-1] for name, (mean, _) in curves.items()}
     _label_ends(axes, [*ends, f"chance {chance:.3g}"], [*ends.values(), chance])
     axes.set(xlabel="layer, from the first to the last", ylabel="accuracy, and its standard deviation")
-    axes.set_title(_wrapped(title, 80), loc="left")
-    _write(path, figure)
+    axes.set_title(wrap(title, 80), loc="left")
+    write_figure(path, figure)
 
 
 def _offset(number: int, count: int) -> float:
@@ -92,7 +91,7 @@ def _mark_best(axes: Axes, layers: Sequence[str], curves: Mapping[str, Curve]) -
     x, colour = depth + _offset(number, len(means)), COLOURS[number]
     axes.plot([x], [value], "o", markersize=13, fillstyle="none", color=colour, markeredgewidth=1.6)
     axes.annotate(
-        f"best: {_label(layers[depth])}, {value:.3f}",
+        f"best: {to_label(layers[depth])}, {value:.3f}",
         (x, value + error),
         xytext=(0, 7),
         textcoords="offset points",
@@ -110,7 +109,7 @@ def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None
     """
     low, high = axes.get_ylim()
     room = (high - low) * 0.06
-    colours = [*COLOURS[: len(names) - 1], _FAINT]
+    colours = [*COLOURS[: len(names) - 1], FAINT]
     order = sorted(zip(ends, names, colours, strict=True))
     heights = [end for end, _, _ in order]
     for _ in range(100):
@@ -120,7 +119,7 @@ def _label_ends(axes: Axes, names: Sequence[str], ends: Sequence[float]) -> None
             heights[below + 1] += lacking / 2
     for height, (_, name, colour) in zip(heights, order, strict=True):
         axes.annotate(
-            _label(name),
+            to_label(name),
             (1, height),
             xytext=(8, 0),
             xycoords=("axes fraction", "data"),
@@ -158,7 +157,7 @@ def draw_map(
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
     """
-    figure, axes = _blank(8.6, 6.0)
+    figure, axes = blank_figure(8.6, 6.0)
     points, indices = points.astype(np.float64), np.asarray(labels)
     axes.set_aspect("equal", adjustable="datalim")
     size = min(36.0, max(5.0, 30_000 / max(1, len(points))))
@@ -168,7 +167,7 @@ def draw_map(
         title += f"\n{len(classes)} classes, coloured by their index"
         _draw_many_classes(axes, points, indices, len(classes), size)
     _name_classes(axes, points, indices, classes)
-    axis_labels = [_label(name) for name in names]
+    axis_labels = [to_label(name) for name in names]
     if shares is None:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -177,8 +176,8 @@ def draw_map(
             f"{name} ({share:.1%} of the variance)" for name, share in zip(axis_labels, shares, strict=True)
         ]
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    axes.set_title(_wrapped(title, 80), loc="left")
-    _write(path, figure)
+    axes.set_title(wrap(title, 80), loc="left")
+    write_figure(path, figure)
 
 
 def _draw_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str], size: float) -> None:
@@ -192,7 +191,7 @@ def _draw_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str], 
         handles.append(axes.scatter([], [], s=40, **style))
     axes.legend(
         handles,
-        [_label(name) for name in classes],
+        [to_label(name) for name in classes],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         frameon=False,
@@ -224,9 +223,9 @@ def _name_classes(axes: Axes, points: Any, labels: Any, classes: Sequence[str]) 
             continue
         x, y = np.median(own, axis=0)
         halo = [withStroke(linewidth=2.5, foreground="white")]
-        shown = _label(name, 16)
-        text = axes.text(x, y, shown, ha="center", va="center", fontsize=8.5, color=_INK, path_effects=halo)
-        with _quiet():
+        shown = to_label(name, 16)
+        text = axes.text(x, y, shown, ha="center", va="center", fontsize=8.5, color=INK, path_effects=halo)
+        with without_glyph_warnings():
             box = text.get_window_extent()
         if any(box.overlaps(other) for other in taken):
             text.remove()
@@ -253,7 +252,7 @@ def draw_strategy_matrix(
         list(dict.fromkeys(row for row, _ in cells)),
         list(dict.fromkeys(column for _, column in cells)),
     )
-    figure, axes = _blank(1.6 + 2.9 * len(columns), 1.5 + 1.25 * len(rows))
+    figure, axes = blank_figure(1.6 + 2.9 * len(columns), 1.5 + 1.25 * len(rows))
     axes.grid(visible=False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -261,14 +260,16 @@ def draw_strategy_matrix(
         _draw_cell(axes, columns.index(column), rows.index(row), text, (row, column) == marked)
     axes.set_xlim(-0.02, len(columns) + 0.02)
     axes.set_ylim(len(rows) + 0.02, -0.02)
-    axes.set_xticks([number + 0.5 for number in range(len(columns))], [_label(name, 28) for name in columns])
-    axes.set_yticks([number + 0.5 for number in range(len(rows))], [_label(name, 28) for name in rows])
+    axes.set_xticks(
+        [number + 0.5 for number in range(len(columns))], [to_label(name, 28) for name in columns]
+    )
+    axes.set_yticks([number + 0.5 for number in range(len(rows))], [to_label(name, 28) for name in rows])
     axes.tick_params(length=0, labelsize=11, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.xaxis.set_label_position("top")
-    axes.set_xlabel("similarity to what the backbone was trained on", labelpad=9, color=_FAINT)
-    axes.set_ylabel("amount of data", labelpad=9, color=_FAINT)
-    axes.set_title(_wrapped(title, 25 + 25 * len(columns)), loc="left", pad=16)
-    _write(path, figure)
+    axes.set_xlabel("similarity to what the backbone was trained on", labelpad=9, color=FAINT)
+    axes.set_ylabel("amount of data", labelpad=9, color=FAINT)
+    axes.set_title(wrap(title, 25 + 25 * len(columns)), loc="left", pad=16)
+    write_figure(path, figure)
 
 
 def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> None:
@@ -283,7 +284,7 @@ def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> No
         edgecolor="none",
     )
     axes.add_patch(box)
-    lines = _wrapped(text, 30)
+    lines = wrap(text, 30)
     axes.text(
         column + 0.5,
         row + 0.5,
@@ -293,60 +294,5 @@ def _draw_cell(axes: Axes, column: int, row: int, text: str, marked: bool) -> No
         linespacing=1.35,
         fontsize=min(10.5, 52 / (1 + lines.count("\n"))),
         fontweight="bold" if marked else "normal",
-        color="white" if marked else _INK,
+        color="white" if marked else INK,
     )
-
-
-# --- Shared helpers ---
-
-
-def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return an empty figure with a light grid; sizes are in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_axisbelow(True)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.tick_params(length=0, colors=_INK, labelsize=9)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    return figure, axes
-
-
-def _write(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, cropped to its content, atomically."""
-    buffer = io.BytesIO()
-    with _quiet():
-        figure.savefig(
-            buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
-        )
-    write_bytes(path, buffer.getvalue())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Draw characters that the font lacks as boxes, without a warning for each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        yield
-
-
-def _label(text: str, length: int = 40) -> str:
-    """Return text of at most ``length`` characters: an ellipsis replaces the middle of a longer one."""
-    half = length // 2 - 1
-    return _plain(text if len(text) <= length else f"{text[:half]}…{text[-half:]}")
-
-
-def _wrapped(text: str, length: int) -> str:
-    """Return text in lines of at most ``length`` characters; its own line breaks stay."""
-    return "\n".join(_plain(textwrap.fill(line, length)) for line in text.split("\n"))
-
-
-def _plain(text: str) -> str:
-    """Return text that matplotlib draws literally, without formulas and unprintable characters."""
-    printable = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
-    return printable.replace("$", r"\$")

@@ -33,6 +33,11 @@ def draw_overlay(image: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
+def colour_heat(values: NDArray[np.float32]) -> Image.Image:
+    """Return a map (h, w) from 0 to 1 as an RGB image of as many pixels: black is 0."""
+    return Image.fromarray(_colours()[np.rint(np.clip(values, 0, 1) * 255).astype(np.intp)].astype(np.uint8))
+
+
 def resize_heat(heat: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     """Return a heat map (h, w) as (height, width), interpolated to ``size`` (width, height)."""
     small = Image.fromarray(heat.astype(np.float32))

@@ -23,10 +23,14 @@ GAP = 20
 """Pixels between tiles."""
 LINE = 19
 """Height of a line of text in pixels."""
-_PAPER, _INK, _FAINT, _TILE = "#f5f5f3", "#222222", "#666666", "#e6e6e2"
+PAPER = "#f5f5f3"
+"""Background of a sheet."""
+_INK, _FAINT, _TILE = "#222222", "#666666", "#e6e6e2"
 _FONT_SIZE = 13
 _LINES = 3
 """Lines of text below a tile."""
+_NARROWEST = 3 * (CELL + GAP) + GAP
+"""Least width of a grid in pixels, so that its title and notes can be read."""
 _FEWEST_HIT_COLUMNS = 5
 _FEWEST_COLUMNS, _MOST_COLUMNS = 4, 6
 
@@ -37,7 +41,7 @@ class Tile:
 
     Attributes:
         image: RGB image whose longer side is that of the tile; or the reason why there is none.
-        lines: at most three; the last one is drawn faint.
+        lines: at most three, in a grid any number; the last one is drawn faint.
     """
 
     image: Image.Image | str
@@ -59,6 +63,56 @@ class Section:
     tiles: Sequence[Tile]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Rows of tiles with a title, headings above the columns and sentences at the foot.
+
+    Attributes:
+        title: what the sheet shows.
+        rows: tiles, the first at the left; rows may differ in length.
+        columns: headings of the columns; empty for none.
+        notes: sentences at the foot, such as what a check found; each is broken between words.
+        side: width and height of a tile in pixels; the longer side of each image has as many.
+    """
+
+    title: str
+    rows: Sequence[Sequence[Tile]]
+    columns: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    side: int = CELL
+
+
+def write_grid(path: Path, grid: Grid) -> None:
+    """Draw a grid and write it as PNG, atomically.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    _write(path, draw_grid(grid))
+
+
+def draw_grid(grid: Grid) -> Image.Image:
+    """Return a sheet (RGB) with the tiles of a grid."""
+    num_columns = max((len(row) for row in grid.rows), default=1)
+    num_lines = max((len(tile.lines) for row in grid.rows for tile in row), default=0)
+    step = grid.side + GAP, grid.side + num_lines * LINE + GAP
+    width = max(GAP + num_columns * step[0], _NARROWEST)
+    notes = [line for note in grid.notes for line in wrap_text(note, width - 2 * GAP, load_font())]
+    top = GAP + 2 * LINE + bool(grid.columns) * LINE
+    height = top + len(grid.rows) * step[1] + bool(notes) * GAP + len(notes) * LINE
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(sheet), load_font()
+    draw.text((GAP, GAP), fit_text(grid.title, width - 2 * GAP, font), _INK, font)
+    for number, heading in enumerate(grid.columns):
+        draw.text((GAP + number * step[0], top - LINE - 4), fit_text(heading, grid.side, font), _FAINT, font)
+    for number, row in enumerate(grid.rows):
+        for place, tile in enumerate(row):
+            _draw_tile(sheet, tile, (GAP + place * step[0], top + number * step[1]), grid.side)
+    for number, line in enumerate(notes):
+        draw.text((GAP, height - GAP - (len(notes) - number) * LINE), line, _INK, font)
+    return sheet
+
+
 def write_sections(path: Path, sections: Sequence[Section]) -> bool:
     """Draw sections and write them as PNG, atomically; return whether there was anything to draw.
 
@@ -75,7 +129,7 @@ def draw_sections(sections: Sequence[Section]) -> Image.Image:
     step = CELL + GAP, CELL + _LINES * LINE + GAP
     columns = min(_MOST_COLUMNS, max(_FEWEST_COLUMNS, *(len(section.tiles) for section in sections)))
     heights = [2 * LINE + -(-len(section.tiles) // columns) * step[1] + GAP for section in sections]
-    sheet = Image.new("RGB", (GAP + columns * step[0], GAP + sum(heights)), _PAPER)
+    sheet = Image.new("RGB", (GAP + columns * step[0], GAP + sum(heights)), PAPER)
     draw, top = ImageDraw.Draw(sheet), GAP
     for section, height in zip(sections, heights, strict=True):
         draw.text((GAP, top), section.title, _INK, load_font())
@@ -109,7 +163,7 @@ def draw_retrieval(query: Tile, hits: Sequence[Tile]) -> Image.Image:
     step = CELL + GAP, CELL + _LINES * LINE + GAP
     left = QUERY + 3 * GAP if hits else QUERY + 2 * GAP
     size = left + columns * step[0] * bool(hits), GAP + max(QUERY + 2 * LINE + GAP, rows * step[1])
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     _draw_tile(sheet, query, (GAP, GAP), QUERY)
     for number, hit in enumerate(hits):
         _draw_tile(sheet, hit, (left + number % columns * step[0], GAP + number // columns * step[1]), CELL)
@@ -160,6 +214,18 @@ def fit_text(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
     lengths = range(1, len(text))  # nearly always, more characters are wider
     longest = bisect_right(lengths, width, key=lambda number: font.getlength(_cut_middle(text, number)))
     return _cut_middle(text, longest)
+
+
+def wrap_text(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Return text as lines of at most ``width`` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [fit_text(line, width, font) for line in lines if line]
 
 
 def _cut_middle(text: str, keep: int) -> str:

@@ -211,7 +211,8 @@ def _describe(branch: Any, bounds: Iterable[Any]) -> tuple[str, ...]:
     if get_origin(branch) is tuple:
         inner = get_args(branch)
         if inner[-1] is ...:
-            return (f"a list of {join_or(_literals(inner[0]))}",)
+            items = join_or(_literals(inner[0]) or _describe(inner[0], ()))
+            return (f"a list of {items.replace('a whole number', 'whole numbers')}",)
         (item,) = _describe(inner[0], ())
         return (item.replace("a number", "three numbers"),)
     limits = [

@@ -264,6 +264,11 @@ class TrainingSettings(_Section):
     patience: Annotated[int, Field(ge=1)] | None = Field(
         None, description="stop after this many epochs without improvement; null: never"
     )
+    keep_epochs: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="epochs, from 1, after which the trained weights are kept, each time in a file of that "
+        "size, for `finetune explain evolution`",
+    )
     monitor: Monitor = Field(
         "accuracy",
         description="validation metric that selects the best epoch (at equal accuracy the lower loss wins)",

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
 from PIL import Image, ImageOps
-from torch import device, nn
+from torch import Tensor, device, nn
 
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.depth import ValueRange
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.evaluation.predictor import resolve_names
-from finetune.explain.cam import GradCam, HeatMap
+from finetune.explain.attribution.cam import GradCam
+from finetune.explain.attribution.heat_map import ComputeMaps, HeatMap
+from finetune.explain.checks.deletion import measure_advantage
+from finetune.explain.checks.randomisation import measure_randomisation
+from finetune.explain.checks.verdicts import judge_deletion, judge_randomisation, withhold
 from finetune.plots.overlay import draw_overlay
 from finetune.report.facts import Facts
 from finetune.runs.reader import PredictionRow
+from pretrained.backbone import describe_stages
 from pretrained.catalog import Card
 
 MOST_BYTES = 3_000_000
@@ -122,8 +128,12 @@ class Mistake:
     panels: tuple[Panel, ...]
 
 
+_STEPS, _PLACES = 4, 2
+"""Of the check by deletion: nine passes of the network for a map, instead of 28 in `finetune explain`."""
+
+
 class Explainer:
-    """Computes heat maps of one network.
+    """Computes heat maps of one network, and leaves those out that its checks speak against.
 
     Args:
         network: in eval mode, on the CPU.
@@ -131,19 +141,52 @@ class Explainer:
     """
 
     def __init__(self, network: nn.Module, card: Card) -> None:
+        self._network, self._card = network, card
         self._labels = {name: index for index, name in enumerate(resolve_names(card))}
         self._cam = GradCam(network, card.preprocessing.input_size)
         self._normalize = Normalizer(card.preprocessing, device("cpu"))
         self.transform: Transform = build_eval_transform(card.preprocessing)
 
-    def explain(self, image: Image.Image, classes: list[str]) -> tuple[Image.Image, list[HeatMap]]:
-        """Return the network's input, as an image, and a heat map for each class."""
-        view = self.transform(image)
-        seen = Image.fromarray(view.permute(1, 2, 0).numpy())
-        if any(name not in self._labels for name in classes):
-            return seen, [HeatMap(None, "the model does not know the class")] * len(classes)
-        indices = [[self._labels[name]] for name in classes]
-        return seen, [maps[0] for maps in self._cam(self._normalize(view[None]), *indices)]
+    def explain(self, views: Sequence[Tensor], *classes: Sequence[str]) -> list[list[HeatMap]]:
+        """Return, for each list of classes, a map for each image.
+
+        Args:
+            views: the network's input, uint8 (3, H, W), B images.
+            classes: lists of B class names; the network may not know some of them.
+        """
+        pixels = self._normalize(torch.stack(list(views)))
+        indices = [[self._labels.get(name, 0) for name in names] for names in classes]
+        found = self._check(pixels, indices, self._cam(pixels, *indices))
+        unknown = HeatMap(None, "the model does not know the class")
+        return [
+            [heat if name in self._labels else unknown for name, heat in zip(names, maps, strict=True)]
+            for names, maps in zip(classes, found, strict=True)
+        ]
+
+    def _check(
+        self, pixels: Tensor, indices: Sequence[Sequence[int]], found: Sequence[Sequence[HeatMap]]
+    ) -> list[list[HeatMap]]:
+        """Return the maps that may be shown, and the reason in place of the others."""
+        if self._cam.reason:
+            return [list(maps) for maps in found]
+        stages, _ = describe_stages(self._card)
+        similar = measure_randomisation(self._network, stages, self._make, pixels, indices[0], found[0])
+        advantages = [
+            measure_advantage(self._network, pixels, wanted, maps, _STEPS, _PLACES)
+            for wanted, maps in zip(indices, found, strict=True)
+        ]
+        checks = (
+            judge_randomisation(similar, sum(heat.values is not None for heat in found[0])),
+            judge_deletion([one for some in advantages for one in some]),
+        )
+        return [
+            [withhold(heat, one, checks) for heat, one in zip(maps, some, strict=True)]
+            for maps, some in zip(found, advantages, strict=True)
+        ]
+
+    def _make(self, network: nn.Module) -> ComputeMaps:
+        cam = GradCam(network, self._card.preprocessing.input_size, self._cam.position)
+        return lambda pixels, classes: cam(pixels, classes)[0]
 
 
 def show_mistakes(
@@ -157,24 +200,40 @@ def show_mistakes(
         explainer: computes heat maps; None if the model is missing.
         advance: called after each mistake.
     """
+    mistakes = facts.mistakes[:MOST_MISTAKES]
+    opened = [_open(prediction, album, explainer) for prediction in mistakes]
+    seen = [view for view in opened if isinstance(view, Tensor)]
+    known = [one for one, view in zip(mistakes, opened, strict=True) if isinstance(view, Tensor)]
+    maps: list[list[HeatMap]] = [[], []]
+    if explainer is not None and seen:
+        maps = explainer.explain(seen, [one.predicted for one in known], [one.label for one in known])
+    pairs = iter(zip(*maps, strict=True))
     shown = []
-    for number, prediction in enumerate(facts.mistakes[:MOST_MISTAKES], start=1):
-        shown.append(Mistake(prediction, _panels(number, prediction, album, explainer)))
+    for number, (prediction, view) in enumerate(zip(mistakes, opened, strict=True), start=1):
+        if isinstance(view, Tensor):
+            panels = _panels(number, prediction, album, view, next(pairs))
+        else:
+            panels = (Panel("image", view),)
+        shown.append(Mistake(prediction, panels))
         advance()
     return shown
 
 
-def _panels(
-    number: int, prediction: PredictionRow, album: Album, explainer: Explainer | None
-) -> tuple[Panel, ...]:
+def _open(prediction: PredictionRow, album: Album, explainer: Explainer | None) -> Tensor | InlineImage:
+    """Return the network's input; without a network or a readable file, what is shown in its place."""
     file = album.find(prediction.path)
     if explainer is None or file is None:
-        return (Panel("image", album.show_file(prediction.path, _SIDE)),)
+        return album.show_file(prediction.path, _SIDE)
     try:
-        image = explainer.transform.open(file)
+        return explainer.transform(explainer.transform.open(file))
     except BadImageError as error:
-        return (Panel("image", InlineImage("", f"missing: {error.reason}")),)
-    seen, maps = explainer.explain(image, [prediction.predicted, prediction.label])
+        return InlineImage("", f"missing: {error.reason}")
+
+
+def _panels(
+    number: int, prediction: PredictionRow, album: Album, view: Tensor, maps: Sequence[HeatMap]
+) -> tuple[Panel, ...]:
+    seen = Image.fromarray(view.permute(1, 2, 0).numpy())
     scale = _SIDE / max(seen.size)
     small = seen.resize((round(seen.width * scale), round(seen.height * scale)), Image.Resampling.LANCZOS)
     panels = [Panel("network input", album.show(small))]

@@ -166,6 +166,15 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def epochs(self) -> Path:
+        """Weights after the epochs of ``training.keep_epochs``, each in a file of its own."""
+        return self.path / "epochs"
+
+    def epoch(self, number: int) -> Path:
+        """The trained weights after an epoch, counted from 1."""
+        return self.epochs / f"epoch-{number:06}.safetensors"
+
+    @property
     def diverged(self) -> Path:
         """The batch on which training diverged, and the weights at that step."""
         return self.path / "diverged.safetensors"

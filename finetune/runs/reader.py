@@ -141,6 +141,15 @@ class RunReader:
         """Metrics of training, one row per epoch, without empty cells; finite, and whole epochs from 1."""
         return self._read(self.folder.history, _read_history, ())
 
+    @property
+    def kept_epochs(self) -> dict[int, Path]:
+        """The files with the weights after some epochs, by epoch from 1, in order."""
+        found = {
+            path.stem.removeprefix("epoch-"): path for path in self.folder.epochs.glob("epoch-*.safetensors")
+        }
+        numbers = {int(word): path for word, path in found.items() if word.isascii() and word.isdecimal()}
+        return dict(sorted(numbers.items()))
+
     # --- its images ------------------------------------------------------------------------------
 
     @cached_property

@@ -48,6 +48,7 @@ from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
 from finetune.training.ddp import Replicas, agree, average_statistics, find_share
 from finetune.training.freeze import frozen_tensors, set_train_mode
+from finetune.training.kept_epochs import keep_epoch
 from finetune.training.optim import Schedule, build_mixer, is_over, record_validation
 from finetune.training.phase_optimizer import PhaseOptimizer
 from finetune.training.reporting import Listener, ProgressReporter, add_row, write_history
@@ -317,10 +318,10 @@ class Trainer:
             return predict(network, self.task.val, self.precision, on_batch, forward, self.distributed)
 
     def _record(self, metrics: dict[str, float]) -> None:
-        progress = self.progress
-        row = add_row(progress, metrics, self._loss_sum.item())
+        row = add_row(self.progress, metrics, self._loss_sum.item())
         self._tell_history()
-        self.reporter.report_epoch(row, is_best=progress.best_epoch == progress.epoch)
+        keep_epoch(self.folder, self.settings, self.progress, self.state, self.distributed)
+        self.reporter.report_epoch(row, is_best=self.progress.best_epoch == self.progress.epoch)
 
     def _tell_history(self) -> None:
         if self.distributed.is_main:

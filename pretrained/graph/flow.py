@@ -16,7 +16,7 @@ Shapes: B batch, C channels, H W pixels, L tokens, D width, K classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -83,9 +83,9 @@ def trace_flow(network: nn.Module, input_size: tuple[int, int, int]) -> Flow:
     ends = [*cuts, sinks[0]]
     return Flow(
         segments=_segments_of_parameters(replica, graph, [node for node, _ in cuts]),
-        grids=tuple(grid_of(_shape(value), input_size) for value in ends),
+        grids=tuple(grid_of(shape_of(value), input_size) for value in ends),
         calls=calls,
-        is_classifier=any(_is_vector(_shape(value)) for value in sinks),
+        is_classifier=any(_is_vector(shape_of(value)) for value in sinks),
     )
 
 
@@ -108,13 +108,23 @@ def meta_replica(network: nn.Module) -> nn.Module:
 
     No tensor is copied, and neither are hooks that a user registered.
     """
+    return replicate(network, _meta)
+
+
+def replicate(network: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a copy of a network in eval mode with other tensors, and without hooks that a user registered.
+
+    Args:
+        network: it does not change.
+        replace: returns the tensor in place of a parameter, a buffer or another tensor of a module.
+    """
     memo: dict[int, object] = {}
     for module in network.modules():
-        memo |= {id(value): _meta(value) for value in tensors_in(list(_state(module).values()))}
+        memo |= {id(value): replace(value) for value in tensors_in(list(_state(module).values()))}
         memo |= {id(hooks): _torch_hooks(hooks) for hooks in _hook_tables(module)}
     replica = copy.deepcopy(network, memo).eval()
     disable_checkpointing = getattr(replica, "set_grad_checkpointing", None)
-    if callable(disable_checkpointing):  # recomputation saves no memory on the meta device
+    if callable(disable_checkpointing):  # recomputation needs another pass, and its outputs are not used
         disable_checkpointing(False)
     return replica
 
@@ -243,8 +253,8 @@ def _segments_of_parameters(replica: nn.Module, graph: Graph, cuts: list[Node]) 
 # -------------------------------------------------------------------------------------------- the shapes
 
 
-def _shape(value: Value) -> tuple[int, ...]:
-    """The shape of a tensor of the graph; ``()`` if a custom function does not provide it."""
+def shape_of(value: Value) -> tuple[int, ...]:
+    """Return the shape of a tensor of the graph; ``()`` if a custom function does not provide it."""
     node, number = value
     described = getattr(node, "_input_metadata", ())  # an incoming gradient has the shape of the output
     return tuple(described[number].shape) if number < len(described) else ()

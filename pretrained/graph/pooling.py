@@ -144,6 +144,22 @@ def pool_tensor(tensor: Tensor, form: Form, pool: Pool, num_images: int) -> Tens
     return _pool(grid[:, :, form.prefix :], form, pool)
 
 
+def to_map(tensor: Tensor, form: Form) -> Tensor:
+    """Return the features of a layer in any order of axes as a map (B, C, h, w), without class tokens.
+
+    Args:
+        tensor: (B, ...), without windows in the first axis.
+        form: meaning of its axes; it has positions. Maps may have another size than the form says.
+    """
+    if form.order == "channels_first":
+        return tensor
+    if form.order == "channels_last":
+        return tensor.movedim(3, 1)
+    assert form.size is not None
+    rows = tensor.reshape(len(tensor), -1, form.width)[:, form.prefix :]
+    return rows.mT.reshape(len(tensor), form.width, *form.size)
+
+
 def _to_positions(tensor: Tensor, form: Form, num_images: int) -> Tensor:
     """Return (B, C, L) for any order of axes."""
     if form.order == "channels_first":

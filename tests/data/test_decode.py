@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from finetune.data import decode
+from finetune.data import decode, limits
 from finetune.data.decode import BadImageError, decode_image, probe_image
 from finetune.data.formats import READ, readable_formats
 from tests.data.images import WRITTEN, encoded, near, noise, palette, pixel, reason, saved, written
@@ -244,11 +244,18 @@ def test_formats_that_are_not_listed_are_never_parsed(tmp_path: Path) -> None:
 
 
 def test_the_pixel_limit_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 48)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 64 * 48)
     path = saved(tmp_path / "x.png", noise(64, 48))
     probe_image(path)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 64 * 48 - 1)
     assert reason(path) == "64 x 48 pixels, more than 3071 in all"
+
+
+def test_an_image_like_a_line_is_not_enlarged(tmp_path: Path) -> None:
+    assert decode_image(saved(tmp_path / "x.png", Image.new("RGB", (1000, 2))), None).size == (1000, 2)
+    for size in ((1001, 2), (1, 60_000)):
+        path = saved(tmp_path / "x.png", Image.new("RGB", size))
+        assert reason(path).endswith("pixels: one side is more than 500 times the other")
 
 
 def test_the_byte_limit_is_exact_and_comes_before_reading(

@@ -8,12 +8,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.explain.cam import NO_EVIDENCE, NO_MAP, GradCam
+from finetune.errors import UsageError
+from finetune.explain.attribution.cam import NO_MAP, GradCam
+from finetune.explain.attribution.heat_map import CONSTANT, NO_EVIDENCE
+from finetune.explain.attribution.layer_cam import LayerCam
+from finetune.explain.positions import MapPosition, find_position
 from pretrained.catalog import find_card
 from pretrained.graph.classifier import classifier_layers
+from pretrained.graph.layers import Layers
 from pretrained.graph.recorder import FeaturePoint
 from pretrained.heads import change_head, init_classifier
 from pretrained.network import build_network
@@ -132,6 +138,99 @@ def _outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list
     return kept
 
 
+# --- At a layer that the user names, and LayerCAM ---
+
+
+def position_of(network: nn.Module, name: str, size: tuple[int, int, int]) -> MapPosition:
+    [layer] = Layers(network, (), size).select([name])
+    return find_position(network, layer, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("torchvision/resnet18", "layer3.0.bn2"),  # a sum and a ReLU in place follow
+        ("torchvision/squeezenet1_1", "features.7.expand3x3"),  # a ReLU in place follows
+        ("test_resnet", "layer2"),
+    ],
+)
+def test_a_named_layer_has_captums_map(name: str, layer: str) -> None:
+    network, _ = build(name)
+    size, labels = (3, 64, 64), torch.tensor([1, 4])
+    images = noise(size)
+    expected = LayerGradCam(network, network.get_submodule(layer)).attribute(images.clone(), labels)
+    [maps] = GradCam(network, size, position_of(network, layer, size))(images, labels.tolist())
+    compared = 0
+    for heat, evidence in zip(maps, expected.detach()[:, 0], strict=True):
+        if heat.values is not None:
+            torch.testing.assert_close(heat.values, normalised(evidence), rtol=1e-3, atol=1e-4)
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "order"),
+    [
+        ("test_resnet", "layer3", "channels_first"),
+        ("swin_tiny_patch4_window7_224", "layers.1", "channels_last"),
+        ("test_vit", "blocks.3", "tokens"),
+    ],
+)
+def test_layer_cam_is_its_formula_for_every_order_of_axes(name: str, layer: str, order: str) -> None:
+    """The sum over channels of positive gradient times feature; written out, with hooks of its own."""
+    torch.manual_seed(0)
+    small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)} if "swin" in name else {}
+    more = {"img_size": 64, **small} if order != "channels_first" else {}
+    network = timm.create_model(name, num_classes=5, **more).eval()
+    size, images = (3, 64, 64), noise((3, 64, 64))
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        output.retain_grad()
+        kept.append(output)
+        return output.clone()
+
+    handle = network.get_submodule(layer).register_forward_hook(keep)
+    network(images)[:, 2].sum().backward()
+    handle.remove()
+    features, slopes = kept[0].detach(), kept[0].grad
+    assert slopes is not None
+    if order == "channels_last":
+        features, slopes = features.permute(0, 3, 1, 2), slopes.permute(0, 3, 1, 2)
+    if order == "tokens":  # one class token, then 4 x 4 patches
+        features, slopes = (one[:, 1:].transpose(1, 2).reshape(2, -1, 4, 4) for one in (features, slopes))
+    position = position_of(network, layer, size)
+    assert position.form.order == order
+    [layered] = LayerCam(network, size, position)(images, [2, 2])
+    [plain] = GradCam(network, size, position)(images, [2, 2])
+    weighed = (slopes.clamp_min(0) * features).sum(dim=1)
+    averaged = (slopes.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)
+    compared = 0
+    for maps, expected in ((layered, weighed), (plain, averaged)):
+        for heat, evidence in zip(maps, expected, strict=True):
+            if heat.values is not None:
+                torch.testing.assert_close(heat.values, normalised(evidence), rtol=1e-3, atol=1e-4)
+                compared += 1
+    assert compared >= 2
+
+
+def test_a_layer_that_is_read_at_its_class_token_only_is_refused() -> None:
+    network, size = build("test_vit")
+    cam = GradCam(network, size, position_of(network, f"blocks.{len(network.blocks) - 1}", size))
+    assert "a class token is all that is read" in cam.reason
+    [[heat]] = cam(noise(size, 1), [0])
+    assert heat.values is None and heat.reason == cam.reason
+    assert GradCam(network, size, position_of(network, "blocks.0", size)).reason == ""
+
+
+@pytest.mark.parametrize(("layer", "said"), [("layers.0.blocks.0.attn", "windows"), ("head.fc", "no map")])
+def test_what_is_no_map_is_refused(layer: str, said: str) -> None:
+    small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4}
+    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, img_size=64, **small).eval()
+    with pytest.raises(UsageError, match=said):
+        position_of(network, layer, (3, 64, 64))
+
+
 # --- Every family of networks ---
 
 NAMES = [f"timm/{name}" for name in SMALLEST.values()]
@@ -154,7 +253,7 @@ def check(name: str) -> None:
     assert cam.reason == ""
     for heat in first + second:
         if heat.values is None:
-            assert heat.reason == NO_EVIDENCE
+            assert heat.reason in (NO_EVIDENCE, CONSTANT)
             continue
         assert heat.values.ndim == 2 and min(heat.values.shape) > 1
         assert heat.values.min() >= 0 and heat.values.max() == pytest.approx(1)
@@ -168,9 +267,10 @@ def check(name: str) -> None:
 
 def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]) -> None:
     """A change in one quarter of the image changes that quarter of the features most."""
-    from finetune.explain.cam import _forward_from, _to_positions
+    from finetune.explain.leaves import forward_from
+    from finetune.explain.units import read_map
 
-    assert cam._position is not None
+    assert cam.position is not None
     image = noise(size, 1)
     changed = image.repeat(4, 1, 1, 1)
     half_h, half_w = size[1] // 2, size[2] // 2
@@ -180,10 +280,10 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
         window = (slice(None), slice(top, top + half_h), slice(left, left + half_w))
         changed[number][window] = other[window]
     with torch.no_grad():
-        [(leaf, form)], _ = _forward_from(network, cam._position, torch.cat([image, changed]))
+        [(leaf, form)], _ = forward_from(network, cam.position, torch.cat([image, changed]))
     if form.order == "channels_first":
         return  # the order is fixed, and attention with random weights mixes all positions
-    grid = _to_positions(leaf, form).detach()
+    grid = read_map(leaf, form).detach()
     difference = (grid[1:] - grid[:1]).abs().mean(dim=1, keepdim=True)
     quarters = F.adaptive_avg_pool2d(difference, 2).flatten(1)
     for number, quarter in enumerate(quarters):
@@ -201,8 +301,8 @@ def test_a_vision_transformer_is_explained_before_its_last_block() -> None:
     network = torchvision.models.VisionTransformer(64, 16, 3, 2, 32, 64, num_classes=4).eval()
     init_classifier(network.heads[0])  # type: ignore[arg-type]
     cam = GradCam(network, (3, 64, 64))
-    assert cam._position is not None and cam._position.form.prefix == 1
-    assert cam._position.point.module == "encoder.layers.encoder_layer_1"
+    assert cam.position is not None and cam.position.form.prefix == 1
+    assert cam.position.point.module == "encoder.layers.encoder_layer_1"
     [maps] = cam(noise((3, 64, 64)), [0, 1])
     assert any(heat.values is not None and heat.values.shape == (4, 4) for heat in maps)
 

@@ -59,7 +59,7 @@ def size_of(path: Path) -> tuple[int, int]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Collect the figures instead of writing them."""
     figures: list[Figure] = []
-    monkeypatch.setattr(features, "_write", lambda _, figure: figures.append(figure))
+    monkeypatch.setattr(features, "write_figure", lambda _, figure: figures.append(figure))
     return figures
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,12 +18,15 @@ from finetune.plots.sheet import (
     GAP,
     LINE,
     QUERY,
+    Grid,
     Section,
     Tile,
+    draw_grid,
     draw_retrieval,
     draw_sections,
     fit_text,
     load_font,
+    wrap_text,
     write_retrieval,
 )
 
@@ -187,3 +191,35 @@ def test_a_sheet_is_written_atomically(tmp_path: Path, monkeypatch: pytest.Monke
         write_retrieval(tmp_path / "sheet.png", query_of(query), [])
     assert (tmp_path / "sheet.png").read_bytes() == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q.png", "sheet.png"]
+
+
+# --- a grid ---
+
+
+def test_a_grid_has_each_tile_at_its_place_and_its_notes_at_the_foot() -> None:
+    tiles = [
+        [Tile(Image.new("RGB", (100, 100), RED), ("a", "b")), Tile(Image.new("RGB", (100, 50), GREEN), ())],
+        [Tile("a reason", ("c",)), Tile(Image.new("RGB", (100, 100), BLUE), ())],
+    ]
+    plain = draw_grid(Grid("title", tiles, side=100))
+    noted = draw_grid(Grid("title", tiles, ("left", "right"), ("a note " * 40, "another"), side=100))
+    top, step = GAP + 2 * LINE, 100 + 2 * LINE + GAP
+    assert pixel(plain, GAP + 50, top + 50) == RED
+    assert pixel(plain, GAP + 100 + GAP + 50, top + 50) == GREEN
+    assert pixel(plain, GAP + 100 + GAP + 50, top + step + 50) == BLUE
+    assert pixel(noted, GAP + 50, top + LINE + 50) == RED, "below the headings"
+    assert noted.height >= plain.height + LINE + 3 * LINE, "headings, a note of two lines, another note"
+    below = np.asarray(noted)[-GAP - 3 * LINE :].min()
+    assert below < 100, "the notes are drawn"
+
+
+def test_a_note_is_broken_between_words() -> None:
+    font = load_font()
+    lines = wrap_text("one two three " * 20, 200, font)
+    assert len(lines) > 3 and all(font.getlength(line) <= 200 for line in lines)
+    assert " ".join(lines).split() == ["one", "two", "three"] * 20
+    assert wrap_text("", 200, font) == []
+    assert (
+        len(wrap_text("x" * 400, 200, font)) == 1
+        and font.getlength(wrap_text("x" * 400, 200, font)[0]) <= 200
+    )

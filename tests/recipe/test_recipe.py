@@ -406,7 +406,12 @@ def _wrong_values() -> Iterator[tuple[str, Any]]:
         taken = (kinds - {"string"}) | ({"string"} if free_text else set()) - {"array"}
         if "number" in kinds:
             taken |= {"integer"}
-        yield from ((key, value) for kind, value in samples.items() if kind not in taken or kind == "array")
+        if any(branch.get("items", {}).get("type") == "integer" for branch in branches):
+            yield from ((key, [0]), (key, ["no such word"]))  # a list of numbers, from 1
+            taken |= {"array"}
+        else:
+            taken -= {"array"}
+        yield from ((key, value) for kind, value in samples.items() if kind not in taken)
         for branch in branches:
             step = 1 if branch.get("type") == "integer" else 1e-9
             if "number" in kinds:

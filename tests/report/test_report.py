@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -353,8 +354,28 @@ def test_evidence_is_shown_for_the_names_that_predictions_have(
     """Of a model of others, which may have one name twice, or no names."""
     card = replace(find_card(str(tiny)), label_names=names)
     explainer = Explainer(load_source(card).network.eval(), card)
-    _, maps = explainer.explain(Image.new("RGB", (40, 36)), classes)
-    assert all(one.values is not None or "no positive value" in one.reason for one in maps)
+    view = explainer.transform(Image.new("RGB", (40, 36)))
+    maps = explainer.explain([view], *([name] for name in classes))
+    assert len(maps) == len(classes) and all("does not know" not in one.reason for [one] in maps)
+    [[unknown]] = explainer.explain([view], ["no such class"])
+    assert unknown.values is None and "does not know" in unknown.reason
+
+
+@pytest.mark.parametrize(("similar", "is_shown"), [(0.1, True), (0.9, False)])
+def test_maps_that_do_not_depend_on_the_weights_are_left_out(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, similar: float, is_shown: bool
+) -> None:
+    from finetune.report import images
+
+    monkeypatch.setattr(images, "measure_randomisation", lambda *_: {"head": similar})
+    monkeypatch.setattr(images, "measure_advantage", lambda _, pixels, *__: [1.0] * len(pixels))
+    card = find_card(str(tiny))
+    explainer = Explainer(load_source(card).network.eval(), card)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 36, 40, 3), dtype=np.uint8)
+    views = [explainer.transform(Image.fromarray(one)) for one in noise]
+    [maps] = explainer.explain(views, ["3"] * 4)
+    assert any(one.values is not None for one in maps) is is_shown
+    assert any("random weights" in one.reason for one in maps) is not is_shown
 
 
 @pytest.mark.parametrize("names", [None, -5, 1.5, True, "x", {"a": 1}, [None, ["a"]], 10**30, float("inf")])

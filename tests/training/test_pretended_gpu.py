@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.data.dataset import Sample
 from finetune.data.loader import Placement
-from finetune.explain.cam import GradCam
+from finetune.explain.attribution.cam import GradCam
 from finetune.features.rows import MemoryRows
 from finetune.recipe import StrategySettings
 from finetune.training.freeze import freeze

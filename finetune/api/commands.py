@@ -1,23 +1,13 @@
-"""What the command line does, as functions: each command is a thin layer over one of them.
-
-Arguments have the names of the flags::
-
-    run = finetune.run(data="./photos", backbone="resnet50", strategy="top", epochs=5)
-    run.metrics["accuracy"]
-
-``settings`` takes every other key of a recipe, dotted as for ``--set``; ``recipe`` is a whole one. Progress
-goes to stderr, or nowhere with ``display=SilentDisplay()``. A refusal is a ``finetune.errors.FinetuneError``.
-Functions run in the calling process, which no supervisor restarts.
-"""
+"""Train, test, predict and export: the functions behind ``finetune run`` and its neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from finetune.api.shared import AnyPath, loading_torch, to_path
 from finetune.recipe import Recipe
 from finetune.recipe.flags import Flags, build_recipe, split_words
 from finetune.runs.folder import default_folder
@@ -30,8 +20,6 @@ if TYPE_CHECKING:
     from finetune.pipeline.advise import Advice
     from finetune.pipeline.run import Run
     from finetune.system.distributed import Distributed
-
-AnyPath = str | PathLike[str]
 
 
 def run(
@@ -63,10 +51,10 @@ def run(
         FinetuneError: every refusal and failure; its ``exit_code`` is documented in docs/errors.md.
     """
     wanted = build_recipe(recipe, flags, settings)
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.pipeline.run import run as run_recipe
         from finetune.system.distributed import SINGLE_PROCESS
-    return run_recipe(wanted, _path(output), shown, allow_changed, distributed or SINGLE_PROCESS)
+    return run_recipe(wanted, to_path(output), shown, allow_changed, distributed or SINGLE_PROCESS)
 
 
 def dry_run(
@@ -82,9 +70,9 @@ def dry_run(
     The arguments are those of :func:`run`; the run folder is not created.
     """
     wanted = build_recipe(recipe, flags, settings)
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.pipeline.dry_run import dry_run as show_run
-    return show_run(wanted, _path(output), shown)
+    return show_run(wanted, to_path(output), shown)
 
 
 def advise(
@@ -106,8 +94,8 @@ def advise(
         DataError: the images have no labels.
         FinetuneError: every other refusal and failure.
     """
-    wanted, folder = build_recipe(recipe, flags, settings), _path(output)
-    with _loading(display) as shown:
+    wanted, folder = build_recipe(recipe, flags, settings), to_path(output)
+    with loading_torch(display) as shown:
         from finetune.pipeline.advise import advise as advise_strategy
         from finetune.pipeline.auto import write_advice
         from finetune.runs.outcome import translated_errors
@@ -141,9 +129,9 @@ def check(
         for a path that does not exist.
     """
     wanted = build_recipe(recipe, flags, settings)
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.data.quality.check import check as check_data
-    return check_data(wanted, _path(output) or default_folder("check"), shown)
+    return check_data(wanted, to_path(output) or default_folder("check"), shown)
 
 
 def extract(
@@ -171,7 +159,7 @@ def extract(
         Counts and paths.
     """
     wanted = build_recipe(recipe, flags, settings)
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.features.extract import extract as extract_features
         from finetune.system.distributed import SINGLE_PROCESS
         from pretrained.graph.pooling import read_pool
@@ -211,12 +199,12 @@ def probe(
         recipe, settings, display, flags: see :func:`run`.
     """
     wanted = build_recipe(recipe, flags, settings)
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.features.probe import probe as probe_layers
         from finetune.features.probe import read_classifiers
         from pretrained.graph.pooling import read_pool
     kinds = read_classifiers(split_words(classifiers))
-    folder = _path(output) or default_folder("probe")
+    folder = to_path(output) or default_folder("probe")
     return probe_layers(
         wanted, split_words(layers), per_class, kinds, repeats, folder, read_pool(pool), shown
     )
@@ -258,18 +246,18 @@ def evaluate(
     Returns:
         The content of ``metrics.json``.
     """
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.data.inputs import read_split_name
         from finetune.evaluation.evaluate import EvaluateRequest, evaluate_models
         from finetune.report.write_report import add_report
     listed = [models] if isinstance(models, str | PathLike) else models
     request = EvaluateRequest(
         models=tuple(fspath(one) for one in listed),
-        data=_path(data),
+        data=to_path(data),
         split=read_split_name(split),
         crops=crops,
         scales=tuple(scales),
-        output=_path(output) or default_folder("evaluate"),
+        output=to_path(output) or default_folder("evaluate"),
         device=device,
         batch_size=batch_size,
         workers=workers,
@@ -320,7 +308,7 @@ def predict(
     Returns:
         Counts, paths and speed.
     """
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.evaluation.predict_files import PredictRequest, predict_files
         from finetune.system.distributed import SINGLE_PROCESS
     request = PredictRequest(
@@ -366,7 +354,7 @@ def export(
         The content of ``export.json``.
     """
     with StopSignal():
-        with _loading(display) as shown:
+        with loading_torch(display) as shown:
             from finetune.exporters.export import export as export_model
             from finetune.exporters.export import parse_export_options
         wanted = parse_export_options(format, preprocessing, probabilities, opset)
@@ -383,18 +371,6 @@ def compare(
         output: a new folder for tables and a plot; None writes nothing.
         display: see :func:`run`.
     """
-    with _loading(display) as shown:
+    with loading_torch(display) as shown:
         from finetune.evaluation.compare_runs import compare_runs
-    return compare_runs([Path(fspath(one)) for one in runs], _path(output), shown)
-
-
-def _path(path: AnyPath | None) -> Path | None:
-    return None if path is None else Path(fspath(path))
-
-
-@contextmanager
-def _loading(display: Display | None) -> Iterator[Display]:
-    """Give the display; the block's imports take seconds, and it says so."""
-    shown = display or Display()
-    with shown.busy("loading torch"):
-        yield shown
+    return compare_runs([Path(fspath(one)) for one in runs], to_path(output), shown)

@@ -1,0 +1,1 @@
+"""Commands of ``finetune explain``, by what they look at."""

@@ -1,0 +1,82 @@
+"""``finetune explain class``, ``invariance`` and ``ablate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli.explaining.arguments import ImagesArgument, OutputFolder
+from finetune.cli.options import JsonOption
+from finetune.cli.output import print_json
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
+
+
+def class_command(
+    recipe: Recipe,
+    model: str,
+    output: OutputFolder,
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", help="The class.", show_default="all classes of a model with at most ten"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Images of each class.")] = 3,
+    smooth: Annotated[
+        bool, typer.Option("--smooth", help="Shift and blur the image between the steps: less noise.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the image that the network scores highest for a class, by gradient ascent."""
+    from finetune import api
+
+    done = api.explain_class(
+        model, output=output, class_name=class_name, seeds=seeds, smooth=smooth, recipe=recipe
+    )
+    if as_json:
+        print_json(done)
+
+
+def invariance_command(
+    recipe: Recipe,
+    model: str,
+    output: OutputFolder,
+    images: ImagesArgument = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            "-l",
+            help="At most seven layers, separated by commas (`finetune extract --layers list`).",
+            show_default="the stages",
+        ),
+    ] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", help="The class of the images.", show_default="the labels, or predictions"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how features and probabilities change when images are moved, scaled and turned."""
+    from finetune import api
+
+    done = api.explain_invariance(
+        model, images or (), output=output, layers=layers, class_name=class_name, recipe=recipe
+    )
+    if as_json:
+        print_json(done)
+
+
+def ablate_command(
+    recipe: Recipe,
+    model: str,
+    output: OutputFolder,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the error without each block that can be removed, on labelled images (--data)."""
+    from finetune import api
+
+    done = api.explain_ablate(model, output=output, recipe=recipe)
+    if as_json:
+        print_json(done)

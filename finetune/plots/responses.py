@@ -1,0 +1,76 @@
+"""Curves of how features and probabilities respond to transformed images: a row for each transformation.
+
+After the figure of Zeiler and Fergus (arXiv:1311.2901): at the left the distances of the features by layer,
+at the right the probability of the class. Lines are medians over images, bands go from quartile to quartile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.plots.figure import COLOURS, INK, blank_panels, to_label, wrap, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_LAYERS = len(COLOURS)
+_BAND = 0.15
+"""Opacity of a band."""
+
+
+@dataclass(frozen=True)
+class ResponseRow:
+    """How features and probabilities respond to one transformation.
+
+    Attributes:
+        label: of the horizontal axis, with the unit.
+        amounts: positions on that axis, A of them.
+        distances: (L, N, A), of the features of L layers, for N images.
+        probabilities: (N, A), of the class of each image.
+    """
+
+    label: str
+    amounts: Sequence[float]
+    distances: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+
+
+def draw_responses(path: Path, layers: Sequence[str], rows: Sequence[ResponseRow], title: str) -> None:
+    """Draw the responses to transformations, a row of two panels for each.
+
+    Args:
+        path: path of the PNG.
+        layers: names of the layers, at most :data:`MOST_LAYERS`, in order of depth.
+        rows: at least one.
+        title: text above the plot.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    figure, panels = blank_panels(10.0, 2.9 * len(rows) + 0.6, len(rows), 2)
+    figure.subplots_adjust(hspace=0.45, wspace=0.22)
+    for row, (left, right) in zip(rows, panels, strict=True):
+        for name, values, colour in zip(layers, row.distances, COLOURS, strict=False):
+            _draw_band(left, row.amounts, values, colour, to_label(name))
+        _draw_band(right, row.amounts, row.probabilities, INK, "probability")
+        left.set(xlabel=row.label, ylabel="relative distance", ylim=(0, None))
+        right.set(xlabel=row.label, ylabel="probability", ylim=(-0.02, 1.02))
+    panels[0][0].set_title("distance of the features", loc="left", fontsize=10)
+    panels[0][1].set_title("probability of the class", loc="left", fontsize=10)
+    panels[0][0].legend(loc="upper center", frameon=False, fontsize=8, ncols=2)
+    figure.suptitle(wrap(title, 110), x=0.07, y=0.94, ha="left", fontsize=11)
+    write_figure(path, figure)
+
+
+def _draw_band(
+    axes: Axes, amounts: Sequence[float], values: NDArray[np.float32], colour: str, label: str
+) -> None:
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+    axes.fill_between(amounts, low, high, color=colour, alpha=_BAND, linewidth=0)
+    axes.plot(amounts, middle, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
