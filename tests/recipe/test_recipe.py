@@ -76,7 +76,10 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
     ("text", "found"),
     [
         # a key that is not there, and the right one
-        ("training: {epoch: 3}", "there is no `training.epoch`; did you mean `training.epochs`?"),
+        (
+            "training: {epoch: 3}",
+            "there is no `training.epoch`; did you mean `training.epochs` or `training.keep_epochs`?",
+        ),
         ("training: {learning_rate: 1}", "there is no `training.learning_rate`; did you mean `training.lr`?"),
         ("training: {learningRate: 1}", "there is no `training.learningRate`; did you mean `training.lr`?"),
         (
@@ -84,7 +87,10 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
             "there is no `training.batch-size`; did you mean `training.batch_size`?",
         ),
         ("training: {EPOCHS: 1}", "there is no `training.EPOCHS`; did you mean `training.epochs`?"),
-        ("EPOCH: 1", "there is no `EPOCH`; did you mean `training.epochs`?"),
+        (
+            "EPOCH: 1",
+            "there is no `EPOCH`; did you mean `training.epochs` or `training.keep_epochs`?",
+        ),
         ("model: resnet50", "there is no `model`; did you mean `backbone.name`?"),
         ("training: {amp: true}", "there is no `training.amp`; did you mean `training.precision`?"),
         ("data: {num_workers: 2}", "there is no `data.num_workers`; did you mean `data.workers`?"),

@@ -368,7 +368,7 @@ def test_maps_that_do_not_depend_on_the_weights_are_left_out(
     from finetune.report import images
 
     monkeypatch.setattr(images, "measure_randomisation", lambda *_: {"head": similar})
-    monkeypatch.setattr(images, "measure_advantage", lambda _, pixels, *__: [1.0] * len(pixels))
+    monkeypatch.setattr(images, "measure_advantage", lambda _, pixels, *__: [[1.0]] * len(pixels))
     card = find_card(str(tiny))
     explainer = Explainer(load_source(card).network.eval(), card)
     noise = np.random.default_rng(0).integers(0, 256, (4, 36, 40, 3), dtype=np.uint8)

@@ -33,6 +33,8 @@ STEPS = 8
 """Steps from the whole image to an image without a cell; both ends are the same for every order."""
 PLACES = 3
 """Random places to which each map is moved."""
+Advantages = list[float]
+"""The advantage of the map of one image over each of the random places, in nats."""
 _LEAST_SHIFT = 2
 """Cells by which a map is moved at least, up or down or to a side; it enters again at the other edge."""
 
@@ -44,7 +46,7 @@ def measure_advantage(
     maps: Sequence[HeatMap],
     steps: int = STEPS,
     places: int = PLACES,
-) -> list[float | None]:
+) -> list[Advantages | None]:
     """Return how much lower the class score is, in nats, when marked cells are deleted before random ones.
 
     The network is run forward ``(steps - 1) (1 + places)`` times. The places depend on the pixels of the
@@ -59,7 +61,8 @@ def measure_advantage(
         places: R, at least 1.
 
     Returns:
-        For each image the area between the two curves, per share of the image; None without a map.
+        For each image the area between the two curves, per share of the image, for each of the R places;
+        None without a map.
     """
     known = [index for index, heat in enumerate(maps) if heat.values is not None]
     if not known:
@@ -67,8 +70,8 @@ def measure_advantage(
     orders = torch.stack([_draw_orders(maps[index], images[index], places) for index in known])
     chosen, wanted = images[known], torch.tensor([classes[index] for index in known])
     curves = [_measure_curve(network, chosen, wanted, order, steps) for order in orders.unbind(dim=1)]
-    advantage = (torch.stack(curves[1:]).mean(dim=0) - curves[0]).mean(dim=1).tolist()
-    found = dict(zip(known, advantage, strict=True))
+    advantages = (torch.stack(curves[1:], dim=1) - curves[0][:, None]).mean(dim=2).tolist()
+    found = dict(zip(known, advantages, strict=True))
     return [found.get(index) for index in range(len(maps))]
 
 

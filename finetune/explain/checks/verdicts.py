@@ -2,7 +2,8 @@
 
 A map is shown if it depends on what the network has learned (:mod:`finetune.explain.checks.randomisation`),
 and if deleting what it marks lowers the class score faster than deleting random places
-(:mod:`finetune.explain.checks.deletion`). The second is judged over all images, and for each image alone.
+(:mod:`finetune.explain.checks.deletion`). The second is judged over all images; the map of one image is left
+out if it has no advantage over any of the random places, since a few places say little of one image.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from scipy.stats import t
 
 from finetune.errors import count
 from finetune.explain.attribution.heat_map import HeatMap
+from finetune.explain.checks.deletion import Advantages
 from finetune.explain.checks.randomisation import MOST_SIMILAR
 
 LEVEL = 0.95
-NOT_BETTER = "deleting what the map marks lowers the score of the class no faster than deleting random places"
+NOT_BETTER = "deleting what the map marks lowers the score no faster than deleting any of the random places"
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,18 @@ def judge_randomisation(similar: Mapping[str, float], num_images: int) -> Check:
     return Check("randomisation", passed, f"Randomised weights: {_word(passed)}: {found}{limit}.", facts)
 
 
-def judge_deletion(advantages: Sequence[float | None]) -> Check:
+def judge_deletion(advantages: Sequence[Advantages | None]) -> Check:
     """Judge the advantage of deleting marked places first, over the images that have a map.
 
     Args:
-        advantages: of each image, in nats (:func:`finetune.explain.checks.deletion.measure_advantage`).
+        advantages: of each image (:func:`finetune.explain.checks.deletion.measure_advantage`).
     """
-    values = np.array([value for value in advantages if value is not None])
+    values = np.array([np.mean(places) for places in advantages if places is not None])
     if not len(values):
         return Check("deletion", None, "Deletion: no image has a map.", {"num_images": 0})
     mean, interval = float(values.mean()), _compute_interval(values)
-    passed = False if mean <= 0 else None if interval is None or interval[0] <= 0 else True
+    failed = mean <= 0 if interval else all(map(_has_no_advantage, advantages))
+    passed = False if failed else None if interval is None or interval[0] <= 0 else True
     facts = {"advantage": mean, "interval": interval, "num_images": len(values)}
     spread = f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
     found = f"after deleting marked places first, the log odds of the class are lower by {mean:.2f} "
@@ -81,17 +84,22 @@ def judge_deletion(advantages: Sequence[float | None]) -> Check:
     return Check("deletion", passed, f"Deletion: {_word(passed)}: {found}.", facts)
 
 
-def withhold(heat: HeatMap, advantage: float | None, checks: Sequence[Check]) -> HeatMap:
+def withhold(heat: HeatMap, advantages: Advantages | None, checks: Sequence[Check]) -> HeatMap:
     """Return a map if nothing speaks against it, and otherwise the reason in its place.
 
     Args:
         heat: the map of one image.
-        advantage: that of the same image; None if it was not measured.
+        advantages: those of the same image; None if they were not measured.
         checks: what was found over all images.
     """
     failed = " ".join(check.said for check in checks if check.passed is False)
-    reason = heat.reason or failed or (NOT_BETTER if advantage is not None and advantage <= 0 else "")
+    reason = heat.reason or failed or (NOT_BETTER if _has_no_advantage(advantages) else "")
     return HeatMap(None, reason) if reason else heat
+
+
+def _has_no_advantage(advantages: Advantages | None) -> bool:
+    """Return whether deleting the marked places was no better than deleting any of the random ones."""
+    return advantages is not None and max(advantages) <= 0
 
 
 def _word(passed: bool | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.data.inputs import InputImage
 from finetune.explain.attribution.heat_map import HeatMap, MakeCompute
-from finetune.explain.checks.deletion import measure_advantage
+from finetune.explain.checks.deletion import Advantages, measure_advantage
 from finetune.explain.checks.randomisation import measure_randomisation
 from finetune.explain.checks.verdicts import Check, judge_deletion, judge_randomisation, withhold
 from finetune.explain.commands.images import ImageBatch, ImageReader
@@ -61,7 +61,7 @@ class MapRow:
         probability: of the class, in [0, 1].
         logit: of the class, before the softmax.
         heat: the map, or why there is none.
-        advantage: how much lower the score is when marked places are deleted before random ones, in nats;
+        advantages: how much lower the score is when marked places are deleted before random ones, in nats;
             None if that was not measured.
     """
 
@@ -70,7 +70,7 @@ class MapRow:
     probability: float
     logit: float
     heat: HeatMap
-    advantage: float | None
+    advantages: Advantages | None
 
 
 @dataclass
@@ -117,9 +117,9 @@ class CheckedMaps:
         """Return all rows without the maps that must not be shown, and what the checks found."""
         checks = (
             judge_randomisation(self._similar, self._num_randomised),
-            judge_deletion([row.advantage for row in self.rows]),
+            judge_deletion([row.advantages for row in self.rows]),
         )
-        return [replace(row, heat=withhold(row.heat, row.advantage, checks)) for row in self.rows], checks
+        return [replace(row, heat=withhold(row.heat, row.advantages, checks)) for row in self.rows], checks
 
     def _classify(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
         """Return the logits (B, K) on the CPU, and the class that is explained of each image."""
@@ -140,7 +140,9 @@ class CheckedMaps:
             [maps[number] for number in known],
         )
 
-    def _delete(self, pixels: Tensor, indices: Sequence[int], maps: Sequence[HeatMap]) -> list[float | None]:
+    def _delete(
+        self, pixels: Tensor, indices: Sequence[int], maps: Sequence[HeatMap]
+    ) -> list[Advantages | None]:
         number = max(0, min(len(maps), MOST_DELETED - len(self.rows)))
         network = self.job.network.backbone.network
         measured = measure_advantage(network, pixels[:number], indices[:number], maps[:number])

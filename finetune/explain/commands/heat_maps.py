@@ -130,13 +130,14 @@ def _brighten(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return bright
 
 
+def _to_cells(job: MapJob, row: MapRow) -> tuple[Any, ...]:
+    advantage = None if row.advantages is None else sum(row.advantages) / len(row.advantages)
+    return row.path, job.classes[row.index], row.probability, row.logit, advantage, row.heat.reason
+
+
 def _write_tables(job: MapJob, computed: Sequence[MapRow], rows: Sequence[MapRow], folder: Path) -> None:
     """Write the table and the maps; the maps that are not shown are among them, as numbers."""
-    cells = [
-        (row.path, job.classes[row.index], row.probability, row.logit, row.advantage, row.heat.reason)
-        for row in rows
-    ]
-    write_csv(folder / "heat-maps.csv", cells, _COLUMNS)
+    write_csv(folder / "heat-maps.csv", [_to_cells(job, row) for row in rows], _COLUMNS)
     shape = next((row.heat.values.shape for row in computed if row.heat.values is not None), (0, 0))
     maps = np.zeros((len(computed), *shape), np.float32)
     for number, row in enumerate(computed):
