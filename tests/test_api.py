@@ -14,12 +14,17 @@ import pytest
 from nbclient import NotebookClient
 
 import finetune
+from finetune.cli.explain import app as explain_app
 from finetune.errors import UsageError
 from finetune.recipe.flags import FLAGS, Flags, build_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M | re.S)
-FUNCTIONS = ("advise", "check", "compare", "evaluate", "export", "extract", "load", "predict", "probe", "run")
+EXPLAIN = tuple(name for name in finetune.__all__ if name.startswith("explain_"))
+FUNCTIONS = (
+    *("advise", "check", "compare", "evaluate", "export", "extract", "load", "predict", "probe", "run"),
+    *("explain_cam", "explain_saliency", "explain_top"),
+)
 
 
 def test_the_page_runs(
@@ -38,12 +43,21 @@ def test_the_page_runs(
     assert names["metrics"]["num_samples"] == 18
     assert {path.name for path in Path("features").iterdir()} >= {"layer1.csv"}
     assert Path("exported/model.safetensors").is_file()
+    assert Path("cam/heat-maps.png").is_file()
+    assert Path("top/top.csv").is_file()
 
 
 def test_the_page_shows_every_function() -> None:
     text = "".join(BLOCKS)
     assert [name for name in FUNCTIONS if f"finetune.{name}(" not in text] == []
     assert [block for block in BLOCKS if not 1 <= len(block.strip().splitlines()) <= 5] == []
+
+
+def test_each_command_that_explains_is_a_function_with_a_section() -> None:
+    page = (DOCS / "explain.md").read_text(encoding="utf-8")
+    commands = {command.name for command in explain_app.registered_commands}
+    assert {name.removeprefix("explain_").replace("_", "-") for name in EXPLAIN} == commands
+    assert [name for name in commands if f"(#{name}" not in page and f"-{name})" not in page] == []
 
 
 @pytest.mark.slow
@@ -55,7 +69,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in said)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS, *EXPLAIN}))
 def test_each_function_is_one_of_the_package(name: str) -> None:
     function = getattr(finetune, name)
     assert callable(function) and not inspect.ismodule(function)
