@@ -203,6 +203,22 @@ def _write(text: str | bytes, to_stderr: bool = False) -> None:
             raise DiskError(name, error.strerror or str(error), fix) from None
 
 
+def replace_closed_streams() -> None:
+    """Open the null device in place of standard streams that are closed (``2>&-``).
+
+    The next file that is opened would get the number of the stream, and what libraries write there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+
+
 def _silence(stream: TextIO) -> None:
     """Redirect a closed stream to the null device, so that flushing it at exit raises no error."""
     with suppress(OSError, ValueError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,3 +145,14 @@ def test_only_colours_are_styled(capsys: pytest.CaptureFixture[str], monkeypatch
     say("plain")
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("plain\n", "plain\n")
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Otherwise what a library writes to stderr would end up in it."""
+    code = (
+        "import sys; from finetune.cli.output import replace_closed_streams; replace_closed_streams(); "
+        "file = open(sys.argv[1], 'w'); file.write(str(file.fileno()))"
+    )
+    shell = f'exec {sys.executable} -c "{code}" {tmp_path / "number"} <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell], check=False).returncode == 0
+    assert int((tmp_path / "number").read_text()) > 2
