@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import timm
@@ -48,6 +47,7 @@ from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
+from finetune.system.temporary import temporary_folder
 from pretrained.catalog import Card
 
 REPORT_FILE = "export.json"
@@ -98,8 +98,7 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
     """
     check_push(repo_id)
     source = open_model(path)
-    with TemporaryDirectory(prefix="finetune-push-") as name:
-        folder = Path(name)
+    with temporary_folder("finetune-push-") as folder:
         _make(source, ExportOptions("timm", Interface()), folder, display)
         with display.busy("uploading"):
             return push_folder(folder, repo_id, private)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def test_a_working_directory_that_is_gone_is_named(
     [
         (RecursionError(), ExitCode.DATA, "nested too deeply"),
         (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), ExitCode.USAGE, "not UTF-8"),
+        (OSError(errno.ENAMETOOLONG, "", "x" * 9000), ExitCode.USAGE, "longer than the file system allows"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), ExitCode.DISK, "TMPDIR"),
         (UnicodeEncodeError("ascii", "\u00fc", 0, 1, "ordinal"), ExitCode.INTERNAL, "a bug in finetune"),
     ],
 )
