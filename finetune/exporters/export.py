@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections import defaultdict
@@ -42,6 +43,7 @@ from finetune.exporters.proof import (
 )
 from finetune.exporters.source import Exportable, ProofInputs, draw_random, load_evaluated, open_model
 from finetune.recipe import Recipe
+from finetune.runs.claim import check_name
 from finetune.runs.files import disk_error, write_json
 from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
@@ -72,6 +74,7 @@ def export(path: Path, options: ExportOptions, output: Path, display: Display) -
         InternalError: the artefact's outputs differ from the network's; nothing is kept.
         DiskError: it cannot be written.
     """
+    check_name(Path(os.path.realpath(output)))  # a fresh process loads it by its whole path
     source = open_model(path)
     if isinstance(source.images, Dataset):
         check_outside(output, source.images)
