@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from PIL import Image
 
@@ -78,7 +78,7 @@ def list_inputs(inputs: InputImages, display: Display) -> tuple[InputImages, int
     return replace(inputs, open=lambda: _read_list(listed)), number
 
 
-def _read_list(listed: TextIO) -> Iterator[InputImage]:
+def _read_list(listed: IO[str]) -> Iterator[InputImage]:
     listed.seek(0)
     for line in listed:
         path, file, fault = json.loads(line)

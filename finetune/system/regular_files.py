@@ -147,7 +147,8 @@ class _WholeFile(io.FileIO):
 
     def readinto(self, buffer: Any, /) -> int:
         """Read the next bytes; 0 at the end."""
-        return self._ended(super().readinto(buffer))
+        size: int | None = super().readinto(buffer)
+        return self._ended(size)
 
     def readall(self) -> bytes:
         """Read up to the end."""

@@ -119,11 +119,11 @@ def find_format(reader: LayoutReader, file: Path) -> TableFormat:
         if _NO_SEPARATOR.match(hint[1]):
             fix = "Separate its cells by commas, and drop that line."
             raise reader.error(f"names {printable(hint[1])!r} as the separator of its cells", fix)
-        found = TableFormat(encoding, hint[1], 1, is_packed)
+        form = TableFormat(encoding, hint[1], 1, is_packed)
     else:
-        found = TableFormat(encoding, _find_separator(file.name, header), is_packed=is_packed)
-    _check_cells(reader, file, found, num_lines)
-    return found
+        form = TableFormat(encoding, _find_separator(file.name, header), is_packed=is_packed)
+    _check_cells(reader, file, form, num_lines)
+    return form
 
 
 def _check_cells(reader: LayoutReader, file: Path, found: TableFormat, num_lines: int) -> None:
