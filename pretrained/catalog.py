@@ -27,6 +27,7 @@ from timm.models._registry import _deprecated_models as timm_old_names
 
 from finetune.errors import UsageError, suggest
 from pretrained.config import (
+    MAX_CONFIG_BYTES,
     TEMPERATURES,
     check_preprocessing,
     describe_invalid_value,
@@ -354,7 +355,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
 
 def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
     asked = f"--backbone {name}"
-    path = find_hub_file(asked, hub_id, ("config.json",), offline)
+    path = find_hub_file(asked, hub_id, ("config.json",), offline, most_bytes=MAX_CONFIG_BYTES)
     return _card_from_config(name, read_config(asked, path), place="hub", location=hub_id)
 
 

@@ -28,6 +28,8 @@ NETWORK_TIMEOUT_SECONDS = 10.0
 OFFLINE = "offline mode is on"
 _CHUNK = 2**15
 """In bytes. Small chunks lose little on a broken connection, and show progress on a slow one."""
+MAX_FILE_BYTES = 2**36
+"""64 GiB, four times the largest image classifier."""
 _MAX_RESTARTS = 3
 _MAX_WAIT_SECONDS = 30
 """Largest accepted Retry-After of a server; the client would wait for hours."""
@@ -50,6 +52,8 @@ def find_hub_file(
     offline: bool = False,
     fix: str = "name a local folder",
     on_progress: Progress | None = None,
+    *,
+    most_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Return the first of ``names`` in a hub repository, from the cache or by download.
 
@@ -60,6 +64,7 @@ def find_hub_file(
         offline: never access the internet.
         fix: how to use a file from another machine, for the error message.
         on_progress: called during a download.
+        most_bytes: largest size of the file. A server may send one that has no end.
 
     Raises:
         UsageError: ``hub_id`` is not the name of a repository.
@@ -80,8 +85,9 @@ def find_hub_file(
     if problem:
         raise _no_hub_file(asked, hub_id, names, problem, fix)
     with _configured_client():
-        fetched = _fetch(repo, revision or None, names, _progress_bar(on_progress))
+        fetched = _fetch(repo, revision or None, names, _progress_bar(on_progress, most_bytes))
     if isinstance(fetched, str):
+        _remove_endless(repo, most_bytes)
         raise _no_hub_file(asked, hub_id, names, fetched, fix)
     return fetched
 
@@ -98,11 +104,38 @@ def _is_hub_id(hub_id: str) -> bool:
     return _REVISION.fullmatch(revision) is not None
 
 
-def _progress_bar(on_progress: Progress | None) -> type[Any]:
+def check_size(done: int, total: int, most_bytes: int) -> None:
+    """Check that a download does not become larger than any file of its kind.
+
+    Raises:
+        ConnectionError: it is larger, or the server says that it will be.
+    """
+    if max(done, total) > most_bytes:
+        size = f"{total:,} bytes" if total > most_bytes else "a file without an end"
+        raise ConnectionError(f"the server sends {size}, and no such file has more than {most_bytes:,}")
+
+
+def _remove_endless(repo: str, most_bytes: int) -> None:
+    """Remove what came of a file that has no end; some releases of the client keep it to resume.
+
+    It has at most one chunk too many. A larger file is a partial one of the same repository's weights.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    for part in blobs.glob("*.incomplete"):
+        with suppress(OSError):
+            if most_bytes < part.stat().st_size <= most_bytes + _CHUNK:
+                part.unlink()
+
+
+def _progress_bar(on_progress: Progress | None, most_bytes: int) -> type[Any]:
     """Return a progress bar class for the client that reports progress and draws nothing.
 
     The client may open a second bar, for bytes received as opposed to bytes written. It subtracts bytes when
-    a server restarts a file from the beginning, without a limit: here the number of restarts is limited.
+    a server restarts a file from the beginning, without a limit: here the number of restarts is limited, and
+    so is the size of the file.
     """
     furthest = restarts = 0
 
@@ -118,6 +151,7 @@ def _progress_bar(on_progress: Progress | None) -> type[Any]:
                 found = f"the connection broke {restarts} times, the last time after {-int(n or 0):,} bytes"
                 raise ConnectionError(f"{found}, and the server does not go on where it broke")
             furthest = max(furthest, int(self.n))
+            check_size(furthest, int(self.total or 0), most_bytes)
             if on_progress is not None:
                 on_progress(furthest, int(self.total or 0))
             return was_shown

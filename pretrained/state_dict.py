@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from finetune.errors import UsageError
 from pretrained.file_kinds import describe_foreign, is_safetensors
+from pretrained.hub import MAX_FILE_BYTES
 from pretrained.inert import allowed_globals, find_globals
 
-MAX_FILE_BYTES = 2**36
-"""64 GiB, four times the largest image classifier. Checked before a file is opened."""
 MAX_UNPACK_RATIO = 10
 """Largest ratio of unpacked to packed bytes. PyTorch does not compress; packed zeros could fill memory."""
 MAX_WRAPPERS = 8

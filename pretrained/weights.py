@@ -162,6 +162,7 @@ def _copy(url: str, part: Path, on_progress: Progress | None) -> str:
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)
+            hub.check_size(done, total, hub.MAX_FILE_BYTES)
             if on_progress is not None:
                 on_progress(done, total)
         file.flush()

@@ -27,6 +27,7 @@ class Fault:
         pause: seconds after every piece of ``piece`` bytes.
         ranges: whether it sends the rest of a file to who asks for that.
         sha256: that it claims for the file.
+        endless: whether it sends the file again and again, and names no length.
     """
 
     status: int = 0
@@ -38,6 +39,7 @@ class Fault:
     piece: int = 2**16
     ranges: bool = True
     sha256: str = ""
+    endless: bool = False
 
 
 @dataclass
@@ -75,14 +77,22 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": COMMIT,
             **({"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}),
         }
+        if fault.endless:
+            self.head(200, headers, None)
+            with suppress(ConnectionError):
+                while with_body and not self.state.stopped.is_set():
+                    self.wfile.write(content)
+            return
         self.head(206 if start else 200, headers, len(content) - start)
         if with_body:
             with suppress(ConnectionError):  # the client has left
                 self.send(content, start, fault)
 
-    def head(self, status: int, headers: dict[str, str], length: int) -> None:
+    def head(self, status: int, headers: dict[str, str], length: int | None) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(length)}.items():
+        for name, value in (
+            headers if length is None else {**headers, "Content-Length": str(length)}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
 

@@ -361,6 +361,13 @@ def test_only_two_modules_write_to_a_terminal() -> None:
     assert found == set(OUTPUT_ALLOWED)
 
 
+def test_one_module_makes_temporary_files() -> None:
+    """Elsewhere a missing or full TMPDIR would be an unexpected error."""
+    found = {found.importer for found in all_imports() if found.imported.partition(".")[0] == "tempfile"}
+    beside_the_output = {"finetune.launch.platforms"}
+    assert found - beside_the_output == {"finetune.system.temporary"}
+
+
 # --- what a label is --------------------------------------------------------------------------------
 
 OF_LABELS = {

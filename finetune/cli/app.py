@@ -25,7 +25,7 @@ from finetune.cli import (
     run,
 )
 from finetune.cli.group import ValueShowingGroup
-from finetune.cli.output import print_line
+from finetune.cli.output import print_line, replace_closed_streams
 from finetune.cli.processes import leave
 from finetune.cli.unknown import RecipeCommand
 
@@ -67,6 +67,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run the command line."""
+    replace_closed_streams()
     try:
         hosted.call(app)
     except SystemExit as end:

@@ -29,12 +29,16 @@ from finetune.errors import (
     UsageError,
     sanitize,
     sanitize_line,
+    shorten,
 )
 from finetune.launch.platforms import write_failure
 from finetune.launch.processes import is_in_job
 from finetune.system.signals import StopSignal, signals_to_stop
+from finetune.system.temporary import find_temporary_fault
 
 DEBUG_VARIABLE = "FINETUNE_DEBUG"
+_LONGEST_NAME = 200
+"""Characters of a path that are shown if it is too long for the file system."""
 
 
 @contextmanager
@@ -72,6 +76,11 @@ def _describe(error: Exception) -> tuple[str, str, ExitCode]:
     if _is_not_utf8(error):
         found = "the name of a file or folder holds bytes that are not UTF-8"
         return found, "Rename it, and give the same command again.", ExitCode.USAGE
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        found = f"{shorten(str(error.filename), _LONGEST_NAME)!r} is longer than the file system allows"
+        return f"a path: {found}", "Take a shorter name.", ExitCode.USAGE
+    if fault := find_temporary_fault(error):
+        return fault.message, fault.fix, fault.exit_code
     fix = f"This is a bug in finetune: please report it with the output of {DEBUG_VARIABLE}=1."
     return sanitize(f"{type(error).__name__}: {error}"), fix, ExitCode.INTERNAL
 
@@ -201,6 +210,22 @@ def _write(text: str | bytes, to_stderr: bool = False) -> None:
             name = "standard error" if to_stderr else "standard output"
             fix = "Free some space, and give the same command again."
             raise DiskError(name, error.strerror or str(error), fix) from None
+
+
+def replace_closed_streams() -> None:
+    """Open the null device in place of standard streams that are closed (``2>&-``).
+
+    The next file that is opened would get the number of the stream, and what libraries write there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
 
 
 def _silence(stream: TextIO) -> None:

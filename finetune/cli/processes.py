@@ -143,7 +143,7 @@ def leave(code: int) -> NoReturn:
             child.kill()
         at_once = at_once or sum(not thread.daemon for thread in threading.enumerate()) > 1
     if at_once:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None was closed from the start
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)

@@ -221,9 +221,15 @@ def _holds_image(entry: os.DirEntry[str]) -> bool:
     """Return whether a hidden entry is an image, or a folder with one; links are not followed."""
     if entry.is_symlink() or not entry.is_dir():
         return not entry.is_symlink() and is_image_name(entry.name)
-    return any(
-        is_image_name(name) and not is_system(name) for _, _, names in os.walk(entry.path) for name in names
-    )
+    stack = [entry.path]  # os.walk may call itself for each level, and folders may be nested deeply
+    while stack:
+        with suppress(OSError), os.scandir(stack.pop()) as entries:
+            for inner in entries:
+                if inner.is_dir(follow_symlinks=False):
+                    stack.append(inner.path)
+                elif is_image_name(inner.name) and not is_system(inner.name):
+                    return True
+    return False
 
 
 # --- a look at one level, without reporting anything ---

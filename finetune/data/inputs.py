@@ -144,6 +144,11 @@ def find_inputs(
 
 
 def _of_pattern(source: str) -> InputImages:
+    if len(os.fsencode(source)) > LONGEST_PATH:  # glob takes minutes for thousands of brackets
+        fault = f"the pattern has more than {LONGEST_PATH:,} bytes, as no path has"
+        raise DataError(
+            printable(source), fault, "Take a shorter pattern, or give the paths on standard input."
+        )
     files = [name for name in sorted(glob.iglob(source, recursive=True)) if not os.path.isdir(name)]  # noqa: PTH112, PTH207
     found = [name for name in files if is_image_name(name)]
     others = [name for name in files if not is_image_name(name)]

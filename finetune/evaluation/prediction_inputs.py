@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import TextIO
+from typing import IO
 
 from PIL import Image
 
@@ -20,6 +19,7 @@ from finetune.errors import DataError, UsageError
 from finetune.evaluation.predictor import Predictor
 from finetune.system.display import Display
 from finetune.system.distributed import Distributed
+from finetune.system.temporary import temporary_file
 
 
 def find_prediction_inputs(
@@ -62,10 +62,11 @@ def list_inputs(inputs: InputImages, display: Display) -> tuple[InputImages, int
     Raises:
         UsageError: the output lies among the images.
         DataError: there are no images.
+        DiskError: the list cannot be written.
     """
     if not inputs.is_countable:
         return inputs, None
-    listed, number = TemporaryFile("w+", encoding="ascii"), 0  # noqa: SIM115 - closed with its last reader
+    listed, number = temporary_file("w+", encoding="ascii"), 0  # closed with its last reader
     with display.busy(f"looking through {inputs.asked}"):
         for image in inputs.open():
             listed.write(json.dumps([image.path, str(image.file), image.fault]) + "\n")
@@ -77,7 +78,7 @@ def list_inputs(inputs: InputImages, display: Display) -> tuple[InputImages, int
     return replace(inputs, open=lambda: _read_list(listed)), number
 
 
-def _read_list(listed: TextIO) -> Iterator[InputImage]:
+def _read_list(listed: IO[str]) -> Iterator[InputImage]:
     listed.seek(0)
     for line in listed:
         path, file, fault = json.loads(line)

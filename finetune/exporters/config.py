@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from timm.models._hub import save_config_for_hf
@@ -14,6 +13,7 @@ from torch import nn
 
 from finetune import __version__
 from finetune.errors import UsageError
+from finetune.system.temporary import temporary_folder
 from pretrained.catalog import Card
 from pretrained.config import read_config
 from pretrained.stage_classifier import StageClassifier
@@ -87,8 +87,8 @@ def _timm_config(card: Card, network: nn.Module) -> dict[str, Any]:
     labels = {"label_names": list(card.label_names)}
     network = network.network if isinstance(network, StageClassifier) else network
     arguments = dict.fromkeys(getattr(network, "left_out", ()), False)
-    with TemporaryDirectory() as folder:  # timm writes its config to a file only
-        path = Path(folder) / "config.json"
+    with temporary_folder() as folder:  # timm writes its config to a file only
+        path = folder / "config.json"
         save_config_for_hf(
             network,
             str(path),

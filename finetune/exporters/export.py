@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections import defaultdict
@@ -15,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import timm
@@ -43,11 +43,13 @@ from finetune.exporters.proof import (
 )
 from finetune.exporters.source import Exportable, ProofInputs, draw_random, load_evaluated, open_model
 from finetune.recipe import Recipe
+from finetune.runs.claim import check_name
 from finetune.runs.files import disk_error, write_json
 from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.strategies import starts_random
 from finetune.system.display import Display
+from finetune.system.temporary import temporary_folder
 from pretrained.catalog import Card
 
 REPORT_FILE = "export.json"
@@ -72,6 +74,7 @@ def export(path: Path, options: ExportOptions, output: Path, display: Display) -
         InternalError: the artefact's outputs differ from the network's; nothing is kept.
         DiskError: it cannot be written.
     """
+    check_name(Path(os.path.realpath(output)))  # a fresh process loads it by its whole path
     source = open_model(path)
     if isinstance(source.images, Dataset):
         check_outside(output, source.images)
@@ -98,8 +101,7 @@ def push(path: Path, repo_id: str, private: bool, display: Display) -> Pushed:
     """
     check_push(repo_id)
     source = open_model(path)
-    with TemporaryDirectory(prefix="finetune-push-") as name:
-        folder = Path(name)
+    with temporary_folder("finetune-push-") as folder:
         _make(source, ExportOptions("timm", Interface()), folder, display)
         with display.busy("uploading"):
             return push_folder(folder, repo_id, private)

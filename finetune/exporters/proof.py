@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from finetune.errors import DiskError, InternalError
 from finetune.exporters import fresh
 from finetune.exporters.deployed import Interface
 from finetune.exporters.source import ProofInputs
+from finetune.system.temporary import temporary_folder
 from finetune.targets import compute_margins, decide, to_probabilities
 from pretrained.catalog import Card
 
@@ -145,13 +145,11 @@ def _exchange() -> Iterator[Path]:
     Raises:
         DiskError: it cannot be created, or the disk is full.
     """
-    parent = "the folder for temporary files"
-    try:
-        parent = gettempdir()
-        with TemporaryDirectory(prefix="finetune-export-") as name:
-            yield Path(name)
-    except OSError as error:
-        raise _no_room(parent, error.strerror or str(error)) from None
+    with temporary_folder("finetune-export-") as folder:
+        try:
+            yield folder
+        except OSError as error:
+            raise _no_room(str(folder.parent), error.strerror or str(error)) from None
 
 
 def _no_room(parent: str, found: str) -> DiskError:

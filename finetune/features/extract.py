@@ -12,7 +12,7 @@ written from the cache, sorted by path, and appear under their names when they a
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,11 @@ from finetune.features.extraction import (
     open_source,
 )
 from finetune.features.network import open_network
+from finetune.features.placed import KEY, PlacedFiles, read_placed
 from finetune.features.tables import LayerRows, TableFormat, check_format, check_names, write_table
 from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
-from finetune.runs.claim import create_folder, locked
+from finetune.runs.claim import check_name, create_folder, locked
 from finetune.runs.files import name_result, remove_folder, sync_folder, write_csv, write_json
 from finetune.runs.outcome import translated_errors
 from finetune.runs.reader import read_object
@@ -96,11 +97,13 @@ def find_target(output: Path, format: str | None) -> Target:
     """Return the output: a single table if the suffix is that of a known format, else a folder.
 
     Raises:
-        UsageError: the format is unknown, or differs from the suffix.
+        UsageError: the format is unknown, or differs from the suffix, or the name is not UTF-8.
         EnvironmentFaultError: the format needs a package that is not installed.
     """
     suffix = output.suffix.lower().removeprefix(".")
     is_table = suffix in FORMATS and not output.is_dir()
+    if not is_table:
+        check_name(output)
     chosen = format or (suffix if is_table else "csv")
     if chosen not in FORMATS:
         found = f"there is no such format{suggest(chosen, FORMATS)}"
@@ -158,9 +161,9 @@ def extract(
         if before := distributed.share(lambda: _begin(target, facts, files)):
             display.say(f"{output} already holds these features")
             return before
-        begun = set(target.path.iterdir()) if distributed.is_main and target.is_folder else set()
+        placed = PlacedFiles(target.record) if distributed.is_main and target.is_folder else None
         with _open_kept(source, layers, pool, target, distributed) as features:
-            done = _write(source, features, pool, target, begun, facts) if distributed.is_main else {}
+            done = _write(source, features, pool, target, placed, facts) if distributed.is_main else {}
         if distributed.is_main:
             remove_folder(target.work, ignore_errors=True)
         return done
@@ -196,9 +199,9 @@ def _begin(target: Target, facts: dict[str, Any], files: ExitStack) -> dict[str,
         _check_names_free(target)  # again: another process may have written it before it released the lock
         return None
     before = _read_record(target, facts)
-    if _is_done(before):
-        return before
-    write_json(target.record, facts)
+    if before is not None and _is_done(before):
+        return {key: value for key, value in before.items() if key != KEY}
+    write_json(target.record, facts | {KEY: read_placed(before)})
     return None
 
 
@@ -239,9 +242,9 @@ def _read_record(target: Target, facts: dict[str, Any]) -> dict[str, Any] | None
     return before
 
 
-def _is_done(before: dict[str, Any] | None) -> bool:
+def _is_done(before: dict[str, Any]) -> bool:
     """Return whether all tables that a record names are there."""
-    tables = (before or {}).get("tables")
+    tables = before.get("tables")
     return isinstance(tables, list) and all(isinstance(path, str) and Path(path).exists() for path in tables)
 
 
@@ -271,18 +274,18 @@ def _write(
     features: Features,
     pool: Pool,
     target: Target,
-    begun: Collection[Path],
+    placed: PlacedFiles | None,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write everything; ``begun`` are the files that a killed process of the same extraction has left."""
+    """Write everything; ``placed`` are the files in the folder, also those of a process that was killed."""
     samples, display = source.dataset.samples, source.display
     bad = {image.path: image.reason for image in source.dataset.unreadable} | features.lost
     usable = features.usable(samples)
     order = torch.tensor(sorted(usable.tolist(), key=lambda index: samples[index].path))
     target.work.mkdir(exist_ok=True)
-    _report_bad(bad, target, begun, display)
-    tables = _write_tables(source, features, order, target, begun, display)
-    if target.is_folder:
+    _report_bad(bad, target, placed, display)
+    tables = _write_tables(source, features, order, target, placed, display)
+    if placed is not None:
         rows = [
             (
                 one.name,
@@ -296,8 +299,8 @@ def _write(
             for one, path in zip(features.layers, tables, strict=True)
         ]
         write_csv(target.work / "index.csv", rows, INDEX_COLUMNS)
-        _name_in_folder(target, target.path / "index.csv", begun)
-    if not target.is_folder:
+        placed.place(target.work / "index.csv", target.path / "index.csv")
+    else:
         _name(target, bool(bad))
     done = facts | {
         "backbone": source.network.backbone.card.name,
@@ -307,18 +310,18 @@ def _write(
         "num_features": [layer.num_features(pool) for layer in features.layers],
         "tables": [str(path) for path in tables],
     }
-    if target.is_folder:
-        write_json(target.record, done)
+    if placed is not None:
+        write_json(target.record, done | placed.entry)
     found = f"{count(len(order), 'image')}, {count(len(features.layers), 'layer')}"
     display.say(f"{found}: {target.path}", style="bold")
     return done
 
 
-def _report_bad(bad: dict[str, str], target: Target, begun: Collection[Path], display: Display) -> None:
+def _report_bad(bad: dict[str, str], target: Target, placed: PlacedFiles | None, display: Display) -> None:
     if bad:
         write_csv(target.work / target.bad_images.name, sorted(bad.items()), ("path", "reason"))
-        if target.is_folder:
-            _name_in_folder(target, target.bad_images, begun)
+        if placed is not None:
+            placed.place(target.work / target.bad_images.name, target.bad_images)
         images = count(len(bad), "image has", "images have")
         display.warn(f"{images} no row; listed in {target.bad_images}")
 
@@ -328,7 +331,7 @@ def _write_tables(
     features: Features,
     order: Tensor,
     target: Target,
-    begun: Collection[Path],
+    placed: PlacedFiles | None,
     display: Display,
 ) -> list[Path]:
     images = [_describe(source, sample) for sample in source.dataset.samples]
@@ -337,23 +340,14 @@ def _write_tables(
     if target.is_folder:
         groups = [(target.table_of(one), [rows]) for one, rows in zip(features.layers, layers, strict=True)]
     for path, group in groups:
-        if path in begun:  # extraction.json says what it holds
+        if placed is not None and placed.holds(path):  # extraction.json says what it holds
             continue
         part = target.work / path.name
         with display.track(f"writing {path.name}", len(order) * len(group)) as advance:
             write_table(part, target.format, images, order, group, lambda done: advance(done, ""))
-        if target.is_folder:
-            _name_in_folder(target, path, begun)
+        if placed is not None:
+            placed.place(part, path)
     return [path for path, _ in groups]
-
-
-def _name_in_folder(target: Target, path: Path, begun: Collection[Path]) -> None:
-    """Give a file its name; what a killed process has left there is replaced, and nothing else."""
-    part = target.work / path.name
-    if path in begun:
-        part.replace(path)
-    else:
-        name_result(part, path, target.path)
 
 
 def _name(target: Target, has_bad: bool) -> None:

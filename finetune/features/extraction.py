@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -58,6 +57,7 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import release_memory
 from finetune.system.regular_files import open_regular
+from finetune.system.temporary import temporary_folder
 from pretrained.catalog import Card
 from pretrained.graph.layers import FeatureExtractor, Layer
 from pretrained.graph.pooling import Pool
@@ -228,7 +228,7 @@ def open_features(
             obstacle := kept.cache_dir.find_obstacle(compute_bytes(source, layers, pool))
         ):
             source.display.say(f"features are not cached for other commands: {obstacle}")
-            kept.cache_dir = FeatureCacheDir(folder=Path(stack.enter_context(TemporaryDirectory())))
+            kept.cache_dir = FeatureCacheDir(folder=stack.enter_context(temporary_folder()))
         stack.callback(kept.close)
         found: list[list[Rows]] = []
         lost: dict[str, str] = {}

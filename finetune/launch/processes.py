@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from typing import Any
 from finetune.errors import EnvironmentFaultError, ExitCode, FinetuneError, UsageError
 from finetune.launch.supervisor import own_command
 from finetune.system.heartbeat import VARIABLE, Heartbeat, find_parent
+from finetune.system.temporary import temporary_folder
 
 REPORT = "FINETUNE_REPORT"
 """Environment variable: the file into which the main process writes its exit code. Those of the other
@@ -97,8 +97,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         processes: number of processes, at least 1.
     """
     logging.disable(logging.CRITICAL)  # torch's launcher would repeat the errors that the processes show
-    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-        report = Path(folder) / "exit"
+    with temporary_folder() as folder:
+        report = folder / "exit"
         os.environ.update(_environment(report, processes))
         return _conclude(report, *_run(arguments, processes))
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from finetune.launch.mailbox import LaunchSpec, Mailbox, Message, MessageKind
 from finetune.launch.processes import end_by
 from finetune.system.heartbeat import Heartbeat, find_parent
 from finetune.system.signals import ECHO, signals_to_stop
+from finetune.system.temporary import temporary_folder
 
 _TICK = 0.2
 _CONNECT_SECONDS = 10.0
@@ -58,14 +58,14 @@ def launch_on_ray(arguments: Sequence[str], processes: int, on_gpu: bool, say: C
         os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
     ray = _import_ray()
-    with tempfile.TemporaryDirectory(prefix="finetune-ray-") as home, _record_signals() as (stops, install):
+    with temporary_folder("finetune-ray-") as home, _record_signals() as (stops, install):
         _connect(ray, processes, address)
         install()  # ray.init has replaced the handler of SIGTERM
         try:
             _check_size(ray, processes, on_gpu)
             nodes = sum(node["Alive"] for node in ray.nodes())
             say(f"Ray cluster, nodes: {nodes}; {processes} processes start as soon as it has room")
-            code = _Job(ray, Path(home), stops).run(_build_spec(arguments), processes, on_gpu)
+            code = _Job(ray, home, stops).run(_build_spec(arguments), processes, on_gpu)
         finally:
             ray.shutdown()
     if code < 0:

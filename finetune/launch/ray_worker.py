@@ -7,7 +7,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from finetune.launch.mailbox import LaunchSpec, Message, MessageKind
 from finetune.launch.processes import REPORT
 from finetune.launch.supervisor import own_command
 from finetune.system.heartbeat import VARIABLE
+from finetune.system.temporary import temporary_folder
 
 _TICK = 0.2
 """Seconds between two exchanges with the mailbox."""
@@ -88,8 +88,8 @@ def work(config: dict[str, Any]) -> None:
         connection.put(MessageKind.EXIT, str(int(ExitCode.ENVIRONMENT)).encode())
         connection.exchange()
         return
-    with tempfile.TemporaryDirectory(prefix="finetune-") as home:
-        report = Path(home) / "exit"
+    with temporary_folder() as home:
+        report = home / "exit"
         variables = {name: str(value) for name, value in ranks.items()} | {REPORT: str(report)}
         code = _run(spec, variables, connection)
         with suppress(OSError, ValueError):

@@ -19,7 +19,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from finetune.runs.folder import Outcome, RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.heartbeat import VARIABLE
 from finetune.system.signals import ECHO, signals_to_stop
+from finetune.system.temporary import temporary_file
 
 _GRACE_AT_ONCE = 5.0
 """Seconds that a child has to end after the second signal, or after it has saved."""
@@ -131,7 +131,7 @@ class Supervisor:
         environment = os.environ | {VARIABLE: f"{writing}:{os.getpid()}"}
         attempt = Attempt()
         try:
-            with tempfile.TemporaryFile() as stdout:
+            with temporary_file() as stdout:
                 with subprocess.Popen(  # noqa: S603 - our own program, and the user's own arguments
                     command, env=environment, pass_fds=[writing], start_new_session=True, stdout=stdout
                 ) as child:

@@ -42,7 +42,7 @@ from finetune.pipeline.setup import (
 )
 from finetune.recipe import Recipe
 from finetune.report.write_report import add_report
-from finetune.runs.claim import Claim, claim_folder, create_folder, locked
+from finetune.runs.claim import Claim, check_name, claim_folder, create_folder, locked
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import recorded_outcome, translated_errors
@@ -167,6 +167,7 @@ def default_output(setup: RunSetup) -> Path:
 
 
 def _create_folder(path: Path, run_changes: RunChanges) -> None:
+    check_name(path)
     check_outside(path, run_changes.dataset)
     create_folder(path)
 

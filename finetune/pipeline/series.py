@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from finetune.errors import UsageError
-from finetune.runs.claim import create_folder
+from finetune.runs.claim import check_name, create_folder
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
@@ -32,6 +32,7 @@ def create_series_folder(output: Path, names: Collection[str]) -> None:
         UsageError: it holds a single run, or files that are not of a series.
         DiskError: it cannot be created.
     """
+    check_name(output)
     if RunFolder(output).recipe.exists():
         fix = "Name a new folder: it will hold one folder for each run of the series."
         raise UsageError(f"--output {output}", "it holds a single run", fix)

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from finetune.recipe import Recipe
 from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display, SilentDisplay
+from finetune.system.temporary import temporary_folder
 from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.freeze import digest_frozen
@@ -95,8 +95,8 @@ def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> flo
     checked = scan_images(few, display, "checking images", is_subset=True)
     dataset = few.prepared(checked.digests, checked.bad, few.value_range).readable
     setup = setup.with_value_range(few.value_range)
-    with TemporaryDirectory() as folder:
-        context = FitContext(setup, dataset, Claim(RunFolder(Path(folder))), display)
+    with temporary_folder() as folder:
+        context = FitContext(setup, dataset, Claim(RunFolder(folder)), display)
         with open_loaders(context, digest_frozen(network, setup.plan)) as loaders:
             whole = loaders.batches["train"]
             if not isinstance(whole, FeatureLoader) or loaders.cut_network is None:
@@ -110,7 +110,7 @@ def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> flo
                     network.load_state_dict(pretrained)
                     train, held = _subset(whole, folds != fold, True), _subset(whole, folds == fold, False)
                     task = _task(setup, train, held, dataset.num_classes, loaders.cut_network)
-                    hits += _train(setup, task, Path(folder) / str(fold)) * len(held.samples)
+                    hits += _train(setup, task, folder / str(fold)) * len(held.samples)
                     advance(1, "")
             return hits / max(total, 1)
 

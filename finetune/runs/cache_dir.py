@@ -23,6 +23,7 @@ from finetune.runs.block_file import facts_of, is_in_use, journal_of, remove_unu
 from finetune.runs.files import disk_error, free_bytes, remove_folder, sync_folder
 from finetune.runs.journal import FORMAT
 from finetune.system.display import Display
+from finetune.system.regular_files import open_own
 
 SPARE_BYTES = 2**30
 """Bytes of the disk that stay free for checkpoints and other programs."""
@@ -209,8 +210,11 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _lock(path: Path, wait: bool) -> tuple[int, bool]:
-    """Open a file, which is created, and lock it; return its descriptor, and whether it is locked."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    """Open a file, which is created, and lock it; return its descriptor, and whether it is locked.
+
+    A link is refused, since the file that it leads to would be locked, or created.
+    """
+    descriptor = open_own(path, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # another process has it, or the file system has no locks

@@ -151,6 +151,19 @@ def _some(paths: list[str], what: str) -> str:
     return f"{len(paths)} {what}, {paths[0]} for one" if paths else ""
 
 
+def check_name(path: Path) -> None:
+    """Check that the name of an output is UTF-8: files of results name it, and safetensors opens no other.
+
+    Raises:
+        UsageError: it holds other bytes.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        fix = "Name another folder."
+        raise UsageError(f"--output {path}", "the name holds bytes that are not UTF-8", fix) from None
+
+
 def create_folder(path: Path) -> None:
     """Create a folder and its parents unless they exist.
 

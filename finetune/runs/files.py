@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError, DiskError, UsageError
-from finetune.system.regular_files import create_regular, open_text
+from finetune.system.regular_files import MOST_BYTES, bounded_lines, create_regular, open_text
 
 _OF_OUTPUTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 """Errors that concern what is written. Those of rights and devices may come from reading as well."""
@@ -171,20 +171,23 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str])
     write_chunks(path, (line.encode() for line in lines))
 
 
-def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict[str, str]]:
+def read_rows(
+    path: Path, needed: Sequence[str] = (), most_bytes: int | None = MOST_BYTES
+) -> list[dict[str, str]]:
     """Read a table of :func:`write_csv`; each row is a dict of text by column.
 
     Args:
         path: path of the table.
         needed: columns that must exist.
+        most_bytes: largest size of the file; None for any.
 
     Raises:
         DataError: the table is damaged: it is truncated, not UTF-8, or rows differ in length from the header.
-        OSError: the file cannot be opened or read.
+        OSError: the file cannot be opened or read, or is larger.
     """
     try:
-        with open_text(path) as file:
-            reader = csv.reader(file, strict=True)
+        with open_text(path, most_bytes) as file:
+            reader = csv.reader(bounded_lines(file), strict=True)
             header, rows = next(reader, []), [row for row in reader if row]
         if absent := [name for name in needed if name not in header]:
             raise ValueError(f"there is no column {absent[0]}")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.runs.files import sync_folder
-from finetune.system.regular_files import open_regular, open_to_update
+from finetune.system.regular_files import MOST_BYTES, open_regular, open_to_update, read_regular
 
 FORMAT = 2
 """Version of the journal's format; every change of the format increases it."""
@@ -101,9 +101,8 @@ def _parse_block(line: Any, num_files: int) -> Block:
 def read_journal(path: Path, num_files: int) -> Record | None:
     """Return the content of the journal at a path, without verifying the files; None as :func:`parse`."""
     try:
-        with open_regular(path) as file:
-            return parse(file.read(), num_files)
-    except OSError:
+        return parse(read_regular(path), num_files)
+    except (OSError, MemoryError):
         return None
 
 
@@ -170,6 +169,8 @@ class Journal:
         Args:
             on_verified: called with the number of bytes of every block that was verified.
         """
+        if os.fstat(self._journal.fileno()).st_size > MOST_BYTES:
+            return False
         self._journal.seek(0)
         content = self._journal.read()
         if b"\n" not in content:  # new, or its process was killed while it wrote the first line
@@ -196,7 +197,7 @@ class Journal:
                         if hashlib.sha256(file.read(size)).hexdigest() != digest:
                             return False
                     on_verified(block.num_bytes)
-        except OSError:
+        except (OSError, MemoryError):
             return False
         return True
 

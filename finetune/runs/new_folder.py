@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.errors import UsageError
-from finetune.runs.claim import create_folder, locked
+from finetune.runs.claim import check_name, create_folder, locked
 from finetune.runs.files import disk_error, name_result, remove_folder, sync_folder
 
 _UNFINISHED, _FINISHED = ".unfinished", ".finished"
@@ -32,9 +32,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             created, and removed again if the block fails.
 
     Raises:
-        UsageError: it is a file, holds files, or another process is writing it.
+        UsageError: it is a file, holds files, its name is not UTF-8, or another process is writing it.
         DiskError: it cannot be written.
     """
+    check_name(path)
     path = Path(os.path.realpath(path))  # "x/.." creates no x
     is_new = not os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
     create_folder(path)

@@ -22,6 +22,7 @@ from finetune.system.compiler import compile_error, is_compile_error
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import is_out_of_memory, shortage_error
+from finetune.system.temporary import find_temporary_fault
 
 
 @contextmanager
@@ -65,6 +66,8 @@ def _translated(output: str, distributed: Distributed) -> Iterator[None]:
             raise failure from None
         raise _stopped_at_once(output) from None
     except OSError as error:
+        if fault := find_temporary_fault(error):
+            raise fault from None
         if not concerns_output(error):
             raise
         raise disk_error(Path(error.filename or "."), error) from None

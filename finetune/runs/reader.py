@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from finetune.errors import FinetuneError, UsageError
 from finetune.runs.files import damaged_file, read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
-from finetune.system.regular_files import open_text
+from finetune.system.regular_files import MOST_BYTES, bounded_lines, open_text
 from finetune.targets import PREDICTION_COLUMNS, read_classes
 
 if TYPE_CHECKING:  # the supervisor reads outcomes and must stay small
@@ -79,6 +79,8 @@ class RunReader:
             return read(path) if path.exists() else absent
         except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
             refusal: FinetuneError = damaged_file(path, error)
+        except MemoryError:
+            refusal = damaged_file(path, MemoryError("it does not fit in memory"))
         except FinetuneError as error:
             refusal = error
         if not self._tolerant:
@@ -216,7 +218,9 @@ class RunReader:
     @property
     def prediction_rows(self) -> tuple[CsvRow, ...]:
         """All columns of ``predictions.csv`` as text; not cached, since they may be large."""
-        return self._rows(self.folder.predictions, "path")
+        return self._read(
+            self.folder.predictions, lambda path: tuple(read_rows(path, ["path"], most_bytes=None)), ()
+        )
 
 
 def require_run(path: Path) -> Recipe:
@@ -237,10 +241,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file.
 
     Raises:
-        OSError: it cannot be opened, or is not a file.
+        OSError: it cannot be opened, is not a file, or is too large.
         ValueError: it is not a JSON object in UTF-8, or has half of a character, which nothing can show.
     """
-    with open_text(path) as file:
+    with open_text(path, MOST_BYTES) as file:
         text = file.read()
     try:
         content = json.loads(text)
@@ -259,7 +263,7 @@ def _load_recipe(path: Path) -> Recipe | None:
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
-    with open_text(path) as file:
+    with open_text(path, MOST_BYTES) as file:
         lines = file.read().removesuffix("\n").split("\n")
     return tuple(line.removesuffix("\r") for line in lines)  # of an editor that ends lines with both
 
@@ -292,8 +296,8 @@ def _read_epoch(cells: CsvRow) -> Mapping[str, float]:
 
 
 def _read_confusion(path: Path) -> Confusion:
-    with open_text(path) as file:
-        header, *rows = csv.reader(file)
+    with open_text(path, MOST_BYTES) as file:
+        header, *rows = csv.reader(bounded_lines(file))
     labels = tuple(unescape_formula(cell) for cell in header[1:])
     if [unescape_formula(row[0]) for row in rows] != list(labels) or len(set(labels)) < len(labels):
         raise ValueError("its rows are not of the classes of its columns")
@@ -306,7 +310,7 @@ def _read_confusion(path: Path) -> Confusion:
 def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow, ...]]:
     """Return class names, and the first four columns of each row; the probabilities may be very many."""
     with open_text(path) as file:
-        rows = csv.reader(file)
+        rows = csv.reader(bounded_lines(file))
         header = next(rows, [])
         if tuple(header[:4]) != PREDICTION_COLUMNS:
             raise ValueError(f"its columns do not begin with {', '.join(PREDICTION_COLUMNS)}")

@@ -9,12 +9,14 @@ time.
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TextIO, cast
@@ -42,21 +44,31 @@ LONGEST_WAIT = 64.0
 
 
 class _SafeStderr:
-    """stderr that ignores write errors: a full disk or a closed pipe must not end a run."""
+    """stderr that ignores write errors: a full disk or a closed pipe must not end a run.
+
+    ``sys.stderr`` is None if the stream was closed when Python started (``2>&-``).
+    """
 
     def write(self, text: str) -> int:
         """Write text; an error is ignored."""
         with suppress(OSError, ValueError):
-            return sys.stderr.write(text)
+            if sys.stderr is not None:
+                return sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush; an error is ignored."""
         with suppress(OSError, ValueError):
-            sys.stderr.flush()
+            if sys.stderr is not None:
+                sys.stderr.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+        return getattr(sys.stderr if sys.stderr is not None else _no_stream(), name)
+
+
+@cache
+def _no_stream() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 class Display:

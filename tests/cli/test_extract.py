@@ -369,6 +369,42 @@ def test_files_that_appear_in_the_folder_are_kept(
     assert not (output / ".work").exists()
 
 
+@pytest.mark.parametrize("name", ["layer1.csv", "index.csv"])
+def test_a_table_that_appears_between_a_kill_and_the_repeat_is_kept(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It is neither taken for the extraction's own table nor replaced."""
+    output, words = tmp_path / "f", ("-l", "layer1,layer3")
+    with monkeypatch.context() as patch:
+        place = command.PlacedFiles.place
+
+        def place_then_end(placed: Any, part: Path, path: Path) -> None:
+            place(placed, part, path)
+            raise KeyboardInterrupt  # as if it were killed now
+
+        patch.setattr(command.PlacedFiles, "place", place_then_end)
+        assert extract(cli, tiny, image_folder, output, *words).exit_code == 75
+    own = (output / "layer1.csv").read_bytes()
+    assert not (output / "layer3.csv").exists()
+    (output / name).unlink(missing_ok=True)
+    (output / name).write_text("mine")
+    result = extract(cli, tiny, image_folder, output, *words)
+    assert result.exit_code == 2 and "was made by something else" in result.stderr
+    assert (output / name).read_text() == "mine"
+    (output / name).unlink()
+    assert extract(cli, tiny, image_folder, output, *words).exit_code == 0
+    assert (output / "layer1.csv").read_bytes() == own and not (output / ".work").exists()
+
+
+def test_own_tables_are_kept_by_the_repeat(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
+    output, words = tmp_path / "f", ("-l", "layer1,layer3")
+    assert extract(cli, tiny, image_folder, output, *words).exit_code == 0
+    inode = (output / "layer1.csv").stat().st_ino
+    (output / "layer3.csv").unlink()
+    assert extract(cli, tiny, image_folder, output, *words).exit_code == 0
+    assert (output / "layer1.csv").stat().st_ino == inode and (output / "layer3.csv").is_file()
+
+
 @pytest.mark.parametrize("output", ["f.csv", "f"])
 def test_a_link_in_place_of_the_folder_for_work_is_not_followed(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, output: str
@@ -415,10 +451,13 @@ def test_a_damaged_record_of_an_extraction_is_refused(
         (out / "extraction.json").write_bytes(content)
         result = extract(cli, tiny, image_folder, out, "-l", "last")
         assert result.exit_code == 2 and "something else" in result.stderr, content
+    (out / "extraction.json").write_bytes(whole)
     for tables in (5, [5], "x", None):  # made again
-        (out / "extraction.json").write_text(json.dumps(json.loads(whole) | {"tables": tables}))
+        now = json.loads((out / "extraction.json").read_bytes())
+        (out / "extraction.json").write_text(json.dumps(now | {"tables": tables}))
         assert extract(cli, tiny, image_folder, out, "-l", "last").exit_code == 0
-        assert (out / "extraction.json").read_bytes() == whole
+        again = json.loads((out / "extraction.json").read_bytes())
+        assert {**again, "placed": None} == {**json.loads(whole), "placed": None}
 
 
 @pytest.mark.parametrize(

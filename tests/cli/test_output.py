@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +119,8 @@ def test_a_working_directory_that_is_gone_is_named(
     [
         (RecursionError(), ExitCode.DATA, "nested too deeply"),
         (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), ExitCode.USAGE, "not UTF-8"),
+        (OSError(errno.ENAMETOOLONG, "", "x" * 9000), ExitCode.USAGE, "longer than the file system allows"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), ExitCode.DISK, "TMPDIR"),
         (UnicodeEncodeError("ascii", "\u00fc", 0, 1, "ordinal"), ExitCode.INTERNAL, "a bug in finetune"),
     ],
 )
@@ -143,3 +148,14 @@ def test_only_colours_are_styled(capsys: pytest.CaptureFixture[str], monkeypatch
     say("plain")
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("plain\n", "plain\n")
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Otherwise what a library writes to stderr would end up in it."""
+    code = (
+        "import sys; from finetune.cli.output import replace_closed_streams; replace_closed_streams(); "
+        "file = open(sys.argv[1], 'w'); file.write(str(file.fileno()))"
+    )
+    shell = f'exec {sys.executable} -c "{code}" {tmp_path / "number"} <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell], check=False).returncode == 0
+    assert int((tmp_path / "number").read_text()) > 2

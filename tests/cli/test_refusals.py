@@ -368,3 +368,38 @@ def test_a_refused_value_is_shown(cli: Cli, words: list[object], said: str) -> N
     assert result.exit_code == ExitCode.USAGE == 2
     shown = " ".join(result.stderr.replace("│", " ").split())
     assert said in shown
+
+
+# --- names that no command can use -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["run", "series", "extract", "export", "check"])
+def test_an_output_whose_name_is_not_utf8_is_refused_at_once(
+    cli: Cli, run_words: list[object], image_folder: Path, tiny: Path, tmp_path: Path, command: str
+) -> None:
+    """safetensors opens no such file, so that the work of a run was lost at its end."""
+    words: dict[str, list[object]] = {
+        "run": run_words,
+        "series": [*run_words, "--repeats", 2],
+        "extract": ["extract", "-b", tiny, "-d", image_folder, "-l", "last"],
+        "export": ["export", tmp_path / "model"],
+        "check": ["check", image_folder],
+    }
+    output = tmp_path / "a\udcff"
+    assert "holds bytes that are not UTF-8" in refused(cli, ExitCode.USAGE, *words[command], "-o", output)
+    assert not os.path.lexists(output)
+
+
+def test_a_model_is_not_exported_below_a_folder_whose_name_is_not_utf8(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "a\udcff")
+    assert "not UTF-8" in refused(cli, ExitCode.USAGE, "export", "model", "-o", "new")
+
+
+@pytest.mark.parametrize("path", ["x" * 120_000, "x/" * 50_000, "x" * 300])
+@pytest.mark.parametrize("words", ["report P", "compare P .", "export P -o new", "check -o new --run P"])
+def test_a_path_that_is_too_long_is_refused(cli: Cli, words: str, path: str) -> None:
+    command = [path if word == "P" else word for word in words.split()]
+    assert "longer than the file system allows" in refused(cli, ExitCode.USAGE, *command)

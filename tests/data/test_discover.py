@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -782,3 +783,27 @@ def test_the_folder_of_an_archive_is_named(tmp_path: Path) -> None:
     ants_and_bees(tmp_path / "download" / "photos", "", 3)
     with pytest.raises(DataError, match=r"Did you mean --data .*download/photos\?"):
         found(tmp_path / "download")
+
+
+def test_a_deep_hidden_folder_is_looked_through(tmp_path: Path) -> None:
+    images = [f"{name}/{number}.jpg" for name in ("ant", "bee") for number in range(4)]
+    for name in images:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    below = tmp_path / ".old"
+    below.mkdir()
+    here = Path.cwd()
+    try:
+        os.chdir(below)
+        for _ in range(1500):
+            Path("d").mkdir()
+            os.chdir("d")
+        Path("x.jpg").touch()
+    finally:
+        os.chdir(here)
+    try:
+        dataset = discover(tmp_path, SplitConfig(0.25, 0))
+    finally:
+        subprocess.run(["rm", "-rf", below], check=True)  # shutil.rmtree calls itself for each level
+    assert {sample.path for sample in dataset.samples} == set(images)
+    assert any("'.old'" in warning for warning in dataset.warnings)

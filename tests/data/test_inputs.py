@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -143,3 +144,11 @@ def test_an_archive_is_refused_as_what_it_is(tmp_path: Path, name: str) -> None:
     fill(tmp_path, name)
     with pytest.raises(DataError, match="is an archive"):
         find_inputs(str(tmp_path / name), None)
+
+
+def test_a_pattern_longer_than_any_path_is_refused_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(DataError, match="more than 4,096 bytes"):
+        find_inputs("[" * 50_000 + "*", NOTHING)
+    assert time.monotonic() - began < 5
+    assert find_inputs("[" * 1000 + "*" + "x" * 3095, NOTHING).asked

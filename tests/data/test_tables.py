@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -444,3 +446,50 @@ def test_evaluation_reads_a_table_as_the_training_table_was_read(tmp_path: Path)
     other = write(tmp_path, rows("path,label", "{p},{l}"), "other.csv")
     trained = TableConfig("file", "species", "part", "photos", "")
     assert len(find_labelled(other, ("x", "y"), table=trained).samples) == 12
+
+
+# --- tables that cost more than they hold ---
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("path,label" + "," * 20_000, "more than 20,000 columns"),
+        ("sep=;\npath;label" + ";" * 20_000, "more than 20,000 columns"),
+        ('"a\nb",' + "x," * 3_000_000, "more than 20,000 columns"),
+        ("path,label," + ("x" * 100_000 + ",") * 50, "a first line of more than 4,194,304 characters"),
+        ("path,label," + "x" * 200_000, "field larger than"),
+        ("path,label" + "," * 19_000 + "\n" * 20_000, "20,000 lines of 19,002 cells"),
+        ("path,label" + "," * 19_000 + "\r" * 20_000, "20,000 lines of 19,002 cells"),
+    ],
+)
+@pytest.mark.parametrize("name", ["labels.csv", "labels.csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_table_of_too_many_cells_is_refused_at_once(
+    tmp_path: Path, text: str, said: str, name: str, encoding: str
+) -> None:
+    file = write(images(tmp_path), text, name, encoding)
+    began = time.monotonic()
+    assert said in refused(file).found
+    with pytest.raises(DataError, match=re.escape(said)):
+        list(find_inputs(str(file), None).open())
+    assert time.monotonic() - began < 10
+
+
+def test_a_table_of_many_columns_is_read(tmp_path: Path) -> None:
+    line = "{p},{l}" + ",1" * 19_998
+    header = "path,label," + ",".join(map(str, range(19_998)))
+    assert_read(found(write(images(tmp_path), rows(header, line))))
+
+
+@pytest.mark.parametrize("separator", ["é", '"', "a", "0", "_", "\0", "\x1b"])
+def test_a_separator_that_no_program_writes_is_refused(
+    tmp_path: Path, separator: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """pandas would read it with another parser, and warn about that on stderr."""
+    text = f"sep={separator}\n" + rows(f"path{separator}label", f"{{p}}{separator}{{l}}")
+    file = write(images(tmp_path), text)
+    assert "as the separator of its cells" in refused(file).found
+    with pytest.raises(DataError, match="separator of its cells"):
+        list(find_inputs(str(file), None).open())
+    assert not recwarn.list

@@ -154,7 +154,7 @@ def test_a_full_disk_is_reported_as_such(
     card, _, path = written
     (tmp_path / "given" / file).parent.mkdir()
     (tmp_path / "given" / file).symlink_to("/dev/full")
-    monkeypatch.setattr(proof, "TemporaryDirectory", lambda **_: nullcontext(tmp_path / "given"))
+    monkeypatch.setattr(proof, "temporary_folder", lambda _: nullcontext(tmp_path / "given"))
     inputs = ProofInputs(draw_random(card, "").views[:1], None, 0)
     with pytest.raises(DiskError, match="writing images for the comparison into") as caught:
         predict_fresh("torch-export", path, inputs, card, Interface())

@@ -25,8 +25,8 @@ from pretrained import state_dict as module
 from pretrained.backbone import load_backbone
 from pretrained.catalog import find_card
 from pretrained.config import MAX_CONFIG_BYTES, MAX_TEXT_LENGTH
-from pretrained.hub import find_hub_file
-from pretrained.state_dict import MAX_FILE_BYTES, read_weights
+from pretrained.hub import MAX_FILE_BYTES, find_hub_file
+from pretrained.state_dict import read_weights
 
 # --- sizes ---------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from finetune.errors import EnvironmentFaultError
 from finetune.system.signals import StopSignal
 from pretrained import hub as module
 from pretrained.catalog import Card, find_card
+from pretrained.config import MAX_CONFIG_BYTES
 from pretrained.weights import find_cached, find_weights
 from tests.hub_server import COMMIT, Fault, Server, serve
 
@@ -372,3 +373,53 @@ def test_a_file_put_where_the_message_says_is_found(online: Path, content: bytes
     place.parent.mkdir(parents=True)
     save_file({"a": torch.ones(1)}, place)
     assert find_weights(card, offline=True) == place
+
+
+# --- files without an end ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_of(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The cache of the hub's client, empty; the server is the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_config_without_an_end_is_not_received(server: Server, hub_of: Path) -> None:
+    name = "/org/name/resolve/main/config.json"
+    server.files[name], server.faults[name] = b"{" * 2**20, Fault(endless=True, sha256="a" * 40)
+    blobs = hub_of / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    for part, size in (("begun", 9), ("weights", 2 * MAX_CONFIG_BYTES), ("config", MAX_CONFIG_BYTES + 1)):
+        (blobs / f"{part}.incomplete").touch()
+        os.truncate(blobs / f"{part}.incomplete", size)
+    with pytest.raises(EnvironmentFaultError, match="a file without an end, and no such file has more than"):
+        find_card("hf-hub:org/name")
+    assert sorted(part.stem for part in blobs.iterdir()) == ["begun", "weights"]
+
+
+def test_a_config_that_is_too_large_is_not_received(server: Server, hub_of: Path) -> None:
+    server.files["/org/name/resolve/main/config.json"] = b"{" * (MAX_CONFIG_BYTES + 1)
+    with pytest.raises(EnvironmentFaultError, match="the server sends 16,777,217 bytes"):
+        find_card("hf-hub:org/name")
+    assert not [path for path in hub_of.rglob("*") if path.name.endswith(("incomplete", "config.json"))]
+
+
+def test_weights_without_an_end_are_not_received(
+    server: Server, online: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = card_of(content)
+    path = f"/{card.location.rpartition('/')[2]}"
+    server.files[path], server.faults[path] = content, Fault(endless=True)
+    monkeypatch.setenv("FINETUNE_MIRROR", server.url)
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 2**24)
+    with pytest.raises(EnvironmentFaultError, match="a file without an end"):
+        find_weights(card)
+    assert list(online.iterdir()) == []

@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 
+from finetune.errors import DiskError
 from finetune.runs.block_file import BlockFile, journal_of
-from finetune.runs.cache_dir import FeatureCacheDir, cache_folder
+from finetune.runs.cache_dir import FeatureCacheDir, cache_folder, make_once
 
 
 def keep(cache_dir: FeatureCacheDir, name: str, num_bytes: int, used: float) -> Path:
@@ -94,3 +95,14 @@ def test_files_in_use_count_towards_the_limit(cache_dir: FeatureCacheDir) -> Non
     assert "max_gb" in cache_dir.find_obstacle(900)
     assert cache_dir.find_obstacle(400) == ""
     reader.close()
+
+
+def test_a_lock_is_not_opened_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would create, or lock, the file that a link of the lock's name leads to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_folder("archives")
+    folder.mkdir(parents=True)
+    (folder / "one.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(DiskError, match="it is a symbolic link"):
+        make_once("archives", "one", lambda _: None)
+    assert not (tmp_path / "victim").exists()

@@ -145,3 +145,10 @@ def test_invalid_journals_are_ignored(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.journal").write_bytes(content)
     assert read_journal(tmp_path / "x.journal", 2) is None
     assert read_journal(tmp_path / "y.journal", 2) is None
+
+
+def test_a_sparse_journal_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    os.truncate(tmp_path / "x.journal", 2**40)
+    assert read_journal(tmp_path / "x.journal", 2) is None
+    assert not open_journal(tmp_path).load()

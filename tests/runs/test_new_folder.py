@@ -170,3 +170,9 @@ def test_the_folder_has_the_permissions_of_the_umask(tmp_path: Path, umask: int)
 def test_a_folder_that_is_removed_meanwhile_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DiskError), new_folder(tmp_path / "out"):
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not UTF-8"), new_folder(tmp_path / "a\udcff"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.recipe import load_recipe
+from finetune.runs import reader
 from finetune.runs.files import write_csv, write_json, write_text
 from finetune.runs.folder import Outcome, RunFolder
 from finetune.runs.reader import PredictionRow, RunReader
@@ -153,3 +156,26 @@ def test_half_of_a_character_is_damage(folder: RunFolder) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         _ = RunReader(folder).metrics
     assert RunReader(folder, tolerant=True).metrics == {}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_sparse_file_is_refused_and_not_read(folder: RunFolder, name: str) -> None:
+    """It takes no room on the disk, and would take all of the memory."""
+    os.truncate(folder.path / name, 2**40)
+    began = time.monotonic()
+    with pytest.raises(FinetuneError):
+        READERS[name](RunReader(folder))
+    assert time.monotonic() - began < 10
+
+
+def test_a_file_that_does_not_fit_in_memory_is_damaged(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(reader, "read_object", fail)
+    with pytest.raises(DataError, match="does not fit in memory"):
+        assert RunReader(folder).metrics is None
+    tolerant = RunReader(folder, tolerant=True)
+    assert tolerant.metrics == {} and tolerant.damaged == ["metrics.json"]

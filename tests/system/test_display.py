@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from io import StringIO
 from pathlib import Path
@@ -145,3 +146,18 @@ def test_what_was_told_before_the_log_began_is_in_it(tmp_path: Path) -> None:
     assert lines[:2] == ["backbone found", "loading"]
     assert log.endswith("strategy: freeze\n")
     assert log.count("backbone found") == 1
+
+
+# --- a stream that is closed ---------------------------------------------------------------------
+
+
+def test_messages_without_a_stream_are_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Python has no ``sys.stderr`` where the stream was closed from the start (``2>&-``)."""
+    monkeypatch.setattr(sys, "stderr", None)
+    display = Display()
+    display.log_to(tmp_path / "run.log")
+    with display.track("training", 2) as advance, display.busy("loading"):
+        advance(1, "")
+    display.warn("the disk is slow")
+    display.table(["a"], [["1"]])
+    assert "the disk is slow" in (tmp_path / "run.log").read_text()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from finetune.data.layout import LayoutReader, printable
 from finetune.errors import DataError
@@ -40,6 +40,9 @@ _MOST_FIELDS = 1000
 """Fields for all members of a tar file (``git archive`` writes one), which tarfile copies for each."""
 _UTF8 = 0x800  # flag bit of a zip entry: zipfile has decoded the name as UTF-8, not as code page 437
 _ENCRYPTED = 0x1 | 0x40  # flag bits: encryption, strong encryption
+_ENTRY = b"PK\1\2"  # the start of an entry in a zip's table of contents
+_MOST_EXTRA = 4096
+"""Bytes of the extra fields of an entry of a zip; packers write up to some hundred."""
 _UNICODE_PATH = 0x7075  # extra field of a zip entry: the name as UTF-8
 
 
@@ -122,9 +125,24 @@ class GuardedFile(io.FileIO):
     def read(self, size: int | None = -1, /) -> bytes:
         """Read up to ``size`` bytes, unless they are too many for a table of contents."""
         data = b"" if (size or 0) > self.most_bytes else super().read(size) or b""
-        if (size or 0) > self.most_bytes or data.count(b"PK\1\2") > self.most_entries:
+        if (size or 0) > self.most_bytes or data.count(_ENTRY) > self.most_entries:
             raise self.error
+        if _longest_extra(data) > _MOST_EXTRA:
+            raise BadZipFile("extra fields of an impossible length")
         return data
+
+
+def _longest_extra(content: bytes) -> int:
+    """Return the largest size of the extra fields of an entry, if this is a table of contents; else 0.
+
+    zipfile copies the rest of them for each field, so that its time is quadratic: 16 MB of them took
+    9 s.
+    """
+    longest = at = 0
+    while content.startswith(_ENTRY, at) and at + 46 <= len(content):
+        name, extra, comment = struct.unpack_from("<HHH", content, at + 28)
+        longest, at = max(longest, extra), at + 46 + name + extra + comment
+    return longest
 
 
 class ZipEntries:
@@ -286,10 +304,11 @@ def raw_name(entry: ZipInfo) -> bytes:
     if entry.flag_bits & _UTF8:
         return entry.orig_filename.encode("utf-8", "surrogateescape")
     raw = entry.orig_filename.encode("cp437")
-    rest, checksum = entry.extra, struct.pack("<I", zlib.crc32(raw))
-    while len(rest) >= 4:
-        kind, size = struct.unpack_from("<HH", rest)
-        field, rest = rest[4 : 4 + size], rest[4 + size :]
+    checksum, at = struct.pack("<I", zlib.crc32(raw)), 0
+    while at + 4 <= len(entry.extra):
+        kind, size = struct.unpack_from("<HH", entry.extra, at)
+        field = entry.extra[at + 4 : at + 4 + size]
+        at += 4 + size
         if kind == _UNICODE_PATH and len(field) > 5 and field[1:5] == checksum:
             return field[5:]
     return raw

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from finetune.data.layout import LayoutReader, quoted
+from finetune.data.layout import LayoutReader, printable, quoted
 from finetune.errors import DataError
 from finetune.system.regular_files import open_regular
 
@@ -29,9 +29,17 @@ MAX_BYTES = 2**30
 """Largest table, unpacked: it is held in memory at several times its size. A million rows take 100 MB or
 less."""
 
+MAX_COLUMNS = 20_000
+"""Most columns of a table: each costs pandas kilobytes, besides its cells."""
+MAX_CELLS = 2 * 10**8
+"""Most cells, rows times columns: an empty line becomes as many cells as the header has."""
+_MAX_HEADER = 2**22
+"""Characters of the longest header."""
+
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 """Endings of tables' names."""
 
+QUOTE = "Quote cells that hold commas."
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _WINDOWS = "cp1252"
 _CHUNK = 2**20
@@ -55,6 +63,7 @@ _OTHER_FILES = (
 )  # fmt: skip
 """Beginnings of files that are often named as tables, what they are, and what to do."""
 _HINT = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)
+_NO_SEPARATOR = re.compile(r'[^\x20-\x7e\t]|[\w"]', re.ASCII)
 
 
 def is_table(name: str) -> bool:
@@ -101,12 +110,42 @@ def find_format(reader: LayoutReader, file: Path) -> TableFormat:
             if begin.match(first):
                 raise reader.error(found, fix)
         encoding = _find_encoding(reader, first, content)
-        lines = first.decode(encoding, "ignore").splitlines()
-        is_packed = content.raw.is_packed
+        while content.read(_CHUNK):  # to its end, which counts the lines
+            pass
+        is_packed, num_lines = content.raw.is_packed, content.raw.num_lines
+    lines = first.decode(encoding, "ignore").splitlines()
     header = lines[0] if lines else ""
     if hint := _HINT.fullmatch(header):
-        return TableFormat(encoding, hint[1], 1, is_packed)
-    return TableFormat(encoding, _find_separator(file.name, header), is_packed=is_packed)
+        if _NO_SEPARATOR.match(hint[1]):
+            fix = "Separate its cells by commas, and drop that line."
+            raise reader.error(f"names {printable(hint[1])!r} as the separator of its cells", fix)
+        form = TableFormat(encoding, hint[1], 1, is_packed)
+    else:
+        form = TableFormat(encoding, _find_separator(file.name, header), is_packed=is_packed)
+    _check_cells(reader, file, form, num_lines)
+    return form
+
+
+def _check_cells(reader: LayoutReader, file: Path, found: TableFormat, num_lines: int) -> None:
+    """Refuse a table that would fill the memory by the number of its cells."""
+    with reading(reader, file), _open(reader, file) as content:
+        text = io.TextIOWrapper(content, encoding=found.encoding, newline="", errors="replace")
+        for _ in range(found.skipped):
+            text.readline(_FIRST)
+        start = text.read(_MAX_HEADER)
+        text.detach()
+    try:
+        header = next(csv.reader(io.StringIO(start, newline=""), delimiter=found.separator), [])
+    except csv.Error as error:
+        raise reader.error(f"is not a table ({error})", QUOTE) from None
+    fix = "Leave out columns other than path,label,split."
+    if len(header) > MAX_COLUMNS:
+        raise reader.error(f"has more than {MAX_COLUMNS:,} columns", fix)
+    if len(start) == _MAX_HEADER and sum(map(len, header)) + len(header) >= _MAX_HEADER:
+        raise reader.error(f"has a first line of more than {_MAX_HEADER:,} characters", fix)
+    if len(header) * num_lines > MAX_CELLS:
+        rows = f"{num_lines:,} lines of {len(header):,} cells"
+        raise reader.error(f"has {rows}, more than {MAX_CELLS:,} cells in all", fix)
 
 
 def read_cells(reader: LayoutReader, file: Path, found: TableFormat) -> DataFrame:
@@ -131,7 +170,7 @@ def read_cells(reader: LayoutReader, file: Path, found: TableFormat) -> DataFram
         raise reader.error("has an empty first line", "Start it with the header path,label.") from None
     except ParserError as error:
         message = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
-        raise reader.error(f"is not a table ({message})", "Quote cells that hold commas.") from error
+        raise reader.error(f"is not a table ({message})", QUOTE) from error
     table.index += found.skipped
     return table[(table != "").any(axis=1)]
 
@@ -150,7 +189,7 @@ def read_rows(reader: LayoutReader, file: Path) -> Iterator[list[str]]:
                 lines.readline()
             yield from csv.reader(lines, delimiter=found.separator, skipinitialspace=True)
     except csv.Error as error:
-        raise reader.error(f"is not a table ({error})", "Quote cells that hold commas.") from None
+        raise reader.error(f"is not a table ({error})", QUOTE) from None
 
 
 @contextmanager
@@ -173,10 +212,11 @@ class _Bytes(io.RawIOBase):
 
     Attributes:
         is_packed: whether the file is compressed by gzip.
+        num_lines: line ends so far; in UTF-16 also other characters with such a byte.
     """
 
     def __init__(self, reader: LayoutReader, file: BinaryIO) -> None:
-        self._reader, self._size = reader, 0
+        self._reader, self._size, self.num_lines = reader, 0, 0
         self.is_packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         self._source: Any = gzip.GzipFile(fileobj=file) if self.is_packed else file
@@ -191,6 +231,8 @@ class _Bytes(io.RawIOBase):
         self._size += size
         if self._size > MAX_BYTES:
             raise _too_large(self._reader, self._size)
+        read = bytes(memoryview(buffer)[:size])
+        self.num_lines += max(read.count(b"\n"), read.count(b"\r"))
         return size
 
 

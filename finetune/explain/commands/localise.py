@@ -200,7 +200,13 @@ def _read_boxes(file: Path) -> dict[str, list[Box]]:
     if not file.is_file():
         raise DataError(f"--boxes {file}", "there is no such file", "Check the path.")
     found: dict[str, list[Box]] = {}
-    for number, row in enumerate(read_rows(file, BOX_COLUMNS), start=2):
+    try:
+        rows = read_rows(file, BOX_COLUMNS)
+    except OSError as error:
+        raise DataError(
+            f"--boxes {file}", f"it cannot be read ({error.strerror})", "Make it readable."
+        ) from None
+    for number, row in enumerate(rows, start=2):
         try:
             x0, y0, x1, y1 = (float(row[column]) for column in BOX_COLUMNS[1:])
         except ValueError:
