@@ -47,7 +47,7 @@ IMAGES = 32
 SIZE = (3, SIDE, SIDE)
 
 
-class PlainDenseNet(torchvision.models.DenseNet):
+class PlainDenseNet(torchvision.models.DenseNet):  # type: ignore[misc]
     """A small DenseNet, whose last ReLU is a function and no module."""
 
     def __init__(self, num_classes: int) -> None:
