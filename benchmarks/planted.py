@@ -59,7 +59,7 @@ def _timm(name: str, **settings: Any) -> Callable[[int], nn.Module]:
 
 
 FAMILIES: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
-    "squeezenet": ("convolutions, ReLU in place", torchvision.models.squeezenet1_1),
+    "shufflenet": ("convolutions, ReLU in place", torchvision.models.shufflenet_v2_x0_5),
     "resnet": ("convolutions, ReLU", _timm("test_resnet")),
     "densenet": ("convolutions, ReLU as a function", PlainDenseNet),
     "repvgg": ("convolutions, ReLU", _timm("test_byobnet")),

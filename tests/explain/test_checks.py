@@ -72,18 +72,17 @@ def test_an_image_has_the_same_advantage_alone_and_among_others() -> None:
 
 
 def test_the_curve_is_that_of_an_image_deleted_by_hand() -> None:
-    """Two steps: after the first, half of the cells are grey; the half may be moved, and stays a half."""
+    """Two steps: after the first, half of the cells are deleted; the half may be moved, and stays a half."""
     network, images = Corner().eval(), bright(1)
     left = mark(slice(0, 16), slice(0, 8))
     [found] = measure_advantage(network, images, [1], [left], steps=2, places=1)
-    grey = images.mean(dim=(2, 3), keepdim=True)
 
     def odds(first: int) -> float:
-        """The log odds where four columns of cells from ``first`` on are grey."""
+        """The log odds where four columns of cells from ``first`` on are deleted."""
         mask = torch.zeros(SIZE, SIZE)
         for column in range(first, first + 4):
             mask[:, column % 8 * 8 : column % 8 * 8 + 8] = 1
-        logits = network(torch.where(mask > 0, grey, images))[0]
+        logits = network(images.masked_fill(mask > 0, 0))[0]
         return float(logits[1] - logits[0])  # of two classes, the log odds are the difference
 
     assert found is not None

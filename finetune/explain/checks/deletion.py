@@ -1,10 +1,11 @@
 """Does the class score fall faster if the marked pixels are deleted first? (Petsiuk et al., arXiv:1806.07421)
 
-The image is cut into 8 x 8 cells. Cells are replaced by the image's mean colour, an eighth of them at a time,
-in the order of the map. For comparison the same map is moved to random places of the image. The advantage of
-the map is the area between the two curves: how much lower the score is, on average, than after deleting as
-many cells in the same pattern somewhere else. It is about zero for a map that marks nothing in particular,
-and below zero for one that marks the wrong places.
+The image is cut into 8 x 8 cells. Cells are replaced by the mean that the network subtracts, an eighth of
+them at a time, in the order of the map. (The mean colour of the image itself would tell what was deleted.)
+For comparison the same map is moved to random places of the image. The advantage of the map is the area
+between the two curves: how much lower the score is, on average, than after deleting as many cells in the same
+pattern somewhere else. It is about zero for a map that marks nothing in particular, and below zero for one
+that marks the wrong places.
 
 Single cells drawn at random would be no fair comparison: scattered over the image they leave no part of the
 object whole, so that they lower the score faster than the best of maps.
@@ -111,14 +112,13 @@ def _order(cells: Tensor, generator: torch.Generator) -> Tensor:
 
 def _measure_curve(network: nn.Module, images: Tensor, classes: Tensor, order: Tensor, steps: int) -> Tensor:
     """Return the log odds (B, S - 1) of the classes after each step but the last; lower is less evidence."""
-    grey = images.mean(dim=(2, 3), keepdim=True)
     rank = order.argsort(dim=1).reshape(-1, 1, CELLS, CELLS)  # when each cell is deleted
     curve = []
     for step in range(1, steps):
         deleted = (rank < step * CELLS**2 / steps).to(images)
         mask = F.interpolate(deleted, images.shape[2:], mode="nearest")
         with torch.inference_mode():
-            logits = tensors_in(network(torch.where(mask > 0, grey, images)))[0].float().cpu()
+            logits = tensors_in(network(images.masked_fill(mask > 0, 0)))[0].float().cpu()
         odds = torch.from_numpy(compute_log_odds(logits))
         curve.append(odds.gather(1, classes[:, None])[:, 0])
     return torch.stack(curve, dim=1)
