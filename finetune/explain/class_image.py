@@ -19,7 +19,7 @@ Shape legend: S images, each with a seed of its own, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ def compute_class_images(
     is_smooth: bool = False,
     num_steps: int = NUM_STEPS,
     contrast: float = CONTRAST,
+    advance: Callable[[], None] = lambda: None,
 ) -> ClassImages:
     """Return an image of high score for each seed.
 
@@ -80,6 +81,7 @@ def compute_class_images(
         is_smooth: shift and blur the images.
         num_steps: steps of gradient ascent.
         contrast: root mean square of the images, from which lambda follows.
+        advance: called after each step.
     """
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = [torch.randn(start.shape, generator=random) for random in randoms]
@@ -99,6 +101,7 @@ def compute_class_images(
             images = torch.clamp(images + share * (wanted - images), low, high)
             if is_smooth and (step + 1) % _BLUR_EVERY == 0:
                 images = images_of.gaussian_blur(images, [5, 5], [_BLUR, _BLUR])
+            advance()
         with torch.no_grad():
             history.append(compute_scores(images)[:, index].cpu())
     return ClassImages(images.float().cpu(), torch.stack(history), decays)

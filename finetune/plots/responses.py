@@ -63,8 +63,11 @@ def draw_responses(path: Path, layers: Sequence[str], rows: Sequence[ResponseRow
         right.set(xlabel=row.label, ylabel="probability", ylim=(-0.02, 1.02))
     panels[0][0].set_title("distance of the features", loc="left", fontsize=10)
     panels[0][1].set_title("probability of the class", loc="left", fontsize=10)
-    panels[0][0].legend(loc="upper center", frameon=False, fontsize=8, ncols=2)
-    figure.suptitle(wrap(title, 110), x=0.07, y=0.94, ha="left", fontsize=11)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0.06, 0.95), frameon=False, fontsize=8, ncols=7
+    )
+    figure.suptitle(wrap(title, 110), x=0.07, y=0.97, ha="left", fontsize=11)
     write_figure(path, figure)
 
 

@@ -13,8 +13,9 @@ drawn. Shape legend: R classes, S seeds, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ def explain_class(
         seeds = range(recipe.seed, recipe.seed + num_seeds)
         with new_folder(output) as folder:
             rows: list[list[_Drawn]] = []
-            with display.track("computing class images", len(indices)) as advance:
+            with display.track("computing class images", len(indices) * NUM_STEPS) as advance:
                 for index in indices:
-                    rows.append(_compute(network, index, seeds, is_smooth))
-                    advance(1, "")
+                    step = partial(advance, 1, classes[index])
+                    rows.append(_compute(network, index, seeds, is_smooth, step))
             record = _write(network, classes, rows, is_smooth, folder)
         display.say(record["checks"]["recognised"]["said"])
         return say_written(output, record, display)
@@ -109,14 +110,18 @@ def _choose(classes: Sequence[str], name: str | None) -> list[int]:
     return list(range(len(classes)))
 
 
-def _compute(network: Network, index: int, seeds: Sequence[int], is_smooth: bool) -> list[_Drawn]:
+def _compute(
+    network: Network, index: int, seeds: Sequence[int], is_smooth: bool, advance: Callable[[], None]
+) -> list[_Drawn]:
     card, device = network.backbone.card, network.placement.device
     size = card.preprocessing.input_size
     normalize = Normalizer(card.preprocessing, device)
     black, white = (normalize(_plain(value).to(device))[0] for value in (0, 255))
     scores_of = find_scores(network.backbone.network, size)
     start = torch.zeros(size, device=device)  # the mean that the network subtracts
-    found = compute_class_images(scores_of, index, start, (black, white), seeds, is_smooth=is_smooth)
+    found = compute_class_images(
+        scores_of, index, start, (black, white), seeds, is_smooth=is_smooth, advance=advance
+    )
     share = (found.pixels - black.cpu()) / (white - black).cpu()
     views = (255 * share).round().clamp(0, 255).to(torch.uint8)
     with torch.inference_mode():
