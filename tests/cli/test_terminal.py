@@ -100,6 +100,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
 
 
 Words = Callable[[Place], tuple[object, ...]]
+OF_IMAGES = (
+    *("cam", "saliency", "localise", "filters", "maps", "top", "deconv", "evolution", "receptive-field"),
+    "invariance",
+)
+"""What `finetune explain` shows of images."""
 DONE: dict[str, Words] = {
     "run": lambda at: (
         "-b",
@@ -114,6 +119,8 @@ DONE: dict[str, Words] = {
         0,
         "--batch-size",
         8,
+        "--set",
+        "training.keep_epochs=[1]",
     ),
     "check": lambda at: (at.data, "-o", at.new),
     "check --run": lambda at: ("--run", at.run, "-o", at.new),
@@ -138,6 +145,10 @@ DONE: dict[str, Words] = {
     "recipes show": lambda at: (at.root / f"recipe{EVIL}.yaml",),
     "cache list": lambda at: (),
     "cache clear": lambda at: (),
+    "backbones chart": lambda at: ("resnet18", "mobilenetv3_small_050", "-o", at.new),
+    "explain ablate": lambda at: (at.run, "-o", at.new, *WORDS),
+    "explain class": lambda at: (at.run, "-o", at.new, "--seeds", 1, *WORDS),
+    **{f"explain {name}": lambda at: (at.run, at.image, "-o", at.new, *WORDS) for name in OF_IMAGES},
 }
 """Words with which a command succeeds; after its name may stand a flag that tells two cases apart."""
 REFUSED: dict[str, tuple[int, Words]] = {
@@ -162,6 +173,8 @@ REFUSED: dict[str, tuple[int, Words]] = {
     "recipes show": (2, lambda at: (EVIL,)),
     "cache list": (2, lambda at: (EVIL,)),
     "cache clear": (2, lambda at: (EVIL,)),
+    "backbones chart": (2, lambda at: (EVIL, "-o", at.new)),
+    **{f"explain {name}": (2, lambda at: (EVIL, "-o", at.new)) for name in (*OF_IMAGES, "class", "ablate")},
 }
 """Exit code and words of a refusal that names what was given."""
 
