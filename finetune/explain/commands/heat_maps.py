@@ -12,7 +12,6 @@ Shape legend: N images with a map or without, h w positions of the map.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from finetune.data.inputs import InputImage
 from finetune.explain.checks.verdicts import Check
 from finetune.explain.commands.checked_maps import CheckedMaps, MapJob, MapRow
 from finetune.explain.commands.images import ImageReader
-from finetune.explain.commands.record import write_record
+from finetune.explain.commands.record import write_arrays, write_record
 from finetune.plots.overlay import draw_overlay
 from finetune.plots.sheet import CELL, Grid, Tile, write_grid
-from finetune.runs.files import write_bytes, write_csv
+from finetune.runs.files import write_csv
 from finetune.system.display import Display
 
 MOST_DRAWN = 24
@@ -143,6 +142,4 @@ def _write_tables(job: MapJob, computed: Sequence[MapRow], rows: Sequence[MapRow
     for number, row in enumerate(computed):
         if row.heat.values is not None:
             maps[number] = row.heat.values.numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, paths=np.array([row.path for row in computed]), maps=maps)
-    write_bytes(folder / "heat-maps.npz", buffer.getvalue())
+    write_arrays(folder / "heat-maps.npz", paths=np.array([row.path for row in computed]), maps=maps)
