@@ -78,6 +78,7 @@ def load_backbone(
         found = "it is an encoder that gives features only, and cannot hold a classifier"
         raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
     check_patches(network, card)
+    _check_takes_images(card)
     path = find_weights(card, weights, offline) if pretrained else None
     if path is not None and weights is None:
         check_digest(path, card.sha256)
@@ -131,13 +132,20 @@ def load_source(card: Card, weights: str | None = None, offline: bool = False) -
     return Backbone(network, card, _stages_of(network, card.preprocessing), match)
 
 
+def _check_takes_images(card: Card) -> None:
+    channels = card.preprocessing.channels
+    if channels != 3:
+        found = f"it takes {channels} planes of features, and no images"
+        raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
+
+
 def _with_note(match: Match, note: str) -> Match:
     return replace(match, notes=(*match.notes, note)) if note else match
 
 
 def _without_weights(card: Card) -> Card:
     """Return the card of the architecture alone, without licence and origin of weights that are not used."""
-    name = f"{card.library}/{card.architecture}"
+    name = f"{card.source}/{card.architecture}"
     return replace(card, name=name, tag="", place="none", location="", license="", origin="")
 
 

@@ -3,8 +3,9 @@
 A name is resolved in this order; the first match is taken:
 
 1. a folder on this machine: a finished run, or its ``model`` folder (with or without ``local-dir:``);
-2. a prefix that names the source: ``timm/NAME``, ``torchvision/NAME``, ``hf-hub:ORG/NAME``;
-3. a name of timm, also of its earlier releases, with or without a tag (``resnet50.a1_in1k``);
+2. a prefix that names the source: ``timm/NAME``, ``torchvision/NAME``, ``zoo/NAME``, ``hf-hub:ORG/NAME``;
+3. a name of timm, also of its earlier releases, with or without a tag (``resnet50.a1_in1k``), or of
+   :mod:`pretrained.zoo`, whose published networks are registered with timm;
 4. a name of torchvision.
 
 For example, ``resnet50`` is timm's, and ``squeezenet1_0`` is torchvision's, because timm has none.
@@ -45,6 +46,7 @@ from pretrained.config import (
 from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
 from pretrained.packages import PACKAGES
+from pretrained.zoo import NAMES as ZOO_NAMES
 
 Library = Literal["timm", "torchvision"]
 Place = Literal["hub", "url", "folder", "package", "none"]
@@ -63,6 +65,7 @@ class Preprocessing:
         mean: subtracted from the channels of an RGB image in [0, 1].
         std: divisor of the channels.
         value_range: values that become black and white in images of more than 8 bits; None if unknown.
+        channels: of one input tensor; other than 3 if the network takes no images (a board of Go).
     """
 
     img_size: int = 224
@@ -72,20 +75,23 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     value_range: tuple[float, float] | None = None
+    channels: int = 3
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height, width of one input tensor."""
-        return (3, self.img_size, self.img_size)
+        return (self.channels, self.img_size, self.img_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with the recipe's keys (section ``input``), and the range of values if known."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        del values["channels"]
+        return values
 
     def to_timm(self) -> dict[str, Any]:
         """Return the values with timm's keys (``data_config``)."""
         values = asdict(self) | {"input_size": self.input_size}
-        del values["img_size"], values["value_range"]
+        del values["img_size"], values["value_range"], values["channels"]
         return values
 
 
@@ -127,6 +133,11 @@ class Card:
     pool: Pool = "auto"
     temperature: float = 1.0
 
+    @property
+    def source(self) -> str:
+        """What its name begins with: ``timm``, ``torchvision``, or ``zoo`` for :mod:`pretrained.zoo`."""
+        return "zoo" if self.library == "timm" and self.architecture in ZOO_NAMES else self.library
+
     def with_input(self, preprocessing: Preprocessing) -> Card:
         """Return the card with other preprocessing."""
         return replace(self, preprocessing=preprocessing)
@@ -163,11 +174,11 @@ def find_card(name: str, offline: bool = False) -> Card:
     library, slash, bare = name.partition("/")
     if not slash:
         library, bare = "", name
-    if library not in ("", "timm", "torchvision"):
-        found = "it is no folder, and names with a slash start with timm/ or torchvision/"
+    if library not in ("", "timm", "torchvision", "zoo"):
+        found = "it is no folder, and names with a slash start with timm/, torchvision/ or zoo/"
         fix = "Check the path, or see `finetune backbones`."
         raise UsageError(f"--backbone {name}", found + _nearest(Path(name).name), fix)
-    if library in ("", "timm") and is_model(bare):
+    if (library in ("", "timm") and is_model(bare)) or (library == "zoo" and bare in ZOO_NAMES):
         return _card_from_timm(timm_old_names.get(bare) or bare)
     if library in ("", "torchvision") and bare.partition(".")[0] in torchvision_names():
         return _card_from_torchvision(bare)
@@ -220,6 +231,8 @@ def _card_from_timm(name: str) -> Card:
         license=config.license or "",
         origin=read_text(config.paper_ids or config.origin_url),
     )
+    if card.source == "zoo":
+        return replace(card, name=f"zoo/{architecture}", preprocessing=_zoo_preprocessing(card, config))
     package = PACKAGES.get(f"{architecture}.{tag}")
     if package is None or (file := package.find()) is None:
         return card
@@ -247,6 +260,12 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
         mean=_three(config.get("mean") or default.mean),
         std=_three(config.get("std") or default.std),
     )
+
+
+def _zoo_preprocessing(card: Card, config: Any) -> Preprocessing:
+    """Networks of one channel take images, and make them grey; others take what is no image."""
+    channels = config.input_size[0]
+    return replace(card.preprocessing, channels=3 if channels == 1 else channels)
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -363,10 +382,11 @@ def _card_from_hub(name: str, hub_id: str, offline: bool) -> Card:
 
 
 def list_names(search: str = "") -> Iterator[str]:
-    """Yield every full name that contains ``search`` (case-insensitive): timm, then torchvision."""
+    """Yield every full name that contains ``search`` (case-insensitive): timm, torchvision, the zoo."""
     tagged, wanted = timm.list_pretrained(), search.lower()
-    bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged}
+    bare = set(timm.list_models()) - {name.partition(".")[0] for name in tagged} - set(ZOO_NAMES)
     timm_names = (f"timm/{name}" for name in sorted([*tagged, *bare]))
-    for name in [*timm_names, *(f"torchvision/{name}" for name in torchvision_names())]:
+    torchvision = (f"torchvision/{name}" for name in torchvision_names())
+    for name in [*timm_names, *torchvision, *(f"zoo/{name}" for name in ZOO_NAMES)]:
         if wanted in name.lower():
             yield name

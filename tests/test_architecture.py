@@ -18,7 +18,7 @@ PACKAGES = ("finetune", "pretrained")
 
 FLOORS = (
     ("finetune", "finetune.errors", "finetune.targets"),
-    ("pretrained.graph",),
+    ("pretrained.graph", "pretrained.zoo"),
     ("pretrained",),
     ("finetune.system", "finetune.strategies"),
     ("finetune.recipe",),

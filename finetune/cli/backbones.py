@@ -55,7 +55,7 @@ def _facts(card: Card) -> dict[str, Any]:
     place = place or ("here" if find_cached(card) else "download")
     return {
         "name": card.name,
-        "source": card.library,
+        "source": card.source,
         "parameters": num_parameters(card),
         "input_size": card.preprocessing.img_size,
         "license": card.license,

@@ -96,6 +96,8 @@ def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentati
     """Return the random training view, or the evaluation view for ``none``."""
     if augmentation == "none":
         return build_eval_transform(preprocessing)
+    if augmentation == "shift":
+        return _build_shift(preprocessing)
     smallest = _SMALLEST_CROP[augmentation]
     crop = v2.RandomResizedCrop(
         preprocessing.img_size,
@@ -107,10 +109,34 @@ def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentati
     steps = [crop, v2.RandomHorizontalFlip(), *_distortions(augmentation, preprocessing), v2.PILToTensor()]
     if augmentation == "heavy":
         steps.append(_erase_at_random)
-    short_side = _compute_short_side(preprocessing.img_size, smallest)
+    return _build_random(steps, preprocessing, _compute_short_side(preprocessing.img_size, smallest))
+
+
+def _build_shift(preprocessing: Preprocessing) -> Transform:
+    """Return the image at the input size, moved by up to an eighth of it, and mirrored (arXiv:1409.5185).
+
+    For images of 32 pixels: padded by 4 pixels on each side, of which a random crop of 32 pixels is taken.
+    """
+    size, resample = preprocessing.img_size, InterpolationMode(preprocessing.interpolation)
+    steps = [
+        v2.Resize(size, resample, antialias=True),
+        v2.CenterCrop(size),
+        v2.RandomCrop(size, padding=size // 8, fill=_mean_colour(preprocessing)),
+        v2.RandomHorizontalFlip(),
+        v2.PILToTensor(),
+    ]
+    return _build_random(steps, preprocessing, size)
+
+
+def _build_random(steps: list[Any], preprocessing: Preprocessing, short_side: int) -> Transform:
     # A user of "nearest" wants no interpolated colours, so the image is not reduced.
     interpolates = preprocessing.interpolation != "nearest"
     return Transform(v2.Compose(steps), preprocessing, True, short_side if interpolates else None)
+
+
+def _mean_colour(preprocessing: Preprocessing) -> list[int]:
+    """Return the colour, from 0 to 255, that the network's normalisation maps to zero."""
+    return [round(255 * channel) for channel in preprocessing.mean]
 
 
 def _compute_short_side(img_size: int, smallest_crop: float) -> int:
@@ -126,7 +152,7 @@ def _distortions(augmentation: Augmentation, preprocessing: Preprocessing) -> li
     """Return the operations on colour and shape: none, one of random strength, or several strong ones."""
     keys: dict[str, Any] = {
         "interpolation": InterpolationMode.BILINEAR,
-        "fill": [round(255 * channel) for channel in preprocessing.mean],
+        "fill": _mean_colour(preprocessing),
     }
     if augmentation == "medium":
         return [v2.TrivialAugmentWide(**keys)]  # arXiv:2103.10158: nothing to tune

@@ -21,9 +21,13 @@ from pretrained.stage_classifier import StageClassifier
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
+_KINDS = {"torchvision": "of torchvision", "zoo": "of the published networks"}
+"""What timm says of a network that it does not have."""
+
+
 def loads_in_timm(card: Card) -> bool:
     """Return whether plain timm builds the same network from its architecture alone."""
-    return card.library == "timm" and card.head != "drop_fc" and not card.taps
+    return card.source == "timm" and card.head != "drop_fc" and not card.taps
 
 
 def find_base_model(card: Card) -> str:
@@ -76,10 +80,7 @@ def name_for_timm(card: Card) -> str:
     timm would build the network of this name with another classifier, load what fits with a warning, and
     predict nonsense. It shows the text up to the first dot.
     """
-    if card.library == "torchvision":
-        kind = "of torchvision"
-    else:
-        kind = "on several stages" if card.taps else "with a changed head"
+    kind = _KINDS.get(card.source, "on several stages" if card.taps else "with a changed head")
     return f"{card.architecture} {kind}, which only finetune loads"
 
 

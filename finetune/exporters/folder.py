@@ -1,9 +1,9 @@
 """The ``model/`` folder: ``config.json``, ``model.safetensors`` and a model card, in timm's format.
 
 A timm network's folder loads with plain ``timm.create_model("local-dir:PATH", pretrained=True)``. What
-timm cannot build (a torchvision network, a classifier on several stages, or a timm network without its fully
-connected layers) has an architecture that timm refuses (:func:`finetune.exporters.config.name_for_timm`), and
-loads with :func:`load_exported`.
+timm cannot build (a network of torchvision or of :mod:`pretrained.zoo`, a classifier on several stages, or a
+timm network without its fully connected layers) has an architecture that timm refuses
+(:func:`finetune.exporters.config.name_for_timm`), and loads with :func:`load_exported`.
 
 :func:`staged` writes a folder under a temporary name, so that it appears complete or not at all.
 """

@@ -83,7 +83,7 @@ def build_readme(card: Card, metrics: Metrics, source: str, data: TrainingData |
 def _front_matter(card: Card, metrics: Metrics, data: TrainingData) -> str:
     """Return one key per line; the values are JSON, which is valid YAML and quotes any name."""
     values: dict[str, Any] = {
-        "tags": ["image-classification", card.library, "finetune"],
+        "tags": ["image-classification", "finetune" if card.source == "zoo" else card.library, "finetune"],
         "pipeline_tag": "image-classification",
         "library_name": card.library if loads_in_timm(card) else "finetune",
         **_license(card),

@@ -19,7 +19,7 @@ from finetune.targets import ClassWeights, Monitor
 
 Auto = Literal["auto"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
-Augmentation = Literal["none", "light", "medium", "heavy"]
+Augmentation = Literal["none", "shift", "light", "medium", "heavy"]
 Optimizer = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16", "float16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -155,8 +155,8 @@ class InputSettings(_Section):
     std: tuple[_Std, _Std, _Std] | Auto = Field("auto", description="each channel is divided by it")
     augmentation: Augmentation = Field(
         "light",
-        description="augmentation of training images; none: the evaluation view, light: random crop and "
-        "flip, medium: light with colour jitter and TrivialAugment, heavy: RandAugment, small crops and "
+        description="augmentation of training images; none: the evaluation view, shift: moved by up to an "
+        "eighth, and flip (networks for CIFAR), light: random crop and flip, medium: light with colour jitter and TrivialAugment, heavy: RandAugment, small crops and "
         "random erasing",
     )
 
@@ -242,6 +242,12 @@ class TrainingSettings(_Section):
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay; biases and normalisation parameters get none"
     )
+    bias_factor: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of what gets no weight decay (biases, normalisation), as a multiple of that "
+        "of its stage; 2 in the files of AlexNet's time",
+    )
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up to the full learning rate")
     schedule: Literal["constant", "cosine", "step", "plateau"] = Field(
         "cosine",
@@ -250,6 +256,9 @@ class TrainingSettings(_Section):
     )
     decay_epochs: int = Field(3, ge=1, description="for the step and plateau schedules")
     decay_rate: float = Field(0.1, gt=0, lt=1, description="for the step and plateau schedules")
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="epochs after which the step schedule decays, instead of every decay_epochs"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="label smoothing (arXiv:1512.00567); 0.1 is usual"
     )

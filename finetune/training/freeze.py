@@ -35,11 +35,13 @@ def set_train_mode(network: nn.Module, plan: Plan) -> None:
                 module.training = False
 
 
-def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> list[dict[str, Any]]:
+def build_param_groups(
+    network: nn.Module, plan: Plan, weight_decay: float, bias_factor: float = 1.0
+) -> list[dict[str, Any]]:
     """Third step: parameter groups of the trained stages only, two per stage: with and without weight decay.
 
     Biases, norm parameters, scales, tokens, position embeddings and parameters that the network exempts get
-    no weight decay (:func:`takes_decay`).
+    no weight decay (:func:`takes_decay`), and ``bias_factor`` times the learning rate of their stage.
 
     Returns:
         Groups with ``name``, ``params``, ``lr``, ``base_lr`` and ``weight_decay``.
@@ -53,12 +55,13 @@ def build_param_groups(network: nn.Module, plan: Plan, weight_decay: float) -> l
     for row in plan.trained:
         for decay in (True, False):
             names = [n for n in row.stage.parameters if takes_decay(n, parameters[n], exempt) == decay]
+            lr = row.lr if decay else bias_factor * row.lr
             groups.append(
                 {
                     "name": f"{row.stage.name}{'' if decay else ' (no decay)'}",
                     "params": [parameters[name] for name in names],
-                    "lr": row.lr,
-                    "base_lr": row.lr,
+                    "lr": lr,
+                    "base_lr": lr,
                     "weight_decay": weight_decay if decay else 0.0,
                 }
             )

@@ -102,6 +102,7 @@ class Schedule:
         warmup_epochs: epochs in which the factor grows linearly from nearly 0 to 1.
         decay_epochs: epochs between two decays of the step schedule.
         decay_rate: factor of each decay of the step schedule.
+        milestones: epochs after which the step schedule decays instead; empty for every ``decay_epochs``.
     """
 
     kind: str
@@ -109,6 +110,7 @@ class Schedule:
     warmup_epochs: float
     decay_epochs: int
     decay_rate: float
+    milestones: tuple[int, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: TrainingSettings) -> Schedule:
@@ -119,6 +121,7 @@ class Schedule:
             min(settings.warmup_epochs, settings.epochs),
             settings.decay_epochs,
             settings.decay_rate,
+            settings.milestones,
         )
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
@@ -130,7 +133,9 @@ class Schedule:
             total = max(1, self.epochs * steps_per_epoch - warmup_steps)
             return (1 + math.cos(math.pi * (step - warmup_steps) / total)) / 2
         if self.kind == "step":
-            return self.decay_rate ** (step // steps_per_epoch // self.decay_epochs)
+            epoch = step // steps_per_epoch
+            passed = sum(epoch >= end for end in self.milestones)
+            return self.decay_rate ** (passed if self.milestones else epoch // self.decay_epochs)
         return 1.0
 
 

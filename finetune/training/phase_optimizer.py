@@ -47,7 +47,7 @@ class PhaseOptimizer:
         self._clip, self._scaler = settings.clip_grad, scaler
         freeze(network, self.plan)
         network.zero_grad(set_to_none=True)  # gradients of the previous phase
-        groups = build_param_groups(network, self.plan, settings.weight_decay)
+        groups = build_param_groups(network, self.plan, settings.weight_decay, settings.bias_factor)
         self.optimizer = build_optimizer(groups, settings)
         self._weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self._is_only = self.plan is plan  # then the caller checks the frozen stages of the whole run
@@ -63,8 +63,7 @@ class PhaseOptimizer:
         """Set every group's lr to its base lr times a factor; return the lr of the uppermost stage."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        lr: float = self.optimizer.param_groups[-1]["lr"]  # groups go from stem to head
-        return lr
+        return self.plan.trained[-1].lr * factor  # rows go from stem to head
 
     def is_usable(self, loss: Tensor, statistics: Sequence[Tensor]) -> bool:
         """Return whether loss, gradient and sums of running statistics are finite."""

@@ -30,6 +30,7 @@ from finetune.targets import compute_share
 from finetune.training.ddp import REHEARSALS, BatchShare, Replicas, waits_in_forward
 from finetune.training.state import Progress
 from finetune.training.task import Task
+from pretrained.zoo.base import take_auxiliary_logits
 
 
 class Gradient:
@@ -80,12 +81,20 @@ class Gradient:
             together = self.replicas is None or (place == number and not alone)
             with nullcontext() if together or self.replicas is None else self.replicas.alone():
                 with autocast(images.device, self.precision):
-                    loss: Tensor = self.loss(self.forward(part).float(), part_labels)
+                    loss = self._loss_of(part, part_labels)
                 loss = loss * compute_share(self.loss, part_labels, labels) if number > 1 else loss
                 loss = loss * factor if factor != 1.0 else loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         return total
+
+    def _loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of the logits, plus the weighted ones of auxiliary classifiers (GoogLeNet)."""
+        take_auxiliary_logits(self.network)  # of a forward pass without a loss
+        loss: Tensor = self.loss(self.forward(images).float(), labels)
+        for auxiliary in take_auxiliary_logits(self.network):
+            loss = loss + auxiliary.weight * self.loss(auxiliary.logits.float(), labels)
+        return loss
 
 
 def learns_batch_statistics(network: nn.Module) -> bool:

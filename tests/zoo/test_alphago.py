@@ -1,0 +1,71 @@
+"""AlphaGo's policy network: counts, a bias for each point, and a second forward pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.zoo.certify import build, num_parameters
+from tests.zoo.classics import close, outline, reaches_every_parameter
+
+SIZE = (48, 19, 19)
+
+
+def boards(count: int) -> torch.Tensor:
+    return torch.randint(0, 2, (count, *SIZE), generator=torch.Generator().manual_seed(1)).float()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "number"),  # computed; not published
+    [
+        ("alphago_policy", 192, 3_882_793),
+        ("alphago_policy_128", 128, 1_777_641),
+        ("alphago_policy_256", 256, 6_798_953),
+        ("alphago_policy_384", 384, 15_064_297),
+    ],
+)
+def test_counts(name: str, width: int, number: int) -> None:
+    layers = 25 * 48 * width + 11 * 9 * width**2 + 12 * width
+    network = outline(name)
+    assert num_parameters(network) == number == layers + width + 361
+    assert reaches_every_parameter(network, SIZE)
+
+
+def test_numbers_agree_with_the_description() -> None:
+    network, x = build("alphago_policy_128").eval(), boards(2)
+    own = dict(network.named_parameters())
+    with torch.no_grad():
+        own["head.bias"].normal_()
+        y = F.pad(x, (2, 2, 2, 2))  # "zero pads the input into a 23 x 23 image"
+        y = F.conv2d(y, own["layers.conv1.weight"], own["layers.conv1.bias"]).relu()
+        for number in range(2, 13):  # "each of the subsequent hidden layers 2 to 12 zero pads ... 21 x 21"
+            weight, bias = own[f"layers.conv{number}.weight"], own[f"layers.conv{number}.bias"]
+            y = F.conv2d(F.pad(y, (1, 1, 1, 1)), weight, bias).relu()
+        y = torch.einsum("bcij,c->bij", y, own["head.conv.weight"][0, :, 0, 0]) + own["head.bias"].view(
+            19, 19
+        )
+        assert close(network(x), y.flatten(1))
+
+
+def test_every_point_has_its_own_bias() -> None:
+    network = outline("alphago_policy")
+    assert network.head.bias.shape == (361,) and network.head.conv.bias is None
+
+
+def test_first_loss_and_gradients() -> None:
+    network = build("alphago_policy_128")
+    loss = nn.functional.cross_entropy(network(boards(2)), torch.tensor([0, 360]))
+    loss.backward()
+    assert abs(loss.item() - math.log(361)) < 0.1 * math.log(361)
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_other_classes_are_read_from_pooled_features() -> None:
+    network = outline("alphago_policy")
+    network.reset_classifier(2)
+    with torch.device("meta"):
+        assert network(torch.zeros(1, *SIZE)).shape == (1, 2)

@@ -1,0 +1,169 @@
+"""GoogLeNet as published: Table 1, auxiliary classifiers in training only, and a second forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrained.zoo.base import take_auxiliary_logits
+from pretrained.zoo.googlenet import AUXILIARY_WEIGHT, MODULES, GoogLeNet, Inception, NaiveInception, Widths
+from tests.zoo.certify import images, num_parameters
+from tests.zoo.classics import close, fill, normalise, outline, shapes
+
+SIZE = (3, 224, 224)
+TABLE_1 = {
+    "3a": (159, 128),
+    "3b": (380, 304),
+    "4a": (364, 73),
+    "4b": (437, 88),
+    "4c": (463, 100),
+    "4d": (580, 119),
+    "4e": (840, 170),
+    "5a": (1072, 54),
+    "5b": (1388, 71),
+}
+"""Published: parameters in units of 1,024, multiply-adds in millions."""
+
+
+def test_counts() -> None:
+    """Computed; Table 1 adds up to 6.8M without auxiliary classifiers and with another first layer."""
+    assert num_parameters(outline("googlenet_2014")) == 13_378_280
+    assert num_parameters(outline("googlenet_2014", auxiliary=False)) == 6_998_552
+
+
+def test_the_maps_have_the_sizes_of_table_1() -> None:
+    found = shapes(outline("googlenet_2014"), SIZE)
+    names = ("conv1", "conv2", *(f"inception{name}" for name in MODULES))
+    assert [found[name] for name in names] == [
+        *((64, 112, 112), (192, 56, 56), (256, 28, 28), (480, 28, 28), (512, 14, 14), (512, 14, 14)),
+        *((512, 14, 14), (528, 14, 14), (832, 14, 14), (832, 7, 7), (1024, 7, 7)),
+    ]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_have_the_parameters_and_operations_of_table_1(name: str) -> None:
+    """But for misprints: the filters of 4c give 497K, which its 100M need, and those of 5a 1018K and 51M."""
+    module = outline("googlenet_2014").get_submodule(f"inception{name}")
+    weights = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    size = {"3": 28, "4": 14, "5": 7}[name[0]]
+    parameters, millions = TABLE_1[name]
+    if name not in ("4c", "5a"):
+        assert weights / 1024 == pytest.approx(parameters, rel=0.02)
+    if name != "5a":
+        assert weights * size**2 / 1e6 == pytest.approx(millions, abs=1)
+    assert {"4c": 509_440, "5a": 1_042_432}.get(name, weights) == weights
+
+
+def test_the_first_row_of_table_1_is_a_separable_convolution() -> None:
+    """2.7K parameters and 34M operations are not those of the 7 x 7 convolution, which has 9.4K and 118M."""
+    weights = outline("googlenet_2014").conv1[0].weight.numel()
+    assert (weights, weights * 112**2) == (9408, 118_013_952)
+    separable = 3 * 8 * 7 * 7 + 3 * 8 * 64
+    assert (separable, round(separable * 112**2 / 1e6)) == (2712, 34)
+
+
+def small(**arguments: object) -> GoogLeNet:
+    network = outline("googlenet_2014", num_classes=7, **arguments)
+    fill(network.children())
+    return network
+
+
+def test_numbers_agree_with_the_figure() -> None:
+    network, x = small(auxiliary=False).eval(), images(1, (3, 64, 64))
+
+    def convolve(module: nn.Module, x: Tensor, stride: int = 1) -> Tensor:
+        weight, bias = module[0].weight, module[0].bias
+        return F.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2).relu()
+
+    def pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3, 2, ceil_mode=True)
+
+    with torch.no_grad():
+        logits = network(x)
+        x = normalise(pool(convolve(network.conv1, x, 2)), k=1.0, alpha=1e-4 / 5)
+        x = pool(normalise(convolve(network.conv2, convolve(network.conv2_reduce, x)), k=1.0, alpha=1e-4 / 5))
+        for name in MODULES:
+            own = network.get_submodule(f"inception{name}")
+            branches = [
+                convolve(own.one, x),
+                convolve(own.three, convolve(own.reduce3, x)),
+                convolve(own.five, convolve(own.reduce5, x)),
+                convolve(own.project, F.max_pool2d(x, 3, 1, padding=1)),
+            ]
+            x = torch.cat(branches, dim=1)
+            x = pool(x) if name in ("3b", "4e") else x
+        assert close(logits, F.linear(x.mean((2, 3)), network.head.fc.weight, network.head.fc.bias))
+
+
+def test_auxiliary_classifiers_run_in_training_only_and_are_taken_once() -> None:
+    network, x = small(), images(2, (3, 64, 64))
+    logits = network.train()(x)
+    taken = take_auxiliary_logits(network)
+    assert logits.shape == (2, 7)
+    assert [(one.logits.shape, one.weight) for one in taken] == [((2, 7), AUXILIARY_WEIGHT)] * 2
+    assert take_auxiliary_logits(network) == ()
+    network.eval()(x)
+    assert take_auxiliary_logits(network) == ()
+    assert take_auxiliary_logits(nn.Linear(2, 2)) == ()
+
+
+def test_the_gradient_of_all_losses_reaches_every_parameter() -> None:
+    network = outline("googlenet_2014").train()
+    loss = network(torch.zeros(2, *SIZE, device="meta")).sum()
+    for one in take_auxiliary_logits(network):
+        loss = loss + one.weight * one.logits.sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_an_auxiliary_classifier_is_that_of_section_5() -> None:
+    """Quoted: "5 x 5 filter size and stride 3, resulting in a 4 x 4 x 512 output"."""
+    own = outline("googlenet_2014").auxiliary4a
+    assert own.conv[0].weight.shape == (128, 512, 1, 1)
+    assert own.fc1.weight.shape == (1024, 2048) and own.fc2.weight.shape == (1000, 1024)
+    assert own.drop.p == 0.7
+    fill([own])
+    x = images(1, (512, 14, 14))
+    with torch.no_grad():
+        hidden = own.conv(F.avg_pool2d(x, 5, 3)).flatten(1)
+        assert close(own.eval()(x), own.fc2(own.fc1(hidden).relu()))
+
+
+def test_new_classes_reach_all_three_classifiers() -> None:
+    network = outline("googlenet_2014")
+    network.reset_classifier(3)
+    outputs = [network.head.fc, network.auxiliary4a.fc2, network.auxiliary4d.fc2]
+    assert [layer.out_features for layer in outputs] == [3, 3, 3]
+
+
+# --- the naive module ------------------------------------------------------------------------------
+
+
+def operations(module: nn.Module, positions: int) -> int:
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return positions * sum(layer.weight.numel() for layer in layers)
+
+
+def test_the_naive_module_costs_854_million_operations_and_the_reduced_one_271() -> None:
+    """The example of the lectures: 28 x 28 x 256 in, 128, 192 and 96 filters, reductions to 64.
+
+    They say 358 million for the reduced one, which is the sum of their own rows with the 3 x 3 counted twice.
+    """
+    with torch.device("meta"):
+        naive = NaiveInception(256, Widths(128, 0, 192, 0, 96, 0))
+        reduced = Inception(256, Widths(128, 64, 192, 64, 96, 64))
+    assert round(operations(naive, 28**2) / 1e6) == 854
+    assert round(operations(reduced, 28**2) / 1e6) == 271
+    twice = operations(reduced, 28**2) + operations(reduced.three, 28**2)
+    assert round(twice / 1e6) == 358
+    x = torch.zeros(1, 256, 28, 28, device="meta")
+    assert naive(x).shape == (1, 672, 28, 28) and reduced(x).shape == (1, 480, 28, 28)
+
+
+def test_the_naive_network_grows() -> None:
+    """Computed; nobody published it."""
+    network = outline("googlenet_2014_naive")
+    assert num_parameters(network) == 104_274_376
+    assert network.num_features > 3 * 1024

@@ -1,0 +1,171 @@
+"""Pre-activation networks of CIFAR and the five units, arXiv:1603.05027, figure 4 and table 2."""
+
+import pytest
+import torch
+from pytorchcv.models.preresnet_cifar import CIFARPreResNet
+from torch import Tensor, nn
+
+from pretrained.zoo.preresnet import Unit, cifar_preresnet
+from tests.zoo.certify import (
+    State,
+    assert_gradient_everywhere,
+    assert_same_output,
+    blocks_of,
+    classify,
+    conv,
+    copy_weights,
+    count,
+    images,
+    initial_loss,
+    map_sizes,
+    norm,
+    on_meta,
+    pad_shortcut,
+    pytorchcv_preact_name,
+    randomise,
+)
+
+UNITS: tuple[Unit, ...] = ("original", "bn_after", "relu_before", "relu_only", "full")
+
+
+def test_parameters() -> None:
+    """Published: 1.7 M at depth 110 and 164; exact counts computed.
+
+    Batch norm on the three projections of 164 has 896 parameters, in units whose last convolution has it.
+    """
+    assert count("cifar_preresnet110") == 1_727_962
+    assert count("cifar_preresnet164") == 1_703_258
+    for unit in UNITS[:-1]:
+        assert count(f"cifar_preresnet110_{unit}") == 1_727_962
+        assert count(f"cifar_preresnet164_{unit}") == 1_703_258 + (0 if unit == "bn_after" else 896)
+
+
+@pytest.mark.slow
+def test_parameters_of_1001_layers() -> None:
+    assert count("cifar_preresnet1001") == 10_327_706  # published: 10.2 M
+
+
+def test_table_of_layers() -> None:
+    assert map_sizes(on_meta("cifar_preresnet110")) == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert map_sizes(on_meta("cifar_preresnet164")) == [
+        (16, 32, 32),
+        (64, 32, 32),
+        (128, 16, 16),
+        (256, 8, 8),
+    ]
+    assert [len(stage) for stage in on_meta("cifar_preresnet164").stages] == [18, 18, 18]
+
+
+# --- structure -------------------------------------------------------------------------------------
+
+
+def test_an_activation_follows_the_last_sum() -> None:
+    """The wrong port ends in the sum. In the other forms the activation is in the last unit."""
+    endings = {
+        unit: [type(layer) for layer in cifar_preresnet(20, unit, bottleneck=False).last] for unit in UNITS
+    }
+    assert endings["full"] == [nn.BatchNorm2d, nn.ReLU]
+    assert endings["relu_only"] == [nn.ReLU]
+    assert endings["original"] == endings["bn_after"] == endings["relu_before"] == []
+
+
+def test_shortcuts_that_change_the_shape_read_the_activated_signal() -> None:
+    """The wrong port has them on the raw signal. The first unit too is activated before its paths."""
+    network = cifar_preresnet(29)
+    for stage, blocks in enumerate(network.stages):
+        assert [type(layer) for layer in blocks[0].before] == [nn.BatchNorm2d, nn.ReLU], stage
+        assert isinstance(blocks[0].branch[0], nn.Conv2d)
+        for block in blocks[1:]:
+            assert isinstance(block.before, nn.Identity)
+            assert isinstance(block.branch[0], nn.BatchNorm2d)
+    basic = cifar_preresnet(20, bottleneck=False)
+    assert [type(layer) for layer in basic.stages[0][0].before] == [nn.BatchNorm2d, nn.ReLU]
+
+
+def test_nothing_follows_the_sum_of_a_pre_activated_unit() -> None:
+    block = cifar_preresnet(20, bottleneck=False).stages[0][1].eval()
+    features = torch.full((1, 16, 8, 8), -5.0)
+    block.branch.conv2.weight.data.zero_()
+    with torch.no_grad():
+        assert torch.equal(block(features), features)  # an identity, also for negative values
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def second_forward(state: State, batch: Tensor, unit: Unit) -> Tensor:
+    """Basic units, each line as figure 4 draws it."""
+    x = conv(state, "stem.conv1", batch)
+    if unit != "full":
+        x = norm(state, "stem.bn1", x)
+    if unit in ("original", "bn_after", "relu_before"):
+        x = torch.relu(x)
+    for index, (name, stride) in enumerate(blocks_of(state)):
+        branch = f"{name}.branch"
+        shared = index == 0 or stride == 2
+        if unit == "full":
+            start = torch.relu(norm(state, f"{name}.before.bn1" if shared else f"{branch}.bn1", x))
+            second = f"{branch}.bn1" if shared else f"{branch}.bn2"
+            y = torch.relu(norm(state, second, conv(state, f"{branch}.conv1", start, stride)))
+            y = conv(state, f"{branch}.conv2", y)
+        else:
+            start = torch.relu(x) if unit == "relu_only" else x
+            y = torch.relu(norm(state, f"{branch}.bn1", conv(state, f"{branch}.conv1", start, stride)))
+            y = conv(state, f"{branch}.conv2", y)
+            if unit != "bn_after":
+                y = norm(state, f"{branch}.bn2", y)
+            if unit == "relu_before":
+                y = torch.relu(y)
+        pre_activated = unit in ("full", "relu_only")
+        x = y + pad_shortcut(start if pre_activated and shared else x, y.shape[1], stride)
+        if unit == "bn_after":
+            x = norm(state, f"{name}.after.bn1", x)
+        if unit in ("original", "bn_after"):
+            x = torch.relu(x)
+    if unit == "full":
+        x = norm(state, "last.bn1", x)
+    if unit in ("full", "relu_only"):
+        x = torch.relu(x)
+    return classify(state, x)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_numbers_of_a_second_forward(unit: Unit) -> None:
+    torch.manual_seed(0)
+    network = randomise(cifar_preresnet(20, unit, bottleneck=False))
+    state = network.state_dict()
+    assert_same_output(network, lambda batch: second_forward(state, batch, unit), images())
+
+
+def test_numbers_of_pytorchcv_with_its_stride() -> None:
+    """pytorchcv has a bottleneck's stride in the 3x3, the authors in the first 1x1: ours is moved here."""
+    torch.manual_seed(0)
+    ours = randomise(cifar_preresnet(29))
+    for stage in list(ours.stages)[1:]:
+        stage[0].branch.conv1.stride, stage[0].branch.conv2.stride = (1, 1), (2, 2)
+    theirs = CIFARPreResNet([[64] * 3, [128] * 3, [256] * 3], 16, bottleneck=True)
+    copy_weights(ours, theirs, lambda name: pytorchcv_preact_name(shift_shared(name)))
+    assert_same_output(ours, theirs, images())
+
+
+def shift_shared(name: str) -> str:
+    """Number a branch's batch norms from 2 where the first one is before both paths."""
+    for stage in range(3):
+        for number in (2, 1):
+            start = f"stages.{stage}.0.branch.bn"
+            if name.startswith(f"{start}{number}."):
+                return name.replace(f"{start}{number}.", f"{start}{number + 1}.")
+    return name
+
+
+def test_gradient_and_first_loss() -> None:
+    """The first loss is within 10 % of log K where a batch norm follows the last sum.
+
+    In the others each unit adds variance, and ``relu_before`` adds positive values only: it is above.
+    """
+    for unit in UNITS:
+        torch.manual_seed(0)
+        network = cifar_preresnet(20, unit, bottleneck=False)
+        if unit in ("full", "bn_after"):
+            assert initial_loss(network, images(16)) == pytest.approx(1, abs=0.1)
+        assert_gradient_everywhere(network, images(8))
