@@ -62,7 +62,7 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         **_value_range(card),
         "base_model": find_base_model(card),
     }
-    config = _timm_config(card, network) if card.library == "timm" else _own_config(card)
+    config = _timm_config(card, network) if card.source == "timm" else _own_config(card)
     if not loads_in_timm(card):
         ours["architecture"] = config["architecture"]
         config["architecture"] = name_for_timm(card)

@@ -6,14 +6,12 @@ declarations, so a new key needs only its line here.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from ruamel.yaml import YAML
-from ruamel.yaml.representer import SafeRepresenter
 
+from finetune.recipe.yaml import write_yaml
 from finetune.strategies import AUTO, STRATEGIES, starts_random
 from finetune.targets import ClassWeights, Monitor
 
@@ -28,17 +26,6 @@ _CropPct = Annotated[float, Field(ge=0.1, le=1)]
 _Mean = Annotated[float, Field(ge=-1_000_000, le=1_000_000)]
 _Std = Annotated[float, Field(ge=1e-6, le=1_000_000)]
 # The bounds of pretrained.config, so that a model can be read again with its preprocessing.
-
-
-class _Representer(SafeRepresenter):  # type: ignore[misc]
-    """Writes text with unprintable characters, such as Unicode line separators, quoted and escaped."""
-
-    def represent_str(self, data: str) -> Any:
-        style = None if data.isprintable() else '"'
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Representer.add_representer(str, _Representer.represent_str)
 
 
 class _Section(BaseModel):
@@ -156,8 +143,8 @@ class InputSettings(_Section):
     augmentation: Augmentation = Field(
         "light",
         description="augmentation of training images; none: the evaluation view, shift: moved by up to an "
-        "eighth, and flip (networks for CIFAR), light: random crop and flip, medium: light with colour jitter and TrivialAugment, heavy: RandAugment, small crops and "
-        "random erasing",
+        "eighth, and flip (networks for CIFAR), light: random crop and flip, medium: light with colour "
+        "jitter and TrivialAugment, heavy: RandAugment, small crops and random erasing",
     )
 
 
@@ -242,11 +229,11 @@ class TrainingSettings(_Section):
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay; biases and normalisation parameters get none"
     )
-    bias_factor: float = Field(
+    bias_lr_factor: float = Field(
         1.0,
         gt=0,
-        description="learning rate of what gets no weight decay (biases, normalisation), as a multiple of that "
-        "of its stage; 2 in the files of AlexNet's time",
+        description="factor on the learning rate of what gets no weight decay (biases, normalisation "
+        "parameters); 2 in the files of AlexNet's time",
     )
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up to the full learning rate")
     schedule: Literal["constant", "cosine", "step", "plateau"] = Field(
@@ -372,14 +359,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that ``load_recipe`` reads back to an equal recipe."""
-        buffer = io.StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.Representer = _Representer
-        yaml.default_flow_style = False
-        yaml.width = 2**16  # a folded line cannot keep every character beside the fold
-        yaml.sort_base_mapping_type_on_output = False
-        yaml.dump(self.to_dict(), buffer)
-        return buffer.getvalue()
+        return write_yaml(self.to_dict())
 
     def auto_keys(self) -> tuple[str, ...]:
         """Return the dotted keys that are still ``"auto"`` (a folder of that name does not count)."""

@@ -36,12 +36,12 @@ def set_train_mode(network: nn.Module, plan: Plan) -> None:
 
 
 def build_param_groups(
-    network: nn.Module, plan: Plan, weight_decay: float, bias_factor: float = 1.0
+    network: nn.Module, plan: Plan, weight_decay: float, bias_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
     """Third step: parameter groups of the trained stages only, two per stage: with and without weight decay.
 
     Biases, norm parameters, scales, tokens, position embeddings and parameters that the network exempts get
-    no weight decay (:func:`takes_decay`), and ``bias_factor`` times the learning rate of their stage.
+    no weight decay (:func:`takes_decay`), and ``bias_lr_factor`` times the learning rate of their stage.
 
     Returns:
         Groups with ``name``, ``params``, ``lr``, ``base_lr`` and ``weight_decay``.
@@ -55,7 +55,7 @@ def build_param_groups(
     for row in plan.trained:
         for decay in (True, False):
             names = [n for n in row.stage.parameters if takes_decay(n, parameters[n], exempt) == decay]
-            lr = row.lr if decay else bias_factor * row.lr
+            lr = row.lr if decay else bias_lr_factor * row.lr
             groups.append(
                 {
                     "name": f"{row.stage.name}{'' if decay else ' (no decay)'}",

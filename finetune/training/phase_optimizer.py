@@ -47,7 +47,7 @@ class PhaseOptimizer:
         self._clip, self._scaler = settings.clip_grad, scaler
         freeze(network, self.plan)
         network.zero_grad(set_to_none=True)  # gradients of the previous phase
-        groups = build_param_groups(network, self.plan, settings.weight_decay, settings.bias_factor)
+        groups = build_param_groups(network, self.plan, settings.weight_decay, settings.bias_lr_factor)
         self.optimizer = build_optimizer(groups, settings)
         self._weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         self._is_only = self.plan is plan  # then the caller checks the frozen stages of the whole run

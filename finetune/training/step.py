@@ -30,7 +30,7 @@ from finetune.targets import compute_share
 from finetune.training.ddp import REHEARSALS, BatchShare, Replicas, waits_in_forward
 from finetune.training.state import Progress
 from finetune.training.task import Task
-from pretrained.zoo.base import take_auxiliary_logits
+from pretrained.zoo.base import collect_auxiliary_logits
 
 
 class Gradient:
@@ -90,10 +90,10 @@ class Gradient:
 
     def _loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of the logits, plus the weighted ones of auxiliary classifiers (GoogLeNet)."""
-        take_auxiliary_logits(self.network)  # of a forward pass without a loss
-        loss: Tensor = self.loss(self.forward(images).float(), labels)
-        for auxiliary in take_auxiliary_logits(self.network):
-            loss = loss + auxiliary.weight * self.loss(auxiliary.logits.float(), labels)
+        with collect_auxiliary_logits(self.network) as auxiliary:
+            loss: Tensor = self.loss(self.forward(images).float(), labels)
+        for logits, weight in auxiliary:
+            loss = loss + weight * self.loss(logits.float(), labels)
         return loss
 
 

@@ -8,10 +8,10 @@ head is not "pool, then one linear layer") and registers every variant::
 Every constructor takes ``num_classes``, ``in_chans`` and ``drop_rate``; the command line sets the last one
 for every network, also to 0. ``forward`` gives logits (B, K), in training and in evaluation.
 
-A network with auxiliary classifiers (GoogLeNet) is a :class:`ZooNetwork` too. While they are in training
-mode, its ``forward`` keeps their logits beside, and whoever computes the loss takes them with
-:func:`take_auxiliary_logits` and adds each one's loss times its weight. So no other part of the program meets
-a tuple instead of logits, and a loop that does not take them trains the trunk alone.
+A network with auxiliary classifiers (GoogLeNet) is a :class:`ZooNetwork` too. Whoever computes the loss runs
+``forward`` inside :func:`collect_auxiliary_logits` and adds each classifier's loss times its weight. So no
+other part of the program meets a tuple instead of logits, and a loop that does not collect them trains the
+trunk alone.
 
 Shape legend: B batch, C channels, H W rows and columns, D features, K classes.
 """
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 from timm.layers import ClassifierHead
@@ -141,19 +142,24 @@ class AuxiliaryLogits(NamedTuple):
     weight: float
 
 
-def take_auxiliary_logits(network: nn.Module) -> tuple[AuxiliaryLogits, ...]:
-    """Return what auxiliary classifiers gave in the last forward pass, and forget it.
+@contextmanager
+def collect_auxiliary_logits(network: nn.Module) -> Iterator[list[AuxiliaryLogits]]:
+    """Yield a list that forward passes of the block fill with the logits of auxiliary classifiers.
+
+    It stays empty for a network without them, and for classifiers in evaluation mode.
 
     Args:
         network: any network, without a wrapper of :mod:`torch.nn.parallel`.
-
-    Returns:
-        Empty for a network without them, and after a forward pass in evaluation mode.
     """
-    kept: tuple[AuxiliaryLogits, ...] = getattr(network, "auxiliary_logits", ())
-    if kept:
-        network.auxiliary_logits = ()  # type: ignore[assignment]  # torch types attributes as tensors
-    return kept
+    collected: list[AuxiliaryLogits] = []
+    if not hasattr(network, "auxiliary_logits"):
+        yield collected
+        return
+    network.auxiliary_logits = collected  # type: ignore[assignment]  # torch types attributes as tensors
+    try:
+        yield collected
+    finally:
+        network.auxiliary_logits = None  # a graph that is kept could not be copied with the network
 
 
 # --- registration ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ As published: no batch normalisation, a bias and a ReLU in every convolution, 5 
 normalisation after the first pool and before the second, average pooling and dropout 0.4 before the
 classifier, auxiliary classifiers on 4a and 4d (5 x 5 average pool of stride 3, 1 x 1 convolution with 128
 maps, 1,024 values, dropout 0.7). Their loss counts 0.3 in training, and they are gone after: only training
-mode runs them, and :func:`pretrained.zoo.base.take_auxiliary_logits` hands their logits over.
+mode runs them, inside :func:`pretrained.zoo.base.collect_auxiliary_logits`.
 
 Decided here: constants of the normalisation (n = 5, alpha = 1e-4 divided by n, beta = 0.75, k = 1), Glorot's
 rule for weights and biases of 0.2, as in the replication that came with Caffe, since the paper is silent;
@@ -146,7 +146,7 @@ class GoogLeNet(PooledNetwork):
         naive: bool = False,
     ) -> None:
         super().__init__()
-        self.auxiliary_logits: tuple[AuxiliaryLogits, ...] = ()
+        self.auxiliary_logits: list[AuxiliaryLogits] | None = None
         self.conv1 = make_convolution(in_chans, 64, 7, 2)
         self.conv2_reduce = make_convolution(64, 64, 1)
         self.conv2 = make_convolution(64, 192, 3)
@@ -167,18 +167,16 @@ class GoogLeNet(PooledNetwork):
                 nn.init.constant_(layer.bias, 0.2 if layer is not self.head.fc else 0.0)  # type: ignore[arg-type]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the maps of module 5b; keep the logits of auxiliary classifiers in training mode."""
+        """Return the maps of module 5b; the logits of auxiliary classifiers go to whoever collects them."""
         x = self.norm(self.pool(self.conv1(images)))
         x = self.pool(self.norm(self.conv2(self.conv2_reduce(x))))
-        logits = []
         for name in MODULES:
             x = self.get_submodule(f"inception{name}")(x)
             auxiliary = getattr(self, f"auxiliary{name}", None)
-            if auxiliary is not None and auxiliary.training:
-                logits.append(AuxiliaryLogits(auxiliary(x), AUXILIARY_WEIGHT))
+            if auxiliary is not None and auxiliary.training and self.auxiliary_logits is not None:
+                self.auxiliary_logits.append(AuxiliaryLogits(auxiliary(x), AUXILIARY_WEIGHT))
             if name in ("3b", "4e"):
                 x = self.pool(x)
-        self.auxiliary_logits = tuple(logits)
         features: Tensor = x
         return features
 

@@ -76,7 +76,7 @@ def test_normalising_is_within_a_few_bits_of_torchvisions_newer_transforms() -> 
     torch.testing.assert_close(ours, reference(EVERY_BYTE), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("augmentation", ["light", "medium", "heavy"])
+@pytest.mark.parametrize("augmentation", ["shift", "light", "medium", "heavy"])
 def test_training_views_repeat_with_the_seed_and_differ_without(augmentation: str) -> None:
     view = build_train_transform(Preprocessing(img_size=32), augmentation)  # type: ignore[arg-type]
     image = photograph()
@@ -97,6 +97,25 @@ def test_none_is_the_evaluation_view() -> None:
     assert build_train_transform(Preprocessing(img_size=32), "none")(image).equal(plain)
 
 
+def test_shift_pads_with_the_mean_and_crops_anywhere() -> None:
+    """Every view of an image of 32 pixels is one of 2 x 81 crops of the padded image, all about as often."""
+    mean = (0.5, 0.25, 1.0)
+    view = build_train_transform(Preprocessing(img_size=32, crop_pct=1.0, mean=mean), "shift")
+    image = photograph(32, 32)
+    padded = np.empty((40, 40, 3), dtype=np.uint8)
+    padded[:] = [round(255 * channel) for channel in mean]
+    padded[4:36, 4:36] = np.asarray(image)
+    number_of = {}
+    for top, left in np.ndindex(9, 9):
+        crop = padded[top : top + 32, left : left + 32]
+        for flipped in (False, True):
+            number_of[(crop[:, ::-1] if flipped else crop).tobytes()] = (top, left, flipped)
+    torch.manual_seed(0)
+    drawn = [number_of[view(image).permute(1, 2, 0).numpy().tobytes()] for _ in range(1500)]
+    assert len(set(drawn)) == 162
+    assert sum(flipped for *_, flipped in drawn) == pytest.approx(750, abs=80)
+
+
 def test_normalisation_uses_the_preprocessing() -> None:
     grey = Image.new("RGB", (50, 50), (128, 128, 128))
     view = build_eval_transform(Preprocessing(img_size=32, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
@@ -105,7 +124,7 @@ def test_normalisation_uses_the_preprocessing() -> None:
     assert seen(view, grey).mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("augmentation", ["light", "medium", "heavy"])
+@pytest.mark.parametrize("augmentation", ["shift", "light", "medium", "heavy"])
 def test_five_hundred_views_are_valid_uint8_images(augmentation: str) -> None:
     """A rare strength of an operation must not raise an error late in a run."""
     view = build_train_transform(Preprocessing(img_size=16), augmentation)  # type: ignore[arg-type]

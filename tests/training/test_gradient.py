@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.data.loader import Batch
 from finetune.training import trainer as trainer_module
 from finetune.training.step import BufferBackup, Gradient, halve, has_enough_images
 from finetune.training.task import choose_microbatch
+from pretrained.zoo.base import AuxiliaryLogits
 from tests.training.helpers import NormFree, SmallNet, build_trainer
 
 
@@ -70,6 +72,50 @@ def test_no_part_is_a_single_image_where_batchnorm_learns(number: int, microbatc
     assert sum(sizes) == number
     assert min(sizes) >= min(2, number)
     assert max(sizes) <= microbatch + 1
+
+
+class WithAuxiliary(NormFree):
+    """A network with a second classifier on its first stage, as GoogLeNet has two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(6, 3)
+        self.auxiliary_logits: list[AuxiliaryLogits] | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first = self.stage1(images)
+        if self.auxiliary_logits is not None and self.auxiliary.training:
+            self.auxiliary_logits.append(AuxiliaryLogits(self.auxiliary(first.mean((2, 3))), 0.3))
+        logits: torch.Tensor = self.head(self.stage2(first).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("microbatch", [0, 3])
+def test_the_loss_of_auxiliary_classifiers_is_added_with_their_weight(microbatch: int) -> None:
+    torch.manual_seed(0)
+    network, batch = WithAuxiliary().train(), batch_of(7)
+    network(batch.images)  # nobody collects: no graph stays in the network
+    own = copy.deepcopy(network)
+    first = own.stage1(batch.images)
+    expected = F.cross_entropy(own.head(own.stage2(first).mean((2, 3))), batch.labels)
+    expected = expected + 0.3 * F.cross_entropy(own.auxiliary(first.mean((2, 3))), batch.labels)
+    expected.backward()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = Gradient(network, nn.CrossEntropyLoss(), None, scaler, "float32").compute(batch, microbatch)
+    torch.testing.assert_close(loss, expected.detach())
+    for ours, theirs in zip(network.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    copy.deepcopy(network)
+
+
+def test_auxiliary_classifiers_in_evaluation_mode_add_nothing() -> None:
+    torch.manual_seed(0)
+    network, batch = WithAuxiliary().train(), batch_of(7)
+    network.auxiliary.eval()  # as a frozen stage is
+    expected = F.cross_entropy(network(batch.images), batch.labels)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = Gradient(network, nn.CrossEntropyLoss(), None, scaler, "float32").compute(batch)
+    torch.testing.assert_close(loss, expected.detach())
 
 
 def test_buffers_are_given_back_and_only_those_that_may_change() -> None:

@@ -11,6 +11,7 @@ from finetune.errors import UsageError
 from finetune.recipe import load_recipe
 from finetune.strategies import assign_groups
 from finetune.training.freeze import build_param_groups, freeze, set_train_mode, takes_decay
+from finetune.training.phase_optimizer import PhaseOptimizer
 from finetune.training.plan import Plan, build_plan
 from pretrained.graph.classifier import head_parameters
 from pretrained.graph.stages import Stage, find_stages
@@ -115,6 +116,29 @@ def test_biases_norms_and_tokens_take_no_decay() -> None:
                 or name.endswith(".bias")
             )
             assert group["weight_decay"] == (0.0 if free else 0.1), name
+
+
+def test_what_takes_no_decay_can_have_another_rate() -> None:
+    network = timm.create_model("test_resnet", num_classes=3)
+    plan = plan_of(network, "full", size=160)
+    freeze(network, plan)
+    groups = build_param_groups(network, plan, weight_decay=0.1, bias_lr_factor=2.0)
+    rates = {row.stage.name: row.lr for row in plan.rows}
+    assert len(groups) == 2 * len(rates)
+    for group in groups:
+        factor = 1 if group["weight_decay"] else 2
+        expected = factor * rates[group["name"].removesuffix(" (no decay)")]
+        assert group["lr"] == group["base_lr"] == expected
+
+
+def test_the_rate_that_is_shown_is_that_of_the_weights_of_the_head() -> None:
+    network = timm.create_model("test_resnet", num_classes=3)
+    plan = plan_of(network, "full", size=160)
+    training = load_recipe(None, {"training.bias_lr_factor": 2.0}).training
+    optimizer = PhaseOptimizer(network, plan, 0, training, torch.amp.GradScaler("cpu", enabled=False))
+    assert optimizer.set_lr(0.5) == 0.5 * plan.rows[-1].lr
+    weights, biases = optimizer.optimizer.param_groups[-2:]
+    assert biases["lr"] == 2 * weights["lr"] == plan.rows[-1].lr
 
 
 def test_frozen_modules_stay_in_eval_under_train() -> None:

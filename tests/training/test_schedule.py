@@ -41,6 +41,19 @@ def test_step_decays_at_epoch_borders() -> None:
     assert [ours.factor(step, 3) for step in range(18)] == [0.5 ** (step // 6) for step in range(18)]
 
 
+def test_step_decays_at_milestones_instead() -> None:
+    ours = schedule(schedule="step", epochs=6, milestones=[2, 5], decay_epochs=1, decay_rate=0.1)
+    reference_parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([reference_parameter], lr=1.0)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 5], gamma=0.1)
+    for epoch in range(6):
+        assert [ours.factor(3 * epoch + step, 3) for step in range(3)] == pytest.approx(
+            3 * [optimizer.param_groups[0]["lr"]]
+        )
+        optimizer.step()
+        reference.step()
+
+
 def test_constant_and_plateau_leave_the_step_alone() -> None:
     for kind in ("constant", "plateau"):
         assert {schedule(schedule=kind, epochs=2).factor(step, 4) for step in range(8)} == {1.0}

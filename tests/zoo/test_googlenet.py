@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrained.zoo.base import take_auxiliary_logits
+from pretrained.zoo.base import collect_auxiliary_logits
 from pretrained.zoo.googlenet import AUXILIARY_WEIGHT, MODULES, GoogLeNet, Inception, NaiveInception, Widths
 from tests.zoo.certify import images, num_parameters
 from tests.zoo.classics import close, fill, normalise, outline, shapes
@@ -97,23 +97,29 @@ def test_numbers_agree_with_the_figure() -> None:
         assert close(logits, F.linear(x.mean((2, 3)), network.head.fc.weight, network.head.fc.bias))
 
 
-def test_auxiliary_classifiers_run_in_training_only_and_are_taken_once() -> None:
+def test_auxiliary_classifiers_run_in_training_only_and_for_who_collects() -> None:
     network, x = small(), images(2, (3, 64, 64))
-    logits = network.train()(x)
-    taken = take_auxiliary_logits(network)
+    calls = []
+    network.auxiliary4a.register_forward_hook(lambda *_: calls.append("4a"))
+    with collect_auxiliary_logits(network) as collected:
+        logits = network.train()(x)
     assert logits.shape == (2, 7)
-    assert [(one.logits.shape, one.weight) for one in taken] == [((2, 7), AUXILIARY_WEIGHT)] * 2
-    assert take_auxiliary_logits(network) == ()
-    network.eval()(x)
-    assert take_auxiliary_logits(network) == ()
-    assert take_auxiliary_logits(nn.Linear(2, 2)) == ()
+    assert [(one.logits.shape, one.weight) for one in collected] == [((2, 7), AUXILIARY_WEIGHT)] * 2
+    with collect_auxiliary_logits(network) as collected:
+        network.eval()(x)
+    network.train()(x)
+    assert collected == [] and calls == ["4a"]
+    with collect_auxiliary_logits(nn.Linear(2, 2)) as collected:
+        pass
+    assert collected == []
 
 
 def test_the_gradient_of_all_losses_reaches_every_parameter() -> None:
     network = outline("googlenet_2014").train()
-    loss = network(torch.zeros(2, *SIZE, device="meta")).sum()
-    for one in take_auxiliary_logits(network):
-        loss = loss + one.weight * one.logits.sum()
+    with collect_auxiliary_logits(network) as auxiliary:
+        loss = network(torch.zeros(2, *SIZE, device="meta")).sum()
+    for logits, weight in auxiliary:
+        loss = loss + weight * logits.sum()
     loss.backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
