@@ -3,7 +3,8 @@
     python -m benchmarks NAME [NAME ...] [--quick] [--only PATTERN,PATTERN] [--page docs/benchmarks.md]
 
 Every measurement is kept at once in a file of results, and the same command goes on after what is there.
-``speed`` stands for all questions of docs/benchmarks.md; the names are those of the files.
+``speed`` stands for all questions of docs/benchmarks.md, and ``networks`` for those of docs/networks.md; the
+names are those of the files.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from benchmarks.peers_env import PeersEnvironmentError, build_environment, read_
 from benchmarks.results import DifferentMachineError, Results
 
 SPEED = ("startup", "limits", "pipeline", "overhead", "extract", "gpu", "scaling", "commands")
-NAMES = (*SPEED, "predict", "safety", "draft", "strategies", "transfer", "planted")
+NETWORKS = ("depth", "modules", "source")
+NAMES = (*SPEED, "predict", "safety", "draft", "strategies", "transfer", "planted", *NETWORKS)
+GROUPS = {"speed": SPEED, "networks": NETWORKS}
 
 
 def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments, with every default filled in."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"names: {', '.join((*NAMES, 'speed'))}"
-    parser.add_argument("names", nargs="+", choices=(*NAMES, "speed"), metavar="NAME")
+    parser.epilog = f"names: {', '.join((*NAMES, *GROUPS))}"
+    parser.add_argument("names", nargs="+", choices=(*NAMES, *GROUPS), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: to see that it works")
     parser.add_argument("--only", default="*", help="names or patterns of cases, separated by commas")
     parser.add_argument("--show", action="store_true", help="print what the file holds, measure nothing")
@@ -45,7 +48,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     options.cache = options.cache.absolute()
     options.results = options.results or options.cache / ("quick.jsonl" if options.quick else "results.jsonl")
     options.repeats = options.repeats or (1 if options.quick else 3)
-    every = [SPEED if name == "speed" else (name,) for name in options.names]
+    every = [GROUPS.get(name, (name,)) for name in options.names]
     options.names = list(dict.fromkeys(name for some in every for name in some))
     return options
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,20 @@ def find_folder(network: Network, bench: Bench) -> Path:
     target = bench.cache / f"{network.data}{'-quick' if bench.quick else ''}"
     if network.data == "photographs":
         return make_once(target, lambda to: _copy_photographs(bench, to))
-    return make_once(target, lambda to: _take_cifar(bench, to))
+    return make_once(target, lambda to: _take_cifar(bench, to, {"train": 160, "val": 40}))
+
+
+def find_cifar(number: int, bench: Bench, classes: tuple[str, ...] = ()) -> Path:
+    """Return a folder with so many training images a class of CIFAR-10, 100 to validate and 500 to test.
+
+    Args:
+        number: of training images a class.
+        bench: for the original images and the cache.
+        classes: names of some classes; all without.
+    """
+    target = bench.cache / "cifar10" / "-".join([f"{number}", *classes])
+    wanted = {"train": number, "val": 2 if bench.quick else 100, "test": 4 if bench.quick else 500}
+    return make_once(target, lambda to: _take_cifar(bench, to, wanted, classes))
 
 
 def _copy_photographs(bench: Bench, target: Path) -> None:
@@ -84,17 +97,34 @@ def _copy_photographs(bench: Bench, target: Path) -> None:
             shutil.copyfile(file, goal / file.name)
 
 
-def _take_cifar(bench: Bench, target: Path) -> None:
-    """Write 160 training and 40 test images of each class of CIFAR-10."""
-    taken: defaultdict[Path, int] = defaultdict(int)
+def _take_cifar(bench: Bench, target: Path, wanted: Mapping[str, int], classes: Collection[str] = ()) -> None:
+    """Write the first images of each class of CIFAR-10.
+
+    Args:
+        bench: for the original images.
+        target: the folder.
+        wanted: images a class of each split. Of three splits, ``val`` gets training images that ``train`` has
+            not; of two, it gets test images.
+        classes: names of some classes; all without.
+    """
+    splits = (
+        {"train": ["train", "val"], "test": ["test"]}
+        if "test" in wanted
+        else {"train": ["train"], "test": ["val"]}
+    )
+    folders: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     with zipfile.ZipFile(bench.source / "cifar10.zip") as archive:
         for name in sorted(name for name in archive.namelist() if name.endswith(".jpg")):
             part, label = Path(name).parts[-3:-1]
-            folder = target / ("train" if part == "train" else "val") / label
-            taken[folder] += 1
-            if taken[folder] <= (160 if part == "train" else 40):
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / Path(name).name).write_bytes(archive.read(name))
+            if not classes or label in classes:
+                folders[part, label].append(name)
+        for (part, label), names in folders.items():
+            for split in splits[part]:
+                folder = target / split / label
+                folder.mkdir(parents=True)
+                for name in names[: wanted[split]]:
+                    (folder / Path(name).name).write_bytes(archive.read(name))
+                del names[: wanted[split]]
 
 
 def find_sets(bench: Bench) -> Path:

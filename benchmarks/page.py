@@ -25,7 +25,7 @@ def fill_page(questions: Sequence[Question], results: Results, path: Path) -> No
         if name in parts and not place.search(page):
             raise ValueError(f"{path} has no line <!-- measured: {name} -->")
         content = "\n".join(["", *lines, "", ""])
-        page = place.sub(lambda _, content=content: content, page)  # type: ignore[misc]
+        page = place.sub(lambda _, content=content: content, page, count=1)  # type: ignore[misc]
     path.write_text(page, encoding="utf-8")
     for question in questions:
         if question.draw:

@@ -22,17 +22,21 @@ sys.path.insert(
 import finetune
 from benchmarks import __main__ as command
 from benchmarks import accuracy, first_hour, gpu, harness, peers_env, safety, strategies, transfer
-from benchmarks.data import SQUEEZENET, find_folder, find_network
+from benchmarks.data import SQUEEZENET, find_cifar, find_folder, find_network
 from benchmarks.harness import Bench, Case, Question, Turn, measure_apart, plan_turns
 from benchmarks.machine import describe_machine
 from benchmarks.page import fill_page, write_section
 from benchmarks.results import DifferentMachineError, Figures, Result, Results
+from benchmarks.source import SOURCE, TARGET
 from benchmarks.timing import ProcessFailedError, run_timed
 from finetune.errors import ExitCode
 
 MACHINE = {"processor": "a processor", "cores": 2, "memory_gb": 8, "torch": "2.15.0", "threads": 2}
 MACHINE |= {"system": "Linux", "revision": "abc", "finetune": "0.1.0", "workers": 1, "when": "2026-01-01"}
 MACHINE |= {"gpu": None, "python": "3.11"}
+
+
+SPLITS = ("train", "val", "test")
 
 
 def load(name: str) -> Question:
@@ -63,6 +67,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             split, label = "train" if seed < 30 else "val", f"class{seed % 2}"
             draw(source / "image.png", 100 + seed)
             archive.write(source / "image.png", f"wbc4/{split}/{label}/{seed}.png")
+    with zipfile.ZipFile(source / "cifar10.zip", "w") as archive:
+        for seed in range(120):
+            label, part = (*SOURCE, *TARGET)[seed % 10], "train" if seed < 80 else "test"
+            draw(source / "image.jpg", seed, (32, 32))
+            archive.write(source / "image.jpg", f"{part}/{label}/{seed:04}.jpg")
     torch.manual_seed(0)
     save_file(models.squeezenet1_0(weights=None).state_dict(), source / SQUEEZENET)
     python = cache / "env" / "bin" / "python"
@@ -404,6 +413,59 @@ def test_extract(bench: Bench, tool: str) -> None:
 @pytest.mark.parametrize("name", ["startup", "scaling", "overhead", "safety", "predict"])
 def test_a_small_pass(name: str, bench: Bench) -> None:
     assert all(isinstance(value, int | float) for value in measure_quickly(name, bench).values())
+
+
+@pytest.mark.slow
+def test_a_small_pass_of_each_network(bench: Bench) -> None:
+    figures = measure_quickly("depth", bench)
+    assert len(figures["train_loss"]) == len(figures["val_accuracy"]) == 2 and 0 <= figures["accuracy"] <= 1
+    reduced = measure_quickly("modules", bench, "reduced")
+    naive = measure_quickly("modules", bench, "naive")
+    assert reduced["macs"] < naive["macs"] and reduced["forward"] > 0 < reduced["forward_backward"]
+    for tool in ("top", "scratch"):
+        assert 0 <= measure_quickly("source", bench, tool)["accuracy"] <= 1
+    kept = bench.cache / "source"
+    assert [path.name for path in kept.iterdir()] == ["cifar_resnet20-6-1-0"]
+
+
+def test_parts_of_cifar_share_no_image(bench: Bench) -> None:
+    folder = find_cifar(6, bench, TARGET)
+    files = {split: sorted(path.name for path in (folder / split).rglob("*.jpg")) for split in SPLITS}
+    assert [len(files[split]) for split in SPLITS] == [30, 10, 20]
+    assert len({name for names in files.values() for name in names}) == 60
+    assert {path.name for path in (folder / "val").iterdir()} == set(TARGET)
+    assert find_cifar(6, bench) != folder
+
+
+def test_networks_are_written_as_tables_and_curves(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.jsonl")
+    results.begin(MACHINE)
+    for tool, loss in {"cifar_plain20": 1.0, "cifar_plain56": 1.5}.items():
+        for repeat in range(2):
+            figures = {
+                "train_loss": [2.0, loss],
+                "val_accuracy": [0.3, 0.5],
+                "accuracy": 1 - loss / 2,
+                "cpu": 9,
+            }
+            results.add(Result("depth-6-2", tool, repeat, figures))
+    for tool, cost in {"one of 5x5": 25, "two of 3x3": 18}.items():
+        figures = {"parameters": cost, "macs": cost, "forward": 100.0, "forward_backward": 50.0}
+        results.add(Result("modules-5x5", tool, 0, figures))
+    for tool in ("freeze", "scratch"):
+        results.add(
+            Result("source-10-40", tool, 0, {"accuracy": 0.5 if tool == "scratch" else 0.75, "cpu": 3})
+        )
+    page = tmp_path / "networks.md"
+    names = ("depth", "modules", "source")
+    page.write_text("".join(f"<!-- measured: {name} -->\n<!-- end -->\n" for name in names))
+    fill_page([load(name) for name in names], results, page)
+    text = page.read_text()
+    assert "| 6-2 | plain56 | 2 | 1.500 | 50.0 ± 0.0 | 25.0 ± 0.0 | 9 |" in text
+    assert "- plain, 56 layers instead of 20: training loss +0.500, test accuracy -25.0 ± 0.0 points" in text
+    assert "| 5x5: two of 3x3 | 18.0 (0.72x) | 18.0 (0.72x) | 100 | 50.0 |" in text
+    assert "**75.0 ± 0.0**" in text and "resnet, 56" not in text
+    assert Image.open(page.with_suffix(".png")).width > 600
 
 
 @pytest.mark.slow
