@@ -5,18 +5,12 @@ accuracy after transfer (Kornblith et al., "Do better ImageNet models transfer b
 but less for frozen features, because some regularisers that raise it make features worse for transfer.
 ``finetune advise --backbones`` measures the accuracy on the user's data. Networks that are large for the
 machine are not chosen by default; the number of parameters and pixels is a rough measure of that.
-
-``imagenet.csv`` contains the networks with at most 100 million parameters of timm's
-``results/results-imagenet.csv`` (Apache-2.0; its commit 0173a139).
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 
 import timm
 import torchvision.models as tv
@@ -24,6 +18,7 @@ import torchvision.models as tv
 from finetune.errors import EnvironmentFaultError
 from pretrained.catalog import Card, find_card, torchvision_names
 from pretrained.packages import DEFAULT
+from pretrained.published import published_accuracy
 from pretrained.sizes import num_parameters
 from pretrained.weights import find_cached
 
@@ -117,24 +112,3 @@ def _describe_excess(card: Card, limit: Limit) -> str:
         return ""
     numbers = f"{size / 1e6:.0f} million parameters, " if size is not None else ""
     return f"{numbers}{card.preprocessing.img_size} pixels: {limit.machine}"
-
-
-def published_accuracy(card: Card) -> float | None:
-    """Return the published top-1 accuracy on ImageNet-1k in percent, None if unknown.
-
-    For timm it is from the table of results, at the input size stated there; for torchvision it is from the
-    metadata of the weights.
-    """
-    if not card.tag:
-        return None
-    if card.library == "timm":
-        return _timm_accuracies().get(f"{card.architecture}.{card.tag}")
-    weights = next(one for one in tv.get_model_weights(card.architecture) if one.name.lower() == card.tag)
-    found = weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
-    return None if found is None else float(found)
-
-
-@cache
-def _timm_accuracies() -> dict[str, float]:
-    text = resources.files("pretrained").joinpath("imagenet.csv").read_text(encoding="utf-8")
-    return {row["name"]: float(row["top1"]) for row in csv.DictReader(text.splitlines())}

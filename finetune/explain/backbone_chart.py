@@ -34,9 +34,9 @@ from finetune.system.device import available_cores, resolve_device, resolve_thre
 from finetune.system.display import Display
 from finetune.system.forward import time_forward
 from pretrained.catalog import Card, find_card
-from pretrained.default_backbone import published_accuracy
 from pretrained.graph.costs import compute_costs
 from pretrained.network import build_network, build_outline, is_convolutional
+from pretrained.published import published_accuracy, published_cifar10_accuracy
 
 FEWEST = 2
 """A chart compares at least two networks."""
@@ -70,7 +70,8 @@ def write_chart(names: Sequence[str], output: Path, device: str, display: Displa
     """Write the charts of some networks.
 
     Args:
-        names: backbones with a published accuracy on ImageNet, or folders of finished runs; at least two.
+        names: backbones with a published accuracy on ImageNet, published networks with one on CIFAR-10, or
+            folders of finished runs; at least two.
         output: a new folder.
         device: on which the speed is measured.
         display: shows progress.
@@ -79,7 +80,7 @@ def write_chart(names: Sequence[str], output: Path, device: str, display: Displa
         The content of ``chart.json``, and the path of the output.
 
     Raises:
-        UsageError: a name is unknown or has no accuracy, or runs and backbones are mixed.
+        UsageError: a name is unknown or has no accuracy, or accuracies on different images are mixed.
     """
     with translated_errors():
         place = resolve_device(device)
@@ -106,7 +107,7 @@ def _find_accuracies(names: Sequence[str]) -> tuple[str, list[float]]:
     runs = {name: RunReader(RunFolder(Path(name))) for name in names}
     measured = {name: run for name, run in runs.items() if "accuracy" in run.metrics}
     if not measured:
-        return "published top-1 accuracy on ImageNet", [_published(name) for name in names]
+        return _find_published(names)
     others = [name for name in names if name not in measured]
     if others:
         found = f"{others[0]} is no finished run, and its published accuracy is of other images"
@@ -118,12 +119,22 @@ def _find_accuracies(names: Sequence[str]) -> tuple[str, list[float]]:
     return "accuracy of the runs", [100 * float(run.metrics["accuracy"]) for run in measured.values()]
 
 
-def _published(name: str) -> float:
-    accuracy = published_accuracy(find_card(name))
-    if accuracy is None:
-        found = "no accuracy on ImageNet was published for it that is known here"
-        raise UsageError(f"a chart with {name}", found, "Leave it out, or name finished runs.")
-    return accuracy
+def _find_published(names: Sequence[str]) -> tuple[str, list[float]]:
+    """Return on which images the accuracies were published, and the accuracy of each in percent."""
+    cards = {name: find_card(name) for name in names}
+    of_zoo = [name for name, card in cards.items() if published_cifar10_accuracy(card) is not None]
+    if of_zoo and len(of_zoo) < len(names):
+        other = next(name for name in names if name not in of_zoo)
+        found = f"the accuracy of {of_zoo[0]} was published for CIFAR-10, and that of {other} was not"
+        raise UsageError(f"a chart of {', '.join(names)}", found, "Name networks of one kind only.")
+    images, find = ("CIFAR-10", published_cifar10_accuracy) if of_zoo else ("ImageNet", published_accuracy)
+    accuracies = {name: find(card) for name, card in cards.items()}
+    for name, accuracy in accuracies.items():
+        if accuracy is None:
+            found = f"no accuracy on {images} was published for it that is known here"
+            raise UsageError(f"a chart with {name}", found, "Leave it out, or name finished runs.")
+    known = [accuracy for accuracy in accuracies.values() if accuracy is not None]
+    return f"published top-1 accuracy on {images}", known
 
 
 def _measure(name: str, card: Card, accuracy: float, device: torch.device) -> ChartRow:

@@ -140,6 +140,17 @@ def test_a_chart_of_published_accuracies(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("instant")
+def test_a_chart_of_published_networks(cli: Cli, tmp_path: Path) -> None:
+    names = ("cifar_resnet20", "zoo/cifar_wrn_40_4")
+    result = cli("backbones", "chart", *names, "--output", tmp_path / "chart", "--json")
+    assert result.exit_code == 0, result.output
+    chart = json.loads(result.stdout)
+    assert chart["accuracy"] == "published top-1 accuracy on CIFAR-10"
+    assert [row["accuracy"] for row in chart["rows"]] == [91.25, 95.47]
+    assert [row["parameters"] for row in chart["rows"]] == [269722, 8949210]
+
+
+@pytest.mark.usefixtures("instant")
 def test_a_chart_of_runs(cli: Cli, finished_run: FinishedRun, tmp_path: Path) -> None:
     runs = [finished_run(strategy) for strategy in ("freeze", "full")]
     result = cli("backbones", "chart", *runs, "--output", tmp_path / "chart", "--json")
@@ -157,6 +168,8 @@ def test_what_cannot_be_charted_is_refused(cli: Cli, tiny: Path, tmp_path: Path)
     assert alone.exit_code == 2 and "Name two backbones or more" in alone.stderr
     unknown = cli("backbones", "chart", tiny, "resnet18.tv_in1k", *out)
     assert unknown.exit_code == 2 and "no accuracy on ImageNet" in unknown.stderr
+    mixed = cli("backbones", "chart", "cifar_resnet20", "resnet18.tv_in1k", *out)
+    assert mixed.exit_code == 2 and "published for CIFAR-10" in mixed.stderr
     wrong = cli("backbones", "chart", "resnet5", "resnet18.tv_in1k", *out)
     assert wrong.exit_code == 2 and "did you mean" in wrong.stderr
     assert not (tmp_path / "chart").exists()

@@ -14,7 +14,9 @@ import timm
 from finetune.errors import EnvironmentFaultError
 from pretrained import default_backbone
 from pretrained.catalog import Card, find_card
-from pretrained.default_backbone import choose_best, find_local, published_accuracy
+from pretrained.default_backbone import choose_best, find_local
+from pretrained.published import published_accuracy, published_cifar10_accuracy
+from pretrained.zoo import NAMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +90,17 @@ def test_the_table_is_of_weights_that_there_are() -> None:
     assert set(names) <= set(timm.list_pretrained())
     assert all(50 < float(row["top1"]) < 90 for row in rows)
     assert published_accuracy(find_card("timm/resnet50.a1_in1k")) == pytest.approx(80.2, abs=1.5)
+
+
+def test_the_table_of_cifar10_is_of_networks_that_there_are() -> None:
+    with (ROOT / "pretrained" / "cifar10.csv").open(encoding="utf-8", newline="") as lines:
+        names = [row["name"] for row in csv.DictReader(lines)]
+    assert len(names) == len(set(names)) and set(names) <= set(NAMES)
+    accuracies = {name: published_cifar10_accuracy(find_card(name)) for name in names}
+    assert all(90 < accuracy < 98 for accuracy in accuracies.values())
+    assert accuracies["cifar_resnet20"] == 91.25 and accuracies["cifar_wrn_28_10"] == 96
+    assert published_cifar10_accuracy(find_card("resnet18")) is None
+    assert published_accuracy(find_card("cifar_resnet20")) is None
 
 
 @pytest.mark.slow
