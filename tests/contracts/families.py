@@ -106,6 +106,9 @@ SMALLEST = {
     "xcit": "xcit_nano_12_p8_224",
 }
 
+SHALLOW = {"deepseek_vit_412m": {"depth": 4}}
+"""Arguments with which a network runs in seconds that is large and has no smaller one in its family."""
+
 ENCODERS = {
     "deepseek_vit": "a vision tower: features only",
     "gemma4_vit": "a vision tower: features only",

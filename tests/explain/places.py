@@ -15,6 +15,7 @@ from finetune.explain.positions import MapPosition, find_position
 from pretrained.graph.layers import Layers
 from pretrained.graph.pooling import Form
 from pretrained.graph.recorder import FeaturePoint
+from tests.contracts.families import SHALLOW
 
 
 def build(name: str) -> nn.Module:
@@ -25,7 +26,7 @@ def build(name: str) -> nn.Module:
             name.removeprefix("torchvision/"), num_classes=10, weights=None
         )
     else:
-        network = timm.create_model(name, num_classes=10)
+        network = timm.create_model(name, num_classes=10, **SHALLOW.get(name, {}))
     return network.eval()
 
 

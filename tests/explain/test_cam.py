@@ -24,14 +24,15 @@ from pretrained.graph.recorder import FeaturePoint
 from pretrained.heads import change_head, init_classifier
 from pretrained.network import build_network
 from pretrained.stage_classifier import build_stage_classifier
-from tests.contracts.families import DEFAULT, SMALLEST
+from tests.contracts.families import DEFAULT, SHALLOW, SMALLEST
 from tests.sweeps import slow_except
 
 
 def build(name: str, num_classes: int = 10) -> tuple[nn.Module, tuple[int, int, int]]:
     card = find_card(name)
     torch.manual_seed(0)
-    network = build_network(replace(card, num_classes=num_classes))
+    arguments = tuple(SHALLOW.get(card.architecture, {}).items())
+    network = build_network(replace(card, num_classes=num_classes, model_args=arguments))
     for layer in classifier_layers(network):
         init_classifier(layer)  # some heads start at zero: there is no gradient
         if layer.bias is not None:
