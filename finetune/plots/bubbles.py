@@ -62,7 +62,7 @@ def draw_bubbles(path: Path, bubbles: Sequence[Bubble], labels: tuple[str, str],
     figure, axes = blank_figure(8.6, 5.6)
     positions = [bubble.position for bubble in bubbles]
     if max(positions) > _WIDE * min(positions):
-        axes.set_xscale("log")
+        _use_logarithms(axes)
     largest = max(bubble.parameters for bubble in bubbles)
     areas = [_LARGEST * bubble.parameters / largest for bubble in bubbles]
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(bubbles))]
@@ -75,6 +75,16 @@ def draw_bubbles(path: Path, bubbles: Sequence[Bubble], labels: tuple[str, str],
     _draw_key(axes, largest)
     _write_names(axes, bubbles, areas)
     write_figure(path, figure)
+
+
+def _use_logarithms(axes: Axes) -> None:
+    """Make the horizontal axis logarithmic, with the numbers 1, 2 and 5 of each power of ten, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _draw_key(axes: Axes, largest: int) -> None:
@@ -103,19 +113,30 @@ def _count(size: int) -> str:
 
 
 def _write_names(axes: Axes, bubbles: Sequence[Bubble], areas: Sequence[float]) -> None:
-    """Write each name beside its bubble, on the first side where it overlaps no other name or centre."""
+    """Write each name beside its bubble, on the first side where it covers the least.
+
+    Another name, a centre and the edge of the plot count twice, another bubble once.
+    """
+    from matplotlib.transforms import Bbox
+
     axes.figure.canvas.draw_idle()
+    pixels = axes.figure.dpi / 72
     centres = [axes.transData.transform((bubble.position, bubble.accuracy)) for bubble in bubbles]
+    radii = [math.sqrt(area / math.pi) * pixels for area in areas]
+    discs = [Bbox([centre - radius, centre + radius]) for centre, radius in zip(centres, radii, strict=True)]
     taken: list[Any] = []
-    for bubble, area in zip(bubbles, areas, strict=True):
+    for number, (bubble, area) in enumerate(zip(bubbles, areas, strict=True)):
         texts: list[tuple[int, int, Any, Any]] = []
         for right, up in _SIDES:
             text = _write(axes, bubble, math.sqrt(area / math.pi) + 3, right, up)
             with without_glyph_warnings():
                 box = text.get_window_extent()
-            overlaps = sum(box.overlaps(other) for other in taken)
-            overlaps += sum(bool(box.contains(x, y)) for x, y in centres)
-            texts.append((overlaps, len(texts), text, box))
+            covered = sum(box.overlaps(other) for other in taken)
+            covered += sum(bool(box.contains(x, y)) for x, y in centres)
+            covered += not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
+            covered *= 2
+            covered += sum(box.overlaps(disc) for other, disc in enumerate(discs) if other != number)
+            texts.append((covered, len(texts), text, box))
         best = min(texts, key=lambda entry: entry[:2])
         taken.append(best[3])
         for entry in texts:
