@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from finetune.cli.output import handled_errors
+from finetune.cli.output import handled_errors, print_json
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -109,17 +109,29 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     return _take_flags(command, tuple(_FLAGS))
 
 
-def takes_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the same flags to a command whose first argument is the model, instead of ``--backbone``.
+def takes_model(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Add the same flags to a command whose first argument is the model, and ``--json``.
 
     Args:
-        command: function whose first parameters are ``recipe``, without a backbone, and ``model``.
+        command: function whose first parameters are ``recipe``, without a backbone, and ``model``. What it
+            returns is printed if ``--json`` is given.
     """
-    return _take_flags(command, tuple(name for name in _FLAGS if name != "backbone"))
+
+    @wraps(command)
+    def print_result(recipe: Recipe, as_json: bool, **arguments: Any) -> None:
+        done = command(recipe, **arguments)
+        if as_json:
+            print_json(done)
+
+    as_json = Parameter("as_json", Parameter.POSITIONAL_OR_KEYWORD, default=False)
+    parameters = [*signature(command).parameters.values(), as_json]
+    print_result.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return _take_flags(print_result, tuple(name for name in _FLAGS if name != "backbone"))
 
 
 def _take_flags(command: Callable[..., None], names: Sequence[str]) -> Callable[..., None]:
-    hints = get_type_hints(command, localns={"Recipe": object}, include_extras=True) | {"model": _MODEL}
+    hints = get_type_hints(command, localns={"Recipe": object}, include_extras=True)
+    hints |= {"model": _MODEL, "as_json": JsonOption}
     own = [
         parameter.replace(annotation=hints[name])
         for name, parameter in signature(command).parameters.items()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.cli.explaining.arguments import ImagesArgument, OutputFolder
-from finetune.cli.options import JsonOption
-from finetune.cli.output import print_json
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
@@ -26,16 +24,13 @@ def class_command(
     smooth: Annotated[
         bool, typer.Option("--smooth", help="Shift and blur the image between the steps: less noise.")
     ] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Draw the image that the network scores highest for a class, by gradient ascent."""
     from finetune import api
 
-    done = api.explain_class(
+    return api.explain_class(
         model, output=output, class_name=class_name, seeds=seeds, smooth=smooth, recipe=recipe
     )
-    if as_json:
-        print_json(done)
 
 
 def invariance_command(
@@ -56,27 +51,21 @@ def invariance_command(
         str | None,
         typer.Option("--class", help="The class of the images.", show_default="the labels, or predictions"),
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Measure how features and probabilities change when images are moved, scaled and turned."""
     from finetune import api
 
-    done = api.explain_invariance(
+    return api.explain_invariance(
         model, images or (), output=output, layers=layers, class_name=class_name, recipe=recipe
     )
-    if as_json:
-        print_json(done)
 
 
 def ablate_command(
     recipe: Recipe,
     model: str,
     output: OutputFolder,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Measure the error without each block that can be removed, on labelled images (--data)."""
     from finetune import api
 
-    done = api.explain_ablate(model, output=output, recipe=recipe)
-    if as_json:
-        print_json(done)
+    return api.explain_ablate(model, output=output, recipe=recipe)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.cli.explaining.arguments import ClassOption, ImagesArgument, OutputFolder
-from finetune.cli.options import JsonOption
-from finetune.cli.output import print_json
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,14 +40,11 @@ def filters_command(
     layer: Annotated[
         str | None, typer.Option("--layer", "-l", help="A convolution.", show_default="the first")
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Draw the kernels of a convolution; of one that reads no colours the norms, and what excites it."""
     from finetune import api
 
-    done = api.explain_filters(model, images or (), output=output, layer=layer, recipe=recipe)
-    if as_json:
-        print_json(done)
+    return api.explain_filters(model, images or (), output=output, layer=layer, recipe=recipe)
 
 
 def maps_command(
@@ -59,16 +54,13 @@ def maps_command(
     images: ImagesArgument = None,
     layer: LastLayerOption = None,
     class_name: ClassOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Draw the feature maps of images: the strongest, and those that add most to a class score."""
     from finetune import api
 
-    done = api.explain_maps(
+    return api.explain_maps(
         model, images or (), output=output, layer=layer, class_name=class_name, recipe=recipe
     )
-    if as_json:
-        print_json(done)
 
 
 def top_command(
@@ -86,16 +78,13 @@ def top_command(
         ),
     ] = None,
     maps: MapsOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Find the nine images that excite each feature map most, and the patches that its units see."""
     from finetune import api
 
-    done = api.explain_top(
+    return api.explain_top(
         model, images or (), output=output, layer=layer, maps=_read_numbers(maps), recipe=recipe
     )
-    if as_json:
-        print_json(done)
 
 
 def deconv_command(
@@ -106,12 +95,11 @@ def deconv_command(
     layer: LastLayerOption = None,
     maps: MapsOption = None,
     method: Annotated[str, typer.Option("--method", help="deconv or guided.")] = "deconv",
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Project what excited feature maps back to pixels: deconvnet, for networks of ReLU."""
     from finetune import api
 
-    done = api.explain_deconv(
+    return api.explain_deconv(
         model,
         images or (),
         output=output,
@@ -120,8 +108,6 @@ def deconv_command(
         method=method,
         recipe=recipe,
     )
-    if as_json:
-        print_json(done)
 
 
 def evolution_command(
@@ -131,19 +117,16 @@ def evolution_command(
     images: ImagesArgument = None,
     layer: LastLayerOption = None,
     maps: MapsOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Show what excited feature maps after some epochs of a run, which kept their weights.
 
     The run needs --set training.keep_epochs=[1,2,5,10].
     """
     from finetune import api
 
-    done = api.explain_evolution(
+    return api.explain_evolution(
         model, images or (), output=output, layer=layer, maps=_read_numbers(maps), recipe=recipe
     )
-    if as_json:
-        print_json(done)
 
 
 def receptive_field_command(
@@ -160,14 +143,11 @@ def receptive_field_command(
             show_default="all convolutions, poolings and stages",
         ),
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Measure what the units of each layer can see, exactly, and how much of it they make use of."""
     from finetune import api
 
-    done = api.explain_receptive_field(model, images or (), output=output, layer=layer, recipe=recipe)
-    if as_json:
-        print_json(done)
+    return api.explain_receptive_field(model, images or (), output=output, layer=layer, recipe=recipe)
 
 
 def _read_numbers(words: str | None) -> list[int] | None:
