@@ -6,6 +6,7 @@ window, passes nothing. In this replica
 * every activation is the identity, so that it passes everything;
 * a convolution is the mean over its channels and its window, a linear layer that over its features;
 * the maximum over a window is the mean, and attention is the mean over its tokens;
+* a recurrent layer is the mean over the steps that it has read, of all if it reads in both directions;
 * a normalisation over channels is the identity.
 
 All values and slopes are then positive, and no two paths cancel: the gradient of a unit with respect to a
@@ -213,6 +214,28 @@ def _attend(_: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *_
     return _level(common + query.mean(dim=-1, keepdim=True))
 
 
+def _recur(
+    _: Callable[..., Any],
+    steps: Tensor,
+    state: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    """Return the mean of the steps so far, or of all, for every output of a recurrent layer, and its states.
+
+    ``settings`` ends with whether it reads in both directions, and whether the batch is the first axis.
+    """
+    in_both, batch_first = settings[-2:]
+    axis = 1 if batch_first else 0
+    means = steps.mean(dim=-1, keepdim=True)
+    whole = means.mean(dim=axis, keepdim=True)
+    read = whole.expand_as(means) if in_both else means.cumsum(dim=axis)
+    states = [state] if isinstance(state, Tensor) else state
+    width = weights[1].shape[1] * (2 if in_both else 1)  # of the weights on the state
+    last = _level(whole).reshape(1, -1, 1)
+    return _level(read).repeat_interleave(width, dim=-1), *(last.expand_as(one) for one in states)
+
+
 def _add(_: Callable[..., Any], one: Tensor, other: Tensor, *__: Any, **___: Any) -> Tensor:
     return one + other
 
@@ -229,5 +252,6 @@ _EXCHANGED: dict[str, Callable[..., Any]] = {
     "softmax": _spread,
     "scaled_dot_product_attention": _attend,
     "maximum": _add,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recur),
 }
 """The linear function in place of each function of torch, by its name."""

@@ -139,6 +139,33 @@ def test_attention_and_excitation_see_the_whole_image(name: str, layer: str, siz
     assert (field.box == Box(0, 0, size, size)) == is_whole == (field.size is None)
 
 
+class Recurrent(nn.Module):
+    """Patches of 4 pixels, read by a recurrent layer row by row: (B, 3, H, W) -> (B, 5, H / 4, W / 4)."""
+
+    def __init__(self, kind: type[nn.RNNBase], in_both: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 4, stride=4)
+        self.layer = kind(6, 5, batch_first=True, bidirectional=in_both)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.patches(images)
+        columns = maps.permute(0, 3, 2, 1).flatten(0, 1)  # a sequence of rows for each column
+        read, _ = self.layer(columns)
+        return read.reshape(len(maps), maps.shape[3], maps.shape[2], -1).permute(0, 3, 2, 1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(("in_both", "last"), [(True, 24), (False, 12)])
+def test_a_recurrent_layer_sees_all_that_it_has_read(
+    kind: type[nn.RNNBase], in_both: bool, last: int
+) -> None:
+    torch.manual_seed(0)
+    network, size, unit = Recurrent(kind, in_both).eval(), (3, 24, 24), Unit(None, 2, 3)
+    [box] = find_boxes(network, plain(""), size, [unit])
+    assert box == Box(0, 12, last, 16)
+    assert rows_seen(network, plain(""), size, unit, {*range(24)}) == {*range(last)}
+
+
 def rows_seen(
     network: nn.Module, position: MapPosition, size: tuple[int, int, int], unit: Unit, rows: set[int]
 ) -> set[int]:
