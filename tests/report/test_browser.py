@@ -62,13 +62,19 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_page(browser: Any, page: Path, width: int = 1280, scheme: str = "light") -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
     browser.get("about:blank")
     browser.get_log("browser"), browser.get_log("performance")  # discard earlier entries
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(page.as_uri())
+    address = page.as_uri()
+    browser.get(address)
+    # On a busy machine `get` may come back while the page before is still there, or half of this one.
+    loaded = "return document.URL === arguments[0] && document.readyState === 'complete'"
+    WebDriverWait(browser, 60).until(lambda page: page.execute_script(loaded, address))
 
 
 def requests_of(browser: Any) -> list[str]:
