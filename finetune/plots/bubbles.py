@@ -120,22 +120,22 @@ def _write_names(axes: Axes, bubbles: Sequence[Bubble], areas: Sequence[float]) 
     from matplotlib.transforms import Bbox
 
     axes.figure.canvas.draw_idle()
-    pixels = axes.figure.dpi / 72
     centres = [axes.transData.transform((bubble.position, bubble.accuracy)) for bubble in bubbles]
-    radii = [math.sqrt(area / math.pi) * pixels for area in areas]
-    discs = [Bbox([centre - radius, centre + radius]) for centre, radius in zip(centres, radii, strict=True)]
+    radii = [math.sqrt(area / math.pi) for area in areas]
+    reach = [radius * axes.figure.dpi / 72 for radius in radii]
+    discs = [Bbox([centre - far, centre + far]) for centre, far in zip(centres, reach, strict=True)]
     taken: list[Any] = []
-    for number, (bubble, area) in enumerate(zip(bubbles, areas, strict=True)):
+    for number, (bubble, radius) in enumerate(zip(bubbles, radii, strict=True)):
         texts: list[tuple[int, int, Any, Any]] = []
         for right, up in _SIDES:
-            text = _write(axes, bubble, math.sqrt(area / math.pi) + 3, right, up)
+            text = _write(axes, bubble, radius + 3, right, up)
             with without_glyph_warnings():
                 box = text.get_window_extent()
-            covered = sum(box.overlaps(other) for other in taken)
-            covered += sum(bool(box.contains(x, y)) for x, y in centres)
-            covered += not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
-            covered *= 2
-            covered += sum(box.overlaps(disc) for other, disc in enumerate(discs) if other != number)
+            names = sum(box.overlaps(other) for other in taken)
+            dots = sum(bool(box.contains(x, y)) for x, y in centres)
+            is_outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
+            others = sum(box.overlaps(disc) for disc in discs[:number] + discs[number + 1 :])
+            covered = 2 * (names + dots + is_outside) + others
             texts.append((covered, len(texts), text, box))
         best = min(texts, key=lambda entry: entry[:2])
         taken.append(best[3])

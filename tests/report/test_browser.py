@@ -74,7 +74,7 @@ def open_page(browser: Any, page: Path, width: int = 1280, scheme: str = "light"
     browser.get(address)
     # On a busy machine `get` may come back while the page before is still there, or half of this one.
     loaded = "return document.URL === arguments[0] && document.readyState === 'complete'"
-    WebDriverWait(browser, 60).until(lambda page: page.execute_script(loaded, address))
+    WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(loaded, address))
 
 
 def requests_of(browser: Any) -> list[str]:
