@@ -26,7 +26,7 @@ class Backbone:
     """A network with all facts that a strategy needs.
 
     Attributes:
-        network: float32, on the CPU, in train mode; (B, 3, H, W) -> (B, K).
+        network: float32, on the CPU, in train mode; (B, C, H, W) -> (B, K).
         card: its metadata, with its current preprocessing and number of classes.
         stages: from stem to head; every parameter is in exactly one.
         match: which of its tensors were loaded.
@@ -78,7 +78,6 @@ def load_backbone(
         found = "it is an encoder that gives features only, and cannot hold a classifier"
         raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
     check_patches(network, card)
-    _check_takes_images(card)
     path = find_weights(card, weights, offline) if pretrained else None
     if path is not None and weights is None:
         check_digest(path, card.sha256)
@@ -130,13 +129,6 @@ def load_source(card: Card, weights: str | None = None, offline: bool = False) -
     if weights is not None:
         match = _with_note(match, check_twins(network, card, path))
     return Backbone(network, card, _stages_of(network, card.preprocessing), match)
-
-
-def _check_takes_images(card: Card) -> None:
-    channels = card.preprocessing.channels
-    if channels != 3:
-        found = f"it takes {channels} planes of features, and no images"
-        raise UsageError(f"--backbone {card.name}", found, "Take another one (see `finetune backbones`).")
 
 
 def _with_note(match: Match, note: str) -> Match:

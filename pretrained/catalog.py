@@ -53,6 +53,10 @@ Place = Literal["hub", "url", "folder", "package", "none"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 
 
+IMAGE_CHANNELS = 3
+"""Channels of an image: red, green and blue."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes a tensor. Training, evaluation and export use the same object.
@@ -65,7 +69,8 @@ class Preprocessing:
         mean: subtracted from the channels of an RGB image in [0, 1].
         std: divisor of the channels.
         value_range: values that become black and white in images of more than 8 bits; None if unknown.
-        channels: of one input tensor; other than 3 if the network takes no images (a board of Go).
+        channels: C of the input; other than 3 if the network takes arrays and no images (a board of Go).
+            Arrays are not normalised.
     """
 
     img_size: int = 224
@@ -75,12 +80,22 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     value_range: tuple[float, float] | None = None
-    channels: int = 3
+    channels: int = IMAGE_CHANNELS
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height, width of one input tensor."""
         return (self.channels, self.img_size, self.img_size)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the input is an RGB image, and not an array of planes."""
+        return self.channels == IMAGE_CHANNELS
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one input on its way to the device: uint8 for images, float32 for arrays."""
+        return math.prod(self.input_size) * (1 if self.takes_images else 4)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with the recipe's keys (section ``input``), and the range of values if known."""
@@ -232,7 +247,9 @@ def _card_from_timm(name: str) -> Card:
         origin=read_text(config.paper_ids or config.origin_url),
     )
     if card.source == "zoo":
-        return replace(card, name=f"zoo/{architecture}", preprocessing=_zoo_preprocessing(card, config))
+        channels = _channels_of(architecture)
+        own = replace(card.preprocessing, channels=channels)
+        return replace(card, name=f"zoo/{architecture}", preprocessing=own)
     package = PACKAGES.get(f"{architecture}.{tag}")
     if package is None or (file := package.find()) is None:
         return card
@@ -262,10 +279,12 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _zoo_preprocessing(card: Card, config: Any) -> Preprocessing:
-    """Networks of one channel take images, and make them grey; others take what is no image."""
-    channels = config.input_size[0]
-    return replace(card.preprocessing, channels=3 if channels == 1 else channels)
+def _channels_of(architecture: str) -> int:
+    """Return the channels of a network's input; networks of one channel take images, and make them grey."""
+    if architecture not in ZOO_NAMES:
+        return IMAGE_CHANNELS
+    channels: int = get_pretrained_cfg(architecture).input_size[0]
+    return IMAGE_CHANNELS if channels == 1 else channels
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -349,6 +368,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
     if head not in get_args(HeadChoice):
         raise ValueError(f"head {head!r}")
     preprocessing = replace(_timm_preprocessing(inner), value_range=read_value_range(ours.get("value_range")))
+    preprocessing = replace(preprocessing, channels=_channels_of(architecture))
     check_preprocessing(preprocessing.to_dict())
     return Card(
         name=name,

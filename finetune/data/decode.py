@@ -232,7 +232,7 @@ def convert_image(image: Image.Image, value_range: ValueRange | None = None) -> 
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
-        raise BadImageError(_reason(Path(), error)) from error
+        raise BadImageError(describe_fault(Path(), error)) from error
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
-        raise BadImageError(_reason(path, error)) from error
+        raise BadImageError(describe_fault(path, error)) from error
 
 
 def _identified(file: BinaryIO, name: str) -> Image.Image:
@@ -307,7 +307,7 @@ def _unidentified(head: bytes, name: str) -> str:
     return f'not an image (starts with "{repr(word)[2:-1]}")'
 
 
-def _reason(path: Path, error: Exception) -> str:
+def describe_fault(path: Path, error: Exception) -> str:
     """Return in one short line what went wrong."""
     if isinstance(error, FileNotFoundError):
         return "link to a file that does not exist" if path.is_symlink() else "file not found"

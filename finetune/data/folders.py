@@ -79,7 +79,7 @@ def _is_good_name(reader: LayoutReader, name: str) -> bool:
 
 def warn_ignored(reader: LayoutReader, top: str, files: Sequence[str], others: Counter[str]) -> None:
     """Warn about files that a user may believe to be used and that are not."""
-    loose = sum(is_image_name(name) for name in files)
+    loose = sum(reader.takes(name) for name in files)
     where = repr(top) if top else "the data folder"
     if loose:
         reader.warn(
@@ -147,8 +147,8 @@ def walk_images(
             found = f"links lead to the folder {printable(folder)!r} in more than {MOST_WAYS} ways"
             raise reader.error(found, "Remove links to folders that hold links to folders.")
         folders, files = listing(reader, folder)
-        yield from (f"{folder}/{name}".lstrip("/") for name in files if is_image_name(name))
-        rest = [name for name in files if not is_image_name(name)]
+        yield from (f"{folder}/{name}".lstrip("/") for name in files if reader.takes(name))
+        rest = [name for name in files if not reader.takes(name)]
         others.update(extension_counts(rest))
         if left_out is not None:
             left_out += [f"{folder}/{name}".lstrip("/") for name in rest[: SHOWN - len(left_out)]]
@@ -196,12 +196,12 @@ def listing(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
                         folders.append(entry.name)
                 elif _counts_as_file(entry):
                     files.append(entry.name)
-                    if entry.is_symlink() and is_image_name(entry.name):
+                    if entry.is_symlink() and reader.takes(entry.name):
                         reader.leads_out(f"{folder}/{entry.name}".lstrip("/"))
     except OSError as error:
         found = f"the folder {printable(folder or '.')!r} cannot be read ({error.strerror})"
         reader.reject("folder-unreadable", found, "Make it readable for this user.")
-    files = [name for name in files if not is_image_name(name) or _is_utf8(reader, folder, name)]
+    files = [name for name in files if not reader.takes(name) or _is_utf8(reader, folder, name)]
     return sorted(folders), sorted(files)
 
 
@@ -247,7 +247,7 @@ def peek(reader: LayoutReader, folder: str) -> tuple[list[str], list[str]]:
                 continue
             if _is_folder(entry):
                 folders.append(entry.name)
-            elif is_image_name(entry.name):
+            elif reader.takes(entry.name):
                 images.append(entry.name)
     return sorted(folders), sorted(images)
 

@@ -56,7 +56,7 @@ _CONVERT = {
         "(dcm2img, or pydicom's pixel_array with its window, and Pillow's Image.fromarray)"
     ),
     "NumPy": (
-        "a NumPy array, which is not read: convert it to PNG "
+        "a NumPy array, which networks of images do not take: convert it to PNG "
         "(Image.fromarray(numpy.load(file)).save(...), values as uint8 or uint16)"
     ),
     "FITS": "a FITS image, which is not read: convert it to PNG or TIFF",
@@ -85,6 +85,9 @@ UNREAD: dict[str, str] = {
 
 SUFFIXES: frozenset[str] = frozenset(READ) | frozenset(UNREAD)
 """Suffixes of images. A file with one of them is an image, whether or not it can be read."""
+
+ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
+"""Suffixes of arrays of numbers (:mod:`finetune.data.arrays`)."""
 
 _BRANDS = {b"heic": HEIC, b"heix": HEIC, b"hevc": HEIC, b"heim": HEIC, b"heis": HEIC, b"mif1": HEIC}
 _BRANDS |= {b"msf1": HEIC, b"avif": "AVIF", b"avis": "AVIF", b"crx ": "raw", b"jp2 ": "JPEG 2000"}
@@ -115,6 +118,11 @@ def suffix_of(name: str) -> str:
 def is_image_name(name: str) -> bool:
     """Return whether a file has the suffix of an image."""
     return suffix_of(name) in SUFFIXES
+
+
+def is_array_name(name: str) -> bool:
+    """Return whether a file has the suffix of an array of numbers."""
+    return suffix_of(name) in ARRAY_SUFFIXES
 
 
 def list_suffixes() -> str:
@@ -151,7 +159,7 @@ def describe_raw(name: str) -> str | None:
 
 def explain_suffix(suffix: str) -> str | None:
     """Return what a file with this suffix is and how to convert it, if it is an image or an array."""
-    kind = "NumPy" if suffix in {".npy", ".npz"} else UNREAD.get(suffix)
+    kind = "NumPy" if suffix in ARRAY_SUFFIXES else UNREAD.get(suffix)
     return _CONVERT[kind] if kind else None
 
 

@@ -20,7 +20,7 @@ from finetune.data.archives.entries import is_archive, is_unread_archive
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
 from finetune.data.discover import read_data
 from finetune.data.folders import explain_others, tell_hidden, walk_images
-from finetune.data.formats import is_image_name
+from finetune.data.formats import is_array_name, is_image_name
 from finetune.data.layout import SHOWN, LayoutReader, extension_counts, extensions, printable, some
 from finetune.data.layouts.class_folders import find_inner
 from finetune.data.samples import is_sample, open_sample
@@ -150,8 +150,9 @@ def _of_pattern(source: str) -> InputImages:
             printable(source), fault, "Take a shorter pattern, or give the paths on standard input."
         )
     files = [name for name in sorted(glob.iglob(source, recursive=True)) if not os.path.isdir(name)]  # noqa: PTH112, PTH207
-    found = [name for name in files if is_image_name(name)]
-    others = [name for name in files if not is_image_name(name)]
+    taken = is_image_name if any(map(is_image_name, files)) else is_array_name
+    found = [name for name in files if taken(name)]
+    others = [name for name in files if not taken(name)]
     left_out = LeftOut(extension_counts(others), others[:SHOWN])
     return InputImages(printable(source), lambda: map(_of_name, found), left_out=left_out)
 

@@ -7,11 +7,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from finetune.data.dataset import Issue, Split
+from finetune.data.formats import is_array_name, is_image_name
 from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.errors import DataError, count
 
@@ -81,6 +83,26 @@ class LayoutReader:
     table: TableConfig = BY_NAMES
     left_out: Counter[str] = field(default_factory=Counter)
     beside: list[str] = field(default_factory=list)
+
+    def takes(self, name: str) -> bool:
+        """Return whether a file is one of the images; of arrays, where there are no images."""
+        return is_array_name(name) if self.holds_arrays else is_image_name(name)
+
+    @cached_property
+    def holds_arrays(self) -> bool:
+        """Whether the root holds arrays of numbers and no image. Use it only once ``root`` is final."""
+        holds_array, stack = False, [str(self.root)]
+        while stack:
+            with suppress(OSError), os.scandir(stack.pop()) as entries:
+                for entry in entries:
+                    if is_junk(entry.name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        stack.append(entry.path)
+                    elif is_image_name(entry.name):
+                        return False
+                    holds_array = holds_array or is_array_name(entry.name)
+        return holds_array
 
     def warn(self, code: str, message: str, fix: str, number: int = 1, paths: Sequence[str] = ()) -> None:
         """Add a warning of one sentence."""

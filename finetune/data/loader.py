@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     """A batch without the images that could not be read: B may be smaller than the batch size, or 0.
 
     Attributes:
-        images: (B, 3, H, W) float32, normalised; uint8 until it is on the device.
+        images: (B, C, H, W) float32, normalised; those of images are uint8 until they are on the device.
         labels: (B,) int64.
         indices: (B,) int64, indices into the loader's samples.
         lost: the reason for each image that can no longer be read, by path.
@@ -201,7 +201,7 @@ class ImageLoader:
         distributed: rank and number of the processes that share the batches.
 
     Attributes:
-        input_size: (3, H, W) of the images.
+        input_size: (C, H, W) of the images.
         wait_seconds: time the last pass spent waiting for data.
         workers: number of decoding processes, now and in the next pass.
     """

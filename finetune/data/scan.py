@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.arrays import Shape, check_array, find_array_shape
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.decode import BadImageError, probe_image, read_spread
 from finetune.data.depth import ValueRange, Values, find_range
@@ -42,7 +43,7 @@ class CheckedImages:
     Attributes:
         bad: images that cannot be decoded, in the order of the dataset.
         digests: SHA-256 of every file that could be read, by path.
-        scan: one row of facts per decoded image; empty if the files were only read.
+        scan: one row of facts per decoded image; empty if the files were only read, or are arrays.
         values: spread of the values of each image of more than 8 bits, by path.
     """
 
@@ -107,7 +108,10 @@ def check_images(
     values: dict[str, Values] = {}
     paths: list[str] = []
     rows = np.zeros(len(dataset.samples) if decode else 0, ROW)
+    shape = find_array_shape(dataset)
     look = partial(_scan_image, dataset, decode, store)
+    if shape is not None:
+        look = partial(_scan_array, dataset, shape)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
     try:
         for start in range(0, len(dataset.samples), _CHUNK):
@@ -150,6 +154,19 @@ def _scan_image(
             digest = hashlib.file_digest(file, "sha256")
         row = None if probe is None or status is None else build_row(probe, digest.digest(), status)
         return _ScannedImage(digest.hexdigest(), values, row)
+    except BadImageError as error:
+        return BadImage(sample.path, sample.split, error.reason)
+    except OSError as error:
+        return BadImage(sample.path, sample.split, (error.strerror or str(error)).lower())
+
+
+def _scan_array(dataset: Dataset, shape: Shape, sample: Sample) -> BadImage | _ScannedImage:
+    """Read one array to its end; it has no row, since the checks of pictures say nothing about arrays."""
+    path = dataset.file(sample)
+    try:
+        check_array(path, shape)
+        with open_regular(path) as file:
+            return _ScannedImage(hashlib.file_digest(file, "sha256").hexdigest(), None, None)
     except BadImageError as error:
         return BadImage(sample.path, sample.split, error.reason)
     except OSError as error:

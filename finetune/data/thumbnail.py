@@ -1,4 +1,4 @@
-"""Small images for contact sheets."""
+"""Pictures of the files of a data set, for pages and contact sheets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from pathlib import Path
 
 from PIL import Image
 
+from finetune.data.arrays import draw_array
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.depth import ValueRange
+from finetune.data.formats import is_array_name
+
+
+def load_picture(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image:
+    """Return an image as ``decode_image`` does, or a picture of an array.
+
+    Raises:
+        BadImageError: the file cannot be read.
+    """
+    return draw_array(path) if is_array_name(path.name) else decode_image(path, side, value_range)
 
 
 def load_thumbnail(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image | str:
@@ -16,7 +27,7 @@ def load_thumbnail(path: Path, side: int, value_range: ValueRange | None = None)
     For a file that cannot be decoded, return the reason in a few words.
     """
     try:
-        image = decode_image(path, side, value_range)
+        image = load_picture(path, side, value_range)
     except BadImageError as error:
         return error.reason
     scale = side / max(image.size)

@@ -7,7 +7,8 @@
 
 Views are sent to the device as uint8, a quarter of the size of float32. Training views draw from torch's
 generator, which the loader seeds for each image. (timm's RandAugment is not used: at its highest magnitude it
-asks Pillow for zero bits of colour, which Pillow refuses.)
+asks Pillow for zero bits of colour, which Pillow refuses.) Networks that take no images have one view of a
+file, its array, float32 (C, H, W), which is not normalised.
 
 Shape legend: B batch, H W pixels.
 """
@@ -26,10 +27,13 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomErasing, v2
 
+from finetune.data.arrays import Planes, read_planes
 from finetune.data.decode import decode_image
 from finetune.recipe import Augmentation
 from pretrained.catalog import Preprocessing
 
+Opened = Image.Image | Planes
+"""What a file holds: an RGB image, or an array (C, H, W) for a network that takes no images."""
 _SMALLEST_CROP = {"light": 0.5, "medium": 0.5, "heavy": 0.2}
 """Smallest share of the image's area in a random crop. ImageNet training uses 0.08, but in a small dataset
 too many views would then miss the object."""
@@ -42,33 +46,37 @@ class Transform:
     """Makes a view from an image file.
 
     Attributes:
-        draw: makes a view, uint8 (3, H, W), from an image.
+        draw: makes a view, uint8 (3, H, W), from an image; float32 (C, H, W) from an array.
         preprocessing: input size and normalisation of the network.
         is_random: whether every call gives another view.
         short_side: number of pixels of the shorter side that suffices for a view (``decode_image``); None
             decodes every pixel, as timm does.
     """
 
-    draw: Callable[[Image.Image], Tensor]
+    draw: Callable[[Any], Tensor]
     preprocessing: Preprocessing
     is_random: bool
     short_side: int | None = None
 
-    def open(self, path: Path) -> Image.Image:
-        """Return the image that views are drawn from.
+    def open(self, path: Path) -> Opened:
+        """Return the image, or the array, that views are drawn from.
 
         Raises:
-            BadImageError: as ``decode_image``.
+            BadImageError: as ``decode_image``, or as ``read_planes``.
         """
+        if not self.preprocessing.takes_images:
+            return read_planes(path, self.preprocessing.input_size)
         return decode_image(path, self.short_side, self.preprocessing.value_range)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return a view, uint8 (3, H, W), contiguous."""
+    def __call__(self, image: Opened) -> Tensor:
+        """Return a view, uint8 (3, H, W) or float32 (C, H, W), contiguous."""
         return self.draw(image).contiguous()
 
 
 class Normalizer:
     """Computes (x / 255 - mean) / std, bitwise equal to timm's ``ToTensor`` and ``Normalize``.
+
+    The values of arrays stay as they are.
 
     Args:
         preprocessing: gives mean and standard deviation.
@@ -77,24 +85,29 @@ class Normalizer:
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
         # Tensors on the device: CUDA multiplies by the reciprocal of a number, which rounds differently.
+        self._takes_images = preprocessing.takes_images
         self._white = torch.tensor(255.0, device=device)
         self._mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return uint8 (B, 3, H, W) as normalised float32."""
+        """Return uint8 (B, 3, H, W) as normalised float32; float32 (B, C, H, W) unchanged."""
+        if not self._takes_images:
+            return images
         return images.to(torch.float32).div_(self._white).sub_(self._mean).div_(self._std)
 
 
 def build_eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return the view that evaluation, prediction and the exported model use."""
+    if not preprocessing.takes_images:
+        return Transform(torch.from_numpy, preprocessing, is_random=False)
     draw = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
     return Transform(draw, preprocessing, is_random=False)
 
 
 def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
-    """Return the random training view, or the evaluation view for ``none``."""
-    if augmentation == "none":
+    """Return the random training view, or the evaluation view for ``none`` and for arrays."""
+    if augmentation == "none" or not preprocessing.takes_images:
         return build_eval_transform(preprocessing)
     if augmentation == "shift":
         return _build_shift(preprocessing)

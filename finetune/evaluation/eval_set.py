@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from finetune.data.arrays import check_takes
 from finetune.data.dataset import Dataset, PreparedDataset
 from finetune.data.inputs import EvalSplit, find_labelled
 from finetune.data.scan import scan_images
@@ -52,7 +53,7 @@ def find_eval_set(
     run, classes = first.run, first.predictor.classes
     if run is not None and (data is None or _is_own(run, data)):
         if _has_split(run, split):
-            dataset = _prepare(_images_of_run(run, classes, split, display), display)
+            dataset = _prepare(first, _images_of_run(run, classes, split, display), display)
             _refuse_changed(run, dataset.digests)
             return EvalSet(dataset, _name_split(dataset, split))
         data = _data_of(run)
@@ -62,7 +63,7 @@ def find_eval_set(
         found = find_labelled(data, classes, split, follow_links, on_progress, _table_of(run))
     for warning in found.warnings:
         display.warn(warning)
-    return EvalSet(_prepare(found, display), _name_split(found, split))
+    return EvalSet(_prepare(first, found, display), _name_split(found, split))
 
 
 def _refuse_changed(run: RunFolder, digests: Mapping[str, str]) -> None:
@@ -145,12 +146,14 @@ def check_unchanged(dataset: PreparedDataset, display: Display) -> None:
         raise DataError(f"data in {dataset.root}", found, fix)
 
 
-def _prepare(dataset: Dataset, display: Display) -> PreparedDataset:
+def _prepare(model: Model, dataset: Dataset, display: Display) -> PreparedDataset:
     """Decode every image once.
 
     Raises:
-        DataError: an image cannot be read: metrics over fewer images than the user expects would mislead.
+        DataError: an image cannot be read: metrics over fewer images than the user expects would mislead. Or
+            the model takes arrays and the data are images, or the other way round.
     """
+    check_takes(model.predictor.card, dataset)
     checked = scan_images(dataset, display, "checking images", is_subset=True)
     if checked.bad:
         lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
-
 from finetune.data.decode import BadImageError
 from finetune.data.inputs import InputImage, InputImages, find_inputs
 from finetune.data.layout import extensions
+from finetune.data.transforms import Opened
 from finetune.errors import DataError, UsageError
 from finetune.evaluation.predictor import Predictor
 from finetune.system.display import Display
@@ -91,8 +90,8 @@ def no_images(inputs: InputImages) -> DataError:
     return DataError(inputs.asked, found, "Name a file, a folder, a CSV file or a pattern.")
 
 
-def open_input(predictor: Predictor, image: InputImage) -> Image.Image:
-    """Decode one image.
+def open_input(predictor: Predictor, image: InputImage) -> Opened:
+    """Decode one image, or read one array.
 
     Raises:
         BadImageError: it cannot be read or decoded.

@@ -32,8 +32,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from finetune.data.arrays import arrange, describe_shape, read_planes
 from finetune.data.decode import BadImageError, convert_image, decode_image
-from finetune.data.transforms import Normalizer
+from finetune.data.transforms import Normalizer, Opened
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.views import Views, build_views, compute_mean_over_views
 from finetune.system.device import available_cores, compute_chunk_size, resolve_device
@@ -44,8 +45,8 @@ from pretrained.catalog import Card, find_card
 from pretrained.network import is_convolutional
 
 Floats = npt.NDArray[np.float32]
-ImageInput = str | PathLike[str] | Image.Image | npt.NDArray[np.uint8]
-"""A path, a Pillow image, or RGB pixels (H, W, 3) uint8."""
+ImageInput = str | PathLike[str] | Image.Image | npt.NDArray[Any]
+"""A path, a Pillow image, or RGB pixels (H, W, 3) uint8. A network of arrays takes paths and numbers."""
 T = TypeVar("T")
 CPU_BATCH, GPU_BATCH = 32, 128
 _AHEAD = 2
@@ -132,13 +133,21 @@ class Predictor:
         self._chunked = ChunkedForward(self.network, chunk_size)
         self._lock = threading.Lock()
 
-    def open(self, image: Path | Image.Image) -> Image.Image:
+    def open(self, image: Path | Image.Image) -> Opened:
         """Return an image as the network sees it before it is resized: RGB, upright, 8 bits a channel.
+
+        A network that takes arrays gets the array of the file.
 
         Raises:
             BadImageError: it cannot be read.
         """
-        value_range = self.card.preprocessing.value_range
+        preprocessing = self.card.preprocessing
+        if not preprocessing.takes_images:
+            if isinstance(image, Image.Image):
+                wanted = describe_shape(preprocessing.input_size)
+                raise BadImageError(f"an image, and the network takes arrays of {wanted} values")
+            return read_planes(image, preprocessing.input_size)
+        value_range = preprocessing.value_range
         if isinstance(image, Image.Image):
             return convert_image(image, value_range)
         return decode_image(image, value_range=value_range)
@@ -169,6 +178,7 @@ class Predictor:
 
         Args:
             images: files, Pillow images, or arrays of RGB pixels (H, W, 3) uint8; one, or any iterable.
+                For a network that takes arrays: files, or arrays (C, H, W) or (H, W, C) of numbers.
 
         Raises:
             DataError: an image cannot be read.
@@ -189,10 +199,12 @@ class Predictor:
             found += [self._describe(values) for values in result.probabilities]
         return found
 
-    def _open_any(self, image: ImageInput) -> Image.Image:
+    def _open_any(self, image: ImageInput) -> Opened:
         if isinstance(image, Image.Image):
             return self.open(image)
         if isinstance(image, np.ndarray):
+            if not self.card.preprocessing.takes_images:
+                return arrange(image, self.card.preprocessing.input_size)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise _no_image(image)
             return Image.fromarray(np.ascontiguousarray(image))
@@ -205,13 +217,14 @@ class Predictor:
         return Prediction(self.classes[best], float(values[best]), values, self.classes)
 
     def predict_batches(
-        self, batches: Iterable[Sequence[T]], open: Callable[[T], Image.Image]
+        self, batches: Iterable[Sequence[T]], open: Callable[[T], Opened]
     ) -> Iterator[BatchResult[T]]:
         """Yield the predictions of each batch, in order, while the next batches are decoded.
 
         Args:
             batches: the images; a few batches are taken ahead.
-            open: returns the RGB image; called in several threads. A BadImageError becomes a fault.
+            open: returns the RGB image or the array; called in several threads. A BadImageError becomes a
+                fault.
         """
         waiting: deque[tuple[Sequence[T], list[Future[Tensor | str]]]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
@@ -225,7 +238,7 @@ class Predictor:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # an image may take a minute
 
-    def _view(self, open: Callable[[T], Image.Image], item: T) -> Tensor | str:
+    def _view(self, open: Callable[[T], Opened], item: T) -> Tensor | str:
         """Return the views of an image, or the reason why it cannot be read."""
         try:
             return self._views(open(item))
@@ -239,7 +252,7 @@ class Predictor:
         return BatchResult(batch, self.compute(views), faults)
 
     def compute(self, views: Sequence[Tensor]) -> Floats:
-        """Return probabilities (B, K) float32 for the views (V, 3, H, W) uint8 of B images.
+        """Return probabilities (B, K) float32 for the views (V, C, H, W) of B images.
 
         Raises:
             UsageError: probabilities are not finite, since the weights are damaged.

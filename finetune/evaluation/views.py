@@ -24,7 +24,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import functional
 
-from finetune.data.transforms import build_eval_transform
+from finetune.data.transforms import Opened, build_eval_transform
 from finetune.errors import UsageError
 from finetune.targets import to_probabilities
 from pretrained.catalog import Preprocessing
@@ -49,15 +49,15 @@ class Views:
 
     scales: tuple[int, ...]
     crops: int
-    _draw: Callable[[Image.Image], Iterator[Tensor]]
+    _draw: Callable[[Any], Iterator[Tensor]]
 
     @property
     def num_views(self) -> int:
         """Number of views of an image (V)."""
         return max(1, len(self.scales)) * self.crops
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return the views of an RGB image, uint8 (V, 3, H, W), contiguous.
+    def __call__(self, image: Opened) -> Tensor:
+        """Return the views of an RGB image, uint8 (V, 3, H, W), contiguous; of an array float32 (1, C, H, W).
 
         The order is scale by scale, and within a scale: top left, top right, bottom left, bottom right,
         centre, then their mirror images in the same order.
@@ -81,10 +81,13 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
         scales: short side S in pixels of each scale; empty for the default.
 
     Raises:
-        UsageError: the number of crops is another one, or a scale is below the input size or above
-            ``LARGEST_SCALE``.
+        UsageError: the number of crops is another one, a scale is below the input size or above
+            ``LARGEST_SCALE``, or the network takes arrays.
     """
     _check(preprocessing.img_size, crops, scales)
+    if not preprocessing.takes_images and (crops > 1 or scales):
+        found = "the network takes arrays, which have one view"
+        raise UsageError(f"--crops {crops}" if crops > 1 else f"--scales {scales[0]}", found, "Leave it out.")
     if crops == 1 and not scales:
         plain = build_eval_transform(preprocessing)
         return Views((), 1, lambda image: iter([plain(image)]))

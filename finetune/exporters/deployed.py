@@ -32,8 +32,8 @@ class Interface:
     """Input and output of an exported graph.
 
     Attributes:
-        layout: layout of uint8 images, which the graph normalises; None for float32 (B, 3, H, W) images that
-            are already normalised.
+        layout: layout of uint8 images, which the graph normalises; None for float32 (B, C, H, W) images that
+            are already normalised, and for arrays.
         is_calibrated: output probabilities, calibrated by the card's temperature, instead of logits.
     """
 
@@ -57,11 +57,11 @@ class Interface:
 
     def input_shape(self, view: Preprocessing) -> tuple[int, int, int]:
         """Return the input shape without the batch dimension."""
-        size = view.img_size
-        return (size, size, 3) if self.layout == "nhwc" else (3, size, size)
+        planes, height, width = view.input_size
+        return (height, width, planes) if self.layout == "nhwc" else (planes, height, width)
 
     def arrange(self, views: Tensor, view: Preprocessing) -> Tensor:
-        """Convert uint8 views (B, 3, H, W) to the graph's input."""
+        """Convert views (B, C, H, W) to the graph's input."""
         if self.layout is None:
             return Normalizer(view, views.device)(views)
         return views.permute(0, 2, 3, 1).contiguous() if self.layout == "nhwc" else views
@@ -71,7 +71,7 @@ class Deployed(nn.Module):
     """A network with optional normalisation before it and calibrated probabilities after it.
 
     Args:
-        network: network (B, 3, H, W) -> (B, K) in eval mode.
+        network: network (B, C, H, W) -> (B, K) in eval mode.
         card: description of the network, with its preprocessing and temperature.
         interface: input and output of the graph.
     """

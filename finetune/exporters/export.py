@@ -76,6 +76,7 @@ def export(path: Path, options: ExportOptions, output: Path, display: Display) -
     """
     check_name(Path(os.path.realpath(output)))  # a fresh process loads it by its whole path
     source = open_model(path)
+    _check_layout(source.card, options.interface)
     if isinstance(source.images, Dataset):
         check_outside(output, source.images)
     with new_folder(output) as folder:
@@ -179,6 +180,12 @@ def _describe_data(source: Exportable) -> TrainingData:
         counts.setdefault(row["label"], defaultdict(int))[row["split"]] += 1
     path = source.recipe.data.path if source.recipe else None
     return TrainingData(Path(path).name if path else "", counts)
+
+
+def _check_layout(card: Card, interface: Interface) -> None:
+    if interface.layout and not card.preprocessing.takes_images:
+        found = f"{card.name} takes arrays, which have no preprocessing"
+        raise UsageError(f"--with-preprocessing {interface.layout}", found, "Leave it out.")
 
 
 def _find_inputs(source: Exportable, display: Display) -> ProofInputs:

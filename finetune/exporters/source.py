@@ -129,7 +129,8 @@ class ProofInputs:
     """Preprocessed images, and the probabilities that the run recorded for them.
 
     Attributes:
-        views: uint8 (N, 3, H, W), as the network's evaluation transform makes them.
+        views: uint8 (N, 3, H, W), as the network's evaluation transform makes them; float32 (N, C, H, W) for
+            a network that takes arrays.
         recorded: probabilities (N, K) of ``predictions.csv``; None if there are none.
         num_evaluated: number of images that the run evaluated; 0 for random inputs.
         notes: what was left out and why, one sentence each.
@@ -151,6 +152,8 @@ def draw_random(card: Card, note: str) -> ProofInputs:
     generator = torch.Generator().manual_seed(0)
     shape = (_limit_images(card, NUM_RANDOM), *card.preprocessing.input_size)
     views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if not card.preprocessing.takes_images:
+        views = views.to(torch.float32) / 255
     return ProofInputs(views, None, 0, (note,))
 
 

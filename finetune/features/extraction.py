@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.data.arrays import check_takes
 from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
 from finetune.data.depth import ValueRange
 from finetune.data.discover import find_images
@@ -152,7 +153,11 @@ def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Dis
         network: the network with its own classifier.
         dataset: the images, which are read unless they were prepared before.
         display: shows progress.
+
+    Raises:
+        DataError: the images are arrays and the network takes images, or the other way round.
     """
+    check_takes(network.backbone.card, dataset)
     prepared = dataset if isinstance(dataset, PreparedDataset) else read_images(recipe, dataset, display)
     if network.backbone.card.preprocessing.value_range is None:  # or the images are seen as in its training
         network = network.with_value_range(prepared.value_range)
@@ -276,7 +281,7 @@ def _open_loader(
 ) -> ImageLoader:
     network, recipe = source.network, source.recipe
     preprocessing = network.backbone.card.preprocessing
-    batch_bytes = batch_size * 3 * preprocessing.img_size**2
+    batch_bytes = batch_size * preprocessing.view_bytes
     workers, most = recipe.data.workers, 0
     if workers == "auto":
         workers = resolve_workers(network.placement.device, batch_bytes, distributed.size)

@@ -183,7 +183,7 @@ def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
     """Return the card's preprocessing with the values that the recipe sets."""
     own = card.preprocessing.to_dict()
     asked = {key: value for key, value in dict(recipe.input).items() if key in own and value != "auto"}
-    return Preprocessing(**own | asked)
+    return replace(card.preprocessing, **asked)
 
 
 LEAST_SOURCE_CLASSES = 1_000

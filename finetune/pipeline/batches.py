@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ class LoaderFactory:
         workers = setup.recipe.data.workers
         transform = _build_transform(setup, split)
         # Batches of the trunk are larger than those of training, for which the setup's number was chosen.
-        batch_bytes = batch_size * math.prod(setup.backbone.card.preprocessing.input_size)
+        batch_bytes = batch_size * setup.backbone.card.preprocessing.view_bytes
         room = resolve_most_workers(batch_bytes, self.context.distributed.machine.size)
         loader = ImageLoader(
             dataset,

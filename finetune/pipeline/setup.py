@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.data.arrays import check_takes
 from finetune.data.dataset import Dataset
 from finetune.data.depth import ValueRange
 from finetune.data.discover import discover
@@ -90,7 +91,9 @@ def prepare(
     device = prepare_machine(recipe, display, distributed)
     if recipe.training.compile:
         check_compiler(device)
-    found, card = distributed.share(lambda: (_find_images(recipe, display), _find_card(recipe, display)))
+    found, card = distributed.share(lambda: _find_inputs(recipe, display))
+    if not card.preprocessing.takes_images:
+        recipe = _without_augmentation(recipe, display)
     card = card.with_input(resolve_preprocessing(recipe, card))
     with display.busy(f"loading {recipe.backbone.name}"):
         backbone = _load_backbone(recipe, card, found.classes, distributed)
@@ -175,12 +178,21 @@ def _find_images(recipe: Recipe, display: Display) -> Dataset:
         return discover(path, config, recipe.data.follow_links, on_progress, table=TableConfig.of(recipe))
 
 
-def _find_card(recipe: Recipe, display: Display) -> Card:
-    """Return the card of the backbone; fetch its weights where they are not here."""
+def _without_augmentation(recipe: Recipe, display: Display) -> Recipe:
+    """Return the recipe for arrays, which have no random views."""
+    if recipe.input.augmentation != "none":
+        display.say(f"input.augmentation {recipe.input.augmentation} is for images: none for arrays")
+    return recipe.model_copy(update={"input": recipe.input.model_copy(update={"augmentation": "none"})})
+
+
+def _find_inputs(recipe: Recipe, display: Display) -> tuple[Dataset, Card]:
+    """Return the images and the card of the backbone; fetch its weights where they are not here."""
+    dataset = _find_images(recipe, display)
     card = find_card(str(recipe.backbone.name), recipe.backbone.offline)
+    check_takes(card, dataset)
     if not recipe.strategy.starts_random and not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)
-    return card
+    return dataset, card
 
 
 def _collect_facts(
@@ -216,8 +228,8 @@ def _limit_workers(
 
 
 def _batch_bytes(batch_size: int, backbone: Backbone, distributed: Distributed) -> int:
-    """Bytes of one process's part of a batch of images, in uint8."""
-    return math.ceil(batch_size / distributed.size) * math.prod(backbone.card.preprocessing.input_size)
+    """Bytes of one process's part of a batch, on its way to the device."""
+    return math.ceil(batch_size / distributed.size) * backbone.card.preprocessing.view_bytes
 
 
 def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distributed) -> None:

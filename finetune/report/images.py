@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, device, nn
 
-from finetune.data.decode import BadImageError, decode_image
+from finetune.data.decode import BadImageError
 from finetune.data.depth import ValueRange
+from finetune.data.thumbnail import load_picture
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.evaluation.predictor import resolve_names
 from finetune.explain.attribution.cam import GradCam
@@ -77,7 +78,7 @@ class Album:
         if file is None:
             return InlineImage("", "missing")
         try:
-            image = decode_image(file, side, self._value_range)
+            image = load_picture(file, side, self._value_range)
         except BadImageError as error:
             return InlineImage("", f"missing: {error.reason}")
         return self.show(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))

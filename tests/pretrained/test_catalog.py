@@ -101,7 +101,7 @@ def test_a_run_is_its_model_folder(tiny: Path, tmp_path: Path) -> None:
             ["no weights with the tag 'a1_in2k'", "'resnet18.a1_in1k'", "resnet18.gluon_in1k"],
         ),
         ("torchvision/vgg11.imagenet1k_v2", ["no weights with the tag", "did you mean 'imagenet1k_v1'"]),
-        ("microsoft/resnet18", ["start with timm/ or torchvision/", "'resnet18'"]),
+        ("microsoft/resnet18", ["start with timm/, torchvision/ or zoo/", "'resnet18'"]),
         ("./nowhere", ["it is no folder"]),
         ("local-dir:nowhere", ["there is no such folder"]),
         ("local-dir:", ["there is no"]),

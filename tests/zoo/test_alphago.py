@@ -69,3 +69,15 @@ def test_other_classes_are_read_from_pooled_features() -> None:
     with torch.device("meta"):
         network.reset_classifier(2)
         assert network(torch.zeros(1, *SIZE)).shape == (1, 2)
+
+
+def test_kept_its_head_gives_one_output_for_each_point_and_replaced_it_pools() -> None:
+    from pretrained.backbone import load_backbone
+    from pretrained.catalog import find_card
+    from pretrained.zoo.alphago import MoveHead
+
+    points = [f"{index:03}" for index in range(361)]  # in the order of rows, as the classes are sorted
+    kept = load_backbone(find_card("alphago_policy_128"), classes=points, head="keep", pretrained=False)
+    assert isinstance(kept.network.head, MoveHead) and kept.network(boards(1)).shape == (1, 361)
+    replaced = load_backbone(find_card("alphago_policy_128"), classes=["a", "b"], pretrained=False)
+    assert isinstance(replaced.network.head, nn.Linear) and replaced.network(boards(1)).shape == (1, 2)

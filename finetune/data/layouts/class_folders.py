@@ -17,7 +17,6 @@ from finetune.data.folders import (
     read_classes,
     tell_hidden,
 )
-from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, extension_counts, extensions, names_in, some
 from finetune.data.layouts.lists import LIST_FILES, advise_list, read_list, read_one_hot
 from finetune.data.layouts.split_folders import (
@@ -143,7 +142,7 @@ def _is_unlabelled_test(reader: LayoutReader, top: str, split: Split, folders: S
 
 def _warn_unlabelled(reader: LayoutReader, top: str, folders: Sequence[str], files: Sequence[str]) -> None:
     inside = sum(len(images_below(reader, f"{top}/{name}")[0]) for name in folders)
-    number = inside + sum(is_image_name(name) for name in files)
+    number = inside + sum(reader.takes(name) for name in files)
     held = f"{count(number, 'image', 'images')} without classes" if number else "no images"
     later = f"; `finetune predict RUN {top}/ --output test.csv` predicts them later" if number else ""
     reader.warn(
@@ -196,7 +195,7 @@ def _refuse_no_classes(
     if folders:
         return
     where = f"{top!r} holds" if top else "holds"
-    if any(is_image_name(name) for name in files):
+    if any(reader.takes(name) for name in files):
         found = f"{where} images but no class folders, so that no image has a label"
     else:
         others = extension_counts(files) + reader.left_out

@@ -14,7 +14,6 @@ from pathlib import Path
 from finetune.data.archives.entries import KINDS, SUFFIXES, is_archive, is_unread_archive
 from finetune.data.dataset import Split
 from finetune.data.folders import class_names, images_below, peek
-from finetune.data.formats import is_image_name
 from finetune.data.layout import LayoutReader, name_fault, names_in, printable, quoted, some
 from finetune.data.tables.format import is_table
 from finetune.data.tables.rows import read_csv
@@ -59,7 +58,7 @@ def read_list(
         return False
     has_images = [name for name in folders if peek(reader, name)[1]]
     is_one = len(has_images) == 1 and (len(folders) == 1 or bool(splits))
-    if splits or is_one or (not folders and any(map(is_image_name, files))):
+    if splits or is_one or (not folders and any(map(reader.takes, files))):
         _read_table(reader, tables[0], group_by)
         return True
     return False
@@ -146,7 +145,7 @@ def read_one_hot(
     if odd:
         found = f"{where!r} gives {count(len(odd), 'image', 'images')} no class or several: {some(odd)}"
         raise reader.error(found, "Leave them out, or give each image one class.")
-    found_images = [f"{top}/{name}" for name in files if is_image_name(name)]
+    found_images = [f"{top}/{name}" for name in files if reader.takes(name)]
     reader.warn(
         "list-read", f"The labels of {top!r} were read from {where!r}.", "Remove it if that is wrong."
     )

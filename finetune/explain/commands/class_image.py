@@ -29,7 +29,7 @@ from finetune.errors import UsageError, count
 from finetune.explain.class_image import CONTRAST, NUM_STEPS, compute_class_images
 from finetune.explain.class_score import find_scores
 from finetune.explain.commands.images import to_image
-from finetune.explain.commands.model import find_class, open_model, require_classes
+from finetune.explain.commands.model import find_class, open_model, require_classes, require_images
 from finetune.explain.commands.record import say_written, write_arrays, write_record
 from finetune.features.network import Network
 from finetune.plots.sheet import CELL, Grid, Tile, write_grid
@@ -87,6 +87,7 @@ def explain_class(
         if num_seeds < 1:
             raise UsageError(f"--seeds {num_seeds}", "an image needs a seed", "Take 1 or more.")
         network = open_model(recipe, display)
+        require_images(network)
         classes = require_classes(network)
         indices = _choose(classes, class_name)
         seeds = range(recipe.seed, recipe.seed + num_seeds)

@@ -22,6 +22,7 @@ from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.errors import DataError, UsageError, count
 from finetune.evaluation.prediction_inputs import find_prediction_inputs, list_inputs
 from finetune.evaluation.predictor import CPU_BATCH, split_batches
+from finetune.explain.commands.model import require_images
 from finetune.features.extraction import open_images
 from finetune.features.network import Network
 from finetune.recipe import Recipe
@@ -97,6 +98,9 @@ class ImageReader:
     Args:
         network: gives preprocessing and device.
 
+    Raises:
+        UsageError: the network takes arrays.
+
     Attributes:
         bad: the reason for each image that could not be read, by path.
         transform: the view of an image that the network sees.
@@ -104,6 +108,7 @@ class ImageReader:
 
     def __init__(self, network: Network) -> None:
         preprocessing = network.backbone.card.preprocessing
+        require_images(network)
         self.bad: dict[str, str] = {}
         self.transform: Transform = build_eval_transform(preprocessing)
         self._device = network.placement.device

@@ -50,6 +50,19 @@ def require_classes(network: Network) -> tuple[str, ...]:
     return _name_imagenet() if _is_imagenet(card) else resolve_names(card)
 
 
+def require_images(network: Network) -> None:
+    """Refuse a network that takes arrays: there is no image to draw on.
+
+    Raises:
+        UsageError: it does.
+    """
+    card = network.backbone.card
+    if not card.preprocessing.takes_images:
+        found = "it takes arrays, and this command draws images"
+        fix = "`finetune explain filters` and `finetune explain receptive-field` need no images."
+        raise UsageError(f"the model {card.name}", found, fix)
+
+
 def find_class(classes: Sequence[str], name: str) -> int:
     """Return the index of a class.
 
