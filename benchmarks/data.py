@@ -88,6 +88,15 @@ def find_cifar(number: int, bench: Bench, classes: tuple[str, ...] = ()) -> Path
     return make_once(target, lambda to: _take_cifar(bench, to, wanted, classes))
 
 
+def find_cifar_curves(number: int, bench: Bench) -> Path:
+    """Return a folder with so many training images a class of CIFAR-10, and as ``val`` 500 of the test split.
+
+    So every epoch is evaluated on test images, by which nothing may be chosen.
+    """
+    wanted = {"train": number, "val": 4 if bench.quick else 500}
+    return make_once(bench.cache / "cifar10" / f"{number}-curves", lambda to: _take_cifar(bench, to, wanted))
+
+
 def _copy_photographs(bench: Bench, target: Path) -> None:
     """Copy the JPEG files of ants and bees; a GIF among them, a placeholder, is not read by every peer."""
     for folder in sorted((bench.source / "hymenoptera").glob("*/*")):

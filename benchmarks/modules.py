@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.limits import LAYOUTS, Pass, forward, forward_backward, time_layouts
-from benchmarks.results import Figures, Results
+from benchmarks.results import Figures, Results, spread
 from benchmarks.text import number, span, table
 from pretrained.graph.costs import compute_costs
 from pretrained.zoo.googlenet import MODULES, Inception, NaiveInception
@@ -23,7 +23,7 @@ from pretrained.zoo.googlenet import MODULES, Inception, NaiveInception
 BATCH = 16
 
 
-class Module(NamedTuple):
+class ModuleSpec(NamedTuple):
     """A part of a network: what builds it, and the channels, rows and columns of its input."""
 
     build: Callable[[], nn.Module]
@@ -39,22 +39,22 @@ def stack(kernel: int, count: int, channels: int) -> nn.Sequential:
 
 
 WIDTH, GRID = 64, 56
-CASES: dict[str, dict[str, Module]] = {
+CASES: dict[str, dict[str, ModuleSpec]] = {
     "5x5": {
-        "one of 5x5": Module(partial(stack, 5, 1, WIDTH), (WIDTH, GRID, GRID)),
-        "two of 3x3": Module(partial(stack, 3, 2, WIDTH), (WIDTH, GRID, GRID)),
+        "one of 5x5": ModuleSpec(partial(stack, 5, 1, WIDTH), (WIDTH, GRID, GRID)),
+        "two of 3x3": ModuleSpec(partial(stack, 3, 2, WIDTH), (WIDTH, GRID, GRID)),
     },
     "7x7": {
-        "one of 7x7": Module(partial(stack, 7, 1, WIDTH), (WIDTH, GRID, GRID)),
-        "three of 3x3": Module(partial(stack, 3, 3, WIDTH), (WIDTH, GRID, GRID)),
+        "one of 7x7": ModuleSpec(partial(stack, 7, 1, WIDTH), (WIDTH, GRID, GRID)),
+        "three of 3x3": ModuleSpec(partial(stack, 3, 3, WIDTH), (WIDTH, GRID, GRID)),
     },
     "inception-3a": {
-        "naive": Module(partial(NaiveInception, 192, MODULES["3a"]), (192, 28, 28)),
-        "reduced": Module(partial(Inception, 192, MODULES["3a"]), (192, 28, 28)),
+        "naive": ModuleSpec(partial(NaiveInception, 192, MODULES["3a"]), (192, 28, 28)),
+        "reduced": ModuleSpec(partial(Inception, 192, MODULES["3a"]), (192, 28, 28)),
     },
     "inception-4e": {
-        "naive": Module(partial(NaiveInception, 528, MODULES["4e"]), (528, 14, 14)),
-        "reduced": Module(partial(Inception, 528, MODULES["4e"]), (528, 14, 14)),
+        "naive": ModuleSpec(partial(NaiveInception, 528, MODULES["4e"]), (528, 14, 14)),
+        "reduced": ModuleSpec(partial(Inception, 528, MODULES["4e"]), (528, 14, 14)),
     },
 }
 
@@ -84,22 +84,27 @@ def _lay_out(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a module that ends in a vector, so that a loss can be computed, images and labels."""
     module = nn.Sequential(build(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    module = module.to(memory_format=layout)  # type: ignore[call-overload]
+    module = module.to(memory_format=layout)
     images = torch.randn(BATCH, *size).contiguous(memory_format=layout).requires_grad_()
     return module, images, torch.zeros(BATCH, dtype=torch.int64)
 
 
 def write(results: Results) -> Iterator[str]:
-    """Yield a row for each module; the ratios are to the first of each pair, turn by turn."""
+    """Yield a row for each module; ratios are to the first of each pair, those of speeds turn by turn."""
     head = ["module", "parameters", "multiply-adds", "forward, images/s", "and backward, images/s"]
     rows = []
     for case, tool in results.measured("modules-"):
         first = next(iter(CASES[case.removeprefix("modules-")]))
         base, own = results.of(case, first)[0].figures, results.of(case, tool)[0].figures
         costs = [f"{number(own[name])} ({own[name] / base[name]:.2f}x)" for name in ("parameters", "macs")]
-        speeds = [span(results.figure(case, tool, act)) for act in ("forward", "forward_backward")]
+        speeds = [_describe_speed(results, case, tool, first, act) for act in ("forward", "forward_backward")]
         rows.append([f"{case.removeprefix('modules-')}: {tool}", *costs, *speeds])
     yield from table(head, rows)
+
+
+def _describe_speed(results: Results, case: str, tool: str, first: str, act: str) -> str:
+    ratios = spread(own / base for own, base in results.pairs(case, tool, first, act))
+    return f"{span(results.figure(case, tool, act))} ({span(ratios, 'x')})"
 
 
 QUESTION = Question("modules", plan, measure, write=write)

@@ -67,8 +67,12 @@ def find_source(turn: Turn) -> Path:
         "training.milestones": [max(1, epochs // 2), max(2, 3 * epochs // 4)],
         "seed": turn.repeat,
     }
-    target = turn.bench.cache / "source" / f"{BACKBONE}-{images}-{epochs}-{turn.repeat}"
-    return make_once(target, lambda to: run(load_recipe("cifar-resnet", given), to))
+
+    def train(to: Path) -> None:
+        run(load_recipe("cifar-resnet", given), to)
+
+    name = f"{BACKBONE}-{images}-{epochs}-{turn.repeat}"
+    return make_once(turn.bench.cache / "source" / name, train)
 
 
 def write(results: Results) -> Iterator[str]:

@@ -22,7 +22,7 @@ sys.path.insert(
 import finetune
 from benchmarks import __main__ as command
 from benchmarks import accuracy, first_hour, gpu, harness, peers_env, safety, strategies, transfer
-from benchmarks.data import SQUEEZENET, find_cifar, find_folder, find_network
+from benchmarks.data import SQUEEZENET, find_cifar, find_cifar_curves, find_folder, find_network
 from benchmarks.harness import Bench, Case, Question, Turn, measure_apart, plan_turns
 from benchmarks.machine import describe_machine
 from benchmarks.page import fill_page, write_section
@@ -418,7 +418,7 @@ def test_a_small_pass(name: str, bench: Bench) -> None:
 @pytest.mark.slow
 def test_a_small_pass_of_each_network(bench: Bench) -> None:
     figures = measure_quickly("depth", bench)
-    assert len(figures["train_loss"]) == len(figures["val_accuracy"]) == 2 and 0 <= figures["accuracy"] <= 1
+    assert len(figures["train_loss"]) == len(figures["test_accuracy"]) == 2
     reduced = measure_quickly("modules", bench, "reduced")
     naive = measure_quickly("modules", bench, "naive")
     assert reduced["macs"] < naive["macs"] and reduced["forward"] > 0 < reduced["forward_backward"]
@@ -435,6 +435,10 @@ def test_parts_of_cifar_share_no_image(bench: Bench) -> None:
     assert len({name for names in files.values() for name in names}) == 60
     assert {path.name for path in (folder / "val").iterdir()} == set(TARGET)
     assert find_cifar(6, bench) != folder
+    curves = find_cifar_curves(6, bench)
+    assert sorted(path.name for path in curves.iterdir()) == ["train", "val"]
+    seen = {path.name for path in (find_cifar(6, bench) / "test").rglob("*.jpg")}
+    assert {path.name for path in (curves / "val").rglob("*.jpg")} == seen
 
 
 def test_networks_are_written_as_tables_and_curves(tmp_path: Path) -> None:
@@ -444,8 +448,7 @@ def test_networks_are_written_as_tables_and_curves(tmp_path: Path) -> None:
         for repeat in range(2):
             figures = {
                 "train_loss": [2.0, loss],
-                "val_accuracy": [0.3, 0.5],
-                "accuracy": 1 - loss / 2,
+                "test_accuracy": [0.3, 1 - loss / 2],
                 "cpu": 9,
             }
             results.add(Result("depth-6-2", tool, repeat, figures))
@@ -461,9 +464,9 @@ def test_networks_are_written_as_tables_and_curves(tmp_path: Path) -> None:
     page.write_text("".join(f"<!-- measured: {name} -->\n<!-- end -->\n" for name in names))
     fill_page([load(name) for name in names], results, page)
     text = page.read_text()
-    assert "| 6-2 | plain56 | 2 | 1.500 | 50.0 ± 0.0 | 25.0 ± 0.0 | 9 |" in text
+    assert "| 6-2 | plain56 | 2 | 1.500 | 25.0 ± 0.0 | 9 |" in text
     assert "- plain, 56 layers instead of 20: training loss +0.500, test accuracy -25.0 ± 0.0 points" in text
-    assert "| 5x5: two of 3x3 | 18.0 (0.72x) | 18.0 (0.72x) | 100 | 50.0 |" in text
+    assert "| 5x5: two of 3x3 | 18.0 (0.72x) | 18.0 (0.72x) | 100 (1.00x) | 50.0 (1.00x) |" in text
     assert "**75.0 ± 0.0**" in text and "resnet, 56" not in text
     assert Image.open(page.with_suffix(".png")).width > 600
 
