@@ -2,8 +2,9 @@
 
 ``imagenet.csv`` contains the networks with at most 100 million parameters of timm's
 ``results/results-imagenet.csv`` (Apache-2.0; its commit 0173a139). ``cifar10.csv`` contains the errors that
-the papers of :mod:`pretrained.zoo` report for CIFAR-10 with moved and mirrored training images; where they
-report the best of several runs and a mean, it is the best.
+the papers of :mod:`pretrained.zoo`, or their authors' code, report for CIFAR-10 with moved and mirrored
+training images. Papers differ in what they report: one run, the best of five (``cifar_resnet110``), a median
+of five or a mean. ``cifar_preresnet1001`` was trained with batches of 64.
 """
 
 from __future__ import annotations

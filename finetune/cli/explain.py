@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import typer
 
 from finetune.cli.explaining import evidence, networks, units
@@ -12,7 +15,7 @@ app = typer.Typer(
     help="See inside a network: where it looks, and what its layers compute.", no_args_is_help=True
 )
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "cam": evidence.cam_command,
     "saliency": evidence.saliency_command,
     "localise": evidence.localise_command,

@@ -138,3 +138,26 @@ DEFAULT_TIMM = [family for family, name in SMALLEST.items() if f"timm/{name}" in
 
 TORCHVISION = sorted(set(torchvision.models.list_models(module=torchvision.models)) - HEAVY)
 DEFAULT_TORCHVISION = [name for name in TORCHVISION if f"torchvision/{name}" in DEFAULT]
+
+ZOO = (
+    *(
+        "zoo/lenet5_paper",
+        "zoo/alexnet_2012",
+        "zoo/zfnet",
+        "zoo/vgg11_lrn",
+        "zoo/nin_cifar",
+        "zoo/googlenet_2014",
+    ),
+    *("zoo/bn_inception", "zoo/plain18", "zoo/resnet18_a", "zoo/cifar_plain20", "zoo/cifar_resnet20"),
+    *("zoo/cifar_resnet110_sd", "zoo/cifar_preresnet110", "zoo/cifar_wrn_16_4", "zoo/cifar_resnext29_8x64d"),
+    *("zoo/cifar_fractalnet_thin_c3", "zoo/cifar_densenet_40_12", "zoo/cifar_pyramidnet110_a48"),
+    *(
+        "zoo/cifar_shake_shake_26_2x32d",
+        "zoo/cifar_se_wrn_16_8",
+        "zoo/alphago_policy_128",
+        "zoo/conv_pattern",
+    ),
+)
+"""A small network of each family of the published ones."""
+ZOO_DEFAULT = ("zoo/lenet5_paper", "zoo/nin_cifar", "zoo/cifar_resnet20", "zoo/cifar_fractalnet_thin_c3")
+"""The quick ones among them."""

@@ -20,7 +20,7 @@ from pretrained.graph.cuts import Cut, Trace, find_cuts, trace_calls
 from pretrained.graph.stages import find_stages
 from pretrained.heads import change_head
 from pretrained.network import build_network
-from tests.contracts.families import DEFAULT, ENCODERS, SMALLEST, TORCHVISION
+from tests.contracts.families import DEFAULT, ENCODERS, SMALLEST, TORCHVISION, ZOO, ZOO_DEFAULT
 from tests.sweeps import slow_except
 
 TOO_LARGE = ("mobilenetv5", "nasnet", "pnasnet", "beit", "naflexvit", "sequencer")
@@ -35,6 +35,7 @@ FIRST = (
 NAMES = [
     *(f"timm/{name}" for family, name in SMALLEST.items() if family not in {*ENCODERS, *TOO_LARGE}),
     *(f"torchvision/{name}" for name in TORCHVISION if name in FIRST),
+    *ZOO,
 ]
 
 
@@ -100,6 +101,6 @@ def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("strategy", slow_except(["top"], ["freeze", "top"]))
-@pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
+@pytest.mark.parametrize("name", slow_except([*DEFAULT, *ZOO_DEFAULT], NAMES))
 def test_the_parts_do_what_the_whole_does(name: str, strategy: str) -> None:
     check(name, strategy)

@@ -34,8 +34,12 @@ FAMILIES = (
     "vision_transformer",
     "xcit",
 )
+ZOO = (
+    *("zoo/lenet5_paper", "zoo/nin_cifar", "zoo/googlenet_2014", "zoo/cifar_resnet20", "zoo/cifar_wrn_16_4"),
+    *("zoo/cifar_fractalnet_thin_c3", "zoo/cifar_shake_shake_26_2x32d", "zoo/alphago_policy_128"),
+)
 TORCHVISION = ("torchvision/densenet121", "torchvision/googlenet", "torchvision/shufflenet_v2_x0_5")
-NAMES = (*(f"timm/{SMALLEST[family]}" for family in FAMILIES), *TORCHVISION)
+NAMES = (*(f"timm/{SMALLEST[family]}" for family in FAMILIES), *TORCHVISION, *ZOO)
 REFUSED: dict[tuple[str, str], str] = {}
 """What a format cannot hold, and the words for it."""
 

@@ -137,6 +137,7 @@ class ImageReader:
             return image.fault
         try:
             opened = self.transform.open(image.file)
+            assert isinstance(opened, Image.Image)  # require_images
             return self.transform(opened), opened.size
         except BadImageError as error:
             return error.reason
