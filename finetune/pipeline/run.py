@@ -46,6 +46,7 @@ from finetune.runs.claim import Claim, check_name, claim_folder, create_folder, 
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import recorded_outcome, translated_errors
+from finetune.runs.progress import ProgressFile
 from finetune.runs.reader import RunReader
 from finetune.strategies import AUTO
 from finetune.system.display import Display, SilentDisplay
@@ -218,10 +219,13 @@ def _recorded(
         yield
         return
     display.log_to(claim.folder.log)
+    display.follow(ProgressFile(claim.folder.progress).update)
+    display.report({"attempt": claim.attempt})
     if advice is not None:
         write_json(claim.folder.advice, advice)
     with recorded_outcome(claim, display, distributed), trackers.opened():
         yield
+    display.report({"phase": "done", "done": None, "total": None, "seconds_left": None})
 
 
 def _prepare_data(

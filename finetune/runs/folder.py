@@ -190,6 +190,11 @@ class RunFolder:
         return self.path / "run.log"
 
     @property
+    def progress(self) -> Path:
+        """How far the run is, for programs that watch it."""
+        return self.path / "progress.json"
+
+    @property
     def outcome(self) -> Path:
         """The state of the run, or how it ended."""
         return self.path / "outcome.json"

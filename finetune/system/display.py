@@ -22,7 +22,7 @@ from threading import Event, Thread
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress, Task, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +41,10 @@ FIRST_LINE = 2.0
 """Seconds after which a line tells of work that has not ended."""
 LONGEST_WAIT = 64.0
 """Longest time between two such lines, in seconds."""
+LOOK = 1.0
+"""Seconds between two looks at how far a block is, for those who follow the progress."""
+Facts = dict[str, Any]
+"""``phase`` (what is done now), and ``done``, ``total`` and ``seconds_left``, each null if unknown."""
 
 
 class _SafeStderr:
@@ -82,6 +86,7 @@ class Display:
     def __init__(self, console: Console | None = None, heartbeat: Heartbeat | None = None) -> None:
         self.console = console or Console(file=cast(TextIO, _SafeStderr()), highlight=False, emoji=False)
         self.heartbeat = heartbeat or Heartbeat()
+        self._follow: Callable[[Facts], None] = lambda _: None
         self._log: Path | None = None
         self._waiting: deque[str] = deque(maxlen=1000)
 
@@ -90,6 +95,14 @@ class Display:
         self._log = path
         lines, self._waiting = [*self._waiting], deque(maxlen=0)
         self._append(lines)
+
+    def follow(self, follow: Callable[[Facts], None]) -> None:
+        """Call a function with what is known of the progress, about once a second, from several threads."""
+        self._follow = follow
+
+    def report(self, facts: Facts) -> None:
+        """Tell those who follow the progress further facts."""
+        self._follow(facts)
 
     def say(self, text: str, style: str = "") -> None:
         """Show one message, and write it to the log. A terminal breaks it between words only."""
@@ -157,7 +170,7 @@ class Display:
     @contextmanager
     def busy(self, description: str) -> Iterator[None]:
         """Show a spinner while the block runs, for work of unknown length."""
-        with self._tell(lambda: description):
+        with self._tell(lambda: description, lambda: _facts(description)):
             if not self.console.is_terminal:
                 yield
                 return
@@ -205,11 +218,14 @@ class Display:
         column = ProgressLine(self.console)
         with Progress(column, console=self.console, transient=True, disable=not drawn) as progress:
             task = progress.add_task(description, total=total, text="", in_bytes=in_bytes)
-            with self._tell(lambda: ", ".join([description, *list_facts(progress.tasks[0])])):
+            with self._tell(
+                lambda: ", ".join([description, *list_facts(progress.tasks[0])]),
+                lambda: _facts(description, progress.tasks[0]),
+            ):
                 yield progress, task
 
     @contextmanager
-    def _tell(self, describe: Callable[[], str]) -> Iterator[None]:
+    def _tell(self, describe: Callable[[], str], count: Callable[[], Facts]) -> Iterator[None]:
         """Tell how far the block is, for as long as it runs: in the log, and where no bar can be drawn.
 
         The first line comes after two seconds, the others after ever longer times. A thread writes them,
@@ -219,11 +235,15 @@ class Display:
         ended, began = Event(), time.monotonic()
 
         def work() -> None:
-            wait = FIRST_LINE
-            while not ended.wait(wait):
-                show(describe())
-                wait = min(2 * wait, LONGEST_WAIT)
+            wait, next_line = FIRST_LINE, began + FIRST_LINE
+            while not ended.wait(max(0.0, min(LOOK, next_line - time.monotonic()))):
+                self._follow(count())
+                if time.monotonic() >= next_line:
+                    show(describe())
+                    wait = min(2 * wait, LONGEST_WAIT)
+                    next_line = time.monotonic() + wait
 
+        self._follow(count())
         thread = Thread(target=work, daemon=True)
         thread.start()
         try:
@@ -233,6 +253,15 @@ class Display:
             thread.join()
         if (seconds := time.monotonic() - began) > FIRST_LINE:
             show(f"{describe()}, done in {format_time(seconds)}")
+
+
+def _facts(description: str, task: Task | None = None) -> Facts:
+    """Return what is known of a block, as those who follow the progress get it."""
+    if task is None:
+        return {"phase": description, "done": None, "total": None, "seconds_left": None}
+    total = None if task.total is None else int(task.total)
+    left = task.time_remaining
+    return {"phase": description, "done": int(task.completed), "total": total, "seconds_left": left}
 
 
 class SilentDisplay(Display):

@@ -42,22 +42,24 @@ class ProgressReporter:
 
     def describe_speed(self, progress: Progress) -> str:
         """Return the time until the run ends, the speed, and the share of time spent waiting for data."""
-        seconds = max(progress.epoch_seconds, 1e-9)
+        seconds, left = max(progress.epoch_seconds, 1e-9), self._seconds_left(progress)
         speed, waiting = progress.num_seen / seconds, progress.wait_seconds / seconds
-        return f"run ends in {self._time_left(progress)}, {speed:.0f} images/s, waiting {waiting:.0%}"
+        place = {"epoch": progress.epoch + 1, "epochs": self.num_epochs, "step": progress.step}
+        self.display.report(place | {"run_seconds_left": left})
+        return f"run ends in {format_time(left)}, {speed:.0f} images/s, waiting {waiting:.0%}"
 
     def _done(self, progress: Progress) -> float:
         """Share of the run's training that is done, in [0, 1]."""
         return min((progress.epoch + progress.num_seen / self.num_images) / self.num_epochs, 1.0)
 
-    def _time_left(self, progress: Progress) -> str:
-        """Return the time left at the speed since this process started to train."""
+    def _seconds_left(self, progress: Progress) -> float:
+        """Return the time until the run ends, at the speed since this process started to train."""
         done = self._done(progress)
-        seconds = (time.perf_counter() - self._began) * (1 - done) / max(done - self._done_before, 1e-9)
-        return format_time(seconds)
+        return (time.perf_counter() - self._began) * (1 - done) / max(done - self._done_before, 1e-9)
 
     def report_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
         """Show a row of the history; a star marks the best epoch so far."""
+        self.display.report({"metrics": dict(row)})
         self.display.say_fields(
             [
                 f"epoch {row['epoch']:>3}/{self.num_epochs}",
