@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RowMapping, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, RowMapping, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from finetune.errors import UsageError
@@ -239,13 +239,17 @@ class JobStore:
                 return None
             return self._get(connection, job)
 
-    def renew(self, server: str) -> Sequence[Job]:
-        """Renew the lease of a server's jobs, and return them: one of them may have to be stopped."""
-        mine = (jobs.c.server == server, jobs.c.state.in_(ACTIVE))
+    def list_running(self, server: str) -> Sequence[Job]:
+        """Return the jobs that a server runs; some of them may have to be stopped."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(jobs).where(*_run_by(server))).mappings()
+            return [Job.of(row) for row in rows]
+
+    def renew(self, server: str) -> None:
+        """Renew the lease of a server's jobs."""
         with self._engine.begin() as connection:
             lease = read_clock(connection) + LEASE
-            connection.execute(update(jobs).where(*mine).values(lease=lease))
-            return [Job.of(row) for row in connection.execute(select(jobs).where(*mine)).mappings()]
+            connection.execute(update(jobs).where(*_run_by(server)).values(lease=lease))
 
     def finish(self, job: Job, state: State, outcome: Mapping[str, Any], wait: float = 0.0) -> bool:
         """Record how an attempt ended.
@@ -338,6 +342,10 @@ class JobStore:
             found = "another request was made with it"
             raise ConflictError(f"Idempotency-Key {key[:64]}", found, "Use a new key for a new request.")
         return self._get(connection, row["job"])
+
+
+def _run_by(server: str) -> tuple[ColumnElement[bool], ...]:
+    return jobs.c.server == server, jobs.c.state.in_(ACTIVE)
 
 
 def _make_id() -> str:

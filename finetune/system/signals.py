@@ -90,17 +90,18 @@ class StopSignal:
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends for any reason (Linux only).
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel end this process when its parent ends for any reason (Linux only).
 
     Otherwise a decoding process would keep its memory, and a training process the lock of the run folder.
 
     Args:
         parent: process id of the parent; it may have ended already.
+        number: signal that ends this process.
     """
     if not sys.platform.startswith("linux"):
         return
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)

@@ -88,7 +88,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_server(stor
     assert store.cancel(other).state == State.CANCELLED
     assert store.cancel(taken.id).state == State.CANCELLING
     assert store.cancel(taken.id).state == State.CANCELLING  # twice is once
-    assert [job.state for job in store.renew("s")] == [State.CANCELLING]
+    assert [job.state for job in store.list_running("s")] == [State.CANCELLING]
     assert store.finish(taken, State.CANCELLED, DONE)
     assert store.cancel(taken.id).state == State.CANCELLED
     assert states_of(store, taken.id) == ["queued", "running", "cancelling", "cancelled"]
@@ -137,10 +137,14 @@ def test_jobs_of_a_lost_server_go_on_and_it_changes_nothing_when_it_comes_back(
     stale = store.claim("lost")
     assert stale is not None and list(store.recover()) == []  # its lease runs
     expire(engine)
+    store.renew("lost")
+    assert list(store.recover()) == []
+    expire(engine)
     assert list(store.recover()) == [stale.id] and list(store.recover()) == []
     fresh = store.claim("other")
     assert fresh is not None and fresh.attempt == 2
-    assert store.renew("lost") == []
+    store.renew("lost")
+    assert store.list_running("lost") == [] and [job.id for job in store.list_running("other")] == [stale.id]
     assert not store.finish(stale, State.SUCCEEDED, DONE)
     assert store.get(stale.id).state == State.RUNNING
     assert store.finish(fresh, State.SUCCEEDED, DONE)

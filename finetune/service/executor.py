@@ -1,0 +1,109 @@
+"""Executors: where the process of a job runs. This one starts it on the machine of the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from finetune.launch.supervisor import own_command
+from finetune.recipe import load_recipe
+from finetune.runs.files import write_text
+from finetune.service.folder import JobFolder
+from finetune.service.jobs import Job
+
+_MODULE = "finetune.service.job_process"
+
+
+class Execution(Protocol):
+    """A running attempt."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for the signal that ended it; None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to write a checkpoint and end; asked a second time, it ends at once."""
+
+
+class Executor(Protocol):
+    """Starts attempts."""
+
+    slots: int
+    """Attempts that may run at the same time."""
+
+    def start(self, job: Job, folder: JobFolder) -> Execution:
+        """Start an attempt at a job.
+
+        Raises:
+            DiskError: its folder cannot be written.
+            OSError: no process can be started.
+        """
+
+
+class LocalExecutor:
+    """Starts jobs as processes of this machine, each on a GPU of its own where there are any.
+
+    Args:
+        slots: jobs that run at the same time; by default one for each visible GPU, and one without.
+        gpus: names of the visible GPUs, as in ``CUDA_VISIBLE_DEVICES``.
+    """
+
+    def __init__(self, slots: int | None = None, gpus: Sequence[str] = ()) -> None:
+        self.slots = slots or max(1, len(gpus))
+        self._free = [gpus[number % len(gpus)] if gpus else "" for number in range(self.slots)]
+
+    def start(self, job: Job, folder: JobFolder) -> LocalExecution:
+        """Start an attempt at a job; see :class:`Executor`."""
+        gpu = self._free.pop(0)
+        try:
+            return LocalExecution(self._open(job, folder, gpu), lambda: self._free.append(gpu))
+        except BaseException:
+            self._free.append(gpu)
+            raise
+
+    def _open(self, job: Job, folder: JobFolder, gpu: str) -> subprocess.Popen[bytes]:
+        folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text(folder.recipe, load_recipe(None, job.recipe).to_yaml())
+        words = ["run", "--recipe", str(folder.recipe), "--output", str(folder.run.path)]
+        own = own_command()
+        command = [*own[:-1], _MODULE, str(os.getpid()), *words]  # python [-P] -m MODULE
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        with folder.log(job.attempt).open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 - our own program, and a validated recipe
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C stops the server, which stops its jobs
+                cwd=Path.home() if Path.home().is_dir() else "/",
+            )
+
+
+class LocalExecution:
+    """A process of this machine. Its end gives back its slot.
+
+    Args:
+        process: the process.
+        release: called once when it has ended.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], release: object) -> None:
+        self._process, self._release = process, release
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while it runs."""
+        code = self._process.poll()
+        if code is not None and callable(self._release):
+            self._release()
+            self._release = None
+        return code
+
+    def stop(self) -> None:
+        """Send SIGTERM, as the supervisor of the run expects it."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
