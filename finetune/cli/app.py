@@ -23,6 +23,7 @@ from finetune.cli import (
     report,
     retrieve,
     run,
+    serve,
 )
 from finetune.cli.group import ValueShowingGroup
 from finetune.cli.output import print_line, replace_closed_streams
@@ -51,6 +52,7 @@ app.command("map", cls=RecipeCommand)(retrieve.map_command)
 app.command("export")(export.export_command)
 app.command("push")(export.push_command)
 app.command("pull")(pull.pull_command)
+app.command("serve")(serve.serve_command)
 app.add_typer(explain.app, name="explain")
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")

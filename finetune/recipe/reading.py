@@ -35,6 +35,19 @@ def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any]
         values, name = {} if source is None else read_recipe(source), source
     for key, value in flatten(overrides or {}):
         set_dotted(values, key, value)
+    return read_values(values, name)
+
+
+def read_values(values: dict[str, Any], name: str | None = None) -> Recipe:
+    """Return the recipe of plain values, as JSON or YAML gives them.
+
+    Args:
+        values: sections and keys.
+        name: where they come from, for the message.
+
+    Raises:
+        UsageError: they are invalid; all mistakes in one message.
+    """
     try:
         return validate(values)
     except ValidationError as error:

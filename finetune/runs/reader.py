@@ -107,6 +107,11 @@ class RunReader:
         """The content of ``outcome.json``; empty for an evaluation."""
         return self._object(self.folder.outcome)
 
+    @cached_property
+    def progress(self) -> Mapping[str, Any]:
+        """The content of ``progress.json``; empty before a run has begun."""
+        return self._object(self.folder.progress)
+
     @property
     def state(self) -> str:
         """``done``, ``running``, ``interrupted`` or ``failed``; an evaluation is done."""

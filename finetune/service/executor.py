@@ -19,6 +19,18 @@ from finetune.service.jobs import Job
 _MODULE = "finetune.service.job_process"
 
 
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def find_gpus() -> list[str]:
+    """Return the visible GPUs, as ``CUDA_VISIBLE_DEVICES`` names them, without loading torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1", "none")]
+    number = len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
+    return [str(index) for index in range(number)]
+
+
 class Execution(Protocol):
     """A running attempt."""
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, RowMapping, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, RowMapping, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from finetune.errors import UsageError
@@ -30,7 +30,11 @@ class ConflictError(UsageError):
     """The job is in a state that does not allow this, or the key belongs to another request."""
 
 
-class UnknownJobError(UsageError):
+class UnknownError(UsageError):
+    """There is nothing of that id."""
+
+
+class UnknownJobError(UnknownError):
     """There is no job of that id."""
 
     def __init__(self, job: str) -> None:
@@ -157,6 +161,16 @@ class JobStore:
             query = query.where(jobs.c.id < after)
         with reading(self._engine) as connection:
             return [Job.of(row) for row in connection.execute(query).mappings()]
+
+    def count_by_state(self) -> Mapping[State, int]:
+        """Return the number of jobs in each state that has any."""
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        with reading(self._engine) as connection:
+            return {State(state): number for state, number in connection.execute(query)}
+
+    def count(self, states: Collection[State]) -> int:
+        """Return the number of jobs in these states."""
+        return sum(number for state, number in self.count_by_state().items() if state in states)
 
     def list_events(self, job: str, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:
         """Return the events of a job with a number above ``after``, in order.

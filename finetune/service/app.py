@@ -1,0 +1,68 @@
+"""The application: every route, below one layer that checks who asks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from finetune import __version__
+from finetune.service.access import Access
+from finetune.service.context import Context
+from finetune.service.dispatcher import Dispatcher
+from finetune.service.executor import Executor
+from finetune.service.folder import StoreFolder
+from finetune.service.jobs import JobStore, UnknownError
+from finetune.service.problems import add_handlers
+from finetune.service.routes import health, jobs
+from finetune.service.settings import ServiceSettings
+from finetune.service.submission import Submission
+from finetune.service.tables import open_store
+
+
+def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str], None]) -> FastAPI:
+    """Return the application of a server.
+
+    Args:
+        settings: what the server is started with.
+        executor: where jobs run.
+        say: shows one line to whoever started the server.
+
+    Raises:
+        EnvironmentFaultError: the database is not reached.
+        DiskError: the store cannot be written.
+    """
+    engine = open_store(settings.database or str(settings.store))
+    folder, store = StoreFolder(settings.store), JobStore(engine)
+    submission = Submission(settings.data_roots, _no_dataset, lambda job: _find_model(folder, store, job))
+    dispatcher = Dispatcher(store, folder, executor, say)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        dispatcher.start()
+        yield
+        dispatcher.stop()
+        engine.dispose()
+
+    app = FastAPI(title="finetune", version=__version__, lifespan=lifespan)
+    app.state.context = Context(settings, folder, store, submission)
+    app.state.dispatcher = dispatcher
+    app.add_middleware(Access, settings=settings)
+    add_handlers(app)
+    for part in (jobs, health):
+        app.include_router(part.router)
+    return app
+
+
+def _no_dataset(name: str) -> Path:
+    raise UnknownError(f"data set {name[:64]}", "there is no data set of that id", "Upload it first.")
+
+
+def _find_model(folder: StoreFolder, store: JobStore, job: str) -> Path:
+    store.get(job)
+    model = folder.job(job).run.model
+    if not model.is_dir():
+        raise UnknownError(f"job {job[:64]}", "it has no finished model", "Wait until it has succeeded.")
+    return model

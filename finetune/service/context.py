@@ -1,0 +1,56 @@
+"""What every route needs, made once for a server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+
+from finetune.service.access import name_client, read_token
+from finetune.service.folder import StoreFolder
+from finetune.service.jobs import JobStore
+from finetune.service.problems import RefusedError
+from finetune.service.settings import ServiceSettings
+from finetune.service.submission import Submission
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of a running server."""
+
+    settings: ServiceSettings
+    folder: StoreFolder
+    jobs: JobStore
+    submission: Submission
+
+    @classmethod
+    def of(cls, request: Request) -> Context:
+        """Return the context of the server that a request reached."""
+        context: Context = request.app.state.context
+        return context
+
+    def owner(self, request: Request) -> str:
+        """Return whose idempotency keys a request uses."""
+        return name_client(request) if read_token(request) else ""
+
+    async def read_json(self, request: Request, most_bytes: int) -> Any:
+        """Return the JSON value of a body of at most ``most_bytes``.
+
+        Raises:
+            RefusedError: it is larger, or no JSON.
+        """
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most_bytes:
+                fix = "Send a recipe; images are uploaded as a data set."
+                found = f"it has more than {most_bytes:,} bytes"
+                raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body", found, fix)
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            found = f"it is no JSON ({' '.join(str(error).split())[:100]})"
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body", found, "Send JSON in UTF-8.") from None

@@ -1,0 +1,1 @@
+"""The routes of the service; one kind of resource a file."""

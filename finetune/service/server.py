@@ -1,0 +1,53 @@
+"""Start a server and keep it running until it is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from finetune.errors import EnvironmentFaultError
+from finetune.service.app import create_app
+from finetune.service.executor import LocalExecutor, find_gpus
+from finetune.service.settings import ServiceSettings
+
+
+def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; jobs that run then write a checkpoint, and the next server resumes them.
+
+    Args:
+        settings: what the server is started with.
+        say: shows one line to the user.
+
+    Raises:
+        UsageError: others reach the address, and there is no token.
+        EnvironmentFaultError: the port is taken, or the database is not reached.
+        DiskError: the store cannot be written.
+    """
+    settings.check()
+    executor = LocalExecutor(settings.slots, find_gpus())
+    app = create_app(settings, executor, say)
+    with _listen(settings) as listener:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        say(f"serving on http://{shown}:{port} (store {settings.store}, slots {executor.slots})")
+        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        uvicorn.Server(config).run(sockets=[listener])
+    say("stopped")
+
+
+def _listen(settings: ServiceSettings) -> socket.socket:
+    asked = f"--host {settings.host} --port {settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        found = f"it cannot be used ({error.strerror or os.strerror(error.errno or 0)})"
+        raise EnvironmentFaultError(asked, found, "Take another --port or --host.") from None
+    return listener
