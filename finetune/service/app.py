@@ -11,15 +11,18 @@ from fastapi import FastAPI
 from finetune import __version__
 from finetune.service.access import Access
 from finetune.service.context import Context
+from finetune.service.datasets import DatasetStore
 from finetune.service.dispatcher import Dispatcher
 from finetune.service.executor import Executor
 from finetune.service.folder import StoreFolder
 from finetune.service.jobs import JobStore, UnknownError
 from finetune.service.problems import add_handlers
+from finetune.service.routes import datasets as data
 from finetune.service.routes import health, jobs
 from finetune.service.settings import ServiceSettings
 from finetune.service.submission import Submission
 from finetune.service.tables import open_store
+from finetune.service.uploads import Uploads
 
 
 def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str], None]) -> FastAPI:
@@ -36,7 +39,9 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
     """
     engine = open_store(settings.database or str(settings.store))
     folder, store = StoreFolder(settings.store), JobStore(engine)
-    submission = Submission(settings.data_roots, _no_dataset, lambda job: _find_model(folder, store, job))
+    datasets = DatasetStore(engine, folder, store)
+    uploads = Uploads(folder.uploads, settings.limits.upload_bytes)
+    submission = Submission(settings.data_roots, datasets.find, lambda job: _find_model(folder, store, job))
     dispatcher = Dispatcher(store, folder, executor, say)
 
     @asynccontextmanager
@@ -47,17 +52,13 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
         engine.dispose()
 
     app = FastAPI(title="finetune", version=__version__, lifespan=lifespan)
-    app.state.context = Context(settings, folder, store, submission)
+    app.state.context = Context(settings, folder, store, datasets, uploads, submission)
     app.state.dispatcher = dispatcher
     app.add_middleware(Access, settings=settings)
     add_handlers(app)
-    for part in (jobs, health):
+    for part in (jobs, data, health):
         app.include_router(part.router)
     return app
-
-
-def _no_dataset(name: str) -> Path:
-    raise UnknownError(f"data set {name[:64]}", "there is no data set of that id", "Upload it first.")
 
 
 def _find_model(folder: StoreFolder, store: JobStore, job: str) -> Path:

@@ -10,11 +10,13 @@ from typing import Any
 from fastapi import Request
 
 from finetune.service.access import name_client, read_token
+from finetune.service.datasets import DatasetStore
 from finetune.service.folder import StoreFolder
 from finetune.service.jobs import JobStore
 from finetune.service.problems import RefusedError
 from finetune.service.settings import ServiceSettings
 from finetune.service.submission import Submission
+from finetune.service.uploads import Uploads
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Context:
     settings: ServiceSettings
     folder: StoreFolder
     jobs: JobStore
+    datasets: DatasetStore
+    uploads: Uploads
     submission: Submission
 
     @classmethod

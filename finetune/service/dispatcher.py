@@ -23,10 +23,10 @@ from typing import Any
 
 from finetune.errors import ExitCode, FinetuneError
 from finetune.runs.folder import Outcome
-from finetune.runs.reader import RunReader
 from finetune.service.executor import Execution, Executor
 from finetune.service.folder import StoreFolder
 from finetune.service.jobs import LEASE, Job, JobStore
+from finetune.service.kinds import read_outcome
 from finetune.service.states import State
 
 TICK = 0.25
@@ -107,7 +107,7 @@ class Dispatcher:
     def _begin(self, job: Job) -> None:
         try:
             execution = self._executor.start(job, self._folder.job(job.id))
-        except (FinetuneError, OSError) as error:
+        except Exception as error:  # or the job would be renewed for ever, and never run
             self._end(job, _cannot_start(error), 1)
             return
         self._running[job.id] = _Running(job, execution)
@@ -117,7 +117,9 @@ class Dispatcher:
         for running in [*self._running.values()]:
             code = running.execution.poll()
             if code is not None:
-                self._end(running.job, self._read_outcome(running.job, code), code)
+                self._end(
+                    running.job, read_outcome(running.job.kind, self._folder.job(running.job.id), code), code
+                )
                 del self._running[running.job.id]
         if self._running:
             self._stop_cancelled()
@@ -130,17 +132,6 @@ class Dispatcher:
             if (running.job.id, running.job.attempt) not in kept and not running.is_stopped:
                 running.is_stopped = True
                 running.execution.stop()
-
-    def _read_outcome(self, job: Job, code: int) -> Mapping[str, Any]:
-        """Return the run's own outcome, unless it is that of another attempt."""
-        found = RunReader(self._folder.job(job.id).run, tolerant=True).outcome
-        if found.get("exit_code") == code and found.get("state") != "running":
-            return dict(found)
-        message = (
-            f"its process was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
-        )
-        hint = "Read the log of the attempt."
-        return Outcome("failed", message, hint, code, "killed" if code < 0 else "failed", code < 0).to_dict()
 
     def _end(self, job: Job, outcome: Mapping[str, Any], code: int) -> None:
         state, wait = self._decide(job, outcome, code)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune.launch.supervisor import own_command
-from finetune.recipe import load_recipe
-from finetune.runs.files import write_text
 from finetune.service.folder import JobFolder
 from finetune.service.jobs import Job
+from finetune.service.kinds import prepare
 
 _MODULE = "finetune.service.job_process"
 
@@ -78,9 +77,7 @@ class LocalExecutor:
             raise
 
     def _open(self, job: Job, folder: JobFolder, gpu: str) -> subprocess.Popen[bytes]:
-        folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_text(folder.recipe, load_recipe(None, job.recipe).to_yaml())
-        words = ["run", "--recipe", str(folder.recipe), "--output", str(folder.run.path)]
+        words = prepare(job.kind, job.recipe, folder)
         own = own_command()
         command = [*own[:-1], _MODULE, str(os.getpid()), *words]  # python [-P] -m MODULE
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})

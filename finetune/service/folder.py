@@ -38,3 +38,12 @@ class StoreFolder:
     def job(self, job: str) -> JobFolder:
         """The folder of a job."""
         return JobFolder(self.path / "jobs" / job)
+
+    @property
+    def uploads(self) -> Path:
+        """Parts of archives that are being uploaded."""
+        return self.path / "uploads"
+
+    def dataset(self, dataset: str) -> Path:
+        """The folder of a data set, with its archive."""
+        return self.path / "datasets" / dataset

@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, RowMapping, delete, fu
 from sqlalchemy.exc import IntegrityError
 
 from finetune.errors import UsageError
+from finetune.service.kinds import Kind
 from finetune.service.states import ACTIVE, RESUMABLE, WAITING, State, sources_of
 from finetune.service.tables import events, jobs, keys, read_clock, reading
 
@@ -47,6 +48,7 @@ class Job:
 
     Attributes:
         id: unique; ids sort by time of submission.
+        kind: what it does.
         state: where it is.
         recipe: what ``finetune run`` is given.
         label: name that the user gave it; may be empty.
@@ -59,6 +61,7 @@ class Job:
     """
 
     id: str
+    kind: Kind
     state: State
     recipe: Mapping[str, Any]
     label: str
@@ -73,7 +76,7 @@ class Job:
     def of(cls, row: RowMapping) -> Job:
         """Return the job of a row."""
         names = ("id", "recipe", "label", "owner", "created", "changed", "not_before", "attempt", "outcome")
-        return cls(state=State(row["state"]), **{name: row[name] for name in names})
+        return cls(kind=Kind(row["kind"]), state=State(row["state"]), **{name: row[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,19 @@ class JobStore:
     # --- what clients do ---------------------------------------------------------------------------
 
     def submit(
-        self, recipe: Mapping[str, Any], *, key: str | None = None, label: str = "", owner: str = ""
+        self,
+        recipe: Mapping[str, Any],
+        *,
+        kind: Kind = Kind.RUN,
+        key: str | None = None,
+        label: str = "",
+        owner: str = "",
     ) -> tuple[Job, bool]:
         """Queue a job, unless the same request was made before.
 
         Args:
             recipe: a valid recipe.
+            kind: what the job does.
             key: idempotency key of the request; a second request with it gets the first one's job.
             label: name for people.
             owner: name of the token of the request; keys of others are apart.
@@ -116,12 +126,12 @@ class JobStore:
         Raises:
             ConflictError: another request had the key.
         """
-        body = _digest(recipe, label)
+        body = _digest(kind, recipe, label)
         try:
             with self._engine.begin() as connection:
                 if key is not None and (found := self._find_key(connection, owner, key, body)) is not None:
                     return found, False
-                job = self._insert(connection, recipe, label, owner)
+                job = self._insert(connection, kind, recipe, label, owner)
                 if key is not None:
                     connection.execute(insert(keys).values(owner=owner, key=key, body=body, job=job))
                 return self._get(connection, job), True
@@ -142,17 +152,24 @@ class JobStore:
             return self._get(connection, job)
 
     def list_jobs(
-        self, *, states: Collection[State] = (), label: str = "", limit: int = 50, after: str = ""
+        self,
+        *,
+        kind: Kind = Kind.RUN,
+        states: Collection[State] = (),
+        label: str = "",
+        limit: int = 50,
+        after: str = "",
     ) -> Sequence[Job]:
-        """Return jobs, the newest first.
+        """Return jobs of a kind, the newest first.
 
         Args:
+            kind: what they do.
             states: only those in one of these; all without.
             label: only those with this label.
             limit: most jobs that are returned.
             after: id of the last job of the page before.
         """
-        query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+        query = select(jobs).where(jobs.c.kind == kind).order_by(jobs.c.id.desc()).limit(limit)
         if states:
             query = query.where(jobs.c.state.in_(states))
         if label:
@@ -302,9 +319,11 @@ class JobStore:
 
     # --- inside a transaction ----------------------------------------------------------------------
 
-    def _insert(self, connection: Connection, recipe: Mapping[str, Any], label: str, owner: str) -> str:
+    def _insert(
+        self, connection: Connection, kind: Kind, recipe: Mapping[str, Any], label: str, owner: str
+    ) -> str:
         now, job = read_clock(connection), _make_id()
-        values = {"recipe": dict(recipe), "label": label, "owner": owner}
+        values = {"kind": kind, "recipe": dict(recipe), "label": label, "owner": owner}
         times = {"created": now, "changed": now, "not_before": now}
         connection.execute(insert(jobs).values(id=job, state=State.QUEUED, seq=1, **values, **times))
         self._add_event(connection, job, 1, now, State.QUEUED, 0, "submitted")
@@ -367,5 +386,5 @@ def _make_id() -> str:
     return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
 
 
-def _digest(recipe: Mapping[str, Any], label: str) -> str:
-    return hashlib.sha256(json.dumps([recipe, label], sort_keys=True).encode()).hexdigest()
+def _digest(kind: Kind, recipe: Mapping[str, Any], label: str) -> str:
+    return hashlib.sha256(json.dumps([kind, recipe, label], sort_keys=True).encode()).hexdigest()

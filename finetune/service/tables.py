@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     Connection,
     Engine,
@@ -48,6 +49,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(32), primary_key=True),  # its order is that of submission
+    Column("kind", String(16), nullable=False),
     Column("state", String(16), nullable=False),
     Column("recipe", JSON, nullable=False),
     Column("label", String(200), nullable=False, default=""),
@@ -81,6 +83,17 @@ keys = Table(
     Column("key", String(200), primary_key=True),
     Column("body", String(64), nullable=False),  # SHA-256 of the request
     Column("job", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("id", String(64), primary_key=True),  # SHA-256 of the archive
+    Column("name", String(200), nullable=False, default=""),
+    Column("file", String(100), nullable=False),  # its suffix says what kind of archive it is
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("check", String(32), nullable=False),  # the job that checks it
 )
 
 

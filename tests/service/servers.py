@@ -17,6 +17,7 @@ from finetune.service.app import create_app
 from finetune.service.executor import LocalExecution
 from finetune.service.folder import JobFolder
 from finetune.service.jobs import Job
+from finetune.service.kinds import Kind
 from finetune.service.settings import ServiceSettings
 
 DONE = """
@@ -26,6 +27,8 @@ printf '{"accuracy": 0.9}' > $OUT/metrics.json
 mkdir -p $OUT/model $OUT/checkpoints; echo weights > $OUT/model/model.safetensors; echo x > $OUT/checkpoints/x
 printf '{"state": "done", "message": "finished", "exit_code": 0}' > $OUT/outcome.json
 """
+
+CHECKED = 'printf \'{"errors": 0, "warnings": 1, "findings": []}\' > $OUT/check.json'
 
 
 class Scripts:
@@ -47,13 +50,18 @@ class Scripts:
         environment = {"OUT": str(folder.run.path), "ATTEMPT": str(job.attempt), "PATH": "/usr/bin:/bin"}
         with folder.log(job.attempt).open("ab") as log:
             process = subprocess.Popen(
-                ["sh", "-c", self.scripts.get(job.label, DONE)],
+                ["sh", "-c", self._script(job)],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         return LocalExecution(process, None)
+
+    def _script(self, job: Job) -> str:
+        if job.kind == Kind.CHECK:
+            return self.scripts.get("check", CHECKED)
+        return self.scripts.get(job.label, DONE)
 
 
 class Served:

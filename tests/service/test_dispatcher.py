@@ -97,6 +97,22 @@ def test_the_end_of_a_process_decides(
     assert found.outcome is not None and found.outcome["message"]
 
 
+def test_a_job_that_cannot_be_started_is_tried_again(
+    store: JobStore, dispatcher: Callable[[], Dispatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, faults = ShellExecutor.start, [OSError("no memory"), IndexError("a bug")]
+
+    def fail(self: ShellExecutor, job: Job, folder: JobFolder) -> LocalExecution:
+        if faults:
+            raise faults.pop(0)
+        return start(self, job, folder)
+
+    monkeypatch.setattr(ShellExecutor, "start", fail)
+    job = submit(store, "exit 0")
+    dispatcher()
+    assert wait_for(store, job, State.SUCCEEDED).attempt == 3
+
+
 def test_no_more_jobs_run_than_there_are_slots(
     store: JobStore, dispatcher: Callable[[], Dispatcher], tmp_path: Path
 ) -> None:
