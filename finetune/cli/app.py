@@ -16,6 +16,7 @@ from finetune.cli import (
     export,
     extract,
     hosted,
+    jobs,
     predict,
     probe,
     pull,
@@ -57,6 +58,7 @@ app.add_typer(explain.app, name="explain")
 app.add_typer(backbones.app, name="backbones")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(cache.app, name="cache")
+app.add_typer(jobs.app, name="jobs")
 
 
 @app.callback(invoke_without_command=True)

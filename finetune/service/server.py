@@ -47,6 +47,7 @@ def _listen(settings: ServiceSettings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(2048)  # from here on a client waits instead of being refused
     except OSError as error:
         found = f"it cannot be used ({error.strerror or os.strerror(error.errno or 0)})"
         raise EnvironmentFaultError(asked, found, "Take another --port or --host.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,13 @@ class ServiceSettings:
         if self.token and len(self.token) < 16:
             found = f"a token of {len(self.token)} characters can be guessed"
             raise UsageError(TOKEN_VARIABLE, found, "Take 32 random characters: `openssl rand -hex 16`.")
+
+
+def find_store() -> tuple[Path, str]:
+    """Return the folder and the database of the store on this machine, as ``finetune serve`` finds them."""
+    return Path(os.environ.get("FINETUNE_STORE", "finetune-store")).absolute(), os.environ.get(
+        "FINETUNE_DATABASE_URL", ""
+    )
 
 
 def _is_loopback(host: str) -> bool:

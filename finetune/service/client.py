@@ -1,0 +1,285 @@
+"""The client of ``finetune jobs``: speaks to a server, or to a store of this machine without one.
+
+Without a server the same application answers inside this process, so that both ways give the same answers;
+the jobs that it queues start when a server is started on the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+
+from finetune.data.samples import is_sample
+from finetune.errors import DataError, EnvironmentFaultError, ExitCode, FinetuneError
+from finetune.runs.files import disk_error
+from finetune.service.settings import TOKEN_VARIABLE, ServiceSettings
+from finetune.system.temporary import temporary_folder
+
+URL_VARIABLE = "FINETUNE_API_URL"
+POLL = 1.0
+"""Seconds between two looks for new lines."""
+TRIES = 6
+"""Times that a request is made before a server counts as not reached."""
+_PART = 2**23
+_TIMEOUT = 60.0
+_TUS = {"Content-Type": "application/offset+octet-stream"}
+OnProgress = Callable[[int, int], None]
+
+
+class ServerError(FinetuneError):
+    """An error that a server answered, with the exit code of its class."""
+
+    def __init__(self, problem: Mapping[str, Any], status: int) -> None:
+        fix = str(problem.get("fix") or "Look at the server's log.")
+        super().__init__(str(problem.get("title") or "the server"), str(problem.get("detail") or status), fix)
+        name = str(problem.get("class", "internal")).upper()
+        self.exit_code = ExitCode[name] if name in ExitCode.__members__ else ExitCode.INTERNAL
+        self.status = status
+
+
+class Client:
+    """Makes requests; a request that may be made twice is made again if the server does not answer.
+
+    Args:
+        store: folder of the store that is used without a server.
+        database: its database, unless it is a file in the folder.
+    """
+
+    def __init__(self, store: Path, database: str = "") -> None:
+        url, token = os.environ.get(URL_VARIABLE, ""), os.environ.get(TOKEN_VARIABLE, "")
+        self.is_remote = bool(url)
+        self._name = url or f"the store {store}"
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if url:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT)
+        else:
+            transport = _LocalTransport(ServiceSettings(store, database))
+            self._http = httpx.Client(base_url="http://localhost", transport=transport)
+
+    def call(self, method: str, path: str, **more: Any) -> httpx.Response:
+        """Return the answer of a request.
+
+        Raises:
+            ServerError: the server refuses it, or fails.
+            EnvironmentFaultError: the server is not reached.
+        """
+        for number in range(TRIES):
+            try:
+                answer = self._http.request(method, path, **more)
+            except httpx.TransportError as error:
+                if number + 1 == TRIES:
+                    fix = f"Start it (`finetune serve`), or correct {URL_VARIABLE}."
+                    found = (
+                        f"it is not reached ({' '.join(str(error).split())[:200] or type(error).__name__})"
+                    )
+                    raise EnvironmentFaultError(self._name, found, fix) from None
+            else:
+                if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE or number + 1 == TRIES:
+                    return _checked(answer)
+            time.sleep(min(0.2 * 2**number, 5.0))
+        raise AssertionError
+
+    def read(self, path: str, **more: Any) -> dict[str, Any]:
+        """Return the JSON object at a path; see :meth:`call`."""
+        return cast(dict[str, Any], self.call("GET", path, **more).json())
+
+    def submit(self, recipe: Mapping[str, Any], key: str, label: str = "") -> dict[str, Any]:
+        """Submit a job; the same key is the same job."""
+        headers, words = {"Idempotency-Key": key}, {"label": label}
+        answer = self.call("POST", "/v1/jobs", json=recipe, headers=headers, params=words)
+        return cast(dict[str, Any], answer.json())
+
+    def follow_events(self, job: str) -> Iterator[dict[str, Any]]:
+        """Yield the events of a job until it has ended."""
+        after = 0
+        while True:
+            page = self.read(f"/v1/jobs/{job}/events", params={"after": after})["events"]
+            for event in page:
+                after = event["seq"]
+                yield event
+            if page and page[-1]["state"] in ("succeeded", "failed", "cancelled"):
+                return
+            time.sleep(POLL)
+
+    def follow_log(self, job: str) -> Iterator[bytes]:
+        """Yield the log of the last attempt as it is written, until the job has ended."""
+        done, attempt = 0, 0
+        while True:
+            facts = self.read(f"/v1/jobs/{job}")
+            if facts["attempt"] != attempt:
+                done, attempt = 0, facts["attempt"]
+            log = self.call("GET", f"/v1/jobs/{job}/logs", params={"attempt": max(attempt, 1)}).content
+            if len(log) > done:
+                yield log[done:]
+                done = len(log)
+            if facts["state"] in ("succeeded", "failed", "cancelled"):
+                return
+            time.sleep(POLL)
+
+    def pull(self, job: str, output: Path, on_progress: OnProgress) -> int:
+        """Fetch the files of a job's run that are not here yet, and check their digests.
+
+        Returns:
+            The number of files of the run.
+
+        Raises:
+            DataError: a file that arrived has another digest than the server said.
+            DiskError: a file cannot be written.
+        """
+        files = self.read(f"/v1/jobs/{job}/artifacts")["artifacts"]
+        for number, file in enumerate(files):
+            on_progress(number, len(files))
+            target = output / file["name"]
+            if not (target.is_file() and _hash(target) == file["sha256"]):
+                self._fetch(f"/v1/jobs/{job}/artifacts/{file['name']}", target, file["sha256"])
+        on_progress(len(files), len(files))
+        return len(files)
+
+    def _fetch(self, path: str, target: Path, sha256: str) -> None:
+        part = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self._http.stream("GET", path) as answer:
+                if answer.is_error:
+                    answer.read()
+                    _checked(answer)
+                with part.open("wb") as file:
+                    for chunk in answer.iter_bytes(2**20):
+                        file.write(chunk)
+            if _hash(part) != sha256:
+                part.unlink()
+                raise DataError(str(target), "it arrived damaged", "Give the same command again.")
+            part.replace(target)
+        except OSError as error:
+            raise disk_error(target, error) from None
+
+    # --- images ------------------------------------------------------------------------------------
+
+    def send_images(self, data: str, on_progress: OnProgress) -> str:
+        """Return ``dataset:ID`` for a folder or an archive, which is uploaded unless the server has it.
+
+        Raises:
+            DataError: there is no such folder or archive.
+        """
+        if data.startswith("dataset:") or is_sample(data):
+            return data
+        path = Path(data)
+        if path.is_file():
+            return self._send(path, path.name, on_progress)
+        if not path.is_dir():
+            raise DataError(f"--data {data}", "there is no such folder or archive", "Check the path.")
+        with temporary_folder("finetune-upload-") as folder:
+            packed = Path(folder) / "images.zip"
+            pack(path, packed)
+            return self._send(packed, path.name, on_progress)
+
+    def _send(self, archive: Path, name: str, on_progress: OnProgress) -> str:
+        digest, length = _hash(archive), archive.stat().st_size
+        try:
+            self.read(f"/v1/datasets/{digest}")
+        except ServerError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            begun = self.call("POST", "/v1/uploads", headers={"Upload-Length": str(length)})
+            self._send_parts(archive, begun.headers["location"], length, on_progress)
+            upload = begun.headers["location"].rpartition("/")[2]
+            self.call("POST", "/v1/datasets", params={"upload": upload, "name": name})
+        return f"dataset:{digest}"
+
+    def _send_parts(self, archive: Path, address: str, length: int, on_progress: OnProgress) -> None:
+        with archive.open("rb") as file:
+            done = 0
+            while done < length:
+                on_progress(done, length)
+                file.seek(done)
+                headers = _TUS | {"Upload-Offset": str(done)}
+                try:
+                    answer = self._http.request("PATCH", address, content=file.read(_PART), headers=headers)
+                    done = int(_checked(answer).headers["upload-offset"])
+                except (httpx.TransportError, ServerError):  # ask where it is: a part may have arrived
+                    done = int(self.call("HEAD", address).headers["upload-offset"])
+        on_progress(length, length)
+
+    def wait_until_checked(self, data: str, on_state: Callable[[str], None]) -> None:
+        """Wait until an uploaded data set was checked.
+
+        Raises:
+            DataError: a run would refuse it.
+        """
+        while True:
+            facts = self.read(f"/v1/datasets/{data.removeprefix('dataset:')}")
+            if facts["state"] == "ready":
+                return
+            if facts["state"] == "refused" or not self.is_remote:
+                break
+            on_state(facts["state"])
+            time.sleep(POLL)
+        if facts["state"] == "refused":
+            outcome = facts["outcome"] or {}
+            raise DataError(data[:40], str(outcome.get("message")), str(outcome.get("hint") or "Correct it."))
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Pack a folder as a zip archive, the same bytes for the same files.
+
+    Hidden files are left out, and links that lead out of the folder are not followed.
+    """
+    root = os.path.realpath(folder)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            inner = path.relative_to(folder)
+            is_hidden = any(part.startswith(".") for part in inner.parts)
+            if is_hidden or not path.is_file() or not Path(os.path.realpath(path)).is_relative_to(root):
+                continue
+            info = zipfile.ZipInfo(inner.as_posix())  # with a fixed date
+            with archive.open(info, "w", force_zip64=True) as entry, path.open("rb") as file:
+                shutil.copyfileobj(file, entry, 2**20)
+
+
+class _LocalTransport(httpx.BaseTransport):
+    """Answers requests with an application in this process; it starts no jobs."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        from finetune.service.app import create_app
+        from finetune.service.executor import LocalExecutor
+
+        app = create_app(settings, LocalExecutor(), lambda _: None)
+        self._inner = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Return the answer of the application."""
+
+        async def answer() -> httpx.Response:
+            content = request.read()
+            copy = httpx.Request(request.method, request.url, headers=request.headers, content=content)
+            response = await self._inner.handle_async_request(copy)
+            body = b"".join([chunk async for chunk in response.aiter_raw()])
+            return httpx.Response(response.status_code, headers=response.headers, content=body)
+
+        return asyncio.run(answer())
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if not answer.is_error:
+        return answer
+    try:
+        problem = json.loads(answer.content)
+    except ValueError:
+        problem = {"detail": f"it answered {answer.status_code}"}
+    raise ServerError(problem if isinstance(problem, dict) else {}, answer.status_code)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
