@@ -186,16 +186,25 @@ class Client:
 
     def _send(self, archive: Path, name: str, on_progress: OnProgress) -> str:
         digest, length = _hash(archive), archive.stat().st_size
+        if not self._has_dataset(digest):
+            begun = self.call("POST", "/v1/uploads", headers={"Upload-Length": str(length)})
+            self._send_parts(archive, begun.headers["location"], length, on_progress)
+            upload = begun.headers["location"].rpartition("/")[2]
+            try:
+                self.call("POST", "/v1/datasets", params={"upload": upload, "name": name})
+            except ServerError:  # the answer of a first request may have been lost
+                if not self._has_dataset(digest):
+                    raise
+        return f"dataset:{digest}"
+
+    def _has_dataset(self, digest: str) -> bool:
         try:
             self.read(f"/v1/datasets/{digest}")
         except ServerError as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
-            begun = self.call("POST", "/v1/uploads", headers={"Upload-Length": str(length)})
-            self._send_parts(archive, begun.headers["location"], length, on_progress)
-            upload = begun.headers["location"].rpartition("/")[2]
-            self.call("POST", "/v1/datasets", params={"upload": upload, "name": name})
-        return f"dataset:{digest}"
+            return False
+        return True
 
     def _send_parts(self, archive: Path, address: str, length: int, on_progress: OnProgress) -> None:
         with archive.open("rb") as file:

@@ -1,0 +1,204 @@
+"""``finetune jobs`` against a real server, and on a store without one: the same answers and exit codes."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from finetune.service import client as module
+from finetune.service import dispatcher
+from finetune.service.client import Client, pack
+from finetune.service.settings import TOKEN_VARIABLE, Limits, ServiceSettings
+from tests.conftest import Cli, draw_folder
+from tests.service.servers import Scripts, Served, serving
+from tests.service.test_api import TOKEN, WAIT
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dispatcher, "TICK", 0.02)
+    monkeypatch.setattr(module, "POLL", 0.02)
+    monkeypatch.setenv("FINETUNE_STORE", str(tmp_path / "own"))
+    for name in ("FINETUNE_API_URL", "FINETUNE_DATABASE_URL", TOKEN_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    scripts = Scripts({"wait": WAIT, "fail": "echo no; exit 65"})
+    with serving(ServiceSettings(tmp_path / "store", token=TOKEN), scripts) as server:
+        monkeypatch.setenv("FINETUNE_API_URL", str(server.client.base_url))
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        yield server
+
+
+def submit(cli: Cli, *words: object) -> str:
+    result = cli("jobs", "submit", "-d", "sample:digits", *words)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.splitlines()[0]
+
+
+def test_a_job_is_submitted_watched_and_fetched(cli: Cli, served: Served, tmp_path: Path) -> None:
+    result = cli("jobs", "submit", "-d", "sample:digits", "--label", "x", "--set", "seed=3", "--wait")
+    assert result.exit_code == 0, result.stderr
+    job, *events = result.stdout.splitlines()
+    assert [line.split()[2] for line in events] == ["queued", "running", "succeeded"]
+    assert cli("jobs", "events", job).stdout.splitlines() == events
+    shown = json.loads(cli("jobs", "show", job, "--json").stdout)
+    assert shown["state"] == "succeeded" and shown["recipe"]["seed"] == 3
+    lines = cli("jobs", "show", job).stdout
+    assert "accuracy  0.9000" in lines and "outcome   finished" in lines
+    assert cli("jobs", "logs", job).stdout == cli("jobs", "logs", job, "-f").stdout == "hello 1\n"
+    assert job in cli("jobs", "list", "--label", "x").stdout
+    assert cli("jobs", "pull", job, "-o", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_text() == "weights\n"
+    assert cli("jobs", "rm", job).exit_code == 0
+    assert cli("jobs", "show", job).exit_code == 2
+
+
+def test_exit_codes_say_how_a_job_ended(cli: Cli, served: Served) -> None:
+    failed = cli("jobs", "submit", "-d", "sample:digits", "--label", "fail", "--wait")
+    assert failed.exit_code == 65
+    job = submit(cli, "--label", "wait")
+    served.wait(job, "running")
+    assert cli("jobs", "cancel", job).stdout.split() == [job, "cancelling"]
+    assert cli("jobs", "events", job, "-f").exit_code == 75
+    assert cli("jobs", "resume", job).exit_code == 0
+    served.wait(job, "running")
+    refused = cli("jobs", "rm", job)
+    assert refused.exit_code == 2 and "Cancel it first" in refused.stderr
+    cli("jobs", "cancel", job)
+    served.wait(job, "cancelled")
+
+
+def test_the_same_key_is_the_same_job(cli: Cli, served: Served) -> None:
+    assert submit(cli, "--key", "k") == submit(cli, "--key", "k")
+    other = cli("jobs", "submit", "-d", "sample:digits", "--key", "k", "--set", "seed=1")
+    assert other.exit_code == 2 and "another request was made with it" in other.stderr
+
+
+def test_images_are_sent_once(cli: Cli, served: Served, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", {"red": 3, "blue": 3})
+    (tmp_path / "images" / "red" / "away.jpg").symlink_to("/etc/hostname")
+    (tmp_path / "images" / ".hidden.jpg").write_bytes(b"x")
+    for _ in range(2):
+        assert cli("jobs", "submit", "-d", tmp_path / "images").exit_code == 0
+    [dataset] = served.client.get("/v1/datasets").json()["datasets"]
+    assert dataset["name"] == "images"
+    [path] = (tmp_path / "store" / "datasets").glob("*/images.zip")
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(archive.namelist()) == [f"{c}/{n:03}.jpg" for c in ("blue", "red") for n in range(3)]
+
+
+def test_refused_images_end_with_the_reason(cli: Cli, served: Served, tmp_path: Path) -> None:
+    from tests.service.test_datasets import REFUSED
+
+    served.scripts.scripts["check"] = REFUSED
+    draw_folder(tmp_path / "images", {"red": 1})
+    result = cli("jobs", "submit", "-d", tmp_path / "images")
+    assert result.exit_code == 65 and "only one class" in result.stderr and "Add another." in result.stderr
+    assert cli("jobs", "submit", "-d", tmp_path / "none").exit_code == 65
+
+
+def test_a_network_that_fails_now_and_then_costs_nothing(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_folder(tmp_path / "images", {"red": 6, "blue": 6})
+    monkeypatch.setattr(module, "_PART", 3000)
+    request, number = httpx.Client.request, [0]
+
+    def fail(self: httpx.Client, *words: object, **more: object) -> httpx.Response:
+        if self is served.client:
+            return request(self, *words, **more)  # type: ignore[arg-type]
+        number[0] += 1
+        if number[0] % 3 == 0:
+            raise httpx.ConnectError("the network is gone")
+        answer = request(self, *words, **more)  # type: ignore[arg-type]
+        if number[0] % 5 == 0:
+            raise httpx.ReadError("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(httpx.Client, "request", fail)
+    client = Client(tmp_path / "unused")
+    data = client.send_images(str(tmp_path / "images"), lambda *_: None)
+    first = client.submit({"data": {"path": data}}, "key")
+    second = client.submit({"data": {"path": data}}, "key")
+    assert first["id"] == second["id"] and number[0] > 15
+    assert len(served.client.get("/v1/datasets").json()["datasets"]) == 1
+    assert len(served.client.get("/v1/jobs").json()["jobs"]) == 1
+
+
+def test_a_file_that_arrives_damaged_is_not_kept(
+    cli: Cli, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(cli)
+    served.wait(job, "succeeded")
+    read = Client.read
+
+    def lie(self: Client, path: str, **more: object) -> dict[str, object]:
+        found = read(self, path, **more)
+        for one in found.get("artifacts", ()):
+            one["sha256"] = "0" * 64
+        return found
+
+    monkeypatch.setattr(Client, "read", lie)
+    result = cli("jobs", "pull", job, "-o", tmp_path / "run")
+    assert result.exit_code == 65 and "it arrived damaged" in result.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+def test_without_a_server_the_store_itself_answers(cli: Cli, tmp_path: Path) -> None:
+    job = submit(cli, "--label", "later")
+    assert json.loads(cli("jobs", "show", job, "--json").stdout)["state"] == "queued"
+    assert cli("jobs", "logs", job).stdout == ""
+    assert [line.split()[2] for line in cli("jobs", "events", job).stdout.splitlines()] == ["queued"]
+    with serving(ServiceSettings(tmp_path / "own")) as served:  # which then starts it
+        served.wait(job, "succeeded")
+    assert job in cli("jobs", "list", "--state", "succeeded").stdout
+    assert cli("jobs", "rm", job).exit_code == 0
+    assert "there are no jobs" in cli("jobs", "list").stderr
+
+
+def test_a_server_that_is_not_reached_and_a_wrong_token(
+    cli: Cli, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "wrong" * 8)
+    wrong = cli("jobs", "list")
+    assert wrong.exit_code == 2 and "the token is missing or wrong" in wrong.stderr
+    monkeypatch.setattr(module, "TRIES", 1)
+    monkeypatch.setenv("FINETUNE_API_URL", "http://127.0.0.1:9")
+    away = cli("jobs", "list")
+    assert away.exit_code == 78 and "it is not reached" in away.stderr
+
+
+def test_mistakes_of_a_recipe_are_those_of_run(cli: Cli, served: Served) -> None:
+    for words in (("--set", "training.lrr=1"), ("--epochs", 0), ("-s", "nothing")):
+        here, there = (
+            cli("run", "-d", "sample:digits", *words),
+            cli("jobs", "submit", "-d", "sample:digits", *words),
+        )
+        assert here.exit_code == there.exit_code == 2
+        assert here.stderr.splitlines()[-2:] == there.stderr.splitlines()[-2:]
+
+
+def test_the_same_folder_is_packed_to_the_same_bytes(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", {"red": 2, "blue": 2})
+    for name in ("a.zip", "b.zip"):
+        pack(tmp_path / "images", tmp_path / name)
+        (tmp_path / "images" / "red" / "000.jpg").touch()
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_an_open_server_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = cli("serve", "--host", "0.0.0.0", "--store", tmp_path / "s")
+    assert result.exit_code == 2 and f"Set {TOKEN_VARIABLE}" in result.stderr
+    monkeypatch.setenv(TOKEN_VARIABLE, "short")
+    result = cli("serve", "--store", tmp_path / "s")
+    assert result.exit_code == 2 and "can be guessed" in result.stderr
+    assert cli("serve", "--data-root", tmp_path / "none").exit_code == 2
+    assert Limits().waiting_jobs > 0 and not (tmp_path / "s").exists()
