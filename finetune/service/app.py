@@ -16,9 +16,11 @@ from finetune.service.dispatcher import Dispatcher
 from finetune.service.executor import Executor
 from finetune.service.folder import StoreFolder
 from finetune.service.jobs import JobStore, UnknownError
+from finetune.service.models import ModelHosts, ModelStore
 from finetune.service.problems import add_handlers
 from finetune.service.routes import datasets as data
-from finetune.service.routes import health, jobs
+from finetune.service.routes import health, inference, jobs
+from finetune.service.routes import models as predictions
 from finetune.service.settings import ServiceSettings
 from finetune.service.submission import Submission
 from finetune.service.tables import open_store
@@ -40,6 +42,8 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
     engine = open_store(settings.database or str(settings.store))
     folder, store = StoreFolder(settings.store), JobStore(engine)
     datasets = DatasetStore(engine, folder, store)
+    models = ModelStore(engine, folder, store)
+    hosts = ModelHosts(models, folder)
     uploads = Uploads(folder.uploads, settings.limits.upload_bytes)
     submission = Submission(settings.data_roots, datasets.find, lambda job: _find_model(folder, store, job))
     dispatcher = Dispatcher(store, folder, executor, say)
@@ -48,15 +52,16 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         dispatcher.start()
         yield
+        hosts.close()
         dispatcher.stop()
         engine.dispose()
 
     app = FastAPI(title="finetune", version=__version__, lifespan=lifespan)
-    app.state.context = Context(settings, folder, store, datasets, uploads, submission)
+    app.state.context = Context(settings, folder, store, datasets, uploads, models, hosts, submission)
     app.state.dispatcher = dispatcher
     app.add_middleware(Access, settings=settings)
     add_handlers(app)
-    for part in (jobs, data, health):
+    for part in (jobs, data, predictions, inference, health):
         app.include_router(part.router)
     return app
 

@@ -13,6 +13,7 @@ from finetune.service.access import name_client, read_token
 from finetune.service.datasets import DatasetStore
 from finetune.service.folder import StoreFolder
 from finetune.service.jobs import JobStore
+from finetune.service.models import ModelHosts, ModelStore
 from finetune.service.problems import RefusedError
 from finetune.service.settings import ServiceSettings
 from finetune.service.submission import Submission
@@ -28,6 +29,8 @@ class Context:
     jobs: JobStore
     datasets: DatasetStore
     uploads: Uploads
+    models: ModelStore
+    hosts: ModelHosts
     submission: Submission
 
     @classmethod
@@ -46,15 +49,24 @@ class Context:
         Raises:
             RefusedError: it is larger, or no JSON.
         """
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most_bytes:
-                fix = "Send a recipe; images are uploaded as a data set."
-                found = f"it has more than {most_bytes:,} bytes"
-                raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body", found, fix)
+        body = await self.read_body(request, most_bytes)
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
             found = f"it is no JSON ({' '.join(str(error).split())[:100]})"
             raise RefusedError(HTTPStatus.BAD_REQUEST, "the body", found, "Send JSON in UTF-8.") from None
+
+    async def read_body(self, request: Request, most_bytes: int) -> bytes:
+        """Return a body of at most ``most_bytes``.
+
+        Raises:
+            RefusedError: it is larger.
+        """
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most_bytes:
+                fix = "Send less in one request; images to train on are uploaded as a data set."
+                found = f"it has more than {most_bytes:,} bytes"
+                raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body", found, fix)
+        return bytes(body)

@@ -39,6 +39,14 @@ class StoreFolder:
         """The folder of a job."""
         return JobFolder(self.path / "jobs" / job)
 
+    def model(self, name: str, version: int) -> Path:
+        """The folder of a version of a model."""
+        return self.path / "models" / name / f"{version:06}"
+
+    def model_log(self, name: str) -> Path:
+        """What the processes of a model print."""
+        return self.path / "models" / name / "process.log"
+
     @property
     def uploads(self) -> Path:
         """Parts of archives that are being uploaded."""

@@ -18,12 +18,14 @@ class Limits:
 
     Attributes:
         recipe_bytes: size of a recipe.
+        images_bytes: size of the images of a prediction, in base64.
         upload_bytes: size of an uploaded archive.
         waiting_jobs: jobs that may wait at the same time.
         requests_per_minute: of one client (a token, or an address).
     """
 
     recipe_bytes: int = 2**16
+    images_bytes: int = 2**27
     upload_bytes: int = 50 * 2**30
     waiting_jobs: int = 10_000
     requests_per_minute: int = 6_000

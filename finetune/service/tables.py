@@ -96,6 +96,16 @@ datasets = Table(
     Column("check", String(32), nullable=False),  # the job that checks it
 )
 
+models = Table(
+    "models",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),  # from 1
+    Column("job", String(32), nullable=False),
+    Column("sha256", String(64), nullable=False),  # of its weights
+    Column("created", Float, nullable=False),
+)
+
 
 def open_store(address: str) -> Engine:
     """Open a store; its tables are made on the first call.

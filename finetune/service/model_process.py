@@ -1,0 +1,105 @@
+"""The process of a model: reads batches of images on its standard input, answers on its standard output.
+
+    python -m finetune.service.model_process FOLDER SERVER      SERVER is the process id of the server
+
+An image that ends the process, or takes all memory, ends this process and not the server.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from finetune.errors import FinetuneError
+from finetune.service.frames import read_frame, write_frame
+from finetune.system.signals import end_with_parent
+from finetune.system.temporary import temporary_folder
+
+
+def main() -> None:
+    """Answer until the server closes the pipe."""
+    end_with_parent(int(sys.argv[2]))
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to the log
+    serve(Path(sys.argv[1]), sys.stdin.buffer, answers)
+
+
+def serve(folder: Path, requests: BinaryIO, answers: BinaryIO) -> None:
+    """Load a model, say that it is ready, and answer requests."""
+    with temporary_folder("finetune-model-") as images:
+        try:
+            model = _Model(folder, Path(images))
+        except FinetuneError as error:
+            write_frame(answers, {"error": error.message, "fix": error.fix})
+            return
+        write_frame(answers, model.describe())
+        with suppress(EOFError):
+            while True:
+                write_frame(answers, model.answer(*read_frame(requests)))
+
+
+class _Model:
+    """A model in this process.
+
+    Args:
+        model: its folder.
+        folder: for images while they are decoded.
+    """
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        from finetune.evaluation.predictor import load
+
+        self._predictor, self._folder = load(str(model), workers=2), folder
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the server says of the model."""
+        card = self._predictor.card
+        size = list(card.preprocessing.input_size)
+        return {
+            "classes": list(self._predictor.classes),
+            "input_size": size,
+            "architecture": card.architecture,
+        }
+
+    def answer(self, header: dict[str, Any], blocks: list[bytes]) -> dict[str, Any]:
+        """Return, for each image, its probabilities or the reason why it cannot be read.
+
+        Args:
+            header: ``shapes``, for each image null (an encoded file) or height and width of RGB pixels.
+            blocks: the images.
+        """
+        images = list(zip(header["shapes"], blocks, strict=True))
+        [result] = self._predictor.predict_batches([images], self._open)
+        rows = iter(result.probabilities)
+        answers: list[dict[str, Any]] = []
+        for index in range(len(images)):
+            fault = result.faults.get(index)
+            answers.append({"fault": fault} if fault else {"probabilities": next(rows).tolist()})
+        return {"answers": answers}
+
+    def _open(self, image: tuple[list[int] | None, bytes]) -> Any:
+        """Return the RGB image of a block.
+
+        Raises:
+            BadImageError: it cannot be decoded.
+        """
+        from PIL import Image
+
+        shape, content = image
+        if shape is not None:
+            height, width = shape
+            return Image.frombytes("RGB", (width, height), content)
+        file = self._folder / secrets.token_hex(8)  # decoders are bounded by what they read of a file
+        file.write_bytes(content)
+        try:
+            return self._predictor.open(file)
+        finally:
+            file.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Models: the networks of finished jobs under names of their own, version by version.
+
+A version is a copy of what the run exported and proved, so that it stays when the job is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from sqlalchemy import Engine, RowMapping, func, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from finetune.errors import UsageError
+from finetune.runs.files import disk_error
+from finetune.runs.new_folder import new_folder
+from finetune.service.folder import StoreFolder
+from finetune.service.jobs import ConflictError, JobStore, UnknownError
+from finetune.service.serving import ModelHost
+from finetune.service.states import State
+from finetune.service.tables import models, read_clock, reading
+from finetune.system.regular_files import open_regular
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a model: its name, its number from 1, the job it came from, and its weights' SHA-256."""
+
+    name: str
+    version: int
+    job: str
+    sha256: str
+    created: float
+
+    @classmethod
+    def of(cls, row: RowMapping) -> ModelVersion:
+        """Return the version of a row."""
+        return cls(**{key: row[key] for key in ("name", "version", "job", "sha256", "created")})
+
+
+class ModelStore:
+    """The models of a store.
+
+    Args:
+        engine: the database.
+        folder: files of the store.
+        jobs: its jobs.
+    """
+
+    def __init__(self, engine: Engine, folder: StoreFolder, jobs: JobStore) -> None:
+        self._engine, self._folder, self._jobs = engine, folder, jobs
+
+    def promote(self, name: str, job: str) -> ModelVersion:
+        """Make the model of a finished job the next version of a name, unless the last version is its own.
+
+        Raises:
+            UsageError: the name is invalid.
+            UnknownError: there is no such job.
+            ConflictError: the job has not succeeded.
+            DiskError: the model cannot be copied.
+        """
+        if not _NAME.fullmatch(name):
+            fix = "Take small letters, digits, dots, dashes and underscores, 63 at most."
+            raise UsageError(f"model {name[:64]}", "it is no name of a model", fix)
+        found = self._jobs.get(job)
+        source = self._folder.job(job).run.model
+        if found.state != State.SUCCEEDED or not source.is_dir():
+            raise ConflictError(
+                f"job {job}", f"it is {found.state} and has no model", "Wait until it succeeds."
+            )
+        for _ in range(100):
+            latest = self._latest(name)
+            if latest is not None and latest.job == job:
+                return latest
+            version = 1 if latest is None else latest.version + 1
+            try:
+                return self._add(name, version, job, source)
+            except IntegrityError:  # another request took the number
+                continue
+        raise ConflictError(f"model {name}", "others promote jobs at the same time", "Try again.")
+
+    def _add(self, name: str, version: int, job: str, source: Path) -> ModelVersion:
+        digest = _hash(source / WEIGHTS)
+        with self._engine.begin() as connection:
+            row = {"name": name, "version": version, "job": job, "sha256": digest}
+            connection.execute(insert(models).values(created=read_clock(connection), **row))
+            target = self._folder.model(name, version)
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)  # of a server that was killed before its row was there
+            try:
+                with new_folder(target) as folder:
+                    shutil.copytree(source, folder, dirs_exist_ok=True)
+            except OSError as error:
+                raise disk_error(target, error) from None
+        return self.get(name, version)
+
+    def get(self, name: str, version: int | None = None) -> ModelVersion:
+        """Return a version of a model, by default the latest.
+
+        Raises:
+            UnknownError: there is none.
+        """
+        query = select(models).where(models.c.name == name)
+        if version is not None:
+            query = query.where(models.c.version == version)
+        with reading(self._engine) as connection:
+            row = (
+                connection.execute(query.order_by(models.c.version.desc()).limit(1)).mappings().one_or_none()
+            )
+        if row is None:
+            what = f"model {name[:64]}" + (f", version {version}" if version is not None else "")
+            raise UnknownError(what, "there is none of that name", "See /v1/models.")
+        return ModelVersion.of(row)
+
+    def _latest(self, name: str) -> ModelVersion | None:
+        try:
+            return self.get(name)
+        except UnknownError:
+            return None
+
+    def list_all(self) -> Sequence[ModelVersion]:
+        """Return the latest version of every model, by name."""
+        last = select(models.c.name, func.max(models.c.version).label("version")).group_by(models.c.name)
+        latest = last.subquery()
+        same = (models.c.name == latest.c.name) & (models.c.version == latest.c.version)
+        query = select(models).join(latest, same).order_by(models.c.name)
+        with reading(self._engine) as connection:
+            return [ModelVersion.of(row) for row in connection.execute(query).mappings()]
+
+
+class ModelHosts:
+    """The processes of the models that were asked for, one for the latest version of each.
+
+    Args:
+        models: the models.
+        folder: files of the store.
+    """
+
+    def __init__(self, models: ModelStore, folder: StoreFolder) -> None:
+        self._models, self._folder = models, folder
+        self._hosts: dict[str, tuple[int, ModelHost]] = {}
+        self._starting: dict[str, Lock] = {}
+        self._lock = Lock()
+
+    def find(self, name: str) -> tuple[ModelVersion, ModelHost]:
+        """Return the latest version of a model and its host; its process is started at the first request.
+
+        Raises:
+            UnknownError: there is no such model.
+            EnvironmentFaultError: it cannot be loaded.
+        """
+        wanted = self._models.get(name)
+        with self._lock:
+            if (found := self._hosts.get(name)) is not None and found[0] >= wanted.version:
+                return wanted, found[1]
+            starting = self._starting.setdefault(name, Lock())
+        with starting:  # requests of other models do not wait for this one
+            with self._lock:
+                found = self._hosts.get(name)
+            if found is None or found[0] < wanted.version:
+                folder = self._folder.model(name, wanted.version)
+                host = ModelHost(folder, self._folder.model_log(name))
+                with self._lock:
+                    self._hosts[name] = (wanted.version, host)
+                if found is not None:
+                    found[1].close()  # after it has answered what it was asked before
+                return wanted, host
+            return wanted, found[1]
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            hosts, self._hosts = [*self._hosts.values()], {}
+        for _, host in hosts:
+            host.close()
+
+
+def _hash(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

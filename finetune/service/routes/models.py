@@ -1,0 +1,108 @@
+"""``/v1/models``: promote the model of a job, and predict with it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from finetune.service.context import Context
+from finetune.service.models import ModelVersion
+from finetune.service.problems import RefusedError
+from finetune.service.serving import Picture
+from finetune.targets import rank_classes
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+MOST_IMAGES = 64
+"""Images of a request."""
+
+
+def _describe(model: ModelVersion) -> dict[str, Any]:
+    return {key: getattr(model, key) for key in ("name", "version", "job", "sha256", "created")}
+
+
+@router.get("", summary="List models")
+def list_all(request: Request) -> dict[str, Any]:
+    """Return the latest version of every model."""
+    return {"models": [_describe(one) for one in Context.of(request).models.list_all()]}
+
+
+@router.get("/{name}", summary="Show a model")
+def show(request: Request, name: str) -> dict[str, Any]:
+    """Return the latest version of a model."""
+    return _describe(Context.of(request).models.get(name))
+
+
+@router.put("/{name}", summary="Promote a job")
+async def promote(request: Request, name: str) -> dict[str, Any]:
+    """Make the model of the job ``{"job": ID}`` the next version; requests go on without a gap."""
+    context = Context.of(request)
+    body = await context.read_json(request, context.settings.limits.recipe_bytes)
+    job = body.get("job") if isinstance(body, dict) else None
+    if not isinstance(job, str):
+        fix = 'Send {"job": ID}.'
+        raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, f"model {name[:64]}", "no job was named", fix)
+    return _describe(await run_in_threadpool(context.models.promote, name, job))
+
+
+@router.post("/{name}/predict", summary="Predict images")
+async def predict(
+    request: Request,
+    name: str,
+    top: Annotated[int, Query(ge=1, le=1000, description="Most classes of each image.")] = 5,
+    reject_below: Annotated[float, Query(ge=0, le=1, description="Below it, `rejected` is true.")] = 0.0,
+) -> dict[str, Any]:
+    """Return calibrated probabilities for images: files of a form, or ``{"images": [BASE64, ...]}``."""
+    context = Context.of(request)
+    pictures = await _read_pictures(context, request)
+    model, host = await run_in_threadpool(context.hosts.find, name)
+    answers = await asyncio.gather(*map(asyncio.wrap_future, host.submit(pictures)))
+    classes = host.facts["classes"]
+    return {
+        "model": _describe(model),
+        "predictions": [_rank(one, classes, top, reject_below) for one in answers],
+    }
+
+
+def _rank(answer: Any, classes: list[str], top: int, reject_below: float) -> dict[str, Any]:
+    if "fault" in answer:
+        return {"fault": answer["fault"]}
+    values = answer["probabilities"]
+    best = rank_classes(np.array(values, np.float32), min(top, len(classes)))
+    ranked = [{"label": classes[index], "probability": values[index]} for index in best]
+    confidence = ranked[0]["probability"]
+    facts = {"label": ranked[0]["label"], "confidence": confidence, "rejected": confidence < reject_below}
+    return facts | {"top": ranked}
+
+
+async def _read_pictures(context: Context, request: Request) -> list[Picture]:
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        async with request.form(max_files=MOST_IMAGES, max_fields=8) as form:
+            files = [one for _, one in form.multi_items() if isinstance(one, UploadFile)]
+            contents = [await file.read() for file in files]
+    else:
+        body = await context.read_json(request, context.settings.limits.images_bytes)
+        images = body.get("images") if isinstance(body, dict) else None
+        contents = [_decode(one) for one in images] if isinstance(images, list) else []
+    if not 0 < len(contents) <= MOST_IMAGES:
+        found = f"it has {len(contents)} images"
+        fix = f"Send 1 to {MOST_IMAGES}, as files of a form or as base64 in `images`."
+        raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "the body", found, fix)
+    return [Picture(content) for content in contents]
+
+
+def _decode(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        fix = "Encode the bytes of a file."
+        raise RefusedError(
+            HTTPStatus.UNPROCESSABLE_ENTITY, "images", "one of them is no base64", fix
+        ) from None
