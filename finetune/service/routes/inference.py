@@ -1,6 +1,6 @@
 """``/v2``: the Open Inference Protocol, so that clients of other servers work here.
 
-A model has one input, ``images``: UINT8 pixels (B, H, W, 3), or BYTES (B,), the content of image files. It has
+A model has one input, ``images``: UINT8 pixels (B, H, W, 3), or BYTES (B,), the content of files. It has
 two outputs: ``probabilities`` FP32 (B, K), calibrated, and ``labels`` BYTES (B,). Tensors come as JSON, or as
 binary data behind it (the extension of Triton's clients).
 """
