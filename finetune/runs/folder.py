@@ -146,6 +146,11 @@ class RunFolder:
         return self.path / "check.json"
 
     @property
+    def check_sheet(self) -> Path:
+        """Images of the issues, as one picture; `finetune check` writes it."""
+        return self.path / "check.png"
+
+    @property
     def report(self) -> Path:
         """The report: metrics, plots and images on one page."""
         return self.path / "report.html"

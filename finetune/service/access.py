@@ -16,11 +16,15 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from finetune.service.html import render
 from finetune.service.problems import describe_problem
 from finetune.service.settings import ServiceSettings
 
-OPEN = frozenset({"/v1/healthz", "/v1/readyz", "/v2/health/live", "/v2/health/ready"})
-"""Paths without a token: they say only that the server lives."""
+OPEN = frozenset(
+    {"/v1/healthz", "/v1/readyz", "/v2/health/live", "/v2/health/ready"}
+    | {"/login", "/static/page.css", "/static/page.js"}
+)
+"""Paths without a token: they say only that the server lives, or take the token."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _MOST_CLIENTS = 10_000
@@ -50,8 +54,12 @@ class Access:
             await self._app(scope, receive, send)
             return
         status, found, fix = refusal
-        response = describe_problem(status, f"{request.method} {request.url.path}", found, fix, "usage")
+        response = describe_problem(
+            request, status, f"{request.method} {request.url.path}", found, fix, "usage"
+        )
         if status == HTTPStatus.UNAUTHORIZED:
+            if "text/html" in request.headers.get("accept", ""):
+                response = render("login", status, wrong=False)
             response.headers["WWW-Authenticate"] = "Bearer"
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             response.headers["Retry-After"] = "60"

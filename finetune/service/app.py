@@ -19,7 +19,7 @@ from finetune.service.jobs import JobStore, UnknownError
 from finetune.service.models import ModelHosts, ModelStore
 from finetune.service.problems import add_handlers
 from finetune.service.routes import datasets as data
-from finetune.service.routes import health, inference, jobs
+from finetune.service.routes import health, inference, jobs, page
 from finetune.service.routes import models as predictions
 from finetune.service.settings import ServiceSettings
 from finetune.service.submission import Submission
@@ -61,7 +61,7 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
     app.state.dispatcher = dispatcher
     app.add_middleware(Access, settings=settings)
     add_handlers(app)
-    for part in (jobs, data, predictions, inference, health):
+    for part in (jobs, data, predictions, inference, health, page):
         app.include_router(part.router)
     return app
 

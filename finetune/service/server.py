@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -34,8 +36,23 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
         shown = f"[{host}]" if ":" in host else host
         say(f"serving on http://{shown}:{port} (store {settings.store}, slots {executor.slots})")
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
     say("stopped")
+
+
+class _Server(uvicorn.Server):
+    """A server that a signal stops, and that then returns: uvicorn's own would raise the signal once more."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGINT and SIGTERM while the block runs."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _listen(settings: ServiceSettings) -> socket.socket:

@@ -18,11 +18,12 @@ from finetune.errors import DataError, UsageError, count
 from finetune.plots.sheet import write_sections
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv, write_json
+from finetune.runs.folder import RunFolder
 from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
 
-CHECK, FOLDS, SHEET = "check.json", "folds.csv", "check.png"
+CHECK, FOLDS = "check.json", "folds.csv"
 
 
 def check(recipe: Recipe, output: Path, display: Display) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _inspect(
     if dataset.val_was_drawn:
         dataset, issues = _join_copies(dataset, checked, recipe, issues)
     report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, issues)
-    write_sections(output / SHEET, find_sections(report))
+    write_sections(RunFolder(output).check_sheet, find_sections(report))
     result = report.to_dict()
     if any(sample.fold for sample in dataset.samples):
         result["summary"]["folds"] = _write_folds(dataset, output)

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
-from finetune.data.quality.check import SHEET
 from finetune.runs.reader import RunReader
 from finetune.service.context import Context
 from finetune.service.datasets import StoredDataset
@@ -124,7 +123,7 @@ def check(request: Request, dataset: str) -> dict[str, Any]:
 def check_sheet(request: Request, dataset: str) -> Response:
     """Return a sheet with the images of each issue."""
     context = Context.of(request)
-    path = context.folder.job(context.datasets.get(dataset).check.id).run.path / SHEET
+    path = context.folder.job(context.datasets.get(dataset).check.id).run.check_sheet
     if not path.is_file():
         raise UnknownError(f"data set {dataset[:64]}", "its check has no pictures", "See /check.")
     return FileResponse(path, media_type="image/png")

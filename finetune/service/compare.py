@@ -1,0 +1,45 @@
+"""Two finished jobs side by side: their metrics, and whether one is better on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.errors import FinetuneError, UsageError
+from finetune.evaluation.compare_runs import compare_runs
+from finetune.runs.reader import RunReader
+from finetune.service.context import Context
+from finetune.service.jobs import ConflictError
+from finetune.service.states import State
+from finetune.system.display import SilentDisplay
+
+_NAMES = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "num_images")
+
+
+def compare_jobs(context: Context, jobs: Sequence[str]) -> dict[str, Any]:
+    """Return rows of metrics, and what ``finetune compare`` says of the two runs.
+
+    Raises:
+        UsageError: not two jobs were named.
+        UnknownError: there is no such job.
+        ConflictError: one of them has not succeeded.
+    """
+    if len(jobs) != 2:
+        raise UsageError("compare", f"{len(jobs)} jobs were chosen", "Choose two that have succeeded.")
+    found = [context.jobs.get(job) for job in jobs]
+    for job in found:
+        if job.state != State.SUCCEEDED:
+            raise ConflictError(f"job {job.id}", f"it is {job.state}", "Choose one that has succeeded.")
+    runs = [context.folder.job(job.id).run for job in found]
+    rows = [
+        {"job": job, "metrics": dict(RunReader(run, tolerant=True).metrics)}
+        for job, run in zip(found, runs, strict=True)
+    ]
+    try:
+        said = compare_runs([run.path for run in runs], None, SilentDisplay()).pairs[0].sentence
+    except FinetuneError as error:
+        said = f"They cannot be compared image by image: {error.found}."
+    for job, run in zip(found, runs, strict=True):
+        said = said.replace(str(run.path), job.label or job.id)
+    names = [name for name in _NAMES if any(name in row["metrics"] for row in rows)]
+    return {"rows": rows, "names": names, "said": said}
