@@ -32,6 +32,7 @@ FLOORS = (
     ("finetune.report",),
     ("finetune.pipeline",),
     ("finetune.api",),
+    ("finetune.service",),
     ("finetune.cli",),
     ("finetune.__main__",),
 )
