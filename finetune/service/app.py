@@ -56,7 +56,7 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
         dispatcher.stop()
         engine.dispose()
 
-    app = FastAPI(title="finetune", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="finetune", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.context = Context(settings, folder, store, datasets, uploads, models, hosts, submission)
     app.state.dispatcher = dispatcher
     app.add_middleware(Access, settings=settings)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,44 +11,20 @@ import pytest
 
 from finetune.report.write_report import write_run_report
 from finetune.system.display import SilentDisplay
+from tests.browsers import NEEDS_BROWSER, open_browser
 from tests.report.folders import HOSTILE, HOSTILE_FILE, write_folder
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver on this machine"),
-    pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed"),
-]
+pytestmark = NEEDS_BROWSER
 FRUIT = (
     "Delicious", "Pineapple", "Watermelon", "Grapefruit", "Pomegranate", "Nectarine", "Cantaloupe", "Mango",
     "Peach", "Kiwi", "Plum",
 )  # fmt: skip
-SWITCHES = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-)
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    options = Options()
-    options.binary_location = BROWSER
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+def browser() -> Iterator[Any]:
+    with open_browser() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")

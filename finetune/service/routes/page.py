@@ -115,6 +115,12 @@ def compare(request: Request, job: Annotated[list[str] | None, Query(max_length=
     return render("compare", **compare_jobs(Context.of(request), job or []))
 
 
+@router.get("/docs")
+def docs(request: Request) -> Response:
+    """Show every request of the API; the usual pages load scripts from other servers."""
+    return render("docs", paths=request.app.openapi()["paths"])
+
+
 # --- who is there, and what the page is made of ----------------------------------------------------
 
 
