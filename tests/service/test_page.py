@@ -147,15 +147,15 @@ def test_two_jobs_are_compared(served: Served) -> None:
 
 
 def test_people_log_in_once(tmp_path: Path) -> None:
-    with serving(ServiceSettings(tmp_path / "store", token=TOKEN)) as served:
-        with httpx.Client(base_url=served.client.base_url, headers=HTML) as browser:
-            asked = browser.get("/")
-            assert asked.status_code == 401 and "Token of this server" in asked.text
-            assert browser.get("/static/page.css").status_code == 200
-            wrong = browser.post("/login", data={"token": "wrong"})
-            assert wrong.status_code == 401 and "not the token" in wrong.text
-            right = browser.post("/login", data={"token": TOKEN})
-            cookie = right.headers["set-cookie"].lower()
-            assert right.status_code == 303 and "httponly" in cookie and "samesite=strict" in cookie
-            assert "Train a classifier" in browser.get("/").text
-            assert browser.get("/v1/jobs").status_code == 200
+    settings = ServiceSettings(tmp_path / "store", token=TOKEN)
+    with serving(settings) as served, httpx.Client(base_url=served.client.base_url, headers=HTML) as browser:
+        asked = browser.get("/")
+        assert asked.status_code == 401 and "Token of this server" in asked.text
+        assert browser.get("/static/page.css").status_code == 200
+        wrong = browser.post("/login", data={"token": "wrong"})
+        assert wrong.status_code == 401 and "not the token" in wrong.text
+        right = browser.post("/login", data={"token": TOKEN})
+        cookie = right.headers["set-cookie"].lower()
+        assert right.status_code == 303 and "httponly" in cookie and "samesite=strict" in cookie
+        assert "Train a classifier" in browser.get("/").text
+        assert browser.get("/v1/jobs").status_code == 200
