@@ -26,7 +26,8 @@ while [ $n -lt 30 ]; do
 done
 mkdir -p $OUT/model
 seq 1 $((n * SEED)) > $OUT/.part; mv $OUT/.part $OUT/model/model.safetensors
-printf '{"state": "done", "message": "finished", "exit_code": 0}' > $OUT/.part; mv $OUT/.part $OUT/outcome.json
+printf '{"state": "done", "message": "finished", "exit_code": 0}' > $OUT/.part
+mv $OUT/.part $OUT/outcome.json
 """
 """A job that goes on from its checkpoint; its result depends on its seed alone."""
 
