@@ -51,7 +51,9 @@ def measure(turn: Turn) -> Figures:
     bench = turn.bench
     torch.set_num_threads(bench.threads)
     data = find_folder(NETWORKS["squeezenet"], bench)
-    model = make_once(bench.cache / f"predict-model{'-quick' * bench.quick}", lambda to: _train(data, to))
+    model = make_once(
+        bench.cache / f"predict-model{'-quick' * bench.quick}", lambda to: train_model(data, to)
+    )
     images = list_images(data)
     network, decoding = measure_parts(load(model), images, bench.workers, 0.1 if bench.quick else 20.0)
     start, _ = run_command(turn, model, images[:1], 1)  # what imports and loading take
@@ -67,7 +69,7 @@ def measure(turn: Turn) -> Figures:
     }
 
 
-def _train(data: Path, target: Path) -> None:
+def train_model(data: Path, target: Path) -> None:
     """Leave a finished run with random weights: they change no time."""
     keys = {"backbone.name": BACKBONE, "strategy.name": "scratch", "data.path": str(data), "data.workers": 1}
     run(load_recipe(None, keys | {"training.epochs": 1}), target)
