@@ -1,4 +1,4 @@
-"""What the service makes of a network's own speed, whether its memory grows, and how fast a full store answers.
+"""What the service makes of a network's own speed, whether its memory grows, and how fast a full store is.
 
 ``predict``: 1, 8 and 64 clients send a photograph each, again and again, to a real server; the network alone
 and decoding alone are measured beside it, as in :mod:`benchmarks.predict`. ``store``: 10,000 jobs are in the
