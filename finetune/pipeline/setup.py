@@ -37,6 +37,7 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.training.batch_size import StepTrial
 from finetune.training.ddp import share_weights
+from finetune.training.optim import check_optimizer
 from finetune.training.plan import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, find_card
@@ -290,6 +291,7 @@ def check_asked(recipe: Recipe) -> None:
     if recipe.backbone.weights and recipe.strategy.starts_random:
         found = f"--strategy {recipe.strategy.name} starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
+    check_optimizer(recipe.training)
     if recipe.strategy.name != AUTO:  # which has rules of its own (pipeline/auto.py)
         _check_strategy(recipe)
 

@@ -226,6 +226,11 @@ class TrainingSettings(_Section):
         "auto", description="base learning rate, that of a new head; auto: 0.01 for sgd, 0.001 for adamw"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(
+        False,
+        description="Nesterov's form of sgd's momentum: the step goes along the gradient plus momentum times "
+        "the new velocity",
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay; biases and normalisation parameters get none"
     )

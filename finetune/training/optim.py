@@ -10,20 +10,37 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from finetune.errors import UsageError
 from finetune.recipe import TrainingSettings
 from finetune.targets import is_better
 from finetune.training.state import Checkpoint, Progress
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW, over parameter groups with their own lr and weight decay.
+    """Return SGD with (Nesterov) momentum, or AdamW, over groups with their own lr and weight decay.
 
     On a GPU the fused implementation is used.
     """
     fused = all(weight.is_cuda for group in groups for weight in group["params"]) or None
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=fused)
-    return (FusedSGD if fused else torch.optim.SGD)(groups, momentum=settings.momentum, fused=fused)
+    kind = FusedSGD if fused else torch.optim.SGD
+    return kind(groups, momentum=settings.momentum, nesterov=settings.nesterov, fused=fused)
+
+
+def check_optimizer(settings: TrainingSettings) -> None:
+    """Refuse keys that belong to another optimizer.
+
+    Raises:
+        UsageError: Nesterov momentum is asked of AdamW, or of SGD without momentum.
+    """
+    asked = "training.nesterov=true"
+    if settings.nesterov and settings.optimizer != "sgd":
+        found = f"{settings.optimizer} has no Nesterov momentum, only sgd has"
+        raise UsageError(asked, found, "Add --set training.nesterov=false, or take --optimizer sgd.")
+    if settings.nesterov and not settings.momentum:
+        fix = "Add --set training.nesterov=false, or a momentum."
+        raise UsageError(asked, "training.momentum is 0", fix)
 
 
 _STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
