@@ -7,6 +7,7 @@ declarations, so a new key needs only its line here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -46,6 +47,17 @@ def check_strategy_name(name: str) -> str:
 def list_strategy_names() -> list[str]:
     """Return the values that ``strategy.name`` accepts."""
     return [*STRATEGIES, AUTO]
+
+
+def check_ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the values if each is larger than the one before.
+
+    Raises:
+        ValueError: they are not ascending.
+    """
+    if any(later <= earlier for earlier, later in pairwise(values)):
+        raise ValueError(values)
+    return values
 
 
 class BackboneSettings(_Section):
@@ -248,8 +260,12 @@ class TrainingSettings(_Section):
     )
     decay_epochs: int = Field(3, ge=1, description="for the step and plateau schedules")
     decay_rate: float = Field(0.1, gt=0, lt=1, description="for the step and plateau schedules")
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="epochs after which the step schedule decays, instead of every decay_epochs"
+    milestones: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], AfterValidator(check_ascending)
+    ] = Field(
+        (),
+        description="shares of the run after which the step schedule decays, instead of every decay_epochs; "
+        "[0.5, 0.75]: after 10 and 15 of 20 epochs",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="label smoothing (arXiv:1512.00567); 0.1 is usual"

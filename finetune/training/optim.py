@@ -119,7 +119,8 @@ class Schedule:
         warmup_epochs: epochs in which the factor grows linearly from nearly 0 to 1.
         decay_epochs: epochs between two decays of the step schedule.
         decay_rate: factor of each decay of the step schedule.
-        milestones: epochs after which the step schedule decays instead; empty for every ``decay_epochs``.
+        milestones: shares of the run, in (0, 1), at which the step schedule decays instead; empty for every
+            ``decay_epochs``.
     """
 
     kind: str
@@ -127,7 +128,7 @@ class Schedule:
     warmup_epochs: float
     decay_epochs: int
     decay_rate: float
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[float, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: TrainingSettings) -> Schedule:
@@ -150,10 +151,15 @@ class Schedule:
             total = max(1, self.epochs * steps_per_epoch - warmup_steps)
             return (1 + math.cos(math.pi * (step - warmup_steps) / total)) / 2
         if self.kind == "step":
-            epoch = step // steps_per_epoch
-            passed = sum(epoch >= end for end in self.milestones)
-            return self.decay_rate ** (passed if self.milestones else epoch // self.decay_epochs)
+            return self.decay_rate ** self._count_decays(step, steps_per_epoch)
         return 1.0
+
+    def _count_decays(self, step: int, steps_per_epoch: int) -> int:
+        """Return how often the step schedule has decayed before a step."""
+        if not self.milestones:
+            return step // steps_per_epoch // self.decay_epochs
+        total = self.epochs * steps_per_epoch
+        return sum(step >= round(share * total) for share in self.milestones)
 
 
 @dataclass

@@ -160,6 +160,22 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
             "input: {img_size: 8}",
             "`input.img_size` is 8; it must be a whole number of at least 16 and at most 4096 or auto",
         ),
+        (
+            "training: {milestones: [100, 150]}",
+            "`training.milestones` is [100, 150]; it must be a list of ascending numbers above 0 and below 1",
+        ),
+        (
+            "training: {milestones: [0.5, 0.5]}",
+            "`training.milestones` is [0.5, 0.5]; it must be a list of ascending numbers above 0 and below 1",
+        ),
+        (
+            "training: {milestones: [0.7, 0.5]}",
+            "`training.milestones` is [0.7, 0.5]; it must be a list of ascending numbers above 0 and below 1",
+        ),
+        (
+            "training: {keep_epochs: [0]}",
+            "`training.keep_epochs` is [0]; it must be a list of whole numbers of at least 1",
+        ),
         # a word that is no choice
         (
             "training: {optimizer: sdg}",
