@@ -214,6 +214,7 @@ def _collect_facts(
         workers=resolve_workers(device, batch_bytes, distributed.machine.size),
         num_train=num_train,
         preprocessing=backbone.card.preprocessing.to_dict(),
+        dropout=backbone.card.dropout,
     )
 
 
@@ -318,11 +319,12 @@ def _check_strategy(recipe: Recipe) -> None:
 def _load_backbone(recipe: Recipe, card: Card, classes: Sequence[str], distributed: Distributed) -> Backbone:
     """Load the weights in the main process, and give them to all others."""
     seed_everything(recipe.seed, "head")
+    dropout = recipe.strategy.dropout
     backbone = load_backbone(
         card,
         classes=classes,
         head=recipe.strategy.head,
-        dropout=recipe.strategy.dropout,
+        dropout=None if dropout == "auto" else dropout,
         weights=recipe.backbone.weights,
         offline=recipe.backbone.offline or not distributed.is_main,
         pretrained=not recipe.strategy.starts_random and distributed.is_main,

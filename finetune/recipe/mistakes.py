@@ -11,7 +11,8 @@ from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from finetune.errors import UsageError, find_nearest, suggest
-from finetune.recipe.schema import SECTIONS, Recipe, check_ascending, check_strategy_name, list_strategy_names
+from finetune.recipe.schema import SECTIONS, Recipe
+from finetune.recipe.validators import check_ascending, check_strategy_name, list_strategy_names
 
 MOST = 50
 """Largest number of mistakes that are described; a file with more is hardly a recipe."""

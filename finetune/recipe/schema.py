@@ -7,13 +7,13 @@ declarations, so a new key needs only its line here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from finetune.recipe.validators import check_ascending, check_strategy_name, list_strategy_names
 from finetune.recipe.yaml import write_yaml
-from finetune.strategies import AUTO, STRATEGIES, starts_random
+from finetune.strategies import STRATEGIES, starts_random
 from finetune.targets import ClassWeights, Monitor
 
 Auto = Literal["auto"]
@@ -31,33 +31,6 @@ _Std = Annotated[float, Field(ge=1e-6, le=1_000_000)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def check_strategy_name(name: str) -> str:
-    """Return the name of a registered strategy, or ``auto``.
-
-    Raises:
-        ValueError: there is no strategy of that name.
-    """
-    if name not in list_strategy_names():
-        raise ValueError(name)
-    return name
-
-
-def list_strategy_names() -> list[str]:
-    """Return the values that ``strategy.name`` accepts."""
-    return [*STRATEGIES, AUTO]
-
-
-def check_ascending(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the values if each is larger than the one before.
-
-    Raises:
-        ValueError: they are not ascending.
-    """
-    if any(later <= earlier for earlier, later in pairwise(values)):
-        raise ValueError(values)
-    return values
 
 
 class BackboneSettings(_Section):
@@ -192,7 +165,13 @@ class StrategySettings(_Section):
         description="mode of normalisation layers in trained stages; eval keeps their running statistics "
         "(advised for batches of fewer than 16 images). In frozen stages it is always eval",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability before a new classifier")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto",
+        description="dropout probability before a new classifier; in the networks of docs/networks.md the "
+        "probability at the places of their papers (in fc6 and fc7, between mlpconvs, inside blocks); auto: "
+        "for these networks the published one, or that of the run they come from, and 0 for all others. "
+        "head=keep keeps the network's own",
+    )
     features: str | None = Field(
         None,
         min_length=1,

@@ -722,6 +722,7 @@ def facts(**changes: Any) -> AutoValues:
         "workers": 5,
         "num_train": 5_000,
         "preprocessing": PREPROCESSING,
+        "dropout": 0.25,
     }
     return AutoValues(**values | changes)
 
@@ -734,6 +735,7 @@ def test_every_auto_is_decided() -> None:
     assert recipe == before and recipe.auto_keys()
     assert dict(resolved.input) == PREPROCESSING | {"augmentation": "light"}
     assert (resolved.data.workers, resolved.device) == (5, "cuda:1")
+    assert resolved.strategy.dropout == 0.25
     assert (resolved.training.precision, resolved.training.channels_last) == ("bfloat16", True)
     assert (resolved.training.batch_size, resolved.training.lr) == (32, 0.01)
     assert len(changed_keys(recipe, resolved)) == len(recipe.auto_keys())
@@ -769,6 +771,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "input.interpolation": "nearest",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
+        "strategy.dropout": 0.0,
         "training.batch_size": 7,
         "training.lr": 0.5,
         "training.precision": "float16",
