@@ -17,6 +17,7 @@ from pretrained.catalog import Card, HeadChoice, find_card
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.heads import HEAD_STD, PooledHead, change_head
 from pretrained.network import build_network, with_published_dropout
+from pretrained.zoo import NAMES as NAMES_OF_ZOO
 from tests.sweeps import slow_except
 
 K = 7
@@ -181,6 +182,12 @@ def test_every_other_network_has_no_dropout_unless_it_is_asked_for(name: str) ->
     assert not any(rates(first.network))
     asked = load_on_meta(find_card(name), dropout=0.3)
     assert load_on_meta(asked.card).card.dropout == 0.0
+
+
+@pytest.mark.parametrize("name", slow_except(PUBLISHED, NAMES_OF_ZOO))
+def test_the_published_rate_builds_the_published_network(name: str) -> None:
+    card = find_card(name)
+    assert str(on_meta(card, dropout=with_published_dropout(card).dropout)) == str(on_meta(card))
 
 
 def test_finding_the_published_rate_draws_no_random_number() -> None:
