@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from finetune.errors import UsageError, count
-from pretrained.catalog import Card, HeadChoice, Preprocessing
+from pretrained.catalog import Card, HeadChoice
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.graph.stages import Stage, find_stages
 from pretrained.heads import change_head
 from pretrained.loading import Match, load_weights
 from pretrained.network import build_network, build_outline, with_published_dropout
 from pretrained.patches import check_patches
+from pretrained.preprocessing import Preprocessing
 from pretrained.state_dict import check_digest
 from pretrained.twins import check_twins
 from pretrained.weights import find_weights
