@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,16 @@ def build(name: str, **arguments: object) -> nn.Module:
 
 def images(count: int = 2, size: tuple[int, int, int] = CIFAR) -> Tensor:
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(1))
+
+
+def pictures(name: str, count: int = 4) -> Tensor:
+    """Fields of random colours, as smooth as photographs, with the size and normalisation of a card."""
+    card = timm.get_pretrained_cfg(name)
+    channels, *size = card.input_size
+    colours = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(4))
+    fields = F.interpolate(colours, size, mode="bilinear")
+    mean, std = torch.tensor(card.mean), torch.tensor(card.std)
+    return (fields - mean[:, None, None]) / std[:, None, None]
 
 
 def num_parameters(network: nn.Module) -> int:
@@ -138,6 +149,13 @@ def blocks_of(state: State) -> Iterator[tuple[str, int]]:
 
 
 # --- what holds for every network ------------------------------------------------------------------
+
+
+def assert_deviation(weight: Tensor, expected: float) -> None:
+    """Values of mean 0 and the expected deviation, within five standard errors of normal ones."""
+    values = weight.detach().double()
+    assert values.std().item() == pytest.approx(expected, rel=5 / (2 * values.numel()) ** 0.5)
+    assert abs(values.mean().item()) < 5 * expected / values.numel() ** 0.5
 
 
 def assert_gradient_everywhere(network: nn.Module, batch: Tensor) -> None:
