@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrained.zoo.base import collect_auxiliary_logits
-from pretrained.zoo.googlenet import AUXILIARY_WEIGHT, MODULES, GoogLeNet, Inception, NaiveInception, Widths
+from pretrained.zoo.googlenet import (
+    AUXILIARY_WEIGHT,
+    MODULES,
+    FilterCounts,
+    GoogLeNet,
+    Inception,
+    NaiveInception,
+)
 from tests.zoo.certify import images, num_parameters
 from tests.zoo.classics import close, fill, normalise, outline, shapes
 
@@ -158,8 +165,8 @@ def test_the_naive_module_costs_854_million_operations_and_the_reduced_one_271()
     They say 358 million for the reduced one, which is the sum of their own rows with the 3 x 3 counted twice.
     """
     with torch.device("meta"):
-        naive = NaiveInception(256, Widths(128, 0, 192, 0, 96, 0))
-        reduced = Inception(256, Widths(128, 64, 192, 64, 96, 64))
+        naive = NaiveInception(256, FilterCounts(128, 0, 192, 0, 96, 0))
+        reduced = Inception(256, FilterCounts(128, 64, 192, 64, 96, 64))
     assert round(operations(naive, 28**2) / 1e6) == 854
     assert round(operations(reduced, 28**2) / 1e6) == 271
     twice = operations(reduced, 28**2) + operations(reduced.three, 28**2)

@@ -1,10 +1,9 @@
-"""Residual, dense and fractal networks as networks of timm, and the parts that they are built of."""
+"""The stages of residual, dense and fractal networks, and the parts that they are built of."""
 
 import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from torch import nn
 
 from pretrained.graph.stages import find_stages
 from pretrained.zoo.residual import PadShortcut, chain, cifar_depth, conv, place_blocks
@@ -18,23 +17,6 @@ SMALL = (
     "cifar_fractalnet_thin_c3",
     "cifar_shake_shake_26_2x32d",
 )
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_timm_interface(name: str) -> None:
-    network = timm.create_model(name, num_classes=7, in_chans=1, drop_rate=0.0).eval()
-    with torch.no_grad():
-        features = network.forward_features(images(2, (1, 32, 32)))
-        assert features.shape[1] == network.num_features == network.head_hidden_size
-        assert network.forward_head(features, pre_logits=True).shape == (2, network.num_features)
-        assert network.forward_head(features).shape == (2, 7)
-        network.reset_classifier(3, "max")
-        assert network(images(2, (1, 32, 32))).shape == (2, 3)
-    assert isinstance(network.get_classifier(), nn.Linear)
-    assert network.get_submodule(network.pretrained_cfg["first_conv"]).in_channels == 1
-    assert network.get_submodule(network.pretrained_cfg["classifier"]) is network.get_classifier()
-    network.reset_classifier(0)
-    assert network.num_classes == 0
 
 
 @pytest.mark.parametrize("name", SMALL)
