@@ -5,7 +5,7 @@ import torch
 from pytorchcv.models.preresnet_cifar import CIFARPreResNet
 from torch import Tensor, nn
 
-from pretrained.zoo.preresnet import Unit, cifar_preresnet
+from pretrained.zoo.preresnet import UnitName, cifar_preresnet
 from tests.zoo.certify import (
     State,
     assert_gradient_everywhere,
@@ -25,7 +25,7 @@ from tests.zoo.certify import (
     randomise,
 )
 
-UNITS: tuple[Unit, ...] = ("original", "bn_after", "relu_before", "relu_only", "full")
+UNITS: tuple[UnitName, ...] = ("original", "bn_after", "relu_before", "relu_only", "full")
 
 
 def test_parameters() -> None:
@@ -93,7 +93,7 @@ def test_nothing_follows_the_sum_of_a_pre_activated_unit() -> None:
 # --- numbers ---------------------------------------------------------------------------------------
 
 
-def second_forward(state: State, batch: Tensor, unit: Unit) -> Tensor:
+def second_forward(state: State, batch: Tensor, unit: UnitName) -> Tensor:
     """Basic units, each line as figure 4 draws it."""
     x = conv(state, "stem.conv1", batch)
     if unit != "full":
@@ -130,7 +130,7 @@ def second_forward(state: State, batch: Tensor, unit: Unit) -> Tensor:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_numbers_of_a_second_forward(unit: Unit) -> None:
+def test_numbers_of_a_second_forward(unit: UnitName) -> None:
     torch.manual_seed(0)
     network = randomise(cifar_preresnet(20, unit, bottleneck=False))
     state = network.state_dict()

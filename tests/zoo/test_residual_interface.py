@@ -6,7 +6,7 @@ import torch
 from timm.models import group_parameters
 
 from pretrained.graph.stages import find_stages
-from pretrained.zoo.residual import PadShortcut, chain, cifar_depth, conv, place_blocks
+from pretrained.zoo.residual import PadShortcut, block_shapes, chain, cifar_depth, conv
 from tests.zoo.certify import CIFAR, images
 
 SMALL = (
@@ -56,9 +56,9 @@ def test_a_chain_is_its_letters() -> None:
     assert (layers.bn1.num_features, layers.bn2.num_features, layers.drop1.p) == (4, 6, 0.5)
 
 
-def test_places_halve_the_grid_and_count_from_one() -> None:
-    places = place_blocks(3, [[4, 4], [8, 8]], drop_path_rate=0.5)
-    flat = [place for stage in places for place in stage]
+def test_shapes_halve_the_grid_and_count_from_one() -> None:
+    shapes = block_shapes(3, [[4, 4], [8, 8]], drop_path_rate=0.5)
+    flat = [shape for stage in shapes for shape in stage]
     assert [(p.inputs, p.outputs, p.stride) for p in flat] == [(3, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1)]
     assert [p.survival for p in flat] == [0.875, 0.75, 0.625, 0.5]
     assert [p.is_first for p in flat] == [True, False, False, False]

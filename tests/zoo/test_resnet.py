@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from pytorchcv.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,6 +116,18 @@ def test_numbers_of_pytorchcv(name: str, blocks: tuple[int, ...], expansion: int
     theirs = ResNet(widths, 64, bottleneck=expansion == 4, conv1_stride=True)
     copy_weights(ours, theirs, lambda name: pytorchcv_name(name).replace("init_block.", "init_block.conv."))
     assert_same_output(ours, theirs, images(1, IMAGENET))
+
+
+@pytest.mark.parametrize("depth", [18, pytest.param(34, marks=pytest.mark.slow)])
+def test_option_b_is_torchvisions_network(depth: int) -> None:
+    ours = randomise(build(f"resnet{depth}_b"))
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(f"resnet{depth}").eval()
+    state = dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True))
+    theirs.load_state_dict(state, assign=True)
+    batch = images(1, (3, 64, 64))
+    with torch.no_grad():
+        assert torch.equal(ours(batch), theirs(batch))
 
 
 def test_gradient_and_first_loss() -> None:

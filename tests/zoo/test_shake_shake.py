@@ -5,7 +5,14 @@ import torch
 from pytorchcv.models.shakeshakeresnet_cifar import ShakeShakeShortcut
 from torch import Tensor, nn
 
-from pretrained.zoo.shake_shake import Backward, Forward, Level, Shake, TwoPathShortcut, cifar_shake_shake
+from pretrained.zoo.shake_shake import (
+    BackwardMode,
+    ForwardMode,
+    Level,
+    Shake,
+    TwoPathShortcut,
+    cifar_shake_shake,
+)
 from tests.zoo.certify import (
     State,
     assert_gradient_everywhere,
@@ -63,7 +70,7 @@ class Times(nn.Module):
 
 
 def shake(
-    forward_mode: Forward = "shake", backward_mode: Backward = "shake", level: Level = "image"
+    forward_mode: ForwardMode = "shake", backward_mode: BackwardMode = "shake", level: Level = "image"
 ) -> Shake:
     return Shake(Times(1.0), Times(0.0), forward_mode, backward_mode, level)
 
@@ -94,14 +101,14 @@ def test_evaluation_is_even(level: Level) -> None:
     assert not torch.equal(module.train()(features), features / 2)
 
 
-def factors(forward_mode: Forward, backward_mode: Backward) -> tuple[Tensor, Tensor]:
+def factors(forward_mode: ForwardMode, backward_mode: BackwardMode) -> tuple[Tensor, Tensor]:
     """Alpha and beta of 200 steps: for an image of 1, the gradient of the first branch's factor is beta."""
     module = shake(forward_mode, backward_mode)
     alphas, betas = [], []
     for _ in range(200):
         output = module(torch.ones(1, 1, 1, 1)).sum()
         (beta,) = torch.autograd.grad(output, module.first.factor)
-        alphas.append(float(output))
+        alphas.append(float(output.detach()))
         betas.append(float(beta))
     return torch.tensor(alphas), torch.tensor(betas)
 
@@ -121,6 +128,7 @@ def test_backward_draws_again_keeps_or_is_even() -> None:
     assert torch.equal(alphas, torch.full_like(alphas, 0.5))
     assert torch.equal(betas, torch.full_like(betas, 0.5))
     alphas, betas = factors("shake", "even")
+    assert len(alphas.unique()) > 190
     assert torch.equal(betas, torch.full_like(betas, 0.5))
 
 
@@ -129,6 +137,7 @@ def test_the_names_have_the_modes_of_the_paper() -> None:
         ("", ("shake", "shake", "image")),
         ("_batch", ("shake", "shake", "batch")),
         ("_shake_keep", ("shake", "keep", "image")),
+        ("_shake_even", ("shake", "even", "image")),
         ("_even_shake", ("even", "shake", "image")),
         ("_even_even", ("even", "even", "image")),
     ):
