@@ -3,7 +3,6 @@ implementation, and the single steps of a second forward pass that a test writes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -116,8 +115,10 @@ def assert_same_output(ours: nn.Module, theirs: Callable[[Tensor], Tensor], batc
 
 
 def conv(state: State, name: str, features: Tensor, stride: int = 1) -> Tensor:
+    """A convolution that keeps the grid at stride 1; its groups are as many as its weights ask for."""
     weight = state[f"{name}.weight"]
-    return F.conv2d(features, weight, None, stride, weight.shape[-1] // 2)
+    groups = features.shape[1] // weight.shape[1]
+    return F.conv2d(features, weight, None, stride, weight.shape[-1] // 2, groups=groups)
 
 
 def norm(state: State, name: str, features: Tensor) -> Tensor:
@@ -125,6 +126,17 @@ def norm(state: State, name: str, features: Tensor) -> Tensor:
     scale, shift = state[f"{name}.weight"], state[f"{name}.bias"]
     columns = [tensor[:, None, None] for tensor in (mean, var, scale, shift)]
     return (features - columns[0]) / torch.sqrt(columns[1] + 1e-5) * columns[2] + columns[3]
+
+
+def excite(state: State, name: str, features: Tensor) -> Tensor:
+    """Squeeze-and-excitation of a block, if it has one: sigmoid(W2 relu(W1 mean)) times the features."""
+    if f"{name}.se.fc1.weight" not in state:
+        return features
+    first, second = (
+        (state[f"{name}.se.{layer}.weight"], state[f"{name}.se.{layer}.bias"]) for layer in ("fc1", "fc2")
+    )
+    hidden = torch.relu(features.mean((2, 3)) @ first[0].T + first[1])
+    return features / (1 + torch.exp(-(hidden @ second[0].T + second[1])))[:, :, None, None]
 
 
 def classify(state: State, features: Tensor) -> Tensor:
@@ -168,13 +180,6 @@ def assert_gradient_everywhere(network: nn.Module, batch: Tensor) -> None:
         if parameter.grad is None or not parameter.grad.abs().sum() > 0
     ]
     assert lost == []
-
-
-def initial_loss(network: nn.Module, batch: Tensor) -> float:
-    """The first loss over log K, in the mean of all labels: 1 for equal logits."""
-    with torch.no_grad():
-        logits = network.train()(batch)
-    return float(-logits.log_softmax(1).mean() / math.log(logits.shape[1]))
 
 
 def map_sizes(network: nn.Module, size: tuple[int, int, int] = CIFAR) -> list[tuple[int, ...]]:

@@ -1,7 +1,5 @@
 """FractalNet of CIFAR, arXiv:1605.07648."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,6 @@ from tests.zoo.certify import (
     conv,
     count,
     images,
-    initial_loss,
     norm,
     on_meta,
     randomise,
@@ -154,15 +151,9 @@ def test_columns_have_one_layer_two_four_and_so_on() -> None:
     names = [name for name, module in FractalNet(4, (4,)).named_modules() if isinstance(module, nn.Conv2d)]
     counts = [sum(f".column{column}." in name for name in names) for column in range(4)]
     assert counts == [1, 2, 4, 8]
-    assert all(later == 2 * earlier for earlier, later in pairwise(counts))
 
 
-def test_gradient_and_first_loss() -> None:
-    """The first loss is about 10 % above log K: maps behind ReLU and max pooling have large means.
-
-    Without drop-path every parameter has a gradient in one step.
-    """
+def test_gradient_reaches_every_parameter() -> None:
+    """In one step, without drop-path."""
     torch.manual_seed(0)
-    network = FractalNet(3, (16, 32, 64), local_drop=0, global_share=0)
-    assert 1 < initial_loss(network, images(16)) < 1.25
-    assert_gradient_everywhere(network, images(16))
+    assert_gradient_everywhere(FractalNet(3, (16, 32, 64), local_drop=0, global_share=0), images(16))

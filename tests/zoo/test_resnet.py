@@ -18,7 +18,6 @@ from tests.zoo.certify import (
     copy_weights,
     count,
     images,
-    initial_loss,
     map_sizes,
     norm,
     on_meta,
@@ -130,8 +129,6 @@ def test_option_b_is_torchvisions_network(depth: int) -> None:
         assert torch.equal(ours(batch), theirs(batch))
 
 
-def test_gradient_and_first_loss() -> None:
-    for name in ("plain18", "resnet18_a"):
-        network, batch = build(name), images(4, (3, 64, 64))
-        assert initial_loss(network, batch) == pytest.approx(1, abs=0.1)
-        assert_gradient_everywhere(network, batch)
+@pytest.mark.parametrize("name", ["plain18", "resnet18_a"])
+def test_gradient_reaches_every_parameter(name: str) -> None:
+    assert_gradient_everywhere(build(name), images(4, (3, 64, 64)))
