@@ -192,6 +192,6 @@ def map_sizes(network: nn.Module, size: tuple[int, int, int] = CIFAR) -> list[tu
     return sizes
 
 
-def on_meta(name: str) -> nn.Module:
+def on_meta(name: str, **arguments: object) -> nn.Module:
     with torch.device("meta"):
-        return timm.create_model(name)
+        return timm.create_model(name, **arguments)

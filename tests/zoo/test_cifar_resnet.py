@@ -6,6 +6,7 @@ from pytorchcv.models.resnet_cifar import CIFARResNet
 from torch import Tensor, nn
 
 from pretrained.zoo.cifar_resnet import cifar_resnet
+from tests.sweeps import slow_except
 from tests.zoo.certify import (
     State,
     assert_deviation,
@@ -37,7 +38,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("depth", PUBLISHED)
+@pytest.mark.parametrize("depth", slow_except([20, 56], PUBLISHED))
 def test_parameters(depth: int) -> None:
     exact, published = PUBLISHED[depth]
     assert count(f"cifar_resnet{depth}") == exact == count(f"cifar_plain{depth}")

@@ -6,6 +6,7 @@ from pytorchcv.models.preresnet_cifar import CIFARPreResNet
 from torch import Tensor, nn
 
 from pretrained.zoo.preresnet import UnitName, cifar_preresnet
+from tests.sweeps import slow_except
 from tests.zoo.certify import (
     State,
     assert_gradient_everywhere,
@@ -28,16 +29,15 @@ from tests.zoo.certify import (
 UNITS: tuple[UnitName, ...] = ("original", "bn_after", "relu_before", "relu_only", "full")
 
 
-def test_parameters() -> None:
+@pytest.mark.parametrize("unit", slow_except(["full", "bn_after"], UNITS))
+def test_parameters(unit: UnitName) -> None:
     """Published: 1.7 M at depth 110 and 164; exact counts computed.
 
     Batch norm on the three projections of 164 has 896 parameters, in units whose last convolution has it.
     """
-    assert count("cifar_preresnet110") == 1_727_962
-    assert count("cifar_preresnet164") == 1_703_258
-    for unit in UNITS[:-1]:
-        assert count(f"cifar_preresnet110_{unit}") == 1_727_962
-        assert count(f"cifar_preresnet164_{unit}") == 1_703_258 + (0 if unit == "bn_after" else 896)
+    suffix = "" if unit == "full" else f"_{unit}"
+    assert count(f"cifar_preresnet110{suffix}") == 1_727_962
+    assert count(f"cifar_preresnet164{suffix}") == 1_703_258 + (0 if unit in ("full", "bn_after") else 896)
 
 
 @pytest.mark.slow
@@ -46,13 +46,10 @@ def test_parameters_of_1001_layers() -> None:
 
 
 def test_table_of_layers() -> None:
-    assert map_sizes(on_meta("cifar_preresnet110")) == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    assert map_sizes(on_meta("cifar_preresnet164")) == [
-        (16, 32, 32),
-        (64, 32, 32),
-        (128, 16, 16),
-        (256, 8, 8),
-    ]
+    basic = on_meta("cifar_preresnet110", depth=20)
+    assert map_sizes(basic) == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    bottlenecks = on_meta("cifar_preresnet164", depth=29)
+    assert map_sizes(bottlenecks) == [(16, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8)]
     assert [len(stage) for stage in on_meta("cifar_preresnet164").stages] == [18, 18, 18]
 
 

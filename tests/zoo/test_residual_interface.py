@@ -7,6 +7,7 @@ from timm.models import group_parameters
 
 from pretrained.graph.stages import find_stages
 from pretrained.zoo.residual import PadShortcut, block_shapes, chain, cifar_depth, conv
+from tests.sweeps import slow_except
 from tests.zoo.certify import CIFAR, images
 
 SMALL = (
@@ -19,7 +20,7 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_except(["cifar_resnet20", "cifar_fractalnet_thin_c3"], SMALL))
 def test_stages_are_those_of_the_paper(name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(name).eval()

@@ -7,6 +7,7 @@ from pytorchcv.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.sweeps import slow_except
 from tests.zoo.certify import (
     State,
     assert_gradient_everywhere,
@@ -42,7 +43,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", slow_except(["plain18", "resnet18_b", "resnet50_v1"], PARAMETERS))
 def test_parameters(name: str) -> None:
     assert count(name) == PARAMETERS[name]
 
@@ -53,8 +54,8 @@ def test_parameters(name: str) -> None:
         ("plain18", 1.8),
         ("resnet34_a", 3.6),
         ("resnet50_v1", 3.8),
-        ("resnet101_v1", 7.6),
-        ("resnet152_v1", 11.3),
+        pytest.param("resnet101_v1", 7.6, marks=pytest.mark.slow),
+        pytest.param("resnet152_v1", 11.3, marks=pytest.mark.slow),
     ],
 )
 def test_operations(name: str, published: float) -> None:
