@@ -7,16 +7,17 @@ BN, ReLU; the dropout of the blocks is 0, 0.1, 0.2, 0.3, 0.4.
 
 Drop-path, half of the mini-batches each: local, where every join drops each input with probability 0.15 and
 keeps one at random if none is left; global, where one column, the same in all blocks, is all that is read. A
-join takes the mean of what is left; in evaluation nothing is dropped.
+join takes the mean of what is left; in evaluation nothing is dropped. Dropped columns are computed all the
+same, and update the running statistics of their batch norms.
 
 As in section 4, each column is pooled before the join that ends a block (figure 1 has the pooling behind the
 join).
 Decided here: convolutions without bias and batch norm with scale and shift (the authors' Caffe layers have a
 bias that batch norm cancels, and no scale); first weights as for ReLU (arXiv:1502.01852), the authors' are
-Xavier's.
+Xavier's; channels' mean and deviation on the cards, where a file of the authors subtracts a mean image.
 Where public ports differ: pytorchcv pools behind the join, and draws global and local for the images of one
 batch.
-The 38.6 M that later papers quote is not of these widths: C = 3 has 33.7 M, and the thin networks of the
+The stated widths do not give the 38.6 M that later papers quote: C = 3 has 33.7 M. The thin networks of the
 paper's own table (widths 16, 32, 64, 128, 128; C = 1 to 6: 0.3, 0.8, 2.1, 4.8, 10.2, 21.1 M) are met.
 
 Shape legend: B batch, C columns, D H W channels, rows and columns of a map, J inputs of a join.

@@ -9,7 +9,7 @@ from pytorchcv.models.bninception import BNInception as Theirs
 from torch import nn
 
 from pretrained.zoo.inception_bn import MODULES
-from tests.zoo.certify import images, num_parameters
+from tests.zoo.certify import assert_deviation, build, images, num_parameters
 from tests.zoo.classics import close, fill, outline, reaches_every_parameter, shapes
 
 SIZE = (3, 224, 224)
@@ -32,9 +32,14 @@ def test_the_maps_have_the_sizes_of_figure_5() -> None:
     ]
 
 
-def test_no_convolution_has_a_bias() -> None:
-    layers = [layer for layer in outline("bn_inception").modules() if isinstance(layer, nn.Conv2d)]
-    assert all(layer.bias is None for layer in layers)
+def test_weights_begin_by_the_rule_of_he_and_no_convolution_has_a_bias() -> None:
+    network = build("bn_inception")
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert_deviation(layer.weight, (2 / layer.weight[0].numel()) ** 0.5)
+            assert layer.bias is None
+    assert_deviation(network.head.fc.weight, 0.01)
+    assert not network.head.fc.bias.any()
 
 
 def their_name(name: str) -> str:
