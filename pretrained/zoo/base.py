@@ -192,14 +192,15 @@ def collect_auxiliary_logits(network: nn.Module) -> Iterator[list[AuxiliaryLogit
         network: any network, without a wrapper of :mod:`torch.nn.parallel`.
     """
     collected: list[AuxiliaryLogits] = []
+    holder: Any = network  # torch types attributes of a module as tensors
     if not hasattr(network, "auxiliary_logits"):
         yield collected
         return
-    network.auxiliary_logits = collected  # type: ignore[assignment]  # torch types attributes as tensors
+    holder.auxiliary_logits = collected
     try:
         yield collected
     finally:
-        network.auxiliary_logits = None  # a graph that is kept could not be copied with the network
+        holder.auxiliary_logits = None  # a graph that is kept could not be copied with the network
 
 
 # --- registration ----------------------------------------------------------------------------------

@@ -111,6 +111,12 @@ class FractalBlock(nn.Module):
             self.joins.append(Join(active[0], local_drop))
         self.pool = nn.MaxPool2d(2)
 
+    @property
+    def drops_columns(self) -> bool:
+        """Whether one of its joins drops inputs: not if the block is frozen."""
+        steps = zip(self.layers, self.joins, strict=True)
+        return any(join.training and len(row) > 1 for row, join in steps)  # type: ignore[arg-type]
+
     def forward(self, features: Tensor, column: int) -> Tensor:
         """Return the block's output; for ``column`` see :class:`Join`."""
         latest = [features] * self.columns
@@ -163,15 +169,17 @@ class FractalNet(StagedNetwork):
 
     def draw_column(self) -> int:
         """Return the column that a mini-batch of training reads, or ``ALL_COLUMNS``."""
-        if not self.training or torch.rand(()) >= self.global_share:
+        if torch.rand(()) >= self.global_share:
             return ALL_COLUMNS
         return int(torch.randint(self.columns, ()))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last map (B, D, H / 2^blocks, W / 2^blocks)."""
-        column = self.draw_column()
+        column: int | None = None
         for block in self.stages:
-            images = block(images, column)
+            if column is None and block.drops_columns:  # frozen blocks before it draw nothing
+                column = self.draw_column()
+            images = block(images, ALL_COLUMNS if column is None else column)
         return images
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -73,8 +73,19 @@ def test_half_of_the_batches_are_global_and_columns_are_equally_likely() -> None
     for column, share in ((ALL_COLUMNS, 1 / 2), (0, 1 / 6), (1, 1 / 6), (2, 1 / 6)):
         found = float((drawn == column).float().mean())
         assert found == pytest.approx(share, abs=4 * (share * (1 - share) / DRAWS) ** 0.5)
-    network.eval()
-    assert {network.draw_column() for _ in range(20)} == {ALL_COLUMNS}
+
+
+def test_nothing_is_drawn_in_evaluation_and_for_frozen_blocks() -> None:
+    network, images = FractalNet(3, (4, 8), drop_rate=0.0), torch.zeros(2, 3, 8, 8)
+    for act in (network.eval, network.train):
+        act()
+        network.stages.eval()
+        before = torch.get_rng_state()
+        network(images)
+        assert torch.equal(torch.get_rng_state(), before)
+    network.stages[1].train()
+    network(images)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_join_is_the_mean_of_what_is_left() -> None:
