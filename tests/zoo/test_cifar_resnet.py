@@ -18,6 +18,7 @@ from tests.zoo.certify import (
     conv,
     copy_weights,
     count,
+    excite,
     images,
     map_sizes,
     norm,
@@ -100,7 +101,7 @@ def stochastic_depth_forward(state: State, batch: Tensor) -> Tensor:
     x = torch.relu(norm(state, "stem.bn1", conv(state, "stem.conv1", batch)))
     blocks = list(blocks_of(state))
     for number, (name, stride) in enumerate(blocks, start=1):
-        y = branch(state, name, x, stride)
+        y = excite(state, name, branch(state, name, x, stride))
         if stride == 2:
             x = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
         x = torch.relu(pad_shortcut(x, y.shape[1], 1) + (1 - number / len(blocks) / 2) * y)
@@ -115,9 +116,10 @@ def test_numbers_of_a_second_forward(name: str) -> None:
     assert_same_output(network, lambda batch: second_forward(state, batch, residual=residual), images())
 
 
-def test_numbers_of_a_second_forward_with_stochastic_depth() -> None:
+@pytest.mark.parametrize("se_reduction", [0, 4])
+def test_numbers_of_a_second_forward_with_stochastic_depth(se_reduction: int) -> None:
     """A shallower ``cifar_resnet110_sd``."""
-    network = randomise(build("cifar_resnet110_sd", depth=20))
+    network = randomise(build("cifar_resnet110_sd", depth=20, se_reduction=se_reduction))
     state = network.state_dict()
     assert_same_output(network, lambda batch: stochastic_depth_forward(state, batch), images())
 
