@@ -199,7 +199,8 @@ def collect_auxiliary_logits(network: nn.Module) -> Iterator[list[AuxiliaryLogit
     try:
         yield collected
     finally:
-        network.auxiliary_logits = None  # a graph that is kept could not be copied with the network
+        # A graph that is kept could not be copied with the network.
+        network.auxiliary_logits = None  # type: ignore[assignment]  # as above
 
 
 # --- registration ----------------------------------------------------------------------------------

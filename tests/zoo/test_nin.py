@@ -14,9 +14,10 @@ from tests.zoo.certify import (
     build,
     images,
     num_parameters,
+    on_meta,
     pictures,
 )
-from tests.zoo.classics import close, outline, reaches_every_parameter, shapes
+from tests.zoo.classics import close, reaches_every_parameter, shapes
 
 
 @pytest.mark.parametrize(
@@ -24,17 +25,17 @@ from tests.zoo.classics import close, outline, reaches_every_parameter, shapes
     [("nin_cifar", 966_986, (3, 32, 32)), ("nin_imagenet", 7_595_176, (3, 224, 224))],
 )
 def test_counts(name: str, number: int, size: tuple[int, int, int]) -> None:
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number
     assert reaches_every_parameter(network, size)
 
 
 def test_the_maps_have_the_sizes_of_the_authors_files() -> None:
-    found = shapes(outline("nin_imagenet"), (3, 224, 224))
+    found = shapes(on_meta("nin_imagenet"), (3, 224, 224))
     assert [found[f"blocks.mlpconv{number}"] for number in range(1, 5)] == [
         *((96, 54, 54), (256, 27, 27), (384, 13, 13), (1024, 6, 6))
     ]
-    found = shapes(outline("nin_cifar"), (3, 32, 32))
+    found = shapes(on_meta("nin_cifar"), (3, 32, 32))
     assert [found[f"blocks.mlpconv{number}"] for number in (1, 2, 3)] == [
         (96, 32, 32),
         (192, 16, 16),
