@@ -101,6 +101,11 @@ def test_gradient_reaches_every_parameter() -> None:
 # --- another classifier ----------------------------------------------------------------------------
 
 
+def test_a_pooling_that_doubles_the_width_gives_as_many_logits() -> None:
+    network = on_meta("nin_cifar", global_pool="catavgmax")
+    assert network(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
 def test_a_new_classifier_has_no_relu() -> None:
     network = build("nin_cifar").eval()
     assert (network(images()) >= 0).all()
