@@ -86,7 +86,7 @@ def test_weights_begin_with_the_deviations_of_the_authors_files(name: str, small
 @pytest.mark.parametrize("name", ["nin_cifar", "nin_imagenet"])
 def test_the_first_layer_learns(name: str) -> None:
     """With 0.01 in all layers of ImageNet's net the logits of all images were equal to the eighth digit."""
-    network, x = build(name), pictures(name)
+    network, x = build(name), pictures(name, 2)
     logits = network.eval()(x)
     assert logits.std(0).mean() > 1e-4
     nn.functional.cross_entropy(logits, torch.arange(len(x))).backward()
