@@ -37,6 +37,7 @@ from pretrained.zoo.base import (
     ZooNetwork,
     init_layers,
     make_card,
+    make_classifier,
     make_pool,
     register,
 )
@@ -81,7 +82,8 @@ class NetworkInNetwork(ZooNetwork):
         num_classes: K.
         in_chans: channels of the images.
         drop_rate: probability that a value is zero in training, between mlpconvs.
-        global_pool: as in :class:`PooledNetwork`.
+        global_pool: as in :class:`PooledNetwork`; ``catavgmax``, which would pool every class map to two
+            values, has the linear layer of other classes.
         blocks: the mlpconvs, without the classifier.
         classifier_std: deviation of the classifier's weights at first.
     """
@@ -104,9 +106,14 @@ class NetworkInNetwork(ZooNetwork):
             self.blocks.add_module(f"mlpconv{number}", _make_block(block, width, drop_rate))
             width = block.widths[-1]
         self.num_classes, self.num_features = num_classes, width
-        self.classifier: nn.Module = nn.Conv2d(width, num_classes, 1) if num_classes else nn.Identity()
-        self.relu = nn.ReLU()
         self._set_global_pool(global_pool)
+        keeps_width = self.head_hidden_size == width
+        self.classifier: nn.Module = (
+            nn.Conv2d(width, num_classes, 1)
+            if num_classes and keeps_width
+            else make_classifier(self.head_hidden_size, num_classes)
+        )
+        self.relu = nn.ReLU()
         init_layers(self.blocks, partial(nn.init.normal_, std=STD))
         for number, block in enumerate(blocks, start=1):
             nn.init.normal_(self.blocks.get_parameter(f"mlpconv{number}.conv1.weight"), std=block.std)

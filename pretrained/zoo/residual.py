@@ -20,7 +20,6 @@ Shape legend: B batch, C channels, H W rows and columns, K classes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict
@@ -78,19 +77,19 @@ def chain(
         drop_rate: probability that dropout sets an element to zero in training.
     """
     remaining = iter(convolutions)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers = nn.Sequential()
     for position, letter in enumerate(order):
         number = order[: position + 1].count(letter)
         if letter == "c":
-            layers[f"conv{number}"] = convolution = next(remaining)
+            layers.add_module(f"conv{number}", convolution := next(remaining))
             channels = convolution.out_channels
         elif letter == "b":
-            layers[f"bn{number}"] = nn.BatchNorm2d(channels)
+            layers.add_module(f"bn{number}", nn.BatchNorm2d(channels))
         elif letter == "r":
-            layers[f"relu{number}"] = nn.ReLU()
+            layers.add_module(f"relu{number}", nn.ReLU())
         else:
-            layers[f"drop{number}"] = nn.Dropout(drop_rate)
-    return nn.Sequential(layers)
+            layers.add_module(f"drop{number}", nn.Dropout(drop_rate))
+    return layers
 
 
 # --- shortcuts -------------------------------------------------------------------------------------
@@ -191,9 +190,8 @@ class ResidualBlock(nn.Module):
             raise ValueError("a plain network takes no drop_path_rate: without shortcuts it would give zeros")
         self.before = nn.Identity() if before is None else before
         self.branch = branch
-        self.se = (
-            SqueezeExcitation(shape.outputs, shape.se_reduction) if shape.se_reduction else nn.Identity()
-        )
+        reduction = shape.se_reduction
+        self.se = SqueezeExcitation(shape.outputs, reduction) if reduction else nn.Identity()
         self.drop_path = StochasticDepth(shape.survival) if shape.survival < 1 else nn.Identity()
         self.shortcut = shortcut
         self.after = nn.ReLU() if after is None else after
@@ -379,18 +377,16 @@ def cifar_depth(depth: int, layers_per_block: int, others: int) -> int:
     Raises:
         ValueError: no n gives this depth.
     """
-    blocks, rest = divmod(depth - others, 3 * layers_per_block)
+    blocks, rest = divmod(depth - others, step := 3 * layers_per_block)
     if rest or blocks < 1:
-        step = 3 * layers_per_block
         raise ValueError(f"depth {depth} is not {step}n + {others}")
     return blocks
 
 
 def cifar_card(paper: str, num_classes: int = 10) -> PretrainedCfg:
-    """Return the card of a network for images of 3 x 32 x 32.
+    """Return the card of a network for 3 x 32 x 32 pixels, with the channels' mean and deviation of CIFAR-10.
 
-    It has the mean and deviation of the channels over CIFAR-10. Some of the papers subtract the mean of every
-    pixel instead, for which timm's cards have no field.
+    Some of the papers subtract the mean of every pixel instead, for which timm's cards have no field.
     """
     return make_card(
         (3, 32, 32),

@@ -42,10 +42,15 @@ def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count(name: str) -> int:
-    """Parameters of a network as published, without memory for them."""
+def on_meta(name: str, **arguments: object) -> nn.Module:
+    """A network of the zoo without memory for its weights."""
     with torch.device("meta"):
-        return num_parameters(timm.create_model(name))
+        return timm.create_model(name, **arguments)
+
+
+def count(name: str) -> int:
+    """Parameters of a network as published."""
+    return num_parameters(on_meta(name))
 
 
 def randomise(network: nn.Module) -> nn.Module:
@@ -190,8 +195,3 @@ def map_sizes(network: nn.Module, size: tuple[int, int, int] = CIFAR) -> list[tu
         features = stage(features)
         sizes.append(tuple(features.shape[1:]))
     return sizes
-
-
-def on_meta(name: str, **arguments: object) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **arguments)

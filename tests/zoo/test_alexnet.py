@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from pytorchcv.models.alexnet import alexnet as theirs
 from torch import nn
 
+from pretrained.catalog import find_card
 from pretrained.zoo.alexnet import AlexNet, make_lrn
-from tests.zoo.certify import assert_deviation, build, images, num_parameters
-from tests.zoo.classics import close, fill, normalise, outline, reaches_every_parameter, shapes
+from tests.zoo.certify import assert_deviation, build, images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, normalise, reaches_every_parameter, shapes
 
 SIZE = (3, 227, 227)
 COUNTS = {
@@ -26,13 +27,13 @@ dense convolutions."""
 
 @pytest.mark.parametrize(("name", "number"), COUNTS.items())
 def test_counts(name: str, number: int) -> None:
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number
     assert reaches_every_parameter(network, SIZE)
 
 
 def test_the_maps_have_the_published_sizes() -> None:
-    found = shapes(outline("alexnet_2012"), SIZE)
+    found = shapes(on_meta("alexnet_2012"), SIZE)
     names = ("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8")
     assert [found[name] for name in names] == [
         *((96, 55, 55), (96, 27, 27), (256, 27, 27), (256, 13, 13), (384, 13, 13), (384, 13, 13)),
@@ -45,7 +46,7 @@ def test_the_convolutions_have_the_kernels_of_section_3_5() -> None:
 
     So each half sees its own maps in convolutions 2, 4 and 5 only.
     """
-    network = outline("alexnet_2012")
+    network = on_meta("alexnet_2012")
     convolutions = [network.get_submodule(f"conv{number}") for number in range(1, 6)]
     kernels = [tuple(layer.weight.shape[:3]) for layer in convolutions]
     assert kernels == [(96, 3, 11), (256, 48, 5), (384, 256, 3), (384, 192, 3), (256, 192, 3)]
@@ -61,7 +62,7 @@ def test_the_normalisation_is_that_of_section_3_3() -> None:
 
 
 def small() -> nn.Module:
-    network = outline("alexnet_2012_without_67", num_classes=7).eval()
+    network = on_meta("alexnet_2012_without_67", num_classes=7).eval()
     fill(network.children(), gain=0.7)
     return network
 
@@ -112,13 +113,18 @@ def test_other_layers_are_not_removed() -> None:
 
 def test_dropout_is_off_in_evaluation_and_halves_in_training() -> None:
     torch.manual_seed(0)
-    drop = outline("alexnet_2012").drop6
+    drop = on_meta("alexnet_2012").drop6
     assert drop(torch.ones(10_000)).eq(0).float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert torch.equal(drop.eval()(torch.ones(9)), torch.ones(9))
 
 
+def test_images_are_cut_of_ones_whose_short_side_is_256_pixels() -> None:
+    preprocessing = find_card("alexnet_2012").preprocessing
+    assert (preprocessing.img_size, int(preprocessing.img_size / preprocessing.crop_pct)) == (227, 256)
+
+
 def test_other_sizes_are_pooled_before_fc6() -> None:
-    assert shapes(outline("alexnet_2012"), (3, 160, 160))["fc6"] == (4096,)
+    assert shapes(on_meta("alexnet_2012"), (3, 160, 160))["fc6"] == (4096,)
 
 
 # --- with fc6 and fc7 of 32 values -----------------------------------------------------------------

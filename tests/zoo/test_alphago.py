@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.zoo.certify import assert_deviation, assert_gradient_everywhere, build, num_parameters
-from tests.zoo.classics import close, outline, reaches_every_parameter
+from tests.zoo.certify import assert_deviation, assert_gradient_everywhere, build, num_parameters, on_meta
+from tests.zoo.classics import close, reaches_every_parameter
 
 SIZE = (48, 19, 19)
 
@@ -28,7 +28,7 @@ def boards(count: int) -> torch.Tensor:
 )
 def test_counts(name: str, width: int, number: int) -> None:
     layers = 25 * 48 * width + 11 * 9 * width**2 + 12 * width
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number == layers + width + 361
     assert reaches_every_parameter(network, SIZE)
 
@@ -50,7 +50,7 @@ def test_numbers_agree_with_the_description() -> None:
 
 
 def test_every_point_has_its_own_bias() -> None:
-    network = outline("alphago_policy")
+    network = on_meta("alphago_policy")
     assert network.head.bias.shape == (361,) and network.head.conv.bias is None
 
 
@@ -70,7 +70,7 @@ def test_weights_begin_by_the_rule_of_he_and_moves_are_about_equally_likely(num_
 
 
 def test_other_classes_are_read_from_pooled_features() -> None:
-    network = outline("alphago_policy")
+    network = on_meta("alphago_policy")
     with torch.device("meta"):
         network.reset_classifier(2)
         assert network(torch.zeros(1, *SIZE)).shape == (1, 2)

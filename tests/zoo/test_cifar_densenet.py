@@ -47,7 +47,9 @@ def test_parameters(shape: str) -> None:
     ("shape", "sizes"),
     [
         ("40_12", [(16, 32, 32), (160, 32, 32), (304, 16, 16), (448, 8, 8)]),
-        ("bc_100_12", [(24, 32, 32), (216, 32, 32), (300, 16, 16), (342, 8, 8)]),
+        pytest.param(
+            "bc_100_12", [(24, 32, 32), (216, 32, 32), (300, 16, 16), (342, 8, 8)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_table_of_layers(shape: str, sizes: list[tuple[int, int, int]]) -> None:

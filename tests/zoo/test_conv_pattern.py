@@ -8,14 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.zoo.certify import assert_deviation, assert_gradient_everywhere, build, images, num_parameters
-from tests.zoo.classics import close, outline
+from tests.zoo.certify import (
+    assert_deviation,
+    assert_gradient_everywhere,
+    build,
+    images,
+    num_parameters,
+    on_meta,
+)
+from tests.zoo.classics import close
 
 
 def layers(**arguments: object) -> str:
     """``C`` convolution, ``R`` ReLU, ``P`` pool, ``F`` fully connected, in the order in which they run."""
     letters = {nn.Conv2d: "C", nn.ReLU: "R", nn.MaxPool2d: "P", nn.Linear: "F"}
-    network, found = outline("conv_pattern", **arguments), []
+    network, found = on_meta("conv_pattern", **arguments), []
     for module in network.modules():
         if type(module) in letters:
             module.register_forward_hook(lambda module, *_: found.append(letters[type(module)]))
@@ -38,8 +45,8 @@ def test_layers_are_those_of_the_pattern(
 
 def test_count_and_sizes() -> None:
     """Computed: six convolutions, 2,048 x 128 and 128 x 10, with biases."""
-    assert num_parameters(outline("conv_pattern")) == 550_570
-    wide = outline("conv_pattern", img_size=(64, 32))
+    assert num_parameters(on_meta("conv_pattern")) == 550_570
+    wide = on_meta("conv_pattern", img_size=(64, 32))
     assert wide(torch.zeros(2, 3, 64, 32, device="meta")).shape == (2, 10)
 
 

@@ -20,7 +20,7 @@ from tests.zoo.certify import (
     randomise,
 )
 
-DRAWS = 10_000
+DRAWS = 4_000
 THIN = {1: 0.3, 2: 0.8, 3: 2.1, 4: 4.8, 5: 10.2, 6: 21.1}
 """Published: millions of parameters of one column to six."""
 

@@ -19,7 +19,7 @@ from tests.zoo.certify import (
     randomise,
 )
 
-DRAWS = 10_000
+DRAWS = 4_000
 
 
 def test_squeeze_and_excitation_is_that_of_pytorchcv() -> None:

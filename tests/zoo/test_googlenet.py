@@ -16,8 +16,8 @@ from pretrained.zoo.googlenet import (
     Inception,
     NaiveInception,
 )
-from tests.zoo.certify import assert_deviation, build, images, num_parameters
-from tests.zoo.classics import close, fill, normalise, outline, shapes
+from tests.zoo.certify import assert_deviation, build, images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, normalise, shapes
 
 SIZE = (3, 224, 224)
 TABLE_1 = {
@@ -36,12 +36,12 @@ TABLE_1 = {
 
 def test_counts() -> None:
     """Computed; Table 1 adds up to 6.8M without auxiliary classifiers and with another first layer."""
-    assert num_parameters(outline("googlenet_2014")) == 13_378_280
-    assert num_parameters(outline("googlenet_2014", auxiliary=False)) == 6_998_552
+    assert num_parameters(on_meta("googlenet_2014")) == 13_378_280
+    assert num_parameters(on_meta("googlenet_2014", auxiliary=False)) == 6_998_552
 
 
 def test_the_maps_have_the_sizes_of_table_1() -> None:
-    found = shapes(outline("googlenet_2014"), SIZE)
+    found = shapes(on_meta("googlenet_2014"), SIZE)
     names = ("conv1", "conv2", *(f"inception{name}" for name in MODULES))
     assert [found[name] for name in names] == [
         *((64, 112, 112), (192, 56, 56), (256, 28, 28), (480, 28, 28), (512, 14, 14), (512, 14, 14)),
@@ -52,7 +52,7 @@ def test_the_maps_have_the_sizes_of_table_1() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_have_the_parameters_and_operations_of_table_1(name: str) -> None:
     """But for misprints: the filters of 4c give 497K, which its 100M need, and those of 5a 1018K and 51M."""
-    module = outline("googlenet_2014").get_submodule(f"inception{name}")
+    module = on_meta("googlenet_2014").get_submodule(f"inception{name}")
     weights = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Conv2d))
     size = {"3": 28, "4": 14, "5": 7}[name[0]]
     parameters, millions = TABLE_1[name]
@@ -64,7 +64,7 @@ def test_modules_have_the_parameters_and_operations_of_table_1(name: str) -> Non
 
 
 def small(**arguments: object) -> GoogLeNet:
-    network = outline("googlenet_2014", num_classes=7, **arguments)
+    network = on_meta("googlenet_2014", num_classes=7, **arguments)
     fill(network.children())
     return network
 
@@ -124,7 +124,7 @@ def test_auxiliary_classifiers_run_in_training_only_and_for_who_collects() -> No
 
 
 def test_the_gradient_of_all_losses_reaches_every_parameter() -> None:
-    network = outline("googlenet_2014").train()
+    network = on_meta("googlenet_2014").train()
     with collect_auxiliary_logits(network) as auxiliary:
         loss = network(torch.zeros(2, *SIZE, device="meta")).sum()
     for logits, weight in auxiliary:
@@ -135,7 +135,7 @@ def test_the_gradient_of_all_losses_reaches_every_parameter() -> None:
 
 def test_an_auxiliary_classifier_is_that_of_section_5() -> None:
     """Quoted: "5 x 5 filter size and stride 3, resulting in a 4 x 4 x 512 output"."""
-    own = outline("googlenet_2014").auxiliary4a
+    own = on_meta("googlenet_2014").auxiliary4a
     assert own.conv[0].weight.shape == (128, 512, 1, 1)
     assert own.fc1.weight.shape == (1024, 2048) and own.fc2.weight.shape == (1000, 1024)
     assert own.drop.p == 0.7
@@ -147,7 +147,7 @@ def test_an_auxiliary_classifier_is_that_of_section_5() -> None:
 
 
 def test_new_classes_reach_all_three_classifiers() -> None:
-    network = outline("googlenet_2014")
+    network = on_meta("googlenet_2014")
     network.reset_classifier(3)
     outputs = [network.head.fc, network.auxiliary4a.fc2, network.auxiliary4d.fc2]
     assert [layer.out_features for layer in outputs] == [3, 3, 3]
@@ -188,6 +188,6 @@ def test_numbers_of_the_naive_module_agree_with_figure_2a() -> None:
 
 def test_the_naive_network_grows() -> None:
     """Computed; nobody published it."""
-    network = outline("googlenet_2014_naive")
+    network = on_meta("googlenet_2014_naive")
     assert num_parameters(network) == 104_274_376
     assert network.num_features > 3 * 1024

@@ -14,9 +14,10 @@ from tests.zoo.certify import (
     build,
     images,
     num_parameters,
+    on_meta,
     pictures,
 )
-from tests.zoo.classics import close, outline, reaches_every_parameter, shapes
+from tests.zoo.classics import close, reaches_every_parameter, shapes
 
 
 @pytest.mark.parametrize(
@@ -24,17 +25,17 @@ from tests.zoo.classics import close, outline, reaches_every_parameter, shapes
     [("nin_cifar", 966_986, (3, 32, 32)), ("nin_imagenet", 7_595_176, (3, 224, 224))],
 )
 def test_counts(name: str, number: int, size: tuple[int, int, int]) -> None:
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number
     assert reaches_every_parameter(network, size)
 
 
 def test_the_maps_have_the_sizes_of_the_authors_files() -> None:
-    found = shapes(outline("nin_imagenet"), (3, 224, 224))
+    found = shapes(on_meta("nin_imagenet"), (3, 224, 224))
     assert [found[f"blocks.mlpconv{number}"] for number in range(1, 5)] == [
         *((96, 54, 54), (256, 27, 27), (384, 13, 13), (1024, 6, 6))
     ]
-    found = shapes(outline("nin_cifar"), (3, 32, 32))
+    found = shapes(on_meta("nin_cifar"), (3, 32, 32))
     assert [found[f"blocks.mlpconv{number}"] for number in (1, 2, 3)] == [
         (96, 32, 32),
         (192, 16, 16),
@@ -85,7 +86,7 @@ def test_weights_begin_with_the_deviations_of_the_authors_files(name: str, small
 @pytest.mark.parametrize("name", ["nin_cifar", "nin_imagenet"])
 def test_the_first_layer_learns(name: str) -> None:
     """With 0.01 in all layers of ImageNet's net the logits of all images were equal to the eighth digit."""
-    network, x = build(name), pictures(name)
+    network, x = build(name), pictures(name, 2)
     logits = network.eval()(x)
     assert logits.std(0).mean() > 1e-4
     nn.functional.cross_entropy(logits, torch.arange(len(x))).backward()
@@ -98,6 +99,11 @@ def test_gradient_reaches_every_parameter() -> None:
 
 
 # --- another classifier ----------------------------------------------------------------------------
+
+
+def test_a_pooling_that_doubles_the_width_gives_as_many_logits() -> None:
+    network = on_meta("nin_cifar", global_pool="catavgmax")
+    assert network(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
 
 
 def test_a_new_classifier_has_no_relu() -> None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from tests.zoo.certify import assert_deviation, build, images, num_parameters
-from tests.zoo.classics import close, fill, normalise, outline, reaches_every_parameter, shapes
+from tests.zoo.certify import assert_deviation, build, images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, normalise, reaches_every_parameter, shapes
 
 SIZE = (3, 224, 224)
 
@@ -19,13 +19,13 @@ SIZE = (3, 224, 224)
 )
 def test_counts(name: str, number: int, published: int) -> None:
     """Table 2 gives millions."""
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number and round(number / 1e6) == published
     assert reaches_every_parameter(network, SIZE)
 
 
 def test_c_is_the_column_of_table_1() -> None:
-    network = outline("vgg16_c")
+    network = on_meta("vgg16_c")
     found = shapes(network, SIZE)
     assert [found[f"block{number}"] for number in range(1, 6)] == [
         *((64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (512, 7, 7))
@@ -41,7 +41,7 @@ def test_c_is_the_column_of_table_1() -> None:
 
 
 def blocks(name: str) -> nn.Module:
-    network = outline(name).eval()
+    network = on_meta(name).eval()
     fill(module for child, module in network.named_children() if child.startswith("block"))
     return network
 
