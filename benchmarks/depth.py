@@ -43,7 +43,6 @@ def make_recipe(turn: Turn) -> dict[str, object]:
         "data.path": str(find_cifar_curves(turn.case.size, turn.bench)),
         "data.workers": 0,
         "training.epochs": epochs,
-        "training.milestones": [max(1, epochs // 2), max(2, 3 * epochs // 4)],
         "training.batch_size": BATCH,
         "training.warmup_epochs": 1.0,
         "seed": turn.repeat,

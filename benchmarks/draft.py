@@ -25,7 +25,7 @@ from finetune.data import transforms
 from finetune.data.decode import decode_image
 from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 WHOLE, REDUCED, TIME = "whole", "reduced", "time"
 

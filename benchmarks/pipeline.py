@@ -20,7 +20,7 @@ from finetune.data.discover import discover
 from finetune.data.loader import ImageLoader, Placement
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import Transform, build_eval_transform, build_train_transform
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 

@@ -64,7 +64,6 @@ def find_source(turn: Turn) -> Path:
         "data.path": str(find_cifar(images, turn.bench, SOURCE)),
         "data.workers": 0,
         "training.epochs": epochs,
-        "training.milestones": [max(1, epochs // 2), max(2, 3 * epochs // 4)],
         "seed": turn.repeat,
     }
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from finetune.errors import UsageError, count
-from pretrained.catalog import Card, HeadChoice, Preprocessing
+from pretrained.catalog import Card, HeadChoice
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.graph.stages import Stage, find_stages
 from pretrained.heads import change_head
 from pretrained.loading import Match, load_weights
-from pretrained.network import build_network, build_outline
+from pretrained.network import build_network, build_outline, with_published_dropout
 from pretrained.patches import check_patches
+from pretrained.preprocessing import Preprocessing
 from pretrained.state_dict import check_digest
 from pretrained.twins import check_twins
 from pretrained.weights import find_weights
@@ -47,7 +48,7 @@ def load_backbone(
     *,
     classes: Sequence[str],
     head: HeadChoice = "replace",
-    dropout: float = 0.0,
+    dropout: float | None = None,
     weights: str | None = None,
     offline: bool = False,
     pretrained: bool = True,
@@ -58,7 +59,8 @@ def load_backbone(
         card: the network, with the preprocessing that it will be used with.
         classes: names in index order.
         head: ``replace``, ``keep`` (same labels) or ``drop_fc`` (VGG, AlexNet).
-        dropout: dropout rate before a new classifier.
+        dropout: dropout rate before a new classifier, or of a network of the zoo; None: the network's own in
+            the zoo, else 0.
         weights: file or folder to use instead of the card's weights.
         offline: never access the internet.
         pretrained: False keeps random weights (strategy ``scratch``).
@@ -71,6 +73,9 @@ def load_backbone(
         check_same_labels(card, classes)
     elif card.head == "drop_fc":
         head = "replace"  # its fully connected layers were dropped already
+    card = with_published_dropout(card)
+    if dropout is None:
+        dropout = card.dropout if card.source == "zoo" else 0.0
     if not card.num_classes:  # published without a classifier: build it with the new one, if possible
         card = replace(card, num_classes=len(classes))
     network = build_network(card, None if head == "keep" else dropout)

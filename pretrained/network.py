@@ -53,16 +53,34 @@ def _build_stage_classifier(card: Card) -> nn.Module:
     return build_stage_classifier(network, points, card.pool, card.num_classes, card.preprocessing.input_size)
 
 
-def build_outline(card: Card) -> nn.Module:
+def build_outline(card: Card, dropout: float | None = None) -> nn.Module:
     """Return the card's network on the meta device, without memory for its weights, if possible."""
     try:
         with torch.device("meta"):
-            return build_network(card)
+            return build_network(card, dropout)
     except (
         RuntimeError,
         NotImplementedError,
     ):  # torchvision's RegNet computes in its constructor
-        return build_network(card)
+        return build_network(card, dropout)
+
+
+def with_published_dropout(card: Card) -> Card:
+    """Return the card of a published network with its dropout rate; any other card as it is.
+
+    The card of a run has the rate that the run trained with. The published rate is that of the layers which
+    the argument ``drop_rate`` sets: GoogLeNet's auxiliary classifiers have a rate of their own. In FractalNet
+    it grows to the published one.
+    """
+    if card.source != "zoo" or card.head != "keep":
+        return card
+    published, without = (_list_dropout(build_outline(card, dropout)) for dropout in (None, 0.0))
+    rates = (rate for rate, other in zip(published, without, strict=True) if rate != other)
+    return replace(card, dropout=max(rates, default=0.0))
+
+
+def _list_dropout(network: nn.Module) -> list[float]:
+    return [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)]
 
 
 def timm_name(card: Card) -> str:

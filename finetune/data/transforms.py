@@ -30,7 +30,7 @@ from torchvision.transforms import InterpolationMode, RandomErasing, v2
 from finetune.data.arrays import Planes, read_planes
 from finetune.data.decode import decode_image
 from finetune.recipe import Augmentation
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 Opened = Image.Image | Planes
 """What a file holds: an RGB image, or an array (C, H, W) for a network that takes no images."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 from timm.data import create_transform
 
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; right and bottom are outside."""

@@ -27,7 +27,7 @@ from torchvision.transforms import functional
 from finetune.data.transforms import Opened, build_eval_transform
 from finetune.errors import UsageError
 from finetune.targets import to_probabilities
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 CROPS = (1, 5, 10)
 """Crops per scale: the centre; corners and centre; both with their mirror images."""

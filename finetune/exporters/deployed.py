@@ -16,8 +16,9 @@ from torch.export import Dim, ExportedProgram
 from finetune.data.transforms import Normalizer
 from finetune.errors import UsageError
 from finetune.targets import to_probabilities
-from pretrained.catalog import Card, Preprocessing
+from pretrained.catalog import Card
 from pretrained.graph.layers import FeatureExtractor
+from pretrained.preprocessing import Preprocessing
 from pretrained.stage_classifier import StageClassifier
 
 Layout = Literal["nchw", "nhwc"]

@@ -20,7 +20,8 @@ from finetune.errors import EnvironmentFaultError
 from finetune.evaluation.predictor import resolve_names
 from finetune.exporters.deployed import Interface, cannot_export
 from finetune.runs.files import write_bytes, write_json, write_text
-from pretrained.catalog import Card, Preprocessing
+from pretrained.catalog import Card
+from pretrained.preprocessing import Preprocessing
 
 OPSETS = (18, 23)
 """Smallest and largest opset that torch's exporter writes. It writes the smallest without a conversion, and

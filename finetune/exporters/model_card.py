@@ -15,7 +15,8 @@ from finetune import __version__
 from finetune.errors import sanitize
 from finetune.exporters.config import find_base_model, loads_in_timm
 from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES, make_unique
-from pretrained.catalog import Card, Preprocessing
+from pretrained.catalog import Card
+from pretrained.preprocessing import Preprocessing
 
 Metrics = Mapping[str, Any]
 

@@ -26,12 +26,13 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.gpu import explain_unused_gpu
 from pretrained.backbone import Backbone, load_source
-from pretrained.catalog import Card, Preprocessing, find_card
+from pretrained.catalog import Card, find_card
 from pretrained.default_backbone import DefaultChoice, choose_best
 from pretrained.graph.layers import Layer, Layers
 from pretrained.graph.pooling import Pool
 from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
+from pretrained.preprocessing import Preprocessing
 from pretrained.state_dict import digest_tensors
 from pretrained.weights import find_cached, find_weights
 

@@ -37,6 +37,7 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.training.batch_size import StepTrial
 from finetune.training.ddp import share_weights
+from finetune.training.optim import check_optimizer
 from finetune.training.plan import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, find_card
@@ -213,6 +214,7 @@ def _collect_facts(
         workers=resolve_workers(device, batch_bytes, distributed.machine.size),
         num_train=num_train,
         preprocessing=backbone.card.preprocessing.to_dict(),
+        dropout=backbone.card.dropout,
     )
 
 
@@ -290,6 +292,7 @@ def check_asked(recipe: Recipe) -> None:
     if recipe.backbone.weights and recipe.strategy.starts_random:
         found = f"--strategy {recipe.strategy.name} starts from random weights"
         raise UsageError(f"--weights {recipe.backbone.weights}", found, "Drop one of the two.")
+    check_optimizer(recipe.training)
     if recipe.strategy.name != AUTO:  # which has rules of its own (pipeline/auto.py)
         _check_strategy(recipe)
 
@@ -316,11 +319,12 @@ def _check_strategy(recipe: Recipe) -> None:
 def _load_backbone(recipe: Recipe, card: Card, classes: Sequence[str], distributed: Distributed) -> Backbone:
     """Load the weights in the main process, and give them to all others."""
     seed_everything(recipe.seed, "head")
+    dropout = recipe.strategy.dropout
     backbone = load_backbone(
         card,
         classes=classes,
         head=recipe.strategy.head,
-        dropout=recipe.strategy.dropout,
+        dropout=None if dropout == "auto" else dropout,
         weights=recipe.backbone.weights,
         offline=recipe.backbone.offline or not distributed.is_main,
         pretrained=not recipe.strategy.starts_random and distributed.is_main,

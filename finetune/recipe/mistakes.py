@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from reprlib import Repr
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,7 +11,8 @@ from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from finetune.errors import UsageError, find_nearest, suggest
-from finetune.recipe.schema import SECTIONS, Recipe, check_strategy_name, list_strategy_names
+from finetune.recipe.schema import SECTIONS, Recipe
+from finetune.recipe.validators import check_ascending, check_strategy_name, list_strategy_names
 
 MOST = 50
 """Largest number of mistakes that are described; a file with more is hardly a recipe."""
@@ -173,9 +174,13 @@ def list_fields() -> Iterator[tuple[str, FieldInfo]]:
 
 def list_choices(info: FieldInfo) -> list[str]:
     """Return the literal values a key accepts, such as ``sgd`` and ``adamw``."""
-    if any(isinstance(item, AfterValidator) and item.func is check_strategy_name for item in info.metadata):
+    if _has_validator(info.metadata, check_strategy_name):
         return list_strategy_names()
     return [choice for branch in _branches(info.annotation) for choice in _literals(branch)]
+
+
+def _has_validator(metadata: Iterable[Any], function: Callable[..., Any]) -> bool:
+    return any(isinstance(item, AfterValidator) and item.func is function for item in metadata)
 
 
 def describe_values(info: FieldInfo) -> str:
@@ -212,7 +217,9 @@ def _describe(branch: Any, bounds: Iterable[Any]) -> tuple[str, ...]:
         inner = get_args(branch)
         if inner[-1] is ...:
             items = join_or(_literals(inner[0]) or _describe(inner[0], ()))
-            return (f"a list of {items.replace('a whole number', 'whole numbers')}",)
+            order = "ascending " if _has_validator(bounds, check_ascending) else ""
+            plural = items.replace("a whole number", "whole numbers").replace("a number", "numbers")
+            return (f"a list of {order}{plural}",)
         (item,) = _describe(inner[0], ())
         return (item.replace("a number", "three numbers"),)
     limits = [

@@ -18,6 +18,7 @@ from finetune.recipe.schema import (
     InputSettings,
     Precision,
     Recipe,
+    StrategySettings,
     TrainingSettings,
 )
 from finetune.strategies import find_strategy
@@ -44,6 +45,7 @@ class AutoValues:
         workers: number of decoding processes.
         num_train: number of training images.
         preprocessing: values of the section ``input`` that belong to the weights, by key.
+        dropout: dropout probability of the network.
     """
 
     device: str
@@ -52,6 +54,7 @@ class AutoValues:
     workers: int
     num_train: int
     preprocessing: Mapping[str, Any]
+    dropout: float
 
 
 class ResolvedData(DataSettings):
@@ -69,6 +72,12 @@ class ResolvedInput(InputSettings):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+class ResolvedStrategy(StrategySettings):
+    """The section ``strategy`` without ``"auto"``."""
+
+    dropout: float
 
 
 class ResolvedTraining(TrainingSettings):
@@ -91,6 +100,7 @@ class ResolvedRecipe(Recipe):
 
     data: ResolvedData
     input: ResolvedInput
+    strategy: ResolvedStrategy
     training: ResolvedTraining
     cache: ResolvedCache
 
@@ -99,6 +109,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
     """Return a new recipe without any ``"auto"``."""
     decided = {
         "data.workers": facts.workers,
+        "strategy.dropout": facts.dropout,
         "training.batch_size": compute_batch_size(facts.num_train),
         "training.lr": BASE_LRS[recipe.training.optimizer],
         "training.precision": facts.precision,

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from finetune.recipe.validators import check_ascending, check_strategy_name, list_strategy_names
 from finetune.recipe.yaml import write_yaml
-from finetune.strategies import AUTO, STRATEGIES, starts_random
+from finetune.strategies import STRATEGIES, starts_random
 from finetune.targets import ClassWeights, Monitor
 
 Auto = Literal["auto"]
@@ -30,22 +31,6 @@ _Std = Annotated[float, Field(ge=1e-6, le=1_000_000)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def check_strategy_name(name: str) -> str:
-    """Return the name of a registered strategy, or ``auto``.
-
-    Raises:
-        ValueError: there is no strategy of that name.
-    """
-    if name not in list_strategy_names():
-        raise ValueError(name)
-    return name
-
-
-def list_strategy_names() -> list[str]:
-    """Return the values that ``strategy.name`` accepts."""
-    return [*STRATEGIES, AUTO]
 
 
 class BackboneSettings(_Section):
@@ -180,7 +165,13 @@ class StrategySettings(_Section):
         description="mode of normalisation layers in trained stages; eval keeps their running statistics "
         "(advised for batches of fewer than 16 images). In frozen stages it is always eval",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability before a new classifier")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto",
+        description="dropout probability before a new classifier; in the networks of docs/networks.md the "
+        "probability at the places of their papers (in fc6 and fc7, between mlpconvs, inside blocks); auto: "
+        "for these networks the published one, or that of the run they come from, and 0 for all others. "
+        "head=keep keeps the network's own",
+    )
     features: str | None = Field(
         None,
         min_length=1,
@@ -226,6 +217,11 @@ class TrainingSettings(_Section):
         "auto", description="base learning rate, that of a new head; auto: 0.01 for sgd, 0.001 for adamw"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(
+        False,
+        description="Nesterov's form of sgd's momentum: the step goes along the gradient plus momentum times "
+        "the new velocity",
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay; biases and normalisation parameters get none"
     )
@@ -243,8 +239,12 @@ class TrainingSettings(_Section):
     )
     decay_epochs: int = Field(3, ge=1, description="for the step and plateau schedules")
     decay_rate: float = Field(0.1, gt=0, lt=1, description="for the step and plateau schedules")
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="epochs after which the step schedule decays, instead of every decay_epochs"
+    milestones: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], AfterValidator(check_ascending)
+    ] = Field(
+        (),
+        description="shares of the run after which the step schedule decays, instead of every decay_epochs; "
+        "[0.5, 0.75]: after 10 and 15 of 20 epochs",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="label smoothing (arXiv:1512.00567); 0.1 is usual"

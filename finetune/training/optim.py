@@ -10,20 +10,37 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from finetune.errors import UsageError
 from finetune.recipe import TrainingSettings
 from finetune.targets import is_better
 from finetune.training.state import Checkpoint, Progress
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW, over parameter groups with their own lr and weight decay.
+    """Return SGD with (Nesterov) momentum, or AdamW, over groups with their own lr and weight decay.
 
     On a GPU the fused implementation is used.
     """
     fused = all(weight.is_cuda for group in groups for weight in group["params"]) or None
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=fused)
-    return (FusedSGD if fused else torch.optim.SGD)(groups, momentum=settings.momentum, fused=fused)
+    kind = FusedSGD if fused else torch.optim.SGD
+    return kind(groups, momentum=settings.momentum, nesterov=settings.nesterov, fused=fused)
+
+
+def check_optimizer(settings: TrainingSettings) -> None:
+    """Refuse keys that belong to another optimizer.
+
+    Raises:
+        UsageError: Nesterov momentum is asked of AdamW, or of SGD without momentum.
+    """
+    asked = "training.nesterov=true"
+    if settings.nesterov and settings.optimizer != "sgd":
+        found = f"{settings.optimizer} has no Nesterov momentum, only sgd has"
+        raise UsageError(asked, found, "Add --set training.nesterov=false, or take --optimizer sgd.")
+    if settings.nesterov and not settings.momentum:
+        fix = "Add --set training.nesterov=false, or a momentum."
+        raise UsageError(asked, "training.momentum is 0", fix)
 
 
 _STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
@@ -102,7 +119,8 @@ class Schedule:
         warmup_epochs: epochs in which the factor grows linearly from nearly 0 to 1.
         decay_epochs: epochs between two decays of the step schedule.
         decay_rate: factor of each decay of the step schedule.
-        milestones: epochs after which the step schedule decays instead; empty for every ``decay_epochs``.
+        milestones: shares of the run, in (0, 1), at which the step schedule decays instead; empty for every
+            ``decay_epochs``.
     """
 
     kind: str
@@ -110,7 +128,7 @@ class Schedule:
     warmup_epochs: float
     decay_epochs: int
     decay_rate: float
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[float, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: TrainingSettings) -> Schedule:
@@ -133,10 +151,15 @@ class Schedule:
             total = max(1, self.epochs * steps_per_epoch - warmup_steps)
             return (1 + math.cos(math.pi * (step - warmup_steps) / total)) / 2
         if self.kind == "step":
-            epoch = step // steps_per_epoch
-            passed = sum(epoch >= end for end in self.milestones)
-            return self.decay_rate ** (passed if self.milestones else epoch // self.decay_epochs)
+            return self.decay_rate ** self._count_decays(step, steps_per_epoch)
         return 1.0
+
+    def _count_decays(self, step: int, steps_per_epoch: int) -> int:
+        """Return how often the step schedule has decayed before a step."""
+        if not self.milestones:
+            return step // steps_per_epoch // self.decay_epochs
+        total = self.epochs * steps_per_epoch
+        return sum(step >= round(share * total) for share in self.milestones)
 
 
 @dataclass

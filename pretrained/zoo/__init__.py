@@ -12,4 +12,5 @@ from pretrained.zoo.base import NAMES, default_cfgs
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["NAMES", "default_cfgs"]  # timm has added the names that were registered, which are no attributes
+# timm has listed the registered names here, and they are no attributes of this package.
+__all__ = ["NAMES", "default_cfgs"]

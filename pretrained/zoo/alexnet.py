@@ -6,8 +6,8 @@ n = 5, alpha = 1e-4, beta = 0.75) after the ReLU of the first two; overlapping 3
 these and the fifth; two layers of 4,096 with dropout 0.5; weights of deviation 0.01, biases of 1 in
 convolutions 2, 4, 5 and in fc6 and fc7. 60,965,224 parameters (computed; published: "60 million").
 
-Decided here: 227 pixels, since the printed 224 do not give 55 x 55 positions without padding. Images of other
-sizes are pooled to 6 x 6 before fc6.
+Decided here: 227 pixels, since the printed 224 do not give 55 x 55 positions without padding; they are cut of
+images whose short side is 256, as the paper's are. Images of other sizes are pooled to 6 x 6 before fc6.
 
 Public ports differ: torchvision's ``alexnet`` is the net of "One weird trick" (arXiv:1404.5997): 64 and 192
 filters, no groups, no normalisation, 61,100,840 parameters. pytorchcv's has no groups. ``LocalResponseNorm``
@@ -21,13 +21,14 @@ Shape legend: B batch, C channels, H W rows and columns, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrained.zoo.base import PIXEL_STD, ZooNetwork, make_card, register
+from pretrained.zoo.base import PIXEL_STD, ZooNetwork, init_layers, make_card, make_classifier, register
 
 PAPER = "Krizhevsky, Sutskever, Hinton: ImageNet classification with deep convolutional networks (2012)"
 ABLATIONS = ((7,), (6, 7), (3, 4), (3, 4, 6, 7))
@@ -60,10 +61,11 @@ class EightLayerNetwork(ZooNetwork):
         num_classes: K.
         in_chans: channels of the images.
         drop_rate: probability that a value of fc6 or fc7 is zero in training.
+        global_pool: ``avg``, timm's default, for none: fc6 reads the whole map.
         remove: numbers of the layers that are left out, among 3, 4, 6 and 7.
 
     Raises:
-        ValueError: another layer is to be removed.
+        ValueError: another layer is to be removed, or another pooling is asked for.
     """
 
     classifier_name = "fc8"
@@ -74,46 +76,41 @@ class EightLayerNetwork(ZooNetwork):
         num_classes: int,
         in_chans: int,
         drop_rate: float,
+        global_pool: str,
         remove: Collection[int],
     ) -> None:
         super().__init__()
         if wrong := set(remove) - {3, 4, 6, 7}:
             raise ValueError(f"layers 3, 4, 6 and 7 can be removed, not {sorted(wrong)}")
-        self.feature_layers: list[str] = []
-        self.num_features = in_chans
+        self._set_global_pool(global_pool)
+        self.num_classes, self.num_features = num_classes, in_chans
         for number, convolution in enumerate(convolutions, start=1):
             if number not in remove:
                 self._add_convolution(number, convolution)
-        self.hidden_layers: list[str] = []
+        self.feature_layers = [name for name, _ in self.named_children()]
         self.head_hidden_size = self.num_features * GRID**2
         for number in (6, 7):
             if number not in remove:
                 self._add_hidden(number, drop_rate)
-        self.num_classes = num_classes
-        self.fc8: nn.Module = nn.Linear(self.head_hidden_size, num_classes)
+        self.hidden_layers = [name for name, _ in self.named_children()][len(self.feature_layers) :]
+        self.fc8 = make_classifier(self.head_hidden_size, num_classes)
+        init_layers(self, partial(nn.init.normal_, std=0.01))
 
     def _add_convolution(self, number: int, convolution: Convolution) -> None:
-        *sizes, after = convolution
-        filters, kernel, stride, padding, groups = sizes
+        filters, kernel, stride, padding, groups, after = convolution
         layer = nn.Conv2d(self.num_features, filters, kernel, stride, padding, groups=groups)
-        following: dict[str, Callable[[], nn.Module]] = {
-            "norm": make_lrn,
-            "pool": lambda: nn.MaxPool2d(3, 2, ceil_mode=True),
-        }
-        modules = {"conv": layer, "relu": nn.ReLU()} | {name: following[name]() for name in after}
-        self.feature_layers += self._add_numbered(number, modules)
+        self.add_module(f"conv{number}", layer)
+        self.add_module(f"relu{number}", nn.ReLU())
+        for name in after:
+            following = make_lrn() if name == "norm" else nn.MaxPool2d(3, 2, ceil_mode=True)
+            self.add_module(f"{name}{number}", following)
         self.num_features = filters
 
     def _add_hidden(self, number: int, drop_rate: float) -> None:
-        layer = nn.Linear(self.head_hidden_size, WIDTH)
-        modules = {"fc": layer, "relu": nn.ReLU(), "drop": nn.Dropout(drop_rate)}
-        self.hidden_layers += self._add_numbered(number, modules)
+        self.add_module(f"fc{number}", nn.Linear(self.head_hidden_size, WIDTH))
+        self.add_module(f"relu{number}", nn.ReLU())
+        self.add_module(f"drop{number}", nn.Dropout(drop_rate))
         self.head_hidden_size = WIDTH
-
-    def _add_numbered(self, number: int, modules: Mapping[str, nn.Module]) -> list[str]:
-        for name, module in modules.items():
-            self.add_module(f"{name}{number}", module)
-        return [f"{name}{number}" for name in modules]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the maps of pool5, (B, 256, 6, 6) at the published size."""
@@ -122,28 +119,17 @@ class EightLayerNetwork(ZooNetwork):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, K), or with ``pre_logits`` the last hidden layer (B, 4096)."""
         x = self._run(self.hidden_layers, F.adaptive_avg_pool2d(features, GRID).flatten(1))
-        return x if pre_logits else self.fc8(x)
+        output: Tensor = x if pre_logits else self.fc8(x)
+        return output
 
-    def _run(self, names: list[str], x: Tensor) -> Tensor:
+    def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
         for name in names:
             x = self.get_submodule(name)(x)
         return x
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace fc8. There is no global pooling."""
-        self.num_classes = num_classes
-        self.fc8 = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return one group a convolution; fc6 and fc7 stay between these and the head."""
         return {"stem": r"^conv1\.", "blocks": r"^conv(\d)\."}
-
-    def init_normal(self, std: float, ones: Collection[str]) -> None:
-        """Draw all weights with this deviation; biases are 1 in the layers of ``ones``, else 0."""
-        for name, layer in self.named_children():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.constant_(layer.bias, float(name in ones))  # type: ignore[arg-type]
 
 
 CONVOLUTIONS = (
@@ -153,6 +139,8 @@ CONVOLUTIONS = (
     Convolution(384, 3, padding=1, groups=2),
     Convolution(256, 3, padding=1, groups=2, after=("pool",)),
 )
+BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")
+"""Layers whose biases are 1 at first."""
 
 
 class AlexNet(EightLayerNetwork):
@@ -162,6 +150,7 @@ class AlexNet(EightLayerNetwork):
         num_classes: K.
         in_chans: channels of the images.
         drop_rate: probability that a value of fc6 or fc7 is zero in training.
+        global_pool: see :class:`EightLayerNetwork`.
         remove: numbers of the layers that are left out, among 3, 4, 6 and 7.
     """
 
@@ -170,13 +159,18 @@ class AlexNet(EightLayerNetwork):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.5,
+        global_pool: str = "avg",
         remove: Collection[int] = (),
     ) -> None:
-        super().__init__(CONVOLUTIONS, num_classes, in_chans, drop_rate, remove)
-        self.init_normal(0.01, ones=("conv2", "conv4", "conv5", "fc6", "fc7"))
+        super().__init__(CONVOLUTIONS, num_classes, in_chans, drop_rate, global_pool, remove)
+        for name, layer in self.named_children():
+            if name in BIASED:
+                nn.init.ones_(layer.bias)  # type: ignore[arg-type]  # torch types attributes as modules too
 
 
-_CARD = make_card((3, 227, 227), paper=PAPER, classifier="fc8", first_conv="conv1", std=PIXEL_STD)
+_CARD = make_card(
+    (3, 227, 227), paper=PAPER, classifier="fc8", first_conv="conv1", std=PIXEL_STD, crop_pct=227 / 256
+)
 
 register("alexnet_2012", AlexNet, _CARD)
 for _remove in ABLATIONS:

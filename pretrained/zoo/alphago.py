@@ -12,19 +12,20 @@ Decided here: weights by He's rule (arXiv:1502.01852), as the paper is silent; f
 deviation of 0.01, with which all moves are about equally likely at first. A classifier for anything but 361
 points is pooling and one linear layer.
 
-Public ports differ: most add a pass, a plain bias, or batch normalisation (which is AlphaGo Zero's).
+Public ports that differ have a pass, a plain bias, or batch normalisation (which is AlphaGo Zero's).
 
 Shape legend: B batch, C planes, H W rows and columns of the board, K classes.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrained.zoo.base import ZooNetwork, make_card, register
+from pretrained.zoo.base import ZooNetwork, init_layers, make_card, make_classifier, make_pool, register
 
 BOARD, PLANES, LAYERS = 19, 48, 12
 POINTS = BOARD**2
@@ -51,28 +52,39 @@ class PolicyNetwork(ZooNetwork):
         num_classes: K; 361 has one output a point, another number pools and has a linear layer.
         in_chans: planes of the board.
         drop_rate: probability that a pooled feature is zero in training, for other than 361 classes.
+        global_pool: as in :class:`PooledNetwork`, for other than 361 classes.
         width: filters of every layer.
     """
 
     classifier_name = "head"
 
     def __init__(
-        self, num_classes: int = POINTS, in_chans: int = PLANES, drop_rate: float = 0.0, width: int = 192
+        self,
+        num_classes: int = POINTS,
+        in_chans: int = PLANES,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        width: int = 192,
     ) -> None:
         super().__init__()
         self.layers = nn.Sequential()
         for number in range(1, LAYERS + 1):
             kernel = 5 if number == 1 else 3
             layer = nn.Conv2d(in_chans if number == 1 else width, width, kernel, padding=kernel // 2)
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
             self.layers.add_module(f"conv{number}", layer)
             self.layers.add_module(f"relu{number}", nn.ReLU())
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, width, width
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Dropout(drop_rate))
-        self.head: nn.Module = MoveHead(width) if num_classes == POINTS else nn.Linear(width, num_classes)
-        if isinstance(self.head, MoveHead):
-            nn.init.normal_(self.head.conv.weight, std=0.01)
+        self.num_classes, self.num_features = num_classes, width
+        self._set_global_pool(global_pool)
+        self.drop = nn.Dropout(drop_rate)
+        self.head = (
+            MoveHead(width) if num_classes == POINTS else make_classifier(self.head_hidden_size, num_classes)
+        )
+        init_layers(self.layers, partial(nn.init.kaiming_normal_, nonlinearity="relu"))
+        init_layers(self.head, partial(nn.init.normal_, std=0.01))
+
+    def _set_global_pool(self, global_pool: str) -> None:
+        self.pool = make_pool(global_pool)
+        self.head_hidden_size = self.num_features * self.pool.feat_mult()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the maps of the twelfth layer, as large as the board."""
@@ -82,14 +94,9 @@ class PolicyNetwork(ZooNetwork):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, K), or with ``pre_logits`` the pooled features (B, D)."""
         if pre_logits or not isinstance(self.head, MoveHead):
-            features = self.pool(features)
+            features = self.drop(self.pool(features))
         output: Tensor = features if pre_logits else self.head(features)
         return output
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the map of moves by pooling and one linear layer."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return one group a layer."""

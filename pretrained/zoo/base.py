@@ -5,8 +5,9 @@ head is not "pool, then one linear layer") and registers every variant::
 
     register("cifar_resnet20", CifarResNet, make_card((3, 32, 32), paper="arXiv:1512.03385", ...), depth=20)
 
-Every constructor takes ``num_classes``, ``in_chans`` and ``drop_rate``; the command line sets the last one
-for every network, also to 0. ``forward`` gives logits (B, K), in training and in evaluation.
+Every constructor takes ``num_classes``, ``in_chans``, ``global_pool`` and ``drop_rate``; a run gives all
+networks a ``drop_rate``, which is 0 for none. ``forward`` gives logits (B, K), in training and in evaluation;
+with 0 classes it gives the features (B, D) that the classifier would read.
 
 A network with auxiliary classifiers (GoogLeNet) is a :class:`ZooNetwork` too. Whoever computes the loss runs
 ``forward`` inside :func:`collect_auxiliary_logits` and adds each classifier's loss times its weight. So no
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class ZooNetwork(nn.Module, ABC):
     """A network with timm's interface: (B, C, H, W) -> (B, K).
 
     Attributes:
-        num_classes: K; 0 for a network whose classifier was removed.
+        num_classes: K; 0 for a network without classifier.
         num_features: channels of the map, or width of the vector, that ``forward_features`` returns.
         head_hidden_size: width D of the features before the classifier (``pre_logits``).
         classifier_name: attribute path of the layer that computes the logits, ``fc8`` or ``head.fc``.
@@ -73,9 +74,23 @@ class ZooNetwork(nn.Module, ABC):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns of stem and blocks; ``coarse`` has one group a stage."""
 
-    @abstractmethod
+    def _set_global_pool(self, global_pool: str) -> None:
+        """Choose how the last map is pooled; a subclass whose pooling can be chosen overrides this.
+
+        Raises:
+            ValueError: it is not ``avg``, timm's default.
+        """
+        if global_pool != "avg":
+            name = type(self).__name__
+            fault = f"{name} takes 'avg' only, since its fully connected layers read the whole map"
+            raise ValueError(f"global_pool={global_pool!r}: {fault}")
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; 0 classes remove it."""
+        """Replace the classifier by a linear layer, and the pooling if one is named; 0 classes remove it."""
+        if global_pool is not None:
+            self._set_global_pool(global_pool)
+        self.num_classes = num_classes
+        self.add_module(self.classifier_name, make_classifier(self.head_hidden_size, num_classes))
 
     def get_classifier(self) -> nn.Module:
         """Return the layer that computes the logits."""
@@ -120,6 +135,31 @@ class PooledNetwork(ZooNetwork):
         self.head_hidden_size = self.head.num_features
 
 
+def make_classifier(num_features: int, num_classes: int) -> nn.Module:
+    """Return a linear layer (B, D) -> (B, K), or for 0 classes the identity: then the features come out."""
+    return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
+
+
+def make_pool(global_pool: str) -> SelectAdaptivePool2d:
+    """Return timm's global pooling: (B, C, H, W) -> (B, D), or the map as it is for ``""``."""
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+
+
+def init_layers(network: nn.Module, draw: Callable[[Tensor], object], bias: float = 0.0) -> None:
+    """Draw the weights of all convolutions and linear layers, and set their biases.
+
+    Args:
+        network: with the layers.
+        draw: fills a weight in place, as the functions of :mod:`torch.nn.init` do.
+        bias: of every layer that has biases.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            draw(layer.weight)
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, bias)
+
+
 def to_grey(images: Tensor) -> Tensor:
     """Return images (B, 1, H, W) of colour ones (B, 3, H, W), normalised or not; grey ones as they are.
 
@@ -152,14 +192,15 @@ def collect_auxiliary_logits(network: nn.Module) -> Iterator[list[AuxiliaryLogit
         network: any network, without a wrapper of :mod:`torch.nn.parallel`.
     """
     collected: list[AuxiliaryLogits] = []
+    holder: Any = network  # torch types attributes of a module as tensors
     if not hasattr(network, "auxiliary_logits"):
         yield collected
         return
-    network.auxiliary_logits = collected  # type: ignore[assignment]  # torch types attributes as tensors
+    holder.auxiliary_logits = collected
     try:
         yield collected
     finally:
-        network.auxiliary_logits = None  # a graph that is kept could not be copied with the network
+        holder.auxiliary_logits = None  # a graph that is kept could not be copied with the network
 
 
 # --- registration ----------------------------------------------------------------------------------
@@ -169,7 +210,7 @@ def make_card(
     input_size: tuple[int, int, int],
     *,
     paper: str,
-    classifier: str | tuple[str, ...],
+    classifier: str,
     first_conv: str,
     num_classes: int = 1000,
     mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -181,7 +222,7 @@ def make_card(
     Args:
         input_size: (C, H, W) of the published network.
         paper: ``arXiv:...``, or author, title and year.
-        classifier: path of the layer, or layers, that compute the logits.
+        classifier: path of the layer that computes the logits.
         first_conv: path of the first convolution.
         num_classes: K of the published network.
         mean: subtracted from the channels of an image in [0, 1].
@@ -200,9 +241,7 @@ def make_card(
     )
 
 
-def register(
-    name: str, network: Callable[..., ZooNetwork], card: PretrainedCfg, **published: Any
-) -> Callable[..., nn.Module]:
+def register(name: str, network: Callable[..., ZooNetwork], card: PretrainedCfg, **published: Any) -> None:
     """Register a network with timm under a name.
 
     Args:
@@ -210,9 +249,6 @@ def register(
         network: class or function that builds it.
         card: from :func:`make_card`; its number of classes and channels are the defaults.
         **published: arguments of the published network; ``timm.create_model`` may give others.
-
-    Returns:
-        The factory, as timm's own are: ``factory(pretrained=False, **arguments)``.
 
     Raises:
         ValueError: timm or the zoo has the name already.
@@ -236,4 +272,3 @@ def register(
     default_cfgs[name].cfgs[""] = card
     NAMES.append(name)
     register_model(create)
-    return create

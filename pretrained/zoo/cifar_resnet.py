@@ -9,6 +9,8 @@ shortcut averages 2x2 positions before the zero padding, as that paper has it.
 
 Where the paper is silent: the zeros of option A are behind the old channels; every second row and column
 stays.
+Otherwise than in the paper, which subtracts the mean of every pixel: the cards have the channels' mean and
+deviation, as ResNet's code for Torch.
 Where public ports differ: many "ResNet-20" are one of widths 64 to 512 with 11 M parameters, or have
 projections (272,474 parameters) or three stages of 9 blocks (0.85 M, which is ResNet-56); pytorchcv has
 projections.
@@ -20,7 +22,7 @@ from typing import Unpack
 
 from pretrained.zoo.base import register
 from pretrained.zoo.residual import (
-    Common,
+    CommonArguments,
     StagedNetwork,
     build_residual,
     cifar_card,
@@ -33,7 +35,7 @@ STOCHASTIC_DEPTH = "arXiv:1603.09382"
 
 
 def cifar_resnet(
-    depth: int, shortcut: Shortcut = "A", *, in_chans: int = 3, **common: Unpack[Common]
+    depth: int, shortcut: Shortcut = "A", *, in_chans: int = 3, **common: Unpack[CommonArguments]
 ) -> StagedNetwork:
     """Build a residual or plain network of 6n + 2 layers for CIFAR.
 
@@ -49,7 +51,7 @@ def cifar_resnet(
     blocks = cifar_depth(depth, 2, 2)
     widths = [[channels] * blocks for channels in (16, 32, 64)]
     stem = cifar_stem(in_chans, 16)
-    return build_residual(stem, 16, widths, lambda place: basic_block(place, shortcut), **common)
+    return build_residual(stem, 16, widths, lambda shape: basic_block(shape, shortcut), **common)
 
 
 def _register_all() -> None:

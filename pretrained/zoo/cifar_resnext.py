@@ -14,8 +14,8 @@ from typing import Unpack
 
 from pretrained.zoo.base import register
 from pretrained.zoo.residual import (
-    Common,
-    Place,
+    BlockShape,
+    CommonArguments,
     ResidualBlock,
     StagedNetwork,
     bottleneck_convs,
@@ -31,17 +31,15 @@ PAPER = "arXiv:1611.05431"
 FIRST_OUTPUTS = 256
 
 
-def resnext_block(place: Place, cardinality: int, width: int) -> ResidualBlock:
+def resnext_block(shape: BlockShape, cardinality: int, width: int) -> ResidualBlock:
     """Return a bottleneck whose 3x3 convolution has ``cardinality`` groups."""
-    inner = cardinality * width * place.outputs // FIRST_OUTPUTS
-    convolutions = bottleneck_convs(
-        place.inputs, place.outputs, place.stride, inner=inner, groups=cardinality
-    )
-    return ResidualBlock(place, chain("cbrcbrcb", place.inputs, convolutions), make_shortcut(place, "B"))
+    inner = cardinality * width * shape.outputs // FIRST_OUTPUTS
+    convolutions = bottleneck_convs(*shape.sizes, inner=inner, groups=cardinality)
+    return ResidualBlock(shape, chain("cbrcbrcb", shape.inputs, convolutions), make_shortcut(shape, "B"))
 
 
 def cifar_resnext(
-    depth: int, cardinality: int, width: int, *, in_chans: int = 3, **common: Unpack[Common]
+    depth: int, cardinality: int, width: int, *, in_chans: int = 3, **common: Unpack[CommonArguments]
 ) -> StagedNetwork:
     """Build a ResNeXt for CIFAR.
 
@@ -57,7 +55,7 @@ def cifar_resnext(
     """
     widths = [[FIRST_OUTPUTS * factor] * cifar_depth(depth, 3, 2) for factor in (1, 2, 4)]
     stem = cifar_stem(in_chans, 64)
-    return build_residual(stem, 64, widths, lambda place: resnext_block(place, cardinality, width), **common)
+    return build_residual(stem, 64, widths, lambda shape: resnext_block(shape, cardinality, width), **common)
 
 
 def _register_all() -> None:

@@ -17,12 +17,21 @@ Shape legend: B batch, C channels, H W rows and columns, K classes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from pretrained.zoo.base import CIFAR_MEAN, CIFAR_STD, ZooNetwork, make_card, register
+from pretrained.zoo.base import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    ZooNetwork,
+    init_layers,
+    make_card,
+    make_classifier,
+    register,
+)
 
 
 class ConvPattern(ZooNetwork):
@@ -32,6 +41,7 @@ class ConvPattern(ZooNetwork):
         num_classes: K of the shape legend.
         in_chans: channels of the images.
         drop_rate: probability that a hidden value is zero in training.
+        global_pool: ``avg``, timm's default, for none: the layers behind the last map read all of it.
         img_size: rows and columns of the images in pixels, one number if they are as many.
         num_convolutions: N of the pattern, convolutions in each block.
         with_pool: end each block with a pool, which halves the rows and columns.
@@ -41,7 +51,7 @@ class ConvPattern(ZooNetwork):
         hidden_width: values of each fully connected layer.
 
     Raises:
-        ValueError: N or M is below 1, or the images are too small for M pools.
+        ValueError: N or M is below 1, the images are too small for M pools, or another pooling is asked for.
     """
 
     classifier_name = "classifier"
@@ -51,6 +61,7 @@ class ConvPattern(ZooNetwork):
         num_classes: int = 10,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        global_pool: str = "avg",
         img_size: int | tuple[int, int] = 32,
         num_convolutions: int = 2,
         with_pool: bool = True,
@@ -60,6 +71,7 @@ class ConvPattern(ZooNetwork):
         hidden_width: int = 128,
     ) -> None:
         super().__init__()
+        self._set_global_pool(global_pool)
         rows, columns = (size >> num_blocks * with_pool for size in to_2tuple(img_size))
         if min(num_convolutions, num_blocks, rows, columns) < 1:
             fault = f"N = {num_convolutions}, M = {num_blocks} at {img_size} pixels"
@@ -74,12 +86,9 @@ class ConvPattern(ZooNetwork):
             self.hidden.append(_make_hidden(features, hidden_width, drop_rate))
             features = hidden_width
         self.num_classes, self.head_hidden_size = num_classes, features
-        self.classifier: nn.Module = nn.Linear(features, num_classes)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        self.classifier = make_classifier(features, num_classes)
+        init_layers(self, partial(nn.init.kaiming_normal_, nonlinearity="relu"))
+        init_layers(self.classifier, partial(nn.init.normal_, std=0.01))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the maps of the last block."""
@@ -88,13 +97,9 @@ class ConvPattern(ZooNetwork):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (B, K), or with ``pre_logits`` what their layer reads."""
-        x: Tensor = self.hidden(features.flatten(1))
-        return x if pre_logits else self.classifier(x)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer. There is no global pooling."""
-        self.num_classes = num_classes
-        self.classifier = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        x = self.hidden(features.flatten(1))
+        output: Tensor = x if pre_logits else self.classifier(x)
+        return output
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return one group a block; the hidden layers stay between these and the head."""

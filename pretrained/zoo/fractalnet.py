@@ -7,16 +7,17 @@ BN, ReLU; the dropout of the blocks is 0, 0.1, 0.2, 0.3, 0.4.
 
 Drop-path, half of the mini-batches each: local, where every join drops each input with probability 0.15 and
 keeps one at random if none is left; global, where one column, the same in all blocks, is all that is read. A
-join takes the mean of what is left; in evaluation nothing is dropped.
+join takes the mean of what is left; in evaluation nothing is dropped. Dropped columns are computed all the
+same, and update the running statistics of their batch norms.
 
 As in section 4, each column is pooled before the join that ends a block (figure 1 has the pooling behind the
 join).
 Decided here: convolutions without bias and batch norm with scale and shift (the authors' Caffe layers have a
 bias that batch norm cancels, and no scale); first weights as for ReLU (arXiv:1502.01852), the authors' are
-Xavier's.
+Xavier's; channels' mean and deviation on the cards, where a file of the authors subtracts a mean image.
 Where public ports differ: pytorchcv pools behind the join, and draws global and local for the images of one
 batch.
-The 38.6 M that later papers quote is not of these widths: C = 3 has 33.7 M, and the thin networks of the
+The stated widths do not give the 38.6 M that later papers quote: C = 3 has 33.7 M. The thin networks of the
 paper's own table (widths 16, 32, 64, 128, 128; C = 1 to 6: 0.3, 0.8, 2.1, 4.8, 10.2, 21.1 M) are met.
 
 Shape legend: B batch, C columns, D H W channels, rows and columns of a map, J inputs of a join.
@@ -110,6 +111,12 @@ class FractalBlock(nn.Module):
             self.joins.append(Join(active[0], local_drop))
         self.pool = nn.MaxPool2d(2)
 
+    @property
+    def drops_columns(self) -> bool:
+        """Whether one of its joins drops inputs: not if the block is frozen."""
+        steps = zip(self.layers, self.joins, strict=True)
+        return any(join.training and len(row) > 1 for row, join in steps)  # type: ignore[arg-type]
+
     def forward(self, features: Tensor, column: int) -> Tensor:
         """Return the block's output; for ``column`` see :class:`Join`."""
         latest = [features] * self.columns
@@ -162,15 +169,17 @@ class FractalNet(StagedNetwork):
 
     def draw_column(self) -> int:
         """Return the column that a mini-batch of training reads, or ``ALL_COLUMNS``."""
-        if not self.training or torch.rand(()) >= self.global_share:
+        if torch.rand(()) >= self.global_share:
             return ALL_COLUMNS
         return int(torch.randint(self.columns, ()))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last map (B, D, H / 2^blocks, W / 2^blocks)."""
-        column = self.draw_column()
+        column: int | None = None
         for block in self.stages:
-            images = block(images, column)
+            if column is None and block.drops_columns:  # frozen blocks before it draw nothing
+                column = self.draw_column()
+            images = block(images, ALL_COLUMNS if column is None else column)
         return images
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

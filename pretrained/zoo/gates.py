@@ -1,7 +1,8 @@
 """What scales the branch of a residual block before the sum: squeeze-and-excitation, stochastic depth.
 
 Squeeze-and-excitation (arXiv:1709.01507): a factor in (0, 1) for each channel, from the mean of all channels.
-As published: two fully connected layers with biases, reduction 16, applied to the branch before the sum.
+As published: two fully connected layers, reduction 16, applied to the branch before the sum.
+Decided here: the layers have biases, as in the authors' networks for Caffe; equation 3 has none.
 
 Stochastic depth (arXiv:1603.09382): in training a whole branch is dropped with probability 1 - p, once for a
 mini-batch; in evaluation the branch is multiplied by p. The ReLU of the block comes after the sum.
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+SQUEEZE_EXCITATION = "arXiv:1709.01507"
 
 
 class SqueezeExcitation(nn.Module):

@@ -1,37 +1,40 @@
 """BN-Inception, or Inception v2 (Ioffe, Szegedy: Batch normalization, arXiv:1502.03167, Figure 5).
 
-``bn_inception``: 11,188,288 parameters (computed from Figure 5; the text says 13.6 million, which the
-widths of the figure do not add up to).
+``bn_inception``: 11,188,288 parameters (computed; the text says 13.6 million, which the widths of Figure 5
+do not add up to).
 
 As published: two 3 x 3 convolutions instead of a 5 x 5; a third module at 28 x 28; average and maximum
 pools as in Figure 5; no pools between modules, but modules 3c and 4e have stride 2 and pass their pool on;
 batch normalisation before every ReLU, so that convolutions need no bias (section 3.2); a separable first
 convolution with 8 maps a channel; no local response normalisation, no dropout.
 
-Decided here: pools that round up, average pools that count their padding; He's rule for weights
-(arXiv:1502.01852). The auxiliary classifiers that the paper keeps silent about are left out.
+Decided here: 96 maps behind the pools of 4c and 4d. Figure 5 prints "avg + 128" there beside outputs of 576,
+which do not add up: 96 gives 576, as TensorFlow's ``inception_v2`` has it, and 128 gives 608. Pools that
+round up, average pools that count their padding; He's rule for weights (arXiv:1502.01852). The auxiliary
+classifiers that the paper keeps silent about are left out.
 
 Public ports differ: those with weights from Caffe (pytorchcv, pretrainedmodels) have a dense first
-convolution, biases before the normalisation, and 128 instead of 96 maps behind the pool of 4c, with a 4d of
-192, 192 and 128; "Inception v2" of arXiv:1512.00567, Table 1, is another network.
+convolution, biases before the normalisation, and the other reading of 4c and 4d, with 128 maps and outputs of
+608; "Inception v2" of arXiv:1512.00567, Table 1, is another network.
 
 Shape legend: B batch, C channels, H W rows and columns, K classes.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pretrained.zoo.base import PooledNetwork, make_card, register
+from pretrained.zoo.base import PooledNetwork, init_layers, make_card, register
 
 MULTIPLIER = 8
 """Maps that the first convolution makes of each channel of the image."""
 
 
-class Widths(NamedTuple):
+class BNFilterCounts(NamedTuple):
     """A row of Figure 5. Without 1 x 1 filters a module has stride 2 and passes its maximum pool on."""
 
     one: int
@@ -44,51 +47,51 @@ class Widths(NamedTuple):
 
 
 MODULES = {
-    "3a": Widths(64, 64, 64, 64, 96, "avg", 32),
-    "3b": Widths(64, 64, 96, 64, 96, "avg", 64),
-    "3c": Widths(0, 128, 160, 64, 96, "max", 0),
-    "4a": Widths(224, 64, 96, 96, 128, "avg", 128),
-    "4b": Widths(192, 96, 128, 96, 128, "avg", 128),
-    "4c": Widths(160, 128, 160, 128, 160, "avg", 96),
-    "4d": Widths(96, 128, 192, 160, 192, "avg", 96),
-    "4e": Widths(0, 128, 192, 192, 256, "max", 0),
-    "5a": Widths(352, 192, 320, 160, 224, "avg", 128),
-    "5b": Widths(352, 192, 320, 192, 224, "max", 128),
+    "3a": BNFilterCounts(64, 64, 64, 64, 96, "avg", 32),
+    "3b": BNFilterCounts(64, 64, 96, 64, 96, "avg", 64),
+    "3c": BNFilterCounts(0, 128, 160, 64, 96, "max", 0),
+    "4a": BNFilterCounts(224, 64, 96, 96, 128, "avg", 128),
+    "4b": BNFilterCounts(192, 96, 128, 96, 128, "avg", 128),
+    "4c": BNFilterCounts(160, 128, 160, 128, 160, "avg", 96),
+    "4d": BNFilterCounts(96, 128, 192, 160, 192, "avg", 96),
+    "4e": BNFilterCounts(0, 128, 192, 192, 256, "max", 0),
+    "5a": BNFilterCounts(352, 192, 320, 160, 224, "avg", 128),
+    "5b": BNFilterCounts(352, 192, 320, 192, 224, "max", 128),
 }
 
 
-def make_convolution(width: int, filters: int, kernel: int, stride: int = 1) -> nn.Sequential:
+def make_conv_bn_relu(width: int, filters: int, kernel: int, stride: int = 1) -> nn.Sequential:
     """Return a convolution without bias, batch normalisation and a ReLU."""
     layer = nn.Conv2d(width, filters, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(filters), nn.ReLU())
 
 
-class Inception(nn.Module):
+class BNInceptionModule(nn.Module):
     """A module of Figure 5: (B, C, H, W) -> (B, C', H, W), or half of H and W for one with stride 2."""
 
-    def __init__(self, width: int, widths: Widths) -> None:
+    def __init__(self, width: int, counts: BNFilterCounts) -> None:
         super().__init__()
-        stride = 1 if widths.one else 2
+        stride = 1 if counts.one else 2
         self.branches = nn.ModuleDict()
-        if widths.one:
-            self.branches["single1"] = make_convolution(width, widths.one, 1)
+        if counts.one:
+            self.branches["single1"] = make_conv_bn_relu(width, counts.one, 1)
         self.branches["single3"] = nn.Sequential(
-            make_convolution(width, widths.reduce3, 1),
-            make_convolution(widths.reduce3, widths.three, 3, stride),
+            make_conv_bn_relu(width, counts.reduce3, 1),
+            make_conv_bn_relu(counts.reduce3, counts.three, 3, stride),
         )
         self.branches["double3"] = nn.Sequential(
-            make_convolution(width, widths.reduce_double, 1),
-            make_convolution(widths.reduce_double, widths.double, 3),
-            make_convolution(widths.double, widths.double, 3, stride),
+            make_conv_bn_relu(width, counts.reduce_double, 1),
+            make_conv_bn_relu(counts.reduce_double, counts.double, 3),
+            make_conv_bn_relu(counts.double, counts.double, 3, stride),
         )
-        padding = 1 if widths.one else 0  # with stride 2 the pool rounds up instead
+        padding = 1 if counts.one else 0  # with stride 2 the pool rounds up instead
         pool: nn.Module = nn.MaxPool2d(3, stride, padding, ceil_mode=True)
-        if widths.pool == "avg":
+        if counts.pool == "avg":
             pool = nn.AvgPool2d(3, stride, padding)
         pooled = self.branches["pooled"] = nn.Sequential(pool)
-        if widths.project:
-            pooled.append(make_convolution(width, widths.project, 1))
-        self.num_features = widths.one + widths.three + widths.double + (widths.project or width)
+        if counts.project:
+            pooled.append(make_conv_bn_relu(width, counts.project, 1))
+        self.num_features = counts.one + counts.three + counts.double + (counts.project or width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the maps of the branches in the order 1 x 1, 3 x 3, double 3 x 3, pool."""
@@ -115,21 +118,18 @@ class BNInception(PooledNetwork):
         super().__init__()
         maps = in_chans * MULTIPLIER
         depthwise = nn.Conv2d(in_chans, maps, 7, 2, padding=3, groups=in_chans, bias=False)
-        self.conv1 = nn.Sequential(depthwise, *make_convolution(maps, 64, 1))
+        self.conv1 = nn.Sequential(depthwise, *make_conv_bn_relu(maps, 64, 1))
         self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.conv2 = nn.Sequential(make_convolution(64, 64, 1), make_convolution(64, 192, 3))
+        self.conv2 = nn.Sequential(make_conv_bn_relu(64, 64, 1), make_conv_bn_relu(64, 192, 3))
         self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
         width = 192
-        for name, widths in MODULES.items():
-            module = Inception(width, widths)
+        for name, counts in MODULES.items():
+            module = BNInceptionModule(width, counts)
             self.add_module(f"inception{name}", module)
             width = module.num_features
         self.add_head(width, num_classes, global_pool, drop_rate)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.normal_(self.head.fc.weight, std=0.01)
-        nn.init.zeros_(self.head.fc.bias)
+        init_layers(self, partial(nn.init.kaiming_normal_, nonlinearity="relu"))
+        init_layers(self.head.fc, partial(nn.init.normal_, std=0.01))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the maps of module 5b, (B, 1024, 7, 7) at the published size."""

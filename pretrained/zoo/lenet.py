@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrained.zoo.base import ZooNetwork, make_card, register, to_grey
+from pretrained.zoo.base import ZooNetwork, make_card, make_classifier, register, to_grey
 
 PAPER = "LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition (1998)"
 TABLE_1 = (
@@ -120,15 +120,25 @@ class LeNet5(ZooNetwork):
         num_classes: K.
         in_chans: channels of the images; one makes colour images grey.
         drop_rate: probability that one of the 84 features is zero in training; the paper has no dropout.
+        global_pool: ``avg``, the only one.
         as_printed: partial connections, trainable subsampling, and distances to codes as the output.
+
+    Raises:
+        ValueError: another pooling is asked for.
     """
 
     classifier_name = "output"
 
     def __init__(
-        self, num_classes: int = 10, in_chans: int = 1, drop_rate: float = 0.0, as_printed: bool = False
+        self,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        as_printed: bool = False,
     ) -> None:
         super().__init__()
+        self._set_global_pool(global_pool)
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, 120, 84
         self.squash = Squash()
         self.c1 = nn.Conv2d(in_chans, 6, 5)
@@ -138,7 +148,8 @@ class LeNet5(ZooNetwork):
         self.c5 = nn.Conv2d(16, 120, 5)
         self.f6 = nn.Linear(120, 84)
         self.drop = nn.Dropout(drop_rate)
-        self.output: nn.Module = CodeDistance(84, num_classes) if as_printed else nn.Linear(84, num_classes)
+        has_codes = as_printed and num_classes
+        self.output = CodeDistance(84, num_classes) if has_codes else make_classifier(84, num_classes)
         for layer in (self.c1, self.c3, self.c5, self.f6, self.output):
             if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, CodeDistance):
                 _init_uniform(layer.weight, fan_in=layer.weight[0].numel())
@@ -157,11 +168,6 @@ class LeNet5(ZooNetwork):
         """Return logits (B, K), or with ``pre_logits`` the 84 values of F6."""
         hidden: Tensor = self.drop(self.squash(self.f6(features.mean((2, 3)))))
         return hidden if pre_logits else self.output(hidden)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the output by a linear layer, also in the form as printed; it has no global pooling."""
-        self.num_classes = num_classes
-        self.output = nn.Linear(84, num_classes) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return one group a convolution, with the subsampling behind it."""

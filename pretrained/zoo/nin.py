@@ -11,10 +11,11 @@ As published: the structure, global average pooling, dropout between mlpconvs, i
 
 Decided here: the paper gives no widths, so these are of the authors' own files for Caffe: dropout 0.5 after
 both pools (CIFAR), before the last mlpconv (ImageNet); pools of 3 with stride 2 that round up, the second
-one of CIFAR an average; a ReLU also after the maps of the classes; weights of deviation 0.05 (CIFAR) and
-0.01 (ImageNet). Their CIFAR images are whitened (ZCA) and theirs of ImageNet have 224 pixels less the mean;
-here CIFAR images are normalised by channel. A classifier for other classes is pooling and one linear layer,
-without the ReLU, with which half of new logits would have no gradient.
+one of CIFAR an average; a ReLU also after the maps of the classes; weights of deviation 0.05, on ImageNet of
+0.01 in the first convolution of the first and third mlpconv and in the classifier; biases of 0. Their CIFAR
+images are whitened (ZCA) and theirs of ImageNet have 224 pixels less the mean; here CIFAR images are
+normalised by channel. A classifier for other classes is pooling and one linear layer, without the ReLU, with
+which half of new logits would have no gradient.
 
 Public ports differ: pytorchcv pads the pools of the CIFAR net by one, which shifts their windows by a pixel.
 
@@ -29,19 +30,35 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pretrained.zoo.base import CIFAR_MEAN, CIFAR_STD, PIXEL_STD, ZooNetwork, make_card, register
+from pretrained.zoo.base import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    PIXEL_STD,
+    ZooNetwork,
+    init_layers,
+    make_card,
+    make_classifier,
+    make_pool,
+    register,
+)
 
 PAPER = "arXiv:1312.4400"
+STD = 0.05
+"""Deviation of the first weights of most layers."""
 
 
 class Mlpconv(NamedTuple):
-    """A convolution and its 1 x 1 convolutions; ``before``, in order: ``max``, ``avg``, ``drop``."""
+    """A convolution and its 1 x 1 convolutions; ``before``, in order: ``max``, ``avg``, ``drop``.
+
+    ``std`` is the deviation of the convolution's weights at first; those of the 1 x 1 ones have ``STD``.
+    """
 
     kernel: int
     widths: tuple[int, ...]
     stride: int = 1
     padding: int = 0
     before: tuple[str, ...] = ()
+    std: float = STD
 
 
 CIFAR = (
@@ -50,9 +67,9 @@ CIFAR = (
     Mlpconv(3, (192, 192), padding=1, before=("avg", "drop")),
 )
 IMAGENET = (
-    Mlpconv(11, (96, 96, 96), stride=4),
+    Mlpconv(11, (96, 96, 96), stride=4, std=0.01),
     Mlpconv(5, (256, 256, 256), padding=2, before=("max",)),
-    Mlpconv(3, (384, 384, 384), padding=1, before=("max",)),
+    Mlpconv(3, (384, 384, 384), padding=1, before=("max",), std=0.01),
     Mlpconv(3, (1024, 1024), padding=1, before=("max", "drop")),
 )
 """The last mlpconv of each lacks its last layer, which is the classifier."""
@@ -65,8 +82,10 @@ class NetworkInNetwork(ZooNetwork):
         num_classes: K.
         in_chans: channels of the images.
         drop_rate: probability that a value is zero in training, between mlpconvs.
+        global_pool: as in :class:`PooledNetwork`; ``catavgmax``, which would pool every class map to two
+            values, has the linear layer of other classes.
         blocks: the mlpconvs, without the classifier.
-        std: deviation of the weights at first; biases are zero.
+        classifier_std: deviation of the classifier's weights at first.
     """
 
     classifier_name = "classifier"
@@ -76,8 +95,9 @@ class NetworkInNetwork(ZooNetwork):
         num_classes: int = 10,
         in_chans: int = 3,
         drop_rate: float = 0.5,
+        global_pool: str = "avg",
         blocks: Sequence[Mlpconv] = CIFAR,
-        std: float = 0.05,
+        classifier_std: float = STD,
     ) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
@@ -85,14 +105,23 @@ class NetworkInNetwork(ZooNetwork):
         for number, block in enumerate(blocks, start=1):
             self.blocks.add_module(f"mlpconv{number}", _make_block(block, width, drop_rate))
             width = block.widths[-1]
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, width, width
-        self.classifier: nn.Module = nn.Conv2d(width, num_classes, 1)
-        self.relu: nn.Module = nn.ReLU()
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.num_classes, self.num_features = num_classes, width
+        self._set_global_pool(global_pool)
+        keeps_width = self.head_hidden_size == width
+        self.classifier: nn.Module = (
+            nn.Conv2d(width, num_classes, 1)
+            if num_classes and keeps_width
+            else make_classifier(self.head_hidden_size, num_classes)
+        )
+        self.relu = nn.ReLU()
+        init_layers(self.blocks, partial(nn.init.normal_, std=STD))
+        for number, block in enumerate(blocks, start=1):
+            nn.init.normal_(self.blocks.get_parameter(f"mlpconv{number}.conv1.weight"), std=block.std)
+        init_layers(self.classifier, partial(nn.init.normal_, std=classifier_std))
+
+    def _set_global_pool(self, global_pool: str) -> None:
+        self.pool = make_pool(global_pool)
+        self.head_hidden_size = self.num_features * self.pool.feat_mult()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last maps before those of the classes."""
@@ -106,11 +135,6 @@ class NetworkInNetwork(ZooNetwork):
             return logits
         pooled: Tensor = self.pool(features)
         return pooled if pre_logits else self.classifier(pooled)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last convolution and its ReLU by pooling and one linear layer."""
-        self.num_classes = num_classes
-        self.classifier = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return one group an mlpconv."""
@@ -139,5 +163,5 @@ _make_card = partial(make_card, paper=PAPER, classifier="classifier", first_conv
 _CIFAR_CARD = _make_card((3, 32, 32), num_classes=10, mean=CIFAR_MEAN, std=CIFAR_STD, crop_pct=1.0)
 _IMAGENET_CARD = _make_card((3, 224, 224), std=PIXEL_STD)
 
-register("nin_cifar", NetworkInNetwork, _CIFAR_CARD, blocks=CIFAR, std=0.05)
-register("nin_imagenet", NetworkInNetwork, _IMAGENET_CARD, blocks=IMAGENET, std=0.01)
+register("nin_cifar", NetworkInNetwork, _CIFAR_CARD, blocks=CIFAR)
+register("nin_imagenet", NetworkInNetwork, _IMAGENET_CARD, blocks=IMAGENET, classifier_std=0.01)

@@ -29,10 +29,11 @@ from typing import Literal, TypeAlias, Unpack
 from torch import nn
 
 from pretrained.zoo.base import register
+from pretrained.zoo.gates import SQUEEZE_EXCITATION
 from pretrained.zoo.residual import (
-    Common,
+    BlockShape,
+    CommonArguments,
     PadShortcut,
-    Place,
     ResidualBlock,
     StagedNetwork,
     bottleneck_convs,
@@ -47,12 +48,11 @@ from pretrained.zoo.residual import (
 )
 
 PAPER = "arXiv:1603.05027"
-SQUEEZE_EXCITATION = "arXiv:1709.01507"
-Unit: TypeAlias = Literal["original", "bn_after", "relu_before", "relu_only", "full"]
+UnitName: TypeAlias = Literal["original", "bn_after", "relu_before", "relu_only", "full"]
 
 
 @dataclass(frozen=True)
-class Form:
+class UnitForm:
     """Orders of layers, in the letters of :func:`chain`.
 
     Attributes:
@@ -75,44 +75,48 @@ class Form:
         return f"{before}c{after}" * (convolutions - 1) + f"{before}c{self.end}"
 
 
-FORMS: dict[Unit, Form] = {
-    "original": Form(("", "br"), "b", "r", "cbr", ""),
-    "bn_after": Form(("", "br"), "", "br", "cbr", ""),
-    "relu_before": Form(("", "br"), "br", "", "cbr", ""),
-    "relu_only": Form(("r", "b"), "b", "", "cb", "r"),
-    "full": Form(("br", ""), "", "", "c", "br"),
+FORMS: dict[UnitName, UnitForm] = {
+    "original": UnitForm(("", "br"), "b", "r", "cbr", ""),
+    "bn_after": UnitForm(("", "br"), "", "br", "cbr", ""),
+    "relu_before": UnitForm(("", "br"), "br", "", "cbr", ""),
+    "relu_only": UnitForm(("r", "b"), "b", "", "cb", "r"),
+    "full": UnitForm(("br", ""), "", "", "c", "br"),
 }
 
 
-def preresnet_block(place: Place, unit: Unit, *, bottleneck: bool) -> ResidualBlock:
+def preresnet_block(shape: BlockShape, unit: UnitName, *, bottleneck: bool) -> ResidualBlock:
     """Return a unit of one of the five forms."""
     form = FORMS[unit]
-    convolutions, shortcut = _parts(place, form, bottleneck=bottleneck)
+    convolutions, shortcut = _parts(shape, form, bottleneck=bottleneck)
     order = form.branch(len(convolutions))
     if form.around[0]:
-        shared = place.is_first or place.changes_shape
-        return pre_activated_block(place, order, convolutions, shortcut, shared=shared)
-    after = chain(form.after, place.outputs)
-    return ResidualBlock(place, chain(order, place.inputs, convolutions), shortcut, after=after)
+        shared = shape.is_first or shape.changes_shape
+        return pre_activated_block(shape, order, convolutions, shortcut, shared=shared)
+    after = chain(form.after, shape.outputs)
+    return ResidualBlock(shape, chain(order, shape.inputs, convolutions), shortcut, after=after)
 
 
-def _parts(place: Place, form: Form, *, bottleneck: bool) -> tuple[list[nn.Conv2d], nn.Module]:
+def _parts(shape: BlockShape, form: UnitForm, *, bottleneck: bool) -> tuple[list[nn.Conv2d], nn.Module]:
     """Return the convolutions of the branch, and the shortcut."""
-    shape = place.inputs, place.outputs, place.stride
     convolutions = (
-        bottleneck_convs(*shape, inner=place.outputs // 4, stride_first=True)
+        bottleneck_convs(*shape.sizes, inner=shape.outputs // 4, stride_first=True)
         if bottleneck
-        else two_convs(*shape)
+        else two_convs(*shape.sizes)
     )
-    if not place.changes_shape:
+    if not shape.changes_shape:
         return convolutions, nn.Identity()
     if not bottleneck:
-        return convolutions, PadShortcut(*shape)
-    return convolutions, projection(*shape, order="cb" if form.end.startswith("b") else "c")
+        return convolutions, PadShortcut(*shape.sizes)
+    return convolutions, projection(*shape.sizes, order="cb" if form.end.startswith("b") else "c")
 
 
 def cifar_preresnet(
-    depth: int, unit: Unit = "full", *, bottleneck: bool = True, in_chans: int = 3, **common: Unpack[Common]
+    depth: int,
+    unit: UnitName = "full",
+    *,
+    bottleneck: bool = True,
+    in_chans: int = 3,
+    **common: Unpack[CommonArguments],
 ) -> StagedNetwork:
     """Build a network of one of the five units.
 
@@ -133,14 +137,14 @@ def cifar_preresnet(
         cifar_stem(in_chans, 16, form.stem),
         16,
         widths,
-        lambda place: preresnet_block(place, unit, bottleneck=bottleneck),
+        lambda shape: preresnet_block(shape, unit, bottleneck=bottleneck),
         last=chain(form.last, widths[-1][-1]),
         **common,
     )
 
 
 def _register_all() -> None:
-    units: tuple[Unit, ...] = ("original", "bn_after", "relu_before", "relu_only")
+    units: tuple[UnitName, ...] = ("original", "bn_after", "relu_before", "relu_only")
     card, se_card = cifar_card(PAPER), cifar_card(SQUEEZE_EXCITATION)
     register("cifar_preresnet1001", cifar_preresnet, card, depth=1001)
     for depth in (110, 164):

@@ -8,8 +8,9 @@ average 2x2 positions. A bottleneck has four times its width behind it.
 Decided here: rounding down is of 16 + k alpha / N. Taken literally, the recursion of equation 2 rounds at
 every step, and with alpha < N a network would never grow.
 Where public ports differ: the authors' code, and pytorchcv, round to the nearest; the published 26.6 M of
-depth 200 and 26.8 M of depth 236 are met by rounding down. The published 28.3 M of depth 110, alpha 270 is
-28.5 M in either way, since alpha / N = 5 there.
+depth 200 and 26.8 M of depth 236 are met by rounding down, the 3.8 M of depth 164, alpha 84 by the other
+(3.76 M; ours has 3.71 M). The published 28.3 M of depth 110, alpha 270 is 28.5 M in either way, since
+alpha / N = 5 there.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import nn
 
 from pretrained.zoo.base import register
 from pretrained.zoo.residual import (
-    Common,
+    BlockShape,
+    CommonArguments,
     PadShortcut,
-    Place,
     ResidualBlock,
     StagedNetwork,
     bottleneck_convs,
@@ -50,19 +51,18 @@ def pyramid_widths(blocks: int, alpha: int) -> list[list[int]]:
     return [widths[stage * blocks : (stage + 1) * blocks] for stage in range(3)]
 
 
-def pyramid_block(place: Place, *, bottleneck: bool) -> ResidualBlock:
+def pyramid_block(shape: BlockShape, *, bottleneck: bool) -> ResidualBlock:
     """Return the block; nothing follows its sum."""
-    shape = place.inputs, place.outputs, place.stride
     if bottleneck:
-        convolutions, order = bottleneck_convs(*shape, inner=place.outputs // EXPANSION), "bcbrcbrcb"
+        convolutions, order = bottleneck_convs(*shape.sizes, inner=shape.outputs // EXPANSION), "bcbrcbrcb"
     else:
-        convolutions, order = two_convs(*shape), "bcbrcb"
-    shortcut = PadShortcut(*shape, average=True)
-    return ResidualBlock(place, chain(order, place.inputs, convolutions), shortcut, after=nn.Identity())
+        convolutions, order = two_convs(*shape.sizes), "bcbrcb"
+    shortcut = PadShortcut(*shape.sizes, average=True)
+    return ResidualBlock(shape, chain(order, shape.inputs, convolutions), shortcut, after=nn.Identity())
 
 
 def cifar_pyramidnet(
-    depth: int, alpha: int, *, bottleneck: bool = False, in_chans: int = 3, **common: Unpack[Common]
+    depth: int, alpha: int, *, bottleneck: bool = False, in_chans: int = 3, **common: Unpack[CommonArguments]
 ) -> StagedNetwork:
     """Build an additive PyramidNet.
 
@@ -83,7 +83,7 @@ def cifar_pyramidnet(
         cifar_stem(in_chans, 16, "cb"),
         16,
         widths,
-        lambda place: pyramid_block(place, bottleneck=bottleneck),
+        lambda shape: pyramid_block(shape, bottleneck=bottleneck),
         last=chain("br", widths[-1][-1]),
         **common,
     )

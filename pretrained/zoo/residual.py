@@ -11,16 +11,15 @@ The trunk is a stem, stages of blocks (the first block of each later stage halve
 pools and classifies. Any block can be gated by squeeze-and-excitation and stochastic depth
 (:mod:`pretrained.zoo.gates`), with the arguments ``se_reduction`` and ``drop_path_rate`` of any such network.
 
-As in the authors' code of all these papers: convolutions have no bias, their weights are normal with variance
-2 / (rows * columns * output channels) (arXiv:1502.01852), batch norms start at 1 and 0, and the bias of the
-classifier at 0.
+As in ResNet's code for Torch (fb.resnet.torch) and the authors' codes that are built on it: convolutions have
+no bias, their weights are normal with variance 2 / (rows * columns * output channels) (arXiv:1502.01852),
+batch norms start at 1 and 0, and the bias of the classifier at 0.
 
 Shape legend: B batch, C channels, H W rows and columns, K classes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 from pretrained.zoo.base import CIFAR_MEAN, CIFAR_STD, PooledNetwork, make_card
 from pretrained.zoo.gates import SqueezeExcitation, StochasticDepth, linear_survival
 
-Widths: TypeAlias = Sequence[Sequence[int]]
+StageWidths: TypeAlias = Sequence[Sequence[int]]
 """Output channels of every block of every stage."""
 
 
@@ -78,19 +77,19 @@ def chain(
         drop_rate: probability that dropout sets an element to zero in training.
     """
     remaining = iter(convolutions)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers = nn.Sequential()
     for position, letter in enumerate(order):
         number = order[: position + 1].count(letter)
         if letter == "c":
-            layers[f"conv{number}"] = convolution = next(remaining)
+            layers.add_module(f"conv{number}", convolution := next(remaining))
             channels = convolution.out_channels
         elif letter == "b":
-            layers[f"bn{number}"] = nn.BatchNorm2d(channels)
+            layers.add_module(f"bn{number}", nn.BatchNorm2d(channels))
         elif letter == "r":
-            layers[f"relu{number}"] = nn.ReLU()
+            layers.add_module(f"relu{number}", nn.ReLU())
         else:
-            layers[f"drop{number}"] = nn.Dropout(drop_rate)
-    return nn.Sequential(layers)
+            layers.add_module(f"drop{number}", nn.Dropout(drop_rate))
+    return layers
 
 
 # --- shortcuts -------------------------------------------------------------------------------------
@@ -133,8 +132,8 @@ def projection(inputs: int, outputs: int, stride: int, order: str = "cb") -> nn.
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block stands, which decides its shape.
+class BlockShape:
+    """The shape of a block, where it stands, and its gates.
 
     Attributes:
         inputs: channels of its input.
@@ -153,6 +152,11 @@ class Place:
     se_reduction: int = 0
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Channels of the input and of the output, and the stride."""
+        return self.inputs, self.outputs, self.stride
+
+    @property
     def changes_shape(self) -> bool:
         """Whether the output has other channels or another grid than the input."""
         return self.inputs != self.outputs or self.stride != 1
@@ -162,16 +166,19 @@ class ResidualBlock(nn.Module):
     """``after(shortcut(x) + gate(branch(x)))`` with ``x = before(input)``: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        place: the block's shape and gates.
+        shape: the block's shape and gates.
         branch: what is learned.
         shortcut: identity or projection; None for a plain network, which has no sum.
         before: what branch and shortcut share; by default nothing.
         after: what follows the sum; by default ReLU.
+
+    Raises:
+        ValueError: stochastic depth would drop a block without shortcut, of which nothing but zeros is left.
     """
 
     def __init__(
         self,
-        place: Place,
+        shape: BlockShape,
         branch: nn.Module,
         shortcut: nn.Module | None,
         *,
@@ -179,12 +186,13 @@ class ResidualBlock(nn.Module):
         after: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if shortcut is None and shape.survival < 1:
+            raise ValueError("a plain network takes no drop_path_rate: without shortcuts it would give zeros")
         self.before = nn.Identity() if before is None else before
         self.branch = branch
-        self.se = (
-            SqueezeExcitation(place.outputs, place.se_reduction) if place.se_reduction else nn.Identity()
-        )
-        self.drop_path = StochasticDepth(place.survival) if place.survival < 1 else nn.Identity()
+        reduction = shape.se_reduction
+        self.se = SqueezeExcitation(shape.outputs, reduction) if reduction else nn.Identity()
+        self.drop_path = StochasticDepth(shape.survival) if shape.survival < 1 else nn.Identity()
         self.shortcut = shortcut
         self.after = nn.ReLU() if after is None else after
 
@@ -199,7 +207,7 @@ class ResidualBlock(nn.Module):
 
 
 def pre_activated_block(
-    place: Place,
+    shape: BlockShape,
     order: str,
     convolutions: Sequence[nn.Conv2d],
     shortcut: nn.Module,
@@ -210,7 +218,7 @@ def pre_activated_block(
     """Return a block whose branch begins with an activation, and with nothing after the sum.
 
     Args:
-        place: the block's shape and gates.
+        shape: the block's shape and gates.
         order: see :func:`chain`.
         convolutions: of the branch.
         shortcut: identity or projection.
@@ -218,33 +226,33 @@ def pre_activated_block(
         drop_rate: of the branch's dropout.
     """
     activation = order[: order.index("c")] if shared else ""
-    branch = chain(order.removeprefix(activation), place.inputs, convolutions, drop_rate)
-    before = chain(activation, place.inputs) if shared else None
-    return ResidualBlock(place, branch, shortcut, before=before, after=nn.Identity())
+    branch = chain(order.removeprefix(activation), shape.inputs, convolutions, drop_rate)
+    before = chain(activation, shape.inputs) if shared else None
+    return ResidualBlock(shape, branch, shortcut, before=before, after=nn.Identity())
 
 
-def place_blocks(
-    inputs: int, widths: Widths, drop_path_rate: float = 0.0, se_reduction: int = 0
-) -> list[list[Place]]:
-    """Return the place of every block of every stage.
+def block_shapes(
+    inputs: int, widths: StageWidths, drop_path_rate: float = 0.0, se_reduction: int = 0
+) -> list[list[BlockShape]]:
+    """Return the shape of every block of every stage.
 
     Args:
         inputs: channels of the stem.
         widths: output channels of the blocks.
         drop_path_rate: rate at which stochastic depth drops the last block; it grows linearly.
-        se_reduction: see :class:`Place`.
+        se_reduction: see :class:`BlockShape`.
     """
     total, number = sum(map(len, widths)), 0
-    places: list[list[Place]] = []
+    shapes: list[list[BlockShape]] = []
     for stage, row in enumerate(widths):
-        places.append([])
+        shapes.append([])
         for index, outputs in enumerate(row):
             number += 1
             stride = 2 if stage > 0 and index == 0 else 1
             survival = linear_survival(number, total, drop_path_rate)
-            places[-1].append(Place(inputs, outputs, stride, number == 1, survival, se_reduction))
+            shapes[-1].append(BlockShape(inputs, outputs, stride, number == 1, survival, se_reduction))
             inputs = outputs
-    return places
+    return shapes
 
 
 # --- the trunk -------------------------------------------------------------------------------------
@@ -292,7 +300,7 @@ class StagedNetwork(PooledNetwork):
         return {"stem": r"^stem", "blocks": [(block, None), (r"^last", (99999,))]}
 
 
-class Trunk(TypedDict, total=False):
+class ResidualArguments(TypedDict, total=False):
     """Arguments that every residual network hands on; see :func:`build_residual`."""
 
     num_classes: int
@@ -301,7 +309,7 @@ class Trunk(TypedDict, total=False):
     se_reduction: int
 
 
-class Common(Trunk, total=False):
+class CommonArguments(ResidualArguments, total=False):
     """The same, with dropout before the classifier."""
 
     drop_rate: float
@@ -310,8 +318,8 @@ class Common(Trunk, total=False):
 def build_residual(
     stem: nn.Module,
     inputs: int,
-    widths: Widths,
-    make_block: Callable[[Place], ResidualBlock],
+    widths: StageWidths,
+    make_block: Callable[[BlockShape], ResidualBlock],
     *,
     last: nn.Module | None = None,
     num_classes: int = 10,
@@ -326,18 +334,18 @@ def build_residual(
         stem: from images to the first block.
         inputs: channels of the stem's output.
         widths: output channels of the blocks.
-        make_block: the family's block at a place.
+        make_block: the family's block of a shape.
         last: what follows the last block; by default nothing.
         num_classes: K.
         global_pool: see :meth:`PooledNetwork.add_head`.
         drop_rate: dropout before the classifier.
-        drop_path_rate: see :func:`place_blocks`.
-        se_reduction: see :func:`place_blocks`.
+        drop_path_rate: see :func:`block_shapes`.
+        se_reduction: see :func:`block_shapes`.
     """
-    places = place_blocks(inputs, widths, drop_path_rate, se_reduction)
+    shapes = block_shapes(inputs, widths, drop_path_rate, se_reduction)
     return StagedNetwork(
         stem,
-        [nn.Sequential(*map(make_block, stage)) for stage in places],
+        [nn.Sequential(*map(make_block, stage)) for stage in shapes],
         widths[-1][-1],
         last=last,
         num_classes=num_classes,
@@ -369,15 +377,17 @@ def cifar_depth(depth: int, layers_per_block: int, others: int) -> int:
     Raises:
         ValueError: no n gives this depth.
     """
-    blocks, rest = divmod(depth - others, 3 * layers_per_block)
+    blocks, rest = divmod(depth - others, step := 3 * layers_per_block)
     if rest or blocks < 1:
-        step = 3 * layers_per_block
         raise ValueError(f"depth {depth} is not {step}n + {others}")
     return blocks
 
 
 def cifar_card(paper: str, num_classes: int = 10) -> PretrainedCfg:
-    """Return the card of a network for images of 3 x 32 x 32, normalised by CIFAR-10's mean and deviation."""
+    """Return the card of a network for 3 x 32 x 32 pixels, with the channels' mean and deviation of CIFAR-10.
+
+    Some of the papers subtract the mean of every pixel instead, for which timm's cards have no field.
+    """
     return make_card(
         (3, 32, 32),
         paper=paper,

@@ -3,7 +3,8 @@
 As published: 7x7 convolution of stride 2 and 3x3 max pooling; four stages of 64 to 512 channels (four times
 as many behind a bottleneck); stride 2 in the first convolution of a stage, which in a bottleneck is the 1x1;
 shortcuts with zero padding (A) or a projection where the shape changes (B). A plain network is the same
-without shortcuts. The 34-layer nets were published with A, B and C, deeper ones with B.
+without shortcuts. The 34-layer nets were published with A, B and C, deeper ones with B. ``resnet18_b`` and
+``resnet34_b`` are here as the counterparts of ``_a``: they equal torchvision's ``resnet18`` and ``resnet34``.
 
 Where the paper is silent: the zeros of option A are behind the old channels, and a coarser grid keeps every
 second row and column, as in the code that the authors name (fb.resnet.torch).
@@ -19,9 +20,9 @@ from torch import nn
 
 from pretrained.zoo.base import make_card, register
 from pretrained.zoo.residual import (
-    Common,
+    BlockShape,
+    CommonArguments,
     PadShortcut,
-    Place,
     ResidualBlock,
     StagedNetwork,
     bottleneck_convs,
@@ -40,32 +41,32 @@ Shortcut: TypeAlias = Literal["A", "B", "average", "none"]
 """Where the shape changes: zero padding (A), the same with average pooling, a projection (B); none: plain."""
 
 
-def make_shortcut(place: Place, option: Shortcut) -> nn.Module | None:
+def make_shortcut(shape: BlockShape, option: Shortcut) -> nn.Module | None:
     """Return the shortcut of a block; the identity where the shape stays, None for a plain network."""
     if option == "none":
         return None
-    if not place.changes_shape:
+    if not shape.changes_shape:
         return nn.Identity()
     if option == "B":
-        return projection(place.inputs, place.outputs, place.stride)
-    return PadShortcut(place.inputs, place.outputs, place.stride, average=option == "average")
+        return projection(*shape.sizes)
+    return PadShortcut(*shape.sizes, average=option == "average")
 
 
-def basic_block(place: Place, shortcut: Shortcut) -> ResidualBlock:
+def basic_block(shape: BlockShape, shortcut: Shortcut) -> ResidualBlock:
     """Return the block of two 3x3 convolutions."""
-    convolutions = two_convs(place.inputs, place.outputs, place.stride)
-    return ResidualBlock(place, chain("cbrcb", place.inputs, convolutions), make_shortcut(place, shortcut))
+    convolutions = two_convs(*shape.sizes)
+    return ResidualBlock(shape, chain("cbrcb", shape.inputs, convolutions), make_shortcut(shape, shortcut))
 
 
-def bottleneck_block(place: Place, shortcut: Shortcut) -> ResidualBlock:
+def bottleneck_block(shape: BlockShape, shortcut: Shortcut) -> ResidualBlock:
     """Return the block of 1x1, 3x3 and 1x1 convolutions, with the stride in the first."""
-    inner = place.outputs // 4
-    convolutions = bottleneck_convs(place.inputs, place.outputs, place.stride, inner=inner, stride_first=True)
-    return ResidualBlock(place, chain("cbrcbrcb", place.inputs, convolutions), make_shortcut(place, shortcut))
+    inner = shape.outputs // 4
+    convolutions = bottleneck_convs(*shape.sizes, inner=inner, stride_first=True)
+    return ResidualBlock(shape, chain("cbrcbrcb", shape.inputs, convolutions), make_shortcut(shape, shortcut))
 
 
 def resnet(
-    depth: int, shortcut: Shortcut = "B", *, in_chans: int = 3, **common: Unpack[Common]
+    depth: int, shortcut: Shortcut = "B", *, in_chans: int = 3, **common: Unpack[CommonArguments]
 ) -> StagedNetwork:
     """Build a residual or plain network for ImageNet.
 
@@ -83,7 +84,7 @@ def resnet(
         for channels, blocks in zip((64, 128, 256, 512), STAGES[depth], strict=True)
     ]
     make_block = bottleneck_block if is_deep else basic_block
-    return build_residual(stem, 64, widths, lambda place: make_block(place, shortcut), **common)
+    return build_residual(stem, 64, widths, lambda shape: make_block(shape, shortcut), **common)
 
 
 def _register_all() -> None:

@@ -11,6 +11,8 @@ Where the paper is silent, as in the authors' code: the stem has 16 channels and
 of the first stage changes the width only, and has the same two halves at stride 1; ReLU precedes the
 shortcut. The network for CIFAR-100 (29 layers, 2x4x64d) has bottlenecks of 4 groups in the same order of
 layers.
+Decided here, as the paper on squeeze-and-excitation is silent: ``cifar_se_shake_shake`` has one of it in a
+block, and it acts on the mixture of both branches.
 Where public ports differ: random in evaluation and even in training; a stem of the first stage's width; ReLU
 after each sum (pytorchcv), where the identity then reads rectified values; the same draw for forward and
 backward.
@@ -25,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrained.zoo.base import register
-from pretrained.zoo.preresnet import SQUEEZE_EXCITATION
+from pretrained.zoo.gates import SQUEEZE_EXCITATION
 from pretrained.zoo.residual import (
-    Common,
-    Place,
+    BlockShape,
+    CommonArguments,
     ResidualBlock,
     StagedNetwork,
     bottleneck_convs,
@@ -43,8 +45,8 @@ from pretrained.zoo.residual import (
 
 PAPER = "arXiv:1705.07485"
 GROUPS = 4
-Forward: TypeAlias = Literal["shake", "even"]
-Backward: TypeAlias = Literal["shake", "even", "keep"]
+ForwardMode: TypeAlias = Literal["shake", "even"]
+BackwardMode: TypeAlias = Literal["shake", "even", "keep"]
 Level: TypeAlias = Literal["image", "batch"]
 
 
@@ -63,8 +65,8 @@ class Shake(nn.Module):
         self,
         first: nn.Module,
         second: nn.Module,
-        forward_mode: Forward = "shake",
-        backward_mode: Backward = "shake",
+        forward_mode: ForwardMode = "shake",
+        backward_mode: BackwardMode = "shake",
         level: Level = "image",
     ) -> None:
         super().__init__()
@@ -121,13 +123,12 @@ class TwoPathShortcut(nn.Module):
         return output
 
 
-def _branch(place: Place, *, bottleneck: bool) -> nn.Sequential:
-    shape = place.inputs, place.outputs, place.stride
+def _branch(shape: BlockShape, *, bottleneck: bool) -> nn.Sequential:
     if not bottleneck:
-        return chain("rcbrcb", place.inputs, two_convs(*shape))
+        return chain("rcbrcb", shape.inputs, two_convs(*shape.sizes))
     # 2x4x64d: 4 groups of 64 channels inside 256 outputs.
-    convolutions = bottleneck_convs(*shape, inner=place.outputs, groups=GROUPS)
-    return chain("rcbrcbrcb", place.inputs, convolutions)
+    convolutions = bottleneck_convs(*shape.sizes, inner=shape.outputs, groups=GROUPS)
+    return chain("rcbrcbrcb", shape.inputs, convolutions)
 
 
 def cifar_shake_shake(
@@ -135,11 +136,11 @@ def cifar_shake_shake(
     width: int,
     *,
     bottleneck: bool = False,
-    forward_mode: Forward = "shake",
-    backward_mode: Backward = "shake",
+    forward_mode: ForwardMode = "shake",
+    backward_mode: BackwardMode = "shake",
     level: Level = "image",
     in_chans: int = 3,
-    **common: Unpack[Common],
+    **common: Unpack[CommonArguments],
 ) -> StagedNetwork:
     """Build a Shake-Shake network of two branches.
 
@@ -157,12 +158,11 @@ def cifar_shake_shake(
         ValueError: the depth is not of that form.
     """
 
-    def block(place: Place) -> ResidualBlock:
-        first, second = (_branch(place, bottleneck=bottleneck) for _ in range(2))
+    def block(shape: BlockShape) -> ResidualBlock:
+        first, second = (_branch(shape, bottleneck=bottleneck) for _ in range(2))
         shake = Shake(first, second, forward_mode, backward_mode, level)
-        shape = place.inputs, place.outputs, place.stride
-        shortcut = TwoPathShortcut(*shape) if place.changes_shape else nn.Identity()
-        return ResidualBlock(place, shake, shortcut, after=nn.Identity())
+        shortcut = TwoPathShortcut(*shape.sizes) if shape.changes_shape else nn.Identity()
+        return ResidualBlock(shape, shake, shortcut, after=nn.Identity())
 
     blocks = cifar_depth(depth, 3 if bottleneck else 2, 2)
     outputs = width * (GROUPS if bottleneck else 1)
@@ -177,7 +177,9 @@ def _register_all() -> None:
         name = f"cifar_shake_shake_26_2x{width}d"
         register(name, cifar_shake_shake, card, depth=26, width=width)
         register(f"{name}_batch", cifar_shake_shake, card, depth=26, width=width, level="batch")
-    modes: tuple[tuple[Forward, Backward], ...] = (("shake", "keep"), ("even", "shake"), ("even", "even"))
+    modes: tuple[tuple[ForwardMode, BackwardMode], ...] = (
+        *(("shake", "keep"), ("shake", "even"), ("even", "shake"), ("even", "even")),
+    )
     for forward_mode, backward_mode in modes:
         name = f"cifar_shake_shake_26_2x32d_{forward_mode}_{backward_mode}"
         published = {"forward_mode": forward_mode, "backward_mode": backward_mode}

@@ -11,12 +11,13 @@ missing:
 As published: 3 x 3 kernels with padding 1, ReLU after each, 2 x 2 pools, two layers of 4,096 with dropout
 0.5, AlexNet's constants in the normalisation, images less the mean colour.
 
-Decided here: the weights of A-LRN are drawn with the deviation 1e-2, those of C by the rule of Glorot and
-Bengio. The paper began C with layers of a trained A, and says that this rule makes that unnecessary. Images
-of other sizes are pooled to 7 x 7 before fc6. The paper's dense evaluation, with fc6 as a convolution, is
-not here.
+Decided here: the weights of A-LRN are drawn with the deviation 0.01, as are AlexNet's. The paper says "zero
+mean and 10^-2 variance", a deviation of 0.1: with that the first logits are of the size of 1e7, so it is read
+as a slip. Those of C are drawn by the rule of Glorot and Bengio: the paper began C with layers of a trained
+A, and says that this rule makes that unnecessary. Images of other sizes are pooled to 7 x 7 before fc6. The
+paper's dense evaluation, with fc6 as a convolution, is not here.
 
-Public ports differ: none has C; Caffe's "VGG-16" is D.
+Public ports: we know of none that has C; Caffe's "VGG-16" is D.
 
 Shape legend: B batch, C channels, H W rows and columns, K classes.
 """
@@ -24,13 +25,14 @@ Shape legend: B batch, C channels, H W rows and columns, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrained.zoo.alexnet import make_lrn
-from pretrained.zoo.base import PIXEL_STD, ZooNetwork, make_card, register
+from pretrained.zoo.base import PIXEL_STD, ZooNetwork, init_layers, make_card, make_classifier, register
 
 BLOCKS_A = ((3,), (3,), (3, 3), (3, 3), (3, 3))
 BLOCKS_C = ((3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1))
@@ -46,8 +48,13 @@ class VGGVariant(ZooNetwork):
         num_classes: K.
         in_chans: channels of the images.
         drop_rate: probability that a value of fc6 or fc7 is zero in training.
+        global_pool: ``avg``, timm's default, for none: fc6 reads the whole map.
         blocks: kernel sizes of the convolutions of each of the five blocks.
         with_lrn: normalise after the first convolution.
+        std: deviation of the weights at first; None for the rule of Glorot and Bengio.
+
+    Raises:
+        ValueError: another pooling is asked for.
     """
 
     classifier_name = "fc8"
@@ -57,10 +64,13 @@ class VGGVariant(ZooNetwork):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.5,
+        global_pool: str = "avg",
         blocks: Sequence[Sequence[int]] = BLOCKS_A,
         with_lrn: bool = False,
+        std: float | None = None,
     ) -> None:
         super().__init__()
+        self._set_global_pool(global_pool)
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, WIDTHS[-1], HIDDEN
         width = in_chans
         for number, (kernels, filters) in enumerate(zip(blocks, WIDTHS, strict=True), start=1):
@@ -69,14 +79,8 @@ class VGGVariant(ZooNetwork):
         self.fc6 = nn.Linear(width * GRID**2, HIDDEN)
         self.fc7 = nn.Linear(HIDDEN, HIDDEN)
         self.relu, self.drop = nn.ReLU(), nn.Dropout(drop_rate)
-        self.fc8: nn.Module = nn.Linear(HIDDEN, num_classes)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                if len(blocks[0]) == 1:
-                    nn.init.normal_(layer.weight, std=0.01)
-                else:
-                    nn.init.xavier_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.fc8 = make_classifier(HIDDEN, num_classes)
+        init_layers(self, partial(nn.init.normal_, std=std) if std else nn.init.xavier_normal_)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the maps of the last pool, (B, 512, 7, 7) at the published size."""
@@ -92,11 +96,6 @@ class VGGVariant(ZooNetwork):
         x = self.drop(self.relu(self.fc7(x)))
         output: Tensor = x if pre_logits else self.fc8(x)
         return output
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace fc8. There is no global pooling."""
-        self.num_classes = num_classes
-        self.fc8 = nn.Linear(HIDDEN, num_classes) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return one group a block; fc6 and fc7 stay between these and the head."""
@@ -119,5 +118,5 @@ _CARD = make_card(
     (3, 224, 224), paper="arXiv:1409.1556", classifier="fc8", first_conv="block1.conv1", std=PIXEL_STD
 )
 
-register("vgg11_lrn", VGGVariant, _CARD, blocks=BLOCKS_A, with_lrn=True)
+register("vgg11_lrn", VGGVariant, _CARD, blocks=BLOCKS_A, with_lrn=True, std=0.01)
 register("vgg16_c", VGGVariant, _CARD, blocks=BLOCKS_C)

@@ -16,12 +16,12 @@ from typing import Unpack
 from torch import nn
 
 from pretrained.zoo.base import register
-from pretrained.zoo.preresnet import SQUEEZE_EXCITATION
+from pretrained.zoo.gates import SQUEEZE_EXCITATION
 from pretrained.zoo.residual import (
-    Place,
+    BlockShape,
+    ResidualArguments,
     ResidualBlock,
     StagedNetwork,
-    Trunk,
     build_residual,
     chain,
     cifar_card,
@@ -49,17 +49,16 @@ PUBLISHED = (
 """Depth and widening factor k of the networks of its tables 4 and 5."""
 
 
-def wide_block(place: Place, drop_rate: float) -> ResidualBlock:
+def wide_block(shape: BlockShape, drop_rate: float) -> ResidualBlock:
     """Return the block: two 3x3 convolutions with dropout between them."""
-    shape = place.inputs, place.outputs, place.stride
-    shared = place.changes_shape
-    shortcut = projection(*shape, order="c") if shared else nn.Identity()
-    convolutions = two_convs(*shape)
-    return pre_activated_block(place, "brcbrdc", convolutions, shortcut, shared=shared, drop_rate=drop_rate)
+    shared = shape.changes_shape
+    shortcut = projection(*shape.sizes, order="c") if shared else nn.Identity()
+    convolutions = two_convs(*shape.sizes)
+    return pre_activated_block(shape, "brcbrdc", convolutions, shortcut, shared=shared, drop_rate=drop_rate)
 
 
 def cifar_wrn(
-    depth: int, widen: int, *, in_chans: int = 3, drop_rate: float = 0.0, **common: Unpack[Trunk]
+    depth: int, widen: int, *, in_chans: int = 3, drop_rate: float = 0.0, **common: Unpack[ResidualArguments]
 ) -> StagedNetwork:
     """Build a wide residual network.
 
@@ -78,7 +77,7 @@ def cifar_wrn(
         cifar_stem(in_chans, 16, "c"),
         16,
         widths,
-        lambda place: wide_block(place, drop_rate),
+        lambda shape: wide_block(shape, drop_rate),
         last=chain("br", widths[-1][-1]),
         **common,
     )

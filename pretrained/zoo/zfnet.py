@@ -5,8 +5,8 @@
 ``zfnet_512``  With 512, 1024 and 512 maps in convolutions 3 to 5, the best single net of Table 2.
 
 As published: sizes 110, 55, 26, 13, 13, 13, 13, 6; after each of the first two ReLUs a 3 x 3 pool of stride
-2 and *then* the contrast normalisation across maps; dropout 0.5 in fc6 and fc7; weights of 1e-2 and no
-biases at first.
+2 and *then* the contrast normalisation across maps; dropout 0.5 in fc6 and fc7; weights of 1e-2 and biases
+of 0 at first.
 
 Decided here: the normalisation is AlexNet's (the paper gives no constants); one row of padding at the first
 convolution and pools that round up, which gives the printed sizes at 224 pixels; the weights are drawn with
@@ -35,6 +35,7 @@ class ZFNet(EightLayerNetwork):
         num_classes: K.
         in_chans: channels of the images.
         drop_rate: probability that a value of fc6 or fc7 is zero in training.
+        global_pool: see :class:`EightLayerNetwork`.
         remove: numbers of the layers that are left out, among 3, 4, 6 and 7.
         widths: maps of convolutions 3, 4 and 5.
     """
@@ -44,6 +45,7 @@ class ZFNet(EightLayerNetwork):
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.5,
+        global_pool: str = "avg",
         remove: Collection[int] = (),
         widths: tuple[int, int, int] = (384, 384, 256),
     ) -> None:
@@ -54,8 +56,7 @@ class ZFNet(EightLayerNetwork):
             Convolution(widths[1], 3, padding=1),
             Convolution(widths[2], 3, padding=1, after=("pool",)),
         )
-        super().__init__(convolutions, num_classes, in_chans, drop_rate, remove)
-        self.init_normal(0.01, ones=())
+        super().__init__(convolutions, num_classes, in_chans, drop_rate, global_pool, remove)
 
 
 _CARD = make_card((3, 224, 224), paper="arXiv:1311.2901", classifier="fc8", first_conv="conv1", std=PIXEL_STD)

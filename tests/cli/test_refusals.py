@@ -57,6 +57,7 @@ def run_words(image_folder: Path, tiny: Path, tmp_path: Path) -> list[object]:
         (["--set", "strategy.head=keep"], "10 outputs, the data 3 classes"),
         (["--set", "strategy.top_stages=99"], "stages under its head"),
         (["--strategy", "scratch", "--weights", "x.pth"], "Drop one of the two"),
+        (["--set", "training.nesterov=true", "--optimizer", "adamw"], "adamw has no Nesterov momentum"),
     ],
 )
 def test_wrong_usage(cli: Cli, run_words: list[object], tmp_path: Path, words: list[str], said: str) -> None:

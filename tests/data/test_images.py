@@ -27,7 +27,7 @@ from finetune.data.split import SplitConfig
 from finetune.data.transforms import Transform, build_train_transform
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.system.display import SilentDisplay
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 from tests.data.test_loader import assert_same
 
 

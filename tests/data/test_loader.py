@@ -18,7 +18,7 @@ from finetune.data.transforms import build_train_transform
 from finetune.data.workers import choose_workers
 from finetune.errors import DataError
 from finetune.system.device import BATCHES_PER_WORKER
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 from tests.conftest import draw_folder
 
 

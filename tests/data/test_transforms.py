@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform, build_train_transform
 from finetune.system.device import seed_everything
-from pretrained.catalog import Preprocessing, find_card
+from pretrained.catalog import find_card
+from pretrained.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 

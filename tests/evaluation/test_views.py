@@ -10,7 +10,7 @@ from torchvision.transforms import functional as F
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import UsageError
 from finetune.evaluation.views import build_views, compute_mean_over_views, resolve_scale
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 
 def photograph(width: int, height: int) -> Image.Image:

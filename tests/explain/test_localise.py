@@ -12,7 +12,7 @@ from finetune.data.transforms import build_eval_transform
 from finetune.evaluation.view_geometry import find_geometry
 from finetune.explain.attribution import localise
 from finetune.explain.attribution.localise import compute_iou, find_box
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 TRUE = (20.0, 12.0, 44.0, 36.0)
 

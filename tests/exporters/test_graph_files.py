@@ -26,7 +26,8 @@ from finetune.exporters.graph_files import (
     write_onnx,
     write_program,
 )
-from pretrained.catalog import Card, Preprocessing, find_card
+from pretrained.catalog import Card, find_card
+from pretrained.preprocessing import Preprocessing
 
 LABELS = ("ant", "two  spaces ", "蜂")
 

@@ -31,7 +31,7 @@ from finetune.data.transforms import build_train_transform
 from finetune.data.workers import start_worker
 from finetune.errors import EnvironmentFaultError, ExitCode
 from finetune.runs.claim import locked
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 from tests.conftest import Cli
 from tests.data.test_loader import assert_same
 
@@ -329,7 +329,7 @@ from finetune.data.split import SplitConfig
 from finetune.data.loader import ImageLoader, Placement
 from finetune.data.transforms import build_eval_transform
 from finetune.runs.claim import locked
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 dataset = discover(Path(sys.argv[1]), SplitConfig(0.2, 0))
 place = Placement(torch.device("cpu"), False)

@@ -15,7 +15,7 @@ from finetune.data.discover import discover
 from finetune.data.loader import ImageLoader
 from finetune.data.split import SplitConfig
 from finetune.data.transforms import build_eval_transform
-from pretrained.catalog import Preprocessing
+from pretrained.preprocessing import Preprocessing
 from tests.training.helpers import build_trainer, place
 
 EPOCHS, BATCH, RATE = 3, 5, 0.05

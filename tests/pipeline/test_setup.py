@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.errors import EnvironmentFaultError, UsageError
-from finetune.pipeline.setup import check_deterministic, fit_batches, prepare
+from finetune.pipeline.setup import check_deterministic, fit_batches, prepare, reload_backbone
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import translated_errors
@@ -75,6 +75,27 @@ def test_an_operation_that_cannot_be_deterministic_is_found_before_images_are_re
                 check_deterministic(setup)
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "rate"),
+    [
+        ("nin_cifar", {}, 0.5),
+        ("nin_cifar", {"strategy.dropout": 0.0}, 0.0),  # as in recipes that were saved before there was auto
+        ("cifar_wrn_16_4", {}, 0.0),
+        ("test_resnet", {}, 0.0),
+        ("test_resnet", {"strategy.dropout": 0.3}, 0.3),
+    ],
+)
+def test_dropout_is_that_of_the_network_unless_it_is_given(
+    image_folder: Path, name: str, given: dict[str, float], rate: float
+) -> None:
+    keys = {"backbone.name": name, "data.path": str(image_folder), "strategy.name": "scratch"}
+    setup, found = prepare(load_recipe(None, keys | given), SilentDisplay())
+    for backbone in (setup.backbone, reload_backbone(setup, found.classes)):
+        layers = [layer.p for layer in backbone.network.modules() if isinstance(layer, nn.Dropout)]
+        built = max(layers) if layers else backbone.network.drop_rate  # timm's ResNets
+        assert built == backbone.card.dropout == setup.recipe.strategy.dropout == rate
 
 
 SINGLE = {

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.errors import UsageError
-from pretrained.backbone import load_backbone
+from pretrained.backbone import Backbone, load_backbone
 from pretrained.catalog import Card, HeadChoice, find_card
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.heads import HEAD_STD, PooledHead, change_head
-from pretrained.network import build_network
+from pretrained.network import build_network, with_published_dropout
+from pretrained.zoo import NAMES as NAMES_OF_ZOO
 from tests.sweeps import slow_except
 
 K = 7
@@ -122,6 +123,81 @@ def test_a_second_generation_is_built_like_a_first(name: str, first: float, seco
         assert backbone.card.head == choice
     assert (two.card.dropout, kept.card.dropout) == (second, first)
     assert shapes(two.network) == shapes(again.network)
+
+
+# --- the rate of a published network -------------------------------------------------------------
+
+
+def rates(network: nn.Module) -> set[float]:
+    return {layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)}
+
+
+def load_on_meta(card: Card, head: HeadChoice = "replace", dropout: float | None = None) -> Backbone:
+    classes = list("abc") if head == "replace" else [str(number) for number in range(card.num_classes)]
+    with torch.device("meta"):
+        return load_backbone(card, classes=classes, head=head, dropout=dropout, pretrained=False)
+
+
+PUBLISHED: dict[str, tuple[float, set[float]]] = {
+    "alexnet_2012": (0.5, {0.5}),
+    "alexnet_2012_without_67": (0.0, set()),  # fc6 and fc7 are not there
+    "zfnet": (0.5, {0.5}),
+    "vgg11_lrn": (0.5, {0.5}),
+    "nin_cifar": (0.5, {0.5}),
+    "nin_imagenet": (0.5, {0.5}),
+    "googlenet_2014": (0.4, {0.4, 0.7}),  # its auxiliary classifiers
+    "cifar_fractalnet20": (0.4, {0.0, 0.1, 0.2, 0.3, 0.4}),
+    "cifar_wrn_16_4": (0.0, {0.0}),
+    "cifar_wrn_28_10_dropout": (0.3, {0.0, 0.3}),  # none before the classifier
+    "cifar_wrn_16_8_dropout_svhn": (0.4, {0.0, 0.4}),
+    "cifar_resnet20": (0.0, {0.0}),
+    "alphago_policy_128": (0.0, {0.0}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("head", ["replace", "keep"])
+def test_a_published_network_is_built_with_its_dropout(name: str, head: HeadChoice) -> None:
+    rate, layers = PUBLISHED[name]
+    backbone = load_on_meta(find_card(name), head)
+    assert backbone.card.dropout == pytest.approx(rate)
+    assert sorted(rates(backbone.network)) == pytest.approx(sorted(layers))
+    assert str(on_meta(backbone.card)) == str(backbone.network)
+
+
+@pytest.mark.parametrize("name", ["alexnet_2012", "cifar_wrn_16_4", "cifar_wrn_28_10_dropout", "nin_cifar"])
+@pytest.mark.parametrize("asked", [0.0, 0.2])
+def test_another_rate_may_be_asked_of_a_published_network(name: str, asked: float) -> None:
+    backbone = load_on_meta(find_card(name), dropout=asked)
+    assert max(rates(backbone.network)) == backbone.card.dropout == asked
+    assert str(on_meta(backbone.card)) == str(backbone.network)
+    second = load_on_meta(backbone.card)  # the next run has the rate of the one it comes from
+    assert second.card.dropout == asked and rates(second.network) == rates(backbone.network)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/efficientnet_b0", "torchvision/resnet18"])
+def test_every_other_network_has_no_dropout_unless_it_is_asked_for(name: str) -> None:
+    first = load_on_meta(find_card(name))
+    assert first.card.dropout == getattr(first.network, "drop_rate", 0.0) == 0.0
+    assert not any(rates(first.network))
+    asked = load_on_meta(find_card(name), dropout=0.3)
+    assert load_on_meta(asked.card).card.dropout == 0.0
+
+
+@pytest.mark.parametrize("name", slow_except(PUBLISHED, NAMES_OF_ZOO))
+def test_the_published_rate_builds_the_published_network(name: str) -> None:
+    card = find_card(name)
+    assert str(on_meta(card, dropout=with_published_dropout(card).dropout)) == str(on_meta(card))
+
+
+def test_finding_the_published_rate_draws_no_random_number() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert with_published_dropout(find_card("nin_cifar")).dropout == 0.5
+    assert torch.get_rng_state().equal(before)
+
+
+# --- fully connected layers ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DROP_FC)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from finetune.errors import UsageError
 from pretrained.backbone import load_backbone
-from pretrained.catalog import Card, Preprocessing, find_card
+from pretrained.catalog import Card, find_card
 from pretrained.graph.classifier import head_parameters
 from pretrained.loading import Match, load_weights
 from pretrained.network import build_network
+from pretrained.preprocessing import Preprocessing
 from pretrained.state_dict import read_weights
 from pretrained.weights import find_weights
 

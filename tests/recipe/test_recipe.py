@@ -160,6 +160,22 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
             "input: {img_size: 8}",
             "`input.img_size` is 8; it must be a whole number of at least 16 and at most 4096 or auto",
         ),
+        (
+            "training: {milestones: [100, 150]}",
+            "`training.milestones` is [100, 150]; it must be a list of ascending numbers above 0 and below 1",
+        ),
+        (
+            "training: {milestones: [0.5, 0.5]}",
+            "`training.milestones` is [0.5, 0.5]; it must be a list of ascending numbers above 0 and below 1",
+        ),
+        (
+            "training: {milestones: [0.7, 0.5]}",
+            "`training.milestones` is [0.7, 0.5]; it must be a list of ascending numbers above 0 and below 1",
+        ),
+        (
+            "training: {keep_epochs: [0]}",
+            "`training.keep_epochs` is [0]; it must be a list of whole numbers of at least 1",
+        ),
         # a word that is no choice
         (
             "training: {optimizer: sdg}",
@@ -706,6 +722,7 @@ def facts(**changes: Any) -> AutoValues:
         "workers": 5,
         "num_train": 5_000,
         "preprocessing": PREPROCESSING,
+        "dropout": 0.25,
     }
     return AutoValues(**values | changes)
 
@@ -718,6 +735,7 @@ def test_every_auto_is_decided() -> None:
     assert recipe == before and recipe.auto_keys()
     assert dict(resolved.input) == PREPROCESSING | {"augmentation": "light"}
     assert (resolved.data.workers, resolved.device) == (5, "cuda:1")
+    assert resolved.strategy.dropout == 0.25
     assert (resolved.training.precision, resolved.training.channels_last) == ("bfloat16", True)
     assert (resolved.training.batch_size, resolved.training.lr) == (32, 0.01)
     assert len(changed_keys(recipe, resolved)) == len(recipe.auto_keys())
@@ -753,6 +771,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "input.interpolation": "nearest",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
+        "strategy.dropout": 0.0,
         "training.batch_size": 7,
         "training.lr": 0.5,
         "training.precision": "float16",

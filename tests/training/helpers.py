@@ -28,8 +28,8 @@ from finetune.training.state import Checkpoint, Progress
 from finetune.training.step import Gradient
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
-from pretrained.catalog import Preprocessing
 from pretrained.graph.stages import find_stages
+from pretrained.preprocessing import Preprocessing
 
 EVERYTHING_ON: dict[str, Any] = {
     "epochs": 2,

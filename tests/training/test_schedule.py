@@ -41,8 +41,29 @@ def test_step_decays_at_epoch_borders() -> None:
     assert [ours.factor(step, 3) for step in range(18)] == [0.5 ** (step // 6) for step in range(18)]
 
 
+@pytest.mark.parametrize("steps", [1, 3, 391])
+@pytest.mark.parametrize(
+    ("recipe", "ends"),
+    [("cifar-resnet", [100, 150]), ("wide-resnet", [60, 120, 160]), ("densenet", [150, 225])],
+)
+def test_a_recipe_of_full_length_decays_after_the_published_epochs(
+    recipe: str, ends: list[int], steps: int
+) -> None:
+    settings = load_recipe(recipe).training
+    ours = Schedule.from_settings(settings)
+    factors = [ours.factor(step, steps) for step in range(settings.epochs * steps)]
+    falls = [step / steps for step, (one, two) in enumerate(itertools.pairwise(factors), 1) if two < one]
+    assert falls == ends
+    assert factors[-1] == pytest.approx(settings.decay_rate ** len(ends))
+
+
+def test_a_short_run_decays_as_often_as_a_long_one() -> None:
+    ours = schedule(schedule="step", epochs=1, milestones=[0.3, 0.55, 0.8], decay_rate=0.5)
+    assert [ours.factor(step, 20) for step in range(20)] == [1] * 6 + [0.5] * 5 + [0.25] * 5 + [0.125] * 4
+
+
 def test_step_decays_at_milestones_instead() -> None:
-    ours = schedule(schedule="step", epochs=6, milestones=[2, 5], decay_epochs=1, decay_rate=0.1)
+    ours = schedule(schedule="step", epochs=6, milestones=[1 / 3, 5 / 6], decay_epochs=1, decay_rate=0.1)
     reference_parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([reference_parameter], lr=1.0)
     reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 5], gamma=0.1)

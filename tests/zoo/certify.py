@@ -3,10 +3,10 @@ implementation, and the single steps of a second forward pass that a test writes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,29 @@ def images(count: int = 2, size: tuple[int, int, int] = CIFAR) -> Tensor:
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(1))
 
 
+def pictures(name: str, count: int = 4) -> Tensor:
+    """Fields of random colours, as smooth as photographs, with the size and normalisation of a card."""
+    card = timm.get_pretrained_cfg(name)
+    channels, *size = card.input_size
+    colours = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(4))
+    fields = F.interpolate(colours, size, mode="bilinear")
+    mean, std = torch.tensor(card.mean), torch.tensor(card.std)
+    return (fields - mean[:, None, None]) / std[:, None, None]
+
+
 def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count(name: str) -> int:
-    """Parameters of a network as published, without memory for them."""
+def on_meta(name: str, **arguments: object) -> nn.Module:
+    """A network of the zoo without memory for its weights."""
     with torch.device("meta"):
-        return num_parameters(timm.create_model(name))
+        return timm.create_model(name, **arguments)
+
+
+def count(name: str) -> int:
+    """Parameters of a network as published."""
+    return num_parameters(on_meta(name))
 
 
 def randomise(network: nn.Module) -> nn.Module:
@@ -105,8 +120,10 @@ def assert_same_output(ours: nn.Module, theirs: Callable[[Tensor], Tensor], batc
 
 
 def conv(state: State, name: str, features: Tensor, stride: int = 1) -> Tensor:
+    """A convolution that keeps the grid at stride 1; its groups are as many as its weights ask for."""
     weight = state[f"{name}.weight"]
-    return F.conv2d(features, weight, None, stride, weight.shape[-1] // 2)
+    groups = features.shape[1] // weight.shape[1]
+    return F.conv2d(features, weight, None, stride, weight.shape[-1] // 2, groups=groups)
 
 
 def norm(state: State, name: str, features: Tensor) -> Tensor:
@@ -114,6 +131,17 @@ def norm(state: State, name: str, features: Tensor) -> Tensor:
     scale, shift = state[f"{name}.weight"], state[f"{name}.bias"]
     columns = [tensor[:, None, None] for tensor in (mean, var, scale, shift)]
     return (features - columns[0]) / torch.sqrt(columns[1] + 1e-5) * columns[2] + columns[3]
+
+
+def excite(state: State, name: str, features: Tensor) -> Tensor:
+    """Squeeze-and-excitation of a block, if it has one: sigmoid(W2 relu(W1 mean)) times the features."""
+    if f"{name}.se.fc1.weight" not in state:
+        return features
+    first, second = (
+        (state[f"{name}.se.{layer}.weight"], state[f"{name}.se.{layer}.bias"]) for layer in ("fc1", "fc2")
+    )
+    hidden = torch.relu(features.mean((2, 3)) @ first[0].T + first[1])
+    return features / (1 + torch.exp(-(hidden @ second[0].T + second[1])))[:, :, None, None]
 
 
 def classify(state: State, features: Tensor) -> Tensor:
@@ -140,6 +168,13 @@ def blocks_of(state: State) -> Iterator[tuple[str, int]]:
 # --- what holds for every network ------------------------------------------------------------------
 
 
+def assert_deviation(weight: Tensor, expected: float) -> None:
+    """Values of mean 0 and the expected deviation, within five standard errors of normal ones."""
+    values = weight.detach().double()
+    assert values.std().item() == pytest.approx(expected, rel=5 / (2 * values.numel()) ** 0.5)
+    assert abs(values.mean().item()) < 5 * expected / values.numel() ** 0.5
+
+
 def assert_gradient_everywhere(network: nn.Module, batch: Tensor) -> None:
     """A step in training mode gives every parameter a gradient that is not zero."""
     logits = network.train()(batch)
@@ -152,13 +187,6 @@ def assert_gradient_everywhere(network: nn.Module, batch: Tensor) -> None:
     assert lost == []
 
 
-def initial_loss(network: nn.Module, batch: Tensor) -> float:
-    """The first loss over log K, in the mean of all labels: 1 for equal logits."""
-    with torch.no_grad():
-        logits = network.train()(batch)
-    return float(-logits.log_softmax(1).mean() / math.log(logits.shape[1]))
-
-
 def map_sizes(network: nn.Module, size: tuple[int, int, int] = CIFAR) -> list[tuple[int, ...]]:
     """(C, H, W) behind the stem and behind every stage."""
     features = network.stem(torch.empty(1, *size, device=next(network.parameters()).device))
@@ -167,8 +195,3 @@ def map_sizes(network: nn.Module, size: tuple[int, int, int] = CIFAR) -> list[tu
         features = stage(features)
         sizes.append(tuple(features.shape[1:]))
     return sizes
-
-
-def on_meta(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)

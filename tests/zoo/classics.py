@@ -5,17 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import timm
 import torch
 from torch import Tensor, nn
-
-import pretrained.zoo  # noqa: F401  # registers the names
-
-
-def outline(name: str, **arguments: object) -> nn.Module:
-    """A network of the zoo without memory for its weights."""
-    with torch.device("meta"):
-        return timm.create_model(name, **arguments)
 
 
 def shapes(network: nn.Module, size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.zoo.certify import build, num_parameters
-from tests.zoo.classics import close, outline, reaches_every_parameter
+from tests.zoo.certify import assert_deviation, assert_gradient_everywhere, build, num_parameters, on_meta
+from tests.zoo.classics import close, reaches_every_parameter
 
 SIZE = (48, 19, 19)
 
@@ -30,7 +28,7 @@ def boards(count: int) -> torch.Tensor:
 )
 def test_counts(name: str, width: int, number: int) -> None:
     layers = 25 * 48 * width + 11 * 9 * width**2 + 12 * width
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number == layers + width + 361
     assert reaches_every_parameter(network, SIZE)
 
@@ -52,20 +50,27 @@ def test_numbers_agree_with_the_description() -> None:
 
 
 def test_every_point_has_its_own_bias() -> None:
-    network = outline("alphago_policy")
+    network = on_meta("alphago_policy")
     assert network.head.bias.shape == (361,) and network.head.conv.bias is None
 
 
-def test_first_loss_and_gradients() -> None:
-    network = build("alphago_policy_128")
-    loss = nn.functional.cross_entropy(network(boards(2)), torch.tensor([0, 360]))
-    loss.backward()
-    assert abs(loss.item() - math.log(361)) < 0.1 * math.log(361)
-    assert all(parameter.grad is not None for parameter in network.parameters())
+def test_gradient_reaches_every_parameter() -> None:
+    assert_gradient_everywhere(build("alphago_policy_128"), boards(2))
+
+
+@pytest.mark.parametrize("num_classes", [361, 2])
+def test_weights_begin_by_the_rule_of_he_and_moves_are_about_equally_likely(num_classes: int) -> None:
+    network = build("alphago_policy_128", num_classes=num_classes)
+    for layer in network.layers:
+        if isinstance(layer, nn.Conv2d):
+            assert_deviation(layer.weight, (2 / layer.weight[0].numel()) ** 0.5)
+            assert not layer.bias.any()
+    assert_deviation(network.head.conv.weight if num_classes == 361 else network.head.weight, 0.01)
+    assert not network.head.bias.any()
 
 
 def test_other_classes_are_read_from_pooled_features() -> None:
-    network = outline("alphago_policy")
+    network = on_meta("alphago_policy")
     with torch.device("meta"):
         network.reset_classifier(2)
         assert network(torch.zeros(1, *SIZE)).shape == (1, 2)

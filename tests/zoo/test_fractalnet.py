@@ -1,13 +1,12 @@
 """FractalNet of CIFAR, arXiv:1605.07648."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrained.zoo.fractalnet import ALL_COLUMNS, FractalNet, Join
+from tests.sweeps import slow_except
 from tests.zoo.certify import (
     State,
     assert_gradient_everywhere,
@@ -16,21 +15,19 @@ from tests.zoo.certify import (
     conv,
     count,
     images,
-    initial_loss,
     norm,
     on_meta,
     randomise,
 )
 
-DRAWS = 10_000
+DRAWS = 4_000
+THIN = {1: 0.3, 2: 0.8, 3: 2.1, 4: 4.8, 5: 10.2, 6: 21.1}
+"""Published: millions of parameters of one column to six."""
 
 
-@pytest.mark.parametrize(
-    ("columns", "published"), [(1, 0.3), (2, 0.8), (3, 2.1), (4, 4.8), (5, 10.2), (6, 21.1)]
-)
-def test_parameters_of_the_thin_table(columns: int, published: float) -> None:
-    """Published in millions, one column to six."""
-    assert count(f"cifar_fractalnet_thin_c{columns}") / 1e6 == pytest.approx(published, abs=0.06)
+@pytest.mark.parametrize("columns", slow_except([1, 2, 3], THIN))
+def test_parameters_of_the_thin_table(columns: int) -> None:
+    assert count(f"cifar_fractalnet_thin_c{columns}") / 1e6 == pytest.approx(THIN[columns], abs=0.06)
 
 
 def test_parameters_of_three_columns() -> None:
@@ -76,8 +73,19 @@ def test_half_of_the_batches_are_global_and_columns_are_equally_likely() -> None
     for column, share in ((ALL_COLUMNS, 1 / 2), (0, 1 / 6), (1, 1 / 6), (2, 1 / 6)):
         found = float((drawn == column).float().mean())
         assert found == pytest.approx(share, abs=4 * (share * (1 - share) / DRAWS) ** 0.5)
-    network.eval()
-    assert {network.draw_column() for _ in range(20)} == {ALL_COLUMNS}
+
+
+def test_nothing_is_drawn_in_evaluation_and_for_frozen_blocks() -> None:
+    network, images = FractalNet(3, (4, 8), drop_rate=0.0), torch.zeros(2, 3, 8, 8)
+    for act in (network.eval, network.train):
+        act()
+        network.stages.eval()
+        before = torch.get_rng_state()
+        network(images)
+        assert torch.equal(torch.get_rng_state(), before)
+    network.stages[1].train()
+    network(images)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_join_is_the_mean_of_what_is_left() -> None:
@@ -154,15 +162,9 @@ def test_columns_have_one_layer_two_four_and_so_on() -> None:
     names = [name for name, module in FractalNet(4, (4,)).named_modules() if isinstance(module, nn.Conv2d)]
     counts = [sum(f".column{column}." in name for name in names) for column in range(4)]
     assert counts == [1, 2, 4, 8]
-    assert all(later == 2 * earlier for earlier, later in pairwise(counts))
 
 
-def test_gradient_and_first_loss() -> None:
-    """The first loss is about 10 % above log K: maps behind ReLU and max pooling have large means.
-
-    Without drop-path every parameter has a gradient in one step.
-    """
+def test_gradient_reaches_every_parameter() -> None:
+    """In one step, without drop-path."""
     torch.manual_seed(0)
-    network = FractalNet(3, (16, 32, 64), local_drop=0, global_share=0)
-    assert 1 < initial_loss(network, images(16)) < 1.25
-    assert_gradient_everywhere(network, images(16))
+    assert_gradient_everywhere(FractalNet(3, (16, 32, 64), local_drop=0, global_share=0), images(16))

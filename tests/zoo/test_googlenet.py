@@ -8,9 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrained.zoo.base import collect_auxiliary_logits
-from pretrained.zoo.googlenet import AUXILIARY_WEIGHT, MODULES, GoogLeNet, Inception, NaiveInception, Widths
-from tests.zoo.certify import images, num_parameters
-from tests.zoo.classics import close, fill, normalise, outline, shapes
+from pretrained.zoo.googlenet import (
+    AUXILIARY_WEIGHT,
+    MODULES,
+    FilterCounts,
+    GoogLeNet,
+    Inception,
+    NaiveInception,
+)
+from tests.zoo.certify import assert_deviation, build, images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, normalise, shapes
 
 SIZE = (3, 224, 224)
 TABLE_1 = {
@@ -29,12 +36,12 @@ TABLE_1 = {
 
 def test_counts() -> None:
     """Computed; Table 1 adds up to 6.8M without auxiliary classifiers and with another first layer."""
-    assert num_parameters(outline("googlenet_2014")) == 13_378_280
-    assert num_parameters(outline("googlenet_2014", auxiliary=False)) == 6_998_552
+    assert num_parameters(on_meta("googlenet_2014")) == 13_378_280
+    assert num_parameters(on_meta("googlenet_2014", auxiliary=False)) == 6_998_552
 
 
 def test_the_maps_have_the_sizes_of_table_1() -> None:
-    found = shapes(outline("googlenet_2014"), SIZE)
+    found = shapes(on_meta("googlenet_2014"), SIZE)
     names = ("conv1", "conv2", *(f"inception{name}" for name in MODULES))
     assert [found[name] for name in names] == [
         *((64, 112, 112), (192, 56, 56), (256, 28, 28), (480, 28, 28), (512, 14, 14), (512, 14, 14)),
@@ -45,7 +52,7 @@ def test_the_maps_have_the_sizes_of_table_1() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_have_the_parameters_and_operations_of_table_1(name: str) -> None:
     """But for misprints: the filters of 4c give 497K, which its 100M need, and those of 5a 1018K and 51M."""
-    module = outline("googlenet_2014").get_submodule(f"inception{name}")
+    module = on_meta("googlenet_2014").get_submodule(f"inception{name}")
     weights = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Conv2d))
     size = {"3": 28, "4": 14, "5": 7}[name[0]]
     parameters, millions = TABLE_1[name]
@@ -56,26 +63,19 @@ def test_modules_have_the_parameters_and_operations_of_table_1(name: str) -> Non
     assert {"4c": 509_440, "5a": 1_042_432}.get(name, weights) == weights
 
 
-def test_the_first_row_of_table_1_is_a_separable_convolution() -> None:
-    """2.7K parameters and 34M operations are not those of the 7 x 7 convolution, which has 9.4K and 118M."""
-    weights = outline("googlenet_2014").conv1[0].weight.numel()
-    assert (weights, weights * 112**2) == (9408, 118_013_952)
-    separable = 3 * 8 * 7 * 7 + 3 * 8 * 64
-    assert (separable, round(separable * 112**2 / 1e6)) == (2712, 34)
-
-
 def small(**arguments: object) -> GoogLeNet:
-    network = outline("googlenet_2014", num_classes=7, **arguments)
+    network = on_meta("googlenet_2014", num_classes=7, **arguments)
     fill(network.children())
     return network
 
 
+def convolve(module: nn.Module, x: Tensor, stride: int = 1) -> Tensor:
+    weight, bias = module[0].weight, module[0].bias
+    return F.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2).relu()
+
+
 def test_numbers_agree_with_the_figure() -> None:
     network, x = small(auxiliary=False).eval(), images(1, (3, 64, 64))
-
-    def convolve(module: nn.Module, x: Tensor, stride: int = 1) -> Tensor:
-        weight, bias = module[0].weight, module[0].bias
-        return F.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2).relu()
 
     def pool(x: Tensor) -> Tensor:
         return F.max_pool2d(x, 3, 2, ceil_mode=True)
@@ -97,6 +97,15 @@ def test_numbers_agree_with_the_figure() -> None:
         assert close(logits, F.linear(x.mean((2, 3)), network.head.fc.weight, network.head.fc.bias))
 
 
+def test_weights_begin_by_the_rule_of_glorot_and_biases_at_a_fifth_but_for_the_logits() -> None:
+    for name, module in build("googlenet_2014").named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            positions = module.weight[0, 0].numel()
+            fans = positions * (module.weight.shape[0] + module.weight.shape[1])
+            assert_deviation(module.weight, (2 / fans) ** 0.5)
+            assert module.bias.eq(0.0 if name.endswith((".fc2", "head.fc")) else 0.2).all()
+
+
 def test_auxiliary_classifiers_run_in_training_only_and_for_who_collects() -> None:
     network, x = small(), images(2, (3, 64, 64))
     calls = []
@@ -115,7 +124,7 @@ def test_auxiliary_classifiers_run_in_training_only_and_for_who_collects() -> No
 
 
 def test_the_gradient_of_all_losses_reaches_every_parameter() -> None:
-    network = outline("googlenet_2014").train()
+    network = on_meta("googlenet_2014").train()
     with collect_auxiliary_logits(network) as auxiliary:
         loss = network(torch.zeros(2, *SIZE, device="meta")).sum()
     for logits, weight in auxiliary:
@@ -126,7 +135,7 @@ def test_the_gradient_of_all_losses_reaches_every_parameter() -> None:
 
 def test_an_auxiliary_classifier_is_that_of_section_5() -> None:
     """Quoted: "5 x 5 filter size and stride 3, resulting in a 4 x 4 x 512 output"."""
-    own = outline("googlenet_2014").auxiliary4a
+    own = on_meta("googlenet_2014").auxiliary4a
     assert own.conv[0].weight.shape == (128, 512, 1, 1)
     assert own.fc1.weight.shape == (1024, 2048) and own.fc2.weight.shape == (1000, 1024)
     assert own.drop.p == 0.7
@@ -138,7 +147,7 @@ def test_an_auxiliary_classifier_is_that_of_section_5() -> None:
 
 
 def test_new_classes_reach_all_three_classifiers() -> None:
-    network = outline("googlenet_2014")
+    network = on_meta("googlenet_2014")
     network.reset_classifier(3)
     outputs = [network.head.fc, network.auxiliary4a.fc2, network.auxiliary4d.fc2]
     assert [layer.out_features for layer in outputs] == [3, 3, 3]
@@ -158,8 +167,8 @@ def test_the_naive_module_costs_854_million_operations_and_the_reduced_one_271()
     They say 358 million for the reduced one, which is the sum of their own rows with the 3 x 3 counted twice.
     """
     with torch.device("meta"):
-        naive = NaiveInception(256, Widths(128, 0, 192, 0, 96, 0))
-        reduced = Inception(256, Widths(128, 64, 192, 64, 96, 64))
+        naive = NaiveInception(256, FilterCounts(128, 0, 192, 0, 96, 0))
+        reduced = Inception(256, FilterCounts(128, 64, 192, 64, 96, 64))
     assert round(operations(naive, 28**2) / 1e6) == 854
     assert round(operations(reduced, 28**2) / 1e6) == 271
     twice = operations(reduced, 28**2) + operations(reduced.three, 28**2)
@@ -168,8 +177,17 @@ def test_the_naive_module_costs_854_million_operations_and_the_reduced_one_271()
     assert naive(x).shape == (1, 672, 28, 28) and reduced(x).shape == (1, 480, 28, 28)
 
 
+def test_numbers_of_the_naive_module_agree_with_figure_2a() -> None:
+    torch.manual_seed(0)
+    module, x = NaiveInception(5, FilterCounts(2, 0, 3, 0, 4, 0)), images(2, (5, 6, 7))
+    pooled = F.pad(x, (1, 1, 1, 1), value=-float("inf")).unfold(2, 3, 1).unfold(3, 3, 1).amax((4, 5))
+    with torch.no_grad():
+        branches = [convolve(module.one, x), convolve(module.three, x), convolve(module.five, x), pooled]
+        assert close(module(x), torch.cat(branches, dim=1))
+
+
 def test_the_naive_network_grows() -> None:
     """Computed; nobody published it."""
-    network = outline("googlenet_2014_naive")
+    network = on_meta("googlenet_2014_naive")
     assert num_parameters(network) == 104_274_376
     assert network.num_features > 3 * 1024

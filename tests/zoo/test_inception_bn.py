@@ -9,21 +9,21 @@ from pytorchcv.models.bninception import BNInception as Theirs
 from torch import nn
 
 from pretrained.zoo.inception_bn import MODULES
-from tests.zoo.certify import images, num_parameters
-from tests.zoo.classics import close, fill, outline, reaches_every_parameter, shapes
+from tests.zoo.certify import assert_deviation, build, images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, reaches_every_parameter, shapes
 
 SIZE = (3, 224, 224)
 
 
 def test_count() -> None:
     """Computed from Figure 5. The text says 13.6 million; pytorchcv, with other widths, has 11,295,240."""
-    network = outline("bn_inception")
+    network = on_meta("bn_inception")
     assert num_parameters(network) == 11_188_288
     assert reaches_every_parameter(network, SIZE)
 
 
 def test_the_maps_have_the_sizes_of_figure_5() -> None:
-    found = shapes(outline("bn_inception"), SIZE)
+    found = shapes(on_meta("bn_inception"), SIZE)
     names = ("conv1", "pool1", "conv2", "pool2", *(f"inception{name}" for name in MODULES))
     assert [found[name] for name in names] == [
         *((64, 112, 112), (64, 56, 56), (192, 56, 56), (192, 28, 28), (256, 28, 28), (320, 28, 28)),
@@ -32,9 +32,14 @@ def test_the_maps_have_the_sizes_of_figure_5() -> None:
     ]
 
 
-def test_no_convolution_has_a_bias() -> None:
-    layers = [layer for layer in outline("bn_inception").modules() if isinstance(layer, nn.Conv2d)]
-    assert all(layer.bias is None for layer in layers)
+def test_weights_begin_by_the_rule_of_he_and_no_convolution_has_a_bias() -> None:
+    network = build("bn_inception")
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert_deviation(layer.weight, (2 / layer.weight[0].numel()) ** 0.5)
+            assert layer.bias is None
+    assert_deviation(network.head.fc.weight, 0.01)
+    assert not network.head.fc.bias.any()
 
 
 def their_name(name: str) -> str:
@@ -71,7 +76,7 @@ def _their_layer(found: re.Match[str]) -> str:
 
 def test_numbers_agree_with_pytorchcv_of_the_same_widths() -> None:
     """Theirs with the widths of the paper, a dense first convolution equal to ours, and no biases."""
-    network, x = outline("bn_inception", num_classes=7), images(1, (3, 224, 224))
+    network, x = on_meta("bn_inception", num_classes=7), images(1, (3, 224, 224))
     fill(network.children())
     stages = (("3a", "3b"), ("3c", "4a", "4b", "4c", "4d"), ("4e", "5a", "5b"))
     rows = [[MODULES[name] for name in names] for names in stages]

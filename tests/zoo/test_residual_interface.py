@@ -1,13 +1,13 @@
-"""Residual, dense and fractal networks as networks of timm, and the parts that they are built of."""
+"""The stages of residual, dense and fractal networks, and the parts that they are built of."""
 
 import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from torch import nn
 
 from pretrained.graph.stages import find_stages
-from pretrained.zoo.residual import PadShortcut, chain, cifar_depth, conv, place_blocks
+from pretrained.zoo.residual import PadShortcut, block_shapes, chain, cifar_depth, conv
+from tests.sweeps import slow_except
 from tests.zoo.certify import CIFAR, images
 
 SMALL = (
@@ -20,24 +20,7 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_timm_interface(name: str) -> None:
-    network = timm.create_model(name, num_classes=7, in_chans=1, drop_rate=0.0).eval()
-    with torch.no_grad():
-        features = network.forward_features(images(2, (1, 32, 32)))
-        assert features.shape[1] == network.num_features == network.head_hidden_size
-        assert network.forward_head(features, pre_logits=True).shape == (2, network.num_features)
-        assert network.forward_head(features).shape == (2, 7)
-        network.reset_classifier(3, "max")
-        assert network(images(2, (1, 32, 32))).shape == (2, 3)
-    assert isinstance(network.get_classifier(), nn.Linear)
-    assert network.get_submodule(network.pretrained_cfg["first_conv"]).in_channels == 1
-    assert network.get_submodule(network.pretrained_cfg["classifier"]) is network.get_classifier()
-    network.reset_classifier(0)
-    assert network.num_classes == 0
-
-
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_except(["cifar_resnet20", "cifar_fractalnet_thin_c3"], SMALL))
 def test_stages_are_those_of_the_paper(name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(name).eval()
@@ -74,9 +57,9 @@ def test_a_chain_is_its_letters() -> None:
     assert (layers.bn1.num_features, layers.bn2.num_features, layers.drop1.p) == (4, 6, 0.5)
 
 
-def test_places_halve_the_grid_and_count_from_one() -> None:
-    places = place_blocks(3, [[4, 4], [8, 8]], drop_path_rate=0.5)
-    flat = [place for stage in places for place in stage]
+def test_shapes_halve_the_grid_and_count_from_one() -> None:
+    shapes = block_shapes(3, [[4, 4], [8, 8]], drop_path_rate=0.5)
+    flat = [shape for stage in shapes for shape in stage]
     assert [(p.inputs, p.outputs, p.stride) for p in flat] == [(3, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1)]
     assert [p.survival for p in flat] == [0.875, 0.75, 0.625, 0.5]
     assert [p.is_first for p in flat] == [True, False, False, False]

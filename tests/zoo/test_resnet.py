@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torchvision
 from pytorchcv.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.sweeps import slow_except
 from tests.zoo.certify import (
     State,
     assert_gradient_everywhere,
@@ -17,7 +19,6 @@ from tests.zoo.certify import (
     copy_weights,
     count,
     images,
-    initial_loss,
     map_sizes,
     norm,
     on_meta,
@@ -42,7 +43,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", slow_except(["plain18", "resnet18_b", "resnet50_v1"], PARAMETERS))
 def test_parameters(name: str) -> None:
     assert count(name) == PARAMETERS[name]
 
@@ -51,10 +52,10 @@ def test_parameters(name: str) -> None:
     ("name", "published"),
     [
         ("plain18", 1.8),
-        ("resnet34_a", 3.6),
+        pytest.param("resnet34_a", 3.6, marks=pytest.mark.slow),
         ("resnet50_v1", 3.8),
-        ("resnet101_v1", 7.6),
-        ("resnet152_v1", 11.3),
+        pytest.param("resnet101_v1", 7.6, marks=pytest.mark.slow),
+        pytest.param("resnet152_v1", 11.3, marks=pytest.mark.slow),
     ],
 )
 def test_operations(name: str, published: float) -> None:
@@ -105,20 +106,27 @@ def test_numbers_of_a_second_forward(name: str) -> None:
     assert_same_output(network, lambda batch: second_forward(state, batch, residual=residual), batch)
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks", "expansion"), [("resnet18_b", (2, 2, 2, 2), 1), ("resnet50_v1", (3, 4, 6, 3), 4)]
-)
-def test_numbers_of_pytorchcv(name: str, blocks: tuple[int, ...], expansion: int) -> None:
+def test_numbers_of_pytorchcv() -> None:
     """pytorchcv too has v1, with ``conv1_stride``."""
-    ours = randomise(build(name))
-    widths = [[width * expansion] * n for width, n in zip((64, 128, 256, 512), blocks, strict=True)]
-    theirs = ResNet(widths, 64, bottleneck=expansion == 4, conv1_stride=True)
+    ours = randomise(build("resnet50_v1"))
+    widths = [[width] * blocks for width, blocks in zip((256, 512, 1024, 2048), (3, 4, 6, 3), strict=True)]
+    theirs = ResNet(widths, 64, bottleneck=True, conv1_stride=True)
     copy_weights(ours, theirs, lambda name: pytorchcv_name(name).replace("init_block.", "init_block.conv."))
     assert_same_output(ours, theirs, images(1, IMAGENET))
 
 
-def test_gradient_and_first_loss() -> None:
-    for name in ("plain18", "resnet18_a"):
-        network, batch = build(name), images(4, (3, 64, 64))
-        assert initial_loss(network, batch) == pytest.approx(1, abs=0.1)
-        assert_gradient_everywhere(network, batch)
+@pytest.mark.parametrize("depth", [18, pytest.param(34, marks=pytest.mark.slow)])
+def test_option_b_is_torchvisions_network(depth: int) -> None:
+    ours = randomise(build(f"resnet{depth}_b"))
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(f"resnet{depth}").eval()
+    state = dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True))
+    theirs.load_state_dict(state, assign=True)
+    batch = images(1, (3, 64, 64))
+    with torch.no_grad():
+        assert torch.equal(ours(batch), theirs(batch))
+
+
+@pytest.mark.parametrize("name", ["plain18", "resnet18_a"])
+def test_gradient_reaches_every_parameter(name: str) -> None:
+    assert_gradient_everywhere(build(name), images(4, (3, 64, 64)))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from tests.zoo.certify import images, num_parameters
-from tests.zoo.classics import close, fill, normalise, outline, reaches_every_parameter, shapes
+from tests.zoo.certify import assert_deviation, build, images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, normalise, reaches_every_parameter, shapes
 
 SIZE = (3, 224, 224)
 
@@ -19,13 +19,13 @@ SIZE = (3, 224, 224)
 )
 def test_counts(name: str, number: int, published: int) -> None:
     """Table 2 gives millions."""
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number and round(number / 1e6) == published
     assert reaches_every_parameter(network, SIZE)
 
 
 def test_c_is_the_column_of_table_1() -> None:
-    network = outline("vgg16_c")
+    network = on_meta("vgg16_c")
     found = shapes(network, SIZE)
     assert [found[f"block{number}"] for number in range(1, 6)] == [
         *((64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (512, 7, 7))
@@ -41,7 +41,7 @@ def test_c_is_the_column_of_table_1() -> None:
 
 
 def blocks(name: str) -> nn.Module:
-    network = outline(name).eval()
+    network = on_meta(name).eval()
     fill(module for child, module in network.named_children() if child.startswith("block"))
     return network
 
@@ -70,3 +70,35 @@ def test_numbers_of_c_agree_with_the_table() -> None:
                 y = F.conv2d(y, next(own), next(own), padding=kernel // 2).relu()
             y = F.max_pool2d(y, 2)
         assert close(network.forward_features(x), y)
+
+
+# --- with fc6 and fc7 of 32 values -----------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrained.zoo.vgg_variants.HIDDEN", 32)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_numbers_of_the_fully_connected_layers() -> None:
+    """Maps of 14 x 14 are means of 2 x 2 positions for fc6."""
+    network, maps = build("vgg16_c", num_classes=7).eval(), images(2, (512, 14, 14))
+    own = {name: value.detach().double() for name, value in network.named_parameters()}
+    x = maps.double().reshape(2, 512, 7, 2, 7, 2).mean((3, 5)).reshape(2, -1)
+    for layer in ("fc6", "fc7"):
+        x = (x @ own[f"{layer}.weight"].T + own[f"{layer}.bias"]).clamp(min=0)
+    with torch.no_grad():
+        assert close(network.forward_head(maps, pre_logits=True), x.float())
+        assert close(network.forward_head(maps), (x @ own["fc8.weight"].T + own["fc8.bias"]).float())
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("name", ["vgg11_lrn", "vgg16_c"])
+def test_weights_begin_with_a_fixed_deviation_or_by_the_rule_of_glorot(name: str) -> None:
+    for module in build(name).modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            positions = module.weight[0, 0].numel()
+            fans = positions * (module.weight.shape[0] + module.weight.shape[1])
+            assert_deviation(module.weight, 0.01 if name == "vgg11_lrn" else (2 / fans) ** 0.5)
+            assert not module.bias.any()

@@ -6,6 +6,7 @@ from pytorchcv.models.wrn_cifar import CIFARWRN
 from torch import nn
 
 from pretrained.zoo.wide_resnet import cifar_wrn
+from tests.sweeps import slow_except
 from tests.zoo.certify import (
     assert_gradient_everywhere,
     assert_same_output,
@@ -13,7 +14,6 @@ from tests.zoo.certify import (
     copy_weights,
     count,
     images,
-    initial_loss,
     map_sizes,
     on_meta,
     pytorchcv_preact_name,
@@ -35,7 +35,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("shape", PUBLISHED)
+@pytest.mark.parametrize("shape", slow_except(["40_1", "28_10", "16_8"], PUBLISHED))
 def test_parameters(shape: str) -> None:
     exact, published = PUBLISHED[shape]
     assert count(f"cifar_wrn_{shape}") == exact
@@ -101,7 +101,5 @@ def test_numbers_of_pytorchcv() -> None:
     assert_same_output(ours, theirs, images())
 
 
-def test_gradient_and_first_loss() -> None:
-    network = build("cifar_wrn_16_4", drop_rate=0.3)
-    assert initial_loss(network, images(8)) == pytest.approx(1, abs=0.1)
-    assert_gradient_everywhere(network, images(4))
+def test_gradient_reaches_every_parameter() -> None:
+    assert_gradient_everywhere(build("cifar_wrn_16_4", drop_rate=0.3), images(4))

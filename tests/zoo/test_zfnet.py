@@ -6,8 +6,8 @@ import pytest
 import torch
 from pytorchcv.models.zfnet import zfnet as theirs
 
-from tests.zoo.certify import images, num_parameters
-from tests.zoo.classics import close, fill, outline, reaches_every_parameter, shapes
+from tests.zoo.certify import images, num_parameters, on_meta
+from tests.zoo.classics import close, fill, reaches_every_parameter, shapes
 
 SIZE = (3, 224, 224)
 
@@ -24,13 +24,13 @@ SIZE = (3, 224, 224)
     ],
 )
 def test_counts(name: str, number: int) -> None:
-    network = outline(name)
+    network = on_meta(name)
     assert num_parameters(network) == number
     assert reaches_every_parameter(network, SIZE)
 
 
 def test_the_maps_have_the_sizes_of_figure_3() -> None:
-    found = shapes(outline("zfnet"), SIZE)
+    found = shapes(on_meta("zfnet"), SIZE)
     names = ("conv1", "norm1", "conv2", "norm2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7")
     assert [found[name] for name in names] == [
         *((96, 110, 110), (96, 55, 55), (256, 26, 26), (256, 13, 13), (384, 13, 13), (384, 13, 13)),
@@ -40,7 +40,7 @@ def test_the_maps_have_the_sizes_of_figure_3() -> None:
 
 def test_numbers_agree_with_pytorchcv_but_for_the_order_of_the_paper() -> None:
     """Theirs normalises before it pools, with a fifth of alpha. The paper pools, then normalises."""
-    network, x = outline("zfnet_without_67", num_classes=7).eval(), 30 * images(1, SIZE)
+    network, x = on_meta("zfnet_without_67", num_classes=7).eval(), 30 * images(1, SIZE)
     fill(network.children(), gain=0.7)
     with torch.device("meta"):
         features = theirs().features.eval()
