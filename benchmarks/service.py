@@ -26,9 +26,9 @@ from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.predict import measure_parts, train_model
 from benchmarks.results import Figures
 from finetune.evaluation.predictor import load
-from finetune.service.jobs import JobStore
-from finetune.service.states import State
-from finetune.service.tables import open_store
+from finetune.service.store.jobs import JobStore
+from finetune.service.store.states import State
+from finetune.service.store.tables import open_store
 
 CLIENTS = (1, 8, 64)
 STORED = 10_000

@@ -317,6 +317,7 @@ OUTPUT_ALLOWED = {
     "finetune.system.watch": "the same",
     "finetune.launch.ray": "passes on the bytes that other processes of this program wrote",
     "finetune.exporters.fresh": "runs as a file, without this package; an error of ours quotes what it says",
+    "finetune.service.predictions.model_process": "answers its server in frames, and prints nothing",
     "pretrained.sizes": "a tool of developers; it names networks of the libraries",
 }
 """Modules that may write to stdout or stderr. Both doors sanitise: file names hold terminal commands."""

@@ -16,7 +16,6 @@ from finetune.cli import (
     export,
     extract,
     hosted,
-    jobs,
     predict,
     probe,
     pull,
@@ -24,11 +23,11 @@ from finetune.cli import (
     report,
     retrieve,
     run,
-    serve,
 )
 from finetune.cli.group import ValueShowingGroup
 from finetune.cli.output import print_line, replace_closed_streams
 from finetune.cli.processes import leave
+from finetune.cli.serving import jobs, serve
 from finetune.cli.unknown import RecipeCommand
 
 app = typer.Typer(

@@ -11,20 +11,21 @@ from fastapi import FastAPI
 from finetune import __version__
 from finetune.service.access import Access
 from finetune.service.context import Context
-from finetune.service.datasets import DatasetStore
-from finetune.service.dispatcher import Dispatcher
-from finetune.service.executor import Executor
-from finetune.service.folder import StoreFolder
-from finetune.service.jobs import JobStore, UnknownError
-from finetune.service.models import ModelHosts, ModelStore
+from finetune.service.predictions.hosts import ModelHosts
 from finetune.service.problems import add_handlers
 from finetune.service.routes import datasets as data
 from finetune.service.routes import health, inference, jobs, page
 from finetune.service.routes import models as predictions
 from finetune.service.settings import ServiceSettings
+from finetune.service.store.datasets import DatasetStore
+from finetune.service.store.folder import StoreFolder
+from finetune.service.store.jobs import JobStore, UnknownError
+from finetune.service.store.models import ModelStore
+from finetune.service.store.tables import open_store
+from finetune.service.store.uploads import Uploads
 from finetune.service.submission import Submission
-from finetune.service.tables import open_store
-from finetune.service.uploads import Uploads
+from finetune.service.work.dispatcher import Dispatcher
+from finetune.service.work.executor import Executor
 
 
 def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str], None]) -> FastAPI:

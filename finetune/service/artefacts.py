@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.errors import UsageError
 from finetune.runs.folder import RunFolder
-from finetune.service.jobs import UnknownError
+from finetune.service.store.jobs import UnknownError
 from finetune.system.regular_files import open_regular
 
 _LEFT_OUT = frozenset({"checkpoints"})

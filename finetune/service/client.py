@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import httpx
 
@@ -94,6 +95,11 @@ class Client:
         """Return the JSON object at a path; see :meth:`call`."""
         return cast(dict[str, Any], self.call("GET", path, **more).json())
 
+    @staticmethod
+    def path_of(job: str) -> str:
+        """Return the path of a job, whatever its id holds."""
+        return f"/v1/jobs/{quote(job, safe='')}"
+
     def submit(self, recipe: Mapping[str, Any], key: str, label: str = "") -> dict[str, Any]:
         """Submit a job; the same key is the same job."""
         headers, words = {"Idempotency-Key": key}, {"label": label}
@@ -104,7 +110,7 @@ class Client:
         """Yield the events of a job until it has ended."""
         after = 0
         while True:
-            page = self.read(f"/v1/jobs/{job}/events", params={"after": after})["events"]
+            page = self.read(f"{self.path_of(job)}/events", params={"after": after})["events"]
             for event in page:
                 after = event["seq"]
                 yield event
@@ -116,10 +122,10 @@ class Client:
         """Yield the log of the last attempt as it is written, until the job has ended."""
         done, attempt = 0, 0
         while True:
-            facts = self.read(f"/v1/jobs/{job}")
+            facts = self.read(self.path_of(job))
             if facts["attempt"] != attempt:
                 done, attempt = 0, facts["attempt"]
-            log = self.call("GET", f"/v1/jobs/{job}/logs", params={"attempt": max(attempt, 1)}).content
+            log = self.call("GET", f"{self.path_of(job)}/logs", params={"attempt": max(attempt, 1)}).content
             if len(log) > done:
                 yield log[done:]
                 done = len(log)
@@ -137,12 +143,12 @@ class Client:
             DataError: a file that arrived has another digest than the server said.
             DiskError: a file cannot be written.
         """
-        files = self.read(f"/v1/jobs/{job}/artifacts")["artifacts"]
+        files = self.read(f"{self.path_of(job)}/artifacts")["artifacts"]
         for number, file in enumerate(files):
             on_progress(number, len(files))
             target = output / file["name"]
             if not (target.is_file() and _hash(target) == file["sha256"]):
-                self._fetch(f"/v1/jobs/{job}/artifacts/{file['name']}", target, file["sha256"])
+                self._fetch(f"{self.path_of(job)}/artifacts/{quote(file['name'])}", target, file["sha256"])
         on_progress(len(files), len(files))
         return len(files)
 
@@ -261,7 +267,7 @@ class _LocalTransport(httpx.BaseTransport):
 
     def __init__(self, settings: ServiceSettings) -> None:
         from finetune.service.app import create_app
-        from finetune.service.executor import LocalExecutor
+        from finetune.service.work.executor import LocalExecutor
 
         app = create_app(settings, LocalExecutor(), lambda _: None)
         self._inner = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -9,8 +9,8 @@ from finetune.errors import FinetuneError, UsageError
 from finetune.evaluation.compare_runs import compare_runs
 from finetune.runs.reader import RunReader
 from finetune.service.context import Context
-from finetune.service.jobs import ConflictError
-from finetune.service.states import State
+from finetune.service.store.jobs import ConflictError
+from finetune.service.store.states import State
 from finetune.system.display import SilentDisplay
 
 _NAMES = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "num_images")

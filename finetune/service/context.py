@@ -10,14 +10,15 @@ from typing import Any
 from fastapi import Request
 
 from finetune.service.access import name_client, read_token
-from finetune.service.datasets import DatasetStore
-from finetune.service.folder import StoreFolder
-from finetune.service.jobs import JobStore
-from finetune.service.models import ModelHosts, ModelStore
+from finetune.service.predictions.hosts import ModelHosts
 from finetune.service.problems import RefusedError
 from finetune.service.settings import ServiceSettings
+from finetune.service.store.datasets import DatasetStore
+from finetune.service.store.folder import StoreFolder
+from finetune.service.store.jobs import JobStore
+from finetune.service.store.models import ModelStore
+from finetune.service.store.uploads import Uploads
 from finetune.service.submission import Submission
-from finetune.service.uploads import Uploads
 
 
 @dataclass(frozen=True)

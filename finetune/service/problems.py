@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from finetune.errors import ExitCode, FinetuneError, sanitize
 from finetune.service.html import render
-from finetune.service.jobs import ConflictError, UnknownError
+from finetune.service.store.jobs import ConflictError, UnknownError
 
 MEDIA_TYPE = "application/problem+json"
 _STATUS = {

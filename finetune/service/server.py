@@ -12,8 +12,8 @@ import uvicorn
 
 from finetune.errors import EnvironmentFaultError
 from finetune.service.app import create_app
-from finetune.service.executor import LocalExecutor, find_gpus
 from finetune.service.settings import ServiceSettings
+from finetune.service.work.executor import LocalExecutor, find_gpus
 
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:

@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 from finetune.launch.supervisor import own_command
-from finetune.service import dispatcher, jobs, server
-from finetune.service.executor import LocalExecution, LocalExecutor
-from finetune.service.folder import JobFolder
-from finetune.service.jobs import Job
+from finetune.service import server
 from finetune.service.settings import Limits, ServiceSettings
+from finetune.service.store import jobs
+from finetune.service.store.folder import JobFolder
+from finetune.service.store.jobs import Job
+from finetune.service.work import dispatcher
+from finetune.service.work.executor import LocalExecution, LocalExecutor
 
 COUNT = """
 mkdir -p $OUT

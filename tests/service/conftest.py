@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine
 
-from finetune.service.jobs import JobStore
-from finetune.service.tables import metadata, open_store
+from finetune.service.store.jobs import JobStore
+from finetune.service.store.tables import metadata, open_store
 from tests.service.databases import Postgres, find_postgres, running_postgres
 
 

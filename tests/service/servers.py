@@ -14,11 +14,11 @@ import httpx
 import uvicorn
 
 from finetune.service.app import create_app
-from finetune.service.executor import LocalExecution
-from finetune.service.folder import JobFolder
-from finetune.service.jobs import Job
-from finetune.service.kinds import Kind
 from finetune.service.settings import ServiceSettings
+from finetune.service.store.folder import JobFolder
+from finetune.service.store.jobs import Job
+from finetune.service.store.states import Kind
+from finetune.service.work.executor import LocalExecution
 
 DONE = """
 echo "hello $ATTEMPT"

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from finetune.service import dispatcher
 from finetune.service.routes import jobs as routes
 from finetune.service.settings import Limits, ServiceSettings
+from finetune.service.work import dispatcher
 from tests.service.servers import RECIPE, Scripts, Served, serving
 
 TOKEN = "0123456789abcdef0123456789abcdef"

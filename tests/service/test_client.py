@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from finetune.service import client as module
-from finetune.service import dispatcher
 from finetune.service.client import Client, pack
 from finetune.service.settings import TOKEN_VARIABLE, Limits, ServiceSettings
+from finetune.service.work import dispatcher
 from tests.conftest import Cli, draw_folder
 from tests.service.servers import Scripts, Served, serving
 from tests.service.test_api import TOKEN, WAIT

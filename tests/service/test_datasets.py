@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from finetune.service import dispatcher
-from finetune.service.executor import LocalExecutor
 from finetune.service.settings import Limits, ServiceSettings
+from finetune.service.work import dispatcher
+from finetune.service.work.executor import LocalExecutor
 from tests.conftest import draw_folder
 from tests.service.servers import Scripts, Served, serving
 from tests.service.test_api import problem
@@ -187,7 +187,7 @@ class RealChecks(Scripts):
     slots = 1
 
     def start(self, job: Any, folder: Any) -> Any:
-        from finetune.service.kinds import Kind
+        from finetune.service.store.states import Kind
 
         return self._local.start(job, folder) if job.kind == Kind.CHECK else super().start(job, folder)
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from finetune.service import dispatcher as module
-from finetune.service.dispatcher import Dispatcher
-from finetune.service.executor import LocalExecution, LocalExecutor
-from finetune.service.folder import JobFolder, StoreFolder
-from finetune.service.jobs import Job, JobStore
-from finetune.service.states import State
-from finetune.service.tables import open_store
+from finetune.service.store.folder import JobFolder, StoreFolder
+from finetune.service.store.jobs import Job, JobStore
+from finetune.service.store.states import State
+from finetune.service.store.tables import open_store
+from finetune.service.work import dispatcher as module
+from finetune.service.work.dispatcher import Dispatcher
+from finetune.service.work.executor import LocalExecution, LocalExecutor
 
 
 class ShellExecutor:

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import Engine, insert, update
 
 from finetune.errors import DiskError, EnvironmentFaultError
-from finetune.service import jobs as jobs_module
-from finetune.service.jobs import ConflictError, JobStore, UnknownJobError
-from finetune.service.states import ACTIVE, TERMINAL, TRANSITIONS, WAITING, State, sources_of
-from finetune.service.tables import VERSION, jobs, open_store, versions
+from finetune.service.store import jobs as jobs_module
+from finetune.service.store.jobs import ConflictError, JobStore, UnknownJobError
+from finetune.service.store.states import ACTIVE, TERMINAL, TRANSITIONS, WAITING, State, sources_of
+from finetune.service.store.tables import VERSION, jobs, open_store, versions
 
 RECIPE = {"data": {"path": "/data/ants"}, "strategy": {"name": "auto"}}
 DONE = {"state": "done", "message": "finished", "exit_code": 0}
@@ -230,7 +230,7 @@ def test_databases_that_cannot_be_used_are_refused_without_their_password(tmp_pa
 def test_an_event_of_an_unknown_job_is_refused_by_the_database(engine: Engine) -> None:
     from sqlalchemy.exc import IntegrityError
 
-    from finetune.service.tables import events
+    from finetune.service.store.tables import events
 
     with pytest.raises(IntegrityError), engine.begin() as connection:
         connection.execute(

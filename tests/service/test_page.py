@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from finetune.service import dispatcher
 from finetune.service.settings import ServiceSettings
+from finetune.service.work import dispatcher
 from tests.browsers import NEEDS_BROWSER, open_browser
 from tests.conftest import FinishedRun, draw_folder
 from tests.service.servers import Scripts, Served, serving

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 import finetune
-from finetune.service import dispatcher
-from finetune.service.serving import ModelHost, ModelProcess, Picture
+from finetune.service.predictions.serving import ModelHost, ModelProcess, Picture
 from finetune.service.settings import ServiceSettings
+from finetune.service.work import dispatcher
 from tests.conftest import FinishedRun
 from tests.service.servers import Scripts, Served, serving
 from tests.service.test_api import problem

@@ -14,9 +14,9 @@ from starlette.concurrency import run_in_threadpool
 
 from finetune.runs.reader import RunReader
 from finetune.service.context import Context
-from finetune.service.datasets import StoredDataset
-from finetune.service.jobs import UnknownError
 from finetune.service.problems import RefusedError
+from finetune.service.store.datasets import StoredDataset
+from finetune.service.store.jobs import UnknownError
 from finetune.system.regular_files import open_regular
 
 router = APIRouter(prefix="/v1", tags=["data sets"])

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from finetune.service.context import Context
-from finetune.service.states import State
+from finetune.service.store.states import State
 
 router = APIRouter(prefix="/v1", tags=["health"])
 

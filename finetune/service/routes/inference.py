@@ -22,8 +22,9 @@ from starlette.concurrency import run_in_threadpool
 
 from finetune import __version__
 from finetune.service.context import Context
+from finetune.service.predictions.serving import Picture
 from finetune.service.problems import RefusedError
-from finetune.service.serving import Picture
+from finetune.targets import rank_classes
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
@@ -96,7 +97,7 @@ async def infer(
             found = f"image {index} cannot be read: {answer['fault']}"
             raise _refuse(found, "Leave it out or repair it.")
     values = np.array([answer["probabilities"] for answer in answers], np.float32)
-    labels = [host.facts["classes"][index].encode() for index in values.argmax(axis=1)]
+    labels = [host.facts["classes"][index].encode() for index in (rank_classes(row, 1)[0] for row in values)]
     facts = {"model_name": name, "model_version": str(model.version)}
     facts |= {"id": header["id"]} if isinstance(header.get("id"), str) else {}
     return _write_outputs(facts, header, values, labels)

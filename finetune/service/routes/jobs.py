@@ -17,11 +17,11 @@ from finetune.recipe.json_schema import build_schema
 from finetune.runs.reader import RunReader
 from finetune.service.artefacts import find_artefact, list_artefacts
 from finetune.service.context import Context
-from finetune.service.dry_run import run_dry
-from finetune.service.folder import JobFolder
-from finetune.service.jobs import ConflictError, Job, JobEvent
 from finetune.service.problems import RefusedError
-from finetune.service.states import WAITING, State
+from finetune.service.store.folder import JobFolder
+from finetune.service.store.jobs import ConflictError, Job, JobEvent
+from finetune.service.store.states import WAITING, State
+from finetune.service.work.dry_run import run_dry
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 POLL = 0.5

@@ -14,9 +14,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from finetune.service.context import Context
-from finetune.service.models import ModelVersion
+from finetune.service.predictions.serving import Picture
 from finetune.service.problems import RefusedError
-from finetune.service.serving import Picture
+from finetune.service.store.models import ModelVersion
 from finetune.targets import rank_classes
 
 router = APIRouter(prefix="/v1/models", tags=["models"])

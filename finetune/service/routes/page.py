@@ -17,7 +17,7 @@ from finetune.runs.reader import RunReader
 from finetune.service.compare import compare_jobs
 from finetune.service.context import Context
 from finetune.service.html import render
-from finetune.service.jobs import UnknownError
+from finetune.service.store.jobs import UnknownError
 from finetune.strategies import AUTO, join_names
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)

@@ -1,6 +1,6 @@
 """The first program of a job's process: it ends with the server, and becomes ``finetune``.
 
-    python -m finetune.service.job_process SERVER WORD ...      SERVER is the process id of the server
+    python -m finetune.service.work.job_process SERVER WORD ...        SERVER: id of its process
 
 When a server is killed, the kernel asks its jobs to stop: they write a checkpoint and end, so that the next
 server finds their folders free.

@@ -1,4 +1,4 @@
-"""The states of a job, and which may follow which.
+"""The kinds of jobs, their states, and which state may follow which.
 
 ::
 
@@ -14,6 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a job does: train, or check an uploaded data set."""
+
+    RUN = "run"
+    CHECK = "check"
 
 
 class State(StrEnum):

@@ -25,14 +25,14 @@ from typing import Any, BinaryIO, cast
 
 from finetune.errors import EnvironmentFaultError
 from finetune.launch.supervisor import own_command
-from finetune.service.frames import read_frame, write_frame
+from finetune.service.predictions.frames import read_frame, write_frame
 
 MOST_IMAGES = 32
 """Images of a batch (B)."""
 WAIT = 0.005
 """Seconds that a batch waits for more images (T)."""
 START_SECONDS = 120.0
-_MODULE = "finetune.service.model_process"
+_MODULE = "finetune.service.predictions.model_process"
 Answer = Mapping[str, Any]
 
 

@@ -19,9 +19,8 @@ from sqlalchemy import ColumnElement, Connection, Engine, RowMapping, delete, fu
 from sqlalchemy.exc import IntegrityError
 
 from finetune.errors import UsageError
-from finetune.service.kinds import Kind
-from finetune.service.states import ACTIVE, RESUMABLE, WAITING, State, sources_of
-from finetune.service.tables import events, jobs, keys, read_clock, reading
+from finetune.service.store.states import ACTIVE, RESUMABLE, WAITING, Kind, State, sources_of
+from finetune.service.store.tables import events, jobs, keys, read_clock, reading
 
 LEASE = 30.0
 """Seconds after which a server that has not renewed its lease is taken for lost."""
@@ -94,7 +93,7 @@ class JobStore:
     """The jobs of a store.
 
     Args:
-        engine: from :func:`finetune.service.tables.open_store`.
+        engine: from :func:`finetune.service.store.tables.open_store`.
     """
 
     def __init__(self, engine: Engine) -> None:

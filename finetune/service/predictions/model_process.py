@@ -1,6 +1,6 @@
 """The process of a model: reads batches of images on its standard input, answers on its standard output.
 
-    python -m finetune.service.model_process FOLDER SERVER      SERVER is the process id of the server
+    python -m finetune.service.predictions.model_process FOLDER SERVER        SERVER: id of its process
 
 An image that ends the process, or takes all memory, ends this process and not the server.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.errors import FinetuneError
-from finetune.service.frames import read_frame, write_frame
+from finetune.service.predictions.frames import read_frame, write_frame
 from finetune.system.signals import end_with_parent
 from finetune.system.temporary import temporary_folder
 

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from sqlalchemy import Engine, RowMapping, func, insert, select
 from sqlalchemy.exc import IntegrityError
@@ -19,11 +18,10 @@ from sqlalchemy.exc import IntegrityError
 from finetune.errors import UsageError
 from finetune.runs.files import disk_error
 from finetune.runs.new_folder import new_folder
-from finetune.service.folder import StoreFolder
-from finetune.service.jobs import ConflictError, JobStore, UnknownError
-from finetune.service.serving import ModelHost
-from finetune.service.states import State
-from finetune.service.tables import models, read_clock, reading
+from finetune.service.store.folder import StoreFolder
+from finetune.service.store.jobs import ConflictError, JobStore, UnknownError
+from finetune.service.store.states import State
+from finetune.service.store.tables import models, read_clock, reading
 from finetune.system.regular_files import open_regular
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -134,53 +132,6 @@ class ModelStore:
         query = select(models).join(latest, same).order_by(models.c.name)
         with reading(self._engine) as connection:
             return [ModelVersion.of(row) for row in connection.execute(query).mappings()]
-
-
-class ModelHosts:
-    """The processes of the models that were asked for, one for the latest version of each.
-
-    Args:
-        models: the models.
-        folder: files of the store.
-    """
-
-    def __init__(self, models: ModelStore, folder: StoreFolder) -> None:
-        self._models, self._folder = models, folder
-        self._hosts: dict[str, tuple[int, ModelHost]] = {}
-        self._starting: dict[str, Lock] = {}
-        self._lock = Lock()
-
-    def find(self, name: str) -> tuple[ModelVersion, ModelHost]:
-        """Return the latest version of a model and its host; its process is started at the first request.
-
-        Raises:
-            UnknownError: there is no such model.
-            EnvironmentFaultError: it cannot be loaded.
-        """
-        wanted = self._models.get(name)
-        with self._lock:
-            if (found := self._hosts.get(name)) is not None and found[0] >= wanted.version:
-                return wanted, found[1]
-            starting = self._starting.setdefault(name, Lock())
-        with starting:  # requests of other models do not wait for this one
-            with self._lock:
-                found = self._hosts.get(name)
-            if found is None or found[0] < wanted.version:
-                folder = self._folder.model(name, wanted.version)
-                host = ModelHost(folder, self._folder.model_log(name))
-                with self._lock:
-                    self._hosts[name] = (wanted.version, host)
-                if found is not None:
-                    found[1].close()  # after it has answered what it was asked before
-                return wanted, host
-            return wanted, found[1]
-
-    def close(self) -> None:
-        """End all processes."""
-        with self._lock:
-            hosts, self._hosts = [*self._hosts.values()], {}
-        for _, host in hosts:
-            host.close()
 
 
 def _hash(path: Path) -> str:

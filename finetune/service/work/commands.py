@@ -1,10 +1,9 @@
-"""The kinds of jobs: which command each one is, and how it says how it ended."""
+"""The command of each kind of job, and how it says how it ended."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 
 from finetune.errors import ExitCode
@@ -12,14 +11,8 @@ from finetune.recipe import load_recipe
 from finetune.runs.files import write_text
 from finetune.runs.folder import Outcome
 from finetune.runs.reader import RunReader
-from finetune.service.folder import JobFolder
-
-
-class Kind(StrEnum):
-    """What a job does: train, or check an uploaded data set."""
-
-    RUN = "run"
-    CHECK = "check"
+from finetune.service.store.folder import JobFolder
+from finetune.service.store.states import Kind
 
 
 def prepare(kind: Kind, recipe: Mapping[str, Any], folder: JobFolder) -> Sequence[str]:

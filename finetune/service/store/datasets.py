@@ -14,11 +14,10 @@ from sqlalchemy.exc import IntegrityError
 
 from finetune.errors import DataError
 from finetune.runs.files import disk_error
-from finetune.service.folder import StoreFolder
-from finetune.service.jobs import Job, JobStore, UnknownError
-from finetune.service.kinds import Kind
-from finetune.service.states import State
-from finetune.service.tables import datasets, read_clock, reading
+from finetune.service.store.folder import StoreFolder
+from finetune.service.store.jobs import Job, JobStore, UnknownError
+from finetune.service.store.states import Kind, State
+from finetune.service.store.tables import datasets, read_clock, reading
 from finetune.system.regular_files import open_regular
 
 _MAGIC = ((b"PK\x03\x04", 0, "images.zip"), (b"\x1f\x8b", 0, "images.tar.gz"), (b"ustar", 257, "images.tar"))

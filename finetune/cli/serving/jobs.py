@@ -12,7 +12,7 @@ import typer
 from finetune.cli.options import JsonOption
 from finetune.cli.output import handled_errors, print_json, print_line, print_table, print_text, say
 from finetune.cli.unknown import RecipeCommand
-from finetune.errors import EnvironmentFaultError, ExitCode, sanitize_line
+from finetune.errors import EnvironmentFaultError, ExitCode, UsageError, sanitize_line, suggest
 
 if TYPE_CHECKING:
     from finetune.service.client import Client
@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COLUMNS = ("id", "state", "label", "submitted", "attempt")
+STATES = ("queued", "running", "retrying", "cancelling", "succeeded", "failed", "cancelled")
 _CODES = {"succeeded": ExitCode.DONE, "cancelled": ExitCode.INTERRUPTED}
 IdArgument = Annotated[str, typer.Argument(help="Id of the job.", metavar="ID")]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")]
@@ -90,6 +91,10 @@ def list_command(
 ) -> None:
     """List jobs, the newest first."""
     with handled_errors(as_json):
+        for name in state or ():
+            if name not in STATES:
+                fix = f"Take {', '.join(STATES)}."
+                raise UsageError(f"--state {name}", f"there is no such state{suggest(name, STATES)}", fix)
         words = {"limit": limit, "label": label} | ({"state": state} if state else {})
         found = _open().read("/v1/jobs", params=words)
         if as_json:
@@ -109,7 +114,8 @@ def list_command(
 def show_command(job: IdArgument, as_json: JsonOption = False) -> None:
     """Show a job: its state, its progress, and how it ended."""
     with handled_errors(as_json):
-        facts = _open().read(f"/v1/jobs/{job}")
+        client = _open()
+        facts = client.read(client.path_of(job))
         if as_json:
             print_json(facts)
             return
@@ -140,7 +146,7 @@ def logs_command(job: IdArgument, follow: FollowOption = False) -> None:
     with handled_errors():
         client = _open()
         if not follow:
-            print_text(client.call("GET", f"/v1/jobs/{job}/logs").content.decode(errors="replace"))
+            print_text(client.call("GET", f"{client.path_of(job)}/logs").content.decode(errors="replace"))
             return
         for chunk in client.follow_log(job):
             print_text(chunk.decode(errors="replace"))
@@ -153,7 +159,7 @@ def events_command(job: IdArgument, follow: FollowOption = False, as_json: JsonO
         client = _open()
         if follow:
             raise typer.Exit(_follow(client, job))
-        found = client.read(f"/v1/jobs/{job}/events", params={"limit": 1000})
+        found = client.read(f"{client.path_of(job)}/events", params={"limit": 1000})
         if as_json:
             print_json(found)
             return
@@ -164,13 +170,13 @@ def events_command(job: IdArgument, follow: FollowOption = False, as_json: JsonO
 @app.command("cancel")
 def cancel_command(job: IdArgument, as_json: JsonOption = False) -> None:
     """Stop a job; it keeps its checkpoints and can be resumed."""
-    _act("POST", job, "cancel", as_json)
+    _act(job, "cancel", as_json)
 
 
 @app.command("resume")
 def resume_command(job: IdArgument, as_json: JsonOption = False) -> None:
     """Queue a job again that failed or was cancelled."""
-    _act("POST", job, "resume", as_json)
+    _act(job, "resume", as_json)
 
 
 @app.command("pull")
@@ -191,12 +197,14 @@ def pull_command(
 def remove_command(job: IdArgument) -> None:
     """Remove a job that has ended, with its run."""
     with handled_errors():
-        _open().call("DELETE", f"/v1/jobs/{job}")
+        client = _open()
+        client.call("DELETE", client.path_of(job))
 
 
-def _act(method: str, job: str, verb: str, as_json: bool) -> None:
+def _act(job: str, verb: str, as_json: bool) -> None:
     with handled_errors(as_json):
-        facts = _open().call(method, f"/v1/jobs/{job}/{verb}").json()
+        client = _open()
+        facts = client.call("POST", f"{client.path_of(job)}/{verb}").json()
         if as_json:
             print_json(facts)
         else:
@@ -222,7 +230,7 @@ def _follow(client: Client, job: str) -> int:
         _print_event(last)
     if last["state"] in _CODES:
         return int(_CODES[last["state"]])
-    outcome = client.read(f"/v1/jobs/{job}")["outcome"] or {}
+    outcome = client.read(client.path_of(job))["outcome"] or {}
     return int(outcome.get("exit_code") or ExitCode.INTERNAL)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune.launch.supervisor import own_command
-from finetune.service.folder import JobFolder
-from finetune.service.jobs import Job
-from finetune.service.kinds import prepare
+from finetune.service.store.folder import JobFolder
+from finetune.service.store.jobs import Job
+from finetune.service.work.commands import prepare
 
-_MODULE = "finetune.service.job_process"
+_MODULE = "finetune.service.work.job_process"
 
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")

@@ -23,11 +23,11 @@ from typing import Any
 
 from finetune.errors import ExitCode, FinetuneError
 from finetune.runs.folder import Outcome
-from finetune.service.executor import Execution, Executor
-from finetune.service.folder import StoreFolder
-from finetune.service.jobs import LEASE, Job, JobStore
-from finetune.service.kinds import read_outcome
-from finetune.service.states import State
+from finetune.service.store.folder import StoreFolder
+from finetune.service.store.jobs import LEASE, Job, JobStore
+from finetune.service.store.states import State
+from finetune.service.work.commands import read_outcome
+from finetune.service.work.executor import Execution, Executor
 
 TICK = 0.25
 """Seconds between two looks at the jobs."""

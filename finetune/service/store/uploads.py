@@ -24,8 +24,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from finetune.runs.files import disk_error, write_text
-from finetune.service.jobs import UnknownError
 from finetune.service.problems import RefusedError
+from finetune.service.store.jobs import UnknownError
 from finetune.system.regular_files import read_regular
 
 _ID = re.compile(r"[0-9a-f]{32}")

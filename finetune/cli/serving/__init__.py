@@ -1,0 +1,1 @@
+"""The commands of the service: ``finetune serve`` and ``finetune jobs``."""

@@ -1,0 +1,1 @@
+"""The predictions of the service: models in processes of their own."""

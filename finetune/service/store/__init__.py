@@ -1,0 +1,1 @@
+"""The store of the service: jobs, data sets and models in a database, and their files."""

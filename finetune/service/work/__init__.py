@@ -1,0 +1,1 @@
+"""The work of the service: jobs as processes of the command line."""
