@@ -27,7 +27,8 @@ from finetune.cli.app import app
 from finetune.errors import ExitCode
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
-MANIFESTS = sorted(DEPLOY.glob("kubernetes-*.yaml"))
+MANIFESTS = sorted(DEPLOY.glob("kubernetes-job*.yaml"))
+SERVICE = DEPLOY / "kubernetes-service.yaml"
 SCRIPTS = sorted(DEPLOY.glob("slurm-*.sbatch"))
 VERSIONS = ("1.31", "1.33", "1.35", "1.37")
 
@@ -72,7 +73,7 @@ def test_there_is_something_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*MANIFESTS, SERVICE], ids=lambda path: path.name)
 def test_manifests_are_valid(path: Path, version: str) -> None:
     for resource in resources(path):
         kubernetes_validate.validate(resource, version, strict=True)
@@ -203,11 +204,81 @@ def test_the_compose_file_is_as_strict_as_the_manifests() -> None:
 
 
 def test_no_registry_is_named() -> None:
-    for path in (*MANIFESTS, DEPLOY / "compose.yaml"):
+    for path in (*MANIFESTS, SERVICE, DEPLOY / "compose.yaml", DEPLOY / "compose-service.yaml"):
         images = [
             line.split()[-1] for line in path.read_text().splitlines() if line.strip().startswith("image:")
         ]
         assert images and all("/" not in image and ":" in image for image in images), path
+
+
+# --- the service ---------------------------------------------------------------------------------
+
+
+def parse_serve(words: list[str]) -> dict[str, Any]:
+    assert words[0] == "serve"
+    command: Any = get_command(app)
+    return command.commands["serve"].make_context("serve", words[1:]).params
+
+
+def test_the_pod_of_the_service_is_alone_in_its_store_and_as_strict_as_those_of_jobs() -> None:
+    deployment, service = resources(SERVICE)
+    spec, pod = deployment["spec"], deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    job = pod_of(MANIFESTS[0])
+    assert spec["replicas"] == 1 and spec["strategy"] == {"type": "Recreate"}
+    assert pod["securityContext"] == job["securityContext"]
+    assert container["securityContext"] == job["containers"][0]["securityContext"]
+    assert pod["terminationGracePeriodSeconds"] >= 60, "jobs take up to 25 seconds to save"
+    asked, mounts = (
+        parse_serve(container["args"]),
+        [mount["mountPath"] for mount in container["volumeMounts"]],
+    )
+    assert asked["host"] == "0.0.0.0" and asked["store"] in mounts
+    told = {item["name"]: item["valueFrom"]["secretKeyRef"]["name"] for item in container["env"]}
+    assert told == dict.fromkeys(("FINETUNE_API_TOKEN", "FINETUNE_DATABASE_URL"), "finetune-serve")
+    (port,) = container["ports"]
+    assert (
+        port["containerPort"] == asked["port"] and service["spec"]["ports"][0]["targetPort"] == port["name"]
+    )
+    assert service["spec"]["selector"] == spec["selector"]["matchLabels"]
+
+
+def test_probes_ask_paths_without_a_token() -> None:
+    from finetune.service.access import OPEN
+
+    (container,) = resources(SERVICE)[0]["spec"]["template"]["spec"]["containers"]
+    for name in ("livenessProbe", "readinessProbe"):
+        assert container[name]["httpGet"]["path"] in OPEN
+
+
+def test_the_compose_file_of_the_service(tmp_path: Path) -> None:
+    path = DEPLOY / "compose-service.yaml"
+    done = check_compose(path)
+    assert done.returncode == 0, done.stdout
+    (content,) = resources(path)
+    (run,) = resources(DEPLOY / "compose.yaml")
+    service, batch = content["services"]["serve"], run["services"]["finetune"]
+    for key in ("read_only", "tmpfs", "cap_drop", "security_opt", "init", "stop_grace_period", "shm_size"):
+        assert service[key] == batch[key], key
+    asked = parse_serve(service["command"])
+    assert asked["store"] in [volume["target"] for volume in service["volumes"]]
+    assert service["ports"] == [f"127.0.0.1:8000:{asked['port']}"], "a proxy with TLS stands before it"
+
+
+def test_the_unit_of_systemd_starts_a_command_that_there_is(tmp_path: Path) -> None:
+    text = (DEPLOY / "finetune-serve.service").read_text()
+    unit = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    words = unit["ExecStart"].split()
+    assert words[0].endswith("/finetune") and parse_serve(words[1:])["host"] == "127.0.0.1"
+    assert unit["KillMode"] == "mixed", "a signal to the jobs as well would count as the second"
+    assert int(unit["TimeoutStopSec"]) >= 60
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "finetune-serve.service").write_text(
+            text.replace("/opt/finetune/bin/finetune", "/bin/true")
+        )
+        command = ["systemd-analyze", "verify", str(tmp_path / "finetune-serve.service")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "Unknown" not in done.stderr, done.stderr
 
 
 # --- SLURM ---------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import uvicorn
 from finetune.errors import EnvironmentFaultError
 from finetune.service.app import create_app
 from finetune.service.settings import ServiceSettings
-from finetune.service.work.executor import LocalExecutor, find_gpus
+from finetune.service.work.executor import Executor, LocalExecutor, find_gpus
+from finetune.service.work.ray_executor import RayExecutor
 
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
@@ -29,7 +30,7 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
         DiskError: the store cannot be written.
     """
     settings.check()
-    executor = LocalExecutor(settings.slots, find_gpus())
+    executor = _open_executor(settings)
     app = create_app(settings, executor, say)
     with _listen(settings) as listener:
         host, port = listener.getsockname()[:2]
@@ -53,6 +54,12 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _open_executor(settings: ServiceSettings) -> Executor:
+    if settings.ray_address:
+        return RayExecutor(settings.ray_address, settings.slots or 1, settings.gpus_per_job)
+    return LocalExecutor(settings.slots, find_gpus())
 
 
 def _listen(settings: ServiceSettings) -> socket.socket:

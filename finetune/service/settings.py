@@ -41,6 +41,8 @@ class ServiceSettings:
         host: address that the server listens on.
         port: its port; 0 for a free one.
         slots: jobs that run at the same time; None for one a GPU, and one without.
+        ray_address: dashboard of the Ray cluster that runs the jobs; empty runs them on this machine.
+        gpus_per_job: GPUs of each job on a cluster.
         token: what a client must send; empty demands none, on a loopback address only.
         data_roots: folders of the server whose images a job may name by path.
         limits: what a request may cost.
@@ -51,6 +53,8 @@ class ServiceSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     slots: int | None = None
+    ray_address: str = ""
+    gpus_per_job: float = 1.0
     token: str = ""
     data_roots: tuple[Path, ...] = ()
     limits: Limits = Limits()

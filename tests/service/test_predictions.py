@@ -87,6 +87,19 @@ def test_an_image_that_cannot_be_read_is_said_and_the_others_are_answered(
     assert rejected.json()["predictions"][0]["rejected"]
 
 
+def test_a_heat_map_is_drawn_or_left_out_with_the_reason(served: Served, images: list[Path]) -> None:
+    files = [("image", ("a", images[0].read_bytes())), ("image", ("b", b"hello"))]
+    answer = served.client.post(
+        "/v1/models/colours/predict", files=files, params={"heat_map": True}, timeout=120
+    )
+    found, fault = answer.json()["predictions"]
+    if found["heat_map"] is None:
+        assert found["heat_map_missing"]
+    else:
+        assert Image.open(io.BytesIO(base64.b64decode(found["heat_map"]))).format == "JPEG"
+    assert "heat_map" not in fault and fault["fault"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [

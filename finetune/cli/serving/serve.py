@@ -29,6 +29,11 @@ def serve_command(
     slots: Annotated[
         int | None, typer.Option("--slots", min=1, help="Jobs at the same time; by default one a GPU.")
     ] = None,
+    ray_address: Annotated[
+        str,
+        typer.Option("--ray", help="Run jobs on a Ray cluster: http://HOST:8265.", metavar="ADDRESS"),
+    ] = "",
+    gpus_per_job: Annotated[float, typer.Option("--gpus-per-job", min=0, help="On the cluster.")] = 1.0,
     data_root: Annotated[
         list[Path] | None,
         typer.Option("--data-root", help="Folder whose images jobs may name by path; may be repeated."),
@@ -52,6 +57,14 @@ def serve_command(
                 raise UsageError(f"--data-root {root}", "there is no such folder", "Check the path.")
         token = os.environ.get(TOKEN_VARIABLE, "")
         settings = ServiceSettings(
-            Path(store).absolute(), database, host, port, slots, token=token, data_roots=roots
+            Path(store).absolute(),
+            database,
+            host,
+            port,
+            slots,
+            ray_address,
+            gpus_per_job,
+            token,
+            roots,
         )
         serve(settings, say)

@@ -7,6 +7,8 @@ An image that ends the process, or takes all memory, ends this process and not t
 
 from __future__ import annotations
 
+import base64
+import copy
 import os
 import secrets
 import sys
@@ -18,6 +20,7 @@ from finetune.errors import FinetuneError
 from finetune.service.predictions.frames import read_frame, write_frame
 from finetune.system.signals import end_with_parent
 from finetune.system.temporary import temporary_folder
+from finetune.targets import rank_classes
 
 
 def main() -> None:
@@ -54,6 +57,7 @@ class _Model:
         from finetune.evaluation.predictor import load
 
         self._predictor, self._folder = load(str(model), workers=2), folder
+        self._explainer: Any = None
 
     def describe(self) -> dict[str, Any]:
         """Return what the server says of the model."""
@@ -69,17 +73,43 @@ class _Model:
         """Return, for each image, its probabilities or the reason why it cannot be read.
 
         Args:
-            header: ``shapes``, for each image null (an encoded file) or height and width of RGB pixels.
+            header: ``shapes``, for each image null (an encoded file) or height and width of RGB pixels; and
+                ``wants_map``, for each whether a heat map is drawn.
             blocks: the images.
         """
         images = list(zip(header["shapes"], blocks, strict=True))
         [result] = self._predictor.predict_batches([images], self._open)
         rows = iter(result.probabilities)
         answers: list[dict[str, Any]] = []
-        for index in range(len(images)):
-            fault = result.faults.get(index)
-            answers.append({"fault": fault} if fault else {"probabilities": next(rows).tolist()})
+        for index, (image, wants_map) in enumerate(zip(images, header["wants_map"], strict=True)):
+            if fault := result.faults.get(index):
+                answers.append({"fault": fault})
+                continue
+            values = next(rows)
+            answers.append({"probabilities": values.tolist()})
+            if wants_map:
+                answers[-1] |= self._draw_map(image, self._predictor.classes[rank_classes(values, 1)[0]])
         return {"answers": answers}
+
+    def _draw_map(self, image: tuple[list[int] | None, bytes], label: str) -> dict[str, Any]:
+        """Return the heat map of a class over the image, as JPEG in base64; or why there is none.
+
+        A map that fails the checks of the report is left out.
+        """
+        from PIL import Image
+
+        from finetune.plots.overlay import draw_overlay
+        from finetune.report.images import Explainer, encode
+
+        if self._explainer is None:
+            network = copy.deepcopy(self._predictor.network).cpu()  # where maps are computed
+            self._explainer = Explainer(network, self._predictor.card)
+        view = self._explainer.transform(self._open(image))
+        [[heat]] = self._explainer.explain([view], [label])
+        if heat.values is None:
+            return {"heat_map": None, "heat_map_missing": heat.reason}
+        picture = Image.fromarray(view.permute(1, 2, 0).numpy())
+        return {"heat_map": base64.b64encode(encode(draw_overlay(picture, heat.values.numpy()))).decode()}
 
     def _open(self, image: tuple[list[int] | None, bytes]) -> Any:
         """Return the RGB image of a block.

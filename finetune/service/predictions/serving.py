@@ -38,10 +38,17 @@ Answer = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a request: the bytes of a file, or RGB pixels with their height and width."""
+    """An image of a request: the bytes of a file, or RGB pixels with their height and width.
+
+    Attributes:
+        content: the bytes.
+        shape: height and width of pixels; None for a file.
+        wants_map: whether a heat map of the most probable class is drawn.
+    """
 
     content: bytes
     shape: tuple[int, int] | None = None
+    wants_map: bool = False
 
 
 @dataclass
@@ -94,7 +101,8 @@ class ModelProcess:
         """
         try:
             shapes = [None if one.shape is None else list(one.shape) for one in pictures]
-            write_frame(self._input, {"shapes": shapes}, [one.content for one in pictures])
+            header = {"shapes": shapes, "wants_map": [one.wants_map for one in pictures]}
+            write_frame(self._input, header, [one.content for one in pictures])
         except OSError:
             raise EOFError from None
         header, _ = read_frame(self._output)

@@ -58,10 +58,14 @@ async def predict(
     name: str,
     top: Annotated[int, Query(ge=1, le=1000, description="Most classes of each image.")] = 5,
     reject_below: Annotated[float, Query(ge=0, le=1, description="Below it, `rejected` is true.")] = 0.0,
+    heat_map: Annotated[bool, Query(description="Draw where the evidence for the label is.")] = False,
 ) -> dict[str, Any]:
-    """Return calibrated probabilities for images: files of a form, or ``{"images": [BASE64, ...]}``."""
+    """Return calibrated probabilities for images: files of a form, or ``{"images": [BASE64, ...]}``.
+
+    Heat maps are JPEG in base64; one that fails its checks is left out with the reason.
+    """
     context = Context.of(request)
-    pictures = await _read_pictures(context, request)
+    pictures = await _read_pictures(context, request, heat_map)
     model, host = await run_in_threadpool(context.hosts.find, name)
     answers = await asyncio.gather(*map(asyncio.wrap_future, host.submit(pictures)))
     classes = host.facts["classes"]
@@ -79,10 +83,11 @@ def _rank(answer: Any, classes: list[str], top: int, reject_below: float) -> dic
     ranked = [{"label": classes[index], "probability": values[index]} for index in best]
     confidence = ranked[0]["probability"]
     facts = {"label": ranked[0]["label"], "confidence": confidence, "rejected": confidence < reject_below}
-    return facts | {"top": ranked}
+    maps = {key: answer[key] for key in ("heat_map", "heat_map_missing") if key in answer}
+    return facts | {"top": ranked} | maps
 
 
-async def _read_pictures(context: Context, request: Request) -> list[Picture]:
+async def _read_pictures(context: Context, request: Request, heat_map: bool) -> list[Picture]:
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form(max_files=MOST_IMAGES, max_fields=8) as form:
             files = [one for _, one in form.multi_items() if isinstance(one, UploadFile)]
@@ -95,7 +100,7 @@ async def _read_pictures(context: Context, request: Request) -> list[Picture]:
         found = f"it has {len(contents)} images"
         fix = f"Send 1 to {MOST_IMAGES}, as files of a form or as base64 in `images`."
         raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "the body", found, fix)
-    return [Picture(content) for content in contents]
+    return [Picture(content, wants_map=heat_map) for content in contents]
 
 
 def _decode(text: Any) -> bytes:
