@@ -51,6 +51,7 @@ def create_app(settings: ServiceSettings, executor: Executor, say: Callable[[str
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        uploads.remove_old()
         dispatcher.start()
         yield
         hosts.close()

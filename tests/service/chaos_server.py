@@ -24,7 +24,7 @@ mkdir -p $OUT
 trap 'exit 75' TERM
 n=$(cat $OUT/count 2>/dev/null || echo 0)
 while [ $n -lt 30 ]; do
-  n=$((n + 1)); echo $n > $OUT/.part; mv $OUT/.part $OUT/count; sleep 0.02
+  n=$((n + 1)); echo $n > $OUT/.part; mv $OUT/.part $OUT/count; sleep 0.1
 done
 mkdir -p $OUT/model
 seq 1 $((n * SEED)) > $OUT/.part; mv $OUT/.part $OUT/model/model.safetensors

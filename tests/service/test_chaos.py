@@ -152,7 +152,7 @@ def expected(seed: int) -> str:
 def test_kills_lose_no_job_and_give_no_job_two_results(
     database: Postgres | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
 ) -> None:
-    number, dice = max(12, kills // 3), random.Random(kills)
+    number, dice = kills, random.Random(kills)
     store = tmp_path / "store"
     servers = Servers(store, database.address if database else "", 2)
     submitter = Submitter(servers.ports, number, monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import tarfile
 import time
 import zipfile
@@ -17,6 +18,8 @@ import httpx
 import pytest
 
 from finetune.service.settings import Limits, ServiceSettings
+from finetune.service.store.jobs import UnknownError
+from finetune.service.store.uploads import Uploads
 from finetune.service.work import dispatcher
 from finetune.service.work.executor import LocalExecutor
 from tests.conftest import draw_folder
@@ -147,6 +150,17 @@ def test_what_uploads_refuse(served: Served) -> None:
     assert served.client.options("/v1/uploads").headers["tus-max-size"] == "100000"
     assert served.client.delete(address).status_code == 204
     problem(served.client.delete(address), 404)
+
+
+def test_uploads_that_were_given_up_are_removed_and_no_others(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path, 100)
+    old, new = uploads.create(10), uploads.create(10)
+    os.utime(uploads.path(old.id), (1, 1))
+    uploads.remove_old()
+    assert uploads.get(new.id) == (new, 0)
+    with pytest.raises(UnknownError):
+        uploads.get(old.id)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

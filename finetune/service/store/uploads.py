@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ from finetune.system.regular_files import read_regular
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _MOST_BYTES = 10_000
+OLD = 7 * 86400.0
+"""Seconds after which an upload that has stopped is removed."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,14 @@ class Uploads:
             found = f"it has {length:,} bytes, and this server takes {self.most_bytes:,}"
             fix = "Make the images smaller, or let the server read them with --data-root."
             raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the upload", found, fix)
+
+    def remove_old(self, seconds: float = OLD) -> None:
+        """Remove the uploads to which nothing was added for a week: their clients have given up."""
+        for path in self._folder.glob("*.part"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > seconds:
+                    path.with_suffix(".json").unlink(missing_ok=True)
+                    path.unlink()
 
     def path(self, upload: str) -> Path:
         """Return the file with the bytes of an upload."""
