@@ -31,7 +31,7 @@ def compare_jobs(context: Context, jobs: Sequence[str]) -> dict[str, Any]:
         if job.state != State.SUCCEEDED:
             raise ConflictError(f"job {job.id}", f"it is {job.state}", "Choose one that has succeeded.")
     runs = [context.folder.job(job.id).run for job in found]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"job": job, "metrics": dict(RunReader(run, tolerant=True).metrics)}
         for job, run in zip(found, runs, strict=True)
     ]

@@ -148,7 +148,7 @@ def expected(seed: int) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("kills", slow_except([12], [12, 220]))
+@pytest.mark.parametrize("kills", slow_except([5], [5, 220]))
 def test_kills_lose_no_job_and_give_no_job_two_results(
     database: Postgres | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
 ) -> None:

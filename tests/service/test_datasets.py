@@ -210,6 +210,7 @@ class RealChecks(Scripts):
         self._local = LocalExecutor()
 
 
+@pytest.mark.slow
 def test_the_check_is_that_of_the_command(tmp_path: Path) -> None:
     draw_folder(tmp_path / "images", {"red": 12, "blue": 12})
     buffer = io.BytesIO()

@@ -16,6 +16,7 @@ from tests.browsers import NEEDS_BROWSER, open_browser
 from tests.conftest import FinishedRun, draw_folder
 from tests.service.servers import Scripts, Served, serving
 from tests.service.test_api import TOKEN, WAIT
+from tests.sweeps import slow_except
 
 HTML = {"Accept": "text/html"}
 
@@ -103,7 +104,7 @@ def test_a_running_job_is_shown_as_it_goes(served: Served, tmp_path: Path) -> No
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", slow_except([390], [390, 1200]))
 def test_no_page_is_wider_than_the_window(served: Served, archive: Path, width: int) -> None:
     dataset = served.client.post("/v1/datasets", content=archive.read_bytes()).json()["id"]
     job = served.submit("run")

@@ -177,6 +177,7 @@ def test_a_process_that_is_killed_is_started_again(model: Path, images: list[Pat
         host.close()
 
 
+@pytest.mark.slow
 def test_an_image_that_ends_the_process_costs_its_own_request_only(
     model: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,8 +105,8 @@ class ModelProcess:
             write_frame(self._input, header, [one.content for one in pictures])
         except OSError:
             raise EOFError from None
-        header, _ = read_frame(self._output)
-        answers: Sequence[Answer] = header["answers"]
+        said, _ = read_frame(self._output)
+        answers: Sequence[Answer] = said["answers"]
         return answers
 
     def close(self) -> None:

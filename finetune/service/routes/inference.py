@@ -208,7 +208,7 @@ def _write_output(
 ) -> tuple[dict[str, Any], bytes]:
     if name == PROBABILITIES:
         facts: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
-        block, data = values.astype("<f4").tobytes(), values.reshape(-1).tolist()
+        block, data = values.astype("<f4").tobytes(), list[Any](values.reshape(-1).tolist())
     else:
         facts = {"name": name, "datatype": "BYTES", "shape": [len(labels)]}
         block = b"".join(_SIZE.pack(len(label)) + label for label in labels)

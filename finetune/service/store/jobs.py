@@ -264,7 +264,8 @@ class JobStore:
             job = connection.execute(oldest).scalar_one_or_none()
             if job is None:
                 return None
-            values = {"server": server, "lease": now + LEASE, "attempt": jobs.c.attempt + 1}
+            number = jobs.c.attempt + 1
+            values: dict[str, Any] = {"server": server, "lease": now + LEASE, "attempt": number}
             if not self._move(connection, job, State.RUNNING, "started", **values):
                 return None
             return self._get(connection, job)

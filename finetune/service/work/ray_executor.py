@@ -126,7 +126,8 @@ class RayExecution:
 
     def __init__(self, executor: RayExecutor, attempt: str, job: Job, folder: JobFolder) -> None:
         self._executor, self._attempt, self._job, self._folder = executor, attempt, job, folder
-        self._looked, self._code = -LOOK, None
+        self._looked = -LOOK
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code; None while the attempt waits or runs, or the cluster does not answer."""
