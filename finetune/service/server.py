@@ -16,6 +16,9 @@ from finetune.service.settings import ServiceSettings
 from finetune.service.work.executor import Executor, LocalExecutor, find_gpus
 from finetune.service.work.ray_executor import RayExecutor
 
+CLOSE_SECONDS = 5
+"""Seconds after a signal in which requests are answered; streams of events would never end by themselves."""
+
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; jobs that run then write a checkpoint, and the next server resumes them.
@@ -36,7 +39,13 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"serving on http://{shown}:{port} (store {settings.store}, slots {executor.slots})")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )
         _Server(config).run(sockets=[listener])
     say("stopped")
 

@@ -67,7 +67,10 @@ class Dispatcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask all jobs to write a checkpoint and end, and wait for them: the next server resumes them."""
+        """Ask the jobs of this machine to write a checkpoint and end, and wait for them.
+
+        The next server resumes them.
+        """
         self._ended.set()
         self._thread.join()
 
@@ -79,7 +82,9 @@ class Dispatcher:
     def _work(self) -> None:
         while not self._ended.wait(TICK):
             self._guarded(self.look)
-        for running in self._running.values():
+        kept = {job: one for job, one in self._running.items() if one.execution.ends_with_server}
+        self._running = kept  # the lease of the others runs out, and the next server goes on with them
+        for running in kept.values():
             running.execution.stop()
         while self._running:
             time.sleep(TICK)

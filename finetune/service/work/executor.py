@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune.launch.supervisor import own_command
+from finetune.service.settings import TOKEN_VARIABLE
 from finetune.service.store.folder import JobFolder
 from finetune.service.store.jobs import Job
 from finetune.service.work.commands import prepare
@@ -30,8 +31,15 @@ def find_gpus() -> list[str]:
     return [str(index) for index in range(number)]
 
 
+SECRETS = (TOKEN_VARIABLE, "FINETUNE_DATABASE_URL")
+"""Variables of the server that its jobs do not need."""
+
+
 class Execution(Protocol):
     """A running attempt."""
+
+    ends_with_server: bool
+    """Whether it is stopped when its server stops; others go on, and the next server finds them."""
 
     def poll(self) -> int | None:
         """Return the exit code, negative for the signal that ended it; None while it runs."""
@@ -80,7 +88,8 @@ class LocalExecutor:
         words = prepare(job.kind, job.recipe, folder)
         own = own_command()
         command = [*own[:-1], _MODULE, str(os.getpid()), *words]  # python [-P] -m MODULE
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         with folder.log(job.attempt).open("ab") as log:
             return subprocess.Popen(  # noqa: S603 - our own program, and a validated recipe
                 command,
@@ -100,6 +109,8 @@ class LocalExecution:
         process: the process.
         release: called once when it has ended.
     """
+
+    ends_with_server = True
 
     def __init__(self, process: subprocess.Popen[bytes], release: object) -> None:
         self._process, self._release = process, release

@@ -124,6 +124,8 @@ class RayExecution:
         folder: its folder, on the shared disk.
     """
 
+    ends_with_server = False
+
     def __init__(self, executor: RayExecutor, attempt: str, job: Job, folder: JobFolder) -> None:
         self._executor, self._attempt, self._job, self._folder = executor, attempt, job, folder
         self._looked = -LOOK
