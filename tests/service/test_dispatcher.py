@@ -17,7 +17,7 @@ from finetune.service.store.states import State
 from finetune.service.store.tables import open_store
 from finetune.service.work import dispatcher as module
 from finetune.service.work.dispatcher import Dispatcher
-from finetune.service.work.executor import LocalExecution, LocalExecutor
+from finetune.service.work.executor import SECRETS, LocalExecution, LocalExecutor
 
 
 class ShellExecutor:
@@ -173,6 +173,37 @@ def test_a_job_that_was_lost_to_another_server_is_stopped(
         time.sleep(0.02)
     first.stop()
     assert store.get(job).state == State.RETRYING
+
+
+def test_a_job_of_a_cluster_outlives_its_server(
+    store: JobStore, dispatcher: Callable[[], Dispatcher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(LocalExecution, "ends_with_server", False)
+    job = submit(store, f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; touch {tmp_path}/done")
+    first = dispatcher()
+    wait_for(store, job, State.RUNNING)
+    time.sleep(0.3)
+    first.stop()
+    assert store.get(job).state == State.RUNNING
+    (tmp_path / "go").touch()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "done").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_jobs_get_none_of_the_secrets_of_the_server(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, str]] = []
+    for name in SECRETS:
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: given.append(env))
+    store.submit({"data": {"path": "sample:digits"}})
+    job = store.claim("s")
+    assert job is not None
+    LocalExecutor(gpus=["3"]).start(job, StoreFolder(tmp_path).job(job.id))
+    assert given[0]["CUDA_VISIBLE_DEVICES"] == "3" and not set(SECRETS) & set(given[0])
 
 
 def test_slots_go_around_the_gpus() -> None:
