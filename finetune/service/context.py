@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -33,12 +34,18 @@ class Context:
     models: ModelStore
     hosts: ModelHosts
     submission: Submission
+    closing: threading.Event = field(default_factory=threading.Event)
+    """Set once the server was asked to stop; streams then end, which no client would do for them."""
 
     @classmethod
     def of(cls, request: Request) -> Context:
         """Return the context of the server that a request reached."""
         context: Context = request.app.state.context
         return context
+
+    async def has_listener(self, request: Request) -> bool:
+        """Return whether a stream goes on: its client is there, and the server was not asked to stop."""
+        return not self.closing.is_set() and not await request.is_disconnected()
 
     def owner(self, request: Request) -> str:
         """Return whose idempotency keys a request uses."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
@@ -17,7 +19,7 @@ from finetune.service.work.executor import Executor, LocalExecutor, find_gpus
 from finetune.service.work.ray_executor import RayExecutor
 
 CLOSE_SECONDS = 5
-"""Seconds after a signal in which requests are answered; streams of events would never end by themselves."""
+"""Seconds after a signal in which requests under way are answered."""
 
 
 def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
@@ -46,12 +48,21 @@ def serve(settings: ServiceSettings, say: Callable[[str], None]) -> None:
             server_header=False,
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
-        _Server(config).run(sockets=[listener])
+        _Server(config, app.state.context.closing).run(sockets=[listener])
     say("stopped")
 
 
 class _Server(uvicorn.Server):
     """A server that a signal stops, and that then returns: uvicorn's own would raise the signal once more."""
+
+    def __init__(self, config: uvicorn.Config, closing: threading.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, and let the streams end."""
+        self._closing.set()
+        super().handle_exit(sig, frame)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -52,7 +52,6 @@ def server(tmp_path: Path) -> Iterator[Process]:
 
 
 def test_a_signal_ends_it_although_a_client_reads_a_stream(server: Process) -> None:
-    # The job waits: its data are refused by nobody, and no slot is needed to see its events.
     job = httpx.post(f"{server.address}/v1/jobs", json=RECIPE | {"seed": 1}, timeout=60).json()["id"]
     seen: list[str] = []
 

@@ -172,7 +172,7 @@ async def _stream_events(context: Context, request: Request, job: str, after: in
     """Yield the events of a job as they come, and between them its progress whenever it has changed."""
     seen: Any = None
     silent = 0.0
-    while not await request.is_disconnected():
+    while await context.has_listener(request):
         found = await run_in_threadpool(context.jobs.list_events, job, after)
         for event in found:
             after, silent = event.seq, 0.0
@@ -221,7 +221,7 @@ def logs(
 async def _follow(context: Context, request: Request, job: str, attempt: int) -> AsyncIterator[bytes]:
     """Yield the lines of a log as they are written, until the attempt has ended."""
     path, done = context.folder.job(job).log(attempt), 0
-    while not await request.is_disconnected():
+    while await context.has_listener(request):
         found = await run_in_threadpool(context.jobs.get, job)
         is_over = found.state.is_terminal or found.attempt > attempt
         while chunk := await run_in_threadpool(_read_from, path, done):
