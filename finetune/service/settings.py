@@ -10,6 +10,9 @@ from pathlib import Path
 from finetune.errors import UsageError
 
 TOKEN_VARIABLE = "FINETUNE_API_TOKEN"  # noqa: S105 - the name of a variable
+DATABASE_VARIABLE = "FINETUNE_DATABASE_URL"
+SECRETS = (TOKEN_VARIABLE, DATABASE_VARIABLE)
+"""Variables of a server that none of its processes needs."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,13 @@ class ServiceSettings:
 
 def find_store() -> tuple[Path, str]:
     """Return the folder and the database of the store on this machine, as ``finetune serve`` finds them."""
-    return Path(os.environ.get("FINETUNE_STORE", "finetune-store")).absolute(), os.environ.get(
-        "FINETUNE_DATABASE_URL", ""
-    )
+    folder = Path(os.environ.get("FINETUNE_STORE", "finetune-store"))
+    return folder.absolute(), os.environ.get(DATABASE_VARIABLE, "")
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment of the server without its secrets, for the processes that it starts."""
+    return {name: value for name, value in os.environ.items() if name not in SECRETS}
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from finetune.service.settings import SECRETS
 from finetune.service.store.folder import JobFolder, StoreFolder
 from finetune.service.store.jobs import Job, JobStore
 from finetune.service.store.states import State
 from finetune.service.store.tables import open_store
 from finetune.service.work import dispatcher as module
 from finetune.service.work.dispatcher import Dispatcher
-from finetune.service.work.executor import SECRETS, LocalExecution, LocalExecutor
+from finetune.service.work.executor import LocalExecution, LocalExecutor
 
 
 class ShellExecutor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -81,3 +82,19 @@ def test_a_port_that_is_taken_is_refused(server: Process, tmp_path: Path) -> Non
     command = [sys.executable, "-m", "finetune", "serve", "--store", str(tmp_path / "b"), "--port", port]
     done: Any = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 78 and "cannot be used" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_gives_the_plan_and_stores_nothing(server: Process) -> None:
+    with httpx.Client(base_url=server.address, timeout=300) as client:
+        answer = client.post("/v1/jobs", json=RECIPE, params={"dry_run": True})
+        assert answer.status_code == 200, answer.text
+        expected = subprocess.run(
+            [sys.executable, "-m", "finetune", "run", "--data", "sample:digits", "--dry-run", "--json"],
+            capture_output=True,
+            check=True,
+        )
+        facts = json.loads(expected.stdout)
+        assert answer.json().keys() == facts.keys() - {"output"} and answer.json()["plan"] == facts["plan"]
+        refused = client.post("/v1/jobs", json={"data": {"path": "sample:none"}}, params={"dry_run": True})
+        assert refused.status_code == 422 and "no sample of this name" in refused.json()["detail"]
+        assert client.get("/v1/jobs").json()["jobs"] == []

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, cast
 from finetune.errors import EnvironmentFaultError
 from finetune.launch.supervisor import own_command
 from finetune.service.predictions.frames import read_frame, write_frame
+from finetune.service.settings import own_environment
 
 MOST_IMAGES = 32
 """Images of a batch (B)."""
@@ -76,7 +77,12 @@ class ModelProcess:
         command = [*own[:-1], _MODULE, str(folder), str(os.getpid())]
         with log.open("ab") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - our own program
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env=own_environment(),
             )
         self._input = cast(BinaryIO, self._process.stdin)
         self._output = cast(BinaryIO, self._process.stdout)

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune.launch.supervisor import own_command
-from finetune.service.settings import TOKEN_VARIABLE
+from finetune.service.settings import own_environment
 from finetune.service.store.folder import JobFolder
 from finetune.service.store.jobs import Job
 from finetune.service.work.commands import prepare
 
 _MODULE = "finetune.service.work.job_process"
-
-
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
@@ -29,10 +27,6 @@ def find_gpus() -> list[str]:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1", "none")]
     number = len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
     return [str(index) for index in range(number)]
-
-
-SECRETS = (TOKEN_VARIABLE, "FINETUNE_DATABASE_URL")
-"""Variables of the server that its jobs do not need."""
 
 
 class Execution(Protocol):
@@ -88,8 +82,7 @@ class LocalExecutor:
         words = prepare(job.kind, job.recipe, folder)
         own = own_command()
         command = [*own[:-1], _MODULE, str(os.getpid()), *words]  # python [-P] -m MODULE
-        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        environment = own_environment() | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with folder.log(job.attempt).open("ab") as log:
             return subprocess.Popen(  # noqa: S603 - our own program, and a validated recipe
                 command,
