@@ -62,6 +62,7 @@ def test_a_job_from_submission_to_its_files(served: Served) -> None:
     assert set(files) == {"progress.json", "metrics.json", "outcome.json", "model/model.safetensors"}
     file = served.client.get(f"/v1/jobs/{job}/artifacts/model/model.safetensors")
     assert file.content == b"weights\n"
+    assert file.headers["content-security-policy"] == "sandbox allow-scripts"
     digest = hashlib.sha256(file.content).hexdigest()
     assert file.headers["etag"] == f'"{digest}"' and files["model/model.safetensors"]["sha256"] == digest
     listed = served.client.get("/v1/jobs").json()
