@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -74,8 +72,9 @@ def test_sanitising_twice_is_sanitising_once(text: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("kind", FinetuneError.__subclasses__())
-def test_every_error_is_short(kind: Callable[..., FinetuneError]) -> None:
-    error: Any = kind("a" * 10**6, "b" * 10**6, "c" * 10**6)
+def test_every_error_is_short(kind: type[FinetuneError]) -> None:
+    error = kind.__new__(kind)  # some are made from other things than the three parts
+    FinetuneError.__init__(error, "a" * 10**6, "b" * 10**6, "c" * 10**6)
     assert len(str(error)) <= 3 * MOST_TEXT + 3
 
 

@@ -52,6 +52,7 @@ def test_every_strategy_ends_in_a_complete_folder(finished_run: FinishedRun, str
         "model/README.md",
         "run.log",
         "outcome.json",
+        "progress.json",
     }
     assert json.loads((output / "outcome.json").read_text())["state"] == "done"
 
