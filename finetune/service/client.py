@@ -80,16 +80,17 @@ class Client:
                 answer = self._http.request(method, path, **more)
             except httpx.TransportError as error:
                 if number + 1 == TRIES:
-                    fix = f"Start it (`finetune serve`), or correct {URL_VARIABLE}."
-                    found = (
-                        f"it is not reached ({' '.join(str(error).split())[:200] or type(error).__name__})"
-                    )
-                    raise EnvironmentFaultError(self._name, found, fix) from None
+                    raise self._not_reached(error) from None
             else:
                 if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE or number + 1 == TRIES:
                     return _checked(answer)
             time.sleep(min(0.2 * 2**number, 5.0))
         raise AssertionError
+
+    def _not_reached(self, error: httpx.HTTPError) -> EnvironmentFaultError:
+        fix = f"Start it (`finetune serve`), or correct {URL_VARIABLE}."
+        found = f"it is not reached ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        return EnvironmentFaultError(self._name, found, fix)
 
     def read(self, path: str, **more: Any) -> dict[str, Any]:
         """Return the JSON object at a path; see :meth:`call`."""
@@ -147,6 +148,9 @@ class Client:
         for number, file in enumerate(files):
             on_progress(number, len(files))
             target = output / file["name"]
+            if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(output)):
+                fix = "Ask whoever runs the server."
+                raise DataError(f"the file {file['name'][:200]}", "it would lie outside of the folder", fix)
             if not (target.is_file() and _hash(target) == file["sha256"]):
                 self._fetch(f"{self.path_of(job)}/artifacts/{quote(file['name'])}", target, file["sha256"])
         on_progress(len(files), len(files))
@@ -169,6 +173,8 @@ class Client:
             part.replace(target)
         except OSError as error:
             raise disk_error(target, error) from None
+        except httpx.TransportError as error:
+            raise self._not_reached(error) from None
 
     # --- images ------------------------------------------------------------------------------------
 
@@ -214,19 +220,32 @@ class Client:
 
     def _send_parts(self, archive: Path, address: str, length: int, on_progress: OnProgress) -> None:
         with archive.open("rb") as file:
-            done = 0
+            done = failures = 0
             while done < length:
                 on_progress(done, length)
                 file.seek(done)
                 headers = _TUS | {"Upload-Offset": str(done)}
+                before = done
                 try:
                     answer = self._http.request("PATCH", address, content=file.read(_PART), headers=headers)
                     done = int(_checked(answer).headers["upload-offset"])
-                except (httpx.TransportError, ServerError):  # ask where it is: a part may have arrived
-                    done = int(self.call("HEAD", address).headers["upload-offset"])
+                except httpx.TransportError as error:
+                    if failures == TRIES:
+                        raise self._not_reached(error) from None
+                    done = self._ask_offset(address)
+                except ServerError as error:
+                    if failures == TRIES or error.status != HTTPStatus.CONFLICT:
+                        raise
+                    done = self._ask_offset(address)
+                failures = 0 if done > before else failures + 1
+                time.sleep(min(0.2 * failures, 5.0))
         on_progress(length, length)
 
-    def wait_until_checked(self, data: str, on_state: Callable[[str], None]) -> None:
+    def _ask_offset(self, address: str) -> int:
+        """Return how far an upload is: of a part whose answer was lost, some may have arrived."""
+        return int(self.call("HEAD", address).headers["upload-offset"])
+
+    def wait_until_checked(self, data: str) -> None:
         """Wait until an uploaded data set was checked.
 
         Raises:
@@ -238,7 +257,6 @@ class Client:
                 return
             if facts["state"] == "refused" or not self.is_remote:
                 break
-            on_state(facts["state"])
             time.sleep(POLL)
         if facts["state"] == "refused":
             outcome = facts["outcome"] or {}

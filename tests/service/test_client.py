@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from finetune.errors import DataError
 from finetune.service import client as module
-from finetune.service.client import Client, pack
+from finetune.service.client import Client, ServerError, pack
 from finetune.service.settings import TOKEN_VARIABLE, Limits, ServiceSettings
 from finetune.service.work import dispatcher
 from tests.conftest import Cli, draw_folder
@@ -202,3 +203,36 @@ def test_an_open_server_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch, tm
     assert result.exit_code == 2 and "can be guessed" in result.stderr
     assert cli("serve", "--data-root", tmp_path / "none").exit_code == 2
     assert Limits().waiting_jobs > 0 and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("status", "requests"), [(507, 1), (409, module.TRIES + 1)])
+def test_an_upload_that_does_not_go_on_ends(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, requests: int
+) -> None:
+    archive, made = tmp_path / "x.zip", 0
+    archive.write_bytes(b"PK\x03\x04")
+    real = httpx.Client.request
+
+    def request(self: httpx.Client, method: str, url: str, **more: object) -> httpx.Response:
+        nonlocal made
+        if method != "PATCH":
+            return real(self, method, url, **more)  # type: ignore[arg-type]
+        made += 1
+        return httpx.Response(status, json={"title": "x", "detail": "no", "fix": "y", "class": "disk"})
+
+    monkeypatch.setattr(httpx.Client, "request", request)
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    with pytest.raises(ServerError):
+        Client(tmp_path / "own").send_images(str(archive), lambda *_: None)
+    assert made == requests
+
+
+def test_a_server_names_no_file_outside_of_the_folder(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client = Client(tmp_path / "own")
+    files = {"artifacts": [{"name": "../out.txt", "sha256": "0"}]}
+    monkeypatch.setattr(client, "read", lambda _: files)
+    with pytest.raises(DataError, match="outside"):
+        client.pull("x", tmp_path / "run", lambda *_: None)
+    assert not (tmp_path / "out.txt").exists()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
 import os
+import resource
+import signal
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from finetune.errors import DiskError
 from finetune.service.settings import Limits, ServiceSettings
 from finetune.service.store.jobs import UnknownError
 from finetune.service.store.uploads import Uploads
@@ -234,3 +238,32 @@ def test_the_limit_of_the_settings_holds_for_the_service(tmp_path: Path) -> None
     with serving(small) as served:
         answer = httpx.post(f"{served.client.base_url}/v1/datasets", content=b"x" * 11)
         problem(answer, 413)
+
+
+def test_a_full_disk_is_said_and_the_upload_goes_on_later(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path, 10**9)
+    begun = uploads.create(3_000_000)
+
+    async def send(start: int) -> int:
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(start, 3_000_000, 100_000):
+                yield bytes(100_000)
+
+        return await uploads.append(begun.id, start, chunks())
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_050_000, limits[1]))
+    try:
+        with pytest.raises(DiskError):
+            asyncio.run(send(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    _, done = uploads.get(begun.id)
+    assert done == 1_050_000
+    assert asyncio.run(uploads.append(begun.id, done, _once(bytes(3_000_000 - done)))) == 3_000_000
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import finetune
+from finetune.service.predictions.hosts import ModelHosts
 from finetune.service.predictions.serving import ModelHost, ModelProcess, Picture
 from finetune.service.settings import ServiceSettings
 from finetune.service.work import dispatcher
@@ -175,6 +176,20 @@ def test_a_process_that_is_killed_is_started_again(model: Path, images: list[Pat
         assert again[0] == again[1] and again[0]["probabilities"] == pytest.approx(first["probabilities"])
     finally:
         host.close()
+
+
+def test_a_host_that_was_closed_meanwhile_loses_no_request(
+    model: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed, good = ModelHost(model, tmp_path / "log"), ModelHost(model, tmp_path / "log")
+    closed.close()
+    hosts, found = ModelHosts(None, None), [closed, good]  # type: ignore[arg-type]
+    monkeypatch.setattr(hosts, "find", lambda _: (None, found.pop(0)))
+    try:
+        _, host, [answer] = hosts.submit("x", [Picture(images[0].read_bytes())])
+        assert host is good and "probabilities" in answer.result(60)
+    finally:
+        good.close()
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def submit_command(
                 values["data"]["path"] = client.send_images(path, on_progress)
             if values["data"]["path"].startswith("dataset:"):
                 with display.busy("waiting for the check of the images"):
-                    client.wait_until_checked(values["data"]["path"], lambda _: None)
+                    client.wait_until_checked(values["data"]["path"])
         job = client.submit(values, key or secrets.token_hex(16), label)
         if as_json and not wait:
             print_json(job)

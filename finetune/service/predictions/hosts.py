@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from threading import Lock
 
-from finetune.service.predictions.serving import ModelHost
+from finetune.service.predictions.serving import Answer, HostClosedError, ModelHost, Picture
 from finetune.service.store.folder import StoreFolder
 from finetune.service.store.models import ModelStore, ModelVersion
 
@@ -19,12 +22,12 @@ class ModelHosts:
 
     def __init__(self, models: ModelStore, folder: StoreFolder) -> None:
         self._models, self._folder = models, folder
-        self._hosts: dict[str, tuple[int, ModelHost]] = {}
+        self._hosts: dict[str, tuple[ModelVersion, ModelHost]] = {}
         self._starting: dict[str, Lock] = {}
         self._lock = Lock()
 
     def find(self, name: str) -> tuple[ModelVersion, ModelHost]:
-        """Return the latest version of a model and its host; its process is started at the first request.
+        """Return the version of a model that answers, and its host; the first request starts its process.
 
         Raises:
             UnknownError: there is no such model.
@@ -32,21 +35,35 @@ class ModelHosts:
         """
         wanted = self._models.get(name)
         with self._lock:
-            if (found := self._hosts.get(name)) is not None and found[0] >= wanted.version:
-                return wanted, found[1]
+            if (found := self._hosts.get(name)) is not None and found[0].version >= wanted.version:
+                return found
             starting = self._starting.setdefault(name, Lock())
         with starting:  # requests of other models do not wait for this one
             with self._lock:
                 found = self._hosts.get(name)
-            if found is None or found[0] < wanted.version:
+            if found is None or found[0].version < wanted.version:
                 folder = self._folder.model(name, wanted.version)
                 host = ModelHost(folder, self._folder.model_log(name))
                 with self._lock:
-                    self._hosts[name] = (wanted.version, host)
+                    self._hosts[name] = (wanted, host)
                 if found is not None:
                     found[1].close()  # after it has answered what it was asked before
                 return wanted, host
-            return wanted, found[1]
+            return found
+
+    def submit(
+        self, name: str, pictures: Sequence[Picture]
+    ) -> tuple[ModelVersion, ModelHost, Sequence[Future[Answer]]]:
+        """Queue images at the model's host; return the version that answers, its host, and the answers.
+
+        Raises:
+            UnknownError: there is no such model.
+            EnvironmentFaultError: it cannot be loaded.
+        """
+        while True:
+            version, host = self.find(name)
+            with suppress(HostClosedError):  # a newer version took over in between
+                return version, host, host.submit(pictures)
 
     def close(self) -> None:
         """End all processes."""

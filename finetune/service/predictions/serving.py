@@ -124,6 +124,10 @@ class ModelProcess:
         self._process.wait()
 
 
+class HostClosedError(Exception):
+    """The host takes no more requests: a newer version of its model has taken over."""
+
+
 class ModelHost:
     """Answers requests for one version of a model.
 
@@ -142,19 +146,29 @@ class ModelHost:
         self.facts: Mapping[str, Any] = self._process.facts
         self._most, self._wait = most_images, wait
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._lock, self._is_closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._work, name=f"model {folder.name}", daemon=True)
         self._thread.start()
 
     def submit(self, pictures: Sequence[Picture]) -> list[Future[Answer]]:
-        """Queue images; each answer has ``probabilities`` (K,) or a ``fault``."""
+        """Queue images; each answer has ``probabilities`` (K,) or a ``fault``.
+
+        Raises:
+            HostClosedError: a newer version has taken over.
+        """
         waiting = [_Waiting(picture) for picture in pictures]
-        for one in waiting:
-            self._queue.put(one)
+        with self._lock:  # nothing is queued behind the end, where nobody would answer it
+            if self._is_closed:
+                raise HostClosedError
+            for one in waiting:
+                self._queue.put(one)
         return [one.answer for one in waiting]
 
     def close(self) -> None:
         """Answer what waits, and end the process."""
-        self._queue.put(None)
+        with self._lock:
+            self._is_closed = True
+            self._queue.put(None)
         self._thread.join()
         if self._process is not None:
             self._process.close()

@@ -90,8 +90,8 @@ async def infer(
     body = await context.read_body(request, context.settings.limits.images_bytes)
     header, binary = _split(body, inference_header_content_length)
     pictures = _read_input(header, binary)
-    model, host = await run_in_threadpool(context.hosts.find, name)
-    answers = await asyncio.gather(*map(asyncio.wrap_future, host.submit(pictures)))
+    model, host, waiting = await run_in_threadpool(context.hosts.submit, name, pictures)
+    answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
     for index, answer in enumerate(answers):
         if "fault" in answer:
             found = f"image {index} cannot be read: {answer['fault']}"

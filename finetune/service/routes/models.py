@@ -66,8 +66,8 @@ async def predict(
     """
     context = Context.of(request)
     pictures = await _read_pictures(context, request, heat_map)
-    model, host = await run_in_threadpool(context.hosts.find, name)
-    answers = await asyncio.gather(*map(asyncio.wrap_future, host.submit(pictures)))
+    model, host, waiting = await run_in_threadpool(context.hosts.submit, name, pictures)
+    answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
     classes = host.facts["classes"]
     return {
         "model": _describe(model),
