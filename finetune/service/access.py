@@ -25,6 +25,8 @@ OPEN = frozenset(
     | {"/login", "/static/page.css", "/static/page.js"}
 )
 """Paths without a token: they say only that the server lives, or take the token."""
+COOKIE = "finetune_token"
+"""Cookie of the page that holds the token."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _MOST_CLIENTS = 10_000
@@ -116,7 +118,7 @@ class Access:
 def read_token(request: Request) -> str:
     """Return the token of a request, from its header or from the cookie of the page; "" for none."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else request.cookies.get("finetune_token", "")
+    return token.strip() if scheme.lower() == "bearer" else request.cookies.get(COOKIE, "")
 
 
 def name_client(request: Request) -> str:

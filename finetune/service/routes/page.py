@@ -14,14 +14,14 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from finetune.plots.curves import draw_curves
 from finetune.plots.svg import load_style
 from finetune.runs.reader import RunReader
+from finetune.service.access import COOKIE
 from finetune.service.compare import compare_jobs
 from finetune.service.context import Context
 from finetune.service.html import render
 from finetune.service.store.jobs import UnknownError
-from finetune.strategies import AUTO, join_names
+from finetune.strategies import AUTO, STRATEGIES
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
-COOKIE = "finetune_token"
 _LOG_BYTES = 20_000
 _SHOWN_FINDINGS = 30
 _CURVES = {
@@ -55,7 +55,7 @@ def dataset(request: Request, dataset: str) -> Response:
         summary=check.get("summary"),
         findings=list(check.get("findings", ()))[:_SHOWN_FINDINGS],
         has_sheet=folder.check_sheet.is_file(),
-        strategies=[AUTO, *join_names().replace(" or ", ", ").split(", ")],
+        strategies=[AUTO, *STRATEGIES],
     )
 
 

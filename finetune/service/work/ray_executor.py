@@ -152,11 +152,9 @@ class RayExecution:
         outcome = RunReader(self._folder.run, tolerant=True).outcome
         if outcome.get("state") in ("failed", "interrupted"):
             return int(outcome["exit_code"])
-        return (
-            -9
-            if status == "LOST"
-            else int(ExitCode.INTERRUPTED if status == "STOPPED" else ExitCode.INTERNAL)
-        )
+        if status == "LOST":
+            return -9
+        return int(ExitCode.INTERRUPTED if status == "STOPPED" else ExitCode.INTERNAL)
 
     def stop(self) -> None:
         """Ask the attempt to write a checkpoint and end."""
