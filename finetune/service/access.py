@@ -71,14 +71,14 @@ class Access:
         if not self._is_known_host(request):
             fix = "Take the address that the server was started with."
             return HTTPStatus.MISDIRECTED_REQUEST, "this server has another name", fix
+        if not self._takes_another(request):  # before its token is known, so that nobody can guess on
+            limit = self._settings.limits.requests_per_minute
+            return HTTPStatus.TOO_MANY_REQUESTS, f"more than {limit} requests in a minute", "Wait a minute."
         if not self._has_token(request):
             fix = "Send the header `Authorization: Bearer TOKEN`."
             return HTTPStatus.UNAUTHORIZED, "the token is missing or wrong", fix
         if request.method not in _SAFE and self._is_of_another_site(request):
             return HTTPStatus.FORBIDDEN, "a page of another site made this request", "Use the service's page."
-        if not self._takes_another(request):
-            limit = self._settings.limits.requests_per_minute
-            return HTTPStatus.TOO_MANY_REQUESTS, f"more than {limit} requests in a minute", "Wait a minute."
         return None
 
     def _is_known_host(self, request: Request) -> bool:
@@ -91,7 +91,7 @@ class Access:
         expected = self._settings.token
         if not expected or request.url.path in OPEN:
             return True
-        return hmac.compare_digest(_digest(read_token(request)), _digest(expected))
+        return is_token(_read_token(request), expected)
 
     def _is_of_another_site(self, request: Request) -> bool:
         origin = request.headers.get("origin")
@@ -100,8 +100,8 @@ class Access:
         return urlsplit(origin).netloc != request.headers.get("host", "")
 
     def _takes_another(self, request: Request) -> bool:
-        """Count a request of a client; return whether it had fewer than the limit in the last minute."""
-        client = name_client(request)
+        """Count a request of an address; return whether it had fewer than the limit in the last minute."""
+        client = request.client.host if request.client else "local"
         now = time.monotonic()
         with self._lock:
             if len(self._recent) > _MOST_CLIENTS:
@@ -115,17 +115,15 @@ class Access:
             return True
 
 
-def read_token(request: Request) -> str:
+def _read_token(request: Request) -> str:
     """Return the token of a request, from its header or from the cookie of the page; "" for none."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else request.cookies.get(COOKIE, "")
 
 
-def name_client(request: Request) -> str:
-    """Return a name of the client: of its token, without revealing it, or of its address."""
-    if token := read_token(request):
-        return _digest(token).hex()[:16]
-    return request.client.host if request.client else "local"
+def is_token(given: str, expected: str) -> bool:
+    """Whether two tokens are the same, in a time that tells nothing of them."""
+    return hmac.compare_digest(_digest(given), _digest(expected))
 
 
 def _digest(text: str) -> bytes:

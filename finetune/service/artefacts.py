@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mimetypes
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,7 @@ from pathlib import Path
 from finetune.errors import UsageError
 from finetune.runs.folder import RunFolder
 from finetune.service.store.jobs import UnknownError
-from finetune.system.regular_files import open_regular
+from finetune.system.regular_files import hash_regular
 
 _LEFT_OUT = frozenset({"checkpoints"})
 """Folders of a run that are there to resume it."""
@@ -78,5 +77,4 @@ def _read(run: RunFolder, name: str) -> Artefact:
 @lru_cache(maxsize=4096)
 def _hash(path: str, *_: int) -> str:
     """Return the SHA-256 of a file, computed once for each size, time and inode."""
-    with open_regular(Path(path)) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_regular(Path(path))

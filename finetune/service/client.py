@@ -7,7 +7,6 @@ the jobs that it queues start when a server is started on the store.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,8 @@ from finetune.data.samples import is_sample
 from finetune.errors import DataError, EnvironmentFaultError, ExitCode, FinetuneError
 from finetune.runs.files import disk_error
 from finetune.service.settings import TOKEN_VARIABLE, ServiceSettings
+from finetune.service.store.states import TERMINAL
+from finetune.system.regular_files import hash_regular
 from finetune.system.temporary import temporary_folder
 
 URL_VARIABLE = "FINETUNE_API_URL"
@@ -115,7 +116,7 @@ class Client:
             for event in page:
                 after = event["seq"]
                 yield event
-            if page and page[-1]["state"] in ("succeeded", "failed", "cancelled"):
+            if page and page[-1]["state"] in TERMINAL:
                 return
             time.sleep(POLL)
 
@@ -130,7 +131,7 @@ class Client:
             if len(log) > done:
                 yield log[done:]
                 done = len(log)
-            if facts["state"] in ("succeeded", "failed", "cancelled"):
+            if facts["state"] in TERMINAL:
                 return
             time.sleep(POLL)
 
@@ -151,7 +152,7 @@ class Client:
             if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(output)):
                 fix = "Ask whoever runs the server."
                 raise DataError(f"the file {file['name'][:200]}", "it would lie outside of the folder", fix)
-            if not (target.is_file() and _hash(target) == file["sha256"]):
+            if not (target.is_file() and hash_regular(target) == file["sha256"]):
                 self._fetch(f"{self.path_of(job)}/artifacts/{quote(file['name'])}", target, file["sha256"])
         on_progress(len(files), len(files))
         return len(files)
@@ -167,7 +168,7 @@ class Client:
                 with part.open("wb") as file:
                     for chunk in answer.iter_bytes(2**20):
                         file.write(chunk)
-            if _hash(part) != sha256:
+            if hash_regular(part) != sha256:
                 part.unlink()
                 raise DataError(str(target), "it arrived damaged", "Give the same command again.")
             part.replace(target)
@@ -197,7 +198,7 @@ class Client:
             return self._send(packed, path.name, on_progress)
 
     def _send(self, archive: Path, name: str, on_progress: OnProgress) -> str:
-        digest, length = _hash(archive), archive.stat().st_size
+        digest, length = hash_regular(archive), archive.stat().st_size
         if not self._has_dataset(digest):
             begun = self.call("POST", "/v1/uploads", headers={"Upload-Length": str(length)})
             self._send_parts(archive, begun.headers["location"], length, on_progress)
@@ -311,8 +312,3 @@ def _checked(answer: httpx.Response) -> httpx.Response:
     except ValueError:
         problem = {"detail": f"it answered {answer.status_code}"}
     raise ServerError(problem if isinstance(problem, dict) else {}, answer.status_code)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import Request
 
-from finetune.service.access import name_client, read_token
 from finetune.service.predictions.hosts import ModelHosts
 from finetune.service.problems import RefusedError
 from finetune.service.settings import ServiceSettings
@@ -46,10 +45,6 @@ class Context:
     async def has_listener(self, request: Request) -> bool:
         """Return whether a stream goes on: its client is there, and the server was not asked to stop."""
         return not self.closing.is_set() and not await request.is_disconnected()
-
-    def owner(self, request: Request) -> str:
-        """Return whose idempotency keys a request uses."""
-        return name_client(request) if read_token(request) else ""
 
     async def read_json(self, request: Request, most_bytes: int) -> Any:
         """Return the JSON value of a body of at most ``most_bytes``.

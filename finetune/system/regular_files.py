@@ -7,6 +7,7 @@ written through a link, so that no other file is overwritten.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -64,6 +65,16 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     with open_regular(path) as file:
         check_size(file, path, most_bytes)
         return file.read()
+
+
+def hash_regular(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: as :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_size(file: io.BufferedReader | io.BufferedRandom, path: Path, most_bytes: int = MOST_BYTES) -> None:

@@ -283,6 +283,16 @@ def test_a_client_that_asks_too_often_waits(tmp_path: Path) -> None:
         assert answers[-1].headers["retry-after"] == "60"
 
 
+def test_tokens_cannot_be_guessed_one_after_the_other(tmp_path: Path) -> None:
+    settings = ServiceSettings(tmp_path / "store", token=TOKEN, limits=Limits(requests_per_minute=5))
+    with serving(settings) as server, httpx.Client(base_url=server.client.base_url) as guesser:
+        guesses = [{"Authorization": f"Bearer guess-{number}"} for number in range(4)]
+        assert {guesser.get("/v1/jobs", headers=guess).status_code for guess in guesses} == {401}
+        assert guesser.post("/login", data={"token": "guess"}).status_code == 401
+        assert guesser.post("/login", data={"token": "guess"}).status_code == 429
+        assert guesser.get("/v1/jobs", headers={"Authorization": "Bearer guess-5"}).status_code == 429
+
+
 def test_no_more_jobs_wait_than_allowed(tmp_path: Path) -> None:
     settings = ServiceSettings(tmp_path / "store", limits=Limits(waiting_jobs=1))
     with serving(settings, Scripts({"wait": WAIT})) as server:

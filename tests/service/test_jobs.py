@@ -12,8 +12,8 @@ from sqlalchemy import Engine, insert, update
 
 from finetune.errors import DiskError, EnvironmentFaultError
 from finetune.service.store import jobs as jobs_module
-from finetune.service.store.jobs import ConflictError, JobStore, UnknownJobError
-from finetune.service.store.states import ACTIVE, TERMINAL, TRANSITIONS, WAITING, State, sources_of
+from finetune.service.store.jobs import ConflictError, JobStore, TooManyJobsError, UnknownJobError
+from finetune.service.store.states import ACTIVE, TERMINAL, TRANSITIONS, WAITING, Kind, State, sources_of
 from finetune.service.store.tables import VERSION, jobs, open_store, versions
 
 RECIPE = {"data": {"path": "/data/ants"}, "strategy": {"name": "auto"}}
@@ -53,15 +53,22 @@ def test_a_job_goes_its_way_and_every_step_is_an_event(store: JobStore) -> None:
 
 
 def test_the_same_request_is_one_job(store: JobStore) -> None:
-    first, is_new = store.submit(RECIPE, key="k", owner="a")
+    first, is_new = store.submit(RECIPE, key="k")
     assert is_new
-    assert store.submit(RECIPE, key="k", owner="a") == (first, False)
+    assert store.submit(RECIPE, key="k") == (first, False)
     with pytest.raises(ConflictError, match="another request was made with it"):
-        store.submit(RECIPE | {"seed": 1}, key="k", owner="a")
-    other, is_new = store.submit(RECIPE, key="k", owner="b")  # keys of owners are apart
+        store.submit(RECIPE | {"seed": 1}, key="k")
+    other, is_new = store.submit(RECIPE, key="k", kind=Kind.CHECK)  # keys of kinds are apart
     assert is_new and other.id != first.id
     assert store.submit(RECIPE)[1] and store.submit(RECIPE)[1]  # without a key every request is new
     assert len(store.list_jobs()) == 4
+
+
+def test_enough_waiting_jobs_refuse_a_new_one_but_no_request_that_was_made_before(store: JobStore) -> None:
+    first, _ = store.submit(RECIPE, key="k", most_waiting=1)
+    with pytest.raises(TooManyJobsError, match="1 jobs wait already"):
+        store.submit(RECIPE, key="another", most_waiting=1)
+    assert store.submit(RECIPE, key="k", most_waiting=1) == (first, False)
 
 
 def test_jobs_are_listed_newest_first_page_by_page(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

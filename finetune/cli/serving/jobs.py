@@ -13,6 +13,7 @@ from finetune.cli.options import JsonOption
 from finetune.cli.output import handled_errors, print_json, print_line, print_table, print_text, say
 from finetune.cli.unknown import RecipeCommand
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError, sanitize_line, suggest
+from finetune.service.store.states import State
 
 if TYPE_CHECKING:
     from finetune.service.client import Client
@@ -22,8 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 COLUMNS = ("id", "state", "label", "submitted", "attempt")
-STATES = ("queued", "running", "retrying", "cancelling", "succeeded", "failed", "cancelled")
-_CODES = {"succeeded": ExitCode.DONE, "cancelled": ExitCode.INTERRUPTED}
+_CODES = {State.SUCCEEDED: ExitCode.DONE, State.CANCELLED: ExitCode.INTERRUPTED}
 IdArgument = Annotated[str, typer.Argument(help="Id of the job.", metavar="ID")]
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")]
 
@@ -92,9 +92,9 @@ def list_command(
     """List jobs, the newest first."""
     with handled_errors(as_json):
         for name in state or ():
-            if name not in STATES:
-                fix = f"Take {', '.join(STATES)}."
-                raise UsageError(f"--state {name}", f"there is no such state{suggest(name, STATES)}", fix)
+            if name not in [*State]:
+                fix = f"Take {', '.join(State)}."
+                raise UsageError(f"--state {name}", f"there is no such state{suggest(name, [*State])}", fix)
         words = {"limit": limit, "label": label} | ({"state": state} if state else {})
         found = _open().read("/v1/jobs", params=words)
         if as_json:
@@ -129,7 +129,7 @@ def _describe(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is known of a job's progress, outcome and metrics, as lines."""
     progress, outcome, metrics = facts["progress"] or {}, facts["outcome"] or {}, facts["metrics"] or {}
     found = []
-    if progress and facts["state"] == "running":
+    if progress and facts["state"] == State.RUNNING:
         done, total = progress.get("done"), progress.get("total")
         found.append(("phase", f"{progress.get('phase')}" + (f", {done:,} of {total:,}" if total else "")))
     if outcome:

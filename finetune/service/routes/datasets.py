@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from finetune.service.context import Context
 from finetune.service.problems import RefusedError
 from finetune.service.store.datasets import StoredDataset
 from finetune.service.store.jobs import UnknownError
-from finetune.system.regular_files import open_regular
+from finetune.system.regular_files import hash_regular
 
 router = APIRouter(prefix="/v1", tags=["data sets"])
 TUS = "1.0.0"
@@ -84,9 +83,8 @@ def _add(context: Context, upload: str, name: str, digest: str | None) -> tuple[
 
 
 def _check_digest(path: Any, digest: str) -> None:
-    with open_regular(path) as file:
-        found = hashlib.file_digest(file, "sha256").digest()
-    expected = f"sha-256=:{base64.b64encode(found).decode()}:"
+    found = base64.b64encode(bytes.fromhex(hash_regular(path))).decode()
+    expected = f"sha-256=:{found}:"
     if digest.strip() != expected:
         fix = "Send it again."
         raise RefusedError(

@@ -19,7 +19,7 @@ from finetune.service.artefacts import find_artefact, list_artefacts
 from finetune.service.context import Context
 from finetune.service.problems import RefusedError
 from finetune.service.store.folder import JobFolder
-from finetune.service.store.jobs import ConflictError, Job, JobEvent
+from finetune.service.store.jobs import ConflictError, Job, JobEvent, TooManyJobsError
 from finetune.service.store.states import WAITING, State
 from finetune.service.work.dry_run import run_dry
 
@@ -65,23 +65,18 @@ async def submit(
     recipe = await run_in_threadpool(context.submission.read, values)
     if dry_run:
         return JSONResponse(await run_in_threadpool(run_dry, recipe))
-    job, is_new = await run_in_threadpool(
-        _submit, context, recipe, idempotency_key, label, context.owner(request)
-    )
+    job, is_new = await run_in_threadpool(_submit, context, recipe, idempotency_key, label)
     status = HTTPStatus.CREATED if is_new else HTTPStatus.OK
     described = await run_in_threadpool(describe, context, job)
     return JSONResponse(described, status, {"Location": f"/v1/jobs/{job.id}"})
 
 
-def _submit(
-    context: Context, recipe: Mapping[str, Any], key: str | None, label: str, owner: str
-) -> tuple[Job, bool]:
+def _submit(context: Context, recipe: Mapping[str, Any], key: str | None, label: str) -> tuple[Job, bool]:
     limit = context.settings.limits.waiting_jobs
-    if context.jobs.count(WAITING) >= limit:
-        found, fix = f"{limit} jobs wait already", "Try again later."
-        raise RefusedError(HTTPStatus.TOO_MANY_REQUESTS, "a new job", found, fix)
     try:
-        return context.jobs.submit(recipe, key=key, label=label, owner=owner)
+        return context.jobs.submit(recipe, key=key, label=label, most_waiting=limit)
+    except TooManyJobsError as error:
+        raise RefusedError(HTTPStatus.TOO_MANY_REQUESTS, error.asked, error.found, error.fix) from None
     except ConflictError as error:  # of the key; other conflicts are of states
         raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, error.asked, error.found, error.fix) from None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
-from hashlib import sha256
 from http import HTTPStatus
 from importlib import resources
 from typing import Annotated, Any
@@ -14,11 +12,12 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from finetune.plots.curves import draw_curves
 from finetune.plots.svg import load_style
 from finetune.runs.reader import RunReader
-from finetune.service.access import COOKIE
+from finetune.service.access import COOKIE, is_token
 from finetune.service.compare import compare_jobs
 from finetune.service.context import Context
 from finetune.service.html import render
 from finetune.service.store.jobs import UnknownError
+from finetune.service.store.states import State
 from finetune.strategies import AUTO, STRATEGIES
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -69,7 +68,7 @@ def job(request: Request, job: str) -> Response:
     return render(
         "job",
         job=found,
-        metrics=reader.metrics if found.state == "succeeded" else None,
+        metrics=reader.metrics if found.state == State.SUCCEEDED else None,
         has_history=folder.run.history.is_file(),
         has_report=folder.run.report.is_file(),
         log=_read_end(folder.log(max(found.attempt, 1))),
@@ -127,8 +126,7 @@ def docs(request: Request) -> Response:
 @router.post("/login")
 def login(request: Request, token: Annotated[str, Form(max_length=500)]) -> Response:
     """Keep the token in a cookie that no script reads and no other site sends."""
-    expected = Context.of(request).settings.token
-    if not hmac.compare_digest(sha256(token.encode()).digest(), sha256(expected.encode()).digest()):
+    if not is_token(token, Context.of(request).settings.token):
         return render("login", HTTPStatus.UNAUTHORIZED, wrong=True)
     answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
     is_secure = request.url.scheme == "https"

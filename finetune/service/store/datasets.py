@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from finetune.service.store.folder import StoreFolder
 from finetune.service.store.jobs import Job, JobStore, UnknownError
 from finetune.service.store.states import Kind, State
 from finetune.service.store.tables import datasets, read_clock, reading
-from finetune.system.regular_files import open_regular
+from finetune.system.regular_files import hash_regular, open_regular
 
 _MAGIC = ((b"PK\x03\x04", 0, "images.zip"), (b"\x1f\x8b", 0, "images.tar.gz"), (b"ustar", 257, "images.tar"))
 _HEAD_BYTES = 512
@@ -78,7 +77,7 @@ class DatasetStore:
             DataError: it is no zip or tar archive.
             DiskError: the store cannot be written.
         """
-        file, digest = _find_kind(archive), _hash(archive)
+        file, digest = _find_kind(archive), hash_regular(archive)
         target = self._folder.dataset(digest) / file
         num_bytes = archive.stat().st_size
         try:
@@ -87,7 +86,7 @@ class DatasetStore:
         except OSError as error:
             raise disk_error(target, error) from None
         recipe = {"data": {"path": str(target)}}
-        check, _ = self._jobs.submit(recipe, kind=Kind.CHECK, key=f"dataset {digest}", owner="finetune")
+        check, _ = self._jobs.submit(recipe, kind=Kind.CHECK, key=f"dataset {digest}")
         row = {"id": digest, "name": name[:200], "file": file, "num_bytes": num_bytes, "check": check.id}
         try:
             with self._engine.begin() as connection:
@@ -169,8 +168,3 @@ def _find_kind(archive: Path) -> str:
             return name
     found = "it is empty" if not head else "it is neither a zip nor a tar archive"
     raise DataError("the upload", found, "Pack the folder of class folders as zip, tar or tar.gz.")
-
-
-def _hash(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,6 +30,13 @@ class ConflictError(UsageError):
     """The job is in a state that does not allow this, or the key belongs to another request."""
 
 
+class TooManyJobsError(UsageError):
+    """As many jobs wait as may wait."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("a new job", f"{number} jobs wait already", "Try again later.")
+
+
 class UnknownError(UsageError):
     """There is nothing of that id."""
 
@@ -51,7 +58,6 @@ class Job:
         state: where it is.
         recipe: what ``finetune run`` is given.
         label: name that the user gave it; may be empty.
-        owner: name of the token that it was submitted with; empty without one.
         created: when it was submitted, in seconds since 1970.
         changed: when its state changed last.
         not_before: when its next attempt may begin.
@@ -64,7 +70,6 @@ class Job:
     state: State
     recipe: Mapping[str, Any]
     label: str
-    owner: str
     created: float
     changed: float
     not_before: float
@@ -74,7 +79,7 @@ class Job:
     @classmethod
     def of(cls, row: RowMapping) -> Job:
         """Return the job of a row."""
-        names = ("id", "recipe", "label", "owner", "created", "changed", "not_before", "attempt", "outcome")
+        names = ("id", "recipe", "label", "created", "changed", "not_before", "attempt", "outcome")
         return cls(kind=Kind(row["kind"]), state=State(row["state"]), **{name: row[name] for name in names})
 
 
@@ -108,35 +113,38 @@ class JobStore:
         kind: Kind = Kind.RUN,
         key: str | None = None,
         label: str = "",
-        owner: str = "",
+        most_waiting: int | None = None,
     ) -> tuple[Job, bool]:
         """Queue a job, unless the same request was made before.
 
         Args:
             recipe: a valid recipe.
             kind: what the job does.
-            key: idempotency key of the request; a second request with it gets the first one's job.
+            key: idempotency key of the request; a second request of its kind gets the first one's job.
             label: name for people.
-            owner: name of the token of the request; keys of others are apart.
+            most_waiting: number of waiting jobs at which a new one is refused; None for any.
 
         Returns:
             The job, and whether it is new.
 
         Raises:
             ConflictError: another request had the key.
+            TooManyJobsError: enough jobs wait already.
         """
         body = _digest(kind, recipe, label)
         try:
             with self._engine.begin() as connection:
-                if key is not None and (found := self._find_key(connection, owner, key, body)) is not None:
+                if key is not None and (found := self._find_key(connection, kind, key, body)) is not None:
                     return found, False
-                job = self._insert(connection, kind, recipe, label, owner)
+                if most_waiting is not None:
+                    _check_room(connection, most_waiting)
+                job = self._insert(connection, kind, recipe, label)
                 if key is not None:
-                    connection.execute(insert(keys).values(owner=owner, key=key, body=body, job=job))
+                    connection.execute(insert(keys).values(kind=kind, key=key, body=body, job=job))
                 return self._get(connection, job), True
         except IntegrityError:  # PostgreSQL: the same request was made at the same moment
             with self._engine.begin() as connection:
-                found = self._find_key(connection, owner, str(key), body)
+                found = self._find_key(connection, kind, str(key), body)
                 if found is None:
                     raise
                 return found, False
@@ -183,10 +191,6 @@ class JobStore:
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
         with reading(self._engine) as connection:
             return {State(state): number for state, number in connection.execute(query)}
-
-    def count(self, states: Collection[State]) -> int:
-        """Return the number of jobs in these states."""
-        return sum(number for state, number in self.count_by_state().items() if state in states)
 
     def list_events(self, job: str, after: int = 0, limit: int = 100) -> Sequence[JobEvent]:
         """Return the events of a job with a number above ``after``, in order.
@@ -319,11 +323,9 @@ class JobStore:
 
     # --- inside a transaction ----------------------------------------------------------------------
 
-    def _insert(
-        self, connection: Connection, kind: Kind, recipe: Mapping[str, Any], label: str, owner: str
-    ) -> str:
+    def _insert(self, connection: Connection, kind: Kind, recipe: Mapping[str, Any], label: str) -> str:
         now, job = read_clock(connection), _make_id()
-        values = {"kind": kind, "recipe": dict(recipe), "label": label, "owner": owner}
+        values = {"kind": kind, "recipe": dict(recipe), "label": label}
         times = {"created": now, "changed": now, "not_before": now}
         connection.execute(insert(jobs).values(id=job, state=State.QUEUED, seq=1, **values, **times))
         self._add_event(connection, job, 1, now, State.QUEUED, 0, "submitted")
@@ -366,8 +368,8 @@ class JobStore:
             raise UnknownJobError(job)
         return Job.of(row)
 
-    def _find_key(self, connection: Connection, owner: str, key: str, body: str) -> Job | None:
-        query = select(keys).where(keys.c.owner == owner, keys.c.key == key)
+    def _find_key(self, connection: Connection, kind: Kind, key: str, body: str) -> Job | None:
+        query = select(keys).where(keys.c.kind == kind, keys.c.key == key)
         row = connection.execute(query).mappings().one_or_none()
         if row is None:
             return None
@@ -375,6 +377,12 @@ class JobStore:
             found = "another request was made with it"
             raise ConflictError(f"Idempotency-Key {key[:64]}", found, "Use a new key for a new request.")
         return self._get(connection, row["job"])
+
+
+def _check_room(connection: Connection, most_waiting: int) -> None:
+    waiting = select(func.count()).select_from(jobs).where(jobs.c.state.in_(WAITING))
+    if connection.execute(waiting).scalar_one() >= most_waiting:
+        raise TooManyJobsError(most_waiting)
 
 
 def _run_by(server: str) -> tuple[ColumnElement[bool], ...]:

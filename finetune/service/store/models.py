@@ -5,8 +5,8 @@ A version is a copy of what the run exported and proved, so that it stays when t
 
 from __future__ import annotations
 
-import hashlib
 import re
+import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from finetune.service.store.folder import StoreFolder
 from finetune.service.store.jobs import ConflictError, JobStore, UnknownError
 from finetune.service.store.states import State
 from finetune.service.store.tables import models, read_clock, reading
-from finetune.system.regular_files import open_regular
+from finetune.system.regular_files import hash_regular
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 WEIGHTS = "model.safetensors"
@@ -86,18 +86,21 @@ class ModelStore:
         raise ConflictError(f"model {name}", "others promote jobs at the same time", "Try again.")
 
     def _add(self, name: str, version: int, job: str, source: Path) -> ModelVersion:
-        digest = _hash(source / WEIGHTS)
-        with self._engine.begin() as connection:
-            row = {"name": name, "version": version, "job": job, "sha256": digest}
-            connection.execute(insert(models).values(created=read_clock(connection), **row))
-            target = self._folder.model(name, version)
+        target = self._folder.model(name, version)
+        copy = target.with_name(f".{secrets.token_hex(8)}")
+        try:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)  # of a server that was killed before its row was there
-            try:
-                with new_folder(target) as folder:
-                    shutil.copytree(source, folder, dirs_exist_ok=True)
-            except OSError as error:
-                raise disk_error(target, error) from None
+            with new_folder(copy) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+            row = {"name": name, "version": version, "job": job, "sha256": hash_regular(copy / WEIGHTS)}
+            with self._engine.begin() as connection:
+                connection.execute(insert(models).values(created=read_clock(connection), **row))
+                shutil.rmtree(target, ignore_errors=True)  # of a server that was killed in this block
+                copy.rename(target)
+        except OSError as error:
+            raise disk_error(target, error) from None
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
         return self.get(name, version)
 
     def get(self, name: str, version: int | None = None) -> ModelVersion:
@@ -132,8 +135,3 @@ class ModelStore:
         query = select(models).join(latest, same).order_by(models.c.name)
         with reading(self._engine) as connection:
             return [ModelVersion.of(row) for row in connection.execute(query).mappings()]
-
-
-def _hash(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

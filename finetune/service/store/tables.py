@@ -53,7 +53,6 @@ jobs = Table(
     Column("state", String(16), nullable=False),
     Column("recipe", JSON, nullable=False),
     Column("label", String(200), nullable=False, default=""),
-    Column("owner", String(64), nullable=False, default=""),
     Column("created", Float, nullable=False),
     Column("changed", Float, nullable=False),
     Column("not_before", Float, nullable=False, default=0.0),  # of the next attempt
@@ -79,7 +78,7 @@ events = Table(
 keys = Table(
     "idempotency_keys",
     metadata,
-    Column("owner", String(64), primary_key=True),
+    Column("kind", String(16), primary_key=True),  # of the job
     Column("key", String(200), primary_key=True),
     Column("body", String(64), nullable=False),  # SHA-256 of the request
     Column("job", String(32), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
