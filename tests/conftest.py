@@ -28,7 +28,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 QUICK_RUN = ("--epochs", 5, "--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
-for profile, examples in (("few", 100), ("full", 2000)):
+for profile, examples in (("few", 30), ("full", 2000)):
     settings.register_profile(
         profile,
         max_examples=examples,
@@ -55,8 +55,23 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests on a Ray cluster run only where they are named: ``slow or not slow`` is all but them."""
+    """Tests on a Ray cluster run only where they are named: ``slow or not slow`` is all but them.
+
+    Of the cases of a test with ``sample(number)``, all but so many, evenly spread, are slow.
+    """
+    cases: dict[tuple[pytest.Item | pytest.Collector | None, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            cases.setdefault((item.parent, item.name.partition("[")[0]), []).append(item)
+    for same in cases.values():
+        (number,) = same[0].get_closest_marker("sample").args
+        step = len(same) / number
+        kept = {int(place * step) for place in range(number)}
+        for place, item in enumerate(same):
+            if place not in kept:
+                item.add_marker("slow")
     if not _is_asked_for("ray", config):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("ray")])
         items[:] = [item for item in items if not item.get_closest_marker("ray")]

@@ -27,6 +27,7 @@ FUNCTIONS = (
 )
 
 
+@pytest.mark.slow
 def test_the_page_runs(
     image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

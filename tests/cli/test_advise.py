@@ -47,6 +47,7 @@ def features_of(cli: Cli, tiny: Path, data: Path, path: Path, layers: str) -> pd
     return pd.read_csv(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", slow_except(["all"], ["last", "layer1", "all"]))
 def test_a_solved_head_equals_the_optimum_of_scikit_learn(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str
@@ -105,6 +106,7 @@ def test_nothing_is_written_among_the_images(cli: Cli, tiny: Path, image_folder:
     assert not (image_folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_backbone_without_a_classifier_is_advised_by_depth(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +209,7 @@ def test_contradictory_keys_are_refused(
 # --- the floor, and a head that begins as a solution ----------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_network_worse_than_its_floor_is_not_exported(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +293,7 @@ def test_a_run_with_a_floor_resumes_to_the_same_bits(
 # --- advice --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_advice_gives_the_position_in_the_matrix(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +311,7 @@ def test_advice_gives_the_position_in_the_matrix(
         assert Image.open(tmp_path / "advice" / name).size[0] > 500
 
 
+@pytest.mark.slow
 def test_auto_trains_with_the_advice_and_computes_it_once(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -391,6 +396,7 @@ def test_images_without_labels_are_refused(cli: Cli, tiny: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_advice_leaves_no_files(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     error = InterruptedRunError("the run", "it was stopped", "Again.")
     with mock.patch("finetune.pipeline.advise.decide", side_effect=error):

@@ -45,6 +45,7 @@ def run(boards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_arrays_pass_through_every_command(
     cli: Cli, run: Path, boards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_arrays_pass_through_every_command(
     assert judged.exit_code == 0, judged.stderr
 
 
+@pytest.mark.slow
 def test_an_exported_network_of_arrays_is_proved(cli: Cli, run: Path, tmp_path: Path) -> None:
     result = cli("export", run, "-o", tmp_path / "timm")
     assert result.exit_code == 0 and "only finetune can load alphago_policy_128" in result.stderr

@@ -120,6 +120,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone_chart, "time_forward", lambda *_: 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("instant")
 def test_a_chart_of_published_accuracies(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "chart"
@@ -139,6 +140,7 @@ def test_a_chart_of_published_accuracies(cli: Cli, tmp_path: Path) -> None:
     assert "ImageNet" in chart["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("instant")
 def test_a_chart_of_published_networks(cli: Cli, tmp_path: Path) -> None:
     names = ("cifar_resnet20", "zoo/cifar_wrn_40_4")
@@ -150,6 +152,7 @@ def test_a_chart_of_published_networks(cli: Cli, tmp_path: Path) -> None:
     assert [row["parameters"] for row in chart["rows"]] == [269722, 8949210]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("instant")
 def test_a_chart_of_runs(cli: Cli, finished_run: FinishedRun, tmp_path: Path) -> None:
     runs = [finished_run(strategy) for strategy in ("freeze", "full")]

@@ -243,6 +243,7 @@ def test_images_of_unknown_content_are_not_compared(cli: Cli, make: Make, how: s
         assert "finetune evaluate" in found or how == "no column"
 
 
+@pytest.mark.slow
 def test_evaluations_of_different_images_of_the_same_names_are_refused(
     cli: Cli, tiny: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_gives_its_own_metrics(cli: Cli, runs: tuple[Path, Path], tmp_path: Path) -> None:
     result = cli("evaluate", runs[0], "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output

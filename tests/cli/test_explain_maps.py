@@ -46,6 +46,7 @@ def check_folder(output: Path, record: dict[str, object], images: list[Path]) ->
     assert set(written["versions"]) == {"finetune", "torch", "torchvision", "timm"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("words", "method"),
     [
@@ -152,6 +153,7 @@ def test_output_that_exists_is_kept(cli: Cli, tiny: Path, image_folder: Path, tm
 # --- boxes ---
 
 
+@pytest.mark.slow
 def test_boxes_are_compared_with_given_ones(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     """One given box is the found one; another lies elsewhere. The checks of random weights may speak against
     a map: then the image has no box, and counts as a miss."""

@@ -45,6 +45,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_timm_alone_gives_the_runs_predictions(
     cli: Cli, run: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -470,6 +471,7 @@ def test_offline_mode_and_invalid_names_are_refused_first(cli: Cli, tmp_path: Pa
     assert "'a/b/c' is not a valid name of a hub repository" in result.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("damage", [{"intervals": 3}, {"most_confused": [5]}, {"classes_not_judged": -5}])
 def test_damaged_metrics_leave_the_card_without_metrics(
     cli: Cli, copy: Path, tmp_path: Path, damage: dict[str, object]

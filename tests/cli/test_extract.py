@@ -254,6 +254,7 @@ DAMAGED: list[dict[str, Any]] = [
 """What a journal may say of a block of features that is not so."""
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("change", slow_except([DAMAGED[0], DAMAGED[-1]], DAMAGED))
 def test_damaged_features_are_computed_again(
     cli: Cli, tiny: Path, tmp_path: Path, change: dict[str, Any]
@@ -317,6 +318,7 @@ def test_foreign_files_are_not_overwritten(cli: Cli, tiny: Path, image_folder: P
     assert result.exit_code == 2 and [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["f.csv", "f.bad_images.csv"])
 def test_files_that_appear_meanwhile_are_kept(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -343,6 +345,7 @@ def test_files_that_appear_meanwhile_are_kept(
     assert len(pd.read_csv(tmp_path / "f.csv")) == 10 and len(pd.read_csv(tmp_path / "f.bad_images.csv")) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["blocks.csv", "index.csv", "bad_images.csv"])
 def test_files_that_appear_in_the_folder_are_kept(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -369,6 +372,7 @@ def test_files_that_appear_in_the_folder_are_kept(
     assert not (output / ".work").exists()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["layer1.csv", "index.csv"])
 def test_a_table_that_appears_between_a_kill_and_the_repeat_is_kept(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -441,6 +445,7 @@ def test_two_extractions_do_not_write_one_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache", output])
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_an_extraction_is_refused(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -483,6 +488,7 @@ def test_an_output_inside_the_data_is_refused(cli: Cli, tiny: Path, image_folder
     assert result.exit_code == 2 and "lies in the data" in result.stderr
 
 
+@pytest.mark.slow
 def test_missing_data_or_output_are_reported(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert "no output" in cli("extract", "-b", tiny, "-d", tmp_path).stderr
     assert "no data" in cli("extract", "-b", tiny, "-o", tmp_path / "x").stderr

@@ -15,6 +15,7 @@ from tests.conftest import Cli, draw_folder
 WORDS = ("--device", "cpu", "--workers", 0)
 
 
+@pytest.mark.slow
 def test_a_probe_of_every_layer(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     words = ("--per-class", 8, "--repeats", 3, "--classifiers", "softmax,knn,svm,logreg")
     result = cli("probe", "-b", tiny, "-d", image_folder, "-o", tmp_path / "out", *words, *WORDS)

@@ -91,6 +91,7 @@ def assert_same_result(one: Path, two: Path) -> None:
     assert (one / "predictions.csv").read_bytes() == (two / "predictions.csv").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", slow_except([signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]))
 def test_a_stopped_run_resumes_to_the_same_bits(
     uninterrupted: Path, tiny: Path, long_data: Path, tmp_path: Path, number: signal.Signals

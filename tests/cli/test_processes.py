@@ -64,6 +64,7 @@ def assert_same_metrics(one: Path, two: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes(tiny: Path, data: Path, one: Path, tmp_path: Path) -> None:
     done = finetune(
         *words_of(tiny, data, tmp_path / "two"),
@@ -160,6 +161,7 @@ def test_processes_under_a_launcher(
     assert cli("predict", tiny, "-", "-o", tmp_path / "x.csv", "--processes", 2).exit_code == 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("leftover", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
 def test_stale_variables_of_a_launcher_are_ignored(
     cli: Cli,

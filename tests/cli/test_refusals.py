@@ -263,6 +263,7 @@ def start_and_fail(cli: Cli, words: list[object], monkeypatch: pytest.MonkeyPatc
         assert cli(*words).exit_code == ExitCode.INTERNAL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", slow_except([False], [True, False]))
 def test_changed_images_are_detected(
     cli: Cli, tiny: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
@@ -310,6 +311,7 @@ def test_early_refusals_leave_no_folder(cli: Cli, run_words: list[object], tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_metrics_is_refused(cli: Cli, run_words: list[object], tmp_path: Path) -> None:
     assert cli(*run_words).exit_code == 0
     (tmp_path / "run" / "metrics.json").unlink()

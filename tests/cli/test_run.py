@@ -81,6 +81,7 @@ def test_colours_are_learned_and_the_files_agree(finished_run: FinishedRun) -> N
     assert (output / "classes.txt").read_text().split() == ["blue", "green", "red"]
 
 
+@pytest.mark.slow
 def test_metrics_come_from_the_test_split_if_there_is_one(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     for part, count in (("train", 6), ("val", 3), ("test", 2)):
         draw_folder(tmp_path / "data" / part, {"blue": count, "red": count})
@@ -106,6 +107,7 @@ def test_six_classes_have_a_top5_accuracy(cli: Cli, tiny: Path, tmp_path: Path) 
     assert split.groupby("label").split.value_counts().unstack().val.tolist() == [1] * 6
 
 
+@pytest.mark.slow
 def test_the_saved_recipe_repeats_the_run(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     words = (
@@ -129,6 +131,7 @@ def test_the_saved_recipe_repeats_the_run(cli: Cli, image_folder: Path, tiny: Pa
     assert all(one[name].equal(two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_bit(cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path) -> None:
     runs = []
     for workers in (0, 2):
@@ -223,6 +226,7 @@ def test_the_data_are_named_as_they_were_given(cli: Cli, tiny: Path, tmp_path: P
     assert said in result.stderr.splitlines()
 
 
+@pytest.mark.slow
 def test_a_backbone_trained_on_the_evaluated_images_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """Another seed draws another validation split: images that the first run was trained on."""
     data = draw_folder(tmp_path / "data", {"blue": 10, "red": 10})

@@ -18,6 +18,7 @@ from tests.conftest import Cli, draw_folder
 QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")
 
 
+@pytest.mark.slow
 def test_seeds_give_a_mean_and_a_standard_deviation(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -39,6 +40,7 @@ def test_seeds_give_a_mean_and_a_standard_deviation(
     assert again.stderr.count("already holds this run") == 3
 
 
+@pytest.mark.slow
 def test_every_image_is_validated_in_one_fold(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"blue": 9, "red": 7})
     result = cli("run", "-b", tiny, "-d", data, "-s", "freeze", "--epochs", 1, "--folds", 3, *QUICK,

@@ -219,6 +219,7 @@ def test_every_command_is_tried() -> None:
     assert set(map(name_of, DONE)) == set(COMMANDS) - {"export", "push"} - endless, "which start processes"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", DONE)
 def test_what_a_command_says(case: str, place: Place) -> None:
     shown = said(0, *name_of(case).split(), *DONE[case](place))
@@ -226,6 +227,7 @@ def test_what_a_command_says(case: str, place: Place) -> None:
         assert "\\u202e" in shown, "it said no hostile name, so nothing was tried"
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_command_refuses(case: str, place: Place) -> None:
     code, words = REFUSED[case]

@@ -100,6 +100,7 @@ def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("strategy", slow_except(["top"], ["freeze", "top"]))
 @pytest.mark.parametrize("name", slow_except([*DEFAULT, *ZOO_DEFAULT], NAMES))
 def test_the_parts_do_what_the_whole_does(name: str, strategy: str) -> None:

@@ -80,6 +80,7 @@ def check_logits(network: nn.Module, img_size: int) -> None:
     assert logits.shape == (2, NUM_CLASSES)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", slow_except(DEFAULT_TIMM, sorted(set(SMALLEST) - set(ENCODERS))))
 def test_timm_family(family: str) -> None:
     card = find_card(f"timm/{SMALLEST[family]}")
@@ -88,6 +89,7 @@ def test_timm_family(family: str) -> None:
     check_new_head(network, size)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("family", slow_except(DEFAULT_TIMM, sorted(SMALLEST)))
 def test_the_converter_of_every_timm_family_is_found_without_weights(family: str) -> None:
     assert callable(_find_timm_filter(find_card(f"timm/{SMALLEST[family]}")))
@@ -127,6 +129,7 @@ def test_no_encoder_is_missing() -> None:
     assert set(timm.list_models("*_enc")) == PURE_ENCODERS
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch16_siglip_224", "caformer_s18"])
 def test_networks_with_heads_of_other_kinds(name: str) -> None:
     """Published without a classifier (DINOv2, SigLIP), or with one of two layers (CAFormer)."""

@@ -51,6 +51,7 @@ def check(name: str) -> None:
         assert torch.allclose(rows[len(chosen) - 1], rows[len(chosen)], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
 def test_features_of_every_layer(name: str) -> None:
     check(name)

@@ -331,6 +331,7 @@ def test_content_that_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     assert "is truncated, damaged" in refused(file).found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_fuzzed_archives_raise_refusals_only(tmp_path: Path, cache: Path) -> None:
     """Sound archives with a few bytes changed, cut out or put in: nothing lands outside the cache."""

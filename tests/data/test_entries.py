@@ -261,6 +261,7 @@ def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     assert "is a link or another kind" in refused(packed(tmp_path / "x.tar", *PLAIN, (info, b"")))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["ant/z.jpg", "ant/z.bin"])
 def test_a_bomb_is_refused(tmp_path: Path, cache: Path, name: str) -> None:
     """Also one whose large file would not be unpacked: it must be read to reach the next one."""
@@ -286,6 +287,7 @@ def test_limits(
     assert said in refused(file) and unpacked(cache) == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("suffix", [".tar", ".tgz"])
 def test_fuzzed_tar_files_raise_refusals_only(tmp_path: Path, cache: Path, suffix: str) -> None:
     rng = random.Random(2026)

@@ -132,6 +132,7 @@ def build(
 # --- Bitwise the same batches ---
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_images_do_not_change_a_batch(
@@ -269,6 +270,7 @@ NOTES: list[Any] = [
 """What a journal may say of the shapes of a block's images that is none, or not those of its bytes."""
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("note", NOTES)
 def test_damaged_shapes_are_detected_and_everything_decoded_again(
     cache_dir: FeatureCacheDir, keep: Keep, opened: list[str], listener: Listener, note: Any

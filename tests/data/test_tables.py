@@ -476,6 +476,7 @@ def test_a_table_of_too_many_cells_is_refused_at_once(
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_table_of_many_columns_is_read(tmp_path: Path) -> None:
     line = "{p},{l}" + ",1" * 19_998
     header = "path,label," + ",".join(map(str, range(19_998)))

@@ -125,6 +125,7 @@ def test_normalisation_uses_the_preprocessing() -> None:
     assert seen(view, grey).mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("augmentation", ["shift", "light", "medium", "heavy"])
 def test_five_hundred_views_are_valid_uint8_images(augmentation: str) -> None:
     """A rare strength of an operation must not raise an error late in a run."""

@@ -25,6 +25,7 @@ def draw(rng: np.random.Generator, num_images: int, accuracy: float, num_classes
     return Predictions(2 * torch.nn.functional.one_hot(said, num_classes).float(), labels)
 
 
+@pytest.mark.slow
 def test_an_interval_covers_the_true_value_in_95_percent() -> None:
     rng, turns = np.random.default_rng(5), 120
     held = {"accuracy": 0, "balanced_accuracy": 0}

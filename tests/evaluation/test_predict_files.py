@@ -446,6 +446,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     monkeypatch.setattr(resumable_writer.ResumableWriter, "save", cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["out.csv"], ["out.csv", "out.jsonl", "out.parquet"]))
 def test_a_resumed_prediction_writes_the_same_bytes(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -468,6 +469,7 @@ def test_a_resumed_prediction_writes_the_same_bytes(
         assert len(list(output.parent.iterdir())) == 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("change", ["image", "new", "gone", "model", "option"])
 def test_a_changed_prediction_is_not_resumed(
     tiny: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str

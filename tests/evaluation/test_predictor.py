@@ -213,6 +213,7 @@ def test_running_out_of_memory_halves_the_batch(tiny: Path, images: list[Path]) 
         np.testing.assert_allclose(one.values, two.values, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_importing_finetune_is_cheap_and_load_is_there() -> None:
     code = (
         "import sys, finetune; assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()\n"

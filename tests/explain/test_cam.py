@@ -51,6 +51,7 @@ def normalised(evidence: Tensor) -> Tensor:
 # --- Parity ---
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["squeezenet1_0", "torchvision/resnet18", "test_resnet"])
 def test_grad_cam_is_cam_with_pooling_and_a_linear_head(name: str) -> None:
     """CAM (arXiv:1512.04150) is the sum of the last features, weighted by the head."""
@@ -292,6 +293,7 @@ def check_positions(cam: GradCam, network: nn.Module, size: tuple[int, int, int]
             assert quarter.argmax() == number, quarters
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", slow_except(DEFAULT, NAMES))
 def test_every_family_gives_maps_or_a_reason(name: str) -> None:
     check(name)

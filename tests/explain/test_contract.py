@@ -110,6 +110,7 @@ def images() -> Tensor:
     return torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_method_leaves_nothing_behind(network: nn.Module, name: str, grad: bool) -> None:
@@ -135,6 +136,7 @@ class Failing(nn.Linear):
         return super().forward(features)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_left_behind_after_an_error(network: nn.Module, name: str) -> None:
     """The network fails at its last layer, in the last of the forward passes that the method makes."""

@@ -39,6 +39,7 @@ def explain(cli: Cli, folder: Path, method: str, *words: object) -> dict[str, ob
     return record
 
 
+@pytest.mark.slow
 def test_a_run_of_few_classes_gets_images_of_all(cli: Cli, finished_run: FinishedRun, tmp_path: Path) -> None:
     record = explain(cli, tmp_path / "out", "class", finished_run("full"), "--seeds", 2)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -94,6 +95,7 @@ def test_responses_are_written_for_every_transformation(
         assert arrays[f"{kind}_probabilities"].shape == (2, len(amounts))
 
 
+@pytest.mark.slow
 def test_the_class_is_that_of_the_labels(
     cli: Cli, finished_run: FinishedRun, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_every_block_is_removed(cli: Cli, finished_run: FinishedRun, tmp_path: P
         assert float(row["error"]) == pytest.approx(record["error"] + increase, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused(cli: Cli, tiny: Path, two_images: Path, tmp_path: Path) -> None:
     out = ("--output", tmp_path / "out")
     for words, code, said in (

@@ -106,6 +106,7 @@ def test_channels_of_other_branches_see_other_windows() -> None:
     assert narrow.size == (3, 3) and wide.size == (11, 11)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "layer", "size"),
     [
@@ -124,6 +125,7 @@ def test_it_holds_on_networks_of_the_libraries(name: str, layer: str, size: tupl
         assert find_boxes(network, position, size, [unit]) == [pixels_seen(network, position, size, unit)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "layer", "size"),
     [

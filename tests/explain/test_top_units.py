@@ -10,6 +10,7 @@ from finetune.explain.units import activations_of, record_maps
 from tests.explain.places import build, noise, place
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "layers", "size"),
     [

@@ -54,6 +54,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", WRITTEN)
 def test_a_command_writes_pictures_numbers_and_a_record(
     cli: Cli, method: str, tiny: Path, two_images: Path, tmp_path: Path
@@ -122,6 +123,7 @@ def test_strong_maps_need_not_be_those_that_count(
         assert best[f"{name}_rank"] == "1"
 
 
+@pytest.mark.slow
 def test_evolution_shows_the_epochs_that_were_kept(cli: Cli, kept_run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (kept_run / "epochs").iterdir()) == [
         "epoch-000001.safetensors",
@@ -192,6 +194,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", REFUSED)
 def test_mistakes_are_refused_with_the_fix(
     cli: Cli, case: str, tiny: Path, two_images: Path, tmp_path: Path
@@ -203,6 +206,7 @@ def test_mistakes_are_refused_with_the_fix(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", [*WRITTEN, "evolution"])
 def test_output_that_exists_is_refused(
     cli: Cli, method: str, tiny: Path, kept_run: Path, two_images: Path, tmp_path: Path

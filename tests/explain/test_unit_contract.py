@@ -47,6 +47,7 @@ def find_layer(network: nn.Module) -> MapPosition:
     return place(network, "patch_embed" if hasattr(network, "patch_embed") else "layer2", SIZE)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_method_leaves_nothing_behind(network: nn.Module, name: str, grad: bool) -> None:
@@ -63,6 +64,7 @@ def test_receptive_fields_leave_nothing_behind(network: nn.Module) -> None:
         find_boxes(network, position, SIZE, UNITS)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_left_behind_after_an_error(network: nn.Module, name: str) -> None:
     position = find_layer(network)

@@ -36,6 +36,7 @@ def network() -> nn.Module:
     return timm.create_model("test_resnet", num_classes=3).eval()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("is_calibrated", [False, True])
 def test_each_interface_gives_the_networks_outputs(
@@ -61,6 +62,7 @@ def test_each_interface_gives_the_networks_outputs(
     assert torch.allclose(alone, expected[:1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_except(["timm/test_vit"], ["timm/test_resnet", "timm/test_vit", "torchvision/squeezenet1_1"]),

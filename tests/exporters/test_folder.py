@@ -48,6 +48,7 @@ def build(name: str, img_size: int | None = None, head: HeadChoice = "replace", 
     return backbone
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
 def test_transformers_gives_the_same_logits_and_labels(tmp_path: Path, name: str) -> None:
     backbone = build(name, 64 if name != "test_vit" else None)
@@ -61,6 +62,7 @@ def test_transformers_gives_the_same_logits_and_labels(tmp_path: Path, name: str
         assert network(images).equal(loaded(pixel_values=images).logits)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "img_size", "dropout"),
     [
@@ -129,6 +131,7 @@ def test_every_folder_loads_with_its_head_kept(tmp_path: Path, name: str, head: 
     assert ("timm.create_model" in text) == loads_in_timm(backbone.card) == (name == "timm/poolformerv2_s12")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["volo_d1_224", "caformer_s18"])
 def test_heads_of_more_than_one_layer_export_as_linear(name: str) -> None:
     with torch.device("meta"):

@@ -45,6 +45,7 @@ def network() -> nn.Module:
     return timm.create_model("test_resnet", num_classes=3).eval()
 
 
+@pytest.mark.slow
 def test_onnx_metadata_holds_labels_preprocessing_and_temperature(
     card: Card, network: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

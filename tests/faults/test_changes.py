@@ -131,6 +131,7 @@ def test_damaged_checkpoints_are_never_started_over_in_silence(
 # --- more or fewer epochs ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", slow_except(["plateau"], ["constant", "step", "plateau"]))
 def test_more_epochs_give_the_bits_of_a_longer_run(
     cli: Cli, words: Words, tmp_path: Path, schedule: str
@@ -150,6 +151,7 @@ def test_more_epochs_of_a_cosine_go_on(cli: Cli, words: Words, tmp_path: Path) -
     assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_checkpoints_is_not_made_longer(
     cli: Cli, words: Words, tmp_path: Path
 ) -> None:
@@ -202,6 +204,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("epochs", slow_except([2], [2, 3]))
 @pytest.mark.parametrize("change", slow_except(["edited", "weights"], CHANGES))
 def test_a_finished_run_with_other_inputs_is_refused_by_name(
@@ -231,6 +234,7 @@ def test_an_interrupted_run_with_other_inputs_is_refused_by_name(
     assert snapshot(tmp_path / "run") == before
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -262,6 +266,7 @@ def test_another_recipe_is_refused_by_name(
 # --- what is allowed -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_images_may_be_allowed_and_are_told_of(
     cli: Cli, words: Words, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +326,7 @@ def lose(data: Path, *names: str) -> Callable[[], None]:
     return lambda: [(data / name).unlink(missing_ok=True) for name in names] and None
 
 
+@pytest.mark.slow
 def test_few_lost_images_are_left_out_and_told_of(
     cli: Cli, words: Words, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_state_of_another_version_says_so(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "damage"), [(STATE, flip_bit), (EPOCH, truncate), (BEST, Path.unlink), (MANIFEST, empty)]
 )
@@ -171,6 +172,7 @@ PLACES: dict[str, Callable[[Progress], bool]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("place", slow_except(["between the two", "after one way back"], PLACES))
 def test_a_way_back_leads_to_the_same_start_after_an_interruption(

@@ -106,6 +106,7 @@ FILES = (
 )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name",
     slow_except(["checkpoints/.checkpoint-000003.part/.manifest", ".model.part/.model.safetensors"], FILES),

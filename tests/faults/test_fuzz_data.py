@@ -158,6 +158,7 @@ def fuzz_tables(table: Path, data: bytes) -> None:
     note("table read" if outcome(table) else "table refused")
 
 
+@pytest.mark.slow
 def test_tables(table: Path) -> None:
     seen.clear()
     fuzz_tables(table)

@@ -205,6 +205,7 @@ def test_any_bytes(mailbox: Mailbox, raw: bytes) -> None:
     mailbox.load(raw)
 
 
+@pytest.mark.slow
 @given(st.one_of(DOCUMENTS, DEEP), st.one_of(st.just({}), OVERRIDES))
 def test_what_looks_like_yaml(mailbox: Mailbox, text: str, overrides: dict[str, Any]) -> None:
     mailbox.load(text, overrides)
@@ -215,6 +216,7 @@ def test_any_overrides(mailbox: Mailbox, overrides: dict[str, Any]) -> None:
     mailbox.summarize(None, overrides)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(KEYS), st.data())
 def test_a_recipe_with_one_change(mailbox: Mailbox, key: str, data: st.DataObject) -> None:
     name = key.rpartition(".")[2]
@@ -236,6 +238,7 @@ def test_any_assignments(mailbox: Mailbox, words: list[str]) -> None:
         mailbox.summarize(None, overrides)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["data.path", "backbone.name", "backbone.weights"]), st.text(st.characters(codec=None))
 )

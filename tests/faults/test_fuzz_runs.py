@@ -120,6 +120,7 @@ def end_of(cli: Cli, damaged: Damaged, command: str, file: str, damage: bytes | 
     return f"exit code {result.exit_code}: {result.output[-500:]}"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", slow_except(QUICK, CASES), ids=", ".join)
 def test_a_damaged_file_ends_no_command_by_surprise(
     cli: Cli, damaged: Damaged, case: tuple[str, str, str]

@@ -206,6 +206,7 @@ def use_or_refuse(folder: Path, target: Path) -> None:
         assert len(str(error)) < 3 * MOST_TEXT
 
 
+@pytest.mark.slow
 @settings(max_examples=settings().max_examples // 4)
 @given(st.sampled_from(PLACES), st.sampled_from(VALUES))
 def test_a_model_works_or_is_refused(

@@ -132,6 +132,7 @@ def test_what_cannot_be_read_is_refused_in_a_few_words(tmp_path: Path, case: Cas
     assert said[0].isascii() and said[0].isprintable()
 
 
+@pytest.mark.slow
 def test_the_bomb_is_a_sound_image_of_a_small_file() -> None:
     """Without the limit it would unpack: the refusal is of its size, and not of some damage."""
     data = bomb()

@@ -67,6 +67,7 @@ def points(whole: Path) -> list[tuple[int, When]]:
     return [*((number, "before") for number in range(len(calls))), *((number, "torn") for number in torn)]
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_trace(crasher: Crasher, tiny: Path, few: Path, whole: Path, tmp_path: Path) -> None:
     """In the middle of the run: before a file and a folder get their names, one goes, and half of a file."""
     calls = [call.split()[0] for call in json.loads((whole.parent / "calls.json").read_text())]

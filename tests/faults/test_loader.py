@@ -134,6 +134,7 @@ def undisturbed(build: Build) -> list[Batch]:
 # --- processes that die --------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_process_that_dies_in_an_epoch_leaves_no_trace(
@@ -242,6 +243,7 @@ def test_an_error_of_the_work_is_no_death(build: Build, error: Exception) -> Non
 # --- no room to hand batches over ----------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("words", "found", "remedy"),
     [
@@ -397,6 +399,7 @@ def assert_same_result(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_run_whose_decoding_process_is_killed_ends_in_the_same_bits(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

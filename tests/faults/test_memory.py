@@ -274,6 +274,7 @@ def compute(network: nn.Module, loss: str, mixer: str, microbatch: int) -> tuple
     return value, torch.cat(slopes)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -302,6 +303,7 @@ def test_a_training_in_parts_ends_where_the_whole_one_does(image_folder: Path, t
 # --- without a gradient --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_validation_goes_through_in_parts(image_folder: Path, tmp_path: Path) -> None:
     one = build_trainer(image_folder, tmp_path / "one", epochs=2, batch_size=8, lr=0.05)
     limit = limited(one, 1, training=False)

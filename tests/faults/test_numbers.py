@@ -104,6 +104,7 @@ FAULTS: dict[str, Callable[[When], type[Trainer]]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_skipped_step_leaves_no_trace(
@@ -263,6 +264,7 @@ def test_a_network_that_diverged_is_back_at_the_start_of_its_epoch(
     assert_same_tensors(trainer.state.take(), saved(tmp_path).epoch_start.tensors)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("network", [SmallNet, NormFree])
 @pytest.mark.parametrize("rate", [1e10, 1e30, 1e38])
@@ -340,6 +342,7 @@ def all_kinds_of_trouble(at: Progress) -> bool:
     return at.step in ({2, 5, 6, 7, 12} if at.rollbacks else {2, 5, 6, 7, 11, 12, 13, 14})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("steps", slow_except([3, 8, 12], [2, 3, 6, 8, 10, 12, 14]))
 def test_an_interruption_in_the_middle_of_trouble_changes_nothing(
     image_folder: Path, tmp_path: Path, steps: int

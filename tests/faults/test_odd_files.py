@@ -141,6 +141,7 @@ CASES = [(place, kind) for place in PLACES for kind in KINDS if kind != "nowhere
 QUICK = [(place, "pipe") for place in PLACES] + [("predict table", "device"), ("check list", "device")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", slow_except(QUICK, CASES), ids=" ".join)
 def test_what_is_no_file_is_refused_at_once(cli: Cli, folders: Folders, case: tuple[str, str]) -> None:
     place, kind = case

@@ -200,6 +200,7 @@ def test_a_mirror_that_lets_nobody_in(mirror: Mirror, tiny: Path, image_folder: 
     assert b"Traceback" in log and said.encode() in log
 
 
+@pytest.mark.slow
 def test_a_mirror_and_a_proxy_that_refuse(tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     names = ("timm/test_vit", "torchvision/squeezenet1_0", "hf-hub:org/name")
     traces = leave(

@@ -61,6 +61,7 @@ def test_sigterm_at_any_call_to_the_disk(crasher: Crasher, tiny: Path, tmp_path:
     assert codes.count(75) > 0.8 * len(codes)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_stop_in_the_middle_of_a_validation(
     image_folder: Path, tmp_path: Path, ema_decay: float | None
@@ -184,6 +185,7 @@ def send(process: BaseProcess, number: int) -> None:
     os.kill(process.pid, number)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_wait_for_a_decoder(
     tiny: Path, tmp_path: Path, cli: Cli, second: int
@@ -210,6 +212,7 @@ def test_a_second_signal_does_not_wait_for_a_decoder(
 TRAIN = ["--set", "cache=off", "-s", "full", "--epochs", 1, "--workers", 2]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("command", "where"),

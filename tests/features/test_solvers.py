@@ -440,6 +440,7 @@ def test_refusals() -> None:
 # --- the device ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", slow_except(["svm"], KINDS))
 @pytest.mark.parametrize("width", [20, 200])  # all features, and their span
 def test_a_device_solves_and_the_cpu_gets_the_same_weights(kind: Kind, width: int) -> None:

@@ -20,6 +20,7 @@ def draw(path: Path, brightness: int, seed: int) -> None:
     Image.fromarray(np.clip(brightness + noise, 0, 4095).astype(np.uint16)).save(path)
 
 
+@pytest.mark.slow
 def test_the_range_of_the_training_images_is_kept_and_used(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     """The classes differ in brightness only, which a range for each image would take away."""
     data, output = tmp_path / "data", tmp_path / "run"

@@ -28,6 +28,7 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", KEYS)
 def test_the_plan_is_that_of_the_run(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

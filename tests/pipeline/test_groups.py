@@ -40,6 +40,7 @@ def bursts(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_the_advice_counts_objects_and_promises_nothing(
     cli: Cli, bursts: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_the_advice_counts_objects_and_promises_nothing(
     assert json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))["advice_gap"] is None
 
 
+@pytest.mark.slow
 def test_a_brief_training_holds_groups_out_whole(cli: Cli, bursts: Path, tiny: Path) -> None:
     found = {}
     for known in ("", "group"):  # what look-alikes find, and what the user names
@@ -104,6 +106,7 @@ def test_no_advice_or_a_damaged_one_says_nothing(content: dict[str, Any]) -> Non
     assert find_gap(content, 0.1, 100) is None
 
 
+@pytest.mark.slow
 def test_the_gap_is_a_warning_and_in_the_report(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ OTHER_CLASSES: dict[str, tuple[Edit, str]] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("edit", slow_except(["renamed", "added"], OTHER_CLASSES))
 def test_other_classes_never_resume_and_leave_a_finished_run_as_it_was(
     cli: Cli, words: list[object], finished: Path, data: Path, edit: str
@@ -139,6 +140,7 @@ REFUSED: dict[str, tuple[Edit, list[object], str]] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "kind", slow_except(["strategy, fewer", "solved", "average", "leak", "lost"], REFUSED)
 )
@@ -167,6 +169,7 @@ def make_other(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_solved_run_refuses_another_backbone(cli: Cli, words: list[object], tmp_path: Path) -> None:
     solved = [*words, "-s", "freeze", "--set", "strategy.features=last"]
     assert cli(*solved).exit_code == 0
@@ -177,6 +180,7 @@ def test_a_solved_run_refuses_another_backbone(cli: Cli, words: list[object], tm
     assert digest(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_another_backbone_is_refused_even_where_its_shapes_fit(
     cli: Cli, words: list[object], finished: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +244,7 @@ UNREADABLE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("content", UNREADABLE)
 @pytest.mark.parametrize("layout", slow_except(["split"], ["split", "flat"]))
 def test_data_without_one_readable_image_are_refused_with_the_list(

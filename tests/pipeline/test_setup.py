@@ -104,6 +104,7 @@ SINGLE = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("asked", SINGLE)
 @pytest.mark.parametrize("strategy", ["full", "scratch"])
 def test_one_image_a_step_is_refused_where_a_batch_norm_gets_one_value(

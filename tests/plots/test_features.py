@@ -137,6 +137,7 @@ def test_names_of_layers_do_not_overlap(drawn: list[Figure], layers: list[str]) 
 # --- Maps ---
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("num_classes", [1, 2, 20, 21, 60])
 def test_a_map_is_written(tmp_path: Path, num_classes: int) -> None:
     classes = [f"class {index}" for index in range(num_classes)]
@@ -254,6 +255,7 @@ def matrix_of(path: Path, names: list[str]) -> None:
 DRAWINGS: tuple[Draw, ...] = (probe_of, map_of, matrix_of)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("draw", DRAWINGS)
 @pytest.mark.parametrize("names", [HOSTILE[:5], HOSTILE[5:]])
 def test_any_name_is_drawn(tmp_path: Path, draw: Draw, names: list[str]) -> None:

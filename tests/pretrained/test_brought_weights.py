@@ -53,6 +53,7 @@ WRAPPED = [
 ]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("prefix", WRAPPED)
 @pytest.mark.parametrize("nested", [False, True])
 def test_any_wrapper_or_prefix_is_left_out_and_said(
@@ -177,6 +178,7 @@ def test_leftovers_are_no_further_blocks(state: State) -> None:
     assert find_further_blocks(state, unused, ["fc.weight"]) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("plain", "other", "head", "first"),
     [

@@ -309,6 +309,7 @@ def test_every_architecture_has_a_size() -> None:
 SAMPLE = ["timm/test_resnet", "torchvision/squeezenet1_0", "timm/caformer_s18", "timm/convformer_s18"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", SAMPLE + random.Random(5).sample([*list_names()], 15))
 def test_sizes_are_right(name: str) -> None:
     card = find_card(name)

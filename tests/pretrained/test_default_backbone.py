@@ -33,6 +33,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("others", [[], ["timm/vit_small_patch14_dinov2.lvd142m"]])
 def test_without_any_the_package_is_named(here: list[str], others: list[str]) -> None:
     here += others
@@ -45,6 +46,7 @@ def test_an_installed_package_is_on_this_machine() -> None:
     assert "timm/tf_efficientnet_lite0.in1k" in {card.name for card in find_local()}
 
 
+@pytest.mark.slow
 def test_the_higher_published_accuracy_wins(here: list[str]) -> None:
     here += ["timm/resnet18.tv_in1k", "timm/resnet50.a1_in1k", "torchvision/squeezenet1_0.imagenet1k_v1"]
     assert choose_best(on_gpu=False).best.card.name == "timm/resnet50.a1_in1k"

@@ -82,6 +82,7 @@ def test_a_new_head_starts_alive(name: str) -> None:
     assert (layer.bias.grad != 0).all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dropout", [0.0, 0.37])
 def test_dropout_stands_before_the_classifier(name: str, dropout: float) -> None:
@@ -104,6 +105,7 @@ def test_dropout_stands_before_the_classifier(name: str, dropout: float) -> None
     assert dropped == pytest.approx(dropout, abs=0.08)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name", slow_except([NAMES[0], DROP_FC[0]], [name for name in (*NAMES, *DROP_FC) if "maxvit" not in name])
 )
@@ -155,6 +157,7 @@ PUBLISHED: dict[str, tuple[float, set[float]]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("head", ["replace", "keep"])
 def test_a_published_network_is_built_with_its_dropout(name: str, head: HeadChoice) -> None:
@@ -165,6 +168,7 @@ def test_a_published_network_is_built_with_its_dropout(name: str, head: HeadChoi
     assert str(on_meta(backbone.card)) == str(backbone.network)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["alexnet_2012", "cifar_wrn_16_4", "cifar_wrn_28_10_dropout", "nin_cifar"])
 @pytest.mark.parametrize("asked", [0.0, 0.2])
 def test_another_rate_may_be_asked_of_a_published_network(name: str, asked: float) -> None:
@@ -175,6 +179,7 @@ def test_another_rate_may_be_asked_of_a_published_network(name: str, asked: floa
     assert second.card.dropout == asked and rates(second.network) == rates(backbone.network)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["resnet18", "timm/efficientnet_b0", "torchvision/resnet18"])
 def test_every_other_network_has_no_dropout_unless_it_is_asked_for(name: str) -> None:
     first = load_on_meta(find_card(name))
@@ -184,6 +189,7 @@ def test_every_other_network_has_no_dropout_unless_it_is_asked_for(name: str) ->
     assert load_on_meta(asked.card).card.dropout == 0.0
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", slow_except(PUBLISHED, NAMES_OF_ZOO))
 def test_the_published_rate_builds_the_published_network(name: str) -> None:
     card = find_card(name)
@@ -200,6 +206,7 @@ def test_finding_the_published_rate_draws_no_random_number() -> None:
 # --- fully connected layers ----------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", DROP_FC)
 def test_fully_connected_layers_are_dropped(name: str) -> None:
     card = find_card(name)

@@ -68,6 +68,7 @@ def test_every_tensor_of_the_first_port_gets_its_name(name: str) -> None:
     assert set(to_timm_names(theirs | odd, network)) == set(state) | set(odd)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", PACKAGES)
 def test_the_real_weights_are_whole_and_see_a_palace(name: str) -> None:
     """On a photograph of scikit-learn's: the Summer Palace in Beijing."""
@@ -104,6 +105,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "weights.pth"
 
 
+@pytest.mark.slow
 def test_an_installed_file_is_used_before_any_network_is_asked(package: Path) -> None:
     card = find_card(LITE)
     assert (card.name, card.place, card.license) == (f"timm/{LITE}.in1k", "package", "apache-2.0")

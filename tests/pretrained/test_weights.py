@@ -113,6 +113,7 @@ def test_formats(card: Card, state: State, tmp_path: Path, name: str) -> None:
     )
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize(
     "wrapper", [(), ("state_dict",), ("model",), ("state_dict_ema",), ("model", "state_dict")]

@@ -65,6 +65,7 @@ def trained_run(make_once: MakeOnce, small_images: Path) -> TrainedRun:
     return lambda recipe: make_once(f"recipe-{recipe}", lambda folder: make(recipe, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", slow_except(["cifar-resnet"], SCRATCH))
 def test_a_recipe_trains_its_family_from_random_weights(trained_run: TrainedRun, recipe: str) -> None:
     saved, published = load_recipe(str(trained_run(recipe) / "recipe.yaml")), load_recipe(recipe)
@@ -73,6 +74,7 @@ def test_a_recipe_trains_its_family_from_random_weights(trained_run: TrainedRun,
     assert saved.input.augmentation == published.input.augmentation
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("strategy", ["freeze", "top", "full"])
 def test_what_a_recipe_trained_is_a_backbone(
     cli: Cli, trained_run: TrainedRun, other_images: Path, tmp_path: Path, strategy: str

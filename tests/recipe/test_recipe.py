@@ -508,6 +508,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_in_time(mistake: Callable[..., str], name: str) -> None:
     began = time.process_time()

@@ -57,6 +57,7 @@ def requests_of(browser: Any) -> list[str]:
     return [one["params"]["request"]["url"] for one in sent]
 
 
+@pytest.mark.slow
 def test_the_page_opens_without_errors_or_requests(browser: Any, page: Path) -> None:
     open_page(browser, page)
     assert browser.get_log("browser") == []

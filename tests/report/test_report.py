@@ -104,6 +104,7 @@ def test_mistakes_are_sorted_by_confidence(made: RunFolder) -> None:
     assert shown == expected
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("file", "section"),
     [
@@ -129,6 +130,7 @@ def test_a_split_with_a_short_row_is_left_out(copy: RunFolder) -> None:
     assert "could not be read: split.csv" in remake(copy)
 
 
+@pytest.mark.slow
 def test_old_metrics_are_enough(copy: RunFolder) -> None:
     old = {
         "accuracy": 0.5,
@@ -147,6 +149,7 @@ def test_old_metrics_are_enough(copy: RunFolder) -> None:
 STRANGE = [None, "many", [1], {"bins": [None]}, -1e400, {"temperature": "x"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", slow_except(["many"], STRANGE))
 def test_invalid_metrics_raise_no_exception(copy: RunFolder, value: object) -> None:
     for key in ("intervals", "calibration", "reject", "most_confused", "seconds", "features", "accuracy"):
@@ -179,6 +182,7 @@ def test_evaluated_images_are_not_shown_as_a_training_split(copy: RunFolder) -> 
         assert load_facts(copy).counts.keys() == {"test" if part == "test" else "evaluated"}
 
 
+@pytest.mark.slow
 def test_metrics_that_contradict_the_predictions_are_reported(copy: RunFolder) -> None:
     words = "The files do not belong together"
     assert words not in remake(copy)
@@ -196,6 +200,7 @@ def reject_rows(html: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows]
 
 
+@pytest.mark.slow
 def test_thresholds_are_shown_with_what_they_achieved(copy: RunFolder) -> None:
     old = reject_rows(remake(copy))
     assert old[0] == ["wanted", "confidence from", "images answered", "achieved"]
@@ -222,6 +227,7 @@ def test_thresholds_are_shown_with_what_they_achieved(copy: RunFolder) -> None:
     assert "hosen on these images" not in remake(copy)
 
 
+@pytest.mark.slow
 def test_missing_images_are_replaced_by_a_note(made: RunFolder, copy: RunFolder, tmp_path: Path) -> None:
     copy.recipe.write_text(f"backbone:\n  name: x\ndata:\n  path: {tmp_path / 'nowhere'}\n")
     html = remake(copy)
@@ -279,6 +285,7 @@ def test_names_are_escaped_in_page_and_plots(tmp_path: Path) -> None:
         assert "http" not in plot.read_text().replace("http://www.w3.org/2000/svg", "")
 
 
+@pytest.mark.slow
 def test_many_classes_stay_readable_and_small(tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(130)]
     folder = write_folder(tmp_path, names, per_class=2)
@@ -297,6 +304,7 @@ def write_confusion(folder: RunFolder, classes: tuple[str, ...], counts: list[li
     write_csv(folder.confusion_matrix, rows, ("label", *classes))
 
 
+@pytest.mark.slow
 def test_classes_that_are_often_confused_both_ways_are_named(copy: RunFolder) -> None:
     classes = ("ants", "bees", "wasps")
     write_confusion(copy, classes, [[20, 0, 1], [9, 12, 4], [0, 6, 19]])
@@ -345,6 +353,7 @@ def test_the_report_command_writes_it_again(cli: Cli, copy: RunFolder) -> None:
     assert cli("report", copy.path / "nowhere").exit_code == 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("names", "classes"), [(("a", "a", *"cdefghij"), ["a (0)", "a (1)"]), ((), ["0", "9"])]
 )
@@ -378,6 +387,7 @@ def test_maps_that_do_not_depend_on_the_weights_are_left_out(
     assert any("random weights" in one.reason for one in maps) is not is_shown
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("names", [None, -5, 1.5, True, "x", {"a": 1}, [None, ["a"]], 10**30, float("inf")])
 def test_classes_not_judged_that_are_no_names(copy: RunFolder, names: object) -> None:
     metrics = json.loads(copy.metrics.read_text("utf-8")) | {"classes_not_judged": names}

@@ -75,6 +75,7 @@ def test_changed_content_is_not_used(tmp_path: Path, spoil: Callable[[Path], Non
     assert journal.load() and len(journal.blocks) == 1
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_byte_leaves_the_blocks_before_it(tmp_path: Path) -> None:
     write(tmp_path, 3)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

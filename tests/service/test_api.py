@@ -83,6 +83,7 @@ def test_files_come_in_ranges_and_only_if_they_have_changed(served: Served) -> N
     assert served.client.get(address, headers={"If-None-Match": tag}).status_code == 304
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name",
     ["../../store.sqlite", "..%2f..%2fstore.sqlite", "checkpoints/x", "/etc/passwd", "none", ".x", "model"],
@@ -176,6 +177,7 @@ def test_all_mistakes_of_a_recipe_come_in_one_answer(served: Served) -> None:
     assert said["class"] == "usage"
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [

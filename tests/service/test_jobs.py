@@ -175,6 +175,7 @@ def take_all(address: str, name: str, barrier: Any, taken: Any) -> None:
     taken.put(None)
 
 
+@pytest.mark.sample(1)
 def test_servers_that_claim_at_once_take_every_job_once(
     store: JobStore, address: str, engine: Engine
 ) -> None:
@@ -201,6 +202,7 @@ def submit_once(address: str, barrier: Any, made: Any) -> None:
     made.put(store.submit(RECIPE, key="same"))
 
 
+@pytest.mark.sample(1)
 def test_a_request_that_is_sent_twice_at_once_is_one_job(store: JobStore, address: str) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, made = context.Barrier(3), context.Queue()

@@ -83,6 +83,7 @@ def test_from_an_archive_to_a_prediction(served: Served, archive: Path) -> None:
         assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_running_job_is_shown_as_it_goes(served: Served, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
@@ -103,6 +104,7 @@ def test_a_running_job_is_shown_as_it_goes(served: Served, tmp_path: Path) -> No
         wait_until(browser, lambda one: one.find_element(By.ID, "state").text == "succeeded")
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", slow_except([390], [390, 1200]))
 def test_no_page_is_wider_than_the_window(served: Served, archive: Path, width: int) -> None:
@@ -118,6 +120,7 @@ def test_no_page_is_wider_than_the_window(served: Served, archive: Path, width: 
             assert wide <= 0, path
 
 
+@pytest.mark.slow
 @needs_browser
 def test_names_are_escaped_and_no_script_of_others_runs(served: Served) -> None:
     bad = "<script>document.title='taken'</script><img src=x onerror=alert(1)>"

@@ -60,6 +60,7 @@ def expected(model: Path, images: list[Path]) -> list[Any]:
     return finetune.load(model).predict(images)
 
 
+@pytest.mark.slow
 def test_files_and_base64_get_the_probabilities_of_the_library(
     served: Served, model: Path, images: list[Path]
 ) -> None:
@@ -132,6 +133,7 @@ def test_models_that_are_refused(served: Served) -> None:
     problem(served.client.put("/v1/models/colours", json={"job": failed}), 409)
 
 
+@pytest.mark.slow
 def test_a_new_version_takes_over_without_a_lost_request(served: Served, images: list[Path]) -> None:
     content, stop, versions, failures = images[0].read_bytes(), threading.Event(), set[int](), list[str]()
 
@@ -166,6 +168,7 @@ def test_a_new_version_takes_over_without_a_lost_request(served: Served, images:
 # --- the process ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_started_again(model: Path, images: list[Path], tmp_path: Path) -> None:
     host = ModelHost(model, tmp_path / "log", wait=0.2)
     picture = Picture(images[0].read_bytes())
@@ -217,6 +220,7 @@ def test_an_image_that_ends_the_process_costs_its_own_request_only(
         host.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     from finetune.errors import EnvironmentFaultError
 
@@ -228,6 +232,7 @@ def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 # --- the Open Inference Protocol -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_public_client_speaks_to_it(served: Served, model: Path, images: list[Path]) -> None:
     http = pytest.importorskip("tritonclient.http")
     address = str(served.client.base_url).removeprefix("http://").rstrip("/")

@@ -49,6 +49,7 @@ def recipe_of(name: str, **keys: object) -> Recipe:
     return load_recipe(None, {"strategy.name": name} | {f"strategy.{k}": v for k, v in keys.items()})
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("epochs", slow_except([10], [3, 10, 37]))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_one_place_in_every_phase(network: nn.Module, name: str, epochs: int) -> None:
@@ -77,6 +78,7 @@ def test_every_parameter_has_one_place_in_every_phase(network: nn.Module, name: 
     assert {n for stage in stages if stage.role == "head" for n in stage.parameters} <= ever
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strategy_says_what_it_is(network: nn.Module, name: str) -> None:
     strategy = find_strategy(name)

@@ -116,6 +116,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
         assert (whole.path / name).read_bytes() == (parts.path / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_trunk_is_what_every_phase_freezes(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs once, and the rest learns in two phases what the whole network would have learnt."""
     fed: list[Any] = []

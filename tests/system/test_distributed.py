@@ -55,6 +55,7 @@ def test_sums_and_values_of_all() -> None:
     assert together(work, 3) == [([3.0, pytest.approx(0.3)], True, False, [0, 10, 20])] * 3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7])
 def test_items_come_in_order(number: int) -> None:
     def work(distributed: Distributed) -> list[int]:
@@ -140,6 +141,7 @@ def test_a_loss_keeps_being_one() -> None:
     assert error.message == "process 1, training, step 7: memory ran out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", slow_except([1], [0, 1]))
 def test_a_process_that_is_killed_is_missed(killed: int) -> None:
     def work(distributed: Distributed) -> str | None:

@@ -159,6 +159,7 @@ def test_every_other_reason_is_said_by_torch(machine: Path, monkeypatch: pytest.
     assert "Check nvidia-smi" in said
 
 
+@pytest.mark.slow
 def test_commands_warn(cli: Cli, tiny: Path, machine: Path, tmp_path: Path) -> None:
     load_driver(machine)
     data = draw_folder(tmp_path / "data", {"red": 4, "blue": 4})

@@ -42,6 +42,7 @@ def failed(distributed: Distributed) -> None:
     raise DataError("--data x", "it is gone", "Bring it back.")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize(("fault", "code"), [(killed, ExitCode.INTERRUPTED), (failed, ExitCode.DATA)])
 def test_a_main_thread_blocked_in_c_holds_no_process(
@@ -70,6 +71,7 @@ def test_a_main_thread_blocked_in_c_holds_no_process(
         assert all("has ended" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_main_thread_that_runs_ends_in_its_own_way() -> None:
     def work(distributed: Distributed) -> str:
         try:
@@ -86,6 +88,7 @@ def test_a_main_thread_that_runs_ends_in_its_own_way() -> None:
     assert "has ended" in said and nothing is None
 
 
+@pytest.mark.slow
 def test_who_has_finished_is_not_lost() -> None:
     def work(distributed: Distributed) -> str:
         with watched_processes(distributed):

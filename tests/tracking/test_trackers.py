@@ -132,6 +132,7 @@ def test_a_resumed_run_is_the_same_run_and_logs_each_epoch_once(
     assert read_mlflow((output / "tracking" / "mlflow").as_uri())[1].info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_added_later_gets_earlier_epochs(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_tracker_that_fails_causes_one_warning_and_is_dropped(
     assert Broken.calls == min(fails_at, 5)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_does_not_fail_the_run(
     tiny: Path, image_folder: Path, tmp_path: Path, break_at: Any
 ) -> None:

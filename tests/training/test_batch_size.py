@@ -52,6 +52,7 @@ def fail_beyond(task: Task, most: int) -> list[int]:
     return tried
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_trial_leaves_no_trace(task: Task, optimizer: str) -> None:
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
@@ -77,6 +78,7 @@ def test_the_recipes_microbatch_is_tried(task: Task) -> None:
     assert max(tried) == 8
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_activations_have_the_precision_of_the_run(task: Task, precision: str) -> None:
     seen: set[tuple[torch.dtype, bool]] = set()
@@ -90,6 +92,7 @@ def test_activations_have_the_precision_of_the_run(task: Task, precision: str) -
     assert seen == {(getattr(torch, precision), True)}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("training", "num_ranks", "number"),
     [

@@ -19,6 +19,7 @@ def gradients(network: nn.Module, logits: Tensor) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_computes_what_the_network_computes(backend: str) -> None:
     torch.manual_seed(0)

@@ -139,6 +139,7 @@ def test_losses_are_those_of_the_plain_loop(name: str, fit: Fit, tmp_path: Path)
         assert one["eval_accuracy"] == other["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
     fit("one")
     assert sum(computed) == 2 * 40 + 10
@@ -153,6 +154,7 @@ def test_a_second_run_computes_nothing(fit: Fit, computed: list[int]) -> None:
     assert computed == []  # no more views than epochs
 
 
+@pytest.mark.slow
 def test_no_more_views_than_pay_in_this_run(fit: Fit, computed: list[int]) -> None:
     """A view for each epoch saves nothing. A run that gets more epochs keeps its number of views."""
     auto = {"cache.views": "auto"}
@@ -168,6 +170,7 @@ def test_no_more_views_than_pay_in_this_run(fit: Fit, computed: list[int]) -> No
     assert sum(computed) == 2 * 40 + 10  # the second view
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "number"),
     [
@@ -213,6 +216,7 @@ def test_weights_make_others(fit: Fit, computed: list[int], tmp_path: Path) -> N
     assert sum(computed) == 50
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_goes_on(fit: Fit, computed: list[int], tmp_path: Path) -> None:
     whole = fit("whole")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path / "other")  # monkeypatch gives it back
@@ -265,6 +269,7 @@ def test_a_full_disk_costs_the_next_run_alone(fit: Fit) -> None:
     assert_same_run(whole.folder.path, again.folder.path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None:
     listener = Listener()
     with (
@@ -277,6 +282,7 @@ def test_a_full_disk_and_too_much_for_memory_is_the_plain_loop(fit: Fit) -> None
     assert plain.metrics["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_memory_for_some_views_only_is_the_plain_loop(fit: Fit) -> None:
     """A row has 96 numbers: the first view fits, the second does not."""
     full = mock.patch.object(BlockFile, "append", no_space)
@@ -294,6 +300,7 @@ def test_rows_that_stay_in_their_file_are_the_same(fit: Fit) -> None:
     assert_same_run(whole.folder.path, mapped.folder.path)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("strategy", "keys", "words"),
     [
@@ -332,6 +339,7 @@ def test_the_recipe_can_say_off(tiny: Path) -> None:
     assert not recipe.cache.trunk and not recipe.cache.pictures
 
 
+@pytest.mark.slow
 def test_wrong_features_give_no_metrics(fit: Fit) -> None:
     rows = KeptRows.rows
 
@@ -399,6 +407,7 @@ def test_an_epoch_goes_on_in_its_middle() -> None:
     assert len(rest) == loader.num_batches(5) - 1 == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
 def test_processes_for_the_trunk_may_grow_as_far_as_its_batches_fit(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
@@ -435,6 +444,7 @@ def test_rows_are_read_from_their_file(tmp_path: Path) -> None:
         kept[indices]
 
 
+@pytest.mark.slow
 def test_an_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     fit: Fit, tmp_path: Path, few: Path
 ) -> None:

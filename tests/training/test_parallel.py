@@ -100,6 +100,7 @@ def test_every_image_is_judged_once(num_samples: int, size: int) -> None:
 # --- the same result -----------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "words",
     [
@@ -126,6 +127,7 @@ def test_two_processes_learn_what_one_learns(uneven: Path, tmp_path: Path, words
     assert not (tmp_path / "two" / "1" / "history.csv").exists()  # one writer
 
 
+@pytest.mark.slow
 def test_three_processes_of_which_one_has_no_image_of_the_last_batch(uneven: Path, tmp_path: Path) -> None:
     words = {"batch_size": 9, "epochs": 2}  # 57 = 6 x 9 + 3
     one = train(SINGLE_PROCESS, uneven, tmp_path / "one", **words)
@@ -184,6 +186,7 @@ def test_weights_that_learn_nothing_are_no_obstacle(uneven: Path, tmp_path: Path
     assert_close(one, first)
 
 
+@pytest.mark.slow
 def test_where_processes_wait_in_the_forward_nothing_is_rehearsed(
     uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_sync_batch_norm_is_known_where_it_is() -> None:
 # --- trouble in one of them ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lost_images_are_everybodys(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.training.trainer.refuse_many_lost", lambda *_: None)
 
@@ -280,6 +284,7 @@ def train_short_of_memory(
     return train(distributed, data, folder, trainer_type=Short)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_one_halves_the_parts_of_all(uneven: Path, tmp_path: Path) -> None:
     one = train(SINGLE_PROCESS, uneven, tmp_path / "one")
     first, second = together(
@@ -290,6 +295,7 @@ def test_memory_that_runs_out_in_one_halves_the_parts_of_all(uneven: Path, tmp_p
     assert_close(one, first)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_beside_the_optimisers_state_halves_the_parts_of_all(
     uneven: Path, tmp_path: Path
 ) -> None:
@@ -345,6 +351,7 @@ def test_a_loss_that_is_no_number_in_one_is_skipped_by_all(uneven: Path, tmp_pat
     assert_close(one, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", slow_except([1], [0, 1]))
 def test_a_stop_that_one_hears_stops_all_and_they_go_on_to_the_same_bits(
     uneven: Path, tmp_path: Path, asked: int

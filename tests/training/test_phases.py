@@ -70,6 +70,7 @@ def test_going_back_stays_in_the_phase(image_folder: Path, tmp_path: Path) -> No
     assert {row.stage.name for row in trainer.phase.plan.trained} == {"stage2", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["gradual"])
 def test_two_processes_change_the_phase_together(image_folder: Path, tmp_path: Path, strategy: str) -> None:
     def train(distributed: Distributed) -> dict[str, torch.Tensor]:

@@ -46,6 +46,7 @@ def assert_near(one: Tensor, other: Tensor, name: str = "") -> None:
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda found: f"{name}: {found}")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("settings", [{"epochs": 2}, UNEVEN], ids=["plain", "everything"])
 def test_training_stays_on_the_device(
@@ -63,6 +64,7 @@ def test_training_stays_on_the_device(
     assert_near(there.predictions.logits, here.predictions.logits)
 
 
+@pytest.mark.slow
 def test_training_goes_on_on_the_device(image_folder: Path, tmp_path: Path) -> None:
     """A checkpoint's tensors, which are the CPU's, go back to the device."""
     words = UNEVEN | {"optimizer": "adamw"}

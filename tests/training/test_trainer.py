@@ -38,6 +38,7 @@ def assert_same_state(one: nn.Module, two: nn.Module) -> None:
     assert not different
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(
     "steps", slow_except([5, 13], [1, 5, 13, 18])

@@ -86,6 +86,7 @@ def test_a_name_of_another_library_is_not_one_of_the_zoo() -> None:
         find_card("zoo/resnet18")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ALL)
 def test_stages_head_and_layers_are_found(name: str) -> None:
     card = replace(find_card(name), model_args=tuple(depth_of(name).items()))

@@ -76,6 +76,7 @@ def loss_over_log_k(logits: torch.Tensor) -> float:
     return float(-logits.log_softmax(1).mean() / math.log(logits.shape[1]))
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize(("name", "deviation"), AS_LOG_K)
 def test_it_is_log_k_and_logits_depend_on_the_image(name: str, deviation: float) -> None:
     logits = first_logits(name)

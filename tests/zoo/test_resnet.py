@@ -106,6 +106,7 @@ def test_numbers_of_a_second_forward(name: str) -> None:
     assert_same_output(network, lambda batch: second_forward(state, batch, residual=residual), batch)
 
 
+@pytest.mark.sample(1)
 def test_numbers_of_pytorchcv() -> None:
     """pytorchcv too has v1, with ``conv1_stride``."""
     ours = randomise(build("resnet50_v1"))

@@ -301,6 +301,7 @@ def test_copies_leaks_and_double_labels_are_named(cli: Cli, tmp_path: Path) -> N
     assert "1 error, " in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_path_that_does_not_exist_leaves_no_folder_and_loads_nothing(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_the_total_of_the_activations_of_vgg16() -> None:
     assert costs.forward_bytes(2) == 2 * 4 * costs.activations
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "squeezenet1_1", "mobilenet_v2", "swin_t"])
 def test_the_published_numbers_of_torchvision(name: str) -> None:
     """Its table of weights states the multiply-adds in units of 1e9, with three digits."""

@@ -90,6 +90,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Maps]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_raw_maps_are_those_of_the_forward_written_out(family: str) -> None:
     build, maps = FAMILIES[family]

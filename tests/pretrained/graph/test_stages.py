@@ -41,6 +41,7 @@ def parameters_of(stages: tuple[Stage, ...], name: str) -> set[str]:
     return next(set(stage.parameters) for stage in stages if stage.name == name)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -71,6 +72,7 @@ def test_googlenet() -> None:
     assert names(stages) == ["conv1", "conv2-3", "inception3a-3b", "inception4a-4e", "inception5a-5b", "head"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
