@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from finetune.explain.attribution.heat_map import HeatMap, MakeCompute
+from finetune.explain.rank_correlation import correlate_ranks
 from pretrained.graph.stages import Stage
 
 MOST_SIMILAR = 0.75
@@ -96,5 +96,4 @@ def _correlate(before: HeatMap, now: HeatMap) -> float:
     """Return the rank correlation (Spearman) of two maps; 0 if one of them has no values."""
     if before.values is None or now.values is None:
         return 0.0
-    first, second = (rankdata(values.numpy().ravel()) for values in (before.values, now.values))
-    return float(np.corrcoef(first, second)[0, 1])
+    return correlate_ranks(before.values.numpy(), now.values.numpy())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from finetune.errors import count
 from finetune.explain.attribution.heat_map import HeatMap
@@ -110,5 +110,5 @@ def _compute_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[fl
     """Return Student's interval of the mean; None for a single value."""
     if len(values) < 2:
         return None
-    half = t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    half = stdtrit(len(values) - 1, (1 + LEVEL) / 2) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean() - half), float(values.mean() + half)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import rankdata
 
 from finetune.explain.commands.images import ImageBatch, ImageReader, find_images
 from finetune.explain.commands.layers import find_map_layer
@@ -30,6 +29,7 @@ from finetune.explain.commands.model import find_class, open_model, require_clas
 from finetune.explain.commands.record import say_written, write_arrays, write_record
 from finetune.explain.feature_maps import compute_feature_maps
 from finetune.explain.positions import MapPosition
+from finetune.explain.rank_correlation import correlate_ranks
 from finetune.features.network import Network
 from finetune.plots.sheet import Grid, Tile, write_grid
 from finetune.plots.units import blank, draw_map, fit_square
@@ -77,7 +77,7 @@ class ImageMaps:
         """Rank correlation (Spearman) of the two orders, from -1 to 1; 0 if one of them is no order."""
         if np.ptp(self.strengths) == 0 or np.ptp(self.contributions) == 0:
             return 0.0
-        return float(np.corrcoef(rankdata(self.strengths), rankdata(self.contributions))[0, 1])
+        return correlate_ranks(self.strengths, self.contributions)
 
 
 def explain_maps(

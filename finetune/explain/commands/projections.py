@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from finetune.explain.checks.randomisation import randomise_from_top
 from finetune.explain.commands.strongest import Excited, read_excited
 from finetune.explain.deconv import project_units
 from finetune.explain.positions import MapPosition
+from finetune.explain.rank_correlation import correlate_ranks
 from finetune.explain.relu_rules import Rule
 from finetune.features.network import Network
 from finetune.plots.units import draw_projection
@@ -96,4 +96,4 @@ def _correlate(one: Floats, other: Floats) -> float:
     first, second = (np.abs(projection).max(axis=0) for projection in (one, other))
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    return correlate_ranks(first, second)
