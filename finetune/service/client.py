@@ -85,7 +85,7 @@ class Client:
             else:
                 if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE or number + 1 == TRIES:
                     return _checked(answer)
-            time.sleep(min(0.2 * 2**number, 5.0))
+            time.sleep(_pause(number))
         raise AssertionError
 
     def _not_reached(self, error: httpx.HTTPError) -> EnvironmentFaultError:
@@ -158,6 +158,16 @@ class Client:
         return len(files)
 
     def _fetch(self, path: str, target: Path, sha256: str) -> None:
+        for number in range(TRIES):
+            try:
+                return self._fetch_once(path, target, sha256)
+            except httpx.TransportError as error:
+                if number + 1 == TRIES:
+                    raise self._not_reached(error) from None
+            time.sleep(_pause(number))
+        raise AssertionError
+
+    def _fetch_once(self, path: str, target: Path, sha256: str) -> None:
         part = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +184,6 @@ class Client:
             part.replace(target)
         except OSError as error:
             raise disk_error(target, error) from None
-        except httpx.TransportError as error:
-            raise self._not_reached(error) from None
 
     # --- images ------------------------------------------------------------------------------------
 
@@ -279,6 +287,11 @@ def pack(folder: Path, target: Path) -> None:
             info = zipfile.ZipInfo(inner.as_posix())  # with a fixed date
             with archive.open(info, "w", force_zip64=True) as entry, path.open("rb") as file:
                 shutil.copyfileobj(file, entry, 2**20)
+
+
+def _pause(number: int) -> float:
+    """Return the seconds before a request is made again that has failed ``number + 1`` times."""
+    return float(min(0.2 * 2**number, 5.0))
 
 
 class _LocalTransport(httpx.BaseTransport):

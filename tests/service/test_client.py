@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -151,6 +153,26 @@ def test_a_file_that_arrives_damaged_is_not_kept(
     result = cli("jobs", "pull", job, "-o", tmp_path / "run")
     assert result.exit_code == 65 and "it arrived damaged" in result.stderr
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("failures", [2, 1000])
+def test_files_are_asked_for_again(
+    cli: Cli, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    job = submit(cli)
+    served.wait(job, "succeeded")
+    stream, number = httpx.Client.stream, itertools.count()
+
+    def fail(self: httpx.Client, *words: Any) -> Any:
+        if next(number) < failures:
+            raise httpx.ReadError("the network is gone")
+        return stream(self, *words)
+
+    monkeypatch.setattr(httpx.Client, "stream", fail)
+    monkeypatch.setattr(module, "_pause", lambda _: 0.0)
+    result = cli("jobs", "pull", job, "-o", tmp_path / "run")
+    assert result.exit_code == (0 if failures == 2 else 78), result.stderr
+    assert failures == 2 or ("the network is gone" in result.stderr and not any(tmp_path.glob("run/*")))
 
 
 def test_without_a_server_the_store_itself_answers(cli: Cli, tmp_path: Path) -> None:
