@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from finetune.errors import ExitCode, FinetuneError, sanitize
 from finetune.service.html import render
 from finetune.service.store.jobs import ConflictError, UnknownError
+from finetune.service.store.tables import is_disk_full
 
 MEDIA_TYPE = "application/problem+json"
 _STATUS = {
@@ -97,8 +98,12 @@ def add_handlers(app: FastAPI) -> None:
         return response
 
     @app.exception_handler(DBAPIError)
-    async def handle_database(request: Request, _: DBAPIError) -> Response:
-        asked, found = f"{request.method} {request.url.path}", "the database does not answer"
+    async def handle_database(request: Request, error: DBAPIError) -> Response:
+        asked = f"{request.method} {request.url.path}"
+        if is_disk_full(error):
+            found = "the disk of the server is full"
+            return describe_problem(request, 507, asked, found, "Free some space, and try again.", "disk")
+        found = "the database does not answer"
         response = describe_problem(request, 503, asked, found, "Try again in a few seconds.", "environment")
         response.headers["Retry-After"] = "2"
         return response

@@ -6,6 +6,7 @@ servers on several machines, which also share a folder for the runs.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from finetune.errors import DiskError, EnvironmentFaultError
 
 VERSION = 1
 """Version of the tables; a server of another version refuses the store."""
+_POSTGRES_DISK_FULL = "53100"
 BUSY_SECONDS = 30.0
 """Longest wait for another writer of a SQLite file."""
 
@@ -120,6 +122,8 @@ def open_store(address: str) -> Engine:
     try:
         _make_tables(engine)
     except DBAPIError as error:
+        if is_disk_full(error):
+            raise DiskError("--store", "the disk is full", "Free some space.") from None
         fix = "Start the database, or correct its address."
         raise EnvironmentFaultError(
             "--store", f"the database cannot be used ({_reason(error)})", fix
@@ -189,6 +193,12 @@ def _make_tables(engine: Engine) -> None:
     if found != VERSION:
         known = f"the store has version {found} of its tables, and this finetune version {VERSION}"
         raise EnvironmentFaultError("--store", known, "Use the finetune that made it, or another store.")
+
+
+def is_disk_full(error: DBAPIError) -> bool:
+    """Whether the database could not write, since its disk is full."""
+    is_sqlite_full = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return is_sqlite_full or getattr(error.orig, "sqlstate", None) == _POSTGRES_DISK_FULL
 
 
 def _reason(error: DBAPIError) -> str:
