@@ -18,7 +18,7 @@ from finetune.service.settings import ServiceSettings
 from finetune.service.store.folder import JobFolder
 from finetune.service.store.jobs import Job
 from finetune.service.store.states import Kind
-from finetune.service.work.executor import LocalExecution
+from finetune.service.work.executor import Executor, LocalExecution
 
 DONE = """
 echo "hello $ATTEMPT"
@@ -96,10 +96,10 @@ RECIPE = {"data": {"path": "sample:digits"}}
 
 
 @contextmanager
-def serving(settings: ServiceSettings, scripts: Scripts | None = None) -> Iterator[Served]:
+def serving(settings: ServiceSettings, executor: Executor | None = None) -> Iterator[Served]:
     """Yield a server that really listens."""
-    scripts, said = scripts or Scripts(), list[str]()
-    app = create_app(replace(settings, port=0), scripts, said.append)
+    scripts, said = executor if isinstance(executor, Scripts) else Scripts(), list[str]()
+    app = create_app(replace(settings, port=0), executor or scripts, said.append)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -157,7 +157,8 @@ class Dispatcher:
 
 
 def _cannot_start(error: Exception) -> Mapping[str, Any]:
+    """Return the outcome of an attempt that did not start; the next one may, when the disk or cluster can."""
     if isinstance(error, FinetuneError):
-        return Outcome.of(error, 0, 0).to_dict()
+        return Outcome.of(error, 0, 0).to_dict() | {"retryable": True}
     hint = "Free memory or processes of this machine, or lower --slots."
     return Outcome("failed", f"no process can be started ({error})", hint, 70, "internal", True).to_dict()

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -28,6 +30,8 @@ from finetune.service.work.commands import prepare
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
 LOOK = 2.0
 """Seconds between two questions about a job, and between two copies of its log."""
+_SIGNALS = 128
+"""The shell of a cluster gives this and the number of the signal for a process that one has ended."""
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -65,7 +69,7 @@ class RayExecutor:
         attempt = f"{job.id}-a{job.attempt}"
         body: dict[str, Any] = {"entrypoint": shlex.join(words), "submission_id": attempt}
         body |= {"entrypoint_num_gpus": self._num_gpus, "metadata": {"finetune_job": job.id}}
-        if self._find(attempt) is None:  # an answer may have been lost
+        if self.find(attempt) is None:  # an answer may have been lost
             self._ask("POST", "/api/jobs/", json=body)
         return RayExecution(self, attempt, job, folder)
 
@@ -73,23 +77,18 @@ class RayExecutor:
         """Return the latest earlier attempt that has not ended: that of a server that was lost."""
         for number in range(job.attempt - 1, 0, -1):
             attempt = f"{job.id}-a{number}"
-            found = self._find(attempt)
+            found = self.find(attempt)
             if found is not None:
                 return attempt if found["status"] not in _ENDED else None
         return None
 
-    def _find(self, attempt: str) -> dict[str, Any] | None:
-        answer = self._http.get(f"/api/jobs/{attempt}")
-        return None if answer.status_code == httpx.codes.NOT_FOUND else self._checked(answer).json()
-
-    def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+    def _ask(self, method: str, path: str, *, may_be_missing: bool = False, **more: Any) -> httpx.Response:
         try:
-            return self._checked(self._http.request(method, path, **more))
+            answer = self._http.request(method, path, **more)
         except httpx.TransportError as error:
             raise self._error(" ".join(str(error).split())[:200]) from None
-
-    def _checked(self, answer: httpx.Response) -> httpx.Response:
-        if answer.is_error:
+        is_missing = may_be_missing and answer.status_code == httpx.codes.NOT_FOUND
+        if answer.is_error and not is_missing:
             raise self._error(f"it answered {answer.status_code}: {answer.text[:200]}")
         return answer
 
@@ -99,10 +98,11 @@ class RayExecutor:
 
     # --- for executions ------------------------------------------------------------------------------
 
-    def read_status(self, attempt: str) -> str:
-        """Return Ray's word for the state of an attempt; ``LOST`` if it does not know it any more."""
-        found = self._find(attempt)
-        return str(found["status"]) if found is not None else "LOST"
+    def find(self, attempt: str) -> Mapping[str, Any] | None:
+        """Return what Ray knows of an attempt; None if it does not know it, or no more."""
+        answer = self._ask("GET", f"/api/jobs/{attempt}", may_be_missing=True)
+        found: Mapping[str, Any] = answer.json() if answer.is_success else {}
+        return found or None
 
     def read_log(self, attempt: str) -> bytes:
         """Return what an attempt has written so far."""
@@ -136,25 +136,26 @@ class RayExecution:
         if self._code is None and time.monotonic() - self._looked >= LOOK:
             self._looked = time.monotonic()
             try:
-                status = self._executor.read_status(self._attempt)
-                if status != "LOST":
+                found = self._executor.find(self._attempt)
+                if found is not None:
                     write_bytes(self._folder.log(self._job.attempt), self._executor.read_log(self._attempt))
-            except (EnvironmentFaultError, httpx.TransportError):
+            except EnvironmentFaultError:
                 return None  # a cluster that is being started again: the lease goes on
-            self._code = self._read_code(status)
+            if found is None or found["status"] in _ENDED:
+                self._code = self._read_code(found or {})
         return self._code
 
-    def _read_code(self, status: str) -> int | None:
-        if status == "SUCCEEDED":
-            return int(ExitCode.DONE)
-        if status not in _ENDED and status != "LOST":
-            return None
+    def _read_code(self, found: Mapping[str, Any]) -> int:
+        """Return the exit code of an attempt that has ended; that of a kill if nothing says how."""
         outcome = RunReader(self._folder.run, tolerant=True).outcome
+        if found.get("status") == "FAILED" and (code := found.get("driver_exit_code")) is not None:
+            is_signal = code > _SIGNALS and code != outcome.get("exit_code")
+            return _SIGNALS - code if is_signal else int(code)
+        if found.get("status") == "SUCCEEDED" or outcome.get("state") == "done":
+            return int(ExitCode.DONE)
         if outcome.get("state") in ("failed", "interrupted"):
             return int(outcome["exit_code"])
-        if status == "LOST":
-            return -9
-        return int(ExitCode.INTERRUPTED if status == "STOPPED" else ExitCode.INTERNAL)
+        return int(ExitCode.INTERRUPTED) if found.get("status") == "STOPPED" else -signal.SIGKILL
 
     def stop(self) -> None:
         """Ask the attempt to write a checkpoint and end."""

@@ -21,8 +21,12 @@ _PATIENCE = 180
 
 
 @contextmanager
-def two_nodes() -> Iterator[Mapping[str, str]]:
-    """Yield the environment of a command that is to run on the cluster; nothing of it is left afterwards."""
+def two_nodes(dashboard: int | None = None) -> Iterator[Mapping[str, str]]:
+    """Yield the environment of a command that is to run on the cluster; nothing of it is left afterwards.
+
+    Args:
+        dashboard: port of the dashboard, which takes jobs; None for no dashboard.
+    """
     home = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path must be short
     port = _free_port()
     environment = {
@@ -30,10 +34,14 @@ def two_nodes() -> Iterator[Mapping[str, str]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": uuid.uuid4().hex,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(home),
     }
     address = f"127.0.0.1:{port}"
-    head = ["--head", f"--port={port}", f"--temp-dir={home}/ray", "--include-dashboard=false"]
+    head = ["--head", f"--port={port}", f"--temp-dir={home}/ray"]
+    head += [f"--include-dashboard={str(dashboard is not None).lower()}"]
+    head += [] if dashboard is None else ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     nodes = []
     try:
         nodes.append(_start([*RAY, *head, "--node-ip-address=127.0.0.1"], environment, home / "head.log"))
