@@ -13,7 +13,7 @@ from finetune.service.store.jobs import ConflictError
 from finetune.service.store.states import State
 from finetune.system.display import SilentDisplay
 
-_NAMES = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "num_images")
+_NAMES = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "num_samples")
 
 
 def compare_jobs(context: Context, jobs: Sequence[str]) -> dict[str, Any]:
