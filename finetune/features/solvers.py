@@ -21,14 +21,13 @@ Shape legend: N training images, D features, R numbers (R <= D) and a 1 for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from finetune.errors import DataError, InternalError
+from finetune.errors import DataError
 from finetune.features.folds import draw_folds
 from finetune.features.minimize import (
     Logistic,
@@ -41,6 +40,7 @@ from finetune.features.minimize import (
     minimize,
 )
 from finetune.features.rows import Rows
+from finetune.features.standardised import Standardised, standardise
 from finetune.system.forward import compute_where_it_fits
 from finetune.targets import decide
 
@@ -56,8 +56,6 @@ NUM_FOLDS = 3
 """Folds of the cross-validation that chooses C."""
 LARGE = 2e8
 """N times R times K from which only the first fold is held out; all three would take two seconds or more."""
-SMALLEST_STD = 0.1
-"""Smallest standard deviation of a feature, as a share of the mean one; as in ``training.standardize``."""
 WIDE = 2
 """D / N from which projecting to the span of the images saves time."""
 
@@ -66,13 +64,8 @@ _SOLVED = 3e-7
 float64 it was up to 1e-6 with C up to ten times its natural unit, and 3e-6 at a hundred times."""
 _NEARLY_SOLVED = 5e-3
 """The same while C is chosen: it changes accuracies by less than a point, a factor of ten in C by more."""
-_BLOCK_BYTES = 64 * 2**20
-"""Bytes of float64 features that are in memory at once."""
-_PANEL = 1024
 _LEAST_SQUARE = 1e-6
 """Replaces zero if all images are the same."""
-_RANK = 1e-12
-"""Smallest squared deviation of a direction, as a share of the largest; anything less is rounding."""
 _CPU = torch.device("cpu")
 _LOSSES: dict[Kind, type[Loss]] = {"softmax": Softmax, "svm": SquaredHinge, "logreg": Logistic}
 
@@ -97,26 +90,6 @@ class LinearClassifier:
 
 
 @dataclass(frozen=True, eq=False)
-class _Standardised:
-    """Features of training images with mean 0 and deviation 1, block by block.
-
-    Attributes:
-        mean: (D,) float64, on the device of the blocks.
-        std: (D,) float64, positive, on the same device.
-    """
-
-    rows: Rows
-    indices: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        """Return (N, stop - start) float64."""
-        block = self.rows.columns(self.indices, start, stop).to(self.mean.device).double()
-        return block.sub_(self.mean[start:stop]).div_(self.std[start:stop])
-
-
-@dataclass(frozen=True, eq=False)
 class TrainingRows:
     """Training images, prepared for the solver.
 
@@ -135,7 +108,7 @@ class TrainingRows:
     num_classes: int
     spectrum: Spectrum
     mean_square: float
-    _standardised: _Standardised
+    _standardised: Standardised
     _turn: Tensor | None
 
     def select(self, chosen: Tensor) -> TrainingRows:
@@ -177,7 +150,7 @@ class TrainingRows:
         inner = inner if self._turn is None else inner @ self._turn.T
         bias = weights[:, -1].double()
         weight = weights.new_empty(len(weights), len(scaled.mean))
-        for start, stop in _blocks(len(scaled.mean), len(scaled.indices)):
+        for start, stop in scaled.blocks():
             block = inner[:, start:stop] if self._turn is None else inner @ scaled.columns(start, stop)
             weight[:, start:stop] = block / scaled.std[start:stop]
             bias -= weight[:, start:stop].double() @ scaled.mean[start:stop]
@@ -210,11 +183,11 @@ def build_training_rows(
         InternalError: a feature is not finite.
     """
     _refuse_missing(labels, num_classes)
-    scaled = _standardise(rows, indices, device)
+    scaled = standardise(rows, indices, device)
     if len(scaled.mean) > WIDE * len(indices):
         inner, turn = _turn_into_span(scaled)
     else:
-        inner, turn = _gather(scaled), None
+        inner, turn = scaled.gather(), None
     matrix = torch.nn.functional.pad(inner, (0, 1), value=1.0)
     mean_square = inner.square().sum(dtype=torch.float64).item() / len(inner)
     spectrum = measure_spectrum(matrix)
@@ -302,44 +275,6 @@ def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tenso
     return best[1], best[2]
 
 
-def cross_validate(
-    rows: Rows,
-    indices: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    kind: Kind,
-    seed: int,
-    num_folds: int = 5,
-    device: torch.device = _CPU,
-    groups: Tensor | None = None,
-) -> Tensor:
-    """Return whether cross-validation predicts the label of each image, (N,) bool.
-
-    C is chosen separately inside the training images of each fold, so no held-out label influences it. Means,
-    deviations and span are those of all N images; they do not depend on labels. The folds depend on ``seed``,
-    ``labels`` and ``groups`` alone, so layers can be compared image by image. An image whose group is the
-    only one of its class is never held out, and counts as wrong.
-
-    The other arguments and the refusals are those of :func:`build_training_rows`. If the memory of a GPU runs
-    out, the CPU solves.
-    """
-
-    def validate_on(place: torch.device) -> Tensor:
-        training = build_training_rows(rows, indices, labels, num_classes, place, groups)
-        folds = draw_folds(labels, num_folds, seed, groups).to(place)
-        hits = torch.zeros_like(training.labels, dtype=torch.bool)
-        for fold in range(num_folds):
-            held = folds == fold
-            if held.any():
-                part = training.select(~held)
-                strength, start = _choose(part, kind, seed)
-                weights = part.minimize(kind, strength, _SOLVED, start)
-                hits[held] = training.select(held).is_correct(weights)
-        return hits.cpu()
-
-    return compute_where_it_fits(device, validate_on)
-
-
 def _refuse_missing(labels: Tensor, num_classes: int) -> None:
     if num_classes < 2:
         raise DataError(
@@ -351,46 +286,12 @@ def _refuse_missing(labels: Tensor, num_classes: int) -> None:
         raise DataError("a linear classifier", found, "Add images of the class, or leave the class out.")
 
 
-def _blocks(num_columns: int, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of columns that fit in memory."""
-    width = max(1, _BLOCK_BYTES // (8 * num_rows))
-    for start in range(0, num_columns, width):
-        yield start, min(start + width, num_columns)
-
-
-def _standardise(rows: Rows, indices: Tensor, device: torch.device) -> _Standardised:
-    blocks = _blocks(rows.shape[1], len(indices))
-    measured = (rows.columns(indices, start, stop).to(device).double() for start, stop in blocks)
-    moments = [torch.var_mean(block, dim=0, correction=0) for block in measured]
-    std = torch.cat([variance for variance, _ in moments]).sqrt()
-    if not std.isfinite().all():
-        fix = "Please report this, with the command."
-        raise InternalError("solving a linear classifier", "a feature is not finite", fix)
-    floor = SMALLEST_STD * std.mean().item() or 1.0  # where all images are the same, all is zero
-    return _Standardised(rows, indices, torch.cat([mean for _, mean in moments]), std.clamp_min(floor))
-
-
-def _gather(scaled: _Standardised) -> Tensor:
-    """Return the standardised features, (N, D) float32."""
-    blocks = _blocks(len(scaled.mean), len(scaled.indices))
-    return torch.cat([scaled.columns(start, stop).float() for start, stop in blocks], dim=1)
-
-
-def _turn_into_span(scaled: _Standardised) -> tuple[Tensor, Tensor]:
+def _turn_into_span(scaled: Standardised) -> tuple[Tensor, Tensor]:
     """Return coordinates (N, R) float32 in the span of the images, and the back projection (N, R) float64.
 
     With Z = standardised features and Z Z' = U S^2 U', the coordinates are U S, in the orthonormal basis
     Z' U / S. Weights V in that basis are V (U / S)' Z.
     """
-    products: Tensor | None = None
-    for start, stop in _blocks(len(scaled.mean), len(scaled.indices)):
-        block = scaled.columns(start, stop)
-        products = block.new_zeros(len(block), len(block)) if products is None else products
-        for top in range(0, len(block), _PANEL):  # eigh reads the lower triangle only
-            panel = slice(top, top + _PANEL)
-            products[panel, : top + _PANEL] += block[panel] @ block[: top + _PANEL].T
-    assert products is not None
-    squares, vectors = torch.linalg.eigh(products)
-    seen = squares > _RANK * squares.max().clamp_min(1)
-    lengths, vectors = squares[seen].sqrt(), vectors[:, seen]
+    vectors, squares = scaled.directions()
+    lengths = squares.sqrt()
     return (vectors * lengths).float(), vectors / lengths

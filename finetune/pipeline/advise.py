@@ -24,15 +24,15 @@ from finetune.data.prepare import check_outside, draw_evenly, read_images, requi
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.look_alikes import find_groups
 from finetune.features.network import Network, open_network
+from finetune.features.ridge import leave_groups_out
 from finetune.features.rows import ConcatRows
-from finetune.features.solvers import cross_validate
 from finetune.features.transferability import MOST_IMAGES, compute_normalised_leep, leave_one_out
 from finetune.pipeline.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.pipeline.verify import verify
 from finetune.recipe import BASE_LRS, Recipe, compute_views
 from finetune.system.display import Display
 from finetune.system.forward import time_forward
-from finetune.targets import LINEAR_CLASSIFIER, to_probabilities
+from finetune.targets import to_probabilities
 from finetune.training.plan import Plan, lay_plan
 from pretrained.graph.layers import Layer
 
@@ -48,7 +48,7 @@ class Depth:
         layer: name of the layer.
         num_features: features per image.
         neighbours: leave-one-out accuracy of the five nearest neighbours by cosine, in [0, 1].
-        accuracy: cross-validated accuracy of a linear classifier, in [0, 1].
+        accuracy: leave-one-out accuracy of ridge regression, in [0, 1].
     """
 
     layer: str
@@ -186,10 +186,7 @@ def _measure(
     with source.display.track("linear classifiers by depth", len(names)) as advance:
         for name, rows in zip(names, (*features.rows, ConcatRows(features.rows)), strict=True):
             advance(0, name)
-            hit = cross_validate(
-                rows, usable, labels, num_classes, LINEAR_CLASSIFIER, seed, device=device, groups=groups
-            )
-            hits.append(hit.double())
+            hits.append(leave_groups_out(rows, usable, labels, num_classes, device, groups).double())
             advance(1, name)
     depths = tuple(
         Depth(layer.name, rows.shape[1], near.mean().item(), hit.mean().item())

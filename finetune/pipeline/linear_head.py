@@ -25,8 +25,9 @@ from finetune.evaluation.predictions import Predictions
 from finetune.features.extraction import Features, Source, open_features
 from finetune.features.look_alikes import find_groups
 from finetune.features.network import Network
+from finetune.features.ridge import leave_groups_out
 from finetune.features.rows import ConcatRows, Rows
-from finetune.features.solvers import LinearClassifier, cross_validate, fit
+from finetune.features.solvers import LinearClassifier, fit
 from finetune.launch.processes import is_in_job, is_started_here
 from finetune.pipeline.context import FitContext
 from finetune.pipeline.setup import RunSetup
@@ -137,23 +138,14 @@ def _choose(source: Source, features: Features, choice: str, advance: Advance) -
     """Return the layers to read; ``best`` is the stage with the highest cross-validated accuracy."""
     if choice != "best":
         return features.layers
-    dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
+    dataset, device = source.dataset, source.network.placement.device
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
     groups = _find_groups(source, features, indices, labels)
     accuracies = []
     for layer, rows in zip(features.layers, features.rows, strict=True):
         advance(0, layer.name)
-        hits = cross_validate(
-            rows,
-            indices,
-            labels,
-            dataset.num_classes,
-            LINEAR_CLASSIFIER,
-            seed,
-            device=device,
-            groups=groups,
-        )
+        hits = leave_groups_out(rows, indices, labels, dataset.num_classes, device, groups)
         accuracies.append(hits.double().mean().item())
         advance(1, layer.name)
     best = max(range(len(accuracies)), key=lambda index: (accuracies[index], index))

@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from finetune.errors import DataError, InternalError
-from finetune.features import minimize, solvers
+from finetune.features import minimize, solvers, standardised
 from finetune.features.minimize import Logistic, Loss, Objective, Softmax, Spectrum, SquaredHinge
 from finetune.features.rows import FileRows, MemoryRows
 from finetune.features.solvers import (
@@ -25,7 +25,6 @@ from finetune.features.solvers import (
     LinearClassifier,
     build_training_rows,
     choose_strength,
-    cross_validate,
     draw_folds,
     fit,
     solve,
@@ -223,8 +222,8 @@ def test_rows_in_a_file_and_small_blocks(width: int, monkeypatch: pytest.MonkeyP
     found = fit(kept, train, labels[train], 3, "softmax", 0)
     assert found.weight.equal(whole.weight)
     assert found.bias.equal(whole.bias)
-    monkeypatch.setattr(solvers, "_BLOCK_BYTES", 8 * 40 * 5)
-    monkeypatch.setattr(solvers, "_PANEL", 16)
+    monkeypatch.setattr(standardised, "_BLOCK_BYTES", 8 * 40 * 5)
+    monkeypatch.setattr(standardised, "_PANEL", 16)
     cut = fit(kept, train, labels[train], 3, "softmax", 0)
     assert cut.strength == pytest.approx(whole.strength)
     assert (cut.weight - whole.weight).norm() < 1e-3 * whole.weight.norm()
@@ -389,40 +388,6 @@ def test_folds_depend_on_seed_and_labels_alone() -> None:
     assert torch.random.get_rng_state().equal(state)
 
 
-def test_cross_validation_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "STRENGTHS", (1.0,))
-    rows, labels = draw(90, 16, 3, seed=4)
-    train = torch.arange(89, -1, -1)
-    training = build_training_rows(MemoryRows(rows), train, labels[train], 3)
-    strength = training.strength("softmax", 1.0)
-    scaled, own = standardise(rows, train)[train], labels[train]
-    folds = draw_folds(own, 5, 11)
-    expected = torch.zeros(90, dtype=torch.bool)
-    for fold in range(5):
-        model = build_reference("softmax", strength).fit(scaled[folds != fold], own[folds != fold])
-        expected[folds == fold] = torch.from_numpy(model.predict(scaled[folds == fold])) == own[folds == fold]
-    hits = cross_validate(MemoryRows(rows), train, own, 3, "softmax", 11)
-    assert hits.tolist() == expected.tolist()
-    assert 0.4 < hits.float().mean() < 0.95
-
-
-def test_labels_at_random_are_recognised_by_chance() -> None:
-    """Many features fit any labels: what a held-out label gave away would show."""
-    rows, _ = draw(120, 200, 4)
-    labels = torch.arange(4).repeat(30)
-    hits = cross_validate(MemoryRows(rows), torch.arange(120), labels, 4, "svm", 0)
-    assert hits.float().mean() < 0.25 + 3 * (0.25 * 0.75 / 120) ** 0.5
-
-
-def test_cross_validation_with_a_class_of_one_image() -> None:
-    rows, labels = draw(21, 6, 2, noise=0.2)
-    labels[:20] = torch.arange(20) % 2
-    rows[:20] += 1000 * labels[:20, None]
-    labels[20] = 2
-    hits = cross_validate(MemoryRows(rows), torch.arange(21), labels, 3, "softmax", 0)
-    assert hits.tolist() == [True] * 20 + [False]
-
-
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -447,11 +412,9 @@ def test_a_device_solves_and_the_cpu_gets_the_same_weights(kind: Kind, width: in
     features, labels = draw(60, width, 3)
     rows, indices = MemoryRows(features), torch.arange(60)
     here = fit(rows, indices, labels, 3, kind, seed=0)
-    hits = cross_validate(rows, indices, labels, 3, kind, seed=0)
     with pretended_device() as device:
         matrix = build_training_rows(rows, indices, labels, 3, device).matrix
         there = fit(rows, indices, labels, 3, kind, 0, device)
-        assert cross_validate(rows, indices, labels, 3, kind, seed=0, device=device).equal(hits)
     assert matrix.device == device
     assert there.weight.device == there.bias.device == torch.device("cpu")
     assert there.weight.equal(here.weight) and there.bias.equal(here.bias)

@@ -1,0 +1,108 @@
+"""Images left out of ridge regression: the same as scikit-learn fitted without them, one group at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge, RidgeClassifierCV
+from sklearn.model_selection import LeaveOneGroupOut
+from torch import Tensor
+
+from finetune.errors import InternalError
+from finetune.features import ridge
+from finetune.features.ridge import PENALTIES, leave_groups_out
+from finetune.features.rows import MemoryRows
+from tests.features.test_solvers import draw, standardise
+from tests.pretend_device import pretended_device
+
+SHAPES = [(60, 12), (40, 90), (30, 30)]
+"""Fewer features than images, more, and as many: each is solved from the smaller matrix."""
+
+
+def leave_out_by_fitting(scaled: Tensor, labels: Tensor, groups: Tensor, num_classes: int) -> Tensor:
+    targets = np.where(labels[:, None] == torch.arange(num_classes), 1.0, -1.0)
+    errors, hits = [], []
+    for penalty in PENALTIES:
+        predicted = np.zeros_like(targets)
+        for kept, left_out in LeaveOneGroupOut().split(scaled, labels, groups):
+            model = Ridge(alpha=penalty * len(labels), solver="cholesky")
+            predicted[left_out] = model.fit(scaled[kept], targets[kept]).predict(scaled[left_out])
+        errors.append(((targets - predicted) ** 2).sum())
+        hits.append(torch.from_numpy(predicted.argmax(axis=1)) == labels)
+    return hits[int(np.argmin(errors))]
+
+
+@pytest.mark.parametrize(("number", "width"), SHAPES)
+@pytest.mark.parametrize("group_size", [1, 3, 7])
+def test_it_is_what_fitting_without_them_gives(number: int, width: int, group_size: int) -> None:
+    rows, labels = draw(number, width, 3, seed=width)
+    train = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    groups = torch.randint(number // group_size, (number,), generator=torch.Generator().manual_seed(1))
+    groups = torch.arange(number) if group_size == 1 else groups
+    hits = leave_groups_out(MemoryRows(rows), train, labels[train], 3, groups=groups)
+    expected = leave_out_by_fitting(standardise(rows, train)[train], labels[train], groups, 3)
+    assert hits.tolist() == expected.tolist()
+    assert 0.3 < hits.float().mean() < 1
+
+
+@pytest.mark.parametrize(("number", "width"), SHAPES)
+def test_single_images_are_scikit_learns_ridge_classifier(number: int, width: int) -> None:
+    rows, labels = draw(number, width, 4, seed=2)
+    scaled = standardise(rows, torch.arange(number)).numpy()
+    alphas = np.array(PENALTIES) * number
+    model = RidgeClassifierCV(alphas=alphas, store_cv_results=True).fit(scaled, labels)
+    errors = model.cv_results_[..., int(np.flatnonzero(alphas == model.alpha_)[0])]  # (N, K), squared
+    hits = leave_groups_out(MemoryRows(rows), torch.arange(number), labels, 4)
+    own = errors[np.arange(number), labels]
+    wrong_if_far = own > 4  # its own output beyond the other label: such an image is predicted wrong
+    assert not hits.numpy()[wrong_if_far].any()
+    assert hits.float().mean() == pytest.approx(
+        leave_out_by_fitting(torch.from_numpy(scaled), labels, torch.arange(number), 4).float().mean()
+    )
+
+
+def test_groups_of_many_sizes_and_small_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = draw(80, 25, 3)
+    groups = torch.arange(80).float().sqrt().long()  # of 1, 3, 5, ... images
+    whole = leave_groups_out(MemoryRows(rows), torch.arange(80), labels, 3, groups=groups)
+    monkeypatch.setattr(ridge, "_BATCH", 4)
+    parts = leave_groups_out(MemoryRows(rows), torch.arange(80), labels, 3, groups=groups)
+    assert whole.equal(parts)
+
+
+def test_labels_at_random_are_recognised_by_chance() -> None:
+    """Many features fit any labels: what a label that was left out gave away would show."""
+    rows, _ = draw(120, 200, 4)
+    hits = leave_groups_out(MemoryRows(rows), torch.arange(120), torch.arange(4).repeat(30), 4)
+    assert hits.float().mean() < 0.25 + 3 * (0.25 * 0.75 / 120) ** 0.5
+
+
+def test_a_class_of_one_image_and_images_of_one_group() -> None:
+    rows, labels = draw(21, 6, 2, noise=0.2)
+    labels[:20] = torch.arange(20) % 2
+    rows[:20] += 1000 * labels[:20, None]
+    labels[20] = 2
+    every = torch.arange(21)
+    assert leave_groups_out(MemoryRows(rows), every, labels, 3).tolist() == [True] * 20 + [False]
+    assert not leave_groups_out(MemoryRows(rows), every, labels, 3, groups=torch.zeros_like(every)).any()
+
+
+def test_images_that_are_all_the_same_are_no_error() -> None:
+    hits = leave_groups_out(MemoryRows(torch.ones(10, 4)), torch.arange(10), torch.arange(10) % 2, 2)
+    assert hits.float().mean() <= 0.5
+
+
+def test_a_feature_that_is_not_finite_is_refused() -> None:
+    rows, labels = draw(12, 4, 3)
+    rows[3, 2] = torch.inf
+    with pytest.raises(InternalError, match="not finite"):
+        leave_groups_out(MemoryRows(rows), torch.arange(12), labels, 3)
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_a_device_finds_the_same(width: int) -> None:
+    rows, labels = draw(60, width, 3)
+    here = leave_groups_out(MemoryRows(rows), torch.arange(60), labels, 3)
+    with pretended_device() as device:
+        assert leave_groups_out(MemoryRows(rows), torch.arange(60), labels, 3, device).equal(here)
