@@ -34,7 +34,6 @@ from finetune.system.display import Display
 from finetune.system.forward import time_forward
 from finetune.targets import to_probabilities
 from finetune.training.plan import Plan, lay_plan
-from pretrained.graph.layers import Layer
 
 BACKWARD = 3
 """Cost of a training step in forward passes; the backward pass counts as two."""
@@ -204,7 +203,7 @@ def _measure(
         leep,
         gap,
         gap_error,
-        _candidates(features.layers, hits),
+        _candidates(hits),
         num_measured=len(usable),
         num_independent=len(torch.unique(groups)),
     )
@@ -234,17 +233,13 @@ def _lead(hits: Tensor, other: Tensor) -> tuple[float, float]:
     return difference.mean().item(), difference.std(correction=0).item() / math.sqrt(len(difference))
 
 
-def _candidates(layers: Sequence[Layer], hits: Sequence[Tensor]) -> tuple[Candidate, ...]:
-    """Return the candidates: last features, best single layer if it is another one, all layers together."""
-    *single, together = hits
-    last = single[-1]
-    best = max(range(len(single)), key=lambda index: (single[index].mean().item(), index))
-    found = [Candidate("last", last.mean().item(), 0.0, 0.0)]
-    if best < len(single) - 1:
-        found.append(Candidate(layers[best].name, single[best].mean().item(), *_lead(single[best], last)))
-    if len(single) > 1:
-        found.append(Candidate("all", together.mean().item(), *_lead(together, last)))
-    return tuple(found)
+def _candidates(hits: Sequence[Tensor]) -> tuple[Candidate, ...]:
+    """Return the candidates from the hits of each layer and, at the end, of all layers together."""
+    last, together = hits[-2:]
+    found = Candidate("last", last.mean().item(), 0.0, 0.0)
+    if len(hits) == 2:  # of a single layer, and of it once more
+        return (found,)
+    return found, Candidate("all", together.mean().item(), *_lead(together, last))
 
 
 # --- costs ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 ::
 
     strategy.features    last | best | all | a layer's name
-      -> layers          best: the one with the highest cross-validated accuracy on training images
+      -> layers          best: the one with the highest leave-one-out accuracy on training images
       -> linear head     regularisation by cross-validation on training images, solved by L-BFGS
       -> network         the backbone with this head, or a StageClassifier if it reads other layers
 
@@ -135,7 +135,7 @@ def _refuse_lost(features: Features) -> None:
 
 
 def _choose(source: Source, features: Features, choice: str, advance: Advance) -> tuple[Layer, ...]:
-    """Return the layers to read; ``best`` is the stage with the highest cross-validated accuracy."""
+    """Return the layers to read; ``best`` is the stage with the highest leave-one-out accuracy."""
     if choice != "best":
         return features.layers
     dataset, device = source.dataset, source.network.placement.device

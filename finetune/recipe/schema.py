@@ -176,7 +176,7 @@ class StrategySettings(_Section):
         None,
         min_length=1,
         description="for freeze: a regularised linear classifier on these features, solved to its optimum "
-        "instead of trained for epochs; last, best (one stage, by cross-validation), all (all stages) or a "
+        "instead of trained for epochs; last, best (one stage, by leave-one-out), all (all stages) or a "
         "layer's name",
     )
     probe_first: bool = Field(
