@@ -23,7 +23,18 @@ from benchmarks.results import DifferentMachineError, Results
 
 SPEED = ("startup", "limits", "pipeline", "overhead", "extract", "gpu", "scaling", "commands")
 NETWORKS = ("depth", "modules", "source")
-NAMES = (*SPEED, "predict", "safety", "draft", "strategies", "transfer", "planted", "service", *NETWORKS)
+NAMES = (
+    *SPEED,
+    "predict",
+    "safety",
+    "draft",
+    "strategies",
+    "layers",
+    "transfer",
+    "planted",
+    "service",
+    *NETWORKS,
+)
 GROUPS = {"speed": SPEED, "networks": NETWORKS}
 
 

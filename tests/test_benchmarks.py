@@ -471,6 +471,26 @@ def test_networks_are_written_as_tables_and_curves(tmp_path: Path) -> None:
     assert Image.open(page.with_suffix(".png")).width > 600
 
 
+def draw_of(left_out: list[float], lead: float, test: list[float]) -> dict[str, list[float]]:
+    return {"left_out": left_out, "lead": [0.0, 0.0, lead], "lead_error": [0.01] * 3, "test": test}
+
+
+def test_what_each_choice_of_features_loses(tmp_path: Path) -> None:
+    lucky = draw_of([0.9, 0.8, 0.8], 0.0, [0.5, 0.6, 0.7])
+    lucky["lead"][0] = 0.1  # a stage that is the best by luck
+    led = draw_of([0.1, 0.8, 0.7], -0.1, [0.4, 0.9, 0.8])
+    results = Results(tmp_path / "results.jsonl")
+    results.add(Result("layers-lite0-digits", "finetune", 0, {"draws": [lucky, led]}))
+    [row] = [line for line in load("layers").lines(results) if "lite0-digits" in line]
+    assert row == "| lite0-digits | 2 | 80.0 | 5.0 | 5.0 | 0.0 | 10.0 |"
+
+
+@pytest.mark.slow
+def test_features_are_judged(bench: Bench) -> None:
+    [draw] = measure_quickly("layers", bench)["draws"]
+    assert {len(values) for values in draw.values()} == {9} and all(0 <= one <= 1 for one in draw["test"])
+
+
 @pytest.mark.slow
 def test_reduced_images(bench: Bench) -> None:
     assert set(measure_quickly("draft", bench, "whole")) == {"accuracy", "loss"}
