@@ -13,7 +13,14 @@ from finetune.service.store.jobs import ConflictError
 from finetune.service.store.states import State
 from finetune.system.display import SilentDisplay
 
-_NAMES = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "num_samples")
+_TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1_macro": "macro F1",
+    "roc_auc": "ROC AUC",
+    "loss": "log loss",
+    "num_samples": "images",
+}
 
 
 def compare_jobs(context: Context, jobs: Sequence[str]) -> dict[str, Any]:
@@ -41,5 +48,5 @@ def compare_jobs(context: Context, jobs: Sequence[str]) -> dict[str, Any]:
         said = f"They cannot be compared image by image: {error.found}."
     for job, run in zip(found, runs, strict=True):
         said = said.replace(str(run.path), job.label or job.id)
-    names = [name for name in _NAMES if any(name in row["metrics"] for row in rows)]
-    return {"rows": rows, "names": names, "said": said}
+    titles = {name: title for name, title in _TITLES.items() if any(name in row["metrics"] for row in rows)}
+    return {"rows": rows, "titles": titles, "said": f"{said[:1].upper()}{said[1:].rstrip('.')}."}

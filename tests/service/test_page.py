@@ -147,7 +147,9 @@ def test_two_jobs_are_compared(served: Served) -> None:
     for job in jobs:
         served.wait(job, "succeeded")
     page = served.client.get("/compare", params={"job": jobs}, headers=HTML)
-    assert page.status_code == 200 and "accuracy" in page.text, page.text
+    assert page.status_code == 200, page.text
+    for title in ("accuracy", "macro F1", "ROC AUC", "log loss", "images"):
+        assert f">{title}</th>" in page.text, title
 
 
 def test_people_log_in_once(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ function startJob() {
     if (last === epoch) return;
     epoch = last;
     find("curves").hidden = false;
-    for (const image of find("curves").children) image.src = `${image.src.split("?")[0]}?epoch=${epoch}`;
+    for (const image of find("curves").children) image.src = `${image.dataset.address}?epoch=${epoch}`;
   });
   followLog(state.dataset.id);
 }
