@@ -14,7 +14,7 @@ trap 'rm -r "$work"' EXIT
 solve() { # solve MACHINE LOCK [option of uv]... Wheels only: building a source distribution runs its code.
   local machine=$1 lock=$2
   shift 2
-  uv pip compile pyproject.toml --quiet --python-version 3.11 --python-platform "$machine-manylinux_2_28" \
+  uv pip compile pyproject.toml --extra serve --quiet --python-version 3.11 --python-platform "$machine-manylinux_2_28" \
     --only-binary :all: --generate-hashes --no-emit-index-url --output-file "$lock" \
     --custom-compile-command "deploy/lock.sh" "$@" > /dev/null
 }
