@@ -67,6 +67,7 @@ def test_a_solved_head_equals_the_optimum_of_scikit_learn(
     assert metrics["epochs"] == 0 and metrics["split_chose_checkpoint"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", slow_except(["all"], ["last", "layer1", "all"]))
 def test_the_exported_model_gives_the_predictions_of_the_metrics(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, layers: str

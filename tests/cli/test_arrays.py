@@ -89,6 +89,7 @@ def test_an_exported_network_of_arrays_is_proved(cli: Cli, run: Path, tmp_path: 
     assert refused.exit_code == 2 and "takes arrays, which have no preprocessing" in refused.stderr
 
 
+@pytest.mark.slow
 def test_what_draws_on_images_refuses_arrays(cli: Cli, run: Path, boards: Path, tmp_path: Path) -> None:
     for words in (("cam", run, "-d", boards), ("class", run), ("saliency", run, "-d", boards)):
         result = cli("explain", *words, "-o", tmp_path / words[0])

@@ -70,6 +70,7 @@ def test_evaluating_a_run_gives_its_own_metrics(cli: Cli, runs: tuple[Path, Path
     assert read(tmp_path / "out", "per_class").equals(read(runs[0], "per_class"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("change", ["another image", "removed"])
 def test_data_that_change_meanwhile_are_refused_and_the_command_can_be_repeated(
     cli: Cli,
@@ -267,6 +268,7 @@ def copy_run(run: Path, folder: Path) -> Path:
     return shutil.copytree(run, folder)
 
 
+@pytest.mark.slow
 def test_what_the_backbone_was_trained_on_counts_as_well(
     cli: Cli, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +329,7 @@ def test_changed_images_of_a_run_are_refused(cli: Cli, tiny: Path, tmp_path: Pat
     assert ("cannot be found" if change == "gone" else "changed since the run") in result.stderr
 
 
+@pytest.mark.slow
 def test_a_test_split_added_later_may_be_evaluated(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     draw_folder(data / "train", {"blue": 8, "red": 8})

@@ -71,6 +71,7 @@ def test_maps_of_images(
     check_folder(tmp_path / "out", record, images)
 
 
+@pytest.mark.slow
 def test_a_run_is_explained_with_its_own_classes(
     finished_run: FinishedRun, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_what_cannot_be_read_is_listed_and_the_others_go_on(
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -126,6 +128,7 @@ def test_mistakes_are_refused(
     assert not (tmp_path / "out").exists() and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_images_and_model_must_be_named(tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     quiet = SilentDisplay()
     with pytest.raises(UsageError, match="no images were named"):

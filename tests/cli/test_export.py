@@ -184,6 +184,7 @@ def test_a_table_of_other_classes_is_not_compared(cli: Cli, copy: Path, tmp_path
     assert not (tmp_path / "two").exists()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
 def test_an_unfinished_run_is_refused(cli: Cli, copy: Path, tmp_path: Path, state: str) -> None:
     """Its model is that of an earlier attempt, or missing."""
@@ -425,6 +426,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize(
     ("status", "said"),

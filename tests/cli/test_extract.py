@@ -87,6 +87,7 @@ def test_scikit_learn_trains_on_the_files(cli: Cli, tiny: Path, image_folder: Pa
     assert classifier.score(val.iloc[:, 3:], val["label"]) > 0.8
 
 
+@pytest.mark.slow
 def test_formats_hold_the_same_bits(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     for name in ("f.csv", "f.parquet", "f.npz"):
         result = extract(cli, tiny, image_folder, tmp_path / name, "-l", "layer1,layer4")
@@ -231,6 +232,7 @@ def test_features_of_the_classifier_depend_on_its_weights(cli: Cli, tiny: Path, 
     assert np.allclose(two, 2 * one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_second_time_nothing_is_computed(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -400,6 +402,7 @@ def test_a_table_that_appears_between_a_kill_and_the_repeat_is_kept(
     assert (output / "layer1.csv").read_bytes() == own and not (output / ".work").exists()
 
 
+@pytest.mark.slow
 def test_own_tables_are_kept_by_the_repeat(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     output, words = tmp_path / "f", ("-l", "layer1,layer3")
     assert extract(cli, tiny, image_folder, output, *words).exit_code == 0
@@ -424,6 +427,7 @@ def test_a_link_in_place_of_the_folder_for_work_is_not_followed(
     assert [path.read_text() for path in victim.iterdir()] == ["mine"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("output", ["f.csv", "folder"])
 def test_two_extractions_do_not_write_one_output(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str

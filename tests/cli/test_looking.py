@@ -87,6 +87,7 @@ def test_a_copy_of_the_query_is_found_first(cli: Cli, tiny: Path, image_folder: 
     assert found["path"] == "train/blue/009.jpg" and found["similarity"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_invalid_queries_are_refused(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "no.jpg").write_bytes(b"nothing")
     for name in ("no.jpg", "missing.jpg"):
@@ -101,6 +102,7 @@ def test_invalid_queries_are_refused(cli: Cli, tiny: Path, image_folder: Path, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_map_has_a_point_for_each_image(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, labelled: bool

@@ -127,6 +127,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert_same_result(uninterrupted, output)
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines_and_one_object(uninterrupted: Path) -> None:
     stdout, stderr = (uninterrupted.parent / name for name in ("stdout", "stderr"))
     said = stderr.read_bytes().decode()

@@ -89,6 +89,7 @@ def test_weights_of_another_network(cli: Cli, run_words: list[object], tmp_path:
     assert "the file holds 80 tensors whose names begin with 'blocks'" in said
 
 
+@pytest.mark.slow
 def test_an_output_folder_with_another_run(cli: Cli, run_words: list[object]) -> None:
     assert cli(*run_words).exit_code == 0
     said = refused(cli, ExitCode.USAGE, *run_words, "--lr", "0.5")
@@ -151,6 +152,7 @@ def test_unreadable_images(cli: Cli, tiny: Path, tmp_path: Path, fault: str, par
     assert outcome["hint"]
 
 
+@pytest.mark.slow
 def test_one_bad_image_in_many_is_listed_and_left_out(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     draw_folder(tmp_path / "data" / "train", {"red": 60, "blue": 60})
     draw_folder(tmp_path / "data" / "val", {"red": 2, "blue": 2})
@@ -168,6 +170,7 @@ def test_a_label_that_leaves_its_folder(cli: Cli, tiny: Path, tmp_path: Path) ->
     assert "../x" in refused_data(cli, tiny, tmp_path / "data.csv", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_class_that_looks_like_a_formula_is_only_text(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"=cmd()": 4, "red": 4})
     result = cli("run", "-b", tiny, "-d", data, "-o", tmp_path / "run", *QUICK)
@@ -286,6 +289,7 @@ def test_changed_images_are_detected(
     assert "1 gone, red/001.jpg for one" in refused(cli, ExitCode.DATA, *words)
 
 
+@pytest.mark.slow
 def test_a_repaired_image_is_no_longer_listed(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "data", {"red": 6, "blue": 6})
     whole = (data / "red" / "002.jpg").read_bytes()
@@ -318,6 +322,7 @@ def test_a_finished_run_without_metrics_is_refused(cli: Cli, run_words: list[obj
     assert "metrics.json" in refused(cli, ExitCode.DATA, *run_words)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("inside", ["", "runs/a", "train/red"])
 def test_nothing_is_ever_written_among_the_images(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
@@ -332,6 +337,7 @@ def test_nothing_is_ever_written_among_the_images(
     assert sorted(data.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_run_may_be_beside_a_csv_but_not_among_its_images(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     rows = [f"img/{name}/{number:03}.jpg,{name}" for name in ("red", "blue") for number in range(4)]
     draw_folder(tmp_path / "img", {"red": 4, "blue": 4})
@@ -401,6 +407,7 @@ def test_a_model_is_not_exported_below_a_folder_whose_name_is_not_utf8(
     assert "not UTF-8" in refused(cli, ExitCode.USAGE, "export", "model", "-o", "new")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("path", ["x" * 120_000, "x/" * 50_000, "x" * 300])
 @pytest.mark.parametrize("words", ["report P", "compare P .", "export P -o new", "check -o new --run P"])
 def test_a_path_that_is_too_long_is_refused(cli: Cli, words: str, path: str) -> None:

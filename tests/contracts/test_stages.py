@@ -83,7 +83,7 @@ def test_no_family_of_timm_is_missing() -> None:
     assert set(SMALLEST) == set(timm.list_modules()) - {"zoo"}  # pretrained.zoo: tests/zoo/test_contract.py
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", slow_except(DEFAULT_TIMM, sorted(SMALLEST)))
 def test_timm_family(family: str) -> None:
     network, input_size = build_timm(SMALLEST[family])

@@ -199,6 +199,7 @@ def test_a_loader_that_training_waited_for_gets_more_processes(
     loader.close()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_long_pass_gets_more_processes_before_its_end(

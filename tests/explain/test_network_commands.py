@@ -68,6 +68,7 @@ def test_an_image_that_is_taken_for_another_class_is_not_drawn() -> None:
     assert (judged["passed"], judged["num_right"], judged["num_images"]) == (False, 1, 2)
 
 
+@pytest.mark.slow
 def test_one_class_may_be_named(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     record = explain(cli, tmp_path / "out", "class", tiny, "--class", "7", "--seeds", 1)
     assert (record["classes"], record["seeds"], record["contrast"]) == (["7"], [0], 0.5)
@@ -75,6 +76,7 @@ def test_one_class_may_be_named(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert float(row["lambda"]) > 0
 
 
+@pytest.mark.slow
 def test_responses_are_written_for_every_transformation(
     cli: Cli, tiny: Path, two_images: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_mistakes_are_refused(cli: Cli, tiny: Path, two_images: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_listed(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     folder = draw_folder(tmp_path / "images", {"red": 1})
     (folder / "red" / "broken.jpg").write_bytes(b"no image")

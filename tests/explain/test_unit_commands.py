@@ -91,6 +91,7 @@ def test_top_names_the_images_that_excite_a_map_most(
     assert all(0 <= int(row["top"]) < int(row["bottom"]) <= 32 for row in rows)
 
 
+@pytest.mark.slow
 def test_kept_features_give_what_the_images_give(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_evolution_shows_the_epochs_that_were_kept(cli: Cli, kept_run: Path, tmp
     assert len({tuple(values) for values in by_time.values()}) == 3  # training changed them
 
 
+@pytest.mark.slow
 def test_kept_weights_are_those_of_their_epoch(
     cli: Cli, tiny: Path, image_folder: Path, kept_run: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_onnx_metadata_holds_labels_preprocessing_and_temperature(
         assert found.sum(axis=1) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_torch_loads_the_exported_program(card: Card, network: nn.Module, tmp_path: Path) -> None:
     path = write_program(build_program(network, card, Interface()), tmp_path)
     images = torch.randn(3, 3, 64, 64)
@@ -80,6 +81,7 @@ class Unknown(nn.Module):
         return torch.linalg.eigvals(images.mean(1)).real[:, :3]
 
 
+@pytest.mark.slow
 def test_an_operation_that_onnx_lacks_is_refused(card: Card, tmp_path: Path) -> None:
     program = build_program(Unknown(), card, Interface())
     with pytest.raises(

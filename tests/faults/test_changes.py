@@ -92,6 +92,7 @@ Words = Callable[..., list[object]]
 # --- the same command again ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_and_writes_nothing(cli: Cli, words: Words, tmp_path: Path) -> None:
     first = cli(*words(), "--json")
     before = snapshot(tmp_path / "run")
@@ -280,6 +281,7 @@ def test_other_images_may_be_allowed_and_are_told_of(
     assert cli(*words()).exit_code == 0  # these are its images from now on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "died", slow_except([None], [None, "trainer.Trainer.fit", "checkpoint.CheckpointStore.save"])
 )

@@ -231,6 +231,7 @@ def try_to_save(store: CheckpointStore, step: int) -> bool:
     return True
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
 @pytest.mark.parametrize("earlier", [1, 2])
 def test_a_disk_that_fails_at_any_call_leaves_a_checkpoint(

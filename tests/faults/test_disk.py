@@ -134,6 +134,7 @@ def test_a_disk_that_is_full_for_one_file_costs_nothing_but_a_second_start(
     assert_same_result(output, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("good", slow_except([1], [0, 1, 2]))
 def test_an_outcome_that_cannot_be_written_is_an_error_too(
     cli: Cli,

@@ -166,6 +166,7 @@ def write(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Write:
     return write
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("section", "key"), PLACES)
 def test_a_value_gives_a_card_or_a_refusal(write: Write, section: str, key: str) -> None:
     for value in VALUES:

@@ -156,6 +156,7 @@ def test_deaths_with_batches_between_them_do_not_add_up(build: Build, undisturbe
     assert len(said) == 6
 
 
+@pytest.mark.slow
 def test_deaths_for_ever_are_the_fault_of_the_machine(build: Build) -> None:
     said: list[str] = []
     first = build().plan(1)[0][0]

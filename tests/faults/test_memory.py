@@ -46,6 +46,7 @@ from tests.training.helpers import (
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
+@pytest.mark.slow
 def test_an_allocation_that_fails_halves_the_microbatch(
     cli: Cli, image_folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def test_activations_of_a_failed_attempt_are_freed_before_the_next(
 CUDNN = "FIND was unable to find an engine to execute this computation"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("failures", "microbatch"), [(1, 0), (2, 4)])
 def test_a_library_without_memory_gets_a_second_chance(
     image_folder: Path, tmp_path: Path, failures: int, microbatch: int

@@ -91,6 +91,7 @@ def trial(tmp_path: Path) -> Start:
     return lambda body, **keys: Trial(tmp_path / "run", body, **keys)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("code", [0, 2, 65, 74, 75, 76, 78])
 def test_an_end_that_the_child_chose_is_final(trial: Start, code: int) -> None:
     one = trial(f"claim(); print('figures'); sys.exit({code})", arguments=["run", "--epochs", "3"])
@@ -179,6 +180,7 @@ def test_the_attempt_in_the_outcome_is_the_childs(trial: Start) -> None:
     assert (one.outcome["attempt"], one.outcome["step"]) == (5, 7)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "written", ['Outcome("done", "finished", attempt=1)', 'Outcome("running", "x", attempt=2)']
 )
@@ -281,6 +283,7 @@ def test_a_signal_lets_the_child_save(tmp_path: Path, number: signal.Signals) ->
     assert len((tmp_path / "run" / "starts").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_child_that_does_not_leave_is_ended_after_the_grace_time(tmp_path: Path) -> None:
     process = start(tmp_path / "run", DEAF, grace=1.0)
     process.send_signal(signal.SIGTERM)

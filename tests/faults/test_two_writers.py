@@ -113,6 +113,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
     assert not (output / "model").exists() and not (output / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_overwrite_the_outcome_of_the_process_that_took_over(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_failure_does_not_overwrite_the_outcome_of_the_process_that_took_over(
     assert json.loads((output / "outcome.json").read_text())["message"] == "another process"
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_declare_done_what_another_process_took_over(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_it_is_what_fitting_without_them_gives(number: int, width: int, group_si
     assert 0.3 < hits.float().mean() < 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("number", "width"), SHAPES)
 def test_single_images_are_scikit_learns_ridge_classifier(number: int, width: int) -> None:
     rows, labels = draw(number, width, 4, seed=2)

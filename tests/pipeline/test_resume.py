@@ -204,6 +204,7 @@ def test_a_moved_backbone_is_the_same(
 # --- another optimizer ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", slow_except(["sgd"], ["sgd", "adamw"]))
 def test_another_optimizer_starts_afresh_and_says_so(
     cli: Cli, words: list[object], tmp_path: Path, first: str

@@ -196,6 +196,7 @@ def test_a_class_without_images_is_not_drawn(tmp_path: Path) -> None:
 # --- The matrix of strategies ---
 
 
+@pytest.mark.slow
 def test_a_matrix_is_written_with_its_cell_marked(tmp_path: Path) -> None:
     sizes, shares = set(), []
     for marked in CELLS:

@@ -106,6 +106,7 @@ def test_an_exported_network_has_its_published_dropout(cli: Cli, small_images: P
     assert rate_of(tmp_path / "run") == (0.4, 0.4)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_saved_with_no_dropout_goes_on_without(
     cli: Cli, small_images: Path, tmp_path: Path
 ) -> None:

@@ -831,6 +831,7 @@ def test_which_recipes_are_shipped() -> None:
     assert {"freeze", "top", "full", "scratch"} <= set(shipped_recipes())
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe(name: str) -> None:
     text = find_recipe(name)

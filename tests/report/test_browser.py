@@ -68,6 +68,7 @@ def test_the_page_opens_without_errors_or_requests(browser: Any, page: Path) -> 
     assert browser.execute_script("return document.images.length") > 10
 
 
+@pytest.mark.slow
 def test_errors_and_requests_would_be_detected(browser: Any, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.html"
     wrong.write_text("<img src='http://127.0.0.1:9/x.png'><script>nothing()</script>")
@@ -178,6 +179,7 @@ def test_plots_follow_the_dark_colour_scheme(browser: Any, page: Path) -> None:
     assert all(one != other for one, other in zip(light, dark, strict=True))
 
 
+@pytest.mark.slow
 def test_the_saved_plots_open_alone(browser: Any, page: Path) -> None:
     plots = sorted((page.parent / "plots").glob("*.svg"))
     assert {plot.stem for plot in plots} == {

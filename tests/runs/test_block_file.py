@@ -98,6 +98,7 @@ def rewrite(path: Path, number: int, **changes: Any) -> None:
 SIZES: list[Any] = [-5, 10**30, 2**62, 2**40, 4, True, 3.0, "3", None, [3], {}]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_damaged_size_is_detected_before_it_is_read(tmp_path: Path, size: Any) -> None:
     path = tmp_path / "test.bin"

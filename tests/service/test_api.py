@@ -223,6 +223,7 @@ def test_data_by_path_only_from_the_roots_and_not_by_a_link(served: Served, tmp_
         assert "no path below a folder that this server gives to jobs" in said["detail"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "path", ["/v1/jobs/x", "/v1/jobs/x/events", "/v1/jobs/x/logs", "/v1/jobs/x/artifacts", "/x"]
 )

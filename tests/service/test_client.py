@@ -64,6 +64,7 @@ def test_a_job_is_submitted_watched_and_fetched(cli: Cli, served: Served, tmp_pa
     assert cli("jobs", "show", job).exit_code == 2
 
 
+@pytest.mark.slow
 def test_exit_codes_say_how_a_job_ended(cli: Cli, served: Served) -> None:
     failed = cli("jobs", "submit", "-d", "sample:digits", "--label", "fail", "--wait")
     assert failed.exit_code == 65
@@ -108,6 +109,7 @@ def test_refused_images_end_with_the_reason(cli: Cli, served: Served, tmp_path: 
     assert cli("jobs", "submit", "-d", tmp_path / "none").exit_code == 65
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_now_and_then_costs_nothing(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_file_that_arrives_damaged_is_not_kept(
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("failures", [2, 1000])
 def test_files_are_asked_for_again(
     cli: Cli, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int

@@ -38,6 +38,7 @@ def test_the_table_of_states_is_closed_and_every_state_can_be_reached_and_left()
     assert sources_of(State.RUNNING) == WAITING
 
 
+@pytest.mark.sample(1)
 def test_a_job_goes_its_way_and_every_step_is_an_event(store: JobStore) -> None:
     job, is_new = store.submit(RECIPE, label="ants")
     assert is_new and job.state == State.QUEUED and job.attempt == 0 and job.outcome is None

@@ -79,6 +79,7 @@ def test_files_and_base64_get_the_probabilities_of_the_library(
             assert [one["label"] for one in found["top"]] == [label for label, _ in wanted.top(2)]
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_said_and_the_others_are_answered(
     served: Served, images: list[Path]
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_process_that_is_killed_is_started_again(model: Path, images: list[Pat
         host.close()
 
 
+@pytest.mark.slow
 def test_a_host_that_was_closed_meanwhile_loses_no_request(
     model: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

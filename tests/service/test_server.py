@@ -52,6 +52,7 @@ def server(tmp_path: Path) -> Iterator[Process]:
     started.process.wait()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_although_a_client_reads_a_stream(server: Process) -> None:
     job = httpx.post(f"{server.address}/v1/jobs", json=RECIPE | {"seed": 1}, timeout=60).json()["id"]
     seen: list[str] = []
@@ -77,6 +78,7 @@ def test_a_signal_ends_it_although_a_client_reads_a_stream(server: Process) -> N
     assert not any("Traceback" in line for line in server.lines), server.lines
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_refused(server: Process, tmp_path: Path) -> None:
     port = server.address.rpartition(":")[2]
     command = [sys.executable, "-m", "finetune", "serve", "--store", str(tmp_path / "b"), "--port", port]
@@ -84,6 +86,7 @@ def test_a_port_that_is_taken_is_refused(server: Process, tmp_path: Path) -> Non
     assert done.returncode == 78 and "cannot be used" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_gives_the_plan_and_stores_nothing(server: Process) -> None:
     with httpx.Client(base_url=server.address, timeout=300) as client:
         answer = client.post("/v1/jobs", json=RECIPE, params={"dry_run": True})

@@ -43,6 +43,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- lines that fit ------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("width", [20, 40, 60, 79, 80, 120, 200])
 @pytest.mark.parametrize(
     "name", ["epoch 10/100 training", "reading /home/someone/photographs/\u4e2d\u6587" * 3]

@@ -120,11 +120,13 @@ def count_calls(error: Exception, failures: int, again: bool = True) -> tuple[ob
     return result, len(calls), len(undone)
 
 
+@pytest.mark.slow
 def test_torch_has_emptied_its_cache_itself() -> None:
     for error in BY_TORCH:
         assert count_calls(error, failures=1) == (describe_shortage(error), 1, 1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("error", slow_except(BY_LIBRARIES[:3], BY_LIBRARIES))
 def test_a_library_gets_a_second_call_with_an_empty_cache(error: Exception) -> None:
     assert count_calls(error, failures=1) == (7, 2, 1)

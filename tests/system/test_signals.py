@@ -42,6 +42,7 @@ def test_the_first_signal_only_asks(number: int) -> None:
     assert done
 
 
+@pytest.mark.sample(1)
 @BOTH
 def test_the_second_signal_stops_at_once(number: int) -> None:
     reached = []
@@ -194,6 +195,7 @@ with StopSignal() as stop:
 """
 
 
+@pytest.mark.sample(1)
 @BOTH
 def test_signals_from_another_process(number: int) -> None:
     command = [sys.executable, "-c", SCRIPT]

@@ -256,6 +256,7 @@ def test_a_full_disk_does_not_fail_the_run(tmp_path: Path, name: str) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_server_does_not_fail_the_run(
     cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

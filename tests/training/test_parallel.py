@@ -136,6 +136,7 @@ def test_three_processes_of_which_one_has_no_image_of_the_last_batch(uneven: Pat
     )
 
 
+@pytest.mark.slow
 def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: Path, tmp_path: Path) -> None:
     def still(distributed: Distributed) -> Ended:
         words: dict[str, Any] = {"network": net(SmallNet), "lr": 1e-9, "epochs": 1}
@@ -149,6 +150,7 @@ def test_batch_norm_sees_its_own_part_and_its_statistics_are_everybodys(uneven: 
     assert not torch.equal(first[0][variance], one[0][variance])  # of parts: docs/processes.md says so
 
 
+@pytest.mark.slow
 def test_dropout_draws_another_mask_in_each_process(uneven: Path, tmp_path: Path) -> None:
     def work(distributed: Distributed) -> list[float]:
         trainer = build_trainer(
@@ -178,6 +180,7 @@ class _WithUnused(NormFree):
         self.stage2[0].unused = nn.Parameter(torch.ones(2, 2))  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_weights_that_learn_nothing_are_no_obstacle(uneven: Path, tmp_path: Path) -> None:
     one = train(SINGLE_PROCESS, uneven, tmp_path / "one", network=net(_WithUnused))
     first, _ = together(
@@ -336,6 +339,7 @@ def test_memory_that_runs_out_later_is_a_process_lost(uneven: Path, tmp_path: Pa
     assert [type(error) for error in together(work)] == [LostProcessError] * 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_is_skipped_by_all(uneven: Path, tmp_path: Path) -> None:
     def at_four(progress: Progress) -> bool:
         return progress.step == 4

@@ -84,6 +84,7 @@ def test_it_is_log_k_and_logits_depend_on_the_image(name: str, deviation: float)
     assert deviation / 3 < logits.std(0).mean() < 3 * deviation
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "loss", "deviation"), ABOVE)
 def test_it_is_as_far_above_as_the_first_weights_explain(name: str, loss: float, deviation: float) -> None:
     logits = first_logits(name)

@@ -29,6 +29,7 @@ from tests.zoo.certify import (
 UNITS: tuple[UnitName, ...] = ("original", "bn_after", "relu_before", "relu_only", "full")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("unit", slow_except(["full", "original"], UNITS))
 def test_parameters(unit: UnitName) -> None:
     """Published: 1.7 M at depth 110 and 164; exact counts computed.

@@ -39,6 +39,7 @@ def leaky(image_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_run_refuses_copies_in_two_splits(cli: Cli, tiny: Path, leaky: Path, tmp_path: Path) -> None:
     words = ["run", "-b", tiny, "-d", leaky, "-o", tmp_path / "run", *QUICK]
     result = cli(*words)
@@ -90,6 +91,7 @@ def test_a_run_on_a_fold(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Pat
     assert all(folds[path] == 1 + (place >= len(held) // 2) for place, path in enumerate(held))
 
 
+@pytest.mark.slow
 def test_check_finds_everything_and_ends_with_65(cli: Cli, tmp_path: Path) -> None:
     data = spoil(tmp_path / "data")
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}

@@ -66,6 +66,7 @@ def test_exact_copies_are_not_near_copies(tmp_path: Path) -> None:
     assert find_near(see(tmp_path)).pairs == ()
 
 
+@pytest.mark.slow
 def test_different_digits_are_not_near_copies(tmp_path: Path) -> None:
     """The perceptual hash alone finds a thousand pairs among 1,797 digits."""
     from sklearn.datasets import load_digits
@@ -84,6 +85,7 @@ def test_plain_and_dark_images_are_not_near_copies(tmp_path: Path) -> None:
     assert find_near(see(tmp_path)).pairs == ()
 
 
+@pytest.mark.slow
 def test_resized_photographs_are_found_and_different_ones_are_not(hymenoptera: Path, tmp_path: Path) -> None:
     assert find_near(see(hymenoptera)).pairs == ()
     files = sorted((hymenoptera / "val" / "bees").glob("*.jpg"))[:30]

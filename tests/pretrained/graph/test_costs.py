@@ -163,6 +163,7 @@ def measured_bytes(network: nn.Module, images: Tensor) -> int:
     return sum(held.values())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_the_memory_for_training_is_that_of_a_real_step(name: str, batch_size: int) -> None:
