@@ -24,7 +24,8 @@ from benchmarks.commands import find_finetune
 from benchmarks.data import NETWORKS, find_folder, list_images, make_once
 from benchmarks.harness import Bench, Case, Question, Turn
 from benchmarks.predict import measure_parts, train_model
-from benchmarks.results import Figures
+from benchmarks.results import Figures, Results
+from benchmarks.text import span, table
 from finetune.evaluation.predictor import load
 from finetune.service.store.jobs import JobStore
 from finetune.service.store.states import State
@@ -154,4 +155,14 @@ def _measure_store(turn: Turn) -> Figures:
     return {"per_second": len(times) / sum(times)} | _describe(times)
 
 
-QUESTION = Question("service", plan, measure, COLUMNS)
+def write(results: Results) -> Iterator[str]:
+    """Yield a row for each number of clients, and one for requests to a full store."""
+    rows = []
+    for case, tool in results.measured("service-predict-") + results.measured("service-store"):
+        what, _, number = case.removeprefix("service-").partition("-")
+        name = f"predictions, clients: {number}" if what == "predict" else f"list and show, {STORED:,} jobs"
+        rows.append([name, *(span(results.figure(case, tool, figure)) for figure in COLUMNS.values())])
+    yield from table(["requests", *COLUMNS], rows)
+
+
+QUESTION = Question("service", plan, measure, write=write)
