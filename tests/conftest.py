@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a network is a bug
 os.environ["FINETUNE_STALL_TIMEOUT"] = "0"  # no process over each run; tests/faults has its own
@@ -61,12 +62,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Of the cases of a test with ``sample(number)``, all but so many, evenly spread, are slow.
     """
-    cases: dict[tuple[pytest.Item | pytest.Collector | None, str], list[pytest.Item]] = {}
+    cases: dict[tuple[Any, str, int], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
-            cases.setdefault((item.parent, item.name.partition("[")[0]), []).append(item)
-    for same in cases.values():
-        (number,) = same[0].get_closest_marker("sample").args
+        marker = item.get_closest_marker("sample")
+        if marker is not None and not item.get_closest_marker("slow"):
+            cases.setdefault((item.parent, item.name.partition("[")[0], *marker.args), []).append(item)
+    for (_, _, number), same in cases.items():
         step = len(same) / number
         kept = {int(place * step) for place in range(number)}
         for place, item in enumerate(same):
