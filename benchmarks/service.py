@@ -63,9 +63,8 @@ def measure(turn: Turn) -> Figures:
     with serving(store) as server:
         _promote(server, store, run)
         total = 40 if bench.quick else 20_000 // max(1, 64 // turn.case.size)
-        _ask(
-            server.url, images, turn.case.size, 10 if bench.quick else 200
-        )  # its process and threads are there
+        # The first requests start the process of the model and the threads, which are no growth.
+        _ask(server.url, images, turn.case.size, 10 if bench.quick else 200)
         first, times, seconds = server.memory(), *_ask(server.url, images, turn.case.size, total)
         found = {"per_second": len(times) / seconds, "first_mb": first, "last_mb": server.memory()}
     limit = 1 / (1 / network[0] + 1 / decoding[0])

@@ -3,8 +3,7 @@
 With T = U S the standardised features in their principal directions, and y the labels as +1 and -1, the fit
 of a penalty p is H y with H = T (S^2 + p)^-1 T' + 1 / N. Leaving a group G of images out multiplies the
 residuals of its images by (1 - H_GG)^-1 (for a single image: Allen's PRESS). So one decomposition gives the
-errors of all images left out, for every penalty, exactly: seconds where solving for every fold of a
-cross-validation takes minutes.
+errors of all images left out, for every penalty, exactly, where a cross-validation solves for every fold.
 
 Shape legend: N training images, D features, R directions in which the images differ, K classes, B images,
 G groups of L images each.
