@@ -244,6 +244,9 @@ def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distrib
     if recipe.training.microbatch:
         found = "training.microbatch may give ranks different numbers of microbatches"
         raise UsageError(asked, found, "Drop one of the two.")
+    if recipe.strategy.norm_mode == "eval":
+        found = "BatchNorm of pretrained stages keeps its running statistics (strategy.norm=eval)"
+        raise UsageError(asked, found, "Add --set strategy.norm=train, or drop the key.")
 
 
 def _check_frozen(recipe: ResolvedRecipe, backbone: Backbone, plan: Plan) -> None:

@@ -77,6 +77,7 @@ class ResolvedInput(InputSettings):
 class ResolvedStrategy(StrategySettings):
     """The section ``strategy`` without ``"auto"``."""
 
+    norm: Literal["train", "eval"]
     dropout: float
 
 
@@ -109,6 +110,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
     """Return a new recipe without any ``"auto"``."""
     decided = {
         "data.workers": facts.workers,
+        "strategy.norm": recipe.strategy.norm_mode,
         "strategy.dropout": facts.dropout,
         "training.batch_size": compute_batch_size(facts.num_train),
         "training.lr": BASE_LRS[recipe.training.optimizer],

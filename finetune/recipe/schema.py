@@ -160,10 +160,10 @@ class StrategySettings(_Section):
         gt=0,
         description="learning rate of everything below the top, as a multiple of training.lr (full)",
     )
-    norm: Literal["train", "eval"] = Field(
-        "train",
-        description="mode of normalisation layers in trained stages; eval keeps their running statistics "
-        "(advised for batches of fewer than 16 images). In frozen stages it is always eval",
+    norm: Literal["train", "eval"] | Auto = Field(
+        "auto",
+        description="mode of normalisation layers in trained stages; eval keeps their running statistics; "
+        "auto: eval for pretrained weights, train for random ones. In frozen stages it is always eval",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
         "auto",
@@ -195,6 +195,17 @@ class StrategySettings(_Section):
     def starts_random(self) -> bool:
         """Whether training starts from random weights, so that pretrained ones play no part."""
         return starts_random(self.name)
+
+    @property
+    def norm_mode(self) -> Literal["train", "eval"]:
+        """``norm``, or what ``auto`` stands for.
+
+        The statistics of pretraining belong to the pretrained weights: with those of the batches in their
+        place, a linear classifier on the last features loses 20 points (docs/strategies.md).
+        """
+        if self.norm != "auto":
+            return self.norm
+        return "train" if self.starts_random else "eval"
 
 
 class TrainingSettings(_Section):

@@ -142,7 +142,7 @@ def _lay_phase(
             stage=stage,
             num_parameters=sum(sizes[name] for name in stage.parameters),
             lr=lr * phase.factors[stage.name],
-            norm=_norm_mode(network, stage, settings.norm if phase.factors[stage.name] else "eval"),
+            norm=_norm_mode(network, stage, settings.norm_mode if phase.factors[stage.name] else "eval"),
         )
         for stage, group in zip(stages, groups, strict=True)
     ]

@@ -59,8 +59,7 @@ def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
         6,
         "-s",
         "full",
-        "--set",
-        "input.augmentation=medium",
+        *("--set", "input.augmentation=medium", "--set", "strategy.norm=train"),
     )
     return ["run", "-b", tiny, "-d", data, "-o", output, *settings]
 

@@ -32,6 +32,7 @@ RECIPES: dict[str, list[str]] = {
     "full": [
         *("-s", "full", "--set", "training.mixup=0.3", "--set", "training.cutmix=1.0"),
         *("--set", "training.ema_decay=0.95", "--set", "strategy.dropout=0.2"),
+        *("--set", "strategy.norm=train"),
         *("--set", "input.augmentation=heavy", "--set", "training.patience=6"),
     ],
 }

@@ -38,7 +38,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words_of(tiny: Path, data: Path, output: Path) -> list[object]:
     words: list[object] = ["run", "-b", tiny, "-d", data, "-o", output, "-s", "full", "--epochs", 2]
-    words += ["--workers", 0, "--batch-size", 4]
+    words += ["--workers", 0, "--batch-size", 4, "--set", "strategy.norm=train"]
     return [*words, *(word for setting in SETTINGS for word in ("--set", setting))]
 
 

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not NUM_GPUS, reason="this machine has no CUDA device"),
 ]
+SYNCHRONIZED = ("--set", "training.sync_batch_norm=true", "--set", "strategy.norm=train")
 two = pytest.mark.skipif(NUM_GPUS < 2, reason="this machine has no two CUDA devices")
 
 
@@ -50,7 +51,7 @@ def test_one_gpu_under_the_launcher(tiny: Path, image_folder: Path, tmp_path: Pa
 @two
 @pytest.mark.parametrize(
     "words",
-    [("-s", "freeze"), ("-s", "full", "--set", "training.sync_batch_norm=true")],
+    [("-s", "freeze"), ("-s", "full", *SYNCHRONIZED)],
     ids=["freeze", "full"],
 )
 def test_two_gpus_learn_what_one_learns(

@@ -111,9 +111,8 @@ def test_one_image_a_step_is_refused_where_a_batch_norm_gets_one_value(
     image_folder: Path, tiny: Path, asked: str, strategy: str
 ) -> None:
     """The last stage of this network has features of 1x1 at 32 pixels, and of 2x2 at 64."""
-    keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "strategy.name": strategy} | SINGLE[
-        asked
-    ]
+    keys = {"backbone.name": str(tiny), "data.path": str(image_folder), "strategy.name": strategy}
+    keys |= {"strategy.norm": "train"} | SINGLE[asked]
     with pytest.raises(UsageError) as error:
         prepare(load_recipe(None, keys), SilentDisplay())
     assert error.value.asked == asked

@@ -772,6 +772,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "input.interpolation": "nearest",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
+        "strategy.norm": "train",
         "strategy.dropout": 0.0,
         "training.batch_size": 7,
         "training.lr": 0.5,

@@ -80,9 +80,11 @@ def test_groups_count_from_the_head_and_the_neck_is_a_stage() -> None:
 
 def test_the_plan_names_the_mode_of_norm_layers() -> None:
     resnet = plan_of(timm.create_model("resnet18", num_classes=2), "top")
-    assert [row.norm for row in resnet.rows] == ["eval"] * 4 + ["train", "none"]
-    kept = plan_of(timm.create_model("resnet18", num_classes=2), "top", norm="eval")
-    assert [row.norm for row in kept.rows] == ["eval"] * 5 + ["none"]
+    assert [row.norm for row in resnet.rows] == ["eval"] * 5 + ["none"]
+    learned = plan_of(timm.create_model("resnet18", num_classes=2), "top", norm="train")
+    assert [row.norm for row in learned.rows] == ["eval"] * 4 + ["train", "none"]
+    random = plan_of(timm.create_model("resnet18", num_classes=2), "scratch")
+    assert [row.norm for row in random.rows] == ["train"] * 5 + ["none"]
     vit = plan_of(timm.create_model("test_vit", num_classes=2), "top", size=160)
     assert {row.norm for row in vit.rows} == {"none"}
 
@@ -143,7 +145,7 @@ def test_the_rate_that_is_shown_is_that_of_the_weights_of_the_head() -> None:
 
 def test_frozen_modules_stay_in_eval_under_train() -> None:
     network = timm.create_model("test_resnet", num_classes=3, drop_rate=0.5, drop_path_rate=0.2)
-    plan = plan_of(network, "top", size=160)
+    plan = plan_of(network, "top", size=160, norm="train")
     set_train_mode(network, plan)
     frozen = {name for row in plan.frozen for name in row.stage.modules}
     modes = {name: module.training for name, module in network.named_modules()}
