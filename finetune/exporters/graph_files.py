@@ -16,7 +16,6 @@ import torch
 from torch.export import ExportedProgram
 
 from finetune import __version__
-from finetune.errors import EnvironmentFaultError
 from finetune.evaluation.predictor import resolve_names
 from finetune.exporters.deployed import Interface, cannot_export
 from finetune.runs.files import write_bytes, write_json, write_text
@@ -44,10 +43,10 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
     """Write ``model.onnx`` and check it with onnx; weights over 1.9 GB go to ``model.onnx.data``.
 
     Raises:
-        EnvironmentFaultError: onnx is not installed.
         UsageError: an operation of the network cannot be expressed in ONNX, or not in this opset.
     """
-    onnx = _require_onnx()
+    import onnx
+
     path = folder / ONNX_FILE
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     try:
@@ -78,22 +77,11 @@ def write_onnx(program: ExportedProgram, folder: Path, card: Card, interface: In
 
 def read_versions(path: Path) -> dict[str, int]:
     """Return the ``opset`` of ONNX's standard operators that a file needs, and the file's ``ir_version``."""
-    model = _require_onnx().load(path, load_external_data=False)
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
     opset = max(int(opset.version) for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     return {"opset": opset, "ir_version": int(model.ir_version)}
-
-
-def _require_onnx() -> Any:
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 - the fresh process needs it
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        found = f"{error.name} is not installed"
-        raise EnvironmentFaultError(
-            "--format onnx", found, "Run `pip install onnx onnxruntime onnxscript`."
-        ) from None
-    return onnx
 
 
 @contextlib.contextmanager

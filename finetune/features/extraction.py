@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,17 @@ from finetune.features.network import (
     Network,
 )
 from finetune.features.rows import ChainRows, Rows
+from finetune.features.runtime import choose_runtime, describe_runtime, open_forward
 from finetune.features.store import (
     FORMAT,
+    Forward,
     KeptRows,
     RowSpec,
     compute_batch_size,
     describe_images,
     row_bytes,
 )
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Runtime
 from finetune.runs.cache_dir import FeatureCacheDir, cache_faults
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -113,6 +115,13 @@ class Source:
     dataset: PreparedDataset
     recipe: Recipe
     display: Display
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What computes the features."""
+        backbone, device = self.network.backbone, self.network.placement.device
+        num_images, img_size = len(self.dataset.samples), backbone.card.preprocessing.img_size
+        return choose_runtime(self.recipe.runtime, backbone.network, device, _PRECISION, num_images, img_size)
 
     @property
     def value_range(self) -> ValueRange | None:
@@ -237,12 +246,16 @@ def open_features(
         stack.callback(kept.close)
         found: list[list[Rows]] = []
         lost: dict[str, str] = {}
+        forward_of = cache(partial(_open_forward, source, tuple(layers), pool))  # one export for all splits
         for split in splits:
-            samples = source.dataset.of(split)
-            if samples:
+            if samples := source.dataset.of(split):
                 kept.lost.clear()
+                places = [*_places(source, kept, layers, pool, split)]
+                if with_logits:
+                    places.append(_place_of_logits(source, kept, split))
+                open_loader = cache(partial(_open_loader, source, split, kept.batch_size, distributed, stack))
                 with cache_faults(kept.cache_dir.folder):
-                    found.append(_rows_of_split(source, kept, layers, pool, with_logits, split, stack))
+                    found.append(kept.rows(places, forward_of, open_loader, 0, f"features of {split} images"))
                 lost |= {samples[index].path: reason for index, reason in kept.lost.items()}
         rows = tuple(ChainRows(same) for same in zip(*found, strict=True))
         if len(lost) == sum(len(source.dataset.of(split)) for split in splits):
@@ -253,27 +266,17 @@ def open_features(
         yield Features(tuple(layers), rows[: len(layers)], logits, lost, kept)
 
 
-def _rows_of_split(
-    source: Source,
-    kept: KeptRows,
-    layers: Sequence[Layer],
-    pool: Pool,
-    with_logits: bool,
-    split: Split,
-    stack: ExitStack,
-) -> list[Rows]:
-    network = source.network.backbone.network
-    places = [*_places(source, kept, layers, pool, split)]
-    if with_logits:
-        places.append(_place_of_logits(source, kept, split))
+def _open_forward(source: Source, layers: Sequence[Layer], pool: Pool, missing: tuple[int, ...]) -> Forward:
+    """Return the function that computes some of the layers, by index; after the last one come the logits."""
+    network, placement = source.network.backbone, source.network.placement
+    wanted = [layers[number] for number in missing if number < len(layers)]
+    extract = FeatureExtractor(network.network, wanted, pool, with_logits=len(layers) in missing)
 
-    def open_forward(missing: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        wanted = [layers[number] for number in missing if number < len(layers)]
-        extract = FeatureExtractor(network, wanted, pool, with_logits=len(layers) in missing)
-        return lambda images: torch.cat(extract(images), dim=1)
+    def forward(images: Tensor) -> Tensor:
+        return torch.cat(extract(images), dim=1)
 
-    open_loader = cache(partial(_open_loader, source, split, kept.batch_size, kept.distributed, stack))
-    return kept.rows(places, open_forward, open_loader, 0, f"features of {split} images")
+    input_size = network.card.preprocessing.input_size
+    return open_forward(source.runtime, network.network, forward, placement, input_size, source.display)
 
 
 def _open_loader(
@@ -336,7 +339,7 @@ def _shared_facts(source: Source, kept: KeptRows, split: Split, weights: str) ->
         "format": FORMAT,
         "batch_size": kept.batch_size,
         "weights": weights,
-        **describe_source(card, network.placement, _PRECISION, recipe.deterministic),
+        **describe_source(card, network.placement, _PRECISION, source.runtime, recipe.deterministic),
         **images,
     }
 
@@ -366,7 +369,7 @@ _VERSIONS = ("torch", "torchvision", "timm", "pillow", "threads", "gpu", "cuda",
 
 
 def describe_source(
-    card: Card, placement: Placement, precision: Precision, deterministic: bool
+    card: Card, placement: Placement, precision: Precision, runtime: Runtime, deterministic: bool
 ) -> dict[str, Any]:
     """Return network, preprocessing, precision, versions and hardware; the caller adds the weights."""
     environment = describe_environment(placement.device)
@@ -376,6 +379,7 @@ def describe_source(
         "model_args": [[key, repr(value)] for key, value in card.model_args],
         "input": card.preprocessing.to_dict(),
         "precision": precision,
+        "runtime": describe_runtime(runtime),
         "deterministic": deterministic,
         "decoder": decoder_facts(),
         "channels_last": placement.channels_last,

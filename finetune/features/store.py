@@ -139,7 +139,7 @@ class KeptRows:
     def rows(
         self,
         places: Sequence[RowSpec],
-        open_forward: Callable[[Sequence[int]], Forward],
+        open_forward: Callable[[tuple[int, ...]], Forward],
         open_loader: Callable[[], ImageLoader],
         epoch: int,
         title: str,
@@ -163,7 +163,7 @@ class KeptRows:
         try:
             if missing:
                 some = [stores[number] for number in missing]
-                self._compute(open_loader(), some, open_forward(missing), done, epoch, title)
+                self._compute(open_loader(), some, open_forward(tuple(missing)), done, epoch, title)
         except (DataError, OSError) as error:
             fault = error
         return self._hand_round(stores, fault)

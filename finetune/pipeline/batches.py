@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,7 +17,16 @@ from finetune.data.transforms import Transform, build_eval_transform, build_trai
 from finetune.errors import DataError, DiskError, InternalError
 from finetune.features.extraction import describe_source, digest_of
 from finetune.features.rows import Rows
-from finetune.features.store import FORMAT, KeptRows, RowSpec, compute_batch_size, describe_images, row_bytes
+from finetune.features.runtime import open_forward
+from finetune.features.store import (
+    FORMAT,
+    Forward,
+    KeptRows,
+    RowSpec,
+    compute_batch_size,
+    describe_images,
+    row_bytes,
+)
 from finetune.pipeline.context import FitContext
 from finetune.pipeline.setup import RunSetup
 from finetune.recipe import ResolvedRecipe
@@ -307,8 +316,15 @@ def _keep(
     setup.backbone.network.eval()
     release_memory()  # of checking images and trying cuts; decoding processes are copies of this one
     facts = _describe_trunk(setup, kept, cut_network, frozen)
+
+    @cache  # one export for all splits and views
+    def forward_of(_: tuple[int, ...]) -> Forward:
+        input_size = setup.backbone.card.preprocessing.input_size
+        network, trunk = setup.backbone.network, cut_network.trunk
+        return open_forward(recipe.runtime, network, trunk, setup.placement, input_size, context.display)
+
     try:
-        views = {split: _rows_of(factory, kept, cut_network, facts, split) for split in context.splits}
+        views = {split: _rows_of(factory, kept, forward_of, facts, split) for split in context.splits}
     except BaseException:
         kept.close()  # others may need the files, and wait for them
         raise
@@ -356,14 +372,18 @@ def _describe_trunk(
         "numel": cut_network.packing.numel,
         "dtype": kept.dtype,
         "batch_size": kept.batch_size,
-        **describe_source(card, setup.placement, kept.precision, recipe.deterministic),
+        **describe_source(card, setup.placement, kept.precision, recipe.runtime, recipe.deterministic),
         "head": card.head,
         "weights": digest_of(frozen),
     }
 
 
 def _rows_of(
-    factory: LoaderFactory, kept: KeptRows, cut_network: CutNetwork, facts: dict[str, Any], split: Split
+    factory: LoaderFactory,
+    kept: KeptRows,
+    forward_of: Callable[[tuple[int, ...]], Forward],
+    facts: dict[str, Any],
+    split: Split,
 ) -> list[Rows]:
     """Return the rows of each view of a split."""
     context = factory.context
@@ -374,11 +394,9 @@ def _rows_of(
     rows = []
     for view in views:
         own = {"augmentation": augmentation, "view": view}
-        spec = RowSpec(facts | own | images, cut_network.packing.numel)
+        spec = RowSpec(facts | own | images, facts["numel"])
         which = f"{split}, view {view + 1} of {len(views)}" if len(views) > 1 else split
-        rows += kept.rows(
-            [spec], lambda _: cut_network.trunk, open_loader, view, f"running the trunk ({which})"
-        )
+        rows += kept.rows([spec], forward_of, open_loader, view, f"running the trunk ({which})")
     return rows
 
 

@@ -20,6 +20,7 @@ from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
 from finetune.errors import EnvironmentFaultError, UsageError, count
 from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
+from finetune.features.runtime import choose_runtime
 from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -108,7 +109,7 @@ def prepare(
 
     def decide() -> tuple[ResolvedRecipe, int]:
         _check_features(recipe, backbone)
-        facts = _collect_facts(recipe, backbone, device, precision, len(found.of("train")), distributed)
+        facts = _collect_facts(recipe, backbone, device, precision, found, distributed)
         resolved = resolve_recipe(_with_absolute_paths(recipe), facts)
         batch_bytes = _batch_bytes(resolved.training.batch_size, backbone, distributed)
         return resolved, _limit_workers(recipe, batch_bytes, device, distributed, display)
@@ -201,9 +202,10 @@ def _collect_facts(
     backbone: Backbone,
     device: torch.device,
     precision: Precision,
-    num_train: int,
+    dataset: Dataset,
     distributed: Distributed,
 ) -> AutoValues:
+    num_train = len(dataset.of("train"))
     asked = recipe.training.batch_size
     batch_size = compute_batch_size(num_train) if asked == "auto" else asked
     batch_bytes = _batch_bytes(batch_size, backbone, distributed)
@@ -215,6 +217,14 @@ def _collect_facts(
         num_train=num_train,
         preprocessing=backbone.card.preprocessing.to_dict(),
         dropout=backbone.card.dropout,
+        runtime=choose_runtime(
+            recipe.runtime,
+            backbone.network,
+            device,
+            precision if recipe.training.precision == "auto" else recipe.training.precision,
+            len(dataset.samples),
+            backbone.card.preprocessing.img_size,
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from finetune.recipe.schema import (
     InputSettings,
     Precision,
     Recipe,
+    Runtime,
     StrategySettings,
     TrainingSettings,
 )
@@ -46,6 +47,7 @@ class AutoValues:
         num_train: number of training images.
         preprocessing: values of the section ``input`` that belong to the weights, by key.
         dropout: dropout probability of the network.
+        runtime: what computes cached features.
     """
 
     device: str
@@ -55,6 +57,7 @@ class AutoValues:
     num_train: int
     preprocessing: Mapping[str, Any]
     dropout: float
+    runtime: Runtime
 
 
 class ResolvedData(DataSettings):
@@ -104,6 +107,7 @@ class ResolvedRecipe(Recipe):
     strategy: ResolvedStrategy
     training: ResolvedTraining
     cache: ResolvedCache
+    runtime: Runtime
 
 
 def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
@@ -119,6 +123,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
         "cache.views": compute_views(recipe.strategy.name, recipe.input.augmentation, recipe.training.epochs),
         **{f"input.{key}": value for key, value in facts.preprocessing.items()},
         "device": facts.device,
+        "runtime": facts.runtime,
     }
     values = recipe.to_dict()
     for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0" as well

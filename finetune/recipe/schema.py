@@ -17,6 +17,7 @@ from finetune.strategies import STRATEGIES, starts_random
 from finetune.targets import ClassWeights, Monitor
 
 Auto = Literal["auto"]
+Runtime = Literal["torch", "onnxruntime"]
 HeadChoice = Literal["replace", "keep", "drop_fc"]
 Augmentation = Literal["none", "shift", "light", "medium", "heavy"]
 Optimizer = Literal["sgd", "adamw"]
@@ -360,6 +361,12 @@ class Recipe(_Section):
         0, ge=0, lt=2**63, description="random seed of the split, the order, the views and the new head"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    runtime: Runtime | Auto = Field(
+        "auto",
+        description="what computes cached features: torch, or onnxruntime on a CPU in float32; auto: "
+        "onnxruntime for a convolutional network and at least 400 images of 224 pixels, or as many pixels, "
+        "since an export takes three seconds",
+    )
     deterministic: bool = Field(
         False, description="bit-identical results on a GPU too, with slower kernels; a CPU always gives them"
     )

@@ -238,7 +238,8 @@ class CutNetwork:
 
     def trunk(self, images: Tensor) -> Tensor:
         """Return rows (B, D) for images (B, C, H, W); only the trunk runs, without gradients."""
-        return self.packing.pack(self._trunk(images), len(images))
+        # len() would fix the batch size of a traced trunk.
+        return self.packing.pack(self._trunk(images), images.shape[0])
 
     def rest(self, network: nn.Module, filler: Callable[..., Tensor] = torch.empty) -> Rest:
         """Return the rest of the network, or of a copy of it with other weights (EMA)."""

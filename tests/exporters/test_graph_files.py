@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from finetune.errors import EnvironmentFaultError, UsageError
+from finetune.errors import UsageError
 from finetune.exporters.deployed import Interface, build_program
 from finetune.exporters.graph_files import (
     describe_input,
@@ -88,16 +88,6 @@ def test_an_operation_that_onnx_lacks_is_refused(card: Card, tmp_path: Path) -> 
         UsageError, match=r"exporting test_resnet: it cannot be converted to ONNX opset 18 \(.+\)"
     ):
         write_onnx(program, tmp_path, card, Interface(), 18)
-
-
-def test_a_missing_package_is_named(
-    card: Card, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    program = build_program(network, card, Interface())
-    with pytest.raises(EnvironmentFaultError, match="onnxscript is not installed") as caught:
-        write_onnx(program, tmp_path, card, Interface(), 18)
-    assert "pip install onnx onnxruntime onnxscript" in caught.value.fix
 
 
 def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_path: Path) -> None:

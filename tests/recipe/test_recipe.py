@@ -37,6 +37,7 @@ from finetune.recipe import (
     shipped_recipes,
 )
 from finetune.recipe.mistakes import list_fields
+from finetune.recipe.reading import set_dotted
 from finetune.system import device as runtime
 from tests.conftest import Cli
 
@@ -724,6 +725,7 @@ def facts(**changes: Any) -> AutoValues:
         "num_train": 5_000,
         "preprocessing": PREPROCESSING,
         "dropout": 0.25,
+        "runtime": "torch",
     }
     return AutoValues(**values | changes)
 
@@ -780,6 +782,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "training.channels_last": False,
         "cache.views": 3,
         "device": "cuda:1",
+        "runtime": "onnxruntime",
     }
     recipe = load_recipe(None, own)
     assert set(own) == set(load_recipe().auto_keys())  # a new auto key belongs in this test
@@ -910,8 +913,7 @@ def test_a_resolved_recipe_admits_no_auto() -> None:
     for key in Recipe().auto_keys():
         if key in ("device", "backbone.name"):
             continue
-        section, _, name = key.partition(".")
         values = resolved.to_dict()
-        values[section][name] = "auto"
+        set_dotted(values, key, "auto")
         with pytest.raises(ValidationError):
             type(resolved).model_validate_json(json.dumps(values))
