@@ -253,7 +253,9 @@ def _read_begun(folder: RunFolder) -> Recipe | None:
 
 def _changes(before: Recipe, recipe: Recipe) -> list[Change]:
     """Return the changes between two recipes, without keys on which no result depends."""
-    return [change for change in changed_keys(before, recipe) if change.key not in NO_EFFECT]
+    # What a run saved has no "auto": those are keys that its version of finetune did not have.
+    ignored = {*NO_EFFECT, *before.auto_keys()}
+    return [change for change in changed_keys(before, recipe) if change.key not in ignored]
 
 
 def _another_run(path: Path, lines: list[str]) -> UsageError:

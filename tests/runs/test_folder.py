@@ -95,6 +95,15 @@ def test_a_finished_run_is_recognised(tmp_path: Path) -> None:
     assert RunReader(folder).outcome["state"] == "done"
 
 
+def test_a_run_of_a_version_without_a_key_is_resumed(tmp_path: Path) -> None:
+    saved = claim_folder(tmp_path, recipe()).folder.recipe
+    lines = saved.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith("runtime:")]
+    assert len(older) == len(lines) - 1
+    saved.write_text("".join(older))
+    assert claim_folder(tmp_path, recipe()).attempt == 2
+
+
 def test_more_epochs_are_the_same_run(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, recipe(training__epochs=3)).folder
     folder.write_outcome(Outcome("done", "finished"))
