@@ -110,6 +110,7 @@ def predict_files(
             start = distributed.share(lambda: table.open(files))
             if start is None:
                 return table.summarise(0.0) if distributed.is_main else {}
+            predictor = predictor.with_runtime_for(distributed.share(lambda: table.total or 0), display)
             began, opened = time.perf_counter(), partial(open_input, predictor)
             with stop.gently(), table.bar() as advance:
                 results = predictor.predict_batches(table.batches(start, distributed), opened)
@@ -179,7 +180,11 @@ def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRow
 
 @dataclass
 class _Table:
-    """One attempt to write the file of predictions. Only rank 0 opens and writes it."""
+    """One attempt to write the file of predictions. Only rank 0 opens and writes it.
+
+    Attributes:
+        total: number of images; None before the file is open, and for paths on standard input.
+    """
 
     request: PredictRequest
     inputs: InputImages
@@ -191,7 +196,7 @@ class _Table:
     _taken: deque[tuple[list[InputImage], str]] = field(default_factory=deque)
     _writer: ResumableWriter | None = None
     _left: Iterator[InputImage] = field(default_factory=lambda: iter(()))
-    _total: int | None = None
+    total: int | None = None
 
     @property
     def writer(self) -> ResumableWriter:
@@ -216,7 +221,7 @@ class _Table:
             self.progress = finished
             return None
         check_free(output)
-        self.inputs, self._total = list_inputs(self.inputs, self.display)
+        self.inputs, self.total = list_inputs(self.inputs, self.display)
         create_folder(output.parent)
         self._writer = files.enter_context(open_writer(output, facts))
         self._left = self._resume()
@@ -363,9 +368,9 @@ class _Table:
 
     def _describe_progress(self) -> str:
         """Return the number of images done, of all where that is known."""
-        if self._total is None:
+        if self.total is None:
             return count(self.progress.done, "image")
-        return f"{self.progress.done:,} of {count(self._total, 'image')}"
+        return f"{self.progress.done:,} of {count(self.total, 'image')}"
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[int, str], None]]:
@@ -386,8 +391,8 @@ class _Table:
 
     @contextmanager
     def _terminal_bar(self) -> Iterator[Callable[[int, str], None]]:
-        if self._total is not None:
-            with self.display.track("predicting", self._total) as advance:
+        if self.total is not None:
+            with self.display.track("predicting", self.total) as advance:
                 advance(self.progress.done, "")
                 yield advance
             return

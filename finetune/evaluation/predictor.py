@@ -34,10 +34,15 @@ from torch import Tensor, nn
 
 from finetune.data.arrays import arrange, describe_shape, read_planes
 from finetune.data.decode import BadImageError, convert_image, decode_image
+from finetune.data.loader import Placement
 from finetune.data.transforms import Normalizer, Opened
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.views import Views, build_views, compute_mean_over_views
+from finetune.features.network import place_network
+from finetune.features.runtime import choose_runtime, open_forward
+from finetune.features.store import Forward
 from finetune.system.device import available_cores, compute_chunk_size, resolve_device
+from finetune.system.display import Display
 from finetune.system.forward import ChunkedForward
 from finetune.targets import make_unique, rank_classes
 from pretrained.backbone import load_source
@@ -106,6 +111,7 @@ class Predictor:
         batch_size: images per batch.
         workers: number of decoding threads.
         views: transform from an image to its views.
+        forward: what computes the logits; by default the network.
 
     Attributes:
         card: preprocessing, classes, temperature, source and licence of the network.
@@ -120,17 +126,18 @@ class Predictor:
         batch_size: int,
         workers: int,
         views: Views,
+        forward: Forward | None = None,
     ) -> None:
         self.card, self.device, self.batch_size = card, device, batch_size
         self.classes = resolve_names(card)
-        self._layout = torch.channels_last if is_convolutional(network) else torch.contiguous_format
-        placed = network.eval().to(device, memory_format=self._layout)  # type: ignore[call-overload]
-        self.network: nn.Module = placed
+        self._placement = Placement(device, is_convolutional(network))
+        self.network = place_network(network.eval(), self._placement)
+        self._forward = forward or self.network
         self._views, self._workers = views, max(1, workers)
         self._normalize = Normalizer(card.preprocessing, device)
         img_size = card.preprocessing.img_size
         chunk_size = compute_chunk_size(img_size, img_size) if device.type == "cpu" else batch_size
-        self._chunked = ChunkedForward(self.network, chunk_size)
+        self._chunked = ChunkedForward(self._forward, chunk_size)
         self._lock = threading.Lock()
 
     def open(self, image: Path | Image.Image) -> Opened:
@@ -159,13 +166,38 @@ class Predictor:
 
     def without_temperature(self) -> Predictor:
         """Return the same network without temperature scaling."""
-        card = replace(self.card, temperature=1.0)
-        return Predictor(self.network, card, self.device, self.batch_size, self._workers, self._views)
+        return self._with(card=replace(self.card, temperature=1.0))
 
     def with_views(self, crops: int, scales: Sequence[int] = ()) -> Predictor:
         """Return the same network with other views (:func:`finetune.evaluation.views.build_views`)."""
-        views = build_views(self.card.preprocessing, crops, scales)
-        return Predictor(self.network, self.card, self.device, self.batch_size, self._workers, views)
+        return self._with(views=build_views(self.card.preprocessing, crops, scales))
+
+    def with_runtime_for(self, num_images: int, display: Display) -> Predictor:
+        """Return the same network in the runtime that pays for this many images.
+
+        Args:
+            num_images: number of images that will be predicted.
+            display: shows an export, which takes seconds.
+        """
+        size = self.card.preprocessing.input_size
+        num_views = num_images * self.num_views
+        runtime = choose_runtime("auto", self.network, self.device, "float32", num_views, size[-1])
+        return self._with(
+            forward=open_forward(runtime, self.network, self.network, self._placement, size, display)
+        )
+
+    def _with(
+        self, card: Card | None = None, views: Views | None = None, forward: Forward | None = None
+    ) -> Predictor:
+        return Predictor(
+            self.network,
+            card or self.card,
+            self.device,
+            self.batch_size,
+            self._workers,
+            views or self._views,
+            forward or self._forward,
+        )
 
     @overload
     def predict(self, images: ImageInput) -> Prediction: ...  # type: ignore[overload-overlap] # texts are one file
@@ -260,7 +292,8 @@ class Predictor:
         if not views:
             return np.empty((0, len(self.classes)), np.float32)
         with self._lock, torch.inference_mode():
-            images = self._normalize(torch.cat(list(views)).to(self.device)).to(memory_format=self._layout)
+            images = self._normalize(torch.cat(list(views)).to(self.device))
+            images = images.to(memory_format=self._placement.memory_format)
             logits = self._chunked(images)
             mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature)
         if not mean.isfinite().all():

@@ -142,9 +142,8 @@ def _export(
     """Return the exported forward, or why there is none."""
     if sum(weight.numel() * weight.element_size() for weight in network.parameters()) > LARGEST_BYTES:
         return None, "it is too large for one ONNX file"
-    layout = torch.channels_last if placement.channels_last else torch.contiguous_format
     images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(memory_format=layout)
+    images = images.to(memory_format=placement.memory_format)
     buffer = io.BytesIO()
     try:
         with _silent():

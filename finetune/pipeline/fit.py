@@ -20,8 +20,9 @@ from finetune.data.loader import ImageLoader
 from finetune.errors import DataError
 from finetune.evaluation.predictions import Predictions
 from finetune.features.network import place_network
-from finetune.pipeline.batches import FEW, DataLoaders, LoaderFactory, open_loaders
+from finetune.pipeline.batches import DataLoaders, open_loaders
 from finetune.pipeline.context import FitContext
+from finetune.pipeline.image_loaders import FEW, LoaderFactory
 from finetune.pipeline.linear_head import (
     LinearHead,
     build_solved,

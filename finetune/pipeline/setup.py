@@ -205,9 +205,10 @@ def _collect_facts(
     dataset: Dataset,
     distributed: Distributed,
 ) -> AutoValues:
-    num_train = len(dataset.of("train"))
-    asked = recipe.training.batch_size
-    batch_size = compute_batch_size(num_train) if asked == "auto" else asked
+    num_images, num_train = len(dataset.samples), len(dataset.of("train"))
+    training, img_size = recipe.training, backbone.card.preprocessing.img_size
+    in_precision = precision if training.precision == "auto" else training.precision
+    batch_size = compute_batch_size(num_train) if training.batch_size == "auto" else training.batch_size
     batch_bytes = _batch_bytes(batch_size, backbone, distributed)
     return AutoValues(
         device=str(device),
@@ -217,14 +218,7 @@ def _collect_facts(
         num_train=num_train,
         preprocessing=backbone.card.preprocessing.to_dict(),
         dropout=backbone.card.dropout,
-        runtime=choose_runtime(
-            recipe.runtime,
-            backbone.network,
-            device,
-            precision if recipe.training.precision == "auto" else recipe.training.precision,
-            len(dataset.samples),
-            backbone.card.preprocessing.img_size,
-        ),
+        runtime=choose_runtime(recipe.runtime, backbone.network, device, in_precision, num_images, img_size),
     )
 
 
@@ -376,9 +370,9 @@ def reload_backbone(
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the saved recipe mean the same from any folder."""
-    name, weights, data = recipe.backbone.name, recipe.backbone.weights, recipe.data.path
+    weights, data = recipe.backbone.weights, recipe.data.path
     backbone = {
-        "name": _absolute_name(name),
+        "name": _absolute_name(recipe.backbone.name),
         "weights": _absolute(weights) if weights else None,
     }
     return recipe.model_copy(

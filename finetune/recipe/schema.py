@@ -199,11 +199,7 @@ class StrategySettings(_Section):
 
     @property
     def norm_mode(self) -> Literal["train", "eval"]:
-        """``norm``, or what ``auto`` stands for.
-
-        The statistics of pretraining belong to the pretrained weights: with those of the batches in their
-        place, a linear classifier on the last features loses 20 points (docs/strategies.md).
-        """
+        """``norm``, or what ``auto`` stands for (docs/strategies.md has the measurements)."""
         if self.norm != "auto":
             return self.norm
         return "train" if self.starts_random else "eval"

@@ -115,8 +115,8 @@ class StepTrial:
         """Compute a gradient beside everything else that training holds; return the seconds of it."""
         device, settings = self.placement.device, self.settings
         held = [*self._allocate_state(), copy.deepcopy(self.network) if settings.ema_decay else None]
-        layout = torch.channels_last if self.placement.channels_last else torch.contiguous_format
-        images = torch.zeros(num_images, *self.input_size, device=device).to(memory_format=layout)
+        images = torch.zeros(num_images, *self.input_size, device=device)
+        images = images.to(memory_format=self.placement.memory_format)
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
         gradient = Gradient(self.network, build_loss(), None, scaler, settings.precision)

@@ -93,9 +93,8 @@ def choose_cut(
             None,
             f"every epoch runs the whole network: the frozen trunk is {cuts[0].share:.0%} of the work",
         )
-    layout = torch.channels_last if placement.channels_last else torch.contiguous_format
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(placement.device, memory_format=layout)
+    images = images.to(placement.device, memory_format=placement.memory_format)
     with autocast(placement.device, precision):
         return _try(
             network, trace, cuts, images, precision, partial(set_train_mode, network, plan), find_obstacle

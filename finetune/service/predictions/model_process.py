@@ -22,6 +22,9 @@ from finetune.system.signals import end_with_parent
 from finetune.system.temporary import temporary_folder
 from finetune.targets import rank_classes
 
+_MANY = 100_000
+"""Images that a model is expected to predict here: enough for an export to pay, if the network gains by one."""
+
 
 def main() -> None:
     """Answer until the server closes the pipe."""
@@ -55,8 +58,10 @@ class _Model:
 
     def __init__(self, model: Path, folder: Path) -> None:
         from finetune.evaluation.predictor import load
+        from finetune.system.display import SilentDisplay
 
-        self._predictor, self._folder = load(str(model), workers=2), folder
+        predictor = load(str(model), workers=2)
+        self._predictor, self._folder = predictor.with_runtime_for(_MANY, SilentDisplay()), folder
         self._explainer: Any = None
 
     def describe(self) -> dict[str, Any]:
