@@ -30,6 +30,7 @@ NAMES = (
     "draft",
     "strategies",
     "layers",
+    "runtimes",
     "transfer",
     "planted",
     "service",

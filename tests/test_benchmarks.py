@@ -428,6 +428,15 @@ def test_a_small_pass_of_each_network(bench: Bench) -> None:
     assert [path.name for path in kept.iterdir()] == ["cifar_resnet20-6-1-0"]
 
 
+@pytest.mark.slow
+def test_a_small_pass_of_each_runtime(bench: Bench) -> None:
+    results = Results(bench.cache / "runtimes.jsonl")
+    for tool in ("torch", "onnxruntime"):
+        results.add(Result("runtimes-x", tool, 0, measure_quickly("runtimes", bench, tool)))
+    [row] = [line for line in load("runtimes").lines(results) if line.startswith("| x")]
+    assert row.count("|") == 6
+
+
 def test_parts_of_cifar_share_no_image(bench: Bench) -> None:
     folder = find_cifar(6, bench, TARGET)
     files = {split: sorted(path.name for path in (folder / split).rglob("*.jpg")) for split in SPLITS}

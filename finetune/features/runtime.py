@@ -1,9 +1,8 @@
 """The runtime of a frozen network: eager torch, or ONNX Runtime on a CPU.
 
 Eager torch runs each layer by itself. ONNX Runtime fuses convolution, BatchNorm and activation, and keeps the
-channels in blocks between layers. Measured on two cores, images/s in batches of 8 at 224 pixels:
-EfficientNet-Lite0 60 in torch and 202 in ONNX Runtime, ResNet-50 20 and 26, ViT-S 18 and 19. Features differ
-by 1e-6 of the largest one.
+channels in blocks between layers. EfficientNet-Lite0 is twice as fast with it, a ViT hardly (docs/cache.md).
+Features differ by 1e-6 of the largest one.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from finetune.system.device import Precision
 from finetune.system.display import Display
 from pretrained.network import is_convolutional
 
-LEAST_PIXELS = 400 * 224**2
-"""Pixels from which an export, of about three seconds, saves more than it costs."""
+LEAST_PIXELS = 200 * 224**2
+"""Pixels from which an export, of one or two seconds, saves more than it costs."""
 LARGEST_BYTES = 1_900_000_000
 """Most bytes of weights that are exported: a protobuf may have at most 2 GiB."""
 TOLERANCE = (1e-3, 1e-5)
@@ -147,7 +146,7 @@ def _export(
     buffer = io.BytesIO()
     try:
         with _silent():
-            # The exporter by TorchScript: that by torch.export takes 18 s in place of 3 (EfficientNet-Lite0),
+            # The exporter by TorchScript: that by torch.export takes ten times as long,
             # and does not take a forward that ends early.
             torch.onnx.export(
                 _Rows(network, forward).eval(),

@@ -360,8 +360,8 @@ class Recipe(_Section):
     runtime: Runtime | Auto = Field(
         "auto",
         description="what computes cached features: torch, or onnxruntime on a CPU in float32; auto: "
-        "onnxruntime for a convolutional network and at least 400 images of 224 pixels, or as many pixels, "
-        "since an export takes three seconds",
+        "onnxruntime for a convolutional network and at least 200 images of 224 pixels, or as many pixels, "
+        "since an export takes one or two seconds",
     )
     deterministic: bool = Field(
         False, description="bit-identical results on a GPU too, with slower kernels; a CPU always gives them"

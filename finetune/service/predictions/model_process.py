@@ -23,7 +23,7 @@ from finetune.system.temporary import temporary_folder
 from finetune.targets import rank_classes
 
 _MANY = 100_000
-"""Images that a model is expected to predict here: enough for an export to pay, if the network gains by one."""
+"""Images that a model is expected to predict here: an export pays, if the network gains by one."""
 
 
 def main() -> None:
