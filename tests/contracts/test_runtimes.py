@@ -21,7 +21,7 @@ from pretrained.network import build_network
 from tests.contracts.test_cut_networks import NAMES
 from tests.sweeps import slow_except
 
-IN_TORCH: dict[str, str] = {}
+IN_TORCH = {"timm/halonet_h1": "Unfold"}
 """Families that run in torch, with a word of the reason that is said."""
 
 
