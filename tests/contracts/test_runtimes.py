@@ -21,7 +21,7 @@ from pretrained.network import build_network
 from tests.contracts.test_cut_networks import NAMES
 from tests.sweeps import slow_except
 
-IN_TORCH = {"timm/halonet_h1": "Unfold"}
+IN_TORCH = {"timm/halonet_h1": "Unfold", "timm/csatv2": "adaptive_avg_pool2d", "timm/volo_d1_224": "col2im"}
 """Families that run in torch, with a word of the reason that is said."""
 
 
