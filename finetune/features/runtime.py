@@ -146,7 +146,7 @@ def _export(
     buffer = io.BytesIO()
     try:
         with _silent():
-            # The exporter by TorchScript: that by torch.export takes ten times as long,
+            # The exporter by TorchScript: that by torch.export takes six times as long,
             # and does not take a forward that ends early.
             torch.onnx.export(
                 _Rows(network, forward).eval(),

@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import EnvironmentFaultError, UsageError
-from finetune.pipeline.setup import check_deterministic, fit_batches, prepare, reload_backbone
+from finetune.pipeline.setup import (
+    _check_batch_norm,
+    check_deterministic,
+    fit_batches,
+    prepare,
+    reload_backbone,
+)
 from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.outcome import translated_errors
@@ -127,3 +134,13 @@ def unpool(images: Tensor) -> Tensor:
     """The same images, through an operation that torch does not count as deterministic."""
     places = torch.arange(images[0, 0].numel()).view_as(images[0, 0]).expand_as(images)
     return torch.nn.functional.max_unpool2d(images.contiguous(), places.contiguous(), 1)
+
+
+@pytest.mark.parametrize(("strategy", "norm"), [("full", "auto"), ("top", "eval"), ("scratch", "eval")])
+def test_statistics_that_no_stage_learns_are_not_synchronised(strategy: str, norm: str) -> None:
+    keys = {"strategy.name": strategy, "strategy.norm": norm, "training.sync_batch_norm": True}
+    two = Mock(size=2)
+    with pytest.raises(UsageError, match=r"strategy\.norm=eval") as error:
+        _check_batch_norm(load_recipe(None, keys), torch.device("cuda"), two)
+    assert "strategy.norm=train" in error.value.fix
+    _check_batch_norm(load_recipe(None, keys | {"strategy.norm": "train"}), torch.device("cuda"), two)
