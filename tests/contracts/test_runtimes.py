@@ -21,7 +21,17 @@ from pretrained.network import build_network
 from tests.contracts.test_cut_networks import NAMES
 from tests.sweeps import slow_except
 
-IN_TORCH = {"timm/halonet_h1": "Unfold", "timm/csatv2": "adaptive_avg_pool2d", "timm/volo_d1_224": "col2im"}
+IN_TORCH = {
+    "timm/halonet_h1": "Unfold",
+    "timm/csatv2": "adaptive_avg_pool2d",
+    "timm/volo_d1_224": "col2im",
+    "torchvision/vit_b_32": "_native_multi_head_attention",
+    "zoo/alexnet_2012": "adaptive_avg_pool2d",  # local response normalisation
+    "zoo/zfnet": "adaptive_avg_pool2d",
+    "zoo/vgg11_lrn": "adaptive_avg_pool2d",
+    "zoo/lenet5_paper": "kernel of unknown shape",  # partial connections
+    "zoo/cifar_shake_shake_26_2x32d": "Concat",
+}
 """Families that run in torch, with a word of the reason that is said."""
 
 
