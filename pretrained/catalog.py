@@ -46,7 +46,7 @@ from pretrained.config import (
 from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
 from pretrained.packages import PACKAGES
-from pretrained.preprocessing import IMAGE_CHANNELS, Preprocessing
+from pretrained.preprocessing import IMAGE_CHANNELS, Preprocessing, find_resize, to_img_size
 from pretrained.zoo import NAMES as ZOO_NAMES
 
 Library = Literal["timm", "torchvision"]
@@ -214,9 +214,9 @@ def _timm_config(name: str, architecture: str, tag: str) -> Any:
 def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     default = Preprocessing()
     return Preprocessing(
-        img_size=(config.get("input_size") or default.input_size)[-1],
+        img_size=to_img_size(*(config.get("input_size") or default.input_size)[-2:]),
         crop_pct=config.get("crop_pct") or default.crop_pct,
-        crop_mode=config.get("crop_mode") or default.crop_mode,
+        resize=find_resize(config.get("crop_mode") or "center"),
         interpolation=read_interpolation(config.get("interpolation") or default.interpolation),
         mean=_three(config.get("mean") or default.mean),
         std=_three(config.get("std") or default.std),

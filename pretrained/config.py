@@ -39,7 +39,6 @@ MEANS, STDS = (-1e6, 1e6), (1e-6, 1e6)
 """Smallest and largest mean and standard deviation of a channel: float32 holds what they give."""
 _LINE_BREAKERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Control characters, line breaks, and halves of a character, which UTF-8 has not."""
-_CROP_MODES = ("center", "squash", "border")
 
 
 def read_config(asked: str, path: Path) -> dict[str, Any]:
@@ -95,18 +94,14 @@ def _shorten(error: Exception) -> str:
 
 def check_preprocessing(view: Mapping[str, Any]) -> None:
     """Check preprocessing against bounds."""
-    read_number("input_size", view["img_size"], 16, 4096)
+    for side in view["img_size"] if isinstance(view["img_size"], tuple) else [view["img_size"]]:
+        read_number("input_size", side, 16, 4096)
+        if not isinstance(side, int):
+            raise ValueError(f"input_size is {side}, not a whole number")
     read_number("crop_pct", view["crop_pct"], *CROPS)
     for key, bounds in {"mean": MEANS, "std": STDS}.items():
         for value in view[key]:
             read_number(key, value, *bounds)
-    holds = {
-        "input_size": isinstance(view["img_size"], int),
-        "crop_mode": view["crop_mode"] in _CROP_MODES,
-    }
-    for key, held in holds.items():
-        if not held:
-            raise ValueError(f"{key} is out of bounds")
 
 
 def read_interpolation(name: str) -> str:

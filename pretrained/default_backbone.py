@@ -108,7 +108,7 @@ def find_local() -> Iterator[Card]:
 def _describe_excess(card: Card, limit: Limit) -> str:
     """Return by what a network exceeds a limit, ``""`` if it does not."""
     size = num_parameters(card)
-    if size is not None and size <= limit.parameters and card.preprocessing.img_size <= limit.img_size:
+    if size is not None and size <= limit.parameters and max(card.preprocessing.size) <= limit.img_size:
         return ""
     numbers = f"{size / 1e6:.0f} million parameters, " if size is not None else ""
-    return f"{numbers}{card.preprocessing.img_size} pixels: {limit.machine}"
+    return f"{numbers}{card.preprocessing.size_name} pixels: {limit.machine}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -118,7 +119,7 @@ def _cannot_build(card: Card, error: Exception) -> UsageError:
     if not found or isinstance(error, LookupError | ArithmeticError | AttributeError):
         found = f"{type(error).__name__} {found}".strip()
     return UsageError(
-        f"backbone {card.name} at {card.preprocessing.img_size} pixels",
+        f"backbone {card.name} at {card.preprocessing.size_name} pixels",
         f"{card.library} cannot build it: {found}",
         "Leave --img-size out, or take a multiple of the network's patch size.",
     )
@@ -126,16 +127,20 @@ def _cannot_build(card: Card, error: Exception) -> UsageError:
 
 def refuse_size(card: Card, patch: int) -> UsageError:
     """Return the refusal of an image size that the patches of a network do not divide."""
-    size = card.preprocessing.img_size
-    seen = size // patch * patch
-    unseen = 100 * (1 - (seen / size) ** 2)
+    view = card.preprocessing
+    seen = [side // patch * patch for side in view.size]
+    unseen = 100 * (1 - math.prod(seen) / math.prod(view.size))
     found = (
-        f"its patches of {patch} pixels do not divide {size} pixels: {size - seen} at the right and lower "
-        f"edge ({unseen:.0f} % of the area) would not be seen"
+        f"its patches of {patch} pixels do not divide {view.size_name} pixels: {unseen:.0f} % of the area, "
+        "at the right and lower edges, would not be seen"
     )
-    near = [str(one) for one in (seen, seen + patch) if one >= _SMALLEST_SIZE]
+    near = [
+        replace(view, img_size=(height, width)).size_name
+        for height, width in (seen, [-(-side // patch) * patch for side in view.size])
+        if min(height, width) >= _SMALLEST_SIZE
+    ]
     return UsageError(
-        f"backbone {card.name} at {size} pixels", found, f"Take --img-size {' or '.join(near)}."
+        f"backbone {card.name} at {view.size_name} pixels", found, f"Take --img-size {' or '.join(near)}."
     )
 
 
@@ -145,15 +150,24 @@ def _build_torchvision(card: Card) -> nn.Module:
         # Auxiliary heads are for training from scratch only; init_weights is slow (SciPy).
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     if card.architecture.startswith("vit_"):
-        kwargs["image_size"] = card.preprocessing.img_size
+        kwargs["image_size"] = height = _require_square(card)
         patch = int(card.architecture.rpartition("_")[2])
-        if card.preprocessing.img_size % patch:
+        if height % patch:
             raise refuse_size(card, patch)
     try:
         network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
     except (AssertionError, ValueError, ArithmeticError) as error:  # build_outline handles RuntimeError
         raise _cannot_build(card, error) from None
     return network
+
+
+def _require_square(card: Card) -> int:
+    height, width = card.preprocessing.size
+    if height != width:
+        found = "torchvision's vision transformers take squares only"
+        asked = f"backbone {card.name} at {card.preprocessing.size_name} pixels"
+        raise UsageError(asked, found, f"Take --img-size {height}, or a vision transformer of timm.")
+    return height
 
 
 def is_convolutional(network: nn.Module) -> bool:

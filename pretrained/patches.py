@@ -19,20 +19,19 @@ def check_patches(network: nn.Module, card: Card) -> None:
     Raises:
         UsageError: they do not, and the message names the two nearest sizes; or its forward fails.
     """
-    size, patch, published = card.preprocessing.img_size, _find_patch_size(network), _published_size(card)
+    size, patch, published = card.preprocessing.size, _find_patch_size(network), _published_size(card)
     if size == published:
         return
-    if patch and size % patch:
+    if patch and any(side % patch for side in size):
         raise refuse_size(card, patch)
     if published is not None:
         _try_forward(network, card, published)
 
 
-def _try_forward(network: nn.Module, card: Card, published: int) -> None:
+def _try_forward(network: nn.Module, card: Card, published: tuple[int, int]) -> None:
     """Run one image through a network: tensors without content would not show an index out of range."""
     if any(parameter.is_meta for parameter in network.parameters()):
         return
-    size = card.preprocessing.img_size
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -41,8 +40,12 @@ def _try_forward(network: nn.Module, card: Card, published: int) -> None:
     except (RuntimeError, LookupError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         found = f"its forward fails on images of this size: {type(error).__name__} {reason}".strip()
-        fix = f"Leave --img-size out (it was published at {published}), or take another size."
-        raise UsageError(f"backbone {card.name} at {size} pixels", found, fix) from None
+        fix = (
+            f"Leave --img-size out (it was published at {published[0]}x{published[1]}), or take another size."
+        )
+        raise UsageError(
+            f"backbone {card.name} at {card.preprocessing.size_name} pixels", found, fix
+        ) from None
     finally:
         for module, training in modes.items():
             module.training = training
@@ -60,8 +63,8 @@ def _find_patch_size(network: nn.Module) -> int:
     return 0
 
 
-def _published_size(card: Card) -> int | None:
+def _published_size(card: Card) -> tuple[int, int] | None:
     if card.library != "timm":
         return None
     config = timm.get_pretrained_cfg(timm_name(card))
-    return int(config.input_size[-1]) if config is not None else None
+    return config.input_size[1:] if config is not None else None

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+ImgSize = int | tuple[int, int]
+"""Pixels of the side of a square, or height and width."""
+Resize = Literal["crop", "squash", "pad"]
+"""How an image of another aspect ratio gets that of the network's input: it is cropped in the middle, its
+aspect ratio is changed, or it is padded with the mean colour."""
+_CROP_MODES: dict[Resize, str] = {"crop": "center", "squash": "squash", "pad": "border"}
+"""timm's names."""
 IMAGE_CHANNELS = 3
 """Channels of an image: red, green and blue."""
 
@@ -15,9 +22,9 @@ class Preprocessing:
     """How an image becomes a tensor. Training, evaluation and export use the same object.
 
     Attributes:
-        img_size: height and width of the network's input in pixels.
+        img_size: size of the network's input in pixels; one number for a square, or height and width.
         crop_pct: side of the centre crop relative to the resized short side, in (0, 1].
-        crop_mode: ``center``, ``squash`` or ``border``, as in timm.
+        resize: how an image gets the aspect ratio of the input.
         interpolation: name of a Pillow filter in lower case.
         mean: subtracted from the channels of an RGB image in [0, 1].
         std: divisor of the channels.
@@ -26,9 +33,9 @@ class Preprocessing:
             Arrays are not normalised.
     """
 
-    img_size: int = 224
+    img_size: ImgSize = 224
     crop_pct: float = 0.875
-    crop_mode: str = "center"
+    resize: Resize = "crop"
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -38,7 +45,18 @@ class Preprocessing:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height, width of one input tensor."""
-        return (self.channels, self.img_size, self.img_size)
+        return (self.channels, *self.size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    @property
+    def size_name(self) -> str:
+        """The size as ``--img-size`` takes it: ``224``, or height and width as ``224x448``."""
+        height, width = self.size
+        return f"{height}" if height == width else f"{height}x{width}"
 
     @property
     def takes_images(self) -> bool:
@@ -58,6 +76,23 @@ class Preprocessing:
 
     def to_timm(self) -> dict[str, Any]:
         """Return the values with timm's keys (``data_config``)."""
-        values = asdict(self) | {"input_size": self.input_size}
-        del values["img_size"], values["value_range"], values["channels"]
+        values = asdict(self) | {"input_size": self.input_size, "crop_mode": _CROP_MODES[self.resize]}
+        del values["img_size"], values["resize"], values["value_range"], values["channels"]
         return values
+
+
+def to_img_size(height: int, width: int) -> ImgSize:
+    """Return the shortest form of a size in pixels: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def find_resize(crop_mode: Any) -> Resize:
+    """Return the name of one of timm's crop modes.
+
+    Raises:
+        ValueError: timm has no such mode.
+    """
+    for name, mode in _CROP_MODES.items():
+        if mode == crop_mode:
+            return name
+    raise ValueError(f"crop_mode is {repr(crop_mode)[:40]}, not one of {', '.join(_CROP_MODES.values())}")

@@ -136,7 +136,9 @@ def _show_layers(name: str, batch_size: int, as_json: bool) -> None:
     if as_json:
         print_json(facts, indent=1)
         return
-    print_line(f"{facts['name']} at {facts['input_size'][-1]} pixels, memory of {batch_size} in float32 (MB)")
+    print_line(
+        f"{facts['name']} at {_cell(facts['input_size'][1:])} pixels, memory of {batch_size} in float32 (MB)"
+    )
     print_table(LAYER_COLUMNS, list_cells(facts))
 
 
@@ -170,4 +172,6 @@ def _layers(parameters: Iterable[str]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):  # height and width
+        return "x".join(map(str, value))
     return "-" if value in (None, "") else f"{value:,}" if isinstance(value, int) else str(value)

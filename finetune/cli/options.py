@@ -57,8 +57,25 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
     ),
     "img_size": (
         Annotated[
-            int | None,
-            typer.Option("--img-size", help="Height and width in pixels.", show_default="the weights' own"),
+            str | None,
+            typer.Option(
+                "--img-size",
+                help="In pixels: one side, or HEIGHTxWIDTH.",
+                show_default="the weights' own",
+                metavar="SIZE",
+            ),
+        ],
+        None,
+    ),
+    "resize": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--resize",
+                help="How other aspect ratios fit: crop, squash or pad.",
+                show_default="the weights' own",
+                metavar="NAME",
+            ),
         ],
         None,
     ),

@@ -77,7 +77,18 @@ def run_command(
         float | None, typer.Option(help="Base learning rate, which the head uses.", show_default="auto")
     ] = None,
     img_size: Annotated[
-        int | None, typer.Option(help="Height and width in pixels.", show_default="the weights' own")
+        str | None,
+        typer.Option(
+            help="In pixels: one side, or HEIGHTxWIDTH.", show_default="the weights' own", metavar="SIZE"
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="How other aspect ratios fit: crop, squash or pad.",
+            show_default="the weights' own",
+            metavar="NAME",
+        ),
     ] = None,
     augmentation: Annotated[
         str | None,
@@ -166,6 +177,7 @@ def run_command(
         "allow_leaks": allow_leaks or None,
         "workers": workers,
         "img_size": img_size,
+        "resize": resize,
         "augmentation": augmentation,
         "strategy": strategy,
         "epochs": epochs,

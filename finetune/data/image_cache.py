@@ -215,7 +215,7 @@ def _open(
 def _estimate_bytes(dataset: Dataset, samples: Sequence[Sample], transform: Transform) -> int:
     """Return the size of all pixels in bytes: exact for fixed views, else estimated from some headers."""
     if not transform.is_random:
-        return len(samples) * 3 * transform.preprocessing.img_size**2
+        return len(samples) * transform.preprocessing.view_bytes
     pixels = []
     for sample in samples[:: max(1, len(samples) // _MEASURED)]:
         with suppress(BadImageError):

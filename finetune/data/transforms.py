@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomErasing, v2
+from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop, v2
 
 from finetune.data.arrays import Planes, read_planes
 from finetune.data.decode import decode_image
@@ -101,8 +101,13 @@ def build_eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return the view that evaluation, prediction and the exported model use."""
     if not preprocessing.takes_images:
         return Transform(torch.from_numpy, preprocessing, is_random=False)
-    draw = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
-    return Transform(draw, preprocessing, is_random=False)
+    return Transform(v2.Compose(build_eval_steps(preprocessing)), preprocessing, is_random=False)
+
+
+def build_eval_steps(preprocessing: Preprocessing) -> list[Any]:
+    """Return the steps of timm's evaluation view: resize, crop or pad, convert to a uint8 tensor."""
+    view = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
+    return list(view.transforms)
 
 
 def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
@@ -112,17 +117,72 @@ def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentati
     if augmentation == "shift":
         return _build_shift(preprocessing)
     smallest = _SMALLEST_CROP[augmentation]
-    crop = v2.RandomResizedCrop(
-        preprocessing.img_size,
-        scale=(smallest, 1.0),
-        ratio=(_NARROWEST, 1 / _NARROWEST),
-        interpolation=InterpolationMode(preprocessing.interpolation),
-        antialias=True,
-    )
-    steps = [crop, v2.RandomHorizontalFlip(), *_distortions(augmentation, preprocessing), v2.PILToTensor()]
+    crop = _build_random_crop(preprocessing, smallest)
+    steps = [*crop, v2.RandomHorizontalFlip(), *_distortions(augmentation, preprocessing), v2.PILToTensor()]
     if augmentation == "heavy":
         steps.append(_erase_at_random)
-    return _build_random(steps, preprocessing, _compute_short_side(preprocessing.img_size, smallest))
+    return _build_random(steps, preprocessing, _compute_short_side(max(preprocessing.size), smallest))
+
+
+def _build_random_crop(preprocessing: Preprocessing, smallest: float) -> list[Any]:
+    """Return the steps to a random crop at the input size, with objects of about the shape of evaluation.
+
+    The crop of an image that is squashed has the aspect ratio of the image, so that it is squashed as much;
+    an image that is padded is padded before it is cropped.
+    """
+    height, width = preprocessing.size
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    if preprocessing.resize == "squash":
+        return [_SquashedCrop((height, width), smallest, interpolation)]
+    aspect = width / height
+    ratio = (aspect * _NARROWEST, aspect / _NARROWEST)
+    crop = v2.RandomResizedCrop((height, width), (smallest, 1.0), ratio, interpolation, antialias=True)
+    return [_Pad(aspect, _mean_colour(preprocessing)), crop] if preprocessing.resize == "pad" else [crop]
+
+
+@dataclass(frozen=True)
+class _SquashedCrop:
+    """Takes a random crop of about the image's own aspect ratio, and resizes it to another.
+
+    Attributes:
+        size: height and width of the result in pixels.
+        smallest: smallest share of the image's area.
+        interpolation: resampling filter.
+    """
+
+    size: tuple[int, int]
+    smallest: float
+    interpolation: InterpolationMode
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        aspect = image.width / image.height
+        ratio = [aspect * _NARROWEST, aspect / _NARROWEST]
+        box = RandomResizedCrop.get_params(image, [self.smallest, 1.0], ratio)
+        view: Image.Image = v2.functional.resized_crop(
+            image, *box, [*self.size], self.interpolation, antialias=True
+        )
+        return view
+
+
+@dataclass(frozen=True)
+class _Pad:
+    """Pads an image on both sides to an aspect ratio.
+
+    Attributes:
+        aspect: width / height.
+        colour: red, green and blue from 0 to 255.
+    """
+
+    aspect: float
+    colour: list[int]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width = max(image.width, round(image.height * self.aspect))
+        height = max(image.height, round(image.width / self.aspect))
+        left, top = (width - image.width) // 2, (height - image.height) // 2
+        edges = [left, top, width - image.width - left, height - image.height - top]
+        padded: Image.Image = v2.functional.pad(image, edges, self.colour)
+        return padded
 
 
 def _build_shift(preprocessing: Preprocessing) -> Transform:
@@ -130,15 +190,14 @@ def _build_shift(preprocessing: Preprocessing) -> Transform:
 
     For images of 32 pixels: padded by 4 pixels on each side, of which a random crop of 32 pixels is taken.
     """
-    size, resample = preprocessing.img_size, InterpolationMode(preprocessing.interpolation)
+    height, width = preprocessing.size
     steps = [
-        v2.Resize(size, resample, antialias=True),
-        v2.CenterCrop(size),
-        v2.RandomCrop(size, padding=size // 8, fill=_mean_colour(preprocessing)),
+        *build_eval_steps(replace(preprocessing, crop_pct=1.0))[:2],
+        v2.RandomCrop((height, width), [width // 8, height // 8], fill=_mean_colour(preprocessing)),
         v2.RandomHorizontalFlip(),
         v2.PILToTensor(),
     ]
-    return _build_random(steps, preprocessing, size)
+    return _build_random(steps, preprocessing, max(height, width))
 
 
 def _build_random(steps: list[Any], preprocessing: Preprocessing, short_side: int) -> Transform:
@@ -152,13 +211,14 @@ def _mean_colour(preprocessing: Preprocessing) -> list[int]:
     return [round(255 * channel) for channel in preprocessing.mean]
 
 
-def _compute_short_side(img_size: int, smallest_crop: float) -> int:
+def _compute_short_side(longest: int, smallest_crop: float) -> int:
     """Return the shorter side of an image, in pixels, from which no random crop has to be enlarged.
 
     The smallest crop of a square of side s has the shorter side s sqrt(smallest x narrowest); that of other
-    images is larger. Accuracy is the same as with full images (``benchmarks/draft.py``).
+    images is larger. ``longest`` is the longer side of the input. Accuracy is the same as with full images
+    (``benchmarks/draft.py``).
     """
-    return math.ceil(img_size / math.sqrt(smallest_crop * _NARROWEST))
+    return math.ceil(longest / math.sqrt(smallest_crop * _NARROWEST))
 
 
 def _distortions(augmentation: Augmentation, preprocessing: Preprocessing) -> list[Any]:

@@ -16,6 +16,7 @@ Shape legend: B images, V views of each, K classes, H W pixels.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,8 +136,7 @@ class Predictor:
         self._forward = forward or self.network
         self._views, self._workers = views, max(1, workers)
         self._normalize = Normalizer(card.preprocessing, device)
-        img_size = card.preprocessing.img_size
-        chunk_size = compute_chunk_size(img_size, img_size) if device.type == "cpu" else batch_size
+        chunk_size = compute_chunk_size(*card.preprocessing.size) if device.type == "cpu" else batch_size
         self._chunked = ChunkedForward(self._forward, chunk_size)
         self._lock = threading.Lock()
 
@@ -180,8 +180,8 @@ class Predictor:
             display: shows an export, which takes seconds.
         """
         size = self.card.preprocessing.input_size
-        num_views = num_images * self.num_views
-        runtime = choose_runtime("auto", self.network, self.device, "float32", num_views, size[-1])
+        num_pixels = num_images * self.num_views * math.prod(size[1:])
+        runtime = choose_runtime("auto", self.network, self.device, "float32", num_pixels)
         return self._with(
             forward=open_forward(runtime, self.network, self.network, self._placement, size, display)
         )

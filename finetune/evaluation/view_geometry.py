@@ -1,7 +1,7 @@
 """Where a pixel of the network's view lies in the image, and the other way round.
 
-The evaluation view is the image, resized and then cropped in the middle (or padded, with the crop mode
-``border``). Coordinates are in pixels from the top left corner; a pixel's own corners are whole numbers.
+The evaluation view is the image, resized and then cropped in the middle, or padded.
+Coordinates are in pixels from the top left corner; a pixel's own corners are whole numbers.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from PIL import Image
-from timm.data import create_transform
 
+from finetune.data.transforms import build_eval_steps
 from pretrained.preprocessing import Preprocessing
 
 Box = tuple[float, float, float, float]
@@ -58,10 +58,10 @@ def find_geometry(image_size: tuple[int, int], preprocessing: Preprocessing) -> 
         image_size: width and height of the image, upright.
         preprocessing: preprocessing of the network.
     """
-    resize = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False).transforms[0]
+    resize, *_ = build_eval_steps(preprocessing)
     resized = resize(Image.new("L", image_size))
-    side = preprocessing.img_size
-    return ViewGeometry(image_size, resized.size, (side, side))
+    height, width = preprocessing.size
+    return ViewGeometry(image_size, resized.size, (width, height))
 
 
 def _find_edge(excess: int) -> int:

@@ -2,7 +2,7 @@
 
 ::
 
-    image -> resized to short side S, for each scale S -> crops of the network's input size -> (V, 3, H, W)
+    image -> resized to scale S, for each S -> crops of the network's input size -> (V, 3, H, W)
 
 Five crops are the four corners and the centre; ten are these and their mirror images (AlexNet, NIPS 2012).
 Several scales are used as in arXiv:1409.1556, section 3.2. As in both papers, probabilities are averaged over
@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import functional
 
-from finetune.data.transforms import Opened, build_eval_transform
+from finetune.data.transforms import Opened, build_eval_steps, build_eval_transform
 from finetune.errors import UsageError
 from finetune.targets import to_probabilities
 from pretrained.preprocessing import Preprocessing
@@ -43,7 +42,7 @@ class Views:
     """A transform from an image to its views.
 
     Attributes:
-        scales: short side in pixels that the image is resized to, in order; ``()`` for the plain view.
+        scales: scales in pixels, in order; ``()`` for the plain view.
         crops: number of crops of each scale.
     """
 
@@ -72,19 +71,20 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
     the evaluation transform. If that resizes to the input size itself (``crop_pct`` 1), all crops would be
     equal; the default scale for several crops is then the input size / 0.875, rounded up.
 
-    With crop mode ``squash``, both sides are resized to S. With ``border``, the longer side is resized to S,
-    and a side shorter than the input size is padded.
+    Scale S resizes an image to a short side of S pixels. If it is squashed, both sides get S pixels; if it is
+    padded, the longer side does, and a side shorter than the input's is padded. If the input is no square, S
+    stands for a rectangle of its aspect ratio with the shorter side S.
 
     Args:
         preprocessing: preprocessing of the network.
         crops: number of crops: 1, 5 or 10.
-        scales: short side S in pixels of each scale; empty for the default.
+        scales: S in pixels of each scale; empty for the default.
 
     Raises:
         UsageError: the number of crops is another one, a scale is below the input size or above
             ``LARGEST_SCALE``, or the network takes arrays.
     """
-    _check(preprocessing.img_size, crops, scales)
+    _check(min(preprocessing.size), crops, scales)
     if not preprocessing.takes_images and (crops > 1 or scales):
         found = "the network takes arrays, which have one view"
         raise UsageError(f"--crops {crops}" if crops > 1 else f"--scales {scales[0]}", found, "Leave it out.")
@@ -93,16 +93,14 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
         return Views((), 1, lambda image: iter([plain(image)]))
     chosen = tuple(scales) or (resolve_scale(preprocessing),)
     resizes = [_build_resize(preprocessing, scale) for scale in chosen]
-    crop, to_tensor = create_transform(
-        **preprocessing.to_timm(), is_training=False, normalize=False
-    ).transforms[1:]
+    _, crop, to_tensor = build_eval_steps(preprocessing)
 
     def draw(image: Image.Image) -> Iterator[Tensor]:
         for resize in resizes:
             resized = resize(image)
             views = [crop(resized)]
             if crops > 1:
-                views = [*_corners(_pad(resized, preprocessing), preprocessing.img_size), *views]
+                views = [*_corners(_pad(resized, preprocessing), *preprocessing.size), *views]
             if crops == 10:
                 views += [functional.hflip(view) for view in views]
             yield from (to_tensor(view) for view in views)
@@ -112,8 +110,9 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
 
 def resolve_scale(preprocessing: Preprocessing) -> int:
     """Return the default scale for several crops, in pixels."""
-    scale = math.floor(preprocessing.img_size / preprocessing.crop_pct)
-    return scale if scale > preprocessing.img_size else math.ceil(preprocessing.img_size / _ROOM)
+    short_side = min(preprocessing.size)
+    scale = math.floor(short_side / preprocessing.crop_pct)
+    return scale if scale > short_side else math.ceil(short_side / _ROOM)
 
 
 def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float = 1.0) -> Tensor:
@@ -128,33 +127,29 @@ def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float =
     return probabilities.view(-1, num_views, logits.shape[1]).mean(dim=1)
 
 
-def _check(img_size: int, crops: int, scales: Sequence[int]) -> None:
+def _check(short_side: int, crops: int, scales: Sequence[int]) -> None:
     if crops not in CROPS:
         raise UsageError(f"--crops {crops}", "that number of crops is not supported", "Choose 1, 5 or 10.")
-    if small := [scale for scale in scales if scale < img_size]:
-        found = f"the input size of the network is {img_size} pixels, more than an image of that scale has"
-        raise UsageError(f"--scales {small[0]}", found, f"Take scales of {img_size} pixels or more.")
+    if small := [scale for scale in scales if scale < short_side]:
+        found = f"the input size of the network is {short_side} pixels, more than an image of that scale has"
+        raise UsageError(f"--scales {small[0]}", found, f"Take scales of {short_side} pixels or more.")
     if large := [scale for scale in scales if scale > LARGEST_SCALE]:
         found = f"each image would be resized to {large[0]} x {large[0]} pixels or more"
         raise UsageError(f"--scales {large[0]}", found, f"Take scales up to {LARGEST_SCALE} pixels.")
 
 
 def _build_resize(preprocessing: Preprocessing, scale: int) -> _Step:
-    """Return timm's resize step to a short side of ``scale`` pixels."""
-    whole = replace(preprocessing, img_size=scale, crop_pct=1.0)
-    resize: _Step = _steps(whole)[0]
+    """Return timm's resize step to a scale of the input size."""
+    short_side = min(preprocessing.size)
+    height, width = (math.ceil(side * scale / short_side) for side in preprocessing.size)
+    resize: _Step = build_eval_steps(replace(preprocessing, img_size=(height, width), crop_pct=1.0))[0]
     return resize
 
 
-def _steps(preprocessing: Preprocessing) -> list[Any]:
-    """Return timm's three steps: resize, centre crop, conversion to a uint8 tensor."""
-    view = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
-    return list(view.transforms)
-
-
 def _pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Pad sides shorter than the input size with the mean colour; only crop mode ``border`` needs it."""
-    width, height = (max(side, preprocessing.img_size) for side in image.size)
+    """Pad sides shorter than the input size with the mean colour; only padded images have such."""
+    height, width = preprocessing.size
+    width, height = max(image.width, width), max(image.height, height)
     if (width, height) == image.size:
         return image
     left, top = (width - image.width) // 2, (height - image.height) // 2
@@ -163,7 +158,7 @@ def _pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     return padded
 
 
-def _corners(image: Image.Image, size: int) -> Iterator[Image.Image]:
-    for top in (0, image.height - size):
-        for left in (0, image.width - size):
-            yield image.crop((left, top, left + size, top + size))
+def _corners(image: Image.Image, height: int, width: int) -> Iterator[Image.Image]:
+    for top in (0, image.height - height):
+        for left in (0, image.width - width):
+            yield image.crop((left, top, left + width, top + height))

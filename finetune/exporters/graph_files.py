@@ -134,16 +134,16 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
 
 def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
     """Return the steps from an image to the network's input size, as in timm's evaluation transform."""
-    size = math.floor(view.img_size / view.crop_pct)
+    height, width = (math.floor(side / view.crop_pct) for side in view.size)
     resize: dict[str, Any] = {"step": "resize", "interpolation": view.interpolation, "library": "Pillow"}
-    if view.crop_mode == "squash":
-        resize |= {"height": size, "width": size}
-    elif view.crop_mode == "border":
-        resize |= {"longer_side": size}
+    if view.resize == "squash":
+        resize |= {"height": height, "width": width}
+    elif view.resize == "pad":
+        resize |= {"longer_side": height} if height == width else {"fits_in": [height, width]}
     else:
-        resize |= {"shorter_side": size}
-    crop: dict[str, Any] = {"step": "center_crop", "height": view.img_size, "width": view.img_size}
-    if view.crop_mode == "border":
+        resize |= {"shorter_side": height} if height == width else {"covers": [height, width]}
+    crop: dict[str, Any] = {"step": "center_crop", "height": view.size[0], "width": view.size[1]}
+    if view.resize == "pad":
         crop |= {"pad_with": [round(255 * channel) for channel in view.mean]}
     decode: dict[str, Any] = {"step": "decode", "colors": "RGB", "upright": True}
     if view.value_range is not None:

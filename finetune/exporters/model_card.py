@@ -249,8 +249,8 @@ def _usage(card: Card) -> str:
 def _input_sentence(card: Card) -> str:
     view = card.preprocessing
     return (
-        f"Input: RGB, {view.img_size} x {view.img_size} pixels (`crop_pct` {view.crop_pct:.4g}, "
-        f"{view.crop_mode}, {view.interpolation}), in [0, 1], mean {view.mean}, std {view.std}."
+        f"Input: RGB, {' x '.join(map(str, view.size))} pixels (`crop_pct` {view.crop_pct:.4g}, "
+        f"{view.resize}, {view.interpolation}), in [0, 1], mean {view.mean}, std {view.std}."
     ) + _range_sentence(view)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -120,8 +121,8 @@ class Source:
     def runtime(self) -> Runtime:
         """What computes the features."""
         backbone, device = self.network.backbone, self.network.placement.device
-        num_images, img_size = len(self.dataset.samples), backbone.card.preprocessing.img_size
-        return choose_runtime(self.recipe.runtime, backbone.network, device, _PRECISION, num_images, img_size)
+        num_pixels = len(self.dataset.samples) * math.prod(backbone.card.preprocessing.size)
+        return choose_runtime(self.recipe.runtime, backbone.network, device, _PRECISION, num_pixels)
 
     @property
     def value_range(self) -> ValueRange | None:

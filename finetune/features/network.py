@@ -14,7 +14,7 @@ from finetune.data.depth import ValueRange
 from finetune.data.loader import Placement
 from finetune.errors import FinetuneError, UsageError, sanitize
 from finetune.recipe import Recipe
-from finetune.recipe.schema import BackboneSettings
+from finetune.recipe.sections import BackboneSettings
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.device import (
@@ -181,9 +181,14 @@ def place_network(network: nn.Module, placement: Placement) -> nn.Module:
 
 
 def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
-    """Return the card's preprocessing with the values that the recipe sets."""
+    """Return the card's preprocessing with the values that the recipe sets.
+
+    If the recipe alone wants an image squashed or padded, it wants to see all of it: nothing is cropped.
+    """
     own = card.preprocessing.to_dict()
     asked = {key: value for key, value in dict(recipe.input).items() if key in own and value != "auto"}
+    if asked.get("resize", "crop") not in ("crop", own["resize"]):
+        asked = {"crop_pct": 1.0} | asked
     return replace(card.preprocessing, **asked)
 
 

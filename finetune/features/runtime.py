@@ -41,8 +41,7 @@ def choose_runtime(
     network: nn.Module,
     device: torch.device,
     precision: Precision,
-    num_images: int,
-    img_size: int,
+    num_pixels: int,
 ) -> Runtime:
     """Return the runtime of a frozen network.
 
@@ -54,8 +53,7 @@ def choose_runtime(
         network: the whole network.
         device: its device.
         precision: precision of the forward pass.
-        num_images: number of images that have features.
-        img_size: their height and width.
+        num_pixels: pixels of all views that have features.
 
     Raises:
         UsageError: onnxruntime is asked for on a GPU or in another precision than float32.
@@ -66,7 +64,7 @@ def choose_runtime(
         raise UsageError("runtime=onnxruntime", found, "Drop the key.")
     if asked != "auto":
         return asked
-    pays = num_images * img_size**2 >= LEAST_PIXELS and is_convolutional(network)
+    pays = num_pixels >= LEAST_PIXELS and is_convolutional(network)
     return "onnxruntime" if is_possible and pays else "torch"
 
 

@@ -205,8 +205,8 @@ def _collect_facts(
     dataset: Dataset,
     distributed: Distributed,
 ) -> AutoValues:
-    num_images, num_train = len(dataset.samples), len(dataset.of("train"))
-    training, img_size = recipe.training, backbone.card.preprocessing.img_size
+    num_train, training = len(dataset.of("train")), recipe.training
+    num_pixels = len(dataset.samples) * math.prod(backbone.card.preprocessing.size)
     in_precision = precision if training.precision == "auto" else training.precision
     batch_size = compute_batch_size(num_train) if training.batch_size == "auto" else training.batch_size
     batch_bytes = _batch_bytes(batch_size, backbone, distributed)
@@ -218,7 +218,7 @@ def _collect_facts(
         num_train=num_train,
         preprocessing=backbone.card.preprocessing.to_dict(),
         dropout=backbone.card.dropout,
-        runtime=choose_runtime(recipe.runtime, backbone.network, device, in_precision, num_images, img_size),
+        runtime=choose_runtime(recipe.runtime, backbone.network, device, in_precision, num_pixels),
     )
 
 

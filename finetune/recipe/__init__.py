@@ -30,7 +30,8 @@ from finetune.recipe.resolve import (
     compute_views,
     resolve_recipe,
 )
-from finetune.recipe.schema import (
+from finetune.recipe.schema import Recipe, flatten
+from finetune.recipe.sections import (
     Augmentation,
     Auto,
     BackboneSettings,
@@ -39,12 +40,10 @@ from finetune.recipe.schema import (
     HeadChoice,
     InputSettings,
     Precision,
-    Recipe,
     Runtime,
     StrategySettings,
     TrackerName,
     TrainingSettings,
-    flatten,
 )
 
 __all__ = [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any, TypedDict
 
 from finetune.errors import UsageError, suggest
 from finetune.recipe.reading import load_recipe, merge_override
-from finetune.recipe.schema import Augmentation, Optimizer, Recipe
+from finetune.recipe.schema import Recipe
+from finetune.recipe.sections import Augmentation, Optimizer, Resize
 
 FLAGS = {
     "backbone": "backbone.name",
@@ -21,6 +23,7 @@ FLAGS = {
     "allow_leaks": "data.allow_leaks",
     "workers": "data.workers",
     "img_size": "input.img_size",
+    "resize": "input.resize",
     "augmentation": "input.augmentation",
     "strategy": "strategy.name",
     "epochs": "training.epochs",
@@ -46,7 +49,8 @@ class Flags(TypedDict, total=False):
     folds: int | None
     allow_leaks: bool | None
     workers: int | None
-    img_size: int | None
+    img_size: int | tuple[int, int] | None
+    resize: Resize | None
     augmentation: Augmentation | None
     strategy: str | None
     epochs: int | None
@@ -65,7 +69,8 @@ def build_recipe(
 
     Args:
         source: a recipe, the name of a shipped one, the path of a YAML file, or None for the defaults.
-        flags: values of flags by name, also paths; None for a flag that was not given.
+        flags: values of flags by name, also paths, and the image size as text; None for a flag that was
+            not given.
         overrides: values by dotted key.
 
     Raises:
@@ -77,8 +82,23 @@ def build_recipe(
             fix = f"Take one of {', '.join(FLAGS)}, or settings={{'section.key': value}}."
             raise UsageError(f"{name}={value}", f"there is no such argument{suggest(name, FLAGS)}", fix)
         if value is not None:
-            merge_override(values, FLAGS[name], fspath(value) if isinstance(value, PathLike) else value)
+            merge_override(values, FLAGS[name], _read_flag(name, value))
     return load_recipe(source, values)
+
+
+def _read_flag(name: str, value: Any) -> Any:
+    if isinstance(value, PathLike):
+        return fspath(value)
+    return _read_size(value) if name == "img_size" and isinstance(value, str) else value
+
+
+def _read_size(text: str) -> int | tuple[int, int] | str:
+    """Return the size that ``224`` or ``224x448`` (height and width) says; other text as it is."""
+    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
+    if found is None:
+        return text
+    height, width = (int(side) for side in (found[1], found[2] or found[1]))
+    return height if height == width else (height, width)
 
 
 def split_words(words: str | Sequence[str]) -> list[str]:

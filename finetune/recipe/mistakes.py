@@ -26,6 +26,7 @@ _SYNONYMS = {
     "data.val_fraction": ("val split", "validation split", "test size"),
     "data.workers": ("num workers", "jobs"),
     "input.img_size": ("resolution", "input size", "size", "crop size"),
+    "input.resize": ("crop mode", "resize mode", "aspect ratio"),
     "input.augmentation": ("transforms", "aa", "auto augment"),
     "strategy.name": ("freeze", "finetune", "mode"),
     "strategy.dropout": ("drop", "drop rate"),
@@ -221,7 +222,8 @@ def _describe(branch: Any, bounds: Iterable[Any]) -> tuple[str, ...]:
             plural = items.replace("a whole number", "whole numbers").replace("a number", "numbers")
             return (f"a list of {order}{plural}",)
         (item,) = _describe(inner[0], ())
-        return (item.replace("a number", "three numbers"),)
+        number = {2: "two", 3: "three"}[len(inner)]
+        return (re.sub("^a (whole )?number", rf"{number} \1numbers", item),)
     limits = [
         f"{word} {getattr(at, name)}" for at in bounds for name, word in _BOUNDS.items() if hasattr(at, name)
     ]

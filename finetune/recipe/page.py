@@ -14,7 +14,7 @@ from finetune.recipe.schema import SECTIONS, Recipe, flatten
 COMMAND = "python -m finetune.recipe.page docs/recipe.md"
 
 _OPENING = f"""\
-<!-- Generated from finetune/recipe/schema.py by `{COMMAND}`; do not edit. -->
+<!-- Generated from finetune/recipe/sections.py by `{COMMAND}`; do not edit. -->
 
 # The recipe
 

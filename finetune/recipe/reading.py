@@ -18,6 +18,8 @@ from finetune.system.regular_files import open_regular
 LARGEST_FILE = 2**16
 """Largest recipe in bytes; a larger file is probably not a recipe."""
 
+_CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad", "auto": "auto"}
+
 
 def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe and apply overrides.
@@ -58,6 +60,10 @@ def validate(values: dict[str, Any]) -> Recipe:
     """Return the recipe of plain values; lists, the only sequences of YAML, become tuples."""
     if values.get("cache") == "off":
         values = values | {"cache": {"trunk": False, "pictures": False}}
+    section = values.get("input")
+    if isinstance(section, dict) and section.get("crop_mode") in _CROP_MODES:  # of recipes until 0.1
+        others = {key: value for key, value in section.items() if key != "crop_mode"}
+        values = values | {"input": {"resize": _CROP_MODES[section["crop_mode"]]} | others}
     return Recipe.model_validate(_as_in_yaml(values))
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.recipe.reading import set_dotted, validate
-from finetune.recipe.schema import (
+from finetune.recipe.schema import Recipe
+from finetune.recipe.sections import (
     Augmentation,
     CacheSettings,
     DataSettings,
     InputSettings,
     Precision,
-    Recipe,
+    Resize,
     Runtime,
     StrategySettings,
     TrainingSettings,
@@ -69,9 +70,9 @@ class ResolvedData(DataSettings):
 class ResolvedInput(InputSettings):
     """The section ``input`` without ``"auto"``."""
 
-    img_size: int
+    img_size: int | tuple[int, int]
     crop_pct: float
-    crop_mode: Literal["center", "squash", "border"]
+    resize: Resize
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

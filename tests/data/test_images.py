@@ -212,7 +212,7 @@ def test_the_cache_file_depends_on_images_order_view_and_versions(
     def place(view: Transform = view, order: int = 1, **changed: str) -> Path:
         return FeatureCacheDir().path_for(images_module._describe(samples[::order], digests | changed, view))
 
-    border = replace(fixed, preprocessing=replace(fixed.preprocessing, crop_mode="border"))
+    border = replace(fixed, preprocessing=replace(fixed.preprocessing, resize="pad"))
     places = [
         place(),
         place(order=-1),

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
-from PIL import Image
+from PIL import Image, ImageDraw
 from timm.data import create_transform
 from torchvision.transforms import v2
 
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform, build_train_transform
+from finetune.recipe import Augmentation
 from finetune.system.device import seed_everything
 from pretrained.catalog import find_card
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import ImgSize, Preprocessing, Resize
 
 CPU = torch.device("cpu")
 
@@ -43,11 +44,14 @@ def test_the_evaluation_view_is_that_of_torchvision(name: str) -> None:
         torch.testing.assert_close(seen(ours, image), reference(image))
 
 
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
-def test_the_evaluation_view_is_bitwise_that_of_timm(crop_mode: str, interpolation: str) -> None:
+@pytest.mark.parametrize("img_size", [48, (32, 64)])
+def test_the_evaluation_view_is_bitwise_that_of_timm(
+    resize: Resize, interpolation: str, img_size: ImgSize
+) -> None:
     """uint8 views that are normalised later, batch by batch, equal timm's float32 views."""
-    own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation=interpolation)
+    own = Preprocessing(img_size=img_size, resize=resize, interpolation=interpolation)
     inception = replace(own, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     clip = replace(own, mean=(0.4815, 0.4578, 0.4082), std=(0.2686, 0.2613, 0.2758))
     images = [photograph(100, 75), photograph(40, 90), Image.new("RGB", (50, 50), (255, 0, 1))]
@@ -90,6 +94,49 @@ def test_training_views_repeat_with_the_seed_and_differ_without(augmentation: st
     assert all(one.equal(draw(seed)) for seed, one in enumerate(views))
     assert len({one.numpy().tobytes() for one in views}) >= 7
     assert all(one.shape == (3, 32, 32) and one.dtype == torch.float32 for one in views)
+
+
+@pytest.mark.parametrize("augmentation", ["light", "shift"])
+@pytest.mark.parametrize("img_size", [64, (48, 96)])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_objects_have_about_the_same_shape_in_training_and_evaluation(
+    resize: Resize, img_size: ImgSize, augmentation: Augmentation
+) -> None:
+    """A disc in a wide image is as much squashed in training, but for the jitter of the aspect ratio."""
+    image = Image.new("RGB", (180, 120))
+    ImageDraw.Draw(image).ellipse((60, 30, 120, 90), fill=(255, 255, 255))
+    own = Preprocessing(img_size=img_size, resize=resize, crop_pct=1.0, mean=(0.0, 0.0, 0.0))
+    expected = _disc_aspect(build_eval_transform(own)(image))
+    torch.manual_seed(0)
+    drawn = [_disc_aspect(build_train_transform(own, augmentation)(image)) for _ in range(40)]
+    whole = [aspect for aspect in drawn if aspect]
+    assert len(whole) >= 10
+    jitter = 1.0 if augmentation == "shift" else 4 / 3
+    assert min(whole) >= expected / jitter * 0.85 and max(whole) <= expected * jitter * 1.15
+    assert augmentation == "shift" or max(whole) > 1.1 * min(whole)
+
+
+def _disc_aspect(view: torch.Tensor) -> float:
+    """Return width / height of the white disc; 0 if the view's edge cuts it."""
+    white = view[0] > 127
+    rows, columns = white.any(dim=1), white.any(dim=0)
+    cut = rows[0] or rows[-1] or columns[0] or columns[-1]
+    return 0.0 if cut else int(columns.sum()) / int(rows.sum())
+
+
+def test_padded_images_show_both_ends_in_training() -> None:
+    """A crop of the image, as without padding, would show a third of it at most."""
+    image = Image.new("RGB", (300, 100), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 50, 100))
+    image.paste((0, 0, 255), (250, 0, 300, 100))
+
+    def sees_both(resize: Resize) -> bool:
+        torch.manual_seed(1)
+        view = build_train_transform(Preprocessing(img_size=64, resize=resize), "light")
+        views = [view(image) for _ in range(20)]
+        return any(bool((one[0] > 200).any() and (one[2] > 200).any()) for one in views)
+
+    assert sees_both("pad") and sees_both("squash") and not sees_both("crop")
 
 
 def test_none_is_the_evaluation_view() -> None:

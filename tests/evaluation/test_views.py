@@ -10,7 +10,7 @@ from torchvision.transforms import functional as F
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import UsageError
 from finetune.evaluation.views import build_views, compute_mean_over_views, resolve_scale
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import ImgSize, Preprocessing, Resize
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -19,7 +19,7 @@ def photograph(width: int, height: int) -> Image.Image:
 
 
 SIZES = [(100, 75), (40, 90), (48, 48), (55, 55), (33, 300)]
-MODES = ["center", "squash", "border"]
+MODES = ["crop", "squash", "pad"]
 
 
 def timms(image: Image.Image, own: Preprocessing, crop_pct: float) -> torch.Tensor:
@@ -28,27 +28,31 @@ def timms(image: Image.Image, own: Preprocessing, crop_pct: float) -> torch.Tens
     return view
 
 
-@pytest.mark.parametrize("crop_mode", MODES)
+@pytest.mark.parametrize("resize", MODES)
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("img_size", [48, (32, 48)])
 def test_one_crop_is_the_evaluation_view_bit_for_bit(
-    crop_mode: str, crop_pct: float, size: tuple[int, int]
+    resize: Resize, crop_pct: float, size: tuple[int, int], img_size: ImgSize
 ) -> None:
-    own = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=crop_mode)
+    own = Preprocessing(img_size=img_size, crop_pct=crop_pct, resize=resize)
     views = build_views(own)
     made = views(photograph(*size))
-    assert (made.dtype, made.shape, made.is_contiguous()) == (torch.uint8, (1, 3, 48, 48), True)
+    assert (made.dtype, made.shape, made.is_contiguous()) == (torch.uint8, (1, *own.input_size), True)
     assert made[0].equal(build_eval_transform(own)(photograph(*size)))
     assert (views.num_views, views.scales, views.crops) == (1, (), 1)
 
 
-@pytest.mark.parametrize("crop_mode", MODES)
+@pytest.mark.parametrize("resize", MODES)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_centre_crop_of_a_scale_equals_that_of_timm(crop_mode: str, size: tuple[int, int]) -> None:
-    own = Preprocessing(img_size=48, crop_mode=crop_mode, interpolation="bilinear")
+@pytest.mark.parametrize("img_size", [48, (48, 96)])
+def test_the_centre_crop_of_a_scale_equals_that_of_timm(
+    resize: Resize, size: tuple[int, int], img_size: ImgSize
+) -> None:
+    own = Preprocessing(img_size=img_size, resize=resize, interpolation="bilinear")
     for crops, centre in ((1, 0), (5, 4), (10, 4)):
         made = build_views(own, crops, [48, 64, 96])(photograph(*size))
-        assert made.shape == (3 * crops, 3, 48, 48)
+        assert made.shape == (3 * crops, *own.input_size)
         for number, share in enumerate((1.0, 0.75, 0.5)):
             assert made[crops * number + centre].equal(timms(photograph(*size), own, share))
 
@@ -65,7 +69,7 @@ def test_ten_crops_equal_those_of_torchvision() -> None:
 
 
 def test_corner_crops_of_a_bordered_image_cover_its_corners() -> None:
-    own = Preprocessing(img_size=48, crop_mode="border", crop_pct=0.5, mean=(0.0, 0.0, 0.0))
+    own = Preprocessing(img_size=48, resize="pad", crop_pct=0.5, mean=(0.0, 0.0, 0.0))
     wide = Image.new("RGB", (400, 100), (255, 255, 255))  # 96 x 24 with its longer side at 96
     made = build_views(own, 5)(wide)
     assert made.shape == (5, 3, 48, 48)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +10,7 @@ from finetune.data.transforms import build_eval_transform
 from finetune.evaluation.view_geometry import find_geometry
 from finetune.explain.attribution import localise
 from finetune.explain.attribution.localise import compute_iou, find_box
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import ImgSize, Preprocessing, Resize
 
 TRUE = (20.0, 12.0, 44.0, 36.0)
 
@@ -65,17 +63,20 @@ def test_the_overlap_of_boxes(second: tuple[float, float, float, float], share: 
     assert compute_iou(first, second) == compute_iou(second, first) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("size", [(300, 200), (211, 333), (90, 64)])
-def test_a_mark_in_the_view_is_found_in_the_image(mode: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("img_size", [64, (64, 96)])
+def test_a_mark_in_the_view_is_found_in_the_image(
+    mode: Resize, size: tuple[int, int], img_size: ImgSize
+) -> None:
     """A white rectangle is drawn into the image, and looked for in the view that the network gets."""
-    preprocessing = replace(Preprocessing(img_size=64, interpolation="bilinear"), crop_mode=mode)
+    preprocessing = Preprocessing(img_size=img_size, interpolation="bilinear", resize=mode)
     width, height = size
     box = (round(0.4 * width), round(0.35 * height), round(0.6 * width), round(0.7 * height))
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), box)
     view = build_eval_transform(preprocessing)(image)[0].numpy()
-    rows, columns = np.nonzero(view > 140)  # the padding of `border` is 124
+    rows, columns = np.nonzero(view > 140)  # the padding of `pad` is 124
     found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     geometry = find_geometry(size, preprocessing)
     assert geometry.to_view(tuple(map(float, box))) == pytest.approx(found, abs=1.01)  # type: ignore[arg-type]

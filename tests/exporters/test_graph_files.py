@@ -27,7 +27,7 @@ from finetune.exporters.graph_files import (
     write_program,
 )
 from pretrained.catalog import Card, find_card
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import ImgSize, Preprocessing, Resize
 
 LABELS = ("ant", "two  spaces ", "蜂")
 
@@ -117,11 +117,12 @@ def test_labels_and_preprocessing_are_written_beside_a_graph(card: Card, tmp_pat
     assert (tmp_path / "labels.txt").read_text().splitlines() == ["a (0)", "a (1) (1)", "a (1)"]
 
 
-@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
-def test_the_preprocessing_steps_are_those_of_timm(mode: str, crop_pct: float) -> None:
+@pytest.mark.parametrize("img_size", [48, (32, 64)])
+def test_the_preprocessing_steps_are_those_of_timm(mode: Resize, crop_pct: float, img_size: ImgSize) -> None:
     """The steps of ``preprocessing.json``, done with Pillow alone, give timm's pixels."""
-    view = Preprocessing(img_size=48, crop_pct=crop_pct, crop_mode=mode, interpolation="bilinear")
+    view = Preprocessing(img_size=img_size, crop_pct=crop_pct, resize=mode, interpolation="bilinear")
     pixels = np.random.default_rng(1).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     _, resize, crop = describe_view(view)
@@ -130,10 +131,14 @@ def test_the_preprocessing_steps_are_those_of_timm(mode: str, crop_pct: float) -
         size = (int(120 * scale), resize["shorter_side"])
     elif "longer_side" in resize:
         size = (resize["longer_side"], round(80 * resize["longer_side"] / 120))
+    elif "covers" in resize or "fits_in" in resize:
+        choose, (height, width) = (max, resize["covers"]) if "covers" in resize else (min, resize["fits_in"])
+        scale = choose(height / 80, width / 120)
+        size = (round(120 * scale), round(80 * scale))
     else:
         size = (resize["width"], resize["height"])
     small = image.resize(size, Image.Resampling.BILINEAR)
     page = Image.new("RGB", (crop["width"], crop["height"]), tuple(crop.get("pad_with", (0, 0, 0))))
-    page.paste(small, (round((48 - size[0]) / 2), round((48 - size[1]) / 2)))
+    page.paste(small, (round((crop["width"] - size[0]) / 2), round((crop["height"] - size[1]) / 2)))
     expected = create_transform(**view.to_timm(), is_training=False, normalize=False)(image)
     assert np.array_equal(np.asarray(page).transpose(2, 0, 1), expected.numpy())

@@ -104,7 +104,7 @@ def test_auto_takes_onnxruntime_where_an_export_pays() -> None:
     network, linear = SmallNet(), nn.Linear(2, 2)
 
     def chosen(network=network, device=CPU, precision="float32", number=MANY, size=224):
-        return choose_runtime("auto", network, device, precision, number, size)
+        return choose_runtime("auto", network, device, precision, number * size**2)
 
     assert chosen() == "onnxruntime"
     assert chosen(number=4 * MANY, size=112) == "onnxruntime"
@@ -117,11 +117,11 @@ def test_auto_takes_onnxruntime_where_an_export_pays() -> None:
 
 def test_what_was_asked_for_is_taken_or_refused() -> None:
     network = SmallNet()
-    assert choose_runtime("torch", network, CPU, "float32", MANY, 224) == "torch"
-    assert choose_runtime("onnxruntime", network, CPU, "float32", 1, 16) == "onnxruntime"
+    assert choose_runtime("torch", network, CPU, "float32", MANY * 224**2) == "torch"
+    assert choose_runtime("onnxruntime", network, CPU, "float32", 16**2) == "onnxruntime"
     for device, precision in ((GPU, "float32"), (CPU, "bfloat16")):
         with pytest.raises(UsageError, match="on a CPU in float32 only"):
-            choose_runtime("onnxruntime", network, device, precision, MANY, 224)
+            choose_runtime("onnxruntime", network, device, precision, MANY * 224**2)
 
 
 def test_the_version_is_part_of_what_features_depend_on() -> None:

@@ -140,14 +140,13 @@ def test_a_search_ignores_case() -> None:
 
 
 def test_preprocessing_is_timms_own() -> None:
-    """Sapiens2 alone takes a rectangle; ours is the square of its width."""
-    odd = set()
+    """Sapiens2 takes a rectangle, 1024 x 768."""
     for name in timm.list_pretrained():
         own = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(name).to_dict())
         ours = find_card(f"timm/{name}").preprocessing.to_timm()
-        if {key: _plain(own[key]) for key in ours} != {key: _plain(value) for key, value in ours.items()}:
-            odd.add(name.partition("_patch16_")[2])
-    assert odd == {"sapiens2.fb"}
+        assert {key: _plain(own[key]) for key in ours} == {key: _plain(value) for key, value in ours.items()}
+    rectangle = find_card("timm/vit_base_patch16_sapiens2.fb").preprocessing
+    assert (rectangle.size, rectangle.size_name) == ((1024, 768), "1024x768")
 
 
 def _plain(value: Any) -> Any:
@@ -229,7 +228,7 @@ def test_a_new_config(write_config: Folder) -> None:
     assert card.model_args == (("in_chans", 3),)
     view = card.preprocessing
     assert (view.img_size, view.crop_pct, view.interpolation, view.mean) == (
-        64,
+        (96, 64),
         0.5,
         "bilinear",
         (0.1, 0.2, 0.3),

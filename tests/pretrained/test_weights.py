@@ -445,7 +445,7 @@ def test_torchvisions_vit_at_another_size(tmp_path: Path) -> None:
         card = find_card("torchvision/vit_b_16.imagenet1k_swag_e2e_v1")
         assert build_network(card).image_size == 384  # type: ignore[comparison-overlap]
         card = card.with_input(Preprocessing(img_size=100))
-        with pytest.raises(UsageError, match=r"patches of 16 pixels do not divide 100 .*\(8 % of"):
+        with pytest.raises(UsageError, match=r"patches of 16 pixels do not divide 100 pixels: 8 % of"):
             build_network(card)
 
 

@@ -36,6 +36,7 @@ from finetune.recipe import (
     resolve_recipe,
     shipped_recipes,
 )
+from finetune.recipe.flags import build_recipe
 from finetune.recipe.mistakes import list_fields
 from finetune.recipe.reading import set_dotted
 from finetune.system import device as runtime
@@ -159,7 +160,8 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ),
         (
             "input: {img_size: 8}",
-            "`input.img_size` is 8; it must be a whole number of at least 16 and at most 4096 or auto",
+            "`input.img_size` is 8; it must be a whole number of at least 16 and at most 4096, two "
+            "whole numbers of at least 16 and at most 4096 or auto",
         ),
         (
             "training: {milestones: [100, 150]}",
@@ -709,7 +711,7 @@ def test_a_resolved_recipe_survives_the_file(load: Load) -> None:
 PREPROCESSING: dict[str, Any] = {
     "img_size": 96,
     "crop_pct": 0.9,
-    "crop_mode": "border",
+    "resize": "pad",
     "interpolation": "lanczos",
     "mean": (0.1, 0.2, 0.3),
     "std": (0.4, 0.5, 0.6),
@@ -770,7 +772,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "data.workers": 0,
         "input.img_size": 64,
         "input.crop_pct": 0.5,
-        "input.crop_mode": "squash",
+        "input.resize": "squash",
         "input.interpolation": "nearest",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
@@ -917,3 +919,26 @@ def test_a_resolved_recipe_admits_no_auto() -> None:
         set_dotted(values, key, "auto")
         with pytest.raises(ValidationError):
             type(resolved).model_validate_json(json.dumps(values))
+
+
+# --- input sizes and aspect ratios ---------------------------------------------------------------
+
+
+def test_the_flag_of_the_size_takes_height_and_width() -> None:
+    def size(given: object) -> object:
+        return build_recipe(None, {"img_size": given}).input.img_size
+
+    assert [size(given) for given in ("224", 224, "224x224", "224x448", (224, 448))] == [
+        *(224, 224, 224),
+        *((224, 448), (224, 448)),
+    ]
+    written = load_recipe(None, {"input.img_size": [32, 48]}).to_yaml()
+    assert YAML(typ="safe", pure=True).load(written)["input"]["img_size"] == [32, 48]
+
+
+def test_a_recipe_with_timms_crop_mode_is_still_read() -> None:
+    """Recipes of earlier run folders have it."""
+    for old, new in {"center": "crop", "squash": "squash", "border": "pad", "auto": "auto"}.items():
+        assert load_recipe(None, {"input.crop_mode": old}).input.resize == new
+    with pytest.raises(UsageError, match=r"no `input.crop_mode`; did you mean `input.resize`\?"):
+        load_recipe(None, {"input.crop_mode": "other"})

@@ -108,7 +108,7 @@ _KINDS = (
         "long",
         "picture-long",
         f"more than {LONG:g} times as long as wide, or as wide as long",
-        "Crop them, or add --set input.crop_mode=border: a centre crop sees only part of them.",
+        "Crop them, or add --resize pad or --resize squash: a centre crop sees only part of them.",
     ),
     (
         "other_size",

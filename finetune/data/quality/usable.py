@@ -13,7 +13,7 @@ from finetune.data.samples import is_sample
 from finetune.data.scan import CheckedImages, check_bad
 from finetune.errors import DataError
 from finetune.recipe import Recipe
-from finetune.recipe.schema import DataSettings
+from finetune.recipe.sections import DataSettings
 from finetune.runs.bad_images import write_bad_images
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder

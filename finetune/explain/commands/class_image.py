@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from finetune.data.transforms import Normalizer
@@ -194,7 +194,7 @@ def _lay_out(
     is_smooth: bool,
     said: str,
 ) -> Grid:
-    side = min(max(network.backbone.card.preprocessing.img_size, CELL), 2 * CELL)
+    side = min(max(*network.backbone.card.preprocessing.size, CELL), 2 * CELL)
     tiles = [[_tile(one, classes, side) for one in row] for row in rows]
     how = "shifted and blurred while they were computed, " if is_smooth else ""
     notes = [
@@ -211,4 +211,4 @@ def _tile(one: _Drawn, classes: Sequence[str], side: int) -> Tile:
     lines = (classes[one.index], scores, f"probability {one.probability:.3f}")
     if one.predicted != one.index:
         return Tile(f"not shown: the network takes this image for {classes[one.predicted]}", lines)
-    return Tile(to_image(one.view).resize((side, side), Image.Resampling.NEAREST), lines)
+    return Tile(ImageOps.contain(to_image(one.view), (side, side), Image.Resampling.NEAREST), lines)
