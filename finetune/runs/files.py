@@ -30,25 +30,32 @@ FLOAT_FORMAT = "%.9g"
 """Nine significant digits read back to the same float32."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, flush: bool = True) -> None:
     """Write a temporary file, flush it to the disk and rename it: a reader sees the old or the new content.
 
+    Args:
+        path: the file.
+        content: all of its bytes.
+        flush: whether the new content survives a power cut.
+
     Raises:
-        DiskError: the disk is full, or the folder cannot be written.
+        DiskError: the disk is full, or the folder cannot be written; no temporary file stays.
     """
-    write_chunks(path, [content])
+    write_chunks(path, [content], flush)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+def write_chunks(path: Path, chunks: Iterable[bytes], flush: bool = True) -> None:
     """Write a file as :func:`write_bytes` does, without holding all of it in memory."""
     part = path.with_name(f".{path.name}.part")
     try:
         with create_regular(part) as file:
             file.writelines(chunks)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         part.replace(path)
-        sync_folder(path.parent)
+        if flush:
+            sync_folder(path.parent)
     except OSError as error:
         _remove(part)
         raise disk_error(path, error) from None

@@ -14,7 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from finetune.system.regular_files import create_regular
+from finetune.errors import DiskError
+from finetune.runs.files import write_bytes
 
 INTERVAL = 0.5
 """Shortest time between two versions of the same phase, in seconds."""
@@ -49,11 +50,8 @@ class ProgressFile:
 
     def _write(self) -> None:
         content = json.dumps(_finite(self._facts | {"time": round(time.time(), 3)}), allow_nan=False)
-        part = self._path.with_name(f".{self._path.name}.part")
-        with suppress(OSError):
-            with create_regular(part) as file:
-                file.write(content.encode() + b"\n")
-            part.replace(self._path)
+        with suppress(DiskError):
+            write_bytes(self._path, content.encode() + b"\n", flush=False)
 
 
 def _finite(value: Any) -> Any:
