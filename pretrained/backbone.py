@@ -38,6 +38,10 @@ class Backbone:
     stages: tuple[Stage, ...]
     match: Match
 
+    def with_input(self, preprocessing: Preprocessing) -> Backbone:
+        """Return the same network with other preprocessing of images of the same size."""
+        return replace(self, card=self.card.with_input(preprocessing))
+
     def with_value_range(self, value_range: tuple[float, float]) -> Backbone:
         """Return the same network with another range of values of images of more than 8 bits."""
         return replace(self, card=self.card.with_value_range(value_range))

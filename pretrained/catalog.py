@@ -46,7 +46,13 @@ from pretrained.config import (
 from pretrained.graph.pooling import Pool
 from pretrained.hub import find_hub_file
 from pretrained.packages import PACKAGES
-from pretrained.preprocessing import IMAGE_CHANNELS, Preprocessing, find_resize, to_img_size
+from pretrained.preprocessing import (
+    IMAGE_CHANNELS,
+    MOST_CHANNELS,
+    Preprocessing,
+    find_resize,
+    to_img_size,
+)
 from pretrained.zoo import NAMES as ZOO_NAMES
 
 Library = Literal["timm", "torchvision"]
@@ -102,7 +108,9 @@ class Card:
         return replace(self, preprocessing=preprocessing)
 
     def with_value_range(self, value_range: tuple[float, float]) -> Card:
-        """Return the card with another range of values."""
+        """Return the card with another range of values, which only photographs have."""
+        if not self.preprocessing.is_rgb:
+            return self
         return self.with_input(replace(self.preprocessing, value_range=value_range))
 
 
@@ -191,8 +199,7 @@ def _card_from_timm(name: str) -> Card:
         origin=read_text(config.paper_ids or config.origin_url),
     )
     if card.source == "zoo":
-        channels = _channels_of(architecture)
-        own = replace(card.preprocessing, channels=channels)
+        own = _with_channels(card.preprocessing, architecture)
         return replace(card, name=f"zoo/{architecture}", preprocessing=own)
     package = PACKAGES.get(f"{architecture}.{tag}")
     if package is None or (file := package.find()) is None:
@@ -223,12 +230,20 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _channels_of(architecture: str) -> int:
-    """Return the channels of a network's input; networks of one channel take images, and make them grey."""
-    if architecture not in ZOO_NAMES:
-        return IMAGE_CHANNELS
-    channels: int = get_pretrained_cfg(architecture).input_size[0]
-    return IMAGE_CHANNELS if channels == 1 else channels
+def _with_channels(preprocessing: Preprocessing, architecture: str) -> Preprocessing:
+    """Return the preprocessing of an architecture; networks of one channel take RGB, and make it grey."""
+    channels = get_pretrained_cfg(architecture).input_size[0] if architecture in ZOO_NAMES else IMAGE_CHANNELS
+    if channels in (1, IMAGE_CHANNELS):
+        return preprocessing
+    return replace(preprocessing, channels=channels, kind="array")
+
+
+def _read_bands(preprocessing: Preprocessing, ours: Any, inner: Any) -> Preprocessing:
+    channels = int(read_number("channels", ours.get("channels"), 1, MOST_CHANNELS))
+    mean, std = (tuple(float(value) for value in inner[key]) for key in ("mean", "std"))
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"mean and std have {len(mean)} and {len(std)} values, for {channels} channels")
+    return replace(preprocessing, channels=channels, kind="bands", mean=mean, std=std)
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -312,7 +327,9 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
     if head not in get_args(HeadChoice):
         raise ValueError(f"head {head!r}")
     preprocessing = replace(_timm_preprocessing(inner), value_range=read_value_range(ours.get("value_range")))
-    preprocessing = replace(preprocessing, channels=_channels_of(architecture))
+    preprocessing = _with_channels(preprocessing, architecture)
+    if ours.get("kind") == "bands":
+        preprocessing = _read_bands(preprocessing, ours, inner)
     check_preprocessing(preprocessing.to_dict())
     return Card(
         name=name,

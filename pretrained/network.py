@@ -13,6 +13,7 @@ from torch import nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import Card, HeadChoice
+from pretrained.first_convolution import change_channels
 from pretrained.graph.recorder import FeaturePoint
 from pretrained.heads import change_head
 from pretrained.stage_classifier import build_stage_classifier
@@ -97,6 +98,8 @@ def timm_arguments(card: Card) -> dict[str, Any]:
     other_size = config.fixed_input_size and card.preprocessing.input_size != config.input_size
     if other_size or "img_size" in kwargs:
         kwargs["img_size"] = card.preprocessing.img_size
+    if card.preprocessing.kind == "bands":
+        kwargs["in_chans"] = card.preprocessing.channels
     return kwargs
 
 
@@ -148,7 +151,8 @@ def _build_torchvision(card: Card) -> nn.Module:
     kwargs: dict[str, Any] = {"num_classes": card.num_classes if card.head == "keep" else 1000}
     if card.architecture in ("googlenet", "inception_v3"):
         # Auxiliary heads are for training from scratch only; init_weights is slow (SciPy).
-        kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
+        is_rgb = card.preprocessing.is_rgb
+        kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": is_rgb}
     if card.architecture.startswith("vit_"):
         kwargs["image_size"] = height = _require_square(card)
         patch = int(card.architecture.rpartition("_")[2])
@@ -156,6 +160,8 @@ def _build_torchvision(card: Card) -> nn.Module:
             raise refuse_size(card, patch)
     try:
         network: nn.Module = tv.get_model(card.architecture, weights=None, **kwargs)
+        if card.preprocessing.kind == "bands":
+            change_channels(network, card.preprocessing.channels)
     except (AssertionError, ValueError, ArithmeticError) as error:  # build_outline handles RuntimeError
         raise _cannot_build(card, error) from None
     return network

@@ -13,8 +13,13 @@ Resize = Literal["crop", "squash", "pad"]
 aspect ratio is changed, or it is padded with the mean colour."""
 _CROP_MODES: dict[Resize, str] = {"crop": "center", "squash": "squash", "pad": "border"}
 """timm's names."""
+Kind = Literal["rgb", "bands", "array"]
+"""What a network takes. ``rgb``: photographs, as 8-bit RGB. ``bands``: images of any number of channels and
+bits, standardised by channel. ``array``: arrays of its very size, as they are (a board of Go)."""
 IMAGE_CHANNELS = 3
-"""Channels of an image: red, green and blue."""
+"""Channels of a photograph: red, green and blue."""
+MOST_CHANNELS = 16
+"""Largest number of channels of bands."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +31,22 @@ class Preprocessing:
         crop_pct: side of the centre crop relative to the resized short side, in (0, 1].
         resize: how an image gets the aspect ratio of the input.
         interpolation: name of a Pillow filter in lower case.
-        mean: subtracted from the channels of an RGB image in [0, 1].
-        std: divisor of the channels.
-        value_range: values that become black and white in images of more than 8 bits; None if unknown.
-        channels: C of the input; other than 3 if the network takes arrays and no images (a board of Go).
-            Arrays are not normalised.
+        mean: subtracted from the channels, (C,): of RGB in [0, 1], of bands in the numbers of the files.
+        std: divisor of the channels, (C,).
+        value_range: values that become black and white in RGB of more than 8 bits; None if unknown.
+        channels: C of the input.
+        kind: what the network takes.
     """
 
     img_size: ImgSize = 224
     crop_pct: float = 0.875
     resize: Resize = "crop"
     interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     value_range: tuple[float, float] | None = None
     channels: int = IMAGE_CHANNELS
+    kind: Kind = "rgb"
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -59,25 +65,26 @@ class Preprocessing:
         return f"{height}" if height == width else f"{height}x{width}"
 
     @property
-    def takes_images(self) -> bool:
-        """Whether the input is an RGB image, and not an array of planes."""
-        return self.channels == IMAGE_CHANNELS
+    def is_rgb(self) -> bool:
+        """Whether the network takes photographs."""
+        return self.kind == "rgb"
 
     @property
     def view_bytes(self) -> int:
-        """Bytes of one input on its way to the device: uint8 for images, float32 for arrays."""
-        return math.prod(self.input_size) * (1 if self.takes_images else 4)
+        """Bytes of one input on its way to the device: uint8 for photographs, else float32."""
+        return math.prod(self.input_size) * (1 if self.is_rgb else 4)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with the recipe's keys (section ``input``), and the range of values if known."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
-        del values["channels"]
-        return values
+        del values["kind"]
+        return values | {"channels": "rgb" if self.is_rgb else self.channels}
 
     def to_timm(self) -> dict[str, Any]:
         """Return the values with timm's keys (``data_config``)."""
         values = asdict(self) | {"input_size": self.input_size, "crop_mode": _CROP_MODES[self.resize]}
-        del values["img_size"], values["resize"], values["value_range"], values["channels"]
+        for ours in ("img_size", "resize", "value_range", "channels", "kind"):
+            del values[ours]
         return values
 
 

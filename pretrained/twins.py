@@ -94,7 +94,7 @@ def _differs(name: str, card: Card) -> bool:
     return _pixels(find_card(f"{card.library}/{name}")) != _pixels(card)
 
 
-def _pixels(card: Card) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _pixels(card: Card) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return card.preprocessing.mean, card.preprocessing.std
 
 

@@ -79,6 +79,18 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
         ],
         None,
     ),
+    "channels": (
+        Annotated[
+            str | None,
+            typer.Option(
+                "--channels",
+                help="rgb (8 bits), or in full depth: grey, or a number.",
+                show_default="auto",
+                metavar="NAME|N",
+            ),
+        ],
+        None,
+    ),
     "workers": (
         Annotated[int | None, typer.Option("--workers", help="Decoding processes.", show_default="auto")],
         None,

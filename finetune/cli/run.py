@@ -90,6 +90,12 @@ def run_command(
             metavar="NAME",
         ),
     ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            help="rgb (8 bits), or in full depth: grey, or a number.", show_default="auto", metavar="NAME|N"
+        ),
+    ] = None,
     augmentation: Annotated[
         str | None,
         typer.Option(
@@ -178,6 +184,7 @@ def run_command(
         "workers": workers,
         "img_size": img_size,
         "resize": resize,
+        "channels": channels,
         "augmentation": augmentation,
         "strategy": strategy,
         "epochs": epochs,

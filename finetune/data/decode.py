@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from finetune.data.depth import (
+from finetune.data.channels.depth import (
     FULL,
     ValueRange,
     Values,
@@ -29,9 +29,9 @@ from finetune.data.depth import (
     read_values,
     to_eight_bits,
 )
+from finetune.data.channels.tiff import read_layout
 from finetune.data.formats import HEAD_BYTES, describe_raw, describe_unread, readable_formats
 from finetune.data.limits import MAX_PIXELS, OverdueError, TimedFile, find_excess, find_size_fault, png_chunks
-from finetune.data.tiff import read_layout
 from finetune.system.regular_files import open_regular
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of images under that limit
@@ -81,15 +81,15 @@ def decode_image(
             1/1, 1/2, 1/4 ... of its size that has them; a JPEG decodes faster at a reduced size
             (``Image.draft``). None returns the full size.
         value_range: the values that become black and white in images of more than 8 bits, as measured on a
-            data set (:mod:`finetune.data.depth`). None for that of the file's format: 0 to 65535, or 0 to 1
-            for floating-point numbers.
+            data set (:mod:`finetune.data.channels.depth`). None for that of the file's format: 0 to 65535, or
+            0 to 1 for floating-point numbers.
 
     Raises:
         BadImageError: the file is missing, no image, damaged, cut short, in a format or with bands that are
             not read, over ``MAX_PIXELS``, ``MAX_BYTES`` or a limit of :mod:`finetune.data.limits`, or holds
             values outside of its format's range while ``value_range`` is None.
     """
-    with _opened(path) as (image, file):
+    with open_image(path) as (image, file):
         if short_side is None:
             return _finished(image, file, value_range)
         factor, shorter = compute_factor(image.size, short_side), min(image.size)
@@ -105,7 +105,7 @@ def read_size(path: Path) -> tuple[int, int]:
     Raises:
         BadImageError: as ``decode_image``, for faults that the header shows.
     """
-    with _opened(path) as (image, _):
+    with open_image(path) as (image, _):
         return image.size
 
 
@@ -115,7 +115,7 @@ def read_spread(path: Path) -> Values | None:
     Raises:
         BadImageError: as ``decode_image``.
     """
-    with _opened(path) as (image, file):
+    with open_image(path) as (image, file):
         return _measure(file) if is_deep(image) else None
 
 
@@ -178,7 +178,7 @@ def probe_image(path: Path) -> Probe:
     Raises:
         BadImageError: as ``decode_image``.
     """
-    with _opened(path) as (image, file):
+    with open_image(path) as (image, file):
         is_jpeg = image.format in {"JPEG", "MPO"}
         mode, (width, height) = image.mode, image.size
         values = _measure(file) if is_deep(image) else None
@@ -193,7 +193,7 @@ def probe_image(path: Path) -> Probe:
             upright = _finished(image, file, own).convert("L")
             grey = _squash(upright, upright.size)
         # Read after the pixels: a PNG reads them to find the tag, and would hide their faults.
-        turn = _UPRIGHT.get(_orientation(image))
+        turn = find_turn(image)
         if is_jpeg and turn is not None:
             grey = grey.transpose(turn)
         if turn is not None and turn not in _KEEPS_SIZE:
@@ -236,7 +236,7 @@ def convert_image(image: Image.Image, value_range: ValueRange | None = None) -> 
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
+def open_image(path: Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """Yield the image with its header read, and its file; convert every error into BadImageError.
 
     A MemoryError passes: it is a fault of the machine, and the image may be good.
@@ -324,7 +324,7 @@ def _finished(image: Image.Image, file: BinaryIO | None, value_range: ValueRange
     """Decode the pixels, make them RGB and turn them upright."""
     is_wide = file is not None and is_deep(image) and image.mode in ("RGB", "RGBA", "LA")
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = find_turn(image)
     if is_wide and file is not None and value_range not in (None, FULL):
         image = _wide_rgb(image, file, value_range)
     else:
@@ -354,14 +354,17 @@ def _again(file: BinaryIO) -> Iterator[Image.Image]:
         yield image
 
 
-def _orientation(image: Image.Image) -> object:
-    """Return the EXIF orientation, or 1 if the metadata is broken: the pixels may still be good."""
+def find_turn(image: Image.Image) -> Transpose | None:
+    """Return what brings an image with loaded pixels upright (EXIF orientation), None for nothing.
+
+    Broken metadata count as none: the pixels may still be good.
+    """
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except MemoryError:
         raise
     except Exception:
-        return 1
+        return None
 
 
 def _rgb(image: Image.Image, value_range: ValueRange | None) -> Image.Image:

@@ -87,7 +87,7 @@ SUFFIXES: frozenset[str] = frozenset(READ) | frozenset(UNREAD)
 """Suffixes of images. A file with one of them is an image, whether or not it can be read."""
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
-"""Suffixes of arrays of numbers (:mod:`finetune.data.arrays`)."""
+"""Suffixes of arrays of numbers (:mod:`finetune.data.channels.arrays`)."""
 
 _BRANDS = {b"heic": HEIC, b"heix": HEIC, b"hevc": HEIC, b"heim": HEIC, b"heis": HEIC, b"mif1": HEIC}
 _BRANDS |= {b"msf1": HEIC, b"avif": "AVIF", b"avis": "AVIF", b"crx ": "raw", b"jp2 ": "JPEG 2000"}

@@ -120,7 +120,7 @@ def keep_images(
     Returns:
         The cache, or None if it does not pay or is not possible: images are then decoded in every pass.
     """
-    if not transform.preprocessing.takes_images:  # an array is read as fast from its own file
+    if not transform.preprocessing.is_rgb:  # an array is read as fast from its own file
         return None
     facts = _describe(samples, digests, transform)
     path = cache_dir.path_for(facts)

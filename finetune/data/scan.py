@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.arrays import Shape, check_array, find_array_shape
+from finetune.data.channels.arrays import Shape, check_array, find_array_shape
+from finetune.data.channels.depth import ValueRange, Values, find_range
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.decode import BadImageError, probe_image, read_spread
-from finetune.data.depth import ValueRange, Values, find_range
 from finetune.data.scan_cache import ROW, ScanCache, ScanResult, build_row, read_values
 from finetune.errors import DataError
 from finetune.system.device import available_cores

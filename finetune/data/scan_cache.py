@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import features
 
+from finetune.data.channels.depth import Values
 from finetune.data.decode import PROBE_SIDE, Probe
-from finetune.data.depth import Values
 from finetune.data.formats import FORMATS, readable_formats
 from finetune.errors import DiskError
 from finetune.runs.cache_dir import cache_folder

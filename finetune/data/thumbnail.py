@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.data.arrays import draw_array
+from finetune.data.channels.arrays import draw_array
+from finetune.data.channels.depth import ValueRange
 from finetune.data.decode import BadImageError, decode_image
-from finetune.data.depth import ValueRange
 from finetune.data.formats import is_array_name
 
 

@@ -7,8 +7,9 @@
 
 Views are sent to the device as uint8, a quarter of the size of float32. Training views draw from torch's
 generator, which the loader seeds for each image. (timm's RandAugment is not used: at its highest magnitude it
-asks Pillow for zero bits of colour, which Pillow refuses.) Networks that take no images have one view of a
-file, its array, float32 (C, H, W), which is not normalised.
+asks Pillow for zero bits of colour, which Pillow refuses.) Images of bands
+(:mod:`finetune.data.channels.bands`) are standardised when they are opened; their views are float32
+(C, H, W). Networks that take arrays have one view of a file, its array, which is not normalised.
 
 Shape legend: B batch, H W pixels.
 """
@@ -24,16 +25,18 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import CenterCropOrPad
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop, v2
 
-from finetune.data.arrays import Planes, read_planes
+from finetune.data.channels.arrays import Planes, read_planes
+from finetune.data.channels.bands import read_bands, standardise
 from finetune.data.decode import decode_image
 from finetune.recipe import Augmentation
 from pretrained.preprocessing import Preprocessing
 
 Opened = Image.Image | Planes
-"""What a file holds: an RGB image, or an array (C, H, W) for a network that takes no images."""
+"""What a file holds: an RGB image, or numbers (C, H, W)."""
 _SMALLEST_CROP = {"light": 0.5, "medium": 0.5, "heavy": 0.2}
 """Smallest share of the image's area in a random crop. ImageNet training uses 0.08, but in a small dataset
 too many views would then miss the object."""
@@ -46,7 +49,7 @@ class Transform:
     """Makes a view from an image file.
 
     Attributes:
-        draw: makes a view, uint8 (3, H, W), from an image; float32 (C, H, W) from an array.
+        draw: makes a view, uint8 (3, H, W), from a photograph; float32 (C, H, W) from numbers.
         preprocessing: input size and normalisation of the network.
         is_random: whether every call gives another view.
         short_side: number of pixels of the shorter side that suffices for a view (``decode_image``); None
@@ -59,13 +62,15 @@ class Transform:
     short_side: int | None = None
 
     def open(self, path: Path) -> Opened:
-        """Return the image, or the array, that views are drawn from.
+        """Return the image, or the numbers, that views are drawn from.
 
         Raises:
-            BadImageError: as ``decode_image``, or as ``read_planes``.
+            BadImageError: as ``decode_image``, ``read_bands`` or ``read_planes``.
         """
-        if not self.preprocessing.takes_images:
+        if self.preprocessing.kind == "array":
             return read_planes(path, self.preprocessing.input_size)
+        if self.preprocessing.kind == "bands":
+            return standardise(read_bands(path, self.preprocessing.channels), self.preprocessing)
         return decode_image(path, self.short_side, self.preprocessing.value_range)
 
     def __call__(self, image: Opened) -> Tensor:
@@ -76,7 +81,7 @@ class Transform:
 class Normalizer:
     """Computes (x / 255 - mean) / std, bitwise equal to timm's ``ToTensor`` and ``Normalize``.
 
-    The values of arrays stay as they are.
+    Views of other inputs than photographs stay as they are.
 
     Args:
         preprocessing: gives mean and standard deviation.
@@ -85,34 +90,42 @@ class Normalizer:
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
         # Tensors on the device: CUDA multiplies by the reciprocal of a number, which rounds differently.
-        self._takes_images = preprocessing.takes_images
+        self._is_rgb = preprocessing.is_rgb
         self._white = torch.tensor(255.0, device=device)
         self._mean = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(preprocessing.std, device=device).view(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return uint8 (B, 3, H, W) as normalised float32; float32 (B, C, H, W) unchanged."""
-        if not self._takes_images:
+        if not self._is_rgb:
             return images
         return images.to(torch.float32).div_(self._white).sub_(self._mean).div_(self._std)
 
 
 def build_eval_transform(preprocessing: Preprocessing) -> Transform:
     """Return the view that evaluation, prediction and the exported model use."""
-    if not preprocessing.takes_images:
+    if preprocessing.kind == "array":
         return Transform(torch.from_numpy, preprocessing, is_random=False)
-    return Transform(v2.Compose(build_eval_steps(preprocessing)), preprocessing, is_random=False)
+    steps = build_eval_steps(preprocessing)
+    if preprocessing.kind == "bands":
+        steps = [torch.from_numpy, *steps[:-1]]
+    return Transform(v2.Compose(steps), preprocessing, is_random=False)
 
 
 def build_eval_steps(preprocessing: Preprocessing) -> list[Any]:
-    """Return the steps of timm's evaluation view: resize, crop or pad, convert to a uint8 tensor."""
+    """Return timm's three steps to the evaluation view: resize, crop or pad, convert to a uint8 tensor."""
+    if preprocessing.kind == "bands" and preprocessing.interpolation == "lanczos":  # not of numbers
+        preprocessing = replace(preprocessing, interpolation="bicubic")
     view = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
-    return list(view.transforms)
+    resize, crop, to_tensor = view.transforms
+    if preprocessing.kind == "bands" and preprocessing.resize == "pad":
+        crop = CenterCropOrPad([*preprocessing.size])  # with 0, the mean of standardised numbers
+    return [resize, crop, to_tensor]
 
 
 def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
     """Return the random training view, or the evaluation view for ``none`` and for arrays."""
-    if augmentation == "none" or not preprocessing.takes_images:
+    if augmentation == "none" or preprocessing.kind == "array":
         return build_eval_transform(preprocessing)
     if augmentation == "shift":
         return _build_shift(preprocessing)
@@ -121,6 +134,8 @@ def build_train_transform(preprocessing: Preprocessing, augmentation: Augmentati
     steps = [*crop, v2.RandomHorizontalFlip(), *_distortions(augmentation, preprocessing), v2.PILToTensor()]
     if augmentation == "heavy":
         steps.append(_erase_at_random)
+    if preprocessing.kind == "bands":  # colours are not distorted: there are none
+        steps = [torch.from_numpy, *crop, v2.RandomHorizontalFlip()]
     return _build_random(steps, preprocessing, _compute_short_side(max(preprocessing.size), smallest))
 
 
@@ -154,11 +169,12 @@ class _SquashedCrop:
     smallest: float
     interpolation: InterpolationMode
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        aspect = image.width / image.height
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        height, width = v2.functional.get_size(image)
+        aspect = width / height
         ratio = [aspect * _NARROWEST, aspect / _NARROWEST]
         box = RandomResizedCrop.get_params(image, [self.smallest, 1.0], ratio)
-        view: Image.Image = v2.functional.resized_crop(
+        view: Image.Image | Tensor = v2.functional.resized_crop(
             image, *box, [*self.size], self.interpolation, antialias=True
         )
         return view
@@ -170,18 +186,18 @@ class _Pad:
 
     Attributes:
         aspect: width / height.
-        colour: red, green and blue from 0 to 255.
+        colour: red, green and blue from 0 to 255; one number for all channels of bands.
     """
 
     aspect: float
-    colour: list[int]
+    colour: list[int] | int
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width = max(image.width, round(image.height * self.aspect))
-        height = max(image.height, round(image.width / self.aspect))
-        left, top = (width - image.width) // 2, (height - image.height) // 2
-        edges = [left, top, width - image.width - left, height - image.height - top]
-        padded: Image.Image = v2.functional.pad(image, edges, self.colour)
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        height, width = v2.functional.get_size(image)
+        wide, high = max(width, round(height * self.aspect)), max(height, round(width / self.aspect))
+        left, top = (wide - width) // 2, (high - height) // 2
+        edges = [left, top, wide - width - left, high - height - top]
+        padded: Image.Image | Tensor = v2.functional.pad(image, edges, self.colour)
         return padded
 
 
@@ -197,6 +213,8 @@ def _build_shift(preprocessing: Preprocessing) -> Transform:
         v2.RandomHorizontalFlip(),
         v2.PILToTensor(),
     ]
+    if preprocessing.kind == "bands":
+        steps = [torch.from_numpy, *steps[:-1]]
     return _build_random(steps, preprocessing, max(height, width))
 
 
@@ -206,8 +224,10 @@ def _build_random(steps: list[Any], preprocessing: Preprocessing, short_side: in
     return Transform(v2.Compose(steps), preprocessing, True, short_side if interpolates else None)
 
 
-def _mean_colour(preprocessing: Preprocessing) -> list[int]:
-    """Return the colour, from 0 to 255, that the network's normalisation maps to zero."""
+def _mean_colour(preprocessing: Preprocessing) -> list[int] | int:
+    """Return the colour, from 0 to 255, that the network's normalisation maps to zero; 0 for bands."""
+    if preprocessing.kind == "bands":
+        return 0
     return [round(255 * channel) for channel in preprocessing.mean]
 
 

@@ -33,10 +33,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune.data.arrays import arrange, describe_shape, read_planes
-from finetune.data.decode import BadImageError, convert_image, decode_image
+from finetune.data.channels.arrays import arrange, describe_shape
+from finetune.data.channels.bands import convert_bands, standardise
+from finetune.data.decode import BadImageError, convert_image
 from finetune.data.loader import Placement
-from finetune.data.transforms import Normalizer, Opened
+from finetune.data.transforms import Normalizer, Opened, build_eval_transform
 from finetune.errors import DataError, FinetuneError, UsageError
 from finetune.evaluation.views import Views, build_views, compute_mean_over_views
 from finetune.features.network import place_network
@@ -143,21 +144,20 @@ class Predictor:
     def open(self, image: Path | Image.Image) -> Opened:
         """Return an image as the network sees it before it is resized: RGB, upright, 8 bits a channel.
 
-        A network that takes arrays gets the array of the file.
+        A network of bands gets their standardised numbers, and one that takes arrays the array of the file.
 
         Raises:
             BadImageError: it cannot be read.
         """
         preprocessing = self.card.preprocessing
-        if not preprocessing.takes_images:
-            if isinstance(image, Image.Image):
-                wanted = describe_shape(preprocessing.input_size)
-                raise BadImageError(f"an image, and the network takes arrays of {wanted} values")
-            return read_planes(image, preprocessing.input_size)
-        value_range = preprocessing.value_range
-        if isinstance(image, Image.Image):
-            return convert_image(image, value_range)
-        return decode_image(image, value_range=value_range)
+        if isinstance(image, Path):
+            return build_eval_transform(preprocessing).open(image)
+        if preprocessing.is_rgb:
+            return convert_image(image, preprocessing.value_range)
+        if preprocessing.kind == "bands":
+            return standardise(convert_bands(image, preprocessing.channels), preprocessing)
+        wanted = describe_shape(preprocessing.input_size)
+        raise BadImageError(f"an image, and the network takes arrays of {wanted} values")
 
     @property
     def num_views(self) -> int:
@@ -235,8 +235,11 @@ class Predictor:
         if isinstance(image, Image.Image):
             return self.open(image)
         if isinstance(image, np.ndarray):
-            if not self.card.preprocessing.takes_images:
-                return arrange(image, self.card.preprocessing.input_size)
+            preprocessing = self.card.preprocessing
+            if preprocessing.kind == "array":
+                return arrange(image, preprocessing.input_size)
+            if preprocessing.kind == "bands":
+                return standardise(convert_bands(image, preprocessing.channels), preprocessing)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise _no_image(image)
             return Image.fromarray(np.ascontiguousarray(image))

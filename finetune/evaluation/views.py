@@ -85,8 +85,8 @@ def build_views(preprocessing: Preprocessing, crops: int = 1, scales: Sequence[i
             ``LARGEST_SCALE``, or the network takes arrays.
     """
     _check(min(preprocessing.size), crops, scales)
-    if not preprocessing.takes_images and (crops > 1 or scales):
-        found = "the network takes arrays, which have one view"
+    if not preprocessing.is_rgb and (crops > 1 or scales):
+        found = "the network takes no photographs, and its images have one view"
         raise UsageError(f"--crops {crops}" if crops > 1 else f"--scales {scales[0]}", found, "Leave it out.")
     if crops == 1 and not scales:
         plain = build_eval_transform(preprocessing)

@@ -60,6 +60,7 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         "pool": card.pool,
         "temperature": card.temperature,
         **_value_range(card),
+        **_bands(card),
         "base_model": find_base_model(card),
     }
     config = _timm_config(card, network) if card.source == "timm" else _own_config(card)
@@ -72,6 +73,11 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
 def _value_range(card: Card) -> dict[str, list[float]]:
     value_range = card.preprocessing.value_range
     return {"value_range": list(value_range)} if value_range is not None else {}
+
+
+def _bands(card: Card) -> dict[str, Any]:
+    view = card.preprocessing
+    return {"kind": "bands", "channels": view.channels} if view.kind == "bands" else {}
 
 
 def name_for_timm(card: Card) -> str:

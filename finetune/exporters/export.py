@@ -183,8 +183,8 @@ def _describe_data(source: Exportable) -> TrainingData:
 
 
 def _check_layout(card: Card, interface: Interface) -> None:
-    if interface.layout and not card.preprocessing.takes_images:
-        found = f"{card.name} takes arrays, which have no preprocessing"
+    if interface.layout and not card.preprocessing.is_rgb:
+        found = f"{card.name} takes no 8-bit RGB images"
         raise UsageError(f"--with-preprocessing {interface.layout}", found, "Leave it out.")
 
 

@@ -107,17 +107,18 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
     """Return the content of ``preprocessing.json``: steps before and in the graph, input and output."""
     view = card.preprocessing
     in_graph = interface.layout is not None
-    normalise = [
-        {"step": "divide", "by": 255},
-        {"step": "normalize", "mean": list(view.mean), "std": list(view.std)},
-    ]
+    normalise: list[dict[str, Any]] = [{"step": "normalize", "mean": list(view.mean), "std": list(view.std)}]
+    if view.is_rgb:
+        normalise.insert(0, {"step": "divide", "by": 255})
+    if view.kind == "array":
+        normalise = []
     return {
         "input": {
             "name": interface.input_name,
             "dtype": interface.input_dtype,
             "layout": (interface.layout or "nchw").upper(),
             "shape": ["batch", *interface.input_shape(view)],
-            "colors": "RGB",
+            "colors": "RGB" if view.is_rgb else None,
         },
         "before_the_graph": [*describe_view(view), *([] if in_graph else normalise)],
         "in_the_graph": normalise if in_graph else [],
@@ -133,7 +134,9 @@ def describe_input(card: Card, interface: Interface) -> dict[str, Any]:
 
 
 def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
-    """Return the steps from an image to the network's input size, as in timm's evaluation transform."""
+    """Return the steps from a file to the network's input size, as in timm's evaluation transform."""
+    if view.kind == "array":
+        return [{"step": "load"}]
     height, width = (math.floor(side / view.crop_pct) for side in view.size)
     resize: dict[str, Any] = {"step": "resize", "interpolation": view.interpolation, "library": "Pillow"}
     if view.resize == "squash":
@@ -144,8 +147,11 @@ def describe_view(view: Preprocessing) -> list[dict[str, Any]]:
         resize |= {"shorter_side": height} if height == width else {"covers": [height, width]}
     crop: dict[str, Any] = {"step": "center_crop", "height": view.size[0], "width": view.size[1]}
     if view.resize == "pad":
-        crop |= {"pad_with": [round(255 * channel) for channel in view.mean]}
+        crop |= {"pad_with": [round(255 * mean) if view.is_rgb else mean for mean in view.mean]}
     decode: dict[str, Any] = {"step": "decode", "colors": "RGB", "upright": True}
+    if view.kind == "bands":
+        decode = {"step": "decode", "channels": view.channels, "numbers": "of the file", "upright": True}
+        resize |= {"library": "torchvision", "antialias": True}
     if view.value_range is not None:
         decode |= {"range_over_8_bits": list(view.value_range)}
     return [decode, resize, crop]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune import __version__
-from finetune.errors import sanitize
+from finetune.errors import count, sanitize
 from finetune.exporters.config import find_base_model, loads_in_timm
 from finetune.targets import ACTIVATION, CARD_METRICS, METRIC_NAMES, make_unique
 from pretrained.catalog import Card
@@ -248,9 +248,12 @@ def _usage(card: Card) -> str:
 
 def _input_sentence(card: Card) -> str:
     view = card.preprocessing
+    kind, unit = "RGB", "in [0, 1]"
+    if view.kind == "bands":
+        kind, unit = count(view.channels, "channel"), "in the numbers of the files"
     return (
-        f"Input: RGB, {' x '.join(map(str, view.size))} pixels (`crop_pct` {view.crop_pct:.4g}, "
-        f"{view.resize}, {view.interpolation}), in [0, 1], mean {view.mean}, std {view.std}."
+        f"Input: {kind}, {' x '.join(map(str, view.size))} pixels (`crop_pct` {view.crop_pct:.4g}, "
+        f"{view.resize}, {view.interpolation}), {unit}, mean {view.mean}, std {view.std}."
     ) + _range_sentence(view)
 
 

@@ -152,7 +152,7 @@ def draw_random(card: Card, note: str) -> ProofInputs:
     generator = torch.Generator().manual_seed(0)
     shape = (_limit_images(card, NUM_RANDOM), *card.preprocessing.input_size)
     views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    if not card.preprocessing.takes_images:
+    if not card.preprocessing.is_rgb:
         views = views.to(torch.float32) / 255
     return ProofInputs(views, None, 0, (note,))
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.arrays import check_takes
+from finetune.data.channels.arrays import check_takes
+from finetune.data.channels.bands import measure_channels
+from finetune.data.channels.depth import ValueRange
 from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
-from finetune.data.depth import ValueRange
 from finetune.data.discover import find_images
 from finetune.data.image_cache import decoder_facts
 from finetune.data.loader import ImageLoader, Placement
@@ -169,7 +170,9 @@ def open_source(recipe: Recipe, network: Network, dataset: Dataset, display: Dis
     """
     check_takes(network.backbone.card, dataset)
     prepared = dataset if isinstance(dataset, PreparedDataset) else read_images(recipe, dataset, display)
-    if network.backbone.card.preprocessing.value_range is None:  # or the images are seen as in its training
+    view = measure_channels(network.backbone.card.preprocessing, prepared, display)
+    network = replace(network, backbone=network.backbone.with_input(view))
+    if view.value_range is None:  # or the images are seen as in its training
         network = network.with_value_range(prepared.value_range)
     return Source(network, prepared.readable, recipe, display)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune.data.depth import ValueRange
+from finetune.data.channels.depth import ValueRange
 from finetune.data.loader import Placement
-from finetune.errors import FinetuneError, UsageError, sanitize
+from finetune.errors import FinetuneError, UsageError, count, sanitize
 from finetune.recipe import Recipe
 from finetune.recipe.sections import BackboneSettings
 from finetune.runs.folder import RunFolder
@@ -183,13 +183,38 @@ def place_network(network: nn.Module, placement: Placement) -> nn.Module:
 def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
     """Return the card's preprocessing with the values that the recipe sets.
 
-    If the recipe alone wants an image squashed or padded, it wants to see all of it: nothing is cropped.
+    If the recipe alone wants an image squashed or padded, it wants to see all of it: nothing is cropped. Mean
+    and deviation of bands are empty until they are measured, unless the recipe has them.
+
+    Raises:
+        UsageError: the network takes other channels, or there is not one mean and deviation for each.
     """
     own = card.preprocessing.to_dict()
     asked = {key: value for key, value in dict(recipe.input).items() if key in own and value != "auto"}
     if asked.get("resize", "crop") not in ("crop", own["resize"]):
         asked = {"crop_pct": 1.0} | asked
-    return replace(card.preprocessing, **asked)
+    view = _take_channels(card, asked.pop("channels", own["channels"]))
+    view = replace(view, **asked)
+    for key in ("mean", "std"):
+        number = len(getattr(view, key))
+        if number != view.channels and (key in asked or view.is_rgb):
+            found = f"it has {count(number, 'value')}, and the images have {count(view.channels, 'channel')}"
+            raise UsageError(f"input.{key}", found, "Give one for each channel, or leave it out.")
+    return view
+
+
+def _take_channels(card: Card, channels: int | str) -> Preprocessing:
+    """Return the preprocessing of a network that takes these channels."""
+    view = card.preprocessing
+    wanted = {"rgb": 3, "grey": 1}.get(str(channels), channels)
+    if channels == "rgb" and view.is_rgb:
+        return view
+    if view.is_rgb:
+        return replace(view, channels=int(wanted), kind="bands", mean=(), std=())
+    if wanted != view.channels or channels == "rgb":
+        found = f"the network takes {count(view.channels, 'channel')} and no RGB"
+        raise UsageError(f"--channels {channels}", found, "Leave it out, or take another backbone.")
+    return view
 
 
 LEAST_SOURCE_CLASSES = 1_000

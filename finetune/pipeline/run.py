@@ -254,7 +254,7 @@ def _prepare_data(
         record_split(dataset, folder)
     write_json(folder.environment, run_changes.environment)
     display.say(f"data {recipe.data.path}: {describe_data(dataset)}")
-    if dataset.value_range is not None:
+    if dataset.value_range is not None and setup.backbone.card.preprocessing.is_rgb:
         low, high = dataset.value_range
         display.say(f"images of more than 8 bits: {low:g} becomes black and {high:g} white, in all of them")
     seen = check_seen(dataset, recipe, display)

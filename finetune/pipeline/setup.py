@@ -10,17 +10,14 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.arrays import check_takes
+from finetune.data.channels.depth import ValueRange
 from finetune.data.dataset import Dataset
-from finetune.data.depth import ValueRange
-from finetune.data.discover import discover
 from finetune.data.loader import Placement
 from finetune.data.samples import check_sample, is_sample
-from finetune.data.split import SplitConfig
-from finetune.data.tables.config import TableConfig
 from finetune.errors import EnvironmentFaultError, UsageError, count
-from finetune.features.network import fetch, place_network, prepare_machine, resolve_preprocessing
+from finetune.features.network import place_network, prepare_machine
 from finetune.features.runtime import choose_runtime
+from finetune.pipeline.run_inputs import find_run_inputs, limit_augmentation
 from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -41,7 +38,7 @@ from finetune.training.ddp import share_weights
 from finetune.training.optim import check_optimizer
 from finetune.training.plan import Plan, build_plan
 from pretrained.backbone import Backbone, load_backbone
-from pretrained.catalog import Card, find_card
+from pretrained.catalog import Card
 from pretrained.graph.layers import Layers
 from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
@@ -93,10 +90,8 @@ def prepare(
     device = prepare_machine(recipe, display, distributed)
     if recipe.training.compile:
         check_compiler(device)
-    found, card = distributed.share(lambda: _find_inputs(recipe, display))
-    if not card.preprocessing.takes_images:
-        recipe = _without_augmentation(recipe, display)
-    card = card.with_input(resolve_preprocessing(recipe, card))
+    found, card = distributed.share(lambda: find_run_inputs(recipe, display))
+    recipe = limit_augmentation(recipe, card, display)
     with display.busy(f"loading {recipe.backbone.name}"):
         backbone = _load_backbone(recipe, card, found.classes, distributed)
     display.say(f"backbone {backbone.card.name}: {backbone.match}")
@@ -172,29 +167,6 @@ def _read_batch_size(folder: RunFolder) -> int | None:
 def _read_views(folder: RunFolder) -> int | None:
     before = RunReader(folder, tolerant=True).recipe
     return before.cache.views if before is not None and before.cache.views != "auto" else None
-
-
-def _find_images(recipe: Recipe, display: Display) -> Dataset:
-    with display.count(f"reading {recipe.data.path}") as on_progress:
-        path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)
-        return discover(path, config, recipe.data.follow_links, on_progress, table=TableConfig.of(recipe))
-
-
-def _without_augmentation(recipe: Recipe, display: Display) -> Recipe:
-    """Return the recipe for arrays, which have no random views."""
-    if recipe.input.augmentation != "none":
-        display.say(f"input.augmentation {recipe.input.augmentation} is for images: none for arrays")
-    return recipe.model_copy(update={"input": recipe.input.model_copy(update={"augmentation": "none"})})
-
-
-def _find_inputs(recipe: Recipe, display: Display) -> tuple[Dataset, Card]:
-    """Return the images and the card of the backbone; fetch its weights where they are not here."""
-    dataset = _find_images(recipe, display)
-    card = find_card(str(recipe.backbone.name), recipe.backbone.offline)
-    check_takes(card, dataset)
-    if not recipe.strategy.starts_random and not recipe.backbone.weights:
-        fetch(card, recipe.backbone.offline, display)
-    return dataset, card
 
 
 def _collect_facts(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from finetune.errors import UsageError, suggest
 from finetune.recipe.reading import load_recipe, merge_override
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sections import Augmentation, Optimizer, Resize
+from finetune.recipe.yaml import read_scalar
 
 FLAGS = {
     "backbone": "backbone.name",
@@ -24,6 +25,7 @@ FLAGS = {
     "workers": "data.workers",
     "img_size": "input.img_size",
     "resize": "input.resize",
+    "channels": "input.channels",
     "augmentation": "input.augmentation",
     "strategy": "strategy.name",
     "epochs": "training.epochs",
@@ -51,6 +53,7 @@ class Flags(TypedDict, total=False):
     workers: int | None
     img_size: int | tuple[int, int] | None
     resize: Resize | None
+    channels: Literal["rgb", "grey"] | int | None
     augmentation: Augmentation | None
     strategy: str | None
     epochs: int | None
@@ -89,6 +92,8 @@ def build_recipe(
 def _read_flag(name: str, value: Any) -> Any:
     if isinstance(value, PathLike):
         return fspath(value)
+    if name == "channels" and isinstance(value, str):
+        return read_scalar(value)
     return _read_size(value) if name == "img_size" and isinstance(value, str) else value
 
 

@@ -74,8 +74,9 @@ class ResolvedInput(InputSettings):
     crop_pct: float
     resize: Resize
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    channels: Literal["rgb", "grey"] | int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class ResolvedStrategy(StrategySettings):

@@ -128,10 +128,17 @@ class InputSettings(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | Auto = Field(
         "auto", description="resampling filter"
     )
-    mean: tuple[_Mean, _Mean, _Mean] | Auto = Field(
-        "auto", description="subtracted from each channel of an RGB image in [0, 1]"
+    channels: Literal["rgb", "grey"] | Annotated[int, Field(ge=1, le=16)] | Auto = Field(
+        "auto",
+        description="what images become: rgb of 8 bits; grey, or a number of channels, in full depth and "
+        "standardised; auto: rgb, or for arrays (.npy) the number of their channels",
     )
-    std: tuple[_Std, _Std, _Std] | Auto = Field("auto", description="each channel is divided by it")
+    mean: tuple[_Mean, ...] | Auto = Field(
+        "auto",
+        description="subtracted from each channel: of RGB in [0, 1], of other channels in the numbers of the "
+        "files; auto: that of the weights for RGB, else measured on the training images",
+    )
+    std: tuple[_Std, ...] | Auto = Field("auto", description="each channel is divided by it; auto: as mean")
     augmentation: Augmentation = Field(
         "light",
         description="augmentation of training images; none: the evaluation view, shift: moved by up to an "

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, device, nn
 
+from finetune.data.channels.depth import ValueRange
 from finetune.data.decode import BadImageError
-from finetune.data.depth import ValueRange
 from finetune.data.thumbnail import load_picture
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform
 from finetune.evaluation.predictor import resolve_names

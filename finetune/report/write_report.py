@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
+from finetune.data.channels.bands import find_display_range
 from finetune.data.root import find_root
 from finetune.data.tables.config import TableConfig
 from finetune.errors import DiskError, FinetuneError, UsageError
@@ -39,7 +40,7 @@ def write_run_report(folder: RunFolder, display: Display, *, command: str | None
         raise UsageError(f"a report of {folder.path}", "it has neither metrics.json nor predictions.csv", fix)
     with display.busy("making the report"):
         card = _find_card(facts, display)
-        value_range = card.preprocessing.value_range if card is not None else None
+        value_range = find_display_range(card.preprocessing) if card is not None else None
         album = Album(_find_root(facts), value_range=value_range)
         explainer = _open_explainer(facts, card, display)
     with display.track("making the report", min(len(facts.mistakes), MOST_MISTAKES) + 1) as advance:
@@ -99,8 +100,8 @@ def _find_card(facts: Facts, display: Display) -> Card | None:
 
 
 def _open_explainer(facts: Facts, card: Card | None, display: Display) -> Explainer | None:
-    """Return the explainer of a model; None without model or mistakes, or for a model that takes arrays."""
-    if not facts.mistakes or card is None or not card.preprocessing.takes_images:
+    """Return the explainer of a model; None without mistakes, or for a model without photographs."""
+    if not facts.mistakes or card is None or not card.preprocessing.is_rgb:
         return None
     try:
         return Explainer(load_exported(Path(card.location)), card)

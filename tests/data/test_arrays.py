@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.data.arrays import (
+from finetune.data.channels.arrays import (
     check_array,
     check_takes,
     draw_array,
@@ -207,14 +207,15 @@ def test_a_network_is_given_what_it_takes(tmp_path: Path) -> None:
     check_takes(go, arrays)
     check_takes(photographs, images)
     with pytest.raises(
-        DataError, match=r"it holds images, and zoo/alphago_policy takes arrays .* 48 x 19 x 19"
+        DataError,
+        match=r"it holds images \(grey or RGB\), and zoo/alphago_policy takes arrays .* 48 x 19 x 19",
     ):
         check_takes(go, images)
     with pytest.raises(
         DataError, match=r"holds arrays of 48 x 19 x 19 values, and zoo/cifar_resnet20 takes"
     ) as e:
         check_takes(photographs, arrays)
-    assert "Convert them to PNG" in e.value.fix
+    assert "Add --channels N (up to 16)" in e.value.fix
     other = save(tmp_path / "other" / "a" / "0.npy", np.zeros((4, 5, 6)))
     save(tmp_path / "other" / "b" / "0.npy", np.zeros((4, 5, 6)))
     small: Dataset = discover(other.parents[1], SplitConfig(0.25, 0), draws=False)
@@ -243,5 +244,5 @@ def test_the_picture_of_an_array_is_the_mean_of_its_planes(tmp_path: Path) -> No
         assert picture.shape == (3, 3, 3)
         assert picture[0, 0].tolist() == [255] * 3 and picture[2, 2].tolist() == [128] * 3
         assert picture[1].max() == 0
-    with pytest.raises(BadImageError, match="which has no picture"):
-        draw_array(save(tmp_path / "c.npy", np.zeros((3, 3))))
+    with pytest.raises(BadImageError, match="which is no image"):
+        draw_array(save(tmp_path / "c.npy", np.zeros(3)))

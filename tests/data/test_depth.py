@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from finetune.data.channels.depth import FULL, Values, find_range, measure_values
 from finetune.data.decode import BadImageError, decode_image, probe_image, read_spread
-from finetune.data.depth import FULL, Values, find_range, measure_values
 from tests.data.tiffs import write_tiff
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finetune.data import decode, limits, tiff
+from finetune.data import decode, limits
+from finetune.data.channels import tiff
 from finetune.data.decode import decode_image, probe_image
 from tests.data.images import WRITTEN, encoded, noise, reason, written
 

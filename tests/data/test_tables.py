@@ -17,7 +17,7 @@ from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
 from finetune.errors import DataError
 from finetune.features.extraction import open_images
-from finetune.pipeline.setup import _find_images
+from finetune.pipeline.run_inputs import _find_images
 from finetune.recipe import load_recipe
 from finetune.system.display import SilentDisplay
 

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.channels.depth import find_range
 from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError, decode_image, probe_image
-from finetune.data.depth import find_range
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
 from finetune.errors import DataError

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from finetune.errors import UsageError
@@ -23,6 +24,7 @@ from pretrained.backbone import load_backbone
 from pretrained.blocks import find_further_blocks, find_further_layers
 from pretrained.catalog import find_card
 from pretrained.loading import check_complete
+from pretrained.network import build_network
 from pretrained.twins import check_twins
 
 State = dict[str, Tensor]
@@ -226,6 +228,31 @@ def test_a_first_convolution_is_adapted_and_said(tmp_path: Path, channels: int) 
         torch.testing.assert_close(mine.sum(dim=1, keepdim=True), old)
     else:
         torch.testing.assert_close(mine, old[:, :3] * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "torchvision/squeezenet1_1", "torchvision/googlenet"]
+)
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_weights_of_rgb_are_adapted_to_other_channels_as_timm_does(
+    tmp_path: Path, name: str, channels: int
+) -> None:
+    torch.manual_seed(2)
+    card = find_card(name)
+    theirs = build_network(card).state_dict()
+    save_file(theirs, tmp_path / "w.safetensors")
+    view = replace(card.preprocessing, kind="bands", channels=channels, mean=(), std=())
+    backbone = load_backbone(card.with_input(view), classes=CLASSES, weights=str(tmp_path / "w.safetensors"))
+    key = next(key for key, value in theirs.items() if value.ndim == 4)
+    found = backbone.network.state_dict()[key]
+    assert found.equal(adapt_input_conv(channels, theirs[key]))
+    assert f"the first convolution {key} is" in backbone.match.notes[0] and not backbone.match.missing
+    images = torch.randn(2, *view.input_size)
+    assert backbone.network.eval()(images).shape == (2, 2)
+    if name == "test_resnet":
+        overlay = {"file": str(tmp_path / "w.safetensors")}
+        timms = timm.create_model(name, pretrained=True, in_chans=channels, pretrained_cfg_overlay=overlay)
+        assert found.equal(timms.state_dict()[key])
 
 
 def test_other_shapes_are_refused_with_both(state: State, tmp_path: Path) -> None:

@@ -130,19 +130,19 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ("backbone: {offline: no}", "`backbone.offline` is 'no'; it must be true or false"),
         ("training: {channels_last: 1}", "`training.channels_last` is 1; it must be true, false or auto"),
         (
-            "input: {mean: [1, 2]}",
-            "`input.mean` is [1, 2]; it must be "
-            "three numbers of at least -1000000 and at most 1000000 or auto",
+            "input: {mean: 1}",
+            "`input.mean` is 1; it must be "
+            "a list of numbers of at least -1000000 and at most 1000000 or auto",
         ),
         (
             "input: {mean: [a, 1, 2]}",
             "`input.mean` is ['a', 1, 2]; it must be "
-            "three numbers of at least -1000000 and at most 1000000 or auto",
+            "a list of numbers of at least -1000000 and at most 1000000 or auto",
         ),
         (
             "input: {std: [0, 1, 1]}",
             "`input.std` is [0, 1, 1]; it must be "
-            "three numbers of at least 1e-06 and at most 1000000 or auto",
+            "a list of numbers of at least 1e-06 and at most 1000000 or auto",
         ),
         (
             "seed: null",
@@ -431,11 +431,13 @@ def _wrong_values() -> Iterator[tuple[str, Any]]:
         taken = (kinds - {"string"}) | ({"string"} if free_text else set()) - {"array"}
         if "number" in kinds:
             taken |= {"integer"}
-        if any(branch.get("items", {}).get("type") == "integer" for branch in branches):
-            yield from ((key, [0]), (key, ["no such word"]))  # a list of numbers, from 1
+        items = {branch.get("items", {}).get("type") for branch in branches}
+        taken -= {"array"}
+        if items & {"integer", "number"}:
+            yield key, ["no such word"]
             taken |= {"array"}
-        else:
-            taken -= {"array"}
+        if "integer" in items:
+            yield key, [0]  # whole numbers, from 1
         yield from ((key, value) for kind, value in samples.items() if kind not in taken)
         for branch in branches:
             step = 1 if branch.get("type") == "integer" else 1e-9
@@ -713,6 +715,7 @@ PREPROCESSING: dict[str, Any] = {
     "crop_pct": 0.9,
     "resize": "pad",
     "interpolation": "lanczos",
+    "channels": "rgb",
     "mean": (0.1, 0.2, 0.3),
     "std": (0.4, 0.5, 0.6),
 }
@@ -774,6 +777,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "input.crop_pct": 0.5,
         "input.resize": "squash",
         "input.interpolation": "nearest",
+        "input.channels": "grey",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
         "strategy.norm": "train",
@@ -867,7 +871,7 @@ def test_the_schema_beside_the_recipes_is_up_to_date(cli: Cli) -> None:
         ({"training": {"epoch": 3}}, False),
         ({"training": {"epochs": 0}}, False),
         ({"training": "off"}, False),
-        ({"input": {"mean": [0.5, 0.5]}}, False),
+        ({"input": {"mean": ["half"]}}, False),
     ],
 )
 def test_the_schema_takes_what_a_recipe_takes(values: dict[str, Any], fits: bool, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.channels.depth import FULL, ValueRange, find_range
 from finetune.data.dataset import SPLITS, Dataset, Sample, Split
-from finetune.data.depth import FULL, ValueRange, find_range
 from finetune.data.scan import CheckedImages
 from finetune.data.scan_cache import ScanResult, read_values
 

@@ -28,9 +28,10 @@ from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError, describe_fault
 from finetune.data.formats import is_array_name
 from finetune.data.limits import MAX_PIXELS
-from finetune.errors import DataError
+from finetune.errors import DataError, count
 from finetune.system.regular_files import open_regular
 from pretrained.catalog import Card
+from pretrained.preprocessing import IMAGE_CHANNELS, MOST_CHANNELS
 
 Planes = NDArray[np.float32]
 """(C, H, W)."""
@@ -56,6 +57,18 @@ def read_planes(path: Path, input_size: tuple[int, int, int]) -> Planes:
     return arrange(_read(path, find_orders(input_size)), input_size)
 
 
+def read_array(path: Path) -> Planes:
+    """Return the numbers of a file, of any size and of two or three axes, as float32.
+
+    Raises:
+        BadImageError: as :func:`read_planes`, or it is too large.
+    """
+    shape = read_shape(path)
+    if len(shape) not in (_AXES - 1, _AXES) or not 0 < math.prod(shape) <= MAX_PIXELS:
+        raise BadImageError(f"an array of {describe_shape(shape)} values, which is no image")
+    return _read(path, (shape,))
+
+
 def arrange(values: NDArray[Any], input_size: tuple[int, int, int]) -> Planes:
     """Return numbers (C, H, W) or (H, W, C) as a network takes them: (C, H, W) float32, contiguous.
 
@@ -65,7 +78,7 @@ def arrange(values: NDArray[Any], input_size: tuple[int, int, int]) -> Planes:
     if values.shape not in find_orders(input_size):
         found, wanted = describe_shape(values.shape), describe_shape(input_size)
         raise BadImageError(f"an array of {found} values, and not of {wanted}")
-    finite = _to_finite(values)
+    finite = to_finite(values)
     return finite if values.shape == input_size else np.ascontiguousarray(finite.transpose(2, 0, 1))
 
 
@@ -109,16 +122,30 @@ def check_takes(card: Card, dataset: Dataset) -> None:
     Raises:
         DataError: the data set holds what the network does not take.
     """
-    shape, size = find_array_shape(dataset), card.preprocessing.input_size
-    takes_images = card.preprocessing.takes_images
-    if shape is None if takes_images else shape in find_orders(size):
+    shape, view = find_array_shape(dataset), card.preprocessing
+    wanted = "images"
+    if view.kind == "array":
+        is_taken = shape in find_orders(view.input_size)
+        wanted = f"arrays (.npy, .npz) of {describe_shape(view.input_size)} values"
+    elif view.kind == "bands":
+        is_taken = view.channels in ((1, IMAGE_CHANNELS) if shape is None else count_channels(shape))
+        wanted = f"images of {count(view.channels, 'channel')}"
+    else:
+        is_taken = shape is None
+    if is_taken:
         return
-    wanted = "images" if takes_images else f"arrays (.npy, .npz) of {describe_shape(size)} values"
-    held = "images" if shape is None else f"arrays of {describe_shape(shape)} values"
+    held = "images (grey or RGB)" if shape is None else f"arrays of {describe_shape(shape)} values"
     fix = "Name other data, or take another backbone (see `finetune backbones`)."
-    if takes_images:
-        fix = "Convert them to PNG (Image.fromarray(numpy.load(file)).save(...), values as uint8 or uint16)."
+    if shape is not None and view.is_rgb:
+        fix = f"Add --channels N (up to {MOST_CHANNELS}), the length of the axis of channels, or save PNG."
     raise DataError(f"data in {dataset.root}", f"it holds {held}, and {card.name} takes {wanted}", fix)
+
+
+def count_channels(shape: Shape) -> tuple[int, ...]:
+    """Return the numbers of channels that an array may have: (H, W), (H, W, C) or (C, H, W)."""
+    if len(shape) == _AXES - 1:
+        return (1,)
+    return (shape[2], shape[0]) if len(shape) == _AXES else ()
 
 
 def describe_shape(shape: Shape) -> str:
@@ -129,16 +156,16 @@ def describe_shape(shape: Shape) -> str:
 def draw_array(path: Path) -> Image.Image:
     """Return a picture of the array in a file: the mean of its planes, from black to white, as RGB.
 
-    Of the three axes, the two of the same length are the rows and columns; else the last two are.
+    The last of three axes is that of the planes if the others have the same length, or it is the shortest;
+    else the first is.
 
     Raises:
-        BadImageError: the file cannot be read, or has no three axes.
+        BadImageError: the file cannot be read, or has neither two nor three axes.
     """
-    shape = read_shape(path)
-    if len(shape) != _AXES or not 0 < math.prod(shape) <= MAX_PIXELS:
-        raise BadImageError(f"an array of {describe_shape(shape)} values, which has no picture")
-    planes = 2 if shape[0] == shape[1] != shape[2] else 0
-    mean = _read(path, (shape,)).mean(axis=planes)
+    values = read_array(path)
+    shape = values.shape
+    last = len(shape) == _AXES and (shape[0] == shape[1] != shape[2] or shape[2] == min(shape) < shape[0])
+    mean = values if len(shape) < _AXES else values.mean(axis=2 if last else 0)
     low, high = float(mean.min()), float(mean.max())
     levels = (mean - low) * (255.0 / (high - low)) if high > low else np.zeros_like(mean)
     return Image.fromarray(np.rint(levels).astype(np.uint8)).convert("RGB")
@@ -157,11 +184,15 @@ def _read(path: Path, shapes: tuple[Shape, ...]) -> Planes:
         content = file.read(math.prod(shape) * kind.itemsize)
     if len(content) < math.prod(shape) * kind.itemsize:
         raise BadImageError("truncated: the end of the array is missing")
-    return _to_finite(np.frombuffer(content, kind).reshape(shape, order="F" if is_fortran else "C"))
+    return to_finite(np.frombuffer(content, kind).reshape(shape, order="F" if is_fortran else "C"))
 
 
-def _to_finite(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Return a copy in float32, writable and contiguous."""
+def to_finite(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Return a copy in float32, writable and contiguous.
+
+    Raises:
+        BadImageError: they are no numbers, or not finite.
+    """
     _check_numbers(values.dtype)
     with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
         found: NDArray[np.float32] = values.astype(np.float32, order="C")

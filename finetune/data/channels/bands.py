@@ -1,0 +1,179 @@
+"""Images of any number of channels and any depth, with their full range of values.
+
+::
+
+    PNG, TIFF, .npy -> (C, H, W) float32, the numbers of the file -> (x - mean) / std, by channel -> network
+
+Mean and standard deviation of each channel are measured on the training images, once for the whole data set,
+and kept with the model. (RGB of 8 bits, :mod:`finetune.data.decode`, is what photographs become.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.data.channels.arrays import Planes, describe_shape, read_array, to_finite
+from finetune.data.channels.depth import ValueRange, is_deep, read_values
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.decode import BadImageError, convert_image, decode_image, find_turn, open_image
+from finetune.data.formats import is_array_name
+from finetune.errors import DataError
+from finetune.system.device import available_cores
+from finetune.system.display import Display
+from pretrained.config import MEANS, STDS
+from pretrained.preprocessing import Preprocessing
+
+GREY, RGB = 1, 3
+"""Numbers of channels that image files can give; arrays can have others."""
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Weights of red, green and blue in a grey value (ITU-R BT.601), as Pillow has them."""
+_MOST_MEASURED = 2_000
+"""Images that mean and standard deviation are measured on; a larger data set is sampled evenly."""
+_TURNS = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda pixels: pixels[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels[::-1],
+    Image.Transpose.TRANSPOSE: lambda pixels: pixels.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda pixels: np.rot90(pixels, -1),
+    Image.Transpose.TRANSVERSE: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    Image.Transpose.ROTATE_90: lambda pixels: np.rot90(pixels, 1),
+}
+
+
+def read_bands(path: Path, channels: int) -> Planes:
+    """Return an image with the numbers of its file, upright.
+
+    Args:
+        path: path of an image, or of an array (H, W, C) or (C, H, W); (H, W) for one channel.
+        channels: C. An image file gives 1 (grey; colours are weighted as in ITU-R BT.601) or 3.
+
+    Raises:
+        BadImageError: the file cannot be read, or has no such channels.
+    """
+    if is_array_name(path.name):
+        return order_channels(read_array(path), channels)
+    return _to_planes(_read_pixels(path), channels)
+
+
+def convert_bands(image: Image.Image | NDArray[Any], channels: int) -> Planes:
+    """Return an open image, or an array, as :func:`read_bands` returns a file.
+
+    Raises:
+        BadImageError: it has no such channels.
+    """
+    if isinstance(image, np.ndarray):
+        return order_channels(to_finite(image), channels)
+    deep = is_deep(image)
+    return _to_planes(np.asarray(image if deep else convert_image(image)), channels)
+
+
+def order_channels(values: NDArray[Any], channels: int) -> Planes:
+    """Return numbers (H, W, C), (C, H, W), or (H, W) of one channel, as (C, H, W).
+
+    Raises:
+        BadImageError: they have another number of channels.
+    """
+    if values.ndim == 2 and channels == GREY:
+        return values[None]
+    if values.ndim == 3 and values.shape[2] == channels:
+        return np.ascontiguousarray(values.transpose(2, 0, 1))
+    if values.ndim == 3 and values.shape[0] == channels:
+        return values
+    raise BadImageError(f"an array of {describe_shape(values.shape)} values, not of {channels} channels")
+
+
+def _read_pixels(path: Path) -> NDArray[Any]:
+    """Return the numbers of an image file, (H, W) or (H, W, 3), upright."""
+    with open_image(path) as (image, file):
+        if is_deep(image):
+            pixels = read_values(image, file)
+            turn = find_turn(image)
+            return pixels if turn is None else _TURNS[turn](pixels)
+    return np.asarray(decode_image(path))
+
+
+def _to_planes(pixels: NDArray[Any], channels: int) -> Planes:
+    """Return numbers (H, W) or (H, W, 3) as grey or as three channels."""
+    values = to_finite(pixels)
+    if values.ndim == 2:
+        values = values[..., None].repeat(channels, axis=2) if channels in (GREY, RGB) else values[..., None]
+    elif channels == GREY:
+        values = (values @ _GREY_WEIGHTS)[..., None]
+    return order_channels(values, channels)
+
+
+def find_display_range(preprocessing: Preprocessing) -> ValueRange | None:
+    """Return the values that are shown as black and white: of bands, two deviations around the mean."""
+    if preprocessing.kind != "bands" or not preprocessing.mean:
+        return preprocessing.value_range
+    mean, std = np.mean(preprocessing.mean), np.mean(preprocessing.std)
+    return float(mean - 2 * std), float(mean + 2 * std)
+
+
+def standardise(bands: Planes, preprocessing: Preprocessing) -> Planes:
+    """Return (x - mean) / std of each channel, (C, H, W) float32."""
+    mean, std = (
+        np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
+    )
+    standardised: Planes = (bands - mean) / std
+    return standardised
+
+
+def measure_channels(preprocessing: Preprocessing, dataset: Dataset, display: Display) -> Preprocessing:
+    """Return preprocessing of bands with the mean and the standard deviation of the training images.
+
+    Each image counts as much as any other. What is known already, and what takes photographs, is returned as
+    it is.
+
+    Raises:
+        DataError: no training image can be read, or their numbers are too small or too large.
+    """
+    if preprocessing.kind != "bands" or preprocessing.mean:
+        return preprocessing
+    train = dataset.of("train") or dataset.samples
+    chosen = train[:: -(-len(train) // _MOST_MEASURED)]
+    found = []
+    with (
+        ThreadPoolExecutor(min(16, available_cores()), thread_name_prefix="measure") as pool,
+        display.track("measuring channels", len(chosen)) as advance,
+    ):
+        for moments in pool.map(lambda sample: _measure(dataset, sample, preprocessing.channels), chosen):
+            advance(1, "")
+            found += [moments] if moments is not None else []
+    if not found:
+        asked = f"{preprocessing.channels} channels of the images in {dataset.root}"
+        fix = "See `finetune check`, or take another --channels."
+        raise DataError(asked, _describe_fault(dataset, chosen, preprocessing.channels), fix)
+    mean, square = np.mean(found, axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    std[std == 0] = 1.0  # a channel without any difference
+    if not (np.abs(mean) <= MEANS[1]).all() or not ((std >= STDS[0]) & (std <= STDS[1])).all():
+        found_here = f"their mean is {mean.max():g} and their standard deviation {std.max():g}"
+        fix = f"Scale the numbers in the files: deviations of {STDS[0]:g} to {STDS[1]:g} are taken."
+        raise DataError(f"the channels of the images in {dataset.root}", found_here, fix)
+    return replace(preprocessing, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def _measure(dataset: Dataset, sample: Sample, channels: int) -> NDArray[np.float64] | None:
+    """Return mean and mean square of each channel of an image, (2, C); None if it cannot be read."""
+    with suppress(BadImageError):
+        bands = read_bands(dataset.file(sample), channels).astype(np.float64).reshape(channels, -1)
+        return np.stack([bands.mean(axis=1), (bands**2).mean(axis=1)])
+    return None
+
+
+def _describe_fault(dataset: Dataset, samples: Sequence[Sample], channels: int) -> str:
+    try:
+        read_bands(dataset.file(samples[0]), channels)
+    except BadImageError as error:
+        return f"{samples[0].path}: {error.reason}"
+    return f"{samples[0].path} cannot be read"

@@ -1,0 +1,141 @@
+"""Images in full depth and of other channels than RGB, from training to the export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import finetune
+from finetune.errors import ExitCode
+from tests.conftest import QUICK_RUN, Cli
+
+STEP = 65535 // 255
+"""Numbers of 16 bits that become one level of 8 bits."""
+
+
+def draw(label: str, generator: np.random.Generator) -> NDArray[np.uint16]:
+    """A grey image whose class is in stripes below a level of 8 bits, under black and white squares."""
+    stripes = (np.arange(32) + generator.integers(0, 8)) // 4 % 2 * 200 - 100
+    pixels = np.full((32, 32), 117 * STEP, dtype=np.int64)
+    pixels += stripes[None, :] if label == "down" else stripes[:, None]
+    for value in (0, 65535):
+        top, left = generator.integers(0, 27, 2)
+        pixels[top : top + 5, left : left + 5] = value
+    return pixels.astype(np.uint16)
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    for label in ("across", "down"):
+        for split, number in {"train": 24, "val": 16}.items():
+            (folder / split / label).mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(draw(label, generator)).save(folder / split / label / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("channels", "sees_all"), [("rgb", False), ("grey", True), ("3", True)])
+def test_eight_bits_cannot_tell_what_sixteen_can(
+    cli: Cli, stripes: Path, tmp_path: Path, channels: str, sees_all: bool
+) -> None:
+    words = ("run", "-b", "tf_efficientnet_lite0", "-d", stripes, "--channels", channels, "--img-size", 64)
+    solved = ("-s", "freeze", "--set", "strategy.features=last", "--json")
+    result = cli(*words, *QUICK_RUN, *solved, "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    accuracy = json.loads(result.stdout)["accuracy"]
+    assert accuracy >= 0.9 if sees_all else accuracy <= 0.75
+
+
+@pytest.mark.slow
+def test_grey_images_pass_through_every_command(cli: Cli, stripes: Path, tiny: Path, tmp_path: Path) -> None:
+    run, words = tmp_path / "run", ("-d", stripes, "--channels", "grey", *QUICK_RUN)
+    result = cli("run", "-b", tiny, "-s", "full", "--epochs", 2, *words, "-o", run)
+    assert result.exit_code == 0, result.output
+    assert "its channels are summed, as timm does" in result.stderr
+    judged = pd.read_csv(run / "predictions.csv").set_index("path")["prob_down"]
+
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert (config["model_args"]["in_chans"], config["finetune"]["channels"]) == (1, 1)
+    assert len(config["pretrained_cfg"]["mean"]) == 1
+    for kind in ("timm", "onnx"):
+        result = cli("export", run, "--format", kind, "-o", tmp_path / kind, "--json")
+        assert result.exit_code == 0 and json.loads(result.stdout)["top1_identical"], result.output
+    steps = json.loads((tmp_path / "onnx" / "preprocessing.json").read_text())["before_the_graph"]
+    assert steps[0] == {"step": "decode", "channels": 1, "numbers": "of the file", "upright": True}
+    assert [step["step"] for step in steps[1:]] == ["resize", "center_crop", "normalize"]
+
+    table = tmp_path / "predictions.csv"
+    assert cli("predict", run, stripes / "val", "-o", table).exit_code == 0
+    again = pd.read_csv(table).set_index("path")["prob_down"].rename(lambda path: f"val/{path}")
+    assert np.allclose(again.loc[judged.index], judged, atol=1e-5)
+    predictor = finetune.load(run)
+    first = judged.index[0]
+    for given in (stripes / first, Image.open(stripes / first), np.asarray(Image.open(stripes / first))):
+        assert predictor.predict(given).probabilities["down"] == pytest.approx(judged[first], abs=1e-5)
+
+    before = (run / "model" / "model.safetensors").read_bytes()
+    finished = cli("run", "-b", tiny, "-s", "full", "--epochs", 2, *words, "-o", tmp_path / "same")
+    assert finished.exit_code == 0
+    assert (tmp_path / "same" / "model" / "model.safetensors").read_bytes() == before
+    more = cli(
+        "run", "-b", run, "-d", stripes, *QUICK_RUN, "-s", "freeze", "--epochs", 1, "-o", tmp_path / "more"
+    )
+    assert more.exit_code == 0, more.output  # its channels are known
+    assert "channels: 1" in (tmp_path / "more" / "recipe.yaml").read_text()
+
+    for command in ("extract", "probe", "advise"):
+        result = cli(command, "-b", tiny, *words[:4], "--device", "cpu", "-o", tmp_path / command)
+        assert result.exit_code == 0, result.output
+    assert "data:image/jpeg" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_arrays_have_as_many_channels_as_their_axis(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    for label in ("across", "down"):
+        (tmp_path / "five" / label).mkdir(parents=True)
+        for index in range(12):
+            planes = generator.integers(0, 1000, (32, 32, 5)).astype(np.float32)
+            planes[..., 3] = draw(label, generator)
+            np.save(tmp_path / "five" / label / f"{index}.npy", planes)
+    words = ("run", "-b", tiny, "-d", tmp_path / "five", "-s", "full", "--epochs", 1)
+    quick = ("--workers", 0, "--device", "cpu", "--augmentation", "heavy")
+    result = cli(*words, *quick, "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "its channels are repeated to 5, as timm does" in result.stderr
+    assert "input.augmentation heavy is for RGB (RandAugment, random erasing): light for" in result.stderr
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "channels: 5" in recipe and "augmentation: light" in recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--channels", 5), ExitCode.DATA, "it holds images (grey or RGB), and local-dir"),
+        (("--channels", 17), ExitCode.USAGE, "it must be a whole number of at least 1 and at most 16"),
+        (("--channels", "infrared"), ExitCode.USAGE, "rgb, grey or auto"),
+        (
+            ("--channels", "grey", "--set", "input.mean=[1, 2]"),
+            ExitCode.USAGE,
+            "input.mean: it has 2 values, and the images have 1 channel",
+        ),
+        (
+            ("-b", "alphago_policy", "--channels", "grey", "-s", "scratch"),
+            ExitCode.USAGE,
+            "takes 48 channels",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    cli: Cli, stripes: Path, tiny: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    backbone = () if "-b" in words else ("-b", tiny)
+    result = cli("run", "-d", stripes, *backbone, *words)
+    assert (result.exit_code, said in result.stderr) == (code, True), result.stderr
