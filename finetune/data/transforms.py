@@ -78,6 +78,20 @@ class Transform:
         return self.draw(image).contiguous()
 
 
+def draw_view(view: Tensor) -> Image.Image:
+    """Return what the network sees of an image, as an RGB image.
+
+    Of bands it is the mean of the channels in grey: black and white are two deviations from the mean.
+
+    Args:
+        view: uint8 (3, H, W), or standardised float32 (C, H, W).
+    """
+    if view.dtype == torch.uint8:
+        return Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
+    grey = ((view.mean(dim=0) / 4 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(grey.numpy()).convert("RGB")
+
+
 class Normalizer:
     """Computes (x / 255 - mean) / std, bitwise equal to timm's ``ToTensor`` and ``Normalize``.
 

@@ -59,11 +59,13 @@ def frame(image: Image.Image, box: Corners, side: int) -> Image.Image:
 
 
 def draw_projection(values: Floats) -> Image.Image:
-    """Return signed values of the three colours as an image: grey is zero.
+    """Return signed values of the colours as an image: grey is zero. Of other channels it draws the mean.
 
     Args:
-        values: (3, H, W) in any unit; the largest magnitudes become black and white.
+        values: (C, H, W) in any unit; the largest magnitudes become black and white.
     """
+    if len(values) != 3:
+        values = np.repeat(values.mean(axis=0, keepdims=True), 3, axis=0)
     largest = max(float(np.percentile(np.abs(values), 100 - _SATURATED)), _TINY)
     scaled = 0.5 + 0.5 * values / largest
     return Image.fromarray(np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))

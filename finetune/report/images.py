@@ -15,7 +15,7 @@ from torch import Tensor, device, nn
 from finetune.data.channels.depth import ValueRange
 from finetune.data.decode import BadImageError
 from finetune.data.thumbnail import load_picture
-from finetune.data.transforms import Normalizer, Transform, build_eval_transform
+from finetune.data.transforms import Normalizer, Transform, build_eval_transform, draw_view
 from finetune.evaluation.predictor import resolve_names
 from finetune.explain.attribution.cam import GradCam
 from finetune.explain.attribution.heat_map import ComputeMaps, HeatMap
@@ -152,7 +152,7 @@ class Explainer:
         """Return, for each list of classes, a map for each image.
 
         Args:
-            views: the network's input, uint8 (3, H, W), B images.
+            views: the network's input, uint8 (3, H, W) or float32 (C, H, W), B images.
             classes: lists of B class names; the network may not know some of them.
         """
         pixels = self._normalize(torch.stack(list(views)))
@@ -234,7 +234,7 @@ def _open(prediction: PredictionRow, album: Album, explainer: Explainer | None) 
 def _panels(
     number: int, prediction: PredictionRow, album: Album, view: Tensor, maps: Sequence[HeatMap]
 ) -> tuple[Panel, ...]:
-    seen = Image.fromarray(view.permute(1, 2, 0).numpy())
+    seen = draw_view(view)
     scale = _SIDE / max(seen.size)
     small = seen.resize((round(seen.width * scale), round(seen.height * scale)), Image.Resampling.LANCZOS)
     panels = [Panel("network input", album.show(small))]

@@ -100,8 +100,8 @@ def _find_card(facts: Facts, display: Display) -> Card | None:
 
 
 def _open_explainer(facts: Facts, card: Card | None, display: Display) -> Explainer | None:
-    """Return the explainer of a model; None without mistakes, or for a model without photographs."""
-    if not facts.mistakes or card is None or not card.preprocessing.is_rgb:
+    """Return the explainer of a model; None without mistakes, or for a model that takes arrays."""
+    if not facts.mistakes or card is None or card.preprocessing.kind == "array":
         return None
     try:
         return Explainer(load_exported(Path(card.location)), card)

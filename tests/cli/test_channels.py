@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from typer.testing import CliRunner
 
 import finetune
 from finetune.errors import ExitCode
@@ -39,6 +40,18 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for index in range(number):
                 Image.fromarray(draw(label, generator)).save(folder / split / label / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def grey(stripes: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a network with one channel."""
+    from finetune.cli.app import app
+
+    output = tmp_path_factory.mktemp("grey") / "run"
+    words = ("run", "-b", tiny, "-d", stripes, "--channels", "grey", "-s", "full", *QUICK_RUN, "-o", output)
+    result = CliRunner().invoke(app, [*map(str, words)])
+    assert result.exit_code == 0, result.output
+    return output
 
 
 @pytest.mark.parametrize(("channels", "sees_all"), [("rgb", False), ("grey", True), ("3", True)])
@@ -94,6 +107,24 @@ def test_grey_images_pass_through_every_command(cli: Cli, stripes: Path, tiny: P
         result = cli(command, "-b", tiny, *words[:4], "--device", "cpu", "-o", tmp_path / command)
         assert result.exit_code == 0, result.output
     assert "data:image/jpeg" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("cam",), ("saliency",), ("localise",), ("maps",), ("top",), ("invariance",), ("ablate",)),
+        *(("deconv",), ("filters",), ("class", "--class", "down"), ("receptive-field",)),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_explanation_draws_on_grey(
+    cli: Cli, grey: Path, stripes: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    images = () if words[0] in ("filters", "class", "receptive-field") else ("--data", stripes / "val")
+    result = cli("explain", words[0], grey, *words[1:], *images, "--device", "cpu", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / "out").glob("*.png"))
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@
 
     class-images.png    a row for each class, a column for each seed
     class-images.csv    class, seed, lambda, score before the softmax at the start and at the end, probability
-    class-images.npz    ``classes`` (R,), ``images`` (R, S, 3, H, W) uint8
+    class-images.npz    ``classes`` (R,), ``images`` (R, S, 3, H, W) uint8, of bands (R, S, C, H, W) float32
     explain.json        model, contrast, steps, checks, versions
 
-Each image is checked as it is written, rounded to 8 bits: one that the network takes for another class is not
-drawn. Shape legend: R classes, S seeds, H W pixels.
+Each image is checked as it is written (RGB is rounded to 8 bits): one that the network takes for another
+class is not drawn. Shape legend: R classes, S seeds, H W pixels.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from finetune.data.transforms import Normalizer
+from finetune.data.transforms import Normalizer, draw_view
 from finetune.errors import UsageError, count
 from finetune.explain.class_image import CONTRAST, NUM_STEPS, compute_class_images
 from finetune.explain.class_score import find_scores
-from finetune.explain.commands.images import to_image
 from finetune.explain.commands.model import find_class, open_model, require_classes, require_images
 from finetune.explain.commands.record import say_written, write_arrays, write_record
 from finetune.features.network import Network
@@ -39,9 +38,12 @@ from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
 from finetune.targets import decide, to_probabilities
+from pretrained.preprocessing import Preprocessing
 
 MOST_CLASSES = 10
 """Classes that are all drawn if none is named."""
+_DEVIATIONS = 3.0
+"""Bounds of an image of bands, in standard deviations of its channels."""
 _COLUMNS = ("class", "seed", "lambda", "score_at_start", "score", "probability", "predicted")
 
 
@@ -117,14 +119,17 @@ def _compute(
     card, device = network.backbone.card, network.placement.device
     size = card.preprocessing.input_size
     normalize = Normalizer(card.preprocessing, device)
-    black, white = (normalize(_plain(value).to(device))[0] for value in (0, 255))
+    ends = (_plain(card.preprocessing, end) for end in (0, 1))
+    black, white = (normalize(end.to(device))[0] for end in ends)
     scores_of = find_scores(network.backbone.network, size)
     start = torch.zeros(size, device=device)  # the mean that the network subtracts
     found = compute_class_images(
         scores_of, index, start, (black, white), seeds, is_smooth=is_smooth, advance=advance
     )
-    share = (found.pixels - black.cpu()) / (white - black).cpu()
-    views = (255 * share).round().clamp(0, 255).to(torch.uint8)
+    views = found.pixels
+    if card.preprocessing.is_rgb:
+        share = (found.pixels - black.cpu()) / (white - black).cpu()
+        views = (255 * share).round().clamp(0, 255).to(torch.uint8)
     with torch.inference_mode():
         scores = scores_of(normalize(views.to(device))).cpu()
     probabilities, predicted = to_probabilities(scores / card.temperature), decide(scores)
@@ -143,8 +148,11 @@ def _compute(
     ]
 
 
-def _plain(value: int) -> Tensor:
-    return torch.full((1, 3, 1, 1), value, dtype=torch.uint8)
+def _plain(preprocessing: Preprocessing, end: int) -> Tensor:
+    """Return a pixel of the lowest (0) or of the highest (1) values that an image may have."""
+    if preprocessing.is_rgb:
+        return torch.full((1, 3, 1, 1), 255 * end, dtype=torch.uint8)
+    return torch.full((1, preprocessing.channels, 1, 1), _DEVIATIONS * (2.0 * end - 1))
 
 
 def _write(
@@ -183,7 +191,7 @@ def _write(
 def _judge(drawn: Sequence[_Drawn]) -> dict[str, Any]:
     """Return how many of the images, as they are written, the network takes for their class."""
     right = sum(one.predicted == one.index for one in drawn)
-    said = f"Rounded to 8 bits, {right} of {count(len(drawn), 'image')} have the class as the most probable."
+    said = f"As written, {right} of {count(len(drawn), 'image')} have the class as the most probable."
     return {"passed": right == len(drawn), "num_right": right, "num_images": len(drawn), "said": said}
 
 
@@ -211,4 +219,4 @@ def _tile(one: _Drawn, classes: Sequence[str], side: int) -> Tile:
     lines = (classes[one.index], scores, f"probability {one.probability:.3f}")
     if one.predicted != one.index:
         return Tile(f"not shown: the network takes this image for {classes[one.predicted]}", lines)
-    return Tile(ImageOps.contain(to_image(one.view), (side, side), Image.Resampling.NEAREST), lines)
+    return Tile(ImageOps.contain(draw_view(one.view), (side, side), Image.Resampling.NEAREST), lines)

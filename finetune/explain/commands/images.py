@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.data.decode import BadImageError
 from finetune.data.inputs import InputImage
 from finetune.data.prepare import check_outside
-from finetune.data.transforms import Normalizer, Transform, build_eval_transform
+from finetune.data.transforms import Normalizer, Transform, build_eval_transform, draw_view
 from finetune.errors import DataError, UsageError, count
 from finetune.evaluation.prediction_inputs import find_prediction_inputs, list_inputs
 from finetune.evaluation.predictor import CPU_BATCH, split_batches
@@ -44,8 +44,8 @@ class ImageBatch:
 
     Attributes:
         images: their paths, B of them.
-        views: (B, 3, H, W) uint8 on the CPU, what the network sees of each.
-        pixels: (B, 3, H, W) float32, the same normalised, on the device of the network.
+        views: (B, 3, H, W) uint8 on the CPU, what the network sees of each; of bands (B, C, H, W) float32.
+        pixels: (B, C, H, W) float32, the same normalised, on the device of the network.
         sizes: width and height of each image before it was resized, upright.
     """
 
@@ -56,12 +56,7 @@ class ImageBatch:
 
     def picture(self, index: int) -> Image.Image:
         """Return what the network sees of one image, as an RGB image."""
-        return to_image(self.views[index])
-
-
-def to_image(view: Tensor) -> Image.Image:
-    """Return a view, uint8 (3, H, W), as an RGB image."""
-    return Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
+        return draw_view(self.views[index])
 
 
 def find_images(
@@ -137,8 +132,8 @@ class ImageReader:
             return image.fault
         try:
             opened = self.transform.open(image.file)
-            assert isinstance(opened, Image.Image)  # require_images
-            return self.transform(opened), opened.size
+            size = opened.size if isinstance(opened, Image.Image) else opened.shape[:0:-1]
+            return self.transform(opened), size
         except BadImageError as error:
             return error.reason
 

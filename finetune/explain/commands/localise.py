@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from finetune.errors import DataError
@@ -156,7 +157,7 @@ class _Result:
 
 def _locate(job: MapJob, batch: ImageBatch, number: int, row: MapRow) -> _Located:
     geometry = find_geometry(batch.sizes[number], job.network.backbone.card.preprocessing)
-    pixels = batch.views[number].permute(1, 2, 0).numpy()
+    pixels = np.asarray(batch.picture(number))
     box = None if row.heat.values is None else find_box(row.heat.values.numpy(), pixels)
     return _Located(box, geometry, shrink(batch.picture(number)))
 

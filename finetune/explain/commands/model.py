@@ -51,14 +51,14 @@ def require_classes(network: Network) -> tuple[str, ...]:
 
 
 def require_images(network: Network) -> None:
-    """Refuse a network that takes no photographs: there is nothing to draw on.
+    """Refuse a network that takes arrays: there is no image to draw on.
 
     Raises:
         UsageError: it does.
     """
     card = network.backbone.card
-    if not card.preprocessing.is_rgb:
-        found = "it takes no RGB images, and this command draws on them"
+    if card.preprocessing.kind == "array":
+        found = "it takes arrays, and this command draws images"
         fix = "`finetune explain filters` and `finetune explain receptive-field` need no images."
         raise UsageError(f"the model {card.name}", found, fix)
 

@@ -101,8 +101,7 @@ class _Model:
 
         A map that fails the checks of the report is left out.
         """
-        from PIL import Image
-
+        from finetune.data.transforms import draw_view
         from finetune.plots.overlay import draw_overlay
         from finetune.report.images import Explainer, encode
 
@@ -113,8 +112,8 @@ class _Model:
         [[heat]] = self._explainer.explain([view], [label])
         if heat.values is None:
             return {"heat_map": None, "heat_map_missing": heat.reason}
-        picture = Image.fromarray(view.permute(1, 2, 0).numpy())
-        return {"heat_map": base64.b64encode(encode(draw_overlay(picture, heat.values.numpy()))).decode()}
+        drawn = draw_overlay(draw_view(view), heat.values.numpy())
+        return {"heat_map": base64.b64encode(encode(drawn)).decode()}
 
     def _open(self, image: tuple[list[int] | None, bytes]) -> Any:
         """Return the RGB image of a block.
