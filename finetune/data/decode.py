@@ -360,11 +360,16 @@ def find_turn(image: Image.Image) -> Transpose | None:
     Broken metadata count as none: the pixels may still be good.
     """
     try:
-        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return find_upright(image.getexif().get(_ORIENTATION))
     except MemoryError:
         raise
     except Exception:
         return None
+
+
+def find_upright(orientation: object) -> Transpose | None:
+    """Return what brings an image with an EXIF orientation, 1 to 8, upright; None for nothing."""
+    return _UPRIGHT.get(orientation)
 
 
 def _rgb(image: Image.Image, value_range: ValueRange | None) -> Image.Image:

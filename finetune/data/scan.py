@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.channels.arrays import Shape, check_array, find_array_shape
+from finetune.data.channels.arrays import check_array, find_array_shape
+from finetune.data.channels.bands import GREY, RGB, read_bands
 from finetune.data.channels.depth import ValueRange, Values, find_range
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.decode import BadImageError, probe_image, read_spread
@@ -28,6 +29,7 @@ from finetune.errors import DataError
 from finetune.system.device import available_cores
 from finetune.system.display import Display
 from finetune.system.regular_files import open_regular
+from pretrained.preprocessing import IMAGE_CHANNELS
 
 _SHOWN = 5
 _ALLOWED_PERCENT = 1  # of the training images
@@ -68,7 +70,13 @@ class _ScannedImage:
 
 
 def scan_images(
-    dataset: Dataset, display: Display, message: str, *, decode: bool = True, is_subset: bool = False
+    dataset: Dataset,
+    display: Display,
+    message: str,
+    *,
+    decode: bool = True,
+    is_subset: bool = False,
+    channels: int = IMAGE_CHANNELS,
 ) -> CheckedImages:
     """Read and decode every image once, with a progress bar; an unchanged file is not read again.
 
@@ -78,10 +86,11 @@ def scan_images(
         message: label of the progress bar.
         decode: false only reads the files, for their digests.
         is_subset: whether the dataset has other images, whose cached results are kept.
+        channels: number of channels that the images are read with.
     """
     store = ScanCache(dataset.root, keep_others=is_subset or not dataset.is_folder)
     with display.track(message, len(dataset.samples)) as advance:
-        return check_images(dataset, lambda _: advance(1, ""), decode=decode, store=store)
+        return check_images(dataset, lambda _: advance(1, ""), decode=decode, store=store, channels=channels)
 
 
 def check_images(
@@ -90,6 +99,7 @@ def check_images(
     threads: int = _THREADS,
     decode: bool = True,
     store: ScanCache | None = None,
+    channels: int = IMAGE_CHANNELS,
 ) -> CheckedImages:
     """Read and decode every image once.
 
@@ -99,6 +109,7 @@ def check_images(
         threads: images decoded at the same time, 1 or more.
         decode: false only reads the files, for their digests.
         store: results of earlier scans; an unchanged file is not read again.
+        channels: number of channels that the images are read with.
 
     An interrupt (or an error in ``on_progress``) drops what is queued, and does not wait for the images
     being decoded at that moment.
@@ -111,7 +122,9 @@ def check_images(
     shape = find_array_shape(dataset)
     look = partial(_scan_image, dataset, decode, store)
     if shape is not None:
-        look = partial(_scan_array, dataset, shape)
+        look = partial(_scan_numbers, dataset, partial(check_array, shape=shape))
+    elif channels not in (GREY, RGB):
+        look = partial(_scan_numbers, dataset, partial(read_bands, channels=channels))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
     try:
         for start in range(0, len(dataset.samples), _CHUNK):
@@ -160,11 +173,13 @@ def _scan_image(
         return BadImage(sample.path, sample.split, (error.strerror or str(error)).lower())
 
 
-def _scan_array(dataset: Dataset, shape: Shape, sample: Sample) -> BadImage | _ScannedImage:
-    """Read one array to its end; it has no row, since the checks of pictures say nothing about arrays."""
+def _scan_numbers(
+    dataset: Dataset, read: Callable[[Path], object], sample: Sample
+) -> BadImage | _ScannedImage:
+    """Read one file of numbers to its end; it has no row, since the checks are for pictures."""
     path = dataset.file(sample)
     try:
-        check_array(path, shape)
+        read(path)
         with open_regular(path) as file:
             return _ScannedImage(hashlib.file_digest(file, "sha256").hexdigest(), None, None)
     except BadImageError as error:

@@ -6,19 +6,27 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.data.channels.arrays import draw_array
+from finetune.data.channels.arrays import draw_planes, read_array
 from finetune.data.channels.depth import ValueRange
+from finetune.data.channels.multiband import count_bands, read_tiff
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.formats import is_array_name
 
+_PICTURED = 4
+"""Largest number of bands that make a picture: RGB with transparency."""
+
 
 def load_picture(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image:
-    """Return an image as ``decode_image`` does, or a picture of an array.
+    """Return an image as ``decode_image`` does, or a picture of an array or of a TIFF of many bands.
 
     Raises:
         BadImageError: the file cannot be read.
     """
-    return draw_array(path) if is_array_name(path.name) else decode_image(path, side, value_range)
+    if is_array_name(path.name):
+        return draw_planes(read_array(path))
+    if (count_bands(path) or 0) > _PICTURED:
+        return draw_planes(read_tiff(path))
+    return decode_image(path, side, value_range)
 
 
 def load_thumbnail(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image | str:

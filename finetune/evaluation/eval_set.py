@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.data.channels.arrays import check_takes
+from finetune.data.channels.bands import check_takes
 from finetune.data.dataset import Dataset, PreparedDataset
 from finetune.data.inputs import EvalSplit, find_labelled
 from finetune.data.scan import scan_images
@@ -154,7 +154,8 @@ def _prepare(model: Model, dataset: Dataset, display: Display) -> PreparedDatase
             the model takes arrays and the data are images, or the other way round.
     """
     check_takes(model.predictor.card, dataset)
-    checked = scan_images(dataset, display, "checking images", is_subset=True)
+    channels = model.predictor.card.preprocessing.channels
+    checked = scan_images(dataset, display, "checking images", is_subset=True, channels=channels)
     if checked.bad:
         lines = "".join(f"\n  {image.path} ({image.reason})" for image in checked.bad[:5])
         more = f"\n  and {len(checked.bad) - 5} more" if len(checked.bad) > 5 else ""

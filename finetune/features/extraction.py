@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.channels.arrays import check_takes
-from finetune.data.channels.bands import measure_channels
+from finetune.data.channels.bands import check_takes, measure_channels
 from finetune.data.channels.depth import ValueRange
 from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
 from finetune.data.discover import find_images

@@ -58,7 +58,8 @@ class RunChanges:
     @cached_property
     def checked(self) -> CheckedImages:
         """Every image, decoded once."""
-        return scan_images(self.dataset, self._display, "checking images")
+        channels = self._setup.backbone.card.preprocessing.channels
+        return scan_images(self.dataset, self._display, "checking images", channels=channels)
 
     @cached_property
     def read(self) -> CheckedImages:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.data.channels.arrays import check_takes, count_channels, find_array_shape
-from finetune.data.channels.bands import measure_channels
+from finetune.data.channels.arrays import count_channels, find_array_shape
+from finetune.data.channels.bands import check_takes, measure_channels
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig

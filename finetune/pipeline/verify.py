@@ -92,7 +92,9 @@ def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> flo
     setup, found = prepare(recipe.model_copy(update=changes), display)
     network = place_network(setup.backbone.network, setup.placement)
     few = draw_evenly(read_images(recipe, found, display), MOST_IMAGES, recipe.seed)
-    checked = scan_images(few, display, "checking images", is_subset=True)
+    checked = scan_images(
+        few, display, "checking images", is_subset=True, channels=setup.backbone.card.preprocessing.channels
+    )
     dataset = few.prepared(checked.digests, checked.bad, few.value_range).readable
     setup = setup.with_value_range(few.value_range)
     with temporary_folder() as folder:

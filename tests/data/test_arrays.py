@@ -15,12 +15,13 @@ from PIL import Image
 
 from finetune.data.channels.arrays import (
     check_array,
-    check_takes,
-    draw_array,
+    draw_planes,
     find_array_shape,
+    read_array,
     read_planes,
     read_shape,
 )
+from finetune.data.channels.bands import check_takes
 from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError
 from finetune.data.discover import discover
@@ -240,9 +241,9 @@ def test_the_picture_of_an_array_is_the_mean_of_its_planes(tmp_path: Path) -> No
     values = np.zeros((2, 3, 3))
     values[:, 0, 0], values[0, 2, 2] = 1, 1
     for path in (save(tmp_path / "a.npy", values), save(tmp_path / "b.npy", values.transpose(1, 2, 0))):
-        picture = np.asarray(draw_array(path))
+        picture = np.asarray(draw_planes(read_array(path)))
         assert picture.shape == (3, 3, 3)
         assert picture[0, 0].tolist() == [255] * 3 and picture[2, 2].tolist() == [128] * 3
         assert picture[1].max() == 0
     with pytest.raises(BadImageError, match="which is no image"):
-        draw_array(save(tmp_path / "c.npy", np.zeros(3)))
+        read_array(save(tmp_path / "c.npy", np.zeros(3)))

@@ -11,25 +11,28 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.data.channels.arrays import check_takes
 from finetune.data.channels.bands import (
+    check_takes,
     convert_bands,
     find_display_range,
     measure_channels,
     read_bands,
     standardise,
 )
+from finetune.data.channels.multiband import count_bands
 from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.discover import discover
+from finetune.data.scan import check_images
 from finetune.data.split import SplitConfig
+from finetune.data.thumbnail import load_thumbnail
 from finetune.data.transforms import Normalizer, build_eval_transform, build_train_transform
 from finetune.errors import DataError
 from finetune.recipe import Augmentation
 from finetune.system.display import SilentDisplay
 from pretrained.catalog import find_card
 from pretrained.preprocessing import Preprocessing, Resize
-from tests.data.test_depth import write_tiff
+from tests.data.tiffs import write_tiff
 
 
 def deep(shape: tuple[int, ...] = (6, 9), seed: int = 0) -> NDArray[np.uint16]:
@@ -116,7 +119,7 @@ def test_other_arrays_are_refused(tmp_path: Path, values: NDArray[Any], channels
 
 
 def test_an_image_file_has_no_five_channels(tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match="not of 5 channels"):
+    with pytest.raises(BadImageError, match="no TIFF, which alone has other numbers of channels"):
         read_bands(save(tmp_path / "x.png", deep()), 5)
 
 
@@ -210,3 +213,61 @@ def test_standardising_is_by_channel() -> None:
     view = bands(3, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0))
     expected = np.stack([(values[c] - (c + 1)) / 2**c for c in range(3)])
     assert np.array_equal(standardise(values, view), expected)
+
+
+# --- TIFFs of many bands -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [2, 4, 5, 13])
+def test_a_tiff_gives_as_many_channels_as_bands(
+    tmp_path: Path, planar: bool, kind: Any, channels: int
+) -> None:
+    values = (deep((6, 9, channels)) >> 8).astype(kind)
+    path = write_tiff(tmp_path / "x.tif", values, planar=planar, photometric=1)
+    assert np.array_equal(read_bands(path, channels), values.transpose(2, 0, 1))
+    assert count_bands(path) == channels
+    with pytest.raises(BadImageError, match=f"an array of 6 x 9 x {channels} values, not of 7 channels"):
+        read_bands(path, 7)
+
+
+def test_a_compressed_tiff_is_read_or_the_package_is_named(tmp_path: Path) -> None:
+    import tifffile
+
+    values = deep((6, 9, 5))
+    tifffile.imwrite(tmp_path / "x.tif", values, compression="zlib", planarconfig="contig")
+    assert np.array_equal(read_bands(tmp_path / "x.tif", 5), values.transpose(2, 0, 1))
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    place = content.find(b"\x03\x01\x03\x00\x01\x00\x00\x00")  # tag 259 with one short
+    content[place + 8 : place + 10] = (5).to_bytes(2, "little")  # LZW
+    (tmp_path / "y.tif").write_bytes(content)
+    with pytest.raises(BadImageError, match="imagecodecs"):
+        read_bands(tmp_path / "y.tif", 5)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 40, 200, -1])
+def test_a_damaged_tiff_of_many_bands_is_refused(tmp_path: Path, cut: int) -> None:
+    path = write_tiff(tmp_path / "x.tif", deep((6, 9, 5)), photometric=1)
+    path.write_bytes(path.read_bytes()[:cut] if cut >= 0 else b"II*\0" + bytes(range(256)) * 4)
+    with pytest.raises(BadImageError):
+        read_bands(path, 5)
+    with pytest.raises(BadImageError, match="no TIFF"):
+        read_bands(save(tmp_path / "x.png", deep()), 5)
+
+
+def test_a_data_set_of_many_bands_is_scanned_with_its_channels(tmp_path: Path) -> None:
+    for label in "ab":
+        for index in range(3):
+            (tmp_path / label).mkdir(exist_ok=True)
+            write_tiff(tmp_path / label / f"{index}.tif", deep((6, 9, 5), index), photometric=1)
+    dataset = discover(tmp_path, SplitConfig(0.34, 0))
+    plain = check_images(dataset)
+    assert len(plain.bad) == 6 and "add --channels 5" in plain.bad[0].reason
+    found = check_images(dataset, channels=5)
+    assert (found.bad, len(found.digests)) == ((), 6)
+    check_takes(find_card("test_vit").with_input(bands(5)), dataset)
+    with pytest.raises(DataError, match="takes images of 6 channels"):
+        check_takes(find_card("test_vit").with_input(bands(6)), dataset)
+    picture = load_thumbnail(tmp_path / "a" / "0.tif", 18)
+    assert isinstance(picture, Image.Image) and picture.size == (18, 12)

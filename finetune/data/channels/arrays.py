@@ -28,10 +28,7 @@ from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError, describe_fault
 from finetune.data.formats import is_array_name
 from finetune.data.limits import MAX_PIXELS
-from finetune.errors import DataError, count
 from finetune.system.regular_files import open_regular
-from pretrained.catalog import Card
-from pretrained.preprocessing import IMAGE_CHANNELS, MOST_CHANNELS
 
 Planes = NDArray[np.float32]
 """(C, H, W)."""
@@ -116,31 +113,6 @@ def find_orders(input_size: tuple[int, int, int]) -> tuple[Shape, Shape]:
     return input_size, (*input_size[1:], input_size[0])
 
 
-def check_takes(card: Card, dataset: Dataset) -> None:
-    """Refuse images for a network that takes arrays, and arrays for one that takes images.
-
-    Raises:
-        DataError: the data set holds what the network does not take.
-    """
-    shape, view = find_array_shape(dataset), card.preprocessing
-    wanted = "images"
-    if view.kind == "array":
-        is_taken = shape in find_orders(view.input_size)
-        wanted = f"arrays (.npy, .npz) of {describe_shape(view.input_size)} values"
-    elif view.kind == "bands":
-        is_taken = view.channels in ((1, IMAGE_CHANNELS) if shape is None else count_channels(shape))
-        wanted = f"images of {count(view.channels, 'channel')}"
-    else:
-        is_taken = shape is None
-    if is_taken:
-        return
-    held = "images (grey or RGB)" if shape is None else f"arrays of {describe_shape(shape)} values"
-    fix = "Name other data, or take another backbone (see `finetune backbones`)."
-    if shape is not None and view.is_rgb:
-        fix = f"Add --channels N (up to {MOST_CHANNELS}), the length of the axis of channels, or save PNG."
-    raise DataError(f"data in {dataset.root}", f"it holds {held}, and {card.name} takes {wanted}", fix)
-
-
 def count_channels(shape: Shape) -> tuple[int, ...]:
     """Return the numbers of channels that an array may have: (H, W), (H, W, C) or (C, H, W)."""
     if len(shape) == _AXES - 1:
@@ -153,16 +125,12 @@ def describe_shape(shape: Shape) -> str:
     return " x ".join(map(str, shape)) or "no"
 
 
-def draw_array(path: Path) -> Image.Image:
-    """Return a picture of the array in a file: the mean of its planes, from black to white, as RGB.
+def draw_planes(values: NDArray[Any]) -> Image.Image:
+    """Return a picture of an array of two or three axes: the mean of its planes, black to white, as RGB.
 
     The last of three axes is that of the planes if the others have the same length, or it is the shortest;
     else the first is.
-
-    Raises:
-        BadImageError: the file cannot be read, or has neither two nor three axes.
     """
-    values = read_array(path)
     shape = values.shape
     last = len(shape) == _AXES and (shape[0] == shape[1] != shape[2] or shape[2] == min(shape) < shape[0])
     mean = values if len(shape) < _AXES else values.mean(axis=2 if last else 0)

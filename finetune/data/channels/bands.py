@@ -21,16 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.data.channels.arrays import Planes, describe_shape, read_array, to_finite
+from finetune.data.channels.arrays import (
+    Planes,
+    count_channels,
+    describe_shape,
+    find_array_shape,
+    find_orders,
+    read_array,
+    to_finite,
+)
 from finetune.data.channels.depth import ValueRange, is_deep, read_values
+from finetune.data.channels.multiband import count_bands, read_tiff, turn_pixels
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import BadImageError, convert_image, decode_image, find_turn, open_image
 from finetune.data.formats import is_array_name
-from finetune.errors import DataError
+from finetune.errors import DataError, count
 from finetune.system.device import available_cores
 from finetune.system.display import Display
+from pretrained.catalog import Card
 from pretrained.config import MEANS, STDS
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import MOST_CHANNELS, Preprocessing
 
 GREY, RGB = 1, 3
 """Numbers of channels that image files can give; arrays can have others."""
@@ -38,15 +48,6 @@ _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue in a grey value (ITU-R BT.601), as Pillow has them."""
 _MOST_MEASURED = 2_000
 """Images that mean and standard deviation are measured on; a larger data set is sampled evenly."""
-_TURNS = {
-    Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels[:, ::-1],
-    Image.Transpose.ROTATE_180: lambda pixels: pixels[::-1, ::-1],
-    Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels[::-1],
-    Image.Transpose.TRANSPOSE: lambda pixels: pixels.swapaxes(0, 1),
-    Image.Transpose.ROTATE_270: lambda pixels: np.rot90(pixels, -1),
-    Image.Transpose.TRANSVERSE: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
-    Image.Transpose.ROTATE_90: lambda pixels: np.rot90(pixels, 1),
-}
 
 
 def read_bands(path: Path, channels: int) -> Planes:
@@ -54,14 +55,46 @@ def read_bands(path: Path, channels: int) -> Planes:
 
     Args:
         path: path of an image, or of an array (H, W, C) or (C, H, W); (H, W) for one channel.
-        channels: C. An image file gives 1 (grey; colours are weighted as in ITU-R BT.601) or 3.
+        channels: C. An image gives 1 (grey; colours are weighted as in ITU-R BT.601) or 3 of them, and a TIFF
+            as many as it has bands.
 
     Raises:
         BadImageError: the file cannot be read, or has no such channels.
     """
     if is_array_name(path.name):
         return order_channels(read_array(path), channels)
+    if channels not in (GREY, RGB):
+        return order_channels(to_finite(read_tiff(path)), channels)
     return _to_planes(_read_pixels(path), channels)
+
+
+def check_takes(card: Card, dataset: Dataset) -> None:
+    """Refuse a data set of files that a network does not take: images, arrays, or other channels.
+
+    Raises:
+        DataError: the data set holds what the network does not take.
+    """
+    shape, view = find_array_shape(dataset), card.preprocessing
+    wanted, is_taken = "images", shape is None
+    if view.kind == "array":
+        is_taken = shape in find_orders(view.input_size)
+        wanted = f"arrays (.npy, .npz) of {describe_shape(view.input_size)} values"
+    elif view.kind == "bands":
+        is_taken = view.channels in (_find_channels(dataset) if shape is None else count_channels(shape))
+        wanted = f"images of {count(view.channels, 'channel')}"
+    if is_taken:
+        return
+    held = "images (grey or RGB)" if shape is None else f"arrays of {describe_shape(shape)} values"
+    fix = "Name other data, or take another backbone (see `finetune backbones`)."
+    if shape is not None and view.is_rgb:
+        fix = f"Add --channels N (up to {MOST_CHANNELS}), the length of the axis of channels, or save PNG."
+    raise DataError(f"data in {dataset.root}", f"it holds {held}, and {card.name} takes {wanted}", fix)
+
+
+def _find_channels(dataset: Dataset) -> tuple[int, ...]:
+    """Return the numbers of channels that the first image of a data set can give."""
+    bands = count_bands(dataset.file(dataset.samples[0])) if dataset.samples else None
+    return (GREY, RGB, *([] if bands is None else [bands]))
 
 
 def convert_bands(image: Image.Image | NDArray[Any], channels: int) -> Planes:
@@ -97,7 +130,7 @@ def _read_pixels(path: Path) -> NDArray[Any]:
         if is_deep(image):
             pixels = read_values(image, file)
             turn = find_turn(image)
-            return pixels if turn is None else _TURNS[turn](pixels)
+            return turn_pixels(pixels, turn)
     return np.asarray(decode_image(path))
 
 

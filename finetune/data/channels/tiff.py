@@ -63,7 +63,7 @@ class TiffLayout:
             return f"{self} from a camera's sensor: convert it to JPEG"
         has_alpha = any(value in _ALPHA for value in self.extra[:1]) or not self.extra
         if self.bands > colours + has_alpha:
-            return f"{self}: only greys and RGB are read; convert one or three of the bands"
+            return f"{self}: add --channels {self.bands}, or convert one or three of the bands"
         if self.bits > 8 and (self.bands == 2 or (self.is_planar and self.bands > 1)):
             return f"{self}: {_FIX}"
         if self.kind == 2 and self.bits == 8:

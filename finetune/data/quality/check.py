@@ -22,6 +22,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
+from pretrained.preprocessing import IMAGE_CHANNELS
 
 CHECK, FOLDS = "check.json", "folds.csv"
 
@@ -72,7 +73,9 @@ def _check_outside(output: Path, dataset: Dataset | None, data: Path) -> None:
 def _inspect(
     recipe: Recipe, dataset: Dataset, issues: tuple[Issue, ...], output: Path, display: Display
 ) -> dict[str, Any]:
-    checked = scan_images(dataset, display, "checking images")
+    channels = recipe.input.channels
+    number = channels if isinstance(channels, int) else IMAGE_CHANNELS
+    checked = scan_images(dataset, display, "checking images", channels=number)
     if dataset.val_was_drawn:
         dataset, issues = _join_copies(dataset, checked, recipe, issues)
     report = inspect_dataset(dataset, checked, recipe.data.allow_leaks, issues)
