@@ -163,6 +163,16 @@ def test_a_constant_channel_has_deviation_one_and_hopeless_numbers_are_refused(t
         measure_channels(bands(1, mean=(), std=()), huge, SilentDisplay())
 
 
+def test_a_folder_that_mixes_depths_is_refused(tmp_path: Path) -> None:
+    for label in "ab":
+        for index in range(4):
+            values = deep((6, 9), index)
+            save(tmp_path / label / f"{index}.png", values if index else (values >> 8).astype(np.uint8))
+    dataset = discover(tmp_path, SplitConfig(0.25, 0), draws=False)
+    with pytest.raises(DataError, match="some have 8 bits and others more"):
+        measure_channels(bands(1, mean=(), std=()), dataset, SilentDisplay())
+
+
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     dataset = folder_of(tmp_path)
     with pytest.raises(DataError, match="not of 7 channels"):

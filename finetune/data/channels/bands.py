@@ -168,24 +168,31 @@ def measure_channels(preprocessing: Preprocessing, dataset: Dataset, display: Di
     it is.
 
     Raises:
-        DataError: no training image can be read, or their numbers are too small or too large.
+        DataError: no training image can be read, some have 8 bits and others more, or their numbers are too
+            small or too large.
     """
     if preprocessing.kind != "bands" or preprocessing.mean:
         return preprocessing
     train = dataset.of("train") or dataset.samples
     chosen = train[:: -(-len(train) // _MOST_MEASURED)]
-    found = []
+    found, depths = [], set()
     with (
         ThreadPoolExecutor(min(16, available_cores()), thread_name_prefix="measure") as pool,
         display.track("measuring channels", len(chosen)) as advance,
     ):
-        for moments in pool.map(lambda sample: _measure(dataset, sample, preprocessing.channels), chosen):
+        for result in pool.map(lambda sample: _measure(dataset, sample, preprocessing.channels), chosen):
             advance(1, "")
-            found += [moments] if moments is not None else []
+            if result is not None:
+                found.append(result[0])
+                depths.add(result[1])
     if not found:
         asked = f"{preprocessing.channels} channels of the images in {dataset.root}"
         fix = "See `finetune check`, or take another --channels."
         raise DataError(asked, _describe_fault(dataset, chosen, preprocessing.channels), fix)
+    if len(depths) > 1:
+        said = "some have 8 bits and others more, so that their numbers mean different things"
+        fix = "Save all with one depth, or take --channels rgb, which scales them by their formats."
+        raise DataError(f"the channels of the images in {dataset.root}", said, fix)
     mean, square = np.mean(found, axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 0))
     std[std == 0] = 1.0  # a channel without any difference
@@ -196,11 +203,19 @@ def measure_channels(preprocessing: Preprocessing, dataset: Dataset, display: Di
     return replace(preprocessing, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
-def _measure(dataset: Dataset, sample: Sample, channels: int) -> NDArray[np.float64] | None:
-    """Return mean and mean square of each channel of an image, (2, C); None if it cannot be read."""
+def _measure(dataset: Dataset, sample: Sample, channels: int) -> tuple[NDArray[np.float64], bool] | None:
+    """Return mean and mean square of each channel, (2, C), and whether it has more than 8 bits.
+
+    None stands for an image that cannot be read.
+    """
+    file = dataset.file(sample)
     with suppress(BadImageError):
-        bands = read_bands(dataset.file(sample), channels).astype(np.float64).reshape(channels, -1)
-        return np.stack([bands.mean(axis=1), (bands**2).mean(axis=1)])
+        bands = read_bands(file, channels).astype(np.float64).reshape(channels, -1)
+        moments = np.stack([bands.mean(axis=1), (bands**2).mean(axis=1)])
+        if is_array_name(file.name) or channels not in (GREY, RGB):
+            return moments, True
+        with open_image(file) as (image, _):
+            return moments, is_deep(image)
     return None
 
 
