@@ -128,8 +128,6 @@ def build_eval_transform(preprocessing: Preprocessing) -> Transform:
 
 def build_eval_steps(preprocessing: Preprocessing) -> list[Any]:
     """Return timm's three steps to the evaluation view: resize, crop or pad, convert to a uint8 tensor."""
-    if preprocessing.kind == "bands" and preprocessing.interpolation == "lanczos":  # not of numbers
-        preprocessing = replace(preprocessing, interpolation="bicubic")
     view = create_transform(**preprocessing.to_timm(), is_training=False, normalize=False)
     resize, crop, to_tensor = view.transforms
     if preprocessing.kind == "bands" and preprocessing.resize == "pad":

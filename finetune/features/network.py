@@ -200,6 +200,8 @@ def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
         if number != view.channels and (key in asked or view.is_rgb):
             found = f"it has {count(number, 'value')}, and the images have {count(view.channels, 'channel')}"
             raise UsageError(f"input.{key}", found, "Give one for each channel, or leave it out.")
+    if view.kind == "bands" and asked.get("interpolation") == "lanczos":
+        raise UsageError("input.interpolation=lanczos", "it is for 8-bit RGB only", "Take bicubic.")
     return view
 
 
@@ -210,7 +212,10 @@ def _take_channels(card: Card, channels: int | str) -> Preprocessing:
     if channels == "rgb" and view.is_rgb:
         return view
     if view.is_rgb:
-        return replace(view, channels=int(wanted), kind="bands", mean=(), std=())
+        known = (
+            "bicubic" if view.interpolation == "lanczos" else view.interpolation
+        )  # no lanczos
+        return replace(view, channels=int(wanted), kind="bands", interpolation=known, mean=(), std=())
     if wanted != view.channels or channels == "rgb":
         found = f"the network takes {count(view.channels, 'channel')} and no RGB"
         raise UsageError(f"--channels {channels}", found, "Leave it out, or take another backbone.")

@@ -151,6 +151,11 @@ def test_arrays_have_as_many_channels_as_their_axis(cli: Cli, tiny: Path, tmp_pa
     [
         (("--channels", 5), ExitCode.DATA, "it holds images (grey or RGB), and local-dir"),
         (("--channels", 17), ExitCode.USAGE, "it must be a whole number of at least 1 and at most 16"),
+        (
+            ("--channels", "grey", "--set", "input.interpolation=lanczos"),
+            ExitCode.USAGE,
+            "it is for 8-bit RGB only",
+        ),
         (("--channels", "infrared"), ExitCode.USAGE, "rgb, grey or auto"),
         (
             ("--channels", "grey", "--set", "input.mean=[1, 2]"),

@@ -77,7 +77,8 @@ def _read_page(page: tifffile.TiffPage) -> NDArray[Any]:
     if page.dtype is None:
         raise BadImageError("a TIFF of numbers that NumPy has not")
     if not 0 < size <= MAX_PIXELS or math.prod(page.shape) * page.dtype.itemsize > MAX_BYTES:
-        raise BadImageError(f"{page.imagewidth} x {page.imagelength} pixels of {page.samplesperpixel} bands")
+        found = f"{page.imagewidth} x {page.imagelength} pixels of {page.samplesperpixel} bands"
+        raise BadImageError(f"{found}, more than is read")
     values = page.asarray(maxworkers=1)
     if page.axes == "SYX":  # planar
         values = np.moveaxis(values, 0, 2)

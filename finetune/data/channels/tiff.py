@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from finetune.data.limits import MAX_PARTS
+from pretrained.preprocessing import MOST_CHANNELS
 
 _COLOUR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}
 """Bands by photometric interpretation: greys, RGB, palette, mask, CMYK, YCbCr, Lab."""
@@ -63,7 +64,8 @@ class TiffLayout:
             return f"{self} from a camera's sensor: convert it to JPEG"
         has_alpha = any(value in _ALPHA for value in self.extra[:1]) or not self.extra
         if self.bands > colours + has_alpha:
-            return f"{self}: add --channels {self.bands}, or convert one or three of the bands"
+            known = f"add --channels {self.bands}, or " if self.bands <= MOST_CHANNELS else ""
+            return f"{self}: {known}convert one or three of the bands"
         if self.bits > 8 and (self.bands == 2 or (self.is_planar and self.bands > 1)):
             return f"{self}: {_FIX}"
         if self.kind == 2 and self.bits == 8:
