@@ -22,7 +22,7 @@ from finetune.data.loader import ImageLoader, Placement
 from finetune.errors import DataError, DiskError, InternalError, InterruptedRunError
 from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.features.store import KeptRows
-from finetune.pipeline import batches as loaders
+from finetune.pipeline import batches, image_loaders
 from finetune.pipeline import run as main
 from finetune.pipeline.run import Run, run
 from finetune.recipe import load_recipe
@@ -420,7 +420,7 @@ def test_processes_for_the_trunk_may_grow_as_far_as_its_batches_fit(
             made.append(keys)
             super().__init__(*arguments, **keys)
 
-    monkeypatch.setattr(loaders, "ImageLoader", Noted)
+    monkeypatch.setattr(image_loaders, "ImageLoader", Noted)
     monkeypatch.setattr(device, "available_cores", lambda: 6)
     room = 5 * device.BATCHES_PER_WORKER * 12 * 3 * 32 * 32
     monkeypatch.setattr(device, "_shared_memory_bytes", lambda: room)
@@ -449,14 +449,14 @@ def test_an_image_that_changes_on_the_way_is_not_kept_under_its_old_name(
     fit: Fit, tmp_path: Path, few: Path
 ) -> None:
     shutil.copytree(few, tmp_path / "data")
-    choose = loaders.choose_cut
+    choose = batches.choose_cut
 
     def change_and_choose(*arguments: Any, **keys: Any) -> Any:
         shutil.copy(tmp_path / "data/val/red/001.jpg", tmp_path / "data/val/red/002.jpg")
         return choose(*arguments, **keys)
 
     listener = Listener()
-    with mock.patch.object(loaders, "choose_cut", change_and_choose):
+    with mock.patch.object(batches, "choose_cut", change_and_choose):
         plain = fit("plain", keys={"data.path": str(tmp_path / "data")}, listener=listener)
     assert trunk_of(plain)["cut"] is None
     assert "changed while the run was starting" in trunk_of(plain)["reason"]
