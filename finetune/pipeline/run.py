@@ -225,7 +225,8 @@ def _recorded(
         write_json(claim.folder.advice, advice)
     with recorded_outcome(claim, display, distributed), trackers.opened():
         yield
-    display.report({"phase": "done", "done": None, "total": None, "seconds_left": None})
+        # Before the outcome: nothing writes after it, so that nothing half written can stay.
+        display.report({"phase": "done", "done": None, "total": None, "seconds_left": None})
 
 
 def _prepare_data(

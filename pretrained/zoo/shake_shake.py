@@ -76,9 +76,11 @@ class Shake(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the mixture: its value has the forward factor, its gradient the backward one."""
         first, second = self.first(features), self.second(features)
+        if not self.training:
+            return torch.lerp(second, first, 0.5)
         alpha = self._draw(self.forward_mode, first)
         output = torch.lerp(second, first, alpha)
-        if not self.training or self.backward_mode == "keep":
+        if self.backward_mode == "keep":
             return output
         beta = self._draw(self.backward_mode, first)
         other = torch.lerp(second, first, beta)
@@ -86,9 +88,8 @@ class Shake(nn.Module):
 
     def _draw(self, mode: str, features: Tensor) -> Tensor:
         """Return a factor (B, 1, 1, 1) or (1, 1, 1, 1)."""
-        count = len(features) if self.level == "image" else 1
-        shape = (count, 1, 1, 1)
-        if mode == "shake" and self.training:
+        shape = (len(features) if self.level == "image" else 1, 1, 1, 1)
+        if mode == "shake":
             return torch.rand(shape, device=features.device, dtype=features.dtype)
         return features.new_full(shape, 0.5)
 

@@ -30,7 +30,6 @@ IN_TORCH = {
     "zoo/zfnet": "adaptive_avg_pool2d",
     "zoo/vgg11_lrn": "adaptive_avg_pool2d",
     "zoo/lenet5_paper": "kernel of unknown shape",  # partial connections
-    "zoo/cifar_shake_shake_26_2x32d": "Concat",
 }
 """Families that run in torch, with a word of the reason that is said."""
 
