@@ -61,7 +61,7 @@ class Servers:
         self._processes[index] = self._start(self.ports[index])
 
     def start_ended(self) -> None:
-        """Start again what ended by itself, as systemd would: a server that finds no database at its start."""
+        """Start again what ended by itself, as systemd would: a server that finds no database at first."""
         for index, process in enumerate(self._processes):
             if process.poll() is not None:
                 self._processes[index] = self._start(self.ports[index])
@@ -183,7 +183,7 @@ def test_kills_lose_no_job_and_give_no_job_two_results(
         assert not submitter.errors and len(submitter.jobs) == number
         monkeypatch.setattr(client_module, "POLL", 0.1)
         monkeypatch.setenv("FINETUNE_API_URL", f"http://127.0.0.1:{servers.ports[0]}")
-        monkeypatch.setattr(client_module, "TRIES", 200)  # it may be starting
+        monkeypatch.setattr(client_module, "TRIES", 20)  # it may be starting
         client = Client(tmp_path / "unused")
         check_all(client, submitter.jobs)
     finally:
