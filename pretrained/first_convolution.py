@@ -20,24 +20,27 @@ def adapt_first_convolution(
     Channels are repeated or cut to the number that is wanted, and scaled by the old number over the new one:
     if all channels of an image are the same, the features are too. Three channels that become one are summed.
 
+    Every convolution of the image is adapted (RepVGG has two).
+
     Args:
         network: the network that the state dict is for.
         state: a state dict; it is returned unchanged, with ``""``, if nothing is to do or can be done.
     """
+    adapted: dict[str, Tensor] = {}
+    said = ""
     for name, layer in network.named_modules():
-        weight = state.get(f"{name}.weight")
+        key = f"{name}.weight"
+        weight = state.get(key)
         if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or weight is None or weight.ndim != 4:
             continue
         found, wanted = weight.shape[1], layer.in_channels
         fits_else = (weight.shape[0], *weight.shape[2:]) == (layer.out_channels, *layer.kernel_size)
         if found == wanted or not fits_else or found not in _ADAPTABLE or NUM_CHANNELS not in (found, wanted):
             continue
-        adapted = adapt_input_conv(wanted, weight, found)
-        how = _describe(found, wanted)
+        adapted[key] = adapt_input_conv(wanted, weight, found)
         shapes = f"{tuple(weight.shape)} in the file and {tuple(layer.weight.shape)} in the network"
-        note = f"the first convolution {name}.weight is {shapes}: {how}, as timm does"
-        return {**state, f"{name}.weight": adapted}, note
-    return state, ""
+        said = said or f"the first convolution {key} is {shapes}: {_describe(found, wanted)}, as timm does"
+    return {**state, **adapted}, said
 
 
 def _describe(found: int, wanted: int) -> str:

@@ -78,7 +78,7 @@ class Preprocessing:
         """Return the values with the recipe's keys (section ``input``), and the range of values if known."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         del values["kind"]
-        return values | {"channels": "rgb" if self.is_rgb else self.channels}
+        return values | {"channels": self.channels if self.kind == "bands" else self.kind}
 
     def to_timm(self) -> dict[str, Any]:
         """Return the values with timm's keys (``data_config``)."""

@@ -12,9 +12,6 @@ from finetune.data.channels.multiband import count_bands, read_tiff
 from finetune.data.decode import BadImageError, decode_image
 from finetune.data.formats import is_array_name
 
-_PICTURED = 4
-"""Largest number of bands that make a picture: RGB with transparency."""
-
 
 def load_picture(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image:
     """Return an image as ``decode_image`` does, or a picture of an array or of a TIFF of many bands.
@@ -24,9 +21,12 @@ def load_picture(path: Path, side: int, value_range: ValueRange | None = None) -
     """
     if is_array_name(path.name):
         return draw_planes(read_array(path))
-    if (count_bands(path) or 0) > _PICTURED:
-        return draw_planes(read_tiff(path))
-    return decode_image(path, side, value_range)
+    try:
+        return decode_image(path, side, value_range)
+    except BadImageError:
+        if count_bands(path) is None:
+            raise
+    return draw_planes(read_tiff(path))  # of bands that Pillow does not read
 
 
 def load_thumbnail(path: Path, side: int, value_range: ValueRange | None = None) -> Image.Image | str:

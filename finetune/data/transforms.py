@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -162,9 +162,10 @@ def _build_random_crop(preprocessing: Preprocessing, smallest: float) -> list[An
     if preprocessing.resize == "squash":
         return [_SquashedCrop((height, width), smallest, interpolation)]
     aspect = width / height
+    if preprocessing.resize == "pad":
+        return [_PaddedCrop((height, width), smallest, interpolation, _mean_colour(preprocessing))]
     ratio = (aspect * _NARROWEST, aspect / _NARROWEST)
-    crop = v2.RandomResizedCrop((height, width), (smallest, 1.0), ratio, interpolation, antialias=True)
-    return [_Pad(aspect, _mean_colour(preprocessing)), crop] if preprocessing.resize == "pad" else [crop]
+    return [v2.RandomResizedCrop((height, width), (smallest, 1.0), ratio, interpolation, antialias=True)]
 
 
 @dataclass(frozen=True)
@@ -193,24 +194,78 @@ class _SquashedCrop:
 
 
 @dataclass(frozen=True)
-class _Pad:
-    """Pads an image on both sides to an aspect ratio.
+class _PaddedCrop:
+    """Takes a random crop of an image that is padded to the aspect ratio of the input, and resizes it.
+
+    The padded image is never made: that of a long, thin one would not fit in the memory.
 
     Attributes:
-        aspect: width / height.
+        size: height and width of the result in pixels.
+        smallest: smallest share of the padded image's area.
+        interpolation: resampling filter.
         colour: red, green and blue from 0 to 255; one number for all channels of bands.
     """
 
-    aspect: float
+    size: tuple[int, int]
+    smallest: float
+    interpolation: InterpolationMode
     colour: list[int] | int
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         height, width = v2.functional.get_size(image)
-        wide, high = max(width, round(height * self.aspect)), max(height, round(width / self.aspect))
-        left, top = (wide - width) // 2, (high - height) // 2
-        edges = [left, top, wide - width - left, high - height - top]
-        padded: Image.Image | Tensor = v2.functional.pad(image, edges, self.colour)
-        return padded
+        aspect = self.size[1] / self.size[0]
+        wide, high = max(width, round(height * aspect)), max(height, round(width / aspect))
+        padded = torch.empty(1, high, wide, device="meta")
+        ratio = [aspect * _NARROWEST, aspect / _NARROWEST]
+        top, left, *box = RandomResizedCrop.get_params(padded, [self.smallest, 1.0], ratio)
+        # Coordinates of the crop in the image: negative or too large where it is padding.
+        top, left = top - (high - height) // 2, left - (wide - width) // 2
+        rows = _place(top, box[0], height, self.size[0])
+        columns = _place(left, box[1], width, self.size[1])
+        seen: Image.Image | Tensor = v2.functional.resized_crop(
+            image,
+            *(rows.start, columns.start, rows.length, columns.length),
+            [rows.drawn, columns.drawn],
+            self.interpolation,
+            antialias=True,
+        )
+        edges = [columns.before, rows.before, columns.after, rows.after]
+        view: Image.Image | Tensor = v2.functional.pad(seen, edges, self.colour)
+        return view
+
+
+class _Placed(NamedTuple):
+    """One axis of a crop that is partly outside the image.
+
+    Attributes:
+        start: first pixel of the image.
+        length: pixels of the image, at least 1.
+        before: pixels of padding before it in the view.
+        drawn: pixels of the view that show the image, at least 1.
+        after: pixels of padding after it.
+    """
+
+    start: int
+    length: int
+    before: int
+    drawn: int
+    after: int
+
+
+def _place(start: int, length: int, available: int, size: int) -> _Placed:
+    """Return what a crop shows of an axis.
+
+    Args:
+        start: first pixel of the crop, negative before the image.
+        length: pixels of the crop.
+        available: pixels of the image.
+        size: pixels of the view.
+    """
+    first = min(max(start, 0), available - 1)
+    last = max(min(start + length, available), first + 1)
+    before = min(max(round((first - start) * size / length), 0), size - 1)
+    end = max(min(round((last - start) * size / length), size), before + 1)
+    return _Placed(first, last - first, before, end - before, size - end)
 
 
 def _build_shift(preprocessing: Preprocessing) -> Transform:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import __version__
+from finetune.data.channels.bands import check_takes
 from finetune.data.dataset import describe_images
 from finetune.data.inputs import EvalSplit
 from finetune.data.prepare import check_outside
@@ -117,6 +118,8 @@ def evaluate_models(
     for model in models:
         build_views(model.predictor.card.preprocessing, request.crops, request.scales)  # raises if invalid
     eval_set = find_eval_set(models[0], request.data, request.split, request.follow_links, display)
+    for model in models[1:]:
+        check_takes(model.predictor.card, eval_set.dataset)
     dataset = eval_set.dataset
     check_outside(request.output, dataset)
     is_allowed = request.allow_leaks or request.split in ("train", "all")

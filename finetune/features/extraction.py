@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.channels.bands import check_takes, measure_channels
+from finetune.data.channels.bands import check_takes, find_display_range, measure_channels
 from finetune.data.channels.depth import ValueRange
 from finetune.data.dataset import SPLITS, Dataset, PreparedDataset, Sample, Split
 from finetune.data.discover import find_images
@@ -126,8 +126,8 @@ class Source:
 
     @property
     def value_range(self) -> ValueRange | None:
-        """The values that become black and white in images of more than 8 bits."""
-        return self.network.backbone.card.preprocessing.value_range
+        """The values that are drawn as black and white, of images of more than 8 bits."""
+        return find_display_range(self.network.backbone.card.preprocessing)
 
     def check_unchanged(self, samples: Sequence[Sample]) -> None:
         """Check that images did not change since the command began, before their features are cached.

@@ -195,7 +195,7 @@ def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
         asked = {"crop_pct": 1.0} | asked
     view = _take_channels(card, asked.pop("channels", own["channels"]))
     view = replace(view, **asked)
-    for key in ("mean", "std"):
+    for key in ("mean", "std") if view.kind != "array" else ():
         number = len(getattr(view, key))
         if number != view.channels and (key in asked or view.is_rgb):
             found = f"it has {count(number, 'value')}, and the images have {count(view.channels, 'channel')}"
@@ -208,18 +208,20 @@ def resolve_preprocessing(recipe: Recipe, card: Card) -> Preprocessing:
 def _take_channels(card: Card, channels: int | str) -> Preprocessing:
     """Return the preprocessing of a network that takes these channels."""
     view = card.preprocessing
-    wanted = {"rgb": 3, "grey": 1}.get(str(channels), channels)
-    if channels == "rgb" and view.is_rgb:
+    number = {"rgb": 3, "grey": 1}.get(str(channels), channels)
+    is_own = view.kind == "bands" and channels != "rgb" and number == view.channels
+    if is_own or channels == view.to_dict()["channels"]:
         return view
-    if view.is_rgb:
-        known = (
-            "bicubic" if view.interpolation == "lanczos" else view.interpolation
-        )  # no lanczos
-        return replace(view, channels=int(wanted), kind="bands", interpolation=known, mean=(), std=())
-    if wanted != view.channels or channels == "rgb":
-        found = f"the network takes {count(view.channels, 'channel')} and no RGB"
-        raise UsageError(f"--channels {channels}", found, "Leave it out, or take another backbone.")
-    return view
+    if view.is_rgb and channels != "array":
+        known = "bicubic" if view.interpolation == "lanczos" else view.interpolation  # no lanczos
+        number = int(number)
+        return replace(
+            view, channels=number, kind="bands", interpolation=known, mean=(), std=(), value_range=None
+        )
+    takes = {"rgb": "RGB", "bands": count(view.channels, "channel"), "array": "arrays"}[view.kind]
+    raise UsageError(
+        f"--channels {channels}", f"the network takes {takes}", "Leave it out, or take another backbone."
+    )
 
 
 LEAST_SOURCE_CLASSES = 1_000

@@ -37,6 +37,7 @@ from finetune.pipeline.setup import (
     check_asked,
     check_deterministic,
     fit_batches,
+    keep_channels,
     keep_views,
     prepare,
 )
@@ -104,6 +105,8 @@ def run(
         path = distributed.share(lambda: output or default_output(setup))
         if recipe.cache.views == "auto":
             setup = keep_views(setup, RunFolder(path), distributed)
+        if recipe.input.mean == "auto" and recipe.input.std == "auto":
+            setup = keep_channels(setup, RunFolder(path), distributed)
         if setup.placement.device.type == "cuda":
             check_deterministic(setup, distributed)
             if recipe.training.batch_size == "auto":

@@ -140,6 +140,25 @@ def keep_views(setup: RunSetup, folder: RunFolder, distributed: Distributed = SI
     return replace(setup, recipe=recipe.model_copy(update={"cache": cache}))
 
 
+def keep_channels(setup: RunSetup, folder: RunFolder, distributed: Distributed = SINGLE_PROCESS) -> RunSetup:
+    """Take the measured mean and deviation of an earlier attempt: a lost image must not change them."""
+    before = distributed.share(lambda: RunReader(folder, tolerant=True).recipe)
+    view, own = setup.backbone.card.preprocessing, setup.recipe.input
+    if view.kind != "bands" or before is None or before.input.channels != own.channels:
+        return setup
+    mean, std = before.input.mean, before.input.std
+    if mean == "auto" or std == "auto":
+        return setup
+    view = replace(view, mean=mean, std=std)
+    section = own.model_copy(update={"mean": mean, "std": std})
+    return replace(
+        setup,
+        recipe=setup.recipe.model_copy(update={"input": section}),
+        backbone=setup.backbone.with_input(view),
+        source_card=setup.source_card.with_input(view),
+    )
+
+
 def check_deterministic(setup: RunSetup, distributed: Distributed = SINGLE_PROCESS) -> None:
     """Try a training step if the recipe allows deterministic operations only, before any image is read.
 

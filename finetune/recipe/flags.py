@@ -53,7 +53,7 @@ class Flags(TypedDict, total=False):
     workers: int | None
     img_size: int | tuple[int, int] | None
     resize: Resize | None
-    channels: Literal["rgb", "grey"] | int | None
+    channels: Literal["rgb", "grey", "array"] | int | None
     augmentation: Augmentation | None
     strategy: str | None
     epochs: int | None

@@ -35,9 +35,21 @@ def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any]
         values, name = source.to_dict(), None
     else:
         values, name = {} if source is None else read_recipe(source), source
-    for key, value in flatten(overrides or {}):
+    given = dict(flatten(overrides or {}))
+    if given.get("input.crop_mode") in _CROP_MODES:  # of recipes until 0.1
+        given["input.resize"] = _CROP_MODES[given.pop("input.crop_mode")]
+    _forget_statistics(values, given)
+    for key, value in given.items():
         set_dotted(values, key, value)
     return read_values(values, name)
+
+
+def _forget_statistics(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Drop mean and deviation of other channels than the overrides ask for, in place."""
+    section, channels = values.get("input"), overrides.get("input.channels")
+    if isinstance(section, dict) and channels not in (None, section.get("channels")):
+        for key in ("mean", "std"):
+            section.pop(key, None)
 
 
 def read_values(values: dict[str, Any], name: str | None = None) -> Recipe:

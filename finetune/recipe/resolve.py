@@ -74,7 +74,7 @@ class ResolvedInput(InputSettings):
     crop_pct: float
     resize: Resize
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
-    channels: Literal["rgb", "grey"] | int
+    channels: Literal["rgb", "grey", "array"] | int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -128,10 +128,11 @@ class InputSettings(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | Auto = Field(
         "auto", description="resampling filter"
     )
-    channels: Literal["rgb", "grey"] | Annotated[int, Field(ge=1, le=16)] | Auto = Field(
+    channels: Literal["rgb", "grey", "array"] | Annotated[int, Field(ge=1, le=16)] | Auto = Field(
         "auto",
         description="what images become: rgb of 8 bits; grey, or a number of channels, in full depth and "
-        "standardised; auto: rgb, or for arrays (.npy) the number of their channels",
+        "standardised; array: the input of a network of arrays, as it is; auto: what the network takes, and "
+        "of a network of RGB rgb, or for arrays (.npy) the number of their channels",
     )
     mean: tuple[_Mean, ...] | Auto = Field(
         "auto",

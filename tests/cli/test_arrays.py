@@ -45,6 +45,11 @@ def run(boards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def test_a_network_of_arrays_learns_and_says_so_in_its_recipe(run: Path) -> None:
+    text = (run / "recipe.yaml").read_text()
+    assert "channels: array" in text and "augmentation: none" in text
+
+
 @pytest.mark.slow
 def test_arrays_pass_through_every_command(
     cli: Cli, run: Path, boards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

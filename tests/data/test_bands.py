@@ -106,8 +106,8 @@ def test_the_channels_of_an_array_are_its_last_or_its_first_axis(tmp_path: Path)
 @pytest.mark.parametrize(
     ("values", "channels", "reason"),
     [
-        (np.zeros((6, 9, 4)), 5, "an array of 6 x 9 x 4 values, not of 5 channels"),
-        (np.zeros((6, 9)), 2, "an array of 6 x 9 values, not of 2 channels"),
+        (np.zeros((6, 9, 4)), 5, "6 x 9 x 4 values, and not of 5 channels"),
+        (np.zeros((6, 9)), 2, "6 x 9 values, and not of 2 channels"),
         (np.full((6, 9), np.nan), 1, "not finite"),
         (np.zeros(6), 1, "an array of 6 values, which is no image"),
         (np.zeros((6, 9), dtype=complex), 1, "complex"),
@@ -118,8 +118,31 @@ def test_other_arrays_are_refused(tmp_path: Path, values: NDArray[Any], channels
         read_bands(save(tmp_path / "x.npy", values), channels)
 
 
+def test_an_open_image_is_read_as_its_file_is(tmp_path: Path) -> None:
+    """Pillow keeps 8 of 16 bits of an RGB image, and turns nothing."""
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(deep()).save(tmp_path / "turned.png", exif=tags)
+    write_tiff(tmp_path / "rgb.tif", deep((6, 9, 3)))
+    for name, channels in (("turned.png", 1), ("rgb.tif", 3), ("rgb.tif", 1)):
+        expected = read_bands(tmp_path / name, channels)
+        with Image.open(tmp_path / name) as image:
+            assert np.array_equal(convert_bands(image, channels), expected)
+    assert np.array_equal(convert_bands(Image.fromarray(deep()), 1)[0], deep())
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:80])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(BadImageError):
+        convert_bands(image, 1)
+    with pytest.raises(BadImageError, match="empty"):
+        convert_bands(np.zeros((0, 0)), 1)
+
+
+def test_a_long_thin_array_is_refused_as_an_image_is(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="500 times"):
+        read_bands(save(tmp_path / "x.npy", np.zeros((1, 600), dtype=np.uint8)), 1)
+
+
 def test_an_image_file_has_no_five_channels(tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match="no TIFF, which alone has other numbers of channels"):
+    with pytest.raises(BadImageError, match="no TIFF that can be read"):
         read_bands(save(tmp_path / "x.png", deep()), 5)
 
 
@@ -171,6 +194,25 @@ def test_a_folder_that_mixes_depths_is_refused(tmp_path: Path) -> None:
     dataset = discover(tmp_path, SplitConfig(0.25, 0), draws=False)
     with pytest.raises(DataError, match="some have 8 bits and others more"):
         measure_channels(bands(1, mean=(), std=()), dataset, SilentDisplay())
+
+
+def test_a_value_that_is_given_stays_and_the_other_is_measured(tmp_path: Path) -> None:
+    dataset = folder_of(tmp_path)
+    both = measure_channels(bands(4, mean=(), std=()), dataset, SilentDisplay())
+    given = (1.0, 2.0, 3.0, 4.0)
+    assert measure_channels(bands(4, std=given, mean=()), dataset, SilentDisplay()).std == given
+    found = measure_channels(bands(4, mean=given, std=()), dataset, SilentDisplay())
+    assert (found.mean, found.std) == (given, both.std)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1e-3, 12345.678])
+def test_rounding_is_no_deviation(tmp_path: Path, value: float) -> None:
+    for label in "ab":
+        for index in range(22):
+            save(tmp_path / label / f"{index}.npy", np.full((25, 29), value, dtype=np.float32))
+    dataset = discover(tmp_path, SplitConfig(0.25, 0), draws=False)
+    view = measure_channels(bands(1, mean=(), std=()), dataset, SilentDisplay())
+    assert view.std == (1.0,) and view.mean == pytest.approx((value,))
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
@@ -238,8 +280,22 @@ def test_a_tiff_gives_as_many_channels_as_bands(
     path = write_tiff(tmp_path / "x.tif", values, planar=planar, photometric=1)
     assert np.array_equal(read_bands(path, channels), values.transpose(2, 0, 1))
     assert count_bands(path) == channels
-    with pytest.raises(BadImageError, match=f"an array of 6 x 9 x {channels} values, not of 7 channels"):
+    with pytest.raises(BadImageError, match=f"6 x 9 x {channels} values, and not of 7 channels"):
         read_bands(path, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "planar", "photometric"), [("u2", False, 1), ("u2", True, 2), ("f4", False, 2)]
+)
+def test_three_bands_that_pillow_does_not_read_are_read(
+    tmp_path: Path, kind: str, planar: bool, photometric: int
+) -> None:
+    values = deep((6, 9, 3)).astype(kind)
+    path = write_tiff(tmp_path / "x.tif", values, planar=planar, photometric=photometric)
+    with pytest.raises(BadImageError):
+        decode_image(path)
+    assert np.array_equal(read_bands(path, 3), values.transpose(2, 0, 1))
+    assert isinstance(load_thumbnail(path, 18), Image.Image)
 
 
 def test_a_compressed_tiff_is_read_or_the_package_is_named(tmp_path: Path) -> None:
@@ -262,7 +318,7 @@ def test_a_damaged_tiff_of_many_bands_is_refused(tmp_path: Path, cut: int) -> No
     path.write_bytes(path.read_bytes()[:cut] if cut >= 0 else b"II*\0" + bytes(range(256)) * 4)
     with pytest.raises(BadImageError):
         read_bands(path, 5)
-    with pytest.raises(BadImageError, match="no TIFF"):
+    with pytest.raises(BadImageError, match="no TIFF that can be read"):
         read_bands(save(tmp_path / "x.png", deep()), 5)
 
 

@@ -10,8 +10,9 @@ import torch
 import torchvision.models as tv
 from PIL import Image, ImageDraw
 from timm.data import create_transform
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
+from finetune.data import transforms as transforms_module
 from finetune.data.transforms import Normalizer, Transform, build_eval_transform, build_train_transform
 from finetune.recipe import Augmentation
 from finetune.system.device import seed_everything
@@ -122,6 +123,34 @@ def _disc_aspect(view: torch.Tensor) -> float:
     rows, columns = white.any(dim=1), white.any(dim=0)
     cut = rows[0] or rows[-1] or columns[0] or columns[-1]
     return 0.0 if cut else int(columns.sum()) / int(rows.sum())
+
+
+@pytest.mark.parametrize("size", [(300, 100), (90, 200), (64, 64), (1000, 20)])
+@pytest.mark.parametrize("img_size", [64, (32, 96)])
+def test_a_padded_crop_is_that_of_the_padded_image(size: tuple[int, int], img_size: ImgSize) -> None:
+    """The reference pads the whole image first, and crops with the same draw."""
+    own = Preprocessing(img_size=img_size, resize="pad", mean=(0.0, 0.0, 0.0), interpolation="bilinear")
+    image = photograph(*size)
+    [crop] = transforms_module._build_random_crop(own, 0.5)
+    height, width = own.size
+    wide, high = max(size[0], round(size[1] * width / height)), max(size[1], round(size[0] * height / width))
+    padded = Image.new("RGB", (wide, high))
+    padded.paste(image, ((wide - size[0]) // 2, (high - size[1]) // 2))
+    ratio = (width / height * 3 / 4, width / height * 4 / 3)
+    whole = v2.RandomResizedCrop(own.size, (0.5, 1.0), ratio, InterpolationMode.BILINEAR, antialias=True)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        found = np.asarray(crop(image), dtype=float)
+        torch.manual_seed(seed)
+        expected = np.asarray(whole(padded), dtype=float)
+        assert found.shape == expected.shape == (height, width, 3)
+        assert np.abs(found - expected).mean() < 8, seed  # but for the edges, and the phase of resampling
+
+
+def test_a_thin_image_is_padded_without_the_memory_of_a_square() -> None:
+    view = build_train_transform(Preprocessing(img_size=64, resize="pad"), "light")
+    thin = Image.new("RGB", (60_000, 130))  # padded: 3.6 thousand million pixels
+    assert view(thin).shape == (3, 64, 64)
 
 
 def test_padded_images_show_both_ends_in_training() -> None:

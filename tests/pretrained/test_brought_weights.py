@@ -231,7 +231,7 @@ def test_a_first_convolution_is_adapted_and_said(tmp_path: Path, channels: int) 
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_vit", "torchvision/squeezenet1_1", "torchvision/googlenet"]
+    "name", ["test_resnet", "test_vit", "repvgg_a0", "torchvision/squeezenet1_1", "torchvision/googlenet"]
 )
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_weights_of_rgb_are_adapted_to_other_channels_as_timm_does(

@@ -946,3 +946,17 @@ def test_a_recipe_with_timms_crop_mode_is_still_read() -> None:
         assert load_recipe(None, {"input.crop_mode": old}).input.resize == new
     with pytest.raises(UsageError, match=r"no `input.crop_mode`; did you mean `input.resize`\?"):
         load_recipe(None, {"input.crop_mode": "other"})
+
+
+def test_statistics_of_other_channels_are_forgotten() -> None:
+    resolved = load_recipe(None, {"input.channels": "rgb", "input.mean": [0.5] * 3, "input.std": [0.5] * 3})
+    grey = load_recipe(resolved, {"input.channels": "grey"})
+    assert (grey.input.mean, grey.input.std) == ("auto", "auto")
+    same = load_recipe(resolved, {"input.channels": "rgb", "input.img_size": 64})
+    assert same.input.mean == (0.5, 0.5, 0.5)
+    given = load_recipe(resolved, {"input.channels": 2, "input.mean": [1, 2]})
+    assert (given.input.mean, given.input.std) == ((1.0, 2.0), "auto")
+
+
+def test_an_old_crop_mode_overrides_too() -> None:
+    assert load_recipe(load_recipe("freeze"), {"input.crop_mode": "border"}).input.resize == "pad"

@@ -27,7 +27,7 @@ from PIL import Image
 from finetune.data.dataset import Dataset
 from finetune.data.decode import BadImageError, describe_fault
 from finetune.data.formats import is_array_name
-from finetune.data.limits import MAX_PIXELS
+from finetune.data.limits import MAX_PIXELS, find_size_fault
 from finetune.system.regular_files import open_regular
 
 Planes = NDArray[np.float32]
@@ -63,6 +63,9 @@ def read_array(path: Path) -> Planes:
     shape = read_shape(path)
     if len(shape) not in (_AXES - 1, _AXES) or not 0 < math.prod(shape) <= MAX_PIXELS:
         raise BadImageError(f"an array of {describe_shape(shape)} values, which is no image")
+    *_, width, height = sorted(shape)
+    if fault := find_size_fault((width, height)):
+        raise BadImageError(fault)
     return _read(path, (shape,))
 
 

@@ -35,6 +35,7 @@ from finetune.data.channels.multiband import count_bands, read_tiff, turn_pixels
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.decode import BadImageError, convert_image, decode_image, find_turn, open_image
 from finetune.data.formats import is_array_name
+from finetune.data.limits import find_size_fault
 from finetune.errors import DataError, count
 from finetune.system.device import available_cores
 from finetune.system.display import Display
@@ -46,6 +47,10 @@ GREY, RGB = 1, 3
 """Numbers of channels that image files can give; arrays can have others."""
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue in a grey value (ITU-R BT.601), as Pillow has them."""
+_ROUNDING = 1e-7
+"""Deviation, as a share of the mean, that float32 numbers have by rounding alone."""
+_TRIED = 20
+"""Images whose headers are read to find how many bands they have; some may be damaged."""
 _MOST_MEASURED = 2_000
 """Images that mean and standard deviation are measured on; a larger data set is sampled evenly."""
 
@@ -65,7 +70,12 @@ def read_bands(path: Path, channels: int) -> Planes:
         return order_channels(read_array(path), channels)
     if channels not in (GREY, RGB):
         return order_channels(to_finite(read_tiff(path)), channels)
-    return _to_planes(_read_pixels(path), channels)
+    try:
+        return _to_planes(_read_pixels(path), channels)
+    except BadImageError:
+        if count_bands(path) != channels:
+            raise
+    return order_channels(to_finite(read_tiff(path)), channels)  # planar, or other numbers than Pillow reads
 
 
 def check_takes(card: Card, dataset: Dataset) -> None:
@@ -86,15 +96,19 @@ def check_takes(card: Card, dataset: Dataset) -> None:
         return
     held = "images (grey or RGB)" if shape is None else f"arrays of {describe_shape(shape)} values"
     fix = "Name other data, or take another backbone (see `finetune backbones`)."
+    if shape is None and view.kind == "bands":
+        fix = "Take --channels grey or 3, or the number of bands of the TIFFs."
     if shape is not None and view.is_rgb:
         fix = f"Add --channels N (up to {MOST_CHANNELS}), the length of the axis of channels, or save PNG."
     raise DataError(f"data in {dataset.root}", f"it holds {held}, and {card.name} takes {wanted}", fix)
 
 
 def _find_channels(dataset: Dataset) -> tuple[int, ...]:
-    """Return the numbers of channels that the first image of a data set can give."""
-    bands = count_bands(dataset.file(dataset.samples[0])) if dataset.samples else None
-    return (GREY, RGB, *([] if bands is None else [bands]))
+    """Return the numbers of channels that the images of a data set can give."""
+    for sample in dataset.samples[:_TRIED]:
+        if bands := count_bands(dataset.file(sample)):
+            return (GREY, RGB, bands)
+    return (GREY, RGB)
 
 
 def convert_bands(image: Image.Image | NDArray[Any], channels: int) -> Planes:
@@ -105,8 +119,14 @@ def convert_bands(image: Image.Image | NDArray[Any], channels: int) -> Planes:
     """
     if isinstance(image, np.ndarray):
         return order_channels(to_finite(image), channels)
-    deep = is_deep(image)
-    return _to_planes(np.asarray(image if deep else convert_image(image)), channels)
+    file = Path(getattr(image, "filename", "") or "")
+    if file.is_file():  # an open image may have lost the lower bits, and its orientation
+        return read_bands(file, channels)
+    if image.mode == "F" or image.mode.startswith("I"):
+        if fault := find_size_fault(image.size):
+            raise BadImageError(fault)
+        return _to_planes(np.asarray(image), channels)
+    return _to_planes(np.asarray(convert_image(image)), channels)
 
 
 def order_channels(values: NDArray[Any], channels: int) -> Planes:
@@ -115,13 +135,16 @@ def order_channels(values: NDArray[Any], channels: int) -> Planes:
     Raises:
         BadImageError: they have another number of channels.
     """
+    if not values.size:
+        raise BadImageError("an empty array")
     if values.ndim == 2 and channels == GREY:
         return values[None]
     if values.ndim == 3 and values.shape[2] == channels:
         return np.ascontiguousarray(values.transpose(2, 0, 1))
     if values.ndim == 3 and values.shape[0] == channels:
         return values
-    raise BadImageError(f"an array of {describe_shape(values.shape)} values, not of {channels} channels")
+    wanted = count(channels, "channel")
+    raise BadImageError(f"{describe_shape(values.shape)} values, and not of {wanted}")
 
 
 def _read_pixels(path: Path) -> NDArray[Any]:
@@ -171,7 +194,7 @@ def measure_channels(preprocessing: Preprocessing, dataset: Dataset, display: Di
         DataError: no training image can be read, some have 8 bits and others more, or their numbers are too
             small or too large.
     """
-    if preprocessing.kind != "bands" or preprocessing.mean:
+    if preprocessing.kind != "bands" or (preprocessing.mean and preprocessing.std):
         return preprocessing
     train = dataset.of("train") or dataset.samples
     chosen = train[:: -(-len(train) // _MOST_MEASURED)]
@@ -193,25 +216,36 @@ def measure_channels(preprocessing: Preprocessing, dataset: Dataset, display: Di
         said = "some have 8 bits and others more, so that their numbers mean different things"
         fix = "Save all with one depth, or take --channels rgb, which scales them by their formats."
         raise DataError(f"the channels of the images in {dataset.root}", said, fix)
-    mean, square = np.mean(found, axis=0)
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    std[std == 0] = 1.0  # a channel without any difference
-    if not (np.abs(mean) <= MEANS[1]).all() or not ((std >= STDS[0]) & (std <= STDS[1])).all():
-        found_here = f"their mean is {mean.max():g} and their standard deviation {std.max():g}"
-        fix = f"Scale the numbers in the files: deviations of {STDS[0]:g} to {STDS[1]:g} are taken."
-        raise DataError(f"the channels of the images in {dataset.root}", found_here, fix)
-    return replace(preprocessing, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    mean, std = _pool(np.array(found))
+    for channel, (middle, deviation) in enumerate(zip(mean, std, strict=True), 1):
+        if abs(middle) > MEANS[1] or not STDS[0] <= deviation <= STDS[1]:
+            said = f"channel {channel} has the mean {middle:g} and the standard deviation {deviation:g}"
+            fix = f"Scale the numbers in the files: deviations of {STDS[0]:g} to {STDS[1]:g} are taken."
+            raise DataError(f"the channels of the images in {dataset.root}", said, fix)
+    return replace(preprocessing, mean=preprocessing.mean or mean, std=preprocessing.std or std)
+
+
+def _pool(moments: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel from those of each image, (N, 2, C) with variances.
+
+    A channel without any difference has the deviation 1.
+    """
+    mean = moments[:, 0].mean(axis=0)
+    variance = moments[:, 1].mean(axis=0) + ((moments[:, 0] - mean) ** 2).mean(axis=0)
+    std = np.sqrt(variance)
+    std[std <= _ROUNDING * np.abs(mean)] = 1.0
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _measure(dataset: Dataset, sample: Sample, channels: int) -> tuple[NDArray[np.float64], bool] | None:
-    """Return mean and mean square of each channel, (2, C), and whether it has more than 8 bits.
+    """Return mean and variance of each channel, (2, C), and whether it has more than 8 bits.
 
     None stands for an image that cannot be read.
     """
     file = dataset.file(sample)
     with suppress(BadImageError):
         bands = read_bands(file, channels).astype(np.float64).reshape(channels, -1)
-        moments = np.stack([bands.mean(axis=1), (bands**2).mean(axis=1)])
+        moments = np.stack([bands.mean(axis=1), bands.var(axis=1)])
         if is_array_name(file.name) or channels not in (GREY, RGB):
             return moments, True
         with open_image(file) as (image, _):

@@ -39,8 +39,6 @@ def turn_pixels(pixels: NDArray[Any], turn: Transpose | None) -> NDArray[Any]:
 
 def count_bands(path: Path) -> int | None:
     """Return the number of bands of a TIFF; None for another file, or one that cannot be read."""
-    if path.suffix.lower() not in (".tif", ".tiff"):
-        return None
     with suppress(OSError), open_regular(path) as file:
         layout = read_layout(file)
         return None if layout is None else layout.bands
@@ -58,7 +56,7 @@ def read_tiff(path: Path) -> NDArray[Any]:
         with open_regular(path) as opened, TimedFile(opened) as file:
             layout = read_layout(file)
             if layout is None:
-                raise BadImageError("no TIFF, which alone has other numbers of channels than 1 and 3")
+                raise BadImageError("no TIFF that can be read; other images have 1 or 3 channels")
             if layout.parts > MAX_PARTS:
                 raise BadImageError(str(layout.fault))
             file.seek(0)

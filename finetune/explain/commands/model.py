@@ -61,6 +61,10 @@ def require_images(network: Network) -> None:
         found = "it takes arrays, and this command draws images"
         fix = "`finetune explain filters` and `finetune explain receptive-field` need no images."
         raise UsageError(f"the model {card.name}", found, fix)
+    if card.preprocessing.kind == "bands" and not (card.preprocessing.mean and card.preprocessing.std):
+        found = "it was not trained on such channels, whose mean and deviation are unknown"
+        fix = "Name a run that was trained on them, or set input.mean and input.std."
+        raise UsageError(f"the model {card.name} with --channels", found, fix)
 
 
 def find_class(classes: Sequence[str], name: str) -> int:

@@ -22,6 +22,7 @@ from finetune.system.signals import end_with_parent
 from finetune.system.temporary import temporary_folder
 from finetune.targets import rank_classes
 
+_NUMPY = b"\x93NUMPY"
 _MANY = 100_000
 """Images that a model is expected to predict here: an export pays, if the network gains by one."""
 
@@ -126,8 +127,11 @@ class _Model:
         shape, content = image
         if shape is not None:
             height, width = shape
-            return Image.frombytes("RGB", (width, height), content)
-        file = self._folder / secrets.token_hex(8)  # decoders are bounded by what they read of a file
+            opened = Image.frombytes("RGB", (width, height), content)
+            return opened if self._predictor.card.preprocessing.is_rgb else self._predictor.open(opened)
+        suffix = ".npy" if content.startswith(_NUMPY) else ""
+        # Decoders are bounded by what they read of a file.
+        file = self._folder / f"{secrets.token_hex(8)}{suffix}"
         file.write_bytes(content)
         try:
             return self._predictor.open(file)
