@@ -56,7 +56,7 @@ _CONVERT = {
         "(dcm2img, or pydicom's pixel_array with its window, and Pillow's Image.fromarray)"
     ),
     "NumPy": (
-        "a NumPy array, which networks of images do not take: convert it to PNG "
+        "a NumPy array, which networks of RGB images do not take: convert it to PNG "
         "(Image.fromarray(numpy.load(file)).save(...), values as uint8 or uint16)"
     ),
     "FITS": "a FITS image, which is not read: convert it to PNG or TIFF",

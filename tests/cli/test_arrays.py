@@ -91,7 +91,7 @@ def test_an_exported_network_of_arrays_is_proved(cli: Cli, run: Path, tmp_path: 
     result = cli("export", run, "-o", tmp_path / "timm")
     assert result.exit_code == 0 and "only finetune can load alphago_policy_128" in result.stderr
     refused = cli("export", run, "--format", "onnx", "--with-preprocessing", "nchw", "-o", tmp_path / "onnx")
-    assert refused.exit_code == 2 and "takes arrays, which have no preprocessing" in refused.stderr
+    assert refused.exit_code == 2 and "takes no 8-bit RGB images" in refused.stderr
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_what_draws_on_images_refuses_arrays(cli: Cli, run: Path, boards: Path, 
         result = cli("explain", *words, "-o", tmp_path / words[0])
         assert result.exit_code == 2 and "takes arrays" in result.stderr, result.stderr
     crops = cli("predict", run, boards, "--crops", 5, "-o", tmp_path / "p.csv")
-    assert crops.exit_code == 2 and "arrays, which have one view" in crops.stderr
+    assert crops.exit_code == 2 and "takes no photographs, and its images have one view" in crops.stderr
 
 
 def test_images_for_a_network_of_arrays_are_refused_before_its_weights_are_fetched(

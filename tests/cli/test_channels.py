@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 import finetune
 from finetune.errors import ExitCode
+from finetune.recipe import load_recipe
 from tests.conftest import QUICK_RUN, Cli
 
 STEP = 65535 // 255
@@ -125,6 +128,47 @@ def test_every_explanation_draws_on_grey(
     result = cli("explain", words[0], grey, *words[1:], *images, "--device", "cpu", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_service_predicts_pixels_files_and_arrays(grey: Path, stripes: Path, tmp_path: Path) -> None:
+    """As its process for a model does."""
+    from finetune.service.predictions.model_process import _Model
+
+    model = _Model(grey / "model", tmp_path)
+    file = next((stripes / "val" / "down").iterdir())
+    array = io.BytesIO()
+    np.save(array, np.asarray(Image.open(file)))
+    header = {"shapes": [None, None, [40, 40]], "wants_map": [True] * 3}
+    first, second, third = model.answer(header, [file.read_bytes(), array.getvalue(), bytes(4800)])["answers"]
+    assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-6)
+    assert sum(third["probabilities"]) == pytest.approx(1)
+
+
+def test_explanations_of_channels_that_nobody_measured_are_refused(
+    cli: Cli, stripes: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("explain", "cam", tiny, "--data", stripes / "val", "--channels", "grey", "-o", tmp_path / "out")
+    result = cli(*words)
+    assert result.exit_code == ExitCode.USAGE
+    assert "was not trained on such channels, whose mean and deviation are unknown" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_lost_image_does_not_change_the_statistics_of_a_run(
+    cli: Cli, stripes: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """The split is drawn anew without it; what was measured at first stays."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    for label in ("across", "down"):
+        shutil.copytree(stripes / "train" / label, data / label)
+    words = ("run", "-b", tiny, "-d", data, "--channels", "grey", "-s", "full", *QUICK_RUN, "-o", run)
+    assert cli(*words).exit_code == 0
+    before = load_recipe(str(run / "recipe.yaml")).input
+    (data / "down" / "0.png").unlink()
+    result = cli(*words[:-4], "--epochs", 6, *words[-4:], "--allow-changed")
+    assert "input.mean" not in result.stderr, result.stderr
+    assert load_recipe(str(run / "recipe.yaml")).input == before
 
 
 @pytest.mark.slow

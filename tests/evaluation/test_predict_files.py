@@ -92,7 +92,7 @@ def test_what_is_left_out_is_counted_and_named(tiny: Path, folder: Path, tmp_pat
     assert (result["num_images"], result["num_bad"]) == (18, 1)
     said = next(line for line in words.warnings if "have no row" in line)
     assert said.startswith("2 files are not images and have no row: noext, deep/a.npy")
-    assert ".npy is a NumPy array, which networks of images do not take: convert it" in said
+    assert ".npy is a NumPy array, which networks of RGB images do not take: convert it" in said
     assert "a HEIC photograph: convert it" in (tmp_path / "out.csv.bad.csv").read_text()
     pattern = PredictRequest(str(tiny), str(folder / "*"), tmp_path / "two.csv", batch_size=4)
     words.warnings.clear()
