@@ -48,6 +48,12 @@ def check_command(
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Exact copies in two splits are only a warning.")
     ] = False,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            help="Channels of the images, as for `finetune run`.", show_default="rgb", metavar="NAME|N"
+        ),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,6 +83,7 @@ def check_command(
                 "--val-fraction": val_fraction,
                 "--seed": seed,
                 "--allow-leaks": allow_leaks or None,
+                "--channels": channels,
                 "--set": assignments,
             }
             if given := [name for name, value in others.items() if value is not None]:
@@ -88,6 +95,7 @@ def check_command(
         from finetune.data.discover import check_missing
         from finetune.recipe import parse_assignments
 
+        settings = [*(assignments or []), *([f"input.channels={channels}"] if channels else [])]
         result = check_missing(data) or api.check(  # a wrong path is answered before torch is loaded
             data=data,
             group_by=group_by,
@@ -95,7 +103,7 @@ def check_command(
             val_fraction=val_fraction,
             allow_leaks=allow_leaks or None,
             seed=seed,
-            settings=parse_assignments(assignments or []),
+            settings=parse_assignments(settings),
             output=folder,
         )
         if as_json:

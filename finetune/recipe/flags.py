@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict
@@ -11,7 +10,6 @@ from finetune.errors import UsageError, suggest
 from finetune.recipe.reading import load_recipe, merge_override
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sections import Augmentation, Optimizer, Resize
-from finetune.recipe.yaml import read_scalar
 
 FLAGS = {
     "backbone": "backbone.name",
@@ -92,18 +90,9 @@ def build_recipe(
 def _read_flag(name: str, value: Any) -> Any:
     if isinstance(value, PathLike):
         return fspath(value)
-    if name == "channels" and isinstance(value, str):
-        return read_scalar(value)
-    return _read_size(value) if name == "img_size" and isinstance(value, str) else value
-
-
-def _read_size(text: str) -> int | tuple[int, int] | str:
-    """Return the size that ``224`` or ``224x448`` (height and width) says; other text as it is."""
-    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
-    if found is None:
-        return text
-    height, width = (int(side) for side in (found[1], found[2] or found[1]))
-    return height if height == width else (height, width)
+    # A command line gives text, of which numbers are meant as such.
+    is_number = name in ("img_size", "channels") and isinstance(value, str) and value.isdecimal()
+    return int(value) if is_number else value
 
 
 def split_words(words: str | Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from finetune.system.regular_files import open_regular
 LARGEST_FILE = 2**16
 """Largest recipe in bytes; a larger file is probably not a recipe."""
 
+_SIZE = re.compile(r"(\d{1,9})[xX](\d{1,9})")
 _CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad", "auto": "auto"}
 
 
@@ -73,10 +75,21 @@ def validate(values: dict[str, Any]) -> Recipe:
     if values.get("cache") == "off":
         values = values | {"cache": {"trunk": False, "pictures": False}}
     section = values.get("input")
-    if isinstance(section, dict) and section.get("crop_mode") in _CROP_MODES:  # of recipes until 0.1
-        others = {key: value for key, value in section.items() if key != "crop_mode"}
-        values = values | {"input": {"resize": _CROP_MODES[section["crop_mode"]]} | others}
+    if isinstance(section, dict):
+        values = values | {"input": _translate_input(section)}
     return Recipe.model_validate(_as_in_yaml(values))
+
+
+def _translate_input(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the section ``input`` with ``224x448`` as two numbers, and without the ``crop_mode`` of 0.1."""
+    found = _SIZE.fullmatch(size) if isinstance(size := section.get("img_size"), str) else None
+    if found is not None:
+        height, width = int(found[1]), int(found[2])
+        section = section | {"img_size": height if height == width else (height, width)}
+    if section.get("crop_mode") in _CROP_MODES:
+        others = {key: value for key, value in section.items() if key != "crop_mode"}
+        section = {"resize": _CROP_MODES[section["crop_mode"]]} | others
+    return section
 
 
 def _as_in_yaml(value: Any) -> Any:

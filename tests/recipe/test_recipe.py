@@ -936,6 +936,7 @@ def test_the_flag_of_the_size_takes_height_and_width() -> None:
         *(224, 224, 224),
         *((224, 448), (224, 448)),
     ]
+    assert load_recipe(None, {"input.img_size": "32X48"}).input.img_size == (32, 48)  # --set, a job's recipe
     written = load_recipe(None, {"input.img_size": [32, 48]}).to_yaml()
     assert YAML(typ="safe", pure=True).load(written)["input"]["img_size"] == [32, 48]
 
