@@ -2,7 +2,7 @@
 
 CIFAR networks of 20 and 56 layers, plain and residual, on a part of CIFAR-10: the same seeds, images and
 number of epochs, with the recipe ``cifar-resnet`` but for batches of 64 and one epoch of warm-up. The images
-are a tenth of the paper's, and the steps an eightieth, so that curves and ranks can be compared, and errors
+are a tenth of the paper's, and the steps a fortieth, so that curves and ranks can be compared, and errors
 cannot.
 Every epoch is evaluated on the test images, and no epoch is chosen by them: the last one counts.
 """
@@ -24,7 +24,7 @@ from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
 
 TOOLS = ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56")
-IMAGES, EPOCHS, BATCH = 500, 10, 64
+IMAGES, EPOCHS, BATCH = 500, 20, 64
 """Training images a class, of 5,000; epochs; images a step."""
 
 
