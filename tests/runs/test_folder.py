@@ -19,8 +19,9 @@ def recipe(**overrides: Any) -> Recipe:
     preprocessing = {
         "img_size": 32,
         "crop_pct": 0.9,
-        "crop_mode": "center",
+        "resize": "crop",
         "interpolation": "bilinear",
+        "channels": "rgb",
         "mean": (0.1, 0.2, 0.3),
         "std": (0.4, 0.5, 0.6),
     }
