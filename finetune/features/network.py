@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from finetune.data.channels.arrays import count_channels, find_array_shape
 from finetune.data.channels.depth import ValueRange
+from finetune.data.dataset import Dataset
 from finetune.data.loader import Placement
 from finetune.errors import FinetuneError, UsageError, count, sanitize
 from finetune.recipe import Recipe
@@ -32,7 +34,7 @@ from pretrained.graph.layers import Layer, Layers
 from pretrained.graph.pooling import Pool
 from pretrained.loading import check_complete
 from pretrained.network import is_convolutional
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import MOST_CHANNELS, Preprocessing
 from pretrained.state_dict import digest_tensors
 from pretrained.weights import find_cached, find_weights
 
@@ -222,6 +224,19 @@ def _take_channels(card: Card, channels: int | str) -> Preprocessing:
     raise UsageError(
         f"--channels {channels}", f"the network takes {takes}", "Leave it out, or take another backbone."
     )
+
+
+def take_channels(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return the recipe with the channels of arrays, if it says nothing and the network takes images."""
+    shape, name = find_array_shape(dataset), recipe.backbone.name
+    if recipe.input.channels != "auto" or shape is None:
+        return recipe
+    if name is not None and not find_card(name, recipe.backbone.offline).preprocessing.is_rgb:
+        return recipe
+    fitting = [number for number in count_channels(shape) if number <= MOST_CHANNELS]
+    if not fitting:
+        return recipe  # refused as arrays that no network of images takes
+    return recipe.model_copy(update={"input": recipe.input.model_copy(update={"channels": fitting[0]})})
 
 
 LEAST_SOURCE_CLASSES = 1_000

@@ -21,7 +21,7 @@ from torch import Tensor
 from finetune.data.prepare import check_outside, require_labels
 from finetune.errors import DataError, UsageError, suggest
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
-from finetune.features.network import open_network
+from finetune.features.network import open_network, take_channels
 from finetune.features.rows import Rows, SubsetRows
 from finetune.features.solvers import Kind, LinearClassifier, build_training_rows, choose_and_solve
 from finetune.features.transferability import classify
@@ -251,10 +251,11 @@ def probe(
         FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors():
-        network = open_network(recipe, display)
-        layers = network.layers.select(wanted, pool)
         dataset = open_images(recipe, display)
         require_labels(dataset, recipe)
+        recipe = take_channels(recipe, dataset)
+        network = open_network(recipe, display)
+        layers = network.layers.select(wanted, pool)
         check_outside(output, dataset)
         every = torch.tensor([sample.label for sample in dataset.samples])
         draw_probe_split(every, dataset.classes, per_class, recipe.seed, 0)  # raises early

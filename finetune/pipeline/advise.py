@@ -23,7 +23,7 @@ from finetune.data.dataset import Dataset
 from finetune.data.prepare import check_outside, draw_evenly, read_images, require_labels
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.look_alikes import find_groups
-from finetune.features.network import Network, open_network
+from finetune.features.network import Network, open_network, take_channels
 from finetune.features.ridge import leave_groups_out
 from finetune.features.rows import ConcatRows
 from finetune.features.transferability import MOST_IMAGES, compute_normalised_leep, leave_one_out
@@ -125,9 +125,10 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
         DataError: the images have no labels.
         FinetuneError: every other refusal and failure.
     """
-    network = open_network(recipe, display)
     dataset = open_images(recipe, display)
     require_labels(dataset, recipe)
+    recipe = take_channels(recipe, dataset)
+    network = open_network(recipe, display)
     if output is not None:
         check_outside(output, dataset)
     prepared = read_images(recipe, dataset, display)

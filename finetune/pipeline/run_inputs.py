@@ -4,41 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.data.channels.arrays import count_channels, find_array_shape
 from finetune.data.channels.bands import check_takes, measure_channels
 from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
-from finetune.features.network import fetch, resolve_preprocessing
+from finetune.features.network import fetch, resolve_preprocessing, take_channels
 from finetune.recipe import Recipe
 from finetune.system.display import Display
 from pretrained.catalog import Card, find_card
-from pretrained.preprocessing import MOST_CHANNELS
 
 
 def find_run_inputs(recipe: Recipe, display: Display) -> tuple[Dataset, Card]:
     """Return the images, and the card of the backbone for them; fetch its weights where they are not here."""
     dataset = _find_images(recipe, display)
     card = find_card(str(recipe.backbone.name), recipe.backbone.offline)
-    view = resolve_preprocessing(_with_channels(recipe, card, dataset), card)
+    view = resolve_preprocessing(take_channels(recipe, dataset), card)
     card = card.with_input(view)
     check_takes(card, dataset)
     card = card.with_input(measure_channels(view, dataset, display))
     if not recipe.strategy.starts_random and not recipe.backbone.weights:
         fetch(card, recipe.backbone.offline, display)
     return dataset, card
-
-
-def _with_channels(recipe: Recipe, card: Card, dataset: Dataset) -> Recipe:
-    """Return the recipe with the channels of arrays, if it says nothing and the network takes images."""
-    shape = find_array_shape(dataset)
-    if recipe.input.channels != "auto" or shape is None or not card.preprocessing.is_rgb:
-        return recipe
-    fitting = [number for number in count_channels(shape) if number <= MOST_CHANNELS]
-    if not fitting:
-        return recipe  # refused as arrays that no network of images takes
-    return recipe.model_copy(update={"input": recipe.input.model_copy(update={"channels": fitting[0]})})
 
 
 def _find_images(recipe: Recipe, display: Display) -> Dataset:
