@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.channels.arrays import check_array, find_array_shape
-from finetune.data.channels.bands import GREY, RGB, read_bands
+from finetune.data.channels.bands import GREY, read_bands
 from finetune.data.channels.depth import ValueRange, Values, find_range
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.decode import BadImageError, probe_image, read_spread
@@ -123,7 +123,7 @@ def check_images(
     look = partial(_scan_image, dataset, decode, store)
     if shape is not None:
         look = partial(_scan_numbers, dataset, partial(check_array, shape=shape))
-    elif channels not in (GREY, RGB):
+    elif channels not in (GREY, IMAGE_CHANNELS):
         look = partial(_scan_numbers, dataset, partial(read_bands, channels=channels))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="check-images")
     try:

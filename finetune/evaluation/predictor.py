@@ -136,12 +136,13 @@ class Predictor:
         self.network = place_network(network.eval(), self._placement)
         self._forward = forward or self.network
         self._views, self._workers = views, max(1, workers)
+        self._transform = build_eval_transform(card.preprocessing)
         self._normalize = Normalizer(card.preprocessing, device)
         chunk_size = compute_chunk_size(*card.preprocessing.size) if device.type == "cpu" else batch_size
         self._chunked = ChunkedForward(self._forward, chunk_size)
         self._lock = threading.Lock()
 
-    def open(self, image: Path | Image.Image) -> Opened:
+    def open(self, image: Path | Image.Image | npt.NDArray[Any]) -> Opened:
         """Return an image as the network sees it before it is resized: RGB, upright, 8 bits a channel.
 
         A network of bands gets their standardised numbers, and one that takes arrays the array of the file.
@@ -151,11 +152,11 @@ class Predictor:
         """
         preprocessing = self.card.preprocessing
         if isinstance(image, Path):
-            return build_eval_transform(preprocessing).open(image)
-        if preprocessing.is_rgb:
-            return convert_image(image, preprocessing.value_range)
+            return self._transform.open(image)
         if preprocessing.kind == "bands":
             return standardise(convert_bands(image, preprocessing.channels), preprocessing)
+        if preprocessing.is_rgb and isinstance(image, Image.Image):
+            return convert_image(image, preprocessing.value_range)
         wanted = describe_shape(preprocessing.input_size)
         raise BadImageError(f"an image, and the network takes arrays of {wanted} values")
 
@@ -239,7 +240,7 @@ class Predictor:
             if preprocessing.kind == "array":
                 return arrange(image, preprocessing.input_size)
             if preprocessing.kind == "bands":
-                return standardise(convert_bands(image, preprocessing.channels), preprocessing)
+                return self.open(image)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise _no_image(image)
             return Image.fromarray(np.ascontiguousarray(image))

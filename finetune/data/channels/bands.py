@@ -41,10 +41,10 @@ from finetune.system.device import available_cores
 from finetune.system.display import Display
 from pretrained.catalog import Card
 from pretrained.config import MEANS, STDS
-from pretrained.preprocessing import MOST_CHANNELS, Preprocessing
+from pretrained.preprocessing import IMAGE_CHANNELS, MOST_CHANNELS, Preprocessing
 
-GREY, RGB = 1, 3
-"""Numbers of channels that image files can give; arrays can have others."""
+GREY = 1
+"""Channels of a grey image."""
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue in a grey value (ITU-R BT.601), as Pillow has them."""
 _ROUNDING = 1e-7
@@ -68,7 +68,7 @@ def read_bands(path: Path, channels: int) -> Planes:
     """
     if is_array_name(path.name):
         return order_channels(read_array(path), channels)
-    if channels not in (GREY, RGB):
+    if channels not in (GREY, IMAGE_CHANNELS):
         return order_channels(to_finite(read_tiff(path)), channels)
     try:
         return _to_planes(_read_pixels(path), channels)
@@ -107,8 +107,8 @@ def _find_channels(dataset: Dataset) -> tuple[int, ...]:
     """Return the numbers of channels that the images of a data set can give."""
     for sample in dataset.samples[:_TRIED]:
         if bands := count_bands(dataset.file(sample)):
-            return (GREY, RGB, bands)
-    return (GREY, RGB)
+            return (GREY, IMAGE_CHANNELS, bands)
+    return (GREY, IMAGE_CHANNELS)
 
 
 def convert_bands(image: Image.Image | NDArray[Any], channels: int) -> Planes:
@@ -161,7 +161,7 @@ def _to_planes(pixels: NDArray[Any], channels: int) -> Planes:
     """Return numbers (H, W) or (H, W, 3) as grey or as three channels."""
     values = to_finite(pixels)
     if values.ndim == 2:
-        values = values[..., None].repeat(channels, axis=2) if channels in (GREY, RGB) else values[..., None]
+        values = values[..., None].repeat(channels if channels == IMAGE_CHANNELS else 1, axis=2)
     elif channels == GREY:
         values = (values @ _GREY_WEIGHTS)[..., None]
     return order_channels(values, channels)
@@ -246,7 +246,7 @@ def _measure(dataset: Dataset, sample: Sample, channels: int) -> tuple[NDArray[n
     with suppress(BadImageError):
         bands = read_bands(file, channels).astype(np.float64).reshape(channels, -1)
         moments = np.stack([bands.mean(axis=1), bands.var(axis=1)])
-        if is_array_name(file.name) or channels not in (GREY, RGB):
+        if is_array_name(file.name) or channels not in (GREY, IMAGE_CHANNELS):
             return moments, True
         with open_image(file) as (image, _):
             return moments, is_deep(image)
