@@ -47,8 +47,6 @@ GREY = 1
 """Channels of a grey image."""
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue in a grey value (ITU-R BT.601), as Pillow has them."""
-_ROUNDING = 1e-7
-"""Deviation, as a share of the mean, that float32 numbers have by rounding alone."""
 _TRIED = 20
 """Images whose headers are read to find how many bands they have; some may be damaged."""
 _MOST_MEASURED = 2_000
@@ -233,7 +231,7 @@ def _pool(moments: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float,
     mean = moments[:, 0].mean(axis=0)
     variance = moments[:, 1].mean(axis=0) + ((moments[:, 0] - mean) ** 2).mean(axis=0)
     std = np.sqrt(variance)
-    std[std <= _ROUNDING * np.abs(mean)] = 1.0
+    std[std == 0] = 1.0  # exact: sums of a float32 number are, in float64
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
