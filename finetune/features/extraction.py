@@ -33,9 +33,8 @@ from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
 from finetune.data.transforms import build_eval_transform
 from finetune.errors import DataError, UsageError
-from finetune.features.network import (
-    Network,
-)
+from finetune.features.network import Network
+from finetune.features.regions import Region, describe_region, hide_outside
 from finetune.features.rows import ChainRows, Rows
 from finetune.features.runtime import choose_runtime, describe_runtime, open_forward
 from finetune.features.store import (
@@ -110,12 +109,14 @@ class Source:
         dataset: the images that can be read.
         recipe: settings of backbone, data, input, cache and machine.
         display: shows progress.
+        region: the part of each image that the network sees.
     """
 
     network: Network
     dataset: PreparedDataset
     recipe: Recipe
     display: Display
+    region: Region = "whole"
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -274,11 +275,12 @@ def _open_forward(source: Source, layers: Sequence[Layer], pool: Pool, missing: 
     network, placement = source.network.backbone, source.network.placement
     wanted = [layers[number] for number in missing if number < len(layers)]
     extract = FeatureExtractor(network.network, wanted, pool, with_logits=len(layers) in missing)
+    input_size = network.card.preprocessing.input_size
+    hide = hide_outside(source.region, input_size, placement.device)
 
     def forward(images: Tensor) -> Tensor:
-        return torch.cat(extract(images), dim=1)
+        return torch.cat(extract(hide(images)), dim=1)
 
-    input_size = network.card.preprocessing.input_size
     return open_forward(source.runtime, network.network, forward, placement, input_size, source.display)
 
 
@@ -342,6 +344,7 @@ def _shared_facts(source: Source, kept: KeptRows, split: Split, weights: str) ->
         "format": FORMAT,
         "batch_size": kept.batch_size,
         "weights": weights,
+        **describe_region(source.region),
         **describe_source(card, network.placement, _PRECISION, source.runtime, recipe.deterministic),
         **images,
     }
