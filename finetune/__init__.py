@@ -13,6 +13,7 @@ _MODULES = {
     "Predictor": "finetune.evaluation.predictor",
     "SilentDisplay": "finetune.system.display",
     "advise": "finetune.api",
+    "audit": "finetune.api",
     "check": "finetune.api",
     "compare": "finetune.api",
     "dry_run": "finetune.api",

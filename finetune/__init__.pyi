@@ -1,4 +1,5 @@
 from finetune.api import advise as advise
+from finetune.api import audit as audit
 from finetune.api import check as check
 from finetune.api import compare as compare
 from finetune.api import dry_run as dry_run

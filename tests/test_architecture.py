@@ -29,7 +29,7 @@ FLOORS = (
     ("finetune.features",),
     ("finetune.evaluation",),
     ("finetune.training", "finetune.explain", "finetune.exporters"),
-    ("finetune.report",),
+    ("finetune.report", "finetune.shortcuts"),
     ("finetune.pipeline",),
     ("finetune.api",),
     ("finetune.service",),

@@ -10,6 +10,7 @@ goes to stderr, or nowhere with ``display=SilentDisplay()``. A refusal is a ``fi
 Functions run in the calling process, which no supervisor restarts.
 """
 
+from finetune.api.audit import audit
 from finetune.api.commands import (
     advise,
     check,
@@ -35,6 +36,7 @@ from finetune.api.explain_units import (
 
 __all__ = (
     "advise",
+    "audit",
     "check",
     "compare",
     "dry_run",

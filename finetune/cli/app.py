@@ -7,6 +7,7 @@ import typer
 from finetune import __version__
 from finetune.cli import (
     advise,
+    audit,
     backbones,
     cache,
     check,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command("run", cls=RecipeCommand)(run.run_command)
 app.command("check", cls=RecipeCommand)(check.check_command)
+app.command("audit", cls=RecipeCommand)(audit.audit_command)
 app.command("advise", cls=RecipeCommand)(advise.advise_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("report")(report.report_command)

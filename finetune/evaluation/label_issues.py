@@ -127,7 +127,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
         require_labels(dataset, recipe)
         check_outside(output, dataset)
         source = open_source(recipe, network, dataset, display)
-        dataset = _leave_changed_out(source, RunFolder(run), display)
+        dataset = leave_changed_out(source, RunFolder(run), display)
         source = replace(source, dataset=dataset)
         _warn_of_seen(recipe, source, display)
         with new_folder(output) as folder:
@@ -151,7 +151,7 @@ def _read_recipe(path: Path) -> Recipe:
     return recipe.model_copy(update={"data": data, "device": "auto"})
 
 
-def _leave_changed_out(source: Source, run: RunFolder, display: Display) -> PreparedDataset:
+def leave_changed_out(source: Source, run: RunFolder, display: Display) -> PreparedDataset:
     """Return the images that did not change since the run, whose labels it recorded.
 
     Raises:

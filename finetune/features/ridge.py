@@ -58,7 +58,8 @@ def leave_groups_out(
     """
     groups = torch.arange(len(labels)) if groups is None else groups
     return compute_where_it_fits(
-        device, lambda place: LeftOutRidge(rows, indices, num_classes, place).find_hits(labels[None], groups)[0]
+        device,
+        lambda place: LeftOutRidge(rows, indices, num_classes, place).find_hits(labels[None], groups)[0],
     )
 
 

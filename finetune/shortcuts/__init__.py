@@ -1,0 +1,1 @@
+"""``finetune audit``: can the label be predicted from what should not tell it?"""
