@@ -90,7 +90,7 @@ def read_file_facts(dataset: PreparedDataset, display: Display) -> FileFacts:
         "aspect": [f"{width / height:.3f} wide" for width, height in sizes],
         "brightness": [f"brightness {mean:.0f}" for mean in greys[:, 0]],
         "exif": [_say_tags(one.tags) for one in headers],
-        "order": [PurePosixPath(sample.path).name for sample in samples],
+        "order": [f"number {rank + 1:.0f} by name" for rank in order],
     }
     return FileFacts(values, words)
 

@@ -38,8 +38,8 @@ class Shortcut:
         accuracy: of the shortcut on images left out; for ``background`` the share of images whose answer
             changes without the surroundings.
         interval: its 95 % interval, which counts a group of images as one.
-        chance: mean accuracy with permuted labels; for ``background`` the share of images whose answer
-            changes without the middle.
+        chance: mean accuracy with permuted labels, or the share of the largest class if that is more; for
+            ``background`` the share of images whose answer changes without the middle.
         share: part of the way from chance to the accuracy of whole images, 1 for as good; None where whole
             images are no better than chance.
         number: permutations drawn; 0 for another kind of test.
@@ -94,7 +94,7 @@ def find_shortcuts(
         predictors: what predicts from one shortcut, by name.
         labels: (N,), from 0 to K - 1.
         groups: (N,), equal for images of one group.
-        whole: accuracy of whole images, left out in the same groups.
+        whole: accuracy of whole images, left out in the same folds.
         seed: of the permutations.
         on_test: called with the title before each test.
 
@@ -102,6 +102,7 @@ def find_shortcuts(
         The tests in the order of the predictors, corrected for their number.
     """
     permuter, num_groups = LabelPermuter(labels, groups), len(np.unique(groups))
+    largest = float(np.bincount(labels).max() / len(labels))
     batch = max(1, min(100, _COLUMNS // (int(labels.max()) + 1)))
     found = []
     for name, find_hits in predictors.items():
@@ -117,8 +118,8 @@ def find_shortcuts(
                 1.0,
                 accuracy,
                 compute_wilson(round(accuracy * num_groups), num_groups),
-                test.chance,
-                _compute_share(accuracy, test.chance, whole),
+                chance := max(test.chance, largest),
+                _compute_share(accuracy, chance, whole),
                 test.number,
                 hits,
             )

@@ -68,7 +68,7 @@ MEANINGS = {
         "EXIF tags",
         "Camera, date or exposure tell the label: the classes were photographed at different times or "
         "with different cameras. A network sees no tags, but it may see the camera.",
-        f"{_GROUP} and every class has several cameras and days.",
+        f"{_GROUP}, and photograph every class with each camera, on several days.",
     ),
     "order": Meaning(
         "the numbers in the file names",

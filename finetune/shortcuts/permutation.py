@@ -24,8 +24,8 @@ Score = Callable[[Ints], Floats]
 
 LEVEL = 0.05
 """Probability of one false alarm or more over all tests together."""
-MOST = 999
-"""Permutations of a test."""
+MOST = 499
+"""Permutations of a test: enough for an alarm among nine tests, and more take minutes."""
 ENOUGH = 10
 """Permutations as accurate as the true labels after which a test ends: it is not significant (Besag and
 Clifford 1991, doi:10.1093/biomet/78.2.301)."""

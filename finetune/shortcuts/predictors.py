@@ -34,6 +34,18 @@ def tells_nothing(facts: Floats) -> bool:
     return len(np.unique(np.nan_to_num(facts, nan=-np.inf), axis=0)) < 2
 
 
+def draw_blind_folds(groups: Ints, seed: int) -> Ints:
+    """Return the fold in which each image is left out, (N,), which knows nothing of labels.
+
+    Args:
+        groups: (N,), at least two; images of one group get one fold.
+        seed: of the random order.
+    """
+    same = torch.zeros(len(groups), dtype=torch.int64)
+    folds: Ints = draw_folds(same, NUM_FOLDS, seed, torch.from_numpy(groups)).numpy()
+    return folds
+
+
 def predict_by_tree(facts: Floats, groups: Ints, num_classes: int, seed: int) -> FindHits:
     """Return a function that cross-validates a decision tree of scikit-learn on a few numbers.
 
@@ -47,8 +59,7 @@ def predict_by_tree(facts: Floats, groups: Ints, num_classes: int, seed: int) ->
     """
     from sklearn.tree import DecisionTreeClassifier
 
-    same = torch.zeros(len(groups), dtype=torch.int64)
-    folds = draw_folds(same, NUM_FOLDS, seed, torch.from_numpy(groups)).numpy()
+    folds = draw_blind_folds(groups, seed)
     known = facts.astype(np.float32)
     leaf = max(_FEWEST, len(facts) // (_LEAF * num_classes))
     parts = [(folds != fold, folds == fold) for fold in np.unique(folds)]
@@ -64,12 +75,16 @@ def predict_by_tree(facts: Floats, groups: Ints, num_classes: int, seed: int) ->
     return lambda labellings: np.stack([predict(labels) for labels in labellings])
 
 
-def predict_by_ridge(ridge: LeftOutRidge, groups: Ints) -> FindHits:
-    """Return a function that leaves groups of images out of ridge regression on their features.
+def predict_by_ridge(ridge: LeftOutRidge, groups: Ints, seed: int) -> FindHits:
+    """Return a function that leaves folds of images out of ridge regression on their features.
+
+    Single images are no folds: without one, its class is the rarest of balanced ones, so that features that
+    tell nothing would be wrong more often than chance.
 
     Args:
         ridge: of features of a part of each image.
-        groups: (N,); images of one group are left out together.
+        groups: (N,); images of one group are in one fold.
+        seed: of the folds.
     """
-    whole = torch.from_numpy(groups)
-    return lambda labellings: ridge.find_hits(torch.from_numpy(labellings), whole).numpy()
+    folds = torch.from_numpy(draw_blind_folds(groups, seed))
+    return lambda labellings: ridge.find_hits(torch.from_numpy(labellings), folds).numpy()

@@ -42,7 +42,8 @@ def write_pictures(
 
 
 def _draw(source: Source, alarm: Shortcut, facts: FileFacts, background: Background | None) -> Section:
-    title = MEANINGS[alarm.name].title.capitalize()
+    title = MEANINGS[alarm.name].title
+    title = title[0].upper() + title[1:]
     if alarm.name == "background" and background is not None:
         said = f"{title}: those that depend most on what surrounds the middle (log odds lost)"
         return Section(said, len(background.without_middle), background.tiles)
