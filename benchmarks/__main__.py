@@ -33,6 +33,7 @@ NAMES = (
     "runtimes",
     "transfer",
     "planted",
+    "shortcuts",
     "service",
     *NETWORKS,
 )

@@ -42,8 +42,8 @@ from finetune.system.display import Display
 from finetune.targets import compute_log_odds, decide
 from pretrained.graph.structures import tensors_in
 
-MOST = 64
-"""Images whose answers are tried; as many maps are checked by deletion."""
+MOST = 32
+"""Images whose answers are tried, and whose maps are checked by deletion, which takes 28 passes each."""
 FEWEST = 8
 SHOWN = 12
 
