@@ -7,7 +7,6 @@ import typer
 from finetune import __version__
 from finetune.cli import (
     advise,
-    audit,
     backbones,
     cache,
     check,
@@ -26,6 +25,7 @@ from finetune.cli import (
     run,
 )
 from finetune.cli.group import ValueShowingGroup
+from finetune.cli.judging import audit
 from finetune.cli.output import print_line, replace_closed_streams
 from finetune.cli.processes import leave
 from finetune.cli.serving import jobs, serve

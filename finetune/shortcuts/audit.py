@@ -211,7 +211,7 @@ def _audit(source: Source, run: Path | None, output: Path, folder: Path) -> Audi
             groups.numpy(),
             float(predict_whole(labels.numpy()[None]).mean()),
             recipe.seed,
-            lambda title: advance(1, title),
+            advance,
         )
     background = None
     if run is not None:

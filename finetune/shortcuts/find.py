@@ -86,7 +86,7 @@ def find_shortcuts(
     groups: Ints,
     whole: float,
     seed: int,
-    on_test: Callable[[str], None] = lambda _: None,
+    advance: Callable[[int, str], None] = lambda *_: None,
 ) -> list[Shortcut]:
     """Test each shortcut against permuted labels.
 
@@ -96,7 +96,7 @@ def find_shortcuts(
         groups: (N,), equal for images of one group.
         whole: accuracy of whole images, left out in the same folds.
         seed: of the permutations.
-        on_test: called with the title before each test.
+        advance: called with 0 and the title before each test, and with 1 after it.
 
     Returns:
         The tests in the order of the predictors, corrected for their number.
@@ -106,7 +106,7 @@ def find_shortcuts(
     batch = max(1, min(100, _COLUMNS // (int(labels.max()) + 1)))
     found = []
     for name, find_hits in predictors.items():
-        on_test(MEANINGS[name].title)
+        advance(0, MEANINGS[name].title)
         rng = np.random.default_rng(derive_seed(seed, "audit", name))
         hits = find_hits(labels[None])[0]
         accuracy = float(hits.mean())
@@ -124,6 +124,7 @@ def find_shortcuts(
                 hits,
             )
         )
+        advance(1, MEANINGS[name].title)
     return correct(found)
 
 
