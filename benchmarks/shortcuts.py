@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,12 @@ from finetune.evaluation.intervals import compute_wilson
 from finetune.features.extraction import Source, open_images, open_source
 from finetune.features.look_alikes import find_groups
 from finetune.features.network import open_network
-from finetune.features.regions import Region
 from finetune.features.rows import MemoryRows
 from finetune.recipe import load_recipe
 from finetune.shortcuts.audit import build_predictors, extract_regions
 from finetune.shortcuts.file_facts import FileFacts, read_file_facts
 from finetune.shortcuts.find import find_shortcuts
-from finetune.shortcuts.permutation import Ints, LabelPermuter
+from finetune.shortcuts.permutation import Floats, Ints, LabelPermuter
 from finetune.system.display import SilentDisplay
 
 SETS = ("clothing10", "coffee5", "grocery22")
@@ -72,9 +72,10 @@ class Marked:
         self._source = stamped[0]
         samples = stamped[0].dataset.samples
         self.labels = np.array([sample.label for sample in samples])
-        self._regions = [extract_regions(source)[0] for source in (*stamped, saved[-1])]
+        every = [extract_regions(source) for source in (*stamped, saved[-1])]
+        self._regions = [{**regions, "last": last} for regions, last, _ in every]
         self._facts = [read_file_facts(source.dataset, display) for source in saved]
-        self.groups = self.find_groups(self._regions[-1]["whole"], self.labels)
+        self.groups = self.find_groups(self._regions[-1]["last"], self.labels)
 
     def _open(self, folder: Path, colour: str | None, quality: int) -> Source:
         mark = f"{colour or 'plain'}-{quality}".removeprefix("#")
@@ -89,10 +90,10 @@ class Marked:
         few = replace(few, samples=tuple(sorted(few.samples, key=lambda one: one.path)))
         return open_source(recipe, self._network, few, display)
 
-    def find_groups(self, whole: Tensor, labels: Ints) -> Ints:
+    def find_groups(self, last: Tensor, labels: Ints) -> Ints:
         """Return the groups of look-alikes (N,) under other labels, as the audit finds them."""
         every = torch.arange(len(labels))
-        return find_groups(MemoryRows(whole), every, torch.from_numpy(labels)).numpy()
+        return find_groups(MemoryRows(last), every, torch.from_numpy(labels)).numpy()
 
     def find_alarms(self, planted: str, strength: float, rng: np.random.Generator) -> list[str]:
         """Return the names of the tests that give an alarm on permuted labels with one mark."""
@@ -101,7 +102,7 @@ class Marked:
             rng.random(len(labels)) < strength, labels, rng.integers(labels.max() + 1, size=len(labels))
         )
         regions, values = self._plant(planted, marks, rng)
-        groups = self.find_groups(regions["whole"], labels)
+        groups = self.find_groups(regions["last"], labels)
         facts = FileFacts(values, {})
         predictors, _ = build_predictors(self._source, regions, facts, torch.from_numpy(groups))
         whole = float(predictors.pop("whole")(labels[None]).mean())
@@ -110,7 +111,7 @@ class Marked:
 
     def _plant(
         self, planted: str, marks: Ints, rng: np.random.Generator
-    ) -> tuple[Mapping[Region, Tensor], Mapping[str, np.ndarray]]:
+    ) -> tuple[dict[Any, Tensor], dict[str, Floats]]:
         """Return the features and the facts of images of which one thing has a mark."""
         own, every = marks % len(COLOURS), np.arange(len(marks))
         regions, values = self._regions[-1], dict(self._facts[-1].values)

@@ -511,3 +511,24 @@ def test_reduced_images(bench: Bench) -> None:
 def test_a_small_run_on_digits(name: str, tool: str, bench: Bench) -> None:
     figures = measure_quickly(name, bench, tool)
     assert (figures["num_train"], figures["num_test"]) == (100, 600)
+
+
+def test_what_an_audit_found_is_written(tmp_path: Path) -> None:
+    alarms = {
+        "none 0.0": [[], [], ["size"], []],
+        "stamp 0.1": [["surroundings"], ["border", "quality"]],
+        "order 0.8": [["order"], ["order"]],
+    }
+    results = Results(tmp_path / "results.jsonl")
+    results.add(Result("shortcuts-wbc4", "finetune", 0, {"num_images": 80, "alarms": alarms}))
+    lines = [*load("shortcuts").lines(results)]
+    assert "| wbc4 | stamp | 50 | - | - | - | - |" in lines
+    assert "| wbc4 | order | - | - | - | - | 100 |" in lines
+    [row] = [line for line in lines if line.startswith("| all |")]
+    assert row.startswith("| all | 25.0 (4.6 to 69.9) of 4 | 25.0 (4.6 to 69.9) of 4 |")
+
+
+@pytest.mark.slow
+def test_shortcuts_are_planted(bench: Bench) -> None:
+    found = measure_quickly("shortcuts", bench)
+    assert len(found["alarms"]["none 0.0"]) == 2 and len(found["alarms"]) == 16

@@ -33,7 +33,7 @@ from finetune.features.look_alikes import find_groups
 from finetune.features.network import open_network, take_channels
 from finetune.features.regions import Region
 from finetune.features.ridge import LeftOutRidge, leave_groups_out
-from finetune.features.rows import MemoryRows
+from finetune.features.rows import ConcatRows, MemoryRows
 from finetune.features.transferability import MOST_IMAGES
 from finetune.recipe import Recipe
 from finetune.runs.files import write_json
@@ -196,11 +196,11 @@ def _check_enough(dataset: PreparedDataset, recipe: Recipe) -> None:
 
 def _audit(source: Source, run: Path | None, output: Path, folder: Path) -> Audit:
     display, recipe = source.display, source.recipe
-    regions, usable = extract_regions(source)
+    regions, last, usable = extract_regions(source)
     source = replace(source, dataset=_keep(source.dataset, usable))
     samples = source.dataset.samples
     labels = torch.tensor([sample.label for sample in samples])
-    groups, independence = measure_independence(source, regions["whole"], labels)
+    groups, independence = measure_independence(source, regions["whole"], last, labels)
     facts = read_file_facts(source.dataset, display)
     predictors, untested = build_predictors(source, regions, facts, groups)
     predict_whole = predictors.pop("whole")
@@ -229,34 +229,47 @@ def _audit(source: Source, run: Path | None, output: Path, folder: Path) -> Audi
     return Audit(name, independence, tuple(found), untested, background, can_alarm, str(output))
 
 
-def extract_regions(source: Source) -> tuple[dict[Region, Tensor], Tensor]:
-    """Return the last features of whole images and of each region, (N, D) each, without unreadable images.
+def extract_regions(source: Source) -> tuple[dict[Region, Tensor], Tensor, Tensor]:
+    """Return the features of all stages of whole images and of each region, (N, D) each.
 
-    Also returns the places of these N images among the samples of the source.
+    Low stages see stamps, colours and traces of compression better than the last one. Unreadable images are
+    left out; also returned are the last features of whole images, by which look-alikes are found, and the
+    places of these N images among the samples of the source.
     """
-    last, regions = source.network.layers.all[-1], {}
-    usable = torch.arange(len(source.dataset.samples))
+    layers, regions = source.network.layers.all, dict[Region, Tensor]()
+    if source.network.backbone.card.taps:  # a classifier on stages takes no other features
+        layers = layers[-1:]
     for region in ("whole", *REGIONS):
         shown = replace(source, region=region)
         source.display.say(f"features of {'whole images' if region == 'whole' else MEANINGS[region].title}")
-        with open_features(shown, [last], "auto", splits=("train",)) as features:
+        with open_features(shown, layers, "auto", splits=("train",)) as features:
             usable = features.usable(source.dataset.samples)
-            regions[region] = features.rows[0][usable].clone()
-    return regions, usable
+            regions[region] = ConcatRows(features.rows)[usable]
+            if region == "whole":
+                last = features.rows[-1][usable]
+    return regions, last, usable
 
 
 def _keep(dataset: PreparedDataset, usable: Tensor) -> PreparedDataset:
     return replace(dataset, samples=tuple(dataset.samples[place] for place in usable.tolist()))
 
 
-def measure_independence(source: Source, whole: Tensor, labels: Tensor) -> tuple[Tensor, Independence]:
+def measure_independence(
+    source: Source, whole: Tensor, last: Tensor, labels: Tensor
+) -> tuple[Tensor, Independence]:
     """Return the group of each image, (N,) int64, and what leaving out whole groups changes.
+
+    Args:
+        source: the images, N of them.
+        whole: their features of all stages, (N, D).
+        last: their last features, by which look-alikes are found.
+        labels: (N,) int64.
 
     Raises:
         DataError: there are fewer groups than a test needs.
     """
     rows, every = MemoryRows(whole), torch.arange(len(labels))
-    groups = find_groups(rows, every, labels, [sample.group for sample in source.dataset.samples])
+    groups = find_groups(MemoryRows(last), every, labels, [sample.group for sample in source.dataset.samples])
     _, sizes = torch.unique(groups, return_counts=True)
     if len(sizes) < FEWEST_GROUPS:
         found = f"{count(len(labels), 'image')} of only {count(len(sizes), 'group')}"
