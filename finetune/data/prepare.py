@@ -65,13 +65,15 @@ def record_split(dataset: PreparedDataset, folder: RunFolder) -> None:
 
 
 def describe_data(dataset: Dataset) -> str:
-    """Return one sentence: classes, and images of each split."""
+    """Return one sentence: the labels, and images of each split."""
     splits: tuple[Split, ...] = ("train", "val", "test")
     parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
     fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
     spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     images = "image" if spread == "1" else "images"
-    return f"{count(dataset.num_classes, 'class', 'classes')}, {parts}; {spread} training {images} a class"
+    what = dataset.target.describe([dataset.label_of(sample) for sample in dataset.samples])
+    each = f"; {spread} training {images} a class" if dataset.target.has_classes else ""
+    return f"{what}, {parts}{each}"
 
 
 def check_outside(output: Path, dataset: Dataset) -> None:

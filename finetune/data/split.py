@@ -81,17 +81,17 @@ class Unit:
 
 
 def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[Unit]:
-    """Return the groups, and the images without a group, as units."""
+    """Return the groups, and the images without a group, as units; an image may be of several classes."""
     members: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    units = []
+    alone: dict[str, Counter[str]] = {}
     for name, paths in paths_by_class.items():
         for path in paths:
             if path in groups:
                 members[groups[path]].append((path, name))
             else:
-                units.append(Unit(path, (path,), {name: 1}))
-    return units + [
-        Unit(group, tuple(sorted(path for path, _ in own)), Counter(label for _, label in own))
+                alone.setdefault(path, Counter())[name] += 1
+    return [Unit(path, (path,), counts) for path, counts in alone.items()] + [
+        Unit(group, tuple(sorted({path for path, _ in own})), Counter(label for _, label in own))
         for group, own in members.items()
     ]
 
@@ -208,9 +208,10 @@ def keep_copies_together(
         return dataset, 0
     if dataset.settled:
         return _join_settled(dataset, pool, units)
-    paths: dict[str, list[str]] = {name: [] for name in dataset.classes}
+    by_label: dict[str, list[str]] = {name: [] for name in dataset.labels}
     for sample in pool:
-        paths[dataset.classes[sample.label]].append(sample.path)
+        by_label[dataset.label_of(sample)].append(sample.path)
+    paths = dataset.target.strata(by_label)
     folds: dict[str, int] = {}
     if num_folds := max(sample.fold for sample in pool):
         folds = draw_folds(paths, num_folds, config.seed, units)

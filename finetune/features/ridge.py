@@ -64,6 +64,77 @@ def leave_groups_out(
     )
 
 
+def solve_ridge(
+    rows: Rows,
+    indices: Tensor,
+    numbers: Tensor,
+    device: torch.device = _CPU,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor, float]:
+    """Return the weight (T, D) and bias (T,) float32 of ridge regression, and the penalty for each image.
+
+    The bias is not penalised. The penalty is the one with the smallest squared error of the groups left out.
+
+    Args:
+        rows: (all images, D).
+        indices: (N,) int64, the training images; no others are read.
+        numbers: (N, T), what to predict.
+        device: device of the computation.
+        groups: (N,) int64; images of equal numbers are left out together. By default each is left out alone.
+
+    Raises:
+        InternalError: a feature is not finite.
+    """
+    groups = torch.arange(len(numbers)) if groups is None else groups
+    return compute_where_it_fits(
+        device, lambda place: _solve(standardise(rows, indices, place), numbers.double(), groups)
+    )
+
+
+def _solve(scaled: Standardised, numbers: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, float]:
+    number, middle = len(numbers), numbers.mean(dim=0).to(scaled.mean.device)
+    centred = numbers.to(scaled.mean.device) - middle
+    squares, moments, turn = _decompose(scaled, centred)
+    errors = _sum_errors(centred, squares, moments, turn, groups)
+    penalty = PENALTIES[int(errors.argmin())]
+    fitted = torch.cat(
+        [turn(images) @ (moments / (squares + penalty * number)[:, None]) for images in _split(number)]
+    )
+    duals = (centred - fitted) / (penalty * number)  # the weights are Z' (y - Z w) / penalty
+    weight = scaled.mean.new_empty(numbers.shape[1], len(scaled.mean))
+    for start, stop in scaled.blocks():
+        weight[:, start:stop] = duals.T @ scaled.columns(start, stop) / scaled.std[start:stop]
+    bias = middle - weight @ scaled.mean
+    return weight.float().cpu(), bias.float().cpu(), penalty
+
+
+def _sum_errors(centred: Tensor, squares: Tensor, moments: Tensor, turn: Turn, groups: Tensor) -> Tensor:
+    """Return the sum of squared errors of the groups left out, for each penalty, (P,)."""
+    number = len(centred)
+    errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
+    if (groups == groups[0]).all():  # none can be left out: the largest penalty is the safest
+        return -torch.arange(len(PENALTIES), dtype=torch.float64)
+    for members in _batch_groups(groups):
+        own, there = turn(members.flatten()).view(*members.shape, -1), members.to(centred.device)
+        for index, penalty in enumerate(PENALTIES):
+            left_out = _residuals(own, centred[there], squares + penalty * number, moments, number)
+            errors[index] += left_out.square().sum().item()
+    return errors
+
+
+def _residuals(own: Tensor, centred: Tensor, penalised: Tensor, moments: Tensor, number: int) -> Tensor:
+    """Return the residuals (G, L, K) of groups that are left out, from their directions (G, L, R)."""
+    shares = 1 / penalised
+    residuals = centred - own @ (shares[:, None] * moments)
+    hat = own * shares @ own.mT + 1 / number
+    left_out: Tensor = torch.linalg.solve(torch.eye(hat.shape[-1]).to(hat) - hat, residuals)
+    return left_out
+
+
+def _split(number: int) -> tuple[Tensor, ...]:
+    return torch.split(torch.arange(number), _BATCH)
+
+
 def _leave_out(scaled: Standardised, labels: Tensor, num_classes: int, groups: Tensor) -> Tensor:
     number, place = len(labels), scaled.mean.device
     targets = torch.where(labels[:, None] == torch.arange(num_classes), 1.0, -1.0).double().to(place)
@@ -74,10 +145,7 @@ def _leave_out(scaled: Standardised, labels: Tensor, num_classes: int, groups: T
     for members in _batch_groups(groups):
         own, there = turn(members.flatten()).view(*members.shape, -1), members.to(place)
         for index, penalty in enumerate(PENALTIES):
-            shares = 1 / (squares + penalty * number)
-            residuals = centred[there] - own @ (shares[:, None] * moments)
-            hat = own * shares @ own.mT + 1 / number
-            left_out = torch.linalg.solve(torch.eye(hat.shape[-1]).to(hat) - hat, residuals)
+            left_out = _residuals(own, centred[there], squares + penalty * number, moments, number)
             errors[index] += left_out.square().sum().item()
             predicted = decide((targets[there] - left_out).flatten(0, 1)).cpu()
             hits[index, members.flatten()] = predicted == labels[members.flatten()]
@@ -92,7 +160,7 @@ def _decompose(scaled: Standardised, centred: Tensor) -> tuple[Tensor, Tensor, T
         turned = vectors * squares.sqrt()
         return squares, turned.T @ centred, lambda images: turned[images.to(turned.device)]
     products, moments = centred.new_zeros(width, width), centred.new_zeros(width, centred.shape[1])
-    for images in torch.split(torch.arange(number), _BATCH):
+    for images in _split(number):
         block = scaled.take(images)
         products += block.T @ block
         moments += block.T @ centred[images.to(centred.device)]

@@ -210,6 +210,7 @@ def _collect_facts(
         preprocessing=backbone.card.preprocessing.to_dict(),
         dropout=backbone.card.dropout,
         runtime=choose_runtime(recipe.runtime, backbone.network, device, in_precision, num_pixels),
+        target=dataset.target.kind,
     )
 
 
