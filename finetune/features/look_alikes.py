@@ -22,8 +22,13 @@ REACH = 12
 CONTRAST = 0.65
 """Largest distance of look-alikes, as a share of that of the ``REACH``-th nearest image of the class
 (docs/advise.md has what was measured)."""
+_CONTRAST_TO_ANY = 0.5
+"""The same, as a share of that of the ``REACH``-th nearest image of any class. With 0.65, what other images of
+8 to 16 a class say of an image was up to 12 points too low on photographs of groceries, with 0.5 one point."""
 MOST_IMAGES = 5_000
 """Largest class whose images are compared; their distances take 100 MB."""
+_BLOCK_NUMBERS = 2**24
+"""Distances that are in memory at once, where all images are compared."""
 
 
 def find_groups(rows: Rows, indices: Tensor, labels: Tensor, known: Sequence[str] = ()) -> Tensor:
@@ -49,6 +54,43 @@ def find_groups(rows: Rows, indices: Tensor, labels: Tensor, known: Sequence[str
     return _join_known(groups, known)
 
 
+def find_groups_of_small_classes(
+    rows: Rows, indices: Tensor, labels: Tensor, known: Sequence[str] = ()
+) -> Tensor:
+    """Return the number of each image's group, (N,) int64, where classes may have eight images.
+
+    In a class of few images the ``REACH``-th nearest is the farthest, and every neighbour looks near: of
+    handwritten characters, 20 independent ones a class, :func:`find_groups` links half. So look-alikes are
+    near against the ``REACH``-th nearest image of any class.
+
+    Args:
+        rows, indices, labels, known: see :func:`find_groups`.
+    """
+    number = len(indices)
+    groups = torch.arange(number)
+    if number <= REACH:
+        return _join_known(groups, known)
+    middle = _mean(rows, indices)
+    parts = torch.split(groups, max(1, _BLOCK_NUMBERS // number))
+    views = torch.cat([torch.nn.functional.normalize(rows[indices[part]].float() - middle) for part in parts])
+    limits, pairs = torch.empty(number), []
+    for part in parts:
+        distances = torch.cdist(views[part], views)
+        limits[part] = (
+            _CONTRAST_TO_ANY * distances.kthvalue(REACH + 1, dim=1).values
+        )  # the first is the image itself
+        is_near = (distances < limits[part, None]) & (labels[part, None] == labels)
+        pairs += (is_near.nonzero() + torch.tensor([int(part[0]), 0])).tolist()
+    near = set(map(tuple, pairs))
+    linked = [(one, other) for one, other in pairs if one < other and (other, one) in near]
+    groups = _join_pairs(groups, linked)
+    for label in torch.unique(labels).tolist():
+        places = (labels == label).nonzero().flatten()
+        if len(torch.unique(groups[places])) < 2:
+            groups[places] = places
+    return _join_known(groups, known)
+
+
 def _mean(rows: Rows, indices: Tensor) -> Tensor:
     sums = [rows[part].float().sum(dim=0) for part in torch.split(indices, MOST_IMAGES)]
     return torch.stack(sums).sum(dim=0) / len(indices)
@@ -61,13 +103,18 @@ def _link(views: Tensor, places: Tensor) -> Tensor:
     reach = min(REACH, number - 1)
     limits = CONTRAST * distances.kthvalue(reach, dim=1).values
     is_linked = (distances < limits[:, None]) & (distances < limits[None, :])
-    first = torch.arange(number)
-    for one, other in is_linked.triu().nonzero().tolist():
+    return places[_join_pairs(torch.arange(number), is_linked.triu().nonzero().tolist())]
+
+
+def _join_pairs(own: Tensor, pairs: Sequence[Sequence[int]]) -> Tensor:
+    """Return the first place of each image's group, (N,), from linked pairs; ``own`` are the places alone."""
+    first = own.clone()
+    for one, other in pairs:
         low, high = sorted((int(first[one]), int(first[other])))
         if low != high:
             first[first == high] = low
-    sizes = first.bincount(minlength=number)[first]
-    return places[torch.where(sizes <= REACH, first, torch.arange(number))]  # more are no burst, but a chain
+    sizes = first.bincount(minlength=len(own))[first]
+    return torch.where(sizes <= REACH, first, own)  # more are no burst, but a chain
 
 
 def _join_known(groups: Tensor, known: Sequence[str]) -> Tensor:
