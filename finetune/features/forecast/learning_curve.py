@@ -109,20 +109,20 @@ def measure_curve(
     on_done()
     sizes.append(float(len(labels)))
     rates.append(hits.double().numpy())
-    matrix, numbers = np.array(rates), np.array(sizes)
-    luck = _compute_luck(numbers, np.array(variances))
+    matrix, places = np.array(rates), np.array(sizes)
+    luck = _compute_luck(places, np.array(variances))
     covariance = _compute_covariance(matrix, groups.numpy()) + luck
-    return LearningCurve(numbers, np.nanmean(matrix, axis=1), covariance, len(labels))
+    return LearningCurve(places, np.nanmean(matrix, axis=1), covariance, len(labels))
 
 
 def choose_shares(smallest_class: int) -> list[float]:
     """Return the sizes of the subsets, as shares of all images, from the number of the smallest class."""
     first = max(_SMALLEST_SHARE, _FEWEST_IN_A_SUBSET / smallest_class)
-    return np.geomspace(first, _LARGEST_SHARE, _NUM_SIZES).tolist()
+    return [float(share) for share in np.geomspace(first, _LARGEST_SHARE, _NUM_SIZES)]
 
 
 def draw_subset(labels: Tensor, groups: Tensor, share: float, seed: int) -> Tensor:
-    """Return the indices of a share of each class, whole groups in random order, (M,) int64 in ascending order.
+    """Return the indices of a share of each class, drawn group by group, (M,) int64 in ascending order.
 
     A class gives at least one group. It keeps at least one for testing, where it has two or more.
 
@@ -153,7 +153,8 @@ def draw_subset(labels: Tensor, groups: Tensor, share: float, seed: int) -> Tens
 
 def _take_groups(free: Sequence[int], sizes: dict[int, int], wanted: float, must: bool) -> list[int]:
     """Return the first groups until another one would lead further away from the wanted number of images."""
-    taken, number = [], 0
+    taken: list[int] = []
+    number = 0
     for group in free:
         if number + sizes[group] / 2 > wanted and not (must and not taken):
             break
@@ -198,9 +199,10 @@ def _compute_luck(sizes: Floats, variances: Floats) -> Floats:
 
     Args:
         sizes: (P,); the last is N.
-        variances: of the accuracy over subsets of each size but N, without that of their test images, (P - 1,).
+        variances: of the accuracy over subsets of each size but N, (P - 1,), without those of test images.
     """
     known = sizes[:-1] <= sizes[-1] / 2
     each = float(np.mean(variances[known] * sizes[:-1][known]))
     few = each / sizes / NUM_SUBSETS * (1 - sizes / sizes[-1])
-    return each / sizes[-1] + np.diag(few)
+    covariance: Floats = each / sizes[-1] + np.diag(few)
+    return covariance
