@@ -31,8 +31,8 @@ def forecast(
         run: folder of a run, whose images, network and features are taken; instead of ``data`` and
             ``backbone``.
         target_accuracy: accuracy in (0, 1) whose number of images is wanted.
-        output: a new folder for ``forecast.json``, ``forecast.csv``, ``forecast.svg`` and ``forecast.png``; by
-            default ``runs/<time>-forecast``.
+        output: a new folder for ``forecast.json``, ``.csv``, ``.svg`` and ``.png``; by default
+            ``runs/<time>-forecast``.
         recipe, settings, display, flags: see :func:`run`.
 
     Raises:

@@ -123,7 +123,7 @@ def _axes(
 def _describe(drawn: LearningCurvePlot) -> str:
     """Return what a screen reader reads."""
     said = ", ".join(
-        f"{point.images} images {100 * point.accuracy:.1f} % ({100 * point.low:.1f} to {100 * point.high:.1f})"
+        f"{point.images} images {100 * point.accuracy:.1f} %, {100 * point.low:.1f} to {100 * point.high:.1f}"
         for point in drawn.forecast
     )
     return f"Learning curve and forecast, {drawn.title}: {said}"

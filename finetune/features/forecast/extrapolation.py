@@ -33,13 +33,12 @@ MISFIT = 0.05
 """Standard deviation of the logarithm of the error, for each doubling beyond the measured images."""
 MOST_TIMES = 4
 """Multiple of N up to which forecasts were compared with the truth (docs/forecast.md)."""
-_FLOORS = np.linspace(0.0, 0.98, 50)
-_EXPONENTS = np.geomspace(0.1, 2.5, 30)
+_FLOORS = np.linspace(0.0, 0.995, 200)
+_EXPONENTS = np.geomspace(0.1, 2.5, 60)
 _SHIFTS = (0.0, 0.05, 0.2)
 """As shares of N."""
 _USUAL_EXPONENT, _EXPONENT_SPREAD = 0.6, 0.7
-"""Median of the prior of b, and the standard deviation of its logarithm: with the spread, 0.19 to 1.9 for nine
-of ten. Published exponents of classifiers are 0.1 to 0.8 for the error itself (arXiv:1712.00409)."""
+"""Median of the prior of b, and the standard deviation of its logarithm: 0.19 to 1.9 for nine of ten."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -194,10 +194,9 @@ def check_counts(classes: Sequence[str], labels: Tensor, recipe: Recipe) -> None
     few = [f"{classes[label]!r} has {int(counts[label])}" for label in counts.argsort().tolist()]
     number = int((counts < FEWEST_A_CLASS).sum())
     if number:
-        shown = ", ".join(few[: min(number, 3)]) + (
-            f", and {number - 3} more classes have as few" * (number > 3)
-        )
-        found = f"a forecast needs at least {FEWEST_A_CLASS} images of every class, and class {shown}"
+        shown = ", ".join(few[: min(number, 3)])
+        others = f", and {number - 3} more have too few" if number > 3 else ""
+        found = f"a forecast needs at least {FEWEST_A_CLASS} images of every class, and class {shown}{others}"
         raise DataError(asked, found, "Add images of such classes, or leave these classes out.")
 
 
@@ -230,7 +229,7 @@ def _check_groups(classes: Sequence[str], labels: Tensor, groups: Tensor, recipe
     for label, name in enumerate(classes):
         number = len(torch.unique(groups[labels == label]))
         if number < _FEWEST_GROUPS:
-            found = f"the images of class {name!r} are only {count(number, 'group')} of images that belong together"
+            found = f"the images of class {name!r} are only {count(number, 'group')} of look-alikes"
             fix = f"Add images of other objects: a forecast needs {_FEWEST_GROUPS} groups of every class."
             raise DataError(f"--data {recipe.data.path}", found, fix)
 

@@ -86,25 +86,20 @@ def find_requirement(curves: CurveSample, target: float) -> Requirement:
     furthest = MOST_TIMES * number
     if high <= number:
         return Requirement(target, "reached", None, None, None)
+    bound: int | None = int(low) if low <= furthest else furthest
     if target > most:
-        reason = (
-            f"No number of images reaches it: the curve ends between {_percent(least)} and {_percent(most)}."
-        )
+        ends = f"between {_percent(least)} and {_percent(most)}"
+        reason, bound = f"No number of images reaches it: the curve ends {ends}.", None
     elif end_high - end_low > MOST_WIDTH:
-        width = f"between {_percent(end_low)} and {_percent(end_high)}"
-        reason = (
-            f"The forecast is too uncertain: {width} with {furthest:,} images. Measure more images first."
-        )
+        width = f"between {_percent(end_low)} and {_percent(end_high)} with {furthest:,} images"
+        reason = f"The forecast is too uncertain: {width}. Add images first."
     elif middle > furthest:
-        enough = (
-            f"at least {int(low):,}" if np.isfinite(low) and low <= furthest else f"more than {furthest:,}"
-        )
-        reason = f"It takes {enough} images, probably more than {furthest:,}; forecasts end there."
+        enough = f"{_round(int(low)):,}" if low <= furthest else f"{furthest:,}"
+        reason = f"At least {enough} images, probably more than {furthest:,}, where forecasts end."
     else:
         last = int(high) if high <= furthest else None
         return Requirement(target, "images", int(middle), int(low), last)
-    bound = int(low) if low <= furthest else furthest
-    return Requirement(target, "cannot say", None, None if target > most else bound, None, reason)
+    return Requirement(target, "cannot say", None, bound, None, reason)
 
 
 def _find_needed(curves: CurveSample, target: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
