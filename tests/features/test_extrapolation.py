@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -93,7 +95,7 @@ def test_it_is_less_certain_further_out_and_with_more_noise() -> None:
 def test_accuracies_stay_shares_and_do_not_fall() -> None:
     curves = fit_curves(plant(0.02, 0.5, 0.0, 0.03), seed=0)
     medians = [find_interval(curves.accuracies(size))[0] for size in np.geomspace(50, 4 * N, 20)]
-    assert all(one <= other + 1e-9 for one, other in zip(medians, medians[1:], strict=False))
+    assert all(one <= other + 1e-9 for one, other in pairwise(medians))
     assert curves.accuracies(4 * N).max() <= 1 and curves.accuracies(50).min() >= 0
     assert (curves.limits() >= curves.accuracies(N) - 1e-9).all()
 

@@ -96,9 +96,10 @@ def test_points_are_the_accuracies_on_new_images_of_the_same_kind() -> None:
     assert curve.accuracies[-1] > curve.accuracies[0] + 0.05
 
 
+@pytest.mark.slow
 def test_the_covariance_is_that_of_other_draws() -> None:
-    """Deviations over 25 other sets of images, as one set alone has estimated them."""
-    curves = [measure(60, seed) for seed in range(25)]
+    """Deviations over 20 other sets of images, as one set alone has estimated them."""
+    curves = [measure(60, seed) for seed in range(20)]
     spread = np.std([curve.accuracies for curve in curves], axis=0, ddof=1)
     stated = np.sqrt(np.mean([np.diag(curve.covariance) for curve in curves], axis=0))
     assert (stated / spread > 0.6).all() and (stated / spread < 1.7).all(), stated / spread
