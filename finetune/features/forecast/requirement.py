@@ -93,9 +93,11 @@ def find_requirement(curves: CurveSample, target: float) -> Requirement:
     elif end_high - end_low > MOST_WIDTH:
         width = f"between {_percent(end_low)} and {_percent(end_high)} with {furthest:,} images"
         reason = f"The forecast is too uncertain: {width}. Add images first."
+    elif low > furthest:
+        reason = f"More than {furthest:,} images, where forecasts end."
     elif middle > furthest:
-        enough = f"{_round(int(low)):,}" if low <= furthest else f"{furthest:,}"
-        reason = f"At least {enough} images, probably more than {furthest:,}, where forecasts end."
+        least_images = f"At least {_round(int(low)):,} images"
+        reason = f"{least_images}, probably more than {furthest:,}, where forecasts end."
     else:
         last = int(high) if high <= furthest else None
         return Requirement(target, "images", int(middle), int(low), last)
