@@ -117,7 +117,7 @@ def test_independent_images_of_small_classes_stay_alone(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     labels, distances = torch.arange(8).repeat(10), torch.linspace(0.7, 1.6, 80)
     centres = torch.randn(8, FEATURES, generator=generator)
-    rows = 3 * centres[labels] + distances[:, None] * torch.randn(80, FEATURES, generator=generator)
+    rows = 2 * centres[labels] + distances[:, None] * torch.randn(80, FEATURES, generator=generator)
     every = torch.arange(80)
     assert find_groups_of_small_classes(as_rows(rows), every, labels).equal(every)
     assert not find_groups(as_rows(rows), every, labels).equal(every)
