@@ -515,7 +515,7 @@ def test_how_often_a_forecast_holds(tmp_path: Path) -> None:
     results.add(Result("forecast-lite0-wbc4", "finetune", 0, {"forecasts": [silent]}))
     lines = [*load("forecast").lines(results)]
     said = "50 | 2x | 2 | 1 of 2 (50%) | 10.0 | 5.0 | +1.0 | 50% | 1 of 2; cannot say 0 |"
-    assert f"| handwritten digits | {said}" in lines and f"| **the other two** | {said}" in lines
+    assert f"| handwritten digits | {said}" in lines and f"| **the other three** | {said}" in lines
     assert (
         "| **all** | 50 | 2x | 3 | 2 of 3 (67%) | 10.0 | 3.3 | +0.7 | 67% | 1 of 2; cannot say 1 |" in lines
     )
