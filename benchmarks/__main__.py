@@ -33,6 +33,7 @@ NAMES = (
     "runtimes",
     "transfer",
     "planted",
+    "forecast",
     "service",
     *NETWORKS,
 )

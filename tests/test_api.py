@@ -22,7 +22,19 @@ DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M | re.S)
 EXPLAIN = tuple(name for name in finetune.__all__ if name.startswith("explain_"))
 FUNCTIONS = (
-    *("advise", "check", "compare", "evaluate", "export", "extract", "load", "predict", "probe", "run"),
+    *(
+        "advise",
+        "check",
+        "compare",
+        "evaluate",
+        "export",
+        "extract",
+        "forecast",
+        "load",
+        "predict",
+        "probe",
+        "run",
+    ),
     *("explain_cam", "explain_saliency", "explain_top"),
 )
 

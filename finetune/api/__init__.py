@@ -32,6 +32,7 @@ from finetune.api.explain_units import (
     explain_receptive_field,
     explain_top,
 )
+from finetune.api.forecast import forecast
 
 __all__ = (
     "advise",
@@ -53,6 +54,7 @@ __all__ = (
     "explain_top",
     "export",
     "extract",
+    "forecast",
     "predict",
     "probe",
     "run",

@@ -6,12 +6,13 @@ residuals of its images by (1 - H_GG)^-1 (for a single image: Allen's PRESS). So
 errors of all images left out, for every penalty, exactly, where a cross-validation solves for every fold.
 
 Shape legend: N training images, D features, R directions in which the images differ, K classes, B images,
-G groups of L images each.
+G groups of L images each, M images that are predicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _BATCH = 2**10
 _CPU = torch.device("cpu")
 
 Turn = Callable[[Tensor], Tensor]
-"""Returns T (B, R) float64 of images (B,)."""
+"""Returns coordinates (B, R) float64 in the principal directions of the training images."""
 
 
 def leave_groups_out(
@@ -59,8 +60,46 @@ def leave_groups_out(
     groups = torch.arange(len(labels)) if groups is None else groups
     if (groups == groups[0]).all():
         return torch.zeros(len(labels), dtype=torch.bool)
+
+    def leave_out_on(place: torch.device) -> Tensor:
+        signs = _to_signs(labels, num_classes).to(place)
+        errors, left_out = _leave_out(_fit(standardise(rows, indices, place), signs), groups)
+        return decide(left_out[errors.argmin()]).cpu() == labels
+
+    return compute_where_it_fits(device, leave_out_on)
+
+
+def predict_others(
+    rows: Rows,
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    num_classes: int,
+    device: torch.device = _CPU,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Return the classes that ridge regression on some images predicts for other images, (M,) int64.
+
+    It is the classifier of :func:`leave_groups_out`, whose penalty is chosen by leaving training images out.
+    If the memory of a GPU runs out, the CPU solves.
+
+    Args:
+        rows: (all images, D).
+        train: (N,) int64, the training images.
+        labels: (N,) int64 of the training images.
+        test: (M,) int64, the images that are predicted.
+        num_classes: K.
+        device: device of the computation.
+        groups: (N,) int64; training images of equal numbers are left out together. By default each is left
+            out alone.
+
+    Raises:
+        InternalError: a feature is not finite.
+    """
+    if groups is None or (groups == groups[0]).all():  # a single group cannot be left out
+        groups = torch.arange(len(labels))
     return compute_where_it_fits(
-        device, lambda place: _leave_out(standardise(rows, indices, place), labels, num_classes, groups)
+        device, lambda place: _predict(standardise(rows, train, place), labels, test, num_classes, groups)
     )
 
 
@@ -71,101 +110,134 @@ def solve_ridge(
     device: torch.device = _CPU,
     groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Return the weight (T, D) and bias (T,) float32 of ridge regression, and the penalty for each image.
+    """Return the weight (K, D) and bias (K,) float32 of ridge regression, and its penalty for each image.
 
-    The bias is not penalised. The penalty is the one with the smallest squared error of the groups left out.
+    The bias is not penalised. The penalty is the one with the smallest squared error of the images left out.
+    If the memory of a GPU runs out, the CPU solves.
 
     Args:
         rows: (all images, D).
         indices: (N,) int64, the training images; no others are read.
-        numbers: (N, T), what to predict.
+        numbers: (N, K), what to predict.
         device: device of the computation.
         groups: (N,) int64; images of equal numbers are left out together. By default each is left out alone.
 
     Raises:
         InternalError: a feature is not finite.
     """
-    groups = torch.arange(len(numbers)) if groups is None else groups
+    if groups is None or (groups == groups[0]).all():  # a single group cannot be left out
+        groups = torch.arange(len(numbers))
     return compute_where_it_fits(
         device, lambda place: _solve(standardise(rows, indices, place), numbers.double(), groups)
     )
 
 
 def _solve(scaled: Standardised, numbers: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, float]:
-    number, middle = len(numbers), numbers.mean(dim=0).to(scaled.mean.device)
-    centred = numbers.to(scaled.mean.device) - middle
-    squares, moments, turn = _decompose(scaled, centred)
-    errors = _sum_errors(centred, squares, moments, turn, groups)
-    penalty = PENALTIES[int(errors.argmin())]
-    fitted = torch.cat(
-        [turn(images) @ (moments / (squares + penalty * number)[:, None]) for images in _split(number)]
-    )
-    duals = (centred - fitted) / (penalty * number)  # the weights are Z' (y - Z w) / penalty
+    fit, number = _fit(scaled, numbers.to(scaled.mean.device)), len(numbers)
+    penalty = PENALTIES[_leave_out(fit, groups)[0].argmin()]
+    weights = fit.moments / (fit.squares + penalty * number)[:, None]
+    parts = torch.split(torch.arange(number), _BATCH)
+    residuals = fit.targets - fit.means - torch.cat([fit.turn(part) @ weights for part in parts])
+    duals = residuals / (penalty * number)  # the weights of the features are Z' (y - Z w) / penalty
     weight = scaled.mean.new_empty(numbers.shape[1], len(scaled.mean))
     for start, stop in scaled.blocks():
         weight[:, start:stop] = duals.T @ scaled.columns(start, stop) / scaled.std[start:stop]
-    bias = middle - weight @ scaled.mean
+    bias = fit.means - weight @ scaled.mean
     return weight.float().cpu(), bias.float().cpu(), penalty
 
 
-def _sum_errors(centred: Tensor, squares: Tensor, moments: Tensor, turn: Turn, groups: Tensor) -> Tensor:
-    """Return the sum of squared errors of the groups left out, for each penalty, (P,)."""
-    number = len(centred)
+def _predict(scaled: Standardised, labels: Tensor, test: Tensor, num_classes: int, groups: Tensor) -> Tensor:
+    fit = _fit(scaled, _to_signs(labels, num_classes).to(scaled.mean.device))
+    penalty = PENALTIES[_leave_out(fit, groups)[0].argmin()]
+    weights = fit.moments / (fit.squares + penalty * len(labels))[:, None]
+    parts = torch.split(test, _BATCH)
+    return torch.cat([decide(fit.turn_others(part) @ weights + fit.means).cpu() for part in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Ridge regression for every penalty.
+
+    Attributes:
+        targets: what is predicted, (N, K) float64.
+        means: their means, (K,).
+        squares: S^2 (R,).
+        moments: T' y of the centred targets, (R, K).
+        turn: returns T (B, R) of training images, by their places (B,).
+        turn_others: returns the coordinates (B, R) of any images, by their indices (B,) into all rows.
+    """
+
+    targets: Tensor
+    means: Tensor
+    squares: Tensor
+    moments: Tensor
+    turn: Turn
+    turn_others: Turn
+
+
+def _to_signs(labels: Tensor, num_classes: int) -> Tensor:
+    """Return +1 for the class of an image and -1 for others, (N, K) float64."""
+    return torch.where(labels[:, None] == torch.arange(num_classes), 1.0, -1.0).double()
+
+
+def _leave_out(fit: _Fit, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared error left out of each penalty, (P,), and its predictions left out, (P, N, K)."""
+    number = len(fit.targets)
+    centred = fit.targets - fit.means
     errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
-    if (groups == groups[0]).all():  # none can be left out: the largest penalty is the safest
-        return -torch.arange(len(PENALTIES), dtype=torch.float64)
+    predicted = fit.targets.new_empty(len(PENALTIES), *fit.targets.shape)
     for members in _batch_groups(groups):
-        own, there = turn(members.flatten()).view(*members.shape, -1), members.to(centred.device)
+        own = fit.turn(members.flatten()).view(*members.shape, -1)
+        there = members.to(centred.device)
         for index, penalty in enumerate(PENALTIES):
-            left_out = _residuals(own, centred[there], squares + penalty * number, moments, number)
+            shares = 1 / (fit.squares + penalty * number)
+            residuals = centred[there] - own @ (shares[:, None] * fit.moments)
+            hat = own * shares @ own.mT + 1 / number
+            left_out = torch.linalg.solve(torch.eye(hat.shape[-1]).to(hat) - hat, residuals)
             errors[index] += left_out.square().sum().item()
-    return errors
+            predicted[index, there.flatten()] = (fit.targets[there] - left_out).flatten(0, 1)
+    return errors, predicted
 
 
-def _residuals(own: Tensor, centred: Tensor, penalised: Tensor, moments: Tensor, number: int) -> Tensor:
-    """Return the residuals (G, L, K) of groups that are left out, from their directions (G, L, R)."""
-    shares = 1 / penalised
-    residuals = centred - own @ (shares[:, None] * moments)
-    hat = own * shares @ own.mT + 1 / number
-    left_out: Tensor = torch.linalg.solve(torch.eye(hat.shape[-1]).to(hat) - hat, residuals)
-    return left_out
-
-
-def _split(number: int) -> tuple[Tensor, ...]:
-    return torch.split(torch.arange(number), _BATCH)
-
-
-def _leave_out(scaled: Standardised, labels: Tensor, num_classes: int, groups: Tensor) -> Tensor:
-    number, place = len(labels), scaled.mean.device
-    targets = torch.where(labels[:, None] == torch.arange(num_classes), 1.0, -1.0).double().to(place)
-    centred = targets - targets.mean(dim=0)
-    squares, moments, turn = _decompose(scaled, centred)
-    errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
-    hits = torch.zeros(len(PENALTIES), number, dtype=torch.bool)
-    for members in _batch_groups(groups):
-        own, there = turn(members.flatten()).view(*members.shape, -1), members.to(place)
-        for index, penalty in enumerate(PENALTIES):
-            left_out = _residuals(own, centred[there], squares + penalty * number, moments, number)
-            errors[index] += left_out.square().sum().item()
-            predicted = decide((targets[there] - left_out).flatten(0, 1)).cpu()
-            hits[index, members.flatten()] = predicted == labels[members.flatten()]
-    return hits[errors.argmin()]
-
-
-def _decompose(scaled: Standardised, centred: Tensor) -> tuple[Tensor, Tensor, Turn]:
-    """Return S^2 (R,), the moments T' y (R, K), and what computes T, from the smaller of Z'Z and Z Z'."""
-    number, width = len(centred), len(scaled.mean)
+def _fit(scaled: Standardised, targets: Tensor) -> _Fit:
+    """Return the fit from the smaller of Z'Z and Z Z', Z being the features."""
+    number, width, place = len(targets), len(scaled.mean), scaled.mean.device
+    means = targets.mean(dim=0)
+    centred = targets - means
     if width >= number:
         vectors, squares = scaled.directions()
-        turned = vectors * squares.sqrt()
-        return squares, turned.T @ centred, lambda images: turned[images.to(turned.device)]
+        lengths = squares.sqrt()
+        turned = vectors * lengths
+        return _Fit(
+            targets,
+            means,
+            squares,
+            turned.T @ centred,
+            lambda images: turned[images.to(place)],
+            lambda images: _multiply(scaled, images) @ (vectors / lengths),
+        )
     products, moments = centred.new_zeros(width, width), centred.new_zeros(width, centred.shape[1])
-    for images in _split(number):
+    for images in torch.split(torch.arange(number), _BATCH):
         block = scaled.take(images)
         products += block.T @ block
-        moments += block.T @ centred[images.to(centred.device)]
+        moments += block.T @ centred[images.to(place)]
     axes, squares = find_directions(products)
-    return squares, axes.T @ moments, lambda images: scaled.take(images) @ axes
+    return _Fit(
+        targets,
+        means,
+        squares,
+        axes.T @ moments,
+        lambda images: scaled.take(images) @ axes,
+        lambda images: scaled.take_others(images) @ axes,
+    )
+
+
+def _multiply(scaled: Standardised, images: Tensor) -> Tensor:
+    """Return the products (B, N) of any images with the training images, summed over blocks of features."""
+    products = scaled.mean.new_zeros(len(images), len(scaled.indices))
+    for start, stop in scaled.blocks():
+        products += scaled.columns(start, stop, images) @ scaled.columns(start, stop).T
+    return products
 
 
 def _batch_groups(groups: Tensor) -> Iterator[Tensor]:
