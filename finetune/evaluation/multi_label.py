@@ -140,7 +140,7 @@ def _measure(predictions: Predictions, classes: Sequence[str], decided: Tensor |
     if decided is None:
         decided = predictions.target.decide(predictions.probabilities)
     truth, said = predictions.labels.numpy() > 0, decided.numpy()
-    has_images: Bools = truth.any(axis=0)
+    has_images = np.asarray(truth.any(axis=0))
     one = np.ones((1, len(truth)))
     f1 = _weigh_f1(truth, said, one)
     precision, recall = _precision_and_recall(truth, said)

@@ -139,10 +139,8 @@ def _values(predictions: Predictions) -> tuple[Floats, Floats]:
 def _weigh_r2(values: Floats, truth: Floats, weights: Weights) -> Floats:
     number = weights.sum(axis=1)
     spread = weights @ truth**2 - (weights @ truth) ** 2 / number
-    found: Floats = np.full(len(weights), np.nan)
-    some = spread > 0
-    found[some] = 1 - (weights @ (values - truth) ** 2)[some] / spread[some]
-    return found
+    lost: Floats = 1 - _divide(weights @ (values - truth) ** 2, spread)
+    return lost
 
 
 def _spearman(values: Floats, truth: Floats) -> float | None:
@@ -162,9 +160,13 @@ def _weigh_spearman(values: Floats, truth: Floats, weights: Weights) -> Floats:
     one, other = centre(one), centre(other)
     product = (weights * one * other).sum(axis=1)
     spread = (weights * one**2).sum(axis=1) * (weights * other**2).sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: Floats = product / np.sqrt(spread)
-    return found
+    return _divide(product, np.sqrt(spread))
+
+
+def _divide(values: Floats, by: Floats) -> Floats:
+    """Return quotients (R,); NaN where the divisor is not positive."""
+    quotients: Floats = np.divide(values, by, out=np.full(len(values), np.nan), where=by > 0)
+    return quotients
 
 
 def _rank(values: Floats, weights: Weights) -> Floats:

@@ -25,7 +25,7 @@ class Predictions:
 
     Attributes:
         logits: (N, K) float32, on the CPU; the outputs, whatever they mean.
-        labels: (N,) int64, the true classes; or (N, ...), as :meth:`finetune.targets.Target.encode` gives them.
+        labels: (N,) int64, the true classes; or as :meth:`finetune.targets.Target.encode` gives them.
         target: what the labels are.
     """
 

@@ -93,9 +93,9 @@ class DataSettings(Section):
     )
     target: TargetKind | Auto = Field(
         "auto",
-        description="what the labels are: single (a class an image), multi (several classes or none: a CSV with "
-        "a column `labels` such as `cat|dog`, or a column of 0 and 1 for each class), number (a CSV with a column "
-        "`value`); auto: by the columns and cells of the CSV",
+        description="what the labels are: single (a class an image), multi (several classes or none: a CSV "
+        "with a column `labels` such as `cat|dog`, or a column of 0 and 1 for each class), number (a CSV "
+        "with a column `value`); auto: by the columns and cells of the CSV",
     )
     label_separator: Annotated[str, Field(min_length=1, max_length=3)] | None = Field(
         None, description="what separates the labels of an image in a CSV; null: `|` or `;`, whichever occurs"
@@ -298,8 +298,8 @@ class TrainingSettings(Section):
     )
     monitor: Monitor = Field(
         "score",
-        description="validation metric that selects the best epoch: score (accuracy; mean average precision of "
-        "several labels; R squared of a number; at equal scores the lower loss wins), or loss",
+        description="validation metric that selects the best epoch: score (accuracy; mean average precision "
+        "of several labels; R squared of a number; at equal scores the lower loss wins), or loss",
     )
     class_weights: ClassWeights = Field(
         "none", description="balanced weights the loss by inverse class frequency, mean 1"

@@ -317,6 +317,8 @@ def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow,
     with open_text(path) as file:
         rows = csv.reader(bounded_lines(file))
         header = next(rows, [])
+        if tuple(header[:3]) == PREDICTION_COLUMNS[:3] and "confidence" not in header:  # other labels
+            return tuple(read_classes(header)), ()
         if tuple(header[:4]) != PREDICTION_COLUMNS:
             raise ValueError(f"its columns do not begin with {', '.join(PREDICTION_COLUMNS)}")
         classes = tuple(read_classes(header))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.targets.columns import name_probabilities
 from finetune.targets.target import SEPARATOR, ClassWeights, Target
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class MultiLabel(Target):
         limits = self.thresholds or [DEFAULT_THRESHOLD] * len(classes)
         rows = zip(classes, values.tolist(), limits, strict=True)
         return SEPARATOR.join(name for name, value, limit in rows if value >= limit), None
+
+    def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
+        """Return path, label (the classes that are named) and all probabilities."""
+        return ["path", "label", *name_probabilities(classes)]
 
     def compute_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the binary cross entropy in nats, summed over classes."""

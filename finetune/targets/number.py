@@ -110,6 +110,10 @@ class Number(Target):
         """Return the number."""
         return f"{values[0]:.9g}", None
 
+    def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
+        """Return path, value, and the ends of its interval where a margin is known."""
+        return ["path", OUTPUT, *(() if self.margin is None else ("low", "high"))]
+
     def compute_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return a quarter of the squared error of standardised numbers."""
         return (outputs.double() - labels.double()).square().sum(dim=1) / 4

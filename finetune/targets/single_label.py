@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from finetune.targets.columns import name_answer_columns
 from finetune.targets.target import ClassWeights, Target
 
 if TYPE_CHECKING:
@@ -242,6 +243,10 @@ class SingleLabel(Target):
         """Return the most probable class and its probability."""
         best = rank_classes(values, 1)[0]
         return classes[best], float(values[best])
+
+    def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
+        """Return path, label, confidence, further classes and all probabilities."""
+        return name_answer_columns(classes, top, with_rejected)
 
     def compute_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy in nats."""

@@ -103,6 +103,16 @@ class Target(ABC):
         """Return the label that the answers of one image (K,) give, and its probability where it has one."""
 
     @abstractmethod
+    def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
+        """Return the columns of ``finetune predict``, whose images have no known label.
+
+        Args:
+            classes: names of the outputs in index order.
+            top: number of classes named for each image, the most probable first.
+            with_rejected: whether a column says if the prediction was rejected.
+        """
+
+    @abstractmethod
     def compute_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image, (N,) float64, without smoothing or weights."""
 
