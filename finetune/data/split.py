@@ -116,14 +116,15 @@ def split_off(
         groups: group of each image, by path; a group is taken as a whole or not at all.
 
     Of n images of a class ``round(n * fraction)`` are taken, at least one, and at least one is left;
-    a class with a single image therefore keeps it for training. With groups, a greedy search comes as close
-    to these numbers as it can.
+    a class with a single image therefore keeps it for training. With groups, and where images are of several
+    classes, a greedy search comes as close to these numbers as it can.
     """
     total = {name: len(paths) for name, paths in paths_by_class.items()}
     wanted = {name: max(1, round(number * fraction)) for name, number in total.items()}
     have: Counter[str] = Counter()
     taken: set[str] = set()
     units = sorted(build_units(paths_by_class, groups or {}), key=lambda unit: unit.key(seed))
+    has_several = sum(total.values()) > len({path for paths in paths_by_class.values() for path in paths})
 
     def take(unit: Unit) -> None:
         have.update(unit.counts)
@@ -132,9 +133,17 @@ def split_off(
     def leaves_some(unit: Unit) -> bool:
         return all(have[name] + number < total[name] for name, number in unit.counts.items())
 
+    def rarest(unit: Unit) -> str:
+        return min(unit.counts, key=lambda name: (total[name], name))
+
+    if has_several:
+        # The rarest class comes first and decides, while common ones still have room (iterative
+        # stratification; Sechidis et al., ECML PKDD 2011).
+        units.sort(key=lambda unit: (total[rarest(unit)], rarest(unit)))
     for unit in units:
-        now = sum(abs(wanted[name] - have[name]) for name in unit.counts)
-        then = sum(abs(wanted[name] - have[name] - number) for name, number in unit.counts.items())
+        names = [rarest(unit)] if has_several else unit.counts.keys()
+        now = sum(abs(wanted[name] - have[name]) for name in names)
+        then = sum(abs(wanted[name] - have[name] - unit.counts[name]) for name in names)
         if then < now and leaves_some(unit):
             take(unit)
     for name in sorted(total):  # classes whose groups are all larger than twice the wanted number

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.errors import InternalError
 from finetune.features import ridge
-from finetune.features.ridge import PENALTIES, leave_groups_out, predict_others
+from finetune.features.ridge import PENALTIES, leave_groups_out, predict_others, solve_ridge
 from finetune.features.rows import MemoryRows
 from tests.features.test_solvers import draw, standardise
 from tests.pretend_device import pretended_device
@@ -138,3 +138,17 @@ def test_training_images_of_one_group_are_left_out_alone() -> None:
     one_group = torch.zeros(30, dtype=torch.int64)
     predicted = predict_others(MemoryRows(rows), train, labels[:30], test, 2, groups=one_group)
     assert predicted.equal(predict_others(MemoryRows(rows), train, labels[:30], test, 2))
+
+
+@pytest.mark.parametrize("width", [10, 200])
+def test_ridge_for_numbers_is_scikit_learns_with_the_penalty_of_images_left_out(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = 5 + 3 * torch.randn(60, width, generator=generator)
+    numbers = (features[:, :3].sum(dim=1) + 4 * torch.randn(60, generator=generator))[:, None]
+    weight, bias, penalty = solve_ridge(MemoryRows(features), torch.arange(60), numbers)
+    scaled = standardise(features, torch.arange(60)).numpy()
+    chosen = RidgeCV([60 * one for one in PENALTIES]).fit(scaled, numbers[:, 0].double().numpy())
+    assert penalty == pytest.approx(chosen.alpha_ / 60)
+    expected = Ridge(60 * penalty).fit(scaled, numbers[:, 0].double().numpy()).predict(scaled)
+    found = (features.double() @ weight.double().T + bias.double())[:, 0].numpy()
+    assert found == pytest.approx(expected, abs=1e-3)
