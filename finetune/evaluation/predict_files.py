@@ -43,7 +43,6 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.gpu import explain_unused_gpu
 from finetune.system.signals import StopSignal
-from finetune.targets import SINGLE
 from pretrained.state_dict import digest_tensors
 
 LINE_SECONDS = 60.0
@@ -106,7 +105,7 @@ def predict_files(
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
         target = predictor.target
         rows = PredictionRows(predictor.classes, format, request.top, request.reject_below, target)
-        _check_top(request, predictor)
+        rows.check_options()
         table = _Table(request, inputs, predictor, rows, display)
         with StopSignal(gentle=not distributed.is_main) as stop:
             start = distributed.share(lambda: table.open(files))
@@ -151,17 +150,6 @@ def _load(request: PredictRequest, distributed: Distributed) -> Predictor:
         crops=request.crops,
         offline=request.offline,
     )
-
-
-def _check_top(request: PredictRequest, predictor: Predictor) -> None:
-    top, num_classes = request.top, len(predictor.classes)
-    asked = f"--top {top}" if top > 1 else f"--reject-below {request.reject_below}"
-    if predictor.target != SINGLE and (top > 1 or request.reject_below is not None):
-        found = f"the model gives {predictor.target.kind} labels, and not one class an image"
-        raise UsageError(asked, found, "Leave it out.")
-    if top > num_classes:
-        found = f"the model has {num_classes} classes"
-        raise UsageError(asked, found, f"Choose {num_classes} or fewer.")
 
 
 def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRows) -> dict[str, Any]:

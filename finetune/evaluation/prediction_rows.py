@@ -89,6 +89,20 @@ class PredictionRows:
         """The names of the columns."""
         return self.target.answer_columns(self.classes, self.top, self.reject_below is not None)
 
+    def check_options(self) -> None:
+        """Refuse options that the model cannot follow.
+
+        Raises:
+            UsageError: more classes are to be named than there are, or a row has no single class.
+        """
+        asked = f"--top {self.top}" if self.top > 1 else f"--reject-below {self.reject_below}"
+        if self.target != SINGLE and (self.top > 1 or self.reject_below is not None):
+            found = f"the model gives {self.target.kind} labels, and not one class an image"
+            raise UsageError(asked, found, "Leave it out.")
+        if self.top > len(self.classes):
+            found = f"the model has {len(self.classes)} classes"
+            raise UsageError(asked, found, f"Choose {len(self.classes)} or fewer.")
+
     def is_rejected(self, values: Floats) -> bool:
         """Return whether the largest of the probabilities (K,) is too low for a label."""
         return self.reject_below is not None and bool(values.max() < self.reject_below)

@@ -17,7 +17,7 @@ from finetune.data.samples import check_sample, is_sample
 from finetune.errors import EnvironmentFaultError, UsageError, count
 from finetune.features.network import place_network, prepare_machine
 from finetune.features.runtime import choose_runtime
-from finetune.pipeline.run_inputs import find_run_inputs, limit_augmentation
+from finetune.pipeline.run_inputs import check_target, find_run_inputs, limit_augmentation
 from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -33,7 +33,6 @@ from finetune.system.device import (
 )
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.targets import SINGLE
 from finetune.training.batch_size import StepTrial
 from finetune.training.ddp import share_weights
 from finetune.training.optim import check_optimizer
@@ -92,7 +91,7 @@ def prepare(
     if recipe.training.compile:
         check_compiler(device)
     found, card = distributed.share(lambda: find_run_inputs(recipe, display))
-    _check_target(recipe, found)
+    check_target(recipe, found)
     recipe = limit_augmentation(recipe, card, display)
     with display.busy(f"loading {recipe.backbone.name}"):
         backbone = _load_backbone(recipe, card, found.classes, distributed)
@@ -230,27 +229,6 @@ def _limit_workers(
 def _batch_bytes(batch_size: int, backbone: Backbone, distributed: Distributed) -> int:
     """Bytes of one process's part of a batch, on its way to the device."""
     return math.ceil(batch_size / distributed.size) * backbone.card.preprocessing.view_bytes
-
-
-def _check_target(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse settings that the labels do not have.
-
-    Raises:
-        UsageError: classes are weighted, smoothed or mixed, and labels are numbers; or a stage is searched.
-    """
-    training, target = recipe.training, dataset.target
-    asked = {
-        "training.class_weights": training.class_weights != "none",
-        "training.label_smoothing": training.label_smoothing > 0,
-        "training.mixup": training.mixup > 0,
-        "training.cutmix": training.cutmix > 0,
-    }
-    key = next((key for key, is_set in asked.items() if is_set), None)
-    if key is not None and not target.has_classes:
-        raise UsageError(key, "labels are numbers, and have no classes", "Leave it out.")
-    if recipe.strategy.features == "best" and target != SINGLE:
-        found = "the best stage is searched for with one class an image only"
-        raise UsageError("strategy.features=best", found, "Take all, last or the name of a stage.")
 
 
 def _check_batch_norm(recipe: Recipe, device: torch.device, distributed: Distributed) -> None:

@@ -131,9 +131,8 @@ def test_class_folders_give_no_numbers(tmp_path: Path) -> None:
 
 def test_a_drawn_split_keeps_every_class_of_several_even(tmp_path: Path) -> None:
     names = [f"c{number}" for number in range(8)]
-    cells = [
-        "|".join(names[k] for k in range(8) if (number * 7919 >> k) % (k + 2) == 0) for number in range(240)
-    ]
+    has = [[(number * 7919 >> k) % (k + 2) == 0 for k in range(8)] for number in range(240)]
+    cells = ["|".join(name for name, own in zip(names, row, strict=True) if own) for row in has]
     dataset = read(tmp_path, "labels", cells)
     every, val = Counter[str](), Counter[str]()
     for sample in dataset.samples:
