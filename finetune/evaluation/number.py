@@ -138,9 +138,9 @@ def _values(predictions: Predictions) -> tuple[Floats, Floats]:
 
 def _weigh_r2(values: Floats, truth: Floats, weights: Weights) -> Floats:
     number = weights.sum(axis=1)
-    spread = weights @ truth**2 - (weights @ truth) ** 2 / number
-    lost: Floats = 1 - _divide(weights @ (values - truth) ** 2, spread)
-    return lost
+    spread: Floats = weights @ truth**2 - (weights @ truth) ** 2 / number
+    errors: Floats = weights @ (values - truth) ** 2
+    return 1 - _divide(errors, spread)
 
 
 def _spearman(values: Floats, truth: Floats) -> float | None:

@@ -25,7 +25,7 @@ import torch
 
 from finetune import __version__
 from finetune.data.inputs import InputImage, InputImages
-from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError, count
+from finetune.errors import DataError, InterruptedRunError, LostProcessError, count
 from finetune.evaluation.prediction_inputs import (
     find_prediction_inputs,
     list_inputs,

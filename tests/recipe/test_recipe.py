@@ -781,6 +781,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "input.channels": "grey",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
+        "data.target": "multi",
         "strategy.norm": "train",
         "strategy.dropout": 0.0,
         "training.batch_size": 7,
