@@ -155,7 +155,8 @@ def _weigh_spearman(values: Floats, truth: Floats, weights: Weights) -> Floats:
     number = weights.sum(axis=1, keepdims=True)
 
     def centre(ranks: Floats) -> Floats:
-        return ranks - (weights * ranks).sum(axis=1, keepdims=True) / number
+        centred: Floats = ranks - (weights * ranks).sum(axis=1, keepdims=True) / number
+        return centred
 
     one, other = centre(one), centre(other)
     product = (weights * one * other).sum(axis=1)
