@@ -84,7 +84,14 @@ class Dataset:
         return [(sample.path, self.labels[sample.label]) for sample in samples]
 
     def encode(self, samples: Sequence[Sample]) -> Tensor:
-        """Return the labels of images as training takes them (:meth:`finetune.targets.Target.encode`)."""
+        """Return the labels of images as training takes them (:meth:`finetune.targets.Target.encode`).
+
+        Images without labels have -1, (N,) int64.
+        """
+        if not self.is_labelled:
+            import torch
+
+            return torch.tensor([sample.label for sample in samples])
         return self.target.encode([self.labels[sample.label] for sample in samples], self.classes)
 
     @property
