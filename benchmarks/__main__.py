@@ -34,6 +34,7 @@ NAMES = (
     "transfer",
     "planted",
     "shortcuts",
+    "forecast",
     "service",
     *NETWORKS,
 )

@@ -32,6 +32,7 @@ _MODULES = {
     "explain_top": "finetune.api",
     "export": "finetune.api",
     "extract": "finetune.api",
+    "forecast": "finetune.api",
     "load": "finetune.evaluation.predictor",
     "predict": "finetune.api",
     "probe": "finetune.api",

@@ -106,6 +106,7 @@ def load_backbone(
         head=card.head if head == "keep" or card.head == "drop_fc" else head,
         dropout=card.dropout if head == "keep" else dropout,
         temperature=card.temperature if head == "keep" else 1.0,
+        target=card.target if head == "keep" else (),
     )
     return Backbone(network, new_card, _stages_of(network, card.preprocessing), match)
 

@@ -40,6 +40,7 @@ from pretrained.config import (
     read_number,
     read_pool,
     read_taps,
+    read_target,
     read_text,
     read_value_range,
 )
@@ -77,6 +78,7 @@ class Card:
             the call, and whether it is the input of the call.
         pool: how these features are pooled.
         temperature: divisor of the logits before the softmax (arXiv:1706.04599).
+        target: what its labels are (:func:`finetune.targets.read_target`); empty for one class an image.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Card:
     taps: tuple[tuple[str, int, bool], ...] = ()
     pool: Pool = "auto"
     temperature: float = 1.0
+    target: tuple[tuple[str, Any], ...] = ()
 
     @property
     def source(self) -> str:
@@ -349,6 +352,7 @@ def _card_from_values(name: str, config: dict[str, Any], place: Place, location:
         sha256=read_text(ours.get("sha256")),
         taps=read_taps(ours.get("taps")),
         temperature=read_number("temperature", ours.get("temperature", 1.0), *TEMPERATURES),
+        target=read_target(ours.get("target")),
         pool=read_pool(ours.get("pool")),
     )
 

@@ -165,6 +165,24 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(item)
 
 
+def read_target(value: Any) -> tuple[tuple[str, Any], ...]:
+    """Return what labels are, as pairs; empty for one class an image."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or value.get("kind") not in ("multi", "number"):
+        raise ValueError("target is no description of labels")
+    if value["kind"] == "multi":
+        limits = value.get("thresholds") or []
+        if not isinstance(limits, list) or len(limits) > MAX_CLASSES:
+            raise ValueError("thresholds are no list of numbers")
+        return ("kind", "multi"), ("thresholds", tuple(read_number("threshold", one, 0, 1) for one in limits))
+    mean = read_number("target.mean", value.get("mean"), -MAX_VALUE, MAX_VALUE)
+    std = read_number("target.std", value.get("std"), 1 / MAX_VALUE, MAX_VALUE)
+    margin = value.get("margin")
+    margin = None if margin is None else read_number("target.margin", margin, 0, MAX_VALUE)
+    return ("kind", "number"), ("mean", mean), ("std", std), ("margin", margin)
+
+
 def read_taps(value: Any) -> tuple[tuple[str, int, bool], ...]:
     """Return points of a network from ``[[module, number of the call, whether its input], ...]``."""
     taps = value or []

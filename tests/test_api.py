@@ -30,6 +30,7 @@ FUNCTIONS = (
         "evaluate",
         "export",
         "extract",
+        "forecast",
         "load",
         "predict",
         "probe",

@@ -500,6 +500,36 @@ def test_features_are_judged(bench: Bench) -> None:
     assert {len(values) for values in draw.values()} == {9} and all(0 <= one <= 1 for one in draw["test"])
 
 
+def forecast_of(name: str, truth: float, needed: list[int | None], answer: str) -> dict[str, object]:
+    facts = {"set": name, "times": 2, "seen": 50, "images": 100.0, "tested": 100.0, "softmax": truth + 0.02}
+    facts |= {"forecast": 0.8, "low": 0.75, "high": 0.85}
+    return facts | {"truth": truth, "answer": answer, "needed": needed}
+
+
+def test_how_often_a_forecast_holds(tmp_path: Path) -> None:
+    held = forecast_of("digits", 0.84, [90, 100, None], "images")
+    missed = forecast_of("digits", 0.74, [40, 60, 90], "images")
+    silent = forecast_of("wbc4", 0.8, [None, None, None], "cannot say")
+    results = Results(tmp_path / "results.jsonl")
+    results.add(Result("forecast-lite0-digits", "finetune", 0, {"forecasts": [held, missed]}))
+    results.add(Result("forecast-lite0-wbc4", "finetune", 0, {"forecasts": [silent]}))
+    lines = [*load("forecast").lines(results)]
+    said = "50 | 2x | 2 | 1 of 2 (50%) | 10.0 | 5.0 | +1.0 | 50% | 1 of 2; cannot say 0 |"
+    assert f"| handwritten digits | {said}" in lines and f"| **the other three** | {said}" in lines
+    assert (
+        "| **all** | 50 | 2x | 3 | 2 of 3 (67%) | 10.0 | 3.3 | +0.7 | 67% | 1 of 2; cannot say 1 |" in lines
+    )
+    assert len(lines) == 2 + 5
+
+
+@pytest.mark.slow
+def test_a_forecast_of_digits_is_judged(bench: Bench) -> None:
+    twice, four_times = measure_quickly("forecast", bench)["forecasts"]
+    assert (twice["times"], four_times["times"]) == (2, 4) and four_times["images"] == 1797
+    assert abs(twice["images"] - 2 * twice["seen"]) <= 10 and twice["tested"] < four_times["tested"]
+    assert abs(four_times["forecast"] - four_times["truth"]) < 0.15
+
+
 @pytest.mark.slow
 def test_reduced_images(bench: Bench) -> None:
     assert set(measure_quickly("draft", bench, "whole")) == {"accuracy", "loss"}

@@ -26,6 +26,7 @@ from finetune.cli import (
 )
 from finetune.cli.group import ValueShowingGroup
 from finetune.cli.judging import audit
+from finetune.cli.measuring import forecast
 from finetune.cli.output import print_line, replace_closed_streams
 from finetune.cli.processes import leave
 from finetune.cli.serving import jobs, serve
@@ -49,6 +50,7 @@ app.command("compare")(compare.compare_command)
 app.command("predict")(predict.predict_command)
 app.command("extract", cls=RecipeCommand)(extract.extract_command)
 app.command("probe", cls=RecipeCommand)(probe.probe_command)
+app.command("forecast", cls=RecipeCommand)(forecast.forecast_command)
 app.command("similar", cls=RecipeCommand)(retrieve.similar_command)
 app.command("map", cls=RecipeCommand)(retrieve.map_command)
 app.command("export")(export.export_command)

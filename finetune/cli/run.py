@@ -106,6 +106,14 @@ def run_command(
         float | None,
         typer.Option(help="Share of each class kept for validation if there is no val/.", show_default="0.2"),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What the labels of a CSV are: single, multi (several classes) or number. By default as the "
+            "CSV says.",
+            metavar="KIND",
+        ),
+    ] = None,
     group_by: Annotated[
         str | None,
         typer.Option(
@@ -179,6 +187,7 @@ def run_command(
         "offline": offline or None,
         "data": data,
         "val_fraction": val_fraction,
+        "target": target,
         "group_by": group_by,
         "allow_leaks": allow_leaks or None,
         "workers": workers,

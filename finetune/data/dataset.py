@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from finetune.targets import SINGLE, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -17,7 +22,8 @@ class Sample:
 
     Attributes:
         path: path relative to ``Dataset.root``, with ``/``.
-        label: class index, from 0; -1 for an image without a label.
+        label: number of its label in ``Dataset.labels``, from 0 (of its class, where each image has one);
+            -1 for an image without a label.
         split: the split it belongs to.
         group: name of its group (a patient, a video), which a drawn split never divides; "" for none.
         fold: the fold in which it is held out, from 1; 0 without folds, and for test images.
@@ -41,13 +47,16 @@ class Dataset:
 
     Attributes:
         root: the folder that every ``Sample.path`` is relative to.
-        classes: class names in index order, from the training split only; empty if no image is labelled.
+        classes: names of the network's outputs in index order, from the training split only: the classes;
+            empty if no image is labelled.
         samples: every image, ordered by split (train, val, test) and then by path.
         warnings: what the user should know about the data, one sentence each.
         is_folder: whether the user named the root itself, and not a CSV file in it.
         val_was_drawn: whether the validation split was taken from the training images, by chance.
         issues: the warnings in structured form, and the errors that a lenient reader has collected.
         settled: paths whose split an earlier attempt drew; they keep it.
+        target: what the labels are.
+        label_texts: every label that an image has, where labels are not classes.
     """
 
     root: Path
@@ -58,6 +67,32 @@ class Dataset:
     val_was_drawn: bool = False
     issues: tuple[Issue, ...] = ()
     settled: frozenset[str] = frozenset()
+    target: Target = SINGLE
+    label_texts: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels as text, by their numbers: the classes, sets of classes (``cat|dog``), or numbers."""
+        return self.label_texts or self.classes
+
+    def label_of(self, sample: Sample) -> str:
+        """Return the label of an image as text."""
+        return self.labels[sample.label]
+
+    def evaluated(self, samples: Sequence[Sample]) -> list[tuple[str, str]]:
+        """Return path and label of images, as tables of predictions name them."""
+        return [(sample.path, self.labels[sample.label]) for sample in samples]
+
+    def encode(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the labels of images as training takes them (:meth:`finetune.targets.Target.encode`).
+
+        Images without labels have -1, (N,) int64.
+        """
+        if not self.is_labelled:
+            import torch
+
+            return torch.tensor([sample.label for sample in samples])
+        return self.target.encode([self.labels[sample.label] for sample in samples], self.classes)
 
     @property
     def is_labelled(self) -> bool:
@@ -66,7 +101,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes (K)."""
+        """Number of classes, or outputs (K)."""
         return len(self.classes)
 
     def of(self, split: Split) -> tuple[Sample, ...]:
@@ -79,9 +114,12 @@ class Dataset:
 
     def counts(self, split: Split) -> list[int]:
         """Return the number of images per class in one split, in index order, zeros included."""
+        index = {name: number for number, name in enumerate(self.classes)}
+        numbers = [[index[name] for name in self.target.classes_of(label)] for label in self.labels]
         counts = [0] * self.num_classes
         for sample in self.of(split):
-            counts[sample.label] += 1
+            for number in numbers[sample.label]:
+                counts[number] += 1
         return counts
 
     @property
@@ -198,6 +236,6 @@ def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
 def describe_images(dataset: Dataset, digests: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
     """Return label, split and SHA-256 of every image, by path."""
     return {
-        sample.path: (dataset.classes[sample.label], sample.split, digests.get(sample.path, "unreadable"))
+        sample.path: (dataset.label_of(sample), sample.split, digests.get(sample.path, "unreadable"))
         for sample in dataset.samples
     }

@@ -44,6 +44,7 @@ from finetune.data.tables.files import FETCH, is_address
 from finetune.data.tables.format import is_table
 from finetune.data.tables.rows import read_csv
 from finetune.errors import DataError, count, suggest
+from finetune.targets import SINGLE, Target, fit_target
 
 
 def discover(
@@ -117,6 +118,7 @@ def _discover(
 ) -> Dataset | None:
     config.check_fold()
     is_table = read_data(reader, data, on_progress, config.group_by)
+    _check_kind(reader, is_table)
     join_spellings(reader)
     if reader.is_lenient and not reader.splits.get("train"):
         return None
@@ -126,6 +128,17 @@ def _discover(
     drawn = (draws and "val" not in reader.splits) or config.folds is not None
     dataset = _dataset(reader, config, drawn)
     return replace(dataset, is_folder=not is_table, val_was_drawn=drawn, issues=tuple(reader.issues))
+
+
+def _check_kind(reader: LayoutReader, is_table: bool) -> None:
+    """Refuse labels that a folder cannot give.
+
+    Raises:
+        DataError: several labels an image, or numbers, are asked of class folders.
+    """
+    if not is_table and reader.table.target not in (None, "single"):
+        found = f"is no table, and class folders give each image one class, not {reader.table.target} labels"
+        raise reader.error(found, "Give a CSV file, or leave --target out.")
 
 
 def find_missing(data: Path) -> DataError | None:
@@ -190,34 +203,48 @@ def _refuse_kind(reader: LayoutReader, suffix: str) -> DataError:
 
 
 def _dataset(reader: LayoutReader, config: SplitConfig, draws: bool) -> Dataset:
-    """Apply the checks common to all layouts, draw the validation split if asked to, number the classes."""
-    train = reader.splits["train"]
-    # Plain code-point order, as torchvision's ImageFolder: indices of other people's models stay valid.
-    classes = tuple(sorted(train))
+    """Apply the checks common to all layouts, draw the validation split if asked to, number the labels."""
+    given = [label for by_label in reader.splits.values() for label in by_label]
+    target = fit_target(reader.target_kind, _repeat(reader.splits["train"]))
+    # Of the training split alone, so that a class missing from validation does not shift the others.
+    classes = target.name_outputs(reader.splits["train"])
     _require_two(reader, classes)
     for split in ("val", "test"):
         if split in reader.splits:
-            _compare_with_training(reader, split)
+            _compare_with_training(reader, split, target)
     warn_look_alikes(reader, classes)
     groups = find_groups(reader, config.group_by)
     folds: dict[str, int] = {}
     if config.folds is not None and config.fold is not None:
-        folds = _deal_folds(reader, config.folds, config.fold, config.seed, groups)
+        folds = _deal_folds(reader, config.folds, config.fold, config.seed, groups, target)
     elif not draws:
-        _warn_singles(reader)
+        _warn_singles(reader, target)
     else:
-        _split_off_validation(reader, config.val_fraction, config.seed, groups)
-    index = {name: number for number, name in enumerate(classes)}
+        _split_off_validation(reader, config.val_fraction, config.seed, groups, target)
+    labels = classes if target == SINGLE else tuple(sorted(set(given)))
+    index = {name: number for number, name in enumerate(labels)}
     samples = [
         Sample(path, index[name], split, groups.get(path, ""), folds.get(path, 0))
         for split in SPLITS
         for path, name in sorted((p, name) for name, ps in reader.splits.get(split, {}).items() for p in ps)
     ]
-    return Dataset(reader.root, classes, tuple(samples), tuple(reader.warnings))
+    texts = () if target == SINGLE else labels
+    return Dataset(
+        reader.root, classes, tuple(samples), tuple(reader.warnings), target=target, label_texts=texts
+    )
+
+
+def _repeat(by_label: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the label of every image, in an order that does not depend on the paths."""
+    return [label for label in sorted(by_label) for _ in by_label[label]]
 
 
 def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
-    if len(classes) >= 2:
+    if len(classes) >= 2 or len(reader.splits["train"]) >= 2:  # a single output has several labels
+        return
+    if reader.target_kind != "single":
+        found = f"has one label in all training images, {next(iter(reader.splits['train']))!r}"
+        reader.reject("class-one", found, "Add images with another label.")
         return
     # An archive unpacked into a folder of its own name is the usual reason.
     inner = find_inner(reader, classes[0])
@@ -232,21 +259,21 @@ def _require_two(reader: LayoutReader, classes: Sequence[str]) -> None:
     reader.reject("class-one", found, fix + lists + tell_hidden(reader))
 
 
-def _compare_with_training(reader: LayoutReader, split: Split) -> None:
+def _compare_with_training(reader: LayoutReader, split: Split, target: Target) -> None:
     """Reject classes that the training split does not have; warn about classes missing from this split."""
-    train, own = reader.splits["train"], reader.splits[split]
-    unknown = sorted(set(own) - set(train))
+    known, own = set(target.name_outputs(reader.splits["train"])), reader.splits[split]
+    unknown = sorted(set(target.name_outputs(own)) - known)
     if unknown:
         reader.reject(
             "class-unknown",
             f"{split} has {count(len(unknown), 'class', 'classes')} that training does not have: "
-            f"{some(unknown)}{suggest(unknown[0], sorted(train))}",
+            f"{some(unknown)}{suggest(unknown[0], sorted(known))}",
             "Rename the class as in training, add training images for it, or remove it.",
             len(unknown),
         )
-        for name in unknown:
-            del own[name]
-    missing = sorted(set(train) - set(own))
+        for label in [label for label in own if not known.issuperset(target.classes_of(label))]:
+            del own[label]
+    missing = sorted(known - set(target.name_outputs(own)))
     if missing:
         reader.warn(
             "class-missing",
@@ -257,12 +284,12 @@ def _compare_with_training(reader: LayoutReader, split: Split) -> None:
         )
 
 
-def _singles(reader: LayoutReader) -> list[str]:
-    return sorted(name for name, paths in reader.splits["train"].items() if len(paths) == 1)
+def _singles(strata: Mapping[str, Sequence[str]]) -> list[str]:
+    return sorted(name for name, paths in strata.items() if len(paths) == 1)
 
 
-def _warn_singles(reader: LayoutReader) -> None:
-    if singles := _singles(reader):
+def _warn_singles(reader: LayoutReader, target: Target) -> None:
+    if singles := _singles(target.strata(reader.splits["train"])):
         reader.warn(
             "class-tiny",
             f"{count(len(singles), 'class has', 'classes have')} a single training image: {some(singles)}.",
@@ -272,11 +299,12 @@ def _warn_singles(reader: LayoutReader) -> None:
 
 
 def _split_off_validation(
-    reader: LayoutReader, fraction: float, seed: int, groups: Mapping[str, str]
+    reader: LayoutReader, fraction: float, seed: int, groups: Mapping[str, str], target: Target
 ) -> None:
     """Move a fraction of each class's training images to validation."""
     train = reader.splits["train"]
-    if singles := _singles(reader):
+    strata = target.strata(train)
+    if singles := _singles(strata):
         reader.reject(
             "class-single",
             f"{count(len(singles), 'class has', 'classes have')} a single image and no validation split is "
@@ -284,8 +312,8 @@ def _split_off_validation(
             "Add images of these classes, or give your own validation split (val/, or split=val in the CSV).",
             len(singles),
         )
-    _reject_indivisible(reader, train, groups, singles)
-    taken = split_off(train, fraction, seed, groups)
+    _reject_indivisible(reader, strata, groups, singles)
+    taken = split_off(strata, fraction, seed, groups)
     reader.splits["val"] = {name: [p for p in paths if p in taken] for name, paths in train.items()}
     reader.splits["train"] = {name: [p for p in paths if p not in taken] for name, paths in train.items()}
 
@@ -309,21 +337,22 @@ def _reject_indivisible(
 
 
 def _deal_folds(
-    reader: LayoutReader, num_folds: int, fold: int, seed: int, groups: Mapping[str, str]
+    reader: LayoutReader, num_folds: int, fold: int, seed: int, groups: Mapping[str, str], target: Target
 ) -> dict[str, int]:
     """Deal the images of training and validation into folds; one of them becomes the validation split."""
     pool: defaultdict[str, list[str]] = defaultdict(list)
     for split in ("train", "val"):
         for name, paths in reader.splits.get(split, {}).items():
             pool[name] += paths
-    _reject_indivisible(reader, pool, groups)
-    folds = draw_folds(pool, num_folds, seed, groups)
+    strata = target.strata(pool)
+    _reject_indivisible(reader, strata, groups)
+    folds = draw_folds(strata, num_folds, seed, groups)
     if len(set(folds.values())) < num_folds:
-        fault = find_fold_fault(pool, folds, num_folds)
+        fault = find_fold_fault(strata, folds, num_folds)
         raise DataError(f"data.folds={num_folds}", str(fault), "Take fewer folds.")
     reader.splits["val"] = {name: [p for p in paths if folds[p] == fold] for name, paths in pool.items()}
     reader.splits["train"] = {name: [p for p in paths if folds[p] != fold] for name, paths in pool.items()}
-    if fault := find_fold_fault(pool, folds, num_folds):
+    if fault := find_fold_fault(strata, folds, num_folds):
         reader.reject("fold-empty", fault, FOLD_FIX)
     return folds
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, Placement
+from finetune.targets import Target
 
 
 class BatchLoader(Protocol):
@@ -17,6 +18,7 @@ class BatchLoader(Protocol):
         batch_size: samples per batch.
         placement: device and memory layout of the batches.
         input_size: (C, H, W) of the images; None where batches hold features.
+        target: what the labels are.
         wait_seconds: seconds that the last pass waited for data.
     """
 
@@ -24,6 +26,7 @@ class BatchLoader(Protocol):
     batch_size: int
     placement: Placement
     input_size: tuple[int, int, int] | None
+    target: Target
     wait_seconds: float
 
     def num_batches(self, epoch: int = 0) -> int:

@@ -11,7 +11,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -29,6 +29,7 @@ from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.data.tables.files import FETCH, TableFiles, is_address
 from finetune.data.tables.format import is_table, read_rows
 from finetune.errors import DataError, UsageError, count, suggest
+from finetune.targets import SINGLE, Target
 
 STANDARD_INPUT = "-"
 FLAG = "--follow-links"
@@ -268,6 +269,7 @@ def find_labelled(
     follow_links: bool = False,
     on_progress: Progress | None = None,
     table: TableConfig = BY_NAMES,
+    target: Target = SINGLE,
 ) -> Dataset:
     """Return labelled images of a folder, a zip archive or a CSV file, numbered as a model's classes are.
 
@@ -278,6 +280,7 @@ def find_labelled(
         follow_links: read images through links that lead out of the folder.
         on_progress: called with the entries done and their number while an archive is unpacked.
         table: how the model's training table was read; what fits a table of ``data`` applies to it too.
+        target: what the model's labels are.
 
     Returns:
         A dataset with these classes; every image keeps the split it is found in.
@@ -290,11 +293,24 @@ def find_labelled(
         data.absolute(),
         follow_links=follow_links,
         for_evaluation=True,
-        table=table,
+        table=replace(table, target=target.kind),
     )
     is_table = read_data(reader, data, on_progress)
-    samples = _number(reader, _choose_splits(reader, split), classes)
-    return Dataset(reader.root, tuple(classes), samples, tuple(reader.warnings), is_folder=not is_table)
+    if reader.target_kind != target.kind:
+        found = f"gives {reader.target_kind} labels, and the model was trained on {target.kind} labels"
+        raise reader.error(found, "Give a CSV file like the one that the model was trained on.")
+    chosen = _choose_splits(reader, split)
+    texts = () if target == SINGLE else tuple(sorted({label for own in chosen.values() for label in own}))
+    samples = _number(reader, chosen, classes, target, texts)
+    return Dataset(
+        reader.root,
+        tuple(classes),
+        samples,
+        tuple(reader.warnings),
+        is_folder=not is_table,
+        target=target,
+        label_texts=texts,
+    )
 
 
 def _choose_splits(
@@ -315,10 +331,14 @@ def _are_renamed(unknown: Sequence[str], classes: Sequence[str]) -> bool:
 
 
 def _number(
-    reader: LayoutReader, splits: Mapping[Split, Mapping[str, Sequence[str]]], classes: Sequence[str]
+    reader: LayoutReader,
+    splits: Mapping[Split, Mapping[str, Sequence[str]]],
+    classes: Sequence[str],
+    target: Target,
+    labels: Sequence[str],
 ) -> tuple[Sample, ...]:
     index = {name: number for number, name in enumerate(classes)}
-    names = {name for found in splits.values() for name in found}
+    names = {name for found in splits.values() for name in target.name_outputs(found)}
     forms = {unicodedata.normalize("NFC", name): number for name, number in index.items()}
     for name in names:
         if (number := forms.get(unicodedata.normalize("NFC", name))) is not None:
@@ -338,6 +358,8 @@ def _number(
             f"has {which} that the model does not know: {some(unknown)}{suggest(unknown[0], classes)}",
             "Give the class the model's name for it, or leave it out.",
         )
+    if labels:
+        index = {label: number for number, label in enumerate(labels)}
     return tuple(
         Sample(path, index[name], split)
         for split in SPLITS

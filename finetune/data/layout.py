@@ -16,6 +16,7 @@ from finetune.data.dataset import Issue, Split
 from finetune.data.formats import is_array_name, is_image_name
 from finetune.data.tables.config import BY_NAMES, TableConfig
 from finetune.errors import DataError, count
+from finetune.targets import TargetKind
 
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
@@ -52,7 +53,7 @@ class LayoutReader:
     Attributes:
         asked: the argument as the user wrote it, for error messages.
         root: folder that all paths are relative to.
-        splits: paths by class, by split; a split that the data does not give is absent.
+        splits: paths by label, by split; a split that the data does not give is absent.
         follow_links: whether links may lead out of the root.
         links_out: target of each link that leads out of the root although it must not, by path.
         from_archive: whether the root is a cache folder with an unpacked archive.
@@ -65,6 +66,7 @@ class LayoutReader:
         table: how a table is read where its own names do not say so.
         left_out: number of files that were left in an archive, by extension.
         beside: lists beside the archives that were read, which may hold the labels.
+        target_kind: what the labels are.
     """
 
     asked: str
@@ -83,6 +85,7 @@ class LayoutReader:
     table: TableConfig = BY_NAMES
     left_out: Counter[str] = field(default_factory=Counter)
     beside: list[str] = field(default_factory=list)
+    target_kind: TargetKind = "single"
 
     def takes(self, name: str) -> bool:
         """Return whether a file is one of the images; of arrays, where there are no images."""

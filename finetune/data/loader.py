@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, C, H, W) float32, normalised; those of images are uint8 until they are on the device.
-        labels: (B,) int64.
+        labels: (B,) int64, or as :meth:`finetune.targets.Target.encode` gives them.
         indices: (B,) int64, indices into the loader's samples.
         lost: the reason for each image that can no longer be read, by path.
     """
@@ -110,7 +110,7 @@ class _UnreadableImage(NamedTuple):
     reason: str
 
 
-_Item = tuple[Tensor, int, int] | _UnreadableImage
+_Item = tuple[Tensor, Tensor, int] | _UnreadableImage
 
 
 @dataclass(frozen=True)
@@ -122,20 +122,21 @@ class _ViewDataset(TorchDataset[Any]):
     transform: Transform
     seed: int
     images: ImageCache | None
+    labels: Tensor
 
     def __getitem__(self, key: Key) -> _Item:
         epoch, index = key
         sample = self.samples[index]
         kept = self.images[index] if self.images is not None else None
         if kept is not None and not self.transform.is_random:
-            return torch.from_numpy(kept.copy()), sample.label, index  # torch requires writable memory
+            return torch.from_numpy(kept.copy()), self.labels[index], index  # torch requires writable memory
         try:
             file = self.dataset.file(sample)
             image = self.transform.open(file) if kept is None else Image.fromarray(kept)
         except BadImageError as error:
             return _UnreadableImage(sample.path, error.reason)
         seed_everything(self.seed, "view", epoch, index)
-        return self.transform(image), sample.label, index
+        return self.transform(image), self.labels[index], index
 
 
 def _collate(items: list[_Item]) -> Batch:
@@ -145,7 +146,7 @@ def _collate(items: list[_Item]) -> Batch:
         nothing = torch.empty(0, dtype=torch.int64)
         return Batch(torch.empty(0, 3, 1, 1, dtype=torch.uint8), nothing, nothing, lost)
     images, labels, indices = zip(*decoded, strict=True)
-    return _share(Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), lost))
+    return _share(Batch(torch.stack(images), torch.stack(labels), torch.tensor(indices), lost))
 
 
 def _share(batch: Batch) -> Batch:
@@ -207,6 +208,7 @@ class ImageLoader:
 
     Attributes:
         input_size: (C, H, W) of the images.
+        target: what the labels are.
         wait_seconds: time the last pass spent waiting for data.
         workers: number of decoding processes, now and in the next pass.
     """
@@ -238,7 +240,10 @@ class ImageLoader:
         # Copying a cached view is faster than receiving it from another process.
         is_finished = images is not None and not transform.is_random
         self.workers, self._most_workers = (0, 0) if is_finished else (workers, max_workers)
-        self._views = _ViewDataset(dataset, self.samples, transform, seed, images)
+        self.target = dataset.target
+        self._views = _ViewDataset(
+            dataset, self.samples, transform, seed, images, dataset.encode(self.samples)
+        )
         self._normalize = Normalizer(transform.preprocessing, placement.device)
         self._batches = _KeySampler()
         self._loader = self._build()

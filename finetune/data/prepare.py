@@ -28,6 +28,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.reader import SPLIT_COLUMNS, RunReader
 from finetune.system.device import derive_seed
 from finetune.system.display import Display
+from finetune.targets import SINGLE
 
 
 def draw_copies_together(
@@ -65,13 +66,15 @@ def record_split(dataset: PreparedDataset, folder: RunFolder) -> None:
 
 
 def describe_data(dataset: Dataset) -> str:
-    """Return one sentence: classes, and images of each split."""
+    """Return one sentence: the labels, and images of each split."""
     splits: tuple[Split, ...] = ("train", "val", "test")
     parts = ", ".join(f"{len(dataset.of(split))} {split}" for split in splits if dataset.of(split))
     fewest, most = min(dataset.counts("train")), max(dataset.counts("train"))
     spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     images = "image" if spread == "1" else "images"
-    return f"{count(dataset.num_classes, 'class', 'classes')}, {parts}; {spread} training {images} a class"
+    what = dataset.target.describe([dataset.label_of(sample) for sample in dataset.samples])
+    each = f"; {spread} training {images} a class" if dataset.target.has_classes else ""
+    return f"{what}, {parts}{each}"
 
 
 def check_outside(output: Path, dataset: Dataset) -> None:
@@ -89,11 +92,15 @@ def check_outside(output: Path, dataset: Dataset) -> None:
 
 
 def require_labels(dataset: Dataset, recipe: Recipe) -> None:
-    """Refuse images without labels.
+    """Refuse images without labels, and labels that are not one class an image, for what works on classes.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or they are sets of classes or numbers.
     """
+    if dataset.target != SINGLE:
+        found = f"has {dataset.target.describe([dataset.label_of(one) for one in dataset.samples])}"
+        fix = "This works on one class an image: give a CSV with one class a row (or a strategy but auto)."
+        raise DataError(f"--data {recipe.data.path}", found, fix)
     if not dataset.is_labelled:
         found = "holds images but no class folders, so that no image has a label"
         fix = "Put the images of each class into a folder with the name of the class."

@@ -81,17 +81,17 @@ class Unit:
 
 
 def build_units(paths_by_class: Mapping[str, Sequence[str]], groups: Groups) -> list[Unit]:
-    """Return the groups, and the images without a group, as units."""
+    """Return the groups, and the images without a group, as units; an image may be of several classes."""
     members: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    units = []
+    alone: dict[str, Counter[str]] = {}
     for name, paths in paths_by_class.items():
         for path in paths:
             if path in groups:
                 members[groups[path]].append((path, name))
             else:
-                units.append(Unit(path, (path,), {name: 1}))
-    return units + [
-        Unit(group, tuple(sorted(path for path, _ in own)), Counter(label for _, label in own))
+                alone.setdefault(path, Counter())[name] += 1
+    return [Unit(path, (path,), counts) for path, counts in alone.items()] + [
+        Unit(group, tuple(sorted({path for path, _ in own})), Counter(label for _, label in own))
         for group, own in members.items()
     ]
 
@@ -116,14 +116,15 @@ def split_off(
         groups: group of each image, by path; a group is taken as a whole or not at all.
 
     Of n images of a class ``round(n * fraction)`` are taken, at least one, and at least one is left;
-    a class with a single image therefore keeps it for training. With groups, a greedy search comes as close
-    to these numbers as it can.
+    a class with a single image therefore keeps it for training. With groups, and where images are of several
+    classes, a greedy search comes as close to these numbers as it can.
     """
     total = {name: len(paths) for name, paths in paths_by_class.items()}
     wanted = {name: max(1, round(number * fraction)) for name, number in total.items()}
     have: Counter[str] = Counter()
     taken: set[str] = set()
     units = sorted(build_units(paths_by_class, groups or {}), key=lambda unit: unit.key(seed))
+    has_several = sum(total.values()) > len({path for paths in paths_by_class.values() for path in paths})
 
     def take(unit: Unit) -> None:
         have.update(unit.counts)
@@ -132,9 +133,17 @@ def split_off(
     def leaves_some(unit: Unit) -> bool:
         return all(have[name] + number < total[name] for name, number in unit.counts.items())
 
+    def rarest(unit: Unit) -> str:
+        return min(unit.counts, key=lambda name: (total[name], name))
+
+    if has_several:
+        # The rarest class comes first and decides, while common ones still have room (iterative
+        # stratification; Sechidis et al., ECML PKDD 2011).
+        units.sort(key=lambda unit: (total[rarest(unit)], rarest(unit)))
     for unit in units:
-        now = sum(abs(wanted[name] - have[name]) for name in unit.counts)
-        then = sum(abs(wanted[name] - have[name] - number) for name, number in unit.counts.items())
+        names = [rarest(unit)] if has_several else unit.counts.keys()
+        now = sum(abs(wanted[name] - have[name]) for name in names)
+        then = sum(abs(wanted[name] - have[name] - unit.counts[name]) for name in names)
         if then < now and leaves_some(unit):
             take(unit)
     for name in sorted(total):  # classes whose groups are all larger than twice the wanted number
@@ -208,9 +217,10 @@ def keep_copies_together(
         return dataset, 0
     if dataset.settled:
         return _join_settled(dataset, pool, units)
-    paths: dict[str, list[str]] = {name: [] for name in dataset.classes}
+    by_label: dict[str, list[str]] = {name: [] for name in dataset.labels}
     for sample in pool:
-        paths[dataset.classes[sample.label]].append(sample.path)
+        by_label[dataset.label_of(sample)].append(sample.path)
+    paths = dataset.target.strata(by_label)
     folds: dict[str, int] = {}
     if num_folds := max(sample.fold for sample in pool):
         folds = draw_folds(paths, num_folds, config.seed, units)

@@ -18,6 +18,7 @@ from finetune.recipe import load_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.display import Display
+from finetune.targets import SINGLE
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ def find_eval_set(
     run, classes = first.run, first.predictor.classes
     if run is not None and (data is None or _is_own(run, data)):
         if _has_split(run, split):
-            dataset = _prepare(first, _images_of_run(run, classes, split, display), display)
+            dataset = _prepare(first, _images_of_run(first, run, split, display), display)
             _refuse_changed(run, dataset.digests)
             return EvalSet(dataset, _name_split(dataset, split))
         data = _data_of(run)
     if data is None:
         raise UsageError("finetune evaluate", "no data was named", "Add --data FOLDER.")
     with display.count(f"reading {data}") as on_progress:
-        found = find_labelled(data, classes, split, follow_links, on_progress, _table_of(run))
+        target = first.predictor.target
+        found = find_labelled(data, classes, split, follow_links, on_progress, _table_of(run), target)
     for warning in found.warnings:
         display.warn(warning)
     return EvalSet(_prepare(first, found, display), _name_split(found, split))
@@ -98,18 +100,19 @@ def _has_split(run: RunFolder, split: EvalSplit | None) -> bool:
     return split in (None, "all") or any(row["split"] == split for row in RunReader(run).split)
 
 
-def _images_of_run(
-    run: RunFolder, classes: Sequence[str], split: EvalSplit | None, display: Display
-) -> Dataset:
+def _images_of_run(first: Model, run: RunFolder, split: EvalSplit | None, display: Display) -> Dataset:
     """Return the images of a run's own data: of the named split, or of the one that the run was evaluated on.
 
     Raises:
         DataError: some of them are missing, or the split is empty.
     """
+    classes = first.predictor.classes
     found = open_images(load_recipe(None, {"data": {"path": str(run.path)}}), display)
     rows = RunReader(run).split
     wanted = split or ("test" if any(row["split"] == "test" for row in rows) else "val")
-    index = {name: number for number, name in enumerate(classes)}
+    target = first.predictor.target
+    labels = classes if target == SINGLE else found.labels
+    index = {name: number for number, name in enumerate(labels)}
     known = {row["path"]: row for row in rows if wanted in ("all", row["split"])}
     samples = tuple(
         replace(sample, label=index[known[sample.path]["label"]])
@@ -126,7 +129,7 @@ def _images_of_run(
         )
     if not samples:
         raise DataError(f"the data of {run.path}", f"it has no {wanted} images", "Choose another --split.")
-    return replace(found, classes=tuple(classes), samples=samples)
+    return replace(found, classes=tuple(classes), samples=samples, target=target)
 
 
 def check_unchanged(dataset: PreparedDataset, display: Display) -> None:

@@ -20,10 +20,8 @@ from finetune.data.inputs import EvalSplit
 from finetune.data.prepare import check_outside
 from finetune.evaluation.calibration import calibrate_cross_fitted, compare_calibration, measure_thresholds
 from finetune.evaluation.eval_set import Overlap, check_unchanged, find_eval_set, find_overlap
-from finetune.evaluation.intervals import compute_intervals
-from finetune.evaluation.metrics import compute_metrics
 from finetune.evaluation.predictions import Predictions
-from finetune.evaluation.summary import write_metrics_tables
+from finetune.evaluation.summary import JUDGES
 from finetune.evaluation.variants import (
     Model,
     Variant,
@@ -40,6 +38,7 @@ from finetune.runs.reader import RunReader
 from finetune.system.device import describe_environment
 from finetune.system.display import Display
 from finetune.system.gpu import explain_unused_gpu
+from finetune.targets import SINGLE
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ def evaluate_models(
             metrics["model"] = str(Path(models[0].predictor.card.location).absolute())
         metrics |= {"crops": request.crops, "scales": list(request.scales), "version": __version__}
         metrics["variants"] = write_variants(folder, variants, display)
-        write_metrics_tables(folder, dataset.samples, variants[-1].predictions, classes)
+        images, judge = dataset.evaluated(dataset.samples), JUDGES[dataset.target.kind]
+        judge.write_tables(folder, images, variants[-1].predictions, classes)
         rows = [(path, *row) for path, row in describe_images(dataset, dataset.digests).items()]
         write_csv(folder.split, rows, ("path", "label", "split", "sha256"))
         write_json(folder.environment, describe_environment(models[0].predictor.device))
@@ -145,10 +145,9 @@ def evaluate_models(
 
 
 def _say(metrics: Mapping[str, Any], folder: RunFolder, display: Display) -> None:
-    (low, high), split = metrics["intervals"]["accuracy"], metrics["split"]
+    split = metrics["split"]
     display.say(
-        f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
-        f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
+        f"{JUDGES[metrics['target']].describe(metrics)} on "
         f"{metrics['num_samples']}{'' if split == 'all' else f' {split}'} images",
         style="bold",
     )
@@ -165,11 +164,12 @@ def _collect_metrics(
 ) -> dict[str, Any]:
     final = variants[-1]
     predictions = final.raw or final.predictions
-    metrics = compute_metrics(predictions, classes)
-    metrics["intervals"] = {name: list(limits) for name, limits in compute_intervals(predictions).items()}
-    metrics["calibration"] = _measure_calibration(models, final, overlap)
-    if len(models) == 1:
-        metrics["reject"] = _measure_thresholds(models[0], final.predictions)
+    target = predictions.target
+    metrics = JUDGES[target.kind].measure(predictions, classes) | {"target": target.kind}
+    if target == SINGLE:
+        metrics["calibration"] = _measure_calibration(models, final, overlap)
+        if len(models) == 1:
+            metrics["reject"] = _measure_thresholds(models[0], final.predictions)
     known = overlap.is_known
     return metrics | {
         "num_classes": len(classes),

@@ -25,7 +25,7 @@ import torch
 
 from finetune import __version__
 from finetune.data.inputs import InputImage, InputImages
-from finetune.errors import DataError, InterruptedRunError, LostProcessError, UsageError, count
+from finetune.errors import DataError, InterruptedRunError, LostProcessError, count
 from finetune.evaluation.prediction_inputs import (
     find_prediction_inputs,
     list_inputs,
@@ -103,8 +103,9 @@ def predict_files(
         with display.busy(f"loading {request.model}"):
             predictor = distributed.first(lambda: _load(request, distributed))
         display.say(f"{predictor.card.name}: {len(predictor.classes)} classes, on {predictor.device}")
-        rows = PredictionRows(predictor.classes, format, request.top, request.reject_below)
-        _check_top(request.top, len(predictor.classes))
+        target = predictor.target
+        rows = PredictionRows(predictor.classes, format, request.top, request.reject_below, target)
+        rows.check_options()
         table = _Table(request, inputs, predictor, rows, display)
         with StopSignal(gentle=not distributed.is_main) as stop:
             start = distributed.share(lambda: table.open(files))
@@ -149,12 +150,6 @@ def _load(request: PredictRequest, distributed: Distributed) -> Predictor:
         crops=request.crops,
         offline=request.offline,
     )
-
-
-def _check_top(top: int, num_classes: int) -> None:
-    if top > num_classes:
-        found = f"the model has {num_classes} classes"
-        raise UsageError(f"--top {top}", found, f"Choose {num_classes} or fewer.")
 
 
 def _describe(request: PredictRequest, predictor: Predictor, rows: PredictionRows) -> dict[str, Any]:

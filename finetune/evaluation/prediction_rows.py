@@ -20,7 +20,7 @@ from finetune.errors import EnvironmentFaultError, UsageError, suggest
 from finetune.evaluation.predictor import Floats
 from finetune.features.tables import Pipe
 from finetune.runs.files import FLOAT_FORMAT, escape_formula, format_csv_line, write_chunks
-from finetune.targets import name_answer_columns, rank_classes
+from finetune.targets import SINGLE, Number, Target, rank_classes
 
 RowFormat = Literal["csv", "jsonl", "parquet"]
 FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
@@ -75,17 +75,33 @@ class PredictionRows:
         format: the format of the file.
         top: number of classes named in a row, the most probable first.
         reject_below: confidence, in [0, 1], below which a row has no label; None to always give one.
+        target: what the labels are; only one class an image has ``top`` and ``reject_below``.
     """
 
     classes: Sequence[str]
     format: RowFormat
     top: int = 1
     reject_below: float | None = None
+    target: Target = SINGLE
 
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
-        return name_answer_columns(self.classes, self.top, self.reject_below is not None)
+        return self.target.answer_columns(self.classes, self.top, self.reject_below is not None)
+
+    def check_options(self) -> None:
+        """Refuse options that the model cannot follow.
+
+        Raises:
+            UsageError: more classes are to be named than there are, or a row has no single class.
+        """
+        asked = f"--top {self.top}" if self.top > 1 else f"--reject-below {self.reject_below}"
+        if self.target != SINGLE and (self.top > 1 or self.reject_below is not None):
+            found = f"the model gives {self.target.kind} labels, and not one class an image"
+            raise UsageError(asked, found, "Leave it out.")
+        if self.top > len(self.classes):
+            found = f"the model has {len(self.classes)} classes"
+            raise UsageError(asked, found, f"Choose {len(self.classes)} or fewer.")
 
     def is_rejected(self, values: Floats) -> bool:
         """Return whether the largest of the probabilities (K,) is too low for a label."""
@@ -110,6 +126,11 @@ class PredictionRows:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
     def _cells(self, path: str, values: Floats) -> list[CellValue]:
+        if isinstance(self.target, Number):
+            value, margin = float(values[0]), self.target.margin
+            return [path, value, *(() if margin is None else (value - margin, value + margin))]
+        if self.target != SINGLE:
+            return [path, self.target.answer(values, self.classes)[0], *values.tolist()]
         best = [(self.classes[index], float(values[index])) for index in rank_classes(values, self.top)]
         is_rejected = self.is_rejected(values)
         cells: list[CellValue] = [path, None if is_rejected else best[0][0], best[0][1]]
@@ -127,8 +148,8 @@ class PredictionRows:
         import pyarrow as pa
         from pyarrow import parquet
 
-        named = len(self.columns) - len(self.classes)
-        kinds = [_kind(pa, name) for name in self.columns[:named]] + [pa.float32()] * len(self.classes)
+        texts = self.columns[: len(self.columns) - len(self.classes)]  # and the confidences
+        kinds = [_kind(pa, name) if name in texts else pa.float32() for name in self.columns]
         schema = pa.schema(list(zip(self.columns, kinds, strict=True)))
         pipe, size = Pipe(), max(1, _BLOCK_CELLS // len(schema))
         with rows.open("rb") as lines, parquet.ParquetWriter(pipe, schema) as file:
@@ -143,7 +164,7 @@ def _kind(pa: Any, name: str) -> Any:
     """Return the pyarrow type of a column other than the class probabilities."""
     if name == "rejected":
         return pa.bool_()
-    return pa.float32() if name.startswith("confidence") else pa.string()
+    return pa.string() if name == "path" or name.startswith("label") else pa.float32()
 
 
 def _text(cell: CellValue) -> str:

@@ -6,17 +6,17 @@ Shape legend: N images, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
-from finetune import targets
 from finetune.data.feed import BatchLoader
 from finetune.system.device import Precision, compute_chunk_size
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.forward import ChunkedForward, autocast
+from finetune.targets import SINGLE, Target, decide
 
 
 @dataclass(frozen=True)
@@ -24,26 +24,28 @@ class Predictions:
     """The logits of a network for some images, with their labels.
 
     Attributes:
-        logits: (N, K) float32, on the CPU.
-        labels: (N,) int64, the true classes.
+        logits: (N, K) float32, on the CPU; the outputs, whatever they mean.
+        labels: (N,) int64, the true classes; or as :meth:`finetune.targets.Target.encode` gives them.
+        target: what the labels are.
     """
 
     logits: Tensor
     labels: Tensor
+    target: Target = SINGLE
 
     @property
     def probabilities(self) -> Tensor:
-        """The probability of each class, (N, K)."""
-        return targets.to_probabilities(self.logits)
+        """The probability of each class, (N, K); of numbers, the values in their own unit."""
+        return self.target.activate(self.logits)
 
     def apply_temperature(self, temperature: float) -> Predictions:
         """Return these predictions with logits divided by a temperature."""
-        return Predictions(self.logits / temperature, self.labels)
+        return replace(self, logits=self.logits / temperature)
 
     @property
     def predicted(self) -> Tensor:
         """The most probable class of each image, (N,) int64."""
-        return targets.decide(self.logits)
+        return decide(self.logits)
 
     @property
     def accuracy(self) -> float:
@@ -51,9 +53,14 @@ class Predictions:
         return (self.predicted == self.labels).double().mean().item()
 
     @property
+    def score(self) -> float:
+        """The metric that chooses the best epoch (:attr:`finetune.targets.Target.score`)."""
+        return self.target.compute_score(self.logits, self.labels)
+
+    @property
     def loss(self) -> float:
-        """Mean cross entropy over images in nats, without label smoothing and class weights."""
-        return targets.compute_mean_loss(self.logits, self.labels)
+        """Mean loss over images, without label smoothing and class weights."""
+        return self.target.compute_monitored(self.logits, self.labels)["loss"]
 
 
 def predict(
@@ -99,7 +106,7 @@ def predict(
             module.training = mode
     found[num_fetched:] = _fetch(found[num_fetched:])
     logits, labels = zip(*_gather(found, distributed), strict=True)
-    return Predictions(torch.cat(logits), torch.cat(labels))
+    return Predictions(torch.cat(logits), torch.cat(labels), feed.target)
 
 
 HELD_BYTES = 64 * 2**20

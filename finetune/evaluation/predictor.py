@@ -46,7 +46,7 @@ from finetune.features.store import Forward
 from finetune.system.device import available_cores, compute_chunk_size, resolve_device
 from finetune.system.display import Display
 from finetune.system.forward import ChunkedForward
-from finetune.targets import make_unique, rank_classes
+from finetune.targets import make_unique, rank_classes, read_target
 from pretrained.backbone import load_source
 from pretrained.catalog import Card, find_card
 from pretrained.network import is_convolutional
@@ -65,14 +65,14 @@ class Prediction:
     """The prediction for one image.
 
     Attributes:
-        label: the most probable class.
-        confidence: its probability, in [0, 1].
-        values: (K,) float32, the probability of each class in the order of ``classes``.
+        label: the most probable class; the classes above their thresholds, joined by ``|``; or the number.
+        confidence: probability of the class, in [0, 1]; None for other labels.
+        values: (K,) float32, the probability of each class in the order of ``classes``, or the number.
         classes: class names in index order.
     """
 
     label: str
-    confidence: float
+    confidence: float | None
     values: Floats = field(repr=False)
     classes: tuple[str, ...] = field(repr=False)
 
@@ -118,6 +118,7 @@ class Predictor:
     Attributes:
         card: preprocessing, classes, temperature, source and licence of the network.
         classes: unique class names in index order; the indices as text if the card has no names.
+        target: what the labels are.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Predictor:
         forward: Forward | None = None,
     ) -> None:
         self.card, self.device, self.batch_size = card, device, batch_size
+        self.target = read_target(dict(card.target))
         self.classes = resolve_names(card)
         self._placement = Placement(device, is_convolutional(network))
         self.network = place_network(network.eval(), self._placement)
@@ -249,8 +251,8 @@ class Predictor:
         raise _no_image(image)
 
     def _describe(self, values: Floats) -> Prediction:
-        best = rank_classes(values, 1)[0]
-        return Prediction(self.classes[best], float(values[best]), values, self.classes)
+        label, confidence = self.target.answer(values, self.classes)
+        return Prediction(label, confidence, values, self.classes)
 
     def predict_batches(
         self, batches: Iterable[Sequence[T]], open: Callable[[T], Opened]
@@ -299,7 +301,7 @@ class Predictor:
             images = self._normalize(torch.cat(list(views)).to(self.device))
             images = images.to(memory_format=self._placement.memory_format)
             logits = self._chunked(images)
-            mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature)
+            mean = compute_mean_over_views(logits, self._views.num_views, self.card.temperature, self.target)
         if not mean.isfinite().all():
             fix = "Its weights are damaged: use another model."
             raise UsageError(f"the model {self.card.name}", "its probabilities are not finite", fix)

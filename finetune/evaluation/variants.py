@@ -21,9 +21,7 @@ from finetune.evaluation.predictor import Predictor, load
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
-from finetune.targets import to_logits
-
-VARIANT_COLUMNS = ("model", "views", "accuracy", "gain", "loss", "ece", "milliseconds", "cost")
+from finetune.targets import SINGLE
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def compute_variants(
     Raises:
         DataError: an image cannot be read.
     """
-    labels = torch.tensor([sample.label for sample in dataset.samples])
+    labels = dataset.encode(dataset.samples)
     classes = models[0].predictor.classes
     last: list[Variant] = []
     for model in models:
@@ -140,7 +138,7 @@ def _predict(
             advance(len(result.inputs), "")
     probabilities = torch.cat(parts)[:, order]
     seconds = time.perf_counter() - began
-    raw = Predictions(to_logits(probabilities), labels)
+    raw = Predictions(dataset.target.deactivate(probabilities), labels, dataset.target)
     calibrated = raw.apply_temperature(temperature) if is_plain else raw
     return Variant(model.name, predictor.num_views, calibrated, raw if is_plain else None, seconds)
 
@@ -148,7 +146,8 @@ def _predict(
 def _average(variants: Sequence[Variant], labels: Tensor) -> Variant:
     """Return the ensemble: the mean of the probabilities of several models."""
     mean = torch.stack([variant.predictions.probabilities for variant in variants]).mean(dim=0)
-    ensemble = Predictions(to_logits(mean), labels)
+    target = variants[0].predictions.target
+    ensemble = Predictions(target.deactivate(mean), labels, target)
     views, seconds = sum(member.views for member in variants), sum(member.seconds for member in variants)
     return Variant(f"{len(variants)} together", views, ensemble, None, seconds)
 
@@ -157,38 +156,37 @@ def write_variants(folder: RunFolder, variants: Sequence[Variant], display: Disp
     """Write and show the metrics of each variant, with its gain and cost relative to the first one.
 
     Returns:
-        One row per variant, by :data:`VARIANT_COLUMNS`.
+        One row per variant.
     """
     rows = [_row(variant, variants[0]) for variant in variants]
     if len(rows) > 1:
-        write_csv(folder.path / "variants.csv", [tuple(row.values()) for row in rows], VARIANT_COLUMNS)
-        display.table(VARIANT_COLUMNS, [_cells(row) for row in rows], numbers=VARIANT_COLUMNS[1:])
+        columns = tuple(rows[0])
+        write_csv(folder.path / "variants.csv", [tuple(row.values()) for row in rows], columns)
+        display.table(columns, [_cells(row) for row in rows], numbers=columns[1:])
     return rows
 
 
 def _row(variant: Variant, first: Variant) -> dict[str, Any]:
     predictions = variant.predictions
-    values = (
-        variant.model,
-        variant.views,
-        predictions.accuracy,
-        predictions.accuracy - first.predictions.accuracy,
-        predictions.loss,
-        measure_reliability(predictions).ece,
-        1000 * variant.seconds / len(predictions.labels),
-        variant.seconds / first.seconds,
-    )
-    return dict(zip(VARIANT_COLUMNS, values, strict=True))
+    is_single = predictions.target == SINGLE
+    return {
+        "model": variant.model,
+        "views": variant.views,
+        predictions.target.score: predictions.score,
+        "gain": predictions.score - first.predictions.score,
+        "loss": predictions.loss,
+        **({"ece": measure_reliability(predictions).ece} if is_single else {}),
+        "milliseconds": 1000 * variant.seconds / len(predictions.labels),
+        "cost": variant.seconds / first.seconds,
+    }
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        row["model"],
-        str(row["views"]),
-        f"{row['accuracy']:.4f}",
-        f"{100 * row['gain']:+.1f} points",
-        f"{row['loss']:.4f}",
-        f"{row['ece']:.3f}",
-        f"{row['milliseconds']:.1f}",
-        f"{row['cost']:.1f} x",
-    ]
+    forms = {
+        "gain": f"{100 * row['gain']:+.1f} points",
+        "loss": f"{row['loss']:.4f}",
+        "milliseconds": f"{row['milliseconds']:.1f}",
+        "cost": f"{row['cost']:.1f} x",
+    }
+    plain = {"model", "views"}
+    return [forms.get(key, str(value) if key in plain else f"{value:.4f}") for key, value in row.items()]

@@ -25,7 +25,7 @@ from torchvision.transforms import functional
 
 from finetune.data.transforms import Opened, build_eval_steps, build_eval_transform
 from finetune.errors import UsageError
-from finetune.targets import to_probabilities
+from finetune.targets import SINGLE, Target
 from pretrained.preprocessing import Preprocessing
 
 CROPS = (1, 5, 10)
@@ -115,15 +115,18 @@ def resolve_scale(preprocessing: Preprocessing) -> int:
     return scale if scale > short_side else math.ceil(short_side / _ROOM)
 
 
-def compute_mean_over_views(logits: Tensor, num_views: int, temperature: float = 1.0) -> Tensor:
-    """Return the probabilities (B, K) float32 of logits / temperature, averaged over views.
+def compute_mean_over_views(
+    logits: Tensor, num_views: int, temperature: float = 1.0, target: Target = SINGLE
+) -> Tensor:
+    """Return the probabilities (B, K) float32 of logits / temperature, averaged over views; or the values.
 
     Args:
         logits: logits (B * V, K); the views of an image follow each other.
         num_views: number of views (V).
         temperature: temperature of the network (arXiv:1706.04599).
+        target: what the labels are.
     """
-    probabilities = to_probabilities(logits.float() / temperature)
+    probabilities = target.activate(logits.float() / temperature)
     return probabilities.view(-1, num_views, logits.shape[1]).mean(dim=1)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from finetune import __version__
 from finetune.errors import UsageError
 from finetune.system.temporary import temporary_folder
+from finetune.targets import read_target
 from pretrained.catalog import Card
 from pretrained.config import read_config
 from pretrained.stage_classifier import StageClassifier
@@ -61,9 +62,12 @@ def build_config(card: Card, network: nn.Module, sha256: str = "") -> dict[str, 
         "temperature": card.temperature,
         **_value_range(card),
         **_bands(card),
+        **({"target": dict(card.target)} if card.target else {}),
         "base_model": find_base_model(card),
     }
     config = _timm_config(card, network) if card.source == "timm" else _own_config(card)
+    if card.target:
+        config["problem_type"] = read_target(dict(card.target)).problem  # of Hugging Face transformers
     if not loads_in_timm(card):
         ours["architecture"] = config["architecture"]
         config["architecture"] = name_for_timm(card)

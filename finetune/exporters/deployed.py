@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from finetune.data.transforms import Normalizer
 from finetune.errors import UsageError
-from finetune.targets import to_probabilities
+from finetune.targets import read_target
 from pretrained.catalog import Card
 from pretrained.graph.layers import FeatureExtractor
 from pretrained.preprocessing import Preprocessing
@@ -85,6 +85,7 @@ class Deployed(nn.Module):
         is_staged = isinstance(network, StageClassifier)
         self.network = _WholeStageClassifier(network) if is_staged else network
         self.interface, self.temperature = interface, card.temperature
+        self.target = read_target(dict(card.target))
         view = card.preprocessing
         self.register_buffer("mean", torch.tensor(view.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(view.std).view(-1, 1, 1), persistent=False)
@@ -96,7 +97,7 @@ class Deployed(nn.Module):
         if self.interface.layout is not None:  # same operations and order as Normalizer
             images = ((images.float() / 255.0) - self.mean) / self.std
         logits: Tensor = self.network(images)
-        return to_probabilities(logits / self.temperature) if self.interface.is_calibrated else logits
+        return self.target.activate(logits / self.temperature) if self.interface.is_calibrated else logits
 
 
 class _WholeStageClassifier(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from finetune.exporters.config import build_config
 from finetune.exporters.model_card import build_readme
 from finetune.runs.files import disk_error, remove_folder, sync_folder, write_bytes, write_json, write_text
-from finetune.targets import to_probabilities
+from finetune.targets import read_target
 from pretrained.backbone import Backbone
 from pretrained.catalog import Card, find_card
 from pretrained.network import build_network
@@ -83,7 +83,7 @@ def load_exported(folder: Path) -> nn.Module:
 
 
 def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> float:
-    """Return the largest absolute difference of a probability between a network and its exported folder.
+    """Return the largest absolute difference of an answer between a network and its exported folder.
 
     Args:
         network: on the device of ``images``.
@@ -93,11 +93,12 @@ def measure_round_trip(network: nn.Module, folder: Path, images: Tensor) -> floa
     in_channels_last = images.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if in_channels_last else torch.contiguous_format
     reloaded = load_exported(folder).to(images.device, memory_format=layout)  # type: ignore[call-overload]
+    activate = read_target(dict(find_card(str(folder)).target)).activate
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         with torch.inference_mode():
-            difference = to_probabilities(network(images)) - to_probabilities(reloaded(images))
+            difference = activate(network(images)) - activate(reloaded(images))
     finally:
         for module, training in modes.items():
             module.training = training

@@ -26,7 +26,7 @@ from finetune.exporters import fresh
 from finetune.exporters.deployed import Interface
 from finetune.exporters.source import ProofInputs
 from finetune.system.temporary import temporary_folder
-from finetune.targets import compute_margins, decide, to_probabilities
+from finetune.targets import compute_margins, decide, read_target
 from pretrained.catalog import Card
 
 TOLERANCE = 1e-4
@@ -86,7 +86,7 @@ def predict_here(network: nn.Module, card: Card, views: Tensor) -> Tensor:
     normalize = Normalizer(card.preprocessing, torch.device("cpu"))
     with torch.inference_mode():
         logits = [network.eval()(normalize(batch)) for batch in torch.split(views, fresh.MOST)]
-    return to_probabilities(torch.cat(logits) / card.temperature)
+    return read_target(dict(card.target)).activate(torch.cat(logits) / card.temperature)
 
 
 def predict_fresh(
@@ -121,7 +121,8 @@ def predict_fresh(
         raise InternalError(
             f"exporting {artefact.name}", found, "Please report this with the backbone's name."
         )
-    return outputs if interface.is_calibrated else to_probabilities(outputs / card.temperature), facts
+    activate = read_target(dict(card.target)).activate
+    return outputs if interface.is_calibrated else activate(outputs / card.temperature), facts
 
 
 def _write_inputs(path: Path, views: Tensor, card: Card, interface: Interface) -> None:

@@ -263,7 +263,7 @@ def probe(
         with new_folder(output) as folder:
             samples = source.dataset.samples
             with open_features(source, layers, pool) as features:
-                usable = _leave_copies_out(features.usable(samples), source)
+                usable = leave_copies_out(features.usable(samples), source)
                 labels = torch.tensor([samples[index].label for index in usable.tolist()])
                 draws = [
                     draw_probe_split(labels, dataset.classes, per_class, recipe.seed, repeat)
@@ -287,7 +287,7 @@ def probe(
         return rows
 
 
-def _leave_copies_out(usable: Tensor, source: Source) -> Tensor:
+def leave_copies_out(usable: Tensor, source: Source) -> Tensor:
     """Return indices without exact copies: a test image must not be a copy of a training image."""
     samples = source.dataset.samples
     first: dict[str, int] = {}

@@ -39,14 +39,15 @@ from finetune.features.minimize import (
     measure_spectrum,
     minimize,
 )
+from finetune.features.ridge import solve_ridge
 from finetune.features.rows import Rows
 from finetune.features.standardised import Standardised, standardise
 from finetune.system.forward import compute_where_it_fits
 from finetune.targets import decide
 
-Kind = Literal["softmax", "svm", "logreg"]
+Kind = Literal["softmax", "svm", "logreg", "ridge"]
 """softmax: multinomial logistic regression; svm and logreg: one class against the rest, with the squared
-hinge or the logistic loss."""
+hinge or the logistic loss; ridge: least squares, for numbers (:mod:`finetune.features.ridge`)."""
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Choices of C, as multiples of its natural unit (see above)."""
@@ -95,7 +96,7 @@ class TrainingRows:
 
     Attributes:
         matrix: (N, R + 1) float32: standardised features or coordinates in their span, then a column of ones.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, K) float32: 1 for each class of an image and 0 for others.
         num_classes: K.
         groups: (N,) int64; images of equal numbers are held out together.
         spectrum: the spectrum of the matrix.
@@ -127,6 +128,8 @@ class TrainingRows:
         return minimize(Objective(self.matrix, self._loss(kind), strength, self.spectrum), tolerance, weights)
 
     def _loss(self, kind: Kind) -> Loss:
+        if self.labels.ndim == 2:  # several classes an image
+            return _LOSSES[kind](2 * self.labels - 1)
         classes = torch.arange(self.num_classes, device=self.labels.device)
         return _LOSSES[kind](torch.where(self.labels[:, None] == classes, 1.0, -1.0))
 
@@ -173,8 +176,8 @@ def build_training_rows(
     Args:
         rows: (all images, D).
         indices: (N,) int64, the training images; no others are read.
-        labels: (N,) int64 of these images.
-        num_classes: K, at least 2.
+        labels: (N,) int64 of these images, or (N, K) float32: 1 for each class of an image.
+        num_classes: K, at least 2 if each image has one class.
         device: device of the result, and of all that is computed with it.
         groups: (N,) int64; images of equal numbers are held out together. By default each is held out alone.
 
@@ -237,8 +240,12 @@ def fit(
     """Choose C by cross-validation inside the training images, and solve with all of them.
 
     The arguments and refusals are those of :func:`build_training_rows`; ``seed`` draws the folds. If the
-    memory of a GPU runs out, the CPU solves.
+    memory of a GPU runs out, the CPU solves. ``ridge`` takes numbers, (N, 1), and chooses its penalty by the
+    errors of images left out.
     """
+    if kind == "ridge":
+        weight, bias, penalty = solve_ridge(rows, indices, labels, device, groups)
+        return LinearClassifier(weight, bias, 1 / penalty)
 
     def solve_on(place: torch.device) -> LinearClassifier:
         training = build_training_rows(rows, indices, labels, num_classes, place, groups)
@@ -249,7 +256,8 @@ def fit(
 
 def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tensor | None]:
     """Return the best C, and initial weights for all images: the mean of those of the folds."""
-    folds = draw_folds(training.labels.cpu(), NUM_FOLDS, seed, training.groups.cpu())
+    strata = training.labels if training.labels.ndim == 1 else torch.zeros_like(training.groups)
+    folds = draw_folds(strata.cpu(), NUM_FOLDS, seed, training.groups.cpu())
     folds = folds.to(training.labels.device)
     is_large = training.matrix.numel() * training.num_classes >= LARGE
     numbers = [fold for fold in range(1 if is_large else NUM_FOLDS) if (folds == fold).any()]
@@ -276,11 +284,12 @@ def _choose(training: TrainingRows, kind: Kind, seed: int) -> tuple[float, Tenso
 
 
 def _refuse_missing(labels: Tensor, num_classes: int) -> None:
-    if num_classes < 2:
+    if labels.ndim == 1 and num_classes < 2:
         raise DataError(
             "a linear classifier", "there is only one class", "Give it images of two classes or more."
         )
-    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    counts = labels.bincount(minlength=num_classes) if labels.ndim == 1 else labels.sum(dim=0)
+    missing = (counts == 0).nonzero().flatten().tolist()
     if missing:
         found = f"class number {missing[0]} has no training image"
         raise DataError("a linear classifier", found, "Add images of the class, or leave the class out.")

@@ -37,14 +37,19 @@ class Standardised:
     mean: Tensor
     std: Tensor
 
-    def columns(self, start: int, stop: int) -> Tensor:
-        """Return (N, stop - start) float64."""
-        block = self.rows.columns(self.indices, start, stop).to(self.mean.device).double()
+    def columns(self, start: int, stop: int, images: Tensor | None = None) -> Tensor:
+        """Return (N, stop - start) float64, or those of other images (B,), by their indices into all rows."""
+        images = self.indices if images is None else images
+        block = self.rows.columns(images, start, stop).to(self.mean.device).double()
         return block.sub_(self.mean[start:stop]).div_(self.std[start:stop])
 
     def take(self, places: Tensor) -> Tensor:
         """Return the features of some of the images, (B, D) float64, by their places (B,) in ``indices``."""
-        return (self.rows[self.indices[places]].to(self.mean.device).double() - self.mean) / self.std
+        return self.take_others(self.indices[places])
+
+    def take_others(self, images: Tensor) -> Tensor:
+        """Return the features of any images, (B, D) float64, by their indices (B,) into all rows."""
+        return (self.rows[images].to(self.mean.device).double() - self.mean) / self.std
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of columns that fit in memory."""

@@ -225,6 +225,8 @@ def _keep(
         split: FeatureLoader(
             rows,
             context.dataset.of(split),
+            context.dataset.encode(context.dataset.of(split)),
+            context.dataset.target,
             batch_size=batch_size,
             placement=setup.placement,
             seed=recipe.seed,

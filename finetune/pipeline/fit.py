@@ -35,7 +35,7 @@ from finetune.pipeline.setup import reload_backbone
 from finetune.recipe import StrategySettings
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.system.device import Precision
-from finetune.targets import build_loss
+from finetune.targets import METRIC_NAMES
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.ddp import synchronize_batch_norm
 from finetune.training.freeze import check_frozen, digest_frozen, frozen_tensors
@@ -85,8 +85,8 @@ def fit_network(context: FitContext) -> FitResult:
     if floor is None or _beats(val, floor.predictions["val"]):
         return trained
     context.display.say(
-        f"validation accuracy is {val.accuracy:.4f} after training, and "
-        f"{floor.predictions['val'].accuracy:.4f} for {floor.description}: the linear classifier is taken"
+        f"validation {METRIC_NAMES[val.target.score]} is {val.score:.4f} after training, and "
+        f"{floor.predictions['val'].score:.4f} for {floor.description}: the linear classifier is taken"
     )
     backbone = reload_backbone(setup, context.dataset.classes, context.distributed)
     place_network(backbone.network, setup.placement)
@@ -100,7 +100,7 @@ def _choices(strategy: StrategySettings) -> list[str]:
 
 
 def _beats(trained: Predictions, floor: Predictions) -> bool:
-    return (trained.accuracy, -trained.loss) > (floor.accuracy, -floor.loss)
+    return (trained.score, -trained.loss) > (floor.score, -floor.loss)
 
 
 # --- solved --------------------------------------------------------------------------------------
@@ -109,8 +109,9 @@ def _beats(trained: Predictions, floor: Predictions) -> bool:
 def _solve(context: FitContext, choice: str) -> LinearHead:
     with context.clock.phase("solve"):
         solution = solve_head(context, choice)
-    accuracy = solution.predictions["val"].accuracy
-    context.display.say(f"{solution.description}: validation accuracy {accuracy:.4f}")
+    val = solution.predictions["val"]
+    name = METRIC_NAMES[val.target.score]
+    context.display.say(f"{solution.description}: validation {name} {val.score:.4f}")
     return solution
 
 
@@ -204,8 +205,9 @@ def _start_head(network: nn.Module, first: LinearHead | None) -> bool:
 def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
     setup, settings, dataset = context.setup, context.setup.recipe.training, context.dataset
     precision = settings.precision
-    counts, train = dataset.counts("train"), loaders.batches["train"]
-    loss = build_loss(counts, settings.class_weights, settings.label_smoothing)
+    train = loaders.batches["train"]
+    labels, weights = dataset.encode(dataset.of("train")), settings.class_weights
+    loss = dataset.target.build_loss(labels, dataset.num_classes, weights, settings.label_smoothing)
     task = Task(
         setup.backbone.network,
         setup.plan,

@@ -33,7 +33,6 @@ from finetune.pipeline.context import FitContext
 from finetune.pipeline.setup import RunSetup
 from finetune.system.device import available_cores
 from finetune.system.display import Advance
-from finetune.targets import LINEAR_CLASSIFIER
 from pretrained.backbone import Backbone
 from pretrained.graph.classifier import classifier_layers
 from pretrained.graph.layers import Layer, Layers
@@ -116,8 +115,9 @@ def _solve(source: Source, features: Features, choice: str) -> LinearHead:
         labels = _labels(dataset, indices)
         names = ", ".join(layer.name for layer in chosen)
         advance(0, names)
-        groups = _find_groups(source, features, indices, labels)
-        classifier = fit(rows, indices, labels, dataset.num_classes, LINEAR_CLASSIFIER, seed, device, groups)
+        groups = _find_groups(source, features, indices)
+        kind = dataset.target.solver
+        classifier = fit(rows, indices, labels, dataset.num_classes, kind, seed, device, groups)
         advance(1, names)
         splits: list[Split] = ["val", "test"]
         predictions = {
@@ -141,7 +141,7 @@ def _choose(source: Source, features: Features, choice: str, advance: Advance) -
     dataset, device = source.dataset, source.network.placement.device
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
-    groups = _find_groups(source, features, indices, labels)
+    groups = _find_groups(source, features, indices)
     accuracies = []
     for layer, rows in zip(features.layers, features.rows, strict=True):
         advance(0, layer.name)
@@ -152,8 +152,9 @@ def _choose(source: Source, features: Features, choice: str, advance: Advance) -
     return (features.layers[best],)
 
 
-def _find_groups(source: Source, features: Features, indices: Tensor, labels: Tensor) -> Tensor:
-    named = [source.dataset.samples[index].group for index in indices.tolist()]
+def _find_groups(source: Source, features: Features, indices: Tensor) -> Tensor:
+    samples = [source.dataset.samples[index] for index in indices.tolist()]
+    labels, named = torch.tensor([sample.label for sample in samples]), [sample.group for sample in samples]
     return find_groups(features.rows[-1], indices, labels, named)
 
 
@@ -167,13 +168,13 @@ def _indices_of(dataset: Dataset, split: Split) -> Tensor:
 
 
 def _labels(dataset: Dataset, indices: Tensor) -> Tensor:
-    return torch.tensor([dataset.samples[index].label for index in indices.tolist()])
+    return dataset.encode([dataset.samples[index] for index in indices.tolist()])
 
 
 def _predict(classifier: LinearClassifier, rows: Rows, dataset: Dataset, split: Split) -> Predictions:
     indices = _indices_of(dataset, split)
     logits = torch.cat([classifier.scores(rows[batch]) for batch in torch.split(indices, 1024)])
-    return Predictions(logits.float(), _labels(dataset, indices))
+    return Predictions(logits.float(), _labels(dataset, indices), dataset.target)
 
 
 # --- the network ---------------------------------------------------------------------------------

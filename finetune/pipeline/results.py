@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,16 +15,18 @@ from finetune.data.feed import BatchLoader
 from finetune.errors import InternalError, count
 from finetune.evaluation.intervals import compute_wilson
 from finetune.evaluation.predictions import GPU_TOLERANCE, METRICS_TOLERANCE, Predictions, predict
-from finetune.evaluation.summary import Summary
+from finetune.evaluation.summary import JUDGES
+from finetune.evaluation.tables import Summary
 from finetune.pipeline.linear_head import LinearHead
 from finetune.pipeline.setup import RunSetup
 from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Advance, Display
 from finetune.system.forward import autocast
-from finetune.targets import to_probabilities
+from finetune.targets import SINGLE
 from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
+from pretrained.catalog import Card
 
 
 def evaluate(trainer: Trainer, loader: BatchLoader, display: Display) -> Predictions:
@@ -42,6 +45,13 @@ def evaluate(trainer: Trainer, loader: BatchLoader, display: Display) -> Predict
 
 def _advance(advance: Advance, done: int) -> None:
     advance(done, "")
+
+
+def describe_answers(card: Card, summary: Summary) -> Card:
+    """Return a network's card with what its outputs mean: the temperature, and the kind of its labels."""
+    facts = summary.target.to_facts()
+    target = () if summary.target == SINGLE else tuple(facts.items())
+    return replace(card, temperature=summary.temperature, target=target)
 
 
 def check_predictions(
@@ -63,7 +73,7 @@ def check_predictions(
         InternalError: the probabilities differ by more than the tolerance.
     """
     with torch.inference_mode(), autocast(images.device, precision):
-        whole = to_probabilities(network.eval()(images).float()).cpu()
+        whole = predictions.target.activate(network.eval()(images).float()).cpu()
     difference = (whole - predictions.probabilities[: len(whole)]).abs().max().item()
     most = max(METRICS_TOLERANCE[precision], METRICS_TOLERANCE[dtype])
     most = max(most, GPU_TOLERANCE) if images.is_cuda else most
@@ -82,6 +92,7 @@ def collect_metrics(
         **facts,
         "backbone": setup.backbone.card.name,
         "strategy": setup.recipe.strategy.name,
+        "target": dataset.target.kind,
         "num_classes": dataset.num_classes,
         "num_train": len(dataset.of("train")),
     }
@@ -94,8 +105,7 @@ def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
     return {
         "split_chose_checkpoint": dataset.eval_split == "val",
         "features": None,
-        "val_accuracy": progress.best["accuracy"],
-        "val_loss": progress.best["loss"],
+        **{f"val_{name}": value for name, value in progress.best.items()},
         "best_epoch": progress.best_epoch + 1,
         "epochs": progress.epoch,
         "images_per_second": round(num_seen / max(seconds, 1e-9), 2),
@@ -119,7 +129,7 @@ def describe_solution(setup: RunSetup, dataset: Dataset, solution: LinearHead) -
         "features": [layer.name for layer in solution.layers],
         "num_features": solution.classifier.weight.shape[1],
         "regularisation": solution.classifier.strength,
-        "val_accuracy": val.accuracy,
+        f"val_{val.target.score}": val.score,
         "val_loss": val.loss,
         "best_epoch": None,
         "epochs": 0,
@@ -133,12 +143,12 @@ def _mean_wait(progress: Progress) -> float:
     return waited / max(sum(row["seconds"] for row in rows), 1e-9)
 
 
-def find_gap(advice: Mapping[str, Any], val_accuracy: float, num_val: int) -> dict[str, float] | None:
+def find_gap(advice: Mapping[str, Any], val_accuracy: float | None, num_val: int) -> dict[str, float] | None:
     """Return how far validation is below the cross-validation that chose the strategy.
 
     Args:
         advice: content of ``advice.json``; empty if the strategy was given.
-        val_accuracy: accuracy on the validation split.
+        val_accuracy: accuracy on the validation split; None if the labels have none.
         num_val: number of its images.
 
     Returns:
@@ -149,6 +159,8 @@ def find_gap(advice: Mapping[str, Any], val_accuracy: float, num_val: int) -> di
         number = max(int(advice["num_independent"]), 0)
         low, _ = compute_wilson(round(best * number), number)
     except (KeyError, TypeError, ValueError, ArithmeticError):  # no advice, or a damaged one
+        return None
+    if val_accuracy is None:
         return None
     _, high = compute_wilson(round(val_accuracy * num_val), num_val)
     if high >= low:
@@ -174,12 +186,9 @@ def report_result(display: Display, folder: RunFolder, metrics: dict[str, Any]) 
     origin = f"best epoch {metrics['best_epoch']} of {metrics['epochs']}"
     if not metrics["epochs"]:
         origin = f"a linear classifier on {', '.join(metrics['features'])}"
-    low, high = metrics["intervals"]["accuracy"]
     images = count(metrics["num_samples"], f"{metrics['split']} image")
     display.say(
-        f"accuracy {metrics['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), balanced "
-        f"{metrics['balanced_accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
-        f"{images}{chosen}; "
+        f"{JUDGES[metrics['target']].describe(metrics)} on {images}{chosen}; "
         f"{origin}, {metrics['seconds']['total']:.0f} s",
         style="bold",
     )

@@ -23,14 +23,20 @@ from finetune.data.prepare import check_outside, describe_data, record_split
 from finetune.data.provenance import check_seen
 from finetune.data.quality.usable import check_data
 from finetune.errors import DataError, InternalError
-from finetune.evaluation.summary import summarize, write_metrics_tables
+from finetune.evaluation.summary import JUDGES
 from finetune.exporters.folder import export_model, measure_round_trip
 from finetune.features.network import name_backbone, place_network
 from finetune.pipeline.auto import choose_strategy
 from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
-from finetune.pipeline.results import check_predictions, collect_metrics, find_gap, report_result
+from finetune.pipeline.results import (
+    check_predictions,
+    collect_metrics,
+    describe_answers,
+    find_gap,
+    report_result,
+)
 from finetune.pipeline.resume import refuse_other_classes, try_resume
 from finetune.pipeline.setup import (
     RunSetup,
@@ -54,6 +60,7 @@ from finetune.system.display import Display, SilentDisplay
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.memory import find_largest_peak, measure_peak_memory
 from finetune.system.signals import StopSignal
+from finetune.targets import METRIC_NAMES, SCORES
 from finetune.tracking.trackers import Trackers, check_trackers
 from finetune.training.plan import PLAN_COLUMNS, Plan
 from pretrained.backbone import Backbone
@@ -204,7 +211,9 @@ def _read_metrics(claim: Claim, run_changes: RunChanges, display: Display) -> di
     if not metrics:
         fix = "Start a new run with another --output."
         raise DataError(f"--output {folder.path}", "its metrics.json is missing or damaged", fix)
-    message = f"{folder.path} already holds this run, finished with accuracy {metrics['accuracy']:.4f}"
+    score = next((name for name in SCORES if name in metrics), SCORES[0])
+    result = f"{METRIC_NAMES[score]} {metrics[score]:.4f}"
+    message = f"{folder.path} already holds this run, finished with {result}"
     display.say(f"{message}; to train again, give another --output or more --epochs")
     return metrics
 
@@ -306,13 +315,15 @@ def _write_results(
     with clock.phase("evaluate"), context.display.busy("computing the metrics"):
         network = result.backbone.network
         check_predictions(network, result.predictions, result.images, result.precision, result.dtype)
-        summary = summarize(result.predictions, result.val, dataset.classes)
+        judge = JUDGES[dataset.target.kind]
+        summary = judge.summarize(result.predictions, result.val, dataset.classes)
     metrics = collect_metrics(setup, dataset, summary, result.facts) | seen
     advice = RunReader(folder, tolerant=True).advice
-    metrics["advice_gap"] = find_gap(advice, metrics["val_accuracy"], len(dataset.of("val")))
-    write_metrics_tables(folder, dataset.of(metrics["split"]), summary.predictions, dataset.classes)
+    metrics["advice_gap"] = find_gap(advice, metrics.get("val_accuracy"), len(dataset.of("val")))
+    images = dataset.evaluated(dataset.of(metrics["split"]))
+    judge.write_tables(folder, images, summary.predictions, dataset.classes)
     with clock.phase("export"), context.display.busy("exporting the model"):
-        card = replace(result.backbone.card, temperature=summary.temperature)
+        card = describe_answers(result.backbone.card, summary)
         _export(replace(result.backbone, card=card), folder, metrics, result.images)
     metrics |= find_largest_peak([*peaks, measure_peak_memory(setup.placement.device)])
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}

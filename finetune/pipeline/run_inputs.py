@@ -9,9 +9,11 @@ from finetune.data.dataset import Dataset
 from finetune.data.discover import discover
 from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
+from finetune.errors import UsageError
 from finetune.features.network import fetch, resolve_preprocessing, take_channels
 from finetune.recipe import Recipe
 from finetune.system.display import Display
+from finetune.targets import SINGLE
 from pretrained.catalog import Card, find_card
 
 
@@ -32,6 +34,27 @@ def _find_images(recipe: Recipe, display: Display) -> Dataset:
     with display.count(f"reading {recipe.data.path}") as on_progress:
         path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)
         return discover(path, config, recipe.data.follow_links, on_progress, table=TableConfig.of(recipe))
+
+
+def check_target(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse settings that the labels do not have.
+
+    Raises:
+        UsageError: classes are weighted, smoothed or mixed, and labels are numbers; or a stage is searched.
+    """
+    training, target = recipe.training, dataset.target
+    asked = {
+        "training.class_weights": training.class_weights != "none",
+        "training.label_smoothing": training.label_smoothing > 0,
+        "training.mixup": training.mixup > 0,
+        "training.cutmix": training.cutmix > 0,
+    }
+    key = next((key for key, is_set in asked.items() if is_set), None)
+    if key is not None and not target.has_classes:
+        raise UsageError(key, "labels are numbers, and have no classes", "Leave it out.")
+    if recipe.strategy.features == "best" and target != SINGLE:
+        found = "the best stage is searched for with one class an image only"
+        raise UsageError("strategy.features=best", found, "Take all, last or the name of a stage.")
 
 
 def limit_augmentation(recipe: Recipe, card: Card, display: Display) -> Recipe:

@@ -17,7 +17,7 @@ from finetune.data.samples import check_sample, is_sample
 from finetune.errors import EnvironmentFaultError, UsageError, count
 from finetune.features.network import place_network, prepare_machine
 from finetune.features.runtime import choose_runtime
-from finetune.pipeline.run_inputs import find_run_inputs, limit_augmentation
+from finetune.pipeline.run_inputs import check_target, find_run_inputs, limit_augmentation
 from finetune.recipe import AutoValues, Recipe, ResolvedRecipe, compute_batch_size, resolve_recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
@@ -91,6 +91,7 @@ def prepare(
     if recipe.training.compile:
         check_compiler(device)
     found, card = distributed.share(lambda: find_run_inputs(recipe, display))
+    check_target(recipe, found)
     recipe = limit_augmentation(recipe, card, display)
     with display.busy(f"loading {recipe.backbone.name}"):
         backbone = _load_backbone(recipe, card, found.classes, distributed)
@@ -210,6 +211,7 @@ def _collect_facts(
         preprocessing=backbone.card.preprocessing.to_dict(),
         dropout=backbone.card.dropout,
         runtime=choose_runtime(recipe.runtime, backbone.network, device, in_precision, num_pixels),
+        target=dataset.target.kind,
     )
 
 

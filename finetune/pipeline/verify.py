@@ -29,7 +29,6 @@ from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display, SilentDisplay
 from finetune.system.temporary import temporary_folder
-from finetune.targets import build_loss
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.freeze import digest_frozen
 from finetune.training.task import Task
@@ -103,7 +102,7 @@ def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> flo
             whole = loaders.batches["train"]
             if not isinstance(whole, FeatureLoader) or loaders.cut_network is None:
                 return None
-            labels = torch.tensor([sample.label for sample in whole.samples])
+            labels = whole.labels
             pretrained = copy.deepcopy(network.state_dict())
             folds = draw_folds(labels, NUM_FOLDS, recipe.seed, _number(whole.samples, groups))
             hits, total = 0.0, int((folds >= 0).sum())
@@ -129,6 +128,8 @@ def _subset(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoade
     return FeatureLoader(
         [SubsetRows(whole.views[0], indices)],
         [whole.samples[index] for index in indices.tolist()],
+        whole.labels[indices],
+        whole.target,
         batch_size=whole.batch_size,
         placement=whole.placement,
         seed=whole.seed,
@@ -139,9 +140,10 @@ def _subset(whole: FeatureLoader, chosen: Tensor, shuffle: bool) -> FeatureLoade
 def _task(
     setup: RunSetup, train: FeatureLoader, held: FeatureLoader, num_classes: int, cut_network: CutNetwork
 ) -> Task:
-    counts = torch.bincount(torch.tensor([sample.label for sample in train.samples]), minlength=num_classes)
     settings = setup.recipe.training
-    loss = build_loss(counts.tolist(), settings.class_weights, settings.label_smoothing)
+    loss = train.target.build_loss(
+        train.labels, num_classes, settings.class_weights, settings.label_smoothing
+    )
     loss = loss.to(setup.placement.device)
     return Task(
         setup.backbone.network,

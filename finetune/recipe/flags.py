@@ -10,6 +10,7 @@ from finetune.errors import UsageError, suggest
 from finetune.recipe.reading import load_recipe, merge_override
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sections import Augmentation, Optimizer, Resize
+from finetune.targets import TargetKind
 
 FLAGS = {
     "backbone": "backbone.name",
@@ -17,6 +18,7 @@ FLAGS = {
     "offline": "backbone.offline",
     "data": "data.path",
     "val_fraction": "data.val_fraction",
+    "target": "data.target",
     "group_by": "data.group_by",
     "folds": "data.folds",
     "allow_leaks": "data.allow_leaks",
@@ -45,6 +47,7 @@ class Flags(TypedDict, total=False):
     offline: bool | None
     data: str | None
     val_fraction: float | None
+    target: TargetKind | None
     group_by: str | None
     folds: int | None
     allow_leaks: bool | None

@@ -38,6 +38,8 @@ def load_recipe(source: Recipe | str | None = None, overrides: Mapping[str, Any]
     else:
         values, name = {} if source is None else read_recipe(source), source
     given = dict(flatten(overrides or {}))
+    if given.get("training.monitor") == "accuracy":  # of recipes until 0.1
+        given["training.monitor"] = "score"
     if given.get("input.crop_mode") in _CROP_MODES:  # of recipes until 0.1
         given["input.resize"] = _CROP_MODES[given.pop("input.crop_mode")]
     _forget_statistics(values, given)
@@ -74,9 +76,11 @@ def validate(values: dict[str, Any]) -> Recipe:
     """Return the recipe of plain values; lists, the only sequences of YAML, become tuples."""
     if values.get("cache") == "off":
         values = values | {"cache": {"trunk": False, "pictures": False}}
-    section = values.get("input")
+    section, training = values.get("input"), values.get("training")
     if isinstance(section, dict):
         values = values | {"input": _translate_input(section)}
+    if isinstance(training, dict) and training.get("monitor") == "accuracy":  # of recipes until 0.1
+        values = values | {"training": training | {"monitor": "score"}}
     return Recipe.model_validate(_as_in_yaml(values))
 
 

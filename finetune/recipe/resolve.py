@@ -24,6 +24,7 @@ from finetune.recipe.sections import (
     TrainingSettings,
 )
 from finetune.strategies import find_strategy
+from finetune.targets import TargetKind
 
 BASE_LRS = {"sgd": 0.01, "adamw": 0.001}
 """Learning rate of a new head if ``training.lr`` is auto. SGD: the lectures' example (0.01 for the head,
@@ -49,6 +50,7 @@ class AutoValues:
         preprocessing: values of the section ``input`` that belong to the weights, by key.
         dropout: dropout probability of the network.
         runtime: what computes cached features.
+        target: what the labels are.
     """
 
     device: str
@@ -59,12 +61,14 @@ class AutoValues:
     preprocessing: Mapping[str, Any]
     dropout: float
     runtime: Runtime
+    target: TargetKind
 
 
 class ResolvedData(DataSettings):
     """The section ``data`` without ``"auto"``."""
 
     workers: int
+    target: TargetKind
 
 
 class ResolvedInput(InputSettings):
@@ -116,6 +120,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
     """Return a new recipe without any ``"auto"``."""
     decided = {
         "data.workers": facts.workers,
+        "data.target": facts.target,
         "strategy.norm": recipe.strategy.norm_mode,
         "strategy.dropout": facts.dropout,
         "training.batch_size": compute_batch_size(facts.num_train),

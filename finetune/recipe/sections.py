@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from finetune.recipe.validators import check_ascending, check_strategy_name, list_strategy_names
 from finetune.strategies import STRATEGIES, starts_random
-from finetune.targets import ClassWeights, Monitor
+from finetune.targets import ClassWeights, Monitor, TargetKind
 
 Auto = Literal["auto"]
 Runtime = Literal["torch", "onnxruntime"]
@@ -90,6 +90,15 @@ class DataSettings(Section):
     )
     label_column: _ColumnName | None = Field(
         None, description="the column of a CSV that holds the labels; null: by its name"
+    )
+    target: TargetKind | Auto = Field(
+        "auto",
+        description="what the labels are: single (a class an image), multi (several classes or none: a CSV "
+        "with a column `labels` such as `cat|dog`, or a column of 0 and 1 for each class), number (a CSV "
+        "with a column `value`); auto: by the columns and cells of the CSV",
+    )
+    label_separator: Annotated[str, Field(min_length=1, max_length=3)] | None = Field(
+        None, description="what separates the labels of an image in a CSV; null: `|` or `;`, whichever occurs"
     )
     split_column: _ColumnName | None = Field(
         None,
@@ -288,8 +297,9 @@ class TrainingSettings(Section):
         "size, for `finetune explain evolution`",
     )
     monitor: Monitor = Field(
-        "accuracy",
-        description="validation metric that selects the best epoch (at equal accuracy the lower loss wins)",
+        "score",
+        description="validation metric that selects the best epoch: score (accuracy; mean average precision "
+        "of several labels; R squared of a number; at equal scores the lower loss wins), or loss",
     )
     class_weights: ClassWeights = Field(
         "none", description="balanced weights the loss by inverse class frequency, mean 1"

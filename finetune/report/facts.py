@@ -17,10 +17,13 @@ from finetune.data.dataset import SPLITS
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import CsvRow, PredictionRow, RunReader
+from finetune.targets import SINGLE, MultiLabel, Number, Target
 
 EVALUATED = "evaluated"
 """Name of the split if it is unknown or mixed."""
 _TOLERANCE = 1e-6
+BARE: tuple[Target, ...] = (SINGLE, MultiLabel(), Number())
+"""The kinds of labels, to read them from tables."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,12 @@ class Facts:
     advice: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
     damaged: tuple[str, ...] = ()
+
+    @cached_property
+    def target(self) -> Target:
+        """What the labels are; one class an image if the files do not say."""
+        kind = self.metrics.get("target")
+        return next((one for one in BARE if one.kind == kind), SINGLE)
 
     def number(self, *keys: str) -> float | None:
         """Return a finite number of ``metrics.json`` by its nested keys; None if there is none."""
@@ -183,12 +192,18 @@ class Facts:
         order = [*(split for split in SPLITS if split in splits), *sorted(splits - set(SPLITS))]
         found: dict[str, Counter[str]] = {split: Counter() for split in order}
         for row in self.split:
-            found[row["split"]][row["label"]] += 1
+            found[row["split"]].update(self.target.classes_of(row["label"]))
         if not found and self.predictions:
             split = self.metrics.get("split")
             name = split if split in ("val", "test") else EVALUATED
             found[name] = Counter(row.label for row in self.predictions)
         return found
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Number of images by split, in the order of :attr:`counts`."""
+        images = Counter(row["split"] for row in self.split)
+        return {split: images[split] or sum(counts.values()) for split, counts in self.counts.items()}
 
     @cached_property
     def contradiction(self) -> str:

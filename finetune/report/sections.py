@@ -15,7 +15,7 @@ from finetune.plots.intervals import draw_intervals
 from finetune.plots.svg import Plot
 from finetune.report.facts import EVALUATED, Facts, finite, finite_text
 from finetune.report.images import Album, InlineImage
-from finetune.targets import DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES
+from finetune.targets import DETAIL_METRICS, HEADLINE_METRICS, METRIC_NAMES, PLAIN_METRICS
 
 SPLIT_NAMES = {"val": "validation", "test": "test", "train": "training", "all": EVALUATED}
 MOST_SAMPLES = 120
@@ -51,7 +51,7 @@ def list_metrics(facts: Facts) -> list[ShownMetric]:
     for key in (*HEADLINE_METRICS, *DETAIL_METRICS):
         value, pair = facts.number(key), facts.interval(key)
         if value is not None:
-            show = (lambda number: f"{number:.3f}") if key in ("loss", "roc_auc") else percent
+            show = (lambda number: f"{number:.4g}") if key in PLAIN_METRICS else percent
             interval = f"{show(pair[0])} to {show(pair[1])}" if pair else ""
             found.append(ShownMetric(METRIC_NAMES[key], show(value), interval))
     return found
@@ -128,8 +128,9 @@ def show_samples(facts: Facts, album: Album) -> list[ClassSamples]:
     rows = rows or [(row.path, row.label) for row in facts.predictions]
     paths: dict[str, list[str]] = {label: [] for label in labels}
     for path, label in rows:
-        if label in paths:
-            paths[label].append(path)
+        for name in facts.target.classes_of(label):
+            if name in paths:
+                paths[name].append(path)
     shown = []
     for label, available in paths.items():
         chosen = spread(available, each)
@@ -153,11 +154,11 @@ def _describe_counts(facts: Facts, label: str) -> str:
 
 def describe_sizes(facts: Facts) -> str:
     """Return the number of images by split, and the sizes of the smallest and the largest class."""
-    sizes = [
-        f"{sum(counts.values()):,} {SPLIT_NAMES.get(split, split)}" for split, counts in facts.counts.items()
-    ]
+    sizes = [f"{number:,} {SPLIT_NAMES.get(split, split)}" for split, number in facts.sizes.items()]
     if not sizes:
         return ""
+    if not facts.target.has_classes:
+        return f"Images: {', '.join(sizes)}."
     text = f"{len(facts.classes)} classes; images: {', '.join(sizes)}."
     counts = next(iter(facts.counts.values()))
     if len(counts) > 1:

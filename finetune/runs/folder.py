@@ -136,6 +136,11 @@ class RunFolder:
         return self.path / "confusion_matrix.csv"
 
     @property
+    def cooccurrence(self) -> Path:
+        """Images that have both of two classes: one row and one column per class of several."""
+        return self.path / "cooccurrence.csv"
+
+    @property
     def per_class(self) -> Path:
         """Precision, recall, F1 and support, one row per class."""
         return self.path / "per_class.csv"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ _LARGEST_COUNT = 2**53
 """Counts from here on are damage; smaller ones are exact as floats."""
 _LARGEST_METRIC = 1e40
 """Metrics from here on are damage, as those that are not finite are: losses come from 32-bit logits."""
+_ENDS = ("low", "high")
+"""Columns of the interval of a number."""
 _TOLERANCE = 1e-3
 """Largest difference of a sum of probabilities from 1. They are written with nine digits."""
 
@@ -317,6 +319,8 @@ def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow,
     with open_text(path) as file:
         rows = csv.reader(bounded_lines(file))
         header = next(rows, [])
+        if _are_other_answers(header, rows):
+            return tuple(read_classes(header)), ()
         if tuple(header[:4]) != PREDICTION_COLUMNS:
             raise ValueError(f"its columns do not begin with {', '.join(PREDICTION_COLUMNS)}")
         classes = tuple(read_classes(header))
@@ -324,6 +328,23 @@ def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow,
             raise ValueError("its other columns are not the probabilities of its classes")
         index = {name: number for number, name in enumerate(classes)}
         return classes, tuple(_to_prediction(row, index) for row in rows)
+
+
+def _are_other_answers(header: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Return whether a table holds sets of classes or numbers, of which no row has a confidence.
+
+    Raises:
+        ValueError: the numbers are none.
+    """
+    first, others = tuple(header[:3]), tuple(header[3:])
+    if first != PREDICTION_COLUMNS[:3] or (others and read_classes(header) == [] and others != _ENDS):
+        return False
+    if others[:1] == PREDICTION_COLUMNS[3:]:
+        return False
+    if not read_classes(header):
+        for row in rows:
+            float(row[2])
+    return True
 
 
 def _to_prediction(row: Sequence[str], index: Mapping[str, int]) -> PredictionRow:

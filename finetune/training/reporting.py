@@ -10,7 +10,8 @@ from pathlib import Path
 from finetune.runs.files import write_csv
 from finetune.system.display import Advance, Display
 from finetune.system.progress_line import format_time
-from finetune.training.state import HISTORY_COLUMNS, Progress
+from finetune.targets import METRIC_NAMES
+from finetune.training.state import HISTORY_COLUMNS, Progress, find_score
 
 
 class ProgressReporter:
@@ -60,10 +61,11 @@ class ProgressReporter:
     def report_epoch(self, row: Mapping[str, float], is_best: bool) -> None:
         """Show a row of the history; a star marks the best epoch so far."""
         self.display.report({"metrics": dict(row)})
+        score = find_score(row)
         self.display.say_fields(
             [
                 f"epoch {row['epoch']:>3}/{self.num_epochs}",
-                f"val accuracy {row['eval_accuracy']:.4f} {'*' if is_best else ' '}",
+                f"val {METRIC_NAMES[score]} {row[f'eval_{score}']:.4f} {'*' if is_best else ' '}",
                 f"val loss {row['eval_loss']:.4f}",
                 f"train loss {row['train_loss']:.4f}",
                 f"lr {row['lr']:.2e}",
@@ -89,7 +91,7 @@ def add_row(progress: Progress, metrics: Mapping[str, float], loss_sum: float) -
         "lr": progress.lr,
         "train_loss": loss_sum / max(progress.num_seen, 1),
         "eval_loss": metrics["loss"],
-        "eval_accuracy": metrics["accuracy"],
+        **{f"eval_{name}": value for name, value in metrics.items() if name != "loss"},
         "seconds": round(seconds, 3),
         "images_per_second": round(progress.num_seen / seconds, 2),
         "data_wait_fraction": round(progress.wait_seconds / seconds, 4),
@@ -100,5 +102,6 @@ def add_row(progress: Progress, metrics: Mapping[str, float], loss_sum: float) -
 
 def write_history(path: Path, progress: Progress, listener: Listener) -> None:
     """Replace ``history.csv`` by all rows of the progress, and call the listener with them."""
-    write_csv(path, [tuple(row.values()) for row in progress.history], HISTORY_COLUMNS)
+    rows = progress.history
+    write_csv(path, [tuple(row.values()) for row in rows], tuple(rows[0]) if rows else HISTORY_COLUMNS)
     listener(progress.history)

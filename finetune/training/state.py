@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import DataError, count
+from finetune.targets import SCORES
 
 
 class State:
@@ -176,7 +177,8 @@ HISTORY_COLUMNS = (
     "images_per_second",
     "data_wait_fraction",
 )
-"""The columns of ``history.csv``, and the keys of a row of :attr:`Progress.history`."""
+"""The columns of ``history.csv``, and the keys of a row of :attr:`Progress.history`, where each image has one
+class; other labels have another score than the accuracy in its place."""
 _SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 """The keys of the state of float16's loss scaler."""
 
@@ -274,16 +276,21 @@ class Progress:
         has_best = self.best_epoch >= 0
         if self.best_epoch > self.epoch or (self.epoch and not has_best):
             yield "best_epoch"
-        if not _has_numbers(self.best, ("accuracy", "loss") if has_best else ()):
+        score = next((name for name in SCORES if name in self.best), SCORES[0])
+        if not _has_numbers(self.best, (score, "loss") if has_best else ()):
             yield "best"
-        if not isinstance(self.history, list) or not all(
-            _has_numbers(row, HISTORY_COLUMNS) for row in self.history
-        ):
+        columns = [name.replace(SCORES[0], score) for name in HISTORY_COLUMNS]
+        if not isinstance(self.history, list) or not all(_has_numbers(row, columns) for row in self.history):
             yield "history"
         if self.scaler != {} and not _has_numbers(self.scaler, _SCALER):
             yield "scaler"
         if not isinstance(self.lost, dict) or not all(isinstance(why, str) for why in self.lost.values()):
             yield "lost"
+
+
+def find_score(row: Mapping[str, float]) -> str:
+    """Return the name of the score that a row of the history has: ``accuracy``, or that of other labels."""
+    return next(name for name in SCORES if f"eval_{name}" in row)
 
 
 def _is_number(value: Any) -> bool:

@@ -43,7 +43,6 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
-from finetune.targets import compute_monitored
 from finetune.training import recovery
 from finetune.training.checkpoint import CheckpointInterval, CheckpointStore, estimate_bytes
 from finetune.training.ddp import Replicas, agree, average_statistics, find_share
@@ -289,7 +288,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         predictions = self._validate()
-        metrics = compute_monitored(predictions.logits, predictions.labels)
+        metrics = self.task.train.target.compute_monitored(predictions.logits, predictions.labels)
         if fault := recovery.find_fault(metrics["loss"], self.state):
             self._roll_back(
                 recovery.choose_rollback(self.progress), f"{fault} after epoch {self.progress.epoch + 1}"

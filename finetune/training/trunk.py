@@ -23,6 +23,7 @@ from finetune.recipe import Recipe
 from finetune.system.device import Precision
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.forward import autocast
+from finetune.targets import Target
 from finetune.training.freeze import set_train_mode
 from finetune.training.plan import Plan
 from pretrained.graph.cut_network import CutNetwork, cut_at
@@ -140,6 +141,8 @@ class FeatureLoader:
     Args:
         views: features (N, D) of each view; each epoch takes the next view.
         samples: samples of the rows, N.
+        labels: their labels, (N, ...), as :meth:`finetune.targets.Target.encode` gives them.
+        target: what the labels are.
         batch_size: rows per batch.
         placement: device of the batches.
         seed: seed of the order.
@@ -151,6 +154,8 @@ class FeatureLoader:
         self,
         views: Sequence[Rows],
         samples: Sequence[Sample],
+        labels: Tensor,
+        target: Target,
         *,
         batch_size: int,
         placement: Placement,
@@ -163,7 +168,7 @@ class FeatureLoader:
         self.seed, self.shuffle, self.distributed = seed, shuffle, distributed
         self.wait_seconds = 0.0
         self.input_size: tuple[int, int, int] | None = None
-        self._labels = torch.tensor([sample.label for sample in self.samples])
+        self.labels, self.target = labels, target
 
     def num_batches(self, epoch: int = 0) -> int:
         """Return how many batches a pass has."""
@@ -179,7 +184,7 @@ class FeatureLoader:
         for batch in plan if whole else take_share(plan, self.distributed, self.shuffle):
             began = time.perf_counter()
             indices = torch.tensor(batch, dtype=torch.int64)
-            images, labels = self._place(rows[indices]), self._place(self._labels[indices])
+            images, labels = self._place(rows[indices]), self._place(self.labels[indices])
             self.wait_seconds += time.perf_counter() - began
             yield Batch(images, labels, indices, {})
 

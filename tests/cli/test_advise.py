@@ -24,6 +24,7 @@ from finetune.training.trainer import Trainer
 from tests.conftest import COLOURS, Cli, draw, draw_folder
 from tests.sweeps import slow_except
 
+WRITE_TABLES = "finetune.evaluation.single_label.SingleLabelJudge.write_tables"
 WORDS = ("--device", "cpu", "--workers", 0)
 
 
@@ -173,7 +174,10 @@ def test_a_killed_solve_resumes_to_the_same_bits(
     words = ("--strategy", "freeze", "--set", "strategy.features=all")
     run(cli, tiny, image_folder, tmp_path / "whole", *words)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
-    for place in ("finetune.pipeline.linear_head.fit", "finetune.pipeline.run.write_metrics_tables"):
+    for place in (
+        "finetune.pipeline.linear_head.fit",
+        WRITE_TABLES,
+    ):
         with mock.patch(place, side_effect=KeyboardInterrupt):
             assert (
                 cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "cut", *WORDS, *words).exit_code
@@ -339,7 +343,7 @@ def test_auto_trains_with_the_advice_and_computes_it_once(
 @pytest.mark.slow
 def test_auto_keeps_its_strategy_on_resume(cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path) -> None:
     words = ("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *WORDS, "--strategy", "auto")
-    with mock.patch("finetune.pipeline.run.write_metrics_tables", side_effect=KeyboardInterrupt):
+    with mock.patch(WRITE_TABLES, side_effect=KeyboardInterrupt):
         assert cli(*words).exit_code == 75
     with mock.patch("finetune.pipeline.auto.advise", side_effect=AssertionError("decided again")):
         assert cli(*words).exit_code == 0

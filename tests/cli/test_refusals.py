@@ -222,7 +222,7 @@ def test_an_internal_error_is_reported_and_logged(
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr("finetune.pipeline.fit.build_loss", break_down)
+    monkeypatch.setattr("finetune.targets.single_label.build_loss", break_down)
     said = refused(cli, ExitCode.INTERNAL, *run_words)
     assert "ZeroDivisionError: on purpose" in said
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()

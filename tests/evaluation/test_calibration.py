@@ -16,7 +16,7 @@ from finetune.evaluation.calibration import (
     measure_reliability,
 )
 from finetune.evaluation.predictions import Predictions
-from finetune.evaluation.summary import summarize
+from finetune.evaluation.single_label import SingleLabelJudge
 
 
 def draw(num_images: int, seed: int, sharpness: float = 1.0, num_classes: int = 4) -> Predictions:
@@ -115,7 +115,7 @@ def test_the_effect_of_a_threshold_is_measured_on_other_images() -> None:
 
 def test_calibration_changes_no_predicted_class() -> None:
     raw = draw(200, 7, 4.0)
-    summary = summarize(raw, None, "abcd")
+    summary = SingleLabelJudge().summarize(raw, None, "abcd")
     assert summary.predictions.predicted.equal(raw.predicted)
     assert summary.temperature > 2
     assert summary.metrics["loss"] == raw.loss

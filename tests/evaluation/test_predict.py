@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune.data.loader import Batch, Placement
 from finetune.evaluation.predictions import predict
+from finetune.targets import SINGLE
 from tests.pretend_device import PretendTensor, pretended_device
 from tests.training.helpers import SmallNet, build_trainer
 
@@ -48,6 +49,7 @@ class _Feed:
     """Ten batches of four images on a device."""
 
     input_size = None
+    target = SINGLE
 
     def __init__(self, device: torch.device) -> None:
         self.placement = Placement(torch.device("cpu"), channels_last=False)

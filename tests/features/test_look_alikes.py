@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from finetune.features import look_alikes
 from finetune.features.folds import draw_folds
-from finetune.features.look_alikes import MOST_IMAGES, find_groups
+from finetune.features.look_alikes import MOST_IMAGES, find_groups, find_groups_of_small_classes
 from finetune.features.ridge import leave_groups_out
 from finetune.features.rows import MemoryRows
 from finetune.features.transferability import leave_one_out
@@ -105,3 +106,35 @@ def test_a_chain_of_images_is_no_burst() -> None:
     rows = torch.stack([angles.cos(), angles.sin(), -angles.cos(), -angles.sin()], dim=1)
     groups = find_groups(as_rows(rows), torch.arange(40), torch.zeros(40, dtype=torch.int64))
     assert torch.equal(groups, torch.arange(40))
+
+
+# --- classes of few images -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_independent_images_of_small_classes_stay_alone(seed: int) -> None:
+    """Ten images a class, some typical, some not: the search inside of a class links the typical ones."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, distances = torch.arange(8).repeat(10), torch.linspace(0.7, 1.6, 80)
+    centres = torch.randn(8, FEATURES, generator=generator)
+    rows = 2 * centres[labels] + distances[:, None] * torch.randn(80, FEATURES, generator=generator)
+    every = torch.arange(80)
+    assert find_groups_of_small_classes(as_rows(rows), every, labels).equal(every)
+    assert not find_groups(as_rows(rows), every, labels).equal(every)
+
+
+def test_bursts_of_small_classes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels, objects = draw_bursts(noise=0.15)
+    chosen = (torch.arange(len(rows)) % VIEWS < 3) & (objects < 4 * NUM_CLASSES)  # 12 images a class
+    indices, own = chosen.nonzero().flatten(), objects[chosen]
+    groups = find_groups_of_small_classes(as_rows(rows), indices, labels[chosen])
+    assert torch.equal(groups[:, None] == groups, own[:, None] == own)
+    monkeypatch.setattr(look_alikes, "_BLOCK_NUMBERS", 5 * len(indices))
+    assert find_groups_of_small_classes(as_rows(rows), indices, labels[chosen]).equal(groups)
+
+
+def test_named_groups_and_few_images_are_kept() -> None:
+    rows = torch.randn(10, 5, generator=torch.Generator().manual_seed(0))
+    known = ["a", "", "a", *[""] * 7]
+    groups = find_groups_of_small_classes(as_rows(rows), torch.arange(10), torch.arange(10) % 2, known)
+    assert groups.tolist() == [0, 1, 0, 3, 4, 5, 6, 7, 8, 9]

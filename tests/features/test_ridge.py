@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge, RidgeClassifierCV
+from sklearn.linear_model import Ridge, RidgeClassifierCV, RidgeCV
 from sklearn.model_selection import LeaveOneGroupOut
 from torch import Tensor
 
 from finetune.errors import InternalError
 from finetune.features import ridge
-from finetune.features.ridge import PENALTIES, leave_groups_out
+from finetune.features.ridge import PENALTIES, leave_groups_out, predict_others, solve_ridge
 from finetune.features.rows import MemoryRows
 from tests.features.test_solvers import draw, standardise
 from tests.pretend_device import pretended_device
@@ -107,3 +107,48 @@ def test_a_device_finds_the_same(width: int) -> None:
     here = leave_groups_out(MemoryRows(rows), torch.arange(60), labels, 3)
     with pretended_device() as device:
         assert leave_groups_out(MemoryRows(rows), torch.arange(60), labels, 3, device).equal(here)
+
+
+# --- other images --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "width"), SHAPES)
+def test_others_are_predicted_as_by_scikit_learn(
+    number: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the penalty of the smallest squared error left out, from scikit-learn's own leave-one-out."""
+    monkeypatch.setattr(ridge, "_BATCH", 16)
+    rows, labels = draw(number + 50, width, 3, seed=4, noise=1.5)
+    order = torch.randperm(number + 50, generator=torch.Generator().manual_seed(0))
+    train, test = order[:number], order[number:]
+    scaled = standardise(rows, train).numpy()
+    targets = np.where(labels[train, None] == torch.arange(3), 1.0, -1.0)
+    alphas = np.array(PENALTIES) * number
+    model = RidgeCV(alphas=alphas, store_cv_results=True).fit(scaled[train], targets)
+    alpha = alphas[model.cv_results_.mean(axis=(0, 1)).argmin()]
+    expected = Ridge(alpha=alpha).fit(scaled[train], targets).predict(scaled[test]).argmax(axis=1)
+    predicted = predict_others(MemoryRows(rows), train, labels[train], test, 3)
+    assert predicted.tolist() == expected.tolist()
+    assert 0.3 < (predicted == labels[test]).float().mean() < 1
+
+
+def test_training_images_of_one_group_are_left_out_alone() -> None:
+    rows, labels = draw(40, 8, 2)
+    train, test = torch.arange(30), torch.arange(30, 40)
+    one_group = torch.zeros(30, dtype=torch.int64)
+    predicted = predict_others(MemoryRows(rows), train, labels[:30], test, 2, groups=one_group)
+    assert predicted.equal(predict_others(MemoryRows(rows), train, labels[:30], test, 2))
+
+
+@pytest.mark.parametrize("width", [10, 200])
+def test_ridge_for_numbers_is_scikit_learns_with_the_penalty_of_images_left_out(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = 5 + 3 * torch.randn(60, width, generator=generator)
+    numbers = (features[:, :3].sum(dim=1) + 4 * torch.randn(60, generator=generator))[:, None]
+    weight, bias, penalty = solve_ridge(MemoryRows(features), torch.arange(60), numbers)
+    scaled = standardise(features, torch.arange(60)).numpy()
+    chosen = RidgeCV([60 * one for one in PENALTIES]).fit(scaled, numbers[:, 0].double().numpy())
+    assert penalty == pytest.approx(chosen.alpha_ / 60)
+    expected = Ridge(60 * penalty).fit(scaled, numbers[:, 0].double().numpy()).predict(scaled)
+    found = (features.double() @ weight.double().T + bias.double())[:, 0].numpy()
+    assert found == pytest.approx(expected, abs=1e-3)

@@ -447,3 +447,31 @@ def test_a_program_that_allows_tf32_gets_exact_weights(monkeypatch: pytest.Monke
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_several_labels_are_a_logistic_regression_for_each_class() -> None:
+    rows, labels = draw(90, 12, 3, seed=8)
+    several = torch.nn.functional.one_hot(labels, 3).float()
+    several[::4, 0] = 1
+    several[::7] = 0
+    training = build_training_rows(MemoryRows(rows), torch.arange(90), several, 3)
+    strength = training.strength("logreg", 1.0)
+    found = solve(training, "logreg", strength)
+    scaled = standardise(rows, torch.arange(90)).numpy()
+    for label in range(3):
+        model = LogisticRegression(C=strength, tol=1e-8, max_iter=100_000).fit(
+            scaled, several[:, label].numpy()
+        )
+        expected = model.decision_function(scaled)
+        assert found.scores(rows)[:, label].numpy() == pytest.approx(expected, abs=2e-2)
+
+
+def test_c_of_several_labels_is_chosen_without_strata() -> None:
+    rows, labels = draw(60, 12, 3, seed=9)
+    several = torch.nn.functional.one_hot(labels, 3).float()
+    found = fit(MemoryRows(rows), torch.arange(60), several, 3, "logreg", 0)
+    again = fit(MemoryRows(rows), torch.arange(60), several, 3, "logreg", 0)
+    assert found.weight.equal(again.weight)
+    assert ((found.scores(rows) > 0) == (several > 0)).float().mean() > 0.8
+    with pytest.raises(DataError, match="class number 1 has no training image"):
+        fit(MemoryRows(rows), torch.arange(60), several * torch.tensor([1.0, 0.0, 1.0]), 3, "logreg", 0)

@@ -186,7 +186,7 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ),
         (
             "training: {monitor: los}",
-            "`training.monitor` is 'los'; it must be accuracy or loss; did you mean 'loss'?",
+            "`training.monitor` is 'los'; it must be score or loss; did you mean 'loss'?",
         ),
         # not a recipe
         ("- a\n- b", "it is not a mapping of sections"),
@@ -731,6 +731,7 @@ def facts(**changes: Any) -> AutoValues:
         "preprocessing": PREPROCESSING,
         "dropout": 0.25,
         "runtime": "torch",
+        "target": "single",
     }
     return AutoValues(**values | changes)
 
@@ -780,6 +781,7 @@ def test_nothing_the_user_set_is_changed() -> None:
         "input.channels": "grey",
         "input.mean": [0, 0, 0],
         "input.std": [1, 1, 1],
+        "data.target": "multi",
         "strategy.norm": "train",
         "strategy.dropout": 0.0,
         "training.batch_size": 7,

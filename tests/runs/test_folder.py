@@ -25,7 +25,7 @@ def recipe(**overrides: Any) -> Recipe:
         "mean": (0.1, 0.2, 0.3),
         "std": (0.4, 0.5, 0.6),
     }
-    facts = AutoValues("cpu", "float32", False, 0, 100, preprocessing, 0.0, "torch")
+    facts = AutoValues("cpu", "float32", False, 0, 100, preprocessing, 0.0, "torch", "single")
     values = {key.replace("__", "."): value for key, value in overrides.items()}
     # A run that gets more epochs keeps its views (pipeline.setup.keep_views), which no claim knows of.
     fixed = {"data.path": "/data", "cache.views": 1}

@@ -30,6 +30,7 @@ from finetune.runs.block_file import BlockFile, journal_of
 from finetune.runs.cache_dir import cache_folder
 from finetune.runs.reader import RunReader
 from finetune.system import device
+from finetune.targets import SINGLE
 from finetune.training.trunk import FeatureLoader
 from tests.conftest import draw_folder
 from tests.faults.results import assert_same_run, read_history
@@ -372,8 +373,13 @@ def loader_of(views: int, **keys: Any) -> FeatureLoader:
     rows = [torch.arange(10.0).view(10, 1) + 100 * view for view in range(views)]
     samples = [Sample(f"{number}.jpg", number % 3, "train") for number in range(10)]
     placement = Placement(torch.device("cpu"), channels_last=False)
+    labels = torch.tensor([sample.label for sample in samples])
     return FeatureLoader(
-        rows, samples, **({"batch_size": 4, "placement": placement, "seed": 3, "shuffle": True} | keys)
+        rows,
+        samples,
+        labels,
+        SINGLE,
+        **({"batch_size": 4, "placement": placement, "seed": 3, "shuffle": True} | keys),
     )
 
 

@@ -14,6 +14,7 @@ from finetune.data.loader import Placement
 from finetune.explain.attribution.cam import GradCam
 from finetune.features.rows import MemoryRows
 from finetune.recipe import StrategySettings
+from finetune.targets import SINGLE
 from finetune.training.freeze import freeze
 from finetune.training.plan import build_plan
 from finetune.training.trainer import Trainer
@@ -88,8 +89,9 @@ def build_parts(device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         rows = choice.cut_network.trunk(images).cpu()
     samples = [Sample(f"{number}.png", number % 3, "train") for number in range(4)]
+    labels = torch.tensor([sample.label for sample in samples])
     loader = FeatureLoader(
-        [MemoryRows(rows)], samples, batch_size=4, placement=placement, seed=0, shuffle=True
+        [MemoryRows(rows)], samples, labels, SINGLE, batch_size=4, placement=placement, seed=0, shuffle=True
     )
     (batch,) = loader.batches()
     logits = choice.cut_network.rest(network)(batch.images)

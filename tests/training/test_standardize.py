@@ -128,3 +128,17 @@ def test_a_microbatch_that_leaves_a_rest_of_one_image_can_be_measured(
     for moments in found:
         torch.testing.assert_close(moments["head.1.mean"], torch.zeros(8), atol=1e-4, rtol=0)
         torch.testing.assert_close(moments["head.1.std"], torch.ones(8), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("num_features", "squared_length"), [(64, 64), (512, 512), (1280, 512), (4096, 512)])
+def test_features_have_one_length_whatever_their_number(
+    image_folder: Path, tmp_path: Path, num_features: int, squared_length: int
+) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(num_features), nn.Linear(num_features, 3))
+    network(torch.zeros(1, 3, 16, 16))
+    network.get_classifier = lambda: network[2]
+    trainer = build_trainer(image_folder, tmp_path, batch_size=10)
+    found = measure_features(network.eval(), trainer.task.train, "float32", 0, lambda *_: None)
+    features = network[:2](torch.cat([batch.images for batch in trainer.task.train.batches()]))
+    lengths = ((features - found["2.mean"]) / found["2.std"]).square().sum(dim=1)
+    assert lengths.mean().item() == pytest.approx(squared_length, rel=0.05)

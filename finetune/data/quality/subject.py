@@ -50,7 +50,7 @@ class ScannedDataset:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Their class indices; (N,)."""
+        """Numbers of their labels; (N,)."""
         return np.array([sample.label for sample in self.samples], np.int64)
 
     @cached_property
@@ -83,4 +83,4 @@ class ScannedDataset:
     def describe(self, index: int) -> str:
         """Return split and class of an image, such as ``train, ants``."""
         sample = self.samples[index]
-        return f"{sample.split}, {self.dataset.classes[sample.label]}"
+        return f"{sample.split}, {self.dataset.label_of(sample)}"

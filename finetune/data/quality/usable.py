@@ -128,8 +128,8 @@ def _lost_before(
     return {
         row["path"]: (
             BadImage(row["path"], "train", row["reason"]),
-            Sample(row["path"], dataset.classes.index(labels[row["path"]]), "train"),
+            Sample(row["path"], dataset.labels.index(labels[row["path"]]), "train"),
         )
         for row in run.bad_images
-        if labels.get(row["path"]) in dataset.classes and row["path"] not in checked.digests
+        if labels.get(row["path"]) in dataset.labels and row["path"] not in checked.digests
     }

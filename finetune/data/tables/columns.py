@@ -43,13 +43,17 @@ LABELS = frozenset(
 )  # fmt: skip
 """Names of columns that hold labels, in lower case and without separators."""
 _TRIED = 50
+VALUE = "value"
+"""Name of a column of numbers to predict."""
+FLAGS = frozenset({"0", "1", "0.0", "1.0"})
+"""Cells of a column that says of one class whether an image has it."""
 
 
 class Columns(NamedTuple):
-    """Numbers of the columns, from 0."""
+    """Numbers of the columns, from 0; several columns of labels are of 0 and 1, one for each class."""
 
     path: int
-    label: int
+    labels: tuple[int, ...]
     group: int | None
 
 
@@ -75,16 +79,18 @@ def choose_columns(
     _refuse_twice(reader, header)
     group = header.index(group_by) if group_by in header else None
     path = _find_path(reader, header, body, find)
-    label = _find_label(reader, header, body, path, group)
-    if path is None or label is None:
-        raise _missing(reader, header, path, label)
-    if (header[path], header[label]) != ("path", "label"):
+    labels = _find_labels(reader, header, body, path, group)
+    if path is None or not labels:
+        raise _missing(reader, header, path, labels)
+    names = [header[number] for number in labels]
+    if (header[path], names) not in [("path", [name]) for name in ("label", "labels", VALUE)]:
+        what = f"{names[0]!r} as the label" if len(names) == 1 else f"{some(names)} as one class each"
         reader.warn(
             "table-columns",
-            f"Column {header[path]!r} was read as the path, and {header[label]!r} as the label.",
+            f"Column {header[path]!r} was read as the path, and {what}.",
             reader.decide("data.path_column or data.label_column", "Name another"),
         )
-    return Columns(path, label, group)
+    return Columns(path, labels, group)
 
 
 def find_path_column(reader: LayoutReader, header: Sequence[str]) -> int:
@@ -146,25 +152,30 @@ def _find_path(
     return fitting[0] if fitting else None
 
 
-def _find_label(
+def _find_labels(
     reader: LayoutReader, header: Sequence[str], body: DataFrame, path: int | None, group: int | None
-) -> int | None:
+) -> tuple[int, ...]:
+    """Return the column of labels, or one of 0 and 1 for each class; empty if there is none."""
     if reader.table.label_column is not None:
-        return find_named(reader, header, reader.table.label_column, "label_column")
-    if "label" in header:
-        return header.index("label")
+        return (find_named(reader, header, reader.table.label_column, "label_column"),)
+    for name in (VALUE, "label") if reader.table.target == "number" else ("label",):
+        if name in header:
+            return (header.index(name),)
     known = [number for number in _named(header, LABELS) if number not in {path, group}]
+    if not known and VALUE in header:
+        return (header.index(VALUE),)
     if not known:
         known = _remaining(reader, header, body, path, group)
     if len(known) < 2:
-        return known[0] if known else None
-    _refuse_one_hot(reader, header, body, known)
+        return tuple(known)
+    if _are_flags(body, known):
+        return tuple(known)
     if not _are_one(body, known):
         raise reader.error(
             f"has {len(known)} columns that may hold the labels: {some(header[n] for n in known)}",
             reader.decide("data.label_column", "Name the right one"),
         )
-    return min(known, key=lambda number: _is_code(header[number], body[number].str.strip().tolist()))
+    return (min(known, key=lambda number: _is_code(header[number], body[number].str.strip().tolist())),)
 
 
 def _is_code(name: str, cells: Sequence[str]) -> tuple[bool, bool]:
@@ -198,20 +209,16 @@ def _are_one(body: DataFrame, columns: Sequence[int]) -> bool:
     )  # fmt: skip
 
 
-def _refuse_one_hot(
-    reader: LayoutReader, header: Sequence[str], body: DataFrame, known: Sequence[int]
-) -> None:
-    flags = [n for n in known if set(body[n].str.strip()) <= {"0", "1", "0.0", "1.0"}]
-    if len(body) and len(flags) > 1 and len(flags) == len(known):
-        raise reader.error(
-            f"has a column of 0 and 1 for each class ({some(header[n] for n in flags)}), "
-            "and no column of labels",
-            "Write the name of each image's class into a column label.",
-        )
+def _are_flags(body: DataFrame, known: Sequence[int]) -> bool:
+    """Return whether each of several columns holds nothing but 0 and 1."""
+    return len(body) > 0 and all(set(body[number].str.strip()) <= FLAGS for number in known)
 
 
-def _missing(reader: LayoutReader, header: Sequence[str], path: int | None, label: int | None) -> DataError:
-    missing = [name for name, number in (("path", path), ("label", label)) if number is None]
+def _missing(
+    reader: LayoutReader, header: Sequence[str], path: int | None, labels: Sequence[int]
+) -> DataError:
+    missing = ["path"] if path is None else []
+    missing += [] if labels else ["label"]
     near = "".join(f"; for {name!r}{suggest(name, header)[1:]}" for name in missing if suggest(name, header))
     keys = ", ".join(f"data.{name}_column" for name in missing)
     return reader.error(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from finetune.recipe import Recipe
+from finetune.targets import TargetKind
 
 NO_COLUMN = "none"
 """Value of ``split_column`` for a table without a column of splits."""
@@ -20,6 +21,8 @@ class TableConfig:
     Attributes:
         path_column: the column of the images' paths.
         label_column: the column of the labels.
+        target: what the labels are.
+        label_separator: what separates the labels of an image.
         split_column: the column of the splits; ``none`` if there is none.
         image_root: the folder that the paths are relative to; itself relative to the table's folder.
         suffix: ending of the files' names that the table leaves out, such as ``.jpg``.
@@ -30,12 +33,22 @@ class TableConfig:
     split_column: str | None = None
     image_root: str | None = None
     suffix: str = ""
+    target: TargetKind | None = None
+    label_separator: str | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """Return the configuration of a recipe."""
         data = recipe.data
-        return cls(data.path_column, data.label_column, data.split_column, data.image_root, data.suffix or "")
+        return cls(
+            data.path_column,
+            data.label_column,
+            data.split_column,
+            data.image_root,
+            data.suffix or "",
+            None if data.target == "auto" else data.target,
+            data.label_separator,
+        )
 
     def find_folder(self, folder: Path) -> Path:
         """Return the folder that the paths in a table in ``folder`` are relative to."""

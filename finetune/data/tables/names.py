@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.layout import LayoutReader, some
@@ -42,10 +43,15 @@ def keep_fitting(table: TableConfig, header: Sequence[str], folder: Path) -> Tab
     Columns that the other table lacks, and a folder of images that is not there, are left out.
     """
     known = {plain(name) for name in header} | {plain(NO_COLUMN)}
-    kept = {
-        key: name
-        for key in ("path_column", "label_column", "split_column")
-        if (name := getattr(table, key)) is not None and plain(name) in known
-    }
+
+    def keep(name: str | None) -> str | None:
+        return name if name is not None and plain(name) in known else None
+
     root = table.image_root if table.find_folder(folder).is_dir() else None
-    return TableConfig(**kept, image_root=root, suffix=table.suffix)
+    return replace(
+        table,
+        path_column=keep(table.path_column),
+        label_column=keep(table.label_column),
+        split_column=keep(table.split_column),
+        image_root=root,
+    )

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from finetune.data.dataset import SPLITS, Split
-from finetune.data.layout import SHOWN, LayoutReader, name_fault, quoted, some
+from finetune.data.layout import SHOWN, LayoutReader, quoted, some
 from finetune.data.tables.columns import choose_columns
 from finetune.data.tables.files import FETCH, TableFiles, is_address
 from finetune.data.tables.format import find_format, read_cells, tell_format
+from finetune.data.tables.labels import read_labels
 from finetune.data.tables.names import keep_fitting
 from finetune.data.tables.splits import KEY as SPLIT_KEY
 from finetune.data.tables.splits import read_folder_splits, read_splits, split_fault
@@ -34,6 +35,7 @@ class _TableRow:
     split: str
     group: str
     split_cell: str
+    label_fault: str | None
 
 
 def read_csv(reader: LayoutReader, file: Path, group_by: str | None = None) -> None:
@@ -122,7 +124,8 @@ def _rows(
         raise reader.error(found, f"{FETCH} Write path,label[,split] above the first line.")
     body = table.iloc[1:]
     columns = choose_columns(reader, header, body, files.find_existing, group_by)
-    read = read_splits(reader, header, body, [number for number in columns if number is not None])
+    taken = [columns.path, *columns.labels, *([columns.group] if columns.group is not None else [])]
+    read = read_splits(reader, header, body, taken)
     groups = _groups(header, body, group_by)
     if group_by in header:
         reader.group_column = {}
@@ -130,10 +133,10 @@ def _rows(
     files.leave_out_leading(paths)
     none = [""] * len(body)
     splits, cells = read or (read_folder_splits(reader, [*map(files.find_existing, paths)]) or none, none)
-    labels = body[columns.label].str.strip()
+    labels = read_labels(reader, header, body, columns.labels)
     rows = zip(body.index, paths, labels, splits, cells, groups, strict=True)
-    for position, path, label, split, cell, group in rows:
-        yield _TableRow(int(position), path, label, split or "train", group, cell)
+    for position, path, (label, fault), split, cell, group in rows:
+        yield _TableRow(int(position), path, label, split or "train", group, cell, fault)
 
 
 def _groups(header: Sequence[str], body: DataFrame, group_by: str | None) -> Sequence[str] | Series[str]:
@@ -166,8 +169,8 @@ def _row_fault(row: _TableRow) -> str | None:
         return "the path is empty"
     if "\0" in row.path:
         return f"{quoted(row.path)} does not exist or is not a file"
-    if fault := name_fault(row.label):
-        return f"the label {quoted(row.label)} {fault}"
+    if row.label_fault:
+        return row.label_fault
     return split_fault(row.split_cell) if row.split not in SPLITS else None
 
 

@@ -47,6 +47,9 @@ def require_classes(network: Network) -> tuple[str, ...]:
         found = "its weights hold no classifier that fits"
         fix = "Name a finished run, or a network with its own classifier."
         raise UsageError(f"the model {card.name}", found, fix)
+    if card.target:
+        found = f"its labels are of the kind {dict(card.target)['kind']}"
+        raise UsageError(f"the model {card.name}", found, "Name a model of one class an image.")
     return _name_imagenet() if _is_imagenet(card) else resolve_names(card)
 
 

@@ -1,8 +1,6 @@
-"""What a label is, and everything that follows from it. Today a label is one class index for each image.
+"""One class for each image: the softmax of logits, its loss and its decisions.
 
-The training loss, the activation, the decision, the names of metrics and the columns of prediction files
-depend on the kind of label. They are defined here and nowhere else (tests/test_architecture.py checks this),
-so another kind of label, such as several classes or a number for an image, is added by changing this file.
+The functions serve every command that works on classes; :class:`SingleLabel` is the kind as a run takes it.
 
 torch is imported inside the functions that compute: a recipe or a table can be read without it.
 
@@ -11,9 +9,11 @@ Shape legend: B batch, N images, K classes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
+
+from finetune.targets.columns import name_answer_columns
+from finetune.targets.target import ClassWeights, Target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # --- the training loss ---------------------------------------------------------------------------
 
-ClassWeights = Literal["none", "balanced"]
 LINEAR_CLASSIFIER: Final = "softmax"
 """The linear classifier of :mod:`finetune.features.solvers` that has the training loss and gives logits."""
 
@@ -189,104 +188,74 @@ def find_in_top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
 
 
-# --- names of metrics ----------------------------------------------------------------------------
-
-Monitor = Literal["accuracy", "loss"]
-"""Validation metrics that can select the best epoch."""
-TOP5_CLASSES = 6
-"""Smallest number of classes for which top-5 accuracy is reported."""
-METRIC_NAMES: dict[str, str] = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1_macro": "macro F1",
-    "precision_macro": "macro precision",
-    "recall_macro": "macro recall",
-    "top5_accuracy": "top-5 accuracy",
-    "roc_auc": "ROC AUC",
-    "loss": "log loss",
-    "error": "error",
-    "top5_error": "top-5 error",
-}
-"""Display name of each metric of ``metrics.json``, by key."""
-HEADLINE_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "top5_accuracy", "roc_auc")
-"""The most important metrics, in order of importance."""
-DETAIL_METRICS = ("error", "top5_error", "precision_macro", "recall_macro", "loss")
-"""All other metrics."""
-CARD_METRICS = (
-    "accuracy",
-    "top5_accuracy",
-    "balanced_accuracy",
-    "precision_macro",
-    "recall_macro",
-    "f1_macro",
-    "roc_auc",
-    "loss",
-)
-"""The metrics of a model card, in its order."""
-SERIES_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss", "roc_auc", "top5_accuracy")
-"""The metrics that are averaged over the runs of a series (``--folds``, ``--repeats``)."""
-CLASS_METRICS = ("precision", "recall", "f1", "support", "predicted")
-"""Columns of ``per_class.csv`` after the label: the metrics of one class."""
+# --- the kind ------------------------------------------------------------------------------------
 
 
-def compute_monitored(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the metrics that are computed after each epoch: ``accuracy`` in [0, 1] and ``loss`` in nats."""
-    accuracy = (decide(logits) == labels).double().mean().item()
-    return {"accuracy": accuracy, "loss": compute_mean_loss(logits, labels)}
+class SingleLabel(Target):
+    """One class for each image."""
 
+    kind = "single"
+    score = "accuracy"
+    solver = "softmax"
+    activation = "softmax"
+    has_classes = True
+    problem = "single_label_classification"
 
-def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: Monitor) -> bool:
-    """Return whether an epoch's validation metrics beat the best so far (``{}`` before the first epoch).
+    def classes_of(self, label: str) -> tuple[str, ...]:
+        """Return the class."""
+        return (label,)
 
-    ``accuracy``: higher accuracy wins, and at equal accuracy the lower loss; ``loss``: lower loss wins.
-    """
-    if not best:
-        return True
-    if monitor == "loss":
-        return metrics["loss"] < best["loss"]
-    return (metrics["accuracy"], -metrics["loss"]) > (best["accuracy"], -best["loss"])
+    def describe(self, labels: Sequence[str]) -> str:
+        """Return the number of classes."""
+        number = len(set(labels))
+        return "1 class" if number == 1 else f"{number} classes"
 
+    def strata(self, by_label: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Return the paths of each class."""
+        return {name: [*paths] for name, paths in by_label.items()}
 
-# --- columns of prediction files -----------------------------------------------------------------
+    def encode(self, labels: Sequence[str], classes: Sequence[str]) -> Tensor:
+        """Return class indices, (N,) int64."""
+        import torch
 
-PREDICTION_COLUMNS = ("path", "label", "predicted", "confidence")
-"""First columns of ``predictions.csv``; the columns of :func:`name_probabilities` follow."""
-_PROBABILITY = "prob_"
+        index = {name: number for number, name in enumerate(classes)}
+        return torch.tensor([index[label] for label in labels], dtype=torch.int64)
 
+    def to_facts(self) -> dict[str, Any]:
+        """Return the kind alone."""
+        return {"kind": self.kind}
 
-def make_unique(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names of which no two are equal: one that occurs several times gets its index appended.
+    def build_loss(
+        self, labels: Tensor, num_classes: int, class_weights: ClassWeights, label_smoothing: float
+    ) -> nn.Module:
+        """Return the mean cross entropy (:func:`build_loss`)."""
+        return build_loss(labels.bincount(minlength=num_classes).tolist(), class_weights, label_smoothing)
 
-    A name that occurs once stays as it is.
-    """
-    times, taken, unique = Counter(names), set(names), []
-    for index, name in enumerate(names):
-        own = name
-        while times[name] > 1 and own in taken:
-            own = f"{own} ({index})"
-        taken.add(own)
-        unique.append(own)
-    return tuple(unique)
+    def activate(self, outputs: Tensor) -> Tensor:
+        """Return the softmax."""
+        return to_probabilities(outputs)
 
+    def deactivate(self, answers: Tensor) -> Tensor:
+        """Return the logarithms of probabilities."""
+        return to_logits(answers)
 
-def name_probabilities(classes: Sequence[str]) -> list[str]:
-    """Return the column name of each class's probability."""
-    return [f"{_PROBABILITY}{name}" for name in classes]
+    def answer(self, values: npt.NDArray[np.float32], classes: Sequence[str]) -> tuple[str, float | None]:
+        """Return the most probable class and its probability."""
+        best = rank_classes(values, 1)[0]
+        return classes[best], float(values[best])
 
+    def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
+        """Return path, label, confidence, further classes and all probabilities."""
+        return name_answer_columns(classes, top, with_rejected)
 
-def read_classes(columns: Sequence[str]) -> list[str]:
-    """Return the classes whose probabilities a table holds, in the order of its columns."""
-    return [name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY)]
+    def compute_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy in nats."""
+        return compute_losses(outputs, labels)
 
+    def compute_score(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return the accuracy, in [0, 1]."""
+        return (decide(outputs) == labels).double().mean().item()
 
-def name_answer_columns(classes: Sequence[str], top: int = 1, with_rejected: bool = False) -> list[str]:
-    """Return the columns of ``finetune predict``, whose images have no known label.
-
-    Args:
-        classes: class names in index order.
-        top: number of classes named for each image, the most probable first.
-        with_rejected: whether a column says if the prediction was rejected.
-    """
-    rejected = ["rejected"] if with_rejected else []
-    more = [f"{what}_{place}" for place in range(2, top + 1) for what in ("label", "confidence")]
-    return ["path", "label", "confidence", *rejected, *more, *name_probabilities(classes)]
+    def compute_monitored(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return ``accuracy`` and ``loss``."""
+        return {self.score: self.compute_score(outputs, labels), "loss": compute_mean_loss(outputs, labels)}

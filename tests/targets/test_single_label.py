@@ -158,7 +158,7 @@ def test_losses_of_images_have_the_mean_loss() -> None:
     assert losses.dtype == torch.float64
     assert losses.tolist() == pytest.approx([math.log(2), 300])  # not cut off at some least probability
     assert targets.compute_mean_loss(logits, labels) == pytest.approx(losses.mean().item())
-    assert targets.compute_monitored(logits, labels) == {
+    assert targets.SINGLE.compute_monitored(logits, labels) == {
         "accuracy": 0.5,
         "loss": targets.compute_mean_loss(logits, labels),
     }
@@ -178,7 +178,7 @@ def test_top_1_is_the_decision_and_all_classes_hold_every_label() -> None:
 )
 def test_the_best_epoch(accuracy: float, loss: float, by_accuracy: bool, by_loss: bool) -> None:
     best, new = {"accuracy": 0.8, "loss": 0.3}, {"accuracy": accuracy, "loss": loss}
-    assert targets.is_better(new, best, "accuracy") == by_accuracy
+    assert targets.is_better(new, best, "score") == by_accuracy
     assert targets.is_better(new, best, "loss") == by_loss
     assert targets.is_better(new, {}, "loss")
 

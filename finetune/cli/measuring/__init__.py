@@ -1,0 +1,1 @@
+"""Commands that measure the images on features, without training a network."""

@@ -1,0 +1,1 @@
+"""``finetune forecast``: what more images would bring, from the learning curve of those that are there."""

@@ -1,0 +1,209 @@
+"""Several labels and numbers, from training to the export: the same commands as for one class an image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import finetune
+from finetune.errors import ExitCode
+from tests.conftest import QUICK_RUN, Cli
+
+KINDS = ("multi", "number")
+COLUMN = {"multi": "label", "number": "value"}
+"""Column of the answers of `finetune predict`."""
+
+
+def draw(generator: np.random.Generator) -> tuple[Image.Image, str, str]:
+    """An image whose quarters may be red, green or blue: its colours, and how bright it is."""
+    pixels = np.full((32, 32, 3), generator.integers(0, 120), dtype=np.uint8)
+    colours = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
+    own = [name for name in sorted(colours) if generator.random() < 0.5]
+    for quarter, name in enumerate(own):
+        top, left = divmod(quarter, 2)
+        pixels[16 * top : 16 * top + 16, 16 * left : 16 * left + 16] = colours[name]
+    noise = generator.integers(0, 25, pixels.shape, dtype=np.uint8)  # no two images are the same
+    return Image.fromarray(pixels + noise), "|".join(own), repr(float(pixels.mean()))
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``multi.csv`` and ``number.csv`` beside their images, with splits."""
+    folder, generator = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
+    rows = []
+    for index in range(120):
+        image, labels, value = draw(generator)
+        image.save(folder / f"{index}.png")
+        split = "train" if index < 64 else "val" if index < 92 else "test"
+        rows.append({"path": f"{index}.png", "labels": labels, "value": value, "split": split})
+    table = pd.DataFrame(rows)
+    table[["path", "labels", "split"]].to_csv(folder / "multi.csv", index=False)
+    table[["path", "value", "split"]].to_csv(folder / "number.csv", index=False)
+    return folder
+
+
+def invoke(*words: object) -> str:
+    from finetune.cli.app import app
+
+    result = CliRunner().invoke(app, [*map(str, words)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def run(kind: str, tables: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp(kind) / "run"
+    words = ("-b", tiny, "-d", tables / f"{kind}.csv", "-s", "full", *QUICK_RUN, "--lr", 0.02)
+    invoke("run", *words, "-o", output)
+    return output
+
+
+def read(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def test_a_run_judges_its_kind(run: Path, kind: str) -> None:
+    metrics = read(run / "metrics.json")
+    assert metrics["target"] == kind
+    assert metrics["split"] == "test"
+    score = {"multi": "map", "number": "r2"}[kind]
+    low, high = metrics["intervals"][score]
+    assert low < metrics[score] < high
+    assert metrics[score] > {"multi": 0.6, "number": 0.3}[kind]
+    assert f"eval_{score}" in pd.read_csv(run / "history.csv").columns
+    assert metrics[f"val_{score}"] == pytest.approx(pd.read_csv(run / "history.csv")[f"eval_{score}"].max())
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert {"multi": "mean average precision", "number": "mean absolute error"}[kind] in page
+    assert ("confusion" in page.lower()) == (run / "confusion_matrix.csv").exists() is False
+
+
+@pytest.mark.parametrize("strategy", ["solved", "freeze", "top", "scratch"])
+def test_every_strategy_learns_it(kind: str, strategy: str, tables: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ["-s", "freeze", "--set", "strategy.features=all"] if strategy == "solved" else ["-s", strategy]
+    invoke("run", "-b", tiny, "-d", tables / f"{kind}.csv", *words, *QUICK_RUN, "-o", tmp_path / "run")
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert np.isfinite(metrics[{"multi": "map", "number": "r2"}[kind]])
+    if strategy == "solved":
+        assert metrics[{"multi": "map", "number": "r2"}[kind]] > 0.5
+
+
+def test_answers_of_a_model_are_those_of_the_run(run: Path, kind: str, tables: Path, tmp_path: Path) -> None:
+    told = pd.read_csv(run / "predictions.csv", dtype={"label": str}, keep_default_na=False)
+    (tmp_path / "images").mkdir()
+    for path in told["path"]:
+        shutil.copyfile(tables / path, tmp_path / "images" / path)
+    invoke("predict", run, tmp_path / "images", "-o", tmp_path / "answers.csv")
+    found = pd.read_csv(tmp_path / "answers.csv", keep_default_na=False).set_index("path").loc[told["path"]]
+    column = COLUMN[kind]
+    if kind == "number":
+        assert found[column].to_numpy() == pytest.approx(told["predicted"].astype(float).to_numpy(), abs=1e-2)
+        assert (found["low"] < found[column]).all() and (found[column] < found["high"]).all()
+    else:
+        assert found[column].tolist() == told["predicted"].tolist()
+        names = ["prob_blue", "prob_green", "prob_red"]
+        assert found[names].to_numpy() == pytest.approx(told[names].to_numpy(), abs=1e-4)
+    first = tmp_path / "images" / told["path"][0]
+    prediction = finetune.load(run).predict(first)
+    assert prediction.confidence is None
+    expected = found[column].iloc[0]
+    assert prediction.label == expected or float(prediction.label) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_evaluation_gives_the_runs_metrics(run: Path, kind: str, tables: Path, tmp_path: Path) -> None:
+    own, told = tmp_path / "own", read(run / "metrics.json")
+    invoke("evaluate", run, "-o", own)
+    other = tmp_path / "other"
+    invoke("evaluate", run, "-d", tables / f"{kind}.csv", "--split", "test", "-o", other)
+    score = {"multi": "map", "number": "r2"}[kind]
+    for folder in (own, other):
+        found = read(folder / "metrics.json")
+        assert found["target"] == kind
+        assert found["num_samples"] == told["num_samples"]
+        assert found[score] == pytest.approx(told[score], abs=1e-4)
+        assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("format", ["timm", "onnx"])
+def test_an_export_gives_the_same_answers(run: Path, kind: str, format: str, tmp_path: Path) -> None:
+    words = () if format == "timm" else ("--with-softmax",)
+    invoke("export", run, "--format", format, *words, "-o", tmp_path / "model")
+    report = read(tmp_path / "model" / "export.json")
+    assert report["max_difference"] < 1e-4 * (100 if kind == "number" else 1)
+    if format == "timm":
+        config = read(tmp_path / "model" / "config.json")
+        problem = {"multi": "multi_label_classification", "number": "regression"}[kind]
+        assert config["problem_type"] == problem
+        assert config["finetune"]["target"]["kind"] == kind
+
+
+def test_a_stopped_run_ends_in_the_same_bits(
+    run: Path, kind: str, tables: Path, tiny: Path, tmp_path: Path
+) -> None:
+    words = ("-b", tiny, "-d", tables / f"{kind}.csv", "-s", "full", *QUICK_RUN, "--lr", 0.02)
+    invoke("run", *words, "--epochs", 2, "-o", tmp_path / "run")
+    invoke("run", *words, "-o", tmp_path / "run", "--allow-changed")
+    again = tmp_path / "again"
+    invoke("run", *words, "-o", again)
+    for name in ("model/model.safetensors", "predictions.csv", "split.csv"):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("-s", "auto"), ExitCode.DATA),
+        (("-s", "freeze", "--set", "strategy.features=best"), ExitCode.USAGE),
+        (("--target", "boxes"), ExitCode.USAGE),
+    ],
+)
+def test_what_works_on_classes_only_is_refused(
+    kind: str, words: tuple[str, ...], code: ExitCode, tables: Path, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    result = cli("run", "-b", tiny, "-d", tables / f"{kind}.csv", *words, "-o", tmp_path / "run")
+    assert result.exit_code == code, result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["training.class_weights=balanced", "training.label_smoothing=0.1", "training.mixup=0.2"]
+)
+def test_numbers_have_no_classes(key: str, tables: Path, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    result = cli("run", "-b", tiny, "-d", tables / "number.csv", "--set", key, "-o", tmp_path / "run")
+    assert result.exit_code == ExitCode.USAGE
+    assert "labels are numbers" in result.output
+
+
+def test_several_labels_are_weighted_smoothed_and_mixed(tables: Path, tiny: Path, tmp_path: Path) -> None:
+    keys = ("training.class_weights=balanced", "training.label_smoothing=0.1", "training.mixup=0.2")
+    sets = [word for key in keys for word in ("--set", key)]
+    invoke(
+        "run", "-b", tiny, "-d", tables / "multi.csv", "-s", "full", *sets, *QUICK_RUN, "-o", tmp_path / "run"
+    )
+    assert np.isfinite(read(tmp_path / "run" / "metrics.json")["map"])
+
+
+def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
+    image = next(iter(pd.read_csv(run / "predictions.csv")["path"]))
+    commands = [
+        ("compare", run, run),
+        ("probe", "--run", run, "-o", tmp_path / "probe"),
+        ("forecast", run, "-o", tmp_path / "forecast"),
+        ("check", "--run", run, "-o", tmp_path / "check"),
+        ("explain", "cam", run, tmp_path / image, "-o", tmp_path / "cam"),
+        ("predict", run, tmp_path, "--top", 2, "-o", tmp_path / "top.csv"),
+    ]
+    for words in commands:
+        result = cli(*words)
+        assert result.exit_code not in (0, ExitCode.INTERNAL), (words, result.output)
