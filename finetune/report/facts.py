@@ -68,6 +68,8 @@ class Facts:
         metrics: content of ``metrics.json``.
         classes: names in index order.
         confusion: (K, K) counts by true and predicted class; empty if there is no table.
+        cooccurrence: (K, K) images that have two classes; empty where images have one.
+        numbers: true and predicted number of each image; empty where labels are classes.
         per_class: rows of ``per_class.csv``.
         predictions: in the order of the file.
         history: rows of ``history.csv``, as numbers.
@@ -85,6 +87,8 @@ class Facts:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
+    cooccurrence: tuple[tuple[int, ...], ...] = ()
+    numbers: tuple[tuple[float, float], ...] = ()
     per_class: tuple[CsvRow, ...] = ()
     predictions: tuple[PredictionRow, ...] = ()
     history: tuple[Mapping[str, float], ...] = ()
@@ -249,6 +253,8 @@ def load_facts(folder: RunFolder) -> Facts:
         metrics=run.metrics,
         classes=labels or run.classes,
         confusion=confusion,
+        cooccurrence=run.cooccurrence[1],
+        numbers=run.numbers,
         per_class=run.per_class,
         predictions=run.predictions,
         history=run.history,

@@ -52,6 +52,7 @@ def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command:
         "metrics": _listed(sections.plot_metrics(facts)),
         "history": sections.plot_history(facts),
         "confusion": _listed(sections.plot_confusion(facts)),
+        "answers": _listed(sections.plot_answers(facts)),
         "calibration": sections.plot_calibration(facts),
         "seconds": _listed(sections.plot_seconds(facts)),
     }

@@ -9,9 +9,10 @@ from typing import Any
 
 from finetune.errors import sanitize
 from finetune.plots.bars import ReliabilityBin, draw_reliability, draw_seconds, format_seconds
-from finetune.plots.confusion import MOST_CLASSES, draw_confusion_matrix
+from finetune.plots.confusion import MOST_CLASSES, draw_confusion_matrix, draw_cooccurrence
 from finetune.plots.curves import draw_curves
 from finetune.plots.intervals import draw_intervals
+from finetune.plots.scatter import draw_scatter
 from finetune.plots.svg import Plot
 from finetune.report.facts import EVALUATED, Facts, finite, finite_text
 from finetune.report.images import Album, InlineImage
@@ -241,6 +242,26 @@ def plot_confusion(facts: Facts) -> Plot | None:
     if not facts.confusion or len(facts.classes) > MOST_CLASSES:
         return None
     return draw_confusion_matrix(facts.classes, facts.confusion)
+
+
+def plot_answers(facts: Facts) -> Plot | None:
+    """Return what takes the place of a confusion matrix: which classes occur together, or all numbers."""
+    if facts.numbers:
+        return draw_scatter(facts.numbers, facts.number("prediction_interval", "margin"))
+    if facts.cooccurrence and len(facts.cooccurrence) == len(facts.classes) <= MOST_CLASSES:
+        return draw_cooccurrence(facts.classes, facts.cooccurrence)
+    return None
+
+
+def describe_answers(facts: Facts) -> str:
+    """Return a sentence below that plot."""
+    if not facts.numbers:
+        return "Evaluated images that have both classes. A stronger colour is a larger share of the row."
+    margin, covered = (facts.number("prediction_interval", key) for key in ("margin", "covered"))
+    if margin is None:
+        return "A point is an image; exact predictions lie on the line."
+    share = "" if covered is None else f"; {percent(covered)} of these images lie in it"
+    return f"A point is an image. The interval of 90 % is the prediction plus and minus {margin:.4g}{share}."
 
 
 # --- calibration ---------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ class RunReader:
             refusal = error
         if not self._tolerant:
             raise refusal from None
-        self.damaged.append(path.name)
+        if path.name not in self.damaged:
+            self.damaged.append(path.name)
         return absent
 
     def _object(self, path: Path) -> Mapping[str, Any]:
@@ -207,6 +208,17 @@ class RunReader:
         nothing: Confusion = (), ()
         return self._read(self.folder.confusion_matrix, _read_confusion, nothing)
 
+    @cached_property
+    def cooccurrence(self) -> Confusion:
+        """Class names, and the images that have two of them, where images have several."""
+        nothing: Confusion = (), ()
+        return self._read(self.folder.cooccurrence, _read_cooccurrence, nothing)
+
+    @cached_property
+    def numbers(self) -> tuple[tuple[float, float], ...]:
+        """True and predicted number of each evaluated image; empty for other labels."""
+        return self._read(self.folder.predictions, _read_numbers, ())
+
     @property
     def predictions(self) -> tuple[PredictionRow, ...]:
         """One row per evaluated image, in the order of the file, without probabilities."""
@@ -314,6 +326,13 @@ def _read_confusion(path: Path) -> Confusion:
     return labels, counts
 
 
+def _read_cooccurrence(path: Path) -> Confusion:
+    labels, counts = _read_confusion(path)
+    if any(count > row[index] for index, row in enumerate(counts) for count in row):
+        raise ValueError("more images have two classes than have one of them")
+    return labels, counts
+
+
 def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow, ...]]:
     """Return class names, and the first four columns of each row; the probabilities may be very many."""
     with open_text(path) as file:
@@ -328,6 +347,18 @@ def _read_predictions(path: Path) -> tuple[tuple[str, ...], tuple[PredictionRow,
             raise ValueError("its other columns are not the probabilities of its classes")
         index = {name: number for number, name in enumerate(classes)}
         return classes, tuple(_to_prediction(row, index) for row in rows)
+
+
+def _read_numbers(path: Path) -> tuple[tuple[float, float], ...]:
+    """Return true and predicted numbers; nothing of a table of classes."""
+    with open_text(path) as file:
+        rows = csv.reader(bounded_lines(file))
+        if "confidence" in (header := next(rows, [])) or read_classes(header):
+            return ()
+        pairs = tuple((float(row[1]), float(row[2])) for row in rows)
+    if not all(abs(value) < _LARGEST_METRIC for pair in pairs for value in pair):
+        raise ValueError("a number is not finite")
+    return pairs
 
 
 def _are_other_answers(header: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:

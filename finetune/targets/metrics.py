@@ -22,7 +22,7 @@ METRIC_NAMES: dict[str, str] = {
     "top5_accuracy": "top-5 accuracy",
     "roc_auc": "ROC AUC",
     "r2": "R squared",
-    "spearman": "Spearman's rank correlation",
+    "spearman": "rank correlation",
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "loss": "log loss",

@@ -85,7 +85,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Place:
     root = tmp_path_factory.mktemp("hostile")
     (root / f"tiny{EVIL}").symlink_to(tiny)
     data = root / f"data{EVIL}"
-    for split, number in (("train", 6), ("val", 3)):
+    for split, number in (("train", 20), ("val", 3)):
         for position, colour in enumerate(((40, 60, 200), (200, 50, 40))):
             for seed in range(number):
                 name = f"{EVIL}\n{seed}.jpg"
@@ -147,6 +147,7 @@ DONE: dict[str, Words] = {
         *("--per-class", 5, "--repeats", 1, *WORDS),
     ),
     "forecast": lambda at: (at.run, "-o", at.new, "--target-accuracy", 0.5),
+    "audit": lambda at: (at.run, "-o", at.new),
     "similar": lambda at: (at.image, "-b", at.tiny, "-d", at.data, "-o", at.new, *WORDS),
     "map": lambda at: ("-b", at.tiny, "-d", at.data, "-o", at.new, *WORDS),
     "pull": lambda at: (at.run,),
@@ -187,6 +188,7 @@ REFUSED: dict[str, tuple[int, Words]] = {
     "extract": (2, lambda at: ("-b", at.tiny, "-d", at.data, "-o", at.new, "--layers", EVIL, *WORDS)),
     "probe": (2, lambda at: ("-b", at.tiny, "-d", at.data, "--classifiers", EVIL, *WORDS)),
     "forecast": (2, lambda at: (at.root / EVIL, "-o", at.new)),
+    "audit": (2, lambda at: (at.root / EVIL, "-o", at.new)),
     "similar": (65, lambda at: (at.root / EVIL, "-b", at.tiny, "-d", at.data, *WORDS)),
     "map": (2, lambda at: ("-b", at.tiny, "-d", at.data, "--method", EVIL, *WORDS)),
     "export": (2, lambda at: (at.run, "-o", at.data)),

@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 import pytest
 
 from finetune.plots.bars import ReliabilityBin, draw_reliability, draw_seconds, format_seconds
-from finetune.plots.confusion import draw_confusion_matrix
+from finetune.plots.confusion import draw_confusion_matrix, draw_cooccurrence
 from finetune.plots.curves import draw_curves
 from finetune.plots.intervals import Difference, draw_comparison, draw_intervals
+from finetune.plots.scatter import MOST_POINTS, draw_scatter
 from finetune.plots.svg import Plot, element, find_ticks, shorten
 
 
@@ -90,6 +91,37 @@ def test_a_confusion_matrix_shows_every_count(count: int) -> None:
 def test_a_class_without_images_is_an_empty_row() -> None:
     assert_inside(draw_confusion_matrix(["a", "b"], [[0, 0], [3, 1]]))
     assert_inside(draw_confusion_matrix(["a", "b"], [[0, 0], [0, 0]]))
+
+
+def test_cooccurrence_is_a_share_of_the_images_of_a_row() -> None:
+    plot = draw_cooccurrence(["a", "b", "empty"], [[4, 3, 0], [3, 3, 0], [0, 0, 0]])
+    assert_inside(plot)
+    assert "3 of 4 images of a have b (75.0 %)" in plot.file and "3 of 3 images of b have a" in plot.file
+
+
+@pytest.mark.parametrize("pairs", [[(0.5, 0.5)], [(-3.0, 1e6), (2.0, -1e6)], [(0.0, 1e-9), (1.0, 1e-9)]])
+@pytest.mark.parametrize("margin", [None, 0.0, 0.3, 1e9])
+def test_a_scatter_lies_inside_the_drawing(pairs: list[tuple[float, float]], margin: float | None) -> None:
+    plot = draw_scatter(pairs, margin)
+    assert_inside(plot)
+    assert plot.file.count("<circle") == len(pairs)
+
+
+def test_lines_of_a_scatter_are_the_margin_beside_the_diagonal() -> None:
+    plot = draw_scatter([(0.0, 0.0), (1.0, 1.0)], 0.25)
+    lines = [shape.attrib for shape in ElementTree.fromstring(plot.file).iter() if shape.tag.endswith("line")]
+    diagonal, *limits = [line for line in lines if line["class"] in {"main", "other"}]
+    slope = {key: float(value) for key, value in diagonal.items() if key != "class"}
+    units = slope["y1"] - slope["y2"]  # of one on the axis, since the axes go from 0 to 1
+    below, above = ({key: float(line[key]) for key in ("x1", "y1", "x2", "y2")} for line in limits)
+    assert below["x1"] - slope["x1"] == pytest.approx(0.25 * (slope["x2"] - slope["x1"]), abs=0.1)
+    assert above["y1"] == pytest.approx(slope["y1"] - 0.25 * units, abs=0.1)
+    assert below["x2"] == slope["x2"] and above["y2"] == slope["y2"]
+
+
+def test_of_very_many_images_a_scatter_shows_some() -> None:
+    plot = draw_scatter([(n / 5000, n / 5000) for n in range(5001)])
+    assert 1_000 < plot.file.count("<circle") <= MOST_POINTS and "5001 images" in plot.title
 
 
 def test_reliability_skips_empty_bins() -> None:

@@ -28,6 +28,7 @@ READERS: dict[str, Callable[[RunReader], Any]] = {
     "metrics.json": lambda run: run.metrics,
     "predictions.csv": lambda run: run.predictions,
     "confusion_matrix.csv": lambda run: run.confusion[1],
+    "cooccurrence.csv": lambda run: run.cooccurrence[1],
     "per_class.csv": lambda run: run.per_class,
     "check.json": lambda run: run.check,
     "outcome.json": lambda run: run.outcome,
@@ -51,6 +52,7 @@ def folder(tmp_path: Path) -> RunFolder:
     columns = ("path", "label", "predicted", "confidence", "prob_ants", "prob_=bees")
     write_csv(folder.predictions, [("=a/1.jpg", "ants", "=bees", 0.75, 0.25, 0.75)], columns)
     write_csv(folder.confusion_matrix, [("ants", 0, 1), ("=bees", 0, 0)], ("label", "ants", "=bees"))
+    write_csv(folder.cooccurrence, [("ants", 2, 1), ("=bees", 1, 1)], ("label", "ants", "=bees"))
     write_csv(
         folder.per_class, [("ants", 0.5, 0.5, 0.5, 1)], ("label", "precision", "recall", "f1", "support")
     )
@@ -65,6 +67,7 @@ def test_every_file_is_read(folder: RunFolder) -> None:
     assert (run.state, run.attempt) == ("interrupted", 3)
     assert run.classes == run.confusion[0] == run.predicted_classes == ("ants", "=bees")
     assert run.confusion[1] == ((0, 1), (0, 0))
+    assert run.cooccurrence == (("ants", "=bees"), ((2, 1), (1, 1))) and run.numbers == ()
     assert run.split == ({"path": "=a/1.jpg", "label": "ants", "split": "val", "sha256": "12"},)
     assert run.digests == {"=a/1.jpg": "12"}
     assert run.bad_images == ({"path": "a/2.jpg", "split": "train", "reason": "cut short"},)
@@ -132,6 +135,8 @@ def test_damaged_files_are_refused_by_name(folder: RunFolder, name: str, content
         ("confusion_matrix.csv", f"label,ants,bees\nants,1,{10**400}\nbees,0,1\n"),
         ("confusion_matrix.csv", "label,ants,bees\nbees,1,0\nants,0,1\n"),
         ("confusion_matrix.csv", "label,ants,ants\nants,1,0\nants,0,1\n"),
+        ("cooccurrence.csv", "label,ants,bees\nants,1,2\nbees,0,1\n"),
+        ("cooccurrence.csv", "label,ants,bees\nants,1,0\n"),
         ("plan.csv", "group,stage,parameters,trained,rate\nhead,fc,many,True,0.1\n"),
         ("plan.csv", "group,stage,parameters,trained,rate\nhead,fc,-1,True,0.1\n"),
         *(
@@ -148,6 +153,24 @@ def test_content_of_another_shape_is_refused(folder: RunFolder, name: str, text:
     (folder.path / name).write_text(text)
     with pytest.raises(FinetuneError, match="cannot be read"):
         READERS[name](RunReader(folder))
+
+
+NUMBERS = "path,label,predicted,low,high\n"
+
+
+def test_numbers_are_read(folder: RunFolder) -> None:
+    folder.predictions.write_text(f"{NUMBERS}a,1.5,2,1,3\nb,-1,0.25,-1,1\n")
+    run = RunReader(folder)
+    assert run.numbers == ((1.5, 2.0), (-1.0, 0.25)) and run.predictions == () == run.predicted_classes
+
+
+@pytest.mark.parametrize("row", ["a,1,nan,0,1", "a,inf,1,0,1", "a,1", "a,one,1,0,1", "a,1,1e300,0,1"])
+def test_what_is_no_number_is_refused(folder: RunFolder, row: str) -> None:
+    folder.predictions.write_text(f"{NUMBERS}{row}\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        _ = RunReader(folder).numbers
+    run = RunReader(folder, tolerant=True)
+    assert (run.numbers, run.predictions, run.damaged) == ((), (), ["predictions.csv"])
 
 
 def test_half_of_a_character_is_damage(folder: RunFolder) -> None:
