@@ -26,6 +26,7 @@ from finetune.data.transforms import build_eval_transform
 from finetune.evaluation.predictor import Predictor, load
 from finetune.pipeline.run import run
 from finetune.recipe import load_recipe
+from finetune.system.display import SilentDisplay
 
 BACKBONE = "timm/mobilenetv3_small_100"
 COLUMNS = {
@@ -55,7 +56,8 @@ def measure(turn: Turn) -> Figures:
         bench.cache / f"predict-model{'-quick' * bench.quick}", lambda to: train_model(data, to)
     )
     images = list_images(data)
-    network, decoding = measure_parts(load(model), images, bench.workers, 0.1 if bench.quick else 20.0)
+    predictor = load(model).with_runtime_for(turn.case.size, SilentDisplay())
+    network, decoding = measure_parts(predictor, images, bench.workers, 0.1 if bench.quick else 20.0)
     start, _ = run_command(turn, model, images[:1], 1)  # what imports and loading take
     used, speed = run_command(turn, model, images, turn.case.size)
     return {

@@ -34,7 +34,7 @@ def main() -> None:
     with torch.inference_mode():
         features = [extractor(images)["features"].mean((2, 3)) for images, _ in loader]
     torch.save(torch.cat(features), options.output / "features.pt")
-    report(None, began)
+    report([], began)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torchvision import datasets, transforms
 from benchmarks.peers.common import (
     MEAN,
     STD,
+    Curve,
     learning_parts,
     load_network,
     read_arguments,
@@ -69,20 +70,21 @@ def train(
     optimizer: optim.Optimizer,
     epochs: int,
     best_path: Path,
-) -> float:
-    """Return the best validation accuracy; the network ends with those weights."""
+) -> Curve:
+    """Return the validation accuracy of each epoch; the network ends with the weights of the best."""
     scheduler = optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
-    best = 0.0
+    best, curve = 0.0, Curve()
     torch.save(network.state_dict(), best_path)
     for _ in range(epochs):
         run_pass(network, loaders["train"], optimizer)
         scheduler.step()
         accuracy = run_pass(network, loaders["val"], None)
+        curve.append((time.perf_counter(), accuracy))
         if accuracy > best:
             best = accuracy
             torch.save(network.state_dict(), best_path)
     network.load_state_dict(torch.load(best_path, weights_only=True))
-    return best
+    return curve
 
 
 def main() -> None:
@@ -96,8 +98,8 @@ def main() -> None:
     weights = [weight for part in parts for weight in part.requires_grad_().parameters()]
     optimizer = optim.SGD(weights, lr=options.lr, momentum=0.9)
     began = time.perf_counter()
-    best = train(network, loaders, optimizer, options.epochs, options.output / "best.pt")
-    report(best, began)
+    curve = train(network, loaders, optimizer, options.epochs, options.output / "best.pt")
+    report(curve, began)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from timm.utils import AverageMeter
 from torch import nn
 
 from benchmarks.peers.common import (
-    LAST_STAGE,
+    Curve,
     learning_parts,
     load_network,
     read_arguments,
@@ -52,7 +52,7 @@ def build_loaders(options: argparse.Namespace) -> dict[str, Any]:
 
 def build_network(options: argparse.Namespace, num_classes: int) -> nn.Module:
     """Return the network, with gradients where it learns."""
-    if options.arch in LAST_STAGE and options.arch.startswith("resnet"):
+    if options.arch.startswith("resnet"):
         network: nn.Module = create_model(options.arch)
         network.load_state_dict(load_file(options.weights))
         network.reset_classifier(num_classes)  # type: ignore[operator]
@@ -101,13 +101,14 @@ def main() -> None:
     scheduler, epochs = create_scheduler_v2(
         optimizer, "cosine", num_epochs=options.epochs, warmup_epochs=0, step_on_epochs=True
     )
-    began, done, accuracies = time.perf_counter(), 0, []
+    began, done, curve = time.perf_counter(), 0, Curve()
     for epoch in range(epochs):
         done = train_one_epoch(task, loaders["train"], optimizer, scheduler, done)
-        accuracies.append(evaluate(network, loaders["val"]))
-        scheduler.step(epoch + 1, accuracies[-1])
+        accuracy = evaluate(network, loaders["val"])
+        curve.append((time.perf_counter(), accuracy))
+        scheduler.step(epoch + 1, accuracy)
     torch.save(network.state_dict(), options.output / "final.pt")
-    report(max(accuracies), began)
+    report(curve, began)
 
 
 if __name__ == "__main__":

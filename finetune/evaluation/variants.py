@@ -127,6 +127,7 @@ def _predict(
     temperature = predictor.card.temperature
     predictor = predictor.without_temperature() if is_plain else predictor
     size, samples = predictor.batch_size, dataset.samples
+    predictor = predictor.with_runtime_for(len(samples), display)
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     began, parts = time.perf_counter(), []
     with display.track(f"evaluating {Path(model.name).name}", len(samples)) as advance:

@@ -168,16 +168,26 @@ def test_features_of_another_runtime_are_not_taken(
 
 
 @pytest.mark.parametrize("features", ["last", "all"])
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_predictions_of_many_images_are_those_of_torch(
-    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str
+    cli: Cli,
+    tiny: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    features: str,
 ) -> None:
     words = ("-s", "freeze", "--set", f"strategy.features={features}", "--workers", 0)
     assert cli("run", "-b", tiny, "-d", image_folder, "-o", tmp_path / "run", *words).exit_code == 0
     found = {}
     for least, name in ((LEAST_PIXELS, "torch"), (1, "onnxruntime")):
         monkeypatch.setattr(runtime, "LEAST_PIXELS", least)
-        done = cli("predict", tmp_path / "run", image_folder, "--output", tmp_path / f"{name}.csv")
+        table = tmp_path / f"{name}.csv" if command == "predict" else tmp_path / name / "predictions.csv"
+        given = [image_folder] if command == "predict" else ["--data", image_folder, "--allow-leaks"]
+        output = table if command == "predict" else table.parent
+        done = cli(command, tmp_path / "run", *given, "--output", output)
         assert done.exit_code == 0, done.stderr
         assert ("ONNX Runtime (exported" in done.stderr) == (name == "onnxruntime")
-        found[name] = pd.read_csv(tmp_path / f"{name}.csv")
+        found[name] = pd.read_csv(table)
     pd.testing.assert_frame_equal(found["torch"], found["onnxruntime"], rtol=0, atol=1e-4)
