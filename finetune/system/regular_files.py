@@ -35,7 +35,10 @@ def open_regular(path: Path) -> io.BufferedReader:
             raises it for a stream of the kernel that looks like a file (``/proc/kmsg``).
     """
     # O_NONBLOCK, since opening a pipe would wait for its other end. It changes nothing for a file on a disk.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a null character, or one that has no bytes: a table may name such a file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
     _check(descriptor, path)
     return io.BufferedReader(_WholeFile(descriptor, path))
 

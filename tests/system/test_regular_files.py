@@ -40,6 +40,12 @@ def test_a_pipe_a_folder_and_a_device_are_refused_at_once(
             opener(path)
 
 
+@pytest.mark.parametrize("name", ["null\0", "half \ud800"])
+def test_a_name_that_no_file_can_have_names_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / name)
+
+
 def test_a_file_is_read_through_a_link_and_never_written_through_one(tmp_path: Path) -> None:
     victim, link, second = tmp_path / "victim", tmp_path / "link", tmp_path / "second"
     victim.write_bytes(b"precious")
