@@ -37,6 +37,7 @@ NAMES = (
     "forecast",
     "service",
     "time_to_accuracy",
+    "several_labels",
     *NETWORKS,
 )
 GROUPS = {"speed": SPEED, "networks": NETWORKS}
@@ -89,7 +90,7 @@ def measure(options: argparse.Namespace, questions: list[Question]) -> None:
     source, cuda = options.data.absolute(), machine["gpu"] is not None
     bench = Bench(source, options.cache, options.threads, options.workers, options.quick, cuda)
     cases = plan(questions, bench, options.only)
-    if {"commands", "extract", "time_to_accuracy"} & set(options.names):
+    if {"commands", "extract", "time_to_accuracy", "several_labels"} & set(options.names):
         machine["fastai"] = read_versions(build_environment(bench.peers_folder))["fastai"]
     if options.again:
         options.results.unlink(missing_ok=True)

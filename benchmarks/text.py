@@ -12,7 +12,8 @@ def number(value: float) -> str:
     """Return three significant digits, and all digits before the point."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}"
 
 
 def span(value: Spread | None, unit: str = "") -> str:

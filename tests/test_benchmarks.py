@@ -195,7 +195,7 @@ def test_a_page_gets_its_tables_and_keeps_its_words(results: Results, tmp_path: 
     text = page.read_text()
     assert text.startswith("Before.") and text.endswith("After <!-- end -->.\n") and "old" not in text
     row = (
-        "| freeze-squeezenet-20 | fastai | 18.00x [11.00..20.00] | 200 [180..220] | 100 [90.0..110] | 0.90 |"
+        "| freeze-squeezenet-20 | fastai | 18.00x [11.00..20.00] | 200 [180..220] | 100 [90.0..110] | 0.900 |"
     )
     assert row.replace("18.00x [11.00..20.00]", "18.0x [11.0..20.0]") in text
     assert "| commands-top-squeezenet-20 | fastai | 0 | exit status 1: a / b c |" in text
