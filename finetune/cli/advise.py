@@ -90,7 +90,7 @@ def _print(advice: Advice) -> None:
             print_line(f"{mark} {size + ',':<7} {column:<10} {CELLS[size, column].description}")
     print_line()
     rows = [
-        [depth.layer, f"{depth.num_features:,}", f"{depth.neighbours:.3f}", f"{depth.accuracy:.3f}"]
+        [depth.layer, f"{depth.num_features:,}", f"{depth.neighbours:.3f}", f"{depth.score:.3f}"]
         for depth in advice.depths
     ]
     print_table(("layer", "features", "nearest neighbours", "linear classifier"), rows)

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from finetune.data.dataset import (
     SPLITS,
     Dataset,
     PreparedDataset,
-    Sample,
     Split,
     describe_images,
     sample_order,
@@ -91,16 +91,25 @@ def check_outside(output: Path, dataset: Dataset) -> None:
         raise UsageError(f"--output {output}", f"it lies in the data, {dataset.root}", fix)
 
 
-def require_labels(dataset: Dataset, recipe: Recipe) -> None:
-    """Refuse images without labels, and labels that are not one class an image, for what works on classes.
+def require_classes(dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse images without labels, and labels that are not one class an image.
 
     Raises:
         DataError: there are none, or they are sets of classes or numbers.
     """
     if dataset.target != SINGLE:
         found = f"has {dataset.target.describe([dataset.label_of(one) for one in dataset.samples])}"
-        fix = "This works on one class an image: give a CSV with one class a row (or a strategy but auto)."
+        fix = "This works on one class an image: give a CSV with one class a row."
         raise DataError(f"--data {recipe.data.path}", found, fix)
+    require_labels(dataset, recipe)
+
+
+def require_labels(dataset: Dataset, recipe: Recipe) -> None:
+    """Refuse images without labels.
+
+    Raises:
+        DataError: there are none.
+    """
     if not dataset.is_labelled:
         found = "holds images but no class folders, so that no image has a label"
         fix = "Put the images of each class into a folder with the name of the class."
@@ -108,17 +117,20 @@ def require_labels(dataset: Dataset, recipe: Recipe) -> None:
 
 
 def draw_evenly(dataset: PreparedDataset, most: int, seed: int) -> PreparedDataset:
-    """Return the training images, or so many of them, drawn class by class in turns."""
+    """Return the training images, or so many of them, drawn class by class (or range of numbers) in turns."""
     train = dataset.of("train")
     if len(train) <= most:
         return replace(dataset, samples=train)
     generator = torch.Generator().manual_seed(derive_seed(seed, "advise"))
-    turns: list[tuple[int, int, Sample]] = []
-    for label in range(dataset.num_classes):
-        own = [sample for sample in train if sample.label == label]
+    turns: list[tuple[int, int, str]] = []
+    by_label: defaultdict[str, list[str]] = defaultdict(list)
+    for sample in sorted(train, key=lambda sample: sample.label):
+        by_label[dataset.label_of(sample)].append(sample.path)
+    for number, own in enumerate(dataset.target.strata(by_label).values()):
         order = torch.randperm(len(own), generator=generator).tolist()
-        turns += [(turn, label, own[place]) for turn, place in enumerate(order)]
-    chosen = {sample.path for _, _, sample in sorted(turns, key=lambda one: one[:2])[:most]}
+        turns += [(turn, number, own[place]) for turn, place in enumerate(order)]
+    drawn = dict.fromkeys(path for _, _, path in sorted(turns))  # an image may be in several strata
+    chosen = set(islice(drawn, most))
     return replace(dataset, samples=tuple(sample for sample in train if sample.path in chosen))
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import Dataset, PreparedDataset, Sample
-from finetune.data.prepare import check_outside, require_labels
+from finetune.data.prepare import check_outside, require_classes
 from finetune.data.provenance import find_ancestors
 from finetune.data.split import draw_folds, join_copies
 from finetune.data.thumbnail import load_thumbnail
@@ -124,7 +124,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
         recipe = _read_recipe(run)
         network = open_network(recipe, display)
         dataset = open_images(recipe, display)
-        require_labels(dataset, recipe)
+        require_classes(dataset, recipe)
         check_outside(output, dataset)
         source = open_source(recipe, network, dataset, display)
         dataset = leave_changed_out(source, RunFolder(run), display)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.prepare import check_outside, require_labels
+from finetune.data.prepare import check_outside, require_classes
 from finetune.errors import DataError, UsageError, suggest
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.network import open_network, take_channels
@@ -252,7 +252,7 @@ def probe(
     """
     with translated_errors():
         dataset = open_images(recipe, display)
-        require_labels(dataset, recipe)
+        require_classes(dataset, recipe)
         recipe = take_channels(recipe, dataset)
         network = open_network(recipe, display)
         layers = network.layers.select(wanted, pool)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.data.prepare import draw_evenly, read_images, require_labels
+from finetune.data.prepare import draw_evenly, read_images, require_classes
 from finetune.features.extraction import open_features, open_images, open_source
 from finetune.features.look_alikes import find_groups
 from finetune.features.network import open_network
@@ -59,7 +59,7 @@ def rank_backbones(recipe: Recipe, names: Sequence[str], display: Display) -> li
 
 def _rank(recipe: Recipe, names: Sequence[str], display: Display) -> list[RankedBackbone]:
     dataset = open_images(recipe, display)
-    require_labels(dataset, recipe)
+    require_classes(dataset, recipe)
     prepared = read_images(recipe, dataset, display)
     few = draw_evenly(prepared, MOST_IMAGES, recipe.seed)
     ranked = []

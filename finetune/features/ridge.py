@@ -20,7 +20,7 @@ from torch import Tensor
 from finetune.features.rows import Rows
 from finetune.features.standardised import Standardised, find_directions, standardise
 from finetune.system.forward import compute_where_it_fits
-from finetune.targets import decide
+from finetune.targets import Target, decide
 
 PENALTIES = tuple(10.0**power for power in range(-4, 4))
 """Penalties for each training image; a feature's own square is 1 for each."""
@@ -62,6 +62,41 @@ def leave_groups_out(
         device,
         lambda place: LeftOutRidge(rows, indices, num_classes, place).find_hits(labels[None], groups)[0],
     )
+
+
+def score_left_out(
+    rows: Rows,
+    indices: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    target: Target,
+    device: torch.device = _CPU,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Return the score of each image, predicted by ridge regression on the other images, (N,) float64.
+
+    It is :func:`leave_groups_out` for labels of any kind: their mean is the metric ``target.share``. Where
+    all images are one group, none can be left out, and all have 0.
+
+    Args:
+        rows, indices, num_classes, device, groups: see :func:`leave_groups_out`.
+        labels: (N,) int64, or (N, K) float32, as ``target`` encodes them.
+        target: what the labels are.
+
+    Raises:
+        InternalError: a feature is not finite.
+    """
+    groups = torch.arange(len(labels)) if groups is None else groups
+    if (groups == groups[0]).all():
+        return torch.zeros(len(labels), dtype=torch.float64)
+    numbers = _to_signs(labels[None], num_classes) if labels.ndim == 1 else labels.double()
+
+    def predict(place: torch.device) -> Tensor:
+        directions = _decompose(standardise(rows, indices, place))
+        errors, left_out = _leave_out(directions, numbers.to(place), groups)
+        return left_out[int(errors.sum(dim=1).argmin())].cpu()
+
+    return target.score_each(compute_where_it_fits(device, predict), labels)
 
 
 class LeftOutRidge:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from finetune.features.rows import Rows
 from finetune.system.device import derive_seed
-from finetune.targets import decide
+from finetune.targets import SINGLE, Target, decide
 
 PER_CLASS = 20
 """Images of a class that LEEP uses. LEEP falls with their number (for ants and bees from 0.98 with 10 a class
@@ -85,8 +85,28 @@ def leave_one_out(
         num_classes: K.
         groups: (N,) int64; images of equal numbers do not vote for each other. By default each is a group.
     """
+    return score_neighbours(rows, indices, labels, num_classes, SINGLE, groups) > 0
+
+
+def score_neighbours(
+    rows: Rows,
+    indices: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    target: Target,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Return the score of each image, predicted by the nearest images of other groups, (N,) float64.
+
+    It is :func:`leave_one_out` for labels of any kind: their mean is the metric ``target.share``.
+
+    Args:
+        rows, indices, num_classes, groups: see :func:`leave_one_out`.
+        labels: (N,) int64, or (N, K) float32, as ``target`` encodes them.
+        target: what the labels are.
+    """
     groups = torch.arange(len(indices)) if groups is None else groups
-    return _vote(rows, indices, labels, indices, num_classes, groups) == labels
+    return target.score_each(_vote(rows, indices, labels, indices, num_classes, groups), labels)
 
 
 def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
@@ -101,13 +121,16 @@ def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classe
         test: (M,) int64, the test images.
         num_classes: K.
     """
-    return _vote(rows, train, labels, test, num_classes, None)
+    return decide(_vote(rows, train, labels, test, num_classes, None))
 
 
 def _vote(
     rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int, groups: Tensor | None
 ) -> Tensor:
-    """Return the class of each test image; with groups, the test images are the training images."""
+    """Return the votes for each class of the test images (M, K), or means of numbers.
+
+    With groups, the test images are the training images.
+    """
     found, is_same = [], groups is not None
     size = max(1, _BLOCK_BYTES // (4 * len(train)))
     for start in range(0, len(test), size):
@@ -118,6 +141,10 @@ def _vote(
             cosines.masked_fill_(own.to(cosines.device), -torch.inf)
         places = _find_nearest(cosines, min(NEIGHBOURS, len(train) - is_same))
         weights = (cosines.gather(1, places) / TEMPERATURE).exp()
+        if labels.ndim == 2:
+            shares = weights / weights.sum(dim=1, keepdim=True)
+            found.append((shares[..., None] * labels.to(cosines)[places]).sum(dim=1))
+            continue
         votes = cosines.new_zeros(len(part), num_classes)
         classes = labels.to(cosines.device)[places]
         for neighbour in range(
@@ -125,7 +152,7 @@ def _vote(
         ):  # one neighbour at a time, so that every device adds in the same order
             one = slice(neighbour, neighbour + 1)
             votes.scatter_add_(1, classes[:, one], weights[:, one])
-        found.append(decide(votes))
+        found.append(votes)
     return torch.cat(found).cpu()
 
 

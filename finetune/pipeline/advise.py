@@ -24,9 +24,9 @@ from finetune.data.prepare import check_outside, draw_evenly, read_images, requi
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.look_alikes import find_groups
 from finetune.features.network import Network, open_network, take_channels
-from finetune.features.ridge import leave_groups_out
+from finetune.features.ridge import score_left_out
 from finetune.features.rows import ConcatRows
-from finetune.features.transferability import MOST_IMAGES, compute_normalised_leep, leave_one_out
+from finetune.features.transferability import MOST_IMAGES, compute_normalised_leep, score_neighbours
 from finetune.pipeline.rule import CELLS, Candidate, Decision, Evidence, decide
 from finetune.pipeline.verify import verify
 from finetune.recipe import BASE_LRS, Recipe, compute_views
@@ -46,14 +46,18 @@ class Depth:
     Attributes:
         layer: name of the layer.
         num_features: features per image.
-        neighbours: leave-one-out accuracy of the five nearest neighbours by cosine, in [0, 1].
-        accuracy: leave-one-out accuracy of ridge regression, in [0, 1].
+        neighbours: leave-one-out score of the five nearest neighbours by cosine.
+        neighbours_error: its standard error.
+        score: leave-one-out score of ridge regression.
+        score_error: its standard error.
     """
 
     layer: str
     num_features: int
     neighbours: float
-    accuracy: float
+    neighbours_error: float
+    score: float
+    score_error: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Advice:
         num_trained: number of parameters that each strategy would train.
         seconds: estimated training time of each strategy.
         num_looked_at: number of training images that were measured.
-        verified: accuracies of the brief training, by strategy; None without ``advise.verify``.
+        verified: scores of the brief training, by strategy; None without ``advise.verify``.
     """
 
     backbone: str
@@ -98,6 +102,7 @@ class Advice:
             "smallest_class": evidence.smallest_class,
             "num_looked_at": self.num_looked_at,
             "num_independent": evidence.num_independent,
+            "metric": evidence.metric,
             "normalised_leep": evidence.leep,
             "neighbours_gap": evidence.gap,
             "neighbours_gap_error": evidence.gap_error,
@@ -145,11 +150,11 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
         chosen = [samples[index] for index in usable.tolist()]
         labels = torch.tensor([sample.label for sample in chosen])
         groups = find_groups(features.rows[-1], usable, labels, [sample.group for sample in chosen])
-        evidence, depths = _measure(source, features, usable, labels, groups, dataset)
+        evidence, depths = _measure(source, features, usable, dataset.encode(chosen), groups, dataset)
     decision, verified = decide(evidence), None
     if recipe.advise.verify:
         together = dict(zip((sample.path for sample in chosen), groups.tolist(), strict=True))
-        decision, verified = verify(recipe, evidence, decision, together, display)
+        decision, verified = verify(recipe, evidence, decision, together, dataset.target.score, display)
     settings = recipe.strategy.model_copy(update=dict(decision.keys))
     lr = recipe.training.lr
     lr = BASE_LRS[recipe.training.optimizer] if lr == "auto" else lr
@@ -173,25 +178,28 @@ def advise(recipe: Recipe, display: Display, output: Path | None = None) -> Advi
 def _measure(
     source: Source, features: Features, usable: Tensor, labels: Tensor, groups: Tensor, dataset: Dataset
 ) -> tuple[Evidence, tuple[Depth, ...]]:
-    """Measure layers on the usable images of a source; ``dataset`` is the whole, of which they are a part."""
+    """Measure layers on the usable images of a source; ``dataset`` is the whole, of which they are a part.
+
+    ``labels`` are encoded: (N,) int64, or (N, K) float32.
+    """
     seed, device = source.recipe.seed, source.network.placement.device
-    num_classes = dataset.num_classes
-    neighbours, hits = [], []
+    num_classes, target = dataset.num_classes, dataset.target
+    neighbours, scores = [], []
     with source.display.track("nearest neighbours by depth", len(features.layers)) as advance:
         for layer, rows in zip(features.layers, features.rows, strict=True):
             advance(0, layer.name)
-            neighbours.append(leave_one_out(rows, usable, labels, num_classes, groups).double())
+            neighbours.append(score_neighbours(rows, usable, labels, num_classes, target, groups))
             advance(1, layer.name)
     names = (*(layer.name for layer in features.layers), "all together")
     with source.display.track("linear classifiers by depth", len(names)) as advance:
         for name, rows in zip(names, (*features.rows, ConcatRows(features.rows)), strict=True):
             advance(0, name)
-            hits.append(leave_groups_out(rows, usable, labels, num_classes, device, groups).double())
+            scores.append(score_left_out(rows, usable, labels, num_classes, target, device, groups))
             advance(1, name)
     depths = tuple(
-        Depth(layer.name, rows.shape[1], near.mean().item(), hit.mean().item())
-        for layer, rows, near, hit in zip(
-            features.layers, features.rows, neighbours, hits[: len(neighbours)], strict=True
+        Depth(layer.name, rows.shape[1], *_average(near), *_average(score))
+        for layer, rows, near, score in zip(
+            features.layers, features.rows, neighbours, scores[: len(neighbours)], strict=True
         )
     )
     leep = _measure_leep(features, usable, labels, num_classes, seed)
@@ -204,9 +212,10 @@ def _measure(
         leep,
         gap,
         gap_error,
-        _candidates(hits),
+        _candidates(scores),
         num_measured=len(usable),
         num_independent=len(torch.unique(groups)),
+        metric=target.share,
     )
     return evidence, depths
 
@@ -214,33 +223,32 @@ def _measure(
 def _measure_leep(
     features: Features, usable: Tensor, labels: Tensor, num_classes: int, seed: int
 ) -> float | None:
-    if features.logits is None:
+    if features.logits is None or labels.ndim > 1:
         return None
     probabilities = to_probabilities(features.logits[usable])
     return compute_normalised_leep(probabilities, labels, num_classes, seed)
 
 
 def _gap(neighbours: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the lead in accuracy of the best earlier layer over the last, and its standard error."""
+    """Return the lead in score of the best earlier layer over the last, and its standard error."""
     if len(neighbours) < 2:
         return 0.0, 0.0
-    best = max(neighbours[:-1], key=lambda hits: hits.mean().item())
-    return _lead(best, neighbours[-1])
+    best = max(neighbours[:-1], key=lambda scores: scores.mean().item())
+    return _average(best - neighbours[-1])
 
 
-def _lead(hits: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return the mean difference of two tensors of hits (N,), and its standard error."""
-    difference = hits - other
-    return difference.mean().item(), difference.std(correction=0).item() / math.sqrt(len(difference))
+def _average(values: Tensor) -> tuple[float, float]:
+    """Return the mean of what each image has (N,), and its standard error."""
+    return values.mean().item(), values.std(correction=0).item() / math.sqrt(len(values))
 
 
-def _candidates(hits: Sequence[Tensor]) -> tuple[Candidate, ...]:
-    """Return the candidates from the hits of each layer and, at the end, of all layers together."""
-    last, together = hits[-2:]
+def _candidates(scores: Sequence[Tensor]) -> tuple[Candidate, ...]:
+    """Return the candidates from the scores of each layer and, at the end, of all layers together."""
+    last, together = scores[-2:]
     found = Candidate("last", last.mean().item(), 0.0, 0.0)
-    if len(hits) == 2:  # of a single layer, and of it once more
+    if len(scores) == 2:  # of a single layer, and of it once more
         return (found,)
-    return found, Candidate("all", together.mean().item(), *_lead(together, last))
+    return found, Candidate("all", together.mean().item(), *_average(together - last))
 
 
 # --- costs ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.new_folder import new_folder
 from finetune.runs.reader import RunReader
 from finetune.system.display import Display
+from finetune.targets import METRIC_NAMES
 
 _DECIDED = ("features", "probe_first", "floor", "head_factor", "body_factor")
 """Keys of the section ``strategy`` that the advice sets."""
@@ -80,21 +81,19 @@ def write_advice(advice: Advice, output: Path) -> None:
         DiskError: a file cannot be written.
     """
     names = [depth.layer for depth in advice.depths]
+    depths, evidence = advice.depths, advice.evidence
     curves = {
-        "linear classifier": _with_errors([depth.accuracy for depth in advice.depths], advice.num_looked_at),
-        "nearest neighbours": _with_errors(
-            [depth.neighbours for depth in advice.depths], advice.num_looked_at
+        "linear classifier": ([one.score for one in depths], [one.score_error for one in depths]),
+        "nearest neighbours": (
+            [one.neighbours for one in depths],
+            [one.neighbours_error for one in depths],
         ),
     }
-    chance = 1 / advice.evidence.num_classes
+    metric = METRIC_NAMES[evidence.metric]
     with new_folder(output) as folder:
         write_json(folder / "advice.json", advice.to_dict())
-        draw_probe(folder / "probe.png", names, curves, chance, f"{advice.backbone}: accuracy by depth")
+        title = f"{advice.backbone}: {metric} by depth"
+        draw_probe(folder / "probe.png", names, curves, evidence.chance, title, metric)
         cells: dict[tuple[str, str], str] = {key: cell.description for key, cell in CELLS.items()}
         chosen = (advice.decision.size, advice.decision.similarity)
         draw_strategy_matrix(folder / "matrix.png", cells, chosen, "Which strategy")
-
-
-def _with_errors(accuracies: list[float], num_images: int) -> tuple[list[float], list[float]]:
-    """Return accuracies and their standard errors."""
-    return accuracies, [(accuracy * (1 - accuracy) / num_images) ** 0.5 for accuracy in accuracies]

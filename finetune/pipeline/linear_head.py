@@ -3,7 +3,7 @@
 ::
 
     strategy.features    last | best | all | a layer's name
-      -> layers          best: the one with the highest leave-one-out accuracy on training images
+      -> layers          best: the one with the highest leave-one-out score on training images
       -> linear head     regularisation by cross-validation on training images, solved by L-BFGS
       -> network         the backbone with this head, or a StageClassifier if it reads other layers
 
@@ -25,7 +25,7 @@ from finetune.evaluation.predictions import Predictions
 from finetune.features.extraction import Features, Source, open_features
 from finetune.features.look_alikes import find_groups
 from finetune.features.network import Network
-from finetune.features.ridge import leave_groups_out
+from finetune.features.ridge import score_left_out
 from finetune.features.rows import ConcatRows, Rows
 from finetune.features.solvers import LinearClassifier, fit
 from finetune.launch.processes import is_in_job, is_started_here
@@ -135,20 +135,20 @@ def _refuse_lost(features: Features) -> None:
 
 
 def _choose(source: Source, features: Features, choice: str, advance: Advance) -> tuple[Layer, ...]:
-    """Return the layers to read; ``best`` is the stage with the highest leave-one-out accuracy."""
+    """Return the layers to read; ``best`` is the stage with the highest leave-one-out score."""
     if choice != "best":
         return features.layers
     dataset, device = source.dataset, source.network.placement.device
     indices = _indices_of(dataset, "train")
     labels = _labels(dataset, indices)
     groups = _find_groups(source, features, indices)
-    accuracies = []
+    scores = []
     for layer, rows in zip(features.layers, features.rows, strict=True):
         advance(0, layer.name)
-        hits = leave_groups_out(rows, indices, labels, dataset.num_classes, device, groups)
-        accuracies.append(hits.double().mean().item())
+        found = score_left_out(rows, indices, labels, dataset.num_classes, dataset.target, device, groups)
+        scores.append(found.mean().item())
         advance(1, layer.name)
-    best = max(range(len(accuracies)), key=lambda index: (accuracies[index], index))
+    best = max(range(len(scores)), key=lambda index: (scores[index], index))
     return (features.layers[best],)
 
 

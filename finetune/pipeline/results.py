@@ -155,7 +155,7 @@ def find_gap(advice: Mapping[str, Any], val_accuracy: float | None, num_val: int
         The two accuracies and the facing ends of their 95 % intervals; None if the intervals overlap.
     """
     try:
-        best = max(float(one["accuracy"]) for one in advice["candidates"])
+        best = max(float(one["score"]) for one in advice["candidates"])
         number = max(int(advice["num_independent"]), 0)
         low, _ = compute_wilson(round(best * number), number)
     except (KeyError, TypeError, ValueError, ArithmeticError):  # no advice, or a damaged one

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.targets import METRIC_NAMES
+
 Size = Literal["little", "medium", "a lot"]
 Similarity = Literal["similar", "unsure", "different"]
 SIZES: tuple[Size, ...] = ("little", "medium", "a lot")
@@ -96,13 +98,13 @@ class Candidate:
 
     Attributes:
         features: ``last`` or ``all``.
-        accuracy: leave-one-out accuracy, in [0, 1].
-        lead: its accuracy minus that of ``last``, in [-1, 1].
+        score: leave-one-out accuracy in [0, 1], or R squared.
+        lead: its score minus that of ``last``.
         lead_error: standard error of the lead, paired by image.
     """
 
     features: str
-    accuracy: float
+    score: float
     lead: float
     lead_error: float
 
@@ -115,12 +117,14 @@ class Evidence:
         num_images: number of training images.
         num_classes: number of classes (K).
         smallest_class: number of training images of the smallest class.
-        leep: normalised LEEP, 1 + LEEP / ln K; None if the backbone has no classifier of its own.
-        gap: leave-one-out nearest-neighbour accuracy of the best earlier layer minus that of the last.
+        leep: normalised LEEP, 1 + LEEP / ln K; None if the backbone has no classifier of its own, or an image
+            has not one class.
+        gap: leave-one-out score of nearest neighbours in the best earlier layer minus that in the last.
         gap_error: standard error of the gap, paired by image.
         candidates: linear classifiers: on the last features, then on all stages if there are more.
         num_measured: number of training images that were measured.
         num_independent: number of groups of look-alikes among them.
+        metric: what a score is: ``accuracy``, or ``r2`` of numbers and of several labels as 0 and 1.
     """
 
     num_images: int
@@ -132,6 +136,12 @@ class Evidence:
     candidates: tuple[Candidate, ...]
     num_measured: int = 1
     num_independent: int = 1
+    metric: str = "accuracy"
+
+    @property
+    def chance(self) -> float:
+        """The score of a predictor that sees no image."""
+        return 1 / self.num_classes if self.metric == "accuracy" else 0.0
 
     @property
     def per_class(self) -> float:
@@ -227,13 +237,14 @@ def _explain(evidence: Evidence, size: Size, similarity: Similarity, best: Candi
     else:
         likeness = f"the best earlier layer leads the last by {evidence.gap:+.3f} ± {evidence.gap_error:.3f}"
         bounds = (
-            f"different over {GAP_ERRORS:g} standard errors; the backbone has no classifier of 1,000 classes"
+            f"different over {GAP_ERRORS:g} standard errors; LEEP needs a backbone with its own classifier, "
+            "and one class an image"
         )
-    accuracy = f"leave-one-out accuracy {best.accuracy:.3f}"
+    metric = METRIC_NAMES[evidence.metric]
     return (
         f"{size} data: {amount} ({limits[size]})",
         f"{similarity}: {likeness} ({bounds})",
-        f"linear classifier on {_name(best.features)}: {accuracy}{_lead(best)}",
+        f"linear classifier on {_name(best.features)}: leave-one-out {metric} {best.score:.3f}{_lead(best)}",
     )
 
 
@@ -294,12 +305,12 @@ def _warn_of_groups(evidence: Evidence) -> Iterator[str]:
 
 
 def _warn_of_chance(evidence: Evidence) -> list[str]:
-    best = max(evidence.candidates, key=lambda candidate: candidate.accuracy)
-    chance = 1 / evidence.num_classes
+    best = max(evidence.candidates, key=lambda candidate: candidate.score)
+    chance = evidence.chance
     error = math.sqrt(chance * (1 - chance) / evidence.num_images)
-    if best.accuracy > chance + CHANCE_ERRORS * error:
+    if best.score > chance + CHANCE_ERRORS * error:
         return []
     return [
-        f"no linear classifier predicts these labels better than chance (best {best.accuracy:.3f}, chance "
+        f"no linear classifier predicts these labels better than chance (best {best.score:.3f}, chance "
         f"{chance:.3f}): check the labels before you train"
     ]

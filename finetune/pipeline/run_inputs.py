@@ -13,7 +13,6 @@ from finetune.errors import UsageError
 from finetune.features.network import fetch, resolve_preprocessing, take_channels
 from finetune.recipe import Recipe
 from finetune.system.display import Display
-from finetune.targets import SINGLE
 from pretrained.catalog import Card, find_card
 
 
@@ -40,7 +39,7 @@ def check_target(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse settings that the labels do not have.
 
     Raises:
-        UsageError: classes are weighted, smoothed or mixed, and labels are numbers; or a stage is searched.
+        UsageError: classes are weighted, smoothed or mixed, and labels are numbers.
     """
     training, target = recipe.training, dataset.target
     asked = {
@@ -52,9 +51,6 @@ def check_target(recipe: Recipe, dataset: Dataset) -> None:
     key = next((key for key, is_set in asked.items() if is_set), None)
     if key is not None and not target.has_classes:
         raise UsageError(key, "labels are numbers, and have no classes", "Leave it out.")
-    if recipe.strategy.features == "best" and target != SINGLE:
-        found = "the best stage is searched for with one class an image only"
-        raise UsageError("strategy.features=best", found, "Take all, last or the name of a stage.")
 
 
 def limit_augmentation(recipe: Recipe, card: Card, display: Display) -> Recipe:

@@ -29,8 +29,10 @@ from finetune.runs.claim import Claim
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display, SilentDisplay
 from finetune.system.temporary import temporary_folder
+from finetune.targets import METRIC_NAMES
 from finetune.training.checkpoint import CheckpointStore
 from finetune.training.freeze import digest_frozen
+from finetune.training.state import find_score
 from finetune.training.task import Task
 from finetune.training.trainer import Trainer
 from finetune.training.trunk import FeatureLoader
@@ -48,6 +50,7 @@ def verify(
     evidence: Evidence,
     decision: Decision,
     groups: Mapping[str, int],
+    metric: str,
     display: Display,
 ) -> tuple[Decision, dict[str, float] | None]:
     """Return the decision for the better of its linear classifier and a briefly trained last stage.
@@ -57,11 +60,16 @@ def verify(
         evidence: evidence that the decision was made from.
         decision: decision of the rule.
         groups: number of the group of each image, by path; the images of a group are held out together.
+        metric: score by which training is measured.
         display: progress display.
 
     Returns:
-        The decision, and the two accuracies by strategy; None if nothing could be tried.
+        The decision, and the two scores by strategy; None if nothing could be tried.
     """
+    if evidence.metric != metric:
+        names = METRIC_NAMES[evidence.metric], METRIC_NAMES[metric]
+        display.say(f"not verified: the classifier is measured by {names[0]}, and training by {names[1]}")
+        return decision, None
     if decision.cell.name == "full":
         display.say("not verified: full fine-tuning cannot be tried on cached features")
         return decision, None
@@ -69,9 +77,10 @@ def verify(
     if trained is None:
         display.say("not verified: the network cannot be cut below its last stage")
         return decision, None
-    solved = next(c for c in evidence.candidates if c.features == decision.features).accuracy
+    solved = next(c for c in evidence.candidates if c.features == decision.features).score
+    name = METRIC_NAMES[metric]
     reason = (
-        f"verified: accuracy {trained:.3f} of the last stage trained briefly, {solved:.3f} of the classifier"
+        f"verified: {name} {trained:.3f} of the last stage trained briefly, {solved:.3f} of the classifier"
     )
     if trained > solved:
         keys = {"name": "top", **TOP.keys, "probe_first": True, "floor": decision.features}
@@ -82,7 +91,7 @@ def verify(
 
 
 def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> float | None:
-    """Return the cross-validated accuracy of a briefly trained last stage; None if it cannot be cut off."""
+    """Return the cross-validated score of a briefly trained last stage; None if it cannot be cut off."""
     changes = {
         "strategy": recipe.strategy.model_copy(update={"name": "top"}),
         "input": recipe.input.model_copy(update={"augmentation": "none"}),
@@ -104,16 +113,17 @@ def _try_top(recipe: Recipe, groups: Mapping[str, int], display: Display) -> flo
                 return None
             labels = whole.labels
             pretrained = copy.deepcopy(network.state_dict())
-            folds = draw_folds(labels, NUM_FOLDS, recipe.seed, _number(whole.samples, groups))
-            hits, total = 0.0, int((folds >= 0).sum())
+            strata = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.int64)
+            folds = draw_folds(strata, NUM_FOLDS, recipe.seed, _number(whole.samples, groups))
+            scores, total = 0.0, int((folds >= 0).sum())
             with display.track("training briefly", int(folds.max()) + 1) as advance:
                 for fold in range(int(folds.max()) + 1):
                     network.load_state_dict(pretrained)
                     train, held = _subset(whole, folds != fold, True), _subset(whole, folds == fold, False)
                     task = _task(setup, train, held, dataset.num_classes, loaders.cut_network)
-                    hits += _train(setup, task, folder / str(fold)) * len(held.samples)
+                    scores += _train(setup, task, folder / str(fold)) * len(held.samples)
                     advance(1, "")
-            return hits / max(total, 1)
+            return scores / max(total, 1)
 
 
 def _number(samples: Sequence[Sample], groups: Mapping[str, int]) -> Tensor:
@@ -157,7 +167,7 @@ def _task(
 
 
 def _train(setup: RunSetup, task: Task, path: Path) -> float:
-    """Return the accuracy of the last epoch on the held-out images."""
+    """Return the score of the last epoch on the held-out images."""
     folder = RunFolder(path)
     folder.checkpoints.mkdir(parents=True)
     precision = setup.recipe.training.precision
@@ -171,4 +181,5 @@ def _train(setup: RunSetup, task: Task, path: Path) -> float:
         display=SilentDisplay(),
     )
     trainer.standardize_head()
-    return trainer.fit().history[-1]["eval_accuracy"]
+    row = trainer.fit().history[-1]
+    return row[f"eval_{find_score(row)}"]

@@ -37,16 +37,22 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def draw_probe(
-    path: Path, layers: Sequence[str], curves: Mapping[str, Curve], chance: float, title: str
+    path: Path,
+    layers: Sequence[str],
+    curves: Mapping[str, Curve],
+    chance: float,
+    title: str,
+    metric: str = "accuracy",
 ) -> None:
-    """Draw the accuracy of classifiers on the features of each layer, in order of depth; mark the best.
+    """Draw the score of classifiers on the features of each layer, in order of depth; mark the best.
 
     Args:
         path: path of the PNG.
         layers: names of the layers in order of depth; at least one.
         curves: one to seven curves by classifier, each with a value for every layer.
-        chance: accuracy of a random guess, in [0, 1].
+        chance: score of a predictor that sees no image.
         title: text above the plot.
+        metric: name of the score.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -67,12 +73,12 @@ def draw_probe(
     lowest = min(chance, *(value - error for value, error in points))
     highest = max(value + error for value, error in points)
     margin = 0.08 * (highest - lowest) + 0.01
-    axes.set_ylim(max(0.0, lowest - margin), highest + 1.6 * margin)
+    axes.set_ylim(max(min(0.0, lowest), lowest - margin), highest + 1.6 * margin)
     axes.set_xlim(-0.4, len(layers) - 0.6)
     _mark_best(axes, layers, curves)
     ends = {name: mean[-1] for name, (mean, _) in curves.items()}
     _label_ends(axes, [*ends, f"chance {chance:.3g}"], [*ends.values(), chance])
-    axes.set(xlabel="layer, from the first to the last", ylabel="accuracy, and its standard deviation")
+    axes.set(xlabel="layer, from the first to the last", ylabel=f"{metric}, and its standard deviation")
     axes.set_title(wrap(title, 80), loc="left")
     write_figure(path, figure)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import PreparedDataset
-from finetune.data.prepare import check_outside, draw_evenly, read_images, require_labels
+from finetune.data.prepare import check_outside, draw_evenly, read_images, require_classes
 from finetune.errors import DataError, UsageError, count
 from finetune.evaluation.intervals import compute_wilson
 from finetune.evaluation.label_issues import leave_changed_out
@@ -166,7 +166,7 @@ def audit(recipe: Recipe, output: Path, display: Display, run: Path | None = Non
 def _open(recipe: Recipe, output: Path, display: Display, run: Path | None) -> Source:
     """Return the training images, at most 2,000, seen whole: the border is cropped for no other reason."""
     dataset = open_images(recipe, display)
-    require_labels(dataset, recipe)
+    require_classes(dataset, recipe)
     if recipe.input.crop_pct == "auto":
         recipe = recipe.model_copy(update={"input": recipe.input.model_copy(update={"crop_pct": 1.0})})
     recipe = take_channels(recipe, dataset)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.targets.columns import name_probabilities
-from finetune.targets.target import SEPARATOR, ClassWeights, Target
+from finetune.targets.target import SEPARATOR, ClassWeights, Target, share_explained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,7 @@ class MultiLabel(Target):
 
     kind = "multi"
     score = "map"
+    share = "r2"
     solver = "logreg"
     activation = "sigmoid"
     has_classes = True
@@ -123,6 +124,10 @@ class MultiLabel(Target):
         found = average_precisions(outputs, labels)
         known = found[~found.isnan()]
         return known.mean().item() if len(known) else 0.0
+
+    def score_each(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        """Return what each image adds to R squared of 0 and 1, averaged over classes."""
+        return share_explained(predicted, labels)
 
     def decide(self, probabilities: Tensor) -> Tensor:
         """Return which classes are named, (N, K) bool, from probabilities (N, K)."""

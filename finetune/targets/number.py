@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Self
 
-from finetune.targets.target import ClassWeights, Target
+from finetune.targets.target import ClassWeights, Target, share_explained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ class Number(Target):
 
     kind = "number"
     score = "r2"
+    share = "r2"
     solver = "ridge"
     activation = "identity"
     has_classes = False
@@ -123,3 +124,7 @@ class Number(Target):
         errors = (outputs.double() - labels.double()).square().sum().item()
         spread = (labels.double() - labels.double().mean()).square().sum().item()
         return 1 - errors / spread if spread else 0.0
+
+    def score_each(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        """Return what each image adds to R squared."""
+        return share_explained(predicted, labels)

@@ -196,6 +196,7 @@ class SingleLabel(Target):
 
     kind = "single"
     score = "accuracy"
+    share = "accuracy"
     solver = "softmax"
     activation = "softmax"
     has_classes = True
@@ -255,6 +256,10 @@ class SingleLabel(Target):
     def compute_score(self, outputs: Tensor, labels: Tensor) -> float:
         """Return the accuracy, in [0, 1]."""
         return (decide(outputs) == labels).double().mean().item()
+
+    def score_each(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        """Return 1 where the class of the highest score is the label, else 0."""
+        return (decide(predicted) == labels).double()
 
     def compute_monitored(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return ``accuracy`` and ``loss``."""

@@ -30,6 +30,7 @@ class Target(ABC):
     Attributes:
         kind: name in recipes and files.
         score: name of the metric that chooses the best epoch; higher is better.
+        share: name of the metric that is a mean over images (:meth:`score_each`); higher is better.
         solver: kind of the linear classifier (:mod:`finetune.features.solvers`) that has the training loss.
         activation: function that turns the network's outputs into answers, as a model card names it.
         has_classes: whether outputs are classes, which can be weighted, smoothed and mixed.
@@ -38,6 +39,7 @@ class Target(ABC):
 
     kind: ClassVar[TargetKind]
     score: ClassVar[str]
+    share: ClassVar[str]
     solver: ClassVar[Literal["softmax", "logreg", "ridge"]]
     activation: ClassVar[str]
     has_classes: ClassVar[bool]
@@ -120,10 +122,37 @@ class Target(ABC):
     def compute_score(self, outputs: Tensor, labels: Tensor) -> float:
         """Return the metric that chooses the best epoch."""
 
+    @abstractmethod
+    def score_each(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        """Return what each image adds to the metric :attr:`share`, which is the mean of them, (N,) float64.
+
+        So differences between two predictors have a paired standard error over images.
+
+        Args:
+            predicted: scores of classes (N, K), or estimates of the labels' own numbers (N, K).
+            labels: as :meth:`encode` gives them, (N,) or (N, K).
+        """
+
     def compute_monitored(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the metrics that are computed after each epoch, by name: the score, and ``loss``."""
         loss = self.compute_losses(outputs, labels).mean().item()
         return {self.score: self.compute_score(outputs, labels), "loss": loss}
+
+
+def share_explained(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Return what each image adds to R squared, averaged over columns, (N,) float64.
+
+    Columns without spread, of which nothing can be explained, are left out.
+
+    Args:
+        predicted: estimates (N, K).
+        labels: numbers (N, K).
+    """
+    truth = labels.double()
+    spread = (truth - truth.mean(dim=0)).square().mean(dim=0)
+    known = spread > 0
+    errors = (predicted.double() - truth).square()[:, known] / spread[known]
+    return 1 - errors.mean(dim=1) if known.any() else errors.sum(dim=1)
 
 
 def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: str) -> bool:

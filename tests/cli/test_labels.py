@@ -13,6 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import finetune
+from finetune.data.discover import discover
+from finetune.data.prepare import draw_evenly
+from finetune.data.split import SplitConfig
 from finetune.errors import ExitCode
 from tests.conftest import QUICK_RUN, Cli
 
@@ -89,13 +92,14 @@ def test_a_run_judges_its_kind(run: Path, kind: str) -> None:
     assert ("confusion" in page.lower()) == (run / "confusion_matrix.csv").exists() is False
 
 
-@pytest.mark.parametrize("strategy", ["solved", "freeze", "top", "scratch"])
+@pytest.mark.parametrize("strategy", ["solved", "best", "freeze", "top", "scratch"])
 def test_every_strategy_learns_it(kind: str, strategy: str, tables: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ["-s", "freeze", "--set", "strategy.features=all"] if strategy == "solved" else ["-s", strategy]
+    features = {"solved": "all", "best": "best"}.get(strategy)
+    words = ["-s", "freeze", "--set", f"strategy.features={features}"] if features else ["-s", strategy]
     invoke("run", "-b", tiny, "-d", tables / f"{kind}.csv", *words, *QUICK_RUN, "-o", tmp_path / "run")
     metrics = read(tmp_path / "run" / "metrics.json")
     assert np.isfinite(metrics[{"multi": "map", "number": "r2"}[kind]])
-    if strategy == "solved":
+    if features:
         assert metrics[{"multi": "map", "number": "r2"}[kind]] > 0.5
 
 
@@ -160,20 +164,45 @@ def test_a_stopped_run_ends_in_the_same_bits(
         assert (again / name).read_bytes() == (run / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (("-s", "auto"), ExitCode.DATA),
-        (("-s", "freeze", "--set", "strategy.features=best"), ExitCode.USAGE),
-        (("--target", "boxes"), ExitCode.USAGE),
-    ],
-)
-def test_what_works_on_classes_only_is_refused(
-    kind: str, words: tuple[str, ...], code: ExitCode, tables: Path, tiny: Path, tmp_path: Path, cli: Cli
-) -> None:
-    result = cli("run", "-b", tiny, "-d", tables / f"{kind}.csv", *words, "-o", tmp_path / "run")
-    assert result.exit_code == code, result.output
+def test_an_unknown_kind_is_refused(kind: str, tables: Path, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    words = ("-d", tables / f"{kind}.csv", "--target", "boxes", "-o", tmp_path / "run")
+    result = cli("run", "-b", tiny, *words)
+    assert result.exit_code == ExitCode.USAGE, result.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verify", ["false", "true"])
+def test_a_strategy_is_chosen_for_it(
+    kind: str, verify: str, tables: Path, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    words = ("--set", f"advise.verify={verify}", *QUICK_RUN, "-o", tmp_path / "run")
+    said = cli("run", "-b", tiny, "-d", tables / f"{kind}.csv", "-s", "auto", *words)
+    assert said.exit_code == 0, said.output
+    assert "leave-one-out R squared" in said.output
+    assert ("not verified" in said.output) == (kind == "multi" and verify == "true")
+    advice = read(tmp_path / "run" / "advice.json")
+    assert advice["metric"] == "r2"
+    assert advice["normalised_leep"] is None
+    assert all(depth["score"] <= 1 and depth["score_error"] > 0 for depth in advice["depths"])
+    assert max(candidate["score"] for candidate in advice["candidates"]) > 0.3
+    score = {"multi": "map", "number": "r2"}[kind]
+    assert read(tmp_path / "run" / "metrics.json")[score] > 0.5
+
+
+def test_advice_is_given_for_it(kind: str, tables: Path, tiny: Path, tmp_path: Path) -> None:
+    said = invoke("advise", "-b", tiny, "-d", tables / f"{kind}.csv", "--workers", 0, "-o", tmp_path / "out")
+    assert "strategy: freeze" in said
+    assert (tmp_path / "out" / "probe.png").exists()
+
+
+def test_some_images_of_many_numbers_are_drawn_from_the_whole_range(tables: Path) -> None:
+    dataset = discover(tables / "number.csv", SplitConfig(0.2, 0)).prepared({})
+    few = draw_evenly(dataset, 20, 0)
+    values = sorted(float(few.label_of(sample)) for sample in few.samples)
+    every = sorted(float(dataset.label_of(sample)) for sample in dataset.of("train"))
+    assert len(values) == 20 and draw_evenly(dataset, 20, 1).samples != few.samples
+    tenth = len(every) // 10
+    assert values[1] <= every[2 * tenth] and values[-2] >= every[-2 * tenth]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import r2_score
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch import Tensor
 
 from finetune.features import transferability as neighbours
 from finetune.features.rows import FileRows, MemoryRows
-from finetune.features.transferability import classify, leave_one_out
+from finetune.features.transferability import classify, leave_one_out, score_neighbours
+from finetune.targets import MultiLabel
 
 
 def draw(num_rows: int, width: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,6 +48,15 @@ def test_leaving_one_out_is_scikit_learns() -> None:
     predicted = cross_val_predict(build_reference(), rows, labels, cv=LeaveOneOut())
     hits = leave_one_out(MemoryRows(rows), torch.arange(80), labels, 4)
     assert hits.tolist() == (predicted == labels.numpy()).tolist()
+
+
+def test_numbers_are_scikit_learns_means() -> None:
+    rows, labels = draw(80, 12, 4, 3)
+    numbers = torch.nn.functional.one_hot(labels, 4).float()
+    model = KNeighborsRegressor(5, weights=build_reference().weights, metric="cosine")
+    predicted = cross_val_predict(model, rows, numbers, cv=LeaveOneOut())
+    scores = score_neighbours(MemoryRows(rows), torch.arange(80), numbers, 4, MultiLabel())
+    assert scores.mean().item() == pytest.approx(r2_score(numbers, predicted), abs=1e-5)
 
 
 def test_only_the_chosen_images_count() -> None:

@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge, RidgeClassifierCV, RidgeCV
-from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.metrics import r2_score
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from torch import Tensor
 
 from finetune.errors import InternalError
 from finetune.features import ridge
-from finetune.features.ridge import PENALTIES, leave_groups_out, predict_others, solve_ridge
+from finetune.features.ridge import (
+    PENALTIES,
+    leave_groups_out,
+    predict_others,
+    score_left_out,
+    solve_ridge,
+)
 from finetune.features.rows import MemoryRows
+from finetune.targets import SINGLE, MultiLabel, Number
 from tests.features.test_solvers import draw, standardise
 from tests.pretend_device import pretended_device
 
@@ -44,6 +52,34 @@ def test_it_is_what_fitting_without_them_gives(number: int, width: int, group_si
     expected = leave_out_by_fitting(standardise(rows, train)[train], labels[train], groups, 3)
     assert hits.tolist() == expected.tolist()
     assert 0.3 < hits.float().mean() < 1
+
+
+@pytest.mark.parametrize(("number", "width"), SHAPES)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_numbers_are_left_out_by_fitting_without_them(number: int, width: int, columns: int) -> None:
+    rows, labels = draw(number, width, 3, seed=width)
+    numbers = torch.nn.functional.one_hot(labels, 3).float()[:, :columns] + 0.1 * rows[:, :1]
+    groups = torch.arange(number) // 2
+    scaled, errors, scores = standardise(rows, torch.arange(number)).numpy(), [], []
+    for penalty in PENALTIES:
+        model = Ridge(alpha=penalty * number, solver="cholesky")
+        predicted = cross_val_predict(model, scaled, numbers, groups=groups, cv=LeaveOneGroupOut())
+        predicted = predicted.reshape(number, columns)
+        errors.append(((numbers.numpy() - predicted) ** 2).sum())
+        scores.append(r2_score(numbers, predicted))
+    target = Number() if columns == 1 else MultiLabel()
+    every = torch.arange(number)
+    found = score_left_out(MemoryRows(rows), every, numbers, columns, target, groups=groups)
+    assert found.mean().item() == pytest.approx(scores[int(np.argmin(errors))], abs=1e-6)
+    assert not score_left_out(MemoryRows(rows), every, numbers, columns, target, groups=0 * groups).any()
+
+
+def test_scores_of_classes_are_hits() -> None:
+    rows, labels = draw(60, 20, 3)
+    groups = torch.arange(60) // 3
+    hits = leave_groups_out(MemoryRows(rows), torch.arange(60), labels, 3, groups=groups)
+    scores = score_left_out(MemoryRows(rows), torch.arange(60), labels, 3, SINGLE, groups=groups)
+    assert scores.tolist() == hits.double().tolist()
 
 
 @pytest.mark.sample(1)

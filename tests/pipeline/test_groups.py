@@ -51,7 +51,7 @@ def test_the_advice_counts_objects_and_promises_nothing(
     assert advice["num_looked_at"] == images
     assert objects <= advice["num_independent"] < images / 3
     assert "training images come in groups of look-alikes" in " ".join(done.stderr.split())
-    assert max(one["accuracy"] for one in advice["candidates"]) < 0.8  # 1.0 if views were held out alone
+    assert max(one["score"] for one in advice["candidates"]) < 0.8  # 1.0 if views were held out alone
     assert json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))["advice_gap"] is None
 
 
@@ -67,7 +67,7 @@ def test_a_brief_training_holds_groups_out_whole(cli: Cli, bursts: Path, tiny: P
 
 
 def advice(accuracy: float, number: int) -> dict[str, Any]:
-    return {"candidates": [{"accuracy": 0.1}, {"accuracy": accuracy}], "num_independent": number}
+    return {"candidates": [{"score": 0.1}, {"score": accuracy}], "num_independent": number}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_gap_is_told_where_the_intervals_do_not_meet(
         {},
         {"candidates": []},
         {"candidates": {"a": 1}, "num_independent": 3},
-        {"candidates": [{"accuracy": "x"}], "num_independent": "y"},
+        {"candidates": [{"score": "x"}], "num_independent": "y"},
         advice(float("nan"), 3),
         advice(0.9, 0),
         advice(0.9, -1),

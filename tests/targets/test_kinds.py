@@ -94,6 +94,26 @@ def test_exact_outputs_have_the_best_score(target: Target) -> None:
     assert target.compute_score(-best, labels) < 0.9
 
 
+def test_the_score_of_images_has_the_metric_as_its_mean(target: Target) -> None:
+    outputs, labels, _ = make(target, 60)
+    each = target.score_each(outputs, labels)
+    assert each.shape == (60,)
+    assert each.dtype == torch.float64
+    if target == SINGLE:
+        expected = float((outputs.argmax(dim=1) == labels).double().mean())
+    else:
+        expected = float(r2_score(labels, outputs, multioutput="uniform_average"))
+    assert each.mean().item() == pytest.approx(expected)
+    if target.share == target.score:
+        assert target.compute_score(outputs, labels) == pytest.approx(expected)
+
+
+def test_what_does_not_vary_explains_nothing() -> None:
+    labels = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    assert MultiLabel().score_each(labels, labels).tolist() == [1.0, 1.0]  # of the second class alone
+    assert Number().score_each(torch.ones(3, 1), torch.ones(3, 1)).tolist() == [0.0] * 3
+
+
 def test_facts_come_back_from_a_models_files(target: Target) -> None:
     if target == SINGLE:
         assert read_target({}) == read_target(target.to_facts()) == SINGLE

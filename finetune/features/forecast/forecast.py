@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import Dataset
-from finetune.data.prepare import check_outside, require_labels
+from finetune.data.prepare import check_outside, require_classes
 from finetune.errors import DataError, UsageError, count
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.forecast.extrapolation import LEVEL, CurveSample, find_interval, fit_curves
@@ -150,7 +150,7 @@ def forecast(recipe: Recipe, target: float | None, output: Path, display: Displa
         if target is not None:
             check_target(target)
         dataset = open_images(recipe, display)
-        require_labels(dataset, recipe)
+        require_classes(dataset, recipe)
         check_counts(dataset.classes, torch.tensor([one.label for one in dataset.samples]), recipe)
         recipe = take_channels(recipe, dataset)
         network = open_network(recipe, display)
