@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,23 +10,22 @@ import typer
 
 from finetune.cli.options import JsonOption
 from finetune.cli.output import handled_errors, print_json, print_line, print_table
+from finetune.targets import METRIC_NAMES
 
 if TYPE_CHECKING:
     from finetune.evaluation.compare_runs import ComparisonResult
 
-_COLUMNS = (
-    "run",
-    "backbone",
-    "strategy",
-    "accuracy",
-    "95 % interval",
-    "balanced",
-    "macro F1",
-    "loss",
-    "ECE",
-    "seconds",
-    "learned",
-)
+_TITLES = {
+    "balanced_accuracy": "balanced",
+    "f1_micro": "micro F1",
+    "f1_macro": "macro F1",
+    "loss": "loss",
+    "ece": "ECE",
+    "spearman": "rank correlation",
+    "mae": "mean absolute error",
+}
+"""Headings of metrics beside the score."""
+_COSTS = ("seconds", "learned")
 
 
 def compare_command(
@@ -52,19 +51,23 @@ def compare_command(
 
 
 def _print(result: ComparisonResult) -> None:
-    print_table(_COLUMNS, [_cells(row) for row in result.rows])
+    score = result.metric
+    details = [name for name in result.rows[0] if name in _TITLES]
+    titles = [_TITLES[name] for name in details]
+    columns = ("run", "backbone", "strategy", METRIC_NAMES[score], "95 % interval", *titles, *_COSTS)
+    print_table(columns, [_cells(row, score, details) for row in result.rows])
     print_line()
     for pair in result.pairs:
         print_line(f"{pair.sentence}, on {pair.num_images} images")
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    low, high = row["accuracy_low"], row["accuracy_high"]
+def _cells(row: Mapping[str, Any], score: str, details: Sequence[str]) -> list[str]:
+    low, high = row[f"{score}_low"], row[f"{score}_high"]
     interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-    metrics = [_number(row[key], ".4f") for key in ("balanced_accuracy", "f1_macro", "loss", "ece")]
+    metrics = [_number(row[key], ".4f") for key in details]
     solved = " (solved)" if row["solved_on"] else ""
     names = [str(row["run"]), str(row["backbone"] or "-"), f"{row['strategy'] or '-'}{solved}"]
-    return [*names, _number(row["accuracy"], ".4f"), interval, *metrics, *_costs(row)]
+    return [*names, _number(row[score], ".4f"), interval, *metrics, *_costs(row)]
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:

@@ -12,29 +12,26 @@ import numpy as np
 
 from finetune.errors import DataError, UsageError, count, sanitize
 from finetune.evaluation.answers import RunAnswers, load_answers
+from finetune.evaluation.paired_scores import PairedScores, ScoredRun, compare_scores
 from finetune.evaluation.paired_tests import PairedTest, Rights, compare_pairs
+from finetune.evaluation.resampling import Floats
+from finetune.evaluation.summary import JUDGES
 from finetune.plots.intervals import Difference, Estimate, draw_comparison
 from finetune.plots.svg import Plot
 from finetune.runs.files import write_csv, write_json, write_text
 from finetune.runs.new_folder import new_folder
 from finetune.system.display import Display
+from finetune.targets import METRIC_NAMES, SINGLE
 
 MOST_FOR_ALL_PAIRS = 4
 """Largest number of runs that are compared pairwise; more are compared with the first one only."""
 
-_PAIR_COLUMNS = (
-    "first",
-    "second",
-    "images",
-    "only_first",
-    "only_second",
-    "difference",
-    "low",
-    "high",
-    "p_value",
-    "p_corrected",
-    "claimed",
-)
+_DETAILS = {
+    "accuracy": ("balanced_accuracy", "f1_macro", "loss"),
+    "map": ("f1_micro", "f1_macro"),
+    "r2": ("spearman", "mae"),
+}
+"""Further metrics of the table, by the score."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,14 @@ class ComparisonResult:
     Attributes:
         rows: the table, one row per run; values that a run does not record are None.
         pairs: the paired test of each pair of runs.
+        metric: name of the score that is compared.
         warnings: reasons why the metrics may not be comparable, or optimistic.
     """
 
     rows: list[dict[str, Any]]
-    pairs: list[PairedTest]
+    pairs: list[PairedTest] | list[PairedScores]
     warnings: list[str]
+    metric: str = "accuracy"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``comparison.json``."""
@@ -58,7 +57,7 @@ class ComparisonResult:
             | {"difference": pair.difference, "claimed": pair.is_claimed, "sentence": pair.sentence}
             for pair in self.pairs
         ]
-        return {"runs": self.rows, "pairs": pairs, "warnings": self.warnings}
+        return {"metric": self.metric, "runs": self.rows, "pairs": pairs, "warnings": self.warnings}
 
 
 def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -> ComparisonResult:
@@ -80,12 +79,13 @@ def compare_runs(paths: Sequence[Path], output: Path | None, display: Display) -
     with_first = [(runs[0], other) for other in runs[1:]]
     chosen = list(combinations(runs, 2)) if len(runs) <= MOST_FOR_ALL_PAIRS else with_first
     warnings = _find_faults(runs)
-    rights = []
+    pairs = []
     for first, second in chosen:
         shared = _find_shared(first, second)
         warnings += _describe_left_out(first, second, len(shared)) + _compare_training(first, second)
-        rights.append((first.name, _rights(first, shared), second.name, _rights(second, shared)))
-    result = ComparisonResult([_describe(run) for run in runs], compare_pairs(rights), warnings)
+        pairs.append((first, second, shared))
+    rows = [_describe(run) for run in runs]
+    result = ComparisonResult(rows, _compare_pairs(pairs), warnings, runs[0].target.score)
     for warning in warnings:
         display.warn(warning)
     if output is not None:
@@ -115,6 +115,11 @@ def _load(paths: Sequence[Path]) -> list[RunAnswers]:
 def _check_classes(runs: Sequence[RunAnswers]) -> None:
     first = runs[0]
     for run in runs[1:]:
+        if run.target != first.target:
+            found = f"one has the score {METRIC_NAMES[first.target.score]}, the other "
+            fix = "Compare runs with labels of one kind."
+            asked = f"comparing {first.name} and {run.name}"
+            raise DataError(asked, found + METRIC_NAMES[run.target.score], fix)
         if set(run.classes) != set(first.classes):
             others = sorted(set(run.classes) ^ set(first.classes))
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -143,6 +148,29 @@ def _find_shared(first: RunAnswers, second: RunAnswers) -> list[str]:
         if first.digests[path] != second.digests[path]:
             raise DataError(asked, f"{path} is not the same image in both (by its sha256)", fix)
     return shared
+
+
+def _compare_pairs(
+    pairs: Sequence[tuple[RunAnswers, RunAnswers, list[str]]],
+) -> list[PairedTest] | list[PairedScores]:
+    """Compare pairs of runs on the images that they share, by the score of their labels."""
+    target = pairs[0][0].target
+    if target == SINGLE:
+        return compare_pairs(
+            [(one.name, _rights(one, paths), two.name, _rights(two, paths)) for one, two, paths in pairs]
+        )
+    scored = []
+    for first, second, paths in pairs:
+        labels = target.encode([first.answers[path][0] for path in paths], first.classes)
+        runs = [ScoredRun(run.name, _values(run, paths, first.classes)) for run in (first, second)]
+        scored.append((runs[0], runs[1], labels))
+    return compare_scores(scored, JUDGES[target.kind], target.score)
+
+
+def _values(run: RunAnswers, paths: Sequence[str], classes: Sequence[str]) -> Floats:
+    """Return what a run predicted for images (N, K), classes in the order of the first run."""
+    order = [run.classes.index(name) for name in classes] or [0]
+    return np.array([run.values[path] for path in paths])[:, order]
 
 
 def _rights(run: RunAnswers, paths: Sequence[str]) -> Rights:
@@ -200,7 +228,8 @@ def _describe(run: RunAnswers) -> dict[str, Any]:
     metrics = run.metrics
     models = metrics.get("models")
     seconds, calibration = metrics.get("seconds") or {}, metrics.get("calibration") or {}
-    low, high = (metrics.get("intervals") or {}).get("accuracy") or (None, None)
+    score = run.target.score
+    low, high = (metrics.get("intervals") or {}).get(score) or (None, None)
     return {
         "run": run.name,
         "path": str(run.folder.path),
@@ -209,13 +238,11 @@ def _describe(run: RunAnswers) -> dict[str, Any]:
         "solved_on": ", ".join(map(str, metrics.get("features") or ())) or None,
         "split": metrics.get("split"),
         "images": len(run.answers),
-        "accuracy": metrics["accuracy"],
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "balanced_accuracy": metrics.get("balanced_accuracy"),
-        "f1_macro": metrics.get("f1_macro"),
-        "loss": metrics.get("loss"),
-        "ece": calibration.get("ece_calibrated"),
+        score: metrics[score],
+        f"{score}_low": low,
+        f"{score}_high": high,
+        **{name: metrics.get(name) for name in _DETAILS[score]},
+        **({"ece": calibration.get("ece_calibrated")} if run.target == SINGLE else {}),
         "seconds": seconds.get("total"),
         "learned": run.num_learned,
     }
@@ -224,36 +251,32 @@ def _describe(run: RunAnswers) -> dict[str, Any]:
 def _write(result: ComparisonResult, folder: Path) -> None:
     rows = result.rows
     write_csv(folder / "runs.csv", [tuple(row.values()) for row in rows], tuple(rows[0]))
-    pairs = [
-        (
-            pair.first,
-            pair.second,
-            pair.num_images,
-            pair.only_first,
-            pair.only_second,
-            pair.difference,
-            *pair.interval,
-            pair.p_value,
-            pair.p_corrected,
-            "yes" if pair.is_claimed else "no",
-        )
-        for pair in result.pairs
-    ]
-    write_csv(folder / "pairs.csv", pairs, _PAIR_COLUMNS)
+    pairs = [_to_row(pair) for pair in result.pairs]
+    write_csv(folder / "pairs.csv", [tuple(row.values()) for row in pairs], tuple(pairs[0]))
     write_json(folder / "comparison.json", result.to_dict())
     write_text(folder / "comparison.svg", _draw(result).file)
 
 
+def _to_row(pair: PairedTest | PairedScores) -> dict[str, Any]:
+    row: dict[str, Any] = {"first": pair.first, "second": pair.second, "images": pair.num_images}
+    if isinstance(pair, PairedTest):
+        row |= {"only_first": pair.only_first, "only_second": pair.only_second}
+    low, high = pair.interval
+    row |= {"difference": pair.difference, "low": low, "high": high}
+    row |= {"p_value": pair.p_value, "p_corrected": pair.p_corrected}
+    return row | {"claimed": "yes" if pair.is_claimed else "no"}
+
+
 def _draw(result: ComparisonResult) -> Plot:
-    accuracies = [_estimate(row) for row in result.rows]
+    scores = [_estimate(row, result.metric) for row in result.rows]
     differences = [
         Difference(pair.first, pair.second, pair.difference, pair.interval, pair.is_claimed)
         for pair in result.pairs
     ]
-    return draw_comparison(accuracies, differences)
+    return draw_comparison(scores, differences, METRIC_NAMES[result.metric])
 
 
-def _estimate(row: dict[str, Any]) -> Estimate:
-    low, high = row["accuracy_low"], row["accuracy_high"]
+def _estimate(row: dict[str, Any], metric: str) -> Estimate:
+    low, high = row[f"{metric}_low"], row[f"{metric}_high"]
     interval = None if low is None or high is None else (float(low), float(high))
-    return str(row["run"]), float(row["accuracy"]), interval
+    return str(row["run"]), float(row[metric]), interval

@@ -9,7 +9,7 @@ Shape legend: N images, K classes, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +78,11 @@ class MultiLabelJudge:
         together = (predictions.labels.T @ predictions.labels).long().tolist()
         rows = [(name, *counts) for name, counts in zip(classes, together, strict=True)]
         write_csv(folder.cooccurrence, rows, ("label", *classes))
+
+    def weigh_score(self, values: Floats, labels: Tensor) -> Callable[[Weights], Floats]:
+        """Return the mean average precision as a function of weights."""
+        truth = labels.numpy() > 0
+        return lambda weights: _weigh_precision(values, truth, weights)
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         """Return mean average precision with its interval, and micro and macro F1."""

@@ -10,7 +10,7 @@ Shape legend: N images, R resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +89,11 @@ class NumberJudge:
             for image, value in zip(images, values.tolist(), strict=True)
         )
         write_predictions(folder, ("path", "label", "predicted", *ends), rows)
+
+    def weigh_score(self, values: Floats, labels: Tensor) -> Callable[[Weights], Floats]:
+        """Return R squared as a function of weights."""
+        truth = labels[:, 0].double().numpy()
+        return lambda weights: _weigh_r2(values[:, 0], truth, weights)
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         """Return R squared with its interval, rank correlation and mean absolute error."""

@@ -74,23 +74,43 @@ class PairedTest:
     @property
     def sentence(self) -> str:
         """The result as a sentence."""
-        first, second, points, (low, high) = self.first, self.second, self.difference, self.interval
-        if points < 0:
-            first, second, points, low, high = second, first, -points, -high, -low
-        numbers = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {self._describe_p()}"
-        if self.is_claimed:
-            return f"{second} is better than {first} by {100 * points:.1f} points ({numbers})"
-        has = f"{second} has {100 * points:.1f} points more" if points else "their accuracies are equal"
-        return f"no difference can be claimed between {self.first} and {self.second} ({has}; {numbers})"
-
-    def _describe_p(self) -> str:
-        alone = f"McNemar {_format_p(self.p_value)}"
-        if self.num_pairs == 1:
-            return alone
-        return f"{alone}, corrected for {self.num_pairs} comparisons {_format_p(self.p_corrected)}"
+        said = f"McNemar {format_p(self.p_value)}"
+        if self.num_pairs > 1:
+            said += f", corrected for {self.num_pairs} comparisons {format_p(self.p_corrected)}"
+        names = self.first, self.second
+        return describe_difference(names, self.difference, self.interval, self.is_claimed, said)
 
 
-def _format_p(p_value: float) -> str:
+def describe_difference(
+    names: tuple[str, str],
+    difference: float,
+    interval: tuple[float, float],
+    is_claimed: bool,
+    said: str,
+    unit: str = "",
+) -> str:
+    """Return a sentence about the difference of two runs.
+
+    Args:
+        names: names of the first and the second run.
+        difference: score of the second minus that of the first.
+        interval: its 95 % interval.
+        is_claimed: whether the difference may be claimed.
+        said: what is said of its p-value.
+        unit: what points are of, after a space.
+    """
+    (first, second), points, (low, high) = names, difference, interval
+    if points < 0:
+        first, second, points, low, high = second, first, -points, -high, -low
+    numbers = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {said}"
+    if is_claimed:
+        return f"{second} is better than {first} by {100 * points:.1f} points{unit} ({numbers})"
+    has = f"{second} has {100 * points:.1f} points{unit} more" if points else "they are equal"
+    return f"no difference can be claimed between {names[0]} and {names[1]} ({has}; {numbers})"
+
+
+def format_p(p_value: float) -> str:
+    """Return a p-value with two digits."""
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
 
 

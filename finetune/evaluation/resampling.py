@@ -27,6 +27,26 @@ def resample(
     A metric that has the same value in every draw has no interval, since its spread is unknown.
 
     Args:
+        num_images, metrics, seed: see :func:`draw_values`.
+    """
+    found = {name: find_middle(values) for name, values in draw_values(num_images, metrics, seed).items()}
+    return {name: [*ends] for name, ends in found.items() if ends is not None}
+
+
+def find_middle(values: Floats) -> tuple[float, float] | None:
+    """Return the ends of the middle 95 % of values (R,); None if they are all the same, or none."""
+    if not len(values):
+        return None
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return (float(low), float(high)) if low < high else None
+
+
+def draw_values(
+    num_images: int, metrics: Mapping[str, Callable[[Weights], Floats]], seed: int = 0
+) -> dict[str, Floats]:
+    """Return each metric's values over images drawn with replacement, (R,) or fewer, none of them NaN.
+
+    Args:
         num_images: number of evaluated images (N), at least one.
         metrics: functions from weights (R, N) to values (R,), NaN where a draw has no value.
         seed: seed of the draws.
@@ -39,12 +59,5 @@ def resample(
         weights = rng.multinomial(num_images, even, size=number).astype(np.float64)
         for name, compute in metrics.items():
             values[name].append(compute(weights))
-    found = {}
-    for name, parts in values.items():
-        every = np.concatenate(parts)
-        every = every[~np.isnan(every)]
-        if len(every):
-            low, high = np.quantile(every, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-            if low < high:
-                found[name] = [float(low), float(high)]
-    return found
+    every = {name: np.concatenate(parts) for name, parts in values.items()}
+    return {name: drawn[~np.isnan(drawn)] for name, drawn in every.items()}

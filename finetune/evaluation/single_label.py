@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from finetune.evaluation.calibration import calibrate, find_thresholds
 from finetune.evaluation.intervals import compute_intervals
 from finetune.evaluation.metrics import compute_confusion, compute_metrics, list_by_class
 from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.resampling import Floats, Weights
 from finetune.evaluation.tables import EvaluatedImage, Summary, write_predictions
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.targets import (
     CLASS_METRICS,
     PREDICTION_COLUMNS,
+    decide,
     decide_with_confidence,
     name_probabilities,
 )
@@ -56,6 +61,11 @@ class SingleLabelJudge:
         table = [(name, *counts) for name, counts in zip(classes, confusion.tolist(), strict=True)]
         write_csv(folder.confusion_matrix, table, ("label", *classes))
         write_csv(folder.per_class, list_by_class(predictions, classes), ("label", *CLASS_METRICS))
+
+    def weigh_score(self, values: Floats, labels: Tensor) -> Callable[[Weights], Floats]:
+        """Return the accuracy as a function of weights."""
+        hits = (decide(torch.from_numpy(values)) == labels).double().numpy()
+        return lambda weights: weights @ hits / weights.sum(axis=1)
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         """Return accuracy with its interval, balanced accuracy and macro F1."""

@@ -5,12 +5,15 @@ A :class:`Judge` computes the metrics of one kind and writes its tables; :data:`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from finetune.evaluation.multi_label import MultiLabelJudge
 from finetune.evaluation.number import NumberJudge
 from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.resampling import Floats, Weights
 from finetune.evaluation.single_label import SingleLabelJudge
 from finetune.evaluation.tables import EvaluatedImage, Summary
 from finetune.runs.folder import RunFolder
@@ -42,6 +45,15 @@ class Judge(Protocol):
         classes: Sequence[str],
     ) -> None:
         """Write ``predictions.csv`` and the tables of the kind; predictions are those after calibration."""
+        ...
+
+    def weigh_score(self, values: Floats, labels: Tensor) -> Callable[[Weights], Floats]:
+        """Return the function that gives the score, (R,), of images weighted in R ways, (R, N).
+
+        Args:
+            values: probabilities of classes, or numbers, of each image (N, K).
+            labels: (N, ...), as the target encodes them; numbers in their own unit.
+        """
         ...
 
     def describe(self, metrics: Mapping[str, Any]) -> str:

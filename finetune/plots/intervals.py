@@ -63,22 +63,26 @@ def draw_intervals(rows: Sequence[Estimate]) -> Plot:
     return Plot("intervals", width, bottom + 22, title, Markup("").join(parts))
 
 
-def draw_comparison(accuracies: Sequence[Estimate], differences: Sequence[Difference]) -> Plot:
-    """Draw the accuracies of runs, and below them the differences of pairs; at least one of each.
+def draw_comparison(
+    scores: Sequence[Estimate], differences: Sequence[Difference], metric: str = "accuracy"
+) -> Plot:
+    """Draw the scores of runs, and below them the differences of pairs; at least one of each.
 
     Args:
-        accuracies: accuracies of the runs, in [0, 1].
-        differences: differences of the compared pairs, in [-1, 1].
+        scores: scores of the runs, fractions.
+        differences: differences of the compared pairs.
+        metric: name of the score.
     """
-    above, below = [_describe_run(run) for run in accuracies], [_describe_pair(pair) for pair in differences]
+    above, below = [_describe_run(run) for run in scores], [_describe_pair(pair) for pair in differences]
     longest = max(len(row.name) for row in (*above, *below))
     left = 16 + LETTER_WIDTH * min(longest, _LONGEST_LABEL) + 10
     middle = _TOP + _ROW * len(above) + _FOOT
     height = middle + _TOP + _ROW * len(below) + _FOOT
-    body = _draw_panel("accuracy in percent, with 95 % interval", above, left, 0.0, None) + _draw_panel(
+    body = _draw_panel(f"{metric} in percent, with 95 % interval", above, left, 0.0, None) + _draw_panel(
         "difference in points, with 95 % interval (grey: none can be claimed)", below, left, middle, 0.0
     )
-    return Plot("comparison", _WIDTH, height, "Accuracies, and differences of pairs", body)
+    title = f"{metric[:1].upper()}{metric[1:]} of runs, and differences of pairs"
+    return Plot("comparison", _WIDTH, height, title, body)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,11 @@ from finetune.data.dataset import SPLITS
 from finetune.recipe import Recipe
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import CsvRow, PredictionRow, RunReader
-from finetune.targets import SINGLE, MultiLabel, Number, Target
+from finetune.targets import Target, name_target
 
 EVALUATED = "evaluated"
 """Name of the split if it is unknown or mixed."""
 _TOLERANCE = 1e-6
-BARE: tuple[Target, ...] = (SINGLE, MultiLabel(), Number())
-"""The kinds of labels, to read them from tables."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,7 @@ class Facts:
     @cached_property
     def target(self) -> Target:
         """What the labels are; one class an image if the files do not say."""
-        kind = self.metrics.get("target")
-        return next((one for one in BARE if one.kind == kind), SINGLE)
+        return name_target(self.metrics.get("target"))
 
     def number(self, *keys: str) -> float | None:
         """Return a finite number of ``metrics.json`` by its nested keys; None if there is none."""

@@ -16,7 +16,11 @@ from finetune.system.display import SilentDisplay
 _TITLES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "map": "mean average precision",
+    "f1_micro": "micro F1",
     "f1_macro": "macro F1",
+    "r2": "R squared",
+    "mae": "mean absolute error",
     "roc_auc": "ROC AUC",
     "loss": "log loss",
     "num_samples": "images",

@@ -12,7 +12,7 @@ from finetune.targets.columns import (
     name_probabilities,
     read_classes,
 )
-from finetune.targets.kinds import KINDS, SINGLE, fit_target, read_target
+from finetune.targets.kinds import KINDS, SINGLE, fit_target, name_target, read_target
 from finetune.targets.metrics import (
     CARD_METRICS,
     CLASS_METRICS,
@@ -86,6 +86,7 @@ __all__ = [
     "make_unique",
     "name_answer_columns",
     "name_probabilities",
+    "name_target",
     "rank_classes",
     "read_classes",
     "read_target",

@@ -14,6 +14,11 @@ SINGLE = SingleLabel()
 KINDS: tuple[TargetKind, ...] = ("single", "multi", "number")
 
 
+def name_target(kind: object) -> Target:
+    """Return a kind by its name, for tables: numbers are in their own unit; one class for an unknown name."""
+    return {"multi": MultiLabel(), "number": Number()}.get(str(kind), SINGLE)
+
+
 def fit_target(kind: TargetKind, labels: Sequence[str]) -> Target:
     """Return a kind with what it takes from the labels of the training images."""
     if kind == "number":

@@ -223,10 +223,72 @@ def test_several_labels_are_weighted_smoothed_and_mixed(tables: Path, tiny: Path
     assert np.isfinite(read(tmp_path / "run" / "metrics.json")["map"])
 
 
+@pytest.fixture(scope="session")
+def solved(kind: str, tables: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp(f"solved-{kind}") / "solved"
+    words = ("-s", "freeze", "--set", "strategy.features=all", *QUICK_RUN)
+    invoke("run", "-b", tiny, "-d", tables / f"{kind}.csv", *words, "-o", output)
+    return output
+
+
+def test_runs_are_compared_by_their_score(
+    run: Path, solved: Path, kind: str, tmp_path: Path, cli: Cli
+) -> None:
+    said = cli("compare", run, solved, "-o", tmp_path / "out", "--json")
+    assert said.exit_code == 0, said.output
+    found = read(tmp_path / "out" / "comparison.json")
+    score = {"multi": "map", "number": "r2"}[kind]
+    assert found["metric"] == score
+    (pair,) = found["pairs"]
+    scores = [read(folder / "metrics.json")[score] for folder in (run, solved)]
+    assert [pair["first_score"], pair["second_score"]] == pytest.approx(scores, abs=1e-3)
+    low, high = pair["interval"]
+    assert low < pair["difference"] < high
+    assert pair["claimed"] == (pair["p_value"] < 0.05 and not low <= 0 <= high)
+    assert {"multi": "mean average precision", "number": "R squared"}[kind] in pair["sentence"]
+    rows = pd.read_csv(tmp_path / "out" / "runs.csv")
+    assert rows[score].tolist() == pytest.approx(scores) and "accuracy" not in rows.columns
+    shown = cli("compare", run, solved)
+    assert shown.exit_code == 0 and pair["sentence"] in shown.output
+
+
+def test_a_run_and_its_evaluation_do_not_differ(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
+    invoke("evaluate", run, "-o", tmp_path / "own")
+    said = cli("compare", run, tmp_path / "own", "--json")
+    assert said.exit_code == 0, said.output
+    (pair,) = json.loads(said.stdout)["pairs"]
+    assert not pair["claimed"] and abs(pair["difference"]) < 1e-3
+
+
+@pytest.mark.parametrize("damage", ["score", "value", "label"])
+def test_what_does_not_belong_together_is_not_compared(
+    run: Path, kind: str, damage: str, tmp_path: Path, cli: Cli
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    score, table = {"multi": "map", "number": "r2"}[kind], pd.read_csv(other / "predictions.csv", dtype=str)
+    if damage == "score":
+        (other / "metrics.json").write_text(json.dumps(read(run / "metrics.json") | {score: 0.01}))
+    column = {"multi": "prob_red", "number": "predicted"}[kind]
+    if damage != "score":
+        table.loc[0, column if damage == "value" else "label"] = "violet"
+    table.to_csv(other / "predictions.csv", index=False)
+    said = cli("compare", run, other)
+    assert said.exit_code == ExitCode.DATA, said.output
+
+
+def test_runs_of_two_kinds_are_not_compared(
+    run: Path, kind: str, image_folder: Path, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    invoke("run", "-b", tiny, "-d", image_folder, "-s", "freeze", *QUICK_RUN, "-o", tmp_path / "classes")
+    said = cli("compare", run, tmp_path / "classes")
+    assert said.exit_code == ExitCode.DATA
+    assert "has the score" in said.output
+
+
 def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
     image = next(iter(pd.read_csv(run / "predictions.csv")["path"]))
     commands = [
-        ("compare", run, run),
         ("probe", "--run", run, "-o", tmp_path / "probe"),
         ("forecast", run, "-o", tmp_path / "forecast"),
         ("check", "--run", run, "-o", tmp_path / "check"),

@@ -184,7 +184,7 @@ def test_no_difference_that_may_be_claimed() -> None:
         f"no difference can be claimed between a and b (b has 2.6 points more; 95 % interval {low:.1f} to "
         f"{high:.1f}; McNemar p = 0.5)"
     )
-    assert "their accuracies are equal" in compare(120, 8, 8, 13).sentence
+    assert "(they are equal;" in compare(120, 8, 8, 13).sentence
 
 
 def test_a_small_p_value_is_not_enough() -> None:
