@@ -17,6 +17,7 @@ from finetune.data.discover import discover
 from finetune.data.prepare import draw_evenly
 from finetune.data.split import SplitConfig
 from finetune.errors import ExitCode
+from tests.cli.test_processes import finetune as start
 from tests.conftest import QUICK_RUN, Cli
 
 KINDS = ("multi", "number")
@@ -298,3 +299,33 @@ def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path:
     for words in commands:
         result = cli(*words)
         assert result.exit_code not in (0, ExitCode.INTERNAL), (words, result.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["freeze", "solved", "full"])
+def test_two_processes_have_the_metrics_of_one(
+    kind: str, strategy: str, tables: Path, tiny: Path, tmp_path: Path
+) -> None:
+    ways = {
+        "solved": ("-s", "freeze", "--set", "strategy.features=all"),
+        "full": ("-s", "full", "--lr", 0.02),
+    }
+    way = ways.get(strategy, ("-s", strategy))
+    words = ("run", "-b", tiny, "-d", tables / f"{kind}.csv", *way, *QUICK_RUN)
+    invoke(*words, "-o", tmp_path / "one")
+    variables = {"FINETUNE_STALL_TIMEOUT": "60", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = start(*words, "-o", tmp_path / "two", "--processes", 2, **variables)
+    assert done.returncode == 0, done.stderr
+    score = {"multi": "map", "number": "r2"}[kind]
+    one, two = (read(tmp_path / name / "metrics.json") for name in ("one", "two"))
+    assert two["num_samples"] == one["num_samples"]
+    assert two[score] == pytest.approx(one[score], abs=1e-3 if strategy == "solved" else 0.02)
+    rows = [pd.read_csv(tmp_path / name / "predictions.csv", dtype=str) for name in ("one", "two")]
+    assert rows[0][["path", "label"]].equals(rows[1][["path", "label"]])
+    for name, number in (("alone", 1), ("both", 2)):
+        output = tmp_path / f"{name}.csv"
+        done = start("predict", tmp_path / "one", tables, "-o", output, "--processes", number)
+        assert done.returncode == 0, done.stderr
+    alone, both = (pd.read_csv(tmp_path / f"{name}.csv").set_index("path") for name in ("alone", "both"))
+    column = {"multi": "prob_red", "number": "value"}[kind]
+    assert both.loc[alone.index, column].to_numpy() == pytest.approx(alone[column].to_numpy(), abs=1e-3)
