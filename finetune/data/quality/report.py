@@ -14,6 +14,7 @@ from finetune.data.dataset import SPLITS, Dataset, Issue, sort_issues, to_check
 from finetune.data.quality.classes import compute_imbalance, find_class_issues, find_group_issues
 from finetune.data.quality.copies import Copies, find_copies, find_copy_issues
 from finetune.data.quality.files import Oddities, find_oddities, find_oddity_issues, find_unreadable_issues
+from finetune.data.quality.labels import find_label_issues
 from finetune.data.quality.near import NearCopies, find_near, find_near_issues
 from finetune.data.quality.subject import ScannedDataset
 from finetune.data.scan import CheckedImages
@@ -69,6 +70,7 @@ def inspect_dataset(
         *find_near_issues(scanned, near),
         *find_group_issues(dataset),
         *find_class_issues(dataset),
+        *find_label_issues(dataset),
         *find_oddity_issues(scanned, oddities),
     ]
     return QualityReport(sort_issues(issues), summarise(scanned), scanned, copies, near, oddities)
