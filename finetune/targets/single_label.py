@@ -240,6 +240,12 @@ class SingleLabel(Target):
         """Return the logarithms of probabilities."""
         return to_logits(answers)
 
+    def find_evidence(self, outputs: Tensor) -> Tensor:
+        """Return the log odds of each class against all others."""
+        import torch
+
+        return torch.from_numpy(compute_log_odds(outputs))
+
     def answer(self, values: npt.NDArray[np.float32], classes: Sequence[str]) -> tuple[str, float | None]:
         """Return the most probable class and its probability."""
         best = rank_classes(values, 1)[0]

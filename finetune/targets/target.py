@@ -100,6 +100,13 @@ class Target(ABC):
     def deactivate(self, answers: Tensor) -> Tensor:
         """Return outputs (N, K) that have these answers (N, K) float32; finite even for probability 0."""
 
+    def find_evidence(self, outputs: Tensor) -> Tensor:
+        """Return what outputs (N, K) say for each answer, without bounds, (N, K) float64.
+
+        That is the log odds of a class, or the number in standard deviations.
+        """
+        return outputs.double()
+
     @abstractmethod
     def answer(self, values: npt.NDArray[np.float32], classes: Sequence[str]) -> tuple[str, float | None]:
         """Return the label that the answers of one image (K,) give, and its probability where it has one."""

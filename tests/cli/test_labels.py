@@ -288,12 +288,12 @@ def test_runs_of_two_kinds_are_not_compared(
 
 
 def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
-    image = next(iter(pd.read_csv(run / "predictions.csv")["path"]))
     commands = [
         ("probe", "--run", run, "-o", tmp_path / "probe"),
         ("forecast", run, "-o", tmp_path / "forecast"),
         ("check", "--run", run, "-o", tmp_path / "check"),
-        ("explain", "cam", run, tmp_path / image, "-o", tmp_path / "cam"),
+        ("explain", "ablate", run, "-o", tmp_path / "ablate"),
+        ("explain", "class", run, "-o", tmp_path / "class"),
         ("predict", run, tmp_path, "--top", 2, "-o", tmp_path / "top.csv"),
     ]
     for words in commands:
@@ -329,3 +329,27 @@ def test_two_processes_have_the_metrics_of_one(
     alone, both = (pd.read_csv(tmp_path / f"{name}.csv").set_index("path") for name in ("alone", "both"))
     column = {"multi": "prob_red", "number": "value"}[kind]
     assert both.loc[alone.index, column].to_numpy() == pytest.approx(alone[column].to_numpy(), abs=1e-3)
+
+
+@pytest.mark.parametrize("command", ["cam", "saliency", "localise"])
+def test_heat_maps_explain_it(run: Path, kind: str, command: str, tables: Path, tmp_path: Path) -> None:
+    told = pd.read_csv(run / "predictions.csv").head(3)
+    images = [tables / path for path in told["path"]]
+    invoke("explain", command, run, *images, "--workers", 0, "-o", tmp_path / "out")
+    found = pd.read_csv(tmp_path / "out" / ("boxes.csv" if command == "localise" else "heat-maps.csv"))
+    assert len(found) == 3
+    if kind == "number" and command != "localise":
+        assert found["value"].to_numpy() == pytest.approx(told["predicted"].to_numpy(), abs=1e-2)
+    elif kind == "multi":
+        names = ["blue", "green", "red"]
+        best = told[[f"prob_{name}" for name in names]].to_numpy()
+        assert found["class"].tolist() == [names[place] for place in best.argmax(axis=1)]
+        assert found["probability"].to_numpy() == pytest.approx(best.max(axis=1), abs=1e-3)
+
+
+def test_the_class_of_a_heat_map_can_be_named(run: Path, kind: str, tables: Path, tmp_path: Path) -> None:
+    if kind == "number":
+        pytest.skip("a number has no classes")
+    image = tables / pd.read_csv(run / "predictions.csv")["path"][0]
+    invoke("explain", "cam", run, image, "--class", "red", "--workers", 0, "-o", tmp_path / "out")
+    assert pd.read_csv(tmp_path / "out" / "heat-maps.csv")["class"].tolist() == ["red"]

@@ -10,7 +10,8 @@ that marks the wrong places.
 Single cells drawn at random would be no fair comparison: scattered over the image they leave no part of the
 object whole, so that they lower the score faster than the best of maps.
 
-The score is the log odds of the class, so that neither a probability near 1 nor one near 0 hides a change.
+The score is the log odds of the class, so that neither a probability near 1 nor one near 0 hides a change; of
+a number it is the number, in standard deviations.
 
 Shape legend: B batch, H W pixels, S steps, R random places, K classes.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.explain.attribution.heat_map import HeatMap
-from finetune.targets import compute_log_odds
+from finetune.targets import SINGLE, Target
 from pretrained.graph.structures import tensors_in
 
 CELLS = 8
@@ -47,6 +48,7 @@ def measure_advantage(
     maps: Sequence[HeatMap],
     steps: int = STEPS,
     places: int = PLACES,
+    target: Target = SINGLE,
 ) -> list[Advantages | None]:
     """Return how much lower the class score is, in nats, when marked cells are deleted before random ones.
 
@@ -60,6 +62,7 @@ def measure_advantage(
         maps: the maps of the images, B of them.
         steps: S, at least 2.
         places: R, at least 1.
+        target: what the network's outputs are.
 
     Returns:
         For each image the area between the two curves, per share of the image, for each of the R places;
@@ -70,7 +73,7 @@ def measure_advantage(
         return [None] * len(maps)
     orders = torch.stack([_draw_orders(maps[index], images[index], places) for index in known])
     chosen, wanted = images[known], torch.tensor([classes[index] for index in known])
-    curves = [_measure_curve(network, chosen, wanted, order, steps) for order in orders.unbind(dim=1)]
+    curves = [_measure_curve(network, chosen, wanted, order, steps, target) for order in orders.unbind(dim=1)]
     advantages = (torch.stack(curves[1:], dim=1) - curves[0][:, None]).mean(dim=2).tolist()
     found = dict(zip(known, advantages, strict=True))
     return [found.get(index) for index in range(len(maps))]
@@ -110,8 +113,10 @@ def _order(cells: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled[cells.flatten()[shuffled].argsort(descending=True, stable=True)]
 
 
-def _measure_curve(network: nn.Module, images: Tensor, classes: Tensor, order: Tensor, steps: int) -> Tensor:
-    """Return the log odds (B, S - 1) of the classes after each step but the last; lower is less evidence."""
+def _measure_curve(
+    network: nn.Module, images: Tensor, classes: Tensor, order: Tensor, steps: int, target: Target
+) -> Tensor:
+    """Return the evidence (B, S - 1) for the classes after each step but the last; lower is less evidence."""
     rank = order.argsort(dim=1).reshape(-1, 1, CELLS, CELLS)  # when each cell is deleted
     curve = []
     for step in range(1, steps):
@@ -119,6 +124,5 @@ def _measure_curve(network: nn.Module, images: Tensor, classes: Tensor, order: T
         mask = F.interpolate(deleted, images.shape[2:], mode="nearest")
         with torch.inference_mode():
             logits = tensors_in(network(images.masked_fill(mask > 0, 0)))[0].float().cpu()
-        odds = torch.from_numpy(compute_log_odds(logits))
-        curve.append(odds.gather(1, classes[:, None])[:, 0])
+        curve.append(target.find_evidence(logits).gather(1, classes[:, None])[:, 0])
     return torch.stack(curve, dim=1)

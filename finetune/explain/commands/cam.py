@@ -15,7 +15,7 @@ from finetune.explain.attribution.layer_cam import LayerCam
 from finetune.explain.commands.checked_maps import MapJob
 from finetune.explain.commands.heat_maps import write_heat_maps
 from finetune.explain.commands.images import find_images
-from finetune.explain.commands.model import find_class, open_model, require_classes
+from finetune.explain.commands.model import find_class, name_outputs, open_model
 from finetune.explain.commands.record import say_written
 from finetune.explain.positions import find_position
 from finetune.recipe import Recipe
@@ -55,7 +55,7 @@ def explain_cam(
     with translated_errors():
         kind = _find_method(method)
         network = open_model(recipe, display)
-        classes = require_classes(network)
+        classes = name_outputs(network)
         wanted = None if class_name is None else find_class(classes, class_name)
         model, size = network.backbone.network, network.backbone.card.preprocessing.input_size
         position = None if layer is None else find_position(model, network.find_layer(layer), size)

@@ -19,7 +19,7 @@ from finetune.explain.checks.randomisation import measure_randomisation
 from finetune.explain.checks.verdicts import Check, judge_deletion, judge_randomisation, withhold
 from finetune.explain.commands.images import ImageBatch, ImageReader
 from finetune.features.network import Network
-from finetune.targets import decide, to_probabilities
+from finetune.targets import Target, decide, read_target
 from pretrained.graph.structures import tensors_in
 
 BATCH = 16
@@ -38,7 +38,7 @@ class MapJob:
         method: name of the method, such as ``grad-cam``.
         network: the network with its classes.
         classes: names of its classes in index order.
-        wanted: index of the class that is explained; None for the predicted class of each image.
+        wanted: index of the class that is explained; None for the most probable class of each image.
         make: makes the function that computes maps.
         facts: what else ``explain.json`` tells, such as the layer.
     """
@@ -50,6 +50,15 @@ class MapJob:
     make: MakeCompute
     facts: dict[str, Any]
 
+    @property
+    def target(self) -> Target:
+        """What the labels of the network are."""
+        return read_target(dict(self.network.backbone.card.target))
+
+    def describe(self, row: MapRow) -> str:
+        """Return what the network says of an image."""
+        return f"probability {row.answer:.3f}" if self.target.has_classes else f"predicted {row.answer:.4g}"
+
 
 @dataclass(frozen=True)
 class MapRow:
@@ -57,9 +66,9 @@ class MapRow:
 
     Attributes:
         path: the image.
-        index: index of the class that is explained.
-        probability: of the class, in [0, 1].
-        logit: of the class, before the softmax.
+        index: index of the class that is explained; 0 for a number.
+        answer: probability of the class, in [0, 1], or the number.
+        logit: the network's output for it.
         heat: the map, or why there is none.
         advantages: how much lower the score is when marked places are deleted before random ones, in nats;
             None if that was not measured.
@@ -67,7 +76,7 @@ class MapRow:
 
     path: str
     index: int
-    probability: float
+    answer: float
     logit: float
     heat: HeatMap
     advantages: Advantages | None
@@ -97,13 +106,13 @@ class CheckedMaps:
             maps = compute(batch.pixels, indices)
             if not self._similar:
                 self._randomise(batch.pixels, indices, maps)
-            probabilities = to_probabilities(logits / self.job.network.backbone.card.temperature)
+            answers = self.job.target.activate(logits / self.job.network.backbone.card.temperature)
             advantages = self._delete(batch.pixels, indices, maps)
             rows = [
                 MapRow(
                     image.path,
                     indices[number],
-                    float(probabilities[number, indices[number]]),
+                    float(answers[number, indices[number]]),
                     float(logits[number, indices[number]]),
                     maps[number],
                     advantages[number],
@@ -145,5 +154,6 @@ class CheckedMaps:
     ) -> list[Advantages | None]:
         number = max(0, min(len(maps), MOST_DELETED - len(self.rows)))
         network = self.job.network.backbone.network
-        measured = measure_advantage(network, pixels[:number], indices[:number], maps[:number])
+        target = self.job.target
+        measured = measure_advantage(network, pixels[:number], indices[:number], maps[:number], target=target)
         return [*measured, *[None] * (len(maps) - number)]

@@ -3,7 +3,8 @@
 ::
 
     heat-maps.png    the images with their maps, and what the checks found
-    heat-maps.csv    path, class, probability, logit, what the check by deletion found, why no map is shown
+    heat-maps.csv    path, class, probability (or value), logit, what the check by deletion found, why no map
+                     is shown
     heat-maps.npz    ``paths`` (N,), ``maps`` (N, h, w) float32 from 0 to 1; zero where there is no map
     explain.json     method, model, layer, checks, versions
 
@@ -34,7 +35,6 @@ MOST_DRAWN = 24
 """Images on the sheet; the other maps are in the npz file."""
 _PAIRS = 3
 """Images side by side on the sheet, each with its map."""
-_COLUMNS = ("path", "class", "probability", "logit", "deletion_advantage", "not_shown")
 _FINE = 64
 """Least side of a map of pixels, whose few largest values would leave all others dark."""
 
@@ -116,7 +116,7 @@ def _draw(job: MapJob, row: MapRow, seen: Image.Image) -> tuple[Tile, Tile]:
     drawn: Image.Image | str = f"not shown: {row.heat.reason}"
     if values is not None:
         drawn = draw_overlay(seen, _brighten(values.numpy()))
-    lines = job.classes[row.index], f"probability {row.probability:.3f}"
+    lines = job.classes[row.index], job.describe(row)
     return Tile(seen, (Path(row.path).name, "network input")), Tile(drawn, lines)
 
 
@@ -131,12 +131,14 @@ def _brighten(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _to_cells(job: MapJob, row: MapRow) -> tuple[Any, ...]:
     advantage = None if row.advantages is None else sum(row.advantages) / len(row.advantages)
-    return row.path, job.classes[row.index], row.probability, row.logit, advantage, row.heat.reason
+    return row.path, job.classes[row.index], row.answer, row.logit, advantage, row.heat.reason
 
 
 def _write_tables(job: MapJob, computed: Sequence[MapRow], rows: Sequence[MapRow], folder: Path) -> None:
     """Write the table and the maps; the maps that are not shown are among them, as numbers."""
-    write_csv(folder / "heat-maps.csv", [_to_cells(job, row) for row in rows], _COLUMNS)
+    answer = "probability" if job.target.has_classes else "value"
+    columns = ("path", "class", answer, "logit", "deletion_advantage", "not_shown")
+    write_csv(folder / "heat-maps.csv", [_to_cells(job, row) for row in rows], columns)
     shape = next((row.heat.values.shape for row in computed if row.heat.values is not None), (0, 0))
     maps = np.zeros((len(computed), *shape), np.float32)
     for number, row in enumerate(computed):

@@ -27,7 +27,7 @@ from finetune.explain.checks.verdicts import Check
 from finetune.explain.commands.checked_maps import CheckedMaps, MapJob, MapRow
 from finetune.explain.commands.heat_maps import MOST_DRAWN, describe, say_checks, shrink
 from finetune.explain.commands.images import ImageBatch, ImageReader, find_images
-from finetune.explain.commands.model import find_class, open_model, require_classes
+from finetune.explain.commands.model import find_class, name_outputs, open_model
 from finetune.explain.commands.record import say_written, write_record
 from finetune.explain.commands.saliency import make_saliency
 from finetune.plots.boxes import FOUND, TRUE, draw_boxes
@@ -75,7 +75,7 @@ def explain_localise(
     with translated_errors():
         truth = _read_boxes(boxes) if boxes is not None else {}
         network = open_model(recipe, display)
-        classes = require_classes(network)
+        classes = name_outputs(network)
         wanted = None if class_name is None else find_class(classes, class_name)
         method = "grabcut" if has_grabcut() else "threshold"
         job = MapJob("gradient", network, classes, wanted, make_saliency("gradient"), {"boxes": method})
@@ -142,7 +142,7 @@ class _Result:
         """Return the row of ``boxes.csv``."""
         corners = self.box or (None, None, None, None)
         row = self.row
-        return (row.path, classes[row.index], row.probability, *corners, self.iou, self.reason)
+        return (row.path, classes[row.index], row.answer, *corners, self.iou, self.reason)
 
     def draw(self, classes: Sequence[str]) -> Tile:
         """Return the tile of the sheet."""
@@ -152,7 +152,7 @@ class _Result:
             image = draw_boxes(image, [_share(self.located.box, geometry)], FOUND)
         said = self.reason and f"no box: {self.reason}"
         said = said or ("" if self.iou is None else f"overlap {self.iou:.2f}")
-        return Tile(image, (classes[self.row.index], said or f"probability {self.row.probability:.3f}"))
+        return Tile(image, (classes[self.row.index], said or f"probability {self.row.answer:.3f}"))
 
 
 def _locate(job: MapJob, batch: ImageBatch, number: int, row: MapRow) -> _Located:

@@ -35,7 +35,20 @@ def open_model(recipe: Recipe, display: Display) -> Network:
 
 
 def require_classes(network: Network) -> tuple[str, ...]:
-    """Return the names of the model's classes in index order, each of which is unique.
+    """Return the names of the model's classes in index order, of which an image has one.
+
+    Raises:
+        UsageError: the weights hold no classifier, or an image has several classes, or a number.
+    """
+    if card_target := dict(network.backbone.card.target):
+        found = f"its labels are of the kind {card_target['kind']}"
+        fix = "Name a model of one class an image."
+        raise UsageError(f"the model {network.backbone.card.name}", found, fix)
+    return name_outputs(network)
+
+
+def name_outputs(network: Network) -> tuple[str, ...]:
+    """Return the names of the model's outputs in index order, each of which is unique.
 
     Classes of an ImageNet backbone have the names of WordNet; other unnamed classes their index.
 
@@ -47,9 +60,6 @@ def require_classes(network: Network) -> tuple[str, ...]:
         found = "its weights hold no classifier that fits"
         fix = "Name a finished run, or a network with its own classifier."
         raise UsageError(f"the model {card.name}", found, fix)
-    if card.target:
-        found = f"its labels are of the kind {dict(card.target)['kind']}"
-        raise UsageError(f"the model {card.name}", found, "Name a model of one class an image.")
     return _name_imagenet() if _is_imagenet(card) else resolve_names(card)
 
 

@@ -18,7 +18,7 @@ from finetune.explain.attribution.smoothgrad import compute_smoothgrad
 from finetune.explain.commands.checked_maps import MapJob
 from finetune.explain.commands.heat_maps import write_heat_maps
 from finetune.explain.commands.images import find_images
-from finetune.explain.commands.model import find_class, open_model, require_classes
+from finetune.explain.commands.model import find_class, name_outputs, open_model
 from finetune.explain.commands.record import say_written
 from finetune.recipe import Recipe
 from finetune.runs.new_folder import new_folder
@@ -61,7 +61,7 @@ def explain_saliency(
     with translated_errors():
         make = make_saliency(method)
         network = open_model(recipe, display)
-        classes = require_classes(network)
+        classes = name_outputs(network)
         wanted = None if class_name is None else find_class(classes, class_name)
         job = MapJob(method, network, classes, wanted, make, {"layer": None})
         found = find_images(recipe, images, output, display)
