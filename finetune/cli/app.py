@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from finetune import __version__
@@ -72,8 +74,21 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
         raise typer.Exit
 
 
+def share_cores() -> None:
+    """Let a compute thread that waits for the others give its core away, unless the user has set how.
+
+    GNU's OpenMP, which torch uses on Linux, lets it spin 300,000 times first, about a millisecond. If other
+    programs need the core, the threads that it waits for do not get it either: beside two busy processes,
+    training was 1.5 times as fast with 5,000 turns (on two cores), and alone as fast as before. Sleeping at
+    once (``OMP_WAIT_POLICY=passive``) is too slow for batches of a few images.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
 def main() -> None:
     """Run the command line."""
+    share_cores()
     replace_closed_streams()
     try:
         hosted.call(app)

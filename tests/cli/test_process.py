@@ -23,6 +23,32 @@ def start(*words: object, **keys: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keys)  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "5000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_compute_threads_wait_briefly_unless_the_user_says_how(
+    given: dict[str, str], kept: dict[str, str]
+) -> None:
+    """They are told before torch is imported: its OpenMP reads the variable then."""
+    program = (
+        "import os, sys\n"
+        "from finetune.cli import app\n"
+        "app.hosted.call = lambda _: print({key: os.environ[key] for key in os.environ if 'OMP_' in key}, "
+        "'torch' in sys.modules)\n"
+        "app.main()"
+    )
+    others = {key: value for key, value in os.environ.items() if "OMP_" not in key}
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=others | given
+    )
+    assert said.stdout.strip() == f"{kept} False"
+
+
 def finish(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "finetune", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
