@@ -21,7 +21,18 @@ sys.path.insert(
 
 import finetune
 from benchmarks import __main__ as command
-from benchmarks import accuracy, first_hour, gpu, harness, peers_env, safety, strategies, transfer
+from benchmarks import (
+    accuracy,
+    first_hour,
+    gpu,
+    harness,
+    peers_env,
+    safety,
+    several_labels,
+    strategies,
+    time_to_accuracy,
+    transfer,
+)
 from benchmarks.data import SQUEEZENET, find_cifar, find_cifar_curves, find_folder, find_network
 from benchmarks.harness import Bench, Case, Question, Turn, measure_apart, plan_turns
 from benchmarks.machine import describe_machine
@@ -214,6 +225,7 @@ def test_a_page_gets_its_tables_and_keeps_its_words(results: Results, tmp_path: 
         ("faults", ["safety"]),
         ("data", ["draft"]),
         ("predict", ["predict"]),
+        ("time-to-accuracy", ["time_to_accuracy", "several_labels"]),
     ],
 )
 def test_every_question_has_its_place_in_docs(page: str, names: list[str]) -> None:
@@ -309,6 +321,43 @@ def test_the_table_of_transfer(tmp_path: Path) -> None:
     assert "| +20.0 ± 0.0 (`top`) |" in text, "chosen by validation images, not by the test images"
     transfer.draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("goal", "seconds"), [(0.5, 10.0), (0.7, 40.0), (0.8, 40.0), (0.9, None), (0.0, 10.0)]
+)
+def test_an_accuracy_counts_from_when_it_is_kept(goal: float, seconds: float | None) -> None:
+    """The process took 50 s; its epochs ended after 10, 20, 30, 40 s. That of 20 s was not kept."""
+    curve = [(40.0, 0.6), (30.0, 0.8), (20.0, 0.6), (10.0, 0.8)]
+    assert time_to_accuracy.find_reached({"wall": 50.0, "curve": curve}, goal) == seconds
+
+
+def test_the_table_of_times_compares_with_fastai_of_the_same_turn(tmp_path: Path) -> None:
+    results, case = Results(tmp_path / "a.jsonl"), "time_to_accuracy-tf_efficientnet_lite0-coffee5"
+    for turn, (goal, ours) in enumerate([(0.8, 0.9), (0.8, 0.7)]):
+        found = {"wall": 110.0, "last_accuracy": goal, "num_val": 100, "curve": [(60.0, 0.1), (10.0, goal)]}
+        results.add(Result(case, "fastai", turn, found))
+        own = {"wall": 20.0, "last_accuracy": ours, "num_val": 100, "curve": [(0.0, ours)]}
+        results.add(Result(case, "finetune auto", turn, own))
+        results.add(Result(case, "limit", turn, {"wall": 7.0, "num_val": 100}))
+    text = "\n".join(write_section(load("time_to_accuracy"), results))
+    assert "| coffee5 | fastai | 100 | 1.00x | 110 | 0.800 (0.711 to 0.867) | - |" in text
+    assert "| coffee5 | **finetune auto** | 20.0 (1 never) | 5.00x | 20.0 |" in text
+    assert "| coffee5 | limit: every image once |  |  | 7.00 |  |  |" in text
+
+
+def test_pairs_have_the_classes_of_their_halves(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "sets.zip", "w") as archive:
+        for seed in range(60):
+            split, label = ("train" if seed < 40 else "val"), f"class{seed % 3}"
+            draw(tmp_path / "image.jpg", seed)
+            archive.write(tmp_path / "image.jpg", f"grocery22/{split}/{label}/{seed}.jpg")
+    table = several_labels.find_pairs(Bench(tmp_path, tmp_path / "cache", quick=True))
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    assert {split for _, _, split in rows} == {"train", "val"}
+    assert {len(labels.split("|")) for _, labels, _ in rows} == {1, 2}  # 1: both halves of one class
+    with Image.open(table.parent / rows[0][0]) as image:
+        assert image.size == (2 * several_labels.SIDE, several_labels.SIDE)
 
 
 def test_the_machine_is_described_with_every_version() -> None:
