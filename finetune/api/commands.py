@@ -179,7 +179,7 @@ def probe(
     output: AnyPath | None = None,
     layers: str | Sequence[str] = "all",
     per_class: int = 30,
-    classifiers: str | Sequence[str] = "svm,softmax,knn",
+    classifiers: str | Sequence[str] = (),
     repeats: int = 5,
     pool: str = "auto",
     recipe: Recipe | str | None = None,
@@ -193,7 +193,8 @@ def probe(
         output: a new folder for ``probe.csv`` and ``probe.png``; by default ``runs/<time>-probe``.
         layers: see :func:`extract`.
         per_class: training images of each class; the others are tested.
-        classifiers: of ``svm``, ``softmax``, ``logreg`` and ``knn``.
+        classifiers: of ``svm``, ``softmax``, ``logreg``, ``ridge`` and ``knn``; by default
+            ``svm,softmax,knn``, of several labels ``logreg,knn``, and of numbers ``ridge,knn``.
         repeats: draws of training images.
         pool: see :func:`extract`.
         recipe, settings, display, flags: see :func:`run`.

@@ -30,8 +30,13 @@ def probe_command(
         int, typer.Option("--per-class", min=1, help="Training images of each class; the rest are tested.")
     ] = 30,
     classifiers: Annotated[
-        str, typer.Option("--classifiers", help="Comma-separated: svm, softmax, logreg, knn.")
-    ] = "svm,softmax,knn",
+        str,
+        typer.Option(
+            "--classifiers",
+            help="Comma-separated: svm, softmax, logreg, ridge, knn.",
+            show_default="svm,softmax,knn; logreg,knn of several labels; ridge,knn of numbers",
+        ),
+    ] = "",
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Number of random draws of training images.")
     ] = 5,
@@ -39,7 +44,10 @@ def probe_command(
     pool: PoolOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train classifiers on the features of each layer: mean accuracy over classes and random draws."""
+    """Train classifiers on the features of each layer: mean accuracy over classes and random draws.
+
+    Of several labels an image it is the mean average precision, of numbers R squared.
+    """
     from finetune import api
 
     rows = api.probe(

@@ -1,6 +1,7 @@
 """``finetune probe``: classifiers on the features of layers, as in Zeiler and Fergus (arXiv:1311.2901).
 
-Some images of each class train and the rest test; the score is the mean accuracy over classes. This is
+Some images of each class train and the rest test; the score is the mean accuracy over classes. Of several
+labels an image it is the mean average precision, of numbers R squared, and some of each range train. This is
 repeated over random draws of the training images.
 
 Shape legend: N labelled images, D features, K classes.
@@ -9,7 +10,8 @@ Shape legend: N labelled images, D features, K classes.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.prepare import check_outside, require_classes
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.prepare import check_outside, require_labels
 from finetune.errors import DataError, UsageError, suggest
 from finetune.features.extraction import Features, Source, open_features, open_images, open_source
 from finetune.features.network import open_network, take_channels
 from finetune.features.rows import Rows, SubsetRows
-from finetune.features.solvers import Kind, LinearClassifier, build_training_rows, choose_and_solve
-from finetune.features.transferability import classify
+from finetune.features.solvers import Kind, LinearClassifier, build_training_rows, choose_and_solve, fit
+from finetune.features.transferability import vote
 from finetune.plots.features import draw_probe
 from finetune.recipe import Recipe
 from finetune.runs.files import write_csv
@@ -32,13 +35,21 @@ from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.device import derive_seed
 from finetune.system.display import Display
-from finetune.targets import decide
+from finetune.targets import METRIC_NAMES, SINGLE, Target, TargetKind, decide
 from pretrained.graph.layers import Layer
 from pretrained.graph.pooling import Pool
 
-Classifier = Literal["svm", "softmax", "logreg", "knn"]
+Classifier = Literal["svm", "softmax", "logreg", "ridge", "knn"]
 CLASSIFIERS: tuple[Classifier, ...] = get_args(Classifier)
-_KINDS: dict[Classifier, Kind] = {"svm": "svm", "softmax": "softmax", "logreg": "logreg"}
+_KINDS: dict[Classifier, Kind] = {"svm": "svm", "softmax": "softmax", "logreg": "logreg", "ridge": "ridge"}
+_FITTING: dict[TargetKind, tuple[Classifier, ...]] = {
+    "single": ("svm", "softmax", "logreg", "knn"),
+    "multi": ("logreg", "knn"),
+    "number": ("ridge", "knn"),
+}
+"""The classifiers that can predict labels of a kind."""
+_USUAL: dict[TargetKind, tuple[Classifier, ...]] = _FITTING | {"single": ("svm", "softmax", "knn")}
+_ADD_IMAGES = "Add images of this class, or remove it."
 _BLOCK_BYTES = 256 * 2**20
 """Bytes of features of test images that are scored at a time."""
 
@@ -47,16 +58,28 @@ def read_classifiers(words: Sequence[str]) -> list[Classifier]:
     """Return the named classifiers without duplicates.
 
     Raises:
-        UsageError: a name is unknown, or none is given.
+        UsageError: a name is unknown.
     """
     known = {str(kind): kind for kind in CLASSIFIERS}
     for word in words:
         if word not in known:
             found = f"there is no such classifier{suggest(word, known)}"
             raise UsageError(f"--classifiers {word}", found, f"Choose {', '.join(known)}.")
-    if not words:
-        raise UsageError("--classifiers", "none was named", f"Choose {', '.join(known)}.")
     return [known[word] for word in dict.fromkeys(words)]
+
+
+def choose_classifiers(asked: Sequence[Classifier], target: Target) -> list[Classifier]:
+    """Return the classifiers that were asked for; of none, those that labels of a kind usually have.
+
+    Raises:
+        UsageError: one cannot predict such labels.
+    """
+    fitting = _FITTING[target.kind]
+    for name in asked:
+        if name not in fitting:
+            found = f"it does not predict {METRIC_NAMES[target.score]}"
+            raise UsageError(f"--classifiers {name}", found, f"Choose {', '.join(fitting)}.")
+    return [*asked] or [*_USUAL[target.kind]]
 
 
 @dataclass(frozen=True)
@@ -70,60 +93,61 @@ class ProbeSplit:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The accuracies of one classifier on one layer.
+    """The scores of one classifier on one layer.
 
     Attributes:
         classifier: its kind.
-        accuracies: mean accuracy over classes of each repeat, in [0, 1].
+        scores: of each repeat: mean accuracy over classes in [0, 1], mean average precision, or R squared.
         strengths: the C of each repeat; empty for nearest neighbours.
     """
 
     classifier: Classifier
-    accuracies: tuple[float, ...]
+    scores: tuple[float, ...]
     strengths: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Mean of the accuracies over repeats."""
-        return statistics.fmean(self.accuracies)
+        """Mean of the scores over repeats."""
+        return statistics.fmean(self.scores)
 
     @property
     def std(self) -> float:
-        """Sample standard deviation of the accuracies over repeats; 0 for a single repeat."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+        """Sample standard deviation of the scores over repeats; 0 for a single repeat."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
 
 def draw_probe_split(
-    labels: Tensor, classes: Sequence[str], per_class: int, seed: int, repeat: int
+    strata: Mapping[str, Sequence[int]], number: int, per_class: int, seed: int, repeat: int
 ) -> ProbeSplit:
-    """Draw training images of each class; the others are test images.
+    """Draw training images of each class, or range of numbers; the others are test images.
 
     Args:
-        labels: (N,) int64.
-        classes: names of the K classes.
-        per_class: training images of each class.
+        strata: indices of the images of each class or range; an image may be in several, or in none.
+        number: of images (N).
+        per_class: training images of each of them.
         seed: the seed of all repeats.
         repeat: index of the repeat.
 
     Raises:
         DataError: there is only one class, or a class has no image left for testing.
     """
-    if len(classes) < 2:
+    if len(strata) < 2:
         found = "there is only one class"
         raise DataError(f"--per-class {per_class}", found, "Give images of two classes or more.")
-    counts = labels.bincount(minlength=len(classes))
-    smallest = int(counts.argmin())
-    if counts[smallest] <= per_class:
-        has = f"class {classes[smallest]!r} has {int(counts[smallest])}, and one must be left for testing"
-        most = int(counts[smallest]) - 1
-        fix = f"Use --per-class {most} or fewer." if most > 0 else "Add images of this class, or remove it."
+    name = min(strata, key=lambda name: len(strata[name]))
+    fewest = len(strata[name])
+    if fewest <= per_class:
+        has = f"class {name!r} has {fewest}, and one must be left for testing"
+        fix = f"Use --per-class {fewest - 1} or fewer." if fewest > 1 else _ADD_IMAGES
         raise DataError(f"--per-class {per_class}", has, fix)
     own = derive_seed(seed, "probe", repeat)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(own))
-    mine = [order[labels[order] == label] for label in range(len(classes))]
-    train = torch.cat([images[:per_class] for images in mine])
-    test = torch.cat([images[per_class:] for images in mine])
-    return ProbeSplit(train, test, own)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(own)).tolist()
+    mine = [[index for index in order if index in members] for members in map(set, strata.values())]
+    train = dict.fromkeys(index for images in mine for index in images[:per_class])
+    test = [index for index in order if index not in train]
+    if not test:
+        raise DataError(f"--per-class {per_class}", "no image is left for testing", "Use a lower number.")
+    return ProbeSplit(torch.tensor([*train]), torch.tensor(test), own)
 
 
 def probe_layer(
@@ -134,92 +158,90 @@ def probe_layer(
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
     device: torch.device,
+    target: Target = SINGLE,
 ) -> list[ProbeResult]:
     """Train and test classifiers on the features of one layer.
 
     Args:
         rows: features (N, D) of the labelled images.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, K) float32, as ``target`` encodes them.
         num_classes: K.
         draws: the splits by :func:`draw_probe_split`, one a repeat.
         classifiers: the kinds, at least one.
         on_done: called after each classifier of each repeat.
         device: device that solves the linear classifiers.
+        target: what the labels are.
     """
-    accuracies: dict[Classifier, list[float]] = {kind: [] for kind in classifiers}
+    scores: dict[Classifier, list[float]] = {kind: [] for kind in classifiers}
     strengths: dict[Classifier, list[float]] = {kind: [] for kind in classifiers}
     for draw in draws:
         own = labels[draw.train]
-        linear = [kind for kind in classifiers if kind in _KINDS]
+        linear = [kind for kind in classifiers if kind not in ("knn", "ridge")]
         training = build_training_rows(rows, draw.train, own, num_classes, device) if linear else None
         for kind in classifiers:
-            if training is None or kind not in _KINDS:
-                predicted = classify(rows, draw.train, own, draw.test, num_classes)
+            if kind == "knn":
+                outputs = vote(rows, draw.train, own, draw.test, num_classes)
             else:
-                classifier = choose_and_solve(training, _KINDS[kind], draw.seed)
-                predicted = _predict(classifier, rows, draw.test)
+                classifier = (
+                    fit(rows, draw.train, own, num_classes, _KINDS[kind], draw.seed, device)
+                    if training is None
+                    else choose_and_solve(training, _KINDS[kind], draw.seed)
+                )
+                outputs = _predict(classifier, rows, draw.test)
                 strengths[kind].append(classifier.strength)
-            accuracies[kind].append(_mean_per_class(predicted, labels[draw.test]))
+            scores[kind].append(_score(outputs, labels[draw.test], target))
             on_done()
-    return [ProbeResult(kind, tuple(accuracies[kind]), tuple(strengths[kind])) for kind in classifiers]
+    return [ProbeResult(kind, tuple(scores[kind]), tuple(strengths[kind])) for kind in classifiers]
 
 
 def _predict(classifier: LinearClassifier, rows: Rows, indices: Tensor) -> Tensor:
-    """Return the predicted classes of M rows, (M,) int64."""
+    """Return the outputs of M rows, (M, K) float32."""
     parts = indices.split(max(1, _BLOCK_BYTES // (4 * rows.shape[1])))  # type: ignore[no-untyped-call]
-    return torch.cat([decide(classifier.scores(rows[part])) for part in parts])
+    return torch.cat([classifier.scores(rows[part]) for part in parts])
 
 
-def _mean_per_class(predicted: Tensor, labels: Tensor) -> float:
-    """Return the mean recall of the classes that have test images."""
+def _score(outputs: Tensor, labels: Tensor, target: Target) -> float:
+    """Return the mean recall of the classes that have test images, or the score of other labels."""
     from sklearn.metrics import recall_score
 
-    return float(recall_score(labels, predicted, labels=np.unique(labels), average="macro"))
+    if target != SINGLE:
+        return target.compute_score(outputs, labels)
+    return float(recall_score(labels, decide(outputs), labels=np.unique(labels), average="macro"))
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
-COLUMNS = (
-    "layer",
-    "depth",
-    "num_features",
-    "classifier",
-    "mean_accuracy",
-    "std_accuracy",
-    "per_class",
-    "repeats",
-    "regularisation",
-)
-
-
 @dataclass(frozen=True)
 class ProbeRow:
-    """One classifier on one layer."""
+    """One classifier on one layer.
+
+    Attributes:
+        layer: the layer.
+        num_features: features per image.
+        result: its scores.
+        metric: what they are: ``accuracy`` (the mean over classes), ``map`` or ``r2``.
+    """
 
     layer: Layer
     num_features: int
     result: ProbeResult
-
-    def cells(self, per_class: int) -> tuple[Any, ...]:
-        """Return the row of ``probe.csv``, in the order of :data:`COLUMNS`."""
-        result = self.result
-        strengths = " ".join(f"{strength:g}" for strength in result.strengths)
-        return (
-            self.layer.name,
-            self.layer.share,
-            self.num_features,
-            result.classifier,
-            result.mean,
-            result.std,
-            per_class,
-            len(result.accuracies),
-            strengths,
-        )
+    metric: str = "accuracy"
 
     def to_dict(self, per_class: int) -> dict[str, Any]:
-        """Return the row by column name."""
-        return dict(zip(COLUMNS, self.cells(per_class), strict=True))
+        """Return the row of ``probe.csv`` by column name."""
+        result = self.result
+        return {
+            "layer": self.layer.name,
+            "depth": self.layer.share,
+            "num_features": self.num_features,
+            "classifier": result.classifier,
+            f"mean_{self.metric}": result.mean,
+            f"std_{self.metric}": result.std,
+            "per_class": per_class,
+            "repeats": len(result.scores),
+            "regularisation": " ".join(f"{strength:g}" for strength in result.strengths),
+        }
 
 
 def probe(
@@ -232,7 +254,7 @@ def probe(
     pool: Pool,
     display: Display,
 ) -> list[ProbeRow]:
-    """Compare layers by the accuracy of linear classifiers and nearest neighbours on their features.
+    """Compare layers by the score of linear classifiers and nearest neighbours on their features.
 
     All labelled images are used, of any split. In each repeat some images of each class train and the rest
     test.
@@ -241,7 +263,7 @@ def probe(
         recipe: settings of backbone, data, input, cache, machine and seed.
         wanted: names, keywords and patterns of layers.
         per_class: training images of each class.
-        classifiers: the kinds, at least one.
+        classifiers: the kinds; empty for those that the labels usually have.
         repeats: number of random draws of training images.
         output: a new folder for ``probe.csv`` and ``probe.png``.
         pool: how a layer's output becomes a row.
@@ -252,39 +274,61 @@ def probe(
     """
     with translated_errors():
         dataset = open_images(recipe, display)
-        require_classes(dataset, recipe)
+        require_labels(dataset, recipe)
+        chosen = choose_classifiers(classifiers, dataset.target)
         recipe = take_channels(recipe, dataset)
         network = open_network(recipe, display)
         layers = network.layers.select(wanted, pool)
         check_outside(output, dataset)
-        every = torch.tensor([sample.label for sample in dataset.samples])
-        draw_probe_split(every, dataset.classes, per_class, recipe.seed, 0)  # raises early
+        strata = _find_strata(dataset, dataset.samples)
+        draw_probe_split(strata, len(dataset.samples), per_class, recipe.seed, 0)  # raises early
         source = open_source(recipe, network, dataset, display)
         with new_folder(output) as folder:
             samples = source.dataset.samples
             with open_features(source, layers, pool) as features:
                 usable = leave_copies_out(features.usable(samples), source)
-                labels = torch.tensor([samples[index].label for index in usable.tolist()])
+                own = [samples[index] for index in usable.tolist()]
+                strata = _find_strata(dataset, own)
                 draws = [
-                    draw_probe_split(labels, dataset.classes, per_class, recipe.seed, repeat)
+                    draw_probe_split(strata, len(own), per_class, recipe.seed, repeat)
                     for repeat in range(repeats)
                 ]
-                total = len(layers) * len(classifiers) * repeats
+                total = len(layers) * len(chosen) * repeats
                 with display.track("probing layers", total) as advance:
                     rows = _probe_layers(
                         features,
                         usable,
-                        labels,
+                        dataset.encode(own),
                         draws,
-                        classifiers,
+                        chosen,
                         lambda: advance(1, ""),
                         network.placement.device,
+                        dataset,
                     )
-            write_csv(folder / "probe.csv", [row.cells(per_class) for row in rows], COLUMNS)
+            table = [row.to_dict(per_class) for row in rows]
+            write_csv(folder / "probe.csv", [tuple(row.values()) for row in table], tuple(table[0]))
             title = f"{network.backbone.card.name}, {per_class} training images a class"
-            _draw_curves(rows, layers, classifiers, 1 / dataset.num_classes, title, folder / "probe.png")
+            _draw_curves(rows, layers, chosen, _find_chance(dataset, own), title, folder / "probe.png")
         display.say(f"{output}/probe.csv, probe.png", style="bold")
         return rows
+
+
+def _find_strata(dataset: Dataset, samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Return the places of images by class in index order, or by range of numbers."""
+    target, places = dataset.target, defaultdict[str, list[str]](list)
+    for place, sample in sorted(enumerate(samples), key=lambda pair: pair[1].label):
+        places[dataset.label_of(sample)].append(str(place))
+    found = target.strata(places)
+    names = dataset.classes if target.has_classes else tuple(found)
+    return {name: [*map(int, found.get(name, ()))] for name in names}
+
+
+def _find_chance(dataset: Dataset, samples: Sequence[Sample]) -> float:
+    """Return the score of a predictor that sees no image."""
+    labels = dataset.encode(samples)
+    if labels.ndim == 1:
+        return 1 / dataset.num_classes
+    return dataset.target.compute_score(torch.zeros_like(labels), labels)
 
 
 def leave_copies_out(usable: Tensor, source: Source) -> Tensor:
@@ -311,13 +355,14 @@ def _probe_layers(
     classifiers: Sequence[Classifier],
     on_done: Callable[[], None],
     device: torch.device,
+    dataset: Dataset,
 ) -> list[ProbeRow]:
-    num_classes = int(labels.max()) + 1
+    number, target = dataset.num_classes, dataset.target
     rows: list[ProbeRow] = []
     for layer, whole in zip(features.layers, features.rows, strict=True):
         rows_of_layer = SubsetRows(whole, usable)
-        results = probe_layer(rows_of_layer, labels, num_classes, draws, classifiers, on_done, device)
-        rows += [ProbeRow(layer, whole.shape[1], result) for result in results]
+        results = probe_layer(rows_of_layer, labels, number, draws, classifiers, on_done, device, target)
+        rows += [ProbeRow(layer, whole.shape[1], result, target.score) for result in results]
     return rows
 
 
@@ -333,4 +378,5 @@ def _draw_curves(
     for kind in kinds:
         results = [row.result for row in rows if row.result.classifier == kind]
         curves[str(kind)] = ([result.mean for result in results], [result.std for result in results])
-    draw_probe(path, [layer.name for layer in layers], curves, chance, title)
+    metric = METRIC_NAMES[rows[0].metric]
+    draw_probe(path, [layer.name for layer in layers], curves, chance, title, metric)

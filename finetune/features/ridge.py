@@ -75,8 +75,8 @@ def score_left_out(
 ) -> Tensor:
     """Return the score of each image, predicted by ridge regression on the other images, (N,) float64.
 
-    It is :func:`leave_groups_out` for labels of any kind: their mean is the metric ``target.share``. Where
-    all images are one group, none can be left out, and all have 0.
+    It is :func:`leave_groups_out` for labels of any kind: their mean is the metric
+    ``target.additive_score``. Where all images are one group, none can be left out, and all have 0.
 
     Args:
         rows, indices, num_classes, device, groups: see :func:`leave_groups_out`.

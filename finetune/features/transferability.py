@@ -98,7 +98,7 @@ def score_neighbours(
 ) -> Tensor:
     """Return the score of each image, predicted by the nearest images of other groups, (N,) float64.
 
-    It is :func:`leave_one_out` for labels of any kind: their mean is the metric ``target.share``.
+    It is :func:`leave_one_out` for labels of any kind: their mean is the metric ``target.additive_score``.
 
     Args:
         rows, indices, num_classes, groups: see :func:`leave_one_out`.
@@ -106,7 +106,7 @@ def score_neighbours(
         target: what the labels are.
     """
     groups = torch.arange(len(indices)) if groups is None else groups
-    return target.score_each(_vote(rows, indices, labels, indices, num_classes, groups), labels)
+    return target.score_each(vote(rows, indices, labels, indices, num_classes, groups), labels)
 
 
 def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
@@ -121,15 +121,24 @@ def classify(rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classe
         test: (M,) int64, the test images.
         num_classes: K.
     """
-    return decide(_vote(rows, train, labels, test, num_classes, None))
+    return decide(vote(rows, train, labels, test, num_classes))
 
 
-def _vote(
-    rows: Rows, train: Tensor, labels: Tensor, test: Tensor, num_classes: int, groups: Tensor | None
+def vote(
+    rows: Rows,
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    num_classes: int,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """Return the votes for each class of the test images (M, K), or means of numbers.
+    """Return the votes of the nearest training images for each class, (M, K), or means of their numbers.
 
-    With groups, the test images are the training images.
+    Args:
+        rows, train, test, num_classes: see :func:`classify`.
+        labels: (N,) int64, or numbers (N, K) float32, of the training images.
+        groups: (N,) int64 where the test images are the training images: images of equal numbers do not vote
+            for each other. None where they are others.
     """
     found, is_same = [], groups is not None
     size = max(1, _BLOCK_BYTES // (4 * len(train)))

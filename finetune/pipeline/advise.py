@@ -215,7 +215,7 @@ def _measure(
         _candidates(scores),
         num_measured=len(usable),
         num_independent=len(torch.unique(groups)),
-        metric=target.share,
+        metric=target.additive_score,
     )
     return evidence, depths
 

@@ -35,7 +35,7 @@ class MultiLabel(Target):
 
     kind = "multi"
     score = "map"
-    share = "r2"
+    additive_score = "r2"
     solver = "logreg"
     activation = "sigmoid"
     has_classes = True

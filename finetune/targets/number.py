@@ -42,7 +42,7 @@ class Number(Target):
 
     kind = "number"
     score = "r2"
-    share = "r2"
+    additive_score = "r2"
     solver = "ridge"
     activation = "identity"
     has_classes = False

@@ -196,7 +196,7 @@ class SingleLabel(Target):
 
     kind = "single"
     score = "accuracy"
-    share = "accuracy"
+    additive_score = "accuracy"
     solver = "softmax"
     activation = "softmax"
     has_classes = True

@@ -30,7 +30,7 @@ class Target(ABC):
     Attributes:
         kind: name in recipes and files.
         score: name of the metric that chooses the best epoch; higher is better.
-        share: name of the metric that is a mean over images (:meth:`score_each`); higher is better.
+        additive_score: name of the metric that is a mean over images (:meth:`score_each`); higher is better.
         solver: kind of the linear classifier (:mod:`finetune.features.solvers`) that has the training loss.
         activation: function that turns the network's outputs into answers, as a model card names it.
         has_classes: whether outputs are classes, which can be weighted, smoothed and mixed.
@@ -39,7 +39,7 @@ class Target(ABC):
 
     kind: ClassVar[TargetKind]
     score: ClassVar[str]
-    share: ClassVar[str]
+    additive_score: ClassVar[str]
     solver: ClassVar[Literal["softmax", "logreg", "ridge"]]
     activation: ClassVar[str]
     has_classes: ClassVar[bool]
@@ -131,7 +131,7 @@ class Target(ABC):
 
     @abstractmethod
     def score_each(self, predicted: Tensor, labels: Tensor) -> Tensor:
-        """Return what each image adds to the metric :attr:`share`, which is the mean of them, (N,) float64.
+        """Return what each image adds to :attr:`additive_score`, which is the mean of them, (N,) float64.
 
         So differences between two predictors have a paired standard error over images.
 

@@ -289,7 +289,7 @@ def test_runs_of_two_kinds_are_not_compared(
 
 def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
     commands = [
-        ("probe", "--run", run, "-o", tmp_path / "probe"),
+        ("probe", "--run", run, "--classifiers", "svm", "-o", tmp_path / "probe"),
         ("forecast", run, "-o", tmp_path / "forecast"),
         ("check", "--run", run, "-o", tmp_path / "check"),
         ("explain", "ablate", run, "-o", tmp_path / "ablate"),
@@ -329,6 +329,17 @@ def test_two_processes_have_the_metrics_of_one(
     alone, both = (pd.read_csv(tmp_path / f"{name}.csv").set_index("path") for name in ("alone", "both"))
     column = {"multi": "prob_red", "number": "value"}[kind]
     assert both.loc[alone.index, column].to_numpy() == pytest.approx(alone[column].to_numpy(), abs=1e-3)
+
+
+def test_layers_are_probed_for_it(kind: str, tables: Path, tiny: Path, tmp_path: Path) -> None:
+    per_class = {"multi": 20, "number": 6}[kind]
+    words = ("-d", tables / f"{kind}.csv", "--per-class", per_class, "--repeats", 2, "--workers", 0)
+    invoke("probe", "-b", tiny, *words, "-l", "layer1,layer4", "-o", tmp_path / "out")
+    found = pd.read_csv(tmp_path / "out" / "probe.csv")
+    score = {"multi": "map", "number": "r2"}[kind]
+    assert found["classifier"].tolist() == [{"multi": "logreg", "number": "ridge"}[kind], "knn"] * 2
+    assert (found[f"mean_{score}"] > 0.3).all() and (found[f"std_{score}"] < 0.3).all()
+    assert (tmp_path / "out" / "probe.png").exists()
 
 
 @pytest.mark.parametrize("command", ["cam", "saliency", "localise"])

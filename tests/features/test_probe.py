@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.errors import DataError
 from finetune.features import probe
-from finetune.features.probe import CLASSIFIERS, ProbeResult, ProbeSplit, draw_probe_split, probe_layer
+from finetune.features.probe import Classifier, ProbeResult, ProbeSplit, draw_probe_split, probe_layer
 from finetune.features.rows import MemoryRows
 from finetune.features.solvers import fit
 from finetune.features.transferability import classify
@@ -20,6 +20,7 @@ from finetune.features.transferability import classify
 CPU = torch.device("cpu")
 
 CLASSES = ("cat", "dog", "owl")
+SINGLE_CLASSIFIERS: tuple[Classifier, ...] = ("svm", "softmax", "logreg", "knn")
 
 
 def draw_layer(labels: Tensor, width: int, noise: float, seed: int = 0) -> MemoryRows:
@@ -28,12 +29,17 @@ def draw_layer(labels: Tensor, width: int, noise: float, seed: int = 0) -> Memor
     return MemoryRows(centres[labels] + noise * torch.randn(len(labels), width, generator=generator))
 
 
+def draw_split(labels: Tensor, classes: Sequence[str], per_class: int, seed: int, repeat: int) -> ProbeSplit:
+    strata = {name: (labels == number).nonzero().flatten().tolist() for number, name in enumerate(classes)}
+    return draw_probe_split(strata, len(labels), per_class, seed, repeat)
+
+
 def draw_all(labels: Tensor, per_class: int, repeats: int) -> list[ProbeSplit]:
-    return [draw_probe_split(labels, CLASSES, per_class, 0, repeat) for repeat in range(repeats)]
+    return [draw_split(labels, CLASSES, per_class, 0, repeat) for repeat in range(repeats)]
 
 
 def run(rows: MemoryRows, labels: Tensor, draws: Sequence[ProbeSplit]) -> list[ProbeResult]:
-    return probe_layer(rows, labels, len(CLASSES), draws, CLASSIFIERS, lambda: None, CPU)
+    return probe_layer(rows, labels, len(CLASSES), draws, SINGLE_CLASSIFIERS, lambda: None, CPU)
 
 
 # --- draws ---------------------------------------------------------------------------------------
@@ -41,7 +47,7 @@ def run(rows: MemoryRows, labels: Tensor, draws: Sequence[ProbeSplit]) -> list[P
 
 def test_a_draw_takes_so_many_of_each_class_and_leaves_the_rest() -> None:
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 6)
-    draw = draw_probe_split(labels, CLASSES, 5, 0, 0)
+    draw = draw_split(labels, CLASSES, 5, 0, 0)
     assert labels[draw.train].bincount().tolist() == [5, 5, 5]
     assert sorted([*draw.train.tolist(), *draw.test.tolist()]) == list(range(34))
 
@@ -49,11 +55,11 @@ def test_a_draw_takes_so_many_of_each_class_and_leaves_the_rest() -> None:
 def test_draws_differ_by_seed_and_repeat_alone() -> None:
     labels = torch.arange(3).repeat(20)
     state = torch.random.get_rng_state()
-    one = draw_probe_split(labels, CLASSES, 5, 0, 0)
-    same = draw_probe_split(labels, CLASSES, 5, 0, 0)
+    one = draw_split(labels, CLASSES, 5, 0, 0)
+    same = draw_split(labels, CLASSES, 5, 0, 0)
     assert one.train.equal(same.train)
     assert one.test.equal(same.test)
-    others = [draw_probe_split(labels, CLASSES, 5, 0, 1), draw_probe_split(labels, CLASSES, 5, 1, 0)]
+    others = [draw_split(labels, CLASSES, 5, 0, 1), draw_split(labels, CLASSES, 5, 1, 0)]
     assert all(not other.train.equal(one.train) for other in others)
     assert torch.random.get_rng_state().equal(state)
 
@@ -61,20 +67,20 @@ def test_draws_differ_by_seed_and_repeat_alone() -> None:
 def test_more_than_a_class_has_is_refused() -> None:
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 6)
     with pytest.raises(DataError, match=r"--per-class 6: class 'owl' has 6") as refusal:
-        draw_probe_split(labels, CLASSES, 6, 0, 0)
+        draw_split(labels, CLASSES, 6, 0, 0)
     assert "--per-class 5 or fewer" in refusal.value.fix
-    assert len(draw_probe_split(labels, CLASSES, 5, 0, 0).test) == 19
+    assert len(draw_split(labels, CLASSES, 5, 0, 0).test) == 19
 
 
 def test_a_class_of_one_image_is_refused() -> None:
     with pytest.raises(DataError, match="class 'dog' has 1") as refusal:
-        draw_probe_split(torch.tensor([0, 0, 0, 1, 2, 2]), CLASSES, 1, 0, 0)
+        draw_split(torch.tensor([0, 0, 0, 1, 2, 2]), CLASSES, 1, 0, 0)
     assert "Add images of this class" in refusal.value.fix
 
 
 def test_one_class_is_refused() -> None:
     with pytest.raises(DataError, match="only one class"):
-        draw_probe_split(torch.zeros(9, dtype=torch.int64), ["cat"], 2, 0, 0)
+        draw_split(torch.zeros(9, dtype=torch.int64), ["cat"], 2, 0, 0)
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -82,8 +88,8 @@ def test_one_class_is_refused() -> None:
 
 def test_mean_and_deviation_over_draws() -> None:
     result = ProbeResult("svm", (0.5, 0.7, 0.9), (1.0, 1.0, 1.0))
-    assert result.mean == pytest.approx(np.mean(result.accuracies))
-    assert result.std == pytest.approx(np.std(result.accuracies, ddof=1))
+    assert result.mean == pytest.approx(np.mean(result.scores))
+    assert result.std == pytest.approx(np.std(result.scores, ddof=1))
     assert ProbeResult("knn", (0.5,), ()).std == 0
 
 
@@ -92,7 +98,7 @@ def test_each_classifier_is_judged_by_the_mean_over_classes() -> None:
     rows = draw_layer(labels, 8, 2.0)
     draws = draw_all(labels, 6, 2)
     results = run(rows, labels, draws)
-    assert [result.classifier for result in results] == list(CLASSIFIERS)
+    assert [result.classifier for result in results] == list(SINGLE_CLASSIFIERS)
     for result in results:
         for repeat, draw in enumerate(draws):
             own = labels[draw.train]
@@ -104,7 +110,7 @@ def test_each_classifier_is_judged_by_the_mean_over_classes() -> None:
                 predicted = classifier.scores(rows[draw.test]).argmax(dim=1)
                 assert result.strengths[repeat] == classifier.strength
             expected = balanced_accuracy_score(labels[draw.test], predicted)
-            assert result.accuracies[repeat] == pytest.approx(expected)
+            assert result.scores[repeat] == pytest.approx(expected)
 
 
 def test_a_class_without_test_images_is_left_out() -> None:
@@ -143,11 +149,11 @@ def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_labels_of_test_images_are_for_judging_only() -> None:
     """Turned labels of test images turn what is right, and nothing else."""
     labels = torch.arange(2).repeat(20)
-    rows, draws = draw_layer(labels, 6, 1.0), [draw_probe_split(labels, CLASSES[:2], 6, 0, 0)]
+    rows, draws = draw_layer(labels, 6, 1.0), [draw_split(labels, CLASSES[:2], 6, 0, 0)]
     turned = labels.clone()
     turned[draws[0].test] = 1 - turned[draws[0].test]
-    ours = probe_layer(rows, labels, 2, draws, CLASSIFIERS, lambda: None, CPU)
-    other = probe_layer(rows, turned, 2, draws, CLASSIFIERS, lambda: None, CPU)
+    ours = probe_layer(rows, labels, 2, draws, SINGLE_CLASSIFIERS, lambda: None, CPU)
+    other = probe_layer(rows, turned, 2, draws, SINGLE_CLASSIFIERS, lambda: None, CPU)
     for one, two in zip(ours, other, strict=True):
         assert one.strengths == two.strengths
         assert one.mean == pytest.approx(1 - two.mean)

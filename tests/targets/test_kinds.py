@@ -104,7 +104,7 @@ def test_the_score_of_images_has_the_metric_as_its_mean(target: Target) -> None:
     else:
         expected = float(r2_score(labels, outputs, multioutput="uniform_average"))
     assert each.mean().item() == pytest.approx(expected)
-    if target.share == target.score:
+    if target.additive_score == target.score:
         assert target.compute_score(outputs, labels) == pytest.approx(expected)
 
 
