@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from finetune.data.dataset import PreparedDataset, Sample
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.prepare import check_outside, read_images
 from finetune.errors import UsageError, count, suggest
 from finetune.features.extraction import (
@@ -34,7 +34,7 @@ from finetune.features.extraction import (
     open_images,
     open_source,
 )
-from finetune.features.network import open_network
+from finetune.features.network import open_network, take_channels
 from finetune.features.placed import KEY, PlacedFiles, read_placed
 from finetune.features.tables import LayerRows, TableFormat, check_format, check_names, write_table
 from finetune.recipe import Recipe
@@ -147,11 +147,13 @@ def extract(
     """
     with translated_errors(distributed=distributed), ExitStack() as files:
         target = find_target(output, format)
-        network = distributed.first(lambda: open_network(recipe, display, distributed))
+        found = distributed.share(lambda: _find_images(recipe, output, display))
+        seen = take_channels(recipe, found)
+        network = distributed.first(lambda: open_network(seen, display, distributed))
         layers = network.layers.select(wanted, pool)
         check_names(target.format, [layer.name for layer in layers])
-        dataset = distributed.share(lambda: _read_images(recipe, output, display))
-        source = open_source(recipe, network, dataset, display)
+        dataset = distributed.share(lambda: read_images(seen, found, display))
+        source = open_source(seen, network, dataset, display)
         facts = {
             "features": describe_extraction(source, layers, pool),
             "layers": [layer.name for layer in layers],
@@ -169,10 +171,10 @@ def extract(
         return done
 
 
-def _read_images(recipe: Recipe, output: Path, display: Display) -> PreparedDataset:
+def _find_images(recipe: Recipe, output: Path, display: Display) -> Dataset:
     dataset = open_images(recipe, display, draws=False)
     check_outside(output, dataset)
-    return read_images(recipe, dataset, display)
+    return dataset
 
 
 def _begin(target: Target, facts: dict[str, Any], files: ExitStack) -> dict[str, Any] | None:

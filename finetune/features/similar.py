@@ -17,7 +17,7 @@ from finetune.data.thumbnail import load_thumbnail
 from finetune.data.transforms import Normalizer, build_eval_transform
 from finetune.errors import DataError
 from finetune.features.extraction import Source, open_features, open_images, open_source
-from finetune.features.network import Network, open_network
+from finetune.features.network import Network, open_network, take_channels
 from finetune.features.retrieval import (
     check_umap,
     count_reads,
@@ -63,9 +63,7 @@ def find_similar(
         FinetuneError: the command fails; the subclass gives the exit code (docs/errors.md).
     """
     with translated_errors():
-        network = open_network(recipe, display)
-        chosen = network.find_layer(layer, pool)
-        source = _open(recipe, network, output, display)
+        source, chosen = _open(recipe, layer, pool, output, display)
         query = _see(source.network, image, chosen, pool)
         with new_folder(output) as folder:
             samples = source.dataset.samples
@@ -103,10 +101,14 @@ def _draw_hit(source: Source, sample: Sample, rank: int, similarity: float) -> T
     return Tile(image, (f"{rank}.  {similarity:.3f}", _label(source, sample), file.name))
 
 
-def _open(recipe: Recipe, network: Network, output: Path, display: Display) -> Source:
+def _open(recipe: Recipe, layer: str, pool: Pool, output: Path, display: Display) -> tuple[Source, Layer]:
+    """Open the images and the network, and return them with the layer of that name."""
     dataset = open_images(recipe, display)
     check_outside(output, dataset)
-    return open_source(recipe, network, dataset, display)
+    recipe = take_channels(recipe, dataset)
+    network = open_network(recipe, display)
+    chosen = network.find_layer(layer, pool)
+    return open_source(recipe, network, dataset, display), chosen
 
 
 def _is_same(file: Path, image: Path) -> bool:
@@ -155,9 +157,7 @@ def draw_feature_map(
     with translated_errors():
         if method == "umap":
             check_umap()
-        network = open_network(recipe, display)
-        chosen = network.find_layer(layer, pool)
-        source = _open(recipe, network, output, display)
+        source, chosen = _open(recipe, layer, pool, output, display)
         with new_folder(output) as folder:
             samples = source.dataset.samples
             with open_features(source, [chosen], pool) as features:
@@ -173,7 +173,7 @@ def draw_feature_map(
                 for sample, (x, y) in zip(shown, plane.points.tolist(), strict=True)
             ]
             write_csv(folder / "map.csv", rows, ("path", "label", "split", "x", "y"))
-            title = f"{network.backbone.card.name}, {chosen.name}, {len(shown):,} images"
+            title = f"{source.network.backbone.card.name}, {chosen.name}, {len(shown):,} images"
             names = ("component 1", "component 2") if method == "pca" else ("UMAP 1", "UMAP 2")
             draw_map(
                 folder / "map.png",

@@ -188,7 +188,8 @@ def test_arrays_have_as_many_channels_as_their_axis(cli: Cli, tiny: Path, tmp_pa
     assert "input.augmentation heavy is for RGB (RandAugment, random erasing): light for" in result.stderr
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "channels: 5" in recipe and "augmentation: light" in recipe
-    for words in (("advise",), ("probe", "--per-class", 5)):
+    image = tmp_path / "five" / "down" / "0.npy"
+    for words in (("advise",), ("probe", "--per-class", 5), ("extract",), ("map",), ("similar", image)):
         data = ("-d", tmp_path / "five", "--device", "cpu", "-o", tmp_path / words[0])
         result = cli(*words, "-b", tiny, *data)
         assert result.exit_code == 0, result.output
