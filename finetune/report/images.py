@@ -25,6 +25,7 @@ from finetune.explain.checks.verdicts import judge_deletion, judge_randomisation
 from finetune.plots.overlay import draw_overlay
 from finetune.report.facts import Facts
 from finetune.runs.reader import PredictionRow
+from finetune.targets import read_target
 from pretrained.backbone import describe_stages
 from pretrained.catalog import Card
 
@@ -171,9 +172,10 @@ class Explainer:
         if self._cam.reason:
             return [list(maps) for maps in found]
         stages, _ = describe_stages(self._card)
+        target = read_target(dict(self._card.target))
         similar = measure_randomisation(self._network, stages, self._make, pixels, indices[0], found[0])
         advantages = [
-            measure_advantage(self._network, pixels, wanted, maps, _STEPS, _PLACES)
+            measure_advantage(self._network, pixels, wanted, maps, _STEPS, _PLACES, target)
             for wanted, maps in zip(indices, found, strict=True)
         ]
         checks = (

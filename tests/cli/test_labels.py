@@ -39,9 +39,13 @@ def draw(generator: np.random.Generator) -> tuple[Image.Image, str, str]:
 
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``multi.csv`` and ``number.csv`` beside their images, with splits."""
-    folder, generator = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
-    rows = []
+    return draw_tables(tmp_path_factory.mktemp("tables"))
+
+
+def draw_tables(folder: Path) -> Path:
+    """Write ``multi.csv`` and ``number.csv`` beside their images, with splits."""
+    folder.mkdir(exist_ok=True)
+    generator, rows = np.random.default_rng(0), []
     for index in range(120):
         image, labels, value = draw(generator)
         image.save(folder / f"{index}.png")

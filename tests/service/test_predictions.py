@@ -24,6 +24,7 @@ from finetune.service.predictions.hosts import ModelHosts
 from finetune.service.predictions.serving import ModelHost, ModelProcess, Picture
 from finetune.service.settings import ServiceSettings
 from finetune.service.work import dispatcher
+from tests.cli.test_labels import draw_tables
 from tests.conftest import FinishedRun
 from tests.service.servers import Scripts, Served, serving
 from tests.service.test_api import problem
@@ -311,3 +312,49 @@ def test_an_image_of_exif_is_turned_as_in_training(served: Served, model: Path, 
     answer = served.client.post("/v1/models/colours/predict", files={"i": ("x", buffer.getvalue())}).json()
     [wanted] = expected(model, [tmp_path / "x.png"])
     assert answer["predictions"][0]["confidence"] == pytest.approx(wanted.confidence, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["multi", "number"])
+def test_models_of_other_labels_are_served(kind: str, tiny: Path, tmp_path: Path) -> None:
+    table = draw_tables(tmp_path / "tables") / f"{kind}.csv"
+    finetune.run(
+        backbone=str(tiny),
+        data=str(table),
+        strategy="full",
+        epochs=2,
+        workers=0,
+        output=str(tmp_path / "run"),
+    )
+    scripts = Scripts({"run": f"cp -r {tmp_path / 'run'}/. $OUT"})
+    images = [table.parent / f"{number}.png" for number in range(3)]
+    with serving(ServiceSettings(tmp_path / "store"), scripts) as server:
+        job = server.submit("run")
+        server.wait(job, "succeeded")
+        assert server.client.put("/v1/models/it", json={"job": job}).json()["version"] == 1
+        files = [("image", (path.name, path.read_bytes())) for path in images]
+        answer = server.client.post(
+            "/v1/models/it/predict", files=files, params={"heat_map": True}, timeout=120
+        )
+        assert answer.status_code == 200, answer.text
+        body = {"inputs": [_encode_files(images)]}
+        inferred = server.client.post("/v2/models/it/infer", json=body)
+        assert inferred.status_code == 200, inferred.text
+    outputs = {one["name"]: one["data"] for one in inferred.json()["outputs"]}
+    for found, wanted, label in zip(
+        answer.json()["predictions"], expected(tmp_path / "run", images), outputs["labels"], strict=True
+    ):
+        assert "heat_map" in found
+        if kind == "number":
+            assert found["value"] == pytest.approx(wanted.values[0], abs=1e-3) and "top" not in found
+            assert float(label) == pytest.approx(wanted.values[0], abs=1e-3)
+        else:
+            assert found["label"] == wanted.label == label and found["confidence"] is None
+            assert {one["label"]: one["probability"] for one in found["top"]} == pytest.approx(
+                wanted.probabilities, abs=1e-4
+            )
+
+
+def _encode_files(images: list[Path]) -> dict[str, Any]:
+    contents = [base64.b64encode(path.read_bytes()).decode() for path in images]
+    return {"name": "images", "datatype": "BYTES", "shape": [len(images)], "data": contents}

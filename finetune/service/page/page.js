@@ -190,13 +190,20 @@ function startModel() {
       const [found] = (await call("POST", path, form)).predictions;
       if (found.fault) throw new Error(found.fault);
       find("seen").src = URL.createObjectURL(file);
-      find("classes").replaceChildren(...found.top.map(drawClass));
+      const rows = found.top ? found.top.map(drawClass) : [drawNumber(found.value)];
+      find("classes").replaceChildren(...rows);
       find("answer").hidden = false;
     } catch (error) {
       find("answer").hidden = true;
       refused.textContent = error.message;
     }
   });
+}
+
+function drawNumber(number) {
+  const row = document.createElement("li");
+  row.textContent = number.toPrecision(4);
+  return row;
 }
 
 function drawClass(one) {

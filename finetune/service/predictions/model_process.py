@@ -73,10 +73,11 @@ class _Model:
             "classes": list(self._predictor.classes),
             "input_size": size,
             "architecture": card.architecture,
+            "has_classes": self._predictor.target.has_classes,
         }
 
     def answer(self, header: dict[str, Any], blocks: list[bytes]) -> dict[str, Any]:
-        """Return, for each image, its probabilities or the reason why it cannot be read.
+        """Return, for each image, its label and probabilities (or number), or why it cannot be read.
 
         Args:
             header: ``shapes``, for each image null (an encoded file) or height and width of RGB pixels; and
@@ -92,9 +93,11 @@ class _Model:
                 answers.append({"fault": fault})
                 continue
             values = next(rows)
-            answers.append({"probabilities": values.tolist()})
+            classes = self._predictor.classes
+            label, confidence = self._predictor.target.answer(values, classes)
+            answers.append({"label": label, "confidence": confidence, "probabilities": values.tolist()})
             if wants_map:
-                answers[-1] |= self._draw_map(image, self._predictor.classes[rank_classes(values, 1)[0]])
+                answers[-1] |= self._draw_map(image, classes[rank_classes(values, 1)[0]])
         return {"answers": answers}
 
     def _draw_map(self, image: tuple[list[int] | None, bytes], label: str) -> dict[str, Any]:

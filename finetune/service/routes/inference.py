@@ -1,8 +1,8 @@
 """``/v2``: the Open Inference Protocol, so that clients of other servers work here.
 
 A model has one input, ``images``: UINT8 pixels (B, H, W, 3), or BYTES (B,), the content of files. It has
-two outputs: ``probabilities`` FP32 (B, K), calibrated, and ``labels`` BYTES (B,). Tensors come as JSON, or as
-binary data behind it (the extension of Triton's clients).
+two outputs: ``probabilities`` FP32 (B, K), calibrated (or the number, K = 1), and ``labels`` BYTES (B,).
+Tensors come as JSON, or as binary data behind it (the extension of Triton's clients).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from finetune import __version__
 from finetune.service.context import Context
 from finetune.service.predictions.serving import Picture
 from finetune.service.problems import RefusedError
-from finetune.targets import rank_classes
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
@@ -90,14 +89,14 @@ async def infer(
     body = await context.read_body(request, context.settings.limits.images_bytes)
     header, binary = _split(body, inference_header_content_length)
     pictures = _read_input(header, binary)
-    model, host, waiting = await run_in_threadpool(context.hosts.submit, name, pictures)
+    model, _, waiting = await run_in_threadpool(context.hosts.submit, name, pictures)
     answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
     for index, answer in enumerate(answers):
         if "fault" in answer:
             found = f"image {index} cannot be read: {answer['fault']}"
             raise _refuse(found, "Leave it out or repair it.")
     values = np.array([answer["probabilities"] for answer in answers], np.float32)
-    labels = [host.facts["classes"][index].encode() for index in (rank_classes(row, 1)[0] for row in values)]
+    labels = [answer["label"].encode() for answer in answers]
     facts = {"model_name": name, "model_version": str(model.version)}
     facts |= {"id": header["id"]} if isinstance(header.get("id"), str) else {}
     return _write_outputs(facts, header, values, labels)

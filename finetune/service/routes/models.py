@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -60,7 +61,10 @@ async def predict(
     reject_below: Annotated[float, Query(ge=0, le=1, description="Below it, `rejected` is true.")] = 0.0,
     heat_map: Annotated[bool, Query(description="Draw where the evidence for the label is.")] = False,
 ) -> dict[str, Any]:
-    """Return calibrated probabilities for images: files of a form, or ``{"images": [BASE64, ...]}``.
+    """Return label and calibrated probabilities of images: files of a form, or ``{"images": [BASE64, ...]}``.
+
+    The label of a model of several labels joins those above their thresholds by ``|``; a model of numbers
+    gives ``value`` in place of probabilities.
 
     Heat maps are JPEG in base64; one that fails its checks is left out with the reason.
     """
@@ -68,22 +72,23 @@ async def predict(
     pictures = await _read_pictures(context, request, heat_map)
     model, host, waiting = await run_in_threadpool(context.hosts.submit, name, pictures)
     answers = await asyncio.gather(*map(asyncio.wrap_future, waiting))
-    classes = host.facts["classes"]
     return {
         "model": _describe(model),
-        "predictions": [_rank(one, classes, top, reject_below) for one in answers],
+        "predictions": [_describe_answer(one, host.facts, top, reject_below) for one in answers],
     }
 
 
-def _rank(answer: Any, classes: list[str], top: int, reject_below: float) -> dict[str, Any]:
+def _describe_answer(answer: Any, model: Mapping[str, Any], top: int, reject_below: float) -> dict[str, Any]:
     if "fault" in answer:
         return {"fault": answer["fault"]}
-    values = answer["probabilities"]
+    values, classes, confidence = answer["probabilities"], model["classes"], answer["confidence"]
+    maps = {key: answer[key] for key in ("heat_map", "heat_map_missing") if key in answer}
+    if not model["has_classes"]:
+        return {"label": answer["label"], "value": values[0]} | maps
     best = rank_classes(np.array(values, np.float32), min(top, len(classes)))
     ranked = [{"label": classes[index], "probability": values[index]} for index in best]
-    confidence = ranked[0]["probability"]
-    facts = {"label": ranked[0]["label"], "confidence": confidence, "rejected": confidence < reject_below}
-    maps = {key: answer[key] for key in ("heat_map", "heat_map_missing") if key in answer}
+    facts = {"label": answer["label"], "confidence": confidence}
+    facts |= {"rejected": confidence < reject_below} if confidence is not None else {}
     return facts | {"top": ranked} | maps
 
 
