@@ -368,3 +368,22 @@ def test_the_class_of_a_heat_map_can_be_named(run: Path, kind: str, tables: Path
     image = tables / pd.read_csv(run / "predictions.csv")["path"][0]
     invoke("explain", "cam", run, image, "--class", "red", "--workers", 0, "-o", tmp_path / "out")
     assert pd.read_csv(tmp_path / "out" / "heat-maps.csv")["class"].tolist() == ["red"]
+
+
+def test_an_ensemble_averages_the_answers_of_its_members(
+    run: Path, solved: Path, kind: str, tmp_path: Path
+) -> None:
+    invoke("evaluate", run, solved, "-o", tmp_path / "both")
+    column = {"multi": "prob_red", "number": "predicted"}[kind]
+    values = [pd.read_csv(folder / "predictions.csv")[column] for folder in (run, solved, tmp_path / "both")]
+    assert values[2].to_numpy() == pytest.approx((values[0] + values[1]).to_numpy() / 2, abs=1e-3)
+    score = {"multi": "map", "number": "r2"}[kind]
+    variants = pd.read_csv(tmp_path / "both" / "variants.csv")
+    assert variants[score].iloc[-1] == pytest.approx(read(tmp_path / "both" / "metrics.json")[score])
+
+
+def test_several_crops_are_averaged(run: Path, kind: str, tmp_path: Path) -> None:
+    invoke("evaluate", run, "--crops", 5, "-o", tmp_path / "five")
+    variants = pd.read_csv(tmp_path / "five" / "variants.csv")
+    assert variants["views"].tolist() == [1, 5]
+    assert np.isfinite(variants[{"multi": "map", "number": "r2"}[kind]]).all()
