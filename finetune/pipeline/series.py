@@ -13,7 +13,7 @@ from finetune.runs.claim import check_name, create_folder
 from finetune.runs.files import write_csv, write_json
 from finetune.runs.folder import RunFolder
 from finetune.system.display import Display
-from finetune.targets import SERIES_METRICS
+from finetune.targets import METRIC_NAMES, SCORES, SERIES_METRICS
 
 _KIND = {"repeats": "seed", "folds": "fold"}
 
@@ -89,11 +89,12 @@ def summarize_runs(metrics: Sequence[str], runs: Sequence[Mapping[str, Any]]) ->
 
 
 def _sentence(kind: str, series: Mapping[str, Any]) -> str:
-    number, spread = series["num_runs"], series["std"]["accuracy"]
+    score = next(name for name in SCORES if name in series["mean"])
+    number, spread = series["num_runs"], series["std"][score]
     # Folds share most of their training images, so a standard error of the mean would be too small.
     of_mean = f"; of the mean {spread / math.sqrt(number):.4f}" if kind == "repeats" else ""
     selection = " (images that also chose the epoch)" if series["split_chose_checkpoint"] else ""
     return (
-        f"accuracy {series['mean']['accuracy']:.4f} +/- {spread:.4f} (mean and standard deviation of "
+        f"{METRIC_NAMES[score]} {series['mean'][score]:.4f} +/- {spread:.4f} (mean and standard deviation of "
         f"{number} {_KIND[kind]}s{of_mean}) on {series['split']}{selection}"
     )

@@ -387,3 +387,12 @@ def test_several_crops_are_averaged(run: Path, kind: str, tmp_path: Path) -> Non
     variants = pd.read_csv(tmp_path / "five" / "variants.csv")
     assert variants["views"].tolist() == [1, 5]
     assert np.isfinite(variants[{"multi": "map", "number": "r2"}[kind]]).all()
+
+
+def test_runs_of_a_series_are_averaged(kind: str, tables: Path, tiny: Path, tmp_path: Path) -> None:
+    words = ("-b", tiny, "-d", tables / f"{kind}.csv", "-s", "freeze", "--epochs", 1, "--workers", 0)
+    said = invoke("run", *words, "--repeats", 2, "--stall-timeout", 0, "-o", tmp_path / "series")
+    score = {"multi": "map", "number": "r2"}[kind]
+    series = read(tmp_path / "series" / "series.json")
+    assert series["mean"][score] == pytest.approx(np.mean([run[score] for run in series["runs"]]))
+    assert f"{series['mean'][score]:.4f} +/- " in said
