@@ -152,7 +152,7 @@ def _print_classes(summary: dict[str, Any]) -> None:
     splits = summary["parts"]
     totals = ", ".join(f"{counts['num_images']} {split}" for split, counts in splits.items())
     limits = "{min:g} to {max:g}"
-    images, classes = count(summary["num_images"], "image"), count(summary["num_classes"], "class", "classes")
+    images, classes = count(summary["num_images"], "image"), summary["labels"]
     print_line(
         f"{images} ({totals}), {classes}; "
         f"width {limits.format(**summary['width'])}, height {limits.format(**summary['height'])}"

@@ -84,8 +84,10 @@ def summarise(scanned: ScannedDataset) -> dict[str, Any]:
     dataset, rows = scanned.dataset, scanned.scan.rows
     indices = range(len(scanned.samples))
     widths, heights = rows["width"].astype(np.float64), rows["height"].astype(np.float64)
+    labels = [dataset.label_of(sample) for sample in dataset.samples] if dataset.is_labelled else []
     return {
         "num_images": len(dataset.samples),
+        "labels": dataset.target.describe(labels),
         "num_classes": dataset.num_classes,
         "num_unreadable": len(scanned.checked.bad),
         "num_groups": len({sample.group for sample in dataset.samples if sample.group}),
