@@ -6,6 +6,7 @@ the body. The network is timm's, by fastai's own way of building one.
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
@@ -28,11 +29,14 @@ def main() -> None:
         seed=options.seed,
         device="cpu",
     )
+    fine_tune(options, loaders, vision.accuracy)
+
+
+def fine_tune(options: argparse.Namespace, loaders: Any, metric: Any) -> None:
+    """Train with the library's defaults, and report the metric of each epoch as the accuracy."""
     own_weights: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(options.weights)}}
     name = options.arch.removeprefix("timm/")
-    learner = vision.vision_learner(
-        loaders, name, metrics=vision.accuracy, path=options.output, **own_weights
-    )
+    learner = vision.vision_learner(loaders, name, metrics=metric, path=options.output, **own_weights)
     clock, began = Clock(), time.perf_counter()
     with learner.no_bar(), learner.no_logging():
         learner.fine_tune(options.epochs - 1, cbs=clock)

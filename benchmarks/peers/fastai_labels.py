@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import pandas as pd
 from fastai.vision import all as vision
 
-from benchmarks.peers.common import read_arguments, report
-from benchmarks.peers.fastai_peer import Clock
+from benchmarks.peers.common import read_arguments
+from benchmarks.peers.fastai_fine_tune import fine_tune
 
 
 def main() -> None:
@@ -30,16 +27,7 @@ def main() -> None:
         seed=options.seed,
         device="cpu",
     )
-    own_weights: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(options.weights)}}
-    name = options.arch.removeprefix("timm/")
-    learner = vision.vision_learner(
-        loaders, name, metrics=vision.APScoreMulti(), path=options.output, **own_weights
-    )
-    clock, began = Clock(), time.perf_counter()
-    with learner.no_bar(), learner.no_logging():
-        learner.fine_tune(options.epochs - 1, cbs=clock)
-        learner.save("final")
-    report(clock.curve, began)
+    fine_tune(options, loaders, vision.APScoreMulti())
 
 
 if __name__ == "__main__":

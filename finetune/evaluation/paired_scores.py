@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from finetune.evaluation.paired_tests import SIGNIFICANCE, correct_holm, describe_difference, format_p
+from finetune.evaluation.paired_tests import correct_holm, describe_difference, describe_p, may_claim
 from finetune.evaluation.resampling import Floats, Weights, draw_values, find_middle
 from finetune.evaluation.summary import Judge
 from finetune.targets import METRIC_NAMES
@@ -60,15 +60,12 @@ class PairedScores:
     @property
     def is_claimed(self) -> bool:
         """Whether a difference may be claimed: the corrected p-value is small, the interval excludes 0."""
-        low, high = self.interval
-        return self.p_corrected < SIGNIFICANCE and not low <= 0 <= high
+        return may_claim(self.p_corrected, self.interval)
 
     @property
     def sentence(self) -> str:
         """The result as a sentence."""
-        said = f"bootstrap {format_p(self.p_value)}"
-        if self.num_pairs > 1:
-            said += f", corrected for {self.num_pairs} comparisons {format_p(self.p_corrected)}"
+        said = describe_p("bootstrap", self.p_value, self.p_corrected, self.num_pairs)
         names, unit = (self.first, self.second), f" of {METRIC_NAMES[self.metric]}"
         return describe_difference(names, self.difference, self.interval, self.is_claimed, said, unit)
 

@@ -68,15 +68,12 @@ class PairedTest:
     @property
     def is_claimed(self) -> bool:
         """Whether a difference may be claimed: the corrected p-value is small, the interval excludes 0."""
-        low, high = self.interval
-        return self.p_corrected < SIGNIFICANCE and not low <= 0 <= high
+        return may_claim(self.p_corrected, self.interval)
 
     @property
     def sentence(self) -> str:
         """The result as a sentence."""
-        said = f"McNemar {format_p(self.p_value)}"
-        if self.num_pairs > 1:
-            said += f", corrected for {self.num_pairs} comparisons {format_p(self.p_corrected)}"
+        said = describe_p("McNemar", self.p_value, self.p_corrected, self.num_pairs)
         names = self.first, self.second
         return describe_difference(names, self.difference, self.interval, self.is_claimed, said)
 
@@ -127,6 +124,20 @@ def compare_pairs(rights: Sequence[tuple[str, Rights, str, Rights]]) -> list[Pai
         replace(pair, p_corrected=p_value, num_pairs=len(alone))
         for pair, p_value in zip(alone, corrected, strict=True)
     ]
+
+
+def may_claim(p_corrected: float, interval: tuple[float, float]) -> bool:
+    """Return whether a difference may be claimed: its p-value is small, and its interval excludes 0."""
+    low, high = interval
+    return p_corrected < SIGNIFICANCE and not low <= 0 <= high
+
+
+def describe_p(test: str, p_value: float, p_corrected: float, num_pairs: int) -> str:
+    """Return what is said of a p-value, alone and corrected for the number of pairs."""
+    alone = f"{test} {format_p(p_value)}"
+    if num_pairs == 1:
+        return alone
+    return f"{alone}, corrected for {num_pairs} comparisons {format_p(p_corrected)}"
 
 
 def _compare(first: str, first_right: Rights, second: str, second_right: Rights) -> PairedTest:
