@@ -493,10 +493,13 @@ def test_an_output_inside_the_data_is_refused(cli: Cli, tiny: Path, image_folder
 
 
 @pytest.mark.slow
-def test_missing_data_or_output_are_reported(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_missing_data_or_output_are_reported(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
     assert "no output" in cli("extract", "-b", tiny, "-d", tmp_path).stderr
     assert "no data" in cli("extract", "-b", tiny, "-o", tmp_path / "x").stderr
-    assert "no backbone" in cli("extract", "-d", tmp_path, "-o", tmp_path / "x").stderr
+    # The images are looked at first: arrays say how many channels the network takes.
+    assert "no backbone" in cli("extract", "-d", image_folder, "-o", tmp_path / "x").stderr
 
 
 def test_the_list_of_layers(cli: Cli, tiny: Path) -> None:
